@@ -1,0 +1,131 @@
+"""The plain data that goes into a kernel: which rule, which selection, which strength, on which tensors.
+
+Kernels know nothing of policies or optimizers; policies describe themselves in these terms
+(`Selection`, `Strength`), captures do so for the base's rule. docs/design.md, "Kernels", has the semantics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+Scalar = float | Tensor  # a Python number, or a 0-d tensor (torch allows `lr` to be one)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which coordinates of a tensor are selected."""
+
+    kind: Literal["everything", "agreement", "top_k", "bernoulli"]
+    product: Literal["update", "momentum", "previous_momentum"] = "update"  # agreement: this times g
+    strict: bool = True  # agreement: > 0 or >= 0
+    score: Literal["update", "momentum", "nesterov"] = "update"  # top_k: this times g
+    fraction: float = 0.5  # top_k
+    quantile: Literal["exact", "sampled"] = "exact"  # top_k
+    probability: float = 0.5  # bernoulli
+    unit: Literal["element", "row", "tensor"] = "element"  # bernoulli
+
+
+@dataclass(frozen=True)
+class Strength:
+    """The two multipliers: of the selected coordinates, and of the rest."""
+
+    kind: Literal["fixed", "mean_preserving", "norm_preserving", "alignment"]
+    selected: float = 1.0  # fixed
+    rest: float = 0.0
+    cap: float = 2.0  # mean_preserving, norm_preserving
+    of: Literal["update", "momentum", "gradient"] = "update"  # norm_preserving
+    estimate: Literal["exact", "sampled"] = "exact"  # mean_preserving, norm_preserving
+    temperature: float = 2.0  # alignment
+    smoothing: float = 0.9  # alignment
+
+
+@dataclass(frozen=True)
+class AdamRule:
+    """torch's Adam and AdamW. State: `step` (0-d), `exp_avg`, `exp_avg_sq`, with amsgrad `max_exp_avg_sq`."""
+
+    lr: Scalar
+    beta1: Scalar
+    beta2: Scalar
+    eps: float
+    weight_decay: float = 0.0
+    decoupled: bool = True
+    amsgrad: bool = False
+    maximize: bool = False
+
+
+@dataclass(frozen=True)
+class SGDRule:
+    """torch's SGD. State: `momentum_buffer` where momentum is not 0 (absent or None before the first step)."""
+
+    lr: Scalar
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0  # coupled, as torch has it
+    maximize: bool = False
+
+
+@dataclass(frozen=True)
+class LionRule:
+    """Lion (arXiv 2302.06675): u = lr * sign(beta1 m + (1 - beta1) g), then m moves with beta2. State: `exp_avg`."""
+
+    lr: Scalar
+    beta1: Scalar
+    beta2: Scalar
+    decay_factor: Scalar = 1.0  # the parameter is multiplied by it (decoupled decay)
+    weight_decay: float = 0.0  # coupled: added to the gradient
+    maximize: bool = False
+
+
+@dataclass(frozen=True)
+class GivenRule:
+    """An update that somebody else computed: p <- factor * start + (offset - mask) * u.
+
+    State: `update` holds u (or -u where `negated`), may share storage with the parameter; `start` the parameter
+    before the step; optionally `momentum` and `previous_momentum`. The gradient is taken as it is given.
+    scratch: start = the saved copy, offset 0. delta: start = the parameter after the base's step, offset 1, so that
+    where the mask is 1 the result is exactly the base's.
+    """
+
+    factor: float = 1.0
+    offset: float = 0.0
+    negated: bool = False
+
+
+Rule = AdamRule | SGDRule | LionRule | GivenRule
+
+
+@dataclass
+class Item:
+    """One parameter's share of a step. `param`, `state` and `policy_state` are changed in place."""
+
+    param: Tensor
+    grad: Tensor  # same shape; its dtype may differ from the parameter's
+    state: dict[str, Tensor]
+    address: int  # the parameter's index in the optimizer: the third coordinate of randomness
+    policy_state: dict[str, Tensor] = field(default_factory=dict)  # "average" (0-d float32) for alignment
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Where the counter-based random numbers of this step come from."""
+
+    seed: int
+    step: int
+
+
+@dataclass
+class Sums:
+    """What one tensor's step reports. 0-d float64 tensors on the tensor's device (numel: an int); never synchronises."""
+
+    numel: int
+    selected: Tensor  # how many coordinates
+    strength_selected: Tensor
+    strength_rest: Tensor
+    update_sq: Tensor  # sum of u^2
+    grad_sq: Tensor  # sum of g^2
+    update_grad: Tensor  # sum of u g
+    masked_sq: Tensor  # sum of (mask u)^2
