@@ -232,6 +232,23 @@ def test_a_class_that_takes_float32_only() -> None:
     assert (facts.depends_on_param, facts.momentum_key, facts.refusal) == (False, "velocity", None)
 
 
+def test_a_class_that_fills_its_state_in_the_constructor() -> None:
+    class Filled(Made):
+        def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.1) -> None:
+            super().__init__(params, self.move, lr, weight_decay)
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["velocity"] = torch.zeros_like(p)
+
+        @staticmethod
+        def move(p, g, state, group):
+            state["velocity"].mul_(0.9).add_(g)
+            p.sub_(group["lr"] * (state["velocity"] + group["weight_decay"] * p))
+
+    base = Filled([torch.nn.Parameter(torch.ones(3, 5))])
+    facts = anatomy(base, base.param_groups[0])
+    assert (facts.refusal, facts.momentum_key, facts.decay) == (None, "velocity", "decoupled")
+
+
 def test_a_rate_of_zero_or_in_a_tensor_is_no_obstacle() -> None:
     for lr in (0.0, torch.tensor(0.0), torch.tensor(0.1)):
         assert facts_of(coupled, lr=lr).decay == "coupled"
