@@ -1,6 +1,6 @@
 """selective: one line makes any momentum optimizer selective.
 
-    opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGUP())
+opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGUP())
 """
 
 from selective._version import __version__
@@ -35,5 +35,5 @@ from selective.view import StepView
 __all__ = [
     "MGUP", "Agreement", "Alignment", "AlphaConsistency", "Bernoulli", "Cautious", "CautiousMGUP", "Dense",
     "Everything", "Fixed", "Grams", "Magma", "MeanPreserving", "NormPreserving", "Policy", "PolicyError", "RandomMask",
-    "Selection", "SelectiveUpdate", "SkipUpdate", "StepView", "Strength", "TopK", "base_part", "policy_from",
+    "Selection", "SelectiveUpdate", "SkipUpdate", "StepView", "Strength", "TopK", "__version__", "base_part", "policy_from",
 ]  # fmt: skip

@@ -15,8 +15,19 @@ from selective.groups import PolicyGroup
 from selective.kernels import spec
 from selective.policies import Dense, Policy
 from selective.state import (
-    MOMENTUM, POLICY, POLICY_STATE, RESIDUE, SEED, STEP, MergedState, base_part, check_layout, decode_policy, encode_policy,
-    own_part, restore_dtypes,
+    MOMENTUM,
+    POLICY,
+    POLICY_STATE,
+    RESIDUE,
+    SEED,
+    STEP,
+    MergedState,
+    base_part,
+    check_layout,
+    decode_policy,
+    encode_policy,
+    own_part,
+    restore_dtypes,
 )  # fmt: skip
 from selective.view import StepView, Tensors
 
@@ -136,7 +147,7 @@ class Checkpointing(Optimizer):
             found = found if result is None else result
         return found
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint of this wrapper, or of the plain base. Everything is checked before anything is loaded.
 
         dtypes are kept exactly. The checkpoint's hyper-parameters win, of the policy as of the base; a policy of

@@ -25,7 +25,9 @@ class GenericJob(Job):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.reads = self.policy.needs()
-        self.wants_grad = "grad" in self.reads or self.context.own_momentum is not None or self.context.report is not None
+        self.wants_grad = (
+            "grad" in self.reads or self.context.own_momentum is not None or self.context.report is not None
+        )
         self.grads: list[Tensor | None] = []  # the view's gradient: after maximize and coupled decay
         self.previous: list[Tensor | None] = []
         self.coupled = 0.0  # what of the parameter the base adds to the raw gradient
@@ -144,7 +146,7 @@ class ScratchJob(GenericJob):
         self._give_gradients_back()
         for index, parameter in enumerate(self.parameters):
             p, before = parameter.tensor, self.saved[index]
-            factor = 1.0
+            factor: spec.Scalar = 1.0
             if self.facts.decay == "decoupled":
                 factor = decay_factor(self.context.base, self.group, self.facts, p)
             rule = spec.GivenRule(factor=factor, negated=True, momentum_beta=self.lookahead())
