@@ -76,8 +76,8 @@ class Applier:
             totals.update_grad -= float(torch.dot(direction, grad))
             totals.masked_sq += float(torch.dot(masked, masked))
         if self.offset != 0:
-            mask = mask - self.offset if isinstance(mask, float) else mask.sub_(self.offset)
-        if isinstance(mask, float) and mask == 1.0:
+            mask = mask.sub_(self.offset) if isinstance(mask, Tensor) else mask - self.offset
+        if not isinstance(mask, Tensor) and mask == 1.0:
             masked = direction
         elif totals is None or self.offset != 0:
             torch.mul(direction, mask, out=masked)

@@ -137,7 +137,7 @@ class _Step:
     def _collector(self) -> ranking.Collector:
         if self.numel <= 4 * ranking.SAMPLE:  # everything is collected: no sample needed
             return ranking.Collector(self.k, self.numel, -torch.inf, torch.inf)
-        sample = self._peeked_scores(self.mover.peek(ranking.bracket_positions(self.numel)))
+        sample = self._peeked_scores(self.mover.peek_runs(ranking.bracket_runs(self.numel), ranking.RUN))
         return ranking.Collector(self.k, self.numel, *ranking.bracket(sample, self.k, self.numel))
 
     def _first_pass(

@@ -22,6 +22,7 @@ from .chunks import buffer, spans
 WIDTH = 3.0  # half the bracket, in standard deviations of the sample's rank: misses in 0.3 % of the tensors
 SAMPLE = 16_384  # scores the bracket is made of; neighbours are alike, so the spread is taken as if there were fewer
 SPREAD = 1.5
+RUN = 16  # neighbours taken together: one cache line of float32
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,10 @@ class Collector:
         return _settle(values, torch.cat(self.indices), rank, self.numel)
 
 
-def bracket_positions(numel: int) -> Tensor:
-    """Where to look for the bracket: runs of 16 neighbours (one cache line of float32), spread evenly."""
-    runs = SAMPLE // 16
-    starts = torch.arange(runs) * (numel - 16) // (runs - 1)
-    return (starts[:, None] + torch.arange(16)).view(-1)
+def bracket_runs(numel: int) -> Tensor:
+    """Which of the tensor's aligned runs of `RUN` neighbours the bracket is made of: spread evenly."""
+    runs, available = SAMPLE // RUN, numel // RUN
+    return torch.arange(runs) * (available - 1) // (runs - 1)
 
 
 def top_k(score: Tensor, k: int) -> Tensor:
@@ -113,7 +113,8 @@ def top_k(score: Tensor, k: int) -> Tensor:
     numel = t.numel()
     threshold: Threshold | None = None
     if numel > 4 * SAMPLE and 0 < k < numel:
-        collector = Collector(k, numel, *bracket(t[bracket_positions(numel)], k, numel))
+        sample = t[: numel // RUN * RUN].view(-1, RUN).index_select(0, bracket_runs(numel)).view(-1)
+        collector = Collector(k, numel, *bracket(sample, k, numel))
         for start, end in spans(numel):
             collector.add(t[start:end], start)
         threshold = collector.settle()
