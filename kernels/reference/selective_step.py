@@ -61,7 +61,7 @@ def _bernoulli(selection: Selection, item: Item, draw: Draw) -> Tensor:
 
 def _select(selection: Selection, item: Item, rule: Rule, moved: Advanced, draw: Draw) -> Tensor:
     if selection.kind == "everything":
-        return torch.ones_like(moved.update, dtype=torch.bool)
+        return torch.ones_like(item.param, dtype=torch.bool)
     if selection.kind == "agreement":
         return _agreement(selection, moved)
     if selection.kind == "top_k":
