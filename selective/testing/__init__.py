@@ -1,0 +1,38 @@
+"""A public suite for wrappers of optimizers, anybody's, and contract checks for authors of policies.
+
+```python
+from selective.testing import Subject, check_wrapper
+
+subject = Subject(name="mine over AdamW", base=lambda params: torch.optim.AdamW(params), wrap=MyWrapper)
+report = check_wrapper(subject)
+print(report)
+report.raise_if_failed()
+```
+
+In pytest, parametrise over `conformance_checks`: each has `.row`, `.name`, `.doc`, `.why`, and is called with a subject.
+"""
+
+from selective.testing import (  # noqa: F401: importing registers the checks
+    checks_checkpoint,
+    checks_distributed,
+    checks_interface,
+    checks_numerics,
+    checks_step,
+)
+from selective.testing.harness import CheckFailed, NotApplicable
+from selective.testing.report import Check, Outcome, Report, check_wrapper, conformance_checks
+from selective.testing.subject import ConfigClaims, Subject, base_attribute, itself
+
+__all__ = [
+    "Check",
+    "CheckFailed",
+    "ConfigClaims",
+    "NotApplicable",
+    "Outcome",
+    "Report",
+    "Subject",
+    "base_attribute",
+    "check_wrapper",
+    "conformance_checks",
+    "itself",
+]
