@@ -12,15 +12,9 @@ report.raise_if_failed()
 In pytest, parametrise over `conformance_checks`: each has `.row`, `.name`, `.doc`, `.why`, and is called with a subject.
 """
 
-from selective.testing import (  # noqa: F401: importing registers the checks
-    checks_checkpoint,
-    checks_distributed,
-    checks_interface,
-    checks_numerics,
-    checks_step,
-)
 from selective.testing.harness import CheckFailed, NotApplicable
-from selective.testing.report import Check, Outcome, Report, check_wrapper, conformance_checks
+from selective.testing.report import Check, Outcome, Report, check_wrapper
+from selective.testing.rows import conformance_checks
 from selective.testing.subject import ConfigClaims, Subject, base_attribute, itself
 
 __all__ = [

@@ -53,7 +53,7 @@ def has_the_signatures_of_torch(subject: Subject) -> None:
         require(hasattr(wrapper, method), f"it has no method {method}.")
         found = list(inspect.signature(getattr(wrapper, method)).parameters.values())
         expected = list(inspect.signature(getattr(Optimizer, method)).parameters.values())[1:]
-        pairs = zip(found, expected)  # noqa: B905: the lengths are compared next
+        pairs = zip(found, expected, strict=False)  # the lengths are compared next
         same = len(found) >= len(expected) and all(a.name == b.name and a.kind == b.kind for a, b in pairs)
         optional = all(p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
                        for p in found[len(expected) :])  # fmt: skip

@@ -99,7 +99,7 @@ def _differs(found: Any, expected: Any) -> str | None:
         return None if found == expected else f"is {found!r}, was {expected!r}"
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return f"is {found.dtype} {tuple(found.shape)}, was {expected.dtype} {tuple(expected.shape)}"
-    unequal = ~((found == expected) | ((found != found) & (expected != expected)))  # NaN equals NaN here
+    unequal = ~((found == expected) | (torch.isnan(found) & torch.isnan(expected)))  # NaN equals NaN here
     if not unequal.any():
         return None
     worst = (found.double() - expected.double()).abs().max().item()

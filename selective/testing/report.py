@@ -99,7 +99,7 @@ class Checks(Sequence[Check]):
 
         return add
 
-    def __getitem__(self, key):  # noqa: ANN001, ANN204: index, slice or name
+    def __getitem__(self, key):  # an index, a slice, or a name
         if isinstance(key, str):
             return next(check for check in self._checks if check.name == key)
         return self._checks[key]

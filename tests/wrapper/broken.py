@@ -1,15 +1,11 @@
-"""Wrappers that are each broken in one way. `BROKEN` names, for each, the check that has to notice.
-
-`excused` are checks that such a wrapper cannot help failing too, or that die of the same fault; the tests ask only that
-the named ones fail.
-"""
+"""Wrappers that are each broken in one way. `BROKEN` names, for each, the checks that have to notice."""
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from honest import HalfAgainst, Identity
@@ -580,7 +576,7 @@ class GradientsFromBackward(HalfAgainst):
 class CountsForAll(HalfAgainst):
     """A counter on the class, where it belongs to each instance."""
 
-    steps: dict[str, int] = {}
+    steps: ClassVar[dict[str, int]] = {}
 
     def __init__(self, base: Optimizer) -> None:
         super().__init__(base)

@@ -65,11 +65,12 @@ class Identity(Optimizer):
 
     def restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         """torch has cast floating state to the parameters' dtype: take the saved tensors instead."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, entry in state_dict["state"].items():
-            for key, value in entry.items():
-                if isinstance(value, Tensor) and self.base.state[params[index]][key].dtype != value.dtype:
-                    self.base.state[params[index]][key] = value.to(params[index].device)
+        saved = [name for group in state_dict["param_groups"] for name in group["params"]]  # numbers, or DCP's names
+        live = [p for group in self.param_groups for p in group["params"]]
+        for name, p in zip(saved, live, strict=True):
+            for key, value in state_dict["state"].get(name, {}).items():
+                if isinstance(value, Tensor) and self.base.state[p][key].dtype != value.dtype:
+                    self.base.state[p][key] = value.to(p.device)
 
     def train(self) -> None:
         if hasattr(self.base, "train"):
