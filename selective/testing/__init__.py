@@ -9,7 +9,7 @@ print(report)
 report.raise_if_failed()
 ```
 
-In pytest, parametrise over `conformance_checks`: each has `.row`, `.name`, `.doc`, `.why`, and is called with a subject.
+In pytest, parametrise over `conformance_checks`: each has `.row`, `.name`, `.doc`, `.why`; call it with a subject.
 """
 
 from selective.testing.harness import CheckFailed, NotApplicable

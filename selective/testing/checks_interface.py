@@ -160,7 +160,10 @@ def step_hooks_fire_once_around_the_step(subject: Subject) -> None:
     seen: dict[str, list[tuple[Any, torch.Tensor]]] = {}
 
     def note(kind: str) -> Callable[..., None]:
-        return lambda optimizer, args, kwargs: seen.setdefault(kind, []).append((optimizer, model.square.detach().clone()))
+        def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
+            seen.setdefault(kind, []).append((optimizer, model.square.detach().clone()))
+
+        return hook
 
     handles = [
         wrapper.register_step_pre_hook(note("pre-hook")),
@@ -176,7 +179,8 @@ def step_hooks_fire_once_around_the_step(subject: Subject) -> None:
             for kind in ("pre-hook", "post-hook", "global pre-hook", "global post-hook"):
                 calls = seen.get(kind, [])
                 require(len(calls) == 1, f"the {kind} fired {len(calls)} times in step {step + 1}.")
-                require(calls[0][0] is wrapper, f"the {kind} was handed a {type(calls[0][0]).__name__}, not the wrapper.")
+                handed = type(calls[0][0]).__name__
+                require(calls[0][0] is wrapper, f"the {kind} was handed a {handed}, not the wrapper.")
                 expected = before if "pre" in kind else model.square
                 require(torch.equal(calls[0][1], expected), f"the {kind} did not see the parameters "
                         f"{'before' if 'pre' in kind else 'after'} the whole step.")  # fmt: skip

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selective.testing.harness import (
-    NotApplicable,
     Bits,
-    base_of,
+    NotApplicable,
     build,
     build_over,
     entries,
@@ -107,7 +106,8 @@ def bfloat16_updates_do_not_vanish(subject: Subject) -> None:
 
     The wrapper's mean step, relative to the base's, is measured in float32; the base is then given that learning rate.
     The steps are from 1/8 to 8 units in the last place of the parameters. At least 0.7 of the base's way: a policy that
-    keeps some coordinates back gives larger steps to others, which rounding favours; rounding twice loses more than 0.4.
+    keeps some coordinates back gives larger steps to others, which rounding favours; rounding an update in four parts
+    loses more than 0.4 of it.
     """
     probe = _distance(subject.base, torch.float32, 1e-3)
     if not probe > 0:
@@ -116,8 +116,8 @@ def bfloat16_updates_do_not_vanish(subject: Subject) -> None:
     share = _distance(subject.build, torch.float32, rate) / _distance(subject.base, torch.float32, rate)
     expected = _distance(subject.base, torch.bfloat16, rate * share)
     found = _distance(subject.build, torch.bfloat16, rate)
-    require(found >= 0.7 * expected, f"in 50 steps bfloat16 parameters moved by {found:.3g} on average, the base at the "
-            f"same mean step by {expected:.3g}.")  # fmt: skip
+    text = f"in 50 steps bfloat16 parameters moved by {found:.3g} on average, the base at the same mean step by"
+    require(found >= 0.7 * expected, f"{text} {expected:.3g}.")
 
 
 def _directions(make: Callable[[Any], Optimizer]) -> Tensor:
@@ -157,7 +157,7 @@ def inexact_moments_are_understood(subject: Subject) -> None:
 
 
 def _aligned_steps(subject: Subject, aligned: int) -> tuple[Tensor, Tensor]:
-    """The wrapper's and the base's second step where the gradient opposes the momentum but for `aligned` coordinates."""
+    """The wrapper's and the base's second step, whose gradient opposes the momentum but for `aligned` coordinates."""
     shape = (1000, 1000) if subject.model == "mixed" else (256, 128)
     generator = torch.Generator().manual_seed(7)
     first = torch.randint(0, 2, shape, generator=generator).float().mul_(2).sub_(1)
@@ -177,7 +177,8 @@ def compensation_stays_within_its_cap(subject: Subject) -> None:
     """One aligned coordinate in a million: no element steps further than `Subject.cap` times the base's largest."""
     ours, theirs = (step.abs().max().item() for step in _aligned_steps(subject, 1))
     limit = subject.cap * theirs * (1 + 1e-5)  # float32 rounding of a product and of the difference
-    require(ours <= limit, f"the largest step is {ours:.3g}, {ours / theirs:.3g} times the base's; the cap is {subject.cap}.")
+    times = f"{ours / theirs:.3g} times the base's"
+    require(ours <= limit, f"the largest step is {ours:.3g}, {times}; the cap is {subject.cap}.")
 
 
 @conformance_checks.register(29, "0/0 in a compensation is NaN, and NaN stays.")

@@ -43,8 +43,9 @@ def closure_equals_manual_step(subject: Subject) -> None:
             return losses[-1]
 
         returned = wrapper.step(closure)
-        same = returned is not None and len(losses) > 0 and torch.equal(torch.as_tensor(returned).detach(), losses[0].detach())
-        require(same, f"step(closure) returned {returned!r}, the closure {losses[:1]!r}.")
+        require(len(losses) > 0, "the closure was not called.")
+        same = returned is not None and torch.equal(torch.as_tensor(returned).detach(), losses[0].detach())
+        require(same, f"step(closure) returned {returned!r}, the closure {losses[0]!r}.")
         found.append(values(model))
     require_same_path(found, expected, "step(closure) against backward() and step()")
 

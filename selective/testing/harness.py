@@ -147,9 +147,7 @@ def require_same_entries(found: Entries, expected: Entries, context: str) -> Non
     """Every entry of `expected` is in `found`, bit for bit; more in `found` is allowed."""
     for index, entry in expected.items():
         for key, value in entry.items():
-            require(
-                key in found.get(index, {}), f"{context}: state entry {key!r} of parameter {index} is missing."
-            )
+            require(key in found.get(index, {}), f"{context}: state entry {key!r} of parameter {index} is missing.")
             text = difference(found[index][key], value)
             require(text is None, f"{context}: state entry {key!r} of parameter {index} {text}.")
 

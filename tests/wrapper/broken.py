@@ -401,8 +401,8 @@ class StateAfterTheBase(Identity):
 
 @fails("state_shows_what_the_base_has", "distributed_checkpoint_round_trip", "flattened_checkpoint_round_trip")
 class ShowsNoState(Identity):
-    """`state_dict()` is whole, `state` is empty: read after `zero_grad`, the base is stepped once more; flattened, every
-    moment is lost."""
+    """`state_dict()` is whole, `state` is empty: read after `zero_grad`, the base is stepped once more; flattened,
+    every moment is lost."""
 
     @property
     def state(self) -> Any:  # type: ignore[override]
