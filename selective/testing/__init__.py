@@ -9,10 +9,12 @@ print(report)
 report.raise_if_failed()
 ```
 
-In pytest, parametrise over `conformance_checks`: each has `.row`, `.name`, `.doc`, `.why`; call it with a subject.
+`check_policy(policy)` does the same for a policy. In pytest, parametrise over `conformance_checks`: each has
+`.row`, `.name`, `.doc` and `.why`; call it with a subject.
 """
 
 from selective.testing.harness import CheckFailed, NotApplicable
+from selective.testing.policy import check_policy, policy_checks
 from selective.testing.report import Check, Outcome, Report, check_wrapper
 from selective.testing.rows import conformance_checks
 from selective.testing.subject import ConfigClaims, Subject, base_attribute, itself
@@ -26,7 +28,9 @@ __all__ = [
     "Report",
     "Subject",
     "base_attribute",
+    "check_policy",
     "check_wrapper",
     "conformance_checks",
     "itself",
+    "policy_checks",
 ]

@@ -16,12 +16,19 @@ Verdict = Literal["passed", "failed", "not applicable"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one check said: `message` is empty where it passed, else what was found, or why it does not apply."""
+    """What one check said: `message` is empty where it passed, else what was found, or why it does not apply.
+
+    `row` is the check's place in the list of what a wrapper has to survive; 0 for a policy's checks.
+    """
 
     check: str
     row: int
     verdict: Verdict
     message: str = ""
+
+    def __str__(self) -> str:
+        row = f"row {self.row}, " if self.row else ""
+        return f"{row}{self.check}: {self.message or self.verdict}"
 
 
 @dataclass(frozen=True)
@@ -145,12 +152,12 @@ class Report:
         head = f"{self.subject}: {len(self.passed)} passed, {len(self.failed)} failed, "
         lines = [head + f"{len(self.not_applicable)} not applicable"]
         for o in self.outcomes:
-            lines.append(f"{o.row:>3}  {o.check:<{width}}  {o.verdict:<14}  {o.message}".rstrip())
+            lines.append(f"{o.row or '':>3}  {o.check:<{width}}  {o.verdict:<14}  {o.message}".rstrip())
         return "\n".join(lines)
 
     def raise_if_failed(self) -> None:
         if self.failed:
-            raise CheckFailed("\n".join(f"row {o.row}, {o.check}: {o.message}" for o in self.failed))
+            raise CheckFailed("\n".join(str(outcome) for outcome in self.failed))
 
 
 def check_wrapper(subject: Subject, only: Sequence[str] | None = None) -> Report:
