@@ -116,7 +116,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Returns what the closure returns.
 
         1. Run the closure, if any, with gradients enabled, once.
@@ -206,6 +206,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
     def _jobs(self, report: Report | None) -> list[Job]:
         context = StepContext(
             base=self.base, draw=spec.Draw(self._seed, self._steps), own_state=self._own_state,
+            own_residue=self._own_residue,
             own_momentum=None if self._momentum_beta is None else self._own_momentum,
             momentum_beta=self._momentum_beta, report=report, stochastic_rounding=self._stochastic_rounding,
         )  # fmt: skip
@@ -258,7 +259,9 @@ def _check_arguments(base: object, capture: str, momentum_beta: float | None, on
             f"build it first: SelectiveUpdate(torch.optim.AdamW(model.parameters()), policy=...)"
         )
     if isinstance(base, SelectiveUpdate):
-        raise TypeError("SelectiveUpdate: base is a SelectiveUpdate already; give its base, or combine the two policies")
+        raise TypeError(
+            "SelectiveUpdate: base is a SelectiveUpdate already; give its base, or combine the two policies"
+        )
     if capture not in ("auto", "fused", "scratch", "delta"):
         raise ValueError(f"SelectiveUpdate: capture is {capture!r}, must be 'auto', 'fused', 'scratch' or 'delta'")
     if on_nonfinite not in ("ignore", "skip", "raise"):

@@ -18,9 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 STAIRS = [
     {"selective._version"},
     {"selective.kernels"},
-    {"selective.view", "selective.policies", "selective.preconditioner"},
+    {"selective.view", "selective.policies", "selective.statistics", "selective.preconditioner"},
     {"selective.capture"},
-    {"selective.optimizer", "selective.state", "selective.groups", "selective.statistics"},
+    {"selective.state", "selective.groups", "selective.gradients", "selective.explain", "selective.bound"},
+    {"selective.checkpoint"},
+    {"selective.optimizer"},
     {"selective"},  # the front door itself: `selective/__init__.py`
     {"selective.testing"},
     {"selective.compare", "selective.bench"},
