@@ -25,7 +25,9 @@ class GenericJob(Job):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.reads = self.policy.needs()
-        self.wants_grad = "grad" in self.reads or self.context.own_momentum is not None or self.context.report is not None
+        self.wants_grad = (
+            "grad" in self.reads or self.context.own_momentum is not None or self.context.report is not None
+        )
         self.grads: list[Tensor | None] = []  # the view's gradient: after maximize and coupled decay
         self.previous: list[Tensor | None] = []
         self.coupled = 0.0  # what of the parameter the base adds to the raw gradient
@@ -40,7 +42,7 @@ class GenericJob(Job):
     def _gradient(self, parameter: Parameter, before: Tensor) -> Tensor:
         grad = parameter.tensor.grad
         assert grad is not None
-        sign = sign_of(self.group)
+        sign = sign_of(self.context.base, self.group)
         if self.coupled:
             dtype = torch.float64 if before.dtype == torch.float64 else torch.float32
             return torch.add(grad.to(dtype), before.to(dtype), alpha=self.coupled).mul_(sign)
@@ -63,15 +65,18 @@ class GenericJob(Job):
         parameter = self.parameters[index]
         if self.context.own_momentum is not None:
             momentum, grad = self.context.own_momentum(parameter), self.grads[index]
-            assert grad is not None and self.context.momentum_beta is not None
+            assert grad is not None
+            assert self.context.momentum_beta is not None
             return momentum.lerp_(grad.to(momentum.dtype), 1.0 - self.context.momentum_beta)
         if "momentum" not in self.reads:
             return None
         value = self._stored_momentum(parameter)
         return torch.zeros_like(parameter.tensor) if value is None else value
 
-    def apply(self, index: int, update: Tensor, start: Tensor, rule: spec.GivenRule) -> None:
-        """Steps 6 and 7 of one parameter, whose update was captured."""
+    def apply(
+        self, index: int, update: Tensor, start: Tensor, rule: spec.GivenRule, into: Tensor | None = None
+    ) -> None:
+        """Steps 6 and 7 of one parameter, whose update was captured; the result goes `into` it, or elsewhere."""
         parameter = self.parameters[index]
         momentum = self._current_momentum(index)
         state = {"update": update, "start": start}
@@ -82,7 +87,8 @@ class GenericJob(Job):
             state["previous_momentum"] = previous
         grad = self.grads[index]
         own = self.context.own_state(parameter, self.policy)
-        item = spec.Item(parameter.tensor, update if grad is None else grad, state, parameter.address, own)
+        target = parameter.tensor if into is None else into
+        item = spec.Item(target, update if grad is None else grad, state, parameter.address, own)
         if has_own_code(self.policy):
             self._apply_own_code(index, item, rule, grad)
         else:
@@ -104,8 +110,9 @@ class GenericJob(Job):
         parameter = self.parameters[index]
         dtype = torch.float64 if item.param.dtype == torch.float64 else torch.float32
         update = item.state["update"].to(dtype) * (-1.0 if rule.negated else 1.0)
+        momentum, previous = item.state.get("momentum"), item.state.get("previous_momentum")
         tensors = Tensors(
-            self.saved[index], update, grad, item.state.get("momentum"), item.state.get("previous_momentum"), rule.momentum_beta,
+            self.saved[index], update, grad, momentum, previous, rule.momentum_beta,
         )  # fmt: skip
         mask = run_mask(self.context, self.policy, parameter, tensors)
         if self.context.report is not None:
@@ -141,7 +148,7 @@ class ScratchJob(GenericJob):
         self._give_gradients_back()
         for index, parameter in enumerate(self.parameters):
             p, before = parameter.tensor, self.saved[index]
-            factor = 1.0
+            factor: spec.Scalar = 1.0
             if self.facts.decay == "decoupled":
                 factor = decay_factor(self.context.base, self.group, self.facts, p)
             rule = spec.GivenRule(factor=factor, negated=True, momentum_beta=self.lookahead())
