@@ -117,7 +117,7 @@ class GenericJob(Job):
         mask = run_mask(self.context, self.policy, parameter, tensors)
         if self.context.report is not None:
             self.context.report.add_masked(parameter.name, mask, update, None if grad is None else grad.to(dtype))
-        apply_mask(item, rule, update, mask)
+        apply_mask(item, rule, update, mask, self.context.draw)
 
     def lookahead(self) -> float:
         own = self.context.momentum_beta
