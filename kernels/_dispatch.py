@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -13,10 +15,22 @@ from .reference.rules import Advanced, has_momentum
 from .spec import Draw, Item, Rule, Selection, Strength, Sums
 
 Backend = Literal["auto", "reference", "cpu"]
+_standard: ContextVar[Backend] = ContextVar("standard", default="auto")
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """What `backend="auto"` means inside of the block (in this thread): for checks of whole optimizers."""
+    token = _standard.set(backend)
+    try:
+        yield
+    finally:
+        _standard.reset(token)
 
 
 def _uses_cpu(tensor: Tensor, backend: Backend) -> bool:
     """Whether `kernels/cpu` takes this tensor; `kernels/reference` takes the others."""
+    backend = _standard.get() if backend == "auto" else backend
     if backend not in ("auto", "reference", "cpu"):
         raise ValueError(f"backend is {backend!r}, must be 'auto', 'reference' or 'cpu'")
     if backend == "cpu" and tensor.device.type != "cpu":

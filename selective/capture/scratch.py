@@ -1,8 +1,8 @@
 """Scratch capture: the base steps on zeros that stand in for the parameter, and what it leaves there is exactly -u.
 
 Right for every base whose update does not look at the parameter. Costs one copy of the parameters during the step (and
-one of the gradients where decay is coupled). The storage is zeroed in place rather than swapped, because a base may hold the
-tensor by identity and because swapping `.data` has no effect on a DTensor.
+one of the gradients where decay is coupled). The storage is zeroed in place rather than swapped, because a base may
+hold the tensor by identity and because swapping `.data` has no effect on a DTensor.
 """
 
 from __future__ import annotations
