@@ -120,7 +120,7 @@ class Draw:
 
 @dataclass
 class Sums:
-    """What one tensor's step reports. 0-d float64 tensors on the tensor's device (numel: an int); never synchronises."""
+    """What one tensor's step reports. 0-d float64 tensors on the tensor's device (numel: an int); no synchronisation."""
 
     numel: int
     selected: Tensor  # how many coordinates

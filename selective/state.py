@@ -1,7 +1,7 @@
 """What is saved, and how it is loaded.
 
-Note [our state entries]: everything of ours is a tensor under `PREFIX` in a parameter's state, beside the base's entries
-in `SelectiveUpdate.state` and `state_dict()["state"]` but never in the base's own dictionaries (bases test
+Note [our state entries]: everything of ours is a tensor under `PREFIX` in a parameter's state, beside the base's
+entries in `SelectiveUpdate.state` and `state_dict()["state"]` but never in the base's own dictionaries (bases test
 `len(state) == 0`). The step count, the seed and the policy stand in each parameter's state and not in the groups: the
 flattened form of torch.distributed.checkpoint takes tensors and numbers in a state but only keys that live groups have.
 """
@@ -75,8 +75,12 @@ class MergedEntry(MutableMapping[str, Any]):
 class MergedState(MutableMapping[Tensor, Any]):
     """The state of all parameters, live: true as soon as the base or we hold any."""
 
-    def __init__(self, base_state: Callable[[], MutableMapping[Tensor, Any]], ours: Callable[[Tensor], dict[str, Tensor]],
-                 tracked: Callable[[], list[Tensor]]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        base_state: Callable[[], MutableMapping[Tensor, Any]],
+        ours: Callable[[Tensor], dict[str, Tensor]],
+        tracked: Callable[[], list[Tensor]],
+    ) -> None:
         self._base_state = base_state
         self._ours = ours
         self._tracked = tracked

@@ -65,7 +65,8 @@ class GenericJob(Job):
         parameter = self.parameters[index]
         if self.context.own_momentum is not None:
             momentum, grad = self.context.own_momentum(parameter), self.grads[index]
-            assert grad is not None and self.context.momentum_beta is not None
+            assert grad is not None
+            assert self.context.momentum_beta is not None
             return momentum.lerp_(grad.to(momentum.dtype), 1.0 - self.context.momentum_beta)
         if "momentum" not in self.reads:
             return None
@@ -109,8 +110,9 @@ class GenericJob(Job):
         parameter = self.parameters[index]
         dtype = torch.float64 if item.param.dtype == torch.float64 else torch.float32
         update = item.state["update"].to(dtype) * (-1.0 if rule.negated else 1.0)
+        momentum, previous = item.state.get("momentum"), item.state.get("previous_momentum")
         tensors = Tensors(
-            self.saved[index], update, grad, item.state.get("momentum"), item.state.get("previous_momentum"), rule.momentum_beta,
+            self.saved[index], update, grad, momentum, previous, rule.momentum_beta,
         )  # fmt: skip
         mask = run_mask(self.context, self.policy, parameter, tensors)
         if self.context.report is not None:
