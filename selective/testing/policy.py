@@ -46,7 +46,7 @@ def _tensors(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: i
 def _view(policy: Policy, tensors: dict[str, Tensor], *, every: bool = True) -> StepView:
     """A view of `tensors`. With `every`, reading what is not declared is allowed: one check looks at that alone."""
     view = StepView(
-        Tensors(**tensors),
+        Tensors(**tensors),  # type: ignore[arg-type]
         reads=frozenset(TENSORS) if every else policy.needs(),
         who=type(policy).__name__,
         name="weight",
