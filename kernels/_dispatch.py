@@ -116,12 +116,13 @@ def advance(item: Item, rule: Rule, *, keep_previous: bool = False) -> Advanced:
     return reference.advance(item, rule, keep_previous=keep_previous)
 
 
-def apply_mask(item: Item, rule: Rule, update: Tensor, mask: Tensor) -> None:
+def apply_mask(item: Item, rule: Rule, update: Tensor, mask: Tensor, draw: Draw | None = None) -> None:
     """Step 7, in place: `p <- factor p - mask u` (GivenRule: `factor start + (offset - mask) u`), rounded once.
 
-    `update` is what `advance` returned; `mask` any tensor that broadcasts to it (bool counts as 0 and 1).
+    `update` is what `advance` returned; `mask` any tensor that broadcasts to it (bool counts as 0 and 1). `draw` is
+    read where it asks for stochastic rounding.
     """
-    reference.apply_mask(item, rule, update, mask)
+    reference.apply_mask(item, rule, update, mask, draw)
 
 
 def top_k(score: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:

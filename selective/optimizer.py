@@ -78,6 +78,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         Optimizer.__init__(self, base.param_groups, base.defaults)
         self._constructing = False
         self._plan()
+        self._join_state()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -103,6 +104,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             self.base.param_groups.pop()
             self.policy_groups.pop()
             raise
+        self._join_state()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own `zero_grad`."""
@@ -137,7 +139,10 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         if self._is_initialisation():
             with base_hooks(self.base):
                 step_base(self.base, self.param_groups)
-            self._make_own_state()
+            for policy_group, members in zip(self.policy_groups, self._parameters(), strict=True):
+                for parameter in members:
+                    if parameter.tensor.grad is not None and not isinstance(policy_group.policy, Dense):
+                        self._own_of(parameter, policy_group.policy)
             return loss
         if self._on_nonfinite != "ignore":
             where = nonfinite_gradient(self._parameters())
@@ -205,10 +210,10 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
 
     def _jobs(self, report: Report | None) -> list[Job]:
         context = StepContext(
-            base=self.base, draw=spec.Draw(self._seed, self._steps), own_state=self._own_state,
+            base=self.base, draw=spec.Draw(self._seed, self._steps, self._stochastic_rounding), own_state=self._own_state,
             own_residue=self._own_residue,
             own_momentum=None if self._momentum_beta is None else self._own_momentum,
-            momentum_beta=self._momentum_beta, report=report, stochastic_rounding=self._stochastic_rounding,
+            momentum_beta=self._momentum_beta, report=report,
         )  # fmt: skip
         jobs = []
         plan = zip(self.param_groups, self.policy_groups, self._captures, self._parameters(), strict=True)
