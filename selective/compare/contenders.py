@@ -1,0 +1,151 @@
+"""Who is compared: a base optimizer, alone and under each policy, each policy beside its matched random control."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from selective import Dense, Policy, RandomMask, SelectiveUpdate
+from selective.compare.config import CompareConfig, ConfigError
+
+# What a user would write for a transformer. A base that is not here keeps its own defaults.
+OPTIONS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam"), {"betas": (0.9, 0.95)}),
+    "SGD": {"momentum": 0.9, "nesterov": True},
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One side of the comparison, before its learning rate and seed. `policy` None: the base as it is."""
+
+    index: int
+    label: str
+    role: str  # "baseline", "policy" or "control"
+    policy: Policy | None
+    of: int | None = None  # a control: index of its policy; a policy: index of its control, where it has one
+
+    @property
+    def slug(self) -> str:
+        """For file names; of the kind only, for it must not depend on how the policy was written."""
+        return f"{self.index:02d}-{re.sub('[^A-Za-z0-9]+', '-', self.label.partition('(')[0]).strip('-')}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    contender: Contender
+    lr: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"seed{self.seed}-{self.contender.slug}-lr{self.lr:g}"
+
+
+def contenders(config: CompareConfig) -> list[Contender]:
+    """The baseline first, then each policy followed by its control."""
+    found = [Contender(0, config.base, "baseline", None)]
+    for policy in config.policies:
+        index = len(found)
+        control = matching(policy) if config.controls else None
+        found.append(Contender(index, written(policy), "policy", policy, None if control is None else index + 1))
+        if control is not None:
+            found.append(Contender(index + 1, f"random like {written(policy)}", "control", control, index))
+    return found
+
+
+def written(policy: Policy) -> str:
+    """`MGUP(tau=0.3)`: what differs from the defaults. The same however it was written, also after JSON (unlike repr)."""
+    fields = type(policy).model_fields
+    values = {name: getattr(policy, name) for name in fields if name != "kind"}
+    changed = [f"{name}={value!r}" for name, value in values.items() if value != fields[name].get_default(call_default_factory=True)]
+    return f"{type(policy).__name__}({', '.join(changed)})"
+
+
+def matching(policy: Policy) -> Policy | None:
+    """The control of a policy; None where there is nothing to control for: no selection, or already a random one."""
+    return None if isinstance(policy, Dense | RandomMask) else RandomMask.matching(policy)
+
+
+def runs(config: CompareConfig) -> list[Run]:
+    """Seeds outermost: a comparison that is cut short has every contender for the seeds that it finished."""
+    return [
+        Run(contender, lr, seed) for seed in config.seeds for contender in contenders(config) for lr in config.lr
+    ]
+
+
+def base_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class behind `name`: in torch.optim, in pytorch_optimizer, or `module:Class`. Raises ConfigError."""
+    module, colon, attribute = name.rpartition(":")
+    places = [module] if colon else ["torch.optim", "pytorch_optimizer"]
+    looked = []
+    for place in places:
+        try:
+            found = getattr(importlib.import_module(place), attribute, None)
+        except ModuleNotFoundError as error:
+            looked.append(f"{place} (cannot be imported: {error})")
+            continue
+        if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
+            return found
+        looked.append(f"{place} ({'not there' if found is None else 'not an optimizer class'})")
+    raise ConfigError(
+        f"base: no optimizer {name!r}; looked in {', '.join(looked)}. Name a class of torch.optim, or write the "
+        "import path as module:Class"
+    )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decayed, vectors not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def parameter_names(model: nn.Module) -> list[str]:
+    """In the order of `parameter_groups`."""
+    named = list(model.named_parameters())
+    return [name for name, p in named if p.ndim >= 2] + [name for name, p in named if p.ndim < 2]
+
+
+def make_base(config: CompareConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The base over the model's parameters. Raises ConfigError where its constructor refuses."""
+    cls = base_class(config.base)
+    options = {**OPTIONS.get(cls.__name__, {}), **config.base_options}
+    known = inspect.signature(cls).parameters
+    groups = parameter_groups(model, config.loop.weight_decay)
+    if "weight_decay" not in known:
+        groups = [{"params": group["params"]} for group in groups]
+    try:
+        return cls(groups, lr=lr, **options)  # pyright: ignore[reportCallIssue]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"base {config.base}(lr={lr:g}, {', '.join(f'{k}={v!r}' for k, v in options.items())}) refuses: {error}; "
+            f"change base_options (it takes {', '.join(list(known)[1:])})"
+        ) from error
+
+
+def make(config: CompareConfig, run: Run, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a run: the base itself for the baseline, wrapped for the others."""
+    base = make_base(config, model, run.lr)
+    return base if run.contender.policy is None else wrap(base, run.contender.policy, run.seed)
+
+
+def wrap(base: torch.optim.Optimizer, policy: Policy, seed: int) -> SelectiveUpdate:
+    return SelectiveUpdate(base, policy=policy, statistics=True)
+
+
+def shares(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, float]:
+    """Share selected by parameter name; empty for a plain base. Waits for the device."""
+    if not isinstance(optimizer, SelectiveUpdate):
+        return {}
+    found = [float(entry["share"]) for entry in optimizer.statistics().values()]
+    return dict(zip(names, found, strict=True))
