@@ -9,3 +9,44 @@ if __name__ != "selective.kernels":
         "the name `kernels` belongs to Hugging Face's kernels.",
         name="kernels",
     )
+
+from ._dispatch import Backend, advance, apply_mask, selective_step, top_k
+from .reference.random import sample_positions, uniform, uniform_bits
+from .reference.rules import Advanced, decay_factor
+from .spec import (
+    AdamRule,
+    Draw,
+    GivenRule,
+    Item,
+    LionRule,
+    Rule,
+    Scalar,
+    Selection,
+    SGDRule,
+    Strength,
+    Sums,
+)
+
+__all__ = [
+    "AdamRule",
+    "Advanced",
+    "Backend",
+    "Draw",
+    "GivenRule",
+    "Item",
+    "LionRule",
+    "Rule",
+    "SGDRule",
+    "Scalar",
+    "Selection",
+    "Strength",
+    "Sums",
+    "advance",
+    "apply_mask",
+    "decay_factor",
+    "sample_positions",
+    "selective_step",
+    "top_k",
+    "uniform",
+    "uniform_bits",
+]

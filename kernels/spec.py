@@ -93,6 +93,7 @@ class GivenRule:
     factor: float = 1.0
     offset: float = 0.0
     negated: bool = False
+    momentum_beta: float = 0.95  # top_k's "nesterov" score: (1 - beta) g + beta m, m a running average (Muon's)
 
 
 Rule = AdamRule | SGDRule | LionRule | GivenRule

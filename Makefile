@@ -1,0 +1,51 @@
+# `make demo` and `make test` are complete on a fresh machine: they make .venv, with a CPU build of torch where there
+# is no NVIDIA GPU, and install the project. Overridable: VENV, PYTHON, TORCH_SPEC (such as "torch==2.11.0"), WORKERS,
+# PYTEST_ARGS, OUT.
+VENV ?= .venv
+PYTHON ?= python3
+WORKERS ?= 2
+PYTEST_ARGS ?=
+OUT ?= results
+BIN := $(VENV)/bin
+export TORCH_SPEC
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu lint format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## the virtual environment alone
+
+$(VENV)/.ready: pyproject.toml scripts/setup_env.py
+	@$(PYTHON) scripts/setup_env.py --venv "$(VENV)"
+
+demo: $(VENV)/.ready ## train a small GPT under several optimizers: table, curves and heatmap in results/demo
+	@$(BIN)/selective compare --config examples/demo.yaml --out "$(OUT)/demo"
+
+# One thread a worker: torch's own threads would fight over the cores. `pytest`, not `python -m pytest`, which would
+# put this folder on sys.path and test it instead of what is installed.
+test: $(VENV)/.ready ## the complete CPU suite
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.ready ## the tests marked slow
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) -m "slow and not gpu" $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.ready ## the tests that need a CUDA device
+	@$(BIN)/pytest -q -m gpu $(PYTEST_ARGS)
+
+lint: $(VENV)/.ready ## ruff and pyright, changing nothing
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright --pythonpath "$(BIN)/python"
+
+format: $(VENV)/.ready ## ruff's formatter and its safe fixes
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+bench: $(VENV)/.ready ## step time and memory on this machine
+	@$(BIN)/selective bench
+
+clean: ## remove the environment and everything that was built; results/ stays
+	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

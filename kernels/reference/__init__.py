@@ -1,0 +1,19 @@
+"""The definition: every kernel in plain torch over whole tensors. Never synchronises a GPU with the host."""
+
+from .random import SAMPLE_SIZE, sample_positions, uniform, uniform_bits
+from .rules import Advanced, advance, apply_mask, decay_factor
+from .selective_step import selective_step
+from .top_k import top_k
+
+__all__ = [
+    "SAMPLE_SIZE",
+    "Advanced",
+    "advance",
+    "apply_mask",
+    "decay_factor",
+    "sample_positions",
+    "selective_step",
+    "top_k",
+    "uniform",
+    "uniform_bits",
+]

@@ -1,0 +1,193 @@
+"""The rules: what moves the moments, and which update comes out.
+
+A rule works in two parts, so that it can run over whole tensors (the reference) or over slices (the CPU path):
+`begin` counts the step and computes what is one number a tensor, `move` does what is one number an element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..spec import AdamRule, GivenRule, Item, LionRule, Rule, Scalar, SGDRule
+
+
+@dataclass
+class Advanced:
+    """What a rule hands on: tensors shaped like the parameter, float32 (float64 for float64 parameters).
+
+    They may share memory with the gradient or with the state: read them, don't write.
+    """
+
+    grad: Tensor
+    update: Tensor
+    momentum: Tensor | None  # None where the rule has none
+    previous_momentum: Tensor | None  # None where the rule has none, or where it was not asked for
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What is one number a tensor. Python floats, or 0-d float64 tensors where a hyper-parameter lives on a GPU."""
+
+    rate: Scalar  # Adam: lr / (1 - beta1^t); otherwise lr
+    beta1: Scalar = 0.0
+    beta2: Scalar = 0.0
+    root: Scalar = 1.0  # Adam: sqrt(1 - beta2^t)
+    first: bool = False  # SGD: the buffer is made in this step
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of all arithmetic on this parameter."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def number(value: Scalar) -> Scalar:
+    """A Python float where that needs no synchronisation, else a 0-d float64 tensor."""
+    if isinstance(value, Tensor):
+        return float(value) if value.device.type == "cpu" else value.detach().to(torch.float64)
+    return value
+
+
+def decay_factor(rule: Rule) -> Scalar:
+    """What the parameter is multiplied by (decoupled decay), never masked. 1.0 where the rule has none."""
+    if isinstance(rule, AdamRule):
+        return 1 - number(rule.lr) * rule.weight_decay if rule.decoupled and rule.weight_decay != 0 else 1.0
+    if isinstance(rule, (LionRule, GivenRule)):
+        return number(rule.decay_factor if isinstance(rule, LionRule) else rule.factor)
+    return 1.0
+
+
+def has_momentum(item: Item, rule: Rule) -> bool:
+    """Whether `move` hands out a momentum for this tensor."""
+    if isinstance(rule, SGDRule):
+        return rule.momentum != 0
+    return not isinstance(rule, GivenRule) or item.state.get("momentum") is not None
+
+
+def begin(item: Item, rule: Rule) -> Numbers:
+    """Count the step, make the state that is missing, and compute what is one number a tensor."""
+    if isinstance(rule, AdamRule):
+        step = item.state["step"]
+        step += 1
+        t, beta1, beta2 = number(step), number(rule.beta1), number(rule.beta2)
+        return Numbers(number(rule.lr) / (1 - beta1**t), beta1, beta2, (1 - beta2**t) ** 0.5)
+    if isinstance(rule, SGDRule):
+        first = rule.momentum != 0 and item.state.get("momentum_buffer") is None
+        if first:  # the dtype that torch's `grad.add(param, alpha=weight_decay).clone()` has
+            dtype = torch.promote_types(item.grad.dtype, item.param.dtype) if rule.weight_decay else item.grad.dtype
+            item.state["momentum_buffer"] = torch.zeros_like(item.param, dtype=dtype)
+        return Numbers(number(rule.lr), first=first)
+    if isinstance(rule, LionRule):
+        return Numbers(number(rule.lr), number(rule.beta1), number(rule.beta2))
+    return Numbers(1.0)
+
+
+def _lerp(start: Tensor, end: Tensor, weight: Scalar) -> Tensor:
+    return torch.lerp(start, end, weight.to(start.dtype) if isinstance(weight, Tensor) else weight)
+
+
+def _gradient(rule: AdamRule | SGDRule | LionRule, param: Tensor, grad: Tensor, decay: float) -> Tensor:
+    """The gradient as the base sees it: after `maximize`, after coupled decay."""
+    dtype = compute_dtype(param)
+    g = -grad.to(dtype) if rule.maximize else grad.to(dtype)
+    return g.add(param.to(dtype), alpha=decay) if decay != 0 else g
+
+
+def _adam(rule: AdamRule, n: Numbers, param: Tensor, grad: Tensor, state: dict[str, Tensor], keep: bool) -> Advanced:
+    dtype = compute_dtype(param)
+    g = _gradient(rule, param, grad, 0.0 if rule.decoupled else rule.weight_decay)
+    old = state["exp_avg"].to(dtype)
+    m = _lerp(old, g, 1 - n.beta1)
+    v = state["exp_avg_sq"].to(dtype) * n.beta2
+    rest = 1 - n.beta2
+    v = v + g * g * rest if isinstance(rest, Tensor) else torch.addcmul(v, g, g, value=rest)
+    previous = old.clone() if keep else None
+    state["exp_avg"].copy_(m)
+    state["exp_avg_sq"].copy_(v)
+    if rule.amsgrad:  # torch keeps the maximum of what is not bias-corrected
+        v = torch.maximum(state["max_exp_avg_sq"].to(dtype), v)
+        state["max_exp_avg_sq"].copy_(v)
+    update = m / (v.sqrt() / n.root + rule.eps) * n.rate
+    return Advanced(g, update, m, previous)
+
+
+def _sgd(rule: SGDRule, n: Numbers, param: Tensor, grad: Tensor, state: dict[str, Tensor], keep: bool) -> Advanced:
+    dtype = compute_dtype(param)
+    g = _gradient(rule, param, grad, rule.weight_decay)
+    if rule.momentum == 0:
+        return Advanced(g, g * n.rate, None, None)
+    old = state["momentum_buffer"].to(dtype)
+    m = g if n.first else (old * rule.momentum).add(g, alpha=1 - rule.dampening)
+    previous = old.clone() if keep else None
+    state["momentum_buffer"].copy_(m)
+    direction = g.add(m, alpha=rule.momentum) if rule.nesterov else m
+    return Advanced(g, direction * n.rate, m, previous)
+
+
+def _lion(rule: LionRule, n: Numbers, param: Tensor, grad: Tensor, state: dict[str, Tensor], keep: bool) -> Advanced:
+    dtype = compute_dtype(param)
+    g = _gradient(rule, param, grad, rule.weight_decay)
+    old = state["exp_avg"].to(dtype)
+    update = _lerp(old, g, 1 - n.beta1).sign() * n.rate
+    m = _lerp(old, g, 1 - n.beta2)
+    previous = old.clone() if keep else None
+    state["exp_avg"].copy_(m)
+    return Advanced(g, update, m, previous)
+
+
+def _given(rule: GivenRule, param: Tensor, grad: Tensor, state: dict[str, Tensor], keep: bool) -> Advanced:
+    dtype = compute_dtype(param)
+    update = state["update"].to(dtype)
+    momentum, previous = state.get("momentum"), state.get("previous_momentum")
+    return Advanced(
+        grad.to(dtype),
+        -update if rule.negated else update,
+        None if momentum is None else momentum.to(dtype),
+        previous.to(dtype) if keep and previous is not None else None,
+    )
+
+
+def move(
+    rule: Rule, numbers: Numbers, param: Tensor, grad: Tensor, state: dict[str, Tensor], keep_previous: bool
+) -> Advanced:
+    """Step 5 on these elements: the moments move, stored once; `update` comes from the unrounded ones."""
+    if isinstance(rule, AdamRule):
+        return _adam(rule, numbers, param, grad, state, keep_previous)
+    if isinstance(rule, SGDRule):
+        return _sgd(rule, numbers, param, grad, state, keep_previous)
+    if isinstance(rule, LionRule):
+        return _lion(rule, numbers, param, grad, state, keep_previous)
+    return _given(rule, param, grad, state, keep_previous)
+
+
+@torch.no_grad()
+def advance(item: Item, rule: Rule, *, keep_previous: bool = False) -> Advanced:
+    """Step 5 of one tensor, whole."""
+    return move(rule, begin(item, rule), item.param, item.grad, item.state, keep_previous)
+
+
+@torch.no_grad()
+def apply_mask(item: Item, rule: Rule, update: Tensor, mask: Tensor) -> None:
+    """Step 7 of one tensor: `p <- factor p - mask u`, computed in the compute dtype and rounded once."""
+    param, dtype, factor = item.param, compute_dtype(item.param), decay_factor(rule)
+    mask = mask.to(dtype)
+    if isinstance(rule, GivenRule):
+        start, multiplier = item.state["start"].to(dtype), rule.offset - mask
+        param.copy_(start * factor + multiplier * update)
+    else:
+        start = param.to(dtype)
+        param.copy_((start if isinstance(factor, float) and factor == 1.0 else start * factor) - mask * update)
+
+
+def nesterov(rule: Rule, momentum: Tensor, grad: Tensor) -> Tensor:
+    """The momentum one step ahead, up to a positive factor: what the `nesterov` score multiplies with g."""
+    if isinstance(rule, SGDRule):
+        return grad.add(momentum, alpha=rule.momentum)
+    if isinstance(rule, GivenRule):
+        beta: Scalar = rule.momentum_beta
+    else:
+        beta = number(rule.beta1 if isinstance(rule, AdamRule) else rule.beta2)
+    return _lerp(grad, momentum, cast(Scalar, beta))

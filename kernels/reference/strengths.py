@@ -1,0 +1,75 @@
+"""From which coordinates are selected to the two multipliers, whole tensors at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..spec import Strength
+
+Pair = tuple[Tensor, Tensor]  # the multipliers of the selected and of the rest, 0-d float64
+
+
+@dataclass
+class Parts:
+    """The sums that a strength is made of. 0-d float64 tensors; None where the strength does not ask."""
+
+    numel: int  # of the sample where the estimate is sampled
+    selected: Tensor | None = None
+    selected_sq: Tensor | None = None  # sum of x^2 over the selected
+    rest_sq: Tensor | None = None  # sum of x^2 over the others
+    dot: Tensor | None = None  # alignment: m . g
+    momentum_sq: Tensor | None = None
+    grad_sq: Tensor | None = None
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum in float64, 0-d."""
+    return x.sum(dtype=torch.float64)
+
+
+def _need(x: Tensor | None) -> Tensor:
+    if x is None:
+        raise AssertionError("a strength asked for a sum that was not computed")
+    return x
+
+
+def _mean_preserving(strength: Strength, parts: Parts) -> Tensor:
+    count = _need(parts.selected)
+    share = count / max(parts.numel, 1)
+    value = (1 - strength.rest * (1 - share)) / share.clamp(min=0.5 / max(parts.numel, 1))  # never 0 / 0
+    return torch.where(count > 0, value.clamp(max=strength.cap), 1.0)
+
+
+def _norm_preserving(strength: Strength, parts: Parts) -> Tensor:
+    chosen, others = _need(parts.selected_sq), _need(parts.rest_sq)
+    wanted = (chosen + others - strength.rest**2 * others).clamp(min=0)
+    nothing = chosen == 0
+    value = (wanted / torch.where(nothing, 1.0, chosen)).sqrt().clamp(max=strength.cap)
+    return torch.where(nothing, 1.0, value)
+
+
+def _alignment(strength: Strength, parts: Parts, state: dict[str, Tensor]) -> Tensor:
+    dot, norms = _need(parts.dot), _need(parts.momentum_sq).sqrt() * _need(parts.grad_sq).sqrt()
+    nothing = norms == 0
+    cosine = torch.where(nothing, 0.0, dot / torch.where(nothing, 1.0, norms))
+    if "average" not in state:
+        state["average"] = torch.ones((), dtype=torch.float32, device=dot.device)
+    average = state["average"]
+    new = strength.smoothing * average.to(torch.float64)
+    average.copy_(new + (1 - strength.smoothing) * torch.sigmoid(cosine / strength.temperature))
+    return average.to(torch.float64)
+
+
+def multipliers(strength: Strength, parts: Parts, state: dict[str, Tensor], device: torch.device) -> Pair:
+    """The two multipliers, 0-d float64 on `device`. Alignment moves its average in `state`."""
+    rest = torch.full((), strength.rest, dtype=torch.float64, device=device)
+    if strength.kind == "fixed":
+        return torch.full((), strength.selected, dtype=torch.float64, device=device), rest
+    if strength.kind == "mean_preserving":
+        return _mean_preserving(strength, parts), rest
+    if strength.kind == "norm_preserving":
+        return _norm_preserving(strength, parts), rest
+    return _alignment(strength, parts, state), rest

@@ -1,0 +1,148 @@
+"""Make the virtual environment that `make demo`, `make test` and .ci/run work in. Standard library only.
+
+    python3 scripts/setup_env.py --venv .venv [--installed]
+
+Safe to run again: what is there is kept. TORCH_SPEC (a requirement such as "torch==2.11.0") overrides the choice of
+torch. Without it, and without an NVIDIA GPU, a CPU build is looked for, because the default build for Linux brings
+gigabytes of CUDA libraries. "Looked for" is a dry run of pip, which downloads no wheel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTED_TORCH = "torch>=2.9,<2.14"  # the package asks for >=2.9; this is the range that the tests have seen
+EXTRAS = "test,dev"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# Where a CPU build may be, cheapest first: pip options for the dry run, options for the installation.
+CPU_SOURCES = {
+    "folders that pip is configured with (find-links)": (["--no-index"], []),
+    "the configured package index": ([], []),
+    "PyTorch's CPU index": (["--index-url", CPU_INDEX], ["--extra-index-url", CPU_INDEX]),
+}
+
+
+def say(message: str) -> None:
+    print(f"setup_env: {message}", file=sys.stderr, flush=True)
+
+
+class Environment:
+    """A virtual environment in `path`, and what is done in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self.python = self.path / "bin" / "python"
+        self.constraints = self.path / "constraints.txt"
+
+    def create(self) -> None:
+        if self.python.exists():
+            return
+        say(f"making {self.path} with Python {sys.version.split()[0]}")
+        subprocess.run([sys.executable, "-m", "venv", str(self.path)], check=True)
+        # `pip install --dry-run --report` is what the search for torch stands on. No download where pip is newer.
+        self.pip("install", "pip>=23.1")
+
+    def pip(self, *arguments: str) -> None:
+        subprocess.run([self.python, "-m", "pip", "--quiet", *arguments], check=True)
+
+    def torch_version(self) -> str | None:
+        """The version of torch that can be imported, or None."""
+        code = "import torch; print(torch.__version__)"
+        found = subprocess.run([self.python, "-c", code], capture_output=True, text=True)
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    def resolve(self, requirement: str, options: list[str]) -> str | None:
+        """The version that pip would install, or None where it finds none. Downloads metadata at most."""
+        dry_run = ["install", "--dry-run", "--no-deps", "--ignore-installed", "--only-binary", ":all:", "--quiet"]
+        patience = ["--retries", "0", "--timeout", "20"]
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder, "report.json")
+            command = [self.python, "-m", "pip", *dry_run, *patience, "--report", str(report), *options, requirement]
+            if subprocess.run(command, capture_output=True).returncode != 0:
+                return None
+            return json.loads(report.read_text())["install"][0]["metadata"]["version"]
+
+    def install_torch(self) -> None:
+        if requirement := os.environ.get("TORCH_SPEC"):
+            say(f"torch: {requirement}, from TORCH_SPEC")
+            self.pip("install", requirement)
+        elif version := self.torch_version():
+            say(f"torch: {version} is here already")
+        elif sys.platform != "linux" or has_nvidia_gpu():
+            say(f"torch: the default build of {TESTED_TORCH}")
+            self.pip("install", TESTED_TORCH)
+        else:
+            self.install_cpu_torch()
+        version = self.torch_version()
+        if version is None:
+            raise SystemExit(f"setup_env: torch cannot be imported; see `{self.python} -c 'import torch'`")
+        # Later installations may not replace it by another build.
+        self.constraints.write_text(f"torch=={version}\n")
+
+    def install_cpu_torch(self) -> None:
+        for source, (search, options) in CPU_SOURCES.items():
+            version = self.resolve(TESTED_TORCH, search)
+            if version is not None and version.endswith("+cpu"):
+                say(f"torch: {version} from {source}")
+                return self.pip("install", *options, f"torch=={version}")
+            say(f"torch: no CPU build from {source}" + (f" (it has {version})" if version else ""))
+        say(
+            "WARNING: no CPU build of torch was found, so the default build is installed: on Linux that is several GB "
+            "of CUDA libraries. To choose another, stop this and set TORCH_SPEC or PIP_FIND_LINKS."
+        )
+        self.pip("install", TESTED_TORCH)
+
+    def install_project(self, installed: bool) -> None:
+        constrained = ["install", "--constraint", str(self.constraints)]
+        if not installed:
+            say(f"the project, editable, with [{EXTRAS}]")
+            return self.pip(*constrained, "--editable", f"{ROOT}[{EXTRAS}]")
+        # Through a source distribution, so that it is built outside the working tree (setuptools would pack stale
+        # files of build/ into the wheel) and a file missing from the distribution shows.
+        say(f"the project, as its users install it, with [{EXTRAS}]")
+        self.pip("install", "build")
+        with tempfile.TemporaryDirectory() as folder:
+            build = [self.python, "-m", "build", "--sdist", "--outdir", folder, str(ROOT)]
+            subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+            (archive,) = Path(folder).glob("*.tar.gz")
+            self.pip(*constrained, f"selective-update[{EXTRAS}] @ {archive.as_uri()}")
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the driver lists a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return listed.returncode == 0 and "GPU " in listed.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the virtual environment of this project.")
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where (default: .venv)")
+    parser.add_argument("--installed", action="store_true", help="install a built package instead of an editable one")
+    arguments = parser.parse_args()
+    if sys.version_info < (3, 10):  # noqa: UP036 (run by whatever Python the machine has)
+        raise SystemExit(f"setup_env: Python {sys.version.split()[0]} is too old, 3.10 is needed; set PYTHON")
+    environment = Environment(arguments.venv)
+    try:
+        environment.create()
+        environment.install_torch()
+        environment.install_project(arguments.installed)
+    except subprocess.CalledProcessError as error:
+        command = " ".join(map(str, error.cmd))
+        message = f"setup_env: this failed with exit status {error.returncode}, its output is above:\n  {command}"
+        raise SystemExit(message) from None
+    (environment.path / ".ready").touch()  # the Makefile's stamp: written last, so that a half-made one is finished
+    say(f"{environment.path} is ready")
+
+
+if __name__ == "__main__":
+    main()

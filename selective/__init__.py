@@ -1,0 +1,40 @@
+"""selective: one line makes any momentum optimizer selective.
+
+    opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGUP())
+"""
+
+from selective.capture.custom import PolicyError
+from selective.optimizer import SelectiveUpdate
+from selective.policies import (
+    MGUP,
+    Agreement,
+    Alignment,
+    AlphaConsistency,
+    Bernoulli,
+    Cautious,
+    CautiousMGUP,
+    Dense,
+    Everything,
+    Fixed,
+    Grams,
+    Magma,
+    MeanPreserving,
+    NormPreserving,
+    Policy,
+    RandomMask,
+    Selection,
+    SkipUpdate,
+    Strength,
+    TopK,
+    policy_from,
+)
+from selective.state import base_part
+from selective.view import StepView
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MGUP", "Agreement", "Alignment", "AlphaConsistency", "Bernoulli", "Cautious", "CautiousMGUP", "Dense",
+    "Everything", "Fixed", "Grams", "Magma", "MeanPreserving", "NormPreserving", "Policy", "PolicyError", "RandomMask",
+    "Selection", "SelectiveUpdate", "SkipUpdate", "StepView", "Strength", "TopK", "base_part", "policy_from",
+]  # fmt: skip

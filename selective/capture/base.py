@@ -1,0 +1,127 @@
+"""What the captures share: the context of a step, one group's job in it, and running the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from selective.capture.anatomy import Anatomy
+from selective.kernels import spec
+from selective.policies import Policy
+from selective.statistics import Report
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter with what identifies it: its index in the optimizer (for randomness) and its name (for people)."""
+
+    tensor: Tensor
+    address: int
+    name: str
+
+
+@dataclass
+class StepContext:
+    """What one step of the wrapper gives to every group's job."""
+
+    base: Optimizer
+    draw: spec.Draw
+    own_state: Callable[[Parameter, Policy], dict[str, Tensor]]  # the policy's state of a parameter, made if missing
+    own_momentum: Callable[[Parameter], Tensor] | None  # with `momentum_beta`: the wrapper's own first moment
+    momentum_beta: float | None
+    report: Report | None  # where statistics go; None: not wanted
+    stochastic_rounding: bool = False
+
+
+@dataclass
+class Job:
+    """One parameter group's part of a step. `prepare` runs before the base steps, `finish` after it.
+
+    Nothing but memory moves in `prepare`; `restore` puts the parameters back to what they were before `prepare`.
+    """
+
+    context: StepContext
+    group: dict[str, Any]
+    parameters: list[Parameter]
+    policy: Policy
+    facts: Anatomy
+    saved: list[Tensor] = field(default_factory=list)
+
+    steps_base = True  # whether the base's own step has to run for this group
+
+    def prepare(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def restore(self) -> None:
+        for parameter, saved in zip(self.parameters, self.saved, strict=False):
+            parameter.tensor.copy_(saved)
+
+
+class DenseJob(Job):
+    """A group that is handed to the base as it is. Keeps a copy only when somebody else's code runs in the step."""
+
+    keep_copy = False
+
+    def prepare(self) -> None:
+        if self.keep_copy:
+            self.saved = [parameter.tensor.clone() for parameter in self.parameters]
+
+
+def step_base(base: Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Run the base's own step on these of its groups, without any hooks (see `base_hooks`)."""
+    everything = base.param_groups
+    if len(groups) < len(everything):
+        base.param_groups = groups
+    try:
+        step = type(base).step
+        if getattr(step, "hooked", False):  # torch wraps `step` once a class, to run hooks around it
+            step.__wrapped__(base)  # type: ignore[attr-defined]
+        else:
+            step(base)
+    finally:
+        base.param_groups = everything
+
+
+@contextmanager
+def base_hooks(base: Optimizer) -> Iterator[None]:
+    """Run the hooks registered on the base around its part of a step, however that part is computed.
+
+    torch's *global* hooks are not run here: they fire once, around the wrapper's step. A scheduler that was built on
+    the base learns that a step was taken.
+    """
+    for hook in list(base._optimizer_step_pre_hooks.values()):
+        hook(base, (), {})
+    yield
+    for hook in list(base._optimizer_step_post_hooks.values()):
+        hook(base, (), {})
+    if hasattr(base.step, "_wrapped_by_lr_sched"):
+        base._opt_called = True  # type: ignore[attr-defined]
+
+
+def sign_of(group: dict[str, Any]) -> float:
+    """-1 where the base maximizes: its gradient is the negative of `p.grad`."""
+    return -1.0 if group.get("maximize", False) else 1.0
+
+
+def lookahead(base: Optimizer, group: dict[str, Any]) -> float:
+    """w such that the momentum one step ahead is (1 - w) g + w m, up to a positive factor.
+
+    It is the coefficient of the base's first moment, by its usual names (0.9 where it has none of them); for torch's
+    SGD, whose m <- mu m + g is a sum and not a mean, g + mu m has w = mu / (1 + mu).
+    """
+    if "betas" in group:
+        return float(group["betas"][0])
+    momentum = float(group.get("momentum", group.get("beta", 0.9)) or 0.0)
+    return momentum / (1.0 + momentum) if isinstance(base, torch.optim.SGD) else momentum
+
+
+def scalar(value: Any) -> float:
+    """A hyper-parameter as a Python number (torch allows `lr` to be a tensor)."""
+    return float(value.item()) if isinstance(value, torch.Tensor) else float(value)

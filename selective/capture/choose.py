@@ -1,0 +1,87 @@
+"""Which capture a parameter group gets, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.optim import Optimizer
+
+from selective.capture.anatomy import Anatomy, anatomy
+from selective.capture.base import DenseJob, Job, Parameter, StepContext
+from selective.capture.delta import DeltaJob
+from selective.capture.fused import FusedJob, FusedRule, fused_rule
+from selective.capture.scratch import ScratchJob
+from selective.policies import Dense, Policy
+
+CaptureName = Literal["auto", "fused", "scratch", "delta"]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """How one group's update is obtained: the way, the reason in one sentence, and what is known of the base."""
+
+    way: Literal["dense", "fused", "scratch", "delta"]
+    reason: str
+    facts: Anatomy
+    rule: FusedRule | None = None
+
+    def job(self, context: StepContext, group: dict[str, Any], parameters: list[Parameter], policy: Policy) -> Job:
+        """This group's part of a step."""
+        if self.way == "fused":
+            assert self.rule is not None
+            return FusedJob(context, group, parameters, policy, self.facts, rule=self.rule)
+        cls = {"dense": DenseJob, "scratch": ScratchJob, "delta": DeltaJob}[self.way]
+        return cls(context, group, parameters, policy, self.facts)
+
+    def has_momentum(self, group: dict[str, Any]) -> bool:
+        """Whether the base offers a first moment of the gradient."""
+        if self.rule is not None:
+            return self.rule.has_momentum(group)
+        return self.facts.momentum_key is not None
+
+
+def choose_capture(
+    base: Optimizer, group: dict[str, Any], policy: Policy, wanted: CaptureName, own_momentum: bool
+) -> Capture:
+    """The capture of one group. Raises where the base can't be wrapped, or not in the wanted way, with the reason."""
+    name = type(base).__name__
+    facts = anatomy(base, group)
+    if facts.refusal is not None:
+        raise ValueError(f"SelectiveUpdate: {name} can't be wrapped: {facts.refusal}")
+    if isinstance(policy, Dense):
+        return Capture("dense", "the policy is Dense(): the step is handed to the base", facts)
+    rule, why_not_fused = _fused(base, group, own_momentum)
+    if wanted == "fused" and rule is None:
+        raise ValueError(f"SelectiveUpdate: capture='fused' is not possible for {name}: {why_not_fused}")
+    if rule is not None and wanted in ("auto", "fused"):
+        return Capture("fused", f"the rule of {name} is known and runs on the base's own state", facts, rule)
+    why_delta = _why_delta(group, facts)
+    if wanted == "scratch" and why_delta is not None:
+        raise ValueError(f"SelectiveUpdate: capture='scratch' is not right for {name}: {why_delta}")
+    if wanted == "delta" or why_delta is not None:
+        return Capture("delta", why_delta or "asked for", facts)
+    return Capture("scratch", f"{why_not_fused}; its update does not look at the parameter", facts)
+
+
+def _fused(base: Optimizer, group: dict[str, Any], own_momentum: bool) -> tuple[FusedRule | None, str]:
+    rule = fused_rule(base)
+    if rule is None:
+        return None, f"there is no fused rule for {type(base).__name__}"
+    if own_momentum:
+        return None, "momentum_beta is given, so the wrapper keeps the momentum"
+    unsupported = rule.supports(group)
+    if unsupported is not None:
+        return None, f"the fused rule does not cover {unsupported}"
+    return rule, ""
+
+
+def _why_delta(group: dict[str, Any], facts: Anatomy) -> str | None:
+    if facts.depends_on_param:
+        return "its update looks at the parameter's value"
+    if facts.decay == "inside":
+        return "its weight decay is part of the update"
+    if facts.residue and any(p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]):
+        return f"it keeps the parameter's rounding residue in {', '.join(facts.residue)}"
+    return None

@@ -1,0 +1,83 @@
+"""Delta capture: parameter before minus parameter after, for bases whose update looks at the parameter.
+
+Applied as p_after + (1 - mask) u, which is exactly the base's result where the mask is 1. In bfloat16 and float16 that difference is
+mostly rounding (small updates vanish in it), so there the base steps a float32 copy; its parameter-shaped state is
+float32 then. Costs two copies of the parameters during the step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selective.capture.anatomy import decay_factor
+from selective.capture.base import Parameter
+from selective.capture.scratch import GenericJob
+from selective.kernels import spec
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+class DeltaJob(GenericJob):
+    """The base steps the parameter itself, or its float32 copy."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stand_ins: dict[int, Tensor] = {}  # index of a low-precision parameter -> its float32 copy
+        self.params: list[Tensor] = []  # the group's own list, while stand-ins are in it
+
+    def prepare(self) -> None:
+        for index, parameter in enumerate(self.parameters):
+            before = parameter.tensor.clone()
+            self.saved.append(before)
+            self.remember(parameter, before)
+            if before.dtype in _LOW:
+                self.stand_ins[index] = self._stand_in(parameter)
+        if self.stand_ins:
+            self.params = self.group["params"]
+            by_param = {self.parameters[index].tensor: stand_in for index, stand_in in self.stand_ins.items()}
+            self.group["params"] = [by_param.get(p, p) for p in self.params]
+
+    def _stand_in(self, parameter: Parameter) -> Tensor:
+        p = parameter.tensor
+        stand_in = torch.nn.Parameter(p.detach().float())
+        assert p.grad is not None
+        stand_in.grad = p.grad.float()
+        states = self.context.base.state
+        if p in states:
+            states[stand_in] = {key: _raised(value, p) for key, value in states.pop(p).items()}
+        return stand_in
+
+    def _give_state_back(self) -> None:
+        if self.params:
+            self.group["params"], self.params = self.params, []
+        states = self.context.base.state
+        for index, stand_in in self.stand_ins.items():
+            if stand_in in states:
+                states[self.parameters[index].tensor] = states.pop(stand_in)
+
+    def finish(self) -> None:
+        self._give_state_back()
+        for index, parameter in enumerate(self.parameters):
+            before = self.saved[index]
+            after = self.stand_ins.get(index, parameter.tensor)
+            before = before.to(after.dtype)
+            update = before - after
+            if self.facts.decay == "decoupled":
+                factor = decay_factor(self.context.base, self.group, self.facts, parameter.tensor)
+                update.sub_(before, alpha=1.0 - factor)
+            rule = spec.GivenRule(offset=1.0, momentum_beta=self.lookahead())
+            self.apply(index, update, after, rule)
+
+    def restore(self) -> None:
+        self._give_state_back()
+        super().restore()
+
+
+def _raised(value: Any, param: Tensor) -> Any:
+    """A state entry in the precision of the stand-in: low-precision tensors of the parameter's shape become float32."""
+    if isinstance(value, Tensor) and value.dtype in _LOW and value.shape == param.shape:
+        return value.float()
+    return value

@@ -1,0 +1,174 @@
+"""Fused capture: bases whose rule we know. One kernel reads and writes the base's own state, under its own keys.
+
+The base's `step()` is not called, so nothing has to be copied; its checkpoints stay its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _get_scalar_dtype
+
+from selective.capture.base import Job, Parameter, lookahead
+from selective.capture.custom import has_own_code, kernel_specs, run_mask
+from selective.kernels import advance, apply_mask, selective_step, spec
+from selective.view import Tensors
+
+Group = dict[str, Any]
+
+
+class FusedJob(Job):
+    """A group whose rule runs in our kernels."""
+
+    steps_base = False
+
+    def __init__(self, *args: Any, rule: FusedRule, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fused = rule
+
+    def prepare(self) -> None:
+        if has_own_code(self.policy):  # may raise half-way through the group: keep what it takes to put it back
+            self.saved = [parameter.tensor.clone() for parameter in self.parameters]
+
+    def finish(self) -> None:
+        rule = self.fused.rule(self.group)
+        items = [self._item(parameter) for parameter in self.parameters]
+        if has_own_code(self.policy):
+            for parameter, item in zip(self.parameters, items, strict=True):
+                self._step_with_own_code(parameter, item, rule)
+        else:
+            self._step_in_kernel(items, rule)
+        self.fused.after(self.group)
+
+    def _item(self, parameter: Parameter) -> spec.Item:
+        p = parameter.tensor
+        state = self.context.base.state[p]
+        if len(state) == 0:
+            self.fused.init_state(self.group, p, state)
+        own = self.context.own_state(parameter, self.policy)
+        assert p.grad is not None
+        return spec.Item(p, p.grad, state, parameter.address, own)
+
+    def _step_in_kernel(self, items: list[spec.Item], rule: spec.Rule) -> None:
+        selection, strength = kernel_specs(self.policy)
+        context = self.context
+        sums = selective_step(
+            items, rule=rule, selection=selection, strength=strength, draw=context.draw,
+            statistics=context.report is not None,
+        )  # fmt: skip
+        if sums is not None and context.report is not None:
+            for parameter, one in zip(self.parameters, sums, strict=True):
+                context.report.add(parameter.name, one)
+
+    def _step_with_own_code(self, parameter: Parameter, item: spec.Item, rule: spec.Rule) -> None:
+        keep = "previous_momentum" in self.policy.needs()
+        moved = advance(item, rule, keep_previous=keep)
+        if item.param.numel() == 0:
+            return
+        tensors = Tensors(
+            item.param, moved.update, moved.grad, moved.momentum, moved.previous_momentum,
+            lookahead(self.context.base, self.group),
+        )  # fmt: skip
+        mask = run_mask(self.context, self.policy, parameter, tensors)
+        if self.context.report is not None:
+            self.context.report.add_masked(parameter.name, mask, moved.update, moved.grad)
+        apply_mask(item, rule, moved.update, mask)
+
+
+class FusedRule:
+    """How to run one known class: its hyper-parameters as a rule, and its lazily made state."""
+
+    def supports(self, group: Group) -> str | None:
+        """Why a group with these flags can't be fused; None when it can."""
+        return "differentiable=True" if group.get("differentiable") else None
+
+    def has_momentum(self, group: Group) -> bool:
+        return True
+
+    def rule(self, group: Group) -> spec.Rule:
+        raise TypeError(f"{type(self).__name__} must say how its rule is read off a group")
+
+    def init_state(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:
+        """Make the state as the base's own first step would."""
+
+    def after(self, group: Group) -> None:
+        """What the base does to the group once a step."""
+
+
+class FusedAdam(FusedRule):
+    """torch.optim.Adam and AdamW, with every flag but `differentiable`."""
+
+    def rule(self, group: Group) -> spec.AdamRule:
+        beta1, beta2 = group["betas"]
+        return spec.AdamRule(
+            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
+            decoupled=bool(group.get("decoupled_weight_decay", False)), amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+        )  # fmt: skip
+
+    def init_state(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:
+        if group["capturable"] or group["fused"]:  # torch keeps the count on the device for these
+            dtype = _get_scalar_dtype(is_fused=bool(group["fused"]))
+            state["step"] = torch.zeros((), dtype=dtype, device=p.device)
+        else:
+            state["step"] = torch.tensor(0.0, dtype=_get_scalar_dtype())
+        for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
+            state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+class FusedSGD(FusedRule):
+    """torch.optim.SGD with momentum, dampening, Nesterov, weight decay and maximize."""
+
+    def has_momentum(self, group: Group) -> bool:
+        return group["momentum"] != 0
+
+    def rule(self, group: Group) -> spec.SGDRule:
+        names = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
+        return spec.SGDRule(**{name: group[name] for name in names})
+
+
+class FusedLion(FusedRule):
+    """Lion of pytorch_optimizer, without its extras (gradient centralisation, AdaNorm, cautious, clipping)."""
+
+    def supports(self, group: Group) -> str | None:
+        for flag in ("use_gc", "adanorm", "cautious", "foreach_extra"):
+            if group.get(flag):
+                return f"{flag}={group[flag]}"
+        return super().supports(group)
+
+    def rule(self, group: Group) -> spec.LionRule:
+        lr, decay = group["lr"], group["weight_decay"]
+        decoupled = bool(group.get("weight_decouple", True))
+        factor = 1.0
+        if decoupled:
+            factor = 1.0 - decay * (1.0 if group.get("fixed_decay") else lr)
+        beta1, beta2 = group["betas"]
+        return spec.LionRule(
+            lr=lr, beta1=beta1, beta2=beta2, decay_factor=factor, weight_decay=0.0 if decoupled else decay,
+            maximize=bool(group.get("maximize", False)),
+        )  # fmt: skip
+
+    def init_state(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:
+        state["exp_avg"] = torch.zeros_like(p)
+
+    def after(self, group: Group) -> None:
+        group["step"] = group.get("step", 0) + 1
+
+
+_RULES: dict[str, Callable[[], FusedRule]] = {
+    "torch.optim.adam.Adam": FusedAdam,
+    "torch.optim.adamw.AdamW": FusedAdam,
+    "torch.optim.sgd.SGD": FusedSGD,
+    "pytorch_optimizer.optimizer.lion.Lion": FusedLion,
+}
+
+
+def fused_rule(base: Optimizer) -> FusedRule | None:
+    """The rule of a base that we know, by its exact class (a subclass may have changed the step); None otherwise."""
+    cls = type(base)
+    make = _RULES.get(f"{cls.__module__}.{cls.__qualname__}")
+    return None if make is None else make()

@@ -1,0 +1,233 @@
+"""Checkpoints, copies and pickles of `SelectiveUpdate`, and the state that is its own (see Note [our state entries])."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from selective.capture.base import Parameter, step_base
+from selective.capture.fused import FusedRule
+from selective.groups import PolicyGroup
+from selective.kernels import spec
+from selective.policies import Dense, Policy
+from selective.state import (
+    MOMENTUM, POLICY, POLICY_STATE, SEED, STEP, MergedState, base_part, check_layout, decode_policy, encode_policy,
+    own_part, restore_dtypes,
+)  # fmt: skip
+from selective.view import StepView, Tensors
+
+
+class Checkpointing(Optimizer):
+    """The half of `SelectiveUpdate` that is about what lasts."""
+
+    base: Optimizer
+    policy_groups: list[PolicyGroup]
+    _own: dict[Tensor, dict[str, Tensor]]
+    _seed: int
+    _steps: int
+    _momentum_beta: float | None
+    _constructing: bool
+
+    @property
+    def state(self) -> MergedState:  # type: ignore[override]
+        """The base's state and ours, by parameter: a live view with the keys of `state_dict()["state"]`."""
+        return MergedState(lambda: self.base.state, self._own_entries, lambda: list(self._own))
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if not self._constructing:
+            raise AttributeError("SelectiveUpdate.state is a view; load_state_dict changes the state")
+
+    def _group_of(self, param: Tensor) -> PolicyGroup | None:
+        for group, policy_group in zip(self.base.param_groups, self.policy_groups, strict=False):
+            if any(param is p for p in group["params"]):
+                return policy_group
+        return None
+
+    def _own_entries(self, param: Tensor) -> dict[str, Tensor]:
+        own = self._own.get(param)
+        group = self._group_of(param) if own is not None else None
+        return {} if own is None or group is None else self._saved_entries(own, group.policy)
+
+    def _saved_entries(self, own: dict[str, Tensor], policy: Policy) -> dict[str, Tensor]:
+        numbers = {STEP: torch.tensor(self._steps), SEED: torch.tensor(self._seed), POLICY: encode_policy(policy)}
+        return {**numbers, **own}
+
+    def _own_state(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
+        """The policy's state of one parameter, made on first use. The tensors are the stored ones."""
+        own = self._own_of(parameter, policy)
+        return {key[len(POLICY_STATE) :]: value for key, value in own.items() if key.startswith(POLICY_STATE)}
+
+    def _own_of(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
+        own = self._own.get(parameter.tensor)
+        if own is None:
+            view = StepView(
+                Tensors(parameter.tensor), reads=frozenset({"param"}), who=type(policy).__name__, name=parameter.name,
+                draw=spec.Draw(self._seed, self._steps), address=parameter.address,
+            )  # fmt: skip
+            own = {POLICY_STATE + key: value for key, value in policy.init_state(view).items()}
+            if self._momentum_beta is not None:
+                dtype = torch.float64 if parameter.tensor.dtype == torch.float64 else torch.float32
+                own[MOMENTUM] = torch.zeros_like(parameter.tensor, dtype=dtype)
+            self._own[parameter.tensor] = own
+        return own
+
+    def _own_momentum(self, parameter: Parameter) -> Tensor:
+        return self._own[parameter.tensor][MOMENTUM]
+
+    def _make_own_state(self) -> None:
+        """Our state for every parameter that has a gradient, as the base made its own."""
+        for policy_group, members in zip(self.policy_groups, self._parameters(), strict=True):
+            if isinstance(policy_group.policy, Dense):
+                continue
+            for parameter in members:
+                if parameter.tensor.grad is not None:
+                    self._own_of(parameter, policy_group.policy)
+
+    def _parameters(self) -> list[list[Parameter]]:
+        raise TypeError("Checkpointing is the half of SelectiveUpdate; it is not used alone")
+
+    def init_state(self) -> None:
+        """Make all state now, as the first step would, without moving a parameter.
+
+        For bases with a fused rule this is exactly their state before the first step. Other bases make theirs in a
+        step with zero gradients and learning rate 0, as torch.distributed.checkpoint does it; those that count steps
+        have counted one then.
+        """
+        for number, (group, members) in enumerate(zip(self.base.param_groups, self._parameters(), strict=True)):
+            rule: FusedRule | None = self._captures[number][1].rule  # type: ignore[attr-defined]
+            todo = [m for m in members if m.tensor.requires_grad and not self.base.state.get(m.tensor)]
+            if rule is not None:
+                for member in todo:
+                    rule.init_state(group, member.tensor, self.base.state[member.tensor])
+            elif todo:
+                _step_on_nothing(self.base, group, [member.tensor for member in todo])
+            policy = self.policy_groups[number].policy
+            for member in members:
+                if member.tensor.requires_grad and not isinstance(policy, Dense):
+                    self._own_of(member, policy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's form, `{"state", "param_groups"}`: the base's own, with our entries under `selective/`."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        found = dict(self.base.state_dict())
+        state = {index: dict(entries) for index, entries in found["state"].items()}
+        index = 0
+        for group, policy_group in zip(self.base.param_groups, self.policy_groups, strict=True):
+            for p in group["params"]:
+                if p in self._own:
+                    state.setdefault(index, {}).update(self._saved_entries(self._own[p], policy_group.policy))
+                index += 1
+        found["state"] = state
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            result = hook(self, found)
+            found = found if result is None else result
+        return found
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Load a checkpoint of this wrapper, or of the plain base. Everything is checked before anything is loaded.
+
+        dtypes are kept exactly. The checkpoint's hyper-parameters win, of the policy as of the base; a policy of
+        another kind is a ValueError.
+        """
+        found = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = hook(self, found)
+            found = found if result is None else dict(result)
+        check_layout(found, self.base.param_groups)
+        order = [index for group in found["param_groups"] for index in group["params"]]
+        ours = own_part(found)
+        policies = self._checked_policies(order, ours)
+        theirs = base_part(found)
+        self.base.load_state_dict(theirs)
+        parameters = [parameter for members in self._parameters() for parameter in members]
+        for index, parameter in zip(order, parameters, strict=True):
+            if index in theirs["state"]:
+                restore_dtypes(self.base.state[parameter.tensor], theirs["state"][index])
+        for policy_group, policy in zip(self.policy_groups, policies, strict=True):
+            policy_group.policy = policy
+        self._own = {
+            parameter.tensor: _own_tensors(ours[index], parameter.tensor)
+            for index, parameter in zip(order, parameters, strict=True)
+            if index in ours
+        }
+        for entries in ours.values():
+            self._steps, self._seed = int(entries.get(STEP, self._steps)), int(entries.get(SEED, self._seed))
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _checked_policies(self, order: list[Any], ours: dict[Any, dict[str, Tensor]]) -> list[Policy]:
+        """The policies after loading, by group; a ValueError where the checkpoint's is of another kind."""
+        policies: list[Policy] = []
+        position = 0
+        for number, (policy_group, members) in enumerate(zip(self.policy_groups, self._parameters(), strict=True)):
+            policy = policy_group.policy
+            indices = order[position : position + len(members)]
+            position += len(members)
+            for index, member in zip(indices, members, strict=True):
+                if index in ours and POLICY in ours[index]:
+                    saved = decode_policy(ours[index][POLICY], f"param_groups[{number}]")
+                    if saved.kind != policy.kind:
+                        raise ValueError(
+                            f"SelectiveUpdate: param_groups[{number}] has the policy {policy!r}, the checkpoint was made "
+                            f"with {saved!r}; construct the optimizer with that policy, or load only the base's part "
+                            f"(selective.base_part(state_dict))"
+                        )
+                    self._check_own_shapes(ours[index], member, saved)
+                    policy_group_policy = saved
+                    policies.append(policy_group_policy)
+                    break
+            else:
+                policies.append(policy)
+        return policies
+
+    def _check_own_shapes(self, entries: dict[str, Tensor], member: Parameter, policy: Policy) -> None:
+        if (MOMENTUM in entries) != (self._momentum_beta is not None):
+            had = "was" if MOMENTUM in entries else "was not"
+            raise ValueError(
+                f"SelectiveUpdate: the checkpoint {had} made with momentum_beta; construct the optimizer the same way"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        hooks = {name for name in self.__dict__ if name.endswith("_hooks")}
+        return {k: v for k, v in self.__dict__.items() if k not in hooks and k not in ("step", "_report", "defaults")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__.update(_report=None, defaults=self.base.defaults)
+        Optimizer.__setstate__(self, {})
+
+    def __repr__(self) -> str:
+        policies = ", ".join(repr(group.policy) for group in self.policy_groups)
+        return f"{type(self).__name__}({self.base!r}, policy={policies})"
+
+
+def _own_tensors(entries: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
+    kept = {k: v for k, v in entries.items() if k == MOMENTUM or k.startswith(POLICY_STATE)}
+    return {key: cast(Tensor, value).detach().clone().to(param.device) for key, value in kept.items()}
+
+
+def _step_on_nothing(base: Optimizer, group: dict[str, Any], params: list[Tensor]) -> None:
+    """Let the base make its state for these parameters: zero gradients, learning rate 0, parameters put back."""
+    saved = [(p, p.detach().clone(), p.grad) for p in group["params"]]
+    rate = group.get("lr")
+    for p in group["params"]:
+        p.grad = None
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    try:
+        if rate is not None:
+            group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
+        step_base(base, [group])
+    finally:
+        if rate is not None:
+            group["lr"] = rate
+        with torch.no_grad():
+            for p, value, grad in saved:
+                p.copy_(value)
+                p.grad = grad

@@ -1,0 +1,76 @@
+"""What `opt.explain()` prints."""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer
+
+from selective.capture.choose import Capture
+from selective.capture.custom import has_own_code
+from selective.groups import PolicyGroup
+
+_MEMORY = {
+    "dense": "none",
+    "fused": "none that lasts; during the step at most a few times the largest tensor",
+    "scratch": "one copy of the group's parameters during the step",
+    "delta": "two copies of the group's parameters during the step",
+}
+
+
+def explain(
+    base: Optimizer, policy_groups: list[PolicyGroup], captures: list[Capture], momentum_beta: float | None
+) -> str:
+    """One paragraph a parameter group, in plain words."""
+    lines = [f"SelectiveUpdate over {type(base).__module__}.{type(base).__name__}"]
+    for number, (policy_group, capture) in enumerate(zip(policy_groups, captures, strict=True)):
+        group = base.param_groups[number]
+        count = sum(p.numel() for p in group["params"])
+        lines += [
+            f"param_groups[{number}]: {len(group['params'])} tensors, {count:,} elements",
+            f"  policy    {policy_group.policy!r}",
+            f"  capture   {capture.way}: {capture.reason}",
+            f"  decay     {_decay(capture)}",
+            f"  momentum  {_momentum(capture, group, momentum_beta)}",
+            f"  memory    {_memory(policy_group, capture)}",
+        ]
+        notes = _notes(capture)
+        if notes:
+            lines.append(f"  note      {notes}")
+    return "\n".join(lines)
+
+
+def _decay(capture: Capture) -> str:
+    facts = capture.facts
+    if facts.decay == "none":
+        return "none"
+    if facts.decay == "coupled":
+        return "coupled: added to the gradient, so the policy sees it"
+    if facts.decay == "inside":
+        return "inside the base's update, and masked with it"
+    return f"decoupled, the parameter × ({facts.decay_rule}): reaches every coordinate, never masked"
+
+
+def _momentum(capture: Capture, group: dict[str, object], momentum_beta: float | None) -> str:
+    if momentum_beta is not None:
+        return f"our own, with momentum_beta={momentum_beta}"
+    if not capture.has_momentum(group):
+        return "none; a policy that needs one takes momentum_beta=0.9"
+    key = capture.facts.momentum_key
+    return f"the base's state[{key!r}]" if key else "the base's own"
+
+
+def _memory(policy_group: PolicyGroup, capture: Capture) -> str:
+    if capture.way == "fused" and has_own_code(policy_group.policy):
+        return "one copy of the group's parameters during the step, because the policy is your own code"
+    return _MEMORY[capture.way]
+
+
+def _notes(capture: Capture) -> str:
+    facts = capture.facts
+    found = []
+    if facts.writes_grad:
+        found.append("the base writes on .grad, so a copy is kept for the policy")
+    if facts.clears_grad:
+        found.append("the base clears .grad in its step")
+    if facts.source == "measured":
+        found.append("an unknown class: found out by stepping a small stand-in")
+    return "; ".join(found)

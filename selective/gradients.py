@@ -1,0 +1,54 @@
+"""Step 2: looking at the gradients before anything moves."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from selective.capture.base import Parameter
+from selective.groups import PolicyGroup
+from selective.policies import Dense
+
+OnNonfinite = Literal["ignore", "skip", "raise"]
+
+
+def check_gradients(
+    groups: list[dict[str, Any]], policy_groups: list[PolicyGroup], parameters: list[list[Parameter]]
+) -> None:
+    """Refuse sparse and complex gradients where a policy has to look at them, by the parameter's name."""
+    for policy_group, members in zip(policy_groups, parameters, strict=True):
+        if isinstance(policy_group.policy, Dense):
+            continue  # handed to the base as they are
+        for parameter in members:
+            grad = parameter.tensor.grad
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise ValueError(
+                    f"SelectiveUpdate: parameter {parameter.name!r} has a sparse gradient; use nn.Embedding(sparse=False), "
+                    f"or put it into a parameter group with policy None"
+                )
+            if parameter.tensor.is_complex():
+                raise ValueError(
+                    f"SelectiveUpdate: parameter {parameter.name!r} is complex; a mask by sign or rank has no meaning "
+                    f"there. Train torch.view_as_real of it, or put it into a parameter group with policy None"
+                )
+
+
+def nonfinite_gradient(parameters: list[list[Parameter]]) -> str | None:
+    """The name of the first parameter whose gradient holds NaN or infinity. One synchronisation with a GPU."""
+    present = [p for members in parameters for p in members if p.tensor.grad is not None]
+    if not present:
+        return None
+    # the sum of |g| * 0 is 0 or NaN: one number a tensor, without a mask of the tensor's size
+    flags = [torch.linalg.vector_norm(_values(p), ord=float("inf")).isfinite() for p in present]
+    finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+    return next((p.name for p, ok in zip(present, finite, strict=True) if not ok), None)
+
+
+def _values(parameter: Parameter) -> torch.Tensor:
+    grad = parameter.tensor.grad
+    assert grad is not None
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    return values.float() if values.numel() else torch.zeros(1, device=values.device)

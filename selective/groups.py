@@ -1,0 +1,70 @@
+"""Policies of parameter groups: a table of the wrapper's own, beside the base's groups and never inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+from selective.policies import Policy, policy_from
+
+
+class PolicyGroup(MutableMapping[str, Any]):
+    """The policy of one parameter group, with its hyper-parameters by name.
+
+    `opt.policy_groups[0]["alpha"] = 1.5` is validated at once and used from the next step on, so that a scheduler can
+    move it as it moves `lr`. Nested ones have dotted names (`"selection.fraction"`). The set of names is fixed.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def _dump(self) -> dict[str, Any]:
+        return self.policy.model_dump()
+
+    def __getitem__(self, name: str) -> Any:
+        value: Any = self._dump()
+        for part in name.split("."):
+            if not isinstance(value, dict) or part not in value or part == "kind":
+                raise KeyError(self._no_such(name))
+            value = value[part]
+        return value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self:
+            raise KeyError(self._no_such(name))
+        data = self._dump()
+        *path, last = name.split(".")
+        inner = data
+        for part in path:
+            inner = inner[part]
+        inner[last] = value
+        self.policy = type(self.policy).model_validate(data)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{type(self.policy).__name__}: the hyper-parameters of a policy can be set, not removed")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_leaves(self._dump(), ""))
+
+    def __len__(self) -> int:
+        return len(_leaves(self._dump(), ""))
+
+    def _no_such(self, name: str) -> str:
+        return f"{type(self.policy).__name__} has no hyper-parameter {name!r}; it has {', '.join(self) or 'none'}"
+
+    def __repr__(self) -> str:
+        return f"PolicyGroup({self.policy!r})"
+
+
+def _leaves(data: dict[str, Any], prefix: str) -> list[str]:
+    names: list[str] = []
+    for key, value in data.items():
+        if key == "kind":
+            continue
+        names += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return names
+
+
+def take_policy(group: dict[str, Any], default: Policy) -> Policy:
+    """Move a group's `policy` out of it: the default where it names none, `Dense()` where it says None."""
+    return policy_from(group.pop("policy")) if "policy" in group else default

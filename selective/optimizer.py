@@ -1,0 +1,288 @@
+"""SelectiveUpdate: the step, and being an optimizer. What is saved is in checkpoint.py, who decides in policies/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from selective.bound import Bindable
+from selective.capture.base import DenseJob, Job, Parameter, StepContext, base_hooks, scalar, step_base
+from selective.capture.choose import Capture, CaptureName, choose_capture
+from selective.capture.custom import PolicyError, has_own_code
+from selective.checkpoint import Checkpointing
+from selective.explain import explain
+from selective.gradients import OnNonfinite, check_gradients, nonfinite_gradient
+from selective.groups import PolicyGroup, take_policy
+from selective.kernels import spec
+from selective.policies import Dense, Policy, policy_from
+from selective.statistics import Report
+
+
+class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
+    """Makes any momentum optimizer selective: each coordinate of its update is multiplied by a policy's mask.
+
+        opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGUP())
+
+    It is a `torch.optim.Optimizer` over the base's own parameter groups and state: schedulers, checkpoints, gradient
+    scalers and clipping work as they do with the base.
+
+    Args:
+        base: the optimizer to wrap. Don't step it yourself any more.
+        policy: a `Policy`, a kind's name ("MGUP") or a dict with a `kind`; None is `Dense()`. A `policy` in one of the
+            base's parameter groups overrides it for that group (None there: dense) and is moved to `policy_groups`.
+        capture: how the base's update is obtained: "fused", "scratch" or "delta"; "auto" takes the first that is right
+            for this base. `explain()` says which, and why.
+        momentum_beta: keep a first moment of our own, m <- beta m + (1 - beta) g in float32, for bases without one.
+        on_nonfinite: NaN or infinite gradients: "ignore" as torch does; "skip" the whole step; "raise" with the
+            parameter's name. The last two synchronise with a GPU. Nothing has moved when they act.
+        seed: of random policies. They draw by address (seed, step, parameter, element): the same after a resume and on
+            every rank; torch's generators are not touched.
+        statistics: collect what `statistics()` reports in every step. It stays on the device.
+        stochastic_rounding: round bfloat16 and float16 parameters stochastically, by address, instead of to nearest.
+
+    Raises:
+        TypeError: `base` is no `torch.optim.Optimizer`.
+        ValueError: the base can't be wrapped, or the policy needs a momentum that it does not have; with the reason.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        policy: Policy | dict[str, Any] | str | None = None,
+        *,
+        capture: CaptureName = "auto",
+        momentum_beta: float | None = None,
+        on_nonfinite: OnNonfinite = "ignore",
+        seed: int = 0,
+        statistics: bool = True,
+        stochastic_rounding: bool = False,
+    ) -> None:
+        _check_arguments(base, capture, momentum_beta, on_nonfinite, seed)
+        self.base = base
+        self._default = policy_from(policy)
+        self._wanted: CaptureName = capture
+        self._momentum_beta = momentum_beta
+        self._on_nonfinite: OnNonfinite = on_nonfinite
+        self._seed, self._steps = seed, 0
+        self._statistics = statistics
+        self._stochastic_rounding = stochastic_rounding
+        self._report: Report | None = None
+        self._own: dict[Tensor, dict[str, Tensor]] = {}
+        self.policy_groups: list[PolicyGroup] = []
+        self._captures: list[tuple[object, Capture]] = []
+        self._constructing = True  # torch's constructor would build groups of its own; ours are the base's
+        Optimizer.__init__(self, base.param_groups, base.defaults)
+        self._constructing = False
+        self._plan()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base's own list: what a scheduler or a user changes in it, the base sees."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if not self._constructing:
+            self.base.param_groups = groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base; a `policy` in it overrides the wrapper's for this group."""
+        if self._constructing:
+            return
+        group = dict(param_group)
+        policy = take_policy(group, self._default)
+        self.base.add_param_group(group)
+        self.policy_groups.append(PolicyGroup(policy))
+        try:
+            self._plan()
+        except Exception:
+            self.base.param_groups.pop()
+            self.policy_groups.pop()
+            raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base's own `zero_grad`."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what schedule-like bases have and training loops call. Forwarding everything would hand a GradScaler the
+        # base's private flag that it unscales gradients itself.
+        if name in ("train", "eval") and hasattr(self.__dict__.get("base"), name):
+            return getattr(self.__dict__["base"], name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. Returns what the closure returns.
+
+        1. Run the closure, if any, with gradients enabled, once.
+        2. Look at the gradients; all our own checks run here, before anything has moved.
+        3. (A preconditioner refreshes its basis here.)
+        4. (... and rotates the gradients.)
+        5. The base's rule: moments move, always densely; out comes u.
+        6. Select, then strengthen: mask = policy(g, u, m).
+        7. Apply p <- factor p - mask ⊙ u; decoupled decay reaches every coordinate and is never masked.
+        8. Count the step, hand out its statistics.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()  # 1
+        self._plan()
+        check_gradients(self.param_groups, self.policy_groups, self._parameters())  # 2
+        if self._is_initialisation():
+            with base_hooks(self.base):
+                step_base(self.base, self.param_groups)
+            self._make_own_state()
+            return loss
+        if self._on_nonfinite != "ignore":
+            where = nonfinite_gradient(self._parameters())
+            if where is not None and self._on_nonfinite == "raise":
+                raise FloatingPointError(
+                    f"SelectiveUpdate: the gradient of parameter {where!r} is not finite in step {self._steps}; "
+                    f"nothing has moved. Clip or skip (on_nonfinite='skip')"
+                )
+            if where is not None:
+                return loss
+        report = Report() if self._statistics else None
+        self._run(self._jobs(report))  # 5 to 7
+        self._steps += 1  # 8
+        self._report = report
+        return loss
+
+    def statistics(self) -> dict[str, dict[str, Tensor]]:
+        """What the last step selected, for each parameter by name; see `selective.statistics.Report.read`.
+
+        0-d float32 tensors on the parameter's device; reading them on the host is what synchronises. Groups whose
+        policy is `Dense()` are not in it, nor is anything before the first step.
+        """
+        if not self._statistics:
+            raise RuntimeError("SelectiveUpdate: nothing was collected; construct it with statistics=True")
+        return {} if self._report is None else self._report.read()
+
+    def explain(self) -> str:
+        """For each parameter group: its policy, how the update is captured and why, decay, momentum, extra memory."""
+        self._plan()
+        captures = [capture for _, capture in self._captures]
+        return explain(self.base, self.policy_groups, captures, self._momentum_beta)
+
+    def _parameters(self) -> list[list[Parameter]]:
+        """The parameters by group, with address and name."""
+        found: list[list[Parameter]] = []
+        address = 0
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [f"param_groups[{number}][{i}]" for i in range(len(group["params"]))]
+            found.append([Parameter(p, address + i, names[i]) for i, p in enumerate(group["params"])])
+            address += len(group["params"])
+        return found
+
+    def _plan(self) -> None:
+        """Keep policies and captures in step with the base's groups, which may have changed under us."""
+        groups = self.param_groups
+        for group in groups[len(self.policy_groups) :]:  # at construction, or added on the base itself
+            self.policy_groups.append(PolicyGroup(take_policy(group, self._default)))
+        if len(self.policy_groups) > len(groups):
+            raise RuntimeError(
+                f"SelectiveUpdate: the base has {len(groups)} parameter groups, policy_groups {len(self.policy_groups)}: "
+                f"a group was removed; delete the same index from opt.policy_groups"
+            )
+        captures = []
+        for number, (group, policy_group) in enumerate(zip(groups, self.policy_groups, strict=True)):
+            key = _capture_key(self.base, group, policy_group.policy)
+            known = self._captures[number] if number < len(self._captures) else None
+            if known is not None and known[0] == key:
+                captures.append(known)
+                continue
+            own = self._momentum_beta is not None
+            capture = choose_capture(self.base, group, policy_group.policy, self._wanted, own)
+            _check_momentum(self.base, group, number, policy_group.policy, capture, own)
+            captures.append((key, capture))
+        self._captures = captures
+
+    def _jobs(self, report: Report | None) -> list[Job]:
+        context = StepContext(
+            base=self.base, draw=spec.Draw(self._seed, self._steps), own_state=self._own_state,
+            own_momentum=None if self._momentum_beta is None else self._own_momentum,
+            momentum_beta=self._momentum_beta, report=report, stochastic_rounding=self._stochastic_rounding,
+        )  # fmt: skip
+        jobs = []
+        plan = zip(self.param_groups, self.policy_groups, self._captures, self._parameters(), strict=True)
+        for group, policy_group, (_, capture), parameters in plan:
+            present = [parameter for parameter in parameters if parameter.tensor.grad is not None]
+            jobs.append(capture.job(context, group, present, policy_group.policy))
+        return jobs
+
+    def _run(self, jobs: list[Job]) -> None:
+        """Steps 5 to 7. When anything raises, the parameters are put back."""
+        custom = [job for job in jobs if has_own_code(job.policy)]
+        for job in jobs:
+            if isinstance(job, DenseJob):
+                job.keep_copy = bool(custom)
+        with base_hooks(self.base):
+            try:
+                for job in jobs:
+                    job.prepare()
+                stepping = [job.group for job in jobs if job.steps_base]
+                if stepping:
+                    step_base(self.base, stepping)
+                for job in sorted(jobs, key=lambda job: not has_own_code(job.policy)):  # what may raise goes first
+                    current = job
+                    job.finish()
+            except BaseException as error:
+                for job in jobs:
+                    job.restore()
+                if custom and "current" in locals() and isinstance(error, Exception):
+                    raise PolicyError(
+                        f"SelectiveUpdate: {type(current.policy).__name__} failed in step {self._steps}: {error}\n"
+                        f"Parameters are as they were before the step; moments have moved."
+                    ) from error
+                raise
+
+    def _is_initialisation(self) -> bool:
+        """Whether this is torch.distributed.checkpoint's way to make state: learning rate 0 and zero gradients."""
+        rates = [group.get("lr") for group in self.param_groups]
+        if any(r is None or (isinstance(r, Tensor) and r.device.type != "cpu") or scalar(r) != 0.0 for r in rates):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return bool(grads) and not any(bool(grad.any()) for grad in grads)
+
+
+def _check_arguments(base: object, capture: str, momentum_beta: float | None, on_nonfinite: str, seed: int) -> None:
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            f"SelectiveUpdate: base is a {type(base).__name__}, must be a torch.optim.Optimizer; "
+            f"build it first: SelectiveUpdate(torch.optim.AdamW(model.parameters()), policy=...)"
+        )
+    if isinstance(base, SelectiveUpdate):
+        raise TypeError("SelectiveUpdate: base is a SelectiveUpdate already; give its base, or combine the two policies")
+    if capture not in ("auto", "fused", "scratch", "delta"):
+        raise ValueError(f"SelectiveUpdate: capture is {capture!r}, must be 'auto', 'fused', 'scratch' or 'delta'")
+    if on_nonfinite not in ("ignore", "skip", "raise"):
+        raise ValueError(f"SelectiveUpdate: on_nonfinite is {on_nonfinite!r}, must be 'ignore', 'skip' or 'raise'")
+    if momentum_beta is not None and not 0 <= momentum_beta < 1:
+        raise ValueError(f"SelectiveUpdate: momentum_beta is {momentum_beta}, must be in [0, 1)")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"SelectiveUpdate: seed is {seed!r}, must be an integer in [0, 2**63)")
+
+
+def _capture_key(base: Optimizer, group: dict[str, Any], policy: Policy) -> object:
+    """What the choice of a capture depends on; while it stays the same, nothing is asked again."""
+    skip = ("params", "lr", "step", "initial_lr", "param_names")
+    flags = tuple((k, v) for k, v in group.items() if k not in skip and isinstance(v, (bool, str, int, float)))
+    layout = frozenset((p.dtype, p.device.type, p.dim()) for p in group["params"])
+    return type(base), flags, layout, isinstance(policy, Dense), policy.needs()
+
+
+def _check_momentum(
+    base: Optimizer, group: dict[str, Any], number: int, policy: Policy, capture: Capture, own: bool
+) -> None:
+    wanted = policy.needs() & {"momentum", "previous_momentum"}
+    if wanted and not own and not capture.has_momentum(group):
+        raise ValueError(
+            f"SelectiveUpdate: {policy!r} needs the base's momentum, and {type(base).__name__} (param_groups[{number}]) "
+            f"keeps no first moment of the gradient; pass momentum_beta=0.9 and the wrapper keeps its own"
+        )

@@ -1,0 +1,32 @@
+"""AlphaConsistency: our reading of AlphaAdam (arXiv 2501.18094)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from selective.policies.policy import Policy
+from selective.policies.selections import Agreement, Selection
+from selective.policies.strengths import AnyStrength, NormPreserving, Strength
+
+
+class AlphaConsistency(Policy):
+    """Step only where the historical momentum agrees with the gradient, stronger to make up for the rest.
+
+        phi = 1[m_{t-1} ⊙ g > 0],  alpha = min(cap, ‖m_t‖ / ‖phi ⊙ m_t‖),  update = alpha · phi ⊙ u
+
+    Source: AlphaAdam, arXiv 2501.18094: the mask from the consistency of historical momentum and gradient direction,
+    and an adaptive ("dynamic alpha") strength that compensates for what was masked out. The formula of alpha, its norm
+    and its clipping could not be read anywhere (v2 was withdrawn over a theorem's assumption, the code is gone): they
+    are our choice, and this is not "AlphaAdam exactly". The norm is of the momentum because every momentum optimizer
+    has one. A tensor whose previous momentum is zero (the first step) is stepped densely.
+
+    Other readings: `momentum="current"`; `strength=` `MeanPreserving(...)`, `Fixed(selected=alpha, rest=gamma)`,
+    `NormPreserving(of="update" or "gradient")`, or a `rest` > 0 (attenuated instead of zeroed).
+    """
+
+    momentum: Literal["previous", "current"] = "previous"
+    strength: AnyStrength = NormPreserving(of="momentum", rest=0.0, cap=2.0)
+    strict: bool = True
+
+    def parts(self) -> tuple[Selection, Strength]:
+        return Agreement(momentum=self.momentum, of="momentum", strict=self.strict), self.strength

@@ -1,0 +1,41 @@
+"""Cautious and Grams: what to do where the step and the gradient disagree in sign."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from selective.policies.policy import Policy
+from selective.policies.selections import Agreement, Selection
+from selective.policies.strengths import Fixed, MeanPreserving, Strength
+
+
+class Cautious(Policy):
+    """Step only where u ⊙ g > 0, scaled so that the mean multiplier is 1.
+
+    Source: Cautious Optimizers, arXiv 2411.16085: u ⊙ phi / mean(phi). Their code clamps mean(phi) at 1e-3, so that a
+    single aligned coordinate in a million is scaled by 1,000; here the scale is at most `cap`. `rest` > 0 attenuates
+    instead of zeroing.
+    """
+
+    rest: float = Field(0.0, ge=-1, le=1)
+    cap: float = Field(10.0, gt=0)
+    estimate: Literal["exact", "sampled"] = "exact"
+
+    def parts(self) -> tuple[Selection, Strength]:
+        return Agreement(of="update"), MeanPreserving(rest=self.rest, cap=self.cap, estimate=self.estimate)
+
+
+class Grams(Policy):
+    """The sign of the gradient, the magnitude of the update: × 1 where they agree, × -1 where not.
+
+    Source: Grams, arXiv 2412.17107: sign(g) ⊙ |u|. Where g is exactly 0 theirs does not move; ours agrees or disagrees
+    by u ⊙ g > 0 and takes × -1 there, which differs only for coordinates whose gradient is exactly 0; set
+    `strict=False` to take × 1 there instead.
+    """
+
+    strict: bool = True
+
+    def parts(self) -> tuple[Selection, Strength]:
+        return Agreement(of="update", strict=self.strict), Fixed(selected=1.0, rest=-1.0)

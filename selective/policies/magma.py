@@ -1,0 +1,38 @@
+"""Magma and SkipUpdate: a coin for each tensor (arXiv 2602.15322)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from selective.policies.policy import Policy
+from selective.policies.selections import Bernoulli, Selection
+from selective.policies.strengths import Alignment, Fixed, Strength
+
+
+class Magma(Policy):
+    """A coin for each tensor; kept ones × s, s = 0.9 s + 0.1 sigmoid(cos(m, g) / 2), the others stand still.
+
+    Source: arXiv 2602.15322, as restated by others. s starts at 1 [ours]. The mean multiplier is about a quarter:
+    retune the learning rate. The paper masks attention and MLP matrices only: route it to them with a parameter
+    group's `policy`. Moments always move densely.
+    """
+
+    probability: float = Field(0.5, gt=0, le=1)
+    temperature: float = Field(2.0, gt=0)
+    smoothing: float = Field(0.9, ge=0, lt=1)
+
+    def parts(self) -> tuple[Selection, Strength]:
+        strength = Alignment(temperature=self.temperature, smoothing=self.smoothing)
+        return Bernoulli(probability=self.probability, unit="tensor"), strength
+
+
+class SkipUpdate(Policy):
+    """A coin for each tensor; kept ones × 1/probability, the others stand still.
+
+    Source: arXiv 2602.15322, as restated by others (a fair coin, × 2 when kept).
+    """
+
+    probability: float = Field(0.5, gt=0, le=1)
+
+    def parts(self) -> tuple[Selection, Strength]:
+        return Bernoulli(probability=self.probability, unit="tensor"), Fixed(selected=1.0 / self.probability, rest=0.0)

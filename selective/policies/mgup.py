@@ -1,0 +1,52 @@
+"""MGUP: momentum-gradient alignment, by rank or by sign (NeurIPS 2025, arXiv 2606.17526)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from selective.policies.policy import Policy
+from selective.policies.selections import Agreement, Selection, TopK
+from selective.policies.strengths import Fixed, Strength
+
+
+class MGUP(Policy):
+    """The K = int(tau d) coordinates with the largest signed score u ⊙ g get × alpha, the rest × gamma.
+
+    Source: arXiv 2606.17526; alpha = 1/tau and gamma = tau unless given. How the official code differs: its gamma is
+    0.1, and a tensor with K = 0 (one element) stays at × gamma for ever, where we leave it dense.
+    `MGUP(alpha=2, gamma=0.1)` follows its AdamW and Lion, with `score="nesterov"` its Muon. For large models the
+    authors advise alpha in [1, 1.5] and gamma in [0.5, 1]. gamma > 0 is what their convergence proof needs.
+    """
+
+    tau: float = Field(0.5, gt=0, le=1)
+    alpha: float | None = Field(None, ge=0)
+    gamma: float | None = Field(None, ge=0)
+    score: Literal["update", "momentum", "nesterov"] = "update"
+    quantile: Literal["exact", "sampled"] = "exact"
+
+    def parts(self) -> tuple[Selection, Strength]:
+        return (
+            TopK(fraction=self.tau, score=self.score, quantile=self.quantile),
+            _two_constants(self.tau, self.alpha, self.gamma),
+        )
+
+
+class CautiousMGUP(Policy):
+    """MGUP without the ranking: × alpha where u ⊙ g ≥ 0, × gamma elsewhere.
+
+    Source: arXiv 2606.17526; ≥ as in the official code, the paper has > (`strict=True`). alpha and gamma as in `MGUP`.
+    """
+
+    tau: float = Field(0.5, gt=0, le=1)
+    alpha: float | None = Field(None, ge=0)
+    gamma: float | None = Field(None, ge=0)
+    strict: bool = False
+
+    def parts(self) -> tuple[Selection, Strength]:
+        return Agreement(of="update", strict=self.strict), _two_constants(self.tau, self.alpha, self.gamma)
+
+
+def _two_constants(tau: float, alpha: float | None, gamma: float | None) -> Fixed:
+    return Fixed(selected=1.0 / tau if alpha is None else alpha, rest=tau if gamma is None else gamma)

@@ -1,0 +1,108 @@
+"""Policy: a selection and a strength under one name, or a mask of your own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BeforeValidator, SerializeAsAny
+from torch import Tensor
+
+from selective.policies.base import Configured
+from selective.policies.selections import AnySelection, Selection
+from selective.policies.strengths import AnyStrength, Strength
+from selective.view import StepView
+
+
+class Policy(Configured):
+    """Says by how much each coordinate of an update is multiplied.
+
+    Three ways to have one:
+
+    - combine: `Policy(selection=TopK(fraction=0.3), strength=Fixed(selected=2, rest=0.5))`;
+    - take a named one (`MGUP()`, `Cautious()`, ...), which is a subclass with its paper's symbols as fields;
+    - subclass with a `mask(view)` of your own, and pydantic fields as hyper-parameters.
+
+    A policy never writes; state lives in the optimizer (`init_state`).
+    """
+
+    _family: ClassVar[str] = "policy"
+    _registry: ClassVar[dict[str, type[Configured]]] = {}
+
+    reads: ClassVar[frozenset[str]] = frozenset({"update", "grad"})
+    """Which of update, grad, momentum, previous_momentum, param a custom `mask` reads."""
+    scope: ClassVar[Literal["tensor", "row", "element"]] = "tensor"
+    """What of a parameter `mask` has to see at once: all of it, whole rows, or any shard there is."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **data: Any) -> None: ...
+
+    def __new__(cls, *args: Any, **data: Any) -> Policy:
+        # Policy(selection=..., strength=...) is a Combined: the fields are kept off Policy itself, so that a custom
+        # policy doesn't inherit two that mean nothing to it.
+        return object.__new__(Combined if cls is Policy else cls)
+
+    def parts(self) -> tuple[Selection, Strength] | None:
+        """The selection and strength this policy stands for; None where it only has a `mask`."""
+        return None
+
+    def needs(self) -> frozenset[str]:
+        """Which tensors of the view this policy reads."""
+        parts = self.parts()
+        if parts is None:
+            return self.reads
+        return parts[0].needs() | parts[1].needs()
+
+    def init_state(self, view: StepView) -> dict[str, Tensor]:
+        """State to keep for one parameter: tensors, 0-d or shaped like it. Called once, before its first step."""
+        parts = self.parts()
+        return {} if parts is None else parts[1].init_state(view)
+
+    def mask(self, view: StepView) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The multiplier per coordinate: a bool or float tensor that broadcasts to the parameter.
+
+        Return `(mask, state)` to update the state. Not called on empty tensors.
+        """
+        parts = self.parts()
+        if parts is None:
+            raise TypeError(f"{type(self).__name__}: override mask(view), or parts() to name a selection and a strength")
+        selection, strength = parts
+        selected = selection.select(view)
+        if is_dense_top_k(selection, selected.numel()):
+            a, b, state = 1.0, 1.0, dict(view.state)
+        else:
+            a, b, state = strength.multipliers(view, selected)
+        one = torch.ones((), dtype=view.dtype, device=view.device)
+        return torch.where(selected, one * a, one * b), state
+
+
+def is_dense_top_k(selection: Selection, numel: int) -> bool:
+    """Whether this is a top-K whose K is 0 on a tensor of so many elements: such a tensor is left dense."""
+    described = selection.spec()
+    return described is not None and described.kind == "top_k" and int(described.fraction * numel) == 0
+
+
+class Combined(Policy):
+    """What `Policy(selection=..., strength=...)` makes."""
+
+    kind: ClassVar[str] = "Policy"
+    selection: AnySelection
+    strength: AnyStrength
+
+    def __repr_name__(self) -> str:
+        return "Policy"
+
+    def parts(self) -> tuple[Selection, Strength]:
+        return self.selection, self.strength
+
+
+def policy_from(data: Any) -> Policy:
+    """A policy from a `Policy`, a kind's name ("MGUP"), a dict with a `kind`, or JSON text; None is `Dense()`.
+
+    Errors: `pydantic.ValidationError` for keys and values, with path and bound; `ValueError` for an unknown kind.
+    """
+    return Policy.from_data("Dense" if data is None else data)
+
+
+AnyPolicy = Annotated[SerializeAsAny[Policy], BeforeValidator(Policy.from_data)]

@@ -1,0 +1,91 @@
+"""RandomMask: the baseline, and the matched control of another policy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from selective.kernels import top_k
+from selective.policies.policy import AnyPolicy, Policy, is_dense_top_k
+from selective.policies.selections import Bernoulli, Selection
+from selective.policies.strengths import Fixed, Strength
+from selective.view import StepView
+
+
+class RandomMask(Policy):
+    """A fair coin for each coordinate, by address: × 1/probability or × 0 (unless `selected` and `rest` say otherwise)."""
+
+    probability: float = Field(0.5, gt=0, le=1)
+    unit: Literal["element", "row", "tensor"] = "element"
+    selected: float | None = None
+    rest: float = 0.0
+
+    def parts(self) -> tuple[Selection, Strength]:
+        selected = 1.0 / self.probability if self.selected is None else self.selected
+        return Bernoulli(probability=self.probability, unit=self.unit), Fixed(selected=selected, rest=self.rest)
+
+    @staticmethod
+    def matching(policy: Policy, norm: bool = True, cap: float = 10.0) -> MatchedRandomMask:
+        """The control of `policy`: as many coordinates of each tensor at the same strengths, but random ones."""
+        return MatchedRandomMask(policy=policy, norm=norm, cap=cap)
+
+
+class MatchedRandomMask(Policy):
+    """Selects as many coordinates of each tensor as `policy` does in that step, at random, at the same strengths.
+
+    With `norm` the mask is scaled, by at most `cap`, so that ‖mask ⊙ u‖ of each tensor is that policy's: the only
+    difference left is *which* coordinates. The random subset has exactly the policy's size. `policy` must have a
+    selection and a strength; what it keeps as state (Magma's average) the control keeps too.
+    """
+
+    policy: AnyPolicy
+    norm: bool = True
+    cap: float = Field(10.0, gt=0)
+
+    def needs(self) -> frozenset[str]:
+        return self.policy.needs() | {"update"}
+
+    def init_state(self, view: StepView) -> dict[str, Tensor]:
+        return self.policy.init_state(view)
+
+    def _matched_parts(self) -> tuple[Selection, Strength]:
+        parts = self.policy.parts()
+        if parts is None:
+            raise TypeError(
+                f"RandomMask.matching({self.policy!r}): a control needs to know which coordinates the policy selects; "
+                f"build it as Policy(selection=..., strength=...) instead of with a mask of its own"
+            )
+        return parts
+
+    def model_post_init(self, context: object) -> None:
+        self._matched_parts()  # refuse where it is written, not in the first step
+
+    def mask(self, view: StepView) -> tuple[Tensor, dict[str, Tensor]]:
+        selection, strength = self._matched_parts()
+        theirs = selection.select(view)
+        one = torch.ones((), dtype=view.dtype, device=view.device)
+        if is_dense_top_k(selection, theirs.numel()):
+            return one, dict(view.state)
+        a, b, state = strength.multipliers(view, theirs)
+        ours = _random_subset(view, theirs)
+        mask = torch.where(ours, one * a, one * b)
+        if self.norm:
+            wanted = view.norm(torch.where(theirs, one * a, one * b) * view.update)
+            have = view.norm(mask * view.update)
+            ratio = torch.where(have > 0, wanted / torch.where(have > 0, have, one), one)
+            mask = mask * ratio.clamp(max=self.cap)
+        return mask, state
+
+
+def _random_subset(view: StepView, theirs: Tensor) -> Tensor:
+    """As many coordinates as `theirs` selects, the ones with the largest random numbers; without a host sync."""
+    numbers = view.random().to(view.dtype)
+    if numbers.device.type == "cpu":
+        return top_k(numbers, int(theirs.sum()))
+    order = numbers.flatten().argsort(descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel(), device=order.device)
+    return (rank < theirs.sum()).reshape(theirs.shape)

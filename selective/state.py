@@ -1,0 +1,174 @@
+"""What is saved, and how it is loaded.
+
+Note [our state entries]: everything of ours is a tensor under `PREFIX` in a parameter's state, beside the base's entries
+in `SelectiveUpdate.state` and `state_dict()["state"]` but never in the base's own dictionaries (bases test
+`len(state) == 0`). The step count, the seed and the policy stand in each parameter's state and not in the groups: the
+flattened form of torch.distributed.checkpoint takes tensors and numbers in a state but only keys that live groups have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selective.policies import Policy, policy_from
+
+PREFIX = "selective/"
+POLICY_STATE = PREFIX + "state/"
+STEP, SEED, POLICY, MOMENTUM = (PREFIX + name for name in ("step", "seed", "policy", "momentum"))
+_BLOCK = 512  # policies are padded to a multiple: loading in place needs the same size when a hyper-parameter changed
+
+
+def encode_policy(policy: Policy) -> Tensor:
+    """A policy as JSON bytes (uint8), padded with zeros."""
+    data = policy.model_dump_json().encode()
+    return torch.frombuffer(bytearray(data + b"\0" * (-len(data) % _BLOCK)), dtype=torch.uint8).clone()
+
+
+def decode_policy(data: Tensor, where: str) -> Policy:
+    """The policy that `encode_policy` wrote; a ValueError that says where the bytes stood, if they are not one."""
+    try:
+        policy = policy_from(bytes(data.cpu().to(torch.uint8).tolist()).rstrip(b"\0").decode())
+    except (UnicodeDecodeError, ValueError, TypeError) as error:
+        raise ValueError(f"SelectiveUpdate: {where}: the checkpoint's policy can't be read: {error}") from error
+    # every field was written, so that a changed default can't change a run; print it as people write it
+    fields = type(policy).model_fields
+    policy.model_fields_set.intersection_update({n for n, f in fields.items() if getattr(policy, n) != f.get_default()})
+    return policy
+
+
+class MergedEntry(MutableMapping[str, Any]):
+    """One parameter's state: the base's entries and ours. Writes go to whoever owns the entry."""
+
+    def __init__(self, theirs: MutableMapping[str, Any], ours: Mapping[str, Tensor]) -> None:
+        self._theirs = theirs
+        self._ours = ours
+
+    def __getitem__(self, key: str) -> Any:
+        return self._ours[key] if key in self._ours else self._theirs[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in self._ours:  # moved to another device, say: keep the tensor's identity in our own dictionaries
+            self._ours[key].data = value
+        else:
+            self._theirs[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        if key in self._ours:
+            raise KeyError(f"{key!r} belongs to SelectiveUpdate and can't be removed")
+        del self._theirs[key]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._theirs
+        yield from self._ours
+
+    def __len__(self) -> int:
+        return len(self._theirs) + len(self._ours)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class MergedState(MutableMapping[Tensor, Any]):
+    """The state of all parameters, live: true as soon as the base or we hold any."""
+
+    def __init__(self, base_state: Callable[[], MutableMapping[Tensor, Any]], ours: Callable[[Tensor], dict[str, Tensor]],
+                 tracked: Callable[[], list[Tensor]]) -> None:  # fmt: skip
+        self._base_state = base_state
+        self._ours = ours
+        self._tracked = tracked
+
+    def _keys(self) -> list[Tensor]:
+        base = self._base_state()
+        return [*base, *(p for p in self._tracked() if p not in base)]
+
+    def __getitem__(self, param: Tensor) -> MergedEntry:
+        base = self._base_state()
+        ours = self._ours(param)
+        # like the defaultdict it stands for: a parameter without state has an empty one, which is not stored by reading
+        return MergedEntry(base[param] if param in base else _Inserting(base, param), ours)
+
+    def __setitem__(self, param: Tensor, entries: Mapping[str, Any]) -> None:
+        self._base_state()[param] = {key: value for key, value in entries.items() if not str(key).startswith(PREFIX)}
+
+    def __delitem__(self, param: Tensor) -> None:
+        del self._base_state()[param]
+
+    def __contains__(self, param: object) -> bool:
+        return param in self._base_state() or any(param is p for p in self._tracked())
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._keys())
+
+    def __len__(self) -> int:
+        return len(self._keys())
+
+    def __repr__(self) -> str:
+        return repr({param: dict(self[param]) for param in self})
+
+
+class _Inserting(dict[str, Any]):
+    """An empty state that joins the base's dictionary with its first entry."""
+
+    def __init__(self, owner: MutableMapping[Tensor, Any], param: Tensor) -> None:
+        super().__init__()
+        self._owner = owner
+        self._param = param
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        self._owner[self._param] = self
+
+
+def base_part(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint of `SelectiveUpdate` without anything of ours: what the plain base loads. Tensors are shared."""
+    state = {
+        index: {key: value for key, value in entries.items() if not str(key).startswith(PREFIX)}
+        for index, entries in state_dict["state"].items()
+    }
+    return {**state_dict, "state": {index: entries for index, entries in state.items() if entries}}
+
+
+def own_part(state_dict: Mapping[str, Any]) -> dict[Any, dict[str, Tensor]]:
+    """Our entries of a checkpoint, by parameter; parameters without any are left out."""
+    found: dict[Any, dict[str, Tensor]] = {}
+    for index, entries in state_dict["state"].items():
+        ours = {key: value for key, value in entries.items() if str(key).startswith(PREFIX)}
+        # an empty dictionary is what reading a flattened checkpoint makes of an entry that it does not have
+        ours = {key: value for key, value in ours.items() if not (isinstance(value, dict) and not value)}
+        if ours:
+            found[index] = ours
+    return found
+
+
+def check_layout(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Refuse a checkpoint that is not of these groups, before anything is loaded."""
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"SelectiveUpdate: the checkpoint has no {key!r}; found {sorted(map(str, state_dict))}")
+    saved, live = state_dict["param_groups"], groups
+    if len(saved) != len(live):
+        raise ValueError(f"SelectiveUpdate: the checkpoint has {len(saved)} parameter groups, the optimizer {len(live)}")
+    for number, (theirs, ours) in enumerate(zip(saved, live, strict=True)):
+        if len(theirs["params"]) != len(ours["params"]):
+            raise ValueError(
+                f"SelectiveUpdate: parameter group {number} has {len(theirs['params'])} parameters in the checkpoint, "
+                f"{len(ours['params'])} in the optimizer"
+            )
+
+
+def restore_dtypes(loaded: MutableMapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Undo the cast of torch's load_state_dict: every tensor of a state gets the dtype it was saved with.
+
+    torch casts floating *and integer* state to the dtype of a floating parameter (1001 becomes 1000 in bfloat16).
+    """
+    for key, value in saved.items():
+        now = loaded.get(key)
+        if isinstance(value, Tensor) and isinstance(now, Tensor) and type(value) is type(now):
+            if now.dtype != value.dtype:
+                loaded[key] = value.detach().clone().to(now.device)
+        elif isinstance(value, Mapping) and isinstance(now, MutableMapping):
+            restore_dtypes(now, value)

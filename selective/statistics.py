@@ -1,0 +1,73 @@
+"""What a step reports for each parameter: share selected, strengths, cosine, norms. Stays on the device until asked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selective.kernels import spec
+
+NAMES = ("share", "strength_selected", "strength_rest", "cosine", "norm_before", "norm_after")
+
+
+class Report:
+    """Collects one step's sums and turns them into statistics when somebody looks."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, spec.Sums] = {}
+
+    def add(self, name: str, sums: spec.Sums) -> None:
+        self._sums[name] = sums
+
+    def add_masked(self, name: str, mask: Tensor, update: Tensor, grad: Tensor | None) -> None:
+        """The sums of a mask that a policy returned: its largest multiplier counts as the selected one."""
+        self._sums[name] = sums_of_mask(mask, update, grad)
+
+    def read(self) -> dict[str, dict[str, Tensor]]:
+        """For each parameter by name, 0-d float32 tensors on its device:
+
+        - `share`: of the coordinates, how many were selected (0 to 1);
+        - `strength_selected`, `strength_rest`: the two multipliers;
+        - `cosine`: of update and gradient (0 where either is zero; NaN where the policy does not read the gradient);
+        - `norm_before`, `norm_after`: L2 norms of the update before and after the mask.
+        """
+        return {name: _statistics(sums) for name, sums in self._sums.items()}
+
+
+def _statistics(sums: spec.Sums) -> dict[str, Tensor]:
+    product = (sums.update_sq * sums.grad_sq).sqrt()
+    cosine = torch.where(product > 0, sums.update_grad / torch.where(product > 0, product, 1.0), product)
+    values = (
+        sums.selected / max(sums.numel, 1),
+        sums.strength_selected,
+        sums.strength_rest,
+        cosine,
+        sums.update_sq.sqrt(),
+        sums.masked_sq.sqrt(),
+    )
+    return {name: value.to(torch.float32) for name, value in zip(NAMES, values, strict=True)}
+
+
+def sums_of_mask(mask: Tensor, update: Tensor, grad: Tensor | None) -> spec.Sums:
+    """The sums that a fused kernel would report, of an arbitrary mask. No host synchronisation."""
+    numel = update.numel()
+    multiplier = mask.to(update.dtype).expand(update.shape)
+    double = torch.float64
+    zero = torch.zeros((), dtype=double, device=update.device)
+    nan = torch.full((), float("nan"), dtype=double, device=update.device)
+    if numel == 0:
+        return spec.Sums(0, zero, zero + 1, zero + 1, zero, zero, zero, zero)
+    largest = multiplier.max()
+    selected = multiplier == largest
+    count = selected.sum(dtype=double)
+    rest = (multiplier.sum(dtype=double) - largest * count) / (numel - count).clamp(min=1)
+    return spec.Sums(
+        numel=numel,
+        selected=count,
+        strength_selected=largest.to(double),
+        strength_rest=torch.where(count < numel, rest, largest.to(double)),
+        update_sq=update.square().sum(dtype=double),
+        grad_sq=nan if grad is None else grad.square().sum(dtype=double),
+        update_grad=nan if grad is None else (update * grad).sum(dtype=double),
+        masked_sq=(multiplier * update).square().sum(dtype=double),
+    )

@@ -1,0 +1,223 @@
+"""Imports go one way: the stairs of docs/design.md, "The tree, and which way imports go".
+
+The imports are read from the source, not run, so that lazy ones and those for type checkers count as well.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A module may import from its own step and from those below it. A name stands for everything under it.
+STAIRS = [
+    {"selective._version"},
+    {"selective.kernels"},
+    {"selective.view", "selective.policies", "selective.preconditioner"},
+    {"selective.capture"},
+    {"selective.optimizer", "selective.state", "selective.groups", "selective.statistics"},
+    {"selective"},  # the front door itself: `selective/__init__.py`
+    {"selective.testing"},
+    {"selective.compare", "selective.bench"},
+    {"selective.cli"},
+]
+# What `import selective` may need at import time: the declared dependencies, and what pydantic itself requires.
+# Everything else (matplotlib, other people's optimizers) is imported in the function that uses it.
+NEEDED = {"torch", "pydantic", "pydantic_core", "typing_extensions"}
+FREE_OF_EXTRAS = STAIRS.index({"selective.testing"})  # up to here; above, the extra `compare` is there
+
+
+@dataclass(frozen=True)
+class Import:
+    """One name that a file imports, and where."""
+
+    module: str  # the importing one
+    imported: str
+    file: Path
+    line: int
+    lazy: bool  # inside a function, or for type checkers only
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.module} imports {self.imported}"
+
+
+def module_of(file: Path, root: Path) -> str:
+    parts = file.relative_to(root).with_suffix("").parts
+    parts = ("selective", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(file: Path, root: Path) -> Iterator[Import]:
+    """Every import of a file; `from a.b import c` counts as `a.b.c` where that is a module, else as `a.b`."""
+    module = module_of(file, root)
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+
+    def is_module(name: str) -> bool:
+        parts = name.split(".")
+        folder = root / "kernels" if parts[:2] == ["selective", "kernels"] else root / parts[0]
+        path = folder.joinpath(*parts[2 if folder.name == "kernels" else 1 :])
+        return path.is_dir() or path.with_suffix(".py").is_file()
+
+    def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(module, alias.name, file.relative_to(root), node.lineno, lazy)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                yield Import(module, name if is_module(name) else base, file.relative_to(root), node.lineno, lazy)
+        is_lazy = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, lazy or is_lazy or for_types)
+
+    yield from visit(ast.parse(file.read_text(), str(file)), False)
+
+
+def all_imports(root: Path) -> list[Import]:
+    files = [
+        file
+        for folder in ("selective", "kernels")
+        for file in sorted((root / folder).rglob("*.py"))
+        if file.relative_to(root).parts[:2] != ("selective", "kernels")  # the symlink, where rglob follows it
+    ]
+    return [found for file in files for found in imports_of(file, root)]
+
+
+def step_of(module: str) -> int | None:
+    """Which step a module stands on, or None for one that the stairs don't have."""
+    if module == "selective":
+        return STAIRS.index({"selective"})
+    name = ".".join(module.split(".")[:2])
+    return next((i for i, step in enumerate(STAIRS) if name in step and name != "selective"), None)
+
+
+def complaints(root: Path) -> list[str]:
+    """Every import that breaks a rule, with the rule."""
+    found = []
+    for each in all_imports(root):
+        own, top = step_of(each.module), each.imported.split(".")[0]
+        if own is None:
+            found.append(f"{each}, but {each.module} has no place in STAIRS (tests/test_imports.py); give it one there")
+        elif top == "selective":
+            other = step_of(each.imported)
+            if other is None:
+                found.append(f"{each}, which has no place in STAIRS (tests/test_imports.py); give it one there")
+            elif other > own:
+                found.append(f"{each}: that is upward; move what both need down, or hand it in as an argument")
+        elif top == "kernels":
+            found.append(f"{each}: the folder's import name is selective.kernels")
+        elif top == "triton":
+            found += [f"{each}: {why}" for why in [triton_rule(each)] if why]
+        elif not each.lazy and own <= FREE_OF_EXTRAS and top not in NEEDED and top not in sys.stdlib_module_names:
+            found.append(f"{each} at import time, which is no dependency; import it in the function that uses it")
+        elif step_of("selective.kernels") == own and top not in {"torch", *sys.stdlib_module_names}:
+            found.append(f"{each}: kernels stand on torch and triton alone")
+    return found
+
+
+def triton_rule(each: Import) -> str | None:
+    """Triton is a matter of kernels; at import time only of the kernel files, which are loaded for CUDA tensors."""
+    if not each.module.startswith("selective.kernels."):
+        return "triton belongs into kernels/"
+    if each.lazy:
+        return None
+    if each.module.startswith(("selective.kernels.reference", "selective.kernels.cpu")):
+        return "these have to work where triton is not installed"
+    return None
+
+
+def test_imports_go_one_way():
+    found = complaints(ROOT)
+    assert found == [], "\n" + "\n".join(found)
+
+
+def test_the_reading_is_not_empty():
+    # A reader that finds nothing would hold every rule.
+    read = {each.module for each in all_imports(ROOT)}
+    assert "selective.kernels.spec" in read
+    assert {"torch", "typing"} <= {e.imported for e in all_imports(ROOT) if e.module == "selective.kernels.spec"}
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "complaint"),
+    [
+        ("kernels/top_k.py", "import selective.policies", "imports selective.policies: that is upward"),
+        ("kernels/top_k.py", "from .. import policies", "imports selective.policies: that is upward"),
+        ("kernels/cpu/step.py", "from ...policies import base", "imports selective.policies.base: that is upward"),
+        ("kernels/top_k.py", "import pydantic", "kernels stand on torch and triton alone"),
+        ("kernels/top_k.py", "def f():\n    import pydantic", "kernels stand on torch and triton alone"),
+        ("kernels/cpu/step.py", "import triton.language as tl", "where triton is not installed"),
+        ("selective/policies/base.py", "def f():\n    from selective import optimizer", "optimizer: that is upward"),
+        ("selective/policies/base.py", "from selective import Policy", "imports selective: that is upward"),
+        ("selective/policies/base.py", "def f():\n    import triton", "triton belongs into kernels/"),
+        ("selective/policies/base.py", "from kernels import spec", "import name is selective.kernels"),
+        ("selective/policies/base.py", "import optimi", "no dependency"),
+        ("selective/capture/base.py", "if TYPE_CHECKING:\n    import selective.optimizer", "that is upward"),
+        ("selective/optimizer.py", "from selective.testing import check", "that is upward"),
+        ("selective/__init__.py", "from .compare import main", "that is upward"),
+        ("selective/helpers.py", "import math", "selective.helpers has no place in STAIRS"),
+        ("selective/optimizer.py", "from . import helpers", "selective.helpers, which has no place in STAIRS"),
+    ],
+)
+def test_a_wrong_import_is_caught_and_named(tmp_path, file, text, complaint):
+    frame = [
+        "kernels/__init__.py",
+        "kernels/cpu/__init__.py",
+        "selective/__init__.py",
+        "selective/policies/__init__.py",
+    ]
+    frame += ["selective/policies/base.py", "selective/optimizer.py"]
+    write(tmp_path, dict.fromkeys(frame, ""))
+    if "helpers" in text:
+        write(tmp_path, {"selective/helpers.py": ""})
+    assert complaints(tmp_path) == []
+    write(tmp_path, {file: text})
+    (found,) = complaints(tmp_path)
+    line = 1 + text.count("\n")
+    assert found.startswith(f"{file}:{line}: ")
+    assert complaint in found
+
+
+def test_right_imports_are_let_through(tmp_path):
+    write(
+        tmp_path,
+        {
+            "kernels/__init__.py": "import torch\ndef f():\n    from . import selective_step",
+            "kernels/selective_step.py": "import triton\nimport triton.language as tl\nfrom .spec import Item",
+            "kernels/spec.py": "",
+            "selective/policies/base.py": "import pydantic\nfrom selective import kernels\nfrom ..kernels import spec",
+            "selective/capture/anatomy.py": "def f():\n    import optimi\nfrom selective.policies.base import Policy",
+            "selective/__init__.py": "from ._version import __version__\nfrom .optimizer import SelectiveUpdate",
+            "selective/_version.py": "",
+            "selective/optimizer.py": "from .capture import anatomy",
+            "selective/compare/plots.py": "import matplotlib\nfrom selective import SelectiveUpdate",
+        },
+    )
+    assert complaints(tmp_path) == []
+
+
+@pytest.mark.parametrize("triton", ["installed", "missing"])
+def test_import_selective_leaves_triton_alone(triton, tmp_path):
+    # `None` in sys.modules makes an import of that name fail, as where the package isn't installed.
+    block = "sys.modules['triton'] = None; " if triton == "missing" else ""
+    code = (
+        f"import sys; {block}import torch; before = set(sys.modules); import selective, selective.kernels; "
+        "print(sorted(m for m in set(sys.modules) - before if m.partition('.')[0] == 'triton'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]"

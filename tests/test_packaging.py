@@ -1,0 +1,144 @@
+"""The package as it is built and installed: the mapping of kernels/, the list of packages, the version.
+
+`kernels/` lies at the root, is installed as `selective.kernels`, and must never answer to the name `kernels`, which
+belongs to Hugging Face. Each check of an import runs in a process of its own, because it is about `sys.path`.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import selective
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def python(code: str, cwd: Path, path: Path | None = None) -> str:
+    """What `code` prints, run in `cwd` with `path` first on sys.path."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    run = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def packages_below(root: Path) -> set[str]:
+    """Every package that lies in the source tree, under the name that it is imported by."""
+
+    def names(folder: Path, name: str) -> set[str]:
+        found = {name} if any(folder.glob("*.py")) else set()
+        for child in folder.iterdir():
+            if child.is_dir() and not child.is_symlink() and child.name.isidentifier() and child.name != "__pycache__":
+                found |= names(child, f"{name}.{child.name}")
+        return found
+
+    return names(root / "selective", "selective") | names(root / "kernels", "selective.kernels")
+
+
+def test_every_package_is_listed():
+    listed = PYPROJECT["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(packages_below(ROOT)), "[tool.setuptools] packages in pyproject.toml is out of date"
+
+
+def test_a_forgotten_package_is_found(tmp_path):
+    for folder in ("selective/policies/families", "kernels/cpu", "selective/__pycache__"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "__init__.py").touch()
+    (tmp_path / "selective/kernels").symlink_to("../kernels")
+    assert packages_below(tmp_path) == {"selective.policies.families", "selective.kernels.cpu"}
+
+
+def test_every_package_has_an_init():
+    # A folder without one is a namespace package: it imports from a checkout, and the editable install breaks.
+    folders = [ROOT / name.replace(".", "/") for name in packages_below(ROOT)]
+    assert [str(f) for f in folders if not (f / "__init__.py").is_file()] == []
+
+
+def test_the_symlink_is_one_and_is_relative():
+    # Git on a system without symlinks checks it out as a file that holds the target.
+    link = ROOT / "selective" / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == os.path.join("..", "kernels")
+
+
+@pytest.mark.parametrize("statement", ["import kernels", "from kernels import get_kernel", "import kernels.spec"])
+def test_the_root_folder_does_not_answer_to_kernels(statement):
+    code = f"try:\n    {statement}\nexcept ModuleNotFoundError as error:\n    print(error.name, '|', error)"
+    name, message = python(code, cwd=ROOT).split(" | ")
+    assert name == "kernels"
+    assert "`selective.kernels`" in message
+    assert "Hugging Face" in message
+
+
+def test_a_failed_import_of_kernels_leaves_no_trace():
+    # transformers and others try `kernels` and go on without it; ours has to import all the same, after and before.
+    code = (
+        "import sys, selective.kernels\n"
+        "try: import kernels\n"
+        "except ImportError: pass\n"
+        "import selective.kernels.spec\n"
+        "print('kernels' in sys.modules, selective.kernels.__name__)"
+    )
+    assert python(code, cwd=ROOT) == "False selective.kernels"
+
+
+def test_kernels_import_from_a_source_checkout(tmp_path):
+    where = python("import selective.kernels as k; print(k.__file__)", cwd=tmp_path, path=ROOT)
+    assert Path(where).resolve() == ROOT / "kernels" / "__init__.py"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """A wheel of this tree, built from a copy: setuptools writes into the folder that it builds."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("selective", "kernels"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    # The build backend by hand: that needs neither pip nor a package index.
+    code = f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))"
+    return out / python(code, cwd=source).splitlines()[-1]
+
+
+def test_the_wheel_holds_all_of_the_source_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        licenses = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
+    expected = {"selective/py.typed"}
+    for package in packages_below(ROOT):
+        folder = ROOT / package.replace(".", "/")
+        expected |= {f"{package.replace('.', '/')}/{file.name}" for file in folder.glob("*.py")}
+    assert names == expected
+    assert len(licenses) == 1
+
+
+def test_the_wheel_imports(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "import selective, selective.kernels.spec as spec; print(selective.__file__, spec.__file__, sep='\\n')"
+    for where in python(code, cwd=tmp_path, path=tmp_path / "site").splitlines():
+        assert Path(where).resolve().is_relative_to((tmp_path / "site").resolve())
+
+
+def test_the_version_is_the_built_one(wheel):
+    assert wheel.name.startswith(f"selective_update-{selective.__version__}-")
+
+
+def test_dependencies_allow_what_the_documentation_promises():
+    project = PYPROJECT["project"]
+    assert project["requires-python"] == ">=3.10"
+    assert "torch>=2.9" in project["dependencies"]  # no upper bound: a new torch is for its users to take
+    (triton,) = (d for d in project["dependencies"] if d.startswith("triton"))
+    assert triton.startswith("triton; sys_platform == 'linux'")  # no version: torch's CUDA builds pin theirs
