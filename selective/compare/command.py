@@ -87,8 +87,8 @@ def explain(base: str, base_options: dict[str, Any], policy: Any) -> int:
     try:
         config = configuration.build({"base": base, "base_options": base_options, "policies": [policy]})
         optimizer = make_base(config, GPT(config.model, 0), config.lr[0])
+        print(wrap(config, optimizer, config.policies[0], 0).explain())
     except ConfigError as error:
         print(f"selective explain: {error}", file=sys.stderr)
         return REFUSED
-    print(wrap(optimizer, config.policies[0], 0).explain())
     return DONE

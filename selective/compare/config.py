@@ -17,12 +17,11 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
-    SerializeAsAny,
     ValidationError,
     model_validator,
 )
 
-from selective import Policy, policy_from
+from selective.policies.policy import AnyPolicy
 from selective.compare.extras import require
 
 
@@ -73,10 +72,6 @@ class LoopConfig(_Config):
     checkpoint_every: int = Field(100, ge=1, description="steps between two checkpoints of a run")
 
 
-def _policies(value: Any) -> Any:
-    return tuple(policy_from(item) for item in value) if isinstance(value, list | tuple) else value
-
-
 def _seeds(value: Any) -> Any:
     """A count means 0 .. count - 1; a list is taken as it is."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -94,8 +89,9 @@ class CompareConfig(_Config):
 
     base: str = Field("AdamW", min_length=1, description="name in torch.optim or pytorch_optimizer, or module:Class")
     base_options: dict[str, JsonValue] = Field(default_factory=dict, description="keyword arguments of the base")
+    momentum_beta: float | None = Field(None, ge=0, lt=1, description="of the wrapper's own momentum, for bases without")
     lr: tuple[Annotated[float, Field(gt=0)], ...] = Field((1e-3, 3e-3), min_length=1, description="swept, by everyone")
-    policies: Annotated[tuple[SerializeAsAny[Policy], ...], BeforeValidator(_policies)] = Field(default_factory=tuple)
+    policies: tuple[AnyPolicy, ...] = Field((), description="names, or mappings with a `kind`")
     controls: bool = Field(True, description="each policy beside a random mask of the same share and norm")
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds)] = Field((0, 1, 2), min_length=1)
     steps: int = Field(400, ge=2)
@@ -140,8 +136,9 @@ def _line(found: Any) -> str:
     if found["type"] == "extra_forbidden":
         owner: Any = CompareConfig
         for part in found["loc"][:-1]:
-            owner = owner.model_fields[part].annotation
-        return f"{path}: unknown key; known here: {', '.join(owner.model_fields)}"
+            owner = owner.model_fields[part].annotation if part in getattr(owner, "model_fields", {}) else None
+        known = "it is no setting of that policy" if owner is None else f"known here: {', '.join(owner.model_fields)}"
+        return f"{path}: unknown key; {known}"
     message = found["msg"].removeprefix("Value error, ").replace("\n", "\n    ")
     return f"{path}: {message}"
 

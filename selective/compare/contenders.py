@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from selective import Dense, Policy, RandomMask, SelectiveUpdate
+from selective import Bernoulli, Everything, Policy, RandomMask, SelectiveUpdate
+from selective.policies import MatchedRandomMask
 from selective.compare.config import CompareConfig, ConfigError
 
 # What a user would write for a transformer. A base that is not here keeps its own defaults.
@@ -66,14 +67,20 @@ def contenders(config: CompareConfig) -> list[Contender]:
 def written(policy: Policy) -> str:
     """`MGUP(tau=0.3)`: what differs from the defaults. The same however it was written, also after JSON (unlike repr)."""
     fields = type(policy).model_fields
-    values = {name: getattr(policy, name) for name in fields if name != "kind"}
-    changed = [f"{name}={value!r}" for name, value in values.items() if value != fields[name].get_default(call_default_factory=True)]
-    return f"{type(policy).__name__}({', '.join(changed)})"
+    values = {name: getattr(policy, name) for name in fields}
+    changed = [f"{name}={value!r}" for name, value in values.items() if value != fields[name].default]
+    return f"{policy.__repr_name__()}({', '.join(changed)})"
 
 
 def matching(policy: Policy) -> Policy | None:
-    """The control of a policy; None where there is nothing to control for: no selection, or already a random one."""
-    return None if isinstance(policy, Dense | RandomMask) else RandomMask.matching(policy)
+    """The control of a policy; None where there is nothing to control for: no selection, or a random one already."""
+    parts = policy.parts()
+    if isinstance(policy, MatchedRandomMask) or (parts is not None and isinstance(parts[0], Everything | Bernoulli)):
+        return None
+    try:
+        return RandomMask.matching(policy)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{policy!r} has no matched control ({error}); compare it without: --no-controls") from error
 
 
 def runs(config: CompareConfig) -> list[Run]:
@@ -110,10 +117,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def parameter_names(model: nn.Module) -> list[str]:
-    """In the order of `parameter_groups`."""
-    named = list(model.named_parameters())
-    return [name for name, p in named if p.ndim >= 2] + [name for name, p in named if p.ndim < 2]
+def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """The model's name for each of the optimizer's, which are by group and place.
+
+    Groups of (name, parameter) pairs would carry names, but only torch's own constructors are sure to take them.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"param_groups[{number}][{place}]": names[parameter]
+        for number, group in enumerate(optimizer.param_groups)
+        for place, parameter in enumerate(group["params"])
+    }
 
 
 def make_base(config: CompareConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -136,16 +150,19 @@ def make_base(config: CompareConfig, model: nn.Module, lr: float) -> torch.optim
 def make(config: CompareConfig, run: Run, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a run: the base itself for the baseline, wrapped for the others."""
     base = make_base(config, model, run.lr)
-    return base if run.contender.policy is None else wrap(base, run.contender.policy, run.seed)
+    return base if run.contender.policy is None else wrap(config, base, run.contender.policy, run.seed)
 
 
-def wrap(base: torch.optim.Optimizer, policy: Policy, seed: int) -> SelectiveUpdate:
-    return SelectiveUpdate(base, policy=policy, statistics=True)
+def wrap(config: CompareConfig, base: torch.optim.Optimizer, policy: Policy, seed: int) -> SelectiveUpdate:
+    """The base under a policy; random policies draw from the run's seed. Raises ConfigError where it is refused."""
+    try:
+        return SelectiveUpdate(base, policy=policy, seed=seed, momentum_beta=config.momentum_beta)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{policy!r} on {config.base}: {error}") from error
 
 
-def shares(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, float]:
-    """Share selected by parameter name; empty for a plain base. Waits for the device."""
+def shares(optimizer: torch.optim.Optimizer, names: Mapping[str, str]) -> dict[str, float]:
+    """Share selected by parameter name; empty for a plain base and for `Dense()`. Waits for the device."""
     if not isinstance(optimizer, SelectiveUpdate):
         return {}
-    found = [float(entry["share"]) for entry in optimizer.statistics().values()]
-    return dict(zip(names, found, strict=True))
+    return {names[name]: float(entry["share"]) for name, entry in optimizer.statistics().items()}

@@ -75,8 +75,8 @@ def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]
     left.set(xlabel="step", ylabel="held-out loss (nats per byte)", title=f"Held-out loss: mean and range over {seeds} seed(s)")
     left.set_ylim(top=_ceiling(best))
     right.axhline(0, color="black", linewidth=1.2)
-    title = "Difference to the baseline, same seed: mean" + (" and 95 % interval at the end" if seeds > 1 else "")
-    right.set(xlabel="step", ylabel=f"loss minus {config.base}'s (nats per byte); below 0 is better", title=title)
+    title = "Paired difference to the baseline: mean" + (", 95 % interval" if seeds > 1 else "")
+    right.set(xlabel="step", ylabel=f"loss minus {config.base}'s (nats per byte)", title=title)
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

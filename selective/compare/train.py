@@ -63,8 +63,8 @@ class Trainer:
         self.config, self.run, self.text = config, run, text
         self.record = new_record(run)
         self.model = model.GPT(config.model, run.seed).to(config.device)
-        self.names = parameter_names(self.model)
         self.optimizer = make(config, run, self.model)
+        self.names = parameter_names(self.model, self.optimizer)
         self.scheduler = LambdaLR(self.optimizer, schedule(config.loop, config.steps))
         self.windows = data.held_out(text.validation, config.loop.evaluate_windows, config.model.context)
 
