@@ -3,6 +3,7 @@
     opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGUP())
 """
 
+from selective._version import __version__
 from selective.capture.custom import PolicyError
 from selective.optimizer import SelectiveUpdate
 from selective.policies import (
@@ -30,8 +31,6 @@ from selective.policies import (
 )
 from selective.state import base_part
 from selective.view import StepView
-
-__version__ = "0.1.0"
 
 __all__ = [
     "MGUP", "Agreement", "Alignment", "AlphaConsistency", "Bernoulli", "Cautious", "CautiousMGUP", "Dense",

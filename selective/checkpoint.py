@@ -15,7 +15,7 @@ from selective.groups import PolicyGroup
 from selective.kernels import spec
 from selective.policies import Dense, Policy
 from selective.state import (
-    MOMENTUM, POLICY, POLICY_STATE, SEED, STEP, MergedState, base_part, check_layout, decode_policy, encode_policy,
+    MOMENTUM, POLICY, POLICY_STATE, RESIDUE, SEED, STEP, MergedState, base_part, check_layout, decode_policy, encode_policy,
     own_part, restore_dtypes,
 )  # fmt: skip
 from selective.view import StepView, Tensors
@@ -78,6 +78,13 @@ class Checkpointing(Optimizer):
 
     def _own_momentum(self, parameter: Parameter) -> Tensor:
         return self._own[parameter.tensor][MOMENTUM]
+
+    def _own_residue(self, parameter: Parameter) -> Tensor:
+        """What rounding took from a low-precision parameter, in its dtype; zeros at first."""
+        own = self._own[parameter.tensor]
+        if RESIDUE not in own:
+            own[RESIDUE] = torch.zeros_like(parameter.tensor)
+        return own[RESIDUE]
 
     def _make_own_state(self) -> None:
         """Our state for every parameter that has a gradient, as the base made its own."""
@@ -208,7 +215,7 @@ class Checkpointing(Optimizer):
 
 
 def _own_tensors(entries: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
-    kept = {k: v for k, v in entries.items() if k == MOMENTUM or k.startswith(POLICY_STATE)}
+    kept = {k: v for k, v in entries.items() if k in (MOMENTUM, RESIDUE) or k.startswith(POLICY_STATE)}
     return {key: cast(Tensor, value).detach().clone().to(param.device) for key, value in kept.items()}
 
 

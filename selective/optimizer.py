@@ -206,6 +206,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
     def _jobs(self, report: Report | None) -> list[Job]:
         context = StepContext(
             base=self.base, draw=spec.Draw(self._seed, self._steps), own_state=self._own_state,
+            own_residue=self._own_residue,
             own_momentum=None if self._momentum_beta is None else self._own_momentum,
             momentum_beta=self._momentum_beta, report=report, stochastic_rounding=self._stochastic_rounding,
         )  # fmt: skip

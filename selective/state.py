@@ -18,7 +18,7 @@ from selective.policies import Policy, policy_from
 
 PREFIX = "selective/"
 POLICY_STATE = PREFIX + "state/"
-STEP, SEED, POLICY, MOMENTUM = (PREFIX + name for name in ("step", "seed", "policy", "momentum"))
+STEP, SEED, POLICY, MOMENTUM, RESIDUE = (PREFIX + name for name in ("step", "seed", "policy", "momentum", "residue"))
 _BLOCK = 512  # policies are padded to a multiple: loading in place needs the same size when a hyper-parameter changed
 
 

@@ -33,6 +33,7 @@ class StepContext:
     base: Optimizer
     draw: spec.Draw
     own_state: Callable[[Parameter, Policy], dict[str, Tensor]]  # the policy's state of a parameter, made if missing
+    own_residue: Callable[[Parameter], Tensor]  # what rounding took, for bases that keep it themselves
     own_momentum: Callable[[Parameter], Tensor] | None  # with `momentum_beta`: the wrapper's own first moment
     momentum_beta: float | None
     report: Report | None  # where statistics go; None: not wanted
@@ -105,9 +106,9 @@ def base_hooks(base: Optimizer) -> Iterator[None]:
         base._opt_called = True  # type: ignore[attr-defined]
 
 
-def sign_of(group: dict[str, Any]) -> float:
-    """-1 where the base maximizes: its gradient is the negative of `p.grad`."""
-    return -1.0 if group.get("maximize", False) else 1.0
+def sign_of(base: Optimizer, group: dict[str, Any]) -> float:
+    """-1 where the base maximizes: its gradient is the negative of `p.grad`. Some keep the flag on themselves."""
+    return -1.0 if group.get("maximize", getattr(base, "maximize", False)) else 1.0
 
 
 def lookahead(base: Optimizer, group: dict[str, Any]) -> float:

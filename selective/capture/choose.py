@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch.optim import Optimizer
 
 from selective.capture.anatomy import Anatomy, anatomy
@@ -82,6 +81,6 @@ def _why_delta(group: dict[str, Any], facts: Anatomy) -> str | None:
         return "its update looks at the parameter's value"
     if facts.decay == "inside":
         return "its weight decay is part of the update"
-    if facts.residue and any(p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]):
+    if facts.residue:
         return f"it keeps the parameter's rounding residue in {', '.join(facts.residue)}"
     return None

@@ -2,7 +2,9 @@
 
 Applied as p_after + (1 - mask) u, which is exactly the base's result where the mask is 1. In bfloat16 and float16 that difference is
 mostly rounding (small updates vanish in it), so there the base steps a float32 copy; its parameter-shaped state is
-float32 then. Costs two copies of the parameters during the step.
+float32 then. Where the base keeps what rounding takes from the parameter (Kahan summation), its float32 copy needs no such
+thing, and we keep the residue instead, in one buffer of the parameter's dtype as the base would have. Costs two
+copies of the parameters during the step.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ class DeltaJob(GenericJob):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stand_ins: dict[int, Tensor] = {}  # index of a low-precision parameter -> its float32 copy
+        self.started: dict[int, Tensor] = {}  # ... and its value before the step
         self.params: list[Tensor] = []  # the group's own list, while stand-ins are in it
 
     def prepare(self) -> None:
@@ -35,6 +38,7 @@ class DeltaJob(GenericJob):
             self.remember(parameter, before)
             if before.dtype in _LOW:
                 self.stand_ins[index] = self._stand_in(parameter)
+                self.started[index] = self.stand_ins[index].detach().clone()
         if self.stand_ins:
             self.params = self.group["params"]
             by_param = {self.parameters[index].tensor: stand_in for index, stand_in in self.stand_ins.items()}
@@ -42,7 +46,11 @@ class DeltaJob(GenericJob):
 
     def _stand_in(self, parameter: Parameter) -> Tensor:
         p = parameter.tensor
-        stand_in = torch.nn.Parameter(p.detach().float())
+        value = p.detach().float()
+        if self.facts.residue:
+            self.context.own_state(parameter, self.policy)
+            value += self.context.own_residue(parameter).float()
+        stand_in = torch.nn.Parameter(value)
         assert p.grad is not None
         stand_in.grad = p.grad.float()
         states = self.context.base.state
@@ -61,15 +69,21 @@ class DeltaJob(GenericJob):
     def finish(self) -> None:
         self._give_state_back()
         for index, parameter in enumerate(self.parameters):
-            before = self.saved[index]
-            after = self.stand_ins.get(index, parameter.tensor)
-            before = before.to(after.dtype)
+            before, after = self.saved[index], parameter.tensor
+            if index in self.stand_ins:
+                before, after = self.started[index], self.stand_ins[index].detach()
             update = before - after
             if self.facts.decay == "decoupled":
                 factor = decay_factor(self.context.base, self.group, self.facts, parameter.tensor)
                 update.sub_(before, alpha=1.0 - factor)
             rule = spec.GivenRule(offset=1.0, momentum_beta=self.lookahead())
-            self.apply(index, update, after, rule)
+            self.apply(index, update, after, rule, into=after if self._keeps_residue(index) else None)
+            if self._keeps_residue(index):
+                parameter.tensor.copy_(after)
+                self.context.own_residue(parameter).copy_(after - parameter.tensor.float())
+
+    def _keeps_residue(self, index: int) -> bool:
+        return index in self.stand_ins and bool(self.facts.residue)
 
     def restore(self) -> None:
         self._give_state_back()

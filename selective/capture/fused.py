@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
-from selective.capture.base import Job, Parameter, lookahead
+from selective.capture.base import Job, Parameter, lookahead, sign_of
 from selective.capture.custom import has_own_code, kernel_specs, run_mask
 from selective.kernels import advance, apply_mask, selective_step, spec
 from selective.view import Tensors
@@ -35,7 +35,7 @@ class FusedJob(Job):
             self.saved = [parameter.tensor.clone() for parameter in self.parameters]
 
     def finish(self) -> None:
-        rule = self.fused.rule(self.group)
+        rule = self.fused.rule(self.context.base, self.group)
         items = [self._item(parameter) for parameter in self.parameters]
         if has_own_code(self.policy):
             for parameter, item in zip(self.parameters, items, strict=True):
@@ -89,7 +89,7 @@ class FusedRule:
     def has_momentum(self, group: Group) -> bool:
         return True
 
-    def rule(self, group: Group) -> spec.Rule:
+    def rule(self, base: Optimizer, group: Group) -> spec.Rule:
         raise TypeError(f"{type(self).__name__} must say how its rule is read off a group")
 
     def init_state(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ class FusedRule:
 class FusedAdam(FusedRule):
     """torch.optim.Adam and AdamW, with every flag but `differentiable`."""
 
-    def rule(self, group: Group) -> spec.AdamRule:
+    def rule(self, base: Optimizer, group: Group) -> spec.AdamRule:
         beta1, beta2 = group["betas"]
         return spec.AdamRule(
             lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
@@ -126,7 +126,7 @@ class FusedSGD(FusedRule):
     def has_momentum(self, group: Group) -> bool:
         return group["momentum"] != 0
 
-    def rule(self, group: Group) -> spec.SGDRule:
+    def rule(self, base: Optimizer, group: Group) -> spec.SGDRule:
         names = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
         return spec.SGDRule(**{name: group[name] for name in names})
 
@@ -135,12 +135,12 @@ class FusedLion(FusedRule):
     """Lion of pytorch_optimizer, without its extras (gradient centralisation, AdaNorm, cautious, clipping)."""
 
     def supports(self, group: Group) -> str | None:
-        for flag in ("use_gc", "adanorm", "cautious", "foreach_extra"):
+        for flag in ("use_gc", "adanorm", "cautious"):
             if group.get(flag):
                 return f"{flag}={group[flag]}"
         return super().supports(group)
 
-    def rule(self, group: Group) -> spec.LionRule:
+    def rule(self, base: Optimizer, group: Group) -> spec.LionRule:
         lr, decay = group["lr"], group["weight_decay"]
         decoupled = bool(group.get("weight_decouple", True))
         factor = 1.0
@@ -149,7 +149,7 @@ class FusedLion(FusedRule):
         beta1, beta2 = group["betas"]
         return spec.LionRule(
             lr=lr, beta1=beta1, beta2=beta2, decay_factor=factor, weight_decay=0.0 if decoupled else decay,
-            maximize=bool(group.get("maximize", False)),
+            maximize=sign_of(base, group) < 0,
         )  # fmt: skip
 
     def init_state(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:

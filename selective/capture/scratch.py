@@ -40,7 +40,7 @@ class GenericJob(Job):
     def _gradient(self, parameter: Parameter, before: Tensor) -> Tensor:
         grad = parameter.tensor.grad
         assert grad is not None
-        sign = sign_of(self.group)
+        sign = sign_of(self.context.base, self.group)
         if self.coupled:
             dtype = torch.float64 if before.dtype == torch.float64 else torch.float32
             return torch.add(grad.to(dtype), before.to(dtype), alpha=self.coupled).mul_(sign)
@@ -70,8 +70,10 @@ class GenericJob(Job):
         value = self._stored_momentum(parameter)
         return torch.zeros_like(parameter.tensor) if value is None else value
 
-    def apply(self, index: int, update: Tensor, start: Tensor, rule: spec.GivenRule) -> None:
-        """Steps 6 and 7 of one parameter, whose update was captured."""
+    def apply(
+        self, index: int, update: Tensor, start: Tensor, rule: spec.GivenRule, into: Tensor | None = None
+    ) -> None:
+        """Steps 6 and 7 of one parameter, whose update was captured; the result goes `into` it, or elsewhere."""
         parameter = self.parameters[index]
         momentum = self._current_momentum(index)
         state = {"update": update, "start": start}
@@ -82,7 +84,8 @@ class GenericJob(Job):
             state["previous_momentum"] = previous
         grad = self.grads[index]
         own = self.context.own_state(parameter, self.policy)
-        item = spec.Item(parameter.tensor, update if grad is None else grad, state, parameter.address, own)
+        target = parameter.tensor if into is None else into
+        item = spec.Item(target, update if grad is None else grad, state, parameter.address, own)
         if has_own_code(self.policy):
             self._apply_own_code(index, item, rule, grad)
         else:

@@ -1,0 +1,113 @@
+"""Decoupled decay: the factor on the parameter, by formula or by measurement."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from selective.capture.anatomy_clone import COUNTERS, call_step, clone_with_stand_ins, reseed, unnoticed
+from selective.capture.anatomy_facts import Anatomy
+
+Scalar = float | Tensor
+Rule = Callable[[Optimizer, Mapping[str, Any], Tensor], Scalar]
+
+
+def _lr_times_decay(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> Scalar:
+    return 1 - group["lr"] * group["weight_decay"]
+
+
+def _decay_alone(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> Scalar:
+    return 1 - group["weight_decay"]
+
+
+def _relative_lr(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> Scalar:
+    return 1 - group["lr"] / group["max_lr"] * group["weight_decay"]
+
+
+def _proximal(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> Scalar:
+    return 1 / (1 + group["lr"] * group["weight_decay"])
+
+
+def _not_at_first(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> Scalar:
+    return _lr_times_decay(base, group, param) if base.state.get(param) else 1.0
+
+
+def _transformers_adafactor(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> Scalar:
+    state = base.state.get(param, {})
+    scale = param.detach().float().norm() / math.sqrt(max(1, param.numel()))
+    get_lr: Any = getattr(base, "_get_lr")  # transformers.Adafactor: relative step × scale of the parameter
+    return 1 - group["weight_decay"] * get_lr(group, {"step": state.get("step", 0) + 1, "RMS": scale})
+
+
+RULES: dict[str, Rule] = {
+    "1 - lr*weight_decay": _lr_times_decay,
+    "1 - weight_decay": _decay_alone,
+    "1 - lr/max_lr*weight_decay": _relative_lr,
+    "1 / (1 + lr*weight_decay)": _proximal,
+    "1 - lr*weight_decay, from the second step on": _not_at_first,
+    "1 - weight_decay*base._get_lr(group, state)": _transformers_adafactor,
+}
+"""Formulas that packages use, by the name that `explain()` prints; asked before the base steps."""
+
+PER_PARAMETER = frozenset(list(RULES)[-2:])
+
+
+def decay_factor(base: Optimizer, group: Mapping[str, Any], facts: Anatomy, param: Tensor | None = None) -> Scalar:
+    """The factor that decoupled decay puts on `param` in the step that comes next; 1.0 where decay is not decoupled.
+
+    Ask before the base steps, with `param` as it is then. A tensor `lr` gives a tensor, so that nothing waits for
+    the device. `param` may be left out where `facts.decay_per_parameter` is false. The rule "measured" steps a
+    twin of the parameter with a copy of its state: the price of two more steps.
+    """
+    if facts.decay != "decoupled" or facts.decay_rule is None or not _positive(group["weight_decay"]):
+        return 1.0
+    if facts.decay_rule not in RULES:
+        return measured_factor(base, group, group["params"][0] if param is None else param)
+    if facts.decay_per_parameter and param is None:
+        raise ValueError(f"decay_factor: '{facts.decay_rule}' differs between parameters; pass the parameter")
+    return RULES[facts.decay_rule](base, group, group["params"][0] if param is None else param)
+
+
+def _positive(weight_decay: Scalar) -> bool:
+    return isinstance(weight_decay, Tensor) or weight_decay != 0
+
+
+def measured_factor(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> float:
+    """The factor read off a twin: it steps with and without decay, on a zero gradient, from the state of `param`.
+
+    In float64, so that 1e-6 of decay is not lost in rounding; in float32 where the class does not take float64.
+    """
+    with unnoticed():
+        try:
+            return _measured_in(torch.float64, base, group, param)
+        except (RuntimeError, TypeError, AssertionError, ValueError):
+            return _measured_in(torch.float32, base, group, param)
+
+
+def _measured_in(dtype: torch.dtype, base: Optimizer, group: Mapping[str, Any], param: Tensor) -> float:
+    # A parameter of zeros shows no factor; its decay is that of any other value (the factor is uniform).
+    start = param.detach().to(dtype, copy=True)
+    start = start if bool(start.any()) else torch.ones_like(start)
+    with_decay, without = (_one_step(base, group, param, start, o) for o in ({}, {"weight_decay": 0.0}))
+    return 1.0 + float(((with_decay - without) * start).sum() / (start * start).sum())
+
+
+def _one_step(base: Optimizer, group: Mapping[str, Any], param: Tensor, start: Tensor, overrides: dict) -> Tensor:
+    twin_param = torch.nn.Parameter(start.clone(), requires_grad=param.requires_grad)
+    twin_param.grad = torch.zeros_like(twin_param)
+    twin = clone_with_stand_ins(base, [[twin_param]], overrides, groups=[group])
+    for name in COUNTERS:
+        if name in group:
+            twin.param_groups[0][name] = copy.deepcopy(group[name])
+    for key, value in base.state.get(param, {}).items():
+        own = isinstance(value, Tensor) and value.dtype == param.dtype and value.shape == param.shape
+        twin.state[twin_param][key] = value.detach().to(start.dtype, copy=True) if own else copy.deepcopy(value)
+    reseed(0)
+    call_step(twin)
+    return twin_param.detach()
