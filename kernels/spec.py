@@ -90,7 +90,7 @@ class GivenRule:
     where the mask is 1 the result is exactly the base's.
     """
 
-    factor: float = 1.0
+    factor: Scalar = 1.0
     offset: float = 0.0
     negated: bool = False
     momentum_beta: float = 0.95  # top_k's "nesterov" score: (1 - beta) g + beta m, m a running average (Muon's)
@@ -120,7 +120,7 @@ class Draw:
 
 @dataclass
 class Sums:
-    """What one tensor's step reports. 0-d float64 tensors on the tensor's device (numel: an int); never synchronises."""
+    """What one tensor's step reports. 0-d float64 tensors on the tensor's device (numel: an int); no synchronisation."""
 
     numel: int
     selected: Tensor  # how many coordinates

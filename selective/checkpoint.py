@@ -1,4 +1,4 @@
-"""Checkpoints, copies and pickles of `SelectiveUpdate`, and the state that is its own (see Note [our state entries])."""
+"""Checkpoints, copies and pickles of `SelectiveUpdate`, and the state that is its own: Note [our state entries]."""
 
 from __future__ import annotations
 
@@ -15,8 +15,19 @@ from selective.groups import PolicyGroup
 from selective.kernels import spec
 from selective.policies import Dense, Policy
 from selective.state import (
-    MOMENTUM, POLICY, POLICY_STATE, RESIDUE, SEED, STEP, MergedState, base_part, check_layout, decode_policy, encode_policy,
-    own_part, restore_dtypes,
+    MOMENTUM,
+    POLICY,
+    POLICY_STATE,
+    RESIDUE,
+    SEED,
+    STEP,
+    MergedState,
+    base_part,
+    check_layout,
+    decode_policy,
+    encode_policy,
+    own_part,
+    restore_dtypes,
 )  # fmt: skip
 from selective.view import StepView, Tensors
 
@@ -33,7 +44,7 @@ class Checkpointing(Optimizer):
     _constructing: bool
 
     @property
-    def state(self) -> MergedState:  # type: ignore[override]
+    def state(self) -> MergedState:
         """The base's state and ours, by parameter: a live view with the keys of `state_dict()["state"]`."""
         return MergedState(lambda: self.base.state, self._own_entries, lambda: list(self._own))
 
@@ -136,7 +147,7 @@ class Checkpointing(Optimizer):
             found = found if result is None else result
         return found
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint of this wrapper, or of the plain base. Everything is checked before anything is loaded.
 
         dtypes are kept exactly. The checkpoint's hyper-parameters win, of the policy as of the base; a policy of
@@ -181,13 +192,12 @@ class Checkpointing(Optimizer):
                     saved = decode_policy(ours[index][POLICY], f"param_groups[{number}]")
                     if saved.kind != policy.kind:
                         raise ValueError(
-                            f"SelectiveUpdate: param_groups[{number}] has the policy {policy!r}, the checkpoint was made "
-                            f"with {saved!r}; construct the optimizer with that policy, or load only the base's part "
+                            f"SelectiveUpdate: param_groups[{number}] has the policy {policy!r}, the checkpoint was "
+                            f"made with {saved!r}; construct the optimizer with that policy, or load only the base's part "
                             f"(selective.base_part(state_dict))"
                         )
                     self._check_own_shapes(ours[index], member, saved)
-                    policy_group_policy = saved
-                    policies.append(policy_group_policy)
+                    policies.append(saved)
                     break
             else:
                 policies.append(policy)

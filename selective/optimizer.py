@@ -80,7 +80,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         self._plan()
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's own list: what a scheduler or a user changes in it, the base sees."""
         return self.base.param_groups
 
@@ -116,7 +116,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Returns what the closure returns.
 
         1. Run the closure, if any, with gradients enabled, once.
@@ -187,8 +187,8 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             self.policy_groups.append(PolicyGroup(take_policy(group, self._default)))
         if len(self.policy_groups) > len(groups):
             raise RuntimeError(
-                f"SelectiveUpdate: the base has {len(groups)} parameter groups, policy_groups {len(self.policy_groups)}: "
-                f"a group was removed; delete the same index from opt.policy_groups"
+                f"SelectiveUpdate: the base has {len(groups)} parameter groups, policy_groups has "
+                f"{len(self.policy_groups)}: a group was removed; delete the same index from opt.policy_groups"
             )
         captures = []
         for number, (group, policy_group) in enumerate(zip(groups, self.policy_groups, strict=True)):
@@ -259,7 +259,7 @@ def _check_arguments(base: object, capture: str, momentum_beta: float | None, on
             f"build it first: SelectiveUpdate(torch.optim.AdamW(model.parameters()), policy=...)"
         )
     if isinstance(base, SelectiveUpdate):
-        raise TypeError("SelectiveUpdate: base is a SelectiveUpdate already; give its base, or combine the two policies")
+        raise TypeError("SelectiveUpdate: base is a SelectiveUpdate already; wrap its base, with one policy for both")
     if capture not in ("auto", "fused", "scratch", "delta"):
         raise ValueError(f"SelectiveUpdate: capture is {capture!r}, must be 'auto', 'fused', 'scratch' or 'delta'")
     if on_nonfinite not in ("ignore", "skip", "raise"):
@@ -284,6 +284,6 @@ def _check_momentum(
     wanted = policy.needs() & {"momentum", "previous_momentum"}
     if wanted and not own and not capture.has_momentum(group):
         raise ValueError(
-            f"SelectiveUpdate: {policy!r} needs the base's momentum, and {type(base).__name__} (param_groups[{number}]) "
-            f"keeps no first moment of the gradient; pass momentum_beta=0.9 and the wrapper keeps its own"
+            f"SelectiveUpdate: {policy!r} needs the base's momentum, and {type(base).__name__} "
+            f"(param_groups[{number}]) keeps no first moment of the gradient; pass momentum_beta=0.9 and the wrapper keeps its own"
         )

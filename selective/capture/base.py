@@ -83,7 +83,7 @@ def step_base(base: Optimizer, groups: list[dict[str, Any]]) -> None:
     try:
         step = type(base).step
         if getattr(step, "hooked", False):  # torch wraps `step` once a class, to run hooks around it
-            step.__wrapped__(base)  # type: ignore[attr-defined]
+            step.__wrapped__(base)
         else:
             step(base)
     finally:

@@ -1,2 +1,2 @@
-from selective.capture.anatomy_facts import Anatomy
-def lookup(base, group): return None
+def lookup(base, group):
+    return None

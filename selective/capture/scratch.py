@@ -25,7 +25,9 @@ class GenericJob(Job):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.reads = self.policy.needs()
-        self.wants_grad = "grad" in self.reads or self.context.own_momentum is not None or self.context.report is not None
+        self.wants_grad = (
+            "grad" in self.reads or self.context.own_momentum is not None or self.context.report is not None
+        )
         self.grads: list[Tensor | None] = []  # the view's gradient: after maximize and coupled decay
         self.previous: list[Tensor | None] = []
         self.coupled = 0.0  # what of the parameter the base adds to the raw gradient
@@ -63,7 +65,8 @@ class GenericJob(Job):
         parameter = self.parameters[index]
         if self.context.own_momentum is not None:
             momentum, grad = self.context.own_momentum(parameter), self.grads[index]
-            assert grad is not None and self.context.momentum_beta is not None
+            assert grad is not None
+            assert self.context.momentum_beta is not None
             return momentum.lerp_(grad.to(momentum.dtype), 1.0 - self.context.momentum_beta)
         if "momentum" not in self.reads:
             return None
@@ -107,8 +110,9 @@ class GenericJob(Job):
         parameter = self.parameters[index]
         dtype = torch.float64 if item.param.dtype == torch.float64 else torch.float32
         update = item.state["update"].to(dtype) * (-1.0 if rule.negated else 1.0)
+        momentum, previous = item.state.get("momentum"), item.state.get("previous_momentum")
         tensors = Tensors(
-            self.saved[index], update, grad, item.state.get("momentum"), item.state.get("previous_momentum"), rule.momentum_beta,
+            self.saved[index], update, grad, momentum, previous, rule.momentum_beta,
         )  # fmt: skip
         mask = run_mask(self.context, self.policy, parameter, tensors)
         if self.context.report is not None:
@@ -144,7 +148,7 @@ class ScratchJob(GenericJob):
         self._give_gradients_back()
         for index, parameter in enumerate(self.parameters):
             p, before = parameter.tensor, self.saved[index]
-            factor = 1.0
+            factor: spec.Scalar = 1.0
             if self.facts.decay == "decoupled":
                 factor = decay_factor(self.context.base, self.group, self.facts, p)
             rule = spec.GivenRule(factor=factor, negated=True, momentum_beta=self.lookahead())

@@ -66,7 +66,9 @@ class Policy(Configured):
         """
         parts = self.parts()
         if parts is None:
-            raise TypeError(f"{type(self).__name__}: override mask(view), or parts() to name a selection and a strength")
+            raise TypeError(
+                f"{type(self).__name__}: override mask(view), or parts() to name a selection and a strength"
+            )
         selection, strength = parts
         selected = selection.select(view)
         if is_dense_top_k(selection, selected.numel()):
