@@ -105,7 +105,7 @@ class _Version(argparse.Action):
     """Looks the version up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from selective._version import __version__
+        from selective import __version__
 
         print(f"selective {__version__}")
         parser.exit()

@@ -21,8 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from selective.policies.policy import AnyPolicy
 from selective.compare.extras import require
+from selective.policies.policy import AnyPolicy
 
 
 class ConfigError(ValueError):
@@ -89,15 +89,17 @@ class CompareConfig(_Config):
 
     base: str = Field("AdamW", min_length=1, description="name in torch.optim or pytorch_optimizer, or module:Class")
     base_options: dict[str, JsonValue] = Field(default_factory=dict, description="keyword arguments of the base")
-    momentum_beta: float | None = Field(None, ge=0, lt=1, description="of the wrapper's own momentum, for bases without")
+    momentum_beta: float | None = Field(
+        None, ge=0, lt=1, description="of the wrapper's own momentum, for bases without"
+    )
     lr: tuple[Annotated[float, Field(gt=0)], ...] = Field((1e-3, 3e-3), min_length=1, description="swept, by everyone")
     policies: tuple[AnyPolicy, ...] = Field((), description="names, or mappings with a `kind`")
     controls: bool = Field(True, description="each policy beside a random mask of the same share and norm")
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds)] = Field((0, 1, 2), min_length=1)
     steps: int = Field(400, ge=2)
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    loop: LoopConfig = LoopConfig()
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate({}))
+    data: DataConfig = Field(default_factory=lambda: DataConfig.model_validate({}))
+    loop: LoopConfig = Field(default_factory=lambda: LoopConfig.model_validate({}))
     device: str = "cpu"
     threads: int = Field(1, ge=1, description="of torch, in each worker")
     workers: int | None = Field(None, ge=1, description="runs at the same time; null: as many as there are cores")
@@ -122,7 +124,7 @@ def dump(config: CompareConfig) -> dict[str, Any]:
 
 
 def build(data: Mapping[str, Any], source: str = "the configuration") -> CompareConfig:
-    """Validate plain data. Raises ConfigError with one line for each mistake: its path, what is wrong, what is allowed."""
+    """Validate plain data. Raises ConfigError with one line for each mistake: its path, and what is allowed."""
     try:
         return CompareConfig.model_validate(dict(data))
     except ValidationError as error:

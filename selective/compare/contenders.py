@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from selective import Bernoulli, Everything, Policy, RandomMask, SelectiveUpdate
-from selective.policies import MatchedRandomMask
 from selective.compare.config import CompareConfig, ConfigError
+from selective.policies import MatchedRandomMask
 
 # What a user would write for a transformer. A base that is not here keeps its own defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam"), {"betas": (0.9, 0.95)}),
+    **{name: {"betas": (0.9, 0.95)} for name in ("Adam", "AdamW", "NAdam", "RAdam")},
     "SGD": {"momentum": 0.9, "nesterov": True},
 }
 
@@ -65,7 +65,7 @@ def contenders(config: CompareConfig) -> list[Contender]:
 
 
 def written(policy: Policy) -> str:
-    """`MGUP(tau=0.3)`: what differs from the defaults. The same however it was written, also after JSON (unlike repr)."""
+    """`MGUP(tau=0.3)`: what differs from the defaults. The same after JSON too, unlike repr."""
     fields = type(policy).model_fields
     values = {name: getattr(policy, name) for name in fields}
     changed = [f"{name}={value!r}" for name, value in values.items() if value != fields[name].default]
@@ -85,9 +85,7 @@ def matching(policy: Policy) -> Policy | None:
 
 def runs(config: CompareConfig) -> list[Run]:
     """Seeds outermost: a comparison that is cut short has every contender for the seeds that it finished."""
-    return [
-        Run(contender, lr, seed) for seed in config.seeds for contender in contenders(config) for lr in config.lr
-    ]
+    return [Run(contender, lr, seed) for seed in config.seeds for contender in contenders(config) for lr in config.lr]
 
 
 def base_class(name: str) -> type[torch.optim.Optimizer]:

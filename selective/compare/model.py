@@ -18,7 +18,7 @@ VOCABULARY = 256  # bytes
 
 def hidden_width(width: int) -> int:
     """Of the SwiGLU MLP: 8/3 of the width, so that its three matrices weigh what a 4x MLP's two do; up to a full 32."""
-    return -(-8 * width // 3) // 32 * 32 or 32
+    return -(-8 * width // 96) * 32
 
 
 class Block(nn.Module):
@@ -69,7 +69,9 @@ class GPT(nn.Module):
         self._initialise(torch.Generator().manual_seed(seed), config.layers)
         features = config.width // config.heads
         angle = torch.arange(config.context)[:, None] * 10_000 ** (-torch.arange(0, features, 2) / features)
-        self.register_buffer("cos", angle.cos(), persistent=False)  # (context, features / 2)
+        self.cos: Tensor  # (context, features / 2)
+        self.sin: Tensor
+        self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def _initialise(self, generator: torch.Generator, layers: int) -> None:

@@ -21,7 +21,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 def write_plots(config: CompareConfig, summary: Summary, records: Sequence[Record], folder: Path) -> list[Path]:
     """Write `loss.png` and, where a policy selected anything, `share.png`. Returns what was written."""
-    best = [(row.contender, _of(records, row.contender.index, row.lr, summary.seeds)) for row in summary.rows if row.best]
+    best = [
+        (row.contender, _of(records, row.contender.index, row.lr, summary.seeds)) for row in summary.rows if row.best
+    ]
     if not best:
         return []
     written = [_save(_losses(config, best, summary), folder / "loss.png")]
@@ -72,7 +74,11 @@ def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]
         left.fill_between(steps, *_range(curves), color=look["color"], alpha=0.10, linewidth=0)
         if baseline is not None and contender.role != "baseline":
             _difference(right, steps, curves, [r["validation"]["loss"] for r in baseline], look)
-    left.set(xlabel="step", ylabel="held-out loss (nats per byte)", title=f"Held-out loss: mean and range over {seeds} seed(s)")
+    left.set(
+        xlabel="step",
+        ylabel="held-out loss (nats per byte)",
+        title=f"Held-out loss: mean and range over {seeds} seed(s)",
+    )
     left.set_ylim(top=_ceiling(best))
     right.axhline(0, color="black", linewidth=1.2)
     title = "Paired difference to the baseline: mean" + (", 95 % interval" if seeds > 1 else "")
@@ -80,8 +86,16 @@ def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2 if len(best) > 3 else 1, fontsize=9, frameon=False)
-    figure.suptitle(f"GPT on bytes, {config.steps} steps; each contender at its best of {len(config.lr)} learning rate(s)")
+    figure.legend(
+        *left.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2 if len(best) > 3 else 1,
+        fontsize=9,
+        frameon=False,
+    )
+    figure.suptitle(
+        f"GPT on bytes, {config.steps} steps; each contender at its best of {len(config.lr)} learning rate(s)"
+    )
     return figure
 
 
@@ -95,7 +109,9 @@ def _ceiling(best: Sequence[tuple[Contender, list[Record]]]) -> float:
     return max(max(curve) for curve in quarter) * 1.02
 
 
-def _difference(axes: Any, steps: Sequence[int], curves: list[list[float]], base: list[list[float]], look: dict[str, Any]) -> None:
+def _difference(
+    axes: Any, steps: Sequence[int], curves: list[list[float]], base: list[list[float]], look: dict[str, Any]
+) -> None:
     apart = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(curves, base, strict=True)]
     at: list[Interval] = [t_interval(values) for values in zip(*apart, strict=True)]
     axes.plot(steps, [i.mean for i in at], linewidth=1.6, **look)
@@ -116,7 +132,9 @@ def _heatmap(config: CompareConfig, shares: Sequence[tuple[Contender, list[Recor
     image = None
     for axes, (contender, records), table in zip(panels, shares, tables, strict=True):
         extent = (0, config.steps, len(names) - 0.5, -0.5)
-        image = axes.imshow(table, aspect="auto", interpolation="nearest", cmap="viridis", vmin=low, vmax=high, extent=extent)
+        image = axes.imshow(
+            table, aspect="auto", interpolation="nearest", cmap="viridis", vmin=low, vmax=high, extent=extent
+        )
         axes.set_title(f"{contender.label}\nlr {records[0]['lr']:g}", fontsize=9)
         axes.set_xlabel("step")
     panels[0].set_yticks(range(len(names)), names, fontsize=7)

@@ -1,10 +1,10 @@
 """The whole comparison: what is to be run, what is already there, and the folder that keeps it.
 
-    OUT/config.json     the configuration as it was resolved, the fingerprint of the text, the measured bytes
-    OUT/runs/KEY.json   the record of each finished run
-    OUT/runs/KEY.pt     the checkpoint of each run that was interrupted
-    OUT/results.json    all of it together, rewritten whenever a run ends
-    OUT/loss.png, OUT/share.png
+OUT/config.json     the configuration as it was resolved, the fingerprint of the text, the measured bytes
+OUT/runs/KEY.json   the record of each finished run
+OUT/runs/KEY.pt     the checkpoint of each run that was interrupted
+OUT/results.json    all of it together, rewritten whenever a run ends
+OUT/loss.png, OUT/share.png
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Comparison:
                     self.records[run.key] = read_json(path)
             return found["bytes"]
         if resume:
-            raise ConfigError(f"--resume: {self.folder} holds no comparison (no config.json); name its folder with --out")
+            raise ConfigError(
+                f"--resume: {self.folder} holds no comparison (no config.json); name its folder with --out"
+            )
         if saved.exists() and not overwrite:
             raise ConfigError(
                 f"{self.folder} already holds a comparison; --resume goes on with it, --overwrite deletes it, "

@@ -48,15 +48,11 @@ def summarise(config: CompareConfig, records: Sequence[Record]) -> Summary:
     seeds = tuple(s for s in config.seeds if all((c.index, lr, s) in table for c in field for lr in config.lr))
     if not seeds:
         return Summary((), (), (), ())
-    cells = {
-        (c.index, lr): [table[c.index, lr, seed] for seed in seeds] for c in field for lr in config.lr
-    }
+    cells = {(c.index, lr): [table[c.index, lr, seed] for seed in seeds] for c in field for lr in config.lr}
     best = {c.index: _best_lr([(lr, cells[c.index, lr]) for lr in config.lr]) for c in field}
     baseline = cells[0, best[0]] if best[0] is not None else None
     rows = tuple(_row(c, lr, cells[c.index, lr], lr == best[c.index], baseline) for c in field for lr in config.lr)
-    verdicts = tuple(
-        (c.label, _verdict(c, cells, best, config.base)) for c in field if c.role == "policy"
-    )
+    verdicts = tuple((c.label, _verdict(c, cells, best, config.base)) for c in field if c.role == "policy")
     return Summary(seeds, rows, verdicts, tuple(_notes(config, field, best, len(seeds))))
 
 
@@ -94,7 +90,7 @@ def paired(left: Sequence[Record], right: Sequence[Record]) -> Interval:
 
 
 def _verdict(c: Contender, cells: dict[Any, list[Record]], best: dict[int, float | None], base: str) -> str:
-    """One sentence from the paired intervals against the baseline and against the control, each at its own best rate."""
+    """One sentence from the paired intervals against the baseline and the control, each at its own best rate."""
     own = best[c.index]
     if own is None:
         return "diverged at every learning rate."

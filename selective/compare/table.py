@@ -35,7 +35,9 @@ def progress_bars(comparison: Comparison, console: Any) -> Iterator[Callable[[Pr
         def handle(message: Progress | Record) -> None:
             nonlocal finished
             if isinstance(message, Progress):
-                slots.setdefault(message.slot, progress.add_task("", total=steps, note="") if message.slot not in slots else None)
+                slots.setdefault(
+                    message.slot, progress.add_task("", total=steps, note="") if message.slot not in slots else None
+                )
                 note = "" if message.loss is None else f"loss {message.loss:.3f}"
                 progress.update(slots[message.slot], completed=message.done, description=message.key, note=note)
                 progress.advance(total, message.done - begun.get(message.key, 0))
@@ -43,7 +45,9 @@ def progress_bars(comparison: Comparison, console: Any) -> Iterator[Callable[[Pr
             elif message["complete"]:
                 finished += 1
                 if not console.is_terminal:
-                    console.print(f"{finished}/{len(comparison.runs)} {finished_line(message)}", markup=False, highlight=False)
+                    console.print(
+                        f"{finished}/{len(comparison.runs)} {finished_line(message)}", markup=False, highlight=False
+                    )
 
         yield handle
 
@@ -57,8 +61,8 @@ def headline(config: CompareConfig, comparison: Comparison, parameters: int) -> 
     model = config.model
     return (
         f"{len(comparison.contenders)} contenders x {len(config.lr)} learning rates x {len(config.seeds)} seeds: "
-        f"{len(comparison.runs)} runs of {config.steps} steps; GPT with {parameters:,} parameters ({model.layers} layers "
-        f"of width {model.width}, context {model.context}, batch {config.loop.batch}); {comparison.text.source}, "
+        f"{len(comparison.runs)} runs of {config.steps} steps; GPT with {parameters:,} parameters ({model.layers} "
+        f"layers of width {model.width}, context {model.context}, batch {config.loop.batch}); {comparison.text.source}, "
         f"{len(comparison.text.train):,} bytes to train on, {len(comparison.text.validation):,} held out; "
         f"{worker_count(config)} at a time, {config.threads} thread(s) each"
     )
@@ -67,7 +71,8 @@ def headline(config: CompareConfig, comparison: Comparison, parameters: int) -> 
 def results_table(summary: Summary, memory: list[dict[str, int]]) -> Any:
     """The table (a rich renderable): a row for each contender and learning rate, the best of each in bold."""
     title = f"Mean and 95 % interval over {len(summary.seeds)} seed(s); bold: the contender's best learning rate"
-    table = require("rich.table").Table(title=title, title_justify="left", box=require("rich.box").SIMPLE, padding=(0, 1, 0, 0))
+    simple = require("rich.box").SIMPLE
+    table = require("rich.table").Table(title=title, title_justify="left", box=simple, padding=(0, 1, 0, 0))
     table.add_column("contender", overflow="fold")
     for heading in ("lr", "final loss\nnats/byte", "paired difference\nto baseline", "steps to\nits loss", "ms a\nstep",
                     "extra\nstate", "extra\nin a step"):  # fmt: skip

@@ -137,7 +137,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Mean loss of the held-out windows, always in the same chunks, so that it is the same number after a resume."""
+        """Mean loss of the held-out windows, always in the same chunks: the same number after a resume."""
         chunks = self.windows.split(self.config.loop.batch)
         total = sum(model.loss(self.model, chunk.to(self.config.device)).item() * len(chunk) for chunk in chunks)
         value = total / len(self.windows)

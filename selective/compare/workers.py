@@ -46,7 +46,12 @@ class WorkerFailed(RuntimeError):
 
 
 def train(
-    config: CompareConfig, run: Run, text: data.Text, checkpoint: Path, stop: Callable[[], bool], tell: Callable[[Any], None]
+    config: CompareConfig,
+    run: Run,
+    text: data.Text,
+    checkpoint: Path,
+    stop: Callable[[], bool],
+    tell: Callable[[Any], None],
 ) -> Record:
     """One run, from its checkpoint where there is one."""
     trainer = Trainer(config, run, text)
@@ -100,7 +105,12 @@ def here(
 
 
 def apart(
-    config: CompareConfig, todo: Sequence[Run], text: data.Text, checkpoints: Path, workers: int, stop: Stop,
+    config: CompareConfig,
+    todo: Sequence[Run],
+    text: data.Text,
+    checkpoints: Path,
+    workers: int,
+    stop: Stop,
     handle: Handler,
 ) -> None:
     """The same in `workers` processes, each taking the next run when it is free. Raises WorkerFailed."""

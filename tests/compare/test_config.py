@@ -33,7 +33,7 @@ from selective.compare.model import GPT
     ],
 )
 def test_a_mistake_is_named_by_its_path(data, says):
-    with pytest.raises(ConfigError, match="cannot|not a comparison") as caught:
+    with pytest.raises(ConfigError, match=r"is not a comparison") as caught:
         build(data, "mine.yaml")
     assert "mine.yaml" in str(caught.value)
     assert says in str(caught.value)
@@ -86,7 +86,9 @@ def test_merging_and_differences():
     merged = configuration.merge({"steps": 1, "model": {"width": 8, "heads": 2}}, {"model": {"width": 16}})
     assert merged == {"steps": 1, "model": {"width": 16, "heads": 2}}
     assert configuration.merge({"base_options": {"a": 1}}, {"base_options": {"b": 2}}) == {"base_options": {"b": 2}}
-    assert configuration.differences({"model": {"width": 8}}, {"model": {"width": 16}}) == ["model.width: 8 before, 16 now"]
+    assert configuration.differences({"model": {"width": 8}}, {"model": {"width": 16}}) == [
+        "model.width: 8 before, 16 now"
+    ]
     assert configuration.differences({"a": 1}, {"a": 1}) == []
 
 

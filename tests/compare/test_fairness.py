@@ -122,7 +122,7 @@ def test_model_is_causal_and_starts_near_uniform():
     assert logits.shape == (2, 12, 256)
     assert torch.equal(logits[:, :6], other[:, :6])
     assert not torch.equal(logits[:, 6:], other[:, 6:])
-    # Logits are sums of `width` products of a normalised feature and a weight of deviation 0.02: within a few hundredths.
+    # Logits are sums of 16 products of a normalised feature and a weight of deviation 0.02: within a tenth.
     assert start == pytest.approx(math.log(256), abs=0.1)
     assert hidden_width(128) == 352
 
