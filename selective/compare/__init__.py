@@ -2,10 +2,11 @@
 
 `selective compare` on the command line. From Python (under `if __name__ == "__main__":`, for it starts processes)::
 
+    from pathlib import Path
     from selective.compare import Comparison, build, summarise
     comparison = Comparison(build({"policies": ["MGUP"], "steps": 200}), Path("results/mine"))
     comparison.run(print)
-    print(summarise(comparison.config, comparison.finished()).verdicts)
+    print(summarise(comparison.config, list(comparison.records.values())).verdicts)
 """
 
 from selective.compare.config import CompareConfig, ConfigError, DataConfig, LoopConfig, ModelConfig, build

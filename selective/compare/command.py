@@ -40,7 +40,9 @@ def _compare(options: argparse.Namespace, given: dict[str, Any]) -> int:
     require("matplotlib.figure")  # now, and not after the training
     folder = Path(options.out) if options.out else Path("results") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     config = resolve(options, given, folder)
-    comparison = Comparison(config, folder, options.resume, options.overwrite)
+    # With a description at hand --resume also begins, so that one command line serves until the end.
+    begin = not (folder / "config.json").exists() and bool(options.config or given)
+    comparison = Comparison(config, folder, options.resume and not begin, options.overwrite)
     parameters = sum(p.numel() for p in GPT(config.model, 0).parameters())
     console.print(table.headline(config, comparison, parameters), markup=False, highlight=False)
     try:

@@ -35,9 +35,8 @@ def progress_bars(comparison: Comparison, console: Any) -> Iterator[Callable[[Pr
         def handle(message: Progress | Record) -> None:
             nonlocal finished
             if isinstance(message, Progress):
-                slots.setdefault(
-                    message.slot, progress.add_task("", total=steps, note="") if message.slot not in slots else None
-                )
+                if message.slot not in slots:
+                    slots[message.slot] = progress.add_task("", total=steps, note="")
                 note = "" if message.loss is None else f"loss {message.loss:.3f}"
                 progress.update(slots[message.slot], completed=message.done, description=message.key, note=note)
                 progress.advance(total, message.done - begun.get(message.key, 0))
@@ -58,13 +57,13 @@ def finished_line(record: Record) -> str:
 
 
 def headline(config: CompareConfig, comparison: Comparison, parameters: int) -> str:
-    model = config.model
+    model, text = config.model, comparison.text
     return (
         f"{len(comparison.contenders)} contenders x {len(config.lr)} learning rates x {len(config.seeds)} seeds: "
-        f"{len(comparison.runs)} runs of {config.steps} steps; GPT with {parameters:,} parameters ({model.layers} "
-        f"layers of width {model.width}, context {model.context}, batch {config.loop.batch}); {comparison.text.source}, "
-        f"{len(comparison.text.train):,} bytes to train on, {len(comparison.text.validation):,} held out; "
-        f"{worker_count(config)} at a time, {config.threads} thread(s) each"
+        f"{len(comparison.runs)} runs of {config.steps} steps, {worker_count(config)} at a time, {config.threads} "
+        f"thread(s) each. GPT with {parameters:,} parameters: {model.layers} layers of width {model.width}, context "
+        f"{model.context}, batch {config.loop.batch}. {text.source}: {len(text.train):,} bytes to train on, "
+        f"{len(text.validation):,} held out."
     )
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -127,7 +127,7 @@ def apart(
                 for connection in pipes:
                     _send(connection, None)
             for connection in wait(list(pipes), timeout=0.2):
-                assert isinstance(connection, Connection)
+                connection = cast(Connection, connection)
                 slot, process = pipes[connection]
                 message = _receive(connection, process)
                 if message is None:

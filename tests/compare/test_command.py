@@ -93,6 +93,16 @@ def test_an_existing_comparison_is_not_overwritten(tmp_path, capsys):
     assert main([*arguments, "--overwrite"]) == 0
 
 
+def test_resume_begins_where_there_is_nothing_and_a_description(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out"), "--resume"]
+    assert main(["compare", *out]) == 2  # a mistyped folder
+    assert "holds no comparison" in capsys.readouterr().err
+    assert main(["compare", "--config", config_file(tmp_path), *out]) == 0
+    capsys.readouterr()
+    assert main(["compare", "--config", config_file(tmp_path, steps=7), *out]) == 2
+    assert "steps: 6 before, 7 now" in capsys.readouterr().err
+
+
 def test_explain_and_version(capsys):
     assert main(["explain", "--base", "SGD", "--policy", "Cautious"]) == 0
     assert "Cautious()" in capsys.readouterr().out
