@@ -114,7 +114,7 @@ class Lion(Base):
         self.m = self.beta2 * before + (1 - self.beta2) * g
         kept = self.beta2 * before.abs() + (1 - self.beta2) * g.abs()
         u = self.lr * c.sign()
-        ahead = self.beta1 * self.m + (1 - self.beta1) * g
+        ahead = self.beta2 * self.m + (1 - self.beta2) * g  # beta2 is what its momentum moves with
         margin = float((c.abs() / size).min())
         return Move(g, g.abs(), u, u.abs(), self.m, kept, before, ahead, 1 - self.lr * self.decay, margin)
 
