@@ -87,23 +87,27 @@ class Checkpointing(Optimizer):
             self._own[parameter.tensor] = own
         return own
 
-    def _own_momentum(self, parameter: Parameter) -> Tensor:
-        return self._own[parameter.tensor][MOMENTUM]
+    def _own_momentum(self, parameter: Parameter, policy: Policy) -> Tensor:
+        return self._own_of(parameter, policy)[MOMENTUM]
 
-    def _own_residue(self, parameter: Parameter) -> Tensor:
+    def _own_residue(self, parameter: Parameter, policy: Policy) -> Tensor:
         """What rounding took from a low-precision parameter, in its dtype; zeros at first."""
-        own = self._own[parameter.tensor]
+        own = self._own_of(parameter, policy)
         if RESIDUE not in own:
             own[RESIDUE] = torch.zeros_like(parameter.tensor)
         return own[RESIDUE]
 
-    def _make_own_state(self) -> None:
-        """Our state for every parameter that has a gradient, as the base made its own."""
+    def _join_state(self) -> None:
+        """Our state for every parameter that has some of the base's.
+
+        torch.distributed.checkpoint reads the names of entries off live state. Bases that make theirs in the
+        constructor (Adagrad), in an initialising step, or that have trained before they were wrapped, have them now.
+        """
         for policy_group, members in zip(self.policy_groups, self._parameters(), strict=True):
             if isinstance(policy_group.policy, Dense):
                 continue
             for parameter in members:
-                if parameter.tensor.grad is not None:
+                if self.base.state.get(parameter.tensor):
                     self._own_of(parameter, policy_group.policy)
 
     def _parameters(self) -> list[list[Parameter]]:

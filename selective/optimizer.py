@@ -78,6 +78,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         Optimizer.__init__(self, base.param_groups, base.defaults)
         self._constructing = False
         self._plan()
+        self._join_state()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -103,6 +104,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             self.base.param_groups.pop()
             self.policy_groups.pop()
             raise
+        self._join_state()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own `zero_grad`."""
@@ -137,7 +139,10 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         if self._is_initialisation():
             with base_hooks(self.base):
                 step_base(self.base, self.param_groups)
-            self._make_own_state()
+            for policy_group, members in zip(self.policy_groups, self._parameters(), strict=True):
+                for parameter in members:
+                    if parameter.tensor.grad is not None and not isinstance(policy_group.policy, Dense):
+                        self._own_of(parameter, policy_group.policy)
             return loss
         if self._on_nonfinite != "ignore":
             where = nonfinite_gradient(self._parameters())

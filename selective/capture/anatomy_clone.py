@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.optim.optimizer as torch_optimizer
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 
 # Counters that some packages keep in the group; the twin starts at its first step, as its (empty) state does.
 COUNTERS = ("step", "k")
@@ -25,6 +25,10 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 class CannotClone(Exception):
     """The twin would share something with the original that a step may change. The message ends a sentence."""
+
+
+class StepFailed(Exception):
+    """The base's own step raised; its error is the `__cause__`."""
 
 
 def clone_with_stand_ins(
@@ -50,7 +54,9 @@ def clone_with_stand_ins(
         hooks = name.endswith("_hooks") and isinstance(value, OrderedDict)
         vars(twin)[name] = OrderedDict() if hooks else _copied(value, f"its attribute '{name}'", base, twin)
     vars(twin)["state"] = defaultdict(dict)
-    vars(twin)["param_groups"] = [_twin_group(g, ps, base, overrides or {}) for g, ps in zip(groups, stand_ins)]
+    vars(twin)["param_groups"] = [
+        _twin_group(g, ps, base, overrides or {}) for g, ps in zip(groups, stand_ins, strict=True)
+    ]
     for name, value in (overrides or {}).items():
         if name in twin.defaults:
             twin.defaults[name] = _like(twin.defaults[name], value)
@@ -80,21 +86,22 @@ def _copied(value: Any, where: str, base: Optimizer, twin: Optimizer | None) -> 
     if isinstance(value, _SHARED) or isinstance(value, _FUNCTIONS):
         return value
     if isinstance(value, (Optimizer, torch.nn.Module)):
-        kind = "another optimizer" if isinstance(value, Optimizer) else "a model"
-        raise CannotClone(f"{where} holds {kind} ({type(value).__name__}), which its step may move")
+        what = "another optimizer" if isinstance(value, Optimizer) else "a model"
+        raise CannotClone(f"{where} holds {what} ({type(value).__name__}), which its step may move")
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, torch.Generator):
         return torch.Generator(device=value.device).set_state(value.get_state())
-    if isinstance(value, types.MethodType) and value.__self__ is base:
-        return types.MethodType(value.__func__, twin if twin is not None else base)
-    if type(value) in (list, tuple, set, frozenset):
-        return type(value)(_copied(v, where, base, twin) for v in value)
-    if type(value) in (dict, OrderedDict):
-        return type(value)((k, _copied(v, where, base, twin)) for k, v in value.items())
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, twin) if value.__self__ is base and twin is not None else value
+    kind: Any = type(value)
+    if kind in (list, tuple, set, frozenset):
+        return kind(_copied(v, where, base, twin) for v in value)
+    if kind in (dict, OrderedDict):
+        return kind((k, _copied(v, where, base, twin)) for k, v in value.items())
     if isinstance(value, defaultdict):
         return defaultdict(value.default_factory, {k: _copied(v, where, base, twin) for k, v in value.items()})
-    if type(value).__module__.startswith("torch.distributed") or "ProcessGroup" in type(value).__name__:
+    if kind.__module__.startswith("torch.distributed") or "ProcessGroup" in kind.__name__:
         return value  # meshes and process groups are the same for everybody
     try:
         return copy.deepcopy(value)
@@ -143,7 +150,7 @@ def _no_global_hooks() -> Iterator[None]:
     try:
         yield
     finally:
-        for table, hooks in zip(tables, kept):
+        for table, hooks in zip(tables, kept, strict=True):
             table.update(hooks)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from selective.capture.anatomy_clone import COUNTERS, call_step, clone_with_stand_ins, reseed, unnoticed
 from selective.capture.anatomy_facts import Anatomy
+from selective.capture.anatomy_probe import dequantized
 
 Scalar = float | Tensor
 Rule = Callable[[Optimizer, Mapping[str, Any], Tensor], Scalar]
@@ -40,9 +41,26 @@ def _not_at_first(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> S
 
 def _transformers_adafactor(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> Scalar:
     state = base.state.get(param, {})
-    scale = param.detach().float().norm() / math.sqrt(max(1, param.numel()))
-    get_lr: Any = getattr(base, "_get_lr")  # transformers.Adafactor: relative step × scale of the parameter
+    wide = param.detach() if param.dtype == torch.float64 else param.detach().float()
+    scale = wide.norm().double() / math.sqrt(max(1, param.numel()))  # float64: 1 - 1e-5 has two digits in float32
+    get_lr = cast(Any, base)._get_lr  # transformers.Adafactor: relative step × scale of the parameter
     return 1 - group["weight_decay"] * get_lr(group, {"step": state.get("step", 0) + 1, "RMS": scale})
+
+
+def _stable_adamw(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> Scalar:
+    """StableAdamW (arXiv 2304.13013) divides lr by the RMS of g/sqrt(v), where that is above 1; v has this g in it."""
+    if param.grad is None:
+        return 1.0
+    beta = group["betas"][1] if "betas" in group else group["beta2"]
+    step = float(group.get("step", 0)) + 1
+    beta = (beta**step - beta) / (beta**step - 1)  # the bias correction, folded into beta
+    square = param.grad.detach().to(torch.float64 if param.dtype == torch.float64 else torch.float32).square()
+    moment = square * (1 - beta)
+    if "exp_avg_sq" in base.state.get(param, {}):
+        moment = moment.add_(dequantized(base.state[param]["exp_avg_sq"]).to(square.dtype), alpha=beta)
+    rms = (square / moment.clamp_(min=group["eps"] ** 2)).mean().sqrt().double()
+    lr = group["lr"] / group["max_lr"] if group.get("decouple_lr") else group["lr"]
+    return 1 - lr / rms.clamp(min=1.0) * group["weight_decay"]
 
 
 RULES: dict[str, Rule] = {
@@ -52,10 +70,11 @@ RULES: dict[str, Rule] = {
     "1 / (1 + lr*weight_decay)": _proximal,
     "1 - lr*weight_decay, from the second step on": _not_at_first,
     "1 - weight_decay*base._get_lr(group, state)": _transformers_adafactor,
+    "1 - lr/max(1, RMS of g/sqrt(v))*weight_decay": _stable_adamw,
 }
 """Formulas that packages use, by the name that `explain()` prints; asked before the base steps."""
 
-PER_PARAMETER = frozenset(list(RULES)[-2:])
+PER_PARAMETER = frozenset(list(RULES)[-3:])
 
 
 def decay_factor(base: Optimizer, group: Mapping[str, Any], facts: Anatomy, param: Tensor | None = None) -> Scalar:
@@ -79,8 +98,9 @@ def _positive(weight_decay: Scalar) -> bool:
 
 
 def measured_factor(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> float:
-    """The factor read off a twin: it steps with and without decay, on a zero gradient, from the state of `param`.
+    """The factor read off a twin: it steps with and without decay, from the state of `param`, on its gradient.
 
+    On its gradient, because a factor can depend on it (StableAdamW divides its learning rate by the update's size).
     In float64, so that 1e-6 of decay is not lost in rounding; in float32 where the class does not take float64.
     """
     with unnoticed():
@@ -100,7 +120,7 @@ def _measured_in(dtype: torch.dtype, base: Optimizer, group: Mapping[str, Any], 
 
 def _one_step(base: Optimizer, group: Mapping[str, Any], param: Tensor, start: Tensor, overrides: dict) -> Tensor:
     twin_param = torch.nn.Parameter(start.clone(), requires_grad=param.requires_grad)
-    twin_param.grad = torch.zeros_like(twin_param)
+    twin_param.grad = torch.zeros_like(start) if param.grad is None else param.grad.detach().to(start.dtype, copy=True)
     twin = clone_with_stand_ins(base, [[twin_param]], overrides, groups=[group])
     for name in COUNTERS:
         if name in group:

@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.capture.anatomy_clone import call_step, clone_with_stand_ins, reseed
+from selective.capture.anatomy_clone import StepFailed, call_step, clone_with_stand_ins, reseed
 
 STEPS = 10  # RAdam's rectification begins at step 6, SOAP moves from the second, Prodigy's scale shows after four
 LR = 1e-2
 Grads = Callable[[int, int, Tensor], Tensor]  # (step, stand-in, its value) -> gradient
 
 
-def stand_in_shape(ndim: int) -> tuple[int, ...]:
-    """4,096 elements in `ndim` dimensions, all sides different as far as that goes; () stays ().
+def stand_in_shape(ndim: int, power: int = 12) -> tuple[int, ...]:
+    """2^`power` elements in `ndim` dimensions, the sides different as far as that goes; () stays ().
 
-    4,096 because 8-bit states begin there (torchao, bitsandbytes). Sides differ so that a Gram matrix or a row of
-    statistics does not look like the parameter: 32×128, 8×16×32, 4×8×8×16.
+    4,096 by default because 8-bit states begin there (torchao, bitsandbytes). Sides differ so that a Gram matrix or a
+    row of statistics does not look like the parameter: 32×128, 8×16×32, 4×8×8×16.
     """
-    powers = {0: (), 1: (12,), 2: (5, 7), 3: (3, 4, 5), 4: (2, 3, 3, 4)}.get(ndim)
-    if powers is None:
-        powers = tuple(12 // ndim + (i < 12 % ndim) for i in range(ndim))
+    powers = [(power + i) // ndim for i in range(ndim)]  # they sum to `power`, by Hermite's identity
+    if 2 <= ndim <= 4 and powers[0] > 1:
+        powers[0], powers[-1] = powers[0] - 1, powers[-1] + 1
     return tuple(2**p for p in powers)
 
 
@@ -49,6 +49,7 @@ class Run:
     grads: list[list[Tensor]] = field(default_factory=list)
     dequantized: set[str] = field(default_factory=set)
     kept: set[str] = field(default_factory=set)  # all state entries that are not None
+    largest_state: int = 0  # elements of the largest tensor in the state
     writes_grad: bool = False
     clears_grad: bool = False
 
@@ -81,7 +82,10 @@ def run(
     steps: int = STEPS,
     before: Callable[[Optimizer, list[Tensor]], None] | None = None,
 ) -> Run:
-    """Step a twin `steps` times and record everything. Inside `unnoticed()`; raises what the base's step raises."""
+    """Step a twin `steps` times and record everything. Inside `unnoticed()`.
+
+    Raises `StepFailed` where the step of the base does.
+    """
     params: list[Tensor] = [torch.nn.Parameter(s.to(device, dtype, copy=True)) for s in starts]
     twin = clone_with_stand_ins(base, [params], overrides, groups=[group])
     record = Run(params=[[_flat(p) for p in params]])
@@ -93,8 +97,11 @@ def run(
         record.grads.append([_flat(g) for _, g in given])
         if before is not None:
             before(twin, params)
-        call_step(twin)
-        for p, (same, content) in zip(params, given):
+        try:
+            call_step(twin)
+        except Exception as error:  # a foreign step may raise anything
+            raise StepFailed from error
+        for p, (same, content) in zip(params, given, strict=True):
             record.clears_grad |= p.grad is None
             written = not torch.equal(same, content) or (p.grad is not None and p.grad is not same)
             record.writes_grad |= written
@@ -109,6 +116,7 @@ def _snapshot(state: Mapping[str, Any], param: Tensor, record: Run) -> dict[str,
         if value is None:
             continue
         record.kept.add(key)
+        record.largest_state = max([record.largest_state, *(x.numel() for x in _tensors(value))])
         if not isinstance(value, Tensor) or value.numel() != param.numel() or value.dtype == torch.bool:
             continue
         plain = dequantized(value)
@@ -116,6 +124,14 @@ def _snapshot(state: Mapping[str, Any], param: Tensor, record: Run) -> dict[str,
             record.dequantized.add(key)
         out[key] = _flat(plain)
     return out
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _tensors(inner)
 
 
 def _flat(x: Tensor) -> Tensor:

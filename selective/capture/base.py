@@ -33,8 +33,8 @@ class StepContext:
     base: Optimizer
     draw: spec.Draw
     own_state: Callable[[Parameter, Policy], dict[str, Tensor]]  # the policy's state of a parameter, made if missing
-    own_residue: Callable[[Parameter], Tensor]  # what rounding took, for bases that keep it themselves
-    own_momentum: Callable[[Parameter], Tensor] | None  # with `momentum_beta`: the wrapper's own first moment
+    own_residue: Callable[[Parameter, Policy], Tensor]  # what rounding took, for bases that keep it themselves
+    own_momentum: Callable[[Parameter, Policy], Tensor] | None  # with `momentum_beta`: the wrapper's own first moment
     momentum_beta: float | None
     report: Report | None  # where statistics go; None: not wanted
     stochastic_rounding: bool = False

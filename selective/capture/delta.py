@@ -48,8 +48,7 @@ class DeltaJob(GenericJob):
         p = parameter.tensor
         value = p.detach().float()
         if self.facts.residue:
-            self.context.own_state(parameter, self.policy)
-            value += self.context.own_residue(parameter).float()
+            value += self.context.own_residue(parameter, self.policy).float()
         stand_in = torch.nn.Parameter(value)
         assert p.grad is not None
         stand_in.grad = p.grad.float()
@@ -80,7 +79,7 @@ class DeltaJob(GenericJob):
             self.apply(index, update, after, rule, into=after if self._keeps_residue(index) else None)
             if self._keeps_residue(index):
                 parameter.tensor.copy_(after)
-                self.context.own_residue(parameter).copy_(after - parameter.tensor.float())
+                self.context.own_residue(parameter, self.policy).copy_(after - parameter.tensor.float())
 
     def _keeps_residue(self, index: int) -> bool:
         return index in self.stand_ins and bool(self.facts.residue)

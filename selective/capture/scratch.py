@@ -53,7 +53,7 @@ class GenericJob(Job):
     def _momentum(self, parameter: Parameter) -> Tensor:
         """A copy of the first moment as it is now; zeros before there is one."""
         if self.context.own_momentum is not None:
-            return self.context.own_momentum(parameter).clone()
+            return self.context.own_momentum(parameter, self.policy).clone()
         value = self._stored_momentum(parameter)
         return torch.zeros_like(parameter.tensor) if value is None else value.clone()
 
@@ -64,7 +64,7 @@ class GenericJob(Job):
         """The first moment after this gradient was mixed in, where the policy reads it."""
         parameter = self.parameters[index]
         if self.context.own_momentum is not None:
-            momentum, grad = self.context.own_momentum(parameter), self.grads[index]
+            momentum, grad = self.context.own_momentum(parameter, self.policy), self.grads[index]
             assert grad is not None
             assert self.context.momentum_beta is not None
             return momentum.lerp_(grad.to(momentum.dtype), 1.0 - self.context.momentum_beta)

@@ -1,0 +1,75 @@
+"""Why a base cannot be wrapped, in a sentence that says what was found and what to do."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+
+def refused_unseen(base: Optimizer, group: Mapping[str, Any]) -> str | None:
+    """What can be said without a step."""
+    name = type(base).__name__
+    for attribute, value in vars(base).items():
+        if isinstance(value, Optimizer):
+            inner = type(value).__name__
+            return (
+                f"{name} is itself a wrapper (around {inner}, its attribute '{attribute}'), whose step cannot be seen "
+                f"into; wrap {inner} directly."
+            )
+    closure = inspect.signature(type(base).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        return _several_evaluations(name, "its step() requires a closure")
+    if group.get("gradient_release"):
+        return (
+            f"{name} has gradient_release=True: it steps inside backward, where nothing can come between; construct it "
+            "with gradient_release=False."
+        )
+    return None
+
+
+def untriable(base: Optimizer, reason: str) -> str:
+    """A twin cannot be made."""
+    return f"{type(base).__name__} cannot be tried out: {reason}; use a base that keeps its state in `state`."
+
+
+def unsteppable(base: Optimizer, error: BaseException) -> str:
+    """The twin's step raised `error`."""
+    name, text = type(base).__name__, f"{type(error).__name__}: {error}".splitlines()[0]
+    if "closure" in text.lower() or "backward" in text.lower():
+        return _several_evaluations(name, f"without a closure: {text}")
+    if "sparse" in text.lower():
+        return (
+            f"{name} does not step on dense gradients ({text}), and selection needs dense ones; use a dense base, for "
+            "instance torch.optim.Adam with nn.Embedding(sparse=False)."
+        )
+    return (
+        f"{name} could not be stepped on tensors that stand in for its parameters ({text}), so what its update does is "
+        "not known; if it needs a set-up before its first step (train(), hooks, an option), do that first."
+    )
+
+
+def _several_evaluations(name: str, found: str) -> str:
+    return (
+        f"{name} evaluates the loss several times in a step ({found}), so there is no one gradient to select by; use a "
+        "base that steps from p.grad alone."
+    )
+
+
+def refused_seen(base: Optimizer, group: Mapping[str, Any], embeds: tuple[str, ...]) -> str | None:
+    """What the state, or the group, gives away once the base has stepped."""
+    name = type(base).__name__
+    if embeds:
+        entries = " and ".join(f"'{k}'" for k in embeds)
+        return (
+            f"{name} keeps iterates in its state ({entries}), and parameters that a mask moves would part from them; "
+            "use a base whose state comes from gradients alone."
+        )
+    if {"d", "d0"} <= set(group):  # Prodigy and D-Adaptation carry this pair in the group
+        return (
+            f"{name} estimates the distance to the solution ('d' and 'd0' in its group) from the steps it believes to "
+            "have taken, and masked steps are others; use AdamW with a learning rate."
+        )
+    return None
