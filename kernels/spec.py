@@ -40,6 +40,7 @@ class Strength:
     estimate: Literal["exact", "sampled"] = "exact"  # mean_preserving, norm_preserving
     temperature: float = 2.0  # alignment
     smoothing: float = 0.9  # alignment
+    still: bool = False  # fixed: × 0 where the update times the gradient is exactly 0
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class GivenRule:
     where the mask is 1 the result is exactly the base's.
     """
 
-    factor: float = 1.0
+    factor: Scalar = 1.0
     offset: float = 0.0
     negated: bool = False
     momentum_beta: float = 0.95  # top_k's "nesterov" score: (1 - beta) g + beta m, m a running average (Muon's)
@@ -116,11 +117,12 @@ class Draw:
 
     seed: int
     step: int
+    stochastic: bool = False  # round bfloat16 and float16 parameters stochastically, not to nearest
 
 
 @dataclass
 class Sums:
-    """What one tensor's step reports. 0-d float64 tensors on the tensor's device (numel: an int); never synchronises."""
+    """What a tensor's step reports: 0-d float64 tensors on the tensor's device (numel: an int); no synchronisation."""
 
     numel: int
     selected: Tensor  # how many coordinates

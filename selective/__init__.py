@@ -1,9 +1,8 @@
 """selective: one line makes any momentum optimizer selective.
 
-    opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGUP())
+opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGUP())
 """
 
-from selective._version import __version__
 from selective.capture.custom import PolicyError
 from selective.optimizer import SelectiveUpdate
 from selective.policies import (
@@ -32,8 +31,32 @@ from selective.policies import (
 from selective.state import base_part
 from selective.view import StepView
 
+__version__ = "0.1.0"  # the only place that names it: pyproject.toml reads it from here
+
 __all__ = [
-    "MGUP", "Agreement", "Alignment", "AlphaConsistency", "Bernoulli", "Cautious", "CautiousMGUP", "Dense",
-    "Everything", "Fixed", "Grams", "Magma", "MeanPreserving", "NormPreserving", "Policy", "PolicyError", "RandomMask",
-    "Selection", "SelectiveUpdate", "SkipUpdate", "StepView", "Strength", "TopK", "base_part", "policy_from",
-]  # fmt: skip
+    "MGUP",
+    "Agreement",
+    "Alignment",
+    "AlphaConsistency",
+    "Bernoulli",
+    "Cautious",
+    "CautiousMGUP",
+    "Dense",
+    "Everything",
+    "Fixed",
+    "Grams",
+    "Magma",
+    "MeanPreserving",
+    "NormPreserving",
+    "Policy",
+    "PolicyError",
+    "RandomMask",
+    "Selection",
+    "SelectiveUpdate",
+    "SkipUpdate",
+    "StepView",
+    "Strength",
+    "TopK",
+    "base_part",
+    "policy_from",
+]

@@ -34,6 +34,6 @@ class Bindable:
 
 
 def _rebuild(cls: type, state: dict[str, Any]) -> Any:
-    instance = cls.__new__(cls)
+    instance: Any = object.__new__(cls)
     instance.__setstate__(state)
     return instance

@@ -1,4 +1,4 @@
-"""Checkpoints, copies and pickles of `SelectiveUpdate`, and the state that is its own (see Note [our state entries])."""
+"""Checkpoints, copies and pickles of `SelectiveUpdate`, and the state that is its own: Note [our state entries]."""
 
 from __future__ import annotations
 
@@ -15,8 +15,19 @@ from selective.groups import PolicyGroup
 from selective.kernels import spec
 from selective.policies import Dense, Policy
 from selective.state import (
-    MOMENTUM, POLICY, POLICY_STATE, RESIDUE, SEED, STEP, MergedState, base_part, check_layout, decode_policy, encode_policy,
-    own_part, restore_dtypes,
+    MOMENTUM,
+    POLICY,
+    POLICY_STATE,
+    RESIDUE,
+    SEED,
+    STEP,
+    MergedState,
+    base_part,
+    check_layout,
+    decode_policy,
+    encode_policy,
+    own_part,
+    restore_dtypes,
 )  # fmt: skip
 from selective.view import StepView, Tensors
 
@@ -33,7 +44,7 @@ class Checkpointing(Optimizer):
     _constructing: bool
 
     @property
-    def state(self) -> MergedState:  # type: ignore[override]
+    def state(self) -> MergedState:
         """The base's state and ours, by parameter: a live view with the keys of `state_dict()["state"]`."""
         return MergedState(lambda: self.base.state, self._own_entries, lambda: list(self._own))
 
@@ -76,23 +87,27 @@ class Checkpointing(Optimizer):
             self._own[parameter.tensor] = own
         return own
 
-    def _own_momentum(self, parameter: Parameter) -> Tensor:
-        return self._own[parameter.tensor][MOMENTUM]
+    def _own_momentum(self, parameter: Parameter, policy: Policy) -> Tensor:
+        return self._own_of(parameter, policy)[MOMENTUM]
 
-    def _own_residue(self, parameter: Parameter) -> Tensor:
+    def _own_residue(self, parameter: Parameter, policy: Policy) -> Tensor:
         """What rounding took from a low-precision parameter, in its dtype; zeros at first."""
-        own = self._own[parameter.tensor]
+        own = self._own_of(parameter, policy)
         if RESIDUE not in own:
             own[RESIDUE] = torch.zeros_like(parameter.tensor)
         return own[RESIDUE]
 
-    def _make_own_state(self) -> None:
-        """Our state for every parameter that has a gradient, as the base made its own."""
+    def _join_state(self) -> None:
+        """Our state for every parameter that has some of the base's.
+
+        torch.distributed.checkpoint reads the names of entries off live state. Bases that make theirs in the
+        constructor (Adagrad), in an initialising step, or that have trained before they were wrapped, have them now.
+        """
         for policy_group, members in zip(self.policy_groups, self._parameters(), strict=True):
             if isinstance(policy_group.policy, Dense):
                 continue
             for parameter in members:
-                if parameter.tensor.grad is not None:
+                if self.base.state.get(parameter.tensor):
                     self._own_of(parameter, policy_group.policy)
 
     def _parameters(self) -> list[list[Parameter]]:
@@ -136,7 +151,7 @@ class Checkpointing(Optimizer):
             found = found if result is None else result
         return found
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint of this wrapper, or of the plain base. Everything is checked before anything is loaded.
 
         dtypes are kept exactly. The checkpoint's hyper-parameters win, of the policy as of the base; a policy of
@@ -181,13 +196,12 @@ class Checkpointing(Optimizer):
                     saved = decode_policy(ours[index][POLICY], f"param_groups[{number}]")
                     if saved.kind != policy.kind:
                         raise ValueError(
-                            f"SelectiveUpdate: param_groups[{number}] has the policy {policy!r}, the checkpoint was made "
-                            f"with {saved!r}; construct the optimizer with that policy, or load only the base's part "
-                            f"(selective.base_part(state_dict))"
+                            f"SelectiveUpdate: param_groups[{number}] has the policy {policy!r}, the checkpoint was "
+                            f"made with {saved!r}; construct the optimizer with that policy, or load only the "
+                            f"base's part (selective.base_part(state_dict))"
                         )
                     self._check_own_shapes(ours[index], member, saved)
-                    policy_group_policy = saved
-                    policies.append(policy_group_policy)
+                    policies.append(saved)
                     break
             else:
                 policies.append(policy)

@@ -26,8 +26,8 @@ def check_gradients(
                 continue
             if grad.layout != torch.strided:
                 raise ValueError(
-                    f"SelectiveUpdate: parameter {parameter.name!r} has a sparse gradient; use nn.Embedding(sparse=False), "
-                    f"or put it into a parameter group with policy None"
+                    f"SelectiveUpdate: parameter {parameter.name!r} has a sparse gradient; use "
+                    f"nn.Embedding(sparse=False), or put it into a parameter group with policy None"
                 )
             if parameter.tensor.is_complex():
                 raise ValueError(

@@ -78,9 +78,10 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         Optimizer.__init__(self, base.param_groups, base.defaults)
         self._constructing = False
         self._plan()
+        self._join_state()
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's own list: what a scheduler or a user changes in it, the base sees."""
         return self.base.param_groups
 
@@ -103,6 +104,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             self.base.param_groups.pop()
             self.policy_groups.pop()
             raise
+        self._join_state()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own `zero_grad`."""
@@ -116,7 +118,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Returns what the closure returns.
 
         1. Run the closure, if any, with gradients enabled, once.
@@ -137,7 +139,10 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         if self._is_initialisation():
             with base_hooks(self.base):
                 step_base(self.base, self.param_groups)
-            self._make_own_state()
+            for policy_group, members in zip(self.policy_groups, self._parameters(), strict=True):
+                for parameter in members:
+                    if parameter.tensor.grad is not None and not isinstance(policy_group.policy, Dense):
+                        self._own_of(parameter, policy_group.policy)
             return loss
         if self._on_nonfinite != "ignore":
             where = nonfinite_gradient(self._parameters())
@@ -187,8 +192,8 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             self.policy_groups.append(PolicyGroup(take_policy(group, self._default)))
         if len(self.policy_groups) > len(groups):
             raise RuntimeError(
-                f"SelectiveUpdate: the base has {len(groups)} parameter groups, policy_groups {len(self.policy_groups)}: "
-                f"a group was removed; delete the same index from opt.policy_groups"
+                f"SelectiveUpdate: the base has {len(groups)} parameter groups, policy_groups has "
+                f"{len(self.policy_groups)}: a group was removed; delete the same index from opt.policy_groups"
             )
         captures = []
         for number, (group, policy_group) in enumerate(zip(groups, self.policy_groups, strict=True)):
@@ -205,10 +210,10 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
 
     def _jobs(self, report: Report | None) -> list[Job]:
         context = StepContext(
-            base=self.base, draw=spec.Draw(self._seed, self._steps), own_state=self._own_state,
-            own_residue=self._own_residue,
+            base=self.base, draw=spec.Draw(self._seed, self._steps, self._stochastic_rounding),
+            own_state=self._own_state, own_residue=self._own_residue,
             own_momentum=None if self._momentum_beta is None else self._own_momentum,
-            momentum_beta=self._momentum_beta, report=report, stochastic_rounding=self._stochastic_rounding,
+            momentum_beta=self._momentum_beta, report=report,
         )  # fmt: skip
         jobs = []
         plan = zip(self.param_groups, self.policy_groups, self._captures, self._parameters(), strict=True)
@@ -259,7 +264,7 @@ def _check_arguments(base: object, capture: str, momentum_beta: float | None, on
             f"build it first: SelectiveUpdate(torch.optim.AdamW(model.parameters()), policy=...)"
         )
     if isinstance(base, SelectiveUpdate):
-        raise TypeError("SelectiveUpdate: base is a SelectiveUpdate already; give its base, or combine the two policies")
+        raise TypeError("SelectiveUpdate: base is a SelectiveUpdate already; wrap its base, with one policy for both")
     if capture not in ("auto", "fused", "scratch", "delta"):
         raise ValueError(f"SelectiveUpdate: capture is {capture!r}, must be 'auto', 'fused', 'scratch' or 'delta'")
     if on_nonfinite not in ("ignore", "skip", "raise"):
@@ -284,6 +289,7 @@ def _check_momentum(
     wanted = policy.needs() & {"momentum", "previous_momentum"}
     if wanted and not own and not capture.has_momentum(group):
         raise ValueError(
-            f"SelectiveUpdate: {policy!r} needs the base's momentum, and {type(base).__name__} (param_groups[{number}]) "
-            f"keeps no first moment of the gradient; pass momentum_beta=0.9 and the wrapper keeps its own"
+            f"SelectiveUpdate: {policy!r} needs the base's momentum, and {type(base).__name__} "
+            f"(param_groups[{number}]) keeps no first moment of the gradient; pass "
+            f"momentum_beta=0.9 and the wrapper keeps its own"
         )

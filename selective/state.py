@@ -1,7 +1,7 @@
 """What is saved, and how it is loaded.
 
-Note [our state entries]: everything of ours is a tensor under `PREFIX` in a parameter's state, beside the base's entries
-in `SelectiveUpdate.state` and `state_dict()["state"]` but never in the base's own dictionaries (bases test
+Note [our state entries]: everything of ours is a tensor under `PREFIX` in a parameter's state, beside the base's
+entries in `SelectiveUpdate.state` and `state_dict()["state"]` but never in the base's own dictionaries (bases test
 `len(state) == 0`). The step count, the seed and the policy stand in each parameter's state and not in the groups: the
 flattened form of torch.distributed.checkpoint takes tensors and numbers in a state but only keys that live groups have.
 """
@@ -75,8 +75,12 @@ class MergedEntry(MutableMapping[str, Any]):
 class MergedState(MutableMapping[Tensor, Any]):
     """The state of all parameters, live: true as soon as the base or we hold any."""
 
-    def __init__(self, base_state: Callable[[], MutableMapping[Tensor, Any]], ours: Callable[[Tensor], dict[str, Tensor]],
-                 tracked: Callable[[], list[Tensor]]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        base_state: Callable[[], MutableMapping[Tensor, Any]],
+        ours: Callable[[Tensor], dict[str, Tensor]],
+        tracked: Callable[[], list[Tensor]],
+    ) -> None:
         self._base_state = base_state
         self._ours = ours
         self._tracked = tracked
@@ -132,9 +136,9 @@ def base_part(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": {index: entries for index, entries in state.items() if entries}}
 
 
-def own_part(state_dict: Mapping[str, Any]) -> dict[Any, dict[str, Tensor]]:
+def own_part(state_dict: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
     """Our entries of a checkpoint, by parameter; parameters without any are left out."""
-    found: dict[Any, dict[str, Tensor]] = {}
+    found: dict[Any, dict[str, Any]] = {}
     for index, entries in state_dict["state"].items():
         ours = {key: value for key, value in entries.items() if str(key).startswith(PREFIX)}
         # an empty dictionary is what reading a flattened checkpoint makes of an entry that it does not have
@@ -151,7 +155,9 @@ def check_layout(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) ->
             raise ValueError(f"SelectiveUpdate: the checkpoint has no {key!r}; found {sorted(map(str, state_dict))}")
     saved, live = state_dict["param_groups"], groups
     if len(saved) != len(live):
-        raise ValueError(f"SelectiveUpdate: the checkpoint has {len(saved)} parameter groups, the optimizer {len(live)}")
+        raise ValueError(
+            f"SelectiveUpdate: the checkpoint has {len(saved)} parameter groups, the optimizer {len(live)}"
+        )
     for number, (theirs, ours) in enumerate(zip(saved, live, strict=True)):
         if len(theirs["params"]) != len(ours["params"]):
             raise ValueError(

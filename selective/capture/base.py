@@ -33,11 +33,10 @@ class StepContext:
     base: Optimizer
     draw: spec.Draw
     own_state: Callable[[Parameter, Policy], dict[str, Tensor]]  # the policy's state of a parameter, made if missing
-    own_residue: Callable[[Parameter], Tensor]  # what rounding took, for bases that keep it themselves
-    own_momentum: Callable[[Parameter], Tensor] | None  # with `momentum_beta`: the wrapper's own first moment
+    own_residue: Callable[[Parameter, Policy], Tensor]  # what rounding took, for bases that keep it themselves
+    own_momentum: Callable[[Parameter, Policy], Tensor] | None  # with `momentum_beta`: the wrapper's own first moment
     momentum_beta: float | None
     report: Report | None  # where statistics go; None: not wanted
-    stochastic_rounding: bool = False
 
 
 @dataclass
@@ -83,7 +82,7 @@ def step_base(base: Optimizer, groups: list[dict[str, Any]]) -> None:
     try:
         step = type(base).step
         if getattr(step, "hooked", False):  # torch wraps `step` once a class, to run hooks around it
-            step.__wrapped__(base)  # type: ignore[attr-defined]
+            step.__wrapped__(base)
         else:
             step(base)
     finally:

@@ -28,7 +28,8 @@ def kernel_specs(policy: Policy) -> tuple[spec.Selection, spec.Strength]:
     parts = policy.parts()
     assert parts is not None
     selection, strength = parts[0].spec(), parts[1].spec()
-    assert selection is not None and strength is not None
+    assert selection is not None
+    assert strength is not None
     return selection, strength
 
 

@@ -1,10 +1,10 @@
 """Delta capture: parameter before minus parameter after, for bases whose update looks at the parameter.
 
-Applied as p_after + (1 - mask) u, which is exactly the base's result where the mask is 1. In bfloat16 and float16 that difference is
-mostly rounding (small updates vanish in it), so there the base steps a float32 copy; its parameter-shaped state is
-float32 then. Where the base keeps what rounding takes from the parameter (Kahan summation), its float32 copy needs no such
-thing, and we keep the residue instead, in one buffer of the parameter's dtype as the base would have. Costs two
-copies of the parameters during the step.
+Applied as p_after + (1 - mask) u, which is exactly the base's result where the mask is 1. In bfloat16 and float16 that
+difference is mostly rounding (small updates vanish in it), so there the base steps a float32 copy; its parameter-shaped
+state is float32 then. Where the base keeps what rounding takes from the parameter (Kahan summation), its float32 copy
+needs no such thing, and we keep the residue instead, in one buffer of the parameter's dtype as the base would have.
+Costs two copies of the parameters during the step.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ class DeltaJob(GenericJob):
         p = parameter.tensor
         value = p.detach().float()
         if self.facts.residue:
-            self.context.own_state(parameter, self.policy)
-            value += self.context.own_residue(parameter).float()
+            value += self.context.own_residue(parameter, self.policy).float()
         stand_in = torch.nn.Parameter(value)
         assert p.grad is not None
         stand_in.grad = p.grad.float()
@@ -75,12 +74,12 @@ class DeltaJob(GenericJob):
             update = before - after
             if self.facts.decay == "decoupled":
                 factor = decay_factor(self.context.base, self.group, self.facts, parameter.tensor)
-                update.sub_(before, alpha=1.0 - factor)
+                update = update - before * (1.0 - factor)
             rule = spec.GivenRule(offset=1.0, momentum_beta=self.lookahead())
             self.apply(index, update, after, rule, into=after if self._keeps_residue(index) else None)
             if self._keeps_residue(index):
                 parameter.tensor.copy_(after)
-                self.context.own_residue(parameter).copy_(after - parameter.tensor.float())
+                self.context.own_residue(parameter, self.policy).copy_(after - parameter.tensor.float())
 
     def _keeps_residue(self, index: int) -> bool:
         return index in self.stand_ins and bool(self.facts.residue)

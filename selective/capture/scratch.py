@@ -1,8 +1,8 @@
 """Scratch capture: the base steps on zeros that stand in for the parameter, and what it leaves there is exactly -u.
 
 Right for every base whose update does not look at the parameter. Costs one copy of the parameters during the step (and
-one of the gradients where decay is coupled). The storage is zeroed in place rather than swapped, because a base may hold the
-tensor by identity and because swapping `.data` has no effect on a DTensor.
+one of the gradients where decay is coupled). The storage is zeroed in place rather than swapped, because a base may
+hold the tensor by identity and because swapping `.data` has no effect on a DTensor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class GenericJob(Job):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.reads = self.policy.needs()
-        self.wants_grad = "grad" in self.reads or self.context.own_momentum is not None or self.context.report is not None
+        self.wants_grad = (
+            "grad" in self.reads or self.context.own_momentum is not None or self.context.report is not None
+        )
         self.grads: list[Tensor | None] = []  # the view's gradient: after maximize and coupled decay
         self.previous: list[Tensor | None] = []
         self.coupled = 0.0  # what of the parameter the base adds to the raw gradient
@@ -51,7 +53,7 @@ class GenericJob(Job):
     def _momentum(self, parameter: Parameter) -> Tensor:
         """A copy of the first moment as it is now; zeros before there is one."""
         if self.context.own_momentum is not None:
-            return self.context.own_momentum(parameter).clone()
+            return self.context.own_momentum(parameter, self.policy).clone()
         value = self._stored_momentum(parameter)
         return torch.zeros_like(parameter.tensor) if value is None else value.clone()
 
@@ -62,8 +64,9 @@ class GenericJob(Job):
         """The first moment after this gradient was mixed in, where the policy reads it."""
         parameter = self.parameters[index]
         if self.context.own_momentum is not None:
-            momentum, grad = self.context.own_momentum(parameter), self.grads[index]
-            assert grad is not None and self.context.momentum_beta is not None
+            momentum, grad = self.context.own_momentum(parameter, self.policy), self.grads[index]
+            assert grad is not None
+            assert self.context.momentum_beta is not None
             return momentum.lerp_(grad.to(momentum.dtype), 1.0 - self.context.momentum_beta)
         if "momentum" not in self.reads:
             return None
@@ -107,13 +110,14 @@ class GenericJob(Job):
         parameter = self.parameters[index]
         dtype = torch.float64 if item.param.dtype == torch.float64 else torch.float32
         update = item.state["update"].to(dtype) * (-1.0 if rule.negated else 1.0)
+        momentum, previous = item.state.get("momentum"), item.state.get("previous_momentum")
         tensors = Tensors(
-            self.saved[index], update, grad, item.state.get("momentum"), item.state.get("previous_momentum"), rule.momentum_beta,
+            self.saved[index], update, grad, momentum, previous, rule.momentum_beta,
         )  # fmt: skip
         mask = run_mask(self.context, self.policy, parameter, tensors)
         if self.context.report is not None:
             self.context.report.add_masked(parameter.name, mask, update, None if grad is None else grad.to(dtype))
-        apply_mask(item, rule, update, mask)
+        apply_mask(item, rule, update, mask, self.context.draw)
 
     def lookahead(self) -> float:
         own = self.context.momentum_beta
@@ -144,7 +148,7 @@ class ScratchJob(GenericJob):
         self._give_gradients_back()
         for index, parameter in enumerate(self.parameters):
             p, before = parameter.tensor, self.saved[index]
-            factor = 1.0
+            factor: spec.Scalar = 1.0
             if self.facts.decay == "decoupled":
                 factor = decay_factor(self.context.base, self.group, self.facts, p)
             rule = spec.GivenRule(factor=factor, negated=True, momentum_beta=self.lookahead())

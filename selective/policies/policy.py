@@ -66,7 +66,9 @@ class Policy(Configured):
         """
         parts = self.parts()
         if parts is None:
-            raise TypeError(f"{type(self).__name__}: override mask(view), or parts() to name a selection and a strength")
+            raise TypeError(
+                f"{type(self).__name__}: override mask(view), or parts() to name a selection and a strength"
+            )
         selection, strength = parts
         selected = selection.select(view)
         if is_dense_top_k(selection, selected.numel()):
@@ -74,7 +76,11 @@ class Policy(Configured):
         else:
             a, b, state = strength.multipliers(view, selected)
         one = torch.ones((), dtype=view.dtype, device=view.device)
-        return torch.where(selected, one * a, one * b), state
+        mask = torch.where(selected, one * a, one * b)
+        described = strength.spec()
+        if described is not None and described.still and not is_dense_top_k(selection, selected.numel()):
+            mask = torch.where(view.update * view.grad == 0, 0.0, mask)
+        return mask, state
 
 
 def is_dense_top_k(selection: Selection, numel: int) -> bool:

@@ -99,7 +99,11 @@ def test_low_precision_loses_no_more_than_the_base(name: str, way: str, dtype: t
     with torch.no_grad():
         for e, p in zip(exact, theirs, strict=True):
             e.copy_(p)  # the same start, representable in the low precision
-    optimizers = [build(base, exact), build(base, theirs), SelectiveUpdate(build(base, ours), policy=Ones(), capture=way)]
+    optimizers = [
+        build(base, exact),
+        build(base, theirs),
+        SelectiveUpdate(build(base, ours), policy=Ones(), capture=way),
+    ]
     optimizers[0].param_groups[0].update({k: v for k, v in optimizers[1].param_groups[0].items() if k == "eps"})
     for step in range(STEPS):
         for params, optimizer in zip((exact, theirs, ours), optimizers, strict=True):
@@ -107,7 +111,10 @@ def test_low_precision_loses_no_more_than_the_base(name: str, way: str, dtype: t
             optimizer.step()
 
     def error(params: list[torch.nn.Parameter]) -> float:
-        return sum(float((p.detach().double() - e.detach()).square().sum()) for p, e in zip(params, exact, strict=True)) ** 0.5
+        return (
+            sum(float((p.detach().double() - e.detach()).square().sum()) for p, e in zip(params, exact, strict=True))
+            ** 0.5
+        )
 
     # Both round some 400 numbers 20 times: two independent sums of such squares differ by some 5 %.
     assert error(ours) <= 1.1 * error(theirs)

@@ -1,0 +1,79 @@
+"""Which coordinates of a chunk are selected, as 1.0 and 0.0: everything but top-K, which needs the whole tensor.
+
+Results stay floats in the cache: operations whose result is bool are five times slower (torch 2.13).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference.random import hash_, keys, uniform_bits
+from ..reference.rules import nesterov
+from ..spec import Draw, Item, Rule, Selection
+from .chunks import Flat, buffer, spans
+from .moments import Slice
+
+
+def negated_score(selection: Selection, rule: Rule, piece: Slice, out: Tensor) -> Tensor:
+    """t = -score of a chunk, for the thresholds."""
+    if selection.score == "update":
+        return torch.mul(piece.direction, piece.grad, out=out)
+    assert piece.momentum is not None
+    x = piece.momentum if selection.score == "momentum" else nesterov(rule, piece.momentum, piece.grad)
+    return torch.mul(x, piece.grad, out=out).neg_()
+
+
+def _anything(tensor: Tensor | None) -> bool:
+    return tensor is not None and any(bool(tensor[a:b].any()) for a, b in spans(tensor.numel()))
+
+
+class Selector:
+    """Marks the chunks of one tensor. Made before the moments move: it looks at the momentum before the step."""
+
+    def __init__(self, selection: Selection, item: Item, flat: Flat, draw: Draw) -> None:
+        self.selection, self.item, self.draw = selection, item, draw
+        self.keep_previous = selection.kind == "agreement" and selection.product == "previous_momentum"
+        self.everything = selection.kind == "everything"
+        if self.keep_previous:
+            names = ("previous_momentum", "momentum_buffer", "exp_avg")
+            self.everything = not _anything(next((flat.state[n] for n in names if n in flat.state), None))
+        self.limit = round(selection.probability * 2**24)
+        self.units: Tensor | None = None  # bernoulli: 1.0 and 0.0 of each row, or of the tensor
+        if selection.kind == "bernoulli" and selection.unit != "element":
+            rows = item.param.shape[0] if selection.unit == "row" and item.param.dim() else 1
+            self.units = (uniform_bits(draw, item.address, rows) < self.limit).float()
+
+    def __call__(self, start: int, end: int, piece: Slice, out: Tensor) -> Tensor | None:
+        """1.0 where selected, in `out`; None where everything is."""
+        if self.everything:
+            return None
+        if self.selection.kind == "bernoulli":
+            return self._bernoulli(start, end, out)
+        return self._agreement(piece, out)
+
+    def _agreement(self, piece: Slice, out: Tensor) -> Tensor:
+        strict, product = self.selection.strict, self.selection.product
+        if product == "update":  # d = -u turns the comparison around
+            torch.mul(piece.direction, piece.grad, out=out)
+            return out.lt_(0) if strict else out.le_(0)
+        x = piece.momentum if product == "momentum" else piece.previous
+        assert x is not None
+        torch.mul(x, piece.grad, out=out)
+        return out.gt_(0) if strict else out.ge_(0)
+
+    def _bernoulli(self, start: int, end: int, out: Tensor) -> Tensor:
+        count = end - start
+        if self.units is not None:
+            length = max(self.item.param.numel() // self.units.numel(), 1)
+            rows = self.units[start // length : (end - 1) // length + 1].repeat_interleave(length)
+            return out.copy_(rows[start % length : start % length + count])
+        if start >> 32 != (end - 1) >> 32:  # the keys change inside of this chunk
+            bits = uniform_bits(self.draw, self.item.address, count, offset=start)
+            return out.copy_(bits.lt_(self.limit))
+        bits, shifted = buffer("bits", count, torch.int32), buffer("shifted", count, torch.int32)
+        first = start & 0xFFFFFFFF
+        first = first - (1 << 32) if first >= 1 << 31 else first  # int32 wraps as the 32-bit index does
+        torch.arange(first, first + count, out=bits)
+        hash_(bits, keys(self.draw, self.item.address, start >> 32), shifted)
+        return out.copy_(bits.lt_(self.limit))

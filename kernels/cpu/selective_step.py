@@ -1,0 +1,219 @@
+"""The step over chunks that stay in the cache: one pass over the memory where the mask is local, two where it is not.
+
+One pass (everything, agreement, Bernoulli or a sampled threshold, with fixed strengths): moments, mask and parameter
+of a chunk while it is in the cache. Extra memory: the chunk buffers, at most 8 of 0.5 MiB for each thread, kept.
+
+Two passes (exact top-K; strengths that need a sum): the first moves the moments, leaves d = -u in a scratch tensor
+and counts, the second applies. Extra memory, of the call's largest tensor, freed when the call ends: 4 bytes an
+element for d (8 in float64; none where a capture already holds it as float32), 1 for marks where a strength needs
+them again, 4 for top-K by a momentum score, 4 for top-K that keeps the norm of the momentum; about 5 % for the list
+inside the bracket, and 4 to 12 bytes an element more where a bracket has missed or where ties are massive.
+Non-contiguous tensors are copied while they are stepped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..reference.random import sample_positions
+from ..reference.rules import Advanced, begin
+from ..spec import Draw, GivenRule, Item, Rule, Selection, Strength, Sums
+from . import threshold as ranking
+from .applying import Applier, Totals
+from .chunks import Flat, Scratch, buffer, spans
+from .gathering import Gatherer
+from .moments import Mover, Slice
+from .selections import Selector, negated_score
+
+
+class _Step:
+    """One tensor's step."""
+
+    def __init__(
+        self, item: Item, rule: Rule, selection: Selection, strength: Strength, draw: Draw, scratch: Scratch
+    ) -> None:
+        self.item, self.rule, self.selection, self.strength, self.draw = item, rule, selection, strength, draw
+        self.scratch = scratch
+        numbers = begin(item, rule)
+        self.flat = Flat(item, writes_state=not isinstance(rule, GivenRule))
+        self.numel = item.param.numel()
+        self.mover = Mover(item, rule, numbers, self.flat)
+        self.dtype = self.mover.dtype
+        self.k = int(selection.fraction * self.numel) if selection.kind == "top_k" else -1
+        self.selector = Selector(selection, item, self.flat, draw)
+        self.threshold: ranking.Threshold | None = None
+        self.scores: Tensor | None = None  # -score of the whole tensor, where it cannot be formed again
+        self.x: Tensor | None = None  # likewise the x of norm_preserving
+
+    def run(self, statistics: bool) -> Sums | None:
+        totals = Totals() if statistics else None
+        self._sample()
+        if self.strength.kind == "fixed" and (self.k <= 0 or self.threshold is not None):
+            above, below = self._one_pass(totals)
+        else:
+            above, below = self._two_passes(totals)
+        self.flat.write_back()
+        return totals.sums(self.numel, above, below) if totals is not None else None
+
+    def _sample(self) -> None:
+        """What has to be read from a sample before the moments move."""
+        wanted = self.strength.estimate == "sampled" and self.strength.kind in ("mean_preserving", "norm_preserving")
+        by_sample = self.k > 0 and self.selection.quantile == "sampled"
+        positions = None
+        if wanted or by_sample:
+            positions = sample_positions(self.draw, self.item.address, self.numel, "cpu")
+        peeked = None if positions is None else self.mover.peek(positions)
+        self.gatherer = Gatherer(self.strength, positions if wanted else None, peeked)
+        if by_sample and peeked is not None:
+            t = self._peeked_scores(peeked)
+            t = torch.where(torch.isnan(t), torch.inf, t)
+            rank = max(int(self.selection.fraction * t.numel()), 1)
+            self.threshold = ranking.Threshold(float(torch.kthvalue(t, rank).values), self.numel)
+
+    def _peeked_scores(self, peeked: Advanced) -> Tensor:
+        piece = Slice(-peeked.update, peeked.grad, peeked.momentum, None)
+        return negated_score(self.selection, self.rule, piece, torch.empty_like(peeked.update))
+
+    def _mark(self, start: int, end: int, piece: Slice) -> Tensor | None:
+        """1.0 and 0.0 of a chunk; None where everything is selected."""
+        out = buffer("selected", end - start, self.dtype)
+        if self.k < 0:
+            return self.selector(start, end, piece, out)
+        if self.k == 0:
+            return None
+        assert self.threshold is not None
+        t = negated_score(self.selection, self.rule, piece, out) if self.scores is None else self.scores[start:end]
+        return self.threshold.mark(t, start, out)
+
+    def _applier(self, above: float, below: float) -> Applier:
+        return Applier(
+            self.rule, self.flat, self.dtype, above, below,
+            still=self.strength.still and self.k != 0, draw=self.draw, address=self.item.address,
+        )  # fmt: skip
+
+    def _one_pass(self, totals: Totals | None) -> tuple[float, float]:
+        pair = (1.0, 1.0) if self.k == 0 else (self.strength.selected, self.strength.rest)
+        apply = self._applier(*pair)
+        for start, end in spans(self.numel):
+            out = buffer("direction", end - start, self.dtype)
+            piece = self.mover(start, end, out, self.selector.keep_previous)
+            apply(start, end, piece.direction, piece.grad, self._mark(start, end, piece), totals)
+        return pair
+
+    def _two_passes(self, totals: Totals | None) -> tuple[float, float]:
+        directions = self._directions()
+        marks: Tensor | None = None
+        if self.k < 0 and not self.selector.everything:
+            marks = self.scratch.get("marks", self.numel, torch.uint8)
+        collector = self._collector() if self.k > 0 and self.threshold is None else None
+        self._keep_whole()
+        for start, end in spans(self.numel):
+            piece = self.mover(start, end, directions[start:end], self.selector.keep_previous)
+            self._first_pass(start, end, piece, marks, collector)
+        if self.k > 0:
+            marks = self._rank(directions, collector)
+        above, below = self.gatherer.multipliers(self.item, marks) if self.strength.kind != "fixed" else self._fixed()
+        if self.k == 0:
+            above = below = 1.0
+        self._second_pass(directions, marks, self._applier(above, below), totals)
+        return above, below
+
+    def _fixed(self) -> tuple[float, float]:
+        return self.strength.selected, self.strength.rest
+
+    def _directions(self) -> Tensor:
+        """Where d of the whole tensor goes, or already is."""
+        if isinstance(self.rule, GivenRule) and self.rule.negated and self.flat.state["update"].dtype == self.dtype:
+            return self.flat.state["update"]
+        return self.scratch.get("directions", self.numel, self.dtype)
+
+    def _keep_whole(self) -> None:
+        """Memory for what the second pass cannot form again from d and g: anything with the momentum in it."""
+        if self.k > 0 and self.selection.score != "update":
+            self.scores = self.scratch.get("scores", self.numel, self.dtype)
+        if self.k > 0 and self.strength.kind == "norm_preserving" and self.strength.of == "momentum":
+            self.x = self.scratch.get("x", self.numel, self.dtype)
+
+    def _collector(self) -> ranking.Collector:
+        if self.numel <= 4 * ranking.SAMPLE:  # everything is collected: no sample needed
+            return ranking.Collector(self.k, self.numel, -torch.inf, torch.inf)
+        sample = self._peeked_scores(self.mover.peek_runs(ranking.bracket_runs(self.numel), ranking.RUN))
+        return ranking.Collector(self.k, self.numel, *ranking.bracket(sample, self.k, self.numel))
+
+    def _first_pass(
+        self, start: int, end: int, piece: Slice, marks: Tensor | None, collector: ranking.Collector | None
+    ) -> None:
+        if self.k > 0:
+            if self.scores is not None or collector is not None:
+                t = buffer("selected", end - start, self.dtype) if self.scores is None else self.scores[start:end]
+                negated_score(self.selection, self.rule, piece, t)
+                if collector is not None:
+                    collector.add(t, start)
+            if self.x is not None:
+                assert piece.momentum is not None
+                self.x[start:end].copy_(piece.momentum)
+            if self.strength.kind == "alignment":
+                self.gatherer.add(piece, None)
+            return
+        selected = self._mark(start, end, piece)
+        self.gatherer.add(piece, selected)
+        if marks is not None:
+            assert selected is not None
+            marks[start:end].copy_(selected)
+
+    def _again(self, directions: Tensor, start: int, end: int) -> Slice:
+        """The chunk once more, from what the first pass has left."""
+        x = None if self.x is None else self.x[start:end]
+        return Slice(directions[start:end], self.mover.gradient(start, end), x, None)
+
+    def _rank(self, directions: Tensor, collector: ranking.Collector | None) -> Tensor | None:
+        """Settle the threshold; mark the tensor where the strength depends on what is selected."""
+        if self.threshold is None:
+            assert collector is not None
+            self.threshold = collector.settle()
+        if self.threshold is None:  # the bracket has missed
+            whole = self.scores if self.scores is not None else torch.empty(self.numel, dtype=self.dtype)
+            if self.scores is None:
+                for start, end in spans(self.numel):
+                    negated_score(self.selection, self.rule, self._again(directions, start, end), whole[start:end])
+            self.threshold = ranking.exact(whole, self.k)
+        if self.strength.kind in ("fixed", "alignment"):
+            return None
+        marks = self.scratch.get("marks", self.numel, torch.uint8)
+        for start, end in spans(self.numel):
+            piece = self._again(directions, start, end)
+            selected = self._mark(start, end, piece)
+            self.gatherer.add(piece, selected)
+            assert selected is not None
+            marks[start:end].copy_(selected)
+        return marks
+
+    def _second_pass(self, directions: Tensor, marks: Tensor | None, apply: Applier, totals: Totals | None) -> None:
+        for start, end in spans(self.numel):
+            piece = self._again(directions, start, end)
+            if marks is not None:
+                selected: Tensor | None = buffer("selected", end - start, self.dtype).copy_(marks[start:end])
+            elif self.k > 0:
+                selected = self._mark(start, end, piece)
+            else:
+                selected = None
+            apply(start, end, piece.direction, piece.grad, selected, totals)
+
+
+def selective_step(
+    items: Sequence[Item],
+    *,
+    rule: Rule,
+    selection: Selection,
+    strength: Strength,
+    draw: Draw,
+    statistics: bool = False,
+) -> list[Sums] | None:
+    """Steps 5 to 7 of these tensors, in place. See `selective.kernels.selective_step`."""
+    scratch = Scratch()
+    scratch.largest = max((item.param.numel() for item in items), default=0)
+    sums = [_Step(item, rule, selection, strength, draw, scratch).run(statistics) for item in items]
+    return [s for s in sums if s is not None] if statistics else None

@@ -1,1 +1,0 @@
-__version__ = "0.1.0"  # the only place that names it: pyproject.toml reads it from here

@@ -1,0 +1,177 @@
+"""Building, training and comparing: what the checks have in common."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from selective.testing.model import ConformanceModel
+from selective.testing.subject import Subject
+
+Bits = dict[str, Tensor]
+
+
+class CheckFailed(AssertionError):
+    """A wrapper does not do what a check asks for; the message says what was found and why it matters."""
+
+
+class NotApplicable(Exception):
+    """A check has nothing to say about this subject; the message says why."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckFailed(message)
+
+
+def build(
+    subject: Subject, *, dtype: torch.dtype = torch.float32, late: bool = True, seed: int = 0
+) -> tuple[ConformanceModel, Optimizer]:
+    """A fresh model and wrapper. The global generator is set, so that only the generator's own checks see its users."""
+    model = ConformanceModel(subject.model, dtype=dtype, late=late, seed=seed)
+    torch.manual_seed(0)
+    return model, subject.build(list(model.parameters()))
+
+
+def build_over(subject: Subject, base: Callable[[Any], Optimizer], **model: Any) -> tuple[ConformanceModel, Optimizer]:
+    """The subject's wrapper over another base than its own."""
+    if subject.wrap is None:
+        raise NotApplicable("needs `Subject.wrap`, to wrap a base that misbehaves in a known way")
+    net = ConformanceModel(subject.model, **model)
+    torch.manual_seed(0)
+    return net, subject.wrap(base(list(net.parameters())))
+
+
+def base_of(subject: Subject, wrapper: Optimizer) -> Optimizer:
+    if subject.get_base is None:
+        raise NotApplicable("the subject gives no way to its base (`get_base=None`)")
+    return subject.get_base(wrapper)
+
+
+def train(model: ConformanceModel, optimizer: Optimizer, steps: Iterable[int]) -> None:
+    """The loop that everybody writes."""
+    for step in steps:
+        optimizer.zero_grad()
+        model.loss(step).backward()
+        optimizer.step()
+
+
+def values(model: nn.Module) -> Bits:
+    """A copy of every parameter, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def trajectory(model: ConformanceModel, optimizer: Optimizer, steps: Iterable[int]) -> list[Bits]:
+    """The parameters after each step."""
+    points = []
+    for step in steps:
+        train(model, optimizer, [step])
+        points.append(values(model))
+    return points
+
+
+def through_a_file(state: Any) -> Any:
+    """Saved and loaded the way a checkpoint is, without running code from the file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A copy of a tensor subclass (8-bit states), as the tensors that it is made of: few implement `clone`."""
+
+    kind: type
+    parts: dict[str, Any]
+
+
+def keep(value: Any) -> Any:
+    """A copy that later steps do not change."""
+    if not isinstance(value, Tensor):
+        return value
+    if hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()  # type: ignore[operator]
+        return Kept(type(value), {name: getattr(value, name).clone() for name in names})
+    return value.detach().clone()
+
+
+def _differs(found: Any, expected: Any) -> str | None:
+    """What is different between two plain values, in words; None where nothing is."""
+    if isinstance(expected, Tensor) != isinstance(found, Tensor):
+        return f"is a {type(found).__name__}, was a {type(expected).__name__}"
+    if not isinstance(expected, Tensor):
+        return None if found == expected else f"is {found!r}, was {expected!r}"
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return f"is {found.dtype} {tuple(found.shape)}, was {expected.dtype} {tuple(expected.shape)}"
+    unequal = ~((found == expected) | (torch.isnan(found) & torch.isnan(expected)))  # NaN equals NaN here
+    if not unequal.any():
+        return None
+    worst = (found.double() - expected.double()).abs().max().item()
+    return f"differs in {int(unequal.sum())} of {found.numel()} elements, by up to {worst:.3g}"
+
+
+def difference(found: Any, expected: Any) -> str | None:
+    """What differs between two values, tensor subclasses included."""
+    found, expected = keep(found), keep(expected)
+    if not isinstance(expected, Kept):
+        return _differs(found, expected)
+    if not isinstance(found, Kept) or found.kind is not expected.kind:
+        return f"is a {type(found).__name__}, was a {expected.kind.__name__}"
+    for name, value in expected.parts.items():
+        text = _differs(found.parts[name], value)
+        if text is not None:
+            return f"({name}) {text}"
+    return None
+
+
+def require_same_values(found: Bits, expected: Bits, context: str) -> None:
+    """Bit for bit; the message names the first parameter that differs."""
+    for name, value in expected.items():
+        text = _differs(found[name], value)
+        require(text is None, f"{context}: parameter {name!r} {text}.")
+
+
+def require_same_path(found: list[Bits], expected: list[Bits], context: str) -> None:
+    """Bit for bit at every step; the message names the first step that differs."""
+    require(len(found) == len(expected), f"{context}: {len(found)} steps, expected {len(expected)}.")
+    for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        require_same_values(ours, theirs, f"{context}, step {index + 1} after the fork")
+
+
+Entries = dict[Any, dict[str, Any]]
+
+
+def entries(optimizer: Optimizer) -> Entries:
+    """A copy of `state_dict()["state"]`."""
+    return {i: {k: keep(v) for k, v in entry.items()} for i, entry in optimizer.state_dict()["state"].items()}
+
+
+def require_same_entries(found: Entries, expected: Entries, context: str) -> None:
+    """Every entry of `expected` is in `found`, bit for bit; more in `found` is allowed."""
+    for index, entry in expected.items():
+        for key, value in entry.items():
+            require(key in found.get(index, {}), f"{context}: state entry {key!r} of parameter {index} is missing.")
+            text = difference(found[index][key], value)
+            require(text is None, f"{context}: state entry {key!r} of parameter {index} {text}.")
+
+
+def own_entries(subject: Subject, wrapper: Optimizer) -> Entries:
+    """What stands in the wrapper's state and not in its base's."""
+    theirs = base_of(subject, wrapper).state_dict()["state"]
+    return {i: {k: v for k, v in e.items() if k not in theirs.get(i, {})} for i, e in entries(wrapper).items()}
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """In place where the rate is a tensor: some bases refuse a number there."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

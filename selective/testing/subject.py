@@ -1,0 +1,87 @@
+"""What the suite needs to know about somebody's wrapper: how to build it, and what it does not claim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
+def base_attribute(wrapper: Optimizer) -> Optimizer:
+    """Where most wrappers keep what they wrap."""
+    return wrapper.base  # type: ignore[attr-defined]
+
+
+def itself(wrapper: Optimizer) -> Optimizer:
+    """The `get_base` of an optimizer that wraps nothing."""
+    return wrapper
+
+
+@dataclass(frozen=True)
+class ConfigClaims:
+    """How a policy is built from data, and one value of it that must be refused.
+
+    `good` is a config that builds; its `tag` entry names the kind. `out_of_range` is (key, value, bound): the error for
+    `good | {key: value}` has to name the key and the bound, as text.
+    """
+
+    build: Callable[[Mapping[str, Any]], Any]
+    good: Mapping[str, Any]
+    out_of_range: tuple[str, Any, str]
+    tag: str = "kind"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One wrapper around one base, as the conformance suite sees it.
+
+    Give `wrap` (base optimizer -> wrapper) where the wrapper takes an optimizer; the suite then also wraps bases of its
+    own that misbehave in known ways. Give `make` (parameters -> wrapper) where it is built in some other manner; then
+    the checks that need such a base are reported as not applicable.
+
+    Parameters
+    ----------
+    name: what the report calls it.
+    base: parameters -> the base alone, with the same hyper-parameters as inside the wrapper.
+    get_base: wrapper -> its base; None where there is no way in (checks that compare with the base are then skipped).
+    model: "mixed" trains a matrix, a vector, an embedding, a convolution, one element, a parameter that gets no
+        gradient until step 5 and a frozen one; "matrices" only 2-D parameters, for bases such as Muon.
+    cap: the largest factor by which the wrapper may enlarge a coordinate's step (row 29).
+    exact_base: where `base` keeps inexact moments (8-bit), the same rule with exact ones (row 25).
+    config: how its policies are built from data (row 32).
+    waives: check name -> reason. What the wrapper does not claim; reported as not applicable, with the reason.
+
+    A wrapper that draws random numbers is held to the same bits as any other: its draws have to follow from its own
+    seed and state.
+    """
+
+    name: str
+    base: Callable[[Any], Optimizer]
+    wrap: Callable[[Optimizer], Optimizer] | None = None
+    make: Callable[[Any], Optimizer] | None = None
+    get_base: Callable[[Any], Optimizer] | None = base_attribute
+    model: Literal["mixed", "matrices"] = "mixed"
+    cap: float = 10.0
+    exact_base: Callable[[Any], Optimizer] | None = None
+    config: ConfigClaims | None = None
+    waives: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.wrap is None and self.make is None:
+            raise ValueError(f"Subject {self.name!r}: neither `wrap` nor `make` is given; the suite cannot build it")
+
+    def build(self, params: Any) -> Optimizer:
+        """A fresh wrapper over `params`."""
+        if self.make is not None:
+            return self.make(params)
+        assert self.wrap is not None  # __post_init__ saw to it
+        return self.wrap(self.base(params))
+
+    def alone(self) -> Subject:
+        """The base by itself, as a subject: what it fails too is not the wrapper's doing."""
+        return replace(self, name=f"{self.name}, its base alone", make=self.base, wrap=None, get_base=itself)
