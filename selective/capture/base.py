@@ -37,7 +37,6 @@ class StepContext:
     own_momentum: Callable[[Parameter, Policy], Tensor] | None  # with `momentum_beta`: the wrapper's own first moment
     momentum_beta: float | None
     report: Report | None  # where statistics go; None: not wanted
-    stochastic_rounding: bool = False
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Scratch capture: the base steps on zeros that stand in for the parameter, and what it leaves there is exactly -u.
 
 Right for every base whose update does not look at the parameter. Costs one copy of the parameters during the step (and
-one of the gradients where decay is coupled). The storage is zeroed in place rather than swapped, because a base may hold the
-tensor by identity and because swapping `.data` has no effect on a DTensor.
+one of the gradients where decay is coupled). The storage is zeroed in place rather than swapped, because a base may
+hold the tensor by identity and because swapping `.data` has no effect on a DTensor.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class GenericJob(Job):
         mask = run_mask(self.context, self.policy, parameter, tensors)
         if self.context.report is not None:
             self.context.report.add_masked(parameter.name, mask, update, None if grad is None else grad.to(dtype))
-        apply_mask(item, rule, update, mask)
+        apply_mask(item, rule, update, mask, self.context.draw)
 
     def lookahead(self) -> float:
         own = self.context.momentum_beta

@@ -16,7 +16,7 @@ from selective.view import StepView
 
 
 class RandomMask(Policy):
-    """A fair coin for each coordinate, by address: × 1/probability or × 0, unless `selected` and `rest` say otherwise."""
+    """A fair coin for each coordinate, by address: × 1/probability or × 0, or as `selected` and `rest` say."""
 
     probability: float = Field(0.5, gt=0, le=1)
     unit: Literal["element", "row", "tensor"] = "element"

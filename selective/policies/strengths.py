@@ -42,16 +42,20 @@ class Strength(Configured):
 
 
 class Fixed(Strength):
-    """Two constants. `Fixed(selected=1, rest=-1)` on `Agreement` is Grams."""
+    """Two constants; `still` makes coordinates stand still whose u ⊙ g is exactly 0.
+
+    `Fixed(selected=1, rest=-1, still=True)` on `Agreement` is Grams.
+    """
 
     selected: float = 1.0
     rest: float = 0.0
+    still: bool = False
 
     def needs(self) -> frozenset[str]:
-        return frozenset()
+        return frozenset({"update", "grad"}) if self.still else frozenset()
 
     def spec(self) -> spec.Strength:
-        return spec.Strength("fixed", selected=self.selected, rest=self.rest)
+        return spec.Strength("fixed", selected=self.selected, rest=self.rest, still=self.still)
 
 
 class MeanPreserving(Strength):
