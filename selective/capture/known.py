@@ -222,4 +222,4 @@ KNOWN: dict[str, Known] = {
     ),
     "torchao.AdamW8bit": _known(_torchao_adamw, "amsgrad"),
 }
-"""By `qualified_name`. LBFGS and wrappers are refused before any table; Prodigy and schedule-free steps are measured."""
+"""By `qualified_name`. LBFGS and wrappers are refused before any table; Prodigy and schedule-free are measured."""

@@ -19,8 +19,8 @@ class Cautious(Policy):
     instead of zeroing.
     """
 
-    rest: float = Field(0.0, ge=-1, le=1)
-    cap: float = Field(10.0, gt=0)
+    rest: float = Field(default=0.0, ge=-1, le=1)
+    cap: float = Field(default=10.0, gt=0)
     estimate: Literal["exact", "sampled"] = "exact"
 
     def parts(self) -> tuple[Selection, Strength]:

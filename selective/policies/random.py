@@ -18,7 +18,7 @@ from selective.view import StepView
 class RandomMask(Policy):
     """A fair coin for each coordinate, by address: × 1/probability or × 0, or as `selected` and `rest` say."""
 
-    probability: float = Field(0.5, gt=0, le=1)
+    probability: float = Field(default=0.5, gt=0, le=1)
     unit: Literal["element", "row", "tensor"] = "element"
     selected: float | None = None
     rest: float = 0.0
@@ -43,7 +43,7 @@ class MatchedRandomMask(Policy):
 
     policy: AnyPolicy
     norm: bool = True
-    cap: float = Field(10.0, gt=0)
+    cap: float = Field(default=10.0, gt=0)
 
     def needs(self) -> frozenset[str]:
         return self.policy.needs() | {"update"}

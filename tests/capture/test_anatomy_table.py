@@ -62,7 +62,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"lr": 1e-3, "relative_step": False, "beta1": 0.9},
         {"lr": 1e-3, "relative_step": False, "scale_parameter": False},
     ],
-    "torchao.AdamW8bit": [{}, {"amsgrad": True}],
+    "torchao.AdamW8bit": [{}],  # amsgrad runs only compiled, so it can be looked up but not measured
 }
 CASES = [(name, options) for name in KNOWN for options in OPTIONS.get(name, [{}])]
 
@@ -134,7 +134,13 @@ def test_a_subclass_is_not_what_its_parent_is_known_for() -> None:
 
 def test_classes_that_keep_iterates_are_refused_when_measured() -> None:
     po = importlib.import_module("pytorch_optimizer")
-    entries = {"Prodigy": "p0", "ScheduleFreeAdamW": "z", "ScheduleFreeSGD": "z", "ScheduleFreeRAdam": "z", "MADGRAD": "x0"}
+    entries = {
+        "Prodigy": "p0",
+        "ScheduleFreeAdamW": "z",
+        "ScheduleFreeSGD": "z",
+        "ScheduleFreeRAdam": "z",
+        "MADGRAD": "x0",
+    }
     for cls, entry in entries.items():
         base = getattr(po, cls)([torch.nn.Parameter(torch.ones(5, 3))])
         facts = anatomy(base, base.param_groups[0])

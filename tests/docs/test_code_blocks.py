@@ -1,0 +1,151 @@
+"""Runs what README.md and docs/ show.
+
+Every ```python block is executed as it stands; the blocks of a page share a namespace. `<!-- no-run: reason -->`
+on the line above leaves one out. A ```text block below `<!-- output -->` is held against what the last python block
+printed. In ```bash blocks, `selective ...` lines have to parse and `make ...` lines have to name a target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from selective import Policy, Selection, Strength
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MOST_SKIPPED = 4  # of all pages together
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    code: str
+    line: int  # of its first line in the page, from 1
+    comment: str  # what the HTML comment on the line above says
+
+
+def blocks_of(text: str) -> list[Block]:
+    """The fenced blocks of a page. A fence that is never closed is an error."""
+    found: list[Block] = []
+    lines = text.splitlines()
+    number = 0
+    while number < len(lines):
+        fence = re.match(r"^```(\w*)", lines[number])
+        if fence is None:
+            number += 1
+            continue
+        end = next((n for n in range(number + 1, len(lines)) if lines[n].startswith("```")), None)
+        assert end is not None, f"line {number + 1}: the block is never closed"
+        above = re.fullmatch(r"<!-- (.*) -->", lines[number - 1].strip()) if number else None
+        code = "\n".join(lines[number + 1 : end]) + "\n"
+        found.append(Block(fence[1], code, number + 2, above[1] if above else ""))
+        number = end + 1
+    return found
+
+
+def run_page(text: str, where: str) -> None:
+    """Execute the python blocks of a page; an AssertionError where a shown output is not what was printed."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    printed = ""
+    for block in blocks_of(text):
+        if block.language == "python" and not block.comment.startswith("no-run:"):
+            out = io.StringIO()
+            padded = "\n" * (block.line - 1) + block.code  # a traceback then has the page's own line numbers
+            with contextlib.redirect_stdout(out):
+                exec(compile(padded, where, "exec", dont_inherit=True), namespace)
+            printed = out.getvalue()
+        elif block.comment == "output":
+            assert printed.rstrip() == block.code.rstrip(), f"{where}:{block.line}: printed was\n{printed}"
+
+
+@pytest.fixture
+def _as_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In an empty folder, with a seed; policies that a page defines are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    kept = [(family, dict(family._registry)) for family in (Policy, Selection, Strength)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+    for family, registry in kept:
+        family._registry.clear()
+        family._registry.update(registry)
+
+
+@pytest.mark.usefixtures("_as_a_reader")
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_blocks_run(page: Path) -> None:
+    run_page(page.read_text(), str(page))
+
+
+def test_a_block_that_fails_is_noticed() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_page("```python\n1 / 0\n```\n", "page")
+    with pytest.raises(AssertionError, match="printed was"):
+        run_page("```python\nprint(1)\n```\n<!-- output -->\n```text\n2\n```\n", "page")
+    with pytest.raises(AssertionError, match="never closed"):
+        run_page("```python\nprint(1)\n", "page")
+    run_page("<!-- no-run: it divides by zero -->\n```python\n1 / 0\n```\n", "page")
+
+
+def test_few_blocks_are_left_out_and_each_says_why() -> None:
+    comments = [b.comment for page in PAGES for b in blocks_of(page.read_text()) if b.language == "python"]
+    skipped = [c for c in comments if c.startswith("no-run")]
+    assert all(re.fullmatch(r"no-run: \S.*", c) for c in skipped), skipped
+    assert len(skipped) <= MOST_SKIPPED
+    assert len(comments) - len(skipped) >= 20, "the pages' blocks are not found any more"
+
+
+def test_the_quick_start_runs_alone(tmp_path: Path) -> None:
+    first = next(b for b in blocks_of((ROOT / "README.md").read_text()) if b.language == "python")
+    script = tmp_path / "quick_start.py"
+    script.write_text(first.code)
+    done = subprocess.run([sys.executable, "-W", "error", str(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def shell_lines() -> list[tuple[str, list[str]]]:
+    """(page and line, words) of each command in a ```bash block."""
+    found = []
+    for page in PAGES:
+        for block in blocks_of(page.read_text()):
+            if block.language != "bash":
+                continue
+            for command in block.code.replace("\\\n", " ").splitlines():
+                words = shlex.split(command, comments=True)
+                if words:
+                    found.append((f"{page.name}:{block.line}", words))
+    return found
+
+
+def test_make_lines_name_targets() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = [(where, words[1]) for where, words in shell_lines() if words[0] == "make"]
+    assert named
+    assert [(where, target) for where, target in named if target not in targets] == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("selective.cli") is None, reason="the command line is not there yet")
+def test_command_lines_parse() -> None:
+    from selective.cli import _parser
+
+    lines = [(where, words[1:]) for where, words in shell_lines() if words[0] == "selective"]
+    assert lines
+    for where, arguments in lines:
+        if arguments[0] == "bench":
+            continue  # has a parser of its own, which runs what it parses
+        try:
+            _parser().parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"{where}: `selective {' '.join(arguments)}` does not parse")

@@ -1,0 +1,121 @@
+"""Links, anchors, docs/api.md against the library, and the table of bases in docs/capture.md against measurements."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from base_optimizers import BASES, build, make_params
+from pydantic import BaseModel
+
+import selective
+from selective import Cautious, SelectiveUpdate
+from selective.capture.choose import choose_capture
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    plain = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", plain, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(page: Path) -> list[str]:
+    broken = []
+    for target in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists():
+            broken.append(target)
+        elif anchor and anchor not in anchors(file.read_text()):
+            broken.append(target)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One two\n[a](#one-two) [b](#one) [c](none.md) [d](page.md#one-two) `[e](not.md)`\n")
+    assert broken_links(page) == ["#one", "none.md"]
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    missing = [p.name for p in PAGES if p.parent.name == "docs" and p.name != "index.md" and f"({p.name})" not in index]
+    assert missing == []
+
+
+def signature(name: str) -> str:
+    """How a name of the front door is called: without annotations, defaults as Python prints them."""
+    value: Any = getattr(selective, name)
+    if inspect.isclass(value) and issubclass(value, BaseModel):
+        fields = [f"{n}={f.get_default()!r}" for n, f in value.model_fields.items()]
+        return f"{name}({', '.join(['*', *fields])})" if fields else f"{name}()"
+    if name == "SelectiveUpdate" or inspect.isfunction(value):
+        parameters = [p.replace(annotation=p.empty) for p in inspect.signature(value).parameters.values()]
+        return f"{name}{inspect.Signature(parameters)}"
+    return name
+
+
+def test_the_api_page_has_every_name_with_its_signature() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    entries = dict(re.findall(r"^### `(\w+)`\n\n```text\n(.*?)\n```", page, flags=re.MULTILINE | re.DOTALL))
+    shown = {name: " ".join(text.split()) for name, text in entries.items()}
+    assert shown == {name: signature(name) for name in selective.__all__}
+
+
+def capture_table() -> list[str]:
+    """The rows of docs/capture.md's table, measured."""
+    rows = []
+    for name, base in BASES.items():
+        ways = []
+        for dtype in (torch.float32, torch.bfloat16):
+            optimizer = build(base, make_params(base, dtype))
+            group = optimizer.param_groups[0]
+            capture = choose_capture(optimizer, group, Cautious(), "auto", False)
+            ways.append(capture.way)
+        key = capture.facts.momentum_key
+        module = type(optimizer).__module__.partition(".")[0]
+        decay = capture.facts.decay_rule or capture.facts.decay
+        rows.append(
+            f"| {name} | {module} {type(optimizer).__name__} | {ways[0]} | {ways[1]} | {decay} | "
+            f"{f'`{key}`' if key else 'none'} |"
+        )
+    return rows
+
+
+def test_the_table_of_bases_is_what_is_measured() -> None:
+    page = (ROOT / "docs" / "capture.md").read_text()
+    table = page.partition("<!-- bases -->\n")[2].partition("\n\n")[0].splitlines()[2:]
+    assert table == capture_table()
+
+
+def test_every_policy_has_a_section() -> None:
+    titles = anchors((ROOT / "docs" / "policies.md").read_text())
+    named = [n for n in selective.__all__ if inspect.isclass(getattr(selective, n))]
+    kinds = (selective.Policy, selective.Selection, selective.Strength)
+    parts = [n for n in named if issubclass(getattr(selective, n), kinds) and getattr(selective, n) not in kinds]
+    assert [n for n in parts if n.lower() not in titles] == []
+
+
+def test_the_wrapper_names_its_options_in_the_api_page() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    options = list(inspect.signature(SelectiveUpdate).parameters)
+    assert [name for name in options if f"| `{name}` |" not in page] == []
