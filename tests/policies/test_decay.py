@@ -28,14 +28,7 @@ def captures(name: str) -> list[str]:
     return ways[ways.index(BASES[name].way) :]
 
 
-AFTER = pytest.mark.xfail(
-    reason="scratch and delta ask for the factor after the base has stepped, when parameter and state are others"
-)
-DECOUPLED = [
-    pytest.param(name, way, marks=[AFTER] if name in ("transformers-adafactor", "po-stableadamw") else [])
-    for name in DECAYS["decoupled"]
-    for way in captures(name)
-]
+DECOUPLED = [(name, way) for name in DECAYS["decoupled"] for way in captures(name)]
 COUPLED = [(name, way) for name in DECAYS["coupled"] for way in captures(name)]
 
 
@@ -124,7 +117,6 @@ def test_decoupled_decay_reaches_masked_coordinates(name: str, way: str, policy:
             assert worst <= 1, f"step {step}: {worst:.2g} of the room; decay did not reach a masked coordinate alone"
 
 
-@pytest.mark.xfail(reason="the factor is asked for after the base has stepped, when its state says 'second step'")
 @pytest.mark.parametrize("way", ["scratch", "delta"])
 def test_a_base_that_does_not_decay_in_its_first_step(way: str) -> None:
     """SOAP of pytorch_optimizer only initialises in its first step."""
