@@ -10,7 +10,7 @@ if __name__ != "selective.kernels":
         name="kernels",
     )
 
-from ._dispatch import Backend, advance, apply_mask, selective_step, top_k
+from ._dispatch import Backend, advance, apply_mask, selective_step, top_k, use_backend
 from .reference.random import sample_positions, uniform, uniform_bits
 from .reference.rules import Advanced, decay_factor
 from .spec import (
@@ -49,4 +49,5 @@ __all__ = [
     "top_k",
     "uniform",
     "uniform_bits",
+    "use_backend",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -13,10 +15,22 @@ from .reference.rules import Advanced, has_momentum
 from .spec import Draw, Item, Rule, Selection, Strength, Sums
 
 Backend = Literal["auto", "reference", "cpu"]
+_standard: ContextVar[Backend] = ContextVar("standard", default="auto")
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """What `backend="auto"` means inside of the block (in this thread): for checks of whole optimizers."""
+    token = _standard.set(backend)
+    try:
+        yield
+    finally:
+        _standard.reset(token)
 
 
 def _uses_cpu(tensor: Tensor, backend: Backend) -> bool:
     """Whether `kernels/cpu` takes this tensor; `kernels/reference` takes the others."""
+    backend = _standard.get() if backend == "auto" else backend
     if backend not in ("auto", "reference", "cpu"):
         raise ValueError(f"backend is {backend!r}, must be 'auto', 'reference' or 'cpu'")
     if backend == "cpu" and tensor.device.type != "cpu":
@@ -116,12 +130,13 @@ def advance(item: Item, rule: Rule, *, keep_previous: bool = False) -> Advanced:
     return reference.advance(item, rule, keep_previous=keep_previous)
 
 
-def apply_mask(item: Item, rule: Rule, update: Tensor, mask: Tensor) -> None:
+def apply_mask(item: Item, rule: Rule, update: Tensor, mask: Tensor, draw: Draw | None = None) -> None:
     """Step 7, in place: `p <- factor p - mask u` (GivenRule: `factor start + (offset - mask) u`), rounded once.
 
-    `update` is what `advance` returned; `mask` any tensor that broadcasts to it (bool counts as 0 and 1).
+    `update` is what `advance` returned; `mask` any tensor that broadcasts to it (bool counts as 0 and 1). `draw` is
+    read where it asks for stochastic rounding.
     """
-    reference.apply_mask(item, rule, update, mask)
+    reference.apply_mask(item, rule, update, mask, draw)
 
 
 def top_k(score: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:

@@ -40,6 +40,7 @@ class Strength:
     estimate: Literal["exact", "sampled"] = "exact"  # mean_preserving, norm_preserving
     temperature: float = 2.0  # alignment
     smoothing: float = 0.9  # alignment
+    still: bool = False  # fixed: × 0 where the update times the gradient is exactly 0
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,12 @@ class Draw:
 
     seed: int
     step: int
+    stochastic: bool = False  # round bfloat16 and float16 parameters stochastically, not to nearest
 
 
 @dataclass
 class Sums:
-    """What one tensor's step reports. 0-d float64 tensors on the tensor's device (numel: an int); no synchronisation."""
+    """What a tensor's step reports: 0-d float64 tensors on the tensor's device (numel: an int); no synchronisation."""
 
     numel: int
     selected: Tensor  # how many coordinates

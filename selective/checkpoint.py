@@ -197,8 +197,8 @@ class Checkpointing(Optimizer):
                     if saved.kind != policy.kind:
                         raise ValueError(
                             f"SelectiveUpdate: param_groups[{number}] has the policy {policy!r}, the checkpoint was "
-                            f"made with {saved!r}; construct the optimizer with that policy, or load only the base's part "
-                            f"(selective.base_part(state_dict))"
+                            f"made with {saved!r}; construct the optimizer with that policy, or load only the "
+                            f"base's part (selective.base_part(state_dict))"
                         )
                     self._check_own_shapes(ours[index], member, saved)
                     policies.append(saved)

@@ -210,10 +210,10 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
 
     def _jobs(self, report: Report | None) -> list[Job]:
         context = StepContext(
-            base=self.base, draw=spec.Draw(self._seed, self._steps), own_state=self._own_state,
-            own_residue=self._own_residue,
+            base=self.base, draw=spec.Draw(self._seed, self._steps, self._stochastic_rounding),
+            own_state=self._own_state, own_residue=self._own_residue,
             own_momentum=None if self._momentum_beta is None else self._own_momentum,
-            momentum_beta=self._momentum_beta, report=report, stochastic_rounding=self._stochastic_rounding,
+            momentum_beta=self._momentum_beta, report=report,
         )  # fmt: skip
         jobs = []
         plan = zip(self.param_groups, self.policy_groups, self._captures, self._parameters(), strict=True)
@@ -290,5 +290,6 @@ def _check_momentum(
     if wanted and not own and not capture.has_momentum(group):
         raise ValueError(
             f"SelectiveUpdate: {policy!r} needs the base's momentum, and {type(base).__name__} "
-            f"(param_groups[{number}]) keeps no first moment of the gradient; pass momentum_beta=0.9 and the wrapper keeps its own"
+            f"(param_groups[{number}]) keeps no first moment of the gradient; pass "
+            f"momentum_beta=0.9 and the wrapper keeps its own"
         )

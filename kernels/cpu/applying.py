@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..reference.rounding import store
 from ..reference.rules import decay_factor, number
-from ..spec import GivenRule, Rule, Sums
+from ..spec import Draw, GivenRule, Rule, Sums
 from .chunks import Flat, buffer
 
 
@@ -38,8 +39,19 @@ class Totals:
 class Applier:
     """Writes the parameter of one tensor, with two multipliers that are known."""
 
-    def __init__(self, rule: Rule, flat: Flat, dtype: torch.dtype, above: float, below: float) -> None:
-        self.flat, self.dtype = flat, dtype
+    def __init__(
+        self,
+        rule: Rule,
+        flat: Flat,
+        dtype: torch.dtype,
+        above: float,
+        below: float,
+        *,
+        still: bool,
+        draw: Draw,
+        address: int,
+    ) -> None:
+        self.flat, self.dtype, self.still, self.draw, self.address = flat, dtype, still, draw, address
         self.above, self.below = (above, below) if dtype == torch.float64 else (_single(above), _single(below))
         self.factor = float(number(decay_factor(rule)))
         self.offset = rule.offset if isinstance(rule, GivenRule) else 0.0
@@ -69,6 +81,9 @@ class Applier:
             totals.selected += count if selected is None else float(selected.sum())
         mask = self.above if selected is None else self._mask(selected)
         masked = buffer("masked", count, self.dtype)
+        if self.still:
+            mask = torch.mul(direction, grad, out=masked).ne_(0).mul_(mask)
+            mask = buffer("selected", count, self.dtype).copy_(mask)
         if totals is not None:
             torch.mul(direction, mask, out=masked)
             totals.update_sq += float(torch.dot(direction, direction))
@@ -91,4 +106,5 @@ class Applier:
             torch.add(masked, origin, alpha=self.factor, out=param)
         else:
             result = buffer("result", end - start, self.dtype)
-            param.copy_(torch.add(masked, origin, alpha=self.factor, out=result))
+            torch.add(masked, origin, alpha=self.factor, out=result)
+            store(param, result, self.draw, self.address, start)

@@ -56,7 +56,8 @@ class Gatherer:
             self.second += whole - chosen  # float64 sums of float32 products: what cancels is 1e-16 of the whole
 
     def _sample_parts(self, marks: Tensor | None) -> Parts:
-        assert self.positions is not None and self.peeked is not None
+        assert self.positions is not None
+        assert self.peeked is not None
         n = self.positions.numel()
         chosen = torch.ones(n, dtype=torch.bool) if marks is None else marks[self.positions] != 0
         if self.strength.kind == "mean_preserving":

@@ -89,7 +89,10 @@ class _Step:
         return self.threshold.mark(t, start, out)
 
     def _applier(self, above: float, below: float) -> Applier:
-        return Applier(self.rule, self.flat, self.dtype, above, below)
+        return Applier(
+            self.rule, self.flat, self.dtype, above, below,
+            still=self.strength.still and self.k != 0, draw=self.draw, address=self.item.address,
+        )  # fmt: skip
 
     def _one_pass(self, totals: Totals | None) -> tuple[float, float]:
         pair = (1.0, 1.0) if self.k == 0 else (self.strength.selected, self.strength.rest)

@@ -12,7 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..spec import AdamRule, GivenRule, Item, LionRule, Rule, Scalar, SGDRule
+from ..spec import AdamRule, Draw, GivenRule, Item, LionRule, Rule, Scalar, SGDRule
+from .rounding import store
 
 
 @dataclass
@@ -170,16 +171,17 @@ def advance(item: Item, rule: Rule, *, keep_previous: bool = False) -> Advanced:
 
 
 @torch.no_grad()
-def apply_mask(item: Item, rule: Rule, update: Tensor, mask: Tensor) -> None:
+def apply_mask(item: Item, rule: Rule, update: Tensor, mask: Tensor, draw: Draw | None = None) -> None:
     """Step 7 of one tensor: `p <- factor p - mask u`, computed in the compute dtype and rounded once."""
     param, dtype, factor = item.param, compute_dtype(item.param), decay_factor(rule)
     mask = mask.to(dtype)
     if isinstance(rule, GivenRule):
         start, multiplier = item.state["start"].to(dtype), rule.offset - mask
-        param.copy_(start * factor + multiplier * update)
+        exact = start * factor + multiplier * update
     else:
         start = param.to(dtype)
-        param.copy_((start if isinstance(factor, float) and factor == 1.0 else start * factor) - mask * update)
+        exact = (start if isinstance(factor, float) and factor == 1.0 else start * factor) - mask * update
+    store(param, exact, draw, item.address)
 
 
 def nesterov(rule: Rule, momentum: Tensor, grad: Tensor) -> Tensor:

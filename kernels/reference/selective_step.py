@@ -106,11 +106,13 @@ def _step(
     if selection.kind == "top_k" and int(selection.fraction * d) == 0:  # dense, whatever the strength
         selected, above, below = torch.ones_like(selected), torch.ones_like(above), torch.ones_like(below)
     mask = torch.where(selected, above.to(u.dtype), below.to(u.dtype))
+    if strength.still and not (selection.kind == "top_k" and int(selection.fraction * d) == 0):
+        mask = torch.where(u * g == 0, 0.0, mask)
     sums = None
     if statistics:  # before the parameter is written: a given update may lie in its storage
         masked = mask * u
         sums = Sums(d, total(selected), above, below, total(u * u), total(g * g), total(u * g), total(masked * masked))
-    apply_mask(item, rule, u, mask)
+    apply_mask(item, rule, u, mask, draw)
     return sums
 
 

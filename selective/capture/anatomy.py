@@ -35,6 +35,8 @@ def anatomy(base: Optimizer, group: Mapping[str, Any], *, measure: bool = False)
         if known is not None:
             return known
     key = _key(base, group)
+    if key is None:
+        return _measure(base, group)
     if key not in _cache:
         _cache[key] = _measure(base, group)
     return _cache[key]
@@ -55,8 +57,14 @@ def read_momentum(base: Optimizer, param: Tensor, facts: Anatomy) -> Tensor | No
 _NOT_KIND = frozenset(("params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "weight_decay", *COUNTERS))
 
 
-def _key(base: Optimizer, group: Mapping[str, Any]) -> tuple:
-    """What facts may depend on. Options that are moved by schedulers, and counters, are not among it."""
+def _key(base: Optimizer, group: Mapping[str, Any]) -> tuple | None:
+    """What facts may depend on. Options that are moved by schedulers, and counters, are not among it.
+
+    None where a function is among it (a rule handed to the constructor): two of those are never known to be the same.
+    """
+    handed = [v for k, v in vars(base).items() if k != "step"] + list(group.values())
+    if any(callable(v) and not isinstance(v, (type, Tensor)) for v in handed):
+        return None
     params = group["params"]
     options = sorted((k, _plain(v)) for k, v in group.items() if k not in _NOT_KIND)
     own = sorted((k, _plain(v)) for k, v in vars(base).items() if isinstance(v, (bool, int, float, str, type(None))))

@@ -156,20 +156,24 @@ def _no_global_hooks() -> Iterator[None]:
 
 @contextmanager
 def unnoticed() -> Iterator[None]:
-    """Random generators are put back, warnings stay here, and `torch.compile` in a step does not compile.
+    """Random generators are put back, warnings stay here, `torch.compile` in a step does not compile, one thread works.
 
-    (torchao compiles its step for each shape: minutes on a CPU, for tensors that nobody trains.)
+    torchao compiles its step for each shape: minutes on a CPU, for tensors that nobody trains. And two threads on 4,096
+    elements wait for each other: on a busy machine of two cores a measurement took 4 s rather than 0.05.
     """
+    threads = torch.get_num_threads()
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     python = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
     try:
+        torch.set_num_threads(1)
         with warnings.catch_warnings(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             warnings.simplefilter("ignore")
             yield
     finally:
+        torch.set_num_threads(threads)
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)

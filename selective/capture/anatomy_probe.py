@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +82,7 @@ def run(
     overrides: Mapping[str, Any],
     steps: int = STEPS,
     before: Callable[[Optimizer, list[Tensor]], None] | None = None,
+    construct: bool = False,
 ) -> Run:
     """Step a twin `steps` times and record everything. Inside `unnoticed()`.
 
@@ -88,6 +90,8 @@ def run(
     """
     params: list[Tensor] = [torch.nn.Parameter(s.to(device, dtype, copy=True)) for s in starts]
     twin = clone_with_stand_ins(base, [params], overrides, groups=[group])
+    if construct:
+        twin.state.update(_constructed_state(twin))
     record = Run(params=[[_flat(p) for p in params]])
     reseed(0)
     for t in range(steps):
@@ -108,6 +112,16 @@ def run(
         record.params.append([_flat(p) for p in params])
         record.states.append([_snapshot(twin.state.get(p, {}), p, record) for p in params])
     return record
+
+
+def _constructed_state(twin: Optimizer) -> Mapping[Any, Any]:
+    """The state that the class fills in its constructor (torch's Adagrad, in some versions only there)."""
+    group = twin.param_groups[0]
+    accepted = inspect.signature(type(twin).__init__).parameters
+    try:
+        return type(twin)([group], **{k: v for k, v in group.items() if k in accepted and k != "params"}).state
+    except Exception as error:  # a foreign constructor may raise anything
+        raise StepFailed from error
 
 
 def _snapshot(state: Mapping[str, Any], param: Tensor, record: Run) -> dict[str, Tensor]:

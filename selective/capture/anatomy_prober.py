@@ -29,7 +29,7 @@ class Prober:
         device = params[0].device if params else torch.device("cpu")
         self.device = torch.device("cpu") if device.type == "meta" else device
         self.low = sorted({p.dtype for p in params} & set(LOW), key=str)
-        self.writes_grad = self.clears_grad = False
+        self.writes_grad = self.clears_grad = self.construct = False
         self.prepare(torch.float64, SMALL)
 
     def prepare(self, dtype: torch.dtype, power: int) -> None:
@@ -43,7 +43,7 @@ class Prober:
 
     def run(self, starts: list[Tensor], grads: Grads | None = None, *, decay: float = 0.0, **options: Any) -> Run:
         overrides = {"lr": options.pop("lr", LR), "weight_decay": decay}
-        options.setdefault("dtype", self.dtype)
+        options = {"dtype": self.dtype, "construct": self.construct, **options}
         record = run(
             self.base, self.group, starts, grads or self.grads, device=self.device, overrides=overrides, **options
         )

@@ -37,7 +37,6 @@ class StepContext:
     own_momentum: Callable[[Parameter, Policy], Tensor] | None  # with `momentum_beta`: the wrapper's own first moment
     momentum_beta: float | None
     report: Report | None  # where statistics go; None: not wanted
-    stochastic_rounding: bool = False
 
 
 @dataclass
@@ -117,8 +116,8 @@ def lookahead(base: Optimizer, group: dict[str, Any]) -> float:
     It is the coefficient of the base's first moment, by its usual names (0.9 where it has none of them); for torch's
     SGD, whose m <- mu m + g is a sum and not a mean, g + mu m has w = mu / (1 + mu).
     """
-    if "betas" in group:
-        return float(group["betas"][0])
+    if "betas" in group:  # Lion's first one is of the update, its momentum moves with the second
+        return float(group["betas"][1 if type(base).__name__ == "Lion" else 0])
     momentum = float(group.get("momentum", group.get("beta", 0.9)) or 0.0)
     return momentum / (1.0 + momentum) if isinstance(base, torch.optim.SGD) else momentum
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective.capture.anatomy import decay_factor
 from selective.capture.base import Parameter
 from selective.capture.scratch import GenericJob
 from selective.kernels import spec
@@ -73,8 +72,7 @@ class DeltaJob(GenericJob):
                 before, after = self.started[index], self.stand_ins[index].detach()
             update = before - after
             if self.facts.decay == "decoupled":
-                factor = decay_factor(self.context.base, self.group, self.facts, parameter.tensor)
-                update = update - before * (1.0 - factor)
+                update = update - before * (1.0 - self.factors[index])
             rule = spec.GivenRule(offset=1.0, momentum_beta=self.lookahead())
             self.apply(index, update, after, rule, into=after if self._keeps_residue(index) else None)
             if self._keeps_residue(index):

@@ -76,7 +76,7 @@ class FusedJob(Job):
         mask = run_mask(self.context, self.policy, parameter, tensors)
         if self.context.report is not None:
             self.context.report.add_masked(parameter.name, mask, moved.update, moved.grad)
-        apply_mask(item, rule, moved.update, mask)
+        apply_mask(item, rule, moved.update, mask, self.context.draw)
 
 
 class FusedRule:

@@ -1,8 +1,8 @@
 """Scratch capture: the base steps on zeros that stand in for the parameter, and what it leaves there is exactly -u.
 
 Right for every base whose update does not look at the parameter. Costs one copy of the parameters during the step (and
-one of the gradients where decay is coupled). The storage is zeroed in place rather than swapped, because a base may hold the
-tensor by identity and because swapping `.data` has no effect on a DTensor.
+one of the gradients where decay is coupled). The storage is zeroed in place rather than swapped, because a base may
+hold the tensor by identity and because swapping `.data` has no effect on a DTensor.
 """
 
 from __future__ import annotations
@@ -30,12 +30,17 @@ class GenericJob(Job):
         )
         self.grads: list[Tensor | None] = []  # the view's gradient: after maximize and coupled decay
         self.previous: list[Tensor | None] = []
+        self.factors: list[spec.Scalar] = []  # of the parameter, where decay is decoupled
         self.coupled = 0.0  # what of the parameter the base adds to the raw gradient
         if self.facts.decay == "coupled":
             self.coupled = self.facts.decay_sign * scalar(self.group.get("weight_decay", 0.0))
 
     def remember(self, parameter: Parameter, before: Tensor) -> None:
         """Keep what the base's step will overwrite."""
+        decoupled = self.facts.decay == "decoupled"
+        # asked before the base steps: some factors depend on the parameter's size or on the base's count
+        factor = decay_factor(self.context.base, self.group, self.facts, parameter.tensor) if decoupled else 1.0
+        self.factors.append(factor)
         self.previous.append(self._momentum(parameter) if "previous_momentum" in self.reads else None)
         self.grads.append(self._gradient(parameter, before) if self.wants_grad else None)
 
@@ -117,7 +122,7 @@ class GenericJob(Job):
         mask = run_mask(self.context, self.policy, parameter, tensors)
         if self.context.report is not None:
             self.context.report.add_masked(parameter.name, mask, update, None if grad is None else grad.to(dtype))
-        apply_mask(item, rule, update, mask)
+        apply_mask(item, rule, update, mask, self.context.draw)
 
     def lookahead(self) -> float:
         own = self.context.momentum_beta
@@ -148,10 +153,7 @@ class ScratchJob(GenericJob):
         self._give_gradients_back()
         for index, parameter in enumerate(self.parameters):
             p, before = parameter.tensor, self.saved[index]
-            factor: spec.Scalar = 1.0
-            if self.facts.decay == "decoupled":
-                factor = decay_factor(self.context.base, self.group, self.facts, p)
-            rule = spec.GivenRule(factor=factor, negated=True, momentum_beta=self.lookahead())
+            rule = spec.GivenRule(factor=self.factors[index], negated=True, momentum_beta=self.lookahead())
             self.apply(index, p, before, rule)
 
     def restore(self) -> None:

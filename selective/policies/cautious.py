@@ -19,8 +19,8 @@ class Cautious(Policy):
     instead of zeroing.
     """
 
-    rest: float = Field(0.0, ge=-1, le=1)
-    cap: float = Field(10.0, gt=0)
+    rest: float = Field(default=0.0, ge=-1, le=1)
+    cap: float = Field(default=10.0, gt=0)
     estimate: Literal["exact", "sampled"] = "exact"
 
     def parts(self) -> tuple[Selection, Strength]:
@@ -30,12 +30,9 @@ class Cautious(Policy):
 class Grams(Policy):
     """The sign of the gradient, the magnitude of the update: × 1 where they agree, × -1 where not.
 
-    Source: Grams, arXiv 2412.17107: sign(g) ⊙ |u|. Where g is exactly 0 theirs does not move; ours agrees or disagrees
-    by u ⊙ g > 0 and takes × -1 there, which differs only for coordinates whose gradient is exactly 0; set
-    `strict=False` to take × 1 there instead.
+    Source: Grams, arXiv 2412.17107: sign(g) ⊙ |u|. Where g is exactly 0 (untouched embedding rows) that does not move,
+    and neither does this.
     """
 
-    strict: bool = True
-
     def parts(self) -> tuple[Selection, Strength]:
-        return Agreement(of="update", strict=self.strict), Fixed(selected=1.0, rest=-1.0)
+        return Agreement(of="update"), Fixed(selected=1.0, rest=-1.0, still=True)

@@ -17,9 +17,9 @@ class Magma(Policy):
     group's `policy`. Moments always move densely.
     """
 
-    probability: float = Field(0.5, gt=0, le=1)
-    temperature: float = Field(2.0, gt=0)
-    smoothing: float = Field(0.9, ge=0, lt=1)
+    probability: float = Field(default=0.5, gt=0, le=1)
+    temperature: float = Field(default=2.0, gt=0)
+    smoothing: float = Field(default=0.9, ge=0, lt=1)
 
     def parts(self) -> tuple[Selection, Strength]:
         strength = Alignment(temperature=self.temperature, smoothing=self.smoothing)
@@ -32,7 +32,7 @@ class SkipUpdate(Policy):
     Source: arXiv 2602.15322, as restated by others (a fair coin, × 2 when kept).
     """
 
-    probability: float = Field(0.5, gt=0, le=1)
+    probability: float = Field(default=0.5, gt=0, le=1)
 
     def parts(self) -> tuple[Selection, Strength]:
         return Bernoulli(probability=self.probability, unit="tensor"), Fixed(selected=1.0 / self.probability, rest=0.0)

@@ -20,9 +20,9 @@ class MGUP(Policy):
     authors advise alpha in [1, 1.5] and gamma in [0.5, 1]. gamma > 0 is what their convergence proof needs.
     """
 
-    tau: float = Field(0.5, gt=0, le=1)
-    alpha: float | None = Field(None, ge=0)
-    gamma: float | None = Field(None, ge=0)
+    tau: float = Field(default=0.5, gt=0, le=1)
+    alpha: float | None = Field(default=None, ge=0)
+    gamma: float | None = Field(default=None, ge=0)
     score: Literal["update", "momentum", "nesterov"] = "update"
     quantile: Literal["exact", "sampled"] = "exact"
 
@@ -39,9 +39,9 @@ class CautiousMGUP(Policy):
     Source: arXiv 2606.17526; ≥ as in the official code, the paper has > (`strict=True`). alpha and gamma as in `MGUP`.
     """
 
-    tau: float = Field(0.5, gt=0, le=1)
-    alpha: float | None = Field(None, ge=0)
-    gamma: float | None = Field(None, ge=0)
+    tau: float = Field(default=0.5, gt=0, le=1)
+    alpha: float | None = Field(default=None, ge=0)
+    gamma: float | None = Field(default=None, ge=0)
     strict: bool = False
 
     def parts(self) -> tuple[Selection, Strength]:

@@ -76,7 +76,11 @@ class Policy(Configured):
         else:
             a, b, state = strength.multipliers(view, selected)
         one = torch.ones((), dtype=view.dtype, device=view.device)
-        return torch.where(selected, one * a, one * b), state
+        mask = torch.where(selected, one * a, one * b)
+        described = strength.spec()
+        if described is not None and described.still and not is_dense_top_k(selection, selected.numel()):
+            mask = torch.where(view.update * view.grad == 0, 0.0, mask)
+        return mask, state
 
 
 def is_dense_top_k(selection: Selection, numel: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from selective.kernels import top_k
@@ -16,9 +16,9 @@ from selective.view import StepView
 
 
 class RandomMask(Policy):
-    """A fair coin for each coordinate, by address: × 1/probability or × 0, unless `selected` and `rest` say otherwise."""
+    """A fair coin for each coordinate, by address: × 1/probability or × 0, or as `selected` and `rest` say."""
 
-    probability: float = Field(0.5, gt=0, le=1)
+    probability: float = Field(default=0.5, gt=0, le=1)
     unit: Literal["element", "row", "tensor"] = "element"
     selected: float | None = None
     rest: float = 0.0
@@ -43,7 +43,7 @@ class MatchedRandomMask(Policy):
 
     policy: AnyPolicy
     norm: bool = True
-    cap: float = Field(10.0, gt=0)
+    cap: float = Field(default=10.0, gt=0)
 
     def needs(self) -> frozenset[str]:
         return self.policy.needs() | {"update"}
@@ -54,14 +54,16 @@ class MatchedRandomMask(Policy):
     def _matched_parts(self) -> tuple[Selection, Strength]:
         parts = self.policy.parts()
         if parts is None:
-            raise TypeError(
+            raise ValueError(
                 f"RandomMask.matching({self.policy!r}): a control needs to know which coordinates the policy selects; "
                 f"build it as Policy(selection=..., strength=...) instead of with a mask of its own"
             )
         return parts
 
-    def model_post_init(self, context: object) -> None:
+    @model_validator(mode="after")
+    def _has_parts(self) -> MatchedRandomMask:
         self._matched_parts()  # refuse where it is written, not in the first step
+        return self
 
     def mask(self, view: StepView) -> tuple[Tensor, dict[str, Tensor]]:
         selection, strength = self._matched_parts()

@@ -87,7 +87,7 @@ class TopK(Selection):
     selected. `quantile="sampled"` takes the threshold from a sample of up to 64k elements: not exactly K.
     """
 
-    fraction: float = Field(0.5, gt=0, le=1)
+    fraction: float = Field(default=0.5, gt=0, le=1)
     score: Literal["update", "momentum", "nesterov"] = "update"
     quantile: Literal["exact", "sampled"] = "exact"
 
@@ -101,7 +101,7 @@ class TopK(Selection):
 class Bernoulli(Selection):
     """A coin for each element, row (first dimension) or tensor, by address: f(seed, step, parameter, element)."""
 
-    probability: float = Field(0.5, ge=0, le=1)
+    probability: float = Field(default=0.5, ge=0, le=1)
     unit: Literal["element", "row", "tensor"] = "element"
 
     def needs(self) -> frozenset[str]:

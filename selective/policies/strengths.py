@@ -42,16 +42,20 @@ class Strength(Configured):
 
 
 class Fixed(Strength):
-    """Two constants. `Fixed(selected=1, rest=-1)` on `Agreement` is Grams."""
+    """Two constants; `still` makes coordinates stand still whose u ⊙ g is exactly 0.
+
+    `Fixed(selected=1, rest=-1, still=True)` on `Agreement` is Grams.
+    """
 
     selected: float = 1.0
     rest: float = 0.0
+    still: bool = False
 
     def needs(self) -> frozenset[str]:
-        return frozenset()
+        return frozenset({"update", "grad"}) if self.still else frozenset()
 
     def spec(self) -> spec.Strength:
-        return spec.Strength("fixed", selected=self.selected, rest=self.rest)
+        return spec.Strength("fixed", selected=self.selected, rest=self.rest, still=self.still)
 
 
 class MeanPreserving(Strength):
@@ -61,8 +65,8 @@ class MeanPreserving(Strength):
     `estimate="sampled"` takes the share from a sample of up to 64k elements.
     """
 
-    rest: float = Field(0.0, ge=-1, le=1)
-    cap: float = Field(10.0, gt=0)
+    rest: float = Field(default=0.0, ge=-1, le=1)
+    cap: float = Field(default=10.0, gt=0)
     estimate: Literal["exact", "sampled"] = "exact"
 
     def needs(self) -> frozenset[str]:
@@ -79,8 +83,8 @@ class NormPreserving(Strength):
     less than a hundredth of the squares. 1 where the selected hold none.
     """
 
-    rest: float = Field(0.0, ge=-1, le=1)
-    cap: float = Field(10.0, gt=0)
+    rest: float = Field(default=0.0, ge=-1, le=1)
+    cap: float = Field(default=10.0, gt=0)
     of: Literal["update", "momentum", "gradient"] = "update"
     estimate: Literal["exact", "sampled"] = "exact"
 
@@ -98,8 +102,8 @@ class Alignment(Strength):
     not be read; the public implementations that could be start from 1].
     """
 
-    temperature: float = Field(2.0, gt=0)
-    smoothing: float = Field(0.9, ge=0, lt=1)
+    temperature: float = Field(default=2.0, gt=0)
+    smoothing: float = Field(default=0.9, ge=0, lt=1)
     rest: float = 0.0
 
     def needs(self) -> frozenset[str]:

@@ -77,6 +77,11 @@ def flattened_checkpoint_round_trip(subject: Subject) -> None:
 def unstepped_distributed_checkpoint(subject: Subject) -> None:
     """get and set on a wrapper that has never stepped: no parameter moves, and both go on alike."""
     _round_trip(subject, 0, flatten=False, cleared=False)
+
+
+@conformance_checks.register(9, "trainers ask for a checkpoint to load into before the first step.")
+def unstepped_flattened_checkpoint(subject: Subject) -> None:
+    """The same in the flattened form."""
     _round_trip(subject, 0, flatten=True, cleared=False)
 
 

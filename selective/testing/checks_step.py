@@ -42,7 +42,7 @@ def closure_equals_manual_step(subject: Subject) -> None:
             losses[-1].backward()
             return losses[-1]
 
-        returned = wrapper.step(closure)
+        returned = wrapper.step(closure)  # type: ignore[arg-type]  # torch says float, and takes tensors
         require(len(losses) > 0, "the closure was not called.")
         same = returned is not None and torch.equal(torch.as_tensor(returned).detach(), losses[0].detach())
         require(same, f"step(closure) returned {returned!r}, the closure {losses[0]!r}.")
@@ -66,7 +66,7 @@ def closure_runs_once_first_with_gradients(subject: Subject) -> None:
             return loss
 
         with torch.no_grad():
-            wrapper.step(closure)
+            wrapper.step(closure)  # type: ignore[arg-type]
         require(len(calls) == 1, f"the closure ran {len(calls)} times in step {step + 1}.")
         require(calls[0][0], "the closure ran with gradients disabled.")
         require_same_values(calls[0][1], before, "when the closure ran, parameters had moved already")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,12 +84,22 @@ def through_a_file(state: Any) -> Any:
     return torch.load(buffer, weights_only=True)
 
 
-def parts(value: Any) -> dict[str, Any]:
-    """A tensor subclass (8-bit states) as the tensors that it is made of; anything else as it is."""
-    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+@dataclass(frozen=True)
+class Kept:
+    """A copy of a tensor subclass (8-bit states), as the tensors that it is made of: few implement `clone`."""
+
+    kind: type
+    parts: dict[str, Any]
+
+
+def keep(value: Any) -> Any:
+    """A copy that later steps do not change."""
+    if not isinstance(value, Tensor):
+        return value
+    if hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()  # type: ignore[operator]
-        return {name: getattr(value, name) for name in names}
-    return {"": value}
+        return Kept(type(value), {name: getattr(value, name).clone() for name in names})
+    return value.detach().clone()
 
 
 def _differs(found: Any, expected: Any) -> str | None:
@@ -108,13 +119,15 @@ def _differs(found: Any, expected: Any) -> str | None:
 
 def difference(found: Any, expected: Any) -> str | None:
     """What differs between two values, tensor subclasses included."""
-    if type(found) is not type(expected) and isinstance(expected, Tensor) and not isinstance(expected, nn.Parameter):
-        return f"is a {type(found).__name__}, was a {type(expected).__name__}"
-    theirs, ours = parts(expected), parts(found)
-    for key, value in theirs.items():
-        text = _differs(ours.get(key), value)
+    found, expected = keep(found), keep(expected)
+    if not isinstance(expected, Kept):
+        return _differs(found, expected)
+    if not isinstance(found, Kept) or found.kind is not expected.kind:
+        return f"is a {type(found).__name__}, was a {expected.kind.__name__}"
+    for name, value in expected.parts.items():
+        text = _differs(found.parts[name], value)
         if text is not None:
-            return f"{key} {text}".strip()
+            return f"({name}) {text}"
     return None
 
 
@@ -137,10 +150,7 @@ Entries = dict[Any, dict[str, Any]]
 
 def entries(optimizer: Optimizer) -> Entries:
     """A copy of `state_dict()["state"]`."""
-    return {
-        index: {k: (v.detach().clone() if isinstance(v, Tensor) else v) for k, v in entry.items()}
-        for index, entry in optimizer.state_dict()["state"].items()
-    }
+    return {i: {k: keep(v) for k, v in entry.items()} for i, entry in optimizer.state_dict()["state"].items()}
 
 
 def require_same_entries(found: Entries, expected: Entries, context: str) -> None:

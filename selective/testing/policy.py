@@ -14,7 +14,7 @@ from selective.kernels import spec
 from selective.optimizer import SelectiveUpdate
 from selective.policies import Policy, policy_from
 from selective.testing.harness import CheckFailed, difference, require
-from selective.testing.report import Outcome, Report
+from selective.testing.report import Outcome, Report, in_short
 from selective.view import TENSORS, StepView, Tensors
 
 policy_checks: dict[str, Callable[[Policy], None]] = {}
@@ -46,7 +46,7 @@ def _tensors(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: i
 def _view(policy: Policy, tensors: dict[str, Tensor], *, every: bool = True) -> StepView:
     """A view of `tensors`. With `every`, reading what is not declared is allowed: one check looks at that alone."""
     view = StepView(
-        Tensors(**tensors),
+        Tensors(**tensors),  # type: ignore[arg-type]
         reads=frozenset(TENSORS) if every else policy.needs(),
         who=type(policy).__name__,
         name="weight",
@@ -242,7 +242,7 @@ def check_policy(policy: Policy) -> Report:
         except CheckFailed as failure:
             outcomes.append(Outcome(name, 0, "failed", str(failure)))
         except Exception as error:
-            outcomes.append(Outcome(name, 0, "failed", f"raised {type(error).__name__}: {error}"))
+            outcomes.append(Outcome(name, 0, "failed", f"raised {in_short(error)}"))
         else:
             outcomes.append(Outcome(name, 0, "passed"))
     return Report(repr(policy), tuple(outcomes))

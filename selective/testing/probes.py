@@ -46,8 +46,10 @@ class ProbeAdam(Optimizer):
         beta1, beta2 = group["betas"]
         state["step"] += 1
         m, v = state["exp_avg"], state["exp_avg_sq"]
-        m.lerp_(p.grad.to(m.dtype), 1 - beta1)
-        v.mul_(beta2).addcmul_(p.grad.to(v.dtype), p.grad.to(v.dtype), value=1 - beta2)
+        assert p.grad is not None
+        g = p.grad.to(m.dtype)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         root = (v / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
         p.sub_((m / root * (group["lr"] / (1 - beta1 ** state["step"]))).to(p.dtype))
 

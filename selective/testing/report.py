@@ -31,6 +31,12 @@ class Outcome:
         return f"{row}{self.check}: {self.message or self.verdict}"
 
 
+def in_short(error: Exception) -> str:
+    """Kind and text of an error in one line: some print whole tensors."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else text[:300] + " ..."
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that a wrapper of an optimizer has to survive. Call it with a subject: it returns, or raises
@@ -66,7 +72,7 @@ class Check:
         except (CheckFailed, NotApplicable):
             raise
         except Exception as error:
-            raise CheckFailed(f"raised {type(error).__name__}: {error}.") from error
+            raise CheckFailed(f"raised {in_short(error)}") from error
 
     def _fault_of_base(self, subject: Subject) -> str | None:
         """What the base alone does wrong in this check, if anything."""

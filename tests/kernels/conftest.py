@@ -17,7 +17,8 @@ def transcription():
     """The float64 transcription, a plain file beside this one."""
     path = Path(__file__).with_name("transcription.py")
     spec = importlib.util.spec_from_file_location("kernel_transcription", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selective.kernels import AdamRule, Draw, GivenRule, Item, Selection, SGDRule, Strength, selective_step, top_k
+from selective.kernels import (
+    AdamRule,
+    Draw,
+    GivenRule,
+    Item,
+    Selection,
+    SGDRule,
+    Strength,
+    selective_step,
+    top_k,
+    use_backend,
+)
 
 ADAM = AdamRule(1e-2, 0.9, 0.99, 1e-8)
 
@@ -96,3 +107,14 @@ def test_the_reference_never_waits_for_the_device(make):
                 assert sums.selected.device.type == "meta"
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.zeros(1, device="meta").item()
+
+
+def test_use_backend_says_what_auto_means(make, monkeypatch):
+    from selective.kernels import cpu
+
+    monkeypatch.setattr(cpu, "top_k", lambda score, k: "cpu")
+    assert top_k(torch.zeros(3), 1) == "cpu"
+    with use_backend("reference"):
+        assert top_k(torch.zeros(3), 1).tolist() == [True, False, False]
+        assert top_k(torch.zeros(3), 1, backend="cpu") == "cpu"
+    assert top_k(torch.zeros(3), 1) == "cpu"

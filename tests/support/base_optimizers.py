@@ -68,7 +68,7 @@ BASES: dict[str, Base] = {
     "po-lamb": Base(lambda p: po.Lamb(p, lr=1e-2, weight_decay=0.1), way="delta"),
     "po-came": Base(lambda p: po.CAME(p, lr=1e-2, weight_decay=0.1), momentum=False),
     "po-tiger": Base(lambda p: po.Tiger(p, lr=1e-2, weight_decay=0.1)),
-    "po-stableadamw": Base(lambda p: po.StableAdamW(p, lr=1e-2, weight_decay=0.1), way="delta"),  # Kahan sums
+    "po-stableadamw": Base(lambda p: po.StableAdamW(p, lr=1e-2, weight_decay=0.1), residue=True),  # Kahan sums
     "optimi-adamw": Base(lambda p: optimi.AdamW(p, lr=1e-2, weight_decay=0.1), residue=True),
     "optimi-lion": Base(lambda p: optimi.Lion(p, lr=1e-2, weight_decay=0.1), residue=True),
     "transformers-adafactor": Base(_transformers_adafactor(weight_decay=0.1), momentum=False, way="delta"),

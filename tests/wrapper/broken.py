@@ -432,7 +432,7 @@ class HidesItsMoments(Identity):
         return self.base.state_dict()
 
 
-@fails("unstepped_distributed_checkpoint")
+@fails("unstepped_distributed_checkpoint", "unstepped_flattened_checkpoint")
 class NoZeroRate(Identity):
     """Moves parameters in the initialisation step, in which the learning rate is 0."""
 

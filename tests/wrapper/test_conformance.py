@@ -102,7 +102,12 @@ CROSS = [("adamw", policy) for policy in POLICIES]
 CROSS += [(base, policy) for base in BASES if base != "adamw" for policy in ("alpha", "mgup", "custom")]
 
 # What a base by itself gets wrong, so that nothing can be asked of the wrapper there.
-FAULTS_OF_BASES: dict[str, set[str]] = {}
+FAULTS_OF_BASES = {
+    # torch's flattened form refuses None, which is in the state where there is no Kahan sum.
+    "optimi-adamw": {"flattened_checkpoint_round_trip", "unstepped_flattened_checkpoint"},
+    # A copy of it lacks an attribute that its step reads.
+    "torchao-8bit": {"copies_step_as_the_original"},
+}
 
 
 @pytest.fixture(autouse=True)

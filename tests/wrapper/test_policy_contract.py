@@ -183,7 +183,7 @@ class StateOfAnotherDtype(Smoothed):
         return torch.ones(view.shape), {"average": view.state["average"].double()}
 
 
-@breaks("degenerate_tensors_are_defined", "no coordinate aligned")
+@breaks("degenerate_tensors_are_defined", "NaN or infinity")
 class DividesByNothing(Half):
     def mask(self, view):
         selected = (view.update * view.grad > 0).float()

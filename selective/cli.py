@@ -1,0 +1,143 @@
+"""The command `selective`: compare, bench, explain. What a subcommand needs is imported when it runs.
+
+Exit codes: 0 done; 1 a run failed; 2 what was asked for cannot be done (the message says why); 130 interrupted, with
+what was finished kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["bench"]:  # it has a parser of its own, help included
+        from selective.bench import main as bench
+
+        return bench(arguments[1:]) or 0
+    options = _parser().parse_args(arguments)
+    return options.run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="selective", description="Selective updates for PyTorch optimizers.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    commands = parser.add_subparsers(required=True, metavar="compare | bench | explain")
+    compare = commands.add_parser(
+        "compare",
+        help="train a small GPT under several optimizers and say whether selection helped",
+        description="Train the same small GPT from the same start on the same batches under several optimizers, and "
+        "say whether selection helped. Command-line options override the configuration file.",
+        epilog='Example: selective compare --policy MGUP --policy \'{"kind": "Cautious"}\' --lr 1e-3 3e-3 --seeds 3',
+    )
+    _compare_options(compare)
+    commands.add_parser("bench", help="measure what a selective step costs (selective bench --help)")
+    explain = commands.add_parser(
+        "explain",
+        help="say how a base's update is obtained, and what a policy does with it",
+        description="Build a base over a small GPT and print what SelectiveUpdate found out about it.",
+    )
+    explain.add_argument("--base", default="AdamW", help="as in compare")
+    explain.add_argument("--base-options", type=_json, default={}, metavar="JSON", help="keyword arguments of the base")
+    explain.add_argument("--policy", type=_policy, default="MGUP", help="name or JSON")
+    explain.set_defaults(run=_explain)
+    return parser
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="YAML or JSON; examples/demo.yaml shows every setting")
+    add("--policy", action="append", type=_policy, metavar="POLICY", help='name or JSON ({"kind": "MGUP"}); repeatable')
+    add("--base", help="class of torch.optim or pytorch_optimizer, or module:Class (default: AdamW)")
+    add("--base-options", type=_json, metavar="JSON", help="keyword arguments of the base")
+    add("--lr", nargs="+", type=float, metavar="LR", help="swept by every contender (default: 1e-3 3e-3)")
+    add("--seeds", type=_seeds, metavar="N|A,B,C", help="a count, or a list with commas (default: 3)")
+    add("--steps", type=int, help="of each run (default: 400)")
+    add("--data", metavar="FILE", help="any text (default: the Python standard library's own source)")
+    add("--controls", action=argparse.BooleanOptionalAction, help="each policy beside its matched random mask")
+    add("--set", action="append", type=_setting, default=[], metavar="KEY=VALUE", help="any other: model.width=192")
+    add("--threads", type=int, help="of torch, in each run (default: 1)")
+    add("--workers", type=int, help="runs at the same time (default: as many as cores allow)")
+    add("--out", metavar="DIR", help="folder of the results (default: results/compare-DATE)")
+    add("--resume", action="store_true", help="go on with the comparison in --out")
+    add("--overwrite", action="store_true", help="delete the comparison in --out")
+    parser.set_defaults(run=_compare)
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says, as configuration data."""
+    found: dict[str, Any] = {}
+    for name in ("policy", "base", "base_options", "lr", "seeds", "steps", "controls", "threads", "workers"):
+        value = getattr(options, name)
+        if value is not None:
+            found["policies" if name == "policy" else name] = value
+    if options.data is not None:
+        found["data"] = {"file": options.data}
+    for path, value in options.set:
+        nested: Any = found
+        *above, last = path.split(".")
+        for part in above:
+            nested = nested.setdefault(part, {})
+        nested[last] = value
+    return found
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from selective.compare.command import compare
+
+    return compare(options, settings(options))
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from selective.compare.command import explain
+
+    return explain(options.base, options.base_options, options.policy)
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from selective import __version__
+
+        print(f"selective {__version__}")
+        parser.exit()
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+
+
+def _policy(text: str) -> Any:
+    return _json(text) if text.lstrip().startswith("{") else text
+
+
+def _seeds(text: str) -> Any:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()] if "," in text else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: a count (3) or a list with commas (0,1,7) is needed") from error
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: KEY=VALUE is needed, as in model.width=192")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value  # a bare word is a string
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""`selective compare` and `selective explain`: from what the user asked for to what stands in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from selective.compare import config as configuration
+from selective.compare.config import CompareConfig, ConfigError
+from selective.compare.extras import MissingExtra, require
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+def compare(options: argparse.Namespace, given: dict[str, Any]) -> int:
+    """Run a comparison to its end, or to Ctrl-C. Returns the exit code."""
+    try:
+        return _compare(options, given)
+    except (ConfigError, MissingExtra) as error:
+        print(f"selective compare: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print("selective compare: interrupted twice; go on from the last checkpoints with --resume", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _compare(options: argparse.Namespace, given: dict[str, Any]) -> int:
+    from selective.compare import plots, table
+    from selective.compare.model import GPT
+    from selective.compare.runner import Comparison
+    from selective.compare.summary import summarise
+    from selective.compare.workers import WorkerFailed
+
+    console = require("rich.console").Console()
+    if not console.is_terminal:
+        console.width = 120  # a log file has no width; rich would take 80
+    require("matplotlib.figure")  # now, and not after the training
+    folder = Path(options.out) if options.out else Path("results") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
+    config = resolve(options, given, folder)
+    # With a description at hand --resume also begins, so that one command line serves until the end.
+    begin = not (folder / "config.json").exists() and bool(options.config or given)
+    comparison = Comparison(config, folder, options.resume and not begin, options.overwrite)
+    parameters = sum(p.numel() for p in GPT(config.model, 0).parameters())
+    console.print(table.headline(config, comparison, parameters), markup=False, highlight=False)
+    try:
+        with table.progress_bars(comparison, console) as handle:
+            finished = comparison.run(handle)
+    except WorkerFailed as error:
+        print(f"selective compare: {error}\nWhat was finished is in {folder}.", file=sys.stderr)
+        return FAILED
+    summary = summarise(config, list(comparison.records.values()))
+    table.show(summary, comparison, console)
+    written = [folder / "results.json", *plots.write_plots(config, summary, list(comparison.records.values()), folder)]
+    console.print(f"Written: {', '.join(str(path) for path in written)}", markup=False, highlight=False, soft_wrap=True)
+    if not finished:
+        again = f"selective compare --resume --out {folder}"
+        console.print(f"Interrupted. Go on with: {again}", markup=False, highlight=False, soft_wrap=True)
+        return INTERRUPTED
+    return DONE
+
+
+def resolve(options: argparse.Namespace, given: dict[str, Any], folder: Path) -> CompareConfig:
+    """Defaults, under what a resumed folder holds, under the file, under the command line."""
+    from selective.compare.runner import read_json
+
+    data: dict[str, Any] = {}
+    sources = []
+    if options.resume and (folder / "config.json").exists():
+        data = read_json(folder / "config.json")["config"]
+    if options.resume and not options.out:
+        raise ConfigError("--resume: say which comparison to go on with, by its folder: --out results/...")
+    if options.config:
+        data = configuration.merge(data, configuration.read(Path(options.config)))
+        sources.append(options.config)
+    if given:
+        data = configuration.merge(data, given)
+        sources.append("the command line")
+    return configuration.build(data, " with ".join(sources) or "the configuration")
+
+
+def explain(base: str, base_options: dict[str, Any], policy: Any) -> int:
+    """Print what SelectiveUpdate finds out about a base."""
+    from selective.compare.contenders import make_base, wrap
+    from selective.compare.model import GPT
+
+    try:
+        config = configuration.build({"base": base, "base_options": base_options, "policies": [policy]})
+        optimizer = make_base(config, GPT(config.model, 0), config.lr[0])
+        print(wrap(config, optimizer, config.policies[0], 0).explain())
+    except ConfigError as error:
+        print(f"selective explain: {error}", file=sys.stderr)
+        return REFUSED
+    return DONE

@@ -1,0 +1,190 @@
+"""What a comparison is: one frozen, validated description of the model, the text, the loop and the contenders.
+
+A YAML or JSON file and the command line both end here; unknown keys are errors that name their path. What is not
+written has a default that stands below with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+
+from selective.compare.extras import require
+from selective.policies.policy import AnyPolicy
+
+
+class ConfigError(ValueError):
+    """A comparison that cannot be run as it is described. The message says what, where and what to do."""
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelConfig(_Config):
+    """A decoder-only transformer over bytes. The defaults (0.7M parameters) train in seconds on one CPU core."""
+
+    layers: int = Field(3, ge=1)
+    width: int = Field(128, ge=2, description="features of a token")
+    heads: int = Field(4, ge=1)
+    context: int = Field(128, ge=2, description="tokens (bytes) of a training window")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width is {self.width}, heads is {self.heads}: each head needs an even number of features for its "
+                f"rotary positions, so width must be a multiple of {2 * self.heads}"
+            )
+        return self
+
+
+class DataConfig(_Config):
+    """The text. Without a file: the Python standard library's own source, which is everywhere and real."""
+
+    file: Path | None = None
+    max_bytes: int = Field(8_000_000, ge=1, description="of the standard library's source; ignored with a file")
+    validation: float = Field(0.1, gt=0, lt=1, description="share of the files (or the end of the one file) held out")
+
+
+class LoopConfig(_Config):
+    """The training loop: cosine schedule with linear warm-up, clipping, decay of the matrices only."""
+
+    batch: int = Field(8, ge=1, description="windows in a step")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    final_lr: float = Field(0.1, ge=0, le=1, description="last learning rate, as a share of the peak")
+    clip: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; null: no clipping")
+    weight_decay: float = Field(0.1, ge=0, description="of matrices; vectors are not decayed")
+    evaluate_every: int | None = Field(None, ge=1, description="steps; null: about 12 evaluations in a run")
+    evaluate_windows: int = Field(64, ge=1, description="held-out windows in an evaluation, the same each time")
+    checkpoint_every: int = Field(100, ge=1, description="steps between two checkpoints of a run")
+
+
+def _seeds(value: Any) -> Any:
+    """A count means 0 .. count - 1; a list is taken as it is."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ValueError(f"{value} seeds; at least one is needed, and three for a useful interval")
+        return tuple(range(value))
+    return value
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class CompareConfig(_Config):
+    """The whole comparison. `threads` changes the rounding of sums, `workers` changes nothing but the time."""
+
+    base: str = Field("AdamW", min_length=1, description="name in torch.optim or pytorch_optimizer, or module:Class")
+    base_options: dict[str, JsonValue] = Field(default_factory=dict, description="keyword arguments of the base")
+    momentum_beta: float | None = Field(
+        None, ge=0, lt=1, description="of the wrapper's own momentum, for bases without"
+    )
+    lr: tuple[Annotated[float, Field(gt=0)], ...] = Field((1e-3, 3e-3), min_length=1, description="swept, by everyone")
+    policies: tuple[AnyPolicy, ...] = Field((), description="names, or mappings with a `kind`")
+    controls: bool = Field(True, description="each policy beside a random mask of the same share and norm")
+    seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds)] = Field((0, 1, 2), min_length=1)
+    steps: int = Field(400, ge=2)
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate({}))
+    data: DataConfig = Field(default_factory=lambda: DataConfig.model_validate({}))
+    loop: LoopConfig = Field(default_factory=lambda: LoopConfig.model_validate({}))
+    device: str = "cpu"
+    threads: int = Field(1, ge=1, description="of torch, in each worker")
+    workers: int | None = Field(None, ge=1, description="runs at the same time; null: as many as there are cores")
+
+    @model_validator(mode="after")
+    def _no_twins(self) -> CompareConfig:
+        for name in ("lr", "seeds", "policies"):
+            values = [repr(value) for value in getattr(self, name)]
+            twice = sorted({value for value in values if values.count(value) > 1})
+            if twice:
+                raise ValueError(f"{name} has {', '.join(twice)} more than once; one run of each is enough")
+        return self
+
+    @property
+    def evaluate_every(self) -> int:
+        return self.loop.evaluate_every or max(1, self.steps // 12)
+
+
+def dump(config: CompareConfig) -> dict[str, Any]:
+    """The configuration as plain JSON data; `build(dump(c)) == c`."""
+    return config.model_dump(mode="json")
+
+
+def build(data: Mapping[str, Any], source: str = "the configuration") -> CompareConfig:
+    """Validate plain data. Raises ConfigError with one line for each mistake: its path, and what is allowed."""
+    try:
+        return CompareConfig.model_validate(dict(data))
+    except ValidationError as error:
+        lines = [f"{source} is not a comparison that can be run:"]
+        lines += [f"  {_line(found)}" for found in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _line(found: Any) -> str:
+    path = ".".join(str(part) for part in found["loc"]) or "(whole)"
+    if found["type"] == "extra_forbidden":
+        owner: Any = CompareConfig
+        for part in found["loc"][:-1]:
+            owner = owner.model_fields[part].annotation if part in getattr(owner, "model_fields", {}) else None
+        known = "it is no setting of that policy" if owner is None else f"known here: {', '.join(owner.model_fields)}"
+        return f"{path}: unknown key; {known}"
+    message = found["msg"].removeprefix("Value error, ").replace("\n", "\n    ")
+    return f"{path}: {message}"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A configuration file as plain data, YAML or JSON by its suffix. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); name a YAML or JSON file") from error
+    try:
+        if path.suffix.lower() == ".json":
+            data = json.loads(text)
+        else:
+            yaml = require("yaml")
+            try:
+                data = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a {type(data).__name__}; a mapping of settings is needed, as in `steps: 400`")
+    return data
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, nested mappings merged (the options of a base are replaced as a whole)."""
+    merged = dict(below)
+    for key, value in above.items():
+        nested = key != "base_options" and isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if nested else value
+    return merged
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """Where two dumped configurations differ, one line each: `model.width: 128 before, 192 now`."""
+    lines = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            lines += differences(before, now, f"{path}{key}.")
+        elif before != now:
+            lines.append(f"{path}{key}: {json.dumps(before)} before, {json.dumps(now)} now")
+    return lines

@@ -1,0 +1,166 @@
+"""Who is compared: a base optimizer, alone and under each policy, each policy beside its matched random control."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from selective import Bernoulli, Everything, Policy, RandomMask, SelectiveUpdate
+from selective.compare.config import CompareConfig, ConfigError
+from selective.policies import MatchedRandomMask
+
+# What a user would write for a transformer. A base that is not here keeps its own defaults.
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"betas": (0.9, 0.95)} for name in ("Adam", "AdamW", "NAdam", "RAdam")},
+    "SGD": {"momentum": 0.9, "nesterov": True},
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One side of the comparison, before its learning rate and seed. `policy` None: the base as it is."""
+
+    index: int
+    label: str
+    role: str  # "baseline", "policy" or "control"
+    policy: Policy | None
+    of: int | None = None  # a control: index of its policy; a policy: index of its control, where it has one
+
+    @property
+    def slug(self) -> str:
+        """For file names; of the kind only, for it must not depend on how the policy was written."""
+        return f"{self.index:02d}-{re.sub('[^A-Za-z0-9]+', '-', self.label.partition('(')[0]).strip('-')}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    contender: Contender
+    lr: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"seed{self.seed}-{self.contender.slug}-lr{self.lr:g}"
+
+
+def contenders(config: CompareConfig) -> list[Contender]:
+    """The baseline first, then each policy followed by its control."""
+    found = [Contender(0, config.base, "baseline", None)]
+    for policy in config.policies:
+        index = len(found)
+        control = matching(policy) if config.controls else None
+        found.append(Contender(index, written(policy), "policy", policy, None if control is None else index + 1))
+        if control is not None:
+            found.append(Contender(index + 1, f"random like {written(policy)}", "control", control, index))
+    return found
+
+
+def written(policy: Policy) -> str:
+    """`MGUP(tau=0.3)`: what differs from the defaults. The same after JSON too, unlike repr."""
+    fields = type(policy).model_fields
+    values = {name: getattr(policy, name) for name in fields}
+    changed = [f"{name}={value!r}" for name, value in values.items() if value != fields[name].default]
+    return f"{policy.__repr_name__()}({', '.join(changed)})"
+
+
+def matching(policy: Policy) -> Policy | None:
+    """The control of a policy; None where there is nothing to control for: no selection, or a random one already."""
+    parts = policy.parts()
+    if isinstance(policy, MatchedRandomMask) or (parts is not None and isinstance(parts[0], Everything | Bernoulli)):
+        return None
+    try:
+        return RandomMask.matching(policy)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{policy!r} has no matched control ({error}); compare it without: --no-controls") from error
+
+
+def runs(config: CompareConfig) -> list[Run]:
+    """Seeds outermost: a comparison that is cut short has every contender for the seeds that it finished."""
+    return [Run(contender, lr, seed) for seed in config.seeds for contender in contenders(config) for lr in config.lr]
+
+
+def base_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class behind `name`: in torch.optim, in pytorch_optimizer, or `module:Class`. Raises ConfigError."""
+    module, colon, attribute = name.rpartition(":")
+    places = [module] if colon else ["torch.optim", "pytorch_optimizer"]
+    looked = []
+    for place in places:
+        try:
+            found = getattr(importlib.import_module(place), attribute, None)
+        except ModuleNotFoundError as error:
+            looked.append(f"{place} (cannot be imported: {error})")
+            continue
+        if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
+            return found
+        looked.append(f"{place} ({'not there' if found is None else 'not an optimizer class'})")
+    raise ConfigError(
+        f"base: no optimizer {name!r}; looked in {', '.join(looked)}. Name a class of torch.optim, or write the "
+        "import path as module:Class"
+    )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decayed, vectors not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """The model's name for each of the optimizer's, which are by group and place.
+
+    Groups of (name, parameter) pairs would carry names, but only torch's own constructors are sure to take them.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"param_groups[{number}][{place}]": names[parameter]
+        for number, group in enumerate(optimizer.param_groups)
+        for place, parameter in enumerate(group["params"])
+    }
+
+
+def make_base(config: CompareConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The base over the model's parameters. Raises ConfigError where its constructor refuses."""
+    cls = base_class(config.base)
+    options = {**OPTIONS.get(cls.__name__, {}), **config.base_options}
+    known = inspect.signature(cls).parameters
+    groups = parameter_groups(model, config.loop.weight_decay)
+    if "weight_decay" not in known:
+        groups = [{"params": group["params"]} for group in groups]
+    try:
+        return cls(groups, lr=lr, **options)  # pyright: ignore[reportCallIssue]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"base {config.base}(lr={lr:g}, {', '.join(f'{k}={v!r}' for k, v in options.items())}) refuses: {error}; "
+            f"change base_options (it takes {', '.join(list(known)[1:])})"
+        ) from error
+
+
+def make(config: CompareConfig, run: Run, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a run: the base itself for the baseline, wrapped for the others."""
+    base = make_base(config, model, run.lr)
+    return base if run.contender.policy is None else wrap(config, base, run.contender.policy, run.seed)
+
+
+def wrap(config: CompareConfig, base: torch.optim.Optimizer, policy: Policy, seed: int) -> SelectiveUpdate:
+    """The base under a policy; random policies draw from the run's seed. Raises ConfigError where it is refused."""
+    try:
+        return SelectiveUpdate(base, policy=policy, seed=seed, momentum_beta=config.momentum_beta)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{policy!r} on {config.base}: {error}") from error
+
+
+def shares(optimizer: torch.optim.Optimizer, names: Mapping[str, str]) -> dict[str, float]:
+    """Share selected by parameter name; empty for a plain base and for `Dense()`. Waits for the device."""
+    if not isinstance(optimizer, SelectiveUpdate):
+        return {}
+    return {names[name]: float(entry["share"]) for name, entry in optimizer.statistics().items()}

@@ -1,0 +1,82 @@
+"""How many bytes an optimizer keeps and how many it needs for a moment, read from the allocator."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from selective.compare.config import CompareConfig
+from selective.compare.contenders import Run, contenders, make
+from selective.compare.model import GPT
+
+HOW = (
+    "Of a fresh model with random gradients. state_bytes: all tensors in optimizer.state after two steps. peak_bytes: "
+    "the most that was allocated at one time from the optimizer's construction through its second step, by the events "
+    "of torch.profiler. Extra state is state_bytes beyond the base's; extra in a step is what peak_bytes exceeds the "
+    "base's by, less the extra state."
+)
+
+
+def measure(config: CompareConfig) -> list[dict[str, int]]:
+    """`state_bytes`, `peak_bytes` and what they exceed the base's by, for each contender in order.
+
+    It builds and steps every contender once, so that one that cannot be built fails here, before any run.
+    """
+    found = [_measure(config, Run(contender, config.lr[0], 0)) for contender in contenders(config)]
+    base = found[0]
+    for entry in found:
+        entry["extra_state_bytes"] = entry["state_bytes"] - base["state_bytes"]
+        entry["extra_step_bytes"] = entry["peak_bytes"] - base["peak_bytes"] - entry["extra_state_bytes"]
+    return found
+
+
+def _measure(config: CompareConfig, run: Run) -> dict[str, int]:
+    model = GPT(config.model, run.seed).to(config.device)
+    generator = torch.Generator().manual_seed(run.seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(config.device)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to the terminal each time
+    activities = [ProfilerActivity.CPU]
+    if torch.device(config.device).type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, profile_memory=True) as profiler:
+        optimizer = make(config, run, model)
+        optimizer.step()
+        optimizer.step()
+    state = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(optimizer.state))
+    return {"state_bytes": state, "peak_bytes": _peak(profiler, torch.device(config.device).type)}
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    for key in state:
+        for value in state[key].values():
+            if isinstance(value, Tensor):
+                yield value
+
+
+def _peak(profiler: profile, device: str) -> int:
+    """The most bytes alive at one time on the device, from the trace: the only public form that lists each event."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    kind = {"cpu": 0, "cuda": 1}.get(device, 0)  # torch's DeviceType
+    events = [e for e in trace if e.get("name") == "[memory]" and e["args"]["Device Type"] == kind]
+    if not events:
+        raise RuntimeError(
+            "torch.profiler reported no memory events, so that the bytes of a step cannot be measured; "
+            f"torch {torch.__version__} may write its traces in another form"
+        )
+    alive = most = 0
+    for event in sorted(events, key=lambda e: (e["ts"], e["args"].get("Ev Idx", 0))):
+        alive += event["args"]["Bytes"]
+        most = max(most, alive)
+    return most

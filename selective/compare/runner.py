@@ -1,0 +1,191 @@
+"""The whole comparison: what is to be run, what is already there, and the folder that keeps it.
+
+OUT/config.json     the configuration as it was resolved, the fingerprint of the text, the measured bytes
+OUT/runs/KEY.json   the record of each finished run
+OUT/runs/KEY.pt     the checkpoint of each run that was interrupted
+OUT/results.json    all of it together, rewritten whenever a run ends
+OUT/loss.png, OUT/share.png
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selective.compare import data, memory, workers
+from selective.compare.config import CompareConfig, ConfigError, differences, dump
+from selective.compare.contenders import Run, contenders, runs
+from selective.compare.train import Record, write_atomically
+
+SCHEMA = 1  # of results.json
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worker_count(config: CompareConfig) -> int:
+    """As asked for; else one for each `threads` cores, and one on an accelerator."""
+    if config.workers is not None:
+        return config.workers
+    return max(1, cores() // config.threads) if torch.device(config.device).type == "cpu" else 1
+
+
+class Comparison:
+    """A comparison in its folder. `records` holds every run that has begun, by key."""
+
+    def __init__(self, config: CompareConfig, folder: Path, resume: bool = False, overwrite: bool = False) -> None:
+        self.config, self.folder = config, folder
+        self.text = data.load(config.data, config.model.context, config.loop.batch)
+        self.contenders = contenders(config)
+        self.runs = runs(config)
+        self.records: dict[str, Record] = {}
+        self.bytes = self._open(resume, overwrite)
+
+    def _open(self, resume: bool, overwrite: bool) -> list[dict[str, int]]:
+        saved = self.folder / "config.json"
+        if resume and saved.exists():
+            found = read_json(saved)
+            self._check_same(found)
+            for run in self.runs:
+                path = self.folder / "runs" / f"{run.key}.json"
+                if path.exists():
+                    self.records[run.key] = read_json(path)
+            return found["bytes"]
+        if resume:
+            raise ConfigError(
+                f"--resume: {self.folder} holds no comparison (no config.json); name its folder with --out"
+            )
+        if saved.exists() and not overwrite:
+            raise ConfigError(
+                f"{self.folder} already holds a comparison; --resume goes on with it, --overwrite deletes it, "
+                "--out names another folder"
+            )
+        measured = memory.measure(self.config)  # before anything is deleted: a contender that cannot be built ends here
+        if saved.exists():
+            shutil.rmtree(self.folder / "runs", ignore_errors=True)
+            for name in ("results.json", "loss.png", "share.png"):
+                (self.folder / name).unlink(missing_ok=True)
+        content = {"config": dump(self.config), "text": self._text(), "bytes": measured}
+        write_atomically(saved, json.dumps(content, indent=1).encode())
+        return measured
+
+    def _text(self) -> dict[str, Any]:
+        sizes = {"train_bytes": len(self.text.train), "validation_bytes": len(self.text.validation)}
+        return {"source": self.text.source, "sha256": self.text.fingerprint, **sizes}
+
+    def _check_same(self, found: dict[str, Any]) -> None:
+        free = ("workers",)  # changes the time, not the numbers
+        old, new = ({k: v for k, v in c.items() if k not in free} for c in (found["config"], dump(self.config)))
+        lines = differences(old, new) + differences(found["text"], self._text(), "text.")
+        if lines:
+            raise ConfigError(
+                f"--resume: {self.folder} holds another comparison, whose runs cannot be set beside these:\n  "
+                + "\n  ".join(lines)
+                + "\nLeave these settings as they were, or start a new one with another --out"
+            )
+
+    def todo(self) -> list[Run]:
+        return [run for run in self.runs if not self.records.get(run.key, {}).get("complete")]
+
+    @property
+    def complete(self) -> bool:
+        return not self.todo()
+
+    def run(self, handle: Callable[[workers.Progress | Record], None]) -> bool:
+        """Run what is not done. False where it was interrupted; what there is is written in either case."""
+        stop = workers.Stop()
+        checkpoints = self.folder / "runs"
+
+        def keep(message: workers.Progress | Record) -> None:
+            if isinstance(message, dict):
+                self._keep(message)
+            handle(message)
+
+        with stop.listening():
+            todo, count = self.todo(), worker_count(self.config)
+            try:
+                if min(count, len(todo)) > 1:
+                    workers.apart(self.config, todo, self.text, checkpoints, count, stop, keep)
+                else:
+                    workers.here(self.config, todo, self.text, checkpoints, stop, keep)
+            finally:
+                self.write()
+        return self.complete
+
+    def _keep(self, record: Record) -> None:
+        self.records[record["key"]] = record
+        if record["complete"]:
+            path = self.folder / "runs" / f"{record['key']}.json"
+            write_atomically(path, json.dumps(record).encode())
+            path.with_suffix(".pt").unlink(missing_ok=True)
+            self.write()
+
+    def results(self) -> dict[str, Any]:
+        """The content of results.json."""
+        return {
+            "schema": SCHEMA,
+            "config": dump(self.config),
+            "text": self._text(),
+            "environment": environment(self.config),
+            "memory": {"how": memory.HOW, "contenders": self.bytes},
+            "contenders": [
+                {
+                    "index": c.index, "label": c.label, "role": c.role, "of": c.of,
+                    "policy": None if c.policy is None else c.policy.model_dump(mode="json"),
+                }
+                for c in self.contenders
+            ],
+            "complete": self.complete,
+            "runs": [self.records[run.key] for run in self.runs if run.key in self.records],
+        }  # fmt: skip
+
+    def write(self) -> None:
+        write_atomically(self.folder / "results.json", json.dumps(self.results(), allow_nan=False).encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); delete it to have that part run again") from error
+
+
+def environment(config: CompareConfig) -> dict[str, Any]:
+    """Where the numbers were taken."""
+    try:
+        version = metadata.version("selective-update")
+    except metadata.PackageNotFoundError:
+        version = "not installed"
+    return {
+        "selective": version,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+        "processor": processor(),
+        "device": torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else config.device,
+        "cores": cores(),
+        "threads": config.threads,
+        "workers": worker_count(config),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def processor() -> str:
+    """Its name, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

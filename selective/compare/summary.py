@@ -1,0 +1,150 @@
+"""From runs to what they say: one row for each contender and learning rate, one verdict for each policy.
+
+Only seeds that *every* contender finished at *every* learning rate count, so that all rows rest on the same batches
+and differences are paired. A contender's learning rate is the one with the lowest mean final loss among those swept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+from selective.compare.config import CompareConfig
+from selective.compare.contenders import Contender, contenders
+from selective.compare.intervals import Interval, steps_to, t_interval
+from selective.compare.train import Record
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender at one learning rate, over the seeds that count. None where nothing can be said."""
+
+    contender: Contender
+    lr: float
+    best: bool  # of its contender's learning rates
+    diverged: int  # seeds whose loss stopped being finite
+    loss: Interval | None  # final held-out loss, nats per byte
+    difference: Interval | None  # to the baseline at its best learning rate, seed by seed
+    steps: float | None  # mean number of steps to the baseline's final loss of the same seed
+    reached: int  # seeds that got there
+    step_ms: float  # median time of one optimizer step
+
+
+@dataclass(frozen=True)
+class Summary:
+    seeds: tuple[int, ...]  # that count
+    rows: tuple[Row, ...]
+    verdicts: tuple[tuple[str, str], ...]  # (policy, sentence)
+    notes: tuple[str, ...]
+
+
+def summarise(config: CompareConfig, records: Sequence[Record]) -> Summary:
+    """Raises nothing for partial results: with no complete seed the summary has no rows."""
+    table = {(r["contender"], r["lr"], r["seed"]): r for r in records if r["complete"]}
+    field = contenders(config)
+    seeds = tuple(s for s in config.seeds if all((c.index, lr, s) in table for c in field for lr in config.lr))
+    if not seeds:
+        return Summary((), (), (), ())
+    cells = {(c.index, lr): [table[c.index, lr, seed] for seed in seeds] for c in field for lr in config.lr}
+    best = {c.index: _best_lr([(lr, cells[c.index, lr]) for lr in config.lr]) for c in field}
+    baseline = cells[0, best[0]] if best[0] is not None else None
+    rows = tuple(_row(c, lr, cells[c.index, lr], lr == best[c.index], baseline) for c in field for lr in config.lr)
+    verdicts = tuple((c.label, _verdict(c, cells, best, config.base)) for c in field if c.role == "policy")
+    return Summary(seeds, rows, verdicts, tuple(_notes(config, field, best, len(seeds))))
+
+
+def final(record: Record) -> float:
+    """Last held-out loss; infinite where the run diverged."""
+    return math.inf if record["diverged"] else record["validation"]["loss"][-1]
+
+
+def _best_lr(swept: Sequence[tuple[float, Sequence[Record]]]) -> float | None:
+    """None if there is no learning rate at which every seed got through."""
+    mean, lr = min((fmean(final(r) for r in records), lr) for lr, records in swept)
+    return lr if math.isfinite(mean) else None
+
+
+def _row(c: Contender, lr: float, records: Sequence[Record], best: bool, baseline: Sequence[Record] | None) -> Row:
+    times = [ms for r in records for ms in r["optimizer_ms"]]
+    step_ms = median(times) if times else math.nan
+    diverged = sum(r["diverged"] for r in records)
+    if diverged:
+        return Row(c, lr, best, diverged, None, None, None, 0, step_ms)
+    loss = t_interval([final(r) for r in records])
+    if baseline is None:
+        return Row(c, lr, best, 0, loss, None, None, 0, step_ms)
+    reached = [
+        steps_to(final(b), r["validation"]["step"], r["validation"]["loss"])
+        for r, b in zip(records, baseline, strict=True)
+    ]
+    there = [steps for steps in reached if steps is not None]
+    return Row(c, lr, best, 0, loss, paired(records, baseline), fmean(there) if there else None, len(there), step_ms)
+
+
+def paired(left: Sequence[Record], right: Sequence[Record]) -> Interval:
+    """Mean over seeds of the difference in final loss: what both owe to the seed cancels."""
+    return t_interval([final(a) - final(b) for a, b in zip(left, right, strict=True)])
+
+
+def _verdict(c: Contender, cells: dict[Any, list[Record]], best: dict[int, float | None], base: str) -> str:
+    """One sentence from the paired intervals against the baseline and the control, each at its own best rate."""
+    own = best[c.index]
+    if own is None:
+        return "diverged at every learning rate."
+    records = cells[c.index, own]
+
+    def against(index: int) -> Interval | None:
+        lr = best[index]
+        return None if lr is None else paired(records, cells[index, lr])
+
+    rivals = [(base, against(0))]
+    if c.of is not None:
+        rivals.append(("its random control", against(c.of)))
+    if len(records) == 1:
+        found = ", ".join(f"{d.mean:+.4f} against {name}" for name, d in rivals if d is not None)
+        return f"no verdict from one seed ({found}); run at least three."
+    signs = [d.sign if d is not None else -1 for _, d in rivals]
+    text = "; ".join(_clause(name, d) for name, d in rivals) + "."
+    if len(rivals) == 2 and signs[1] != -1 and signs[0] == -1:
+        text += " So the gain is not shown to come from which coordinates are selected."
+    if len(rivals) == 2 and signs == [-1, -1]:
+        text += f" So selection helped here, at n = {len(records)}."
+    if len(rivals) == 2 and signs[0] == 0 and signs[1] == -1:
+        text += " So which coordinates matters, but selecting does not pay at this size."
+    return text
+
+
+def _clause(name: str, difference: Interval | None) -> str:
+    if difference is None:
+        return f"{name} diverged at every learning rate"
+    word = {-1: "beats", 0: "no difference shown from", 1: "is worse than"}[difference.sign]
+    return f"{word} {name} ({difference.signed()}, n = {difference.n})"
+
+
+def _notes(config: CompareConfig, field: Sequence[Contender], best: dict[int, float | None], n: int) -> list[str]:
+    notes = []
+    if n < len(config.seeds):
+        notes.append(f"{n} of {len(config.seeds)} seeds are complete; the others are left out. --resume goes on.")
+    if len(config.lr) == 1:
+        notes.append(
+            "One learning rate: a policy that changes the size of the update changes the learning rate in disguise. "
+            "Sweep it with --lr."
+        )
+    else:
+        for edge, word in ((min(config.lr), "lowest"), (max(config.lr), "highest")):
+            names = [c.label for c in field if best[c.index] == edge]
+            if names:
+                notes.append(
+                    f"Best at the {word} learning rate swept, {edge:g}: {', '.join(names)}. A better one may lie "
+                    "beyond it."
+                )
+    policies = sum(c.role == "policy" for c in field)
+    if policies > 1 and n > 1:
+        notes.append(
+            f"Intervals are 95 % each, not adjusted for {policies} policies being compared, nor for choosing the "
+            "learning rate by the same losses."
+        )
+    return notes

@@ -1,0 +1,195 @@
+"""One training run, which can be stopped after any step and goes on from there bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from selective.compare import data, model
+from selective.compare.config import CompareConfig, LoopConfig
+from selective.compare.contenders import Run, make, parameter_names, shares
+
+Record = dict[str, Any]  # plain JSON data; docs: `new_record`
+SHARES_IN_A_RUN = 60  # columns of the heatmap
+
+
+def schedule(loop: LoopConfig, steps: int) -> Callable[[int], float]:
+    """Multiplier of the learning rate at step t = 0 .. steps - 1: up in a line, down along a cosine."""
+    warmup = round(loop.warmup * steps)
+
+    def multiplier(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+        return loop.final_lr + (1 - loop.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return multiplier
+
+
+def new_record(run: Run) -> Record:
+    """What a run leaves behind. Steps count those done; losses in nats per byte, times in milliseconds."""
+    return {
+        "key": run.key,
+        "contender": run.contender.index,
+        "lr": run.lr,
+        "seed": run.seed,
+        "steps_done": 0,
+        "complete": False,
+        "diverged": False,  # a loss that is not finite ended the run
+        "train": {"step": [], "loss": []},  # loss of the batch before the step
+        "validation": {"step": [], "loss": [], "lr": []},
+        "optimizer_ms": [],  # optimizer.step() alone, each step
+        "share": {"step": [], "by_parameter": {}},
+        "seconds": 0.0,  # of the whole run
+        "parameters_sha256": None,  # of the final parameters
+    }
+
+
+class Trainer:
+    """Everything that one run needs. `go` trains to the end or until it is told to stop."""
+
+    def __init__(self, config: CompareConfig, run: Run, text: data.Text) -> None:
+        self.config, self.run, self.text = config, run, text
+        self.record = new_record(run)
+        self.model = model.GPT(config.model, run.seed).to(config.device)
+        self.optimizer = make(config, run, self.model)
+        self.names = parameter_names(self.model, self.optimizer)
+        self.scheduler = LambdaLR(self.optimizer, schedule(config.loop, config.steps))
+        self.windows = data.held_out(text.validation, config.loop.evaluate_windows, config.model.context)
+
+    @property
+    def done(self) -> int:
+        return self.record["steps_done"]
+
+    def go(
+        self, stop: Callable[[], bool], report: Callable[[int, float], None], checkpoint: Path | None = None
+    ) -> Record:
+        """Train until the last step, a loss that is not finite, or `stop()`; `report(steps done, loss)` each step."""
+        before, begun = self.record["seconds"], time.perf_counter()
+        if not self.record["validation"]["step"]:
+            self.evaluate()
+        while self.done < self.config.steps and not self.record["diverged"]:
+            if stop():
+                break
+            report(self.done + 1, self.step())
+            if checkpoint is not None and self.done % self.config.loop.checkpoint_every == 0:
+                self.record["seconds"] = before + time.perf_counter() - begun
+                self.save(checkpoint)
+        else:
+            self.record["complete"] = True
+            self.record["parameters_sha256"] = fingerprint(self.model)
+        self.record["seconds"] = before + time.perf_counter() - begun
+        if checkpoint is not None and not self.record["complete"]:
+            self.save(checkpoint)
+        return self.record
+
+    def step(self) -> float:
+        """One batch. Returns its loss, before the step."""
+        config, step = self.config, self.done
+        windows = data.batch(self.text.train, self.run.seed, step, config.loop.batch, config.model.context)
+        loss = model.loss(self.model, windows.to(config.device))
+        value = loss.item()
+        if not math.isfinite(value):
+            self.record["diverged"] = True
+            return value
+        self.optimizer.zero_grad()
+        loss.backward()
+        if config.loop.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.loop.clip)
+        self._timed_step()
+        self.record["train"]["step"].append(step)
+        self.record["train"]["loss"].append(value)
+        if step % max(1, config.steps // SHARES_IN_A_RUN) == 0:
+            self._record_shares(step)
+        self.scheduler.step()
+        self.record["steps_done"] = step + 1
+        if self.done % config.evaluate_every == 0 or self.done == config.steps:
+            self.evaluate()
+        return value
+
+    def _timed_step(self) -> None:
+        cuda = torch.device(self.config.device).type == "cuda"  # there a step is only queued: wait for it
+        if cuda:
+            torch.cuda.synchronize(self.config.device)
+        begun = time.perf_counter()
+        self.optimizer.step()
+        if cuda:
+            torch.cuda.synchronize(self.config.device)
+        self.record["optimizer_ms"].append(round(1e3 * (time.perf_counter() - begun), 4))
+
+    def _record_shares(self, step: int) -> None:
+        found = shares(self.optimizer, self.names)
+        if found:
+            self.record["share"]["step"].append(step)
+            for name, share in found.items():
+                self.record["share"]["by_parameter"].setdefault(name, []).append(round(share, 5))
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Mean loss of the held-out windows, always in the same chunks: the same number after a resume."""
+        chunks = self.windows.split(self.config.loop.batch)
+        total = sum(model.loss(self.model, chunk.to(self.config.device)).item() * len(chunk) for chunk in chunks)
+        value = total / len(self.windows)
+        if not math.isfinite(value):
+            self.record["diverged"] = True
+            return
+        self.record["validation"]["step"].append(self.done)
+        self.record["validation"]["loss"].append(value)
+        self.record["validation"]["lr"].append(self.scheduler.get_last_lr()[0])
+
+    def save(self, path: Path) -> None:
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "random": torch.get_rng_state(),  # for bases that draw (stochastic rounding)
+                "record": json.dumps(self.record),
+            },
+            buffer,
+        )
+        write_atomically(path, buffer.getvalue())
+
+    def load(self, path: Path) -> None:
+        """Go on where `save` was called."""
+        saved = torch.load(path, map_location=self.config.device, weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        torch.set_rng_state(saved["random"].cpu())
+        self.record = json.loads(saved["record"])
+
+
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 of all parameters: equal for runs that are bit-identical."""
+    digest = hashlib.sha256()
+    for name, parameter in network.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """A reader sees the old file or the new one, whole; also when the machine stops in between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

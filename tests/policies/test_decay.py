@@ -1,0 +1,182 @@
+"""Decoupled decay is never masked, coupled decay is part of the gradient that a policy sees; through every capture."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import pytorch_optimizer
+import torch
+from base_optimizers import BASES, build, give_grads, make_params
+
+from selective import Policy, SelectiveUpdate
+from selective.capture.anatomy import anatomy, decay_factor
+
+DECAYS = {
+    "decoupled": ["adamw-foreach", "adamw-fused", "adamw-plain", "nadam", "muon", "adafactor", "po-lion", "po-lamb",
+                  "po-came", "po-tiger", "po-stableadamw", "optimi-adamw", "optimi-lion", "transformers-adafactor",
+                  "transformers-adafactor-fixed", "torchao-adamw8bit"],
+    "coupled": ["sgd-momentum", "sgd-dampening", "adam-maximize", "adam-coupled", "nadam-coupled", "radam", "adamax",
+                "adagrad", "po-ademamix"],
+}  # fmt: skip
+LR, DECAY = 1e-2, 0.1  # of all the decoupled ones
+STEPS = 3
+
+
+def captures(name: str) -> list[str]:
+    ways = ["fused", "scratch", "delta"]
+    return ways[ways.index(BASES[name].way) :]
+
+
+AFTER = pytest.mark.xfail(
+    reason="scratch and delta ask for the factor after the base has stepped, when the parameter's scale is another"
+)
+DECOUPLED = [
+    pytest.param(name, way, marks=[AFTER] if name == "transformers-adafactor" else [])
+    for name in DECAYS["decoupled"]
+    for way in captures(name)
+]
+COUPLED = [(name, way) for name in DECAYS["coupled"] for way in captures(name)]
+
+
+@pytest.fixture(autouse=True)
+def _eager():
+    """torchao compiles its step; what is tested is not the compiler."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+class Nothing(Policy):
+    """A mask of zeros in code of its own."""
+
+    def mask(self, view):
+        return torch.zeros_like(view.update)
+
+
+class Checker(Policy):
+    """Masks every other coordinate out."""
+
+    def mask(self, view):
+        return (torch.arange(view.update.numel()) % 2).reshape(view.shape).to(view.dtype)
+
+
+class Spy(Policy):
+    """Keeps what it is shown, and lets everything through."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"grad", "update", "param"})
+    seen: ClassVar[list[tuple[torch.Tensor, torch.Tensor]]] = []
+
+    def mask(self, view):
+        self.seen.append((view.grad.clone(), view.param.clone()))
+        return torch.ones_like(view.update)
+
+
+def written_factor(name: str, p: torch.Tensor, step: int) -> float:
+    """The factor on the parameter as the base's documentation has it, for `step` counted from 1."""
+    if name == "transformers-adafactor":  # relative step times the parameter's own scale
+        scale = max(1e-3, float(p.detach().double().square().mean().sqrt()))
+        return 1 - DECAY * scale * min(1e-2, step**-0.5)
+    return 1 - LR * DECAY
+
+
+def measured_decay(name: str, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """What the base's own decay makes of the parameters in its first step: p + (with decay - without)."""
+    moved = []
+    for decay in (True, False):
+        twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        twin = build(BASES[name], twins)
+        for group in twin.param_groups:
+            group["weight_decay"] = group["weight_decay"] if decay else 0.0
+        give_grads(twins, 0)
+        twin.step()
+        moved.append([q.detach() for q in twins])
+    return [p.detach() + with_it - without for p, with_it, without in zip(params, *moved, strict=True)]
+
+
+@pytest.mark.parametrize("policy", [Nothing(), Checker()], ids=["zeros", "checker"])
+@pytest.mark.parametrize("name,way", DECOUPLED)
+def test_decoupled_decay_reaches_masked_coordinates(name: str, way: str, policy: Policy) -> None:
+    base = BASES[name]
+    dtype = torch.float64 if base.double else torch.float32
+    params = make_params(base, dtype)
+    optimizer = SelectiveUpdate(build(base, params), policy=policy, capture=way)  # type: ignore[arg-type]
+    for step in range(STEPS):
+        give_grads(params, step)
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        for p, start in zip(params, before, strict=True):
+            wanted = start * written_factor(name, start, step + 1)
+            off = torch.ones_like(p, dtype=torch.bool)
+            if isinstance(policy, Checker):
+                off = (torch.arange(p.numel()) % 2 == 0).reshape(p.shape)
+            # The product, and in delta the update that is taken away and added again (at most lr times some tens).
+            # transformers computes the parameter's scale, a share of 1e-3 of the factor, in float32.
+            eps = torch.finfo(dtype).eps + (1e-3 * 2.0**-23 if name == "transformers-adafactor" else 0.0)
+            worst = ((p.detach() - wanted).abs() / (4 * eps * (start.abs() + 0.2)))[off].max().item()
+            assert worst <= 1, f"step {step}: {worst:.2g} of the room; decay did not reach a masked coordinate alone"
+
+
+@pytest.mark.xfail(reason="the factor is asked for after the base has stepped, when its state says 'second step'")
+@pytest.mark.parametrize("way", ["scratch", "delta"])
+def test_a_base_that_does_not_decay_in_its_first_step(way: str) -> None:
+    """SOAP of pytorch_optimizer only initialises in its first step."""
+    params = [torch.nn.Parameter(torch.ones(4, 3, dtype=torch.float64))]
+    base = pytorch_optimizer.SOAP(params, lr=LR, weight_decay=DECAY)
+    optimizer = SelectiveUpdate(base, policy=Nothing(), capture=way)  # type: ignore[arg-type]
+    for step in range(STEPS):
+        params[0].grad = torch.ones_like(params[0])
+        optimizer.step()
+        wanted = torch.full((4, 3), (1 - LR * DECAY) ** step, dtype=torch.float64)
+        torch.testing.assert_close(params[0].detach(), wanted, rtol=1e-14, atol=0)  # a few roundings of 2^-53 a step
+
+
+@pytest.mark.parametrize("name,way", COUPLED)
+def test_coupled_decay_is_in_the_gradient_that_a_policy_sees(name: str, way: str) -> None:
+    params = make_params(BASES[name], torch.float64)
+    base = build(BASES[name], params)
+    group = base.param_groups[0]
+    optimizer = SelectiveUpdate(base, policy=Spy(), capture=way)  # type: ignore[arg-type]
+    for step in range(STEPS):
+        give_grads(params, step)
+        raw = [p.grad.clone() for p in params if p.grad is not None]
+        before = [p.detach().clone() for p in params]
+        Spy.seen.clear()
+        optimizer.step()
+        assert len(Spy.seen) == len(params)
+        for (grad, start), g, p in zip(Spy.seen, raw, before, strict=True):
+            assert torch.equal(start, p)
+            wanted = (-g if group.get("maximize") else g) + group["weight_decay"] * p  # as torch's documentation has it
+            torch.testing.assert_close(grad, wanted, rtol=1e-15, atol=1e-15)  # float64: two roundings
+
+
+@pytest.mark.parametrize("name,way", COUPLED)
+def test_coupled_decay_is_masked_with_the_update(name: str, way: str) -> None:
+    params = make_params(BASES[name], torch.float64)
+    before = [p.detach().clone() for p in params]
+    optimizer = SelectiveUpdate(build(BASES[name], params), policy=Nothing(), capture=way)  # type: ignore[arg-type]
+    for step in range(STEPS):
+        give_grads(params, step)
+        optimizer.step()
+    for p, start in zip(params, before, strict=True):
+        # delta adds the update that it took away; the other two leave p alone
+        torch.testing.assert_close(p.detach(), start, rtol=4e-16 * STEPS if way == "delta" else 0, atol=1e-16 if way == "delta" else 0)
+
+
+@pytest.mark.parametrize("kind,name", [(kind, name) for kind, names in DECAYS.items() for name in names])
+def test_anatomy_says_which_it_is(kind: str, name: str) -> None:
+    """Both ways to know: the table, where the class is in it, and the measurement."""
+    params = make_params(BASES[name])
+    base = build(BASES[name], params)
+    for measure in (False, True):
+        facts = anatomy(base, base.param_groups[0], measure=measure)
+        assert facts.refusal is None
+        assert facts.decay == kind
+    if kind == "coupled":
+        assert facts.decay_sign == (-1.0 if base.param_groups[0].get("maximize") else 1.0)
+    if kind == "decoupled":
+        for p, wanted in zip(params, measured_decay(name, params), strict=True):
+            factor = float(decay_factor(base, base.param_groups[0], facts, p))
+            assert factor == pytest.approx(written_factor(name, p, 1), rel=1e-6)  # float32 hyper-parameters
+            if name != "po-lamb":  # its trust ratio sees the decayed parameter, so that the difference is not the decay
+                # differences of float32 numbers of the size of p, which is below 4
+                torch.testing.assert_close(p.detach() * factor, wanted, rtol=0, atol=8 * 2.0**-23)
