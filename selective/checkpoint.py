@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.capture.base import Parameter
+from selective.capture.choose import Capture
 from selective.capture.fused import FusedRule
 from selective.capture.stepping import run_step_on
 from selective.groups import PolicyGroup
@@ -42,6 +43,7 @@ class Checkpointing(Optimizer):
     _seed: int
     _steps: int
     _momentum_beta: float | None
+    _captures: list[tuple[object, Capture]]
     _constructing: bool
 
     @property
@@ -76,39 +78,45 @@ class Checkpointing(Optimizer):
     def _own_of(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
         own = self._own.get(parameter.tensor)
         if own is None:
-            view = StepView(
-                Tensors(parameter.tensor), reads=frozenset({"param"}), who=type(policy).__name__, name=parameter.name,
-                draw=spec.Draw(self._seed, self._steps), address=parameter.address,
-            )  # fmt: skip
-            own = {POLICY_STATE + key: value for key, value in policy.init_state(view).items()}
-            if self._momentum_beta is not None:
-                dtype = torch.float64 if parameter.tensor.dtype == torch.float64 else torch.float32
-                own[MOMENTUM] = torch.zeros_like(parameter.tensor, dtype=dtype)
-            self._own[parameter.tensor] = own
+            own = self._own[parameter.tensor] = self._fresh_own(parameter, policy)
+        return own
+
+    def _fresh_own(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
+        """What we keep of a parameter before its first step."""
+        view = StepView(
+            Tensors(parameter.tensor), reads=frozenset({"param"}), who=type(policy).__name__, name=parameter.name,
+            draw=spec.Draw(self._seed, self._steps), address=parameter.address,
+        )  # fmt: skip
+        own = {POLICY_STATE + key: value for key, value in policy.init_state(view).items()}
+        if self._momentum_beta is not None:
+            dtype = torch.float64 if parameter.tensor.dtype == torch.float64 else torch.float32
+            own[MOMENTUM] = torch.zeros_like(parameter.tensor, dtype=dtype)
+        if self._captures[parameter.group][1].keeps_residue(parameter.tensor):
+            own[RESIDUE] = torch.zeros_like(parameter.tensor)
         return own
 
     def _own_momentum(self, parameter: Parameter, policy: Policy) -> Tensor:
         return self._own_of(parameter, policy)[MOMENTUM]
 
     def _own_residue(self, parameter: Parameter, policy: Policy) -> Tensor:
-        """What rounding took from a low-precision parameter, in its dtype; zeros at first."""
-        own = self._own_of(parameter, policy)
-        if RESIDUE not in own:
-            own[RESIDUE] = torch.zeros_like(parameter.tensor)
-        return own[RESIDUE]
+        return self._own_of(parameter, policy)[RESIDUE]
 
-    def _join_state(self) -> None:
-        """Our state for every parameter that has some of the base's.
-
-        torch.distributed.checkpoint reads the names of entries off live state. Bases that make theirs in the
-        constructor (Adagrad), in an initialising step, or that have trained before they were wrapped, have them now.
-        """
+    def _make_own_state(self, wanted: Callable[[Parameter], bool]) -> None:
+        """Our state for the wanted parameters, unless their step is the base's alone."""
         for policy_group, members in zip(self.policy_groups, self._parameters(), strict=True):
             if isinstance(policy_group.policy, Dense):
                 continue
             for parameter in members:
-                if self.base.state.get(parameter.tensor):
+                if wanted(parameter):
                     self._own_of(parameter, policy_group.policy)
+
+    def _has_base_state(self, parameter: Parameter) -> bool:
+        """Whether the base holds state of it already, so that ours has to join it.
+
+        torch.distributed.checkpoint reads the names of entries off live state. Bases that make theirs in the
+        constructor (Adagrad), or that have trained before they were wrapped, have it from the start.
+        """
+        return bool(self.base.state.get(parameter.tensor))
 
     def _parameters(self) -> list[list[Parameter]]:
         raise TypeError("Checkpointing is the half of SelectiveUpdate; it is not used alone")
@@ -121,7 +129,7 @@ class Checkpointing(Optimizer):
         have counted one then.
         """
         for number, (group, members) in enumerate(zip(self.base.param_groups, self._parameters(), strict=True)):
-            rule: FusedRule | None = self._captures[number][1].rule  # type: ignore[attr-defined]
+            rule: FusedRule | None = self._captures[number][1].rule
             todo = [m for m in members if m.tensor.requires_grad and not self.base.state.get(m.tensor)]
             if rule is not None:
                 for member in todo:
@@ -191,7 +199,7 @@ class Checkpointing(Optimizer):
             policy = policy_group.policy
             indices = order[position : position + len(members)]
             position += len(members)
-            for index, member in zip(indices, members, strict=True):
+            for index in indices:
                 if index in ours and POLICY in ours[index]:
                     saved = decode_policy(ours[index][POLICY], f"param_groups[{number}]")
                     if saved.kind != policy.kind:
@@ -200,18 +208,29 @@ class Checkpointing(Optimizer):
                             f"made with {saved!r}; construct the optimizer with that policy, or load only the "
                             f"base's part (selective.base_part(state_dict))"
                         )
-                    self._check_own_shapes(ours[index], member, saved)
-                    policies.append(saved)
+                    policy = saved
                     break
-            else:
-                policies.append(policy)
+            policies.append(policy)
+            for index, member in zip(indices, members, strict=True):
+                if index in ours and not isinstance(policy, Dense):
+                    self._check_own_shapes(ours[index], member, policy)
         return policies
 
     def _check_own_shapes(self, entries: dict[str, Tensor], member: Parameter, policy: Policy) -> None:
-        if (MOMENTUM in entries) != (self._momentum_beta is not None):
-            had = "was" if MOMENTUM in entries else "was not"
+        """Refuse entries that this optimizer would not have made."""
+        found = _own_tensors(entries, member.tensor)
+        wanted = self._fresh_own(member, policy)
+        if (MOMENTUM in found) != (MOMENTUM in wanted):
+            had = "was" if MOMENTUM in found else "was not"
             raise ValueError(
                 f"SelectiveUpdate: the checkpoint {had} made with momentum_beta; construct the optimizer the same way"
+            )
+        theirs = {key: tuple(value.shape) for key, value in found.items()}
+        ours = {key: tuple(value.shape) for key, value in wanted.items()}
+        if theirs != ours:
+            raise ValueError(
+                f"SelectiveUpdate: the checkpoint's state of parameter {member.name!r} does not fit {policy!r}: found "
+                f"{theirs}, expected {ours}"
             )
 
     def __getstate__(self) -> dict[str, Any]:

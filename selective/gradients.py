@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -13,9 +13,7 @@ from selective.policies import Dense
 OnNonfinite = Literal["ignore", "skip", "raise"]
 
 
-def check_gradients(
-    groups: list[dict[str, Any]], policy_groups: list[PolicyGroup], parameters: list[list[Parameter]]
-) -> None:
+def check_gradients(policy_groups: list[PolicyGroup], parameters: list[list[Parameter]]) -> None:
     """Refuse sparse and complex gradients where a policy has to look at them, by the parameter's name."""
     for policy_group, members in zip(policy_groups, parameters, strict=True):
         if isinstance(policy_group.policy, Dense):

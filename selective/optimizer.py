@@ -79,7 +79,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         Optimizer.__init__(self, base.param_groups, base.defaults)
         self._constructing = False
         self._plan()
-        self._join_state()
+        self._make_own_state(self._has_base_state)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             self.base.param_groups.pop()
             self.policy_groups.pop()
             raise
-        self._join_state()
+        self._make_own_state(self._has_base_state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own `zero_grad`."""
@@ -136,17 +136,15 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             with torch.enable_grad():
                 loss = closure()  # 1
         self._plan()
-        check_gradients(self.param_groups, self.policy_groups, self._parameters())  # 2
+        parameters = self._parameters()
+        check_gradients(self.policy_groups, parameters)  # 2
         if self._is_initialisation():
             with base_hooks(self.base):
                 run_step_on(self.base, self.param_groups)
-            for policy_group, members in zip(self.policy_groups, self._parameters(), strict=True):
-                for parameter in members:
-                    if parameter.tensor.grad is not None and not isinstance(policy_group.policy, Dense):
-                        self._own_of(parameter, policy_group.policy)
+            self._make_own_state(lambda parameter: parameter.tensor.grad is not None)
             return loss
         if self._on_nonfinite != "ignore":
-            where = nonfinite_gradient(self._parameters())
+            where = nonfinite_gradient(parameters)
             if where is not None and self._on_nonfinite == "raise":
                 raise FloatingPointError(
                     f"SelectiveUpdate: the gradient of parameter {where!r} is not finite in step {self._steps}; "
@@ -155,7 +153,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             if where is not None:
                 return loss
         report = Report() if self._statistics else None
-        self._run(self._jobs(report))  # 5 to 7
+        self._run(self._jobs(parameters, report))  # 5 to 7
         self._steps += 1  # 8
         self._report = report
         return loss
@@ -182,7 +180,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         address = 0
         for number, group in enumerate(self.param_groups):
             names = group.get("param_names") or [f"param_groups[{number}][{i}]" for i in range(len(group["params"]))]
-            found.append([Parameter(p, address + i, names[i]) for i, p in enumerate(group["params"])])
+            found.append([Parameter(p, address + i, names[i], number) for i, p in enumerate(group["params"])])
             address += len(group["params"])
         return found
 
@@ -209,7 +207,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             captures.append((key, capture))
         self._captures = captures
 
-    def _jobs(self, report: Report | None) -> list[Job]:
+    def _jobs(self, parameters: list[list[Parameter]], report: Report | None) -> list[Job]:
         context = StepContext(
             base=self.base, draw=spec.Draw(self._seed, self._steps, self._stochastic_rounding),
             own_state=self._own_state, own_residue=self._own_residue,
@@ -217,9 +215,9 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             momentum_beta=self._momentum_beta, report=report,
         )  # fmt: skip
         jobs = []
-        plan = zip(self.param_groups, self.policy_groups, self._captures, self._parameters(), strict=True)
-        for group, policy_group, (_, capture), parameters in plan:
-            present = [parameter for parameter in parameters if parameter.tensor.grad is not None]
+        plan = zip(self.param_groups, self.policy_groups, self._captures, parameters, strict=True)
+        for group, policy_group, (_, capture), members in plan:
+            present = [parameter for parameter in members if parameter.tensor.grad is not None]
             jobs.append(capture.job(context, group, present, policy_group.policy))
         return jobs
 

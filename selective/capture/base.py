@@ -23,6 +23,7 @@ class Parameter:
     tensor: Tensor
     address: int
     name: str
+    group: int  # index of its parameter group
 
 
 @dataclass

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.capture.anatomy import Anatomy, anatomy
 from selective.capture.base import DenseJob, Job, Parameter, StepContext
-from selective.capture.delta import DeltaJob
+from selective.capture.delta import LOW_PRECISION, DeltaJob
 from selective.capture.fused import FusedJob, FusedRule, fused_rule
 from selective.capture.scratch import ScratchJob
 from selective.policies import Dense, Policy
@@ -34,6 +35,10 @@ class Capture:
         cls = {"dense": DenseJob, "scratch": ScratchJob, "delta": DeltaJob}[self.way]
         return cls(context, group, parameters, policy, self.facts)
 
+    def keeps_residue(self, param: Tensor) -> bool:
+        """Whether we keep what rounding takes from this parameter, as the base would without us."""
+        return self.way == "delta" and bool(self.facts.residue) and param.dtype in LOW_PRECISION
+
     def has_momentum(self, group: dict[str, Any]) -> bool:
         """Whether the base offers a first moment of the gradient."""
         if self.rule is not None:
@@ -49,6 +54,8 @@ def choose_capture(
     facts = anatomy(base, group)
     if facts.refusal is not None:
         raise ValueError(f"SelectiveUpdate: {name} can't be wrapped: {facts.refusal}")
+    if group.get("differentiable"):
+        raise ValueError(f"SelectiveUpdate: {name} has differentiable=True; a step with a mask is not differentiable")
     if isinstance(policy, Dense):
         return Capture("dense", "the policy is Dense(): the step is handed to the base", facts)
     rule, why_not_fused = _fused(base, group, own_momentum)

@@ -18,7 +18,7 @@ from selective.capture.base import Parameter
 from selective.capture.scratch import GenericJob
 from selective.kernels import spec
 
-_LOW = (torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class DeltaJob(GenericJob):
@@ -35,7 +35,7 @@ class DeltaJob(GenericJob):
             before = parameter.tensor.clone()
             self.saved.append(before)
             self.remember(parameter, before)
-            if before.dtype in _LOW:
+            if before.dtype in LOW_PRECISION:
                 self.stand_ins[index] = self._stand_in(parameter)
                 self.started[index] = self.stand_ins[index].detach().clone()
         if self.stand_ins:
@@ -89,6 +89,6 @@ class DeltaJob(GenericJob):
 
 def _raised(value: Any, param: Tensor) -> Any:
     """A state entry in the precision of the stand-in: low-precision tensors of the parameter's shape become float32."""
-    if isinstance(value, Tensor) and value.dtype in _LOW and value.shape == param.shape:
+    if isinstance(value, Tensor) and value.dtype in LOW_PRECISION and value.shape == param.shape:
         return value.float()
     return value

@@ -84,7 +84,7 @@ class FusedRule:
 
     def supports(self, group: Group) -> str | None:
         """Why a group with these flags can't be fused; None when it can."""
-        return "differentiable=True" if group.get("differentiable") else None
+        return None
 
     def has_momentum(self, group: Group) -> bool:
         return True
