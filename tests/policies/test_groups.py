@@ -1,4 +1,4 @@
-"""Policies of parameter groups, their hyper-parameters as a scheduler moves them, and a momentum of the wrapper's own."""
+"""Policies of parameter groups, their hyper-parameters as a scheduler moves them, and momentum of our own."""
 
 from __future__ import annotations
 
