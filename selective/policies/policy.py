@@ -77,16 +77,20 @@ class Policy(Configured):
             a, b, state = strength.multipliers(view, selected)
         one = torch.ones((), dtype=view.dtype, device=view.device)
         mask = torch.where(selected, one * a, one * b)
-        described = strength.spec()
-        if described is not None and described.still and not is_dense_top_k(selection, selected.numel()):
-            mask = torch.where(view.update * view.grad == 0, 0.0, mask)
-        return mask, state
+        still = None if is_dense_top_k(selection, selected.numel()) else stands_still(strength, view)
+        return mask if still is None else torch.where(still, 0.0, mask), state
 
 
 def is_dense_top_k(selection: Selection, numel: int) -> bool:
     """Whether this is a top-K whose K is 0 on a tensor of so many elements: such a tensor is left dense."""
     described = selection.spec()
     return described is not None and described.kind == "top_k" and int(described.fraction * numel) == 0
+
+
+def stands_still(strength: Strength, view: StepView) -> Tensor | None:
+    """Which coordinates are × 0 whatever is selected; None where the strength has no such thing."""
+    described = strength.spec()
+    return view.update * view.grad == 0 if described is not None and described.still else None
 
 
 class Combined(Policy):

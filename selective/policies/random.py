@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from selective.kernels import top_k
-from selective.policies.policy import AnyPolicy, Policy, is_dense_top_k
+from selective.policies.policy import AnyPolicy, Policy, is_dense_top_k, stands_still
 from selective.policies.selections import Bernoulli, Selection
 from selective.policies.strengths import Fixed, Strength
 from selective.view import StepView
@@ -72,19 +72,27 @@ class MatchedRandomMask(Policy):
         if is_dense_top_k(selection, theirs.numel()):
             return one, dict(view.state)
         a, b, state = strength.multipliers(view, theirs)
-        ours = _random_subset(view, theirs)
-        mask = torch.where(ours, one * a, one * b)
+        still = stands_still(strength, view)
+        ours = _random_subset(view, theirs, still)
+        mask, their_mask = torch.where(ours, one * a, one * b), torch.where(theirs, one * a, one * b)
+        if still is not None:
+            mask, their_mask = torch.where(still, 0.0, mask), torch.where(still, 0.0, their_mask)
         if self.norm:
-            wanted = view.norm(torch.where(theirs, one * a, one * b) * view.update)
+            wanted = view.norm(their_mask * view.update)
             have = view.norm(mask * view.update)
             ratio = torch.where(have > 0, wanted / torch.where(have > 0, have, one), one)
             mask = mask * ratio.clamp(max=self.cap)
         return mask, state
 
 
-def _random_subset(view: StepView, theirs: Tensor) -> Tensor:
-    """As many coordinates as `theirs` selects, the ones with the largest random numbers; without a host sync."""
+def _random_subset(view: StepView, theirs: Tensor, still: Tensor | None) -> Tensor:
+    """As many coordinates as `theirs` selects, the ones with the largest random numbers; without a host sync.
+
+    Those that stand still come last: chosen, they would be a choice without effect.
+    """
     numbers = view.random().to(view.dtype)
+    if still is not None:
+        numbers = torch.where(still, -1.0, numbers)
     if numbers.device.type == "cpu":
         return top_k(numbers, int(theirs.sum()))
     order = numbers.flatten().argsort(descending=True, stable=True)

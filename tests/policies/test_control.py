@@ -81,6 +81,34 @@ def test_the_random_subset_is_fair() -> None:
     assert bool(((hits - share * 400).abs() < 4.5 * deviation).all())
 
 
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("way", ["fused", "scratch", "delta"])
+def test_the_control_of_grams_stands_still_where_grams_does(way: str, norm: bool) -> None:
+    """Rows without a gradient whose momentum is not 0: × 0 in both, and the others × 1 and × -1 as often."""
+    found = []
+    for policy in (Grams(), RandomMask.matching(Grams(), norm=norm)):
+        p = torch.nn.Parameter(torch.zeros(40, 5, dtype=torch.float64))
+        base = torch.optim.SGD([p], lr=1.0, momentum=0.5)
+        generator = torch.Generator().manual_seed(3)
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        base.step()
+        with torch.no_grad():
+            p.zero_()
+        update = 0.5 * p.grad
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        p.grad[10:30] = 0.0
+        update = update + p.grad
+        SelectiveUpdate(base, policy=policy, capture=way).step()  # type: ignore[arg-type]
+        found.append((p.detach(), -p.detach() / update))
+    (moved, theirs), (randomly, ours) = found
+    assert not theirs[10:30].any()
+    assert not ours[10:30].any()
+    assert int((ours > 0).sum()) == int((theirs > 0).sum())
+    assert int((ours < 0).sum()) == int((theirs < 0).sum())
+    assert not torch.equal(ours > 0, theirs > 0)
+    torch.testing.assert_close(randomly.norm(), moved.norm(), rtol=1e-12, atol=0)  # 200 float64 numbers
+
+
 def test_norm_scaling_is_capped() -> None:
     """One coordinate holds all of the update's norm: the control seldom hits it and may not blow the others up."""
     p = torch.nn.Parameter(torch.zeros(100, dtype=torch.float64))

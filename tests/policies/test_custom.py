@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 from typing import Any, ClassVar
 
-import pydantic
 import pytest
 import pytorch_optimizer
 import torch
 from torch import Tensor
 
-from selective import MGUP, Cautious, Dense, Policy, SelectiveUpdate
+from selective import Cautious, Policy, SelectiveUpdate
 from selective.policies import Agreement, Fixed, Selection, Strength
 
 WAYS = ["fused", "scratch", "delta"]
@@ -233,88 +232,3 @@ def test_state_of_a_policy_is_checkpointed(way: str) -> None:
     for number in range(6, 12):
         step(fresh, number)
     assert not all(torch.equal(a, b) for a, b in zip(parameters(straight), parameters(fresh), strict=True))
-
-
-def three_groups(default: Any) -> SelectiveUpdate:
-    groups: list[dict[str, Any]] = [{"params": [torch.nn.Parameter(torch.zeros(4))]} for _ in range(3)]
-    groups[1]["policy"] = None
-    groups[2]["policy"] = {"kind": "MGUP", "alpha": 3.0, "gamma": 0.25}
-    return SelectiveUpdate(torch.optim.SGD(groups, lr=1.0, momentum=0.9), policy=default)
-
-
-def one_step(optimizer: SelectiveUpdate) -> list[list[float]]:
-    """The multipliers of each group: the first step of SGD with learning rate 1, on gradients of 1."""
-    optimizer.base.state.clear()
-    for p in parameters(optimizer):
-        p.grad = torch.ones(4)
-        with torch.no_grad():
-            p.zero_()
-    optimizer.step()
-    return [(-p.detach()).tolist() for p in parameters(optimizer)]
-
-
-def test_groups_have_policies_of_their_own() -> None:
-    optimizer = three_groups(MGUP())
-    assert [group.policy for group in optimizer.policy_groups] == [MGUP(), Dense(), MGUP(alpha=3, gamma=0.25)]
-    assert all("policy" not in group for group in optimizer.param_groups)
-    assert one_step(optimizer) == [[2, 2, 0.5, 0.5], [1, 1, 1, 1], [3, 3, 0.25, 0.25]]
-    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(4))], "policy": "Cautious"})
-    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(4))]})
-    assert [group.policy for group in optimizer.policy_groups[3:]] == [Cautious(), MGUP()]
-
-
-def test_a_scheduler_moves_hyper_parameters_of_a_policy() -> None:
-    optimizer = three_groups("MGUP")
-    alphas = [1.0, 1.5, 2.5]
-    for alpha in alphas:
-        optimizer.policy_groups[0]["alpha"] = alpha
-        assert one_step(optimizer)[0] == [alpha, alpha, 0.5, 0.5]
-    assert optimizer.policy_groups[2]["alpha"] == 3.0
-    with pytest.raises(pydantic.ValidationError, match="alpha"):
-        optimizer.policy_groups[0]["alpha"] = -1.0
-    with pytest.raises(KeyError, match=r"no hyper-parameter 'beta'.*alpha"):
-        optimizer.policy_groups[0]["beta"] = 1.0
-    assert one_step(optimizer)[0] == [2.5, 2.5, 0.5, 0.5]
-
-
-def test_nested_hyper_parameters_have_dotted_names() -> None:
-    optimizer = three_groups(Policy(selection=Agreement(), strength=Fixed(selected=2.0)))
-    optimizer.policy_groups[0]["strength.selected"] = 4.0
-    assert one_step(optimizer)[0] == [4.0] * 4
-    names = set(optimizer.policy_groups[0])
-    assert {"selection.momentum", "selection.of", "selection.strict", "strength.rest", "strength.selected"} <= names
-    assert not any(name.endswith("kind") for name in names)
-
-
-NEEDY = ["AlphaConsistency", "Magma", {"kind": "MGUP", "score": "momentum"}, FailsLate()]
-
-
-@pytest.mark.parametrize("policy", NEEDY, ids=str)
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop], ids=lambda b: b.__name__)
-def test_a_base_without_momentum_is_an_error_that_says_what_to_do(base: Any, policy: Any) -> None:
-    params = [torch.nn.Parameter(torch.ones(3))]
-    with pytest.raises(ValueError, match=rf"(?s)needs the base's momentum.*{base.__name__}.*momentum_beta=0\.9"):
-        SelectiveUpdate(base(params, lr=0.1), policy=policy)
-    SelectiveUpdate(base(params, lr=0.1), policy=policy, momentum_beta=0.9)
-
-
-def test_momentum_of_our_own_is_the_running_average() -> None:
-    """m <- beta m + (1 - beta) g beside SGD without momentum; previous and current are what they say."""
-
-    class Sees(Policy):
-        reads: ClassVar[frozenset[str]] = frozenset({"momentum", "previous_momentum"})
-        seen: ClassVar[list[tuple[Tensor, Tensor]]] = []
-
-        def mask(self, view):
-            self.seen.append((view.previous_momentum.clone(), view.momentum.clone()))
-            return torch.ones(view.shape)
-
-    p = torch.nn.Parameter(normal(0, 4))
-    optimizer = SelectiveUpdate(torch.optim.SGD([p], lr=0.1), policy=Sees(), momentum_beta=0.8)
-    expected = torch.zeros(4, dtype=torch.float64)
-    for number in range(5):
-        step(optimizer, number)
-        assert p.grad is not None
-        previous, expected = expected, 0.8 * expected + 0.2 * p.grad
-        torch.testing.assert_close(Sees.seen[-1][0], previous, rtol=0, atol=1e-15)  # float64, a rounding or two
-        torch.testing.assert_close(Sees.seen[-1][1], expected, rtol=0, atol=1e-15)

@@ -55,18 +55,26 @@ def dense(move: Move, coin: Coin, state: dict[str, Tensor]) -> Ruled:
     return Ruled(torch.ones_like(move.update))
 
 
-def alpha_consistency(cap: float = 2.0, current: bool = False) -> Rule:
-    """phi = 1[m_{t-1} g > 0], alpha = min(cap, |m_t| / |phi m_t|), update alpha phi u; dense where m_{t-1} = 0."""
+def alpha_consistency(of: str = "momentum", rest: float = 0.0, cap: float = 2.0, current: bool = False) -> Rule:
+    """phi = 1[m_{t-1} g > 0], alpha = min(cap, |m_t| / |phi m_t|), update alpha phi u; dense where m_{t-1} = 0.
+
+    The other readings: the norm of the update or the gradient, or a mean of 1 (`of="mean"`); `rest` for the others,
+    with alpha such that the norm (or mean) of the whole stays what it was.
+    """
 
     def rule(move: Move, coin: Coin, state: dict[str, Tensor]) -> Ruled:
-        historical = move.momentum if current else move.previous
-        if not current and not historical.any():
-            return Ruled(torch.ones_like(move.update))
-        size = move.momentum_size if current else historical.abs()
-        phi = historical * move.grad > 0
-        kept = float((phi * move.momentum).norm())
-        alpha = min(cap, float(move.momentum.norm()) / kept) if kept > 0 else 1.0
-        return Ruled(_two(phi, alpha, 0.0), _sign_margin(historical, size, move))
+        historical, size = (move.momentum, move.momentum_size) if current else (move.previous, move.previous.abs())
+        everywhere = not current and not historical.any()
+        phi = torch.ones_like(historical, dtype=torch.bool) if everywhere else historical * move.grad > 0
+        if of == "mean":
+            kept, other, power = float(phi.sum()), float((~phi).sum()), 1.0
+        else:
+            x = {"momentum": move.momentum, "update": move.update, "gradient": move.grad}[of].square()
+            kept, other, power = float(x[phi].sum()), float(x[~phi].sum()), 2.0
+        wanted = max(0.0, kept + other - rest**power * other)
+        alpha = min(cap, (wanted / kept) ** (1 / power)) if kept > 0 else 1.0
+        margin = math.inf if everywhere else _sign_margin(historical, size, move)
+        return Ruled(_two(phi, alpha, rest), margin)
 
     return rule
 
