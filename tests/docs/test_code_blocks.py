@@ -14,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +58,15 @@ def blocks_of(text: str) -> list[Block]:
 
 def run_page(text: str, where: str) -> None:
     """Execute the python blocks of a page; an AssertionError where a shown output is not what was printed."""
-    namespace: dict[str, object] = {"__name__": "__main__"}
+    page = types.ModuleType("__main__")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", page)  # what a page defines can be pickled, as in a script
+        _run_blocks(blocks_of(text), vars(page), where)
+
+
+def _run_blocks(blocks: list[Block], namespace: dict[str, object], where: str) -> None:
     printed = ""
-    for block in blocks_of(text):
+    for block in blocks:
         if block.language == "python" and not block.comment.startswith("no-run:"):
             out = io.StringIO()
             padded = "\n" * (block.line - 1) + block.code  # a traceback then has the page's own line numbers
