@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.capture.base import Parameter, step_base
+from selective.capture.base import Parameter
 from selective.capture.fused import FusedRule
+from selective.capture.stepping import run_step_on
 from selective.groups import PolicyGroup
 from selective.kernels import spec
 from selective.policies import Dense, Policy
@@ -46,23 +47,22 @@ class Checkpointing(Optimizer):
     @property
     def state(self) -> MergedState:
         """The base's state and ours, by parameter: a live view with the keys of `state_dict()["state"]`."""
-        return MergedState(lambda: self.base.state, self._own_entries, lambda: list(self._own))
+        policies: dict[Tensor, Policy] = {}  # looked up once for each view: reading all of it stays linear
+
+        def ours(param: Tensor) -> dict[str, Tensor]:
+            if not policies:
+                for group, policy_group in zip(self.base.param_groups, self.policy_groups, strict=False):
+                    policies.update(dict.fromkeys(group["params"], policy_group.policy))
+            if param not in self._own or param not in policies:
+                return {}
+            return self._saved_entries(self._own[param], policies[param])
+
+        return MergedState(lambda: self.base.state, ours, lambda: self._own)
 
     @state.setter
     def state(self, value: Any) -> None:
         if not self._constructing:
             raise AttributeError("SelectiveUpdate.state is a view; load_state_dict changes the state")
-
-    def _group_of(self, param: Tensor) -> PolicyGroup | None:
-        for group, policy_group in zip(self.base.param_groups, self.policy_groups, strict=False):
-            if any(param is p for p in group["params"]):
-                return policy_group
-        return None
-
-    def _own_entries(self, param: Tensor) -> dict[str, Tensor]:
-        own = self._own.get(param)
-        group = self._group_of(param) if own is not None else None
-        return {} if own is None or group is None else self._saved_entries(own, group.policy)
 
     def _saved_entries(self, own: dict[str, Tensor], policy: Policy) -> dict[str, Tensor]:
         numbers = {STEP: torch.tensor(self._steps), SEED: torch.tensor(self._seed), POLICY: encode_policy(policy)}
@@ -244,7 +244,7 @@ def _step_on_nothing(base: Optimizer, group: dict[str, Any], params: list[Tensor
     try:
         if rate is not None:
             group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
-        step_base(base, [group])
+        run_step_on(base, [group])
     finally:
         if rate is not None:
             group["lr"] = rate

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.bound import Bindable
-from selective.capture.base import DenseJob, Job, Parameter, StepContext, base_hooks, scalar, step_base
+from selective.capture.base import DenseJob, Job, Parameter, StepContext, scalar
 from selective.capture.choose import Capture, CaptureName, choose_capture
 from selective.capture.custom import PolicyError, has_own_code
+from selective.capture.stepping import base_hooks, run_step_on
 from selective.checkpoint import Checkpointing
 from selective.explain import explain
 from selective.gradients import OnNonfinite, check_gradients, nonfinite_gradient
@@ -138,7 +139,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         check_gradients(self.param_groups, self.policy_groups, self._parameters())  # 2
         if self._is_initialisation():
             with base_hooks(self.base):
-                step_base(self.base, self.param_groups)
+                run_step_on(self.base, self.param_groups)
             for policy_group, members in zip(self.policy_groups, self._parameters(), strict=True):
                 for parameter in members:
                     if parameter.tensor.grad is not None and not isinstance(policy_group.policy, Dense):
@@ -234,7 +235,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
                     job.prepare()
                 stepping = [job.group for job in jobs if job.steps_base]
                 if stepping:
-                    step_base(self.base, stepping)
+                    run_step_on(self.base, stepping)
                 for job in sorted(jobs, key=lambda job: not has_own_code(job.policy)):  # what may raise goes first
                     current = job
                     job.finish()

@@ -8,7 +8,7 @@ flattened form of torch.distributed.checkpoint takes tensors and numbers in a st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class MergedState(MutableMapping[Tensor, Any]):
         self,
         base_state: Callable[[], MutableMapping[Tensor, Any]],
         ours: Callable[[Tensor], dict[str, Tensor]],
-        tracked: Callable[[], list[Tensor]],
+        tracked: Callable[[], Collection[Tensor]],
     ) -> None:
         self._base_state = base_state
         self._ours = ours
@@ -102,7 +102,7 @@ class MergedState(MutableMapping[Tensor, Any]):
         del self._base_state()[param]
 
     def __contains__(self, param: object) -> bool:
-        return param in self._base_state() or any(param is p for p in self._tracked())
+        return param in self._base_state() or param in self._tracked()
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._keys())

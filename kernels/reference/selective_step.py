@@ -59,7 +59,7 @@ def _bernoulli(selection: Selection, item: Item, draw: Draw) -> Tensor:
     return kept.reshape(shape).expand(param.shape)
 
 
-def _select(selection: Selection, item: Item, rule: Rule, moved: Advanced, draw: Draw) -> Tensor:
+def select(selection: Selection, item: Item, rule: Rule, moved: Advanced, draw: Draw) -> Tensor:
     if selection.kind == "everything":
         return torch.ones_like(item.param, dtype=torch.bool)
     if selection.kind == "agreement":
@@ -69,7 +69,7 @@ def _select(selection: Selection, item: Item, rule: Rule, moved: Advanced, draw:
     return _bernoulli(selection, item, draw)
 
 
-def _parts(strength: Strength, selected: Tensor, item: Item, moved: Advanced, draw: Draw) -> Parts:
+def parts_of(strength: Strength, selected: Tensor, item: Item, moved: Advanced, draw: Draw) -> Parts:
     """The sums that this strength needs; over the sample where it says so."""
     if strength.kind == "fixed":
         return Parts(selected.numel())
@@ -101,8 +101,8 @@ def _step(
     keep = selection.kind == "agreement" and selection.product == "previous_momentum"
     moved = advance(item, rule, keep_previous=keep)
     u, g, d = moved.update, moved.grad, item.param.numel()
-    selected = _select(selection, item, rule, moved, draw)
-    above, below = multipliers(strength, _parts(strength, selected, item, moved, draw), item.policy_state, u.device)
+    selected = select(selection, item, rule, moved, draw)
+    above, below = multipliers(strength, parts_of(strength, selected, item, moved, draw), item.policy_state, u.device)
     if selection.kind == "top_k" and int(selection.fraction * d) == 0:  # dense, whatever the strength
         selected, above, below = torch.ones_like(selected), torch.ones_like(above), torch.ones_like(below)
     mask = torch.where(selected, above.to(u.dtype), below.to(u.dtype))

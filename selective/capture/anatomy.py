@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.capture.anatomy_clone import COUNTERS, call_step, clone_with_stand_ins
+from selective.capture.anatomy_clone import COUNTERS, clone_with_stand_ins
 from selective.capture.anatomy_decay import decay_factor
 from selective.capture.anatomy_facts import Anatomy
 from selective.capture.anatomy_measure import measure as _measure
 from selective.capture.anatomy_probe import dequantized, state_entries
+from selective.capture.stepping import call_step
 
 __all__ = ["Anatomy", "anatomy", "call_step", "clone_with_stand_ins", "decay_factor", "read_momentum"]
 

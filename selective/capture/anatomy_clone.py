@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.optim.optimizer as torch_optimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -107,51 +106,6 @@ def _copied(value: Any, where: str, base: Optimizer, twin: Optimizer | None) -> 
         return copy.deepcopy(value)
     except Exception as error:  # an arbitrary object: we cannot know what its copying raises
         raise CannotClone(f"{where} ({type(value).__name__}) cannot be copied: {error}") from error
-
-
-def call_step(base: Optimizer) -> None:
-    """`base.step()` with the base's own step hooks, without torch's global optimizer hooks.
-
-    The wrapper fires the global ones around the whole of its step; the base must not fire them a second time.
-    """
-    step = type(base).step
-    if "step" in vars(base):  # put on the instance: by a torch scheduler, to see that it was called, or by somebody
-        if not hasattr(vars(base)["step"], "_wrapped_by_lr_sched"):
-            with _no_global_hooks():
-                vars(base)["step"]()
-            return
-        vars(base)["_opt_called"] = True
-    patched = [c for c in type(base).__mro__ if getattr(vars(c).get("step"), "hooked", False)]
-    if len(patched) > 1:  # a step that calls its parent's: torch has patched both
-        with _no_global_hooks():
-            step(base)
-        return
-    if getattr(step, "hooked", False) and hasattr(step, "__wrapped__"):
-        step = step.__wrapped__
-        args: tuple[Any, ...] = (base,)
-        kwargs: dict[str, Any] = {}
-        for hook in list(base._optimizer_step_pre_hooks.values()):
-            changed = hook(base, args, kwargs)
-            args, kwargs = (args, kwargs) if changed is None else changed
-        step(*args, **kwargs)
-        for hook in list(base._optimizer_step_post_hooks.values()):
-            hook(base, args, kwargs)
-    else:
-        with _no_global_hooks():
-            step(base)
-
-
-@contextmanager
-def _no_global_hooks() -> Iterator[None]:
-    tables = [torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks]
-    kept = [dict(t) for t in tables]
-    for table in tables:
-        table.clear()
-    try:
-        yield
-    finally:
-        for table, hooks in zip(tables, kept, strict=True):
-            table.update(hooks)
 
 
 @contextmanager

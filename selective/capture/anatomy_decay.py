@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.capture.anatomy_clone import COUNTERS, call_step, clone_with_stand_ins, reseed, unnoticed
+from selective.capture.anatomy_clone import COUNTERS, clone_with_stand_ins, reseed, unnoticed
 from selective.capture.anatomy_facts import Anatomy
 from selective.capture.anatomy_probe import dequantized
+from selective.capture.stepping import call_step
 
 Scalar = float | Tensor
 Rule = Callable[[Optimizer, Mapping[str, Any], Tensor], Scalar]

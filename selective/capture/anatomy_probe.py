@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.capture.anatomy_clone import StepFailed, call_step, clone_with_stand_ins, reseed
+from selective.capture.anatomy_clone import StepFailed, clone_with_stand_ins, reseed
+from selective.capture.stepping import call_step
 
 STEPS = 10  # RAdam's rectification begins at step 6, SOAP moves from the second, Prodigy's scale shows after four
 LR = 1e-2

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,37 +71,6 @@ class DenseJob(Job):
     def prepare(self) -> None:
         if self.keep_copy:
             self.saved = [parameter.tensor.clone() for parameter in self.parameters]
-
-
-def step_base(base: Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Run the base's own step on these of its groups, without any hooks (see `base_hooks`)."""
-    everything = base.param_groups
-    if len(groups) < len(everything):
-        base.param_groups = groups
-    try:
-        step = type(base).step
-        if getattr(step, "hooked", False):  # torch wraps `step` once a class, to run hooks around it
-            step.__wrapped__(base)
-        else:
-            step(base)
-    finally:
-        base.param_groups = everything
-
-
-@contextmanager
-def base_hooks(base: Optimizer) -> Iterator[None]:
-    """Run the hooks registered on the base around its part of a step, however that part is computed.
-
-    torch's *global* hooks are not run here: they fire once, around the wrapper's step. A scheduler that was built on
-    the base learns that a step was taken.
-    """
-    for hook in list(base._optimizer_step_pre_hooks.values()):
-        hook(base, (), {})
-    yield
-    for hook in list(base._optimizer_step_post_hooks.values()):
-        hook(base, (), {})
-    if hasattr(base.step, "_wrapped_by_lr_sched"):
-        base._opt_called = True  # type: ignore[attr-defined]
 
 
 def sign_of(base: Optimizer, group: dict[str, Any]) -> float:

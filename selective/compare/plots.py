@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from selective.compare.config import CompareConfig
-from selective.compare.contenders import Contender
+from selective.compare.contenders import Contender, contenders
 from selective.compare.extras import require
 from selective.compare.intervals import Interval, t_interval
 from selective.compare.summary import Summary
@@ -52,12 +52,19 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _look(contender: Contender) -> dict[str, Any]:
-    """Black for the baseline; a colour for each policy, its control in the same colour, dashed."""
-    if contender.role == "baseline":
-        return {"color": "black", "linestyle": "-"}
-    pair = contender.index if contender.role == "policy" else contender.of or 0
-    return {"color": COLOURS[pair % len(COLOURS)], "linestyle": "-" if contender.role == "policy" else (0, (4, 2))}
+def _looks(field: Sequence[Contender]) -> dict[int, dict[str, Any]]:
+    """Black for the baseline; a colour for each policy, its control in the same colour, dashed. By contender index."""
+    looks: dict[int, dict[str, Any]] = {}
+    policies = [contender for contender in field if contender.role == "policy"]
+    for contender in field:
+        if contender.role == "baseline":
+            looks[contender.index] = {"color": "black", "linestyle": "-"}
+    for number, policy in enumerate(policies):
+        colour = COLOURS[number % len(COLOURS)]
+        looks[policy.index] = {"color": colour, "linestyle": "-"}
+        if policy.of is not None:
+            looks[policy.of] = {"color": colour, "linestyle": (0, (4, 2))}
+    return looks
 
 
 def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]], summary: Summary) -> Any:
@@ -66,14 +73,15 @@ def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]
     left, right = figure.subplots(1, 2)
     seeds = len(summary.seeds)
     baseline = next((records for contender, records in best if contender.role == "baseline"), None)
-    for contender, records in best:
-        look, label = _look(contender), f"{contender.label}, lr {records[0]['lr']:g}"
+    looks = _looks(contenders(config))
+    for place, (contender, records) in enumerate(best):
+        look, label = looks[contender.index], f"{contender.label}, lr {records[0]['lr']:g}"
         steps = records[0]["validation"]["step"]
         curves = [r["validation"]["loss"] for r in records]
         left.plot(steps, [fmean(at) for at in zip(*curves, strict=True)], label=label, linewidth=1.6, **look)
         left.fill_between(steps, *_range(curves), color=look["color"], alpha=0.10, linewidth=0)
         if baseline is not None and contender.role != "baseline":
-            _difference(right, steps, curves, [r["validation"]["loss"] for r in baseline], look)
+            _difference(right, steps, curves, [r["validation"]["loss"] for r in baseline], look, place)
     left.set(
         xlabel="step",
         ylabel="held-out loss (nats per byte)",
@@ -81,7 +89,7 @@ def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]
     )
     left.set_ylim(top=_ceiling(best))
     right.axhline(0, color="black", linewidth=1.2)
-    title = "Paired difference to the baseline: mean" + (", 95 % interval" if seeds > 1 else "")
+    title = "Paired difference to the baseline: mean" + ("; 95 % interval at the end" if seeds > 1 else "")
     right.set(xlabel="step", ylabel=f"loss minus {config.base}'s (nats per byte)", title=title)
     for axes in (left, right):
         axes.grid(alpha=0.25)
@@ -104,19 +112,30 @@ def _range(curves: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]
 
 
 def _ceiling(best: Sequence[tuple[Contender, list[Record]]]) -> float:
-    """The first evaluations are near log 256 for everyone and would press the rest together: start a quarter in."""
-    quarter = [r["validation"]["loss"][len(r["validation"]["loss"]) // 6 :] for _, records in best for r in records]
-    return max(max(curve) for curve in quarter) * 1.02
+    """The first evaluations are near log 256 for everyone and would press the rest together: start a sixth in."""
+    late = [r["validation"]["loss"][len(r["validation"]["loss"]) // 6 :] for _, records in best for r in records]
+    return max(max(curve) for curve in late) * 1.02
 
 
 def _difference(
-    axes: Any, steps: Sequence[int], curves: list[list[float]], base: list[list[float]], look: dict[str, Any]
+    axes: Any,
+    steps: Sequence[int],
+    curves: list[list[float]],
+    base: list[list[float]],
+    look: dict[str, Any],
+    place: int,
 ) -> None:
+    """The mean from a sixth on (before, the warm-up's differences dwarf the rest), and the last interval."""
     apart = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(curves, base, strict=True)]
     at: list[Interval] = [t_interval(values) for values in zip(*apart, strict=True)]
-    axes.plot(steps, [i.mean for i in at], linewidth=1.6, **look)
-    if at[-1].half is not None:
-        axes.errorbar([steps[-1]], [at[-1].mean], yerr=[at[-1].half], color=look["color"], capsize=3, linewidth=1.2)
+    start = len(steps) // 6
+    axes.plot(steps[start:], [i.mean for i in at[start:]], linewidth=1.6, **look)
+    if at[-1].half is not None:  # side by side, for they are alike
+        beside = steps[-1] * (1 + 0.015 * place)
+        bar = axes.errorbar(
+            [beside], [at[-1].mean], yerr=[at[-1].half], color=look["color"], capsize=2.5, linewidth=1.3
+        )
+        bar[2][0].set_linestyle(look["linestyle"])
 
 
 def _heatmap(config: CompareConfig, shares: Sequence[tuple[Contender, list[Record]]]) -> Any:
@@ -137,7 +156,7 @@ def _heatmap(config: CompareConfig, shares: Sequence[tuple[Contender, list[Recor
         )
         axes.set_title(f"{contender.label}\nlr {records[0]['lr']:g}", fontsize=9)
         axes.set_xlabel("step")
-    panels[0].set_yticks(range(len(names)), names, fontsize=7)
+    panels[0].set_yticks(range(len(names)), [name.removesuffix(".weight") for name in names], fontsize=7)
     figure.colorbar(image, ax=list(panels), label="share of the coordinates selected", shrink=0.8)
     figure.suptitle(f"Share selected by parameter and step, mean over {len(shares[0][1])} seed(s)")
     return figure

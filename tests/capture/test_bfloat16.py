@@ -1,7 +1,7 @@
 """bfloat16 parameters: what differencing them loses of an update, and that no capture of ours loses it.
 
-Weights of standard deviation 0.05 are 2^-8 to 2^-13 apart in bfloat16 while AdamW's updates at learning rate 1e-4 are at most
-about 1e-4: most of the differences "before minus after" are exactly 0.
+Weights of standard deviation 0.05 are mostly some 2^-13 to 2^-11 apart in bfloat16, while AdamW's updates at learning
+rate 1e-4 are at most about 1e-4: most of the differences "before minus after" are exactly 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def weights() -> torch.nn.Parameter:
     return torch.nn.Parameter((SCALE * normal(0)).bfloat16())
 
 
-class Spy(Policy):
+class KeepsUpdates(Policy):
     """Keeps the update that it is shown, and lets everything through."""
 
     reads: ClassVar[frozenset[str]] = frozenset({"update"})
@@ -66,14 +66,14 @@ def captured(way: str) -> list[tuple[Tensor, Tensor]]:
     """(the update that a policy sees, what it was) through a capture."""
     p = weights()
     base = torch.optim.AdamW([p], lr=LR, weight_decay=0.0)
-    optimizer = SelectiveUpdate(base, policy=Spy(), capture=way)  # type: ignore[arg-type]
-    Spy.seen.clear()
+    optimizer = SelectiveUpdate(base, policy=KeepsUpdates(), capture=way)  # type: ignore[arg-type]
+    KeepsUpdates.seen.clear()
     found = []
     for step in range(STEPS):
         p.grad = gradient(step)
         exact = exact_update(p, base, step)
         optimizer.step()
-        found.append((Spy.seen[-1].double(), exact))
+        found.append((KeepsUpdates.seen[-1].double(), exact))
     return found
 
 
@@ -97,7 +97,7 @@ def test_plain_differencing_loses_most_of_the_update() -> None:
     assert all(error(*pair) > 0.5 for pair in found[4:])
 
 
-# scratch: the base computes in bfloat16, at most six roundings of 2^-9 (moments, root, correction, eps, quotient) one way
+# scratch: the base computes in bfloat16, six roundings of 2^-9 (moments, root, correction, eps, quotient)
 # delta: a float32 parameter of size 0.05, up to 0.25, loses 2^-24 of that from updates of 1e-4 or less
 # fused: float32 from the first to the last
 LIMITS = {"scratch": 6 * 2.0**-9, "delta": 4 * 0.05 * 2.0**-24 / 3e-5, "fused": 8 * 2.0**-24}

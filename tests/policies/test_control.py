@@ -1,4 +1,4 @@
-"""The matched random control: as many coordinates of each tensor, at the same strengths, with the same norm, but others."""
+"""The matched random control: as many coordinates of each tensor, same strengths, same norm, but others."""
 
 from __future__ import annotations
 
@@ -84,9 +84,8 @@ def test_the_random_subset_is_fair() -> None:
 def test_norm_scaling_is_capped() -> None:
     """One coordinate holds all of the update's norm: the control seldom hits it and may not blow the others up."""
     p = torch.nn.Parameter(torch.zeros(100, dtype=torch.float64))
-    optimizer = SelectiveUpdate(
-        torch.optim.SGD([p], lr=1.0, momentum=0.9), policy=RandomMask.matching(MGUP(tau=0.01, alpha=1, gamma=0), cap=3.0)
-    )
+    control = RandomMask.matching(MGUP(tau=0.01, alpha=1, gamma=0), cap=3.0)
+    optimizer = SelectiveUpdate(torch.optim.SGD([p], lr=1.0, momentum=0.9), policy=control)
     p.grad = torch.ones(100, dtype=torch.float64)
     p.grad[17] = 1e6
     optimizer.step()

@@ -1,14 +1,14 @@
 """Zeroing where momentum and gradient disagree can keep Adam from the optimum; attenuating there does not.
 
-The example in one dimension, after the one that MGUP's paper (arXiv 2606.17526) argues with: frequent gradients of -1, a rare
-one of +n, start -0.5, optimum -2. Here, deterministic: the loss of step t is n x in the last of every C = 40 steps and -x
-in the others, on the interval [-2, 2] (after each step x is clamped to it, as in Reddi, Kale and Kumar 2018). With
-n = 80 the mean gradient is (80 - 39) / 40 = 1.025 > 0, so that the mean loss is least at -2.
+The example in one dimension, after the one that MGUP's paper (arXiv 2606.17526) argues with: frequent gradients of -1,
+a rare one of +n, start -0.5, optimum -2. Its details are ours, and deterministic: the loss of step t is n x in the last
+of every C = 40 steps and -x in the others, on the interval [-2, 2] (after each step x is clamped to it, as in Reddi,
+Kale and Kumar 2018). With n = 80 the mean gradient is (80 - 39) / 40 = 1.025 > 0, so the mean loss is least at -2.
 
-Why Cautious fails: after a rare gradient the momentum is positive and decays through zero in some 20 steps; in these the
-gradients of -1 disagree with it, so that the moves *down* which make up most of the way are thrown away, while the
-moves up of the remaining steps all agree. Per period, in units of lr / sqrt(v): Adam goes down by 0.081 a step, Cautious
-goes up by 0.008, and with × 2 and × 0.5 it is down by 0.028 (from the recursion of the moments alone).
+Why Cautious fails: after a rare gradient the momentum is positive and decays through zero in some 20 steps; in these
+the gradients of -1 disagree with it, so that the moves *down*, which make up most of the way, are thrown away, while
+the moves up of the remaining steps all agree. On average, in units of lr a step (from the recursion of the moments
+alone): Adam goes down by 0.081, Cautious goes up by 0.008, and with × 2 and × 0.5 it is down by 0.028.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_cautious_adam_stays_away_from_the_optimum() -> None:
 
 @pytest.mark.parametrize("policy", [Dense(), MGUP(), CautiousMGUP(), CautiousMGUP(alpha=1.5, gamma=0.5)], ids=str)
 def test_adam_and_mgup_get_there(policy: Policy) -> None:
-    """MGUP of one coordinate has K = 0 and is dense; CautiousMGUP weighs by the same signs as Cautious, but not by 0."""
+    """MGUP of one coordinate has K = 0 and is dense; CautiousMGUP weighs by the signs of Cautious, but not by 0."""
     path = run(policy)
     assert float(path[-C:].min()) == LOW
     # it hovers there: in a period x goes up by at most 39 steps of alpha lr / sqrt(v), v = mean of g^2 = 161

@@ -128,14 +128,14 @@ def test_a_bad_mask_says_so_and_moves_no_parameter(bad: str, way: str, monkeypat
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(optimizer), strict=True))
 
 
-@pytest.mark.parametrize("good", [lambda v: True, lambda v: torch.ones(4), lambda v: torch.ones(6, 1), lambda v: torch.tensor(2)])
+@pytest.mark.parametrize("good", [True, torch.ones(4), torch.ones(6, 1), torch.tensor(2)], ids=str)
 def test_what_broadcasts_is_a_mask(good: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     p = torch.nn.Parameter(torch.zeros(6, 4))
     optimizer = SelectiveUpdate(torch.optim.SGD([p], lr=1.0, momentum=0.9), policy=Returns())
-    monkeypatch.setattr(Returns, "what", lambda v: torch.as_tensor(good(v)).to(torch.float16))
+    monkeypatch.setattr(Returns, "what", lambda v: torch.as_tensor(good).to(torch.float16))
     p.grad = torch.ones(6, 4)
     optimizer.step()
-    assert torch.equal(p.detach(), -torch.as_tensor(good(None)).expand(6, 4).float())
+    assert torch.equal(p.detach(), -torch.as_tensor(good).expand(6, 4).float())
 
 
 class FailsLate(Policy):
@@ -161,7 +161,7 @@ BESIDE = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", BESIDE)
-def test_a_raise_leaves_every_group_bit_identical(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_raise_leaves_every_group_as_it_was(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dense group, one whose policy runs in a kernel and one with code of its own, which fails in its last tensor."""
     make_base, way = BESIDE[name]
     groups = [
@@ -243,7 +243,7 @@ def three_groups(default: Any) -> SelectiveUpdate:
 
 
 def one_step(optimizer: SelectiveUpdate) -> list[list[float]]:
-    """The multipliers of each group: SGD of learning rate 1 on gradients of 1 (momentum filled to 1 in its first step)."""
+    """The multipliers of each group: the first step of SGD with learning rate 1, on gradients of 1."""
     optimizer.base.state.clear()
     for p in parameters(optimizer):
         p.grad = torch.ones(4)
@@ -281,12 +281,15 @@ def test_nested_hyper_parameters_have_dotted_names() -> None:
     optimizer = three_groups(Policy(selection=Agreement(), strength=Fixed(selected=2.0)))
     optimizer.policy_groups[0]["strength.selected"] = 4.0
     assert one_step(optimizer)[0] == [4.0] * 4
-    assert sorted(optimizer.policy_groups[0]) == [
-        "selection.momentum", "selection.of", "selection.strict", "strength.rest", "strength.selected",
-    ]  # fmt: skip
+    names = set(optimizer.policy_groups[0])
+    assert {"selection.momentum", "selection.of", "selection.strict", "strength.rest", "strength.selected"} <= names
+    assert not any(name.endswith("kind") for name in names)
 
 
-@pytest.mark.parametrize("policy", ["AlphaConsistency", "Magma", {"kind": "MGUP", "score": "momentum"}, FailsLate()], ids=str)
+NEEDY = ["AlphaConsistency", "Magma", {"kind": "MGUP", "score": "momentum"}, FailsLate()]
+
+
+@pytest.mark.parametrize("policy", NEEDY, ids=str)
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop], ids=lambda b: b.__name__)
 def test_a_base_without_momentum_is_an_error_that_says_what_to_do(base: Any, policy: Any) -> None:
     params = [torch.nn.Parameter(torch.ones(3))]

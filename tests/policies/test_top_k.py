@@ -1,8 +1,8 @@
 """Exactly K coordinates, ties to the lower index, on inputs that are made to break it, through the public interface.
 
 The mask is read off the parameter: SGD has learning rate 1 and the parameter starts at 0, so that it becomes
--mask * update. Where the scores have to be special and the updates must not be 0, a first dense step fills SGD's momentum:
-with mu = 1/2 and a zero gradient the update is half the first gradient, whatever the score.
+-mask * update. So that updates are not 0 where scores are, a first dense step fills SGD's momentum: with mu = 1/2 and a
+zero gradient the update is half the first gradient, whatever the score.
 """
 
 from __future__ import annotations

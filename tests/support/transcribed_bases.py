@@ -1,7 +1,7 @@
 """Base optimizers written down again in float64, from their papers and torch's documentation, one tensor at a time.
 
-Nothing of the library is imported here: these are what it is held against. `size` of a move is the formula of the update
-with every term taken positive: rounding errors of a sum are relative to that, not to the sum, which may cancel.
+Nothing of the library is imported here: these are what it is held against. `size` of a move is the formula of the
+update with every term taken positive: rounding errors of a sum are relative to that, not to the sum, which may cancel.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class AdamW(Base):
 
     names = {"exp_avg": "m", "exp_avg_sq": "v"}
 
-    def __init__(self, lr: float = 1e-2, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, decay: float = 0.1):
+    def __init__(
+        self, lr: float = 1e-2, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, decay: float = 0.1
+    ) -> None:
         super().__init__()
         self.lr, self.beta1, self.beta2, self.eps, self.decay = lr, beta1, beta2, eps, decay
         self.m: Tensor | None = None

@@ -1,9 +1,9 @@
-"""Every named policy's rule written down again in float64, from the formulas of the papers (and, where a paper could not
-be read, from the reading that the policy's docstring states).
+"""Every named policy's rule written down again in float64, from the formulas of the papers.
 
-Nothing of the library is imported here. A rule maps a base's move to the multiplier of each coordinate, and says by what
-margin it decided: the smallest distance of a coordinate from the threshold, in units of the sizes that rounding errors
-are relative to. A float32 run may decide otherwise where the margin is a few eps, and only there.
+Where a paper could not be read it is the reading that the policy's docstring states. Nothing of the library is imported
+here. A rule maps a base's move to the multiplier of each coordinate, and says by what margin it decided: the smallest
+distance of a coordinate from the threshold, in units of the sizes that rounding errors are relative to. A float32 run
+may decide otherwise where the margin is a few eps, and only there.
 """
 
 from __future__ import annotations
