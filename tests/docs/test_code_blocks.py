@@ -8,7 +8,6 @@ printed. In ```bash blocks, `selective ...` lines have to parse and `make ...` l
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import re
 import shlex
@@ -23,6 +22,7 @@ import pytest
 import torch
 
 from selective import Policy, Selection, Strength
+from selective.cli import _parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -143,10 +143,7 @@ def test_make_lines_name_targets() -> None:
     assert [(where, target) for where, target in named if target not in targets] == []
 
 
-@pytest.mark.skipif(importlib.util.find_spec("selective.cli") is None, reason="the command line is not there yet")
 def test_command_lines_parse() -> None:
-    from selective.cli import _parser
-
     lines = [(where, words[1:]) for where, words in shell_lines() if words[0] == "selective"]
     assert lines
     for where, arguments in lines:
