@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml scripts/setup_env.py
 	@$(PYTHON) scripts/setup_env.py --venv "$(VENV)"
 
 demo: $(VENV)/.ready ## train a small GPT under several optimizers: table, curves and heatmap in results/demo
-	@$(BIN)/selective compare --config examples/demo.yaml --out "$(OUT)/demo"
+	@$(BIN)/selective compare --config examples/demo.yaml --out "$(OUT)/demo" --resume
 
 # One thread a worker: torch's own threads would fight over the cores. `pytest`, not `python -m pytest`, which would
 # put this folder on sys.path and test it instead of what is installed.

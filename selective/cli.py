@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["bench"]:  # it has a parser of its own, help included
-        from selective.bench import main as bench
+        from selective.bench.__main__ import main as bench
 
         return bench(arguments[1:]) or 0
     options = _parser().parse_args(arguments)

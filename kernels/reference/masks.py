@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..spec import Draw, Item, Strength
 from .rules import Advanced
-from .selective_step import parts_of, select
+from .selective_step import parts_of, score_of, select
 from .strengths import multipliers
 
 
@@ -20,4 +20,4 @@ def strength_of(
     return above, below, state
 
 
-__all__ = ["select", "strength_of"]
+__all__ = ["score_of", "select", "strength_of"]

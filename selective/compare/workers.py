@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,13 +63,16 @@ def train(
 
 
 class Stop:
-    """Turned on by Ctrl-C (or SIGTERM) inside `listening`; a second Ctrl-C raises KeyboardInterrupt."""
+    """Turned on by Ctrl-C (or SIGTERM) inside `listening`; a second one, later, raises KeyboardInterrupt.
+
+    Within a second it is the same one: `timeout`, and programs that pass signals on, deliver a Ctrl-C twice.
+    """
 
     def __init__(self) -> None:
-        self.on = False
+        self.since: float | None = None
 
     def __call__(self) -> bool:
-        return self.on
+        return self.since is not None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -83,9 +87,10 @@ class Stop:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.on:
+        if self.since is None:
+            self.since = time.monotonic()
+        elif time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
-        self.on = True
 
 
 def here(

@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from torch import Tensor
 
-from selective.kernels import spec
-from selective.kernels.reference.masks import select
+from selective.kernels import spec, top_k
+from selective.kernels.reference.masks import score_of, select
 from selective.policies.base import Configured
 from selective.view import StepView
 
@@ -93,6 +93,13 @@ class TopK(Selection):
 
     def needs(self) -> frozenset[str]:
         return frozenset({"grad", "update" if self.score == "update" else "momentum"})
+
+    def select(self, view: StepView) -> Tensor:
+        if self.quantile == "sampled":
+            return super().select(view)
+        _, rule, moved = view.kernel_inputs(self.needs())  # the same, but the ranking is picked by device
+        score = score_of(self.spec(), rule, moved)
+        return top_k(score, int(self.fraction * score.numel()))
 
     def spec(self) -> spec.Selection:
         return spec.Selection("top_k", score=self.score, fraction=self.fraction, quantile=self.quantile)

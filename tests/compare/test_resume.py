@@ -158,6 +158,8 @@ def test_ctrl_c_keeps_what_there_is_and_resume_goes_on(tmp_path, count):
     while not list(runs.glob("*.pt")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)  # a checkpoint: it is in the middle of its first run
     process.send_signal(signal.SIGINT)
+    if count == 2:
+        process.send_signal(signal.SIGINT)  # delivered twice, as `timeout` does: still one Ctrl-C
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "Traceback" not in output
@@ -168,6 +170,20 @@ def test_ctrl_c_keeps_what_there_is_and_resume_goes_on(tmp_path, count):
     assert Comparison(config, tmp_path / "stopped", resume=True).run(ignore)
     assert Comparison(config, tmp_path / "straight").run(ignore)
     assert _final(tmp_path / "stopped") == _final(tmp_path / "straight")
+
+
+def test_a_second_ctrl_c_means_now(monkeypatch):
+    clock = iter([10.0, 10.5, 12.0])
+    monkeypatch.setattr(workers.time, "monotonic", lambda: next(clock))
+    stop = workers.Stop()
+    with stop.listening():
+        assert not stop()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # half a second later: the same one
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def _final(folder: Path) -> dict[str, object]:
