@@ -8,12 +8,12 @@ printed. In ```bash blocks, `selective ...` lines have to parse and `make ...` l
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import re
 import shlex
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from selective import Policy, Selection, Strength
+from selective.cli import _parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,9 +58,15 @@ def blocks_of(text: str) -> list[Block]:
 
 def run_page(text: str, where: str) -> None:
     """Execute the python blocks of a page; an AssertionError where a shown output is not what was printed."""
-    namespace: dict[str, object] = {"__name__": "__main__"}
+    page = types.ModuleType("__main__")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", page)  # what a page defines can be pickled, as in a script
+        _run_blocks(blocks_of(text), vars(page), where)
+
+
+def _run_blocks(blocks: list[Block], namespace: dict[str, object], where: str) -> None:
     printed = ""
-    for block in blocks_of(text):
+    for block in blocks:
         if block.language == "python" and not block.comment.startswith("no-run:"):
             out = io.StringIO()
             padded = "\n" * (block.line - 1) + block.code  # a traceback then has the page's own line numbers
@@ -136,10 +143,7 @@ def test_make_lines_name_targets() -> None:
     assert [(where, target) for where, target in named if target not in targets] == []
 
 
-@pytest.mark.skipif(importlib.util.find_spec("selective.cli") is None, reason="the command line is not there yet")
 def test_command_lines_parse() -> None:
-    from selective.cli import _parser
-
     lines = [(where, words[1:]) for where, words in shell_lines() if words[0] == "selective"]
     assert lines
     for where, arguments in lines:
