@@ -65,12 +65,15 @@ def _check(items: Sequence[Item], rule: Rule, selection: Selection, strength: St
                             "only real floating point tensors can be stepped")  # fmt: skip
         if wanted is None:
             continue
+        previous = selection.kind == "agreement" and selection.product == "previous_momentum"
+        by_strength = strength.kind == "alignment" or (strength.kind == "norm_preserving" and strength.of == "momentum")
+        if previous and not by_strength and item.state.get("previous_momentum") is not None:
+            continue  # a capture that kept only what is read
         if not has_momentum(item, rule):
             raise ValueError(
                 f"{wanted} needs a momentum, and {type(rule).__name__} has none for parameter {item.address}: "
                 "use a base with momentum, or a policy that reads the update"
             )
-        previous = selection.kind == "agreement" and selection.product == "previous_momentum"
         if previous and hasattr(rule, "negated") and item.state.get("previous_momentum") is None:
             raise ValueError(f"{wanted} needs state['previous_momentum'] of parameter {item.address}; it was not kept")
 

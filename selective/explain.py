@@ -25,7 +25,7 @@ def explain(
         group = base.param_groups[number]
         count = sum(p.numel() for p in group["params"])
         lines += [
-            f"param_groups[{number}]: {len(group['params'])} tensors, {count:,} elements",
+            f"param_groups[{number}]: {_count(len(group['params']), 'tensor')}, {_count(count, 'element')}",
             f"  policy    {policy_group.policy!r}",
             f"  capture   {capture.way}: {capture.reason}",
             f"  decay     {_decay(capture)}",
@@ -36,6 +36,10 @@ def explain(
         if notes:
             lines.append(f"  note      {notes}")
     return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _decay(capture: Capture) -> str:

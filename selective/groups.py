@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping
 from typing import Any
 
 from selective.policies import Policy, policy_from
@@ -38,7 +38,9 @@ class PolicyGroup(MutableMapping[str, Any]):
         for part in path:
             inner = inner[part]
         inner[last] = value
-        self.policy = type(self.policy).model_validate(data)
+        policy = type(self.policy).model_validate(data)
+        policy.as_if_written()
+        self.policy = policy
 
     def __delitem__(self, name: str) -> None:
         raise TypeError(f"{type(self.policy).__name__}: the hyper-parameters of a policy can be set, not removed")
@@ -65,6 +67,19 @@ def _leaves(data: dict[str, Any], prefix: str) -> list[str]:
     return names
 
 
-def take_policy(group: dict[str, Any], default: Policy) -> Policy:
-    """Move a group's `policy` out of it: the default where it names none, `Dense()` where it says None."""
-    return policy_from(group.pop("policy")) if "policy" in group else default
+def take_policy(group: dict[str, Any], default: Policy, known: Collection[str]) -> Policy:
+    """Move a group's `policy` out of it: the default where it names none, `Dense()` where it says None.
+
+    `known` are the base's own options. A hyper-parameter of the policy beside it would be silently without effect.
+    """
+    if "policy" not in group:
+        return default
+    policy = policy_from(group["policy"])
+    stray = [name for name in type(policy).model_fields if name in group and name not in known]
+    if stray:
+        raise ValueError(
+            f"SelectiveUpdate: a parameter group has {stray[0]!r} beside its policy {policy!r}; hyper-parameters of a "
+            f"policy go into it: 'policy': {{'kind': {policy.kind!r}, {stray[0]!r}: ...}}"
+        )
+    del group["policy"]
+    return policy

@@ -96,7 +96,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         if self._constructing:
             return
         group = dict(param_group)
-        policy = take_policy(group, self._default)
+        policy = take_policy(group, self._default, self.base.defaults)
         self.base.add_param_group(group)
         self.policy_groups.append(PolicyGroup(policy))
         try:
@@ -188,7 +188,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         """Keep policies and captures in step with the base's groups, which may have changed under us."""
         groups = self.param_groups
         for group in groups[len(self.policy_groups) :]:  # at construction, or added on the base itself
-            self.policy_groups.append(PolicyGroup(take_policy(group, self._default)))
+            self.policy_groups.append(PolicyGroup(take_policy(group, self._default, self.base.defaults)))
         if len(self.policy_groups) > len(groups):
             raise RuntimeError(
                 f"SelectiveUpdate: the base has {len(groups)} parameter groups, policy_groups has "
@@ -202,6 +202,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
                 captures.append(known)
                 continue
             own = self._momentum_beta is not None
+            _check_complete(policy_group.policy, number)
             capture = choose_capture(self.base, group, policy_group.policy, self._wanted, own)
             _check_momentum(self.base, group, number, policy_group.policy, capture, own)
             captures.append((key, capture))
@@ -270,8 +271,16 @@ def _check_arguments(base: object, capture: str, momentum_beta: float | None, on
         raise ValueError(f"SelectiveUpdate: on_nonfinite is {on_nonfinite!r}, must be 'ignore', 'skip' or 'raise'")
     if momentum_beta is not None and not 0 <= momentum_beta < 1:
         raise ValueError(f"SelectiveUpdate: momentum_beta is {momentum_beta}, must be in [0, 1)")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"SelectiveUpdate: seed is {seed!r}, must be an integer in [0, 2**63)")
+
+
+def _check_complete(policy: Policy, number: int) -> None:
+    if policy.parts() is None and type(policy).mask is Policy.mask:
+        raise TypeError(
+            f"SelectiveUpdate: {type(policy).__name__} (param_groups[{number}]) says nothing: override mask(view), or "
+            f"parts() to name a selection and a strength"
+        )
 
 
 def _capture_key(base: Optimizer, group: dict[str, Any], policy: Policy) -> object:

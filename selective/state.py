@@ -34,9 +34,7 @@ def decode_policy(data: Tensor, where: str) -> Policy:
         policy = policy_from(bytes(data.cpu().to(torch.uint8).tolist()).rstrip(b"\0").decode())
     except (UnicodeDecodeError, ValueError, TypeError) as error:
         raise ValueError(f"SelectiveUpdate: {where}: the checkpoint's policy can't be read: {error}") from error
-    # every field was written, so that a changed default can't change a run; print it as people write it
-    fields = type(policy).model_fields
-    policy.model_fields_set.intersection_update({n for n, f in fields.items() if getattr(policy, n) != f.get_default()})
+    policy.as_if_written()  # every field was saved, so that a changed default can't change a run
     return policy
 
 

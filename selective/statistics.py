@@ -49,7 +49,10 @@ def _statistics(sums: spec.Sums) -> dict[str, Tensor]:
 
 
 def sums_of_mask(mask: Tensor, update: Tensor, grad: Tensor | None) -> spec.Sums:
-    """The sums that a fused kernel would report, of an arbitrary mask. No host synchronisation."""
+    """The sums that a fused kernel would report, of an arbitrary mask. No host synchronisation.
+
+    Selected are the coordinates with the largest multiplier; none, where every multiplier is 0.
+    """
     numel = update.numel()
     multiplier = mask.to(update.dtype).expand(update.shape)
     double = torch.float64
@@ -58,7 +61,7 @@ def sums_of_mask(mask: Tensor, update: Tensor, grad: Tensor | None) -> spec.Sums
     if numel == 0:
         return spec.Sums(0, zero, zero + 1, zero + 1, zero, zero, zero, zero)
     largest = multiplier.max()
-    selected = multiplier == largest
+    selected = (multiplier == largest) & multiplier.any()
     count = selected.sum(dtype=double)
     rest = (multiplier.sum(dtype=double) - largest * count) / (numel - count).clamp(min=1)
     return spec.Sums(

@@ -24,7 +24,7 @@ _cache: dict[tuple, Anatomy] = {}
 def anatomy(base: Optimizer, group: Mapping[str, Any], *, measure: bool = False) -> Anatomy:
     """What `base` does with the parameters of `group`: from the table of known classes, else measured.
 
-    `measure=True` skips the table. A measurement steps a twin of the base some 150 times on 4,096 elements for each
+    `measure=True` skips the table. A measurement steps a twin of the base some 100 times on 4,096 elements for each
     number of dimensions in the group; it is remembered for the class and the options that are not `lr` or
     `weight_decay`. The base's parameters, state and groups, the random generators, and everybody's hooks are as
     before. The answer never raises: a base that cannot be wrapped says so in `refusal`.

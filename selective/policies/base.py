@@ -7,10 +7,11 @@ form; a subclass registers itself under its class name, so a user's own policy i
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_serializer, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 C = TypeVar("C", bound="Configured")
 
@@ -39,6 +40,12 @@ class Configured(BaseModel):
             )
         cls._registry[cls.kind] = cls  # a class that is defined again (a notebook cell) replaces itself
 
+    def __init__(self, /, *args: Any, **data: Any) -> None:
+        if args:
+            names = ", ".join(f"{name}=..." for name in type(self).model_fields)
+            raise TypeError(f"{self.kind} takes keyword arguments only: {self.kind}({names})")
+        super().__init__(**data)
+
     @model_validator(mode="wrap")
     @classmethod
     def _check_kind(cls: type[C], data: Any, handler: ModelWrapValidatorHandler[C]) -> C:
@@ -51,11 +58,29 @@ class Configured(BaseModel):
                     "kind is {found}, but {expected} was expected here",
                     {"found": repr(kind), "expected": repr(cls.kind)},
                 )
+        if isinstance(data, dict):
+            unknown = [key for key in data if key not in cls.model_fields]
+            if unknown:
+                known = ", ".join(cls.model_fields) or "no hyper-parameters"
+                error = PydanticCustomError(
+                    "unknown_key", "unknown key; {kind} has {known}", {"kind": cls.kind, "known": known}
+                )
+                lines = [InitErrorDetails(type=error, loc=(key,), input=data[key]) for key in unknown]
+                raise ValidationError.from_exception_data(cls.kind, lines)
         return handler(data)
 
     @model_serializer(mode="wrap")
     def _with_kind(self, handler: Any) -> dict[str, Any]:
         return {"kind": self.kind, **handler(self)}
+
+    def as_if_written(self) -> None:
+        """Print only what differs from the defaults from now on, after all fields were filled in from data."""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Configured):
+                value.as_if_written()
+            if value == field.get_default(call_default_factory=True):
+                self.model_fields_set.discard(name)
 
     def __repr_args__(self) -> Any:  # print as it was written
         return [(name, getattr(self, name)) for name in type(self).model_fields if name in self.model_fields_set]
@@ -86,6 +111,8 @@ def _build(family: type[C], data: Any) -> C:
         data = {"kind": data}
     known = ", ".join(repr(kind) for kind in sorted(family._registry))
     what = family._family
+    if isinstance(data, type) and issubclass(data, family):
+        raise ValueError(f"{what}: found the class {data.__name__}, not an instance: write {data.__name__}()")
     if not isinstance(data, dict):
         raise ValueError(f"{what}: expected a {what}, a kind's name or a dict with a 'kind', found {data!r}")
     if "kind" not in data:
@@ -93,5 +120,7 @@ def _build(family: type[C], data: Any) -> C:
     kind = data["kind"]
     member = family._registry.get(kind) if isinstance(kind, str) else None
     if member is None:
-        raise ValueError(f"{what}: kind {kind!r} is not known; the kinds are {known}")
+        near = get_close_matches(str(kind).lower(), [name.lower() for name in family._registry], n=1)
+        hint = next((f" (did you mean {name!r}?)" for name in family._registry if name.lower() in near), "")
+        raise ValueError(f"{what}: kind {kind!r} is not known{hint}; the kinds are {known}")
     return member.model_validate(data)  # type: ignore[return-value]

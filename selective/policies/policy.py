@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, SerializeAsAny
+from pydantic import BeforeValidator, ConfigDict, SerializeAsAny
 from torch import Tensor
 
 from selective.policies.base import Configured
 from selective.policies.selections import AnySelection, Selection
 from selective.policies.strengths import AnyStrength, Strength
-from selective.view import StepView
+from selective.view import TENSORS, StepView
 
 
 class Policy(Configured):
@@ -37,6 +37,16 @@ class Policy(Configured):
     if TYPE_CHECKING:
 
         def __init__(self, **data: Any) -> None: ...
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        unknown = set(cls.reads) - set(TENSORS)
+        if unknown:
+            raise TypeError(
+                f"{cls.__name__}: reads names {sorted(unknown)}, which a StepView does not have; it has "
+                f"{', '.join(TENSORS)}"
+            )
 
     def __new__(cls, *args: Any, **data: Any) -> Policy:
         # Policy(selection=..., strength=...) is a Combined: the fields are kept off Policy itself, so that a custom
@@ -96,6 +106,7 @@ def stands_still(strength: Strength, view: StepView) -> Tensor | None:
 class Combined(Policy):
     """What `Policy(selection=..., strength=...)` makes."""
 
+    model_config = ConfigDict(title="Policy")
     kind: ClassVar[str] = "Policy"
     selection: AnySelection
     strength: AnyStrength

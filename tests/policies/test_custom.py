@@ -232,3 +232,24 @@ def test_state_of_a_policy_is_checkpointed(way: str) -> None:
     for number in range(6, 12):
         step(fresh, number)
     assert not all(torch.equal(a, b) for a, b in zip(parameters(straight), parameters(fresh), strict=True))
+
+
+def test_reads_are_checked_where_the_class_is_written() -> None:
+    with pytest.raises(TypeError, match=r"reads names \['gradient'\].*it has update, grad"):
+
+        class Misspelt(Policy):
+            reads: ClassVar[frozenset[str]] = frozenset({"update", "gradient"})
+
+
+def test_a_policy_that_says_nothing_is_refused_before_anything_moves() -> None:
+    class SaysNothing(Policy):
+        pass
+
+    with pytest.raises(TypeError, match=r"SaysNothing \(param_groups\[0\]\) says nothing: override mask"):
+        SelectiveUpdate(torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))]), policy=SaysNothing())
+
+
+def test_a_hyper_parameter_beside_its_policy_is_refused() -> None:
+    group = {"params": [torch.nn.Parameter(torch.ones(3))], "policy": "MGUP", "tau": 0.3}
+    with pytest.raises(ValueError, match=r"'tau' beside its policy MGUP\(\).*'policy': \{'kind': 'MGUP', 'tau'"):
+        SelectiveUpdate(torch.optim.AdamW([group]))

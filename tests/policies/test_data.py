@@ -162,7 +162,7 @@ CONTROL = {"kind": "MatchedRandomMask", "policy": "MGUP"}
         ({"tau": 0.3}, ["no 'kind'", "'tau'", "'MGUP'"]),
         ([1], ["[1]", "kind's name"]),
         ("{oops", ["policy", "not JSON"]),
-        ({"kind": "MGUP", "tua": 0.3}, ["tua", "Extra inputs are not permitted"]),
+        ({"kind": "MGUP", "tua": 0.3}, ["tua", "unknown key; MGUP has tau, alpha"]),
         ({"kind": "MGUP", "tau": 1.5}, ["tau", "less than or equal to 1", "1.5"]),
         ({"kind": "MGUP", "tau": 0}, ["tau", "greater than 0"]),
         ({"kind": "MGUP", "alpha": math.nan}, ["alpha", "finite"]),

@@ -74,25 +74,15 @@ POLICIES: dict[str, tuple[Policy, rules.Rule]] = {
 # What the official code of MGUP does to each base, gamma 0.1: AdamW and Lion rank u g (Lion's u is a sign), Muon the
 # Nesterov momentum times the raw gradient, and multiplies after the orthogonalisation.
 OFFICIAL = {"adamw": "update", "lion": "update", "muon": "nesterov"}
-NO_MOMENTUM = pytest.mark.xfail(
-    reason="kernels refuse previous_momentum without momentum, which scratch keeps only where a strength reads it"
-)
-
-
-def case(base: str, name: str, *way: str) -> object:
-    wrong = (base == "muon" or way == ("scratch",)) and name in ("alpha-update", "alpha-gradient", "alpha-mean")
-    return pytest.param(base, name, *way, marks=[NO_MOMENTUM] if wrong else [])
-
-
 NAMES = [(base, policy) for base in BASES for policy in POLICIES]
-CASES = [case(base, policy) for base, policy in NAMES]
+
 ON_CAPTURES = [
     (base, name, way)
     for base in BASES
     for name in ("alpha", "mgup-nesterov", "cautious", "magma", "grams")
     for way in ("scratch", "delta")
 ]
-IN_FLOAT32 = [case(b, n, w) for b, n in NAMES for w in ("auto", "scratch") if (b, w) != ("muon", "scratch")]  # the same
+IN_FLOAT32 = [(b, n, w) for b, n in NAMES for w in ("auto", "scratch") if (b, w) != ("muon", "scratch")]  # the same
 
 
 def official(score: str) -> tuple[Policy, rules.Rule]:
@@ -156,7 +146,7 @@ def tolerance(policy: Policy, largest: float) -> float:
     return CLOSE + (STEPS * 2.0**-24 * largest if isinstance(policy, Magma) else 0.0)
 
 
-@pytest.mark.parametrize("base,name", CASES)
+@pytest.mark.parametrize("base,name", NAMES)
 def test_float64_trajectories_are_the_transcriptions(base: str, name: str) -> None:
     policy, rule = POLICIES[name]
     distance, largest = run_free(base, policy, rule)

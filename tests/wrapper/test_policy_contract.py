@@ -142,11 +142,6 @@ class ReadsMore(Half):
         return view.momentum * view.grad > 0
 
 
-@breaks("declared_reads_suffice", "reads declares")
-class ReadsWhatThereIsNot(Half):
-    reads: ClassVar[frozenset[str]] = frozenset({"update", "grad", "loss"})
-
-
 @breaks("declared_reads_suffice", "scope is 'shard'")
 class WrongScope(Half):
     scope: ClassVar[Any] = "shard"
