@@ -79,7 +79,7 @@ def check(contender: Contender, device: str = "cpu") -> None:
 
 def extra_bytes(optimizer: Optimizer) -> int:
     """The most memory that one step held beyond what was there before it (by torch's CPU allocator)."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         optimizer.step()
     results: Any = recorded.profiler.kineto_results if recorded.profiler is not None else None  # not typed by torch
     events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]") if results else []

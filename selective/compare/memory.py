@@ -47,7 +47,7 @@ def _measure(config: CompareConfig, run: Run) -> dict[str, int]:
     activities = [ProfilerActivity.CPU]
     if torch.device(config.device).type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, profile_memory=True) as profiler:
+    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         optimizer = make(config, run, model)
         optimizer.step()
         optimizer.step()

@@ -38,7 +38,7 @@ POLICIES = [
 BASES = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
-    "adamw-capturable": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), weight_decay=0.1, capturable=True),
+    "adamw-capturable": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2, dtype=torch.float64), weight_decay=0.1, capturable=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "nadam": lambda p: torch.optim.NAdam(p, lr=1e-2, weight_decay=0.1),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2, weight_decay=0.1),
@@ -65,6 +65,8 @@ def test_a_gpu_steps_as_the_cpu_does(base: str, policy: Policy) -> None:
         pytest.skip("Adafactor keeps no momentum")
     make = BASES[base]
     ours = params("cuda", torch.float64), params("cpu", torch.float64)
+    if base == "adafactor":  # torch's own divides by the size of an empty parameter
+        ours = ours[0][:-1], ours[1][:-1]
     for ps in ours:
         lr_on_device = base == "adamw-capturable"
         optimizer = make(ps) if not lr_on_device or ps[0].is_cuda else torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.1)
@@ -74,6 +76,7 @@ def test_a_gpu_steps_as_the_cpu_does(base: str, policy: Policy) -> None:
         torch.testing.assert_close(a.cpu(), b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 @pytest.mark.parametrize("base", ["adamw", "adamw-fused", "adamw-capturable", "sgd", "nadam"])
 def test_a_step_does_not_wait_for_the_gpu(base: str, policy: Policy) -> None:
@@ -81,8 +84,8 @@ def test_a_step_does_not_wait_for_the_gpu(base: str, policy: Policy) -> None:
     optimizer = SelectiveUpdate(BASES[base](ps), policy=policy)
     steps(optimizer, ps, 2)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         optimizer.step()
         optimizer.step()
         found = optimizer.statistics()
