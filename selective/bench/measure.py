@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +80,7 @@ def check(contender: Contender, device: str = "cpu") -> None:
 
 def extra_bytes(optimizer: Optimizer) -> int:
     """The most memory that one step held beyond what was there before it (by torch's CPU allocator)."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to the terminal each time
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         optimizer.step()
     results: Any = recorded.profiler.kineto_results if recorded.profiler is not None else None  # not typed by torch
@@ -102,6 +104,7 @@ def run(
     *,
     rounds: int = 7,
     warm_up: int = 2,
+    tell: Callable[[str], None] | None = None,
 ) -> list[Measurement]:
     """Time `step()` of each contender on one set of shapes, on the CPU.
 
@@ -113,6 +116,7 @@ def run(
         contenders: those to time; None for `standard_contenders()`. The ratios need "torch foreach", "torch fused".
         rounds: in each, every contender steps once; medians are over rounds.
         warm_up: steps before, not timed (state and buffers are made there).
+        tell: called with a line of text as things go on, which takes a minute on the larger shapes.
 
     Returns:
         One measurement each, in order. A contender that does not match its reference has no times, but a reason.
@@ -123,7 +127,9 @@ def run(
     params = parameters(SHAPES[shapes])
     measured = [Measurement(c.name) for c in chosen]
     running: list[tuple[Optimizer, Measurement]] = []
-    for contender, measurement in zip(chosen, measured, strict=True):
+    for number, (contender, measurement) in enumerate(zip(chosen, measured, strict=True), 1):
+        if tell is not None:
+            tell(f"{number}/{len(chosen)} {contender.name}: checked against its reference, warmed up")
         try:
             check(contender)
         except Mismatch as wrong:
@@ -134,6 +140,8 @@ def run(
             optimizer.step()
         measurement.extra_bytes = extra_bytes(optimizer)
         running.append((optimizer, measurement))
+    if tell is not None:
+        tell(f"timing {rounds} round(s)")
     for _ in range(rounds):
         for optimizer, measurement in running:
             begun = time.perf_counter()

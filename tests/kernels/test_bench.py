@@ -90,3 +90,19 @@ def test_command_line(tiny, tmp_path, capsys):
     assert names == ["torch foreach", "torch fused", "top-K × fixed", "top-K × fixed + statistics"]
     with pytest.raises(ValueError, match="shapes is 'huge', must be one of"):
         run("huge")
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--rounds", "0"], "a whole number from 1 on is needed"),
+        (["--threads", "-1"], "a whole number from 1 on is needed"),
+        (["--only", "no such name"], "no name has it; there are torch foreach"),
+        (["--json", "/nowhere/out.json"], "the folder /nowhere is not there"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_timed(tiny, capsys, more, says):
+    with pytest.raises(SystemExit) as left:
+        main(["--shapes", "tiny", *more])
+    assert left.value.code == 2
+    assert says in capsys.readouterr().err
