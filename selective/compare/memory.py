@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,16 @@ HOW = (
 def measure(config: CompareConfig) -> list[dict[str, int]]:
     """`state_bytes`, `peak_bytes` and what they exceed the base's by, for each contender in order.
 
-    It builds and steps every contender once, so that one that cannot be built fails here, before any run.
+    It builds and steps every contender once, so that one that cannot be built fails here, before any run. Each in a
+    thread of its own: the kernels keep small buffers for each thread, which the first contender would pay for all.
     """
-    found = [_measure(config, Run(contender, config.lr[0], 0)) for contender in contenders(config)]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to the terminal each time
+    with profile(activities=[ProfilerActivity.CPU]):
+        pass  # its first use has to be in the main thread, or it complains on the terminal
+    found = []
+    for contender in contenders(config):
+        with ThreadPoolExecutor(max_workers=1) as fresh:
+            found.append(fresh.submit(_measure, config, Run(contender, config.lr[0], 0)).result())
     base = found[0]
     for entry in found:
         entry["extra_state_bytes"] = entry["state_bytes"] - base["state_bytes"]
@@ -43,7 +51,6 @@ def _measure(config: CompareConfig, run: Run) -> dict[str, int]:
     generator = torch.Generator().manual_seed(run.seed)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(config.device)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to the terminal each time
     activities = [ProfilerActivity.CPU]
     if torch.device(config.device).type == "cuda":
         activities.append(ProfilerActivity.CUDA)
