@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
 def _compare_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML or JSON; examples/demo.yaml shows every setting")
+    add(
+        "--import", action="append", dest="imports", metavar="MODULE", help="first: where your own policies are defined"
+    )
     add("--policy", action="append", type=_policy, metavar="POLICY", help='name or JSON ({"kind": "MGUP"}); repeatable')
     add("--base", help="class of torch.optim or pytorch_optimizer, or module:Class (default: AdamW)")
     add("--base-options", type=_json, metavar="JSON", help="keyword arguments of the base")
@@ -66,15 +69,16 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, help="of torch, in each run (default: 1)")
     add("--workers", type=int, help="runs at the same time (default: as many as cores allow)")
     add("--out", metavar="DIR", help="folder of the results (default: results/compare-DATE)")
-    add("--resume", action="store_true", help="go on with the comparison in --out")
-    add("--overwrite", action="store_true", help="delete the comparison in --out")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on with the comparison in --out")
+    either.add_argument("--overwrite", action="store_true", help="delete the comparison in --out")
     parser.set_defaults(run=_compare)
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says, as configuration data."""
     found: dict[str, Any] = {}
-    for name in ("policy", "base", "base_options", "lr", "seeds", "steps", "controls", "threads", "workers"):
+    for name in ("imports", "policy", "base", "base_options", "lr", "seeds", "steps", "controls", "threads", "workers"):
         value = getattr(options, name)
         if value is not None:
             found["policies" if name == "policy" else name] = value

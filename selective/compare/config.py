@@ -6,6 +6,7 @@ written has a default that stands below with its reason.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -93,6 +95,7 @@ class CompareConfig(_Config):
         None, ge=0, lt=1, description="of the wrapper's own momentum, for bases without"
     )
     lr: tuple[Annotated[float, Field(gt=0)], ...] = Field((1e-3, 3e-3), min_length=1, description="swept, by everyone")
+    imports: tuple[str, ...] = Field((), description="modules to import first: those that define your own policies")
     policies: tuple[AnyPolicy, ...] = Field((), description="names, or mappings with a `kind`")
     controls: bool = Field(True, description="each policy beside a random mask of the same share and norm")
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds)] = Field((0, 1, 2), min_length=1)
@@ -103,6 +106,20 @@ class CompareConfig(_Config):
     device: str = "cpu"
     threads: int = Field(1, ge=1, description="of torch, in each worker")
     workers: int | None = Field(None, ge=1, description="runs at the same time; null: as many as there are cores")
+
+    @field_validator("imports")
+    @classmethod
+    def _import(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
+        """Fields are validated in the order in which they stand, so a policy's class is known before its name is."""
+        for module in modules:
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                raise ValueError(
+                    f"{module} cannot be imported ({error}); name a module without .py. One in the current folder is "
+                    "found with PYTHONPATH=."
+                ) from error
+        return modules
 
     @model_validator(mode="after")
     def _no_twins(self) -> CompareConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import re
@@ -102,9 +103,12 @@ def base_class(name: str) -> type[torch.optim.Optimizer]:
         if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
             return found
         looked.append(f"{place} ({'not there' if found is None else 'not an optimizer class'})")
+    dotted = "." in attribute
+    near = [":".join(attribute.rsplit(".", 1))] if dotted else difflib.get_close_matches(attribute, dir(torch.optim), 1)
+    meant = f" (did you mean {near[0]!r}?)" if near and not colon else ""
     raise ConfigError(
-        f"base: no optimizer {name!r}; looked in {', '.join(looked)}. Name a class of torch.optim, or write the "
-        "import path as module:Class"
+        f"base: no optimizer {name!r}{meant}; looked in {', '.join(looked)}. Name a class of torch.optim, or write the "
+        "import path as module:Class. A module in the current folder is found with PYTHONPATH=."
     )
 
 
@@ -133,15 +137,20 @@ def make_base(config: CompareConfig, model: nn.Module, lr: float) -> torch.optim
     cls = base_class(config.base)
     options = {**OPTIONS.get(cls.__name__, {}), **config.base_options}
     known = inspect.signature(cls).parameters
+    for name, instead in (("lr", "lr (--lr)"), ("weight_decay", "loop.weight_decay (--set loop.weight_decay=...)")):
+        if name in config.base_options:
+            raise ConfigError(
+                f"base_options: found {name!r}, which is set for every contender and group by {instead}; give it there"
+            )
     groups = parameter_groups(model, config.loop.weight_decay)
     if "weight_decay" not in known:
         groups = [{"params": group["params"]} for group in groups]
     try:
         return cls(groups, lr=lr, **options)  # pyright: ignore[reportCallIssue]
     except (TypeError, ValueError) as error:
+        given = ", ".join([f"lr={lr:g}", *(f"{k}={v!r}" for k, v in options.items())])
         raise ConfigError(
-            f"base {config.base}(lr={lr:g}, {', '.join(f'{k}={v!r}' for k, v in options.items())}) refuses: {error}; "
-            f"change base_options (it takes {', '.join(list(known)[1:])})"
+            f"base {config.base}({given}) refuses: {error}; change base_options (it takes {', '.join(list(known)[1:])})"
         ) from error
 
 

@@ -92,6 +92,7 @@ def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]
     title = "Paired difference to the baseline: mean" + ("; 95 % interval at the end" if seeds > 1 else "")
     right.set(xlabel="step", ylabel=f"loss minus {config.base}'s (nats per byte)", title=title)
     for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 2.5
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(

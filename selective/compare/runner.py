@@ -24,6 +24,7 @@ import torch
 from selective.compare import data, memory, workers
 from selective.compare.config import CompareConfig, ConfigError, differences, dump
 from selective.compare.contenders import Run, contenders, runs
+from selective.compare.summary import as_json, summarise
 from selective.compare.train import Record, write_atomically
 
 SCHEMA = 1  # of results.json
@@ -46,6 +47,7 @@ class Comparison:
 
     def __init__(self, config: CompareConfig, folder: Path, resume: bool = False, overwrite: bool = False) -> None:
         self.config, self.folder = config, folder
+        _check_device(config.device)
         self.text = data.load(config.data, config.model.context, config.loop.batch)
         self.contenders = contenders(config)
         self.runs = runs(config)
@@ -77,7 +79,13 @@ class Comparison:
             for name in ("results.json", "loss.png", "share.png"):
                 (self.folder / name).unlink(missing_ok=True)
         content = {"config": dump(self.config), "text": self._text(), "bytes": measured}
-        write_atomically(saved, json.dumps(content, indent=1).encode())
+        try:
+            write_atomically(saved, json.dumps(content, indent=1).encode())
+        except OSError as error:
+            raise ConfigError(
+                f"--out {self.folder}: cannot be written to ({error.strerror}); name a folder of yours, or one that is "
+                "not there yet"
+            ) from error
         return measured
 
     def _text(self) -> dict[str, Any]:
@@ -85,7 +93,7 @@ class Comparison:
         return {"source": self.text.source, "sha256": self.text.fingerprint, **sizes}
 
     def _check_same(self, found: dict[str, Any]) -> None:
-        free = ("workers",)  # changes the time, not the numbers
+        free = ("workers", "imports")  # the time, and where names come from; not the numbers
         old, new = ({k: v for k, v in c.items() if k not in free} for c in (found["config"], dump(self.config)))
         lines = differences(old, new) + differences(found["text"], self._text(), "text.")
         if lines:
@@ -147,11 +155,23 @@ class Comparison:
                 for c in self.contenders
             ],
             "complete": self.complete,
+            "summary": as_json(summarise(self.config, list(self.records.values()))),
             "runs": [self.records[run.key] for run in self.runs if run.key in self.records],
         }  # fmt: skip
 
     def write(self) -> None:
         write_atomically(self.folder / "results.json", json.dumps(self.results(), allow_nan=False).encode())
+
+
+def _check_device(name: str) -> None:
+    """Before anything is built on it: torch's own errors come late and speak of other things."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}); leave it out for the CPU, or write "
+            "cuda where torch has been built for it"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
@@ -54,6 +54,17 @@ def summarise(config: CompareConfig, records: Sequence[Record]) -> Summary:
     rows = tuple(_row(c, lr, cells[c.index, lr], lr == best[c.index], baseline) for c in field for lr in config.lr)
     verdicts = tuple((c.label, _verdict(c, cells, best, config.base)) for c in field if c.role == "policy")
     return Summary(seeds, rows, verdicts, tuple(_notes(config, field, best, len(seeds))))
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    """What the terminal shows, for programs; contenders by their index. None where nothing can be said."""
+    rows = []
+    for row in summary.rows:
+        entry = {**asdict(row), "contender": row.contender.index}
+        entry["step_ms"] = None if math.isnan(row.step_ms) else row.step_ms
+        rows.append(entry)
+    verdicts = [{"policy": policy, "says": sentence} for policy, sentence in summary.verdicts]
+    return {"seeds": summary.seeds, "rows": rows, "verdicts": verdicts, "notes": summary.notes}
 
 
 def final(record: Record) -> float:

@@ -58,12 +58,15 @@ def finished_line(record: Record) -> str:
 
 def headline(config: CompareConfig, comparison: Comparison, parameters: int) -> str:
     model, text = config.model, comparison.text
+    alone = (
+        "" if config.policies else "\nNo policy to compare it with: only the baseline is trained. Add --policy MGUP."
+    )
     return (
-        f"{len(comparison.contenders)} contenders x {len(config.lr)} learning rates x {len(config.seeds)} seeds: "
+        f"{len(comparison.contenders)} contender(s) x {len(config.lr)} learning rate(s) x {len(config.seeds)} seed(s): "
         f"{len(comparison.runs)} runs of {config.steps} steps, {worker_count(config)} at a time, {config.threads} "
         f"thread(s) each. GPT with {parameters:,} parameters: {model.layers} layers of width {model.width}, context "
         f"{model.context}, batch {config.loop.batch}. {text.source}: {len(text.train):,} bytes to train on, "
-        f"{len(text.validation):,} held out."
+        f"{len(text.validation):,} held out.{alone}"
     )
 
 

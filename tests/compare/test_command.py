@@ -59,7 +59,13 @@ def test_from_file_to_table(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--base", "Adamm"], "no optimizer 'Adamm'"),
+        (["--base", "Adamm"], "no optimizer 'Adamm' (did you mean 'Adam'?)"),
+        (["--base", "torch.optim.AdamW"], "did you mean 'torch.optim:AdamW'?"),
+        (["--base-options", '{"lr": 1}'], "found 'lr', which is set for every contender and group by lr (--lr)"),
+        (["--base-options", '{"weight_decay": 1}'], "loop.weight_decay"),
+        (["--base-options", '{"beta": 1}'], "beta=1) refuses"),
+        (["--set", "device=tpu"], "device: 'tpu' cannot be used here"),
+        (["--import", "no_such_module"], "imports: no_such_module cannot be imported"),
         (["--policy", "magama"], "the command line is not a comparison"),
         (["--set", "model.widht=3"], "model.widht: unknown key"),
         (["--data", "/nowhere/text.txt"], "--data /nowhere/text.txt: cannot be read"),
@@ -77,7 +83,9 @@ def test_what_cannot_be_done_is_said_with_exit_code_2(tmp_path, capsys, more, sa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("more", [["--seeds", "three"], ["--policy", "{"], ["--set", "steps"], []])
+@pytest.mark.parametrize(
+    "more", [["--seeds", "three"], ["--policy", "{"], ["--set", "steps"], ["--resume", "--overwrite"], []]
+)
 def test_usage_errors(more, capsys):
     with pytest.raises(SystemExit) as left:
         main(["compare", *more] if more else [])
@@ -101,6 +109,48 @@ def test_resume_begins_where_there_is_nothing_and_a_description(tmp_path, capsys
     capsys.readouterr()
     assert main(["compare", "--config", config_file(tmp_path, steps=7), *out]) == 2
     assert "steps: 6 before, 7 now" in capsys.readouterr().err
+
+
+def test_the_folder_of_the_results_is_a_file(tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert main(["compare", "--config", config_file(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_policy_of_ones_own(tmp_path, capsys, monkeypatch):
+    """With two workers, which are other processes: they have to find the class too."""
+    (tmp_path / "my_policies.py").write_text(
+        "import torch\nfrom selective import Policy\n\n\nclass HalfOfIt(Policy):\n    rest: float = 0.5\n\n"
+        "    def mask(self, view):\n        return torch.where(view.update * view.grad > 0, 1.0, self.rest)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    out = tmp_path / "out"
+    described = ["compare", "--config", config_file(tmp_path), "--out", str(out), "--workers", "2"]
+    assert main([*described, "--import", "my_policies", "--policy", '{"kind": "HalfOfIt", "rest": 0.2}']) == 0
+    assert "HalfOfIt(rest=0.2)" in capsys.readouterr().out
+    assert main(["compare", "--out", str(out), "--resume"]) == 0
+
+
+def test_the_summary_is_written_too(tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--policy", "Cautious", "--seeds", "2", "--out", str(out)]
+    assert main(["compare", "--config", config_file(tmp_path), *arguments]) == 0
+    results = json.loads((out / "results.json").read_text())
+    finals = {(r["contender"], r["seed"]): r["validation"]["loss"][-1] for r in results["runs"]}
+    rows = {row["contender"]: row for row in results["summary"]["rows"]}
+    assert results["summary"]["seeds"] == [0, 1]
+    for contender in (0, 1):
+        assert rows[contender]["loss"]["mean"] == pytest.approx((finals[contender, 0] + finals[contender, 1]) / 2)
+    difference = [finals[1, seed] - finals[0, seed] for seed in (0, 1)]
+    assert rows[1]["difference"]["mean"] == pytest.approx(sum(difference) / 2)
+    (verdict,) = results["summary"]["verdicts"]
+    assert verdict["says"] in capsys.readouterr().out.replace("\n", " ").replace("  ", " ")
+
+
+def test_a_comparison_of_the_base_with_itself_says_so(tmp_path, capsys):
+    assert main(["compare", "--config", config_file(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert "No policy to compare it with" in capsys.readouterr().out
 
 
 def test_explain_and_version(capsys):
@@ -131,6 +181,8 @@ def test_bytes_are_those_of_the_state(tmp_path):
     base, mgup, cautious = memory.measure(config)
     from selective.compare.model import GPT
 
+    swapped = build(merge(TINY, {"policies": ["Cautious", "MGUP"], "model": {"width": 64}}))
+    assert memory.measure(swapped) == [base, cautious, mgup]  # whoever comes first pays for itself only
     parameters = list(GPT(config.model, 0).parameters())
     assert base["state_bytes"] == sum(8 * p.numel() + 4 for p in parameters)
     assert base["extra_state_bytes"] == base["extra_step_bytes"] == 0
