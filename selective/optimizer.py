@@ -78,8 +78,14 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         self._constructing = True  # torch's constructor would build groups of its own; ours are the base's
         Optimizer.__init__(self, base.param_groups, base.defaults)
         self._constructing = False
-        self._plan()
-        self._make_own_state(self._has_base_state)
+        named = [(group, group["policy"]) for group in base.param_groups if "policy" in group]
+        try:
+            self._plan()
+            self._make_own_state(self._has_base_state)
+        except BaseException:
+            for group, own in named:  # the base is as it was given: wrapping it again finds its policies
+                group["policy"] = own
+            raise
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -95,6 +101,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         """Add a group to the base; a `policy` in it overrides the wrapper's for this group."""
         if self._constructing:
             return
+        self._plan()  # groups that were added on the base come before this one
         group = dict(param_group)
         policy = take_policy(group, self._default, self.base.defaults)
         self.base.add_param_group(group)
@@ -286,7 +293,12 @@ def _check_complete(policy: Policy, number: int) -> None:
 def _capture_key(base: Optimizer, group: dict[str, Any], policy: Policy) -> object:
     """What the choice of a capture depends on; while it stays the same, nothing is asked again."""
     skip = ("params", "lr", "step", "initial_lr", "param_names")
-    flags = tuple((k, v) for k, v in group.items() if k not in skip and isinstance(v, (bool, str, int, float)))
+    # Of numbers only whether they are 0: some bases count their steps in the group, schedulers move betas and decay.
+    flags = tuple(
+        (k, v if isinstance(v, (bool, str)) else v != 0)
+        for k, v in group.items()
+        if k not in skip and isinstance(v, (bool, str, int, float))
+    )
     layout = frozenset((p.dtype, p.device.type, p.dim()) for p in group["params"])
     return type(base), flags, layout, isinstance(policy, Dense), policy.needs()
 
