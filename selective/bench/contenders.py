@@ -1,8 +1,5 @@
 """What is timed: optimizers, each with the one that says what its result has to be."""
 
-# pyright: reportCallIssue=false
-# (the policies' fields have defaults that pyright does not see: they are the first argument of pydantic's Field)
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -93,6 +90,24 @@ def selective_contenders(statistics: bool = False) -> list[Contender]:
     return [_selective(name + ending, policy, statistics) for name, policy in POLICIES.items()]
 
 
+def scratch_contenders() -> list[Contender]:
+    """The same around torch's fused step by scratch capture: what a base without a rule of ours pays."""
+
+    def contender(name: str, policy: Policy) -> Contender:
+        def make(params: Sequence[Parameter]) -> Optimizer:
+            base = torch.optim.AdamW(params, **ADAMW, fused=True)
+            return SelectiveUpdate(base, policy=policy, capture="scratch", statistics=False)
+
+        return Contender(f"scratch around fused: {name}", make)
+
+    return [contender(name, POLICIES[name]) for name in ("agreement × fixed", "top-K × fixed")]
+
+
 def standard_contenders() -> list[Contender]:
-    """What the command line times: torch's forms, then every policy without and with statistics."""
-    return [*torch_contenders(), *selective_contenders(), *selective_contenders(statistics=True)]
+    """What the command line times: torch's forms, then every policy without and with statistics, then scratch."""
+    return [
+        *torch_contenders(),
+        *selective_contenders(),
+        *selective_contenders(statistics=True),
+        *scratch_contenders(),
+    ]

@@ -75,8 +75,6 @@ RULES: dict[str, Rule] = {
 }
 """Formulas that packages use, by the name that `explain()` prints; asked before the base steps."""
 
-PER_PARAMETER = frozenset(list(RULES)[-3:])
-
 
 def decay_factor(base: Optimizer, group: Mapping[str, Any], facts: Anatomy, param: Tensor | None = None) -> Scalar:
     """The factor that decoupled decay puts on `param` in the step that comes next; 1.0 where decay is not decoupled.

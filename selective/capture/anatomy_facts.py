@@ -8,6 +8,16 @@ from typing import Literal
 Decay = Literal["none", "coupled", "decoupled", "inside"]
 
 
+# Formulas of `anatomy_decay.RULES` whose factor is each parameter's own.
+PER_PARAMETER = frozenset(
+    (
+        "1 - lr*weight_decay, from the second step on",
+        "1 - weight_decay*base._get_lr(group, state)",
+        "1 - lr/max(1, RMS of g/sqrt(v))*weight_decay",
+    )
+)
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """What one parameter group of a base does with parameters, decay, gradients and state.
@@ -46,6 +56,4 @@ class Anatomy:
     @property
     def decay_per_parameter(self) -> bool:
         """Whether `decay_factor` differs between the parameters of a group and has to be asked for each."""
-        from selective.capture.anatomy_decay import PER_PARAMETER
-
         return self.decay == "decoupled" and (self.decay_rule == "measured" or self.decay_rule in PER_PARAMETER)

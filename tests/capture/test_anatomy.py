@@ -397,3 +397,10 @@ def test_momentum_is_read_in_float32_and_in_the_parameters_shape() -> None:
     assert moment is not None
     assert (moment.dtype, moment.shape) == (torch.float32, param.shape)
     assert torch.equal(moment, base.state[param]["exp_avg"].float())
+
+
+def test_every_formula_of_a_parameters_own_is_a_rule():
+    from selective.capture.anatomy_decay import RULES
+    from selective.capture.anatomy_facts import PER_PARAMETER
+
+    assert set(RULES) > PER_PARAMETER

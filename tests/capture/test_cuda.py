@@ -38,7 +38,9 @@ POLICIES = [
 BASES = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
-    "adamw-capturable": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2, dtype=torch.float64), weight_decay=0.1, capturable=True),
+    "adamw-capturable": lambda p: torch.optim.AdamW(
+        p, lr=torch.tensor(1e-2, dtype=torch.float64), weight_decay=0.1, capturable=True
+    ),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "nadam": lambda p: torch.optim.NAdam(p, lr=1e-2, weight_decay=0.1),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2, weight_decay=0.1),

@@ -87,6 +87,12 @@ def test_command_line(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "top-K × fixed + statistics" in printed
     names = [m["name"] for m in json.loads(file.read_text())["measurements"]]
-    assert names == ["torch foreach", "torch fused", "top-K × fixed", "top-K × fixed + statistics"]
+    assert names == [
+        "torch foreach",
+        "torch fused",
+        "top-K × fixed",
+        "top-K × fixed + statistics",
+        "scratch around fused: top-K × fixed",
+    ]
     with pytest.raises(ValueError, match="shapes is 'huge', must be one of"):
         run("huge")

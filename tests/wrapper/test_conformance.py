@@ -108,6 +108,12 @@ FAULTS_OF_BASES = {
     # A copy of it lacks an attribute that its step reads.
     "torchao-8bit": {"copies_step_as_the_original"},
 }
+# Seen with torch 2.11, mended by 2.13: Adagrad made its state in the constructor only, Adafactor's copies lacked a key.
+FAULTS_OF_OLDER_TORCH = {
+    "adagrad": {"add_param_group_reaches_the_base", "parameters_may_be_swapped"},
+    "adafactor": {"copies_step_as_the_original"},
+}
+OLDER_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 
 
 @pytest.fixture(autouse=True)
@@ -124,5 +130,8 @@ def _small_and_eager():
 def test_conformance(base, policy):
     report = check_wrapper(subject(base, policy))
     report.raise_if_failed()
-    assert {o.check for o in report.not_applicable} == FAULTS_OF_BASES.get(base, set()), str(report)
+    faults = {o.check for o in report.not_applicable}
+    if OLDER_TORCH:
+        faults -= FAULTS_OF_OLDER_TORCH.get(base, set())
+    assert faults == FAULTS_OF_BASES.get(base, set()), str(report)
     assert len(report.outcomes) == len(conformance_checks)
