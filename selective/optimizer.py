@@ -194,6 +194,12 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
     def _plan(self) -> None:
         """Keep policies and captures in step with the base's groups, which may have changed under us."""
         groups = self.param_groups
+        for number, group in enumerate(groups[: len(self.policy_groups)]):
+            if "policy" in group:  # it would be without effect, and the group could not be saved
+                raise ValueError(
+                    f"SelectiveUpdate: param_groups[{number}] got a 'policy' after it was taken in; remove it there and "
+                    f"set opt.policy_groups[{number}].policy (a Policy), or its hyper-parameters by name"
+                )
         for group in groups[len(self.policy_groups) :]:  # at construction, or added on the base itself
             self.policy_groups.append(PolicyGroup(take_policy(group, self._default, self.base.defaults)))
         if len(self.policy_groups) > len(groups):
@@ -276,8 +282,8 @@ def _check_arguments(base: object, capture: str, momentum_beta: float | None, on
         raise ValueError(f"SelectiveUpdate: capture is {capture!r}, must be 'auto', 'fused', 'scratch' or 'delta'")
     if on_nonfinite not in ("ignore", "skip", "raise"):
         raise ValueError(f"SelectiveUpdate: on_nonfinite is {on_nonfinite!r}, must be 'ignore', 'skip' or 'raise'")
-    if momentum_beta is not None and not 0 <= momentum_beta < 1:
-        raise ValueError(f"SelectiveUpdate: momentum_beta is {momentum_beta}, must be in [0, 1)")
+    if momentum_beta is not None and not (isinstance(momentum_beta, (int, float)) and 0 <= momentum_beta < 1):
+        raise ValueError(f"SelectiveUpdate: momentum_beta is {momentum_beta!r}, must be a number in [0, 1)")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"SelectiveUpdate: seed is {seed!r}, must be an integer in [0, 2**63)")
 

@@ -128,3 +128,20 @@ def test_a_constructor_that_fails_leaves_the_policies_in_the_groups() -> None:
         SelectiveUpdate(base, policy=Cautious(), capture="scratch")
     optimizer = SelectiveUpdate(base, policy=Cautious())
     assert [group.policy for group in optimizer.policy_groups] == [MGUP(), Dense()]
+
+
+def test_a_policy_put_into_a_group_later_is_not_ignored() -> None:
+    optimizer = three_groups(MGUP())
+    optimizer.param_groups[1]["policy"] = "Cautious"
+    with pytest.raises(ValueError, match=r"opt.policy_groups\[1\].policy"):
+        optimizer.step()
+    del optimizer.param_groups[1]["policy"]
+    optimizer.policy_groups[1].policy = Cautious()
+    assert one_step(optimizer)[1] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("beta", ["0.9", float("nan"), 1.0, -0.1])
+def test_a_momentum_of_our_own_has_a_number_for_its_coefficient(beta: Any) -> None:
+    base = torch.optim.RMSprop([torch.nn.Parameter(torch.zeros(4))])
+    with pytest.raises(ValueError, match="momentum_beta is .*, must be a number"):
+        SelectiveUpdate(base, momentum_beta=beta)
