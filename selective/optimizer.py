@@ -13,7 +13,7 @@ from selective.bound import Bindable
 from selective.capture.base import DenseJob, Job, Parameter, StepContext, scalar
 from selective.capture.choose import Capture, CaptureName, choose_capture
 from selective.capture.custom import PolicyError, has_own_code
-from selective.capture.stepping import base_hooks, run_step_on
+from selective.capture.stepping import base_hooks, replaced_step, run_step_on
 from selective.checkpoint import Checkpointing
 from selective.explain import explain
 from selective.gradients import OnNonfinite, check_gradients, nonfinite_gradient
@@ -197,8 +197,8 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         for number, group in enumerate(groups[: len(self.policy_groups)]):
             if "policy" in group:  # it would be without effect, and the group could not be saved
                 raise ValueError(
-                    f"SelectiveUpdate: param_groups[{number}] got a 'policy' after it was taken in; remove it there and "
-                    f"set opt.policy_groups[{number}].policy (a Policy), or its hyper-parameters by name"
+                    f"SelectiveUpdate: param_groups[{number}] got a 'policy' after it was taken in; remove it there, "
+                    f"and set opt.policy_groups[{number}].policy (a Policy) or its hyper-parameters by name"
                 )
         for group in groups[len(self.policy_groups) :]:  # at construction, or added on the base itself
             self.policy_groups.append(PolicyGroup(take_policy(group, self._default, self.base.defaults)))
@@ -306,7 +306,8 @@ def _capture_key(base: Optimizer, group: dict[str, Any], policy: Policy) -> obje
         if k not in skip and isinstance(v, (bool, str, int, float))
     )
     layout = frozenset((p.dtype, p.device.type, p.dim()) for p in group["params"])
-    return type(base), flags, layout, isinstance(policy, Dense), policy.needs()
+    replaced = replaced_step(base) is not None
+    return type(base), replaced, flags, layout, isinstance(policy, Dense), policy.needs()
 
 
 def _check_momentum(

@@ -56,3 +56,22 @@ def test_a_counter_in_the_group_is_not_measured_again_in_every_step(monkeypatch)
     assert len(measured) <= 2  # at construction, and when the counter has left 0
     # 0.1 * (1 + ... + 12) = 7.8, × 2 and × 1/2; a sum of 12 float32 terms
     torch.testing.assert_close(p.detach(), torch.tensor([-15.6, -15.6, -3.9, -3.9]))
+
+
+def test_a_step_that_was_replaced_on_the_instance_runs() -> None:
+    """The fused rule is the class's; somebody's own step must not be left out silently."""
+    p = torch.nn.Parameter(torch.zeros(4))
+    base = torch.optim.SGD([p], lr=0.1)
+    optimizer = SelectiveUpdate(base, policy=MGUP())
+    original, called = base.step, []
+
+    def step(closure=None):
+        called.append(1)
+        return original(closure)
+
+    vars(base)["step"] = step
+    p.grad = torch.ones(4)
+    optimizer.step()
+    assert called == [1]
+    assert "replaced on the instance" in optimizer.explain()
+    torch.testing.assert_close(p.detach(), torch.tensor([-0.2, -0.2, -0.05, -0.05]))
