@@ -143,5 +143,5 @@ def test_a_policy_put_into_a_group_later_is_not_ignored() -> None:
 @pytest.mark.parametrize("beta", ["0.9", float("nan"), 1.0, -0.1])
 def test_a_momentum_of_our_own_has_a_number_for_its_coefficient(beta: Any) -> None:
     base = torch.optim.RMSprop([torch.nn.Parameter(torch.zeros(4))])
-    with pytest.raises(ValueError, match="momentum_beta is .*, must be a number"):
+    with pytest.raises(ValueError, match=r"momentum_beta is .*, must be a number"):
         SelectiveUpdate(base, momentum_beta=beta)
