@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from selective.capture.base import Parameter
 from selective.capture.choose import Capture
-from selective.capture.fused import FusedRule
+from selective.capture.fused import FusedRule, fused_rule
 from selective.capture.stepping import run_step_on
 from selective.groups import PolicyGroup
 from selective.kernels import spec
@@ -25,6 +25,7 @@ from selective.state import (
     STEP,
     MergedState,
     base_part,
+    check_entries,
     check_layout,
     decode_policy,
     encode_policy,
@@ -67,8 +68,8 @@ class Checkpointing(Optimizer):
             raise AttributeError("SelectiveUpdate.state is a view; load_state_dict changes the state")
 
     def _saved_entries(self, own: dict[str, Tensor], policy: Policy) -> dict[str, Tensor]:
-        numbers = {STEP: torch.tensor(self._steps), SEED: torch.tensor(self._seed), POLICY: encode_policy(policy)}
-        return {**numbers, **own}
+        step, seed = (torch.tensor(number, device="cpu") for number in (self._steps, self._seed))
+        return {STEP: step, SEED: seed, POLICY: encode_policy(policy), **own}
 
     def _own_state(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
         """The policy's state of one parameter, made on first use. The tensors are the stored ones."""
@@ -121,15 +122,20 @@ class Checkpointing(Optimizer):
     def _parameters(self) -> list[list[Parameter]]:
         raise TypeError("Checkpointing is the half of SelectiveUpdate; it is not used alone")
 
+    def _plan(self) -> None:
+        raise TypeError("Checkpointing is the half of SelectiveUpdate; it is not used alone")
+
     def init_state(self) -> None:
         """Make all state now, as the first step would, without moving a parameter.
 
-        For bases with a fused rule this is exactly their state before the first step. Other bases make theirs in a
-        step with zero gradients and learning rate 0, as torch.distributed.checkpoint does it; those that count steps
-        have counted one then.
+        For bases with a fused rule, dense groups and other captures included, this is exactly their state before the
+        first step. Other bases make theirs in a step with zero gradients and learning rate 0, as
+        torch.distributed.checkpoint does it; those that count steps have counted one then.
         """
+        self._plan()
+        known = fused_rule(self.base)
         for number, (group, members) in enumerate(zip(self.base.param_groups, self._parameters(), strict=True)):
-            rule: FusedRule | None = self._captures[number][1].rule
+            rule: FusedRule | None = None if known is None or known.supports(group) else known
             todo = [m for m in members if m.tensor.requires_grad and not self.base.state.get(m.tensor)]
             if rule is not None:
                 for member in todo:
@@ -145,6 +151,7 @@ class Checkpointing(Optimizer):
         """torch's form, `{"state", "param_groups"}`: the base's own, with our entries under `selective/`."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
+        self._plan()  # groups that were added on the base are ours too
         found = dict(self.base.state_dict())
         state = {index: dict(entries) for index, entries in found["state"].items()}
         index = 0
@@ -169,9 +176,11 @@ class Checkpointing(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, found)
             found = found if result is None else dict(result)
+        self._plan()
         check_layout(found, self.base.param_groups)
         order = [index for group in found["param_groups"] for index in group["params"]]
         ours = own_part(found)
+        counted = check_entries(ours)
         policies = self._checked_policies(order, ours)
         theirs = base_part(found)
         self.base.load_state_dict(theirs)
@@ -186,8 +195,7 @@ class Checkpointing(Optimizer):
             for index, parameter in zip(order, parameters, strict=True)
             if index in ours
         }
-        for entries in ours.values():
-            self._steps, self._seed = int(entries.get(STEP, self._steps)), int(entries.get(SEED, self._seed))
+        self._steps, self._seed = counted.get(STEP, self._steps), counted.get(SEED, self._seed)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -225,8 +233,8 @@ class Checkpointing(Optimizer):
             raise ValueError(
                 f"SelectiveUpdate: the checkpoint {had} made with momentum_beta; construct the optimizer the same way"
             )
-        theirs = {key: tuple(value.shape) for key, value in found.items()}
-        ours = {key: tuple(value.shape) for key, value in wanted.items()}
+        theirs = {key: (tuple(value.shape), value.dtype) for key, value in found.items()}
+        ours = {key: (tuple(value.shape), value.dtype) for key, value in wanted.items()}
         if theirs != ours:
             raise ValueError(
                 f"SelectiveUpdate: the checkpoint's state of parameter {member.name!r} does not fit {policy!r}: found "

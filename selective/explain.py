@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.capture.choose import Capture
 from selective.capture.custom import has_own_code
+from selective.capture.delta import LOW_PRECISION
 from selective.groups import PolicyGroup
 
 _MEMORY = {
@@ -30,7 +34,7 @@ def explain(
             f"  capture   {capture.way}: {capture.reason}",
             f"  decay     {_decay(capture)}",
             f"  momentum  {_momentum(capture, group, momentum_beta)}",
-            f"  memory    {_memory(policy_group, capture)}",
+            f"  memory    {_memory(policy_group, capture, group)}",
         ]
         notes = _notes(capture)
         if notes:
@@ -44,6 +48,8 @@ def _count(number: int, what: str) -> str:
 
 def _decay(capture: Capture) -> str:
     facts = capture.facts
+    if facts.decay == "none" and facts.depends_on_param:
+        return "none under 'weight_decay'; decay by another name would be part of the update, and masked with it"
     if facts.decay == "none":
         return "none"
     if facts.decay == "coupled":
@@ -62,10 +68,21 @@ def _momentum(capture: Capture, group: dict[str, object], momentum_beta: float |
     return f"the base's state[{key!r}]" if key else "the base's own"
 
 
-def _memory(policy_group: PolicyGroup, capture: Capture) -> str:
+def _memory(policy_group: PolicyGroup, capture: Capture, group: dict[str, Any]) -> str:
     if capture.way == "fused" and has_own_code(policy_group.policy):
         return "one copy of the group's parameters during the step, because the policy is your own code"
+    low = any(p.dtype in LOW_PRECISION for p in group["params"])
+    if capture.way == "scratch" and capture.facts.decay == "coupled" and _decays(group):
+        gradients = "the policy's float32 and the base's" if low else "with the decay in them"
+        return f"{_MEMORY['scratch']}, and copies of its gradients, {gradients}"
+    if capture.way == "delta" and low:
+        return "one copy of the group's parameters during the step, and float32 copies of them and of their gradients"
     return _MEMORY[capture.way]
+
+
+def _decays(group: dict[str, Any]) -> bool:
+    decay = group.get("weight_decay", 0.0)
+    return isinstance(decay, Tensor) or decay != 0
 
 
 def _notes(capture: Capture) -> str:

@@ -39,7 +39,7 @@ def nonfinite_gradient(parameters: list[list[Parameter]]) -> str | None:
     present = [p for members in parameters for p in members if p.tensor.grad is not None]
     if not present:
         return None
-    # the sum of |g| * 0 is 0 or NaN: one number a tensor, without a mask of the tensor's size
+    # the largest |g| is finite where all are: one number a tensor, without a mask of the tensor's size
     flags = [torch.linalg.vector_norm(_values(p), ord=float("inf")).isfinite() for p in present]
     finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
     return next((p.name for p, ok in zip(present, finite, strict=True) if not ok), None)
@@ -49,4 +49,5 @@ def _values(parameter: Parameter) -> torch.Tensor:
     grad = parameter.tensor.grad
     assert grad is not None
     values = grad.coalesce().values() if grad.is_sparse else grad
-    return values.float() if values.numel() else torch.zeros(1, device=values.device)
+    # in its own dtype: float32 would make infinity of a large float64, and lose the imaginary part
+    return values if values.numel() else torch.zeros(1, device=values.device)

@@ -13,7 +13,7 @@ from selective.bound import Bindable
 from selective.capture.base import DenseJob, Job, Parameter, StepContext, scalar
 from selective.capture.choose import Capture, CaptureName, choose_capture
 from selective.capture.custom import PolicyError, has_own_code
-from selective.capture.stepping import base_hooks, run_step_on
+from selective.capture.stepping import base_hooks, replaced_step, run_step_on
 from selective.checkpoint import Checkpointing
 from selective.explain import explain
 from selective.gradients import OnNonfinite, check_gradients, nonfinite_gradient
@@ -78,8 +78,14 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         self._constructing = True  # torch's constructor would build groups of its own; ours are the base's
         Optimizer.__init__(self, base.param_groups, base.defaults)
         self._constructing = False
-        self._plan()
-        self._make_own_state(self._has_base_state)
+        named = [(group, group["policy"]) for group in base.param_groups if "policy" in group]
+        try:
+            self._plan()
+            self._make_own_state(self._has_base_state)
+        except BaseException:
+            for group, own in named:  # the base is as it was given: wrapping it again finds its policies
+                group["policy"] = own
+            raise
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -95,6 +101,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         """Add a group to the base; a `policy` in it overrides the wrapper's for this group."""
         if self._constructing:
             return
+        self._plan()  # groups that were added on the base come before this one
         group = dict(param_group)
         policy = take_policy(group, self._default, self.base.defaults)
         self.base.add_param_group(group)
@@ -187,6 +194,12 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
     def _plan(self) -> None:
         """Keep policies and captures in step with the base's groups, which may have changed under us."""
         groups = self.param_groups
+        for number, group in enumerate(groups[: len(self.policy_groups)]):
+            if "policy" in group:  # it would be without effect, and the group could not be saved
+                raise ValueError(
+                    f"SelectiveUpdate: param_groups[{number}] got a 'policy' after it was taken in; remove it there, "
+                    f"and set opt.policy_groups[{number}].policy (a Policy) or its hyper-parameters by name"
+                )
         for group in groups[len(self.policy_groups) :]:  # at construction, or added on the base itself
             self.policy_groups.append(PolicyGroup(take_policy(group, self._default, self.base.defaults)))
         if len(self.policy_groups) > len(groups):
@@ -269,8 +282,8 @@ def _check_arguments(base: object, capture: str, momentum_beta: float | None, on
         raise ValueError(f"SelectiveUpdate: capture is {capture!r}, must be 'auto', 'fused', 'scratch' or 'delta'")
     if on_nonfinite not in ("ignore", "skip", "raise"):
         raise ValueError(f"SelectiveUpdate: on_nonfinite is {on_nonfinite!r}, must be 'ignore', 'skip' or 'raise'")
-    if momentum_beta is not None and not 0 <= momentum_beta < 1:
-        raise ValueError(f"SelectiveUpdate: momentum_beta is {momentum_beta}, must be in [0, 1)")
+    if momentum_beta is not None and not (isinstance(momentum_beta, (int, float)) and 0 <= momentum_beta < 1):
+        raise ValueError(f"SelectiveUpdate: momentum_beta is {momentum_beta!r}, must be a number in [0, 1)")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"SelectiveUpdate: seed is {seed!r}, must be an integer in [0, 2**63)")
 
@@ -286,9 +299,15 @@ def _check_complete(policy: Policy, number: int) -> None:
 def _capture_key(base: Optimizer, group: dict[str, Any], policy: Policy) -> object:
     """What the choice of a capture depends on; while it stays the same, nothing is asked again."""
     skip = ("params", "lr", "step", "initial_lr", "param_names")
-    flags = tuple((k, v) for k, v in group.items() if k not in skip and isinstance(v, (bool, str, int, float)))
+    # Of numbers only whether they are 0: some bases count their steps in the group, schedulers move betas and decay.
+    flags = tuple(
+        (k, v if isinstance(v, (bool, str)) else v != 0)
+        for k, v in group.items()
+        if k not in skip and isinstance(v, (bool, str, int, float))
+    )
     layout = frozenset((p.dtype, p.device.type, p.dim()) for p in group["params"])
-    return type(base), flags, layout, isinstance(policy, Dense), policy.needs()
+    replaced = replaced_step(base) is not None
+    return type(base), replaced, flags, layout, isinstance(policy, Dense), policy.needs()
 
 
 def _check_momentum(

@@ -51,6 +51,8 @@ class MergedEntry(MutableMapping[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         if key in self._ours:  # moved to another device, say: keep the tensor's identity in our own dictionaries
             self._ours[key].data = value
+        elif str(key).startswith(PREFIX):
+            raise KeyError(f"{key!r}: names under {PREFIX!r} belong to SelectiveUpdate, which has no such entry here")
         else:
             self._theirs[key] = value
 
@@ -144,6 +146,23 @@ def own_part(state_dict: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
         if ours:
             found[index] = ours
     return found
+
+
+def check_entries(ours: Mapping[Any, Mapping[str, Any]]) -> dict[str, int]:
+    """Refuse entries of ours that are no tensors; the step count and the seed that they hold, checked."""
+    numbers: dict[str, int] = {}
+    for index, entries in ours.items():
+        for key, value in entries.items():
+            where = f"SelectiveUpdate: the checkpoint's {key!r} of parameter {index!r}"
+            if not isinstance(value, Tensor) and not (key in (STEP, SEED) and type(value) is int):
+                raise ValueError(f"{where} is a {type(value).__name__}, must be a tensor; nothing was loaded")
+            if key not in (STEP, SEED):
+                continue
+            number = value if isinstance(value, int) else value.item() if value.numel() == 1 else None
+            if number is None or not 0 <= number < 2**63 or int(number) != number:  # NaN is not in any range
+                raise ValueError(f"{where} is {value}, must be one integer in [0, 2**63); nothing was loaded")
+            numbers[key] = int(number)
+    return numbers
 
 
 def check_layout(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:

@@ -129,7 +129,10 @@ class StepView:
         return torch.linalg.vector_norm(x, dtype=torch.float64).to(self.dtype)
 
     def quantile(self, x: Tensor, q: float) -> Tensor:
-        """The value with a share `q` of the tensor at or below it (no interpolation); a 0-d tensor."""
+        """The value at place int(q * numel) in ascending order (at most the largest): about a share `q` lies below it.
+
+        No interpolation; a 0-d tensor. NaN counts as larger than everything.
+        """
         ordered = x.flatten().sort().values
         index = min(max(int(q * ordered.numel()), 0), ordered.numel() - 1)
         return ordered[index].to(self.dtype)

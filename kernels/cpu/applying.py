@@ -32,6 +32,7 @@ class Totals:
         row = torch.tensor(
             [self.selected, above, below, self.update_sq, self.grad_sq, self.update_grad, self.masked_sq],
             dtype=torch.float64,
+            device="cpu",
         )
         return Sums(numel, *row.unbind())
 

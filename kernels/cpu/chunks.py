@@ -27,7 +27,7 @@ class _Buffers(threading.local):
     def get(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
         held = self.held.get((name, dtype))
         if held is None or held.numel() < count:
-            held = self.held[(name, dtype)] = torch.empty(max(CHUNK, count), dtype=dtype)
+            held = self.held[(name, dtype)] = torch.empty(max(CHUNK, count), dtype=dtype, device="cpu")
         return held[:count]
 
 
@@ -55,7 +55,7 @@ class Scratch:
     def get(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
         held = self.held.get((name, dtype))
         if held is None or held.numel() < count:
-            held = self.held[(name, dtype)] = torch.empty(max(count, self.largest), dtype=dtype)
+            held = self.held[(name, dtype)] = torch.empty(max(count, self.largest), dtype=dtype, device="cpu")
         return held[:count]
 
 

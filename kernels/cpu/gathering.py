@@ -59,7 +59,7 @@ class Gatherer:
         assert self.positions is not None
         assert self.peeked is not None
         n = self.positions.numel()
-        chosen = torch.ones(n, dtype=torch.bool) if marks is None else marks[self.positions] != 0
+        chosen = torch.ones(n, dtype=torch.bool, device="cpu") if marks is None else marks[self.positions] != 0
         if self.strength.kind == "mean_preserving":
             return Parts(n, selected=total(chosen))
         moved = self.peeked
@@ -77,7 +77,8 @@ class Gatherer:
         if self.sampled:
             parts = self._sample_parts(marks)
         else:
-            values = torch.tensor([self.selected, self.first, self.second, self.third], dtype=torch.float64)
+            sums = [self.selected, self.first, self.second, self.third]
+            values = torch.tensor(sums, dtype=torch.float64, device="cpu")
             count, first, second, third = values.unbind()
             parts = Parts(
                 item.param.numel(), selected=count, selected_sq=first, rest_sq=second,

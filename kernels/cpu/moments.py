@@ -57,10 +57,10 @@ def _run_sgd(mover: Mover, start: int, end: int, grad: Tensor, out: Tensor) -> N
 
 
 def _example(rule: Rule) -> Item:
-    x = torch.linspace(-1.0, 1.0, 83)
+    x = torch.linspace(-1.0, 1.0, 83, dtype=torch.float32, device="cpu")
     state = {"momentum_buffer": x.flip(0).clone()}
     if isinstance(rule, AdamRule):
-        state = {"step": torch.tensor(3.0), "exp_avg": x.flip(0) * 0.1, "exp_avg_sq": x * x * 0.01 + 1e-6}
+        state = {"step": torch.tensor(3.0, device="cpu"), "exp_avg": x.flip(0) * 0.1, "exp_avg_sq": x * x * 0.01 + 1e-6}
         state["max_exp_avg_sq"] = state["exp_avg_sq"] * (1 + 0.5 * x)
     return Item(torch.zeros_like(x), x.roll(7), state, 0)
 
@@ -77,7 +77,7 @@ def _trusted(rule: Rule) -> bool:
         return False
     mover = Mover(theirs, rule, begin(theirs, rule), Flat(theirs, True), run)
     try:
-        direction = mover(0, 83, torch.empty(83)).direction
+        direction = mover(0, 83, torch.empty_like(theirs.param)).direction
     except (RuntimeError, TypeError):  # no CPU kernel in this build, or another signature
         return False
     moved = move(rule, begin(ours, rule), ours.param, ours.grad, ours.state, False)
@@ -120,7 +120,8 @@ class Mover:
             assert isinstance(rule, (AdamRule, SGDRule))
             self.lr = float(number(rule.lr))
             self.beta1, self.beta2 = float(numbers.beta1), float(numbers.beta2)
-            self.step = item.state["step"].to(torch.float32) if isinstance(rule, AdamRule) else torch.zeros(())
+            count = item.state["step"] if isinstance(rule, AdamRule) else torch.zeros((), device="cpu")
+            self.step = count.to(torch.float32)
             self.moment = flat.state["exp_avg" if isinstance(rule, AdamRule) else "momentum_buffer"]
 
     def gradient(self, start: int, end: int) -> Tensor:

@@ -74,6 +74,6 @@ class Selector:
         bits, shifted = buffer("bits", count, torch.int32), buffer("shifted", count, torch.int32)
         first = start & 0xFFFFFFFF
         first = first - (1 << 32) if first >= 1 << 31 else first  # int32 wraps as the 32-bit index does
-        torch.arange(first, first + count, out=bits)
+        torch.arange(first, first + count, out=bits, device="cpu")
         hash_(bits, keys(self.draw, self.item.address, start >> 32), shifted)
         return out.copy_(bits.lt_(self.limit))

@@ -175,8 +175,9 @@ class _Step:
             assert collector is not None
             self.threshold = collector.settle()
         if self.threshold is None:  # the bracket has missed
-            whole = self.scores if self.scores is not None else torch.empty(self.numel, dtype=self.dtype)
-            if self.scores is None:
+            whole = self.scores
+            if whole is None:
+                whole = torch.empty(self.numel, dtype=self.dtype, device="cpu")
                 for start, end in spans(self.numel):
                     negated_score(self.selection, self.rule, self._again(directions, start, end), whole[start:end])
             self.threshold = ranking.exact(whole, self.k)

@@ -104,7 +104,7 @@ class Collector:
 def bracket_runs(numel: int) -> Tensor:
     """Which of the tensor's aligned runs of `RUN` neighbours the bracket is made of: spread evenly."""
     runs, available = SAMPLE // RUN, numel // RUN
-    return torch.arange(runs) * (available - 1) // (runs - 1)
+    return torch.arange(runs, device="cpu") * (available - 1) // (runs - 1)
 
 
 def top_k(score: Tensor, k: int) -> Tensor:

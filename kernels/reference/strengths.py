@@ -48,13 +48,15 @@ def _norm_preserving(strength: Strength, parts: Parts) -> Tensor:
     wanted = (chosen + others - strength.rest**2 * others).clamp(min=0)
     nothing = chosen == 0
     value = (wanted / torch.where(nothing, 1.0, chosen)).sqrt().clamp(max=strength.cap)
-    return torch.where(nothing, 1.0, value)
+    # A square that overflows, or one NaN, would otherwise reach every coordinate of the tensor.
+    return torch.where(nothing | ~torch.isfinite(chosen + others), 1.0, value)
 
 
 def _alignment(strength: Strength, parts: Parts, state: dict[str, Tensor]) -> Tensor:
     dot, norms = _need(parts.dot), _need(parts.momentum_sq).sqrt() * _need(parts.grad_sq).sqrt()
     nothing = norms == 0
     cosine = torch.where(nothing, 0.0, dot / torch.where(nothing, 1.0, norms))
+    cosine = torch.where(torch.isfinite(cosine), cosine, 0.0)  # else the average would be NaN from now on
     if "average" not in state:
         state["average"] = torch.ones((), dtype=torch.float32, device=dot.device)
     average = state["average"]

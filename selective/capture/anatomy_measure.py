@@ -17,7 +17,7 @@ from selective.capture.anatomy_fit import with_decay
 from selective.capture.anatomy_momentum import momentum_key
 from selective.capture.anatomy_probe import Grads, Run, values
 from selective.capture.anatomy_prober import DECAY, LARGE, ROUNDING, SIZABLE, SMALL, Prober, cosine, largest
-from selective.capture.anatomy_refusals import refused_seen, refused_unseen, unsteppable, untriable
+from selective.capture.anatomy_refusals import motionless, refused_seen, refused_unseen, unsteppable, untriable
 
 
 def measure(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
@@ -50,6 +50,8 @@ def _facts(prober: Prober, dtype: torch.dtype) -> Anatomy:
     if prober.run(prober.small, steps=2).largest_state <= SIZABLE * 2**SMALL:
         prober.prepare(dtype, LARGE)
     at_zero, small, large = (prober.run(s) for s in (prober.zeros, prober.small, prober.large))
+    if all(torch.equal(run.params[0][i], end) for run in (small, large) for i, end in enumerate(run.params[-1])):
+        return Anatomy(refusal=motionless(prober.base))
     embeds = _embeds(small, large)
     refusal = refused_seen(prober.base, prober.group, embeds)
     if refusal is not None:  # the rest would describe a step that is not to be wrapped

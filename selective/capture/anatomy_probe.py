@@ -36,8 +36,9 @@ def values(shapes: Sequence[tuple[int, ...]], seed: int, scale: float = 1.0, spr
     out = []
     for i, shape in enumerate(shapes):
         make = torch.Generator().manual_seed(1000 * seed + i)
-        x = torch.randn(shape, generator=make, dtype=torch.float64) * scale
-        size = torch.randn(shape, generator=torch.Generator().manual_seed(7 + i), dtype=torch.float64)
+        x = torch.randn(shape, generator=make, dtype=torch.float64, device="cpu") * scale
+        other = torch.Generator().manual_seed(7 + i)
+        size = torch.randn(shape, generator=other, dtype=torch.float64, device="cpu")
         out.append(x * torch.exp(spread * size))
     return out
 

@@ -51,6 +51,16 @@ def unsteppable(base: Optimizer, error: BaseException) -> str:
     )
 
 
+def motionless(base: Optimizer) -> str:
+    """The twin stepped, on gradients that are not zero, and its parameters stood still."""
+    name = type(base).__name__
+    return (
+        f"{name} did not move the tensors that stand in for its parameters, so what its update does is not known: it "
+        "steps a list of parameters of its own instead of its param_groups, or its learning rate is 0 under a name "
+        "that is not 'lr'; use a base that steps what its param_groups hold, at a learning rate above 0."
+    )
+
+
 def _several_evaluations(name: str, found: str) -> str:
     return (
         f"{name} evaluates the loss several times in a step ({found}), so there is no one gradient to select by; use a "

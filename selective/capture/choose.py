@@ -13,6 +13,7 @@ from selective.capture.base import DenseJob, Job, Parameter, StepContext
 from selective.capture.delta import LOW_PRECISION, DeltaJob
 from selective.capture.fused import FusedJob, FusedRule, fused_rule
 from selective.capture.scratch import ScratchJob
+from selective.capture.stepping import replaced_step
 from selective.policies import Dense, Policy
 
 CaptureName = Literal["auto", "fused", "scratch", "delta"]
@@ -75,6 +76,8 @@ def _fused(base: Optimizer, group: dict[str, Any], own_momentum: bool) -> tuple[
     rule = fused_rule(base)
     if rule is None:
         return None, f"there is no fused rule for {type(base).__name__}"
+    if replaced_step(base) is not None:
+        return None, "its step() was replaced on the instance"
     if own_momentum:
         return None, "momentum_beta is given, so the wrapper keeps the momentum"
     unsupported = rule.supports(group)

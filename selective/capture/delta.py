@@ -4,7 +4,8 @@ Applied as p_after + (1 - mask) u, which is exactly the base's result where the 
 difference is mostly rounding (small updates vanish in it), so there the base steps a float32 copy; its parameter-shaped
 state is float32 then. Where the base keeps what rounding takes from the parameter (Kahan summation), its float32 copy
 needs no such thing, and we keep the residue instead, in one buffer of the parameter's dtype as the base would have.
-Costs two copies of the parameters during the step.
+Costs two copies of the parameters during the step; of low-precision ones, one and float32 copies of parameter and
+gradient, five of theirs in bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class DeltaJob(GenericJob):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stand_ins: dict[int, Tensor] = {}  # index of a low-precision parameter -> its float32 copy
-        self.started: dict[int, Tensor] = {}  # ... and its value before the step
+        self.started: dict[int, Tensor] = {}  # ... and its value before the step, where a residue was added
         self.params: list[Tensor] = []  # the group's own list, while stand-ins are in it
 
     def prepare(self) -> None:
@@ -37,7 +38,8 @@ class DeltaJob(GenericJob):
             self.remember(parameter, before)
             if before.dtype in LOW_PRECISION:
                 self.stand_ins[index] = self._stand_in(parameter)
-                self.started[index] = self.stand_ins[index].detach().clone()
+                if self.facts.residue:  # otherwise it is the saved value, in float32
+                    self.started[index] = self.stand_ins[index].detach().clone()
         if self.stand_ins:
             self.params = self.group["params"]
             by_param = {self.parameters[index].tensor: stand_in for index, stand_in in self.stand_ins.items()}
@@ -69,7 +71,7 @@ class DeltaJob(GenericJob):
         for index, parameter in enumerate(self.parameters):
             before, after = self.saved[index], parameter.tensor
             if index in self.stand_ins:
-                before, after = self.started[index], self.stand_ins[index].detach()
+                before, after = self.started.get(index, before.float()), self.stand_ins[index].detach()
             update = before - after
             if self.facts.decay == "decoupled":
                 update = update - before * (1.0 - self.factors[index])

@@ -143,11 +143,18 @@ class ScratchJob(GenericJob):
             self.saved.append(before)
             self.remember(parameter, before)
             if self.coupled:  # decay vanishes on zeros: give the base the gradient that it would have made
-                assert p.grad is not None
-                stand_in = torch.add(p.grad, before, alpha=self.coupled)
+                stand_in = self._decayed_gradient(p, before, self.grads[-1])
                 self.their_grads.append((p, p.grad, stand_in))
                 p.grad = stand_in
             p.zero_()
+
+    def _decayed_gradient(self, p: Tensor, before: Tensor, seen: Tensor | None) -> Tensor:
+        """The gradient with decay in it, as the base would have made it; the policy's own where that is the same."""
+        assert p.grad is not None
+        same = seen is not None and seen.dtype == p.grad.dtype and sign_of(self.context.base, self.group) > 0
+        if seen is not None and same and not self.facts.writes_grad:
+            return seen
+        return torch.add(p.grad, before, alpha=self.coupled)
 
     def finish(self) -> None:
         self._give_gradients_back()

@@ -7,7 +7,7 @@ part, also where that runs in our kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,11 +30,17 @@ def base_hooks(base: Optimizer) -> Iterator[None]:
         vars(base)["_opt_called"] = True
 
 
+def replaced_step(base: Optimizer) -> Callable[[], Any] | None:
+    """Somebody's own step on the instance, which is to run instead of the class's; a scheduler's counter is none."""
+    replaced = vars(base).get("step")
+    return None if hasattr(replaced, "_wrapped_by_lr_sched") else replaced
+
+
 def run_step(base: Optimizer) -> None:
     """The base's step without any hooks, its own included."""
     step = type(base).step
-    replaced = vars(base).get("step")
-    if replaced is not None and not hasattr(replaced, "_wrapped_by_lr_sched"):  # somebody's own step on the instance
+    replaced = replaced_step(base)
+    if replaced is not None:
         with _no_hooks(base):
             replaced()
         return

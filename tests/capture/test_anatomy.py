@@ -86,6 +86,7 @@ def writes(p, g, state, group):
 
 
 def replaces(p, g, state, group):
+    p.sub_(group["lr"] * g)
     p.grad = g.neg()
 
 

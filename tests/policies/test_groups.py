@@ -110,3 +110,38 @@ def test_momentum_of_our_own_is_the_running_average() -> None:
         previous, expected = expected, 0.8 * expected + 0.2 * p.grad
         torch.testing.assert_close(Sees.seen[-1][0], previous, rtol=0, atol=1e-15)  # float64, a rounding or two
         torch.testing.assert_close(Sees.seen[-1][1], expected, rtol=0, atol=1e-15)
+
+
+def test_a_group_added_on_the_base_keeps_its_place_before_one_added_on_the_wrapper() -> None:
+    params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    optimizer = SelectiveUpdate(torch.optim.SGD(params[:1], lr=0.1), policy=MGUP())
+    optimizer.base.add_param_group({"params": params[1:2]})
+    optimizer.add_param_group({"params": params[2:], "policy": "Cautious"})
+    assert [group.policy for group in optimizer.policy_groups] == [MGUP(), MGUP(), Cautious()]
+
+
+def test_a_constructor_that_fails_leaves_the_policies_in_the_groups() -> None:
+    """In a notebook the same base is wrapped again; its groups must not have lost their policies silently."""
+    params = [torch.nn.Parameter(torch.zeros(4, 4)) for _ in range(2)]
+    base = torch.optim.Adafactor([{"params": params[:1], "policy": "MGUP"}, {"params": params[1:], "policy": None}])
+    with pytest.raises(ValueError, match="scratch"):
+        SelectiveUpdate(base, policy=Cautious(), capture="scratch")
+    optimizer = SelectiveUpdate(base, policy=Cautious())
+    assert [group.policy for group in optimizer.policy_groups] == [MGUP(), Dense()]
+
+
+def test_a_policy_put_into_a_group_later_is_not_ignored() -> None:
+    optimizer = three_groups(MGUP())
+    optimizer.param_groups[1]["policy"] = "Cautious"
+    with pytest.raises(ValueError, match=r"opt.policy_groups\[1\].policy"):
+        optimizer.step()
+    del optimizer.param_groups[1]["policy"]
+    optimizer.policy_groups[1].policy = Cautious()
+    assert one_step(optimizer)[1] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("beta", ["0.9", float("nan"), 1.0, -0.1])
+def test_a_momentum_of_our_own_has_a_number_for_its_coefficient(beta: Any) -> None:
+    base = torch.optim.RMSprop([torch.nn.Parameter(torch.zeros(4))])
+    with pytest.raises(ValueError, match=r"momentum_beta is .*, must be a number"):
+        SelectiveUpdate(base, momentum_beta=beta)
