@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from selective.arguments import check_arguments, check_complete, check_momentum
 from selective.bound import Bindable
 from selective.capture.base import DenseJob, Job, Parameter, StepContext, scalar
-from selective.capture.choose import Capture, CaptureName, choose_capture
+from selective.capture.choose import Capture, CaptureName, capture_key, choose_capture
 from selective.capture.custom import PolicyError, has_own_code
-from selective.capture.stepping import base_hooks, replaced_step, run_step_on
+from selective.capture.stepping import base_hooks, run_step_on
 from selective.checkpoint import Checkpointing
 from selective.explain import explain
 from selective.gradients import OnNonfinite, check_gradients, nonfinite_gradient
 from selective.groups import PolicyGroup, take_policy
 from selective.kernels import spec
-from selective.policies import Dense, Policy, policy_from
+from selective.policies import Policy, policy_from
 from selective.statistics import Report
 
 
@@ -62,7 +63,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         statistics: bool = True,
         stochastic_rounding: bool = False,
     ) -> None:
-        _check_arguments(base, capture, momentum_beta, on_nonfinite, seed)
+        check_arguments(SelectiveUpdate, base, capture, momentum_beta, on_nonfinite, seed)
         self.base = base
         self._default = policy_from(policy)
         self._wanted: CaptureName = capture
@@ -209,15 +210,15 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             )
         captures = []
         for number, (group, policy_group) in enumerate(zip(groups, self.policy_groups, strict=True)):
-            key = _capture_key(self.base, group, policy_group.policy)
+            key = capture_key(self.base, group, policy_group.policy)
             known = self._captures[number] if number < len(self._captures) else None
             if known is not None and known[0] == key:
                 captures.append(known)
                 continue
             own = self._momentum_beta is not None
-            _check_complete(policy_group.policy, number)
+            check_complete(policy_group.policy, number)
             capture = choose_capture(self.base, group, policy_group.policy, self._wanted, own)
-            _check_momentum(self.base, group, number, policy_group.policy, capture, own)
+            check_momentum(self.base, group, number, policy_group.policy, capture, own)
             captures.append((key, capture))
         self._captures = captures
 
@@ -268,55 +269,3 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             return False
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         return bool(grads) and not any(bool(grad.any()) for grad in grads)
-
-
-def _check_arguments(base: object, capture: str, momentum_beta: float | None, on_nonfinite: str, seed: int) -> None:
-    if not isinstance(base, Optimizer):
-        raise TypeError(
-            f"SelectiveUpdate: base is a {type(base).__name__}, must be a torch.optim.Optimizer; "
-            f"build it first: SelectiveUpdate(torch.optim.AdamW(model.parameters()), policy=...)"
-        )
-    if isinstance(base, SelectiveUpdate):
-        raise TypeError("SelectiveUpdate: base is a SelectiveUpdate already; wrap its base, with one policy for both")
-    if capture not in ("auto", "fused", "scratch", "delta"):
-        raise ValueError(f"SelectiveUpdate: capture is {capture!r}, must be 'auto', 'fused', 'scratch' or 'delta'")
-    if on_nonfinite not in ("ignore", "skip", "raise"):
-        raise ValueError(f"SelectiveUpdate: on_nonfinite is {on_nonfinite!r}, must be 'ignore', 'skip' or 'raise'")
-    if momentum_beta is not None and not (isinstance(momentum_beta, (int, float)) and 0 <= momentum_beta < 1):
-        raise ValueError(f"SelectiveUpdate: momentum_beta is {momentum_beta!r}, must be a number in [0, 1)")
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise ValueError(f"SelectiveUpdate: seed is {seed!r}, must be an integer in [0, 2**63)")
-
-
-def _check_complete(policy: Policy, number: int) -> None:
-    if policy.parts() is None and type(policy).mask is Policy.mask:
-        raise TypeError(
-            f"SelectiveUpdate: {type(policy).__name__} (param_groups[{number}]) says nothing: override mask(view), or "
-            f"parts() to name a selection and a strength"
-        )
-
-
-def _capture_key(base: Optimizer, group: dict[str, Any], policy: Policy) -> object:
-    """What the choice of a capture depends on; while it stays the same, nothing is asked again."""
-    skip = ("params", "lr", "step", "initial_lr", "param_names")
-    # Of numbers only whether they are 0: some bases count their steps in the group, schedulers move betas and decay.
-    flags = tuple(
-        (k, v if isinstance(v, (bool, str)) else v != 0)
-        for k, v in group.items()
-        if k not in skip and isinstance(v, (bool, str, int, float))
-    )
-    layout = frozenset((p.dtype, p.device.type, p.dim()) for p in group["params"])
-    replaced = replaced_step(base) is not None
-    return type(base), replaced, flags, layout, isinstance(policy, Dense), policy.needs()
-
-
-def _check_momentum(
-    base: Optimizer, group: dict[str, Any], number: int, policy: Policy, capture: Capture, own: bool
-) -> None:
-    wanted = policy.needs() & {"momentum", "previous_momentum"}
-    if wanted and not own and not capture.has_momentum(group):
-        raise ValueError(
-            f"SelectiveUpdate: {policy!r} needs the base's momentum, and {type(base).__name__} "
-            f"(param_groups[{number}]) keeps no first moment of the gradient; pass "
-            f"momentum_beta=0.9 and the wrapper keeps its own"
-        )

@@ -94,3 +94,17 @@ def _why_delta(group: dict[str, Any], facts: Anatomy) -> str | None:
     if facts.residue:
         return f"it keeps the parameter's rounding residue in {', '.join(facts.residue)}"
     return None
+
+
+def capture_key(base: Optimizer, group: dict[str, Any], policy: Policy) -> object:
+    """What the choice of a capture depends on; while it stays the same, nothing is asked again."""
+    skip = ("params", "lr", "step", "initial_lr", "param_names")
+    # Of numbers only whether they are 0: some bases count their steps in the group, schedulers move betas and decay.
+    flags = tuple(
+        (k, v if isinstance(v, (bool, str)) else v != 0)
+        for k, v in group.items()
+        if k not in skip and isinstance(v, (bool, str, int, float))
+    )
+    layout = frozenset((p.dtype, p.device.type, p.dim()) for p in group["params"])
+    replaced = replaced_step(base) is not None
+    return type(base), replaced, flags, layout, isinstance(policy, Dense), policy.needs()

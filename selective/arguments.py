@@ -1,0 +1,53 @@
+"""What is refused when an optimizer is wrapped, or when a group's policy changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from selective.capture.choose import Capture
+from selective.policies import Policy
+
+
+def check_arguments(
+    wrapper: type, base: object, capture: str, momentum_beta: float | None, on_nonfinite: str, seed: int
+) -> None:
+    """Refuse what `SelectiveUpdate` cannot be built from."""
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            f"SelectiveUpdate: base is a {type(base).__name__}, must be a torch.optim.Optimizer; "
+            f"build it first: SelectiveUpdate(torch.optim.AdamW(model.parameters()), policy=...)"
+        )
+    if isinstance(base, wrapper):
+        raise TypeError("SelectiveUpdate: base is a SelectiveUpdate already; wrap its base, with one policy for both")
+    if capture not in ("auto", "fused", "scratch", "delta"):
+        raise ValueError(f"SelectiveUpdate: capture is {capture!r}, must be 'auto', 'fused', 'scratch' or 'delta'")
+    if on_nonfinite not in ("ignore", "skip", "raise"):
+        raise ValueError(f"SelectiveUpdate: on_nonfinite is {on_nonfinite!r}, must be 'ignore', 'skip' or 'raise'")
+    if momentum_beta is not None and not (isinstance(momentum_beta, (int, float)) and 0 <= momentum_beta < 1):
+        raise ValueError(f"SelectiveUpdate: momentum_beta is {momentum_beta!r}, must be a number in [0, 1)")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"SelectiveUpdate: seed is {seed!r}, must be an integer in [0, 2**63)")
+
+
+def check_complete(policy: Policy, number: int) -> None:
+    """Refuse a policy that has neither a mask nor parts."""
+    if policy.parts() is None and type(policy).mask is Policy.mask:
+        raise TypeError(
+            f"SelectiveUpdate: {type(policy).__name__} (param_groups[{number}]) says nothing: override mask(view), or "
+            f"parts() to name a selection and a strength"
+        )
+
+
+def check_momentum(
+    base: Optimizer, group: dict[str, Any], number: int, policy: Policy, capture: Capture, own: bool
+) -> None:
+    """Refuse a policy that reads a momentum which nobody keeps."""
+    wanted = policy.needs() & {"momentum", "previous_momentum"}
+    if wanted and not own and not capture.has_momentum(group):
+        raise ValueError(
+            f"SelectiveUpdate: {policy!r} needs the base's momentum, and {type(base).__name__} "
+            f"(param_groups[{number}]) keeps no first moment of the gradient; pass "
+            f"momentum_beta=0.9 and the wrapper keeps its own"
+        )

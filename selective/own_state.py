@@ -1,0 +1,154 @@
+"""What we keep of each parameter, and the merged view of it and the base's state: Note [our state entries]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from selective.capture.base import Parameter
+from selective.capture.choose import Capture
+from selective.capture.fused import FusedRule, fused_rule
+from selective.capture.stepping import run_step_on
+from selective.groups import PolicyGroup
+from selective.kernels import spec
+from selective.policies import Dense, Policy
+from selective.state import MOMENTUM, POLICY, POLICY_STATE, RESIDUE, SEED, STEP, MergedState, encode_policy
+from selective.view import StepView, Tensors
+
+
+class OwnState(Optimizer):
+    """The part of `SelectiveUpdate` that keeps state: ours beside the base's."""
+
+    base: Optimizer
+    policy_groups: list[PolicyGroup]
+    _own: dict[Tensor, dict[str, Tensor]]
+    _seed: int
+    _steps: int
+    _momentum_beta: float | None
+    _captures: list[tuple[object, Capture]]
+    _constructing: bool
+
+    @property
+    def state(self) -> MergedState:
+        """The base's state and ours, by parameter: a live view with the keys of `state_dict()["state"]`."""
+        policies: dict[Tensor, Policy] = {}  # looked up once for each view: reading all of it stays linear
+
+        def ours(param: Tensor) -> dict[str, Tensor]:
+            if not policies:
+                for group, policy_group in zip(self.base.param_groups, self.policy_groups, strict=False):
+                    policies.update(dict.fromkeys(group["params"], policy_group.policy))
+            if param not in self._own or param not in policies:
+                return {}
+            return self._saved_entries(self._own[param], policies[param])
+
+        return MergedState(lambda: self.base.state, ours, lambda: self._own)
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if not self._constructing:
+            raise AttributeError("SelectiveUpdate.state is a view; load_state_dict changes the state")
+
+    def _saved_entries(self, own: dict[str, Tensor], policy: Policy) -> dict[str, Tensor]:
+        step, seed = (torch.tensor(number, device="cpu") for number in (self._steps, self._seed))
+        return {STEP: step, SEED: seed, POLICY: encode_policy(policy), **own}
+
+    def _own_state(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
+        """The policy's state of one parameter, made on first use. The tensors are the stored ones."""
+        own = self._own_of(parameter, policy)
+        return {key[len(POLICY_STATE) :]: value for key, value in own.items() if key.startswith(POLICY_STATE)}
+
+    def _own_of(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
+        own = self._own.get(parameter.tensor)
+        if own is None:
+            own = self._own[parameter.tensor] = self._fresh_own(parameter, policy)
+        return own
+
+    def _fresh_own(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
+        """What we keep of a parameter before its first step."""
+        view = StepView(
+            Tensors(parameter.tensor), reads=frozenset({"param"}), who=type(policy).__name__, name=parameter.name,
+            draw=spec.Draw(self._seed, self._steps), address=parameter.address,
+        )  # fmt: skip
+        own = {POLICY_STATE + key: value for key, value in policy.init_state(view).items()}
+        if self._momentum_beta is not None:
+            dtype = torch.float64 if parameter.tensor.dtype == torch.float64 else torch.float32
+            own[MOMENTUM] = torch.zeros_like(parameter.tensor, dtype=dtype)
+        if self._captures[parameter.group][1].keeps_residue(parameter.tensor):
+            own[RESIDUE] = torch.zeros_like(parameter.tensor)
+        return own
+
+    def _own_momentum(self, parameter: Parameter, policy: Policy) -> Tensor:
+        return self._own_of(parameter, policy)[MOMENTUM]
+
+    def _own_residue(self, parameter: Parameter, policy: Policy) -> Tensor:
+        return self._own_of(parameter, policy)[RESIDUE]
+
+    def _make_own_state(self, wanted: Callable[[Parameter], bool]) -> None:
+        """Our state for the wanted parameters, unless their step is the base's alone."""
+        for policy_group, members in zip(self.policy_groups, self._parameters(), strict=True):
+            if isinstance(policy_group.policy, Dense):
+                continue
+            for parameter in members:
+                if wanted(parameter):
+                    self._own_of(parameter, policy_group.policy)
+
+    def _has_base_state(self, parameter: Parameter) -> bool:
+        """Whether the base holds state of it already, so that ours has to join it.
+
+        torch.distributed.checkpoint reads the names of entries off live state. Bases that make theirs in the
+        constructor (Adagrad), or that have trained before they were wrapped, have it from the start.
+        """
+        return bool(self.base.state.get(parameter.tensor))
+
+    def _parameters(self) -> list[list[Parameter]]:
+        raise TypeError("OwnState is a part of SelectiveUpdate; it is not used alone")
+
+    def _plan(self) -> None:
+        raise TypeError("OwnState is a part of SelectiveUpdate; it is not used alone")
+
+    def init_state(self) -> None:
+        """Make all state now, as the first step would, without moving a parameter.
+
+        For bases with a fused rule, dense groups and other captures included, this is exactly their state before the
+        first step. Other bases make theirs in a step with zero gradients and learning rate 0, as
+        torch.distributed.checkpoint does it; those that count steps have counted one then.
+        """
+        self._plan()
+        known = fused_rule(self.base)
+        for number, (group, members) in enumerate(zip(self.base.param_groups, self._parameters(), strict=True)):
+            rule: FusedRule | None = None if known is None or known.supports(group) else known
+            todo = [m for m in members if m.tensor.requires_grad and not self.base.state.get(m.tensor)]
+            if rule is not None:
+                for member in todo:
+                    rule.init_state(group, member.tensor, self.base.state[member.tensor])
+            elif todo:
+                _step_on_nothing(self.base, group, [member.tensor for member in todo])
+            policy = self.policy_groups[number].policy
+            for member in members:
+                if member.tensor.requires_grad and not isinstance(policy, Dense):
+                    self._own_of(member, policy)
+
+
+def _step_on_nothing(base: Optimizer, group: dict[str, Any], params: list[Tensor]) -> None:
+    """Let the base make its state for these parameters: zero gradients, learning rate 0, parameters put back."""
+    saved = [(p, p.detach().clone(), p.grad) for p in group["params"]]
+    rate = group.get("lr")
+    for p in group["params"]:
+        p.grad = None
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    try:
+        if rate is not None:
+            group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
+        run_step_on(base, [group])
+    finally:
+        if rate is not None:
+            group["lr"] = rate
+        with torch.no_grad():
+            for p, value, grad in saved:
+                p.copy_(value)
+                p.grad = grad
