@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.capture.base import Parameter
+from selective.capture.fused import fused_rule
 from selective.own_state import OwnState
 from selective.policies import Dense, Policy
 from selective.state import (
@@ -66,6 +67,7 @@ class Checkpointing(OwnState):
         counted = check_entries(ours)
         policies = self._checked_policies(order, ours)
         theirs = base_part(found)
+        self._check_base_state(found["param_groups"], theirs["state"])
         self.base.load_state_dict(theirs)
         parameters = [parameter for members in self._parameters() for parameter in members]
         for index, parameter in zip(order, parameters, strict=True):
@@ -78,7 +80,7 @@ class Checkpointing(OwnState):
             for index, parameter in zip(order, parameters, strict=True)
             if index in ours
         }
-        self._steps, self._seed = counted.get(STEP, self._steps), counted.get(SEED, self._seed)
+        self._steps, self._seed = counted.get(STEP, 0), counted.get(SEED, self._seed)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -93,7 +95,7 @@ class Checkpointing(OwnState):
             for index in indices:
                 if index in ours and POLICY in ours[index]:
                     saved = decode_policy(ours[index][POLICY], f"param_groups[{number}]")
-                    if saved.kind != policy.kind:
+                    if kinds_of(saved.model_dump()) != kinds_of(policy.model_dump()):
                         raise ValueError(
                             f"SelectiveUpdate: param_groups[{number}] has the policy {policy!r}, the checkpoint was "
                             f"made with {saved!r}; construct the optimizer with that policy, or load only the "
@@ -106,6 +108,26 @@ class Checkpointing(OwnState):
                 if index in ours and not isinstance(policy, Dense):
                     self._check_own_shapes(ours[index], member, policy)
         return policies
+
+    def _check_base_state(self, groups: list[dict[str, Any]], states: dict[Any, dict[str, Any]]) -> None:
+        """Refuse what another optimizer or another model has saved, as far as this base is known."""
+        known = fused_rule(self.base)
+        for group, members in zip(groups, self._parameters(), strict=True):
+            for index, member in zip(group["params"], members, strict=True):
+                entries = states.get(index)
+                if not entries:
+                    continue
+                facts = self._captures[member.group][1].facts
+                keys = [facts.momentum_key] if facts.momentum_key is not None else []
+                if known is not None:
+                    keys = known.moments(group, entries, type(self.base).__name__)
+                for key in keys:
+                    shape = getattr(entries.get(key), "shape", member.tensor.shape)
+                    if shape != member.tensor.shape:
+                        raise ValueError(
+                            f"SelectiveUpdate: the checkpoint's {key!r} of parameter {member.name!r} has shape "
+                            f"{tuple(shape)}, the parameter {tuple(member.tensor.shape)}; nothing was loaded"
+                        )
 
     def _check_own_shapes(self, entries: dict[str, Tensor], member: Parameter, policy: Policy) -> None:
         """Refuse entries that this optimizer would not have made."""
@@ -136,6 +158,13 @@ class Checkpointing(OwnState):
     def __repr__(self) -> str:
         policies = ", ".join(repr(group.policy) for group in self.policy_groups)
         return f"{type(self).__name__}({self.base!r}, policy={policies})"
+
+
+def kinds_of(data: Any) -> Any:
+    """The kinds in a policy's data, its own and those of what it is made of: what makes two of one kind."""
+    if not isinstance(data, dict) or "kind" not in data:
+        return None
+    return data["kind"], {key: kinds_of(value) for key, value in data.items() if kinds_of(value) is not None}
 
 
 def _own_tensors(entries: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:

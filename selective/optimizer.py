@@ -75,7 +75,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         self._report: Report | None = None
         self._own: dict[Tensor, dict[str, Tensor]] = {}
         self.policy_groups: list[PolicyGroup] = []
-        self._captures: list[tuple[object, Capture]] = []
+        self._captures: list[tuple[tuple[object, ...], Capture]] = []
         self._constructing = True  # torch's constructor would build groups of its own; ours are the base's
         Optimizer.__init__(self, base.param_groups, base.defaults)
         self._constructing = False
@@ -114,6 +114,11 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             self.policy_groups.pop()
             raise
         self._make_own_state(self._has_base_state)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of groups that name none. To change one, set `opt.policy_groups[i].policy` or its entries."""
+        return self._default
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own `zero_grad`."""
@@ -208,8 +213,13 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
                 f"SelectiveUpdate: the base has {len(groups)} parameter groups, policy_groups has "
                 f"{len(self.policy_groups)}: a group was removed; delete the same index from opt.policy_groups"
             )
-        captures = []
+        captures, switched = [], []
         for number, (group, policy_group) in enumerate(zip(groups, self.policy_groups, strict=True)):
+            if not isinstance(policy_group, PolicyGroup):
+                raise TypeError(
+                    f"SelectiveUpdate: policy_groups[{number}] is {policy_group!r}; its entries stay, set "
+                    f"opt.policy_groups[{number}].policy to a Policy instead"
+                )
             key = capture_key(self.base, group, policy_group.policy)
             known = self._captures[number] if number < len(self._captures) else None
             if known is not None and known[0] == key:
@@ -220,7 +230,11 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             capture = choose_capture(self.base, group, policy_group.policy, self._wanted, own)
             check_momentum(self.base, group, number, policy_group.policy, capture, own)
             captures.append((key, capture))
+            if known is not None and known[0][-1] != key[-1]:
+                switched.append(number)
         self._captures = captures
+        for number in switched:
+            self._renew_own_state(number)
 
     def _jobs(self, parameters: list[list[Parameter]], report: Report | None) -> list[Job]:
         context = StepContext(

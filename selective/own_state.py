@@ -29,7 +29,7 @@ class OwnState(Optimizer):
     _seed: int
     _steps: int
     _momentum_beta: float | None
-    _captures: list[tuple[object, Capture]]
+    _captures: list[tuple[tuple[object, ...], Capture]]
     _constructing: bool
 
     @property
@@ -95,6 +95,15 @@ class OwnState(Optimizer):
             for parameter in members:
                 if wanted(parameter):
                     self._own_of(parameter, policy_group.policy)
+
+    def _renew_own_state(self, number: int) -> None:
+        """After a switch of a group's policy: the new one's state, with the momentum and residue that we keep."""
+        policy = self.policy_groups[number].policy
+        for parameter in self._parameters()[number]:
+            kept = self._own.pop(parameter.tensor, {})
+            if not isinstance(policy, Dense) and (kept or self._has_base_state(parameter)):
+                fresh = self._fresh_own(parameter, policy)
+                self._own[parameter.tensor] = {**fresh, **{k: v for k, v in kept.items() if k in (MOMENTUM, RESIDUE)}}
 
     def _has_base_state(self, parameter: Parameter) -> bool:
         """Whether the base holds state of it already, so that ours has to join it.

@@ -96,8 +96,8 @@ def _why_delta(group: dict[str, Any], facts: Anatomy) -> str | None:
     return None
 
 
-def capture_key(base: Optimizer, group: dict[str, Any], policy: Policy) -> object:
-    """What the choice of a capture depends on; while it stays the same, nothing is asked again."""
+def capture_key(base: Optimizer, group: dict[str, Any], policy: Policy) -> tuple[object, ...]:
+    """What the choice of a capture depends on; nothing is asked again while it is the same. Last: the policy's class."""
     skip = ("params", "lr", "step", "initial_lr", "param_names")
     # Of numbers only whether they are 0: some bases count their steps in the group, schedulers move betas and decay.
     flags = tuple(
@@ -107,4 +107,4 @@ def capture_key(base: Optimizer, group: dict[str, Any], policy: Policy) -> objec
     )
     layout = frozenset((p.dtype, p.device.type, p.dim()) for p in group["params"])
     replaced = replaced_step(base) is not None
-    return type(base), replaced, flags, layout, isinstance(policy, Dense), policy.needs()
+    return type(base), replaced, flags, layout, policy.needs(), type(policy)

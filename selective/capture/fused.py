@@ -89,6 +89,25 @@ class FusedRule:
     def has_momentum(self, group: Group) -> bool:
         return True
 
+    def moments(self, group: Group, entries: dict[str, Any], who: str) -> list[str]:
+        """Which entries of a saved state are shaped like the parameter; a ValueError where it is not this base's.
+
+        `group` is the saved one: its flags say what has to be there.
+        """
+        names, optional = self._saved_names(group)
+        missing = [name for name in names if name not in entries]
+        foreign = [name for name in entries if name not in names and name not in optional]
+        if missing or foreign:
+            raise ValueError(
+                f"SelectiveUpdate: the checkpoint is not of {who}: a parameter's state has {sorted(map(str, entries))}, "
+                f"expected {sorted(names)}; nothing was loaded"
+            )
+        return [name for name in (*names, *optional) if name != "step" and name in entries]
+
+    def _saved_names(self, group: Group) -> tuple[list[str], list[str]]:
+        """Names that a saved state of this base must have, and those that it may have."""
+        return ["exp_avg"], []
+
     def rule(self, base: Optimizer, group: Group) -> spec.Rule:
         raise TypeError(f"{type(self).__name__} must say how its rule is read off a group")
 
@@ -101,6 +120,10 @@ class FusedRule:
 
 class FusedAdam(FusedRule):
     """torch.optim.Adam and AdamW, with every flag but `differentiable`."""
+
+    def _saved_names(self, group: Group) -> tuple[list[str], list[str]]:
+        names = ["step", "exp_avg", "exp_avg_sq"]
+        return (names + ["max_exp_avg_sq"], []) if group.get("amsgrad") else (names, ["max_exp_avg_sq"])
 
     def rule(self, base: Optimizer, group: Group) -> spec.AdamRule:
         beta1, beta2 = group["betas"]
@@ -122,6 +145,9 @@ class FusedAdam(FusedRule):
 
 class FusedSGD(FusedRule):
     """torch.optim.SGD with momentum, dampening, Nesterov, weight decay and maximize."""
+
+    def _saved_names(self, group: Group) -> tuple[list[str], list[str]]:
+        return [], ["momentum_buffer"]
 
     def has_momentum(self, group: Group) -> bool:
         return group["momentum"] != 0

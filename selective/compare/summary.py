@@ -52,7 +52,7 @@ def summarise(config: CompareConfig, records: Sequence[Record]) -> Summary:
     best = {c.index: _best_lr([(lr, cells[c.index, lr]) for lr in config.lr]) for c in field}
     baseline = cells[0, best[0]] if best[0] is not None else None
     rows = tuple(_row(c, lr, cells[c.index, lr], lr == best[c.index], baseline) for c in field for lr in config.lr)
-    verdicts = tuple((c.label, _verdict(c, cells, best, config.base)) for c in field if c.role == "policy")
+    verdicts = tuple((c.label, _verdict(c, cells, best, config)) for c in field if c.role == "policy")
     return Summary(seeds, rows, verdicts, tuple(_notes(config, field, best, len(seeds))))
 
 
@@ -100,7 +100,7 @@ def paired(left: Sequence[Record], right: Sequence[Record]) -> Interval:
     return t_interval([final(a) - final(b) for a, b in zip(left, right, strict=True)])
 
 
-def _verdict(c: Contender, cells: dict[Any, list[Record]], best: dict[int, float | None], base: str) -> str:
+def _verdict(c: Contender, cells: dict[Any, list[Record]], best: dict[int, float | None], config: CompareConfig) -> str:
     """One sentence from the paired intervals against the baseline and the control, each at its own best rate."""
     own = best[c.index]
     if own is None:
@@ -111,7 +111,7 @@ def _verdict(c: Contender, cells: dict[Any, list[Record]], best: dict[int, float
         lr = best[index]
         return None if lr is None else paired(records, cells[index, lr])
 
-    rivals = [(base, against(0))]
+    rivals = [(config.base, against(0))]
     if c.of is not None:
         rivals.append(("its random control", against(c.of)))
     if len(records) == 1:
@@ -122,7 +122,9 @@ def _verdict(c: Contender, cells: dict[Any, list[Record]], best: dict[int, float
     if len(rivals) == 2 and signs[1] != -1 and signs[0] == -1:
         text += " So the gain is not shown to come from which coordinates are selected."
     if len(rivals) == 2 and signs == [-1, -1]:
-        text += f" So selection helped here, at n = {len(records)}."
+        text += f" So selection helped here, at n = {len(records)}"
+        edge = len(config.lr) > 1 and best[0] in (min(config.lr), max(config.lr))
+        text += f" and these learning rates ({config.base} is best at the edge of them)." if edge else "."
     if len(rivals) == 2 and signs[0] == 0 and signs[1] == -1:
         text += " So which coordinates matters, but selecting does not pay at this size."
     return text

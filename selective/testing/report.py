@@ -172,6 +172,11 @@ def check_wrapper(subject: Subject, only: Sequence[str] | None = None) -> Report
     Deterministic, on the CPU, about a second for a small wrapper; leaves the global generators as they were. Raises
     ValueError where `only` or `subject.waives` names a check that does not exist.
     """
+    if not isinstance(subject, Subject):
+        raise TypeError(
+            f"check_wrapper takes a Subject, which says how to make the wrapper and its base; found {subject!r}. "
+            f"Subject(name='mine', base=lambda params: torch.optim.AdamW(params), wrap=MyWrapper)"
+        )
     for name in [*(only or ()), *subject.waives]:
         if name not in conformance_checks.names:
             raise ValueError(f"there is no check {name!r}; there are {', '.join(conformance_checks.names)}")
