@@ -97,7 +97,7 @@ def _why_delta(group: dict[str, Any], facts: Anatomy) -> str | None:
 
 
 def capture_key(base: Optimizer, group: dict[str, Any], policy: Policy) -> tuple[object, ...]:
-    """What the choice of a capture depends on; nothing is asked again while it is the same. Last: the policy's class."""
+    """What the choice of a capture depends on; nothing is asked again while it is the same. Last: its class."""
     skip = ("params", "lr", "step", "initial_lr", "param_names")
     # Of numbers only whether they are 0: some bases count their steps in the group, schedulers move betas and decay.
     flags = tuple(

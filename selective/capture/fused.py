@@ -99,8 +99,8 @@ class FusedRule:
         foreign = [name for name in entries if name not in names and name not in optional]
         if missing or foreign:
             raise ValueError(
-                f"SelectiveUpdate: the checkpoint is not of {who}: a parameter's state has {sorted(map(str, entries))}, "
-                f"expected {sorted(names)}; nothing was loaded"
+                f"SelectiveUpdate: the checkpoint is not of {who}: a parameter's state has "
+                f"{sorted(map(str, entries))}, expected {sorted(names)}; nothing was loaded"
             )
         return [name for name in (*names, *optional) if name != "step" and name in entries]
 
