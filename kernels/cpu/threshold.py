@@ -22,6 +22,7 @@ from .chunks import buffer, spans
 WIDTH = 3.0  # half the bracket, in standard deviations of the sample's rank: misses in 0.3 % of the tensors
 SAMPLE = 16_384  # scores the bracket is made of; neighbours are alike, so the spread is taken as if there were fewer
 SPREAD = 1.5
+INNER = 2_048  # values that the bracket of a list is made of
 RUN = 16  # neighbours taken together: one cache line of float32
 
 
@@ -38,9 +39,30 @@ class Threshold:
         return out
 
 
+def _smallest(t: Tensor, ranks: tuple[int, ...]) -> list[float]:
+    """The values at these ranks of `t` (from 1, ascending; NaN is the largest), as `kthvalue` has them.
+
+    By a bracket once more: torch's kthvalue takes 8 ns an element (0.18 ms for 16k, 1.1 ms for 126k), which was a
+    third of a step; comparing and keeping what lies in a bracket takes a fifth of that.
+    """
+    n = t.numel()
+    if n >= 4 * INNER:
+        sample = t[:: n // INNER].sort().values
+        m = sample.numel()
+        margin = 2 * WIDTH * math.sqrt(m / 4) + 1
+        low, high = math.floor(min(ranks) / n * m - margin), math.ceil(max(ranks) / n * m + margin)
+        lower = float(sample[low - 1]) if low >= 1 else -math.inf
+        upper = float(sample[high - 1]) if high <= m else math.inf
+        below = int((t < lower).sum())
+        inside = t[(t >= lower) & (t <= upper)]
+        if all(1 <= rank - below <= inside.numel() for rank in ranks):
+            t, ranks = inside, tuple(rank - below for rank in ranks)
+    return [float(torch.kthvalue(t, rank).values) for rank in ranks]
+
+
 def _settle(t: Tensor, indices: Tensor | None, rank: int, numel: int) -> Threshold:
     """The threshold that takes the `rank` smallest of `t` (1 <= rank <= how many are not NaN)."""
-    value = float(torch.kthvalue(t, rank).values)
+    value = _smallest(t, (rank,))[0]
     ties = torch.nonzero(t == value).view(-1)
     wanted = rank - int((t < value).sum())
     if wanted >= ties.numel():
@@ -66,9 +88,9 @@ def bracket(sample: Tensor, k: int, numel: int) -> tuple[float, float]:
     margin = WIDTH * SPREAD * math.sqrt(n * share * (1 - share)) + 1
     sample = torch.where(torch.isnan(sample), math.inf, sample)
     low, high = math.floor(share * n - margin), math.ceil(share * n + margin)
-    lower = float(torch.kthvalue(sample, low).values) if low >= 1 else -math.inf
-    upper = float(torch.kthvalue(sample, high).values) if high <= n else math.inf
-    return lower, upper
+    inner = tuple(rank for rank in (low, high) if 1 <= rank <= n)
+    found = iter(_smallest(sample, inner)) if inner else iter(())
+    return next(found) if low >= 1 else -math.inf, next(found) if high <= n else math.inf
 
 
 class Collector:
