@@ -126,7 +126,7 @@ def _verdict(c: Contender, cells: dict[Any, list[Record]], best: dict[int, float
         edge = len(config.lr) > 1 and best[0] in (min(config.lr), max(config.lr))
         text += f" and these learning rates ({config.base} is best at the edge of them)." if edge else "."
     if len(rivals) == 2 and signs[0] == 0 and signs[1] == -1:
-        text += " So which coordinates matters, but selecting does not pay at this size."
+        text += f" So which coordinates are selected matters, but a gain over {config.base} is not shown at this n."
     return text
 
 

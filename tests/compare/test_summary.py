@@ -79,7 +79,7 @@ def test_rows_are_paired_at_the_best_learning_rates():
             ["beats AdamW", "no difference shown from its random", "not shown to come"],
         ),
         ([1.9, 2.0, 2.1], [1.8, 1.9, 2.0], ["beats AdamW", "is worse than its random control", "not shown to come"]),
-        ([2.0, 2.2, 2.1], [2.5, 2.6, 2.7], ["no difference shown from AdamW", "does not pay at this size"]),
+        ([2.0, 2.2, 2.1], [2.5, 2.6, 2.7], ["no difference shown from AdamW", "is not shown at this n"]),
         ([2.4, 2.5, 2.6], [2.4, 2.6, 2.5], ["is worse than AdamW", "no difference shown from its random"]),
     ],
 )
