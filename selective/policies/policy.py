@@ -82,13 +82,9 @@ class Policy(Configured):
         selection, strength = parts
         selected = selection.select(view)
         if is_dense_top_k(selection, selected.numel()):
-            a, b, state = 1.0, 1.0, dict(view.state)
-        else:
-            a, b, state = strength.multipliers(view, selected)
-        one = torch.ones((), dtype=view.dtype, device=view.device)
-        mask = torch.where(selected, one * a, one * b)
-        still = None if is_dense_top_k(selection, selected.numel()) else stands_still(strength, view)
-        return mask if still is None else torch.where(still, 0.0, mask), state
+            return torch.ones((), dtype=view.dtype, device=view.device), dict(view.state)
+        above, below, state = strength.multipliers(view, selected)
+        return two_multipliers(view, selected, above, below, stands_still(strength, view)), state
 
 
 def is_dense_top_k(selection: Selection, numel: int) -> bool:
@@ -101,6 +97,15 @@ def stands_still(strength: Strength, view: StepView) -> Tensor | None:
     """Which coordinates are × 0 whatever is selected; None where the strength has no such thing."""
     described = strength.spec()
     return view.update * view.grad == 0 if described is not None and described.still else None
+
+
+def two_multipliers(
+    view: StepView, selected: Tensor, above: Tensor | float, below: Tensor | float, still: Tensor | None
+) -> Tensor:
+    """The mask of a selection and a strength, in the view's dtype; 0 where it stands still."""
+    one = torch.ones((), dtype=view.dtype, device=view.device)
+    mask = torch.where(selected, one * above, one * below)
+    return mask if still is None else torch.where(still, 0.0, mask)
 
 
 class Combined(Policy):

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from selective.kernels import top_k
-from selective.policies.policy import AnyPolicy, Policy, is_dense_top_k, stands_still
+from selective.policies.policy import AnyPolicy, Policy, is_dense_top_k, stands_still, two_multipliers
 from selective.policies.selections import Bernoulli, Selection
 from selective.policies.strengths import Fixed, Strength
 from selective.view import StepView
@@ -74,11 +74,9 @@ class MatchedRandomMask(Policy):
         a, b, state = strength.multipliers(view, theirs)
         still = stands_still(strength, view)
         ours = _random_subset(view, theirs, still)
-        mask, their_mask = torch.where(ours, one * a, one * b), torch.where(theirs, one * a, one * b)
-        if still is not None:
-            mask, their_mask = torch.where(still, 0.0, mask), torch.where(still, 0.0, their_mask)
+        mask = two_multipliers(view, ours, a, b, still)
         if self.norm:
-            wanted = view.norm(their_mask * view.update)
+            wanted = view.norm(two_multipliers(view, theirs, a, b, still) * view.update)
             have = view.norm(mask * view.update)
             ratio = torch.where(have > 0, wanted / torch.where(have > 0, have, one), one)
             mask = mask * ratio.clamp(max=self.cap)
