@@ -18,6 +18,7 @@ from .spec import (
     Draw,
     GivenRule,
     Item,
+    ItemList,
     LionRule,
     Rule,
     Scalar,
@@ -25,6 +26,7 @@ from .spec import (
     SGDRule,
     Strength,
     Sums,
+    SumsTable,
 )
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "Draw",
     "GivenRule",
     "Item",
+    "ItemList",
     "LionRule",
     "Rule",
     "SGDRule",
@@ -41,6 +44,7 @@ __all__ = [
     "Selection",
     "Strength",
     "Sums",
+    "SumsTable",
     "advance",
     "apply_mask",
     "decay_factor",

@@ -88,7 +88,7 @@ def selective_step(
     draw: Draw,
     statistics: bool = False,
     backend: Backend = "auto",
-) -> list[Sums] | None:
+) -> Sequence[Sums] | None:
     """The complete step of these tensors, in place: moments, mask, decay, parameter (docs/design.md, steps 5 to 7).
 
     Args:

@@ -6,8 +6,9 @@ Kernels know nothing of policies or optimizers; policies describe themselves in 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ Scalar = float | Tensor  # a Python number, or a 0-d tensor (torch allows `lr` t
 class Selection:
     """Which coordinates of a tensor are selected."""
 
-    kind: Literal["everything", "agreement", "top_k", "bernoulli"]
+    kind: Literal["everything", "agreement", "top_k", "bernoulli", "function"]
     product: Literal["update", "momentum", "previous_momentum"] = "update"  # agreement: this times g
     strict: bool = True  # agreement: > 0 or >= 0
     score: Literal["update", "momentum", "nesterov"] = "update"  # top_k: this times g
@@ -26,6 +27,9 @@ class Selection:
     quantile: Literal["exact", "sampled"] = "exact"  # top_k
     probability: float = 0.5  # bernoulli
     unit: Literal["element", "row", "tensor"] = "element"  # bernoulli
+    function: Callable[..., Any] | None = None  # function: a Triton function of (grad, update, momentum, *numbers)
+    numbers: tuple[float, ...] = ()  # function: its further arguments, at most 4
+    reads_momentum: bool = False  # function: whether it needs a momentum (it is handed the update where there is none)
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,17 @@ class Item:
     policy_state: dict[str, Tensor] = field(default_factory=dict)  # "average" (0-d float32) for alignment
 
 
+class ItemList(list[Item]):
+    """Items that are handed in again in every step: the GPU path keeps its tables in `cache`.
+
+    The list may change from step to step (gradients, state, even members); what is cached is checked against it.
+    """
+
+    def __init__(self, items: Iterable[Item] = ()) -> None:
+        super().__init__(items)
+        self.cache: dict[Any, Any] = {}
+
+
 @dataclass(frozen=True)
 class Draw:
     """Where the counter-based random numbers of this step come from."""
@@ -118,6 +133,8 @@ class Draw:
     seed: int
     step: int
     stochastic: bool = False  # round bfloat16 and float16 parameters stochastically, not to nearest
+    # [seed, step] as int64 on the GPU, read there instead of the two above, so that replays of a CUDA graph go on
+    clock: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -132,3 +149,32 @@ class Sums:
     grad_sq: Tensor  # sum of g^2
     update_grad: Tensor  # sum of u g
     masked_sq: Tensor  # sum of (mask u)^2
+
+
+SUM_NAMES = (
+    "selected", "strength_selected", "strength_rest", "update_sq", "grad_sq", "update_grad", "masked_sq",
+)  # fmt: skip
+
+
+class SumsTable(Sequence[Sums]):
+    """The sums of many tensors as the rows of one float64 table, columns as in `SUM_NAMES`; cut up when looked at."""
+
+    def __init__(self, values: Tensor, numels: Sequence[int]) -> None:
+        self.values, self.numels = values, numels
+
+    @overload
+    def __getitem__(self, index: int) -> Sums: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Sums]: ...
+
+    def __getitem__(self, index: int | slice) -> Sums | list[Sums]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Sums(self.numels[index], *self.values[index].unbind())
+
+    def __len__(self) -> int:
+        return len(self.numels)
+
+    def __iter__(self) -> Iterator[Sums]:
+        return (self[i] for i in range(len(self)))
