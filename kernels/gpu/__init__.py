@@ -1,0 +1,11 @@
+"""The GPU path: the same functions as `kernels/reference`, as Triton kernels. Importing this imports Triton.
+
+`plan.py` finds what can be launched together, `batch.py` and `tables.py` keep its tables, `launch.py` has the launches
+of a step in order. The kernels: `numbers.py`, `selective_step.py`, `top_k.py`, `settle.py`, `repair.py`,
+`statistics.py`; what they share: `elements.py`, `rules.py`, `keys.py`, `random.py`, `rounding.py`.
+"""
+
+from .layout import unsupported
+from .plan import selective_step
+
+__all__ = ["selective_step", "unsupported"]

@@ -1,0 +1,78 @@
+"""What is compiled into a kernel: one hashable description of rule, tensors, selection and strength."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+
+DTYPES: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# Columns of the pointer table, in elements of int64. What the state columns hold depends on the rule:
+#   adam   first exp_avg, second exp_avg_sq, third max_exp_avg_sq     lion   first exp_avg
+#   sgd    first momentum_buffer                                      score  first the score
+#   given  first update, second start, third momentum, fourth previous_momentum
+COLUMNS = tl.constexpr(8)
+PARAM, GRAD, FIRST, SECOND, THIRD, FOURTH, STEP, AVERAGE = (tl.constexpr(i) for i in range(8))
+
+# Columns of a tensor's row of float32 numbers, which `numbers.py` fills in.
+NUMBERS = tl.constexpr(20)
+(RATE, ROOT, W1, B2, W2, EPS, FACTOR, DECAY, MOMENTUM, UNDAMPED, LOOKAHEAD, ABOVE, BELOW, USER) = (
+    tl.constexpr(i) for i in range(14)
+)  # USER is the first of four
+
+# Columns of a tensor's row of int64 ranks: the bracket or the threshold of its scores, as keys (`keys.py`).
+RANKS = tl.constexpr(12)
+LOW, HIGH, CUTOFF, MODE, WANTED, COUNTED, CRITICAL, LEFT, TIED, SEEN = (tl.constexpr(i) for i in range(10))
+EXACT, BRACKET, DENSE = (tl.constexpr(i) for i in range(3))  # values of MODE
+
+# Columns of a tensor's row of int64 facts, which the host knows: its size, the length of a row of it, its index in the
+# optimizer; how many scores are sampled (`2**SHIFT` runs of 8, or all where SHIFT is -1) and where in the buffer they
+# begin; its first chunk, and how many there are; the same of programs that sum (sampled like the scores) and settle.
+FACTS = tl.constexpr(16)
+(NUMEL, ROW_LENGTH, ADDRESS, SAMPLES, SHIFT, SAMPLES_AT, CHUNK_AT, CHUNKS, SUM_AT, SUMS, SUM_SHIFT, SETTLE_AT,
+ SETTLES) = (tl.constexpr(i) for i in range(13))  # fmt: skip
+
+KEYS = tl.constexpr(6)  # columns of a tensor's row of random keys: two each for masks, samples, rounding
+SUM_COLUMNS = tl.constexpr(4)  # columns of a program's row of sums that a strength needs
+PARTIALS = tl.constexpr(5)  # columns of a program's row of statistics: selected, u^2, g^2, u g, (mask u)^2
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what code a kernel is. Its fields are read inside of kernels, as constants."""
+
+    rule: str  # "adam", "sgd", "lion", "given" or "score"
+    param: Any  # dtypes of Triton; None where there is no such column
+    grad: Any
+    first: Any
+    second: Any
+    third: Any
+    fourth: Any
+    block: int  # elements of a program
+    amsgrad: bool = False
+    coupled: bool = False  # the gradient has weight decay in it, so that it takes the parameter to know it
+    maximize: bool = False
+    decays: bool = False  # the parameter is multiplied by a factor
+    moves: bool = False  # sgd: there is a momentum
+    begins: bool = False  # sgd: this step makes it
+    nesterov: bool = False
+    negated: bool = False  # given: the column holds -u
+    offset: float = 0.0  # given
+    selection: str = "everything"  # or "agreement", "top_k", "element", "row", "tensor", "function"
+    product: str = "update"
+    strict: bool = True
+    score: str = "update"
+    bracketed: bool = False  # top_k: scores inside of the bracket are left to a later kernel
+    arguments: int = 0  # function: how many numbers it takes
+    strength: str = "fixed"
+    of: str = "update"
+    still: bool = False
+    quantile: str = "exact"
+    estimate: str = "exact"
+    statistics: bool = False
+    stochastic: bool = False
+    writes: bool = True  # False: look at the scores, change nothing
+    recomputed: bool = False  # the moments have moved already: what is stored is what the update is made of

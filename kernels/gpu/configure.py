@@ -1,0 +1,96 @@
+"""From rule, selection and strength to what a kernel is compiled with, and to the numbers that it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
+from ..spec import AdamRule, Draw, GivenRule, Item, LionRule, Rule, Scalar, Selection, SGDRule, Strength
+from . import numbers
+from .config import DTYPES, Config
+from .tables import state_columns
+
+# Elements of a program. docs/kernels.md has the measurements behind these.
+BLOCK = 1024
+# How many scores a bracket is made of: one in 32, within these bounds; smaller tensors are ranked as a whole.
+FEWEST_SAMPLES, MOST_SAMPLES, ONE_IN = 16_384, 131_072, 32
+
+
+def configure(
+    item: Item, rule: Rule, selection: Selection, strength: Strength, draw: Draw, statistics: bool, begins: bool = False
+) -> Config:
+    """What has to be compiled in for this item's step. `begins`: SGD's momentum does, with this gradient."""
+    columns = [None if c is None else DTYPES[c.dtype] for c in state_columns(item, rule)]
+    kinds: dict[type, str] = {AdamRule: "adam", SGDRule: "sgd", LionRule: "lion", GivenRule: "given"}
+    decay = getattr(rule, "weight_decay", 0.0)
+    decoupled = isinstance(rule, AdamRule) and rule.decoupled
+    factor = getattr(rule, "decay_factor", getattr(rule, "factor", 1.0))
+    kind = selection.unit if selection.kind == "bernoulli" else selection.kind
+    return Config(
+        rule=kinds[type(rule)],
+        param=DTYPES[item.param.dtype], grad=DTYPES[item.grad.dtype],
+        first=columns[0], second=columns[1], third=columns[2], fourth=columns[3], block=BLOCK,
+        amsgrad=getattr(rule, "amsgrad", False), coupled=decay != 0 and not decoupled,
+        maximize=getattr(rule, "maximize", False),
+        decays=(decoupled and decay != 0) or isinstance(factor, Tensor) or factor != 1.0,
+        moves=getattr(rule, "momentum", 0.0) != 0,
+        begins=begins,
+        nesterov=getattr(rule, "nesterov", False), negated=getattr(rule, "negated", False),
+        offset=getattr(rule, "offset", 0.0), selection=kind,
+        product=selection.product if kind == "agreement" else "update", strict=selection.strict, score=selection.score,
+        arguments=len(selection.numbers) if kind == "function" else 0,
+        quantile=selection.quantile if kind == "top_k" else "exact",
+        estimate=strength.estimate if strength.kind in ("mean_preserving", "norm_preserving") else "exact",
+        strength=strength.kind, of=strength.of, still=strength.still, statistics=statistics,
+        stochastic=draw.stochastic and item.param.dtype in (torch.bfloat16, torch.float16),
+    )  # fmt: skip
+
+
+def hyper_parameters(rule: Rule, selection: Selection, strength: Strength) -> list[Scalar]:
+    """The numbers of a group, in the order of `numbers.py`."""
+    values: list[Scalar] = [0.0] * numbers.HYPER
+    values[numbers.DECAY_FACTOR.value] = 1.0
+
+    def put(place: Any, value: Scalar) -> None:
+        values[place.value] = value
+
+    if isinstance(rule, GivenRule):
+        put(numbers.DECAY_FACTOR, rule.factor)
+        put(numbers.AHEAD, rule.momentum_beta)
+    else:
+        put(numbers.LR, rule.lr)
+        put(numbers.WEIGHT_DECAY, rule.weight_decay)
+    if isinstance(rule, (AdamRule, LionRule)):
+        put(numbers.BETA1, rule.beta1)
+        put(numbers.BETA2, rule.beta2)
+        put(numbers.AHEAD, rule.beta1 if isinstance(rule, AdamRule) else rule.beta2)
+    if isinstance(rule, AdamRule):
+        put(numbers.EPSILON, rule.eps)
+    if isinstance(rule, LionRule):
+        put(numbers.DECAY_FACTOR, rule.decay_factor)
+    if isinstance(rule, SGDRule):
+        put(numbers.SGD_MOMENTUM, rule.momentum)
+        put(numbers.DAMPENING, rule.dampening)
+    for place, value in ((numbers.SELECTED, strength.selected), (numbers.REST, strength.rest),
+                         (numbers.CAP, strength.cap), (numbers.TEMPERATURE, strength.temperature),
+                         (numbers.SMOOTHING, strength.smoothing)):  # fmt: skip
+        put(place, value)
+    further = selection.numbers
+    if selection.kind == "bernoulli":
+        further = (float(round(selection.probability * 2**24)),)
+    for i, value in enumerate(further):
+        values[numbers.ARGUMENT.value + i] = value
+    return values
+
+
+def samples_of(numel: int, selection: Selection) -> tuple[int, int]:
+    """How many scores of a tensor are sampled, and the logarithm of how many runs; all and -1 if it is small."""
+    if selection.quantile == "sampled":
+        return (numel, -1) if numel <= SAMPLE_SIZE else (SAMPLE_SIZE, (SAMPLE_SIZE // SAMPLE_RUN).bit_length() - 1)
+    if numel <= FEWEST_SAMPLES:
+        return numel, -1
+    count = min(max(1 << (numel // ONE_IN).bit_length() - 1, FEWEST_SAMPLES), MOST_SAMPLES)
+    return count, (count // SAMPLE_RUN).bit_length() - 1

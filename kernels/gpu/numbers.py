@@ -1,0 +1,120 @@
+"""What is one number a tensor: step counts, bias corrections, random keys. In float64 on the device, once a step."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .config import (
+    ABOVE,
+    ADDRESS,
+    B2,
+    BELOW,
+    COLUMNS,
+    DECAY,
+    EPS,
+    FACTOR,
+    FACTS,
+    LOOKAHEAD,
+    MODE,
+    MOMENTUM,
+    NUMBERS,
+    RANKS,
+    RATE,
+    ROOT,
+    SEEN,
+    STEP,
+    UNDAMPED,
+    USER,
+    W1,
+    W2,
+)
+from .random import splitmix64
+
+# The hyper-parameters of a group, float64.
+(LR, BETA1, BETA2, EPSILON, WEIGHT_DECAY, SGD_MOMENTUM, DAMPENING, DECAY_FACTOR, AHEAD, SELECTED, REST, CAP,
+ TEMPERATURE, SMOOTHING, ARGUMENT) = (tl.constexpr(i) for i in range(15))  # fmt: skip
+HYPER = 20  # ARGUMENT is the first of four
+
+
+@triton.jit
+def _keys(state, high):
+    """The two keys of a stream, as int32 with the bits of uint32."""
+    state = splitmix64(splitmix64(state) ^ high)
+    return (state >> 32).to(tl.uint32).to(tl.int32, bitcast=True), state.to(tl.uint32).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _random(keys_ptr, facts_ptr, clock_ptr, t, mask, FACTS_: tl.constexpr):
+    """The keys of the mask, sample and rounding streams, from (seed, step, address)."""
+    address = tl.load(facts_ptr + t * FACTS_ + ADDRESS, mask=mask, other=0).to(tl.uint64)
+    zero = tl.zeros(t.shape, tl.uint64)
+    state = splitmix64(zero ^ tl.load(clock_ptr + 0).to(tl.uint64))
+    state = splitmix64(state ^ tl.load(clock_ptr + 1).to(tl.uint64))
+    state = splitmix64(state ^ address)
+    for stream in tl.static_range(3):
+        first, second = _keys(state ^ (zero + stream), zero)
+        tl.store(keys_ptr + t * 6 + 2 * stream, first, mask=mask)
+        tl.store(keys_ptr + t * 6 + 2 * stream + 1, second, mask=mask)
+
+
+@triton.jit
+def _adam(out, pointers, hyper_ptr, mask):
+    """Count the step of each tensor; its learning rate over 1 - beta1^t, and the root of 1 - beta2^t."""
+    counter = tl.load(pointers + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    count = tl.load(counter, mask=mask, other=0.0) + 1.0
+    tl.store(counter, count, mask=mask)
+    lr, beta1, beta2 = tl.load(hyper_ptr + LR), tl.load(hyper_ptr + BETA1), tl.load(hyper_ptr + BETA2)
+    t = count.to(tl.float64)
+    rate = lr / (1.0 - tl.exp(t * tl.log(t * 0.0 + beta1)))
+    root = tl.sqrt(1.0 - tl.exp(t * tl.log(t * 0.0 + beta2)))
+    tl.store(out + RATE, rate.to(tl.float32), mask=mask)
+    tl.store(out + ROOT, root.to(tl.float32), mask=mask)
+    factor = t * 0.0 + 1.0 - lr * tl.load(hyper_ptr + WEIGHT_DECAY)
+    tl.store(out + FACTOR, factor.to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _put(out, value, like, mask):
+    """One number for all tensors, rounded to float32."""
+    tl.store(out, (like * 0.0 + value).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def numbers_kernel(
+    numbers_ptr, keys_ptr, hyper_ptr, clock_ptr, pointers_ptr, facts_ptr, ranks_ptr, tensors,
+    FIXED: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Fill in each tensor's row of numbers and of random keys, and count Adam's steps. A few hundred bytes a tensor.
+
+    `hyper_ptr`: the group's hyper-parameters, float64. `clock_ptr`: seed and step, int64. FIXED: the strengths are the
+    two constants (1 and 1 for a tensor that is dense); otherwise another kernel will fill them in.
+    """
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = t < tensors
+    out = numbers_ptr + t * NUMBERS
+    like = t.to(tl.float64)
+    _random(keys_ptr, facts_ptr, clock_ptr, t, mask, FACTS)
+    beta1, beta2 = tl.load(hyper_ptr + BETA1), tl.load(hyper_ptr + BETA2)
+    if CFG.rule == "adam":
+        _adam(out, pointers_ptr + t * COLUMNS, hyper_ptr, mask)
+    else:
+        _put(out + RATE, tl.load(hyper_ptr + LR), like, mask)
+        _put(out + FACTOR, tl.load(hyper_ptr + DECAY_FACTOR), like, mask)
+    _put(out + W1, 1.0 - beta1, like, mask)
+    _put(out + B2, beta2, like, mask)
+    _put(out + W2, 1.0 - beta2, like, mask)
+    _put(out + EPS, tl.load(hyper_ptr + EPSILON), like, mask)
+    _put(out + DECAY, tl.load(hyper_ptr + WEIGHT_DECAY), like, mask)
+    _put(out + MOMENTUM, tl.load(hyper_ptr + SGD_MOMENTUM), like, mask)
+    _put(out + UNDAMPED, 1.0 - tl.load(hyper_ptr + DAMPENING), like, mask)
+    _put(out + LOOKAHEAD, tl.load(hyper_ptr + AHEAD), like, mask)
+    for i in tl.static_range(4):
+        _put(out + USER + i, tl.load(hyper_ptr + ARGUMENT + i), like, mask)
+    if CFG.product == "previous_momentum":
+        tl.store(ranks_ptr + t * RANKS + SEEN, tl.zeros(t.shape, tl.int64), mask=mask)
+    if FIXED:
+        dense = tl.load(ranks_ptr + t * RANKS + MODE, mask=mask, other=0) == 2
+        above, below = tl.load(hyper_ptr + SELECTED), tl.load(hyper_ptr + REST)
+        tl.store(out + ABOVE, tl.where(dense, 1.0, above).to(tl.float32), mask=mask)
+        tl.store(out + BELOW, tl.where(dense, 1.0, below).to(tl.float32), mask=mask)

@@ -1,0 +1,121 @@
+"""A step over a list of items: which of them go into one launch together, remembered from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.rules import begin
+from ..spec import AdamRule, Draw, Item, ItemList, Rule, Selection, SGDRule, Strength, SumsTable
+from .batch import Batch
+from .config import Config
+from .configure import configure, hyper_parameters
+from .launch import Step, on
+from .layout import arrange, order_matters
+from .tables import STATE
+
+
+def _signature(items: Sequence[Item], rule: Rule) -> list[tuple[Any, ...]]:
+    """What the tables depend on, addresses aside. Looked at in every step, so no more than that."""
+    name = STATE[type(rule)][0]
+    return [
+        (i.param.dtype, i.grad.dtype, i.param.numel(), i.grad.numel(), i.grad.is_contiguous(), i.param.is_contiguous(),
+         None if (first := i.state.get(name)) is None else first.dtype)
+        for i in items
+    ]  # fmt: skip
+
+
+class Plan:
+    """The batches of a list of items."""
+
+    def __init__(
+        self, items: Sequence[Item], rule: Rule, selection: Selection, strength: Strength, draw: Draw,
+        statistics: bool, begins: Sequence[bool],
+    ) -> None:  # fmt: skip
+        self.signature = _signature(items, rule)
+        together: dict[tuple[Config, torch.device, bool], list[int]] = {}
+        for index, item in enumerate(items):
+            cfg = configure(item, rule, selection, strength, draw, statistics, begins[index])
+            on_host = isinstance(rule, AdamRule) and item.state["step"].device.type == "cpu"
+            together.setdefault((cfg, item.param.device, on_host), []).append(index)
+        self.batches = [
+            Batch(cfg, items, members, rule, selection, strength) for (cfg, _, _), members in together.items()
+        ]
+        self.numels = [item.param.numel() for item in items]
+
+    def fits(
+        self, items: Sequence[Item], rule: Rule, selection: Selection, strength: Strength, draw: Draw, statistics: bool
+    ) -> bool:
+        """Whether the batches are still right for these items; addresses and numbers may have changed."""
+        if len(items) != len(self.signature):
+            return False
+        for batch in self.batches:
+            if configure(items[batch.members[0]], rule, selection, strength, draw, statistics) != batch.cfg:
+                return False
+        return _signature(items, rule) == self.signature
+
+    def run(
+        self, items: Sequence[Item], rule: Rule, selection: Selection, strength: Strength, draw: Draw
+    ) -> list[Tensor | None]:
+        """Step all batches; their sums."""
+        sums = []
+        for batch in self.batches:
+            with on(batch.device):
+                batch.update(items, rule, selection, strength, draw)
+                clock = None if draw.clock is None or draw.clock.device != batch.device else draw.clock
+                sums.append(Step(batch, selection.function, clock)())
+        return sums
+
+    def refresh(self, rule: Rule, selection: Selection, strength: Strength) -> None:
+        """Put changed hyper-parameters on the device now, for the replays of a CUDA graph."""
+        for batch in self.batches:
+            with on(batch.device):
+                batch.refresh(hyper_parameters(rule, selection, strength), selection)
+
+
+def _begin(item: Item, rule: Rule, strength: Strength) -> bool:
+    """Make the state that a first step lacks, as the reference does; whether SGD's momentum begins in it."""
+    if strength.kind == "alignment" and "average" not in item.policy_state:
+        item.policy_state["average"] = torch.ones((), dtype=torch.float32, device=item.param.device)
+    if not isinstance(rule, SGDRule) or rule.momentum == 0 or item.state.get("momentum_buffer") is not None:
+        return False
+    return begin(item, rule).first
+
+
+def selective_step(
+    items: Sequence[Item], *, rule: Rule, selection: Selection, strength: Strength, draw: Draw, statistics: bool = False
+) -> SumsTable | None:
+    """Steps 5 to 7 of these tensors, in place, by Triton kernels. See `selective.kernels.selective_step`."""
+    if not items:
+        return SumsTable(torch.zeros(0, 7, dtype=torch.float64), []) if statistics else None
+    begins = [_begin(item, rule, strength) for item in items]
+    arranged, back = [], []
+    for item in items:
+        one, copied = arrange(item, rule, order_matters(selection, draw, item))
+        arranged.append(one)
+        back += copied
+    how = (rule, selection, strength, draw)
+    lasting = isinstance(items, ItemList) and not back and not any(begins)
+    cache: dict[Any, Any] = items.cache if isinstance(items, ItemList) and lasting else {}
+    plan = cache.get("plan")
+    if plan is None or not plan.fits(arranged, *how, statistics):
+        plan = cache["plan"] = Plan(arranged, *how, statistics, begins)
+        cache["refresh"] = lambda new_selection, new_strength: plan.refresh(rule, new_selection, new_strength)
+    sums = plan.run(arranged, *how)
+    for tensor, copy in back:
+        tensor.copy_(copy)
+    return _together(plan, sums) if statistics else None
+
+
+def _together(plan: Plan, sums: list[Tensor | None]) -> SumsTable:
+    """One table in the order of the items; on the first batch's device where there are several."""
+    tables = [s for s in sums if s is not None]
+    if len(tables) == 1:
+        return SumsTable(tables[0], plan.numels)
+    order = [i for batch in plan.batches for i in batch.members]
+    back = torch.tensor([order.index(i) for i in range(len(order))], device="cpu")
+    joined = torch.cat([s.to(tables[0].device) for s in tables])
+    return SumsTable(joined[back.to(joined.device, non_blocking=True)], plan.numels)

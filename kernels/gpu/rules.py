@@ -1,0 +1,122 @@
+"""The rules on a block of elements, in registers: gradient, update, momentum, and the state that is to be stored.
+
+The same operations in the same order as `kernels/reference/rules.py`, each rounded by itself: the kernels are compiled
+without contracting products and sums to fused multiply-adds, and divide and take roots to the nearest. So a score is
+the same bits in every kernel that forms it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .config import (
+    B2,
+    DECAY,
+    EPS,
+    LOOKAHEAD,
+    MOMENTUM,
+    RATE,
+    ROOT,
+    UNDAMPED,
+    W1,
+    W2,
+)
+
+
+@triton.jit
+def lerp(start, end, weight):
+    """start + weight (end - start), exactly `end` at a weight of 1: torch.lerp."""
+    return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1.0 - weight))
+
+
+@triton.jit
+def gradient(g, p, row, CFG: tl.constexpr):
+    """The gradient as the base sees it. `p` is read where decay is coupled."""
+    if CFG.maximize:
+        g = -g
+    if CFG.coupled:
+        g = g + tl.load(row + DECAY) * p
+    return g
+
+
+@triton.jit
+def _adam(g, a, b, c, row, CFG: tl.constexpr):
+    if CFG.recomputed:
+        m, v, largest = a, b, c
+    else:
+        m = lerp(a, g, tl.load(row + W1))
+        v = b * tl.load(row + B2) + tl.load(row + W2) * (g * g)
+        largest = c
+        if CFG.amsgrad:
+            # as torch.maximum: NaN wins
+            largest = tl.where((v > c) | (v != v), v, c)
+    under = v
+    if CFG.amsgrad:
+        under = largest
+    below = tl.div_rn(tl.sqrt_rn(under), tl.zeros_like(under) + tl.load(row + ROOT)) + tl.load(row + EPS)
+    u = tl.div_rn(m, below) * tl.load(row + RATE)
+    return u, m, v, largest
+
+
+@triton.jit
+def _sgd(g, a, row, CFG: tl.constexpr):
+    if not CFG.moves:
+        u, m = g * tl.load(row + RATE), g
+    else:
+        momentum = tl.load(row + MOMENTUM)
+        if CFG.begins:
+            m = g
+        else:
+            m = a * momentum + tl.load(row + UNDAMPED) * g
+        direction = m
+        if CFG.nesterov:
+            direction = g + momentum * m
+        u = direction * tl.load(row + RATE)
+    return u, m
+
+
+@triton.jit
+def _lion(g, a, row, CFG: tl.constexpr):
+    c = lerp(a, g, tl.load(row + W1))
+    sign = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, tl.where(c == c, 0.0, c)))
+    return sign * tl.load(row + RATE), lerp(a, g, tl.load(row + W2))
+
+
+@triton.jit
+def moved(g, a, b, c, d, row, CFG: tl.constexpr):
+    """(update, momentum, momentum before, and the first, second and third state column as they are to be stored).
+
+    `g` is what `gradient` returned; the state columns are float32; those that the rule does not have are ignored.
+    """
+    if CFG.rule == "adam":
+        u, m, v, largest = _adam(g, a, b, c, row, CFG)
+        previous, x, y, z = a, m, v, largest
+    elif CFG.rule == "sgd":
+        u, m = _sgd(g, a, row, CFG)
+        previous, x, y, z = a, m, b, c
+    elif CFG.rule == "lion":
+        u, m = _lion(g, a, row, CFG)
+        previous, x, y, z = a, m, b, c
+    else:
+        u = a
+        if CFG.negated:
+            u = -a
+        m, previous, x, y, z = c, d, a, b, c
+    return u, m, previous, x, y, z
+
+
+@triton.jit
+def score_of(g, u, m, row, CFG: tl.constexpr):
+    """The signed score that top-K ranks."""
+    if CFG.rule == "score":
+        x = u
+    elif CFG.score == "update":
+        x = u * g
+    elif CFG.score == "momentum":
+        x = m * g
+    elif CFG.rule == "sgd":
+        x = (g + tl.load(row + MOMENTUM) * m) * g
+    else:
+        x = lerp(g, m, tl.load(row + LOOKAHEAD)) * g
+    return x

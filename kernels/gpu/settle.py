@@ -1,0 +1,164 @@
+"""After the pass over everything: the bin that holds the K-th score, the undecided elements, the ties."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .config import (
+    BRACKET,
+    CHUNK_AT,
+    CHUNKS,
+    COUNTED,
+    CRITICAL,
+    CUTOFF,
+    EXACT,
+    FACTS,
+    HIGH,
+    LEFT,
+    LOW,
+    MODE,
+    NUMBERS,
+    PARAM,
+    PARTIALS,
+    RANKS,
+    TIED,
+    WANTED,
+)
+from .elements import column, multiplier, pointers_of, row_of, stepped
+from .rounding import narrow
+from .top_k import bin_of, keys_at
+
+TINY = 1024  # how many elements of the one bin can be listed; more are ranked by repair.py
+
+
+@triton.jit
+def _note(broken_ptr, t):
+    """Put a tensor on the list of those that need repair; the order is whoever comes first, the result is not."""
+    place = tl.atomic_add(broken_ptr, 1, sem="relaxed")
+    tl.store(broken_ptr + 1 + place, t)
+
+
+@triton.jit
+def find_kernel(ranks_ptr, histograms_ptr, broken_ptr, tensors_ptr, BINS: tl.constexpr):
+    """One tensor a program: the histogram's bin that holds the K-th score, and the rank inside of it.
+
+    CRITICAL becomes that bin, BINS where nothing of the bracket is selected, -1 where the bracket has missed.
+    """
+    t = tl.load(tensors_ptr + tl.program_id(0))
+    ranks = row_of(ranks_ptr, t, RANKS)
+    if tl.load(ranks + MODE) == BRACKET:
+        places = tl.arange(0, BINS)
+        histogram = tl.load(histograms_ptr + t.to(tl.int64) * BINS + places)
+        total = tl.sum(histogram)
+        rank = tl.load(ranks + WANTED) - tl.load(ranks + COUNTED)
+        from_here = total - tl.cumsum(histogram, 0) + histogram
+        critical = tl.max(tl.where(from_here >= rank, places, -1))
+        critical = tl.where(rank == 0, BINS, critical)
+        missed = (rank < 0) | (rank > total)
+        tl.store(ranks + CRITICAL, tl.where(missed, -1, critical).to(tl.int64))
+        tl.store(ranks + LEFT, rank - tl.sum(tl.where(places > critical, histogram, 0)))
+        if missed:
+            _note(broken_ptr, t)
+
+
+@triton.jit
+def decide(pointers, row, offs, todo, chosen, u, g, p, CFG: tl.constexpr):
+    """Step the elements in `todo` that are now decided (float32 parameters); (mask u)^2 of these, 0 elsewhere."""
+    multiples = multiplier(chosen, u, g, row, CFG)
+    new = stepped(p, p, u, multiples, row, CFG)
+    tl.store(column(pointers, PARAM, CFG.param, False) + offs, narrow(new, CFG.param), mask=todo)
+    masked = multiples * u
+    return tl.where(todo, masked * masked, 0.0)
+
+
+@triton.jit
+def settle_kernel(
+    partials_ptr, tiny_ptr, marks_ptr, work_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
+    TINY: tl.constexpr, BINS: tl.constexpr, WIDE: tl.constexpr, CFG: tl.constexpr,
+):  # fmt: skip
+    """Decide what lies in other bins than the critical one, and list the elements of that one.
+
+    WIDE chunks of one tensor a program. Reads a bit for each element, and for each undecided one what its score is made
+    of; writes its parameter (where `CFG.writes`). `tiny_ptr`: for each tensor TINY indices, then TINY keys.
+    """
+    program = tl.program_id(0)
+    t, group = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
+    ranks, facts, row = row_of(ranks_ptr, t, RANKS), row_of(facts_ptr, t, FACTS), row_of(numbers_ptr, t, NUMBERS)
+    partial = partials_ptr + program.to(tl.int64) * PARTIALS
+    critical = tl.load(ranks + CRITICAL)
+    count, masked = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    if (tl.load(ranks + MODE) == BRACKET) & (critical >= 0):
+        PER: tl.constexpr = CFG.block // 32
+        chunk = group.to(tl.int64) * WIDE
+        at = tl.arange(0, WIDE * PER)
+        words = tl.load(marks_ptr + (tl.load(facts + CHUNK_AT) + chunk) * PER + at,
+                        mask=chunk * PER + at < tl.load(facts + CHUNKS) * PER, other=0)  # fmt: skip
+        if tl.sum((words != 0).to(tl.int32)) > 0:
+            bits = (words[:, None] >> tl.arange(0, 32)[None, :]) & 1
+            todo = tl.reshape(bits, [WIDE * CFG.block]) != 0
+            offs = chunk * CFG.block + tl.arange(0, WIDE * CFG.block)
+            pointers = pointers_of(pointers_ptr, t)
+            key, u, g, p = keys_at(pointers, row, offs, todo, False, CFG)
+            low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
+            place = bin_of(key, low, high, BINS)
+            listed = todo & (place == critical)
+            index = tl.atomic_add(ranks + TIED + offs * 0, tl.full(offs.shape, 1, tl.int64), mask=listed, sem="relaxed")
+            tiny = tiny_ptr + t.to(tl.int64) * (2 * TINY) + index
+            tl.store(tiny, offs.to(tl.uint32).to(tl.int32, bitcast=True), mask=listed & (index < TINY))
+            tl.store(tiny + TINY, key.to(tl.int32, bitcast=True), mask=listed & (index < TINY))
+            if CFG.writes:
+                todo = todo & (place != critical)
+                chosen = place > critical
+                masked = tl.sum(decide(pointers, row, offs, todo, chosen, u, g, p, CFG))
+                count = tl.sum((todo & chosen).to(tl.float32))
+    if CFG.writes and CFG.statistics:
+        tl.store(partial + tl.arange(0, 8), tl.zeros([8], tl.float32), mask=tl.arange(0, 8) < PARTIALS)
+        tl.debug_barrier()
+        tl.store(partial, count)
+        tl.store(partial + 4, masked)
+
+
+@triton.jit
+def ties_kernel(
+    partials_ptr, tiny_ptr, broken_ptr, tensors_ptr, pointers_ptr, numbers_ptr, ranks_ptr,
+    TINY: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
+):  # fmt: skip
+    """One tensor a program: rank the listed elements, equal scores by index, step them, and keep the threshold.
+
+    What was listed depends on the order of atomics, the ranks and so the result do not.
+    """
+    t = tl.load(tensors_ptr + tl.program_id(0))
+    ranks = row_of(ranks_ptr, t, RANKS)
+    critical, listed = tl.load(ranks + CRITICAL), tl.load(ranks + TIED).to(tl.int32)
+    count, masked = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    if (tl.load(ranks + MODE) == BRACKET) & (critical >= 0):
+        if listed > TINY:
+            _note(broken_ptr, t)
+        else:
+            row, pointers = row_of(numbers_ptr, t, NUMBERS), pointers_of(pointers_ptr, t)
+            i = tl.arange(0, TINY)
+            tiny = tiny_ptr + t.to(tl.int64) * (2 * TINY)
+            index = tl.load(tiny + i, mask=i < listed, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+            key = tl.load(tiny + TINY + i, mask=i < listed, other=0).to(tl.uint32, bitcast=True)
+            place = tl.zeros([TINY], tl.int32)
+            for j in range(listed):
+                other = tl.load(tiny + TINY + j).to(tl.uint32, bitcast=True)
+                before = tl.load(tiny + j).to(tl.uint32, bitcast=True).to(tl.int64)
+                place += ((other > key) | ((other == key) & (before < index))).to(tl.int32)
+            left = tl.load(ranks + LEFT)
+            todo = i < listed
+            chosen = (place < left) & (key != 0)
+            if CFG.writes:
+                key, u, g, p = keys_at(pointers, row, index, todo, False, CFG)
+                masked = tl.sum(decide(pointers, row, index, todo, chosen, u, g, p, CFG))
+                count = tl.sum((todo & chosen).to(tl.float32))
+            if critical < BINS:
+                last = todo & (place == left - 1)
+                tl.store(ranks + HIGH, tl.max(tl.where(last, key.to(tl.int64), 0)))
+                tl.store(ranks + CUTOFF, tl.max(tl.where(last, index, -1)))
+            tl.store(ranks + MODE, left * 0 + EXACT)
+    if CFG.writes and CFG.statistics:
+        partial = partials_ptr + t.to(tl.int64) * PARTIALS
+        tl.store(partial, count)
+        tl.store(partial + 4, masked)

@@ -1,0 +1,115 @@
+"""What the kernels look up: addresses, sizes and numbers of many tensors, kept on the device between steps.
+
+A table is uploaded when what it says has changed, from pinned memory, so that the host never waits. Whether it has is
+seen by the tensors' identities and addresses in every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import AdamRule, GivenRule, Item, LionRule, Rule, SGDRule
+from . import config
+
+STATE: dict[type, tuple[str, ...]] = {
+    AdamRule: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    SGDRule: ("momentum_buffer",),
+    LionRule: ("exp_avg",),
+    GivenRule: ("update", "start", "momentum", "previous_momentum"),
+}
+
+
+def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor on the device, without waiting for it."""
+    host = values.to(dtype) if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
+    if device.type == "cpu":  # the interpreter
+        return host.clone()
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def refill(target: Tensor, values: Any) -> Tensor:
+    """Write numbers over a tensor on the device, which keeps its address; returns what it was copied from.
+
+    While a CUDA graph is captured, the copy becomes part of it and reads that source at every replay: keep it alive.
+    """
+    host = torch.tensor(values, dtype=target.dtype, device="cpu").reshape(target.shape)
+    if target.device.type != "cpu":
+        host = host.pin_memory()
+    target.copy_(host, non_blocking=True)
+    return host
+
+
+def state_columns(item: Item, rule: Rule) -> list[Tensor | None]:
+    """The tensors of an item's state that the rule reads, in the order of the pointer table's columns; four of them."""
+    names: Iterable[str] = STATE[type(rule)]
+    if isinstance(rule, AdamRule) and not rule.amsgrad:
+        names = ("exp_avg", "exp_avg_sq")
+    if isinstance(rule, SGDRule) and rule.momentum == 0:
+        names = ()
+    found = [item.state.get(name) for name in names]
+    return found + [None] * (4 - len(found))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills its memory without gaps and overlaps, in some order of its dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def work(counts: Sequence[int], device: torch.device) -> tuple[Tensor, list[int]]:
+    """(tensor, part) for each of a launch's programs, int32 [programs, 2]; and where each tensor's programs begin."""
+    sizes = torch.tensor(counts, dtype=torch.int64, device="cpu")
+    ends = sizes.cumsum(0)
+    tensors = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), sizes)
+    parts = torch.arange(int(sizes.sum()), device="cpu") - (ends - sizes)[tensors]
+    both = torch.stack([tensors, parts], 1).to(torch.int32)
+    return upload(both, torch.int32, device), (ends - sizes).tolist()
+
+
+class Tables:
+    """The tables of one batch: tensors of one device that one compiled kernel can step together."""
+
+    def __init__(self, tensors: int, device: torch.device) -> None:
+        self.device, self.tensors = device, tensors
+
+        def empty(width: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(tensors, width, dtype=dtype, device=device)
+
+        self.pointers = empty(config.COLUMNS.value, torch.int64)
+        self.numbers = empty(config.NUMBERS.value, torch.float32)
+        self.ranks = empty(config.RANKS.value, torch.int64)
+        self.facts = empty(config.FACTS.value, torch.int64)
+        self.keys = empty(config.KEYS.value, torch.int32)
+        self.hyper = torch.zeros(20, dtype=torch.float64, device=device)
+        self.clock = torch.zeros(2, dtype=torch.int64, device=device)
+        self.said: dict[str, Any] = {}  # what was uploaded last, by table
+        self.kept: list[Tensor] = []  # sources of copies that became part of a CUDA graph
+
+    def say(self, name: str, table: Tensor, values: Any) -> None:
+        """Upload a whole table, unless it says so already. `values` is compared with ==."""
+        if self.said.get(name) == values:
+            return
+        source = refill(table, values)
+        self.said[name] = values
+        if table.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.kept.append(source)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(x: int) -> int:
+    """The smallest power of two that is x or more."""
+    return 1 << max(math.ceil(math.log2(max(x, 1))), 0)
