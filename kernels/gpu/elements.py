@@ -36,10 +36,10 @@ from .rules import gradient, moved, score_of
 @triton.jit
 def column(pointers, COLUMN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
     """One tensor's memory, from the row of its addresses. FAST promises that the address is a multiple of 16."""
-    address = tl.load(pointers + COLUMN)
+    pointer = tl.load(pointers + COLUMN).to(tl.pointer_type(DTYPE))
     if FAST:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(DTYPE))
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit

@@ -122,8 +122,8 @@ def repair_kernel(
         left, prefix = tl.load(ranks + WANTED).to(tl.int32), tl.full((), 0, tl.uint32)
         places = tl.arange(0, DIGIT)
         for digit in tl.static_range(3):
-            TO: tl.constexpr = 21 if digit == 0 else (10 if digit == 1 else 0)
-            mine = _digits(pointers, row, start, end, numel, prefix, 11 * digit, TO, BLOCK, CFG)
+            mine = _digits(pointers, row, start, end, numel, prefix, 11 * digit, 21 - 11 * digit if digit < 2 else 0,
+                           BLOCK, CFG)  # fmt: skip
             tl.atomic_add(histograms + digit * DIGIT + places, mine, mask=mine > 0)
             met += programs
             _meet(meeting_ptr, met)

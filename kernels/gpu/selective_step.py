@@ -73,17 +73,18 @@ def selective_step_kernel(
     Blocks that are complete, of tensors whose addresses are all multiples of 16, take vector loads; the others masked
     ones.
     """
+    BLOCK: tl.constexpr = CFG.block
     program = tl.program_id(0)
     t, chunk = tl.load(chunks_ptr + 2 * program), tl.load(chunks_ptr + 2 * program + 1)
     pointers, row = pointers_of(pointers_ptr, t), row_of(numbers_ptr, t, NUMBERS)
     ranks, facts, keys = row_of(ranks_ptr, t, RANKS), row_of(facts_ptr, t, FACTS), row_of(keys_ptr, t, KEYS)
-    start = chunk.to(tl.int64) * CFG.block
+    start = chunk.to(tl.int64) * BLOCK
     numel = tl.load(facts + NUMEL)
-    marks = marks_ptr + (tl.load(facts + CHUNK_AT) + chunk) * (CFG.block // 32)
+    marks = marks_ptr + (tl.load(facts + CHUNK_AT) + chunk) * (BLOCK // 32)
     histogram = histograms_ptr + t.to(tl.int64) * BINS
     partial = partials_ptr + (tl.load(facts + CHUNK_AT) + chunk) * PARTIALS
-    offs = tl.multiple_of(start, CFG.block) + tl.arange(0, CFG.block)
-    if (start + CFG.block <= numel) & is_aligned(pointers):
+    offs = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
+    if (start + BLOCK <= numel) & is_aligned(pointers):
         _block(offs, offs >= 0, pointers, row, ranks, facts, keys, marks, histogram, partial,
                FUNCTION, True, BINS, CFG)  # fmt: skip
     else:

@@ -89,15 +89,16 @@ def settle_kernel(
     critical = tl.load(ranks + CRITICAL)
     count, masked = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     if (tl.load(ranks + MODE) == BRACKET) & (critical >= 0):
-        PER: tl.constexpr = CFG.block // 32
+        BLOCK: tl.constexpr = CFG.block
+        PER: tl.constexpr = BLOCK // 32
         chunk = group.to(tl.int64) * WIDE
         at = tl.arange(0, WIDE * PER)
         words = tl.load(marks_ptr + (tl.load(facts + CHUNK_AT) + chunk) * PER + at,
                         mask=chunk * PER + at < tl.load(facts + CHUNKS) * PER, other=0)  # fmt: skip
         if tl.sum((words != 0).to(tl.int32)) > 0:
             bits = (words[:, None] >> tl.arange(0, 32)[None, :]) & 1
-            todo = tl.reshape(bits, [WIDE * CFG.block]) != 0
-            offs = chunk * CFG.block + tl.arange(0, WIDE * CFG.block)
+            todo = tl.reshape(bits, [WIDE * BLOCK]) != 0
+            offs = chunk * BLOCK + tl.arange(0, WIDE * BLOCK)
             pointers = pointers_of(pointers_ptr, t)
             key, u, g, p = keys_at(pointers, row, offs, todo, False, CFG)
             low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
