@@ -52,6 +52,10 @@ class Clocks:
         clock = self._clocks.get(device)
         return None if clock is None else clock.now
 
+    def devices(self) -> list[torch.device]:
+        """Those that have a clock."""
+        return list(self._clocks)
+
     def start(self, devices: Iterable[torch.device], seed: int, step: int, recording: bool = False) -> int:
         """Before a step on `devices`: a clock on each, set to this step. Returns its number, as the host knows it."""
         if recording:

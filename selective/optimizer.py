@@ -209,12 +209,11 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             momentum_beta=self._momentum_beta, report=report,
             own_table=self._own, clock=self._clocks.on, recording=recording,
         )  # fmt: skip
+        contexts = {d: replace(context, draw=context.draw_on(d)) for d in self._clocks.devices()}
         jobs = []
         plan = zip(self.param_groups, self.policy_groups, self._captures, self._members, present, strict=True)
         for group, policy_group, (_, capture), members, parameters in plan:
-            here = context
-            if members.device is not None and self._clocks.on(members.device) is not None:
-                here = replace(context, draw=context.draw_on(members.device))
+            here = contexts.get(members.device, context)
             jobs.append(capture.job(here, group, parameters, policy_group.policy, members.kept))
         return jobs
 
