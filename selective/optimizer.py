@@ -209,7 +209,9 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             momentum_beta=self._momentum_beta, report=report,
             own_table=self._own, clock=self._clocks.on, recording=recording,
         )  # fmt: skip
-        contexts = {d: replace(context, draw=context.draw_on(d)) for d in self._clocks.devices()}
+        contexts: dict[torch.device | None, StepContext] = {}
+        for device in self._clocks.devices():
+            contexts[device] = replace(context, draw=context.draw_on(device))
         jobs = []
         plan = zip(self.param_groups, self.policy_groups, self._captures, self._members, present, strict=True)
         for group, policy_group, (_, capture), members, parameters in plan:
