@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from selective.capture.base import Parameter
 from selective.capture.fused import fused_rule
-from selective.own_state import OwnState
+from selective.planning import Planning
 from selective.policies import Dense, Policy
 from selective.state import (
     MOMENTUM,
@@ -28,7 +28,7 @@ from selective.state import (
 )  # fmt: skip
 
 
-class Checkpointing(OwnState):
+class Checkpointing(Planning):
     """The part of `SelectiveUpdate` that saves and loads, copies and pickles."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -36,6 +36,7 @@ class Checkpointing(OwnState):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._plan()  # groups that were added on the base are ours too
+        self._count_steps()
         found = dict(self.base.state_dict())
         state = {index: dict(entries) for index, entries in found["state"].items()}
         index = 0
@@ -73,14 +74,16 @@ class Checkpointing(OwnState):
         for index, parameter in zip(order, parameters, strict=True):
             if index in theirs["state"]:
                 restore_dtypes(self.base.state[parameter.tensor], theirs["state"][index])
-        for policy_group, policy in zip(self.policy_groups, policies, strict=True):
+        for policy_group, policy, members in zip(self.policy_groups, policies, self._members, strict=True):
             policy_group.policy = policy
+            members.kept.drop()
         self._own = {
             parameter.tensor: _own_tensors(ours[index], parameter.tensor)
             for index, parameter in zip(order, parameters, strict=True)
             if index in ours
         }
         self._steps, self._seed = counted.get(STEP, 0), counted.get(SEED, self._seed)
+        self._clocks.set(self._seed, self._steps)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -147,12 +150,15 @@ class Checkpointing(OwnState):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        hooks = {name for name in self.__dict__ if name.endswith("_hooks")}
-        return {k: v for k, v in self.__dict__.items() if k not in hooks and k not in ("step", "_report", "defaults")}
+        self._count_steps()
+        left_out = {name for name in self.__dict__ if name.endswith("_hooks")}
+        left_out |= {"step", "_report", "defaults", "_members", "_recorded", "_clocks"}
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.__dict__.update(_report=None, defaults=self.base.defaults)
+        self._start_planning()
         Optimizer.__setstate__(self, {})
 
     def __repr__(self) -> str:

@@ -8,35 +8,39 @@ import torch
 
 from selective.capture.base import Parameter
 from selective.groups import PolicyGroup
+from selective.members import Members
 from selective.policies import Dense
 
 OnNonfinite = Literal["ignore", "skip", "raise"]
 
 
-def check_gradients(policy_groups: list[PolicyGroup], parameters: list[list[Parameter]]) -> None:
+def check_gradients(policy_groups: list[PolicyGroup], groups: list[Members], present: list[list[Parameter]]) -> None:
     """Refuse sparse and complex gradients where a policy has to look at them, by the parameter's name."""
-    for policy_group, members in zip(policy_groups, parameters, strict=True):
+    for policy_group, members, parameters in zip(policy_groups, groups, present, strict=True):
         if isinstance(policy_group.policy, Dense):
             continue  # handed to the base as they are
-        for parameter in members:
-            grad = parameter.tensor.grad
-            if grad is None:
-                continue
-            if grad.layout != torch.strided:
-                raise ValueError(
-                    f"SelectiveUpdate: parameter {parameter.name!r} has a sparse gradient; use "
-                    f"nn.Embedding(sparse=False), or put it into a parameter group with policy None"
-                )
-            if parameter.tensor.is_complex():
-                raise ValueError(
-                    f"SelectiveUpdate: parameter {parameter.name!r} is complex; a mask by sign or rank has no meaning "
-                    f"there. Train torch.view_as_real of it, or put it into a parameter group with policy None"
-                )
+        if members.has_sparse or members.has_complex:
+            for parameter in parameters:
+                _check_gradient(parameter)
 
 
-def nonfinite_gradient(parameters: list[list[Parameter]]) -> str | None:
-    """The name of the first parameter whose gradient holds NaN or infinity. One synchronisation with a GPU."""
-    present = [p for members in parameters for p in members if p.tensor.grad is not None]
+def _check_gradient(parameter: Parameter) -> None:
+    grad = parameter.tensor.grad
+    if grad is not None and grad.layout != torch.strided:
+        raise ValueError(
+            f"SelectiveUpdate: parameter {parameter.name!r} has a sparse gradient; use "
+            f"nn.Embedding(sparse=False), or put it into a parameter group with policy None"
+        )
+    if parameter.tensor.is_complex():
+        raise ValueError(
+            f"SelectiveUpdate: parameter {parameter.name!r} is complex; a mask by sign or rank has no meaning "
+            f"there. Train torch.view_as_real of it, or put it into a parameter group with policy None"
+        )
+
+
+def nonfinite_gradient(groups: list[list[Parameter]]) -> str | None:
+    """The name of the first of these whose gradient holds NaN or infinity. One synchronisation with a GPU."""
+    present = [p for parameters in groups for p in parameters]
     if not present:
         return None
     # the largest |g| is finite where all are: one number a tensor, without a mask of the tensor's size

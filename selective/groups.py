@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterator, MutableMapping
 from typing import Any
 
 from selective.policies import Policy, policy_from
@@ -16,7 +16,26 @@ class PolicyGroup(MutableMapping[str, Any]):
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        self._policy = policy
+        self._listener: Callable[[Policy], None] | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that is used from the next step on. To switch it, set it."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy = policy
+        if self._listener is not None:
+            self._listener(policy)
+
+    def listen(self, listener: Callable[[Policy], None] | None) -> None:
+        """Have `listener` called with each policy that is set, at once: the replays of a CUDA graph run no step."""
+        self._listener = listener
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_listener": None}  # who listens is not copied or pickled along
 
     def _dump(self) -> dict[str, Any]:
         return self.policy.model_dump()

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.arguments import check_arguments, check_complete, check_momentum
+from selective.arguments import check_arguments
 from selective.bound import Bindable
 from selective.capture.base import DenseJob, Job, Parameter, StepContext, scalar
-from selective.capture.choose import Capture, CaptureName, capture_key, choose_capture
-from selective.capture.custom import PolicyError, has_own_code
+from selective.capture.choose import Capture, CaptureName
+from selective.capture.custom import PolicyError
 from selective.capture.stepping import base_hooks, run_step_on
 from selective.checkpoint import Checkpointing
+from selective.clock import check_recordable, is_recording
 from selective.explain import explain
 from selective.gradients import OnNonfinite, check_gradients, nonfinite_gradient
 from selective.groups import PolicyGroup, take_policy
@@ -76,6 +78,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         self._own: dict[Tensor, dict[str, Tensor]] = {}
         self.policy_groups: list[PolicyGroup] = []
         self._captures: list[tuple[tuple[object, ...], Capture]] = []
+        self._start_planning()
         self._constructing = True  # torch's constructor would build groups of its own; ours are the base's
         Optimizer.__init__(self, base.param_groups, base.defaults)
         self._constructing = False
@@ -149,15 +152,16 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             with torch.enable_grad():
                 loss = closure()  # 1
         self._plan()
-        parameters = self._parameters()
-        check_gradients(self.policy_groups, parameters)  # 2
-        if self._is_initialisation():
+        present = [members.with_gradient() for members in self._members]
+        check_gradients(self.policy_groups, self._members, present)  # 2
+        recording = self._is_recorded()
+        if not recording and self._is_initialisation():
             with base_hooks(self.base):
                 run_step_on(self.base, self.param_groups)
             self._make_own_state(lambda parameter: parameter.tensor.grad is not None)
             return loss
         if self._on_nonfinite != "ignore":
-            where = nonfinite_gradient(parameters)
+            where = nonfinite_gradient(present)
             if where is not None and self._on_nonfinite == "raise":
                 raise FloatingPointError(
                     f"SelectiveUpdate: the gradient of parameter {where!r} is not finite in step {self._steps}; "
@@ -166,8 +170,11 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             if where is not None:
                 return loss
         report = Report() if self._statistics else None
-        self._run(self._jobs(parameters, report))  # 5 to 7
-        self._steps += 1  # 8
+        clocked = self._clocked()
+        self._steps = self._clocks.start(clocked, self._seed, self._steps, recording)
+        self._run(self._jobs(present, report, recording))  # 5 to 7
+        self._clocks.tick(clocked, recording)  # 8
+        self._steps += not recording
         self._report = report
         return loss
 
@@ -187,72 +194,34 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         captures = [capture for _, capture in self._captures]
         return explain(self.base, self.policy_groups, captures, self._momentum_beta)
 
-    def _parameters(self) -> list[list[Parameter]]:
-        """The parameters by group, with address and name."""
-        found: list[list[Parameter]] = []
-        address = 0
-        for number, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [f"param_groups[{number}][{i}]" for i in range(len(group["params"]))]
-            found.append([Parameter(p, address + i, names[i], number) for i, p in enumerate(group["params"])])
-            address += len(group["params"])
-        return found
+    def _is_recorded(self) -> bool:
+        """Whether this step goes into a CUDA graph; an error where its replays would not be steps."""
+        if not any(members.cuda_devices for members in self._members) or not is_recording():
+            return False
+        check_recordable(self.base, self.param_groups, self._on_nonfinite)
+        return True
 
-    def _plan(self) -> None:
-        """Keep policies and captures in step with the base's groups, which may have changed under us."""
-        groups = self.param_groups
-        for number, group in enumerate(groups[: len(self.policy_groups)]):
-            if "policy" in group:  # it would be without effect, and the group could not be saved
-                raise ValueError(
-                    f"SelectiveUpdate: param_groups[{number}] got a 'policy' after it was taken in; remove it there, "
-                    f"and set opt.policy_groups[{number}].policy (a Policy) or its hyper-parameters by name"
-                )
-        for group in groups[len(self.policy_groups) :]:  # at construction, or added on the base itself
-            self.policy_groups.append(PolicyGroup(take_policy(group, self._default, self.base.defaults)))
-        if len(self.policy_groups) > len(groups):
-            raise RuntimeError(
-                f"SelectiveUpdate: the base has {len(groups)} parameter groups, policy_groups has "
-                f"{len(self.policy_groups)}: a group was removed; delete the same index from opt.policy_groups"
-            )
-        captures, switched = [], []
-        for number, (group, policy_group) in enumerate(zip(groups, self.policy_groups, strict=True)):
-            if not isinstance(policy_group, PolicyGroup):
-                raise TypeError(
-                    f"SelectiveUpdate: policy_groups[{number}] is {policy_group!r}; its entries stay, set "
-                    f"opt.policy_groups[{number}].policy to a Policy instead"
-                )
-            key = capture_key(self.base, group, policy_group.policy)
-            known = self._captures[number] if number < len(self._captures) else None
-            if known is not None and known[0] == key:
-                captures.append(known)
-                continue
-            own = self._momentum_beta is not None
-            check_complete(policy_group.policy, number)
-            capture = choose_capture(self.base, group, policy_group.policy, self._wanted, own)
-            check_momentum(self.base, group, number, policy_group.policy, capture, own)
-            captures.append((key, capture))
-            if known is not None and known[0][-1] != key[-1]:
-                switched.append(number)
-        self._captures = captures
-        for number in switched:
-            self._renew_own_state(number)
-
-    def _jobs(self, parameters: list[list[Parameter]], report: Report | None) -> list[Job]:
+    def _jobs(self, present: list[list[Parameter]], report: Report | None, recording: bool) -> list[Job]:
         context = StepContext(
             base=self.base, draw=spec.Draw(self._seed, self._steps, self._stochastic_rounding),
             own_state=self._own_state, own_residue=self._own_residue,
             own_momentum=None if self._momentum_beta is None else self._own_momentum,
             momentum_beta=self._momentum_beta, report=report,
+            own_table=self._own, clock=self._clocks.on, recording=recording,
         )  # fmt: skip
+        contexts: dict[torch.device | None, StepContext] = {}
+        for device in self._clocks.devices():
+            contexts[device] = replace(context, draw=context.draw_on(device))
         jobs = []
-        plan = zip(self.param_groups, self.policy_groups, self._captures, parameters, strict=True)
-        for group, policy_group, (_, capture), members in plan:
-            present = [parameter for parameter in members if parameter.tensor.grad is not None]
-            jobs.append(capture.job(context, group, present, policy_group.policy))
+        plan = zip(self.param_groups, self.policy_groups, self._captures, self._members, present, strict=True)
+        for group, policy_group, (_, capture), members, parameters in plan:
+            here = contexts.get(members.device, context)
+            jobs.append(capture.job(here, group, parameters, policy_group.policy, members.kept))
         return jobs
 
     def _run(self, jobs: list[Job]) -> None:
         """Steps 5 to 7. When anything raises, the parameters are put back."""
-        custom = [job for job in jobs if has_own_code(job.policy)]
+        custom = [job for job in jobs if job.own_code]
         for job in jobs:
             if isinstance(job, DenseJob):
                 job.keep_copy = bool(custom)
@@ -263,7 +232,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
                 stepping = [job.group for job in jobs if job.steps_base]
                 if stepping:
                     run_step_on(self.base, stepping)
-                for job in sorted(jobs, key=lambda job: not has_own_code(job.policy)):  # what may raise goes first
+                for job in sorted(jobs, key=lambda job: not job.own_code):  # what may raise goes first
                     current = job
                     job.finish()
             except BaseException as error:

@@ -13,6 +13,7 @@ from selective.capture.base import Parameter
 from selective.capture.choose import Capture
 from selective.capture.fused import FusedRule, fused_rule
 from selective.capture.stepping import run_step_on
+from selective.clock import Clocks
 from selective.groups import PolicyGroup
 from selective.kernels import spec
 from selective.policies import Dense, Policy
@@ -31,10 +32,12 @@ class OwnState(Optimizer):
     _momentum_beta: float | None
     _captures: list[tuple[tuple[object, ...], Capture]]
     _constructing: bool
+    _clocks: Clocks
 
     @property
     def state(self) -> MergedState:
         """The base's state and ours, by parameter: a live view with the keys of `state_dict()["state"]`."""
+        self._count_steps()
         policies: dict[Tensor, Policy] = {}  # looked up once for each view: reading all of it stays linear
 
         def ours(param: Tensor) -> dict[str, Tensor]:
@@ -55,6 +58,10 @@ class OwnState(Optimizer):
     def _saved_entries(self, own: dict[str, Tensor], policy: Policy) -> dict[str, Tensor]:
         step, seed = (torch.tensor(number, device="cpu") for number in (self._steps, self._seed))
         return {STEP: step, SEED: seed, POLICY: encode_policy(policy), **own}
+
+    def _count_steps(self) -> None:
+        """Learn how many steps were taken; replays of a CUDA graph are counted on the device: Note [the clock]."""
+        self._steps = self._clocks.count(self._steps)
 
     def _own_state(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
         """The policy's state of one parameter, made on first use. The tensors are the stored ones."""
@@ -99,6 +106,7 @@ class OwnState(Optimizer):
     def _renew_own_state(self, number: int) -> None:
         """After a switch of a group's policy: the new one's state, with the momentum and residue that we keep."""
         policy = self.policy_groups[number].policy
+        self._own = dict(self._own)  # another object says that entries were replaced
         for parameter in self._parameters()[number]:
             kept = self._own.pop(parameter.tensor, {})
             if not isinstance(policy, Dense) and (kept or self._has_base_state(parameter)):

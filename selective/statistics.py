@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,14 +16,18 @@ class Report:
     """Collects one step's sums and turns them into statistics when somebody looks."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, spec.Sums] = {}
+        self._sums: list[tuple[Sequence[str], Sequence[spec.Sums]]] = []
 
     def add(self, name: str, sums: spec.Sums) -> None:
-        self._sums[name] = sums
+        self._sums.append(([name], [sums]))
+
+    def add_all(self, names: Sequence[str], sums: Sequence[spec.Sums]) -> None:
+        """Many tensors' sums in the order of their names. They are kept as they are: a step has no time to look."""
+        self._sums.append((names, sums))
 
     def add_masked(self, name: str, mask: Tensor, update: Tensor, grad: Tensor | None) -> None:
         """The sums of a mask that a policy returned: its largest multiplier counts as the selected one."""
-        self._sums[name] = sums_of_mask(mask, update, grad)
+        self.add(name, sums_of_mask(mask, update, grad))
 
     def read(self) -> dict[str, dict[str, Tensor]]:
         """For each parameter by name, 0-d float32 tensors on its device:
@@ -31,14 +37,29 @@ class Report:
         - `cosine`: of update and gradient (0 where either is zero; NaN where the policy does not read the gradient);
         - `norm_before`, `norm_after`: L2 norms of the update before and after the mask.
         """
-        return {name: _statistics(sums) for name, sums in self._sums.items()}
+        found: dict[str, dict[str, Tensor]] = {}
+        for names, sums in self._sums:
+            each = _of_table(sums) if isinstance(sums, spec.SumsTable) else [_of(one, one.numel) for one in sums]
+            found.update(zip(names, each, strict=True))
+        return found
 
 
-def _statistics(sums: spec.Sums) -> dict[str, Tensor]:
+def _of_table(table: spec.SumsTable) -> list[dict[str, Tensor]]:
+    """The statistics of all its tensors, in a few operations on whole columns."""
+    numels = torch.tensor([max(numel, 1) for numel in table.numels], dtype=torch.float64)
+    if table.values.is_cuda:  # from pinned memory, which nobody waits for
+        numels = numels.pin_memory().to(table.values.device, non_blocking=True)
+    columns = _of(spec.Sums(1, *table.values.unbind(1)), numels)
+    rows = torch.stack(list(columns.values()), dim=1)
+    return [dict(zip(columns, row.unbind(), strict=True)) for row in rows]
+
+
+def _of(sums: spec.Sums, numel: int | Tensor) -> dict[str, Tensor]:
+    """The statistics of these sums: 0-d, or columns of a table."""
     product = (sums.update_sq * sums.grad_sq).sqrt()
     cosine = torch.where(product > 0, sums.update_grad / torch.where(product > 0, product, 1.0), product)
     values = (
-        sums.selected / max(sums.numel, 1),
+        sums.selected / (numel if isinstance(numel, Tensor) else max(numel, 1)),
         sums.strength_selected,
         sums.strength_rest,
         cosine,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.capture.anatomy import Anatomy
+from selective.capture.described import has_own_code
 from selective.kernels import spec
 from selective.policies import Policy
 from selective.statistics import Report
@@ -37,6 +39,14 @@ class StepContext:
     own_momentum: Callable[[Parameter, Policy], Tensor] | None  # with `momentum_beta`: the wrapper's own first moment
     momentum_beta: float | None
     report: Report | None  # where statistics go; None: not wanted
+    own_table: object  # what `own_state` reads; another object as soon as a parameter's entries are replaced
+    clock: Callable[[torch.device], Tensor | None]  # of a device, for `Draw.clock`
+    recording: bool  # into a CUDA graph
+
+    def draw_on(self, device: torch.device) -> spec.Draw:
+        """`draw` with the clock of this device."""
+        clock = self.clock(device)
+        return self.draw if clock is self.draw.clock else replace(self.draw, clock=clock)
 
 
 @dataclass
@@ -54,6 +64,11 @@ class Job:
     saved: list[Tensor] = field(default_factory=list)
 
     steps_base = True  # whether the base's own step has to run for this group
+
+    @cached_property
+    def own_code(self) -> bool:
+        """Whether the policy has code of its own, which may raise."""
+        return has_own_code(self.policy)
 
     def prepare(self) -> None: ...
 

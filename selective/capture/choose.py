@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -12,11 +13,13 @@ from selective.capture.anatomy import Anatomy, anatomy
 from selective.capture.base import DenseJob, Job, Parameter, StepContext
 from selective.capture.delta import LOW_PRECISION, DeltaJob
 from selective.capture.fused import FusedJob, FusedRule, fused_rule
+from selective.capture.items import KeptItems
 from selective.capture.scratch import ScratchJob
 from selective.capture.stepping import replaced_step
 from selective.policies import Dense, Policy
 
 CaptureName = Literal["auto", "fused", "scratch", "delta"]
+Layout = frozenset[tuple[torch.dtype, str, int]]  # dtype, type of device and number of dimensions of parameters
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,13 @@ class Capture:
     facts: Anatomy
     rule: FusedRule | None = None
 
-    def job(self, context: StepContext, group: dict[str, Any], parameters: list[Parameter], policy: Policy) -> Job:
+    def job(
+        self, context: StepContext, group: dict[str, Any], parameters: list[Parameter], policy: Policy, kept: KeptItems
+    ) -> Job:
         """This group's part of a step."""
         if self.way == "fused":
             assert self.rule is not None
-            return FusedJob(context, group, parameters, policy, self.facts, rule=self.rule)
+            return FusedJob(context, group, parameters, policy, self.facts, rule=self.rule, kept=kept)
         cls = {"dense": DenseJob, "scratch": ScratchJob, "delta": DeltaJob}[self.way]
         return cls(context, group, parameters, policy, self.facts)
 
@@ -96,8 +101,13 @@ def _why_delta(group: dict[str, Any], facts: Anatomy) -> str | None:
     return None
 
 
-def capture_key(base: Optimizer, group: dict[str, Any], policy: Policy) -> tuple[object, ...]:
-    """What the choice of a capture depends on; nothing is asked again while it is the same. Last: its class."""
+def capture_key(
+    base: Optimizer, group: dict[str, Any], layout: Layout, policy: Policy, needs: frozenset[str]
+) -> tuple[object, ...]:
+    """What the choice of a capture depends on; nothing is asked again while it is the same. Last: the policy's class.
+
+    `layout` and `needs` are the group's and the policy's, looked up by whoever keeps them.
+    """
     skip = ("params", "lr", "step", "initial_lr", "param_names")
     # Of numbers only whether they are 0: some bases count their steps in the group, schedulers move betas and decay.
     flags = tuple(
@@ -105,6 +115,4 @@ def capture_key(base: Optimizer, group: dict[str, Any], policy: Policy) -> tuple
         for k, v in group.items()
         if k not in skip and isinstance(v, (bool, str, int, float))
     )
-    layout = frozenset((p.dtype, p.device.type, p.dim()) for p in group["params"])
-    replaced = replaced_step(base) is not None
-    return type(base), replaced, flags, layout, policy.needs(), type(policy)
+    return type(base), replaced_step(base) is not None, flags, layout, needs, type(policy)

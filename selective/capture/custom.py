@@ -6,31 +6,14 @@ import torch
 from torch import Tensor
 
 from selective.capture.base import Parameter, StepContext
-from selective.kernels import spec
+from selective.capture.described import has_own_code as has_own_code
+from selective.capture.described import kernel_specs as kernel_specs
 from selective.policies import Policy
 from selective.view import StepView, Tensors
 
 
 class PolicyError(RuntimeError):
     """A policy raised, or returned something that is no mask. Parameters are as they were; moments have moved."""
-
-
-def has_own_code(policy: Policy) -> bool:
-    """Whether a step of this policy has to call Python for each tensor, instead of running inside a kernel."""
-    if type(policy).mask is not Policy.mask:
-        return True
-    parts = policy.parts()
-    return parts is None or parts[0].spec() is None or parts[1].spec() is None
-
-
-def kernel_specs(policy: Policy) -> tuple[spec.Selection, spec.Strength]:
-    """The policy in the kernels' terms. Only for policies without code of their own."""
-    parts = policy.parts()
-    assert parts is not None
-    selection, strength = parts[0].spec(), parts[1].spec()
-    assert selection is not None
-    assert strength is not None
-    return selection, strength
 
 
 def make_view(

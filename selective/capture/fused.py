@@ -6,6 +6,7 @@ The base's `step()` is not called, so nothing has to be copied; its checkpoints 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
 from selective.capture.base import Job, Parameter, lookahead, sign_of
-from selective.capture.custom import has_own_code, kernel_specs, run_mask
+from selective.capture.custom import run_mask
+from selective.capture.items import DeviceItems, KeptItems
 from selective.kernels import advance, apply_mask, selective_step, spec
 from selective.view import Tensors
 
@@ -26,43 +28,38 @@ class FusedJob(Job):
 
     steps_base = False
 
-    def __init__(self, *args: Any, rule: FusedRule, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rule: FusedRule, kept: KeptItems, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.fused = rule
+        self.fused, self.kept = rule, kept
+        self.specs = kept.describe(self.policy).specs
+        self.own_code = self.specs is None
 
     def prepare(self) -> None:
-        if has_own_code(self.policy):  # may raise half-way through the group: keep what it takes to put it back
+        if self.own_code:  # may raise half-way through the group: keep what it takes to put it back
             self.saved = [parameter.tensor.clone() for parameter in self.parameters]
 
     def finish(self) -> None:
         rule = self.fused.rule(self.context.base, self.group)
-        items = [self._item(parameter) for parameter in self.parameters]
-        if has_own_code(self.policy):
-            for parameter, item in zip(self.parameters, items, strict=True):
-                self._step_with_own_code(parameter, item, rule)
-        else:
-            self._step_in_kernel(items, rule)
+        make_state = partial(self.fused.init_state, self.group)
+        with self.kept.of(self.context, self.parameters, self.policy, make_state) as lists:
+            for one in lists:
+                if self.specs is None:
+                    for parameter, item in zip(one.parameters, one.items, strict=True):
+                        self._step_with_own_code(parameter, item, rule)
+                else:
+                    self._step_in_kernel(one, rule, *self.specs)
         self.fused.after(self.group)
 
-    def _item(self, parameter: Parameter) -> spec.Item:
-        p = parameter.tensor
-        state = self.context.base.state[p]
-        if len(state) == 0:
-            self.fused.init_state(self.group, p, state)
-        own = self.context.own_state(parameter, self.policy)
-        assert p.grad is not None
-        return spec.Item(p, p.grad, state, parameter.address, own)
-
-    def _step_in_kernel(self, items: list[spec.Item], rule: spec.Rule) -> None:
-        selection, strength = kernel_specs(self.policy)
+    def _step_in_kernel(
+        self, one: DeviceItems, rule: spec.Rule, selection: spec.Selection, strength: spec.Strength
+    ) -> None:
         context = self.context
         sums = selective_step(
-            items, rule=rule, selection=selection, strength=strength, draw=context.draw,
+            one.items, rule=rule, selection=selection, strength=strength, draw=context.draw_on(one.device),
             statistics=context.report is not None,
         )  # fmt: skip
         if sums is not None and context.report is not None:
-            for parameter, one in zip(self.parameters, sums, strict=True):
-                context.report.add(parameter.name, one)
+            context.report.add_all(one.names, sums)
 
     def _step_with_own_code(self, parameter: Parameter, item: spec.Item, rule: spec.Rule) -> None:
         keep = "previous_momentum" in self.policy.needs()
@@ -76,7 +73,7 @@ class FusedJob(Job):
         mask = run_mask(self.context, self.policy, parameter, tensors)
         if self.context.report is not None:
             self.context.report.add_masked(parameter.name, mask, moved.update, moved.grad)
-        apply_mask(item, rule, moved.update, mask, self.context.draw)
+        apply_mask(item, rule, moved.update, mask, self.context.draw_on(item.param.device))
 
 
 class FusedRule:

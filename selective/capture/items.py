@@ -1,0 +1,126 @@
+"""The items of one parameter group, handed to the kernels again in every step.
+
+Making a thousand of them costs more than a GPU's whole step, and the GPU path keeps tables of addresses beside the
+list. So they are kept while they hold; what they are made of is looked at in every step, by identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selective.capture.base import Parameter, StepContext
+from selective.capture.described import Described, specs_of
+from selective.kernels import spec
+from selective.policies import Policy
+
+
+@dataclass
+class DeviceItems:
+    """The items on one device, with what belongs to them in the same order."""
+
+    device: torch.device
+    parameters: list[Parameter]
+    names: list[str]
+    items: spec.ItemList
+    policy_class: type[Policy]
+
+
+class KeptItems:
+    """The items of one group from step to step. Belongs to one optimizer: copies and pickles make their own."""
+
+    def __init__(self) -> None:
+        self._lists: list[DeviceItems] = []
+        self._parameters: list[Parameter] = []
+        self._tensors: list[Tensor] = []
+        self._states: list[dict[str, Any]] = []
+        self._own: object = None
+        self._described: Described | None = None
+        # What a CUDA graph has recorded: replays read its tables, so they live on, and no later step may change them.
+        self.recorded: list[DeviceItems] = []
+
+    def drop(self) -> None:
+        """Forget the items, so that state which was replaced is not kept in memory until the next step."""
+        self._lists, self._parameters, self._tensors, self._states, self._own = [], [], [], [], None
+
+    @contextmanager
+    def of(
+        self, context: StepContext, parameters: list[Parameter], policy: Policy, make_state: Callable[..., None]
+    ) -> Iterator[list[DeviceItems]]:
+        """The items of these parameters, by device, with the gradients and the state of now.
+
+        `make_state(p, state)` fills a state that is still empty. `parameters` is known by identity: a list of its own
+        for each set of them, and for each dtype and device that they have had.
+        """
+        known = parameters is self._parameters
+        tensors = self._tensors if known else [parameter.tensor for parameter in parameters]
+        table = context.base.state
+        states = [table[p] for p in tensors]
+        if not all(states):
+            for p, state in zip(tensors, states, strict=True):
+                if not state:
+                    make_state(p, state)
+        if not (known and self._own is context.own_table and all(map(is_, states, self._states))):
+            self._lists = _build(context, parameters, states, policy)
+            self._parameters, self._tensors, self._states = parameters, tensors, states
+            self._own = context.own_table
+        lists = self._lists
+        try:
+            for one in lists:
+                _take_gradients(one.items)
+            yield lists
+        finally:
+            for one in lists:
+                _drop_gradients(one.items)
+            if context.recording:
+                self.recorded += lists
+                self.drop()
+
+    def describe(self, policy: Policy) -> Described:
+        """What `policy` says of itself."""
+        if self._described is None or self._described.policy is not policy:
+            self._described = Described(policy, policy.needs(), specs_of(policy))
+        return self._described
+
+    def policy_changed(self, policy: Policy) -> None:
+        """Tell the tables on the device: the replays of a graph take a scheduled hyper-parameter from there."""
+        for one in (*self.recorded, *self._lists):
+            refresh = one.items.cache.get("refresh")
+            if refresh is None or one.policy_class is not type(policy):
+                continue  # of another kind: a graph goes on as it was recorded
+            specs = specs_of(policy)
+            if specs is not None:
+                refresh(*specs)
+
+
+def _build(
+    context: StepContext, parameters: list[Parameter], states: list[dict[str, Any]], policy: Policy
+) -> list[DeviceItems]:
+    found: dict[torch.device, DeviceItems] = {}
+    for parameter, state in zip(parameters, states, strict=True):
+        p = parameter.tensor
+        one = found.get(p.device)
+        if one is None:
+            one = found[p.device] = DeviceItems(p.device, [], [], spec.ItemList(), type(policy))
+        own = context.own_state(parameter, policy)
+        one.parameters.append(parameter)
+        one.names.append(parameter.name)
+        one.items.append(spec.Item(p, p, state, parameter.address, own))  # the gradient comes in every step
+    return list(found.values())
+
+
+def _take_gradients(items: Any) -> None:
+    for item in items:
+        item.grad = item.param.grad
+
+
+def _drop_gradients(items: Any) -> None:
+    """Between steps `zero_grad` is to free them."""
+    for item in items:
+        item.grad = None

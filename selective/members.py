@@ -1,0 +1,81 @@
+"""The parameters of one group as the last step saw them, and what follows from them while they are the same."""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import Any
+
+import torch
+
+from selective.capture.base import Parameter
+from selective.capture.choose import Layout
+from selective.capture.items import KeptItems
+
+
+class Members:
+    """One group's parameters with address and name. A group that was edited gets a new one.
+
+    Looking is by identity and in plain lists, because it is done for every parameter in every step.
+    """
+
+    def __init__(self, group: dict[str, Any], number: int, address: int) -> None:
+        self.tensors = list(group["params"])
+        self.address = address
+        self._names = list(group.get("param_names") or ())
+        names = self._names or [f"param_groups[{number}][{i}]" for i in range(len(self.tensors))]
+        self.parameters = [Parameter(p, address + i, names[i], number) for i, p in enumerate(self.tensors)]
+        self.kept = KeptItems()
+        self._looked: tuple[list[Any], ...] = ()
+        self.layout: Layout = frozenset()
+        self.devices: frozenset[torch.device] = frozenset()
+        self.has_complex = False
+        self.has_sparse = False  # among the gradients
+        self._flags: list[bool] = []  # which had a gradient, the last time that some had none ...
+        self._present: list[Parameter] = []  # ... and those that had
+
+    def are_of(self, group: dict[str, Any], address: int) -> bool:
+        """Whether the group still has these parameters, under these names and addresses."""
+        params = group["params"]
+        return (
+            address == self.address
+            and len(params) == len(self.tensors)
+            and all(map(is_, params, self.tensors))
+            and list(group.get("param_names") or ()) == self._names
+        )
+
+    def look(self) -> None:
+        """Notice dtypes, devices and dimensions that changed under the same parameters (`model.half()`)."""
+        tensors = self.tensors
+        looked = [p.dtype for p in tensors], [p.device for p in tensors], [p.dim() for p in tensors]
+        if looked == self._looked:
+            return
+        self._looked = looked
+        dtypes, devices, dims = looked
+        self.layout = frozenset(zip(dtypes, (device.type for device in devices), dims, strict=True))
+        self.devices = frozenset(devices)
+        self.has_complex = any(dtype.is_complex for dtype in dtypes)
+        self.parameters = list(self.parameters)  # another list: items made of the old one are made anew
+        self._flags = []
+
+    def with_gradient(self) -> list[Parameter]:
+        """Those that have a gradient now: the same list as long as they are the same."""
+        layouts = [None if (grad := p.grad) is None else grad.layout for p in self.tensors]
+        kinds = set(layouts)
+        self.has_sparse = bool(kinds - {None, torch.strided})
+        if None not in kinds:
+            return self.parameters
+        flags = [layout is not None for layout in layouts]
+        if flags != self._flags:
+            self._flags = flags
+            self._present = [p for p, flag in zip(self.parameters, flags, strict=True) if flag]
+        return self._present
+
+    @property
+    def cuda_devices(self) -> frozenset[torch.device]:
+        """The GPUs that they are on."""
+        return frozenset(device for device in self.devices if device.type == "cuda")
+
+    @property
+    def device(self) -> torch.device | None:
+        """The one device that they are all on; None where there are several."""
+        return next(iter(self.devices)) if len(self.devices) == 1 else None

@@ -1,0 +1,104 @@
+"""Which parameters, policy and capture every group has: kept from step to step, and in step with the base's groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from selective.arguments import check_complete, check_momentum
+from selective.capture.base import Parameter
+from selective.capture.choose import Capture, CaptureName, capture_key, choose_capture
+from selective.clock import Clocks
+from selective.groups import PolicyGroup, take_policy
+from selective.members import Members
+from selective.own_state import OwnState
+from selective.policies import Dense, Policy
+
+
+class Planning(OwnState):
+    """The part of `SelectiveUpdate` that notices what was changed in the base's groups and in the policies."""
+
+    _default: Policy
+    _wanted: CaptureName
+    _members: list[Members]
+    _recorded: list[Any]
+
+    def _start_planning(self) -> None:
+        """What no copy and no pickle has: it is made anew from groups and state, and holds tables on the device."""
+        self._members = []
+        self._recorded = []  # items in CUDA graphs of groups that were edited since: graphs read their tables
+        self._clocks = Clocks()
+
+    def _look(self) -> list[Members]:
+        """The groups' parameters with address and name."""
+        address = 0
+        for number, group in enumerate(self.param_groups):
+            known = self._members[number] if number < len(self._members) else None
+            if known is None or not known.are_of(group, address):
+                if known is not None:
+                    self._recorded += known.kept.recorded
+                self._members[number : number + 1] = [Members(group, number, address)]
+            address += len(group["params"])
+        for removed in self._members[len(self.param_groups) :]:
+            self._recorded += removed.kept.recorded
+        del self._members[len(self.param_groups) :]
+        return self._members
+
+    def _parameters(self) -> list[list[Parameter]]:
+        """The parameters by group."""
+        return [members.parameters for members in self._look()]
+
+    def _clocked(self) -> set[torch.device]:
+        """The GPUs on which something is masked, whose steps are counted there: Note [the clock]."""
+        masked = zip(self._members, self.policy_groups, strict=True)
+        return {device for m, g in masked if not isinstance(g.policy, Dense) for device in m.cuda_devices}
+
+    def _plan(self) -> None:
+        """Keep parameters, policies and captures in step with the base's groups, which may have changed under us."""
+        self._take_policies()
+        captures: list[tuple[tuple[object, ...], Capture]] = []
+        switched: list[int] = []
+        plan = zip(self.param_groups, self.policy_groups, self._look(), strict=True)
+        for number, (group, policy_group, members) in enumerate(plan):
+            if not isinstance(policy_group, PolicyGroup):
+                raise TypeError(
+                    f"SelectiveUpdate: policy_groups[{number}] is {policy_group!r}; its entries stay, set "
+                    f"opt.policy_groups[{number}].policy to a Policy instead"
+                )
+            policy_group.listen(members.kept.policy_changed)
+            policy = policy_group.policy
+            members.look()
+            key = capture_key(self.base, group, members.layout, policy, members.kept.describe(policy).needs)
+            known = self._captures[number] if number < len(self._captures) else None
+            if known is not None and known[0] == key:
+                captures.append(known)
+                continue
+            own = self._momentum_beta is not None
+            check_complete(policy, number)
+            capture = choose_capture(self.base, group, policy, self._wanted, own)
+            check_momentum(self.base, group, number, policy, capture, own)
+            captures.append((key, capture))
+            if known is not None and known[0][-1] != key[-1]:
+                switched.append(number)
+        self._captures = captures
+        for number in switched:
+            self._members[number].kept.drop()
+            self._renew_own_state(number)
+
+    def _take_policies(self) -> None:
+        """One policy for each group: those of new groups are moved out of them."""
+        groups = self.param_groups
+        for number, group in enumerate(groups[: len(self.policy_groups)]):
+            if "policy" in group:  # it would be without effect, and the group could not be saved
+                raise ValueError(
+                    f"SelectiveUpdate: param_groups[{number}] got a 'policy' after it was taken in; remove it there, "
+                    f"and set opt.policy_groups[{number}].policy (a Policy) or its hyper-parameters by name"
+                )
+        for group in groups[len(self.policy_groups) :]:  # at construction, or added on the base itself
+            self.policy_groups.append(PolicyGroup(take_policy(group, self._default, self.base.defaults)))
+        if len(self.policy_groups) > len(groups):
+            raise RuntimeError(
+                f"SelectiveUpdate: the base has {len(groups)} parameter groups, policy_groups has "
+                f"{len(self.policy_groups)}: a group was removed; delete the same index from opt.policy_groups"
+            )

@@ -1,0 +1,179 @@
+"""What a step keeps for the next one: whatever is changed in between is noticed, and nothing of it is kept too long.
+
+Each change is made to two optimizers; one of them forgets everything between its steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from changes import (
+    CHANGES,
+    SHAPES,
+    a_hook,
+    base_checkpoint,
+    build,
+    hyper_parameter,
+    members,
+    other_checkpoint,
+    other_dtype,
+    other_order,
+    other_parameter,
+    other_state,
+    step,
+)
+
+from selective import MGUP, Magma, SelectiveUpdate
+from selective.capture import fused, items
+from selective.kernels import spec
+from selective.members import Members
+
+STEPS = 6
+CHANGE_AT = 3
+
+
+def trained(change: Callable[[SelectiveUpdate], None], forgetful: bool) -> dict[str, Any]:
+    """Parameters, state and statistics after some steps with a change in between."""
+    optimizer = build()
+    for number in range(STEPS):
+        if number == CHANGE_AT:
+            change(optimizer)
+        if forgetful:
+            optimizer._start_planning()
+        step(optimizer, number)
+    params = members(optimizer)
+    states = [dict(optimizer.state[p]) for p in params]  # state_dict() refuses what a removed parameter leaves behind
+    return {"params": [p.detach() for p in params], "states": states, "statistics": optimizer.statistics()}
+
+
+def same(a: Any, b: Any) -> bool:
+    try:
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_noticed(change: Callable[[SelectiveUpdate], None]) -> None:
+    assert same(trained(change, forgetful=False), trained(change, forgetful=True))
+
+
+def blind_to_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(items, "is_", lambda a, b: True)
+
+
+def blind_to_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Members, "are_of", lambda self, group, address: len(self.tensors) == len(group["params"]))
+
+
+def blind_to_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = items._take_gradients
+    monkeypatch.setattr(items, "_take_gradients", lambda kept: real(kept) if kept[0].grad is kept[0].param else None)
+    monkeypatch.setattr(items, "_drop_gradients", lambda kept: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "blind"),
+    [
+        (other_state, blind_to_states),
+        (base_checkpoint, blind_to_states),
+        (other_parameter, blind_to_edits),
+        (other_order, blind_to_edits),
+        (hyper_parameter, blind_to_gradients),
+        (a_hook, blind_to_gradients),
+    ],
+)
+def test_the_comparison_would_catch_a_step_that_does_not_look(change, blind, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = trained(change, forgetful=True)
+    blind(monkeypatch)
+    assert not same(trained(change, forgetful=False), right)
+
+
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> list[spec.ItemList]:
+    """The lists that the kernel gets, in order; each has a cache that must never be copied."""
+    found: list[spec.ItemList] = []
+    real = fused.selective_step
+
+    def watched(given: Any, **arguments: Any) -> Any:
+        assert isinstance(given, spec.ItemList)
+        given.cache["refresh"] = lambda *specs: None  # a local function can't be pickled
+        found.append(given)
+        return real(given, **arguments)
+
+    monkeypatch.setattr(fused, "selective_step", watched)
+    return found
+
+
+@pytest.mark.parametrize("change", [other_state, other_checkpoint, base_checkpoint, other_dtype])
+def test_the_same_lists_are_handed_in_while_nothing_changes(change, handed: list[spec.ItemList]) -> None:
+    optimizer = build()
+    for number in range(3):
+        step(optimizer, number)
+    first = handed[:2]
+    assert [id(given) for given in handed] == [id(given) for given in first] * 3
+    change(optimizer)
+    handed.clear()
+    step(optimizer, 3)
+    assert not any(a is b for a, b in zip(first, handed, strict=True))
+
+
+def test_hyper_parameters_and_gradients_leave_the_lists_as_they_are(handed: list[spec.ItemList]) -> None:
+    optimizer = build()
+    step(optimizer, 0)
+    optimizer.policy_groups[0]["smoothing"] = 0.2
+    optimizer.param_groups[0]["lr"] = 0.01
+    step(optimizer, 1)
+    assert [id(given) for given in handed[:2]] == [id(given) for given in handed[2:]]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_steps_as_the_original_and_has_lists_of_its_own(copied, handed: list[spec.ItemList]) -> None:
+    optimizer = build(Magma())
+    step(optimizer, 0)
+    other = copied(optimizer)
+    handed.clear()
+    step(optimizer, 1)
+    step(other, 1)
+    assert same([p.detach() for p in members(optimizer)], [p.detach() for p in members(other)])
+    assert same(optimizer.state_dict(), other.state_dict())
+    assert len({id(given) for given in handed}) == 4
+    assert handed[0] is not handed[2]
+
+
+def test_gradients_are_free_after_the_step() -> None:
+    optimizer = build()
+    step(optimizer, 0)
+    grads = [weakref.ref(p.grad) for p in members(optimizer) if p.grad is not None]
+    optimizer.zero_grad()
+    assert len(grads) == len(SHAPES)
+    assert not any(ref() is not None for ref in grads)
+
+
+def test_replaced_state_is_free_after_loading() -> None:
+    optimizer = build()
+    step(optimizer, 0)
+    moments = [weakref.ref(optimizer.base.state[p]["exp_avg"]) for p in members(optimizer)]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    gc.collect()
+    assert not any(ref() is not None for ref in moments)
+
+
+def test_a_group_on_two_devices_has_a_list_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[Any] = []
+    monkeypatch.setattr(fused, "selective_step", lambda given, **rest: handed.append((given, rest["draw"])))
+    params = [torch.nn.Parameter(torch.zeros(i + 1, device=d)) for i, d in enumerate(("cpu", "meta", "cpu"))]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer = SelectiveUpdate(torch.optim.AdamW(params), policy=MGUP(), statistics=False)
+    optimizer.step()
+    assert [[item.param for item in given] for given, _ in handed] == [[params[0], params[2]], [params[1]]]
+    assert [[item.address for item in given] for given, _ in handed] == [[0, 2], [1]]
