@@ -35,16 +35,20 @@ def parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
         yield slice(start, len(tensors))
 
 
+def _kinds(tensors: Sequence[Tensor]) -> list[tuple[object, ...] | None]:
+    """What has to be the same for a multi-tensor function to be fast; None for subclasses."""
+    return [(t.device, t.dtype, t.is_contiguous()) if type(t) in _PLAIN else None for t in tensors]
+
+
 def _run(many: Callable[..., Any], one: Callable[..., Any], *lists: Sequence[Tensor]) -> list[Tensor]:
     """`many` of the rows that are alike, `one` of each row with a subclass in it; the results in order, if any."""
     alike: dict[tuple[object, ...], list[int]] = {}
     results: list[Any] = [None] * len(lists[0])
-    for index, row in enumerate(zip(*lists, strict=True)):
-        if all(type(t) in _PLAIN for t in row):
-            key = tuple(x for t in row for x in (t.device, t.dtype, t.is_contiguous()))
-            alike.setdefault(key, []).append(index)
+    for index, kinds in enumerate(zip(*(_kinds(column) for column in lists), strict=True)):
+        if None in kinds:
+            results[index] = one(*(column[index] for column in lists))
         else:
-            results[index] = one(*row)
+            alike.setdefault(kinds, []).append(index)
     for indices in alike.values():
         made = many(*([column[i] for i in indices] for column in lists))
         for index, result in zip(indices, made or (), strict=made is not None):
