@@ -16,7 +16,7 @@ _MEMORY = {
     "dense": "none",
     "fused": "none that lasts; during the step at most a few times the largest tensor",
     "scratch": "one copy of the group's parameters during the step",
-    "delta": "two copies of the group's parameters during the step",
+    "delta": "one copy of the group's parameters during the step; after the base's, the update of 256 MiB at a time",
 }
 
 
@@ -76,7 +76,10 @@ def _memory(policy_group: PolicyGroup, capture: Capture, group: dict[str, Any]) 
         gradients = "the policy's float32 and the base's" if low else "with the decay in them"
         return f"{_MEMORY['scratch']}, and copies of its gradients, {gradients}"
     if capture.way == "delta" and low:
-        return "one copy of the group's parameters during the step, and float32 copies of them and of their gradients"
+        return (
+            "one copy of the group's parameters during the step, and float32 copies of them and of their gradients; "
+            "after the base's, the update of 256 MiB at a time"
+        )
     return _MEMORY[capture.way]
 
 

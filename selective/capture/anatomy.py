@@ -16,7 +16,7 @@ from selective.capture.anatomy_measure import measure as _measure
 from selective.capture.anatomy_probe import dequantized, state_entries
 from selective.capture.stepping import call_step
 
-__all__ = ["Anatomy", "anatomy", "call_step", "clone_with_stand_ins", "decay_factor", "read_momentum"]
+__all__ = ["Anatomy", "anatomy", "call_step", "clone_with_stand_ins", "decay_factor", "momentum_entry", "read_momentum"]
 
 _cache: dict[tuple, Anatomy] = {}
 
@@ -46,13 +46,19 @@ def anatomy(base: Optimizer, group: Mapping[str, Any], *, measure: bool = False)
 def read_momentum(base: Optimizer, param: Tensor, facts: Anatomy) -> Tensor | None:
     """The base's first moment of `param` as a float32 tensor (float64 stays), shaped like it; None before its first
     step and where the base has none. Plain float32 moments are returned as they are, not copied."""
+    return momentum_entry(base, param, facts)[0]
+
+
+def momentum_entry(base: Optimizer, param: Tensor, facts: Anatomy) -> tuple[Tensor | None, bool]:
+    """What `read_momentum` returns, and whether it is the base's own memory."""
     if facts.momentum_key is None:
-        return None
+        return None, False
     found = next((v for k, v in state_entries(base.state.get(param, {})) if k == facts.momentum_key), None)
     if found is None:
-        return None
+        return None, False
     plain = dequantized(found) if facts.momentum_reader == "dequantize" else found
-    return (plain if plain.dtype == torch.float64 else plain.float()).reshape(param.shape)
+    wide = plain if plain.dtype == torch.float64 else plain.float()
+    return wide.reshape(param.shape), plain is found and wide.dtype == found.dtype
 
 
 _NOT_KIND = frozenset(("params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "weight_decay", *COUNTERS))

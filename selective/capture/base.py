@@ -13,9 +13,12 @@ from torch.optim import Optimizer
 
 from selective.capture.anatomy import Anatomy
 from selective.capture.described import has_own_code
+from selective.capture.lists import copies
 from selective.kernels import spec
 from selective.policies import Policy
 from selective.statistics import Report
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class DenseJob(Job):
 
     def prepare(self) -> None:
         if self.keep_copy:
-            self.saved = [parameter.tensor.clone() for parameter in self.parameters]
+            self.saved = copies([parameter.tensor for parameter in self.parameters])
 
 
 def sign_of(base: Optimizer, group: dict[str, Any]) -> float:
@@ -109,3 +112,8 @@ def lookahead(base: Optimizer, group: dict[str, Any]) -> float:
 def scalar(value: Any) -> float:
     """A hyper-parameter as a Python number (torch allows `lr` to be a tensor)."""
     return float(value.item()) if isinstance(value, torch.Tensor) else float(value)
+
+
+def plain_number(value: Any) -> spec.Scalar:
+    """A hyper-parameter as a Python number; a tensor on another device stays one: reading it would wait for that."""
+    return value if isinstance(value, torch.Tensor) and value.device.type != "cpu" else scalar(value)

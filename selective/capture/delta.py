@@ -4,26 +4,30 @@ Applied as p_after + (1 - mask) u, which is exactly the base's result where the 
 difference is mostly rounding (small updates vanish in it), so there the base steps a float32 copy; its parameter-shaped
 state is float32 then. Where the base keeps what rounding takes from the parameter (Kahan summation), its float32 copy
 needs no such thing, and we keep the residue instead, in one buffer of the parameter's dtype as the base would have.
-Costs two copies of the parameters during the step; of low-precision ones, one and float32 copies of parameter and
-gradient, five of theirs in bytes.
+Costs one copy of the parameters during the step, of low-precision ones float32 copies of parameter and gradient too
+(five of theirs in bytes), and after the base's step the update of one part of them at a time: it does not take the
+place of the copy, from which the parameters are put back when something raises.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selective.capture.base import Parameter
-from selective.capture.scratch import GenericJob
+from selective.capture import lists
+from selective.capture.base import LOW_PRECISION
+from selective.capture.generic import Captured, GenericJob, by_value
 from selective.kernels import spec
-
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class DeltaJob(GenericJob):
     """The base steps the parameter itself, or its float32 copy."""
+
+    offset = 1.0
+    makes_updates = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -32,31 +36,33 @@ class DeltaJob(GenericJob):
         self.params: list[Tensor] = []  # the group's own list, while stand-ins are in it
 
     def prepare(self) -> None:
-        for index, parameter in enumerate(self.parameters):
-            before = parameter.tensor.clone()
-            self.saved.append(before)
-            self.remember(parameter, before)
-            if before.dtype in LOW_PRECISION:
-                self.stand_ins[index] = self._stand_in(parameter)
-                if self.facts.residue:  # otherwise it is the saved value, in float32
-                    self.started[index] = self.stand_ins[index].detach().clone()
-        if self.stand_ins:
+        self.remember()
+        low = [i for i, before in enumerate(self.saved) if before.dtype in LOW_PRECISION]
+        if low:
+            self._stand_in(low)
             self.params = self.group["params"]
             by_param = {self.parameters[index].tensor: stand_in for index, stand_in in self.stand_ins.items()}
             self.group["params"] = [by_param.get(p, p) for p in self.params]
 
-    def _stand_in(self, parameter: Parameter) -> Tensor:
-        p = parameter.tensor
-        value = p.detach().float()
-        if self.facts.residue:
-            value += self.context.own_residue(parameter, self.policy).float()
-        stand_in = torch.nn.Parameter(value)
-        assert p.grad is not None
-        stand_in.grad = p.grad.float()
+    def _stand_in(self, low: list[int]) -> None:
+        """Float32 copies of these parameters, which the base steps instead, with their gradients and their state."""
+        raw = self.raw_grads()
+        values = lists.copies([self.saved[i] for i in low], torch.float32)
+        if self.facts.residue:  # otherwise the value before the step is the saved one
+            lists.add_(values, self._residues(low))
+            self.started = dict(zip(low, lists.copies(values), strict=True))
+        grads = lists.in_dtype([raw[i] for i in low], torch.float32)
         states = self.context.base.state
-        if p in states:
-            states[stand_in] = {key: _raised(value, p) for key, value in states.pop(p).items()}
-        return stand_in
+        for index, value, grad in zip(low, values, grads, strict=True):
+            p, stand_in = self.parameters[index].tensor, torch.nn.Parameter(value)
+            stand_in.grad = grad
+            self.stand_ins[index] = stand_in
+            if p in states:
+                states[stand_in] = {key: _raised(entry, p) for key, entry in states[p].items()}
+                del states[p]
+
+    def _residues(self, indices: Sequence[int]) -> list[Tensor]:
+        return [self.context.own_residue(self.parameters[i], self.policy) for i in indices]
 
     def _give_state_back(self) -> None:
         if self.params:
@@ -68,18 +74,48 @@ class DeltaJob(GenericJob):
 
     def finish(self) -> None:
         self._give_state_back()
-        for index, parameter in enumerate(self.parameters):
-            before, after = self.saved[index], parameter.tensor
-            if index in self.stand_ins:
-                before, after = self.started.get(index, before.float()), self.stand_ins[index].detach()
-            update = before - after
-            if self.facts.decay == "decoupled":
-                update = update - before * (1.0 - self.factors[index])
-            rule = spec.GivenRule(offset=1.0, momentum_beta=self.lookahead())
-            self.apply(index, update, after, rule, into=after if self._keeps_residue(index) else None)
-            if self._keeps_residue(index):
-                parameter.tensor.copy_(after)
-                self.context.own_residue(parameter, self.policy).copy_(after - parameter.tensor.float())
+        super().finish()
+
+    def rule_factors(self) -> Sequence[spec.Scalar]:
+        return [1.0] * len(self.parameters)  # decay has reached the start, which is the parameter after the base's step
+
+    def captured(self, indices: Sequence[int]) -> list[Captured]:
+        before = self._before(indices)
+        after = [self._after(i) for i in indices]
+        updates = lists.differences(before, after)
+        if self.facts.decay == "decoupled":  # what decay has taken is no part of the update
+            for factor, where in by_value([self.factors[i] for i in indices]):
+                if isinstance(factor, Tensor) or factor != 1.0:
+                    lists.add_([updates[i] for i in where], [before[i] for i in where], factor - 1.0)
+        tensors = [self.parameters[i].tensor for i in indices]
+        keeps = [self._keeps_residue(i) for i in indices]  # the exact result is read once more, for the residue
+        targets = [a if keep else p for a, keep, p in zip(after, keeps, tensors, strict=True)]
+        return [Captured(*one) for one in zip(updates, after, targets, strict=True)]
+
+    def _before(self, indices: Sequence[int]) -> list[Tensor]:
+        """The values from which the base's step began, in the precision in which it was taken."""
+        found = [self.started.get(i, self.saved[i]) for i in indices]
+        low = [place for place, value in enumerate(found) if value.dtype in LOW_PRECISION]
+        for place, value in zip(low, lists.copies([found[p] for p in low], torch.float32), strict=True):
+            found[place] = value
+        return found
+
+    def _after(self, index: int) -> Tensor:
+        stand_in = self.stand_ins.get(index)
+        return self.parameters[index].tensor if stand_in is None else stand_in.detach()
+
+    def step(self, indices: Sequence[int], rule: spec.GivenRule) -> None:
+        super().step(indices, rule)
+        kept = [i for i in indices if self._keeps_residue(i)]
+        if kept:
+            self._round_and_keep(kept)
+
+    def _round_and_keep(self, indices: list[int]) -> None:
+        """Round the float32 results into the parameters, and keep what that took."""
+        exact, tensors = [self._after(i) for i in indices], [self.parameters[i].tensor for i in indices]
+        lists.copy_(tensors, exact)
+        lists.add_(exact, tensors, -1.0)
+        lists.copy_(self._residues(indices), exact)
 
     def _keeps_residue(self, index: int) -> bool:
         return index in self.stand_ins and bool(self.facts.residue)

@@ -17,6 +17,7 @@ from selective import (
     SelectiveUpdate,
     SkipUpdate,
 )
+from selective.capture.choose import CaptureName
 
 pytestmark = pytest.mark.gpu
 
@@ -94,6 +95,34 @@ def test_a_step_does_not_wait_for_the_gpu(base: str, policy: Policy) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(value.is_cuda for entry in found.values() for value in entry.values())
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("policy", [MGUP(), Cautious(), AlphaConsistency()], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("capture", ["scratch", "delta"])
+@pytest.mark.parametrize("base", ["adamw", "adamw-capturable", "sgd"])
+def test_capturing_does_not_wait_for_the_gpu(base: str, capture: CaptureName, dtype, policy: Policy) -> None:
+    """A learning rate on the GPU makes a factor of decay there."""
+    ps = params("cuda", dtype)
+    optimizer = SelectiveUpdate(BASES[base](ps), policy=policy, capture=capture)
+    steps(optimizer, ps, 2)
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("capture", ["scratch", "delta"])
+def test_a_factor_on_the_gpu_is_that_of_the_number(capture: CaptureName) -> None:
+    """In float64, so that no coordinate changes sides."""
+    ours, theirs = params("cuda", torch.float64), params("cuda", torch.float64)
+    steps(SelectiveUpdate(BASES["adamw-capturable"](ours), policy=MGUP(), capture=capture), ours, 5)
+    steps(SelectiveUpdate(BASES["adamw"](theirs), policy=MGUP(), capture=capture), theirs, 5)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,0 +1,129 @@
+"""What scratch and delta share: the base steps by itself, and what it did to the parameters goes on as `given`.
+
+The kernels get a group's parameters together, in one call for each factor of decay, so that the number of device
+operations does not grow with the number of tensors. Where that would keep short-lived copies of all of them (delta's
+update, a momentum in float32), a call takes a part: `lists.PART` elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from selective.capture import lists
+from selective.capture.base import LOW_PRECISION, lookahead
+from selective.capture.custom import has_own_code, kernel_specs, run_mask
+from selective.capture.remember import RememberingJob
+from selective.kernels import apply_mask, selective_step, spec
+from selective.view import Tensors
+
+
+class Captured(NamedTuple):
+    """One parameter's step, as the base has left it; the kernels read `update` and `start` and write `target`."""
+
+    update: Tensor
+    start: Tensor
+    target: Tensor
+
+
+class GenericJob(RememberingJob):
+    """The mask on an update that the base's own step has left."""
+
+    offset, negated = 0.0, False  # of the GivenRule
+    makes_updates = False  # whether `captured` makes tensors, and not only hands out what is there
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.own_code = has_own_code(self.policy)
+
+    def captured(self, indices: Sequence[int]) -> list[Captured]:
+        """What the base's step has made of these parameters."""
+        raise NotImplementedError
+
+    def rule_factors(self) -> Sequence[spec.Scalar]:
+        """What each parameter's `start` is multiplied by."""
+        return self.factors
+
+    def finish(self) -> None:
+        beta = self._lookahead()
+        for factor, indices in self._calls():
+            self.step(indices, spec.GivenRule(factor, self.offset, self.negated, beta))
+
+    def _calls(self) -> Iterator[tuple[spec.Scalar, list[int]]]:
+        """Which parameters go into one call, with their factor. A policy's own code gets one by one, in their order."""
+        if self.own_code:
+            yield from ((factor, [index]) for index, factor in enumerate(self.rule_factors()))
+            return
+        for factor, indices in by_value(self.rule_factors()):
+            if self._makes_copies():
+                yield from ((factor, indices[part]) for part in lists.parts([self.saved[i] for i in indices]))
+            else:
+                yield factor, indices
+
+    def _makes_copies(self) -> bool:
+        """Whether a call's tensors are made for it, so that many at once would be one more copy of the parameters."""
+        if self.makes_updates or not self.wants_momentum:
+            return self.makes_updates
+        return self.facts.momentum_reader == "dequantize" or any(p.dtype in LOW_PRECISION for p in self.tensors())
+
+    def step(self, indices: Sequence[int], rule: spec.GivenRule) -> None:
+        """Steps 6 and 7 of these parameters."""
+        self.apply(indices, self.captured(indices), rule)
+
+    def apply(self, indices: Sequence[int], captured: Sequence[Captured], rule: spec.GivenRule) -> None:
+        momenta = self.momenta_now(indices)
+        items = [self._item(i, c, m) for i, c, m in zip(indices, captured, momenta, strict=True)]
+        if self.own_code:
+            for index, item in zip(indices, items, strict=True):
+                self._apply_own_code(index, item, rule)
+            return
+        selection, strength = kernel_specs(self.policy)
+        report = self.context.report
+        sums = selective_step(
+            items, rule=rule, selection=selection, strength=strength, draw=self.context.draw_on(items[0].param.device),
+            statistics=report is not None,
+        )  # fmt: skip
+        if sums is not None and report is not None:
+            report.add_all([self.parameters[i].name for i in indices], sums)
+
+    def _item(self, index: int, captured: Captured, momentum: Tensor | None) -> spec.Item:
+        parameter, grad, previous = self.parameters[index], self.grads[index], self.previous[index]
+        state = {"update": captured.update, "start": captured.start}
+        if momentum is not None:
+            state["momentum"] = momentum
+        if previous is not None:
+            state["previous_momentum"] = previous
+        own = self.context.own_state(parameter, self.policy)
+        return spec.Item(captured.target, captured.update if grad is None else grad, state, parameter.address, own)
+
+    def _apply_own_code(self, index: int, item: spec.Item, rule: spec.GivenRule) -> None:
+        if item.param.numel() == 0:
+            return
+        parameter, grad = self.parameters[index], self.grads[index]
+        dtype = torch.float64 if item.param.dtype == torch.float64 else torch.float32
+        update = item.state["update"].to(dtype) * (-1.0 if rule.negated else 1.0)
+        momentum, previous = item.state.get("momentum"), item.state.get("previous_momentum")
+        tensors = Tensors(self.saved[index], update, grad, momentum, previous, rule.momentum_beta)
+        mask = run_mask(self.context, self.policy, parameter, tensors)
+        if self.context.report is not None:
+            self.context.report.add_masked(parameter.name, mask, update, None if grad is None else grad.to(dtype))
+        apply_mask(item, rule, update, mask, self.context.draw_on(item.param.device))
+
+    def _lookahead(self) -> float:
+        """For the Nesterov score; asked for where it may be read, since a GPU's `betas` would be waited for."""
+        if not self.own_code and kernel_specs(self.policy)[0].score != "nesterov":
+            return 0.0
+        own = self.context.momentum_beta
+        return lookahead(self.context.base, self.group) if own is None else own
+
+
+def by_value(factors: Sequence[spec.Scalar]) -> list[tuple[spec.Scalar, list[int]]]:
+    """The places of each distinct factor. Tensors count by identity: their values would have to be waited for."""
+    found: dict[object, tuple[spec.Scalar, list[int]]] = {}
+    for place, factor in enumerate(factors):
+        key = id(factor) if isinstance(factor, Tensor) else factor
+        found.setdefault(key, (factor, []))[1].append(place)
+    return list(found.values())

@@ -1,0 +1,153 @@
+"""Many tensors in few device operations: torch's multi-tensor functions where they apply, one by one where not.
+
+A multi-tensor function is fast where all of its tensors have one device, dtype and layout, and falls back to a loop
+for the whole list otherwise: so lists are sorted by those first. Tensor subclasses (DTensor, quantised ones) go
+through their own operations, one tensor after the other. Nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selective.kernels import spec
+
+# Elements of a part: where a copy is needed for a short time only, it is made of so many at once. 256 MiB in float32,
+# which a GPU reads in a fifth of a millisecond, so that the few calls for each part do not count.
+PART = 2**26
+
+many_of: Any = torch  # where the multi-tensor functions are; torch declares no types of them
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
+    """The list cut up, in order: at most `PART` elements each, or one tensor that is larger."""
+    start = count = 0
+    for index, tensor in enumerate(tensors):
+        if index > start and count + tensor.numel() > PART:
+            yield slice(start, index)
+            start, count = index, 0
+        count += tensor.numel()
+    if tensors:
+        yield slice(start, len(tensors))
+
+
+def _kinds(tensors: Sequence[Tensor]) -> list[tuple[object, ...] | None]:
+    """What has to be the same for a multi-tensor function to be fast; None for subclasses."""
+    return [(t.device, t.dtype, t.is_contiguous()) if type(t) in _PLAIN else None for t in tensors]
+
+
+def _run(many: Callable[..., Any], one: Callable[..., Any], *lists: Sequence[Tensor]) -> list[Tensor]:
+    """`many` of the rows that are alike, `one` of each row with a subclass in it; the results in order, if any."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    results: list[Any] = [None] * len(lists[0])
+    for index, kinds in enumerate(zip(*(_kinds(column) for column in lists), strict=True)):
+        if None in kinds:
+            results[index] = one(*(column[index] for column in lists))
+        else:
+            alike.setdefault(kinds, []).append(index)
+    for indices in alike.values():
+        made = many(*([column[i] for i in indices] for column in lists))
+        for index, result in zip(indices, made or (), strict=made is not None):
+            results[index] = result
+    return results
+
+
+def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """target <- source, in the target's dtype."""
+    _run(many_of._foreach_copy_, Tensor.copy_, targets, sources)
+
+
+def zero_(tensors: Sequence[Tensor]) -> None:
+    """tensor <- 0."""
+    _run(many_of._foreach_zero_, Tensor.zero_, tensors)
+
+
+def lerp_(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    """target <- target + weight (end - target), in the target's dtype."""
+
+    def many(a: list[Tensor], b: list[Tensor]) -> None:
+        many_of._foreach_lerp_(a, in_dtype(b, a[0].dtype), weight)
+
+    _run(many, lambda a, b: a.lerp_(b.to(a.dtype), weight), targets, ends)
+
+
+def copies(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """A copy of each in the same memory format, in this dtype or its own."""
+
+    def many(alike: list[Tensor]) -> list[Tensor]:
+        made = [torch.empty_like(t, dtype=dtype) for t in alike]
+        many_of._foreach_copy_(made, alike)
+        return made
+
+    return _run(many, lambda t: t.clone() if dtype is None else t.to(dtype, copy=True), tensors)
+
+
+def in_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Each in this dtype: itself where it is, else a copy."""
+    others = [i for i, t in enumerate(tensors) if t.dtype != dtype]
+    made = list(tensors)
+    for index, copy in zip(others, copies([tensors[i] for i in others], dtype), strict=True):
+        made[index] = copy
+    return made
+
+
+def negated(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """-tensor."""
+    return _run(many_of._foreach_neg, torch.neg, tensors)
+
+
+def neg_(tensors: Sequence[Tensor]) -> None:
+    """tensor <- -tensor."""
+    _run(many_of._foreach_neg_, Tensor.neg_, tensors)
+
+
+def differences(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
+    """first - second."""
+    return _run(many_of._foreach_sub, torch.sub, first, second)
+
+
+def sums(first: Sequence[Tensor], second: Sequence[Tensor], scale: spec.Scalar, *, wide: bool = False) -> list[Tensor]:
+    """first + scale second; `wide`: in float32, in float64 where the second is. A scale on a GPU stays there."""
+
+    def many(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+        dtype = _wide(b[0]) if wide else torch.promote_types(a[0].dtype, b[0].dtype)
+        if a[0].dtype == b[0].dtype == dtype and not isinstance(scale, Tensor):
+            return list(many_of._foreach_add(a, b, alpha=scale))
+        made = copies(a, dtype)
+        _add_many(made, b, scale)
+        return made
+
+    def one(a: Tensor, b: Tensor) -> Tensor:
+        return _sum_of(a.to(_wide(b)), b.to(_wide(b)), scale) if wide else _sum_of(a, b, scale)
+
+    return _run(many, one, first, second)
+
+
+def add_(targets: Sequence[Tensor], others: Sequence[Tensor], scale: spec.Scalar = 1.0) -> None:
+    """target <- target + scale other, computed in the target's dtype. A scale on a GPU stays there."""
+    _run(lambda a, b: _add_many(a, b, scale), lambda a, b: a.copy_(_sum_of(a, b, scale)), targets, others)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _sum_of(a: Tensor, b: Tensor, scale: spec.Scalar) -> Tensor:
+    return a + b * scale if isinstance(scale, Tensor) else torch.add(a, b, alpha=scale)
+
+
+def _add_many(targets: list[Tensor], others: list[Tensor], scale: spec.Scalar) -> None:
+    dtype = targets[0].dtype
+    if others[0].dtype == dtype and not isinstance(scale, Tensor):
+        many_of._foreach_add_(targets, others, alpha=scale)
+        return
+    for part in parts(targets):  # two dtypes would be a loop, and a scale that is a tensor goes into products only
+        some = in_dtype(others[part], dtype)
+        if isinstance(scale, Tensor):
+            many_of._foreach_add_(targets[part], list(many_of._foreach_mul(some, scale.to(targets[0].device, dtype))))
+        else:
+            many_of._foreach_add_(targets[part], some, alpha=scale)
