@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import cpu, reference
 from .reference.rules import Advanced, has_momentum
-from .spec import Draw, Item, Rule, Selection, Strength, Sums
+from .spec import Draw, Item, ItemList, Rule, Selection, Strength, Sums
 
-Backend = Literal["auto", "reference", "cpu"]
+Backend = Literal["auto", "reference", "cpu", "gpu"]
 _standard: ContextVar[Backend] = ContextVar("standard", default="auto")
+_triton_missing: list[str] = []  # why, once it was looked for
 
 
 @contextmanager
@@ -28,14 +30,50 @@ def use_backend(backend: Backend) -> Iterator[None]:
         _standard.reset(token)
 
 
-def _uses_cpu(tensor: Tensor, backend: Backend) -> bool:
-    """Whether `kernels/cpu` takes this tensor; `kernels/reference` takes the others."""
+def _gpu() -> ModuleType:
+    """The GPU path, imported when the first GPU tensor asks for it, because it imports Triton."""
+    from . import gpu
+
+    return gpu
+
+
+def why_no_triton() -> str | None:
+    """Why the GPU path cannot be imported; None where it can."""
+    if not _triton_missing:
+        try:
+            _gpu()
+            _triton_missing.append("")
+        except ImportError as error:
+            _triton_missing.append(f"Triton can't be imported ({error})")
+    return _triton_missing[0] or None
+
+
+def why_reference(item: Item, rule: Rule) -> str | None:
+    """Why a tensor on a GPU is stepped by the reference instead of by a kernel, in words; None where it is not."""
+    return why_no_triton() or _gpu().unsupported(item, rule)
+
+
+def _chosen(backend: Backend) -> Backend:
     backend = _standard.get() if backend == "auto" else backend
-    if backend not in ("auto", "reference", "cpu"):
-        raise ValueError(f"backend is {backend!r}, must be 'auto', 'reference' or 'cpu'")
-    if backend == "cpu" and tensor.device.type != "cpu":
-        raise ValueError(f"backend 'cpu' got a tensor on {tensor.device}; pass backend='auto'")
-    return backend != "reference" and tensor.device.type == "cpu"
+    if backend not in ("auto", "reference", "cpu", "gpu"):
+        raise ValueError(f"backend is {backend!r}, must be 'auto', 'reference', 'cpu' or 'gpu'")
+    return backend
+
+
+def _implementation(item: Item, rule: Rule, backend: Backend) -> Backend:
+    """Which path takes this item: the kernels of its device, the reference where there are none."""
+    backend, device = _chosen(backend), item.param.device
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' got a tensor on {device}; pass backend='auto'")
+    if backend == "gpu":
+        reason = why_reference(item, rule)
+        if reason is not None:
+            raise ValueError(f"backend 'gpu' can't take parameter {item.address}: {reason}; pass backend='auto'")
+    if backend != "auto":
+        return backend
+    if device.type == "cpu":
+        return "cpu"
+    return "gpu" if device.type == "cuda" and why_reference(item, rule) is None else "reference"
 
 
 def _momentum_wanted(selection: Selection, strength: Strength) -> str | None:
@@ -109,14 +147,22 @@ def selective_step(
     (float64 for float64 parameters), state and parameter are rounded once. Agrees with torch's Adam, AdamW and SGD,
     where the mask is 1, to rounding (not bit for bit: torch fuses multiply-adds that are separate here).
     """
+    how: Any = {"rule": rule, "selection": selection, "strength": strength, "draw": draw, "statistics": statistics}
+    if isinstance(items, ItemList) and items.cache and _chosen(backend) in ("auto", "gpu"):
+        again = _gpu().step_again(items, **how)  # everything below was found out in an earlier step
+        if again is not None:
+            return again if statistics else None
     _check(items, rule, selection, strength)
+    paths: dict[Backend, list[int]] = {}
+    for i, item in enumerate(items):
+        paths.setdefault(_implementation(item, rule, backend), []).append(i)
     results: list[Sums | None] = [None] * len(items)
-    for module in (cpu, reference):
-        chosen = [i for i, item in enumerate(items) if _uses_cpu(item.param, backend) == (module is cpu)]
-        if not chosen:
-            continue
-        sums = module.selective_step([items[i] for i in chosen], rule=rule, selection=selection, strength=strength,
-                                     draw=draw, statistics=statistics)  # fmt: skip
+    for path, chosen in paths.items():
+        module = {"cpu": cpu, "reference": reference}[path] if path != "gpu" else _gpu()
+        part = items if len(paths) == 1 else [items[i] for i in chosen]
+        sums = module.selective_step(part, **how)
+        if len(paths) == 1:
+            return sums if statistics else None
         for i, s in zip(chosen, sums or [], strict=bool(sums)):
             results[i] = s
     return [s for s in results if s is not None] if statistics else None
@@ -148,4 +194,11 @@ def top_k(score: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:
     +0 and -0 are equal; equal scores go to the lower flat (row-major) index; NaN is never selected, so that fewer
     than `k` are true only where fewer than `k` scores are not NaN. `score` is real floating point of any shape.
     """
-    return (cpu if _uses_cpu(score, backend) else reference).top_k(score, k)
+    path = _chosen(backend)
+    if path == "cpu" and score.device.type != "cpu":
+        raise ValueError(f"backend 'cpu' got a tensor on {score.device}; pass backend='auto'")
+    if path == "auto":
+        path = "cpu" if score.device.type == "cpu" else "reference"
+        if score.device.type == "cuda" and why_no_triton() is None and _gpu().ranks(score):
+            path = "gpu"
+    return (_gpu() if path == "gpu" else {"cpu": cpu, "reference": reference}[path]).top_k(score, k)

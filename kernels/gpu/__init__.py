@@ -6,6 +6,7 @@ of a step in order. The kernels: `numbers.py`, `selective_step.py`, `top_k.py`, 
 """
 
 from .layout import unsupported
-from .plan import selective_step
+from .plan import selective_step, step_again
+from .ranking import ranks, top_k
 
-__all__ = ["selective_step", "unsupported"]
+__all__ = ["ranks", "selective_step", "step_again", "top_k", "unsupported"]

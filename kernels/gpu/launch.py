@@ -65,19 +65,10 @@ class Step:
 
     def __call__(self) -> Tensor | None:
         """Everything; the sums of `spec.Sums` by tensor, float64 [tensors, 7], where statistics are wanted."""
-        batch, cfg, tables = self.batch, self.cfg, self.tables
+        cfg = self.cfg
         if cfg.statistics:
-            self.partials = self.empty(batch.programs * PARTIALS.value)
-        run(numbers_kernel, cdiv(tables.tensors, 128), tables.numbers, tables.keys, tables.hyper, self.clock,
-            tables.pointers, tables.facts, tables.ranks, tables.tensors, FIXED=self.fixed, CFG=cfg,
-            BLOCK=128)  # fmt: skip
-        if batch.seen_work is not None:
-            run(seen_kernel, batch.seen_work.shape[0], tables.ranks, batch.seen_work, tables.pointers, tables.facts,
-                BLOCK=sizes.SEEN_BLOCK, PARTS=sizes.SEEN_PARTS, CFG=cfg)  # fmt: skip
-        if batch.top_k is not None:
-            self._rank()
-        if self.bracketed and not self.one_pass:
-            self._count_and_settle(replace(cfg, bracketed=True, writes=False, statistics=False))
+            self.partials = self.empty(self.batch.programs * PARTIALS.value)
+        self.find_thresholds()
         if not self.fixed:
             self._sum()
         if self.one_pass:
@@ -85,6 +76,23 @@ class Step:
         else:
             self._pass(cfg, self.nothing, self.nothing)
         return self._report() if cfg.statistics else None
+
+    def find_thresholds(self) -> None:
+        """All that comes before the moments move, but the strengths: afterwards it is known what is selected.
+
+        Except where one pass does all: there, only the brackets are known.
+        """
+        batch, tables = self.batch, self.tables
+        run(numbers_kernel, cdiv(tables.tensors, 128), tables.numbers, tables.keys, tables.hyper, self.clock,
+            tables.pointers, tables.facts, tables.ranks, tables.tensors, FIXED=self.fixed, CFG=self.cfg,
+            BLOCK=128)  # fmt: skip
+        if batch.seen_work is not None:
+            run(seen_kernel, batch.seen_work.shape[0], tables.ranks, batch.seen_work, tables.pointers, tables.facts,
+                BLOCK=sizes.SEEN_BLOCK, PARTS=sizes.SEEN_PARTS, CFG=self.cfg)  # fmt: skip
+        if batch.top_k is not None:
+            self._rank()
+        if self.bracketed and not self.one_pass:
+            self._count_and_settle(replace(self.cfg, bracketed=True, writes=False, statistics=False))
 
     def _pass(self, cfg: Config, marks: Tensor, histograms: Tensor) -> None:
         batch, tables = self.batch, self.tables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ def _signature(items: Sequence[Item], rule: Rule) -> list[tuple[Any, ...]]:
          None if (first := i.state.get(name)) is None else first.dtype)
         for i in items
     ]  # fmt: skip
+
+
+_NOTHING = torch.zeros(0, 7, dtype=torch.float64, device="cpu")
 
 
 class Plan:
@@ -85,12 +89,25 @@ def _begin(item: Item, rule: Rule, strength: Strength) -> bool:
     return begin(item, rule).first
 
 
+def step_again(
+    items: ItemList, *, rule: Rule, selection: Selection, strength: Strength, draw: Draw, statistics: bool = False
+) -> SumsTable | None:
+    """The step by the plan of an earlier one; None, and nothing has happened, where that does not fit any more."""
+    plan = items.cache.get("plan")
+    if plan is None or not plan.fits(items, rule, selection, strength, draw, statistics):
+        return None
+    if strength.kind == "alignment" and any("average" not in item.policy_state for item in items):
+        return None
+    sums = plan.run(items, rule, selection, strength, draw)
+    return _together(plan, sums) if statistics else SumsTable(_NOTHING, [])
+
+
 def selective_step(
     items: Sequence[Item], *, rule: Rule, selection: Selection, strength: Strength, draw: Draw, statistics: bool = False
 ) -> SumsTable | None:
     """Steps 5 to 7 of these tensors, in place, by Triton kernels. See `selective.kernels.selective_step`."""
     if not items:
-        return SumsTable(torch.zeros(0, 7, dtype=torch.float64), []) if statistics else None
+        return SumsTable(_NOTHING, []) if statistics else None
     begins = [_begin(item, rule, strength) for item in items]
     arranged, back = [], []
     for item in items:
@@ -98,12 +115,10 @@ def selective_step(
         arranged.append(one)
         back += copied
     how = (rule, selection, strength, draw)
-    lasting = isinstance(items, ItemList) and not back and not any(begins)
-    cache: dict[Any, Any] = items.cache if isinstance(items, ItemList) and lasting else {}
-    plan = cache.get("plan")
-    if plan is None or not plan.fits(arranged, *how, statistics):
-        plan = cache["plan"] = Plan(arranged, *how, statistics, begins)
-        cache["refresh"] = lambda new_selection, new_strength: plan.refresh(rule, new_selection, new_strength)
+    plan = Plan(arranged, *how, statistics, begins)
+    if isinstance(items, ItemList) and not back and not any(begins):
+        items.cache["plan"] = plan
+        items.cache["refresh"] = functools.partial(plan.refresh, rule)
     sums = plan.run(arranged, *how)
     for tensor, copy in back:
         tensor.copy_(copy)

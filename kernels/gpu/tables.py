@@ -6,6 +6,7 @@ seen by the tensors' identities and addresses in every step.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -69,6 +70,11 @@ def is_dense(tensor: Tensor) -> bool:
 
 def work(counts: Sequence[int], device: torch.device) -> tuple[Tensor, list[int]]:
     """(tensor, part) for each of a launch's programs, int32 [programs, 2]; and where each tensor's programs begin."""
+    return _work(tuple(counts), device)
+
+
+@functools.lru_cache(maxsize=64)  # captures that make their items anew in every step ask for the same again
+def _work(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[int]]:
     sizes = torch.tensor(counts, dtype=torch.int64, device="cpu")
     ends = sizes.cumsum(0)
     tensors = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), sizes)

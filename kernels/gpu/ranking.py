@@ -1,0 +1,71 @@
+"""`top_k` of one tensor of scores that somebody else has formed: the same kernels, and one that writes the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..spec import Draw, Item, Selection, Strength
+from . import config
+from .batch import Batch
+from .config import DTYPES, FIRST, Config
+from .configure import BLOCK
+from .elements import by_rank, read
+from .keys import key_of
+from .launch import Step, on, run
+from .tables import STATE, cdiv
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """No rule at all: the state's `score` is what is ranked."""
+
+    lr: float = 0.0
+    weight_decay: float = 0.0
+
+
+STATE[ScoreRule] = ("score",)
+
+
+def ranks(score: Tensor) -> bool:
+    """Whether the kernels can rank this tensor."""
+    return type(score) in (Tensor, torch.nn.Parameter) and score.dtype in DTYPES and score.numel() < 1 << 32
+
+
+@triton.jit
+def chosen_kernel(out_ptr, pointers_ptr, ranks_ptr, numel, CFG: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes 1 where a score is selected and 0 elsewhere. Reads every score once, writes a byte for each."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    score = read(pointers_ptr, offs, offs < numel, FIRST, CFG.first, False)
+    above, _ = by_rank(offs, key_of(score), ranks_ptr)
+    tl.store(out_ptr + offs, above.to(tl.int8), mask=offs < numel)
+
+
+@torch.no_grad()
+def top_k(score: Tensor, k: int) -> Tensor:
+    """See `selective.kernels.top_k`. A fixed number of launches; the host does not wait."""
+    numel = score.numel()
+    chosen = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    if k <= 0 or numel == 0:
+        return chosen
+    flat = score.detach().contiguous()
+    dtype = DTYPES[score.dtype]
+    cfg = Config(rule="score", param=dtype, grad=None, first=dtype, second=None, third=None, fourth=None, block=BLOCK,
+                 selection="top_k", writes=False)  # fmt: skip
+    item, rule = Item(flat, flat, {"score": flat}, 0), ScoreRule()
+    selection, strength = Selection("top_k", fraction=1.0), Strength("fixed")
+    with on(score.device):
+        batch = Batch(cfg, [item], [0], rule, selection, strength)  # type: ignore[arg-type]
+        batch.update([item], rule, selection, strength, Draw(0, 0))  # type: ignore[arg-type]
+        assert batch.top_k is not None
+        rows = batch.top_k.rank_rows(batch.numels, selection)
+        rows[0][config.WANTED.value] = min(k, numel)
+        batch.tables.say("ranks", batch.tables.ranks, rows)
+        Step(batch, None, None).find_thresholds()
+        run(chosen_kernel, cdiv(numel, BLOCK), chosen.view(torch.int8), batch.tables.pointers, batch.tables.ranks,
+            numel, CFG=cfg, BLOCK=BLOCK)  # fmt: skip
+    return chosen
