@@ -1,14 +1,17 @@
-"""What a step costs: time and memory of optimizers side by side, in one process, in interleaved rounds.
+"""What a step costs: time, bandwidth, memory and launches of optimizers, each beside torch's fused AdamW.
 
     python -m selective.bench --shapes transformer-30m
-    python -m selective.bench --shapes many-small --only agreement --json out.json
+    python -m selective.bench --device cuda --shapes llama-1b many-small --only MGUP --json out.json
 
 An optimizer whose result differs from its reference is refused a time.
 """
 
+from selective.bench.check import Mismatch
 from selective.bench.contenders import Contender, selective_contenders, standard_contenders, torch_contenders
-from selective.bench.measure import Measurement, Mismatch, run
-from selective.bench.report import as_json, table
+from selective.bench.measure import Measurement, Result, run
+from selective.bench.peers import peer_contenders
+from selective.bench.promised import Promise, promised_bytes
+from selective.bench.report import as_json, heading, table
 from selective.bench.shapes import SHAPES
 
 __all__ = [
@@ -16,7 +19,12 @@ __all__ = [
     "Contender",
     "Measurement",
     "Mismatch",
+    "Promise",
+    "Result",
     "as_json",
+    "heading",
+    "peer_contenders",
+    "promised_bytes",
     "run",
     "selective_contenders",
     "standard_contenders",

@@ -4,44 +4,88 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from selective.bench.contenders import standard_contenders
-from selective.bench.measure import run
-from selective.bench.report import as_json, table
+from selective.bench.contenders import Contender, standard_contenders
+from selective.bench.environment import environment
+from selective.bench.measure import Result, run
+from selective.bench.peers import peer_contenders
+from selective.bench.report import as_json, heading, table
 from selective.bench.shapes import SHAPES
+
+DEFAULT_SHAPES = {"cpu": "transformer-30m", "cuda": "llama-1b"}
+ALWAYS = ("torch foreach", "torch fused")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `selective bench`."""
+    made = argparse.ArgumentParser(prog="selective bench", description="What an optimizer's step costs.")
+    add = made.add_argument
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of parameters and state")
+    add("--shapes", nargs="+", choices=list(SHAPES), metavar="SHAPES", help=f"{', '.join(SHAPES)}; default: "
+        "llama-1b on cuda, transformer-30m on a cpu")  # fmt: skip
+    add("--only", metavar="TEXT", action="append", help="only names with a word that begins with TEXT, and torch's; "
+        "repeatable")  # fmt: skip
+    add("--peers", action=argparse.BooleanOptionalAction, help="other people's optimizers that are installed (default: "
+        "on cuda; some of them compile for a minute)")  # fmt: skip
+    add("--rounds", type=_positive, default=7, help="timings of each (default: 7)")
+    add("--threads", type=_positive, help="threads of torch; default: its own choice")
+    add("--json", metavar="FILE", type=Path, help="also write everything there")
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Time, print a table, and on request write JSON. 1 where a contender was refused a time."""
-    parser = argparse.ArgumentParser(prog="selective bench", description="What an optimizer's step costs on the CPU.")
-    parser.add_argument("--shapes", choices=list(SHAPES), default="transformer-30m")
-    parser.add_argument("--only", metavar="TEXT", action="append", help="only what has TEXT in its name, and torch")
-    parser.add_argument("--rounds", type=_positive, default=7, help="timed steps of each (default: 7)")
-    parser.add_argument("--threads", type=_positive, help="threads of torch; default: its own choice")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write everything there")
-    options = parser.parse_args(argv)
+    """Time, print a table, and on request write JSON. 1 where an optimizer that is installed got no time."""
+    made = parser()
+    options = made.parse_args(argv)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        made.error("--device cuda: torch sees no CUDA device")
+    dtype = getattr(torch, options.dtype)
     if options.threads:
         torch.set_num_threads(options.threads)
-    contenders = standard_contenders()
+    contenders = standard_contenders(device, dtype)
+    if options.peers or (options.peers is None and device == "cuda"):
+        contenders += peer_contenders()
     if options.only:
-        wanted = [*options.only, "torch foreach", "torch fused"]
-        for text in options.only:
-            if not any(text in c.name for c in contenders):
-                parser.error(f"--only {text!r}: no name has it; there are {', '.join(c.name for c in contenders)}")
-        contenders = [c for c in contenders if any(text in c.name for text in wanted)]
+        contenders = _chosen(made, contenders, options.only)
     if options.json and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json {options.json}: the folder {options.json.absolute().parent} is not there; make it first")
-    measured = run(options.shapes, contenders, rounds=options.rounds, tell=_tell)
-    print(f"{options.shapes}, float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(table(measured))
-    if options.json:
-        options.json.write_text(json.dumps(as_json(measured, options.shapes), indent=1))
-    return int(any(m.refused for m in measured))
+        made.error(f"--json {options.json}: the folder {options.json.absolute().parent} is not there; make it first")
+    facts = environment(device)
+    print(f"{facts['gpu'] or facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}")
+    results: list[Result] = []
+    left_out = False
+    for shapes in options.shapes or [DEFAULT_SHAPES[device]]:
+        try:
+            result = run(shapes, contenders, device=device, dtype=dtype, rounds=options.rounds, tell=_tell)
+        except torch.OutOfMemoryError as error:
+            print(f"{shapes}: parameters, gradients and AdamW's state do not fit on this device ({error})")
+            left_out = True
+            continue
+        results.append(result)
+        print(f"\n{heading(result)}\n{table(result)}")
+        if options.json:  # after each, so that an interrupted run keeps what it has
+            options.json.write_text(json.dumps(as_json(results), indent=1))
+    refused = [m for result in results for m in result.measurements if m.outcome not in ("timed", "missing")]
+    return int(left_out or bool(refused))
+
+
+def _chosen(made: argparse.ArgumentParser, contenders: list[Contender], texts: list[str]) -> list[Contender]:
+    """Those with a word that begins with one of the texts, and torch's; all of the name counts as one, too."""
+
+    def has(contender: Contender, text: str) -> bool:
+        return re.search(rf"(?<!\w){re.escape(text)}", contender.name, re.IGNORECASE) is not None
+
+    for text in texts:
+        if not any(has(contender, text) for contender in contenders):
+            made.error(f"--only {text!r}: no name has it; there are {', '.join(c.name for c in contenders)}")
+    return [c for c in contenders if c.name in ALWAYS or any(has(c, text) for text in texts)]
 
 
 def _positive(text: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import Parameter
@@ -14,7 +14,6 @@ from selective import (
     MGUP,
     Agreement,
     AlphaConsistency,
-    Bernoulli,
     Cautious,
     CautiousMGUP,
     Everything,
@@ -24,12 +23,14 @@ from selective import (
     MeanPreserving,
     NormPreserving,
     Policy,
+    RandomMask,
     SelectiveUpdate,
     TopK,
 )
+from selective.bench.promised import Promise, promised_bytes
 
 MakeOptimizer = Callable[[Sequence[Parameter]], Optimizer]
-ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.1}
+ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
 
 @dataclass(frozen=True)
@@ -39,75 +40,99 @@ class Contender:
     make_optimizer: takes the parameters.
     make_reference: an optimizer that must come to the same result. None: the same optimizer, with everything in
         `selective.kernels` done by the reference implementation.
+    agrees: how far it has to: "same" is to rounding; "near" to a thousandth of how far the parameters moved, for
+        other people's AdamW; "own" is a rule of its own, which only has to move every parameter and stay finite.
+    policy: which bytes are promised; None for AdamW's.
+    state_bytes: of one element of a moment, where it is not in the parameters' dtype.
+    missing: why it can't be made here.
     """
 
     name: str
     make_optimizer: MakeOptimizer
     make_reference: MakeOptimizer | None = None
+    agrees: Literal["same", "near", "own"] = "same"
+    policy: Policy | None = None
+    state_bytes: float | None = None
+    missing: str | None = None
+
+    def promise(self, dtype: torch.dtype = torch.float32) -> Promise:
+        return promised_bytes(self.policy, dtype, self.state_bytes)
 
 
-def torch_contenders() -> list[Contender]:
-    """torch's AdamW in its three forms, checked against the plain one."""
-
-    def make(**form: Any) -> MakeOptimizer:
-        return lambda params: torch.optim.AdamW(params, **ADAMW, **form)
-
-    plain = make(foreach=False)
-    return [
-        Contender("torch foreach", make(foreach=True), plain),
-        Contender("torch fused", make(fused=True), plain),
-        Contender("torch single-tensor", plain, plain),
-    ]
+def adamw(**form: Any) -> MakeOptimizer:
+    """torch's AdamW in one of its forms."""
+    return lambda params: torch.optim.AdamW(params, **ADAMW, **form)
 
 
-def _selective(name: str, policy: Policy, statistics: bool) -> Contender:
-    def make(params: Sequence[Parameter]) -> Optimizer:
-        return SelectiveUpdate(torch.optim.AdamW(params, **ADAMW), policy=policy, statistics=statistics)
+def torch_contenders(dtype: torch.dtype = torch.float32) -> list[Contender]:
+    """torch's AdamW in its three forms, checked against the plain one.
 
-    return Contender(name, make)
+    In bfloat16 and float16 the forms round intermediate results differently, and only have to be near each other.
+    """
+    agrees: Literal["same", "near"] = "same" if dtype == torch.float32 else "near"
+    forms = {"foreach": {"foreach": True}, "fused": {"fused": True}, "single-tensor": {"foreach": False}}
+    return [Contender(f"torch {name}", adamw(**form), adamw(foreach=False), agrees) for name, form in forms.items()]
 
 
 POLICIES: dict[str, Policy] = {
-    "everything × fixed": Policy(selection=Everything(), strength=Fixed(selected=1.0, rest=0.0)),
-    "agreement × fixed": CautiousMGUP(),
-    "agreement × fixed (Grams)": Grams(),
-    "agreement × mean": Cautious(),
-    "agreement × norm": Policy(selection=Agreement(), strength=NormPreserving()),
-    "previous momentum × norm (AlphaConsistency)": AlphaConsistency(),
-    "top-K × fixed": MGUP(),
-    "top-K sampled × fixed": Policy(selection=TopK(quantile="sampled"), strength=Fixed(selected=2.0, rest=0.5)),
-    "top-K × mean": Policy(selection=TopK(), strength=MeanPreserving()),
-    "top-K × norm": Policy(selection=TopK(), strength=NormPreserving()),
-    "bernoulli element × fixed": Policy(selection=Bernoulli(), strength=Fixed(selected=2.0, rest=0.0)),
-    "bernoulli row × fixed": Policy(selection=Bernoulli(unit="row"), strength=Fixed(selected=2.0, rest=0.0)),
-    "bernoulli tensor × alignment (Magma)": Magma(),
+    "Everything × Fixed": Policy(selection=Everything(), strength=Fixed(selected=1.0, rest=0.0)),  # dense
+    "CautiousMGUP": CautiousMGUP(),
+    "Grams": Grams(),
+    "RandomMask": RandomMask(),
+    "RandomMask (row)": RandomMask(unit="row"),
+    "MGUP": MGUP(),
+    "MGUP (sampled)": MGUP(quantile="sampled"),
+    "Cautious": Cautious(),
+    "Cautious (sampled)": Cautious(estimate="sampled"),
+    "AlphaConsistency": AlphaConsistency(),
+    "AlphaConsistency (sampled)": AlphaConsistency(
+        strength=NormPreserving(of="momentum", cap=2.0, rest=0.0, estimate="sampled")
+    ),
+    "Agreement × NormPreserving": Policy(selection=Agreement(), strength=NormPreserving()),
+    "TopK × MeanPreserving": Policy(selection=TopK(), strength=MeanPreserving()),
+    "TopK × NormPreserving": Policy(selection=TopK(), strength=NormPreserving()),
+    "Magma": Magma(),
 }
 
 
-def selective_contenders(statistics: bool = False) -> list[Contender]:
-    """AdamW wrapped, for selections × strengths."""
+def _selective(name: str, policy: Policy, base: MakeOptimizer, **options: Any) -> Contender:
+    def make(params: Sequence[Parameter]) -> Optimizer:
+        return SelectiveUpdate(base(params), policy=policy, **options)
+
+    return Contender(name, make, policy=policy)
+
+
+def selective_contenders(device: str = "cpu", statistics: bool = False) -> list[Contender]:
+    """AdamW wrapped, for selections × strengths: the default AdamW on a CPU, the fused one on CUDA.
+
+    There the fused one counts its steps on the device, as its kernels do.
+    """
     ending = " + statistics" if statistics else ""
-    return [_selective(name + ending, policy, statistics) for name, policy in POLICIES.items()]
+    base = adamw(fused=True) if device == "cuda" else adamw()
+    return [_selective(name + ending, policy, base, statistics=statistics) for name, policy in POLICIES.items()]
 
 
-def scratch_contenders() -> list[Contender]:
-    """The same around torch's fused step by scratch capture: what a base without a rule of ours pays."""
+def other_bases(device: str = "cpu") -> list[Contender]:
+    """Scratch capture around torch's fused step, which is what a base without a rule of ours pays.
 
-    def contender(name: str, policy: Policy) -> Contender:
-        def make(params: Sequence[Parameter]) -> Optimizer:
-            base = torch.optim.AdamW(params, **ADAMW, fused=True)
-            return SelectiveUpdate(base, policy=policy, capture="scratch", statistics=False)
+    On CUDA also the default AdamW, which counts its steps on the host.
+    """
+    found = [
+        _selective(
+            f"{name}, scratch around fused", POLICIES[name], adamw(fused=True), capture="scratch", statistics=False
+        )
+        for name in ("CautiousMGUP", "MGUP")
+    ]
+    if device == "cuda":
+        found.append(_selective("CautiousMGUP, default AdamW", POLICIES["CautiousMGUP"], adamw(), statistics=False))
+    return found
 
-        return Contender(f"scratch around fused: {name}", make)
 
-    return [contender(name, POLICIES[name]) for name in ("agreement × fixed", "top-K × fixed")]
-
-
-def standard_contenders() -> list[Contender]:
-    """What the command line times: torch's forms, then every policy without and with statistics, then scratch."""
+def standard_contenders(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Contender]:
+    """What the command line times: torch's forms, every policy without and with statistics, then other bases."""
     return [
-        *torch_contenders(),
-        *selective_contenders(),
-        *selective_contenders(statistics=True),
-        *scratch_contenders(),
+        *torch_contenders(dtype),
+        *selective_contenders(device),
+        *selective_contenders(device, statistics=True),
+        *other_bases(device),
     ]

@@ -1,154 +1,192 @@
-"""Check, warm up, then time in interleaved rounds."""
+"""Check, warm up, then time each contender in rounds beside torch's fused step."""
 
 from __future__ import annotations
 
-import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 import torch
-from torch.nn import Parameter
-from torch.optim import Optimizer
-from torch.profiler import ProfilerActivity, profile
 
-from selective.bench.contenders import Contender, standard_contenders
-from selective.bench.shapes import SHAPES, Shape
-from selective.kernels import use_backend
+from selective.bench.check import Mismatch, check
+from selective.bench.clock import HostClock, clock_of, copy_bandwidth
+from selective.bench.contenders import Contender, adamw, standard_contenders
+from selective.bench.promised import Promise, promised_bytes
+from selective.bench.shapes import SHAPES
+from selective.bench.workload import Stepping, Workload
 
-CHECKED = [(), (1,), (63,), (37, 61), (3, 5, 3, 3), (300_007,)]  # the last is several chunks, and has a bracket
-CHECK_STEPS = 3
-# Two ways to round one update differ by some eps of it; a product or a score on the border may then fall to the other
-# side, which moves that coordinate by a whole update. More than this share of them is another rule.
-ON_THE_BORDER = 1e-4
-
-
-class Mismatch(RuntimeError):
-    """A contender's result is not what its reference says."""
+ENOUGH_SECONDS = 0.06  # one timing takes as many steps as fit in it, up to the clock's most
+Outcome = Literal["timed", "mismatch", "missing", "out of memory", "failed"]
 
 
 @dataclass
 class Measurement:
-    """What one contender took. Times in seconds, one for each round; ratios are medians of the rounds' own ratios."""
+    """What one contender took. Times in seconds a step, one for each round; the ratio is the median of the rounds'."""
 
     name: str
-    seconds: list[float] = field(default_factory=list)
-    extra_bytes: int = 0  # the most that a step allocated at one time, after warming up
-    versus_foreach: float | None = None
-    versus_fused: float | None = None
+    promise: Promise
+    elements: int
+    bandwidth: float
+    outcome: Outcome = "timed"
     refused: str | None = None  # why there is no time
+    seconds: list[float] = field(default_factory=list)
+    fused_seconds: list[float] = field(default_factory=list)  # torch's fused step, in the same rounds
+    host_seconds: float | None = None
+    extra_bytes: int | None = None  # the most that a step held at one time, after warming up
+    kept_bytes: int | None = None  # what it holds between steps beyond what torch's fused AdamW does
+    launches: dict[str, int] | None = None
+    versus_fused: float | None = None
+    versus_foreach: float | None = None
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    @property
+    def floor_seconds(self) -> float:
+        """Its promised bytes at the bandwidth of a copy."""
+        return self.promise.floor * self.elements / self.bandwidth
 
-def parameters(shapes: Sequence[Shape], device: str = "cpu", seed: int = 0) -> list[Parameter]:
-    """Random float32 parameters with gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    made = [Parameter((0.02 * torch.randn(shape, generator=generator)).to(device)) for shape in shapes]
-    for p in made:
-        p.grad = torch.randn(p.shape, generator=generator).to(device)
-    return made
-
-
-def check(contender: Contender, device: str = "cpu") -> None:
-    """Three steps from the same start by the contender and by its reference.
-
-    Raises:
-        Mismatch: with the parameter's shape and how much of it differs.
-    """
-    ours, theirs = parameters(CHECKED, device), parameters(CHECKED, device)
-    mine = contender.make_optimizer(ours)
-    reference = (contender.make_reference or contender.make_optimizer)(theirs)
-    for _ in range(CHECK_STEPS):
-        mine.step()
-        with use_backend("auto" if contender.make_reference else "reference"):
-            reference.step()
-    eps = torch.finfo(torch.float32).eps
-    for a, b in zip(ours, theirs, strict=True):
-        size = torch.maximum(a.detach().abs(), b.detach().abs()) + 4e-3  # parameter, and updates of lr × 2 a step
-        apart = int(((a - b).detach().abs() > 16 * CHECK_STEPS * eps * size).sum())
-        if apart > ON_THE_BORDER * a.numel() or not bool(torch.isfinite(a).all()):
-            raise Mismatch(
-                f"{contender.name}: {apart} of {a.numel()} elements of a parameter of shape {tuple(a.shape)} differ "
-                f"from the reference after {CHECK_STEPS} steps; a time would be that of another step"
-            )
+    @property
+    def bytes_per_second(self) -> float:
+        """Promised bytes over the time taken."""
+        return self.promise.floor * self.elements / self.median
 
 
-def extra_bytes(optimizer: Optimizer) -> int:
-    """The most memory that one step held beyond what was there before it (by torch's CPU allocator)."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to the terminal each time
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
-        optimizer.step()
-    results: Any = recorded.profiler.kineto_results if recorded.profiler is not None else None  # not typed by torch
-    events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]") if results else []
-    held = most = 0
-    for _, size in events:
-        held += size
-        most = max(most, held)
-    return most
+@dataclass
+class Result:
+    """All contenders on one set of shapes."""
 
+    shapes: str
+    device: str
+    dtype: torch.dtype
+    tensors: int
+    elements: int
+    rounds: int
+    bandwidth: float  # bytes a second that a large copy reads and writes
+    measurements: list[Measurement] = field(default_factory=list)
 
-def _ratio(of: Measurement, to: Measurement | None) -> float | None:
-    if to is None or not of.seconds or not to.seconds:
-        return None
-    return statistics.median(a / b for a, b in zip(of.seconds, to.seconds, strict=True))
+    @property
+    def floor_seconds(self) -> float:
+        """Of AdamW: its promised bytes at the bandwidth of a copy."""
+        return promised_bytes(dtype=self.dtype).floor * self.elements / self.bandwidth
 
 
 def run(
     shapes: str = "transformer-30m",
     contenders: Sequence[Contender] | None = None,
     *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
     rounds: int = 7,
-    warm_up: int = 2,
+    warm_up: int = 3,
     tell: Callable[[str], None] | None = None,
-) -> list[Measurement]:
-    """Time `step()` of each contender on one set of shapes, on the CPU.
+) -> Result:
+    """Time `step()` of each contender on one set of shapes.
 
-    All contenders step the same parameters with the same gradients; each has its own state (two tensors a parameter
-    for AdamW), so that all of them together need that much memory.
+    All step the same parameters with the same gradients, which are other ones in each round. Only the contender's own
+    state and that of a baseline, torch's fused AdamW, are there at a time; in each round both are timed, one right
+    after the other, in turns. "torch fused" itself is timed against another of its kind: how far its ratio is from 1
+    is how well this can tell two steps apart.
 
     Args:
         shapes: a key of `SHAPES`.
-        contenders: those to time; None for `standard_contenders()`. The ratios need "torch foreach", "torch fused".
-        rounds: in each, every contender steps once; medians are over rounds.
-        warm_up: steps before, not timed (state and buffers are made there).
-        tell: called with a line of text as things go on, which takes a minute on the larger shapes.
+        contenders: those to time; None for `standard_contenders(...)`. `versus_foreach` needs "torch foreach".
+        device: "cpu" or "cuda" (the current device).
+        dtype: of parameters, gradients and state.
+        rounds: medians are over these.
+        warm_up: steps before, not timed (state and buffers are made there, kernels compiled).
+        tell: called with a line of text as things go on, which takes minutes on the larger shapes.
 
     Returns:
-        One measurement each, in order. A contender that does not match its reference has no times, but a reason.
+        One measurement each, in order. What fails, does not fit, is not installed, or does not match its reference has
+        no times, but a reason.
     """
     if shapes not in SHAPES:
         raise ValueError(f"shapes is {shapes!r}, must be one of {', '.join(SHAPES)}")
-    chosen = standard_contenders() if contenders is None else list(contenders)
-    params = parameters(SHAPES[shapes])
-    measured = [Measurement(c.name) for c in chosen]
-    running: list[tuple[Optimizer, Measurement]] = []
-    for number, (contender, measurement) in enumerate(zip(chosen, measured, strict=True), 1):
+    chosen = standard_contenders(device, dtype) if contenders is None else list(contenders)
+    clock = clock_of(device)
+    bandwidth = copy_bandwidth(device)
+    clock.settle()
+    workload = Workload(SHAPES[shapes], device, dtype)
+    result = Result(shapes, device, dtype, len(workload.params), workload.elements, rounds, bandwidth)
+    rig = Rig(clock, workload, rounds, warm_up)
+    for number, contender in enumerate(chosen, 1):
         if tell is not None:
-            tell(f"{number}/{len(chosen)} {contender.name}: checked against its reference, warmed up")
-        try:
-            check(contender)
-        except Mismatch as wrong:
-            measurement.refused = str(wrong)
-            continue
-        optimizer = contender.make_optimizer(params)
-        for _ in range(warm_up):
-            optimizer.step()
-        measurement.extra_bytes = extra_bytes(optimizer)
-        running.append((optimizer, measurement))
-    if tell is not None:
-        tell(f"timing {rounds} round(s)")
-    for _ in range(rounds):
-        for optimizer, measurement in running:
-            begun = time.perf_counter()
-            optimizer.step()
-            measurement.seconds.append(time.perf_counter() - begun)
-    by_name = {m.name: m for m in measured}
-    for measurement in measured:
-        measurement.versus_foreach = _ratio(measurement, by_name.get("torch foreach"))
-        measurement.versus_fused = _ratio(measurement, by_name.get("torch fused"))
-    return measured
+            tell(f"{shapes} {number}/{len(chosen)} {contender.name}")
+        measurement = Measurement(contender.name, contender.promise(dtype), workload.elements, bandwidth)
+        result.measurements.append(measurement)
+        _measure(contender, measurement, rig)
+    foreach = next((m.versus_fused for m in result.measurements if m.name == "torch foreach"), None)
+    for measurement in result.measurements:
+        if foreach and measurement.versus_fused:
+            measurement.versus_foreach = measurement.versus_fused / foreach
+    return result
+
+
+class Rig:
+    """What stays while contenders come and go: parameters, gradients, and torch's fused AdamW over them."""
+
+    def __init__(self, clock: HostClock, workload: Workload, rounds: int, warm_up: int) -> None:
+        self.clock, self.workload, self.rounds, self.warm_up = clock, workload, rounds, warm_up
+        self.baseline, self.baseline_bytes = self.warmed(Contender("torch fused", adamw(fused=True)))
+        self.baseline_count = self.count(self.baseline)
+
+    def warmed(self, contender: Contender) -> tuple[Stepping, int | None]:
+        """The contender's optimizer after a few steps, and what it holds."""
+        before = self.clock.held_bytes()
+        stepping = Stepping(contender.make_optimizer(self.workload.params), self.workload)
+        stepping.warm_up(self.warm_up)
+        after = self.clock.held_bytes()
+        return stepping, None if before is None or after is None else after - before
+
+    def count(self, stepping: Stepping) -> int:
+        """How many steps make one timing."""
+        return max(1, min(self.clock.most_steps, int(ENOUGH_SECONDS / self.clock.seconds(stepping, 1))))
+
+
+def _measure(contender: Contender, measurement: Measurement, rig: Rig) -> None:
+    """Fill in the measurement; whatever goes wrong is this contender's reason, and no end of the run."""
+    if contender.missing is not None:
+        measurement.outcome, measurement.refused = "missing", contender.missing
+        return
+    try:
+        check(contender, rig.workload.params[0].device.type, rig.workload.params[0].dtype)
+        rig.clock.settle()
+        rig.workload.refill()
+        _time(contender, measurement, rig)
+    except Mismatch as wrong:
+        measurement.outcome, measurement.refused = "mismatch", str(wrong)
+    except torch.OutOfMemoryError as wrong:
+        measurement.outcome, measurement.refused = "out of memory", str(wrong).split(". ")[0]
+    except Exception as wrong:
+        missing = isinstance(wrong, ImportError) and contender.agrees != "same"  # a peer lacks something itself
+        measurement.outcome = "missing" if missing else "failed"
+        measurement.refused = f"{type(wrong).__name__}: {wrong}"
+    if measurement.refused is not None:
+        measurement.seconds, measurement.fused_seconds = [], []
+    rig.workload.hand_out()
+    rig.clock.settle()
+
+
+def _time(contender: Contender, measurement: Measurement, rig: Rig) -> None:
+    clock = rig.clock
+    stepping, held = rig.warmed(contender)
+    if held is not None and rig.baseline_bytes is not None:
+        measurement.kept_bytes = held - rig.baseline_bytes
+    measurement.extra_bytes = clock.extra_bytes(stepping)
+    measurement.launches = clock.launches(stepping)
+    measurement.host_seconds = clock.host_seconds(stepping)
+    pair = [
+        (rig.baseline, rig.baseline_count, measurement.fused_seconds),
+        (stepping, rig.count(stepping), measurement.seconds),
+    ]
+    for _ in range(rig.rounds):
+        rig.workload.fresh_gradients()
+        for one, count, times in pair:
+            one.workload.hand_out()
+            times.append(clock.seconds(one, count))
+        pair.reverse()  # the next round begins with the other
+    ratios = [a / b for a, b in zip(measurement.seconds, measurement.fused_seconds, strict=True)]
+    measurement.versus_fused = statistics.median(ratios)

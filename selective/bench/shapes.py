@@ -19,6 +19,13 @@ def _transformer(vocabulary: int, width: int, layers: int, positions: int, biase
     return shapes + [(width,)] * (2 if biases else 1)
 
 
+def _llama(vocabulary: int, width: int, layers: int, mlp: int, key_value: int) -> list[Shape]:
+    """No biases; q, k, v, o, then gate, up and down, and two norms a layer; the head is not tied to the embedding."""
+    square, key, wide = (width, width), (key_value, width), (mlp, width)
+    layer: list[Shape] = [square, key, key, square, wide, wide, (width, mlp), (width,), (width,)]
+    return [(vocabulary, width), *layer * layers, (width,), (vocabulary, width)]
+
+
 def _many_small() -> list[Shape]:
     """1,000 tensors of 64 to 4,096 elements, vectors and matrices in turn."""
     sizes = [64, 96, 256, 781, 1024, 1823, 2048, 4096]
@@ -46,4 +53,6 @@ SHAPES: dict[str, list[Shape]] = {
     "gpt2": _transformer(50257, 768, 12, 1024, True),  # 124M
     "many-small": _many_small(),
     "conv": _conv(),  # 25.6M
+    "llama-60m": _llama(32_000, 512, 8, 1376, 512),  # 58.1M
+    "llama-1b": _llama(32_000, 2048, 22, 5632, 256),  # 1.10B: for a GPU
 }

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from selective import Policy, Selection, Strength
+from selective.bench.__main__ import parser as bench_parser
 from selective.cli import _parser
 
 ROOT = Path(__file__).parents[2]
@@ -147,9 +148,10 @@ def test_command_lines_parse() -> None:
     lines = [(where, words[1:]) for where, words in shell_lines() if words[0] == "selective"]
     assert lines
     for where, arguments in lines:
-        if arguments[0] == "bench":
-            continue  # has a parser of its own, which runs what it parses
         try:
-            _parser().parse_args(arguments)
+            if arguments[0] == "bench":  # has a parser of its own
+                bench_parser().parse_args(arguments[1:])
+            else:
+                _parser().parse_args(arguments)
         except SystemExit:
             pytest.fail(f"{where}: `selective {' '.join(arguments)}` does not parse")

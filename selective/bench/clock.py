@@ -1,0 +1,184 @@
+"""Clocks: what a step takes, in time, memory and launches, on a CPU and on a CUDA device."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from selective.bench.workload import Stepping
+
+COPY_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}  # float32: far more than any cache
+HOST_SAMPLES = 5
+
+
+class HostClock:
+    """Steps on a CPU, where `step()` comes back when it is done."""
+
+    most_steps = 1  # in one timing: the second in a row would find in a large cache what no training step finds there
+
+    def seconds(self, stepping: Stepping, count: int) -> float:
+        """Seconds a step, over `count` steps; what `prepare()` does is left out."""
+        taken = 0.0
+        for _ in range(count):
+            stepping.prepare()
+            begun = time.perf_counter()
+            stepping.step()
+            taken += time.perf_counter() - begun
+        return taken / count
+
+    def host_seconds(self, stepping: Stepping) -> float | None:
+        """The host's own part of a step: on a CPU it is the step."""
+        return None
+
+    def extra_bytes(self, stepping: Stepping) -> int:
+        """The most memory that one step held beyond what was there before it (by torch's allocator)."""
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to the terminal each time
+        stepping.prepare()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+            stepping.step()
+        results: Any = recorded.profiler.kineto_results if recorded.profiler is not None else None  # not typed by torch
+        found = results.events() if results else []
+        events = sorted((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]")
+        held = most = 0
+        for _, size in events:
+            held += size
+            most = max(most, held)
+        return most
+
+    def held_bytes(self) -> int | None:
+        """What tensors hold now; not known on a CPU."""
+        return None
+
+    def launches(self, stepping: Stepping) -> dict[str, int] | None:
+        """Kernels, copies and fills that a step puts on the device."""
+        return None
+
+    def settle(self) -> None:
+        """Give back what the last contender held."""
+        gc.collect()
+
+    def copy_seconds(self, copy: Callable[[], object]) -> float:
+        """Seconds of one call."""
+        begun = time.perf_counter()
+        copy()
+        return time.perf_counter() - begun
+
+
+class CudaClock(HostClock):
+    """Steps on the current CUDA device, timed by its own events."""
+
+    most_steps = 20
+
+    def _between_events(self, work: Callable[[], object]) -> float:
+        begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        begun.record()
+        work()
+        ended.record()
+        ended.synchronize()
+        return begun.elapsed_time(ended) / 1e3
+
+    def seconds(self, stepping: Stepping, count: int) -> float:
+        """Seconds a step, over `count` steps in a row: of the device or of the host, whichever is the slower."""
+
+        def steps() -> None:
+            for _ in range(count):
+                stepping.prepare()
+                stepping.step()
+
+        return self._between_events(steps) / count
+
+    def host_seconds(self, stepping: Stepping) -> float | None:
+        """How long `step()` keeps the host, with the device idle before and not waited for (median)."""
+        found = []
+        for _ in range(HOST_SAMPLES):
+            stepping.prepare()
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            stepping.step()
+            found.append(time.perf_counter() - begun)
+        torch.cuda.synchronize()
+        return statistics.median(found)
+
+    def extra_bytes(self, stepping: Stepping) -> int:
+        stepping.prepare()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        stepping.step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def held_bytes(self) -> int | None:
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    def launches(self, stepping: Stepping) -> dict[str, int] | None:
+        """Counted by the profiler; None where it is not to be had (no CUPTI, no permission)."""
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        found: dict[str, int] | None = None
+        for _ in range(2):  # the first time, the profiler itself starts up while the step runs
+            stepping.prepare()
+            torch.cuda.synchronize()
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of the profiler, where it is not to be had
+                    found = self._profiled(stepping)
+            except (RuntimeError, OSError, ValueError, AssertionError):
+                return None
+        return found
+
+    def _profiled(self, stepping: Stepping) -> dict[str, int] | None:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
+            stepping.step()
+            torch.cuda.synchronize()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "trace.json")
+            recorded.export_chrome_trace(str(file))
+            return count_launches(json.loads(file.read_text(errors="replace")))
+
+    def settle(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def copy_seconds(self, copy: Callable[[], object]) -> float:
+        return self._between_events(copy)
+
+
+def count_launches(trace: dict[str, Any]) -> dict[str, int] | None:
+    """Kernels, copies and fills in a Chrome trace of the profiler; None where it saw none."""
+    kinds = Counter(event.get("cat") for event in trace.get("traceEvents", []))
+    if not kinds["kernel"]:
+        return None
+    return {"kernels": kinds["kernel"], "copies": kinds["gpu_memcpy"], "fills": kinds["gpu_memset"]}
+
+
+def clock_of(device: str) -> HostClock:
+    return CudaClock() if device == "cuda" else HostClock()
+
+
+def copy_bandwidth(device: str, elements: int | None = None) -> float:
+    """Bytes a second that a large `copy_` on the device reads and writes (median of ten)."""
+    clock = clock_of(device)
+    source = torch.ones(elements or COPY_ELEMENTS[device], device=device)
+    target = torch.empty_like(source)
+    in_a_row = 1 if device == "cpu" else 8  # a launch takes some 1 % of one copy
+
+    def copies() -> None:
+        for _ in range(in_a_row):
+            target.copy_(source)
+
+    times = [clock.copy_seconds(copies) for _ in range(12)][2:]
+    return in_a_row * 2 * source.nbytes / statistics.median(times)
