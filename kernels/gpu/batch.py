@@ -14,7 +14,7 @@ from ..spec import Draw, Item, Rule, Scalar, Selection, Strength
 from . import config
 from .config import Config
 from .configure import hyper_parameters, samples_of
-from .tables import Tables, cdiv, refill, state_columns, summed_work, upload, work
+from .tables import STATE, Tables, cdiv, refill, state_columns, summed_work, upload, work
 
 SUM_BLOCK = 2048  # drawn elements of a program that sums
 SUM_PARTS = 16  # chunks of a program that sums all elements
@@ -81,8 +81,19 @@ class Batch:
             self.seen_work, _ = work([cdiv(n, SEEN_BLOCK * SEEN_PARTS) for n in self.numels], self.device)
             self.peek_work, _ = work([min(n, 1) for n in self.numels], self.device)
         refill(self.tables.facts, self._facts(items))
+        mine = [items[i] for i in members]
+        columns = state_columns(mine[0], rule)
+        # names of the state that the kernels read, and its column
+        self.state = [(n, 2 + i) for i, n in enumerate(STATE[type(rule)]) if i < 4 and columns[i] is not None]
+        self.averages = strength.kind == "alignment"
+        self.layouts = self._layouts(mine)
         self.counters: Tensor | None = None  # on the device, for step counters that live on the host
         self.counted: list[float] = []  # what those say
+        if cfg.rule == "adam" and not (mine[0].state["step"].device.type == self.device.type == "cuda"):
+            self.counters = torch.zeros(len(mine), dtype=torch.float32, device=self.device)
+        self.fixed_addresses = self._fixed_addresses(mine)
+        self.addresses = self._address_table()
+        self.gradients: list[int] = []
 
     def _plan_sums(self, strength: Strength) -> None:
         self.sum_work: Tensor | None = None  # of a sampled estimate
@@ -124,12 +135,58 @@ class Batch:
             rows.append(cells)
         return rows
 
+    def _mine(self, items: Sequence[Item]) -> Sequence[Item]:
+        return items if len(self.members) == len(items) else [items[i] for i in self.members]
+
+    def _layouts(self, items: Sequence[Item]) -> list[list[object]]:
+        """What the tables say of the tensors, as far as it can change where the address does not."""
+        return [
+            [i.param.numel() for i in items], [i.param.dtype for i in items], [i.grad.dtype for i in items],
+            [i.grad.numel() for i in items], [i.grad.is_contiguous() for i in items],
+        ]  # fmt: skip
+
+    def _fixed_addresses(self, items: Sequence[Item]) -> list[list[int]]:
+        """Those that only change when somebody replaces a parameter or its state."""
+        found = [[i.param.data_ptr() for i in items]]
+        found += [[i.state[name].data_ptr() for i in items] for name, _ in self.state]
+        if self.cfg.rule == "adam":
+            found.append([i.state["step"].data_ptr() for i in items])
+        if self.averages:
+            found.append([i.policy_state["average"].data_ptr() for i in items])
+        return found
+
+    def _address_table(self) -> Tensor:
+        """The pointer table, on the host, without the gradients."""
+        table = torch.zeros(len(self.members), config.COLUMNS.value, dtype=torch.int64, device="cpu")
+        columns = [config.PARAM.value, *(column for _, column in self.state)]
+        if self.cfg.rule == "adam":
+            columns.append(config.STEP.value)
+        if self.averages:
+            columns.append(config.AVERAGE.value)
+        for column, addresses in zip(columns, self.fixed_addresses, strict=True):
+            table[:, column] = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        if self.counters is not None:
+            first = self.counters.data_ptr()
+            table[:, config.STEP.value] = first + 4 * torch.arange(len(self.members), device="cpu")
+        return table
+
+    def fits(self, items: Sequence[Item]) -> bool:
+        """Whether these items are still the tensors that the tables were made of, gradients aside."""
+        mine = self._mine(items)
+        try:
+            return self._layouts(mine) == self.layouts and self._fixed_addresses(mine) == self.fixed_addresses
+        except KeyError:  # an entry of the state is gone
+            return False
+
     def update(self, items: Sequence[Item], rule: Rule, selection: Selection, strength: Strength, draw: Draw) -> None:
         """Bring the tables up to date for this step. Uploads nothing that has not changed."""
-        tables = self.tables
-        mine = [items[i] for i in self.members]
+        tables, mine = self.tables, self._mine(items)
         self._count_steps(mine)
-        tables.say("pointers", tables.pointers, self._addresses(mine, rule))
+        gradients = [item.grad.data_ptr() for item in mine]
+        if gradients != self.gradients:
+            self.addresses[:, config.GRAD.value] = torch.tensor(gradients, dtype=torch.int64, device="cpu")
+            tables.keep(refill(tables.pointers, self.addresses.clone()))
+            self.gradients = gradients
         self.refresh(hyper_parameters(rule, selection, strength), selection)
         if draw.clock is None:
             tables.say("clock", tables.clock, [_signed64(draw.seed), draw.step])
@@ -145,30 +202,14 @@ class Batch:
             tables.say("ranks", tables.ranks, self.top_k.rank_rows(self.numels, selection))
             tables.said["fraction"] = selection.fraction
 
-    def _addresses(self, items: list[Item], rule: Rule) -> list[list[int]]:
-        rows = []
-        for t, item in enumerate(items):
-            state = [0 if c is None else c.data_ptr() for c in state_columns(item, rule)]
-            average = item.policy_state.get("average")
-            step = item.state.get("step")
-            if self.counters is not None:
-                counter = self.counters.data_ptr() + 4 * t
-            else:
-                counter = step.data_ptr() if isinstance(step, Tensor) else 0
-            rows.append([item.param.data_ptr(), item.grad.data_ptr(), *state, counter,
-                         0 if average is None else average.data_ptr()])  # fmt: skip
-        return rows
-
-    def _count_steps(self, items: list[Item]) -> None:
+    def _count_steps(self, items: Sequence[Item]) -> None:
         """Count the steps that the host keeps, there and on the device."""
-        if self.cfg.rule != "adam" or items[0].state["step"].device.type == self.device.type != "cpu":
+        if self.counters is None:
             return
         steps = [item.state["step"] for item in items]
         now = [float(step) for step in steps]
-        if self.counters is None:
-            self.counters = torch.zeros(len(items), dtype=torch.float32, device=self.device)
         if now != self.counted:
-            refill(self.counters, now)
+            self.tables.keep(refill(self.counters, now))
         torch._foreach_add_(steps, 1)
         self.counted = [count + 1 for count in now]
 

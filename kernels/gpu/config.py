@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -41,9 +42,12 @@ SUM_COLUMNS = tl.constexpr(4)  # columns of a program's row of sums that a stren
 PARTIALS = tl.constexpr(5)  # columns of a program's row of statistics: selected, u^2, g^2, u g, (mask u)^2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Config:
-    """Everything that decides what code a kernel is. Its fields are read inside of kernels, as constants."""
+    """Everything that decides what code a kernel is. Its fields are read inside of kernels, as constants.
+
+    Triton hashes and prints it at every launch, so both are done once.
+    """
 
     rule: str  # "adam", "sgd", "lion", "given" or "score"
     param: Any  # dtypes of Triton; None where there is no such column
@@ -78,3 +82,20 @@ class Config:
     writes: bool = True  # False: look at the scores, change nothing
     keep: str = ""  # what the L2 cache is to give up first or last of what is loaded and stored
     recomputed: bool = False  # the moments have moved already: what is stored is what the update is made of
+
+    def __post_init__(self) -> None:
+        values = tuple(getattr(self, field.name) for field in fields(self))
+        object.__setattr__(self, "_text", f"Config{values}")
+        object.__setattr__(self, "_hash", hash(values))
+
+    def __hash__(self) -> int:
+        return vars(self)["_hash"]
+
+    def __repr__(self) -> str:
+        return vars(self)["_text"]
+
+
+@functools.lru_cache(maxsize=256)
+def derived(cfg: Config, **changes: Any) -> Config:
+    """`dataclasses.replace`, made once."""
+    return replace(cfg, **changes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from . import batch as sizes
 from .batch import Batch
-from .config import PARTIALS, SUM_COLUMNS, Config
+from .config import PARTIALS, SUM_COLUMNS, Config, derived
 from .numbers import numbers_kernel
 from .repair import repair_kernel
 from .sample import SLOTS, bracket_kernel, digits_kernel, sample_kernel, spread_kernel, whole_kernel
@@ -25,6 +24,7 @@ from .summed_step import summed_step_kernel
 from .tables import cdiv, power_of_two
 from .top_k import DIGIT
 
+STEP_WARPS = 4  # of a program of `BLOCK` elements
 BINS = 2048  # parts of a bracket's histogram
 WHOLE_BLOCK = 2048  # scores that a program which ranks a small tensor looks at at a time
 REPAIR_BLOCK = 2048
@@ -78,7 +78,7 @@ class Step:
         if batch.summed_work is not None:
             self._summed_pass(batch.summed_work)
         elif self.one_pass:
-            self._count_and_settle(replace(cfg, bracketed=True))
+            self._count_and_settle(derived(cfg, bracketed=True))
         else:
             self._pass(cfg, self.nothing, self.nothing)
         return self._report() if cfg.statistics else None
@@ -99,19 +99,19 @@ class Step:
         if batch.top_k is not None:
             self._rank()
         if self.bracketed and not self.one_pass:
-            self._count_and_settle(replace(self.cfg, bracketed=True, writes=False, statistics=False))
+            self._count_and_settle(derived(self.cfg, bracketed=True, writes=False, statistics=False))
 
     def _pass(self, cfg: Config, marks: Tensor, histograms: Tensor) -> None:
         batch, tables = self.batch, self.tables
         run(selective_step_kernel, batch.programs, marks, histograms, self.partials, batch.chunks, tables.pointers,
-            tables.numbers, tables.ranks, tables.facts, tables.keys, FUNCTION=self.function, BINS=BINS,
-            CFG=cfg)  # fmt: skip
+            tables.numbers, tables.ranks, tables.facts, tables.keys, FUNCTION=self.function, BINS=BINS, CFG=cfg,
+            warps=STEP_WARPS)  # fmt: skip
 
     def _rank(self) -> None:
         """From samples to thresholds (small tensors, and sampled quantiles) or brackets."""
         top_k, tables = self.batch.top_k, self.tables
         assert top_k is not None
-        cfg = replace(self.cfg, bracketed=False, writes=False, statistics=False)
+        cfg = derived(self.cfg, bracketed=False, writes=False, statistics=False)
         samples = self.empty(top_k.total_samples, torch.int32)
         slots = SLOTS.value * DIGIT.value
         count = 0 if top_k.large is None else top_k.large.shape[0]
@@ -149,7 +149,7 @@ class Step:
             self.settled = self.empty(top_k.settle_work.shape[0] * PARTIALS.value)
             self.tied = torch.zeros(tables.tensors * PARTIALS.value, dtype=torch.float32, device=batch.device)
         self._pass(cfg, marks, histograms)
-        again = replace(cfg, recomputed=cfg.writes)
+        again = derived(cfg, recomputed=cfg.writes)
         run(find_kernel, count, tables.ranks, histograms, broken, top_k.large, tables.facts, BINS=BINS)
         run(settle_kernel, top_k.settle_work.shape[0], self.settled, tiny, marks, top_k.settle_work, tables.pointers,
             tables.numbers, tables.ranks, tables.facts, TINY=TINY, BINS=BINS, WORDS=sizes.SETTLE_WORDS,
@@ -172,7 +172,7 @@ class Step:
             BLOCK=REPAIR_BLOCK, CFG=cfg, warps=8)  # fmt: skip
 
     def _sum_sampled(self, work: Tensor) -> None:
-        tables, cfg = self.tables, replace(self.cfg, writes=False, statistics=False)
+        tables, cfg = self.tables, derived(self.cfg, writes=False, statistics=False)
         sums = self.empty(work.shape[0] * SUM_COLUMNS.value)
         run(sums_kernel, work.shape[0], sums, work, tables.pointers, tables.numbers, tables.ranks, tables.facts,
             tables.keys, FUNCTION=self.function, CFG=cfg, BLOCK=sizes.SUM_BLOCK)  # fmt: skip
@@ -186,11 +186,11 @@ class Step:
         waits = torch.zeros(1 + 2 * count, dtype=torch.int32, device=self.batch.device)
         run(summed_step_kernel, work.shape[0], self.partials, sums, waits[:1], waits[1 : 1 + count], waits[1 + count :],
             work, tables.pointers, tables.numbers, tables.hyper, tables.ranks, tables.facts, tables.keys,
-            FUNCTION=self.function, PARTS=sizes.SUM_PARTS, CFG=replace(cfg, keep=KEEP_STEP),
-            SUMS_CFG=replace(cfg, writes=False, statistics=False, keep=KEEP_SUMS))  # fmt: skip
+            FUNCTION=self.function, PARTS=sizes.SUM_PARTS, CFG=derived(cfg, keep=KEEP_STEP),
+            SUMS_CFG=derived(cfg, writes=False, statistics=False, keep=KEEP_SUMS), warps=STEP_WARPS)  # fmt: skip
 
     def _report(self) -> Tensor:
-        tables, cfg = self.tables, replace(self.cfg, bracketed=self.one_pass)
+        tables, cfg = self.tables, derived(self.cfg, bracketed=self.one_pass)
         out = torch.empty(tables.tensors, 7, dtype=torch.float64, device=self.batch.device)
         run(report_kernel, tables.tensors, out, self.partials, self.settled, self.tied, self.repaired, tables.numbers,
             tables.hyper, tables.ranks, tables.facts, getattr(self, "repairers", 1), FIXED=self.fixed, CFG=cfg,

@@ -38,7 +38,10 @@ def refill(target: Tensor, values: Any) -> Tensor:
 
     While a CUDA graph is captured, the copy becomes part of it and reads that source at every replay: keep it alive.
     """
-    host = torch.tensor(values, dtype=target.dtype, device="cpu").reshape(target.shape)
+    if isinstance(values, Tensor):
+        host = values
+    else:
+        host = torch.tensor(values, dtype=target.dtype, device="cpu").reshape(target.shape)
     if target.device.type != "cpu":
         host = host.pin_memory()
     target.copy_(host, non_blocking=True)
@@ -135,9 +138,12 @@ class Tables:
         """Upload a whole table, unless it says so already. `values` is compared with ==."""
         if self.said.get(name) == values:
             return
-        source = refill(table, values)
+        self.keep(refill(table, values))
         self.said[name] = values
-        if table.is_cuda and torch.cuda.is_current_stream_capturing():
+
+    def keep(self, source: Tensor) -> None:
+        """Keep what a copy that became part of a CUDA graph will be read from again."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self.kept.append(source)
 
 
