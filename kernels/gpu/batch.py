@@ -18,9 +18,10 @@ from .tables import STATE, Tables, cdiv, refill, state_columns, summed_work, upl
 
 SUM_BLOCK = 2048  # drawn elements of a program that sums
 SUM_PARTS = 16  # chunks of a program that sums all elements
-TOGETHER, HELD = 2048, 512  # chunks: see `summed_work`
-SAMPLE_BLOCK = 4096  # scores of a program that samples or ranks
-SETTLE_WORDS = 1024  # words of 32 elements that a settling program looks at
+SUM_STEPS = 4  # chunks of a program of the same launch that steps
+TOGETHER, HELD = 512, 256  # such programs: see `summed_work`
+SAMPLE_BLOCK = 1024  # scores of a program that samples or ranks
+SETTLE_WORDS = 512  # words of 32 elements that a settling program looks at
 SEEN_BLOCK, SEEN_PARTS = 2048, 32  # a program that looks for the first momentum that is not zero
 
 
@@ -111,8 +112,8 @@ class Batch:
         # a tensor without elements has a program too: somebody has to move its average
         self.sums = [max(cdiv(n, SUM_PARTS * self.cfg.block), 1) for n in self.numels]
         self.sum_at = [0, *itertools.accumulate(self.sums)][:-1]
-        chunks = tuple(cdiv(n, self.cfg.block) for n in self.numels)
-        self.summed_work = summed_work(chunks, tuple(self.sums), TOGETHER, HELD, self.device)
+        steps = tuple(cdiv(n, SUM_STEPS * self.cfg.block) for n in self.numels)
+        self.summed_work = summed_work(steps, tuple(self.sums), TOGETHER, HELD, self.device)
 
     def _facts(self, items: Sequence[Item]) -> list[list[int]]:
         rows = []

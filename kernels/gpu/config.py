@@ -20,7 +20,7 @@ PARAM, GRAD, FIRST, SECOND, THIRD, FOURTH, STEP, AVERAGE = (tl.constexpr(i) for 
 
 # Columns of a tensor's row of float32 numbers, which `numbers.py` fills in.
 NUMBERS = tl.constexpr(20)
-(RATE, ROOT, W1, B2, W2, EPS, FACTOR, DECAY, MOMENTUM, UNDAMPED, LOOKAHEAD, ABOVE, BELOW, USER) = (
+(RATE, UNBIAS, W1, B2, W2, EPS, FACTOR, DECAY, MOMENTUM, UNDAMPED, LOOKAHEAD, ABOVE, BELOW, USER) = (
     tl.constexpr(i) for i in range(14)
 )  # USER is the first of four
 

@@ -182,9 +182,9 @@ def stepped(p, start, u, mask, row, CFG: tl.constexpr):
     if CFG.decays:
         origin = origin * tl.load(row + FACTOR)
     if CFG.rule == "given":
-        new = origin + (CFG.offset - mask) * u
+        new = tl.fma(CFG.offset - mask, u, origin)
     else:
-        new = origin - mask * u
+        new = tl.fma(-mask, u, origin)
     return new
 
 

@@ -26,7 +26,7 @@ from .top_k import DIGIT
 
 STEP_WARPS = 4  # of a program of `BLOCK` elements
 BINS = 2048  # parts of a bracket's histogram
-WHOLE_BLOCK = 2048  # scores that a program which ranks a small tensor looks at at a time
+WHOLE_BLOCK = 4096  # scores that a program which ranks a small tensor looks at at a time
 REPAIR_BLOCK = 2048
 KEEP_SUMS, KEEP_STEP = "evict_last", "evict_first"  # of what the sums load, the step's own has no further use
 WIDTH = 4.0  # half the bracket, in standard deviations of the sampled rank
@@ -118,7 +118,7 @@ class Step:
         counts = torch.zeros(count * (slots + 2), dtype=torch.int32, device=self.batch.device)
         histograms, spreads = counts[: count * slots], counts[count * slots :]
         run(sample_kernel, top_k.sample_work.shape[0], samples, histograms, top_k.sample_work, tables.pointers,
-            tables.numbers, tables.facts, tables.keys, CFG=cfg, BLOCK=sizes.SAMPLE_BLOCK, warps=8)  # fmt: skip
+            tables.numbers, tables.facts, tables.keys, CFG=cfg, BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
         if top_k.whole is not None:
             run(whole_kernel, top_k.whole.shape[0], tables.ranks, samples, tables.facts, top_k.whole,
                 BLOCK=WHOLE_BLOCK)  # fmt: skip
@@ -186,7 +186,8 @@ class Step:
         waits = torch.zeros(1 + 2 * count, dtype=torch.int32, device=self.batch.device)
         run(summed_step_kernel, work.shape[0], self.partials, sums, waits[:1], waits[1 : 1 + count], waits[1 + count :],
             work, tables.pointers, tables.numbers, tables.hyper, tables.ranks, tables.facts, tables.keys,
-            FUNCTION=self.function, PARTS=sizes.SUM_PARTS, CFG=derived(cfg, keep=KEEP_STEP),
+            FUNCTION=self.function, PARTS=sizes.SUM_PARTS, STEPS=sizes.SUM_STEPS,
+            CFG=derived(cfg, keep=KEEP_STEP),
             SUMS_CFG=derived(cfg, writes=False, statistics=False, keep=KEEP_SUMS), warps=STEP_WARPS)  # fmt: skip
 
     def _report(self) -> Tensor:

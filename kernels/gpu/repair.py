@@ -27,16 +27,15 @@ def _meet(counter_ptr, target):
 
 
 @triton.jit
-def _digits(pointers, row, start, end, numel, prefix, taken, to, BLOCK: tl.constexpr, CFG: tl.constexpr):
-    """Histogram of the key digit that begins at bit `to`, over the keys that begin with `prefix` (`taken` bits)."""
-    histogram = tl.zeros([DIGIT], tl.int32)
+def _count_digits(histogram_ptr, pointers, row, start, end, numel, prefix, taken, to, BLOCK: tl.constexpr,
+                  CFG: tl.constexpr):  # fmt: skip
+    """Count the key digits that begin at bit `to`, of the keys that begin with `prefix` (`taken` bits)."""
     for at in range(start, end, BLOCK):
         offs = at + tl.arange(0, BLOCK)
         key, _, _, _ = keys_at(pointers, row, offs, offs < numel, False, CFG)
         inside = (offs < numel) & ((key.to(tl.uint64) >> (32 - taken).to(tl.uint64)) == prefix.to(tl.uint64))
         digit = (key >> to.to(tl.uint32)) & tl.where(to == 0, 1023, 2047).to(tl.uint32)
-        histogram += tl.histogram(tl.where(inside, digit, 0).to(tl.int32), DIGIT, mask=inside)
-    return histogram
+        tl.atomic_add(histogram_ptr + digit, 1, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -86,7 +85,7 @@ def _finish(pointers, row, ranks, start, end, numel, wanted, cutoff, BINS: tl.co
         was = (key > high) | (inside & (critical >= 0) & (place > critical))
         multiples = multiplier(chosen, u, g, row, CFG)
         exact = stepped(p, p, u, multiples, row, CFG)
-        corrected = p - (multiples - multiplier(was, u, g, row, CFG)) * u
+        corrected = tl.fma(multiplier(was, u, g, row, CFG) - multiples, u, p)
         new = tl.where(undecided, exact, corrected)
         todo = mask & (undecided | (chosen != was))
         tl.store(column(pointers, PARAM, CFG.param, False) + offs, narrow(new, CFG.param), mask=todo)
@@ -121,8 +120,8 @@ def repair_kernel(
         places = tl.arange(0, DIGIT)
         to = left * 0 + 21
         for digit in range(3):
-            mine = _digits(pointers, row, start, end, numel, prefix, 11 * digit + left * 0, to, BLOCK, CFG)
-            tl.atomic_add(histograms + digit * DIGIT + places, mine, mask=mine > 0)
+            taken = 11 * digit + left * 0
+            _count_digits(histograms + digit * DIGIT, pointers, row, start, end, numel, prefix, taken, to, BLOCK, CFG)
             met += programs
             _meet(meeting_ptr, met)
             if (digit == 0) & (pid == 0):  # everybody is done with the last tensor's histograms

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .config import FACTS, KEYS, NUMBERS, NUMEL, RANKS, SUM_AT, SUM_COLUMNS, SUMS
+from .config import CHUNKS, FACTS, KEYS, NUMBERS, NUMEL, RANKS, SUM_AT, SUM_COLUMNS, SUMS
 from .elements import is_aligned, load_moved, pointers_of, row_of, select
 from .selective_step import step_chunk
 from .statistics import store_sums, terms
@@ -61,9 +61,9 @@ def _sum_part(
 def summed_step_kernel(
     partials_ptr, sums_ptr, ticket_ptr, arrived_ptr, ready_ptr,
     work_ptr, pointers_ptr, numbers_ptr, hyper_ptr, ranks_ptr, facts_ptr, keys_ptr,
-    FUNCTION: tl.constexpr, PARTS: tl.constexpr, CFG: tl.constexpr, SUMS_CFG: tl.constexpr,
+    FUNCTION: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, CFG: tl.constexpr, SUMS_CFG: tl.constexpr,
 ):  # fmt: skip
-    """`work_ptr` lists sums (of PARTS blocks; the tensor as -1 - t) and steps (of one block), sums of a tensor first.
+    """`work_ptr` lists sums (of PARTS blocks; the tensor as -1 - t) and steps (of STEPS), sums of a tensor first.
 
     Programs take their work in the order in which they begin, so that whoever waits for a tensor's sums waits for
     programs that have begun; the last of those makes the strengths. Reads what `selective_step_kernel` does, and before
@@ -86,5 +86,9 @@ def summed_step_kernel(
         while tl.atomic_add(ready_ptr + t, 0, sem="acquire") == 0:
             pass
         tl.debug_barrier()
-        step_chunk(t, part, partials_ptr, partials_ptr, partials_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
-                   keys_ptr, FUNCTION, 1, CFG)  # fmt: skip
+        chunks = tl.load(row_of(facts_ptr, t, FACTS) + CHUNKS)
+        for i in range(STEPS):
+            chunk = part * STEPS + STEPS - 1 - i
+            if chunk < chunks:
+                step_chunk(t, chunk, partials_ptr, partials_ptr, partials_ptr, pointers_ptr, numbers_ptr, ranks_ptr,
+                           facts_ptr, keys_ptr, FUNCTION, 1, CFG)  # fmt: skip
