@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -14,14 +13,11 @@ from ..spec import Draw, Item, Rule, Scalar, Selection, Strength
 from . import config
 from .config import Config
 from .configure import hyper_parameters, samples_of
-from .tables import STATE, Tables, cdiv, refill, state_columns, summed_work, upload, work
+from .tables import STATE, Tables, cdiv, refill, state_columns, upload, work
 
-SUM_BLOCK = 2048  # drawn elements of a program that sums
-SUM_PARTS = 16  # chunks of a program that sums all elements
-SUM_STEPS = 4  # chunks of a program of the same launch that steps
-TOGETHER, HELD = 512, 256  # such programs: see `summed_work`
+SUM_BLOCK = 4096  # elements of a program that sums
 SAMPLE_BLOCK = 1024  # scores of a program that samples or ranks
-SETTLE_WORDS = 512  # words of 32 elements that a settling program looks at
+SETTLE_WORDS = 1024  # words of 32 elements that a settling program looks at
 SEEN_BLOCK, SEEN_PARTS = 2048, 32  # a program that looks for the first momentum that is not zero
 
 
@@ -97,44 +93,38 @@ class Batch:
         self.gradients: list[int] = []
 
     def _plan_sums(self, strength: Strength) -> None:
-        self.sum_work: Tensor | None = None  # of a sampled estimate
-        self.summed_work: Tensor | None = None  # of exact sums, and the steps with them
+        self.sum_work: Tensor | None = None
         self.sum_samples, self.sums = [(n, -1) for n in self.numels], [0] * len(self.numels)
         self.sum_at = self.sums
         if strength.kind == "fixed":
             return
         if self.cfg.estimate == "sampled":
-            whole = (SAMPLE_SIZE, (SAMPLE_SIZE // SAMPLE_RUN).bit_length() - 1)
-            self.sum_samples = [(n, -1) if n <= SAMPLE_SIZE else whole for n in self.numels]
-            self.sums = [cdiv(count, SUM_BLOCK) for count, _ in self.sum_samples]
-            self.sum_work, self.sum_at = work(self.sums, self.device)
-            return
-        # a tensor without elements has a program too: somebody has to move its average
-        self.sums = [max(cdiv(n, SUM_PARTS * self.cfg.block), 1) for n in self.numels]
-        self.sum_at = [0, *itertools.accumulate(self.sums)][:-1]
-        steps = tuple(cdiv(n, SUM_STEPS * self.cfg.block) for n in self.numels)
-        self.summed_work = summed_work(steps, tuple(self.sums), TOGETHER, HELD, self.device)
+            drawn = (SAMPLE_SIZE, (SAMPLE_SIZE // SAMPLE_RUN).bit_length() - 1)
+            self.sum_samples = [(n, -1) if n <= SAMPLE_SIZE else drawn for n in self.numels]
+        self.sums = [cdiv(count, SUM_BLOCK) for count, _ in self.sum_samples]
+        self.sum_work, self.sum_at = work(self.sums, self.device)
 
-    def _facts(self, items: Sequence[Item]) -> list[list[int]]:
-        rows = []
-        for t, member in enumerate(self.members):
-            param, top_k = items[member].param, self.top_k
-            count, shift = top_k.samples[t] if top_k else (0, -1)
-            rows_of_it = param.shape[0] if param.dim() else 1
-            row = {
-                config.NUMEL: self.numels[t], config.ROW_LENGTH: max(self.numels[t] // max(rows_of_it, 1), 1),
-                config.ADDRESS: items[member].address, config.SAMPLES: count, config.SHIFT: shift,
-                config.SAMPLES_AT: top_k.samples_at[t] if top_k else 0,
-                config.CHUNK_AT: self.chunk_at[t], config.CHUNKS: cdiv(self.numels[t], self.cfg.block),
-                config.SUM_AT: self.sum_at[t], config.SUMS: self.sums[t], config.SUM_SHIFT: self.sum_samples[t][1],
-                config.SETTLE_AT: top_k.settle_at[t] if top_k else 0, config.SETTLES: top_k.settles[t] if top_k else 0,
-                config.LARGE: top_k.large_of.get(t, 0) if top_k else 0,
+    def _facts(self, items: Sequence[Item]) -> Tensor:
+        """The table of facts, on the host, column by column."""
+        mine, top_k, numels = self._mine(items), self.top_k, self.numels
+        rows = [i.param.shape[0] if i.param.dim() else 1 for i in mine]
+        columns: dict[object, Sequence[int]] = {
+            config.NUMEL: numels, config.ADDRESS: [i.address for i in mine],
+            config.ROW_LENGTH: [max(n // max(r, 1), 1) for n, r in zip(numels, rows, strict=True)],
+            config.CHUNK_AT: self.chunk_at, config.CHUNKS: [cdiv(n, self.cfg.block) for n in numels],
+            config.SUM_AT: self.sum_at, config.SUMS: self.sums,
+            config.SUM_SHIFT: [shift for _, shift in self.sum_samples],
+        }  # fmt: skip
+        if top_k is not None:
+            columns |= {
+                config.SAMPLES: [count for count, _ in top_k.samples], config.SHIFT: [s for _, s in top_k.samples],
+                config.SAMPLES_AT: top_k.samples_at, config.SETTLE_AT: top_k.settle_at, config.SETTLES: top_k.settles,
+                config.LARGE: [top_k.large_of.get(t, 0) for t in range(len(numels))],
             }  # fmt: skip
-            cells = [0] * config.FACTS.value
-            for place, value in row.items():
-                cells[place.value] = value
-            rows.append(cells)
-        return rows
+        table = torch.zeros(len(numels), config.FACTS.value, dtype=torch.int64, device="cpu")
+        for column, values in columns.items():
+            table[:, column.value] = torch.tensor(values, dtype=torch.int64, device="cpu")  # type: ignore[attr-defined]
+        return table
 
     def _mine(self, items: Sequence[Item]) -> Sequence[Item]:
         return items if len(self.members) == len(items) else [items[i] for i in self.members]
@@ -144,6 +134,7 @@ class Batch:
         return [
             [i.param.numel() for i in items], [i.param.dtype for i in items], [i.grad.dtype for i in items],
             [i.grad.numel() for i in items], [i.grad.is_contiguous() for i in items],
+            *([x for i in items for x in _described(i.state, self.state)] if self.cfg.rule == "given" else [],),
         ]  # fmt: skip
 
     def _fixed_addresses(self, items: Sequence[Item]) -> list[list[int]]:
@@ -172,12 +163,20 @@ class Batch:
         return table
 
     def fits(self, items: Sequence[Item]) -> bool:
-        """Whether these items are still the tensors that the tables were made of, gradients aside."""
+        """Whether these are the tensors that the tables were made of; a given update is new in every step."""
         mine = self._mine(items)
         try:
-            return self._layouts(mine) == self.layouts and self._fixed_addresses(mine) == self.fixed_addresses
+            if self._layouts(mine) != self.layouts:
+                return False
+            now = self._fixed_addresses(mine)
         except KeyError:  # an entry of the state is gone
             return False
+        if now != self.fixed_addresses:
+            if self.cfg.rule != "given":
+                return False
+            self.fixed_addresses, self.gradients = now, []
+            self.addresses = self._address_table()
+        return True
 
     def update(self, items: Sequence[Item], rule: Rule, selection: Selection, strength: Strength, draw: Draw) -> None:
         """Bring the tables up to date for this step. Uploads nothing that has not changed."""
@@ -213,6 +212,15 @@ class Batch:
             self.tables.keep(refill(self.counters, now))
         torch._foreach_add_(steps, 1)
         self.counted = [count + 1 for count in now]
+
+
+def _described(state: dict[str, Tensor], names: Sequence[tuple[str, int]]) -> list[object]:
+    """The layout of these entries, and whether others have joined them."""
+    found: list[object] = [len(state)]
+    for name, _ in names:
+        x = state[name]
+        found += [x.dtype, x.numel(), x.is_contiguous()]
+    return found
 
 
 def _signed64(x: int) -> int:

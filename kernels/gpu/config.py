@@ -39,7 +39,7 @@ FACTS = tl.constexpr(16)
 
 KEYS = tl.constexpr(6)  # columns of a tensor's row of random keys: two each for masks, samples, rounding
 SUM_COLUMNS = tl.constexpr(4)  # columns of a program's row of sums that a strength needs
-PARTIALS = tl.constexpr(5)  # columns of a program's row of statistics: selected, u^2, g^2, u g, (mask u)^2
+PARTIALS = 5  # columns of a program's statistics: selected, u^2, g^2, u g, (mask u)^2
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,7 +80,6 @@ class Config:
     statistics: bool = False
     stochastic: bool = False
     writes: bool = True  # False: look at the scores, change nothing
-    keep: str = ""  # what the L2 cache is to give up first or last of what is loaded and stored
     recomputed: bool = False  # the moments have moved already: what is stored is what the update is made of
 
     def __post_init__(self) -> None:

@@ -20,15 +20,14 @@ from .selective_step import selective_step_kernel
 from .settle import TINY, find_kernel, settle_kernel, ties_kernel
 from .statistics import report_kernel, seen_kernel, sums_kernel
 from .strengths import strengths_kernel
-from .summed_step import summed_step_kernel
 from .tables import cdiv, power_of_two
 from .top_k import DIGIT
 
 STEP_WARPS = 4  # of a program of `BLOCK` elements
 BINS = 2048  # parts of a bracket's histogram
 WHOLE_BLOCK = 4096  # scores that a program which ranks a small tensor looks at at a time
+SETTLE_ROOM, SETTLE_BLOCK = 1024, 512  # undecided elements that a settling program writes down, works on at a time
 REPAIR_BLOCK = 2048
-KEEP_SUMS, KEEP_STEP = "evict_last", "evict_first"  # of what the sums load, the step's own has no further use
 WIDTH = 4.0  # half the bracket, in standard deviations of the sampled rank
 
 
@@ -71,13 +70,11 @@ class Step:
         """Everything; the sums of `spec.Sums` by tensor, float64 [tensors, 7], where statistics are wanted."""
         cfg, batch = self.cfg, self.batch
         if cfg.statistics:
-            self.partials = self.empty(batch.programs * PARTIALS.value)
+            self.partials = self.empty(batch.programs * PARTIALS)
         self.find_thresholds()
         if batch.sum_work is not None:
-            self._sum_sampled(batch.sum_work)
-        if batch.summed_work is not None:
-            self._summed_pass(batch.summed_work)
-        elif self.one_pass:
+            self._sum(batch.sum_work)
+        if self.one_pass:
             self._count_and_settle(derived(cfg, bracketed=True))
         else:
             self._pass(cfg, self.nothing, self.nothing)
@@ -104,8 +101,8 @@ class Step:
     def _pass(self, cfg: Config, marks: Tensor, histograms: Tensor) -> None:
         batch, tables = self.batch, self.tables
         run(selective_step_kernel, batch.programs, marks, histograms, self.partials, batch.chunks, tables.pointers,
-            tables.numbers, tables.ranks, tables.facts, tables.keys, FUNCTION=self.function, BINS=BINS, CFG=cfg,
-            warps=STEP_WARPS)  # fmt: skip
+            tables.numbers, tables.ranks, tables.facts, tables.keys, batch.programs, FUNCTION=self.function, BINS=BINS,
+            CFG=cfg, warps=STEP_WARPS)  # fmt: skip
 
     def _rank(self) -> None:
         """From samples to thresholds (small tensors, and sampled quantiles) or brackets."""
@@ -113,7 +110,7 @@ class Step:
         assert top_k is not None
         cfg = derived(self.cfg, bracketed=False, writes=False, statistics=False)
         samples = self.empty(top_k.total_samples, torch.int32)
-        slots = SLOTS.value * DIGIT.value
+        slots = SLOTS.value
         count = 0 if top_k.large is None else top_k.large.shape[0]
         counts = torch.zeros(count * (slots + 2), dtype=torch.int32, device=self.batch.device)
         histograms, spreads = counts[: count * slots], counts[count * slots :]
@@ -146,14 +143,16 @@ class Step:
         marks = self.empty(batch.programs * (cfg.block // 32), torch.int32)
         tiny = self.empty(count * 2 * TINY, torch.int32)
         if cfg.statistics:
-            self.settled = self.empty(top_k.settle_work.shape[0] * PARTIALS.value)
-            self.tied = torch.zeros(tables.tensors * PARTIALS.value, dtype=torch.float32, device=batch.device)
+            self.settled = self.empty(top_k.settle_work.shape[0] * 2)
+            self.tied = torch.zeros(tables.tensors * 2, dtype=torch.float32, device=batch.device)
         self._pass(cfg, marks, histograms)
         again = derived(cfg, recomputed=cfg.writes)
         run(find_kernel, count, tables.ranks, histograms, broken, top_k.large, tables.facts, BINS=BINS)
-        run(settle_kernel, top_k.settle_work.shape[0], self.settled, tiny, marks, top_k.settle_work, tables.pointers,
+        settles = top_k.settle_work.shape[0]
+        todo = self.empty(settles * SETTLE_ROOM, torch.int32)
+        run(settle_kernel, settles, self.settled, tiny, todo, marks, top_k.settle_work, tables.pointers,
             tables.numbers, tables.ranks, tables.facts, TINY=TINY, BINS=BINS, WORDS=sizes.SETTLE_WORDS,
-            CFG=again)  # fmt: skip
+            ROOM=SETTLE_ROOM, BLOCK=SETTLE_BLOCK, CFG=again)  # fmt: skip
         run(ties_kernel, count, self.tied, tiny, broken, top_k.large, tables.pointers, tables.numbers, tables.ranks,
             tables.facts, TINY=TINY, BINS=BINS, CFG=again)  # fmt: skip
         self._repair(again, broken, meeting, exact)
@@ -171,7 +170,7 @@ class Step:
             tables.numbers, tables.ranks, tables.facts, programs, BINS=BINS, PROGRAMS=power_of_two(programs),
             BLOCK=REPAIR_BLOCK, CFG=cfg, warps=8)  # fmt: skip
 
-    def _sum_sampled(self, work: Tensor) -> None:
+    def _sum(self, work: Tensor) -> None:
         tables, cfg = self.tables, derived(self.cfg, writes=False, statistics=False)
         sums = self.empty(work.shape[0] * SUM_COLUMNS.value)
         run(sums_kernel, work.shape[0], sums, work, tables.pointers, tables.numbers, tables.ranks, tables.facts,
@@ -179,21 +178,10 @@ class Step:
         run(strengths_kernel, tables.tensors, tables.numbers, sums, tables.hyper, tables.pointers, tables.ranks,
             tables.facts, CFG=cfg, BLOCK=512)  # fmt: skip
 
-    def _summed_pass(self, work: Tensor) -> None:
-        """Exact sums, strengths and the step in one launch."""
-        tables, cfg, count = self.tables, self.cfg, self.tables.tensors
-        sums = self.empty(sum(self.batch.sums) * SUM_COLUMNS.value)
-        waits = torch.zeros(1 + 2 * count, dtype=torch.int32, device=self.batch.device)
-        run(summed_step_kernel, work.shape[0], self.partials, sums, waits[:1], waits[1 : 1 + count], waits[1 + count :],
-            work, tables.pointers, tables.numbers, tables.hyper, tables.ranks, tables.facts, tables.keys,
-            FUNCTION=self.function, PARTS=sizes.SUM_PARTS, STEPS=sizes.SUM_STEPS,
-            CFG=derived(cfg, keep=KEEP_STEP),
-            SUMS_CFG=derived(cfg, writes=False, statistics=False, keep=KEEP_SUMS), warps=STEP_WARPS)  # fmt: skip
-
     def _report(self) -> Tensor:
         tables, cfg = self.tables, derived(self.cfg, bracketed=self.one_pass)
         out = torch.empty(tables.tensors, 7, dtype=torch.float64, device=self.batch.device)
         run(report_kernel, tables.tensors, out, self.partials, self.settled, self.tied, self.repaired, tables.numbers,
-            tables.hyper, tables.ranks, tables.facts, getattr(self, "repairers", 1), FIXED=self.fixed, CFG=cfg,
-            BLOCK=512)  # fmt: skip
+            tables.hyper, tables.ranks, tables.facts, getattr(self, "repairers", 1), self.batch.programs,
+            FIXED=self.fixed, CFG=cfg, BLOCK=1024)  # fmt: skip
         return out

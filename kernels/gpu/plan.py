@@ -11,10 +11,10 @@ from torch import Tensor
 from ..reference.rules import begin
 from ..spec import AdamRule, Draw, Item, ItemList, Rule, Selection, SGDRule, Strength, SumsTable
 from .batch import Batch
-from .config import Config
 from .configure import configure, hyper_parameters, static_key
 from .launch import Step, on
 from .layout import arrange, order_matters
+from .tables import state_columns
 
 _NOTHING = torch.zeros(0, 7, dtype=torch.float64, device="cpu")
 
@@ -27,14 +27,17 @@ class Plan:
         statistics: bool, begins: Sequence[bool],
     ) -> None:  # fmt: skip
         self.key = static_key(rule, selection, strength, draw, statistics)
-        together: dict[tuple[Config, torch.device, bool], list[int]] = {}
+        together: dict[tuple[object, ...], list[int]] = {}
         for index, item in enumerate(items):
-            cfg = configure(item, rule, selection, strength, draw, statistics, begins[index])
             on_host = isinstance(rule, AdamRule) and item.state["step"].device.type == "cpu"
-            together.setdefault((cfg, item.param.device, on_host), []).append(index)
-        self.batches = [
-            Batch(cfg, items, members, rule, selection, strength) for (cfg, _, _), members in together.items()
-        ]
+            dtypes = tuple(None if c is None else c.dtype for c in state_columns(item, rule))
+            key = (item.param.dtype, item.grad.dtype, dtypes, item.param.device, on_host, begins[index])
+            together.setdefault(key, []).append(index)
+        self.batches = []
+        for members in together.values():
+            first = members[0]
+            cfg = configure(items[first], rule, selection, strength, draw, statistics, begins[first])
+            self.batches.append(Batch(cfg, items, members, rule, selection, strength))
         self.numels = [item.param.numel() for item in items]
 
     def fits(

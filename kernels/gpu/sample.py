@@ -1,9 +1,9 @@
 """From a sample of its scores to a tensor's threshold or bracket.
 
 Tensors with a drawn sample (up to 131,072 scores) are ranked by many programs in a few launches, digit by digit of the
-key: the histogram of the first 11 bits comes with the sample, from it `spread_kernel` finds how far the sample's rank
-may be off, `digits_kernel` counts the next bits, `bracket_kernel` reads off the result. A small tensor is its own
-sample, and `whole_kernel` does all of it in one program.
+key (9, 12 and 11 bits): the histogram of the first digit, sign and exponent, comes with the sample, from it
+`spread_kernel` finds how far the sample's rank may be off, `digits_kernel` counts the next digit, `bracket_kernel`
+reads off the result. A small tensor is its own sample, and `whole_kernel` does all of it in one program.
 """
 
 from __future__ import annotations
@@ -33,26 +33,33 @@ from .config import (
 )
 from .elements import pointers_of, row_of
 from .random import sample_position
-from .top_k import DIGIT, descend, keys_at
+from .top_k import descend, keys_at
 
 LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # a cutoff behind every index
-SLOTS = tl.constexpr(3)  # histograms of a tensor: of the first digit, and two further ones
+FIRST_DIGIT = tl.constexpr(512)
+NEXT_DIGIT = tl.constexpr(4096)  # of 12 bits; the last one's 11 fit too
+SLOTS = tl.constexpr(512 + 2 * 4096)  # counts of a tensor: of the first digit, and two histograms of a next one
 
 
 @triton.jit
-def _slot(histograms_ptr, large, SLOT: tl.constexpr):
-    return histograms_ptr + (large.to(tl.int64) * SLOTS + SLOT) * DIGIT
+def _next(histograms_ptr, large, SLOT: tl.constexpr):
+    """One of a tensor's two histograms of a next digit."""
+    return histograms_ptr + large.to(tl.int64) * SLOTS + FIRST_DIGIT + SLOT * NEXT_DIGIT
 
 
 @triton.jit
-def _digits_in(histograms_ptr, large, SLOT: tl.constexpr):
-    """A histogram that earlier launches have filled."""
-    return tl.load(_slot(histograms_ptr, large, SLOT) + tl.arange(0, DIGIT))
+def _first_digits(histograms_ptr, large):
+    return tl.load(histograms_ptr + large.to(tl.int64) * SLOTS + tl.arange(0, FIRST_DIGIT))
+
+
+@triton.jit
+def _next_digits(histograms_ptr, large, SLOT: tl.constexpr):
+    return tl.load(_next(histograms_ptr, large, SLOT) + tl.arange(0, NEXT_DIGIT))
 
 
 @triton.jit
 def _add(histogram_ptr, digit, inside):
-    """Count these digits into a histogram in memory. `tl.histogram` of so many bins took five times as long."""
+    """Count these digits into a histogram in memory."""
     tl.atomic_add(histogram_ptr + digit, 1, mask=inside, sem="relaxed")
 
 
@@ -77,7 +84,9 @@ def sample_kernel(
     key, _, _, _ = keys_at(pointers_of(pointers_ptr, t), row, tl.where(mask, places, 0), mask, False, CFG)
     tl.store(samples_ptr + tl.load(facts + SAMPLES_AT) + i, key.to(tl.int32, bitcast=True), mask=mask)
     if shift >= 0:
-        _add(_slot(histograms_ptr, tl.load(facts + LARGE), 0), key >> 21, mask)
+        counts = tl.histogram(tl.where(mask, key >> 23, 0).to(tl.int32), FIRST_DIGIT, mask=mask)
+        histogram = histograms_ptr + tl.load(facts + LARGE) * SLOTS + tl.arange(0, FIRST_DIGIT)
+        tl.atomic_add(histogram, counts, mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
@@ -102,10 +111,10 @@ def spread_kernel(spreads_ptr, samples_ptr, histograms_ptr, work_ptr, ranks_ptr,
     facts = row_of(facts_ptr, t, FACTS)
     large, count = tl.load(facts + LARGE), tl.load(facts + SAMPLES).to(tl.int32)
     place = _place(row_of(ranks_ptr, t, RANKS), facts).to(tl.int32)
-    near, _, _ = descend(_digits_in(histograms_ptr, large, 0), tl.minimum(tl.maximum(place, 1), count))
+    near, _, _ = descend(_first_digits(histograms_ptr, large), tl.minimum(tl.maximum(place, 1), count))
     i = part * BLOCK + tl.arange(0, BLOCK)
     key = _load_keys(samples_ptr + tl.load(facts + SAMPLES_AT), i, count)
-    in_run = tl.sum(tl.reshape(((key >> 21) >= near).to(tl.int32), [BLOCK // 8, 8]), 1)
+    in_run = tl.sum(tl.reshape(((key >> 23) >= near).to(tl.int32), [BLOCK // 8, 8]), 1)
     tl.atomic_add(spreads_ptr + 2 * large, tl.sum(in_run), sem="relaxed")
     tl.atomic_add(spreads_ptr + 2 * large + 1, tl.sum(in_run * in_run), sem="relaxed")
 
@@ -124,7 +133,10 @@ def _targets(spreads_ptr, ranks, facts, width, SAMPLED: tl.constexpr):
         runs = tl.load(facts + SAMPLES).to(tl.float64) / 8
         total = tl.load(spreads_ptr + 2 * large).to(tl.float64)
         variance = tl.load(spreads_ptr + 2 * large + 1).to(tl.float64) - total * total / runs
-        margin = width * tl.sqrt(tl.maximum(variance, 0.0)) + 2.0
+        # near the wanted rank, not at it: how much larger it is than that of single draws carries over
+        alone, wanted = total * (1.0 - total / (8.0 * runs)), place * (1.0 - place / (8.0 * runs))
+        larger = tl.where(alone > 0, variance / tl.where(alone > 0, alone, 1.0), 1.0)
+        margin = width * tl.sqrt(tl.maximum(larger, 0.125) * tl.maximum(wanted, 0.0)) + 2.0
         above, below = (place - margin).to(tl.int32), (place + margin).to(tl.int32) + 1
     return above, below
 
@@ -142,24 +154,26 @@ def digits_kernel(
     i = part * BLOCK + tl.arange(0, BLOCK)
     key = _load_keys(samples_ptr + tl.load(facts + SAMPLES_AT), i, count)
     above, below = _targets(spreads_ptr, ranks, facts, width, SAMPLED)
-    first = _digits_in(histograms_ptr, large, 0)
+    first = _first_digits(histograms_ptr, large)
+    inside = i < count
     digit, left, _ = descend(first, tl.minimum(tl.maximum(above, 1), count))
     if LEVEL == 1:
-        _add(_slot(histograms_ptr, large, 1), (key >> 10) & 2047, ((key >> 21) == digit) & (i < count))
-        if not SAMPLED:
-            digit, left, _ = descend(first, tl.minimum(tl.maximum(below, 1), count))
-            _add(_slot(histograms_ptr, large, 2), (key >> 10) & 2047, ((key >> 21) == digit) & (i < count))
+        _add(_next(histograms_ptr, large, 0), (key >> 11) & 4095, ((key >> 23) == digit) & inside)
+        if not SAMPLED:  # where both ends have the same first digit, one histogram is enough
+            other, left, _ = descend(first, tl.minimum(tl.maximum(below, 1), count))
+            another = tl.where(other == digit, FIRST_DIGIT, other).to(tl.uint32)
+            _add(_next(histograms_ptr, large, 1), (key >> 11) & 4095, ((key >> 23) == another) & inside)
     else:
-        second, _, _ = descend(_digits_in(histograms_ptr, large, 1), left)
-        upper = (digit << 11) | second
-        _add(_slot(histograms_ptr, large, 2), key & 1023, ((key >> 10) == upper) & (i < count))
+        second, _, _ = descend(_next_digits(histograms_ptr, large, 0), left)
+        upper = (digit << 12) | second
+        _add(_next(histograms_ptr, large, 1), key & 2047, ((key >> 11) == upper) & inside)
 
 
 @triton.jit
 def bracket_kernel(
     ranks_ptr, histograms_ptr, spreads_ptr, facts_ptr, tensors_ptr, width, SAMPLED: tl.constexpr
 ):  # fmt: skip
-    """One tensor a program: its bracket, rounded outwards to 22 bits; SAMPLED: its threshold, the sample's quantile.
+    """One tensor a program: its bracket, rounded outwards to 21 bits; SAMPLED: its threshold, the sample's quantile.
 
     `width`: half the bracket in standard deviations.
     """
@@ -168,19 +182,20 @@ def bracket_kernel(
     large, count = tl.load(facts + LARGE), tl.load(facts + SAMPLES).to(tl.int32)
     none = tl.load(ranks + WANTED) * 0
     above, below = _targets(spreads_ptr, ranks, facts, width, SAMPLED)
-    first = _digits_in(histograms_ptr, large, 0)
+    first, nexts = _first_digits(histograms_ptr, large), _next_digits(histograms_ptr, large, 0)
     digit, left, _ = descend(first, tl.minimum(tl.maximum(above, 1), count))
-    second, left, _ = descend(_digits_in(histograms_ptr, large, 1), left)
-    upper = (digit << 11) | second
+    second, left, _ = descend(nexts, left)
+    upper = (digit << 12) | second
     if SAMPLED:
-        third, _, _ = descend(_digits_in(histograms_ptr, large, 2), left)
-        high = ((upper << 10) | third).to(tl.int64)
+        third, _, _ = descend(_next_digits(histograms_ptr, large, 1), left)
+        high = ((upper << 11) | third).to(tl.int64)
         low, cutoff, mode = high, none + LAST, none + EXACT
     else:
-        high = tl.where(above >= 1, ((upper << 10) | 1023).to(tl.int64), none + 0xFFFFFFFF)
-        digit, left, _ = descend(first, tl.minimum(tl.maximum(below, 1), count))
-        second, _, _ = descend(_digits_in(histograms_ptr, large, 2), left)
-        low = tl.where(below <= count, (((digit << 11) | second) << 10).to(tl.int64), none)
+        high = tl.where(above >= 1, ((upper << 11) | 2047).to(tl.int64), none + 0xFFFFFFFF)
+        other, left, _ = descend(first, tl.minimum(tl.maximum(below, 1), count))
+        nexts += tl.where(other == digit, 0, _next_digits(histograms_ptr, large, 1) - nexts)
+        second, _, _ = descend(nexts, left)
+        low = tl.where(below <= count, (((other << 12) | second) << 11).to(tl.int64), none)
         cutoff, mode = none - 1, none + BRACKET
     if tl.load(ranks + MODE) != DENSE:
         _keep(ranks, low, high, cutoff, mode)

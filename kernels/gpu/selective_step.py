@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .config import CHUNK_AT, FACTS, KEYS, LARGE, NUMBERS, NUMEL, PARTIALS, RANKS
+from .config import FACTS, KEYS, LARGE, NUMBERS, NUMEL, RANKS
 from .elements import (
     is_aligned,
     load_moved,
@@ -17,22 +17,36 @@ from .elements import (
     store_moments,
     store_param,
 )
+from .rounding import INTERPRETED
 from .top_k import count_scores
 
 
 @triton.jit
-def _report(partial_ptr, chosen, undecided, g, u, masked, inside):
-    """One program's row of partial statistics, float32. What is undecided is counted by a later kernel."""
-    tl.store(partial_ptr + 0, tl.sum((chosen & inside).to(tl.float32)))
-    tl.store(partial_ptr + 1, tl.sum(u * u))
-    tl.store(partial_ptr + 2, tl.sum(g * g))
-    tl.store(partial_ptr + 3, tl.sum(u * g))
-    tl.store(partial_ptr + 4, tl.sum(tl.where(undecided, 0.0, masked * masked)))
+def _add_five(a, b, c, d, e, f, g, h, i, j):
+    return a + f, b + g, c + h, d + i, e + j
+
+
+@triton.jit
+def _report(partial_ptr, rows, chosen, undecided, g, u, masked, inside):
+    """One program's row of partial statistics, float32, in a table of columns. What is undecided is counted later."""
+    masked = tl.where(undecided, 0.0, masked * masked)
+    count = (chosen & inside).to(tl.float32)
+    if INTERPRETED:  # one element after the other there
+        selected, update_sq, grad_sq = tl.sum(count), tl.sum(u * u), tl.sum(g * g)
+        update_grad, masked_sq = tl.sum(u * g), tl.sum(masked)
+    else:  # five sums in one reduction share its barriers
+        five = (count, u * u, g * g, u * g, masked)
+        selected, update_sq, grad_sq, update_grad, masked_sq = tl.reduce(five, 0, _add_five)
+    tl.store(partial_ptr, selected)
+    tl.store(partial_ptr + rows, update_sq)
+    tl.store(partial_ptr + 2 * rows, grad_sq)
+    tl.store(partial_ptr + 3 * rows, update_grad)
+    tl.store(partial_ptr + 4 * rows, masked_sq)
 
 
 @triton.jit
 def _block(
-    offs, mask, pointers, row, ranks, facts, keys, marks_ptr, histogram_ptr, partial_ptr,
+    offs, mask, pointers, row, ranks, facts, keys, marks_ptr, histogram_ptr, partial_ptr, rows,
     FUNCTION: tl.constexpr, FAST: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
     p, g, u, m, previous, x, y, z = load_moved(pointers, offs, mask, row, CFG.writes and CFG.rule != "given", FAST, CFG)
@@ -51,35 +65,13 @@ def _block(
         if CFG.statistics:
             if not FAST:
                 g, u = tl.where(mask, g, 0.0), tl.where(mask, u, 0.0)
-            _report(partial_ptr, chosen, undecided, g, u, multiples * u, mask)
-
-
-@triton.jit
-def step_chunk(
-    t, chunk, marks_ptr, histograms_ptr, partials_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr,
-    FUNCTION: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
-):  # fmt: skip
-    """One block of `CFG.block` elements of tensor `t`: vector loads where it is complete and aligned, else masked."""
-    BLOCK: tl.constexpr = CFG.block
-    pointers, row = pointers_of(pointers_ptr, t), row_of(numbers_ptr, t, NUMBERS)
-    ranks, facts, keys = row_of(ranks_ptr, t, RANKS), row_of(facts_ptr, t, FACTS), row_of(keys_ptr, t, KEYS)
-    start = chunk.to(tl.int64) * BLOCK
-    numel, at = tl.load(facts + NUMEL), tl.load(facts + CHUNK_AT) + chunk
-    marks, partial = marks_ptr + at * (BLOCK // 32), partials_ptr + at * PARTIALS
-    histogram = histograms_ptr + tl.load(facts + LARGE) * BINS
-    offs = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
-    if (start + BLOCK <= numel) & is_aligned(pointers):
-        _block(offs, offs >= 0, pointers, row, ranks, facts, keys, marks, histogram, partial,
-               FUNCTION, True, BINS, CFG)  # fmt: skip
-    else:
-        _block(offs, offs < numel, pointers, row, ranks, facts, keys, marks, histogram, partial,
-               FUNCTION, False, BINS, CFG)  # fmt: skip
+            _report(partial_ptr, rows, chosen, undecided, g, u, multiples * u, mask)
 
 
 @triton.jit
 def selective_step_kernel(
     marks_ptr, histograms_ptr, partials_ptr,
-    chunks_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr,
+    chunks_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr, rows,
     FUNCTION: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
     """One block of `CFG.block` elements of one tensor a program; `chunks_ptr` says which.
@@ -91,8 +83,22 @@ def selective_step_kernel(
     element (marks) and an atomic addition for each of the few scores inside of the bracket; `CFG.statistics` 20 bytes
     a program. Arithmetic in float32, one rounding at each store. In place: every element is read and written by the
     one program that owns it; a given update may lie in the parameter's memory.
+
+    Blocks that are complete, of tensors whose addresses are all multiples of 16, take vector loads; the others masked
+    ones.
     """
+    BLOCK: tl.constexpr = CFG.block
     program = tl.program_id(0)
     t, chunk = tl.load(chunks_ptr + 2 * program), tl.load(chunks_ptr + 2 * program + 1)
-    step_chunk(t, chunk, marks_ptr, histograms_ptr, partials_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
-               keys_ptr, FUNCTION, BINS, CFG)  # fmt: skip
+    pointers, row = pointers_of(pointers_ptr, t), row_of(numbers_ptr, t, NUMBERS)
+    ranks, facts, keys = row_of(ranks_ptr, t, RANKS), row_of(facts_ptr, t, FACTS), row_of(keys_ptr, t, KEYS)
+    start, numel = chunk.to(tl.int64) * BLOCK, tl.load(facts + NUMEL)
+    marks, partial = marks_ptr + program.to(tl.int64) * (BLOCK // 32), partials_ptr + program
+    histogram = histograms_ptr + tl.load(facts + LARGE) * BINS
+    offs = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
+    if (start + BLOCK <= numel) & is_aligned(pointers):
+        _block(offs, offs >= 0, pointers, row, ranks, facts, keys, marks, histogram, partial, rows,
+               FUNCTION, True, BINS, CFG)  # fmt: skip
+    else:
+        _block(offs, offs < numel, pointers, row, ranks, facts, keys, marks, histogram, partial, rows,
+               FUNCTION, False, BINS, CFG)  # fmt: skip

@@ -21,7 +21,6 @@ from .config import (
     MODE,
     NUMBERS,
     PARAM,
-    PARTIALS,
     RANKS,
     TIED,
     WANTED,
@@ -90,15 +89,40 @@ def _list(tiny_ptr, ranks, offs, key, listed, TINY: tl.constexpr):
 
 
 @triton.jit
+def _population(bits):
+    """How many bits are set in each uint32."""
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return ((bits * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _gather(todo_ptr, word, bits, place, first, ROOM: tl.constexpr):
+    """Write down the flat indices of the set bits whose number is from `first` on, as many as there is room for.
+
+    `place`: the number of each word's first one.
+    """
+    rounds = tl.max(_population(bits))
+    for _ in range(rounds):
+        offs = word * 32 + _lowest(bits)
+        fits = (bits != 0) & (place >= first) & (place < first + ROOM)
+        tl.store(todo_ptr + (place - first), offs.to(tl.uint32).to(tl.int32, bitcast=True), mask=fits)
+        bits = bits & (bits - 1)
+        place += 1
+
+
+@triton.jit
 def settle_kernel(
-    partials_ptr, tiny_ptr, marks_ptr, work_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
-    TINY: tl.constexpr, BINS: tl.constexpr, WORDS: tl.constexpr, CFG: tl.constexpr,
+    partials_ptr, tiny_ptr, todo_ptr, marks_ptr, work_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
+    TINY: tl.constexpr, BINS: tl.constexpr, WORDS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+    CFG: tl.constexpr,
 ):  # fmt: skip
     """Decide what lies in other bins than the critical one, and list the elements of that one.
 
-    WORDS words of 32 elements of one tensor a program, one element of each word at a time: few of the bits are set.
-    Reads a bit for each element, and for each undecided one what its score is made of; writes its parameter (where
-    `CFG.writes`). `tiny_ptr`: for each tensor TINY indices, then TINY keys.
+    WORDS words of 32 elements of one tensor a program. Few bits are set, so their indices are written down first, ROOM
+    at a time, and then worked on side by side. Reads a bit for each element, and for each undecided one what its score
+    is made of; writes its parameter (where `CFG.writes`). `tiny_ptr`: for each tensor TINY indices, then TINY keys.
     """
     program = tl.program_id(0)
     t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
@@ -106,33 +130,37 @@ def settle_kernel(
     pointers, tiny = pointers_of(pointers_ptr, t), tiny_ptr + tl.load(facts + LARGE) * (2 * TINY)
     critical = tl.load(ranks + CRITICAL)
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
-    count, masked = tl.zeros([WORDS], tl.float32), tl.zeros([WORDS], tl.float32)
+    count, masked = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     PER: tl.constexpr = CFG.block // 32
     word = part.to(tl.int64) * WORDS + tl.arange(0, WORDS)
-    bits = tl.load(
-        marks_ptr + tl.load(facts + CHUNK_AT) * PER + word, mask=word < tl.load(facts + CHUNKS) * PER, other=0
-    )
+    there = word < tl.load(facts + CHUNKS) * PER
+    bits = tl.load(marks_ptr + tl.load(facts + CHUNK_AT) * PER + word, mask=there, other=0)
     bits = bits.to(tl.uint32, bitcast=True)
     if (tl.load(ranks + MODE) != BRACKET) | (critical < 0):
         bits = bits * 0
-    remaining = tl.sum((bits != 0).to(tl.int32))
-    while remaining > 0:
-        todo = bits != 0
-        offs = word * 32 + tl.where(todo, _lowest(bits), 0)
-        key, u, g, p = keys_at(pointers, row, offs, todo, False, CFG)
-        place = bin_of(key, low, high, BINS)
-        _list(tiny, ranks, offs, key, todo & (place == critical), TINY)
-        if CFG.writes:
-            chosen = place > critical
-            todo = todo & (place != critical)
-            masked += decide(pointers, row, offs, todo, chosen, u, g, p, CFG)
-            count += (todo & chosen).to(tl.float32)
-        bits = bits & (bits - 1)
-        remaining = tl.sum((bits != 0).to(tl.int32))
+    population = _population(bits)
+    place, total = tl.cumsum(population, 0) - population, tl.sum(population)
+    mine = todo_ptr + program.to(tl.int64) * ROOM
+    for first in range(0, total, ROOM):
+        tl.debug_barrier()
+        _gather(mine, word, bits, place, first, ROOM)
+        tl.debug_barrier()
+        for at in range(0, tl.minimum(total - first, ROOM), BLOCK):
+            i = at + tl.arange(0, BLOCK)
+            todo = i < tl.minimum(total - first, ROOM)
+            offs = tl.load(mine + i, mask=todo, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+            key, u, g, p = keys_at(pointers, row, offs, todo, False, CFG)
+            where = bin_of(key, low, high, BINS)
+            _list(tiny, ranks, offs, key, todo & (where == critical), TINY)
+            if CFG.writes:
+                chosen = where > critical
+                todo = todo & (where != critical)
+                masked += decide(pointers, row, offs, todo, chosen, u, g, p, CFG)
+                count += (todo & chosen).to(tl.float32)
     if CFG.writes and CFG.statistics:
-        partial = partials_ptr + program.to(tl.int64) * PARTIALS
+        partial = partials_ptr + program.to(tl.int64) * 2
         tl.store(partial, tl.sum(count))
-        tl.store(partial + 4, tl.sum(masked))
+        tl.store(partial + 1, tl.sum(masked))
 
 
 @triton.jit
@@ -175,6 +203,6 @@ def ties_kernel(
                 tl.store(ranks + CUTOFF, tl.max(tl.where(last, index, -1)))
             tl.store(ranks + MODE, left * 0 + EXACT)
     if CFG.writes and CFG.statistics:
-        partial = partials_ptr + t.to(tl.int64) * PARTIALS
+        partial = partials_ptr + t.to(tl.int64) * 2
         tl.store(partial, count)
-        tl.store(partial + 4, masked)
+        tl.store(partial + 1, masked)

@@ -30,8 +30,7 @@ def column_sum(table, at, rows, COLUMN: tl.constexpr, WIDTH: tl.constexpr, BLOCK
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, rows, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        total += tl.load(table + (at + i) * WIDTH + COLUMN, mask=i < rows, other=0.0,
-                         cache_modifier=".cg").to(tl.float64)  # fmt: skip
+        total += tl.load(table + (at + i) * WIDTH + COLUMN, mask=i < rows, other=0.0).to(tl.float64)
     return tl.sum(total)
 
 
@@ -66,9 +65,11 @@ def _alignment(average_ptr, dot, momentum_sq, grad_sq, temperature, smoothing):
 
 
 @triton.jit
-def strengthen(t, numbers_ptr, sums_ptr, hyper_ptr, pointers_ptr, ranks_ptr, facts_ptr, BLOCK: tl.constexpr,
-               CFG: tl.constexpr):  # fmt: skip
-    """Put the two multipliers of tensor `t` into its row of numbers. Moves the average of an alignment."""
+def strengths_kernel(
+    numbers_ptr, sums_ptr, hyper_ptr, pointers_ptr, ranks_ptr, facts_ptr, CFG: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One tensor a program: from its rows of sums to the two numbers of its row. Moves the average of an alignment."""
+    t = tl.program_id(0)
     facts, row = row_of(facts_ptr, t, FACTS), row_of(numbers_ptr, t, NUMBERS)
     at, rows = tl.load(facts + SUM_AT), tl.load(facts + SUMS).to(tl.int32)
     rest, cap = tl.load(hyper_ptr + REST), tl.load(hyper_ptr + CAP)
@@ -88,11 +89,3 @@ def strengthen(t, numbers_ptr, sums_ptr, hyper_ptr, pointers_ptr, ranks_ptr, fac
     dense = tl.load(row_of(ranks_ptr, t, RANKS) + MODE) == DENSE
     tl.store(row + ABOVE, tl.where(dense, 1.0, above).to(tl.float32))
     tl.store(row + BELOW, tl.where(dense, 1.0, rest).to(tl.float32))
-
-
-@triton.jit
-def strengths_kernel(
-    numbers_ptr, sums_ptr, hyper_ptr, pointers_ptr, ranks_ptr, facts_ptr, CFG: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One tensor a program: reads its rows of sums, writes two numbers."""
-    strengthen(tl.program_id(0), numbers_ptr, sums_ptr, hyper_ptr, pointers_ptr, ranks_ptr, facts_ptr, BLOCK, CFG)

@@ -86,35 +86,6 @@ def _work(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[i
     return upload(both, torch.int32, device), (ends - sizes).tolist()
 
 
-@functools.lru_cache(maxsize=16)
-def summed_work(
-    chunks: tuple[int, ...], sums: tuple[int, ...], together: int, held: int, device: torch.device
-) -> Tensor:
-    """The programs of `summed_step_kernel` in order: some tensors' sums, then their steps backwards.
-
-    `together`: small tensors are taken together until they have so many chunks. `held`: so many steps are left for
-    later, to fill the time until the next tensors' strengths are known.
-    """
-    order: list[Tensor] = []
-    left = torch.zeros(0, 2, dtype=torch.int64)
-    group: list[int] = []
-    for t in range(len(chunks)):
-        group.append(t)
-        if sum(chunks[i] for i in group) < together and t + 1 < len(chunks):
-            continue
-        order += [_pairs(-1 - i, range(sums[i])) for i in group] + [left]
-        steps = torch.cat([_pairs(i, range(chunks[i] - 1, -1, -1)) for i in reversed(group)])
-        keep = max(steps.shape[0] - held, 0)
-        order.append(steps[:keep])
-        left, group = steps[keep:], []
-    return upload(torch.cat([*order, left]), torch.int32, device)
-
-
-def _pairs(t: int, parts: range) -> Tensor:
-    numbers = torch.arange(parts.start, parts.stop, parts.step, device="cpu")
-    return torch.stack([torch.full_like(numbers, t), numbers], 1)
-
-
 class Tables:
     """The tables of one batch: tensors of one device that one compiled kernel can step together."""
 

@@ -24,7 +24,7 @@ from .elements import load_moved
 from .keys import key_of
 from .rules import score_of
 
-DIGIT = tl.constexpr(2048)  # a key's 32 bits are ranked as digits of 11, 11 and 10 bits
+DIGIT = tl.constexpr(2048)  # `repair.py` ranks a key's 32 bits as digits of 11, 11 and 10 bits
 LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # a cutoff behind every index
 
 
@@ -57,8 +57,9 @@ def keys_at(pointers, row, offs, mask, FAST: tl.constexpr, CFG: tl.constexpr):
 @triton.jit
 def descend(histogram, rank):
     """(digit that holds the rank-th largest, its rank among the equal ones, how many those are)."""
+    BINS: tl.constexpr = histogram.shape[0]
     from_here = tl.sum(histogram) - tl.cumsum(histogram, 0) + histogram
-    places = tl.arange(0, DIGIT)
+    places = tl.arange(0, BINS)
     digit = tl.max(tl.where(from_here >= rank, places, 0))
     left = rank - tl.sum(tl.where(places > digit, histogram, 0))
     return digit.to(tl.uint32), left, tl.sum(tl.where(places == digit, histogram, 0))
