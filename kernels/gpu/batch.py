@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,21 +12,13 @@ from ..reference.rules import number
 from ..spec import Draw, Item, Rule, Scalar, Selection, Strength
 from . import config
 from .config import Config
-from .configure import WIDTH, hyper_parameters, samples_of
+from .configure import hyper_parameters, samples_of
 from .tables import STATE, Tables, cdiv, refill, state_columns, upload, work
 
 SUM_BLOCK = 4096  # elements of a program that sums
 SAMPLE_BLOCK = 1024  # scores of a program that samples or ranks
-# Room of a list of undecided elements: so many times of what a bracket of `WIDTH` standard deviations holds of scores
-# that are drawn independently.
-SPARE = 2.5
+SETTLE_WORDS = 1024  # words of 32 elements that a settling program looks at
 SEEN_BLOCK, SEEN_PARTS = 2048, 32  # a program that looks for the first momentum that is not zero
-
-
-def _room(numel: int, samples: int, shift: int) -> int:
-    """How many entries each of a tensor's lists has room for."""
-    share = min(SPARE * WIDTH / math.sqrt(samples), 1.0)
-    return cdiv(math.ceil(share * numel), config.LISTS.value) + 32
 
 
 class TopKPlan:
@@ -50,10 +40,10 @@ class TopKPlan:
         self.whole = upload(whole, torch.int32, device) if whole else None
         self.sample_work, _ = work(parts, device)
         self.drawn_work, _ = work([n if is_drawn else 0 for n, is_drawn in zip(parts, drawn, strict=True)], device)
+        wide = 32 * SETTLE_WORDS
         self.bracketed = bool(large) and not self.sampled
-        self.rooms = [_room(n, *self.samples[i]) if drawn[i] else 0 for i, n in enumerate(numels)]
-        ends = [config.LISTS.value * room for room in itertools.accumulate(self.rooms)]
-        self.lists_at, self.total_room = [0, *ends][:-1], ends[-1] if ends else 0
+        self.settles = [cdiv(n, wide) if drawn[i] and self.bracketed else 0 for i, n in enumerate(numels)]
+        self.settle_work, self.settle_at = work(self.settles, device)
 
     def rank_rows(self, numels: list[int], selection: Selection) -> list[list[int]]:
         """The rank table as a step begins with it: which rank is wanted, and which tensors are dense."""
@@ -128,7 +118,7 @@ class Batch:
         if top_k is not None:
             columns |= {
                 config.SAMPLES: [count for count, _ in top_k.samples], config.SHIFT: [s for _, s in top_k.samples],
-                config.SAMPLES_AT: top_k.samples_at, config.LIST_AT: top_k.lists_at, config.ROOM: top_k.rooms,
+                config.SAMPLES_AT: top_k.samples_at, config.SETTLE_AT: top_k.settle_at, config.SETTLES: top_k.settles,
                 config.LARGE: [top_k.large_of.get(t, 0) for t in range(len(numels))],
             }  # fmt: skip
         table = torch.zeros(len(numels), config.FACTS.value, dtype=torch.int64, device="cpu")

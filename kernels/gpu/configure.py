@@ -16,7 +16,6 @@ from .tables import state_columns
 BLOCK = 1024
 # How many scores a bracket is made of: one in 32, within these bounds; smaller tensors are ranked as a whole.
 FEWEST_SAMPLES, MOST_SAMPLES, ONE_IN = 8_192, 131_072, 32
-WIDTH = 4.0  # half the bracket, in standard deviations of the sampled rank
 
 
 def configure(

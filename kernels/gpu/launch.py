@@ -12,24 +12,23 @@ from torch import Tensor
 
 from . import batch as sizes
 from .batch import Batch
-from .config import LISTS, PARTIALS, SUM_COLUMNS, Config, derived
-from .configure import WIDTH
+from .config import PARTIALS, SUM_COLUMNS, Config, derived
 from .numbers import numbers_kernel
 from .repair import repair_kernel
 from .sample import SLOTS, bracket_kernel, digits_kernel, sample_kernel, spread_kernel, whole_kernel
 from .selective_step import selective_step_kernel
-from .settle import TINY, bins_kernel, find_kernel, settle_kernel, ties_kernel
+from .settle import TINY, find_kernel, settle_kernel, ties_kernel
 from .statistics import report_kernel, seen_kernel, sums_kernel
 from .strengths import strengths_kernel
 from .tables import cdiv, power_of_two
 from .top_k import DIGIT
 
-MORE: dict = {}
 STEP_WARPS = 4  # of a program of `BLOCK` elements
 BINS = 2048  # parts of a bracket's histogram
 WHOLE_BLOCK = 4096  # scores that a program which ranks a small tensor looks at at a time
-LIST_BLOCK = 1024  # undecided elements that a settling program looks at at a time
+SETTLE_ROOM, SETTLE_BLOCK = 1024, 512  # undecided elements that a settling program writes down, works on at a time
 REPAIR_BLOCK = 2048
+WIDTH = 4.0  # half the bracket, in standard deviations of the sampled rank
 
 
 def _nothing(*arguments: Any) -> bool:
@@ -59,8 +58,7 @@ class Step:
         # the state that it has stored, exactly
         whole = all(d == tl.float32 for d in (self.cfg.param, self.cfg.first, self.cfg.second))
         bracketed = batch.top_k is not None and batch.top_k.bracketed
-        alone = self.cfg.rule == "adam" and whole and not self.cfg.coupled and not self.cfg.still
-        self.one_pass = bracketed and self.fixed and alone
+        self.one_pass = bracketed and self.fixed and self.cfg.rule == "adam" and whole and not self.cfg.coupled
         self.bracketed = bracketed
         self.nothing = torch.empty(0, dtype=torch.int32, device=batch.device)
         self.partials = self.settled = self.tied = self.repaired = self.nothing
@@ -79,7 +77,7 @@ class Step:
         if self.one_pass:
             self._count_and_settle(derived(cfg, bracketed=True))
         else:
-            self._pass(cfg, self.nothing, self.nothing, 0)
+            self._pass(cfg, self.nothing, self.nothing)
         return self._report() if cfg.statistics else None
 
     def find_thresholds(self) -> None:
@@ -100,11 +98,11 @@ class Step:
         if self.bracketed and not self.one_pass:
             self._count_and_settle(derived(self.cfg, bracketed=True, writes=False, statistics=False))
 
-    def _pass(self, cfg: Config, counters: Tensor, lists: Tensor, room: int) -> None:
+    def _pass(self, cfg: Config, marks: Tensor, histograms: Tensor) -> None:
         batch, tables = self.batch, self.tables
-        run(selective_step_kernel, batch.programs, counters, lists, self.partials, batch.chunks, tables.pointers,
-            tables.numbers, tables.ranks, tables.facts, tables.keys, room, batch.programs, FUNCTION=self.function,
-            CFG=cfg, warps=STEP_WARPS, **MORE)  # fmt: skip
+        run(selective_step_kernel, batch.programs, marks, histograms, self.partials, batch.chunks, tables.pointers,
+            tables.numbers, tables.ranks, tables.facts, tables.keys, batch.programs, FUNCTION=self.function, BINS=BINS,
+            CFG=cfg, warps=STEP_WARPS)  # fmt: skip
 
     def _rank(self) -> None:
         """From samples to thresholds (small tensors, and sampled quantiles) or brackets."""
@@ -138,24 +136,23 @@ class Step:
         batch, tables, top_k = self.batch, self.tables, self.batch.top_k
         assert top_k is not None
         assert top_k.large is not None
-        count, room = top_k.large.shape[0], top_k.total_room
-        lists_of_all = count * LISTS.value
-        sizes_of = (1 + count, 1, 6 * DIGIT.value, count * BINS, lists_of_all)
-        zeros = torch.zeros(sum(sizes_of), dtype=torch.int32, device=batch.device)
-        broken, meeting, exact, histograms, counters = zeros.split(sizes_of)
-        lists = self.empty((3 if cfg.writes else 2) * room, torch.int32)
+        count = top_k.large.shape[0]
+        zeros = torch.zeros(2 + count + 6 * DIGIT.value + count * BINS, dtype=torch.int32, device=batch.device)
+        broken, meeting = zeros[: 1 + count], zeros[1 + count : 2 + count]
+        exact, histograms = zeros[2 + count :][: 6 * DIGIT.value], zeros[2 + count + 6 * DIGIT.value :]
+        marks = self.empty(batch.programs * (cfg.block // 32), torch.int32)
         tiny = self.empty(count * 2 * TINY, torch.int32)
         if cfg.statistics:
-            self.settled = self.empty(lists_of_all * 2)
+            self.settled = self.empty(top_k.settle_work.shape[0] * 2)
             self.tied = torch.zeros(tables.tensors * 2, dtype=torch.float32, device=batch.device)
-        self._pass(cfg, counters, lists, room)
+        self._pass(cfg, marks, histograms)
         again = derived(cfg, recomputed=cfg.writes)
-        run(bins_kernel, lists_of_all, histograms, counters, lists, top_k.large, tables.ranks, tables.facts, room,
-            BINS=BINS, BLOCK=LIST_BLOCK)  # fmt: skip
-        run(find_kernel, count, tables.ranks, histograms, counters, broken, top_k.large, tables.facts, BINS=BINS)
-        run(settle_kernel, lists_of_all, self.settled, tiny, counters, lists, top_k.large, tables.pointers,
-            tables.numbers, tables.ranks, tables.facts, room, TINY=TINY, BINS=BINS, BLOCK=LIST_BLOCK,
-            CFG=again)  # fmt: skip
+        run(find_kernel, count, tables.ranks, histograms, broken, top_k.large, tables.facts, BINS=BINS)
+        settles = top_k.settle_work.shape[0]
+        todo = self.empty(settles * SETTLE_ROOM, torch.int32)
+        run(settle_kernel, settles, self.settled, tiny, todo, marks, top_k.settle_work, tables.pointers,
+            tables.numbers, tables.ranks, tables.facts, TINY=TINY, BINS=BINS, WORDS=sizes.SETTLE_WORDS,
+            ROOM=SETTLE_ROOM, BLOCK=SETTLE_BLOCK, CFG=again)  # fmt: skip
         run(ties_kernel, count, self.tied, tiny, broken, top_k.large, tables.pointers, tables.numbers, tables.ranks,
             tables.facts, TINY=TINY, BINS=BINS, CFG=again)  # fmt: skip
         self._repair(again, broken, meeting, exact)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .config import FACTS, KEYS, NUMBERS, NUMEL, RANKS
+from .config import FACTS, KEYS, LARGE, NUMBERS, NUMEL, RANKS
 from .elements import (
     is_aligned,
     load_moved,
@@ -18,7 +18,7 @@ from .elements import (
     store_param,
 )
 from .rounding import INTERPRETED
-from .top_k import list_undecided
+from .top_k import count_scores
 
 
 @triton.jit
@@ -46,13 +46,15 @@ def _report(partial_ptr, rows, chosen, undecided, g, u, masked, inside):
 
 @triton.jit
 def _block(
-    offs, mask, chunk, pointers, row, ranks, facts, keys, counters_ptr, lists_ptr, room, partial_ptr, rows,
-    FUNCTION: tl.constexpr, FAST: tl.constexpr, CFG: tl.constexpr,
+    offs, mask, pointers, row, ranks, facts, keys, marks_ptr, histogram_ptr, partial_ptr, rows,
+    FUNCTION: tl.constexpr, FAST: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
     p, g, u, m, previous, x, y, z = load_moved(pointers, offs, mask, row, CFG.writes and CFG.rule != "given", FAST, CFG)
     chosen, undecided, key = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION, CFG)
     if not FAST:
         undecided = undecided & mask
+    if CFG.bracketed:
+        count_scores(chosen & mask, undecided, key, ranks, marks_ptr, histogram_ptr, BINS, CFG)
     if CFG.writes:
         multiples = multiplier(chosen, u, g, row, CFG)
         new = stepped(p, y, u, multiples, row, CFG)
@@ -60,29 +62,27 @@ def _block(
             new = tl.where(undecided, p, new)
         store_moments(pointers, offs, x, y, z, mask, FAST, CFG)
         store_param(pointers, offs, new, mask, keys, FAST, CFG)
-    if CFG.bracketed:
-        list_undecided(chosen & mask, undecided, offs, key, u, chunk, ranks, facts, counters_ptr, lists_ptr, room, CFG)
-    if CFG.writes and CFG.statistics:
-        if not FAST:
-            g, u = tl.where(mask, g, 0.0), tl.where(mask, u, 0.0)
-        _report(partial_ptr, rows, chosen, undecided, g, u, multiples * u, mask)
+        if CFG.statistics:
+            if not FAST:
+                g, u = tl.where(mask, g, 0.0), tl.where(mask, u, 0.0)
+            _report(partial_ptr, rows, chosen, undecided, g, u, multiples * u, mask)
 
 
 @triton.jit
 def selective_step_kernel(
-    counters_ptr, lists_ptr, partials_ptr,
-    chunks_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr, room, rows,
-    FUNCTION: tl.constexpr, CFG: tl.constexpr,
+    marks_ptr, histograms_ptr, partials_ptr,
+    chunks_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr, rows,
+    FUNCTION: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
     """One block of `CFG.block` elements of one tensor a program; `chunks_ptr` says which.
 
         moments <- rule(g);  u <- rule(moments);  mask <- where(selected, above, below);  p <- factor p - mask u
 
     Reads p, g and the rule's state once, writes p and the state that moves once: AdamW in float32 reads 16 and writes
-    12 bytes an element. Besides, a few hundred bytes a program: its row of each table. `CFG.bracketed` adds 12 bytes
-    for each of the few elements (about 1 %) whose score is inside of the bracket; `CFG.statistics` 20 bytes a program.
-    Arithmetic in float32, one rounding at each store. In place: every element is read and written by the one program
-    that owns it; a given update may lie in the parameter's memory.
+    12 bytes an element. Besides, a few hundred bytes a program: its row of each table. `CFG.bracketed` adds one bit an
+    element (marks) and an atomic addition for each of the few scores inside of the bracket; `CFG.statistics` 20 bytes
+    a program. Arithmetic in float32, one rounding at each store. In place: every element is read and written by the
+    one program that owns it; a given update may lie in the parameter's memory.
 
     Blocks that are complete, of tensors whose addresses are all multiples of 16, take vector loads; the others masked
     ones.
@@ -93,11 +93,12 @@ def selective_step_kernel(
     pointers, row = pointers_of(pointers_ptr, t), row_of(numbers_ptr, t, NUMBERS)
     ranks, facts, keys = row_of(ranks_ptr, t, RANKS), row_of(facts_ptr, t, FACTS), row_of(keys_ptr, t, KEYS)
     start, numel = chunk.to(tl.int64) * BLOCK, tl.load(facts + NUMEL)
-    partial = partials_ptr + program
+    marks, partial = marks_ptr + program.to(tl.int64) * (BLOCK // 32), partials_ptr + program
+    histogram = histograms_ptr + tl.load(facts + LARGE) * BINS
     offs = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
     if (start + BLOCK <= numel) & is_aligned(pointers):
-        _block(offs, offs >= 0, chunk, pointers, row, ranks, facts, keys, counters_ptr, lists_ptr, room, partial,
-               rows, FUNCTION, True, CFG)  # fmt: skip
+        _block(offs, offs >= 0, pointers, row, ranks, facts, keys, marks, histogram, partial, rows,
+               FUNCTION, True, BINS, CFG)  # fmt: skip
     else:
-        _block(offs, offs < numel, chunk, pointers, row, ranks, facts, keys, counters_ptr, lists_ptr, room, partial,
-               rows, FUNCTION, False, CFG)  # fmt: skip
+        _block(offs, offs < numel, pointers, row, ranks, facts, keys, marks, histogram, partial, rows,
+               FUNCTION, False, BINS, CFG)  # fmt: skip

@@ -7,6 +7,8 @@ import triton.language as tl
 
 from .config import (
     BRACKET,
+    CHUNK_AT,
+    CHUNKS,
     COUNTED,
     CRITICAL,
     CUTOFF,
@@ -15,18 +17,15 @@ from .config import (
     HIGH,
     LARGE,
     LEFT,
-    LIST_AT,
-    LISTS,
     LOW,
     MODE,
     NUMBERS,
     PARAM,
     RANKS,
-    ROOM,
     TIED,
     WANTED,
 )
-from .elements import column, multiplier, pointers_of, read, row_of, stepped
+from .elements import column, multiplier, pointers_of, row_of, stepped
 from .rounding import narrow
 from .top_k import bin_of, keys_at
 
@@ -41,34 +40,13 @@ def _note(broken_ptr, t):
 
 
 @triton.jit
-def bins_kernel(histograms_ptr, counters_ptr, lists_ptr, tensors_ptr, ranks_ptr, facts_ptr, room_in_all,
-                BINS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """One list a program: count its keys into the histogram of its tensor's bracket. Reads 4 bytes an entry."""
-    program = tl.program_id(0)
-    t, which = tl.load(tensors_ptr + program // LISTS), program % LISTS
-    ranks, facts = row_of(ranks_ptr, t, RANKS), row_of(facts_ptr, t, FACTS)
-    low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
-    room = tl.load(facts + ROOM).to(tl.int32)
-    count = tl.minimum(tl.load(counters_ptr + program), room)
-    keys = lists_ptr + room_in_all + tl.load(facts + LIST_AT) + which * room
-    histogram = histograms_ptr + tl.load(facts + LARGE) * BINS
-    for at in range(0, count, BLOCK):
-        i = at + tl.arange(0, BLOCK)
-        key = tl.load(keys + i, mask=i < count, other=0).to(tl.uint32, bitcast=True)
-        place = bin_of(tl.where(i < count, key, low), low, high, BINS)
-        tl.atomic_add(histogram + place, 1, mask=i < count, sem="relaxed")
-
-
-@triton.jit
-def find_kernel(ranks_ptr, histograms_ptr, counters_ptr, broken_ptr, tensors_ptr, facts_ptr, BINS: tl.constexpr):
+def find_kernel(ranks_ptr, histograms_ptr, broken_ptr, tensors_ptr, facts_ptr, BINS: tl.constexpr):
     """One tensor a program: the histogram's bin that holds the K-th score, and the rank inside of it.
 
-    CRITICAL becomes that bin, BINS where nothing of the bracket is selected, -1 where the bracket has missed or where
-    a list has overflowed.
+    CRITICAL becomes that bin, BINS where nothing of the bracket is selected, -1 where the bracket has missed.
     """
     t = tl.load(tensors_ptr + tl.program_id(0))
-    ranks, facts = row_of(ranks_ptr, t, RANKS), row_of(facts_ptr, t, FACTS)
-    large = tl.load(facts + LARGE)
+    ranks, large = row_of(ranks_ptr, t, RANKS), tl.load(row_of(facts_ptr, t, FACTS) + LARGE)
     if tl.load(ranks + MODE) == BRACKET:
         places = tl.arange(0, BINS)
         histogram = tl.load(histograms_ptr + large * BINS + places)
@@ -77,11 +55,10 @@ def find_kernel(ranks_ptr, histograms_ptr, counters_ptr, broken_ptr, tensors_ptr
         from_here = total - tl.cumsum(histogram, 0) + histogram
         critical = tl.max(tl.where(from_here >= rank, places, -1))
         critical = tl.where(rank == 0, BINS, critical)
-        longest = tl.max(tl.load(counters_ptr + large * LISTS + tl.arange(0, LISTS)))
-        broken = (rank < 0) | (rank > total) | (longest > tl.load(facts + ROOM))
-        tl.store(ranks + CRITICAL, tl.where(broken, -1, critical).to(tl.int64))
+        missed = (rank < 0) | (rank > total)
+        tl.store(ranks + CRITICAL, tl.where(missed, -1, critical).to(tl.int64))
         tl.store(ranks + LEFT, rank - tl.sum(tl.where(places > critical, histogram, 0)))
-        if broken:
+        if missed:
             _note(broken_ptr, t)
 
 
@@ -96,6 +73,13 @@ def decide(pointers, row, offs, todo, chosen, u, g, p, CFG: tl.constexpr):
 
 
 @triton.jit
+def _lowest(bits):
+    """The place (0 to 31) of the lowest bit that is set in each uint32; anything where none is."""
+    lowest = bits & ((bits ^ 0xFFFFFFFF) + 1)
+    return (lowest.to(tl.float32).to(tl.uint32, bitcast=True) >> 23).to(tl.int32) - 127
+
+
+@triton.jit
 def _list(tiny_ptr, ranks, offs, key, listed, TINY: tl.constexpr):
     """Append elements to a tensor's list; those that do not fit are only counted."""
     index = tl.atomic_add(ranks + TIED + offs * 0, tl.full(offs.shape, 1, tl.int64), mask=listed, sem="relaxed")
@@ -105,43 +89,77 @@ def _list(tiny_ptr, ranks, offs, key, listed, TINY: tl.constexpr):
 
 
 @triton.jit
-def settle_kernel(
-    partials_ptr, tiny_ptr, counters_ptr, lists_ptr, tensors_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
-    room_in_all, TINY: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, CFG: tl.constexpr,
-):  # fmt: skip
-    """One list a program: decide what lies in other bins than the critical one, and list the elements of that one.
+def _population(bits):
+    """How many bits are set in each uint32."""
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return ((bits * 0x01010101) >> 24).to(tl.int32)
 
-    Reads 12 bytes an entry and, where `CFG.writes`, reads and writes the parameters, each in a sector of its own.
-    `tiny_ptr`: for each tensor TINY indices, then TINY keys.
+
+@triton.jit
+def _gather(todo_ptr, word, bits, place, first, ROOM: tl.constexpr):
+    """Write down the flat indices of the set bits whose number is from `first` on, as many as there is room for.
+
+    `place`: the number of each word's first one.
+    """
+    rounds = tl.max(_population(bits))
+    for _ in range(rounds):
+        offs = word * 32 + _lowest(bits)
+        fits = (bits != 0) & (place >= first) & (place < first + ROOM)
+        tl.store(todo_ptr + (place - first), offs.to(tl.uint32).to(tl.int32, bitcast=True), mask=fits)
+        bits = bits & (bits - 1)
+        place += 1
+
+
+@triton.jit
+def settle_kernel(
+    partials_ptr, tiny_ptr, todo_ptr, marks_ptr, work_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
+    TINY: tl.constexpr, BINS: tl.constexpr, WORDS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+    CFG: tl.constexpr,
+):  # fmt: skip
+    """Decide what lies in other bins than the critical one, and list the elements of that one.
+
+    WORDS words of 32 elements of one tensor a program. Few bits are set, so their indices are written down first, ROOM
+    at a time, and then worked on side by side. Reads a bit for each element, and for each undecided one what its score
+    is made of; writes its parameter (where `CFG.writes`). `tiny_ptr`: for each tensor TINY indices, then TINY keys.
     """
     program = tl.program_id(0)
-    t, which = tl.load(tensors_ptr + program // LISTS), program % LISTS
+    t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
     ranks, facts, row = row_of(ranks_ptr, t, RANKS), row_of(facts_ptr, t, FACTS), row_of(numbers_ptr, t, NUMBERS)
     pointers, tiny = pointers_of(pointers_ptr, t), tiny_ptr + tl.load(facts + LARGE) * (2 * TINY)
-    critical, room = tl.load(ranks + CRITICAL), tl.load(facts + ROOM).to(tl.int32)
+    critical = tl.load(ranks + CRITICAL)
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
-    entries = lists_ptr + tl.load(facts + LIST_AT) + which * room
-    length = tl.load(counters_ptr + program)
+    count, masked = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    PER: tl.constexpr = CFG.block // 32
+    word = part.to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    there = word < tl.load(facts + CHUNKS) * PER
+    bits = tl.load(marks_ptr + tl.load(facts + CHUNK_AT) * PER + word, mask=there, other=0)
+    bits = bits.to(tl.uint32, bitcast=True)
     if (tl.load(ranks + MODE) != BRACKET) | (critical < 0):
-        length = length * 0
-    counted, masked = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for at in range(0, length, BLOCK):
-        i = at + tl.arange(0, BLOCK)
-        todo = i < length
-        offs = tl.load(entries + i, mask=todo, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
-        key = tl.load(entries + room_in_all + i, mask=todo, other=0).to(tl.uint32, bitcast=True)
-        place = bin_of(tl.where(todo, key, low), low, high, BINS)
-        _list(tiny, ranks, offs, key, todo & (place == critical), TINY)
-        if CFG.writes:
-            u = tl.load(entries + 2 * room_in_all + i, mask=todo, other=0).to(tl.float32, bitcast=True)
-            chosen = place > critical
-            todo = todo & (place != critical)
-            p = read(pointers, offs, todo, PARAM, CFG.param, False)
-            masked += decide(pointers, row, offs, todo, chosen, u, u, p, CFG)
-            counted += (todo & chosen).to(tl.float32)
+        bits = bits * 0
+    population = _population(bits)
+    place, total = tl.cumsum(population, 0) - population, tl.sum(population)
+    mine = todo_ptr + program.to(tl.int64) * ROOM
+    for first in range(0, total, ROOM):
+        tl.debug_barrier()
+        _gather(mine, word, bits, place, first, ROOM)
+        tl.debug_barrier()
+        for at in range(0, tl.minimum(total - first, ROOM), BLOCK):
+            i = at + tl.arange(0, BLOCK)
+            todo = i < tl.minimum(total - first, ROOM)
+            offs = tl.load(mine + i, mask=todo, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+            key, u, g, p = keys_at(pointers, row, offs, todo, False, CFG)
+            where = bin_of(key, low, high, BINS)
+            _list(tiny, ranks, offs, key, todo & (where == critical), TINY)
+            if CFG.writes:
+                chosen = where > critical
+                todo = todo & (where != critical)
+                masked += decide(pointers, row, offs, todo, chosen, u, g, p, CFG)
+                count += (todo & chosen).to(tl.float32)
     if CFG.writes and CFG.statistics:
         partial = partials_ptr + program.to(tl.int64) * 2
-        tl.store(partial, tl.sum(counted))
+        tl.store(partial, tl.sum(count))
         tl.store(partial + 1, tl.sum(masked))
 
 

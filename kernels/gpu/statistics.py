@@ -19,14 +19,13 @@ from .config import (
     FIRST,
     FOURTH,
     KEYS,
-    LARGE,
-    LISTS,
     MODE,
     NUMBERS,
     NUMEL,
     RANKS,
     SEEN,
-    SHIFT,
+    SETTLE_AT,
+    SETTLES,
     SUM_AT,
     SUM_COLUMNS,
     SUM_SHIFT,
@@ -149,11 +148,10 @@ def report_kernel(
             selected = column_sum(repaired_ptr, t.to(tl.int64) * programs, programs, 0, 2, BLOCK)
             masked = column_sum(repaired_ptr, t.to(tl.int64) * programs, programs, 1, 2, BLOCK)
         else:
+            first, settles = tl.load(facts + SETTLE_AT), tl.load(facts + SETTLES).to(tl.int32)
             tied = tied_ptr + t.to(tl.int64) * 2
-            if tl.load(facts + SHIFT) >= 0:
-                first = tl.load(facts + LARGE) * LISTS
-                selected += column_sum(settled_ptr, first, LISTS, 0, 2, 32) + tl.load(tied)
-                masked += column_sum(settled_ptr, first, LISTS, 1, 2, 32) + tl.load(tied + 1)
+            selected += column_sum(settled_ptr, first, settles, 0, 2, BLOCK) + tl.load(tied)
+            masked += column_sum(settled_ptr, first, settles, 1, 2, BLOCK) + tl.load(tied + 1)
     above, below = tl.load(row + ABOVE).to(tl.float64), tl.load(row + BELOW).to(tl.float64)
     if FIXED:  # as they are written, not as they were rounded to be multiplied with
         dense = tl.load(ranks + MODE) == DENSE

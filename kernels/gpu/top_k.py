@@ -3,9 +3,9 @@
 1. `sample_kernel` (sample.py) forms the scores at drawn positions; from their ranks come two keys which the K-th most
    likely lies between (a small tensor is its own sample: there the K-th itself is found).
 2. The pass over everything (`selective_step_kernel`) counts what is above the bracket, and leaves what is inside of it
-   undecided: index, score and update go to a list.
-3. `bins_kernel` makes a histogram of the lists, `find_kernel` finds its bin that holds the K-th; `settle_kernel`
-   decides every other bin, and puts the few elements of this one on a tiny list.
+   undecided: one bit an element, and a histogram.
+3. `find_kernel` finds the histogram's bin that holds the K-th; `settle_kernel` decides every other bin, and lists the
+   few elements of this one.
 4. `ties_kernel` ranks those, equal scores by their index.
 A bracket that missed and a list that overflowed are noted on the device, and mended there by `repair.py`.
 """
@@ -15,7 +15,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .config import COUNTED, LARGE, LIST_AT, LISTS, ROOM
+from .config import (
+    COUNTED,
+    HIGH,
+    LOW,
+)
 from .elements import load_moved
 from .keys import key_of
 from .rules import score_of
@@ -32,25 +36,15 @@ def bin_of(key, low, high, BINS: tl.constexpr):
 
 
 @triton.jit
-def list_undecided(
-    above, undecided, offs, key, u, chunk, ranks, facts, counters_ptr, lists_ptr, room_in_all, CFG: tl.constexpr
-):
-    """Count what is above the bracket, and put what is undecided on one of the tensor's lists.
-
-    `lists_ptr`: all indices, all keys, and where something is written all updates, 4 bytes each. Where an element
-    stands on its list is up to the order of atomics; nothing depends on it. What does not fit is only counted.
-    """
+def count_scores(above, undecided, key, ranks, marks_ptr, histogram_ptr, BINS: tl.constexpr, CFG: tl.constexpr):
+    """Note of a block what is above the bracket (a number) and what is undecided (a bit each, and a histogram)."""
+    WORDS: tl.constexpr = CFG.block // 32
     tl.atomic_add(ranks + COUNTED, tl.sum(above.to(tl.int32)).to(tl.int64), sem="relaxed")
-    which = chunk % LISTS
-    counter = counters_ptr + tl.load(facts + LARGE) * LISTS + which
-    place = tl.atomic_add(counter + (offs * 0).to(tl.int32), 1, mask=undecided, sem="relaxed")
-    room = tl.load(facts + ROOM)
-    fits = undecided & (place < room)
-    entry = lists_ptr + tl.load(facts + LIST_AT) + which * room + place
-    tl.store(entry, offs.to(tl.uint32).to(tl.int32, bitcast=True), mask=fits)
-    tl.store(entry + room_in_all, key.to(tl.int32, bitcast=True), mask=fits)
-    if CFG.writes:
-        tl.store(entry + 2 * room_in_all, u.to(tl.int32, bitcast=True), mask=fits)
+    bits = tl.reshape(undecided.to(tl.uint32), [WORDS, 32]) << tl.arange(0, 32).to(tl.uint32)[None, :]
+    tl.store(marks_ptr + tl.arange(0, WORDS), tl.sum(bits, 1).to(tl.int32, bitcast=True))
+    low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
+    where = tl.where(undecided, bin_of(key, low, high, BINS), 0)
+    tl.atomic_add(histogram_ptr + where, 1, mask=undecided, sem="relaxed")
 
 
 @triton.jit
