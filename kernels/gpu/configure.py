@@ -15,7 +15,7 @@ from .tables import state_columns
 # Elements of a program. docs/kernels.md has the measurements behind these.
 BLOCK = 1024
 # How many scores a bracket is made of: one in 32, within these bounds; smaller tensors are ranked as a whole.
-FEWEST_SAMPLES, MOST_SAMPLES, ONE_IN = 8_192, 131_072, 32
+FEWEST_SAMPLES, MOST_SAMPLES, ONE_IN = 8_192, 262_144, 32
 
 
 def configure(

@@ -141,8 +141,19 @@ def by_rank(offs, key, ranks):
 
 
 @triton.jit
-def select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION: tl.constexpr, CFG: tl.constexpr):
-    """(selected, undecided, the key that top-K ranks), for a block of elements at flat indices `offs`."""
+def by_bracket(key, ranks):
+    """`by_rank` of a tensor that has a bracket."""
+    low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
+    return key > high, key - low <= high - low
+
+
+@triton.jit
+def select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION: tl.constexpr, HAS_BRACKET: tl.constexpr,
+           CFG: tl.constexpr):  # fmt: skip
+    """(selected, undecided, the key that top-K ranks), for a block of elements at flat indices `offs`.
+
+    HAS_BRACKET promises that the tensor's MODE is BRACKET.
+    """
     key = tl.zeros(offs.shape, tl.uint32)
     undecided = offs < 0
     if CFG.selection == "everything":
@@ -151,7 +162,10 @@ def select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION: tl.conste
         chosen = agreement(g, u, m, previous, row, ranks, CFG)
     elif CFG.selection == "top_k":
         key = key_of(score_of(g, u, m, row, CFG))
-        chosen, undecided = by_rank(offs, key, ranks)
+        if HAS_BRACKET:
+            chosen, undecided = by_bracket(key, ranks)
+        else:
+            chosen, undecided = by_rank(offs, key, ranks)
     elif CFG.selection == "function":
         chosen = by_function(g, u, m, row, FUNCTION, CFG)
     else:

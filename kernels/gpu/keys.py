@@ -9,7 +9,6 @@ import triton.language as tl
 @triton.jit
 def key_of(score):
     """uint32, larger where the score is: +0 and -0 are equal, every NaN is 0 and below everything else."""
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)
-    negative = (bits >> 31) != 0
-    key = tl.where(negative, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 is +0
+    key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
     return tl.where(score == score, key, 0)

@@ -24,11 +24,11 @@ from .tables import cdiv, power_of_two
 from .top_k import DIGIT
 
 STEP_WARPS = 4  # of a program of `BLOCK` elements
-BINS = 2048  # parts of a bracket's histogram
+BINS = 2048  # parts of a bracket's histogram: see `bin_of`
 WHOLE_BLOCK = 4096  # scores that a program which ranks a small tensor looks at at a time
 SETTLE_ROOM, SETTLE_BLOCK = 1024, 512  # undecided elements that a settling program writes down, works on at a time
 REPAIR_BLOCK = 2048
-WIDTH = 4.0  # half the bracket, in standard deviations of the sampled rank
+WIDTH = 3.5  # half the bracket, in standard deviations of the sampled rank
 
 
 def _nothing(*arguments: Any) -> bool:

@@ -37,7 +37,7 @@ def sample_position(i, numel, shift, first_key, second_key):
     All but the keys are int64, and so is the result: as `sample_positions` of the reference.
     """
     run = i >> 3
-    left = run * numel >> shift  # the product stays below 2^63: at most 2^17 runs of tensors below 2^32 elements
+    left = run * numel >> shift  # the product stays below 2^63: at most 2^15 runs of tensors below 2^32 elements
     right = (run + 1) * numel >> shift
     bits = random_bits(run.to(tl.uint32), first_key, second_key).to(tl.int64)
     return left + (bits * (right - left - 7) >> 24) + (i & 7)

@@ -80,7 +80,7 @@ def _finish(pointers, row, ranks, start, end, numel, wanted, cutoff, BINS: tl.co
         key, u, g, p = keys_at(pointers, row, offs, mask, False, CFG)
         chosen = (key > wanted) | ((key == wanted) & (offs <= cutoff) & (key != 0))
         inside = (key >= low) & (key <= high)
-        place = bin_of(tl.where(inside, key, low), low, high, BINS)
+        place = bin_of(tl.where(inside, key, low), low, high)
         undecided = inside & ((critical < 0) | (place == critical))
         was = (key > high) | (inside & (critical >= 0) & (place > critical))
         multiples = multiplier(chosen, u, g, row, CFG)

@@ -1,6 +1,6 @@
 """From a sample of its scores to a tensor's threshold or bracket.
 
-Tensors with a drawn sample (up to 131,072 scores) are ranked by many programs in a few launches, digit by digit of the
+Tensors with a drawn sample (up to 262,144 scores) are ranked by many programs in a few launches, digit by digit of the
 key (9, 12 and 11 bits): the histogram of the first digit, sign and exponent, comes with the sample, from it
 `spread_kernel` finds how far the sample's rank may be off, `digits_kernel` counts the next digit, `bracket_kernel`
 reads off the result. A small tensor is its own sample, and `whole_kernel` does all of it in one program.
@@ -196,6 +196,7 @@ def bracket_kernel(
         nexts += tl.where(other == digit, 0, _next_digits(histograms_ptr, large, 1) - nexts)
         second, _, _ = descend(nexts, left)
         low = tl.where(below <= count, (((other << 12) | second) << 11).to(tl.int64), none)
+        low = tl.minimum(low, high)  # a negative width, by which tests make a bracket miss
         cutoff, mode = none - 1, none + BRACKET
     if tl.load(ranks + MODE) != DENSE:
         _keep(ranks, low, high, cutoff, mode)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .config import FACTS, KEYS, LARGE, NUMBERS, NUMEL, RANKS
+from .config import BRACKET, FACTS, KEYS, LARGE, MODE, NUMBERS, NUMEL, RANKS
 from .elements import (
     is_aligned,
     load_moved,
@@ -50,11 +50,12 @@ def _block(
     FUNCTION: tl.constexpr, FAST: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
     p, g, u, m, previous, x, y, z = load_moved(pointers, offs, mask, row, CFG.writes and CFG.rule != "given", FAST, CFG)
-    chosen, undecided, key = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION, CFG)
+    chosen, undecided, key = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION,
+                                    CFG.bracketed and FAST, CFG)  # fmt: skip
     if not FAST:
         undecided = undecided & mask
     if CFG.bracketed:
-        count_scores(chosen & mask, undecided, key, ranks, marks_ptr, histogram_ptr, BINS, CFG)
+        count_scores(chosen & mask, undecided, key, ranks, marks_ptr, histogram_ptr, CFG)
     if CFG.writes:
         multiples = multiplier(chosen, u, g, row, CFG)
         new = stepped(p, y, u, multiples, row, CFG)
@@ -84,8 +85,8 @@ def selective_step_kernel(
     a program. Arithmetic in float32, one rounding at each store. In place: every element is read and written by the
     one program that owns it; a given update may lie in the parameter's memory.
 
-    Blocks that are complete, of tensors whose addresses are all multiples of 16, take vector loads; the others masked
-    ones.
+    Blocks that are complete, of tensors whose addresses are all multiples of 16 (and that have a bracket, where some
+    do), take vector loads; the others masked ones.
     """
     BLOCK: tl.constexpr = CFG.block
     program = tl.program_id(0)
@@ -96,7 +97,10 @@ def selective_step_kernel(
     marks, partial = marks_ptr + program.to(tl.int64) * (BLOCK // 32), partials_ptr + program
     histogram = histograms_ptr + tl.load(facts + LARGE) * BINS
     offs = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
-    if (start + BLOCK <= numel) & is_aligned(pointers):
+    fast = (start + BLOCK <= numel) & is_aligned(pointers)
+    if CFG.bracketed:
+        fast = fast & (tl.load(ranks + MODE) == BRACKET)
+    if fast:
         _block(offs, offs >= 0, pointers, row, ranks, facts, keys, marks, histogram, partial, rows,
                FUNCTION, True, BINS, CFG)  # fmt: skip
     else:

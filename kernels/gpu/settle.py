@@ -150,7 +150,7 @@ def settle_kernel(
             todo = i < tl.minimum(total - first, ROOM)
             offs = tl.load(mine + i, mask=todo, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
             key, u, g, p = keys_at(pointers, row, offs, todo, False, CFG)
-            where = bin_of(key, low, high, BINS)
+            where = bin_of(key, low, high)
             _list(tiny, ranks, offs, key, todo & (where == critical), TINY)
             if CFG.writes:
                 chosen = where > critical

@@ -42,7 +42,7 @@ def _sum(out, offs, mask, pointers, row, ranks, facts, keys, FUNCTION: tl.conste
          CFG: tl.constexpr):  # fmt: skip
     """One program's row: the sums of these elements that this strength needs."""
     _, g, u, m, previous, _, _, _ = load_moved(pointers, offs, mask, row, False, FAST, CFG)
-    chosen, _, _ = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION, CFG)
+    chosen, _, _ = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION, False, CFG)
     if CFG.strength == "mean_preserving":
         tl.store(out, tl.sum((chosen & mask).to(tl.float32)))
     elif CFG.strength == "norm_preserving":

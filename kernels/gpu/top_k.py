@@ -29,22 +29,22 @@ LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # a cutoff behind every index
 
 
 @triton.jit
-def bin_of(key, low, high, BINS: tl.constexpr):
-    """Which of the equal parts of the bracket a key lies in: monotone, and the same wherever it is computed."""
-    scale = BINS / ((high - low).to(tl.float32) + 1.0)
-    return tl.minimum(((key - low).to(tl.float32) * scale).to(tl.int32), BINS - 1)
+def bin_of(key, low, high):
+    """Which part of the bracket a key lies in, of 2,048 at most: the same, and monotone, wherever it is computed."""
+    size = (high - low).to(tl.float32).to(tl.uint32, bitcast=True) >> 23  # 127 + its binary logarithm
+    shift = tl.maximum(size.to(tl.int32) - 127 + 1 - 11, 0)
+    return ((key - low) >> shift.to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit
-def count_scores(above, undecided, key, ranks, marks_ptr, histogram_ptr, BINS: tl.constexpr, CFG: tl.constexpr):
+def count_scores(above, undecided, key, ranks, marks_ptr, histogram_ptr, CFG: tl.constexpr):
     """Note of a block what is above the bracket (a number) and what is undecided (a bit each, and a histogram)."""
     WORDS: tl.constexpr = CFG.block // 32
     tl.atomic_add(ranks + COUNTED, tl.sum(above.to(tl.int32)).to(tl.int64), sem="relaxed")
     bits = tl.reshape(undecided.to(tl.uint32), [WORDS, 32]) << tl.arange(0, 32).to(tl.uint32)[None, :]
     tl.store(marks_ptr + tl.arange(0, WORDS), tl.sum(bits, 1).to(tl.int32, bitcast=True))
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
-    where = tl.where(undecided, bin_of(key, low, high, BINS), 0)
-    tl.atomic_add(histogram_ptr + where, 1, mask=undecided, sem="relaxed")
+    tl.atomic_add(histogram_ptr + bin_of(key, low, high), 1, mask=undecided, sem="relaxed")
 
 
 @triton.jit
