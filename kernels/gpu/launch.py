@@ -27,8 +27,10 @@ STEP_WARPS = 4  # of a program of `BLOCK` elements
 BINS = 2048  # parts of a bracket's histogram: see `bin_of`
 WHOLE_BLOCK = 4096  # scores that a program which ranks a small tensor looks at at a time
 SETTLE_ROOM, SETTLE_BLOCK = 1024, 512  # undecided elements that a settling program writes down, works on at a time
-REPAIR_BLOCK = 2048
-WIDTH = 3.5  # half the bracket, in standard deviations of the sampled rank
+REPAIR_BLOCK, REPAIR_PROGRAMS = 1024, 3  # of 4 warps; so many on each multiprocessor at the same time
+# Programs that wait for each other have to run at the same time: the driver refuses a launch that can't.
+TOGETHER: dict[str, dict[str, Any]] = {"cuda": {"launch_cooperative_grid": True}, "cpu": {}}
+WIDTH = 3.75  # half the bracket, in standard deviations of the sampled rank
 
 
 def _nothing(*arguments: Any) -> bool:
@@ -160,7 +162,8 @@ class Step:
     def _repair(self, cfg: Config, broken: Tensor, meeting: Tensor, histograms: Tensor) -> None:
         programs = 1
         if self.batch.device.type == "cuda":
-            programs = torch.cuda.get_device_properties(self.batch.device).multi_processor_count
+            processors = torch.cuda.get_device_properties(self.batch.device).multi_processor_count
+            programs = REPAIR_PROGRAMS * processors
         if cfg.statistics:
             self.repaired = self.empty(self.tables.tensors * programs * 2)
         self.repairers = programs
@@ -168,7 +171,7 @@ class Step:
         tables = self.tables
         run(repair_kernel, programs, self.repaired, broken, meeting, histograms, equals, tables.pointers,
             tables.numbers, tables.ranks, tables.facts, programs, BINS=BINS, PROGRAMS=power_of_two(programs),
-            BLOCK=REPAIR_BLOCK, CFG=cfg, warps=8)  # fmt: skip
+            BLOCK=REPAIR_BLOCK, CFG=cfg, **TOGETHER[self.batch.device.type])  # fmt: skip
 
     def _sum(self, work: Tensor) -> None:
         tables, cfg = self.tables, derived(self.cfg, writes=False, statistics=False)

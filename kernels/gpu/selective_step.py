@@ -27,10 +27,13 @@ def _add_five(a, b, c, d, e, f, g, h, i, j):
 
 
 @triton.jit
-def _report(partial_ptr, rows, chosen, undecided, g, u, masked, inside):
-    """One program's row of partial statistics, float32, in a table of columns. What is undecided is counted later."""
+def _report(partial_ptr, rows, chosen, undecided, g, u, masked):
+    """One program's row of partial statistics, float32, in a table of columns; how many are selected.
+
+    What is undecided is counted by a later kernel.
+    """
     masked = tl.where(undecided, 0.0, masked * masked)
-    count = (chosen & inside).to(tl.float32)
+    count = chosen.to(tl.float32)
     if INTERPRETED:  # one element after the other there
         selected, update_sq, grad_sq = tl.sum(count), tl.sum(u * u), tl.sum(g * g)
         update_grad, masked_sq = tl.sum(u * g), tl.sum(masked)
@@ -42,6 +45,7 @@ def _report(partial_ptr, rows, chosen, undecided, g, u, masked, inside):
     tl.store(partial_ptr + 2 * rows, grad_sq)
     tl.store(partial_ptr + 3 * rows, update_grad)
     tl.store(partial_ptr + 4 * rows, masked_sq)
+    return selected
 
 
 @triton.jit
@@ -54,19 +58,23 @@ def _block(
                                     CFG.bracketed and FAST, CFG)  # fmt: skip
     if not FAST:
         undecided = undecided & mask
-    if CFG.bracketed:
-        count_scores(chosen & mask, undecided, key, ranks, marks_ptr, histogram_ptr, CFG)
+    if CFG.bracketed and not CFG.statistics:
+        count = tl.sum((chosen & mask).to(tl.int32))
+        count_scores(count, undecided, key, ranks, marks_ptr, histogram_ptr, CFG)
+    multiples = multiplier(chosen, u, g, row, CFG)
+    if CFG.statistics:
+        gradient, update = g, u
+        if not FAST:
+            gradient, update = tl.where(mask, g, 0.0), tl.where(mask, u, 0.0)
+        count = _report(partial_ptr, rows, chosen & mask, undecided, gradient, update, multiples * update)
+        if CFG.bracketed:
+            count_scores(count.to(tl.int32), undecided, key, ranks, marks_ptr, histogram_ptr, CFG)
     if CFG.writes:
-        multiples = multiplier(chosen, u, g, row, CFG)
         new = stepped(p, y, u, multiples, row, CFG)
         if CFG.bracketed:  # stays as it was until it is decided: rounded once, then
             new = tl.where(undecided, p, new)
         store_moments(pointers, offs, x, y, z, mask, FAST, CFG)
         store_param(pointers, offs, new, mask, keys, FAST, CFG)
-        if CFG.statistics:
-            if not FAST:
-                g, u = tl.where(mask, g, 0.0), tl.where(mask, u, 0.0)
-            _report(partial_ptr, rows, chosen, undecided, g, u, multiples * u, mask)
 
 
 @triton.jit

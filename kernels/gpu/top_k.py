@@ -37,10 +37,10 @@ def bin_of(key, low, high):
 
 
 @triton.jit
-def count_scores(above, undecided, key, ranks, marks_ptr, histogram_ptr, CFG: tl.constexpr):
-    """Note of a block what is above the bracket (a number) and what is undecided (a bit each, and a histogram)."""
+def count_scores(count, undecided, key, ranks, marks_ptr, histogram_ptr, CFG: tl.constexpr):
+    """Note of a block how many are above the bracket, and which are undecided (a bit each, and a histogram)."""
     WORDS: tl.constexpr = CFG.block // 32
-    tl.atomic_add(ranks + COUNTED, tl.sum(above.to(tl.int32)).to(tl.int64), sem="relaxed")
+    tl.atomic_add(ranks + COUNTED, count.to(tl.int64), sem="relaxed")
     bits = tl.reshape(undecided.to(tl.uint32), [WORDS, 32]) << tl.arange(0, 32).to(tl.uint32)[None, :]
     tl.store(marks_ptr + tl.arange(0, WORDS), tl.sum(bits, 1).to(tl.int32, bitcast=True))
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
