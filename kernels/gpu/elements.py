@@ -111,7 +111,9 @@ def coin(offs, row, facts, keys, CFG: tl.constexpr):
 
 @triton.jit
 def by_function(g, u, m, row, FUNCTION: tl.constexpr, CFG: tl.constexpr):
-    """Selected by a user's function of (gradient, update, momentum) and up to four numbers."""
+    """Selected by a user's function of (gradient, update, momentum) and up to four numbers; no momentum: the update."""
+    if (CFG.rule == "given" and CFG.third is None) or (CFG.rule == "sgd" and not CFG.moves):
+        m = u
     if CFG.arguments == 0:
         chosen = FUNCTION(g, u, m)
     elif CFG.arguments == 1:
@@ -123,6 +125,7 @@ def by_function(g, u, m, row, FUNCTION: tl.constexpr, CFG: tl.constexpr):
     else:
         chosen = FUNCTION(g, u, m, tl.load(row + USER), tl.load(row + USER + 1), tl.load(row + USER + 2),
                           tl.load(row + USER + 3))  # fmt: skip
+    tl.static_assert(chosen.dtype == tl.int1, "a selection's kernel has to return bools, which comparisons give")
     return chosen
 
 
