@@ -24,8 +24,11 @@ BLOCK = 1024
 
 @functools.cache  # one for each function, so that what was compiled of it is found again
 def jitted(function: Callable[..., Any]) -> Any:
-    """The function as Triton's; the same one for the same function. Those that are Triton's already stay."""
-    if hasattr(function, "fn"):
+    """The function as Triton's; the same one for the same function. Those that are Triton's already stay.
+
+    Interpreted, a plain one stays what it is: the interpreter asks for `triton.language` in a function's module.
+    """
+    if INTERPRETED or hasattr(function, "fn"):
         return function
     try:
         return triton.jit(function)
