@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_selections import DEVICE, AlongTheMomentum, LargeUpdates, in_kernels
+from kernel_selections import DEVICE, AlongTheMomentum, FarUpdates, in_kernels
 
 from selective import Fixed, Policy, Selection, TopK
 from selective.kernels import (
@@ -118,7 +118,7 @@ def test_a_subclass_changes_both_or_none() -> None:
 
 
 def test_the_step_refuses_a_function_that_cannot_run_before_anything_moves() -> None:
-    described = LargeUpdates().spec()
+    described = FarUpdates().spec()
     assert described is not None
     how: Any = {"rule": SGDRule(0.1, 0.9), "strength": Strength("fixed"), "draw": Draw(0, 0)}
     for backend in ("cpu", "reference"):
@@ -140,10 +140,10 @@ def test_it_needs_no_triton_on_a_cpu() -> None:
 import sys
 sys.modules["triton"] = None
 import torch
-from kernel_selections import LargeUpdates
+from kernel_selections import FarUpdates
 from selective import Fixed, Policy, SelectiveUpdate
 from selective.testing import check_policy
-policy = Policy(selection=LargeUpdates(threshold=0.01), strength=Fixed())
+policy = Policy(selection=FarUpdates(threshold=0.01), strength=Fixed())
 p = torch.nn.Parameter(torch.ones(5))
 p.grad = torch.ones(5)
 SelectiveUpdate(torch.optim.AdamW([p], lr=0.1), policy=policy).step()
@@ -163,14 +163,14 @@ def outcome(selection: Selection) -> tuple[str, str]:
     return found.verdict, found.message
 
 
-@pytest.mark.parametrize("selection", [LargeUpdates(), AlongTheMomentum(), AlongTheMomentum(either=True)], ids=str)
+@pytest.mark.parametrize("selection", [FarUpdates(), AlongTheMomentum(), AlongTheMomentum(either=True)], ids=str)
 def test_twins_keep_the_contract(selection: Selection) -> None:
     assert outcome(selection) == ("passed", "")
 
 
 def test_a_kernel_that_nothing_can_run_is_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_check, "function_device", lambda: (None, "there is no CUDA device"))
-    assert outcome(LargeUpdates()) == ("skipped", "the kernel was not run: there is no CUDA device")
+    assert outcome(FarUpdates()) == ("skipped", "the kernel was not run: there is no CUDA device")
 
 
 def not_below(grad, update, momentum, threshold):

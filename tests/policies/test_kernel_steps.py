@@ -12,7 +12,7 @@ import numpy
 import pytest
 import pytorch_optimizer
 import torch
-from kernel_selections import DEVICE, AlongTheMomentum, LargeUpdates, in_kernels
+from kernel_selections import DEVICE, AlongTheMomentum, FarUpdates, in_kernels
 from torch import Tensor
 
 from selective import (
@@ -73,7 +73,7 @@ def calls_of(monkeypatch: pytest.MonkeyPatch, selection: type[Selection]) -> lis
 STRENGTHS = [Fixed(selected=2, rest=0.5), MeanPreserving(rest=0.25), NormPreserving(cap=3), Alignment(rest=0.5)]
 
 
-SELECTIONS = [LargeUpdates(), AlongTheMomentum(), AlongTheMomentum(either=True)]
+SELECTIONS = [FarUpdates(), AlongTheMomentum(), AlongTheMomentum(either=True)]
 TOGETHER = [
     *itertools.product(BASES, SELECTIONS, STRENGTHS[1:2], ["auto"]),
     *itertools.product(["adamw"], SELECTIONS[1:2], STRENGTHS, ["auto", "scratch", "delta"]),
@@ -107,12 +107,12 @@ def test_the_kernel_steps_as_its_twin(
         torch.testing.assert_close(ours[name]["norm_after"].cpu(), said["norm_after"], rtol=1e-5, atol=1e-9)
     share = theirs["param_groups[0][0]"]["share"]
     torch.testing.assert_close(ours["param_groups[0][0]"]["share"].cpu(), share)
-    assert 0 < float(share) < 1 or (base == "lion" and isinstance(selection, LargeUpdates))  # whose updates are ± lr
+    assert 0 < float(share) < 1 or (base == "lion" and isinstance(selection, FarUpdates))  # whose updates are ± lr
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision(dtype: torch.dtype) -> None:
-    policy = Policy(selection=LargeUpdates(), strength=MeanPreserving())
+    policy = Policy(selection=FarUpdates(), strength=MeanPreserving())
     inlined, twin = make(policy, dtype=dtype), make(policy, dtype=dtype, device="cpu")
     for number in range(3):
         with in_kernels():
@@ -124,8 +124,8 @@ def test_low_precision(dtype: torch.dtype) -> None:
 
 
 def test_float64_runs_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = calls_of(monkeypatch, LargeUpdates)
-    policy = Policy(selection=LargeUpdates(), strength=Fixed())
+    calls = calls_of(monkeypatch, FarUpdates)
+    policy = Policy(selection=FarUpdates(), strength=Fixed())
     optimizer, twin = make(policy, dtype=torch.float64), make(policy, dtype=torch.float64, device="cpu")
     with in_kernels():
         assert "because the parameter is float64" in optimizer.explain()
@@ -137,8 +137,8 @@ def test_float64_runs_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_it_runs_is_asked_again_when_parameters_or_backend_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = calls_of(monkeypatch, LargeUpdates)
-    optimizer = make(Policy(selection=LargeUpdates(), strength=Fixed()))
+    calls = calls_of(monkeypatch, FarUpdates)
+    optimizer = make(Policy(selection=FarUpdates(), strength=Fixed()))
     made = []
     for number, (backend, dtype) in enumerate(
         [("gpu", None), ("reference", None), ("gpu", None), ("gpu", torch.float64), ("gpu", torch.float32)]
@@ -163,7 +163,7 @@ def test_numbers_are_scheduled(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     run = fused.selective_step
     monkeypatch.setattr(fused, "selective_step", lambda items, **how: given.append(items) or run(items, **how))
-    optimizer = make(Policy(selection=LargeUpdates(), strength=Fixed()))
+    optimizer = make(Policy(selection=FarUpdates(), strength=Fixed()))
     shares = []
     for number, threshold in enumerate([1e-6, 1e-6, 1e6, 1e-6]):
         optimizer.policy_groups[0]["selection.threshold"] = threshold
@@ -178,13 +178,13 @@ def test_numbers_are_scheduled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_triton_function_for_each_function() -> None:
     from selective.kernels.gpu import jitted
 
-    kernel = LargeUpdates().kernel
-    assert jitted(kernel) is jitted(LargeUpdates(threshold=3).kernel)
+    kernel = FarUpdates().kernel
+    assert jitted(kernel) is jitted(FarUpdates(threshold=3).kernel)
     assert jitted(jitted(kernel)) is jitted(kernel)
 
 
 def test_it_has_a_matched_control() -> None:
-    policy = Policy(selection=LargeUpdates(), strength=Fixed(selected=2, rest=0.5))
+    policy = Policy(selection=FarUpdates(), strength=Fixed(selected=2, rest=0.5))
     optimizer, control = make(policy), make(RandomMask.matching(policy))
     with in_kernels():
         step(optimizer, 0)
@@ -195,9 +195,9 @@ def test_it_has_a_matched_control() -> None:
 
 
 def test_nothing_of_it_is_saved() -> None:
-    policy = Policy(selection=LargeUpdates(threshold=0.002), strength=Fixed())
+    policy = Policy(selection=FarUpdates(threshold=0.002), strength=Fixed())
     assert policy.model_dump() == {
-        "kind": "Policy", "selection": {"kind": "LargeUpdates", "threshold": 0.002},
+        "kind": "Policy", "selection": {"kind": "FarUpdates", "threshold": 0.002},
         "strength": {"kind": "Fixed", "selected": 1.0, "rest": 0.0, "still": False},
     }  # fmt: skip
     for twin in (policy_from(policy.model_dump_json()), copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
@@ -228,13 +228,13 @@ def test_a_run_is_resumed() -> None:
 
 
 def test_explain_says_which_of_the_two_runs() -> None:
-    optimizer = make(Policy(selection=LargeUpdates(), strength=Fixed()), device="cpu")
+    optimizer = make(Policy(selection=FarUpdates(), strength=Fixed()), device="cpu")
     said = optimizer.explain()
     assert "  selection its select() runs, the torch twin of its kernel, because the parameter is on the CPU" in said
     assert "one copy of the group's parameters during the step, because the policy is your own code" in said
     assert "  kernels  " not in said
     with use_backend("gpu"):
-        optimizer = make(Policy(selection=LargeUpdates(), strength=Fixed()))
+        optimizer = make(Policy(selection=FarUpdates(), strength=Fixed()))
         assert "  selection its kernel, a Triton function, is inlined into the step\n  kernels   Triton" in (
             optimizer.explain()
         )
@@ -250,7 +250,7 @@ def test_a_scheduled_number_compiles_nothing() -> None:
     def compiled() -> int:
         return sum(len(caches[0]) for caches in selective_step_kernel.device_caches.values())
 
-    optimizer = make(Policy(selection=LargeUpdates(), strength=Fixed()))
+    optimizer = make(Policy(selection=FarUpdates(), strength=Fixed()))
     step(optimizer, 0)
     before = compiled()
     for number, threshold in enumerate([0.5, 1.0, 2.0, 1e-5]):
@@ -263,10 +263,10 @@ def test_a_scheduled_number_compiles_nothing() -> None:
 @pytest.mark.gpu
 def test_it_runs_on_a_gpu_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without `use_backend`; CPU and GPU groups side by side."""
-    calls = calls_of(monkeypatch, LargeUpdates)
+    calls = calls_of(monkeypatch, FarUpdates)
     params = [torch.nn.Parameter(torch.ones(300, device=device)) for device in ("cuda", "cpu")]
     base = torch.optim.AdamW([{"params": [p]} for p in params], lr=1e-2)
-    optimizer = SelectiveUpdate(base, policy=Policy(selection=LargeUpdates(), strength=Fixed()))
+    optimizer = SelectiveUpdate(base, policy=Policy(selection=FarUpdates(), strength=Fixed()))
     said = optimizer.explain()
     assert said.count("  kernels   Triton") == said.count("inlined") == said.count("on the CPU") == 1
     step(optimizer, 0)

@@ -19,7 +19,7 @@ from selective.kernels import use_backend
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class LargeUpdates(Selection):
+class FarUpdates(Selection):
     """A plain function."""
 
     threshold: float = Field(1e-3, gt=0)

@@ -25,6 +25,7 @@ from selective import (
     NormPreserving,
     Policy,
     RandomMask,
+    Selection,
     SkipUpdate,
     TopK,
 )
@@ -212,6 +213,25 @@ class NeverMoves(Half):
 class Explodes(Half):
     def mask(self, view):
         return torch.full(view.shape, 3e38) * 10
+
+
+class TiesOnAGpuOnly(Selection):
+    kind: ClassVar[str] = "contract-ties"
+
+    @staticmethod
+    def kernel(grad, update, momentum):
+        return update * grad >= 0
+
+    def select(self, view):
+        return view.update * view.grad > 0
+
+
+@breaks("kernel_agrees_with_its_twin", "kernel and select() disagree")
+class SelectsOtherwiseOnAGpu(Policy):
+    rest: float = 0.5
+
+    def parts(self):
+        return TiesOnAGpuOnly(), Fixed(rest=self.rest)
 
 
 @pytest.mark.parametrize("cls", BROKEN, ids=lambda cls: cls.__name__)
