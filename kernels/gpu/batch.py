@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -13,32 +14,39 @@ from ..spec import Draw, Item, Rule, Scalar, Selection, Strength
 from . import config
 from .config import Config
 from .configure import hyper_parameters, samples_of
-from .tables import Tables, cdiv, refill, state_columns, upload, work
+from .tables import STATE, Tables, cdiv, refill, state_columns, summed_work, upload, work
 
-SUM_BLOCK = 4096  # elements of a program that sums
-SAMPLE_BLOCK = 1024  # scores of a program that samples
-SETTLE_WIDE = 4  # chunks that a settling program looks at
-SEEN_BLOCK, SEEN_PARTS = 1024, 16  # a program that looks for the first momentum that is not zero
+SUM_BLOCK = 2048  # drawn elements of a program that sums
+SUM_PARTS = 16  # chunks of a program that sums all elements
+SUM_STEPS = 4  # chunks of a program of the same launch that steps
+TOGETHER, HELD = 512, 256  # such programs: see `summed_work`
+SAMPLE_BLOCK = 1024  # scores of a program that samples or ranks
+SETTLE_WORDS = 512  # words of 32 elements that a settling program looks at
+SEEN_BLOCK, SEEN_PARTS = 2048, 32  # a program that looks for the first momentum that is not zero
 
 
 class TopKPlan:
     """Which tensors of a batch are ranked and how: sampled scores, brackets, and the programs of each launch."""
 
     def __init__(self, numels: list[int], selection: Selection, cfg: Config, device: torch.device) -> None:
+        self.sampled = selection.quantile == "sampled"
         self.samples = [samples_of(n, selection) for n in numels]
-        self.samples_at, total = [], 0
+        self.samples_at, self.total_samples = [], 0
         for count, _ in self.samples:
-            self.samples_at.append(total)
-            total += cdiv(count, 4) * 4
-        self.total_samples = total
-        self.sample_work, _ = work([cdiv(count, SAMPLE_BLOCK) for count, _ in self.samples], device)
-        ranked = [i for i, n in enumerate(numels) if n > 0]
-        exact = selection.quantile == "exact"
-        bracketed = [i for i in ranked if self.samples[i][1] >= 0 and exact]
-        self.ranked = upload(ranked, torch.int32, device)
-        self.bracketed = upload(bracketed, torch.int32, device) if bracketed else None
-        wide = SETTLE_WIDE * cfg.block
-        self.settles = [cdiv(n, wide) if self.samples[i][1] >= 0 and exact else 0 for i, n in enumerate(numels)]
+            self.samples_at.append(self.total_samples)
+            self.total_samples += cdiv(count, 4) * 4
+        parts = [cdiv(count, SAMPLE_BLOCK) for count, _ in self.samples]
+        drawn = [shift >= 0 for _, shift in self.samples]  # the others are whole
+        large = [i for i, is_drawn in enumerate(drawn) if is_drawn]
+        whole = [i for i, n in enumerate(numels) if n > 0 and not drawn[i]]
+        self.large_of = {t: i for i, t in enumerate(large)}
+        self.large = upload(large, torch.int32, device) if large else None
+        self.whole = upload(whole, torch.int32, device) if whole else None
+        self.sample_work, _ = work(parts, device)
+        self.drawn_work, _ = work([n if is_drawn else 0 for n, is_drawn in zip(parts, drawn, strict=True)], device)
+        wide = 32 * SETTLE_WORDS
+        self.bracketed = bool(large) and not self.sampled
+        self.settles = [cdiv(n, wide) if drawn[i] and self.bracketed else 0 for i, n in enumerate(numels)]
         self.settle_work, self.settle_at = work(self.settles, device)
 
     def rank_rows(self, numels: list[int], selection: Selection) -> list[list[int]]:
@@ -48,7 +56,7 @@ class TopKPlan:
             row = [0] * config.RANKS.value
             wanted = int(selection.fraction * numel)
             row[config.MODE.value] = (config.EXACT if wanted else config.DENSE).value
-            if selection.quantile == "sampled" and shift >= 0:
+            if self.sampled and shift >= 0:
                 wanted = max(int(selection.fraction * count), 1)
             row[config.WANTED.value] = wanted
             rows.append(row)
@@ -72,21 +80,40 @@ class Batch:
         self.seen_work: Tensor | None = None
         if cfg.product == "previous_momentum":
             self.seen_work, _ = work([cdiv(n, SEEN_BLOCK * SEEN_PARTS) for n in self.numels], self.device)
+            self.peek_work, _ = work([min(n, 1) for n in self.numels], self.device)
         refill(self.tables.facts, self._facts(items))
+        mine = [items[i] for i in members]
+        columns = state_columns(mine[0], rule)
+        # names of the state that the kernels read, and its column
+        self.state = [(n, 2 + i) for i, n in enumerate(STATE[type(rule)]) if i < 4 and columns[i] is not None]
+        self.averages = strength.kind == "alignment"
+        self.layouts = self._layouts(mine)
         self.counters: Tensor | None = None  # on the device, for step counters that live on the host
         self.counted: list[float] = []  # what those say
+        if cfg.rule == "adam" and not (mine[0].state["step"].device.type == self.device.type == "cuda"):
+            self.counters = torch.zeros(len(mine), dtype=torch.float32, device=self.device)
+        self.fixed_addresses = self._fixed_addresses(mine)
+        self.addresses = self._address_table()
+        self.gradients: list[int] = []
 
     def _plan_sums(self, strength: Strength) -> None:
-        self.sum_work: Tensor | None = None
+        self.sum_work: Tensor | None = None  # of a sampled estimate
+        self.summed_work: Tensor | None = None  # of exact sums, and the steps with them
         self.sum_samples, self.sums = [(n, -1) for n in self.numels], [0] * len(self.numels)
         self.sum_at = self.sums
         if strength.kind == "fixed":
             return
-        if strength.estimate == "sampled" and strength.kind != "alignment":
+        if self.cfg.estimate == "sampled":
             whole = (SAMPLE_SIZE, (SAMPLE_SIZE // SAMPLE_RUN).bit_length() - 1)
             self.sum_samples = [(n, -1) if n <= SAMPLE_SIZE else whole for n in self.numels]
-        self.sums = [cdiv(count, SUM_BLOCK) for count, _ in self.sum_samples]
-        self.sum_work, self.sum_at = work(self.sums, self.device)
+            self.sums = [cdiv(count, SUM_BLOCK) for count, _ in self.sum_samples]
+            self.sum_work, self.sum_at = work(self.sums, self.device)
+            return
+        # a tensor without elements has a program too: somebody has to move its average
+        self.sums = [max(cdiv(n, SUM_PARTS * self.cfg.block), 1) for n in self.numels]
+        self.sum_at = [0, *itertools.accumulate(self.sums)][:-1]
+        steps = tuple(cdiv(n, SUM_STEPS * self.cfg.block) for n in self.numels)
+        self.summed_work = summed_work(steps, tuple(self.sums), TOGETHER, HELD, self.device)
 
     def _facts(self, items: Sequence[Item]) -> list[list[int]]:
         rows = []
@@ -101,6 +128,7 @@ class Batch:
                 config.CHUNK_AT: self.chunk_at[t], config.CHUNKS: cdiv(self.numels[t], self.cfg.block),
                 config.SUM_AT: self.sum_at[t], config.SUMS: self.sums[t], config.SUM_SHIFT: self.sum_samples[t][1],
                 config.SETTLE_AT: top_k.settle_at[t] if top_k else 0, config.SETTLES: top_k.settles[t] if top_k else 0,
+                config.LARGE: top_k.large_of.get(t, 0) if top_k else 0,
             }  # fmt: skip
             cells = [0] * config.FACTS.value
             for place, value in row.items():
@@ -108,12 +136,58 @@ class Batch:
             rows.append(cells)
         return rows
 
+    def _mine(self, items: Sequence[Item]) -> Sequence[Item]:
+        return items if len(self.members) == len(items) else [items[i] for i in self.members]
+
+    def _layouts(self, items: Sequence[Item]) -> list[list[object]]:
+        """What the tables say of the tensors, as far as it can change where the address does not."""
+        return [
+            [i.param.numel() for i in items], [i.param.dtype for i in items], [i.grad.dtype for i in items],
+            [i.grad.numel() for i in items], [i.grad.is_contiguous() for i in items],
+        ]  # fmt: skip
+
+    def _fixed_addresses(self, items: Sequence[Item]) -> list[list[int]]:
+        """Those that only change when somebody replaces a parameter or its state."""
+        found = [[i.param.data_ptr() for i in items]]
+        found += [[i.state[name].data_ptr() for i in items] for name, _ in self.state]
+        if self.cfg.rule == "adam":
+            found.append([i.state["step"].data_ptr() for i in items])
+        if self.averages:
+            found.append([i.policy_state["average"].data_ptr() for i in items])
+        return found
+
+    def _address_table(self) -> Tensor:
+        """The pointer table, on the host, without the gradients."""
+        table = torch.zeros(len(self.members), config.COLUMNS.value, dtype=torch.int64, device="cpu")
+        columns = [config.PARAM.value, *(column for _, column in self.state)]
+        if self.cfg.rule == "adam":
+            columns.append(config.STEP.value)
+        if self.averages:
+            columns.append(config.AVERAGE.value)
+        for column, addresses in zip(columns, self.fixed_addresses, strict=True):
+            table[:, column] = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        if self.counters is not None:
+            first = self.counters.data_ptr()
+            table[:, config.STEP.value] = first + 4 * torch.arange(len(self.members), device="cpu")
+        return table
+
+    def fits(self, items: Sequence[Item]) -> bool:
+        """Whether these items are still the tensors that the tables were made of, gradients aside."""
+        mine = self._mine(items)
+        try:
+            return self._layouts(mine) == self.layouts and self._fixed_addresses(mine) == self.fixed_addresses
+        except KeyError:  # an entry of the state is gone
+            return False
+
     def update(self, items: Sequence[Item], rule: Rule, selection: Selection, strength: Strength, draw: Draw) -> None:
         """Bring the tables up to date for this step. Uploads nothing that has not changed."""
-        tables = self.tables
-        mine = [items[i] for i in self.members]
+        tables, mine = self.tables, self._mine(items)
         self._count_steps(mine)
-        tables.say("pointers", tables.pointers, self._addresses(mine, rule))
+        gradients = [item.grad.data_ptr() for item in mine]
+        if gradients != self.gradients:
+            self.addresses[:, config.GRAD.value] = torch.tensor(gradients, dtype=torch.int64, device="cpu")
+            tables.keep(refill(tables.pointers, self.addresses.clone()))
+            self.gradients = gradients
         self.refresh(hyper_parameters(rule, selection, strength), selection)
         if draw.clock is None:
             tables.say("clock", tables.clock, [_signed64(draw.seed), draw.step])
@@ -129,30 +203,14 @@ class Batch:
             tables.say("ranks", tables.ranks, self.top_k.rank_rows(self.numels, selection))
             tables.said["fraction"] = selection.fraction
 
-    def _addresses(self, items: list[Item], rule: Rule) -> list[list[int]]:
-        rows = []
-        for t, item in enumerate(items):
-            state = [0 if c is None else c.data_ptr() for c in state_columns(item, rule)]
-            average = item.policy_state.get("average")
-            step = item.state.get("step")
-            if self.counters is not None:
-                counter = self.counters.data_ptr() + 4 * t
-            else:
-                counter = step.data_ptr() if isinstance(step, Tensor) else 0
-            rows.append([item.param.data_ptr(), item.grad.data_ptr(), *state, counter,
-                         0 if average is None else average.data_ptr()])  # fmt: skip
-        return rows
-
-    def _count_steps(self, items: list[Item]) -> None:
+    def _count_steps(self, items: Sequence[Item]) -> None:
         """Count the steps that the host keeps, there and on the device."""
-        if self.cfg.rule != "adam" or items[0].state["step"].device.type == self.device.type != "cpu":
+        if self.counters is None:
             return
         steps = [item.state["step"] for item in items]
         now = [float(step) for step in steps]
-        if self.counters is None:
-            self.counters = torch.zeros(len(items), dtype=torch.float32, device=self.device)
         if now != self.counted:
-            refill(self.counters, now)
+            self.tables.keep(refill(self.counters, now))
         torch._foreach_add_(steps, 1)
         self.counted = [count + 1 for count in now]
 

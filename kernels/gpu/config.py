@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ PARAM, GRAD, FIRST, SECOND, THIRD, FOURTH, STEP, AVERAGE = (tl.constexpr(i) for 
 
 # Columns of a tensor's row of float32 numbers, which `numbers.py` fills in.
 NUMBERS = tl.constexpr(20)
-(RATE, ROOT, W1, B2, W2, EPS, FACTOR, DECAY, MOMENTUM, UNDAMPED, LOOKAHEAD, ABOVE, BELOW, USER) = (
+(RATE, UNBIAS, W1, B2, W2, EPS, FACTOR, DECAY, MOMENTUM, UNDAMPED, LOOKAHEAD, ABOVE, BELOW, USER) = (
     tl.constexpr(i) for i in range(14)
 )  # USER is the first of four
 
@@ -30,19 +31,23 @@ EXACT, BRACKET, DENSE = (tl.constexpr(i) for i in range(3))  # values of MODE
 
 # Columns of a tensor's row of int64 facts, which the host knows: its size, the length of a row of it, its index in the
 # optimizer; how many scores are sampled (`2**SHIFT` runs of 8, or all where SHIFT is -1) and where in the buffer they
-# begin; its first chunk, and how many there are; the same of programs that sum (sampled like the scores) and settle.
+# begin; its first chunk, and how many there are; the same of programs that sum (sampled like the scores) and settle;
+# which of the tensors with a drawn sample it is.
 FACTS = tl.constexpr(16)
 (NUMEL, ROW_LENGTH, ADDRESS, SAMPLES, SHIFT, SAMPLES_AT, CHUNK_AT, CHUNKS, SUM_AT, SUMS, SUM_SHIFT, SETTLE_AT,
- SETTLES) = (tl.constexpr(i) for i in range(13))  # fmt: skip
+ SETTLES, LARGE) = (tl.constexpr(i) for i in range(14))  # fmt: skip
 
 KEYS = tl.constexpr(6)  # columns of a tensor's row of random keys: two each for masks, samples, rounding
 SUM_COLUMNS = tl.constexpr(4)  # columns of a program's row of sums that a strength needs
 PARTIALS = tl.constexpr(5)  # columns of a program's row of statistics: selected, u^2, g^2, u g, (mask u)^2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Config:
-    """Everything that decides what code a kernel is. Its fields are read inside of kernels, as constants."""
+    """Everything that decides what code a kernel is. Its fields are read inside of kernels, as constants.
+
+    Triton hashes and prints it at every launch, so both are done once.
+    """
 
     rule: str  # "adam", "sgd", "lion", "given" or "score"
     param: Any  # dtypes of Triton; None where there is no such column
@@ -75,4 +80,22 @@ class Config:
     statistics: bool = False
     stochastic: bool = False
     writes: bool = True  # False: look at the scores, change nothing
+    keep: str = ""  # what the L2 cache is to give up first or last of what is loaded and stored
     recomputed: bool = False  # the moments have moved already: what is stored is what the update is made of
+
+    def __post_init__(self) -> None:
+        values = tuple(getattr(self, field.name) for field in fields(self))
+        object.__setattr__(self, "_text", f"Config{values}")
+        object.__setattr__(self, "_hash", hash(values))
+
+    def __hash__(self) -> int:
+        return vars(self)["_hash"]
+
+    def __repr__(self) -> str:
+        return vars(self)["_text"]
+
+
+@functools.lru_cache(maxsize=256)
+def derived(cfg: Config, **changes: Any) -> Config:
+    """`dataclasses.replace`, made once."""
+    return replace(cfg, **changes)

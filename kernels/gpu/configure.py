@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
 from ..spec import AdamRule, Draw, GivenRule, Item, LionRule, Rule, Scalar, Selection, SGDRule, Strength
@@ -16,7 +15,7 @@ from .tables import state_columns
 # Elements of a program. docs/kernels.md has the measurements behind these.
 BLOCK = 1024
 # How many scores a bracket is made of: one in 32, within these bounds; smaller tensors are ranked as a whole.
-FEWEST_SAMPLES, MOST_SAMPLES, ONE_IN = 16_384, 131_072, 32
+FEWEST_SAMPLES, MOST_SAMPLES, ONE_IN = 8_192, 131_072, 32
 
 
 def configure(
@@ -27,7 +26,6 @@ def configure(
     kinds: dict[type, str] = {AdamRule: "adam", SGDRule: "sgd", LionRule: "lion", GivenRule: "given"}
     decay = getattr(rule, "weight_decay", 0.0)
     decoupled = isinstance(rule, AdamRule) and rule.decoupled
-    factor = getattr(rule, "decay_factor", getattr(rule, "factor", 1.0))
     kind = selection.unit if selection.kind == "bernoulli" else selection.kind
     return Config(
         rule=kinds[type(rule)],
@@ -35,7 +33,8 @@ def configure(
         first=columns[0], second=columns[1], third=columns[2], fourth=columns[3], block=BLOCK,
         amsgrad=getattr(rule, "amsgrad", False), coupled=decay != 0 and not decoupled,
         maximize=getattr(rule, "maximize", False),
-        decays=(decoupled and decay != 0) or isinstance(factor, Tensor) or factor != 1.0,
+        # of Lion and a given update always: a factor that a schedule takes through 1 would compile another kernel
+        decays=(decoupled and decay != 0) or isinstance(rule, (LionRule, GivenRule)),
         moves=getattr(rule, "momentum", 0.0) != 0,
         begins=begins,
         nesterov=getattr(rule, "nesterov", False), negated=getattr(rule, "negated", False),
@@ -46,6 +45,21 @@ def configure(
         estimate=strength.estimate if strength.kind in ("mean_preserving", "norm_preserving") else "exact",
         strength=strength.kind, of=strength.of, still=strength.still, statistics=statistics,
         stochastic=draw.stochastic and item.param.dtype in (torch.bfloat16, torch.float16),
+    )  # fmt: skip
+
+
+def static_key(
+    rule: Rule, selection: Selection, strength: Strength, draw: Draw, statistics: bool
+) -> tuple[object, ...]:
+    """What `configure` and the plans depend on, tensors aside: not the numbers that a schedule moves."""
+    flags = [
+        getattr(rule, name, None) for name in ("amsgrad", "decoupled", "maximize", "nesterov", "negated", "offset")
+    ]
+    decays = getattr(rule, "weight_decay", 0.0) != 0, getattr(rule, "momentum", 0.0) != 0
+    return (
+        type(rule), *flags, *decays, selection.kind, selection.product, selection.strict, selection.score,
+        selection.quantile, selection.unit, selection.function, len(selection.numbers), strength.kind, strength.of,
+        strength.estimate, strength.still, draw.stochastic, statistics,
     )  # fmt: skip
 
 

@@ -51,24 +51,27 @@ def is_aligned(pointers):
 
 
 @triton.jit
-def read(pointers, offs, mask, COLUMN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
+def read(pointers, offs, mask, COLUMN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+         CFG: tl.constexpr):  # fmt: skip
     """These elements of one column as float32; 0 where masked off, and where there is no such column."""
     if DTYPE is None:
         x = tl.zeros(offs.shape, tl.float32)
     elif FAST:
-        x = widen(tl.load(column(pointers, COLUMN, DTYPE, FAST) + offs))
+        x = widen(tl.load(column(pointers, COLUMN, DTYPE, FAST) + offs, eviction_policy=CFG.keep))
     else:
-        x = widen(tl.load(column(pointers, COLUMN, DTYPE, FAST) + offs, mask=mask, other=0.0))
+        x = widen(tl.load(column(pointers, COLUMN, DTYPE, FAST) + offs, mask=mask, other=0.0,
+                          eviction_policy=CFG.keep))  # fmt: skip
     return x
 
 
 @triton.jit
-def write(pointers, offs, x, mask, COLUMN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
+def write(pointers, offs, x, mask, COLUMN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr,
+          CFG: tl.constexpr):  # fmt: skip
     """Store float32 elements to a column, rounded to nearest."""
     if FAST:
-        tl.store(column(pointers, COLUMN, DTYPE, FAST) + offs, narrow(x, DTYPE))
+        tl.store(column(pointers, COLUMN, DTYPE, FAST) + offs, narrow(x, DTYPE), eviction_policy=CFG.keep)
     else:
-        tl.store(column(pointers, COLUMN, DTYPE, FAST) + offs, narrow(x, DTYPE), mask=mask)
+        tl.store(column(pointers, COLUMN, DTYPE, FAST) + offs, narrow(x, DTYPE), mask=mask, eviction_policy=CFG.keep)
 
 
 @triton.jit
@@ -170,7 +173,9 @@ def select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION: tl.conste
 @triton.jit
 def multiplier(chosen, u, g, row, CFG: tl.constexpr):
     """The mask of these elements."""
-    mask = tl.where(chosen, tl.load(row + ABOVE), tl.load(row + BELOW))
+    # past the L1, which may hold the row as it was before another program filled these two in
+    above, below = tl.load(row + ABOVE, cache_modifier=".cg"), tl.load(row + BELOW, cache_modifier=".cg")
+    mask = tl.where(chosen, above, below)
     if CFG.still:
         mask = tl.where((u == 0) | (g == 0), 0.0, mask)
     return mask
@@ -185,9 +190,9 @@ def stepped(p, start, u, mask, row, CFG: tl.constexpr):
     if CFG.decays:
         origin = origin * tl.load(row + FACTOR)
     if CFG.rule == "given":
-        new = origin + (CFG.offset - mask) * u
+        new = tl.fma(CFG.offset - mask, u, origin)
     else:
-        new = origin - mask * u
+        new = tl.fma(-mask, u, origin)
     return new
 
 
@@ -196,12 +201,12 @@ def load_moved(pointers, offs, mask, row, NEEDS_PARAM: tl.constexpr, FAST: tl.co
     """(p, g, u, m, previous, state columns to store, start) of these elements; p is 0 where nobody needs it."""
     p = tl.zeros(offs.shape, tl.float32)
     if NEEDS_PARAM or CFG.coupled:
-        p = read(pointers, offs, mask, PARAM, CFG.param, FAST)
-    a = read(pointers, offs, mask, FIRST, CFG.first, FAST)
-    b = read(pointers, offs, mask, SECOND, CFG.second, FAST)
-    c = read(pointers, offs, mask, THIRD, CFG.third, FAST)
-    d = read(pointers, offs, mask, FOURTH, CFG.fourth, FAST)
-    g = gradient(read(pointers, offs, mask, GRAD, CFG.grad, FAST), p, row, CFG)
+        p = read(pointers, offs, mask, PARAM, CFG.param, FAST, CFG)
+    a = read(pointers, offs, mask, FIRST, CFG.first, FAST, CFG)
+    b = read(pointers, offs, mask, SECOND, CFG.second, FAST, CFG)
+    c = read(pointers, offs, mask, THIRD, CFG.third, FAST, CFG)
+    d = read(pointers, offs, mask, FOURTH, CFG.fourth, FAST, CFG)
+    g = gradient(read(pointers, offs, mask, GRAD, CFG.grad, FAST, CFG), p, row, CFG)
     u, m, previous, x, y, z = moved(g, a, b, c, d, row, CFG)
     return p, g, u, m, previous, x, y, z
 
@@ -210,11 +215,11 @@ def load_moved(pointers, offs, mask, row, NEEDS_PARAM: tl.constexpr, FAST: tl.co
 def store_moments(pointers, offs, x, y, z, mask, FAST: tl.constexpr, CFG: tl.constexpr):
     """Store the state columns that the rule moves."""
     if (CFG.rule == "adam") or (CFG.rule == "lion") or (CFG.rule == "sgd" and CFG.moves):
-        write(pointers, offs, x, mask, FIRST, CFG.first, FAST)
+        write(pointers, offs, x, mask, FIRST, CFG.first, FAST, CFG)
     if CFG.rule == "adam":
-        write(pointers, offs, y, mask, SECOND, CFG.second, FAST)
+        write(pointers, offs, y, mask, SECOND, CFG.second, FAST, CFG)
         if CFG.amsgrad:
-            write(pointers, offs, z, mask, THIRD, CFG.third, FAST)
+            write(pointers, offs, z, mask, THIRD, CFG.third, FAST, CFG)
 
 
 @triton.jit
@@ -223,9 +228,9 @@ def store_param(pointers, offs, new, mask, keys, FAST: tl.constexpr, CFG: tl.con
     rounded = store(new, offs, keys, CFG)
     pointer = column(pointers, PARAM, CFG.param, FAST) + offs
     if FAST:
-        tl.store(pointer, rounded)
+        tl.store(pointer, rounded, eviction_policy=CFG.keep)
     else:
-        tl.store(pointer, rounded, mask=mask)
+        tl.store(pointer, rounded, mask=mask, eviction_policy=CFG.keep)
 
 
 @triton.jit

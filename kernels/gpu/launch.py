@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,18 +12,23 @@ from torch import Tensor
 
 from . import batch as sizes
 from .batch import Batch
-from .config import PARTIALS, SUM_COLUMNS, Config
+from .config import PARTIALS, SUM_COLUMNS, Config, derived
 from .numbers import numbers_kernel
 from .repair import repair_kernel
+from .sample import SLOTS, bracket_kernel, digits_kernel, sample_kernel, spread_kernel, whole_kernel
 from .selective_step import selective_step_kernel
 from .settle import TINY, find_kernel, settle_kernel, ties_kernel
-from .statistics import report_kernel, seen_kernel, strengths_kernel, sums_kernel
+from .statistics import report_kernel, seen_kernel, sums_kernel
+from .strengths import strengths_kernel
+from .summed_step import summed_step_kernel
 from .tables import cdiv, power_of_two
-from .top_k import DIGIT, rank_kernel, sample_kernel
+from .top_k import DIGIT
 
+STEP_WARPS = 4  # of a program of `BLOCK` elements
 BINS = 2048  # parts of a bracket's histogram
-RANK_BLOCK = 4096  # scores that a ranking program looks at at a time
+WHOLE_BLOCK = 4096  # scores that a program which ranks a small tensor looks at at a time
 REPAIR_BLOCK = 2048
+KEEP_SUMS, KEEP_STEP = "evict_last", "evict_first"  # of what the sums load, the step's own has no further use
 WIDTH = 4.0  # half the bracket, in standard deviations of the sampled rank
 
 
@@ -54,7 +58,7 @@ class Step:
         # where nothing is undecided, one pass can do all: the rule has to be one whose update can be formed again from
         # the state that it has stored, exactly
         whole = all(d == tl.float32 for d in (self.cfg.param, self.cfg.first, self.cfg.second))
-        bracketed = batch.top_k is not None and batch.top_k.bracketed is not None
+        bracketed = batch.top_k is not None and batch.top_k.bracketed
         self.one_pass = bracketed and self.fixed and self.cfg.rule == "adam" and whole and not self.cfg.coupled
         self.bracketed = bracketed
         self.nothing = torch.empty(0, dtype=torch.int32, device=batch.device)
@@ -65,14 +69,16 @@ class Step:
 
     def __call__(self) -> Tensor | None:
         """Everything; the sums of `spec.Sums` by tensor, float64 [tensors, 7], where statistics are wanted."""
-        cfg = self.cfg
+        cfg, batch = self.cfg, self.batch
         if cfg.statistics:
-            self.partials = self.empty(self.batch.programs * PARTIALS.value)
+            self.partials = self.empty(batch.programs * PARTIALS.value)
         self.find_thresholds()
-        if not self.fixed:
-            self._sum()
-        if self.one_pass:
-            self._count_and_settle(replace(cfg, bracketed=True))
+        if batch.sum_work is not None:
+            self._sum_sampled(batch.sum_work)
+        if batch.summed_work is not None:
+            self._summed_pass(batch.summed_work)
+        elif self.one_pass:
+            self._count_and_settle(derived(cfg, bracketed=True))
         else:
             self._pass(cfg, self.nothing, self.nothing)
         return self._report() if cfg.statistics else None
@@ -87,53 +93,69 @@ class Step:
             tables.pointers, tables.facts, tables.ranks, tables.tensors, FIXED=self.fixed, CFG=self.cfg,
             BLOCK=128)  # fmt: skip
         if batch.seen_work is not None:
-            run(seen_kernel, batch.seen_work.shape[0], tables.ranks, batch.seen_work, tables.pointers, tables.facts,
-                BLOCK=sizes.SEEN_BLOCK, PARTS=sizes.SEEN_PARTS, CFG=self.cfg)  # fmt: skip
+            for work, parts in ((batch.peek_work, 1), (batch.seen_work, sizes.SEEN_PARTS)):
+                run(seen_kernel, work.shape[0], tables.ranks, work, tables.pointers, tables.facts,
+                    BLOCK=sizes.SEEN_BLOCK, PARTS=parts, CFG=self.cfg)  # fmt: skip
         if batch.top_k is not None:
             self._rank()
         if self.bracketed and not self.one_pass:
-            self._count_and_settle(replace(self.cfg, bracketed=True, writes=False, statistics=False))
+            self._count_and_settle(derived(self.cfg, bracketed=True, writes=False, statistics=False))
 
     def _pass(self, cfg: Config, marks: Tensor, histograms: Tensor) -> None:
         batch, tables = self.batch, self.tables
         run(selective_step_kernel, batch.programs, marks, histograms, self.partials, batch.chunks, tables.pointers,
-            tables.numbers, tables.ranks, tables.facts, tables.keys, FUNCTION=self.function, BINS=BINS,
-            CFG=cfg)  # fmt: skip
+            tables.numbers, tables.ranks, tables.facts, tables.keys, FUNCTION=self.function, BINS=BINS, CFG=cfg,
+            warps=STEP_WARPS)  # fmt: skip
 
     def _rank(self) -> None:
+        """From samples to thresholds (small tensors, and sampled quantiles) or brackets."""
         top_k, tables = self.batch.top_k, self.tables
         assert top_k is not None
+        cfg = derived(self.cfg, bracketed=False, writes=False, statistics=False)
         samples = self.empty(top_k.total_samples, torch.int32)
-        cfg = replace(self.cfg, bracketed=False, writes=False, statistics=False)
-        run(sample_kernel, top_k.sample_work.shape[0], samples, top_k.sample_work, tables.pointers, tables.numbers,
-            tables.facts, tables.keys, CFG=cfg, BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
-        run(rank_kernel, top_k.ranked.shape[0], tables.ranks, samples, tables.facts, top_k.ranked, WIDTH,
-            SAMPLED=top_k.bracketed is None, BLOCK=RANK_BLOCK, warps=8)  # fmt: skip
+        slots = SLOTS.value * DIGIT.value
+        count = 0 if top_k.large is None else top_k.large.shape[0]
+        counts = torch.zeros(count * (slots + 2), dtype=torch.int32, device=self.batch.device)
+        histograms, spreads = counts[: count * slots], counts[count * slots :]
+        run(sample_kernel, top_k.sample_work.shape[0], samples, histograms, top_k.sample_work, tables.pointers,
+            tables.numbers, tables.facts, tables.keys, CFG=cfg, BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
+        if top_k.whole is not None:
+            run(whole_kernel, top_k.whole.shape[0], tables.ranks, samples, tables.facts, top_k.whole,
+                BLOCK=WHOLE_BLOCK)  # fmt: skip
+        if top_k.large is None:
+            return
+        work, programs, sampled = top_k.drawn_work, top_k.drawn_work.shape[0], top_k.sampled
+        if not sampled:
+            run(spread_kernel, programs, spreads, samples, histograms, work, tables.ranks, tables.facts,
+                BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
+        for level in (1, 2) if sampled else (1,):
+            run(digits_kernel, programs, histograms, spreads, samples, work, tables.ranks, tables.facts, WIDTH,
+                SAMPLED=sampled, LEVEL=level, BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
+        run(bracket_kernel, count, tables.ranks, histograms, spreads, tables.facts, top_k.large, WIDTH,
+            SAMPLED=sampled)  # fmt: skip
 
     def _count_and_settle(self, cfg: Config) -> None:
         """The pass over everything, then the undecided elements. Without `cfg.writes` only thresholds are found."""
         batch, tables, top_k = self.batch, self.tables, self.batch.top_k
         assert top_k is not None
-        assert top_k.bracketed is not None
-        zeros = torch.zeros(2 + tables.tensors + 6 * DIGIT.value + tables.tensors * BINS, dtype=torch.int32,
-                            device=batch.device)  # fmt: skip
-        at = 2 + tables.tensors
-        broken, meeting = zeros[: at - 1], zeros[at - 1 : at]
-        exact, histograms = zeros[at : at + 6 * DIGIT.value], zeros[at + 6 * DIGIT.value :]
+        assert top_k.large is not None
+        count = top_k.large.shape[0]
+        zeros = torch.zeros(2 + count + 6 * DIGIT.value + count * BINS, dtype=torch.int32, device=batch.device)
+        broken, meeting = zeros[: 1 + count], zeros[1 + count : 2 + count]
+        exact, histograms = zeros[2 + count :][: 6 * DIGIT.value], zeros[2 + count + 6 * DIGIT.value :]
         marks = self.empty(batch.programs * (cfg.block // 32), torch.int32)
-        tiny = self.empty(tables.tensors * 2 * TINY, torch.int32)
+        tiny = self.empty(count * 2 * TINY, torch.int32)
         if cfg.statistics:
             self.settled = self.empty(top_k.settle_work.shape[0] * PARTIALS.value)
             self.tied = torch.zeros(tables.tensors * PARTIALS.value, dtype=torch.float32, device=batch.device)
         self._pass(cfg, marks, histograms)
-        again = replace(cfg, recomputed=cfg.writes)
-        count = top_k.bracketed.shape[0]
-        run(find_kernel, count, tables.ranks, histograms, broken, top_k.bracketed, BINS=BINS)
+        again = derived(cfg, recomputed=cfg.writes)
+        run(find_kernel, count, tables.ranks, histograms, broken, top_k.large, tables.facts, BINS=BINS)
         run(settle_kernel, top_k.settle_work.shape[0], self.settled, tiny, marks, top_k.settle_work, tables.pointers,
-            tables.numbers, tables.ranks, tables.facts, TINY=TINY, BINS=BINS, WIDE=sizes.SETTLE_WIDE, CFG=again,
-            warps=8)  # fmt: skip
-        run(ties_kernel, count, self.tied, tiny, broken, top_k.bracketed, tables.pointers, tables.numbers,
-            tables.ranks, TINY=TINY, BINS=BINS, CFG=again)  # fmt: skip
+            tables.numbers, tables.ranks, tables.facts, TINY=TINY, BINS=BINS, WORDS=sizes.SETTLE_WORDS,
+            CFG=again)  # fmt: skip
+        run(ties_kernel, count, self.tied, tiny, broken, top_k.large, tables.pointers, tables.numbers, tables.ranks,
+            tables.facts, TINY=TINY, BINS=BINS, CFG=again)  # fmt: skip
         self._repair(again, broken, meeting, exact)
 
     def _repair(self, cfg: Config, broken: Tensor, meeting: Tensor, histograms: Tensor) -> None:
@@ -149,18 +171,27 @@ class Step:
             tables.numbers, tables.ranks, tables.facts, programs, BINS=BINS, PROGRAMS=power_of_two(programs),
             BLOCK=REPAIR_BLOCK, CFG=cfg, warps=8)  # fmt: skip
 
-    def _sum(self) -> None:
-        batch, tables = self.batch, self.tables
-        assert batch.sum_work is not None
-        sums = self.empty(batch.sum_work.shape[0] * SUM_COLUMNS.value)
-        cfg = replace(self.cfg, writes=False, statistics=False)
-        run(sums_kernel, batch.sum_work.shape[0], tables.ranks, sums, batch.sum_work, tables.pointers, tables.numbers,
-            tables.facts, tables.keys, FUNCTION=self.function, CFG=cfg, BLOCK=sizes.SUM_BLOCK)  # fmt: skip
+    def _sum_sampled(self, work: Tensor) -> None:
+        tables, cfg = self.tables, derived(self.cfg, writes=False, statistics=False)
+        sums = self.empty(work.shape[0] * SUM_COLUMNS.value)
+        run(sums_kernel, work.shape[0], sums, work, tables.pointers, tables.numbers, tables.ranks, tables.facts,
+            tables.keys, FUNCTION=self.function, CFG=cfg, BLOCK=sizes.SUM_BLOCK)  # fmt: skip
         run(strengths_kernel, tables.tensors, tables.numbers, sums, tables.hyper, tables.pointers, tables.ranks,
             tables.facts, CFG=cfg, BLOCK=512)  # fmt: skip
 
+    def _summed_pass(self, work: Tensor) -> None:
+        """Exact sums, strengths and the step in one launch."""
+        tables, cfg, count = self.tables, self.cfg, self.tables.tensors
+        sums = self.empty(sum(self.batch.sums) * SUM_COLUMNS.value)
+        waits = torch.zeros(1 + 2 * count, dtype=torch.int32, device=self.batch.device)
+        run(summed_step_kernel, work.shape[0], self.partials, sums, waits[:1], waits[1 : 1 + count], waits[1 + count :],
+            work, tables.pointers, tables.numbers, tables.hyper, tables.ranks, tables.facts, tables.keys,
+            FUNCTION=self.function, PARTS=sizes.SUM_PARTS, STEPS=sizes.SUM_STEPS,
+            CFG=derived(cfg, keep=KEEP_STEP),
+            SUMS_CFG=derived(cfg, writes=False, statistics=False, keep=KEEP_SUMS), warps=STEP_WARPS)  # fmt: skip
+
     def _report(self) -> Tensor:
-        tables, cfg = self.tables, replace(self.cfg, bracketed=self.one_pass)
+        tables, cfg = self.tables, derived(self.cfg, bracketed=self.one_pass)
         out = torch.empty(tables.tensors, 7, dtype=torch.float64, device=self.batch.device)
         run(report_kernel, tables.tensors, out, self.partials, self.settled, self.tied, self.repaired, tables.numbers,
             tables.hyper, tables.ranks, tables.facts, getattr(self, "repairers", 1), FIXED=self.fixed, CFG=cfg,

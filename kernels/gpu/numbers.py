@@ -21,9 +21,9 @@ from .config import (
     NUMBERS,
     RANKS,
     RATE,
-    ROOT,
     SEEN,
     STEP,
+    UNBIAS,
     UNDAMPED,
     USER,
     W1,
@@ -60,16 +60,16 @@ def _random(keys_ptr, facts_ptr, clock_ptr, t, mask, FACTS_: tl.constexpr):
 
 @triton.jit
 def _adam(out, pointers, hyper_ptr, mask):
-    """Count the step of each tensor; its learning rate over 1 - beta1^t, and the root of 1 - beta2^t."""
+    """Count the step of each tensor; its learning rate over 1 - beta1^t, and 1 over the root of 1 - beta2^t."""
     counter = tl.load(pointers + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
     count = tl.load(counter, mask=mask, other=0.0) + 1.0
     tl.store(counter, count, mask=mask)
     lr, beta1, beta2 = tl.load(hyper_ptr + LR), tl.load(hyper_ptr + BETA1), tl.load(hyper_ptr + BETA2)
     t = count.to(tl.float64)
     rate = lr / (1.0 - tl.exp(t * tl.log(t * 0.0 + beta1)))
-    root = tl.sqrt(1.0 - tl.exp(t * tl.log(t * 0.0 + beta2)))
+    unbias = 1.0 / tl.sqrt(1.0 - tl.exp(t * tl.log(t * 0.0 + beta2)))
     tl.store(out + RATE, rate.to(tl.float32), mask=mask)
-    tl.store(out + ROOT, root.to(tl.float32), mask=mask)
+    tl.store(out + UNBIAS, unbias.to(tl.float32), mask=mask)
     factor = t * 0.0 + 1.0 - lr * tl.load(hyper_ptr + WEIGHT_DECAY)
     tl.store(out + FACTOR, factor.to(tl.float32), mask=mask)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,21 +12,9 @@ from ..reference.rules import begin
 from ..spec import AdamRule, Draw, Item, ItemList, Rule, Selection, SGDRule, Strength, SumsTable
 from .batch import Batch
 from .config import Config
-from .configure import configure, hyper_parameters
+from .configure import configure, hyper_parameters, static_key
 from .launch import Step, on
 from .layout import arrange, order_matters
-from .tables import STATE
-
-
-def _signature(items: Sequence[Item], rule: Rule) -> list[tuple[Any, ...]]:
-    """What the tables depend on, addresses aside. Looked at in every step, so no more than that."""
-    name = STATE[type(rule)][0]
-    return [
-        (i.param.dtype, i.grad.dtype, i.param.numel(), i.grad.numel(), i.grad.is_contiguous(), i.param.is_contiguous(),
-         None if (first := i.state.get(name)) is None else first.dtype)
-        for i in items
-    ]  # fmt: skip
-
 
 _NOTHING = torch.zeros(0, 7, dtype=torch.float64, device="cpu")
 
@@ -39,7 +26,7 @@ class Plan:
         self, items: Sequence[Item], rule: Rule, selection: Selection, strength: Strength, draw: Draw,
         statistics: bool, begins: Sequence[bool],
     ) -> None:  # fmt: skip
-        self.signature = _signature(items, rule)
+        self.key = static_key(rule, selection, strength, draw, statistics)
         together: dict[tuple[Config, torch.device, bool], list[int]] = {}
         for index, item in enumerate(items):
             cfg = configure(item, rule, selection, strength, draw, statistics, begins[index])
@@ -53,13 +40,10 @@ class Plan:
     def fits(
         self, items: Sequence[Item], rule: Rule, selection: Selection, strength: Strength, draw: Draw, statistics: bool
     ) -> bool:
-        """Whether the batches are still right for these items; addresses and numbers may have changed."""
-        if len(items) != len(self.signature):
+        """Whether the batches are still right for these items: only gradients may be elsewhere, and numbers changed."""
+        if len(items) != len(self.numels) or static_key(rule, selection, strength, draw, statistics) != self.key:
             return False
-        for batch in self.batches:
-            if configure(items[batch.members[0]], rule, selection, strength, draw, statistics) != batch.cfg:
-                return False
-        return _signature(items, rule) == self.signature
+        return all(batch.fits(items) for batch in self.batches)
 
     def run(
         self, items: Sequence[Item], rule: Rule, selection: Selection, strength: Strength, draw: Draw

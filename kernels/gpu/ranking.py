@@ -40,7 +40,7 @@ def ranks(score: Tensor) -> bool:
 def chosen_kernel(out_ptr, pointers_ptr, ranks_ptr, numel, CFG: tl.constexpr, BLOCK: tl.constexpr):
     """Writes 1 where a score is selected and 0 elsewhere. Reads every score once, writes a byte for each."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    score = read(pointers_ptr, offs, offs < numel, FIRST, CFG.first, False)
+    score = read(pointers_ptr, offs, offs < numel, FIRST, CFG.first, False, CFG)
     above, _ = by_rank(offs, key_of(score), ranks_ptr)
     tl.store(out_ptr + offs, above.to(tl.int8), mask=offs < numel)
 

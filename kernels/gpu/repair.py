@@ -27,18 +27,15 @@ def _meet(counter_ptr, target):
 
 
 @triton.jit
-def _digits(pointers, row, start, end, numel, prefix, TAKEN: tl.constexpr, TO: tl.constexpr, BLOCK: tl.constexpr,
-            CFG: tl.constexpr):  # fmt: skip
-    histogram = tl.zeros([DIGIT], tl.int32)
+def _count_digits(histogram_ptr, pointers, row, start, end, numel, prefix, taken, to, BLOCK: tl.constexpr,
+                  CFG: tl.constexpr):  # fmt: skip
+    """Count the key digits that begin at bit `to`, of the keys that begin with `prefix` (`taken` bits)."""
     for at in range(start, end, BLOCK):
         offs = at + tl.arange(0, BLOCK)
-        inside = offs < numel
-        key, _, _, _ = keys_at(pointers, row, offs, inside, False, CFG)
-        if TAKEN > 0:
-            inside = inside & ((key >> (32 - TAKEN)) == prefix)
-        digit = (key >> TO) & (DIGIT - 1 if TAKEN < 22 else 1023)
-        histogram += tl.histogram(tl.where(inside, digit, 0).to(tl.int32), DIGIT, mask=inside)
-    return histogram
+        key, _, _, _ = keys_at(pointers, row, offs, offs < numel, False, CFG)
+        inside = (offs < numel) & ((key.to(tl.uint64) >> (32 - taken).to(tl.uint64)) == prefix.to(tl.uint64))
+        digit = (key >> to.to(tl.uint32)) & tl.where(to == 0, 1023, 2047).to(tl.uint32)
+        tl.atomic_add(histogram_ptr + digit, 1, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -88,7 +85,7 @@ def _finish(pointers, row, ranks, start, end, numel, wanted, cutoff, BINS: tl.co
         was = (key > high) | (inside & (critical >= 0) & (place > critical))
         multiples = multiplier(chosen, u, g, row, CFG)
         exact = stepped(p, p, u, multiples, row, CFG)
-        corrected = p - (multiples - multiplier(was, u, g, row, CFG)) * u
+        corrected = tl.fma(multiplier(was, u, g, row, CFG) - multiples, u, p)
         new = tl.where(undecided, exact, corrected)
         todo = mask & (undecided | (chosen != was))
         tl.store(column(pointers, PARAM, CFG.param, False) + offs, narrow(new, CFG.param), mask=todo)
@@ -121,19 +118,19 @@ def repair_kernel(
         histograms = histograms_ptr + (i % 2) * (3 * DIGIT)
         left, prefix = tl.load(ranks + WANTED).to(tl.int32), tl.full((), 0, tl.uint32)
         places = tl.arange(0, DIGIT)
-        for digit in tl.static_range(3):
-            mine = _digits(pointers, row, start, end, numel, prefix, 11 * digit, 21 - 11 * digit if digit < 2 else 0,
-                           BLOCK, CFG)  # fmt: skip
-            tl.atomic_add(histograms + digit * DIGIT + places, mine, mask=mine > 0)
+        to = left * 0 + 21
+        for digit in range(3):
+            taken = 11 * digit + left * 0
+            _count_digits(histograms + digit * DIGIT, pointers, row, start, end, numel, prefix, taken, to, BLOCK, CFG)
             met += programs
             _meet(meeting_ptr, met)
-            if digit == 0:
-                if pid == 0:  # everybody is done with the last tensor's histograms
-                    other = histograms_ptr + ((i + 1) % 2) * (3 * DIGIT)
-                    for k in tl.static_range(3):
-                        tl.store(other + k * DIGIT + places, tl.zeros([DIGIT], tl.int32))
+            if (digit == 0) & (pid == 0):  # everybody is done with the last tensor's histograms
+                other = histograms_ptr + ((i + 1) % 2) * (3 * DIGIT)
+                for k in range(3):
+                    tl.store(other + k * DIGIT + places, tl.zeros([DIGIT], tl.int32))
             found, left, _ = descend(tl.load(histograms + digit * DIGIT + places, cache_modifier=".cg"), left)
-            prefix = (prefix << (11 if digit < 2 else 10)) | found
+            prefix = (prefix << tl.where(digit < 2, 11, 10).to(tl.uint32)) | found
+            to = tl.maximum(to - 11, 0)
         equal = _equal(pointers, row, start, end, numel, prefix, BLOCK, CFG)
         tl.store(equals_ptr + pid, equal)
         met += programs

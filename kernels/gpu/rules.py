@@ -1,8 +1,9 @@
 """The rules on a block of elements, in registers: gradient, update, momentum, and the state that is to be stored.
 
-The same operations in the same order as `kernels/reference/rules.py`, each rounded by itself: the kernels are compiled
-without contracting products and sums to fused multiply-adds, and divide and take roots to the nearest. So a score is
-the same bits in every kernel that forms it.
+The same rules as `kernels/reference/rules.py`. The kernels are compiled without contracting products and sums to fused
+multiply-adds: those that are wanted are written, so that a score is the same bits in every kernel that forms it.
+Division and root are the GPU's fast ones, off by two units in the last place at most: docs/kernels.md says what the
+correctly rounded ones cost.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .config import (
     LOOKAHEAD,
     MOMENTUM,
     RATE,
-    ROOT,
+    UNBIAS,
     UNDAMPED,
     W1,
     W2,
@@ -27,7 +28,8 @@ from .config import (
 @triton.jit
 def lerp(start, end, weight):
     """start + weight (end - start), exactly `end` at a weight of 1: torch.lerp."""
-    return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1.0 - weight))
+    apart = end - start
+    return tl.where(weight < 0.5, tl.fma(weight, apart, start), end - apart * (1.0 - weight))
 
 
 @triton.jit
@@ -36,7 +38,7 @@ def gradient(g, p, row, CFG: tl.constexpr):
     if CFG.maximize:
         g = -g
     if CFG.coupled:
-        g = g + tl.load(row + DECAY) * p
+        g = tl.fma(tl.load(row + DECAY), p, g)
     return g
 
 
@@ -46,7 +48,7 @@ def _adam(g, a, b, c, row, CFG: tl.constexpr):
         m, v, largest = a, b, c
     else:
         m = lerp(a, g, tl.load(row + W1))
-        v = b * tl.load(row + B2) + tl.load(row + W2) * (g * g)
+        v = tl.fma(tl.load(row + B2), b, tl.load(row + W2) * (g * g))
         largest = c
         if CFG.amsgrad:
             # as torch.maximum: NaN wins
@@ -54,8 +56,7 @@ def _adam(g, a, b, c, row, CFG: tl.constexpr):
     under = v
     if CFG.amsgrad:
         under = largest
-    below = tl.div_rn(tl.sqrt_rn(under), tl.zeros_like(under) + tl.load(row + ROOT)) + tl.load(row + EPS)
-    u = tl.div_rn(m, below) * tl.load(row + RATE)
+    u = m / tl.fma(tl.load(row + UNBIAS), tl.sqrt(under), tl.load(row + EPS)) * tl.load(row + RATE)
     return u, m, v, largest
 
 
@@ -68,10 +69,10 @@ def _sgd(g, a, row, CFG: tl.constexpr):
         if CFG.begins:
             m = g
         else:
-            m = a * momentum + tl.load(row + UNDAMPED) * g
+            m = tl.fma(momentum, a, tl.load(row + UNDAMPED) * g)
         direction = m
         if CFG.nesterov:
-            direction = g + momentum * m
+            direction = tl.fma(momentum, m, g)
         u = direction * tl.load(row + RATE)
     return u, m
 
@@ -116,7 +117,7 @@ def score_of(g, u, m, row, CFG: tl.constexpr):
     elif CFG.score == "momentum":
         x = m * g
     elif CFG.rule == "sgd":
-        x = (g + tl.load(row + MOMENTUM) * m) * g
+        x = tl.fma(tl.load(row + MOMENTUM), m, g) * g
     else:
         x = lerp(g, m, tl.load(row + LOOKAHEAD)) * g
     return x

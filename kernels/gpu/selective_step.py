@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .config import CHUNK_AT, FACTS, KEYS, NUMBERS, NUMEL, PARTIALS, RANKS
+from .config import CHUNK_AT, FACTS, KEYS, LARGE, NUMBERS, NUMEL, PARTIALS, RANKS
 from .elements import (
     is_aligned,
     load_moved,
@@ -55,6 +55,28 @@ def _block(
 
 
 @triton.jit
+def step_chunk(
+    t, chunk, marks_ptr, histograms_ptr, partials_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr,
+    FUNCTION: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
+):  # fmt: skip
+    """One block of `CFG.block` elements of tensor `t`: vector loads where it is complete and aligned, else masked."""
+    BLOCK: tl.constexpr = CFG.block
+    pointers, row = pointers_of(pointers_ptr, t), row_of(numbers_ptr, t, NUMBERS)
+    ranks, facts, keys = row_of(ranks_ptr, t, RANKS), row_of(facts_ptr, t, FACTS), row_of(keys_ptr, t, KEYS)
+    start = chunk.to(tl.int64) * BLOCK
+    numel, at = tl.load(facts + NUMEL), tl.load(facts + CHUNK_AT) + chunk
+    marks, partial = marks_ptr + at * (BLOCK // 32), partials_ptr + at * PARTIALS
+    histogram = histograms_ptr + tl.load(facts + LARGE) * BINS
+    offs = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
+    if (start + BLOCK <= numel) & is_aligned(pointers):
+        _block(offs, offs >= 0, pointers, row, ranks, facts, keys, marks, histogram, partial,
+               FUNCTION, True, BINS, CFG)  # fmt: skip
+    else:
+        _block(offs, offs < numel, pointers, row, ranks, facts, keys, marks, histogram, partial,
+               FUNCTION, False, BINS, CFG)  # fmt: skip
+
+
+@triton.jit
 def selective_step_kernel(
     marks_ptr, histograms_ptr, partials_ptr,
     chunks_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr,
@@ -69,24 +91,8 @@ def selective_step_kernel(
     element (marks) and an atomic addition for each of the few scores inside of the bracket; `CFG.statistics` 20 bytes
     a program. Arithmetic in float32, one rounding at each store. In place: every element is read and written by the
     one program that owns it; a given update may lie in the parameter's memory.
-
-    Blocks that are complete, of tensors whose addresses are all multiples of 16, take vector loads; the others masked
-    ones.
     """
-    BLOCK: tl.constexpr = CFG.block
     program = tl.program_id(0)
     t, chunk = tl.load(chunks_ptr + 2 * program), tl.load(chunks_ptr + 2 * program + 1)
-    pointers, row = pointers_of(pointers_ptr, t), row_of(numbers_ptr, t, NUMBERS)
-    ranks, facts, keys = row_of(ranks_ptr, t, RANKS), row_of(facts_ptr, t, FACTS), row_of(keys_ptr, t, KEYS)
-    start = chunk.to(tl.int64) * BLOCK
-    numel = tl.load(facts + NUMEL)
-    marks = marks_ptr + (tl.load(facts + CHUNK_AT) + chunk) * (BLOCK // 32)
-    histogram = histograms_ptr + t.to(tl.int64) * BINS
-    partial = partials_ptr + (tl.load(facts + CHUNK_AT) + chunk) * PARTIALS
-    offs = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
-    if (start + BLOCK <= numel) & is_aligned(pointers):
-        _block(offs, offs >= 0, pointers, row, ranks, facts, keys, marks, histogram, partial,
-               FUNCTION, True, BINS, CFG)  # fmt: skip
-    else:
-        _block(offs, offs < numel, pointers, row, ranks, facts, keys, marks, histogram, partial,
-               FUNCTION, False, BINS, CFG)  # fmt: skip
+    step_chunk(t, chunk, marks_ptr, histograms_ptr, partials_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
+               keys_ptr, FUNCTION, BINS, CFG)  # fmt: skip

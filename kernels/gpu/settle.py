@@ -15,6 +15,7 @@ from .config import (
     EXACT,
     FACTS,
     HIGH,
+    LARGE,
     LEFT,
     LOW,
     MODE,
@@ -40,16 +41,16 @@ def _note(broken_ptr, t):
 
 
 @triton.jit
-def find_kernel(ranks_ptr, histograms_ptr, broken_ptr, tensors_ptr, BINS: tl.constexpr):
+def find_kernel(ranks_ptr, histograms_ptr, broken_ptr, tensors_ptr, facts_ptr, BINS: tl.constexpr):
     """One tensor a program: the histogram's bin that holds the K-th score, and the rank inside of it.
 
     CRITICAL becomes that bin, BINS where nothing of the bracket is selected, -1 where the bracket has missed.
     """
     t = tl.load(tensors_ptr + tl.program_id(0))
-    ranks = row_of(ranks_ptr, t, RANKS)
+    ranks, large = row_of(ranks_ptr, t, RANKS), tl.load(row_of(facts_ptr, t, FACTS) + LARGE)
     if tl.load(ranks + MODE) == BRACKET:
         places = tl.arange(0, BINS)
-        histogram = tl.load(histograms_ptr + t.to(tl.int64) * BINS + places)
+        histogram = tl.load(histograms_ptr + large * BINS + places)
         total = tl.sum(histogram)
         rank = tl.load(ranks + WANTED) - tl.load(ranks + COUNTED)
         from_here = total - tl.cumsum(histogram, 0) + histogram
@@ -73,56 +74,70 @@ def decide(pointers, row, offs, todo, chosen, u, g, p, CFG: tl.constexpr):
 
 
 @triton.jit
+def _lowest(bits):
+    """The place (0 to 31) of the lowest bit that is set in each uint32; anything where none is."""
+    lowest = bits & ((bits ^ 0xFFFFFFFF) + 1)
+    return (lowest.to(tl.float32).to(tl.uint32, bitcast=True) >> 23).to(tl.int32) - 127
+
+
+@triton.jit
+def _list(tiny_ptr, ranks, offs, key, listed, TINY: tl.constexpr):
+    """Append elements to a tensor's list; those that do not fit are only counted."""
+    index = tl.atomic_add(ranks + TIED + offs * 0, tl.full(offs.shape, 1, tl.int64), mask=listed, sem="relaxed")
+    fits = listed & (index < TINY)
+    tl.store(tiny_ptr + index, offs.to(tl.uint32).to(tl.int32, bitcast=True), mask=fits)
+    tl.store(tiny_ptr + TINY + index, key.to(tl.int32, bitcast=True), mask=fits)
+
+
+@triton.jit
 def settle_kernel(
     partials_ptr, tiny_ptr, marks_ptr, work_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
-    TINY: tl.constexpr, BINS: tl.constexpr, WIDE: tl.constexpr, CFG: tl.constexpr,
+    TINY: tl.constexpr, BINS: tl.constexpr, WORDS: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
     """Decide what lies in other bins than the critical one, and list the elements of that one.
 
-    WIDE chunks of one tensor a program. Reads a bit for each element, and for each undecided one what its score is made
-    of; writes its parameter (where `CFG.writes`). `tiny_ptr`: for each tensor TINY indices, then TINY keys.
+    WORDS words of 32 elements of one tensor a program, one element of each word at a time: few of the bits are set.
+    Reads a bit for each element, and for each undecided one what its score is made of; writes its parameter (where
+    `CFG.writes`). `tiny_ptr`: for each tensor TINY indices, then TINY keys.
     """
     program = tl.program_id(0)
-    t, group = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
+    t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
     ranks, facts, row = row_of(ranks_ptr, t, RANKS), row_of(facts_ptr, t, FACTS), row_of(numbers_ptr, t, NUMBERS)
-    partial = partials_ptr + program.to(tl.int64) * PARTIALS
+    pointers, tiny = pointers_of(pointers_ptr, t), tiny_ptr + tl.load(facts + LARGE) * (2 * TINY)
     critical = tl.load(ranks + CRITICAL)
-    count, masked = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
-    if (tl.load(ranks + MODE) == BRACKET) & (critical >= 0):
-        BLOCK: tl.constexpr = CFG.block
-        PER: tl.constexpr = BLOCK // 32
-        chunk = group.to(tl.int64) * WIDE
-        at = tl.arange(0, WIDE * PER)
-        words = tl.load(marks_ptr + (tl.load(facts + CHUNK_AT) + chunk) * PER + at,
-                        mask=chunk * PER + at < tl.load(facts + CHUNKS) * PER, other=0)  # fmt: skip
-        if tl.sum((words != 0).to(tl.int32)) > 0:
-            bits = (words[:, None] >> tl.arange(0, 32)[None, :]) & 1
-            todo = tl.reshape(bits, [WIDE * BLOCK]) != 0
-            offs = chunk * BLOCK + tl.arange(0, WIDE * BLOCK)
-            pointers = pointers_of(pointers_ptr, t)
-            key, u, g, p = keys_at(pointers, row, offs, todo, False, CFG)
-            low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
-            place = bin_of(key, low, high, BINS)
-            listed = todo & (place == critical)
-            index = tl.atomic_add(ranks + TIED + offs * 0, tl.full(offs.shape, 1, tl.int64), mask=listed, sem="relaxed")
-            tiny = tiny_ptr + t.to(tl.int64) * (2 * TINY) + index
-            tl.store(tiny, offs.to(tl.uint32).to(tl.int32, bitcast=True), mask=listed & (index < TINY))
-            tl.store(tiny + TINY, key.to(tl.int32, bitcast=True), mask=listed & (index < TINY))
-            if CFG.writes:
-                todo = todo & (place != critical)
-                chosen = place > critical
-                masked = tl.sum(decide(pointers, row, offs, todo, chosen, u, g, p, CFG))
-                count = tl.sum((todo & chosen).to(tl.float32))
+    low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
+    count, masked = tl.zeros([WORDS], tl.float32), tl.zeros([WORDS], tl.float32)
+    PER: tl.constexpr = CFG.block // 32
+    word = part.to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    bits = tl.load(
+        marks_ptr + tl.load(facts + CHUNK_AT) * PER + word, mask=word < tl.load(facts + CHUNKS) * PER, other=0
+    )
+    bits = bits.to(tl.uint32, bitcast=True)
+    if (tl.load(ranks + MODE) != BRACKET) | (critical < 0):
+        bits = bits * 0
+    remaining = tl.sum((bits != 0).to(tl.int32))
+    while remaining > 0:
+        todo = bits != 0
+        offs = word * 32 + tl.where(todo, _lowest(bits), 0)
+        key, u, g, p = keys_at(pointers, row, offs, todo, False, CFG)
+        place = bin_of(key, low, high, BINS)
+        _list(tiny, ranks, offs, key, todo & (place == critical), TINY)
+        if CFG.writes:
+            chosen = place > critical
+            todo = todo & (place != critical)
+            masked += decide(pointers, row, offs, todo, chosen, u, g, p, CFG)
+            count += (todo & chosen).to(tl.float32)
+        bits = bits & (bits - 1)
+        remaining = tl.sum((bits != 0).to(tl.int32))
     if CFG.writes and CFG.statistics:
-        tl.store(partial + tl.arange(0, 8), tl.zeros([8], tl.float32), mask=tl.arange(0, 8) < PARTIALS)
-        tl.debug_barrier()
-        tl.store(partial, count)
-        tl.store(partial + 4, masked)
+        partial = partials_ptr + program.to(tl.int64) * PARTIALS
+        tl.store(partial, tl.sum(count))
+        tl.store(partial + 4, tl.sum(masked))
 
 
 @triton.jit
 def ties_kernel(
-    partials_ptr, tiny_ptr, broken_ptr, tensors_ptr, pointers_ptr, numbers_ptr, ranks_ptr,
+    partials_ptr, tiny_ptr, broken_ptr, tensors_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
     TINY: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
     """One tensor a program: rank the listed elements, equal scores by index, step them, and keep the threshold.
@@ -139,7 +154,7 @@ def ties_kernel(
         else:
             row, pointers = row_of(numbers_ptr, t, NUMBERS), pointers_of(pointers_ptr, t)
             i = tl.arange(0, TINY)
-            tiny = tiny_ptr + t.to(tl.int64) * (2 * TINY)
+            tiny = tiny_ptr + tl.load(row_of(facts_ptr, t, FACTS) + LARGE) * (2 * TINY)
             index = tl.load(tiny + i, mask=i < listed, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
             key = tl.load(tiny + TINY + i, mask=i < listed, other=0).to(tl.uint32, bitcast=True)
             place = tl.zeros([TINY], tl.int32)

@@ -38,7 +38,10 @@ def refill(target: Tensor, values: Any) -> Tensor:
 
     While a CUDA graph is captured, the copy becomes part of it and reads that source at every replay: keep it alive.
     """
-    host = torch.tensor(values, dtype=target.dtype, device="cpu").reshape(target.shape)
+    if isinstance(values, Tensor):
+        host = values
+    else:
+        host = torch.tensor(values, dtype=target.dtype, device="cpu").reshape(target.shape)
     if target.device.type != "cpu":
         host = host.pin_memory()
     target.copy_(host, non_blocking=True)
@@ -83,6 +86,35 @@ def _work(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[i
     return upload(both, torch.int32, device), (ends - sizes).tolist()
 
 
+@functools.lru_cache(maxsize=16)
+def summed_work(
+    chunks: tuple[int, ...], sums: tuple[int, ...], together: int, held: int, device: torch.device
+) -> Tensor:
+    """The programs of `summed_step_kernel` in order: some tensors' sums, then their steps backwards.
+
+    `together`: small tensors are taken together until they have so many chunks. `held`: so many steps are left for
+    later, to fill the time until the next tensors' strengths are known.
+    """
+    order: list[Tensor] = []
+    left = torch.zeros(0, 2, dtype=torch.int64)
+    group: list[int] = []
+    for t in range(len(chunks)):
+        group.append(t)
+        if sum(chunks[i] for i in group) < together and t + 1 < len(chunks):
+            continue
+        order += [_pairs(-1 - i, range(sums[i])) for i in group] + [left]
+        steps = torch.cat([_pairs(i, range(chunks[i] - 1, -1, -1)) for i in reversed(group)])
+        keep = max(steps.shape[0] - held, 0)
+        order.append(steps[:keep])
+        left, group = steps[keep:], []
+    return upload(torch.cat([*order, left]), torch.int32, device)
+
+
+def _pairs(t: int, parts: range) -> Tensor:
+    numbers = torch.arange(parts.start, parts.stop, parts.step, device="cpu")
+    return torch.stack([torch.full_like(numbers, t), numbers], 1)
+
+
 class Tables:
     """The tables of one batch: tensors of one device that one compiled kernel can step together."""
 
@@ -106,9 +138,12 @@ class Tables:
         """Upload a whole table, unless it says so already. `values` is compared with ==."""
         if self.said.get(name) == values:
             return
-        source = refill(table, values)
+        self.keep(refill(table, values))
         self.said[name] = values
-        if table.is_cuda and torch.cuda.is_current_stream_capturing():
+
+    def keep(self, source: Tensor) -> None:
+        """Keep what a copy that became part of a CUDA graph will be read from again."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self.kept.append(source)
 
 

@@ -1,0 +1,98 @@
+"""From the sums of a tensor to its two multipliers: as `kernels/reference/strengths.py`, float64 rounded once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .config import (
+    ABOVE,
+    AVERAGE,
+    BELOW,
+    DENSE,
+    FACTS,
+    MODE,
+    NUMBERS,
+    NUMEL,
+    RANKS,
+    SUM_AT,
+    SUM_COLUMNS,
+    SUM_SHIFT,
+    SUMS,
+)
+from .elements import pointers_of, row_of
+from .numbers import CAP, REST, SMOOTHING, TEMPERATURE
+
+
+@triton.jit
+def column_sum(table, at, rows, COLUMN: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of one column over these rows, in float64."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, rows, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        total += tl.load(table + (at + i) * WIDTH + COLUMN, mask=i < rows, other=0.0,
+                         cache_modifier=".cg").to(tl.float64)  # fmt: skip
+    return tl.sum(total)
+
+
+@triton.jit
+def _is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def _mean_preserving(count, numel, rest, cap):
+    share = count / numel
+    value = (1.0 - rest * (1.0 - share)) / tl.maximum(share, 0.5 / numel)
+    return tl.where(count > 0, tl.minimum(value, cap), 1.0)
+
+
+@triton.jit
+def _norm_preserving(chosen, others, rest, cap):
+    wanted = tl.maximum(chosen + others - rest * rest * others, 0.0)
+    value = tl.minimum(tl.sqrt(wanted / tl.where(chosen == 0, 1.0, chosen)), cap)
+    return tl.where((chosen != 0) & _is_finite(chosen + others), value, 1.0)
+
+
+@triton.jit
+def _alignment(average_ptr, dot, momentum_sq, grad_sq, temperature, smoothing):
+    norms = tl.sqrt(momentum_sq) * tl.sqrt(grad_sq)
+    cosine = tl.where(norms == 0, 0.0, dot / tl.where(norms == 0, 1.0, norms))
+    cosine = tl.where(_is_finite(cosine), cosine, 0.0)
+    aligned = 1.0 / (1.0 + tl.exp(-cosine / temperature))
+    new = (smoothing * tl.load(average_ptr).to(tl.float64) + (1.0 - smoothing) * aligned).to(tl.float32)
+    tl.store(average_ptr, new)
+    return new.to(tl.float64)
+
+
+@triton.jit
+def strengthen(t, numbers_ptr, sums_ptr, hyper_ptr, pointers_ptr, ranks_ptr, facts_ptr, BLOCK: tl.constexpr,
+               CFG: tl.constexpr):  # fmt: skip
+    """Put the two multipliers of tensor `t` into its row of numbers. Moves the average of an alignment."""
+    facts, row = row_of(facts_ptr, t, FACTS), row_of(numbers_ptr, t, NUMBERS)
+    at, rows = tl.load(facts + SUM_AT), tl.load(facts + SUMS).to(tl.int32)
+    rest, cap = tl.load(hyper_ptr + REST), tl.load(hyper_ptr + CAP)
+    first = column_sum(sums_ptr, at, rows, 0, SUM_COLUMNS, BLOCK)
+    if CFG.strength == "mean_preserving":
+        shift = tl.load(facts + SUM_SHIFT)
+        sampled = tl.full((), 8, tl.int64) << tl.maximum(shift, 0)
+        above = _mean_preserving(first, tl.where(shift < 0, tl.load(facts + NUMEL), sampled).to(tl.float64), rest, cap)
+    elif CFG.strength == "norm_preserving":
+        above = _norm_preserving(first, column_sum(sums_ptr, at, rows, 1, SUM_COLUMNS, BLOCK), rest, cap)
+    else:
+        average_ptr = tl.load(pointers_of(pointers_ptr, t) + AVERAGE).to(tl.pointer_type(tl.float32))
+        second = column_sum(sums_ptr, at, rows, 1, SUM_COLUMNS, BLOCK)
+        third = column_sum(sums_ptr, at, rows, 2, SUM_COLUMNS, BLOCK)
+        above = _alignment(average_ptr, first, second, third, tl.load(hyper_ptr + TEMPERATURE),
+                           tl.load(hyper_ptr + SMOOTHING))  # fmt: skip
+    dense = tl.load(row_of(ranks_ptr, t, RANKS) + MODE) == DENSE
+    tl.store(row + ABOVE, tl.where(dense, 1.0, above).to(tl.float32))
+    tl.store(row + BELOW, tl.where(dense, 1.0, rest).to(tl.float32))
+
+
+@triton.jit
+def strengths_kernel(
+    numbers_ptr, sums_ptr, hyper_ptr, pointers_ptr, ranks_ptr, facts_ptr, CFG: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One tensor a program: reads its rows of sums, writes two numbers."""
+    strengthen(tl.program_id(0), numbers_ptr, sums_ptr, hyper_ptr, pointers_ptr, ranks_ptr, facts_ptr, BLOCK, CFG)
