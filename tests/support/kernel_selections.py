@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class FarUpdates(Selection):
     """A plain function."""
 
-    threshold: float = Field(1e-3, gt=0)
+    threshold: float = Field(6e-4, gt=0)  # not the learning rate, which is what all first updates of Adam are
     reads: ClassVar = frozenset({"update"})
 
     @staticmethod
