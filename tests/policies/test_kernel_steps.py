@@ -76,7 +76,8 @@ STRENGTHS = [Fixed(selected=2, rest=0.5), MeanPreserving(rest=0.25), NormPreserv
 SELECTIONS = [FarUpdates(), AlongTheMomentum(), AlongTheMomentum(either=True)]
 TOGETHER = [
     *itertools.product(BASES, SELECTIONS, STRENGTHS[1:2], ["auto"]),
-    *itertools.product(["adamw"], SELECTIONS[1:2], STRENGTHS, ["auto", "scratch", "delta"]),
+    *itertools.product(["adamw"], SELECTIONS[1:2], [STRENGTHS[0], *STRENGTHS[2:]], ["auto"]),
+    *itertools.product(["adamw"], SELECTIONS[1:2], STRENGTHS, ["scratch", "delta"]),
     *itertools.product(["sgd", "sgd-without-momentum"], SELECTIONS[:1], STRENGTHS[:1], ["scratch", "delta"]),
 ]
 
