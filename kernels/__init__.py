@@ -10,7 +10,18 @@ if __name__ != "selective.kernels":
         name="kernels",
     )
 
-from ._dispatch import Backend, advance, apply_mask, selective_step, top_k, use_backend
+from ._dispatch import (
+    Backend,
+    advance,
+    apply_mask,
+    backend_in_use,
+    selective_step,
+    top_k,
+    use_backend,
+    why_no_function,
+    why_reference,
+)
+from ._functions import evaluate_function, function_device
 from .reference.random import sample_positions, uniform, uniform_bits
 from .reference.rules import Advanced, decay_factor
 from .spec import (
@@ -47,11 +58,16 @@ __all__ = [
     "SumsTable",
     "advance",
     "apply_mask",
+    "backend_in_use",
     "decay_factor",
+    "evaluate_function",
+    "function_device",
     "sample_positions",
     "selective_step",
     "top_k",
     "uniform",
     "uniform_bits",
     "use_backend",
+    "why_no_function",
+    "why_reference",
 ]

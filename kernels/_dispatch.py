@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from . import cpu, reference
 from .reference.rules import Advanced, has_momentum
-from .spec import Draw, Item, ItemList, Rule, Selection, Strength, Sums
+from .spec import Draw, GivenRule, Item, ItemList, Rule, Selection, Strength, Sums
 
 Backend = Literal["auto", "reference", "cpu", "gpu"]
 _standard: ContextVar[Backend] = ContextVar("standard", default="auto")
@@ -28,6 +29,11 @@ def use_backend(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _standard.reset(token)
+
+
+def backend_in_use() -> Backend:
+    """What `backend="auto"` means here and now."""
+    return _standard.get()
 
 
 def _gpu() -> ModuleType:
@@ -51,6 +57,16 @@ def why_no_triton() -> str | None:
 def why_reference(item: Item, rule: Rule) -> str | None:
     """Why a tensor on a GPU is stepped by the reference instead of by a kernel, in words; None where it is not."""
     return why_no_triton() or _gpu().unsupported(item, rule)
+
+
+def why_no_function(param: Tensor) -> str | None:
+    """Why a Triton function can't select in this parameter's step, in words; None where it can."""
+    path = _standard.get()
+    if path in ("reference", "cpu"):
+        return f"the backend is {path!r}"
+    if path == "auto" and param.device.type != "cuda":
+        return f"the parameter is on the {'CPU' if param.device.type == 'cpu' else param.device.type + ' device'}"
+    return why_reference(Item(param, param, {}, 0), GivenRule())
 
 
 def _chosen(backend: Backend) -> Backend:
@@ -82,6 +98,8 @@ def _momentum_wanted(selection: Selection, strength: Strength) -> str | None:
         return f"agreement of the {selection.product}"
     if selection.kind == "top_k" and selection.score != "update":
         return f"top-K by the {selection.score} score"
+    if selection.kind == "function" and selection.reads_momentum:
+        return "the selection's function"
     if strength.kind == "alignment":
         return "the alignment strength"
     if strength.kind == "norm_preserving" and strength.of == "momentum":
@@ -116,6 +134,18 @@ def _check(items: Sequence[Item], rule: Rule, selection: Selection, strength: St
             raise ValueError(f"{wanted} needs state['previous_momentum'] of parameter {item.address}; it was not kept")
 
 
+def _check_function(items: Sequence[Item], paths: dict[Backend, list[int]], rule: Rule) -> None:
+    """Refuse a selection by a function where it can't run. Elsewhere there is its twin, but not in the kernels."""
+    for path, chosen in paths.items():
+        if path != "gpu":
+            item = items[chosen[0]]
+            why = why_no_function(item.param) or why_reference(item, rule) or f"the backend is {path!r}"
+            raise ValueError(
+                f"the selection is a Triton function, which runs on a GPU only, and can't for parameter "
+                f"{item.address}: {why}; advance the moments, select in torch and apply the mask instead"
+            )
+
+
 @torch.no_grad()
 def selective_step(
     items: Sequence[Item],
@@ -140,13 +170,16 @@ def selective_step(
         backend: "auto" picks by device; the others are for tests.
 
     Raises:
-        ValueError, TypeError: before anything has moved, where a gradient does not fit, or where the selection or
-            the strength needs a momentum that the rule does not have.
+        ValueError, TypeError: before anything has moved, where a gradient does not fit, where the selection or
+            the strength needs a momentum that the rule does not have, or where the selection is a Triton function and
+            a tensor is not stepped by Triton kernels.
 
     On a CPU, tensor hyper-parameters are read; elsewhere the host never waits for the device. Arithmetic is float32
     (float64 for float64 parameters), state and parameter are rounded once. Agrees with torch's Adam, AdamW and SGD,
     where the mask is 1, to rounding (not bit for bit: torch fuses multiply-adds that are separate here).
     """
+    if selection.kind == "function" and why_no_triton() is None:
+        selection = replace(selection, function=_gpu().jitted(selection.function))
     how: Any = {"rule": rule, "selection": selection, "strength": strength, "draw": draw, "statistics": statistics}
     if isinstance(items, ItemList) and items.cache and _chosen(backend) in ("auto", "gpu"):
         again = _gpu().step_again(items, **how)  # everything below was found out in an earlier step
@@ -156,6 +189,8 @@ def selective_step(
     paths: dict[Backend, list[int]] = {}
     for i, item in enumerate(items):
         paths.setdefault(_implementation(item, rule, backend), []).append(i)
+    if selection.kind == "function":
+        _check_function(items, paths, rule)
     results: list[Sums | None] = [None] * len(items)
     for path, chosen in paths.items():
         module = {"cpu": cpu, "reference": reference}[path] if path != "gpu" else _gpu()

@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.capture.choose import Capture
-from selective.capture.custom import has_own_code
 from selective.capture.delta import LOW_PRECISION
+from selective.capture.described import has_own_code, specs_of, why_twin
 from selective.groups import PolicyGroup
+from selective.kernels import backend_in_use, spec, why_reference
+from selective.policies import Policy
 
 _MEMORY = {
     "dense": "none",
@@ -36,6 +38,9 @@ def explain(
             f"  momentum  {_momentum(capture, group, momentum_beta)}",
             f"  memory    {_memory(policy_group, capture, group)}",
         ]
+        selection, kernels = _selection(policy_group.policy, group), _kernels(base, group, policy_group.policy, capture)
+        lines += [f"  selection {selection}"] if selection else []
+        lines += [f"  kernels   {kernels}"] if kernels else []
         notes = _notes(capture)
         if notes:
             lines.append(f"  note      {notes}")
@@ -69,7 +74,7 @@ def _momentum(capture: Capture, group: dict[str, object], momentum_beta: float |
 
 
 def _memory(policy_group: PolicyGroup, capture: Capture, group: dict[str, Any]) -> str:
-    if capture.way == "fused" and has_own_code(policy_group.policy):
+    if capture.way == "fused" and has_own_code(policy_group.policy, group["params"]):
         return "one copy of the group's parameters during the step, because the policy is your own code"
     low = any(p.dtype in LOW_PRECISION for p in group["params"])
     if capture.way == "scratch" and capture.facts.decay == "coupled" and _decays(group):
@@ -81,6 +86,33 @@ def _memory(policy_group: PolicyGroup, capture: Capture, group: dict[str, Any]) 
             "after the base's, the update of 256 MiB at a time"
         )
     return _MEMORY[capture.way]
+
+
+def _selection(policy: Policy, group: dict[str, Any]) -> str | None:
+    """What becomes of a selection's own kernel; None where there is none."""
+    specs = specs_of(policy)
+    if specs is None or specs[0].kind != "function":
+        return None
+    why = why_twin(group["params"])
+    if why is not None:
+        return f"its select() runs, the torch twin of its kernel, because {why}"
+    return "its kernel, a Triton function, is inlined into the step"
+
+
+def _kernels(base: Optimizer, group: dict[str, Any], policy: Policy, capture: Capture) -> str | None:
+    """Whether the elements are stepped by Triton; None on the CPU, where nothing else is to be expected."""
+    params = group["params"]
+    if capture.way == "dense" or not (backend_in_use() == "gpu" or any(p.is_cuda for p in params)):
+        return None
+    if has_own_code(policy, params):
+        return "reference (plain torch), because the policy is your own code"
+    rule = spec.GivenRule() if capture.rule is None else capture.rule.rule(base, group)
+    for p in params:
+        state = {} if capture.rule is None else base.state.get(p, {})
+        why = why_reference(spec.Item(p, p if p.grad is None else p.grad, state, 0), rule)
+        if why is not None:
+            return f"reference (plain torch), because {why}"
+    return "Triton"
 
 
 def _decays(group: dict[str, Any]) -> bool:

@@ -2,11 +2,13 @@
 
 `plan.py` finds what can be launched together, `batch.py` and `tables.py` keep its tables, `launch.py` has the launches
 of a step in order. The kernels: `numbers.py`, `selective_step.py`, `top_k.py`, `settle.py`, `repair.py`,
-`statistics.py`; what they share: `elements.py`, `rules.py`, `keys.py`, `random.py`, `rounding.py`.
+`statistics.py`, `functions.py` (a user's own); what they share: `elements.py`, `rules.py`, `keys.py`, `random.py`,
+`rounding.py`.
 """
 
+from .functions import INTERPRETED, evaluate, jitted
 from .layout import unsupported
 from .plan import selective_step, step_again
 from .ranking import ranks, top_k
 
-__all__ = ["ranks", "selective_step", "step_again", "top_k", "unsupported"]
+__all__ = ["INTERPRETED", "evaluate", "jitted", "ranks", "selective_step", "step_again", "top_k", "unsupported"]

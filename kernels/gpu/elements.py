@@ -110,19 +110,27 @@ def coin(offs, row, facts, keys, CFG: tl.constexpr):
 
 
 @triton.jit
+def _number(like, row, INDEX: tl.constexpr):
+    """One of the function's numbers, a block of it: the interpreter can't combine blocks and single bools."""
+    return tl.zeros(like.shape, tl.float32) + tl.load(row + USER + INDEX)
+
+
+@triton.jit
 def by_function(g, u, m, row, FUNCTION: tl.constexpr, CFG: tl.constexpr):
-    """Selected by a user's function of (gradient, update, momentum) and up to four numbers."""
+    """Selected by a user's function of (gradient, update, momentum) and up to four numbers; no momentum: the update."""
+    if (CFG.rule == "given" and CFG.third is None) or (CFG.rule == "sgd" and not CFG.moves):
+        m = u
     if CFG.arguments == 0:
         chosen = FUNCTION(g, u, m)
     elif CFG.arguments == 1:
-        chosen = FUNCTION(g, u, m, tl.load(row + USER))
+        chosen = FUNCTION(g, u, m, _number(u, row, 0))
     elif CFG.arguments == 2:
-        chosen = FUNCTION(g, u, m, tl.load(row + USER), tl.load(row + USER + 1))
+        chosen = FUNCTION(g, u, m, _number(u, row, 0), _number(u, row, 1))
     elif CFG.arguments == 3:
-        chosen = FUNCTION(g, u, m, tl.load(row + USER), tl.load(row + USER + 1), tl.load(row + USER + 2))
+        chosen = FUNCTION(g, u, m, _number(u, row, 0), _number(u, row, 1), _number(u, row, 2))
     else:
-        chosen = FUNCTION(g, u, m, tl.load(row + USER), tl.load(row + USER + 1), tl.load(row + USER + 2),
-                          tl.load(row + USER + 3))  # fmt: skip
+        chosen = FUNCTION(g, u, m, _number(u, row, 0), _number(u, row, 1), _number(u, row, 2), _number(u, row, 3))
+    tl.static_assert(chosen.dtype == tl.int1, "a selection's kernel has to return bools, which comparisons give")
     return chosen
 
 

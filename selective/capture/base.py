@@ -71,7 +71,7 @@ class Job:
     @cached_property
     def own_code(self) -> bool:
         """Whether the policy has code of its own, which may raise."""
-        return has_own_code(self.policy)
+        return has_own_code(self.policy, [parameter.tensor for parameter in self.parameters])
 
     def prepare(self) -> None: ...
 

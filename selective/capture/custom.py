@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 from selective.capture.base import Parameter, StepContext
-from selective.capture.described import has_own_code as has_own_code
-from selective.capture.described import kernel_specs as kernel_specs
 from selective.policies import Policy
 from selective.view import StepView, Tensors
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from selective.kernels import spec
+from torch import Tensor
+
+from selective.kernels import spec, why_no_function
 from selective.policies import Policy
 
 Specs = tuple[spec.Selection, spec.Strength]
@@ -18,6 +21,11 @@ class Described:
     needs: frozenset[str]
     specs: Specs | None  # None: it has code of its own
 
+    @property
+    def is_anywhere(self) -> bool:
+        """Whether it runs in the kernels, or as code of its own, whatever the parameters are."""
+        return self.specs is None or self.specs[0].kind != "function"
+
 
 def specs_of(policy: Policy) -> Specs | None:
     """The policy in the kernels' terms; None for one with code of its own."""
@@ -30,13 +38,22 @@ def specs_of(policy: Policy) -> Specs | None:
     return None if selection is None or strength is None else (selection, strength)
 
 
-def has_own_code(policy: Policy) -> bool:
-    """Whether a step of this policy has to call Python for each tensor, instead of running inside a kernel."""
-    return specs_of(policy) is None
+def why_twin(tensors: Iterable[Tensor]) -> str | None:
+    """Why a selection with a kernel runs its torch twin on these parameters; None where the kernel runs.
+
+    All of a group go one way: its own code is called before anything is written.
+    """
+    return next((why for why in map(why_no_function, tensors) if why is not None), None)
 
 
-def kernel_specs(policy: Policy) -> Specs:
-    """The policy in the kernels' terms. Only for policies without code of their own."""
+def specs_on(policy: Policy, tensors: Iterable[Tensor]) -> Specs | None:
+    """The policy in the kernels' terms, where they can step these parameters by it; None: its own code has to."""
     specs = specs_of(policy)
-    assert specs is not None
+    if specs is not None and specs[0].kind == "function" and why_twin(tensors) is not None:
+        return None
     return specs
+
+
+def has_own_code(policy: Policy, tensors: Iterable[Tensor]) -> bool:
+    """Whether a step of this policy calls Python for each of these parameters, instead of running inside a kernel."""
+    return specs_on(policy, tensors) is None

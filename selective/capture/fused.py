@@ -31,7 +31,7 @@ class FusedJob(Job):
     def __init__(self, *args: Any, rule: FusedRule, kept: KeptItems, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.fused, self.kept = rule, kept
-        self.specs = kept.describe(self.policy).specs
+        self.specs = kept.specs(self.policy, self.parameters)
         self.own_code = self.specs is None
 
     def prepare(self) -> None:

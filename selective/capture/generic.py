@@ -15,7 +15,8 @@ from torch import Tensor
 
 from selective.capture import lists
 from selective.capture.base import LOW_PRECISION, lookahead
-from selective.capture.custom import has_own_code, kernel_specs, run_mask
+from selective.capture.custom import run_mask
+from selective.capture.described import specs_on
 from selective.capture.remember import RememberingJob
 from selective.kernels import apply_mask, selective_step, spec
 from selective.view import Tensors
@@ -37,7 +38,8 @@ class GenericJob(RememberingJob):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.own_code = has_own_code(self.policy)
+        self.specs = specs_on(self.policy, self.tensors())
+        self.own_code = self.specs is None
 
     def captured(self, indices: Sequence[int]) -> list[Captured]:
         """What the base's step has made of these parameters."""
@@ -76,11 +78,11 @@ class GenericJob(RememberingJob):
     def apply(self, indices: Sequence[int], captured: Sequence[Captured], rule: spec.GivenRule) -> None:
         momenta = self.momenta_now(indices)
         items = [self._item(i, c, m) for i, c, m in zip(indices, captured, momenta, strict=True)]
-        if self.own_code:
+        if self.specs is None:
             for index, item in zip(indices, items, strict=True):
                 self._apply_own_code(index, item, rule)
             return
-        selection, strength = kernel_specs(self.policy)
+        selection, strength = self.specs
         report = self.context.report
         sums = selective_step(
             items, rule=rule, selection=selection, strength=strength, draw=self.context.draw_on(items[0].param.device),
@@ -114,7 +116,7 @@ class GenericJob(RememberingJob):
 
     def _lookahead(self) -> float:
         """For the Nesterov score; asked for where it may be read, since a GPU's `betas` would be waited for."""
-        if not self.own_code and kernel_specs(self.policy)[0].score != "nesterov":
+        if self.specs is not None and self.specs[0].score != "nesterov":
             return 0.0
         own = self.context.momentum_beta
         return lookahead(self.context.base, self.group) if own is None else own

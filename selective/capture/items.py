@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from selective.capture.base import Parameter, StepContext
-from selective.capture.described import Described, specs_of
-from selective.kernels import spec
+from selective.capture.described import Described, Specs, specs_of, why_twin
+from selective.kernels import Backend, backend_in_use, spec
 from selective.policies import Policy
 
 
@@ -42,6 +42,7 @@ class KeptItems:
         self._states: list[dict[str, Any]] = []
         self._own: object = None
         self._described: Described | None = None
+        self._asked: tuple[list[Parameter], Backend, bool] | None = None  # whether a selection's kernel runs on these
         # What a CUDA graph has recorded: replays read its tables, so they live on, and no later step may change them.
         self.recorded: list[DeviceItems] = []
 
@@ -87,6 +88,20 @@ class KeptItems:
         if self._described is None or self._described.policy is not policy:
             self._described = Described(policy, policy.needs(), specs_of(policy))
         return self._described
+
+    def specs(self, policy: Policy, parameters: list[Parameter]) -> Specs | None:
+        """`policy` in the kernels' terms, where they can step these parameters by it; None: its own code has to.
+
+        `parameters` is known by identity, as in `of`.
+        """
+        described = self.describe(policy)
+        if described.is_anywhere:
+            return described.specs
+        backend, asked = backend_in_use(), self._asked
+        if asked is None or asked[0] is not parameters or asked[1] != backend:
+            runs = why_twin(parameter.tensor for parameter in parameters) is None
+            asked = self._asked = (parameters, backend, runs)
+        return described.specs if asked[2] else None
 
     def policy_changed(self, policy: Policy) -> None:
         """Tell the tables on the device: the replays of a graph take a scheduled hyper-parameter from there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
@@ -10,15 +11,31 @@ from torch import Tensor
 from selective.kernels import spec, top_k
 from selective.kernels.reference.masks import score_of, select
 from selective.policies.base import Configured
+from selective.policies.kernel import take_kernel
 from selective.view import StepView
 
 
 class Selection(Configured):
-    """A boolean for each coordinate. Subclass it and override `select` for one of your own."""
+    """A boolean for each coordinate. Subclass it and override `select` for one of your own.
+
+    With a `kernel` beside `select`, a GPU runs that inside of the step, and calls nothing from Python.
+    """
 
     _family: ClassVar[str] = "selection"
     _registry: ClassVar[dict[str, type[Configured]]] = {}
     reads: ClassVar[frozenset[str]] = frozenset({"update", "grad"})
+    """Which of update, grad, momentum, previous_momentum, param `select` reads (a `kernel`: of the first three)."""
+    kernel: ClassVar[Callable[..., Any] | None] = None
+    """`select` as a function of single elements: `kernel(grad, update, momentum, ...)`, which returns whether they are
+    selected; what follows are up to four fields (float, int, bool) by name, handed in as float32. A `triton.jit`
+    function, or a plain one that Triton can compile. `momentum` means something where `reads` has it."""
+    _numbers: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        if "_registry" not in cls.__dict__:
+            cls._numbers = take_kernel(cls, Selection)
+        super().__pydantic_init_subclass__(**kwargs)
 
     def needs(self) -> frozenset[str]:
         """Which tensors of the view `select` reads."""
@@ -26,7 +43,12 @@ class Selection(Configured):
 
     def spec(self) -> spec.Selection | None:
         """This selection in the kernels' terms; None for one that only exists in Python."""
-        return None
+        if self.kernel is None:
+            return None
+        numbers = tuple(float(getattr(self, name)) for name in self._numbers)
+        return spec.Selection(
+            "function", function=self.kernel, numbers=numbers, reads_momentum="momentum" in self.needs()
+        )
 
     def select(self, view: StepView) -> Tensor:
         """The selected coordinates: a bool tensor shaped like the parameter."""

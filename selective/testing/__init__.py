@@ -13,7 +13,7 @@ report.raise_if_failed()
 `.row`, `.name`, `.doc` and `.why`; call it with a subject.
 """
 
-from selective.testing.harness import CheckFailed, NotApplicable
+from selective.testing.harness import CheckFailed, NotApplicable, Skipped
 from selective.testing.policy import check_policy, policy_checks
 from selective.testing.report import Check, Outcome, Report, check_wrapper
 from selective.testing.rows import conformance_checks
@@ -26,6 +26,7 @@ __all__ = [
     "NotApplicable",
     "Outcome",
     "Report",
+    "Skipped",
     "Subject",
     "base_attribute",
     "check_policy",

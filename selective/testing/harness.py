@@ -25,6 +25,10 @@ class NotApplicable(Exception):
     """A check has nothing to say about this subject; the message says why."""
 
 
+class Skipped(Exception):
+    """A check would have something to say, but can't be run here; the message says why."""
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise CheckFailed(message)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from selective.kernels import spec
 from selective.optimizer import SelectiveUpdate
 from selective.policies import Policy, policy_from
-from selective.testing.harness import CheckFailed, difference, require
+from selective.testing.harness import CheckFailed, NotApplicable, Skipped, difference, require
+from selective.testing.kernel import require_twins
 from selective.testing.report import Outcome, Report, in_short
 from selective.view import TENSORS, StepView, Tensors
 
 policy_checks: dict[str, Callable[[Policy], None]] = {}
-"""The checks by name; each is called with a policy and returns, or raises `CheckFailed`."""
+"""The checks by name; each is called with a policy and returns, or raises `CheckFailed`, `NotApplicable`, `Skipped`."""
 
 _SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (5, 3), (1, 6), (4, 3, 2, 2))
 _SCOPES = ("tensor", "row", "element")
@@ -228,10 +229,20 @@ def steps_in_an_optimizer(policy: Policy) -> None:
         require(bool((params[-1] != 1).any()), f"in six steps over AdamW no element of a {dtype} matrix moved.")
 
 
+@_register
+def kernel_agrees_with_its_twin(policy: Policy) -> None:
+    """A selection's kernel selects what `select` selects, in float32, element by element, and reads what it declares.
+
+    Compiled where there is a GPU; interpreted where TRITON_INTERPRET is set; else skipped.
+    """
+    require_twins(policy, _tensors, _view)
+
+
 def check_policy(policy: Policy) -> Report:
     """Run every contract check on a policy and report, as `check_wrapper` does for wrappers.
 
-    On the CPU, deterministic, a few hundredths of a second. Raises TypeError if `policy` is no `Policy`.
+    Deterministic, a few hundredths of a second on the CPU; a selection's kernel is compiled for the GPU, where there is
+    one, or interpreted, and skipped where neither can be. Raises TypeError if `policy` is no `Policy`.
     """
     if not isinstance(policy, Policy):
         raise TypeError(f"check_policy: expected a Policy, found a {type(policy).__name__}; build it first")
@@ -239,6 +250,10 @@ def check_policy(policy: Policy) -> Report:
     for name, check in policy_checks.items():
         try:
             check(policy)
+        except NotApplicable as reason:
+            outcomes.append(Outcome(name, 0, "not applicable", str(reason)))
+        except Skipped as reason:
+            outcomes.append(Outcome(name, 0, "skipped", str(reason)))
         except CheckFailed as failure:
             outcomes.append(Outcome(name, 0, "failed", str(failure)))
         except Exception as error:

@@ -11,12 +11,14 @@ import torch
 from selective.testing.harness import CheckFailed, NotApplicable
 from selective.testing.subject import Subject
 
-Verdict = Literal["passed", "failed", "not applicable"]
+Verdict = Literal["passed", "failed", "not applicable", "skipped"]
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What one check said: `message` is empty where it passed, else what was found, or why it does not apply.
+
+    "skipped": it applies, and could not be run here; nothing is known.
 
     `row` is the check's place in the list of what a wrapper has to survive; 0 for a policy's checks.
     """
@@ -153,10 +155,15 @@ class Report:
     def not_applicable(self) -> list[Outcome]:
         return self.having("not applicable")
 
+    @property
+    def skipped(self) -> list[Outcome]:
+        return self.having("skipped")
+
     def __str__(self) -> str:
         width = max((len(outcome.check) for outcome in self.outcomes), default=0)
         head = f"{self.subject}: {len(self.passed)} passed, {len(self.failed)} failed, "
-        lines = [head + f"{len(self.not_applicable)} not applicable"]
+        head += f"{len(self.not_applicable)} not applicable"
+        lines = [head + (f", {len(self.skipped)} skipped" if self.skipped else "")]
         for o in self.outcomes:
             lines.append(f"{o.row or '':>3}  {o.check:<{width}}  {o.verdict:<14}  {o.message}".rstrip())
         return "\n".join(lines)

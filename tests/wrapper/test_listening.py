@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from selective import MGUP, Cautious, Policy, SelectiveUpdate
-from selective.capture.described import kernel_specs
+from selective.capture.described import specs_of
 from selective.groups import PolicyGroup
 from selective.policies.selections import TopK
 from selective.policies.strengths import Fixed
@@ -35,9 +35,9 @@ def stepped(policy: Policy) -> tuple[SelectiveUpdate, list[Any]]:
 def test_a_set_hyper_parameter_is_told_at_once() -> None:
     optimizer, told = stepped(MGUP(alpha=1.5))
     optimizer.policy_groups[0]["alpha"] = 1.2
-    assert told == [kernel_specs(MGUP(alpha=1.2))]
+    assert told == [specs_of(MGUP(alpha=1.2))]
     optimizer.policy_groups[0].policy = MGUP(tau=0.3)
-    assert told[1:] == [kernel_specs(MGUP(tau=0.3))]
+    assert told[1:] == [specs_of(MGUP(tau=0.3))]
 
 
 def test_nested_hyper_parameters_are_told() -> None:
@@ -52,7 +52,7 @@ def test_a_checkpoints_hyper_parameters_are_told_to_what_was_recorded() -> None:
     checkpoint = copy.deepcopy(optimizer.state_dict())
     optimizer.policy_groups[0]["alpha"] = 1.2
     optimizer.load_state_dict(checkpoint)
-    assert told[-1] == kernel_specs(MGUP(alpha=1.5))
+    assert told[-1] == specs_of(MGUP(alpha=1.5))
 
 
 @pytest.mark.parametrize(("before", "after"), [(MGUP(), Cautious()), (OwnCode(), OwnCode(tau=0.3))], ids=repr)

@@ -25,6 +25,7 @@ from selective import (
     NormPreserving,
     Policy,
     RandomMask,
+    Selection,
     SkipUpdate,
     TopK,
 )
@@ -68,7 +69,9 @@ GOOD = [
 def test_policies_keep_the_contract(policy):
     report = check_policy(policy)
     report.raise_if_failed()
-    assert [o.check for o in report.passed] == list(policy_checks)
+    kernel = "kernel_agrees_with_its_twin"  # tests/policies/test_kernel_selection.py
+    assert [o.check for o in report.passed] == [name for name in policy_checks if name != kernel]
+    assert [(o.check, o.message) for o in report.not_applicable] == [(kernel, "no selection with a kernel of its own")]
 
 
 BROKEN: dict[type[Policy], tuple[str, str]] = {}
@@ -210,6 +213,25 @@ class NeverMoves(Half):
 class Explodes(Half):
     def mask(self, view):
         return torch.full(view.shape, 3e38) * 10
+
+
+class TiesOnAGpuOnly(Selection):
+    kind: ClassVar[str] = "contract-ties"
+
+    @staticmethod
+    def kernel(grad, update, momentum):
+        return update * grad >= 0
+
+    def select(self, view):
+        return view.update * view.grad > 0
+
+
+@breaks("kernel_agrees_with_its_twin", "kernel and select() disagree")
+class SelectsOtherwiseOnAGpu(Policy):
+    rest: float = 0.5
+
+    def parts(self):
+        return TiesOnAGpuOnly(), Fixed(rest=self.rest)
 
 
 @pytest.mark.parametrize("cls", BROKEN, ids=lambda cls: cls.__name__)

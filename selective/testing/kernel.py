@@ -1,0 +1,94 @@
+"""The contract check of a selection's kernel: it selects what its torch twin, `select`, selects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from selective.kernels import evaluate_function, function_device, spec
+from selective.policies import Policy, Selection
+from selective.policies.kernel import TENSORS
+from selective.testing.harness import CheckFailed, NotApplicable, Skipped, require
+from selective.view import StepView
+
+Inputs = dict[str, Tensor]
+
+# One element, a few, exactly a block, and more than one.
+_SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (5, 3), (1024,), (1500,), (3, 7, 11))
+# Each with each as gradient, update and momentum, with the selection's own numbers. Products of small ones underflow.
+_SPECIAL = (0.0, -0.0, 1.0, -1.0, 0.3, 1e-30, -1e-30, 1e-40, 3e38, float("inf"), float("-inf"), float("nan"))
+
+
+def require_twins(policy: Policy, ordinary: Callable[..., Inputs], view: Callable[[Policy, Inputs], StepView]) -> None:
+    """Hold the kernel of the policy's selection against its `select`.
+
+    `ordinary(shape)` makes the tensors of a view, and `view` the view. Raises `NotApplicable` where there is no
+    kernel, `Skipped` where none can run.
+    """
+    parts = policy.parts()
+    selection = None if parts is None else parts[0]
+    described = None if selection is None else selection.spec()
+    if selection is None or described is None or described.kind != "function":
+        raise NotApplicable("no selection with a kernel of its own")
+    device, why = function_device()
+    if device is None:
+        raise Skipped(f"the kernel was not run: {why}")
+    cases = {f"ordinary tensors of shape {shape}": ordinary(shape) for shape in _SHAPES}
+    cases["zeros, infinities, NaN and extreme numbers"] = _special(described.numbers)
+    for what, tensors in cases.items():
+        here = {name: tensor.to(device) for name, tensor in tensors.items()}
+        said = _by_kernel(described, here)
+        _require_declared(selection, described, here, said)
+        _compare(what, here, said, _by_twin(selection, view(policy, here)))
+
+
+def _special(numbers: tuple[float, ...]) -> Inputs:
+    values = torch.tensor([*_SPECIAL, *numbers, *(-x for x in numbers)])
+    grad, update, momentum = (x.flatten() for x in torch.meshgrid(values, values, values, indexing="ij"))
+    names = {"grad": grad, "update": update, "momentum": momentum, "previous_momentum": momentum, "param": grad}
+    return {name: tensor.clone() for name, tensor in names.items()}
+
+
+def _by_kernel(described: spec.Selection, tensors: Inputs) -> Tensor:
+    try:
+        return evaluate_function(described, *(tensors[name] for name in TENSORS))
+    except Exception as error:
+        innermost: BaseException = error  # Triton wraps an error once for each function around it
+        while innermost.__cause__ is not None:
+            innermost = innermost.__cause__
+        said = " ".join(f"{type(innermost).__name__}: {innermost}".split())
+        if len(said) > 500:  # Triton shows the source first, and what is wrong with it last
+            said = f"{said[:150]} ... {said[-350:]}"
+        raise CheckFailed(f"the kernel does not compile or run: {said}") from error
+
+
+def _by_twin(selection: Selection, view: StepView) -> Tensor:
+    selected = selection.select(view)
+    found = f"{selected.dtype} {tuple(selected.shape)}" if isinstance(selected, Tensor) else type(selected).__name__
+    good = isinstance(selected, Tensor) and selected.dtype == torch.bool and selected.shape == view.shape
+    require(good, f"select() returned {found}; it must be a bool tensor of the parameter's shape {tuple(view.shape)}.")
+    return selected
+
+
+def _compare(what: str, tensors: Inputs, said: Tensor, twin: Tensor) -> None:
+    differs = (said != twin).flatten()
+    if not bool(differs.any()):
+        return
+    first = int(differs.nonzero()[0])
+    values = ", ".join(f"{name}={tensors[name].flatten()[first].item():.9g}" for name in TENSORS)
+    raise CheckFailed(
+        f"kernel and select() disagree in {int(differs.sum())} of {differs.numel()} elements of {what}; the first: "
+        f"{values}: the kernel says {bool(said.flatten()[first])}, select() says {bool(twin.flatten()[first])}."
+    )
+
+
+def _require_declared(selection: Selection, described: spec.Selection, tensors: Inputs, said: Tensor) -> None:
+    """What `reads` does not declare holds anything: the kernel must not look at it."""
+    for name in TENSORS:
+        if name in selection.needs():
+            continue
+        for other in (1.0 - 3.0 * tensors[name], torch.full_like(tensors[name], float("nan"))):
+            same = torch.equal(_by_kernel(described, {**tensors, name: other}), said)
+            require(same, f"the kernel looks at {name}, which reads does not declare: add {name!r} to reads.")
