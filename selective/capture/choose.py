@@ -38,8 +38,10 @@ class Capture:
         if self.way == "fused":
             assert self.rule is not None
             return FusedJob(context, group, parameters, policy, self.facts, rule=self.rule, kept=kept)
-        cls = {"dense": DenseJob, "scratch": ScratchJob, "delta": DeltaJob}[self.way]
-        return cls(context, group, parameters, policy, self.facts)
+        if self.way == "dense":
+            return DenseJob(context, group, parameters, policy, self.facts)
+        cls = ScratchJob if self.way == "scratch" else DeltaJob
+        return cls(context, group, parameters, policy, self.facts, kept=kept)
 
     def keeps_residue(self, param: Tensor) -> bool:
         """Whether we keep what rounding takes from this parameter, as the base would without us."""

@@ -17,6 +17,7 @@ from selective.capture import lists
 from selective.capture.base import LOW_PRECISION, lookahead
 from selective.capture.custom import run_mask
 from selective.capture.described import specs_on
+from selective.capture.items import KeptItems
 from selective.capture.remember import RememberingJob
 from selective.kernels import apply_mask, selective_step, spec
 from selective.view import Tensors
@@ -36,8 +37,9 @@ class GenericJob(RememberingJob):
     offset, negated = 0.0, False  # of the GivenRule
     makes_updates = False  # whether `captured` makes tensors, and not only hands out what is there
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, kept: KeptItems, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.kept, self.calls = kept, 0
         self.specs = specs_on(self.policy, self.tensors())
         self.own_code = self.specs is None
 
@@ -84,10 +86,12 @@ class GenericJob(RememberingJob):
             return
         selection, strength = self.specs
         report = self.context.report
+        passing = self.kept.passing(self.calls, items, self.policy, self.context.recording)
+        self.calls += 1
+        draw = self.context.draw_on(items[0].param.device)
         sums = selective_step(
-            items, rule=rule, selection=selection, strength=strength, draw=self.context.draw_on(items[0].param.device),
-            statistics=report is not None,
-        )  # fmt: skip
+            passing, rule=rule, selection=selection, strength=strength, draw=draw, statistics=report is not None
+        )
         if sums is not None and report is not None:
             report.add_all([self.parameters[i].name for i in indices], sums)
 

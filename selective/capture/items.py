@@ -45,9 +45,23 @@ class KeptItems:
         self._asked: tuple[list[Parameter], Backend, bool] | None = None  # whether a selection's kernel runs on these
         # What a CUDA graph has recorded: replays read its tables, so they live on, and no later step may change them.
         self.recorded: list[DeviceItems] = []
+        self._tables: dict[int, dict[Any, Any]] = {}  # of the lists of `passing`, by their number in a step
+
+    def passing(self, number: int, items: list[spec.Item], policy: Policy, recording: bool) -> spec.ItemList:
+        """The items of a captured update, which is new in every step; what stays are its tables.
+
+        `number`: which call of the group's step it is.
+        """
+        made = spec.ItemList(items)
+        if recording:
+            self.recorded.append(DeviceItems(items[0].param.device, [], [], made, type(policy)))
+        else:
+            made.cache = self._tables.setdefault(number, made.cache)
+        return made
 
     def drop(self) -> None:
         """Forget the items, so that state which was replaced is not kept in memory until the next step."""
+        self._tables = {}
         self._lists, self._parameters, self._tensors, self._states, self._own = [], [], [], [], None
 
     @contextmanager
