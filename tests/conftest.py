@@ -1,7 +1,12 @@
-"""GPU tests run where there is a GPU and are reported as skipped elsewhere."""
+"""GPU tests run where there is a GPU and are reported as skipped elsewhere; there, Triton kernels are interpreted."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
