@@ -1,4 +1,6 @@
-"""GPU tests run where there is a GPU and are reported as skipped elsewhere."""
+"""GPU tests run where there is a GPU and are reported as skipped elsewhere; there, Triton kernels are interpreted."""
+
+import os
 
 import os
 

@@ -74,3 +74,15 @@ def copy():
         )
 
     return _copy
+
+
+@pytest.fixture(scope="module")
+def device():
+    """Where the GPU path is tried: on a GPU where there is one, else on the CPU, interpreted.
+
+    The interpreter computes with numpy, which warns of overflows and NaN that are meant to happen.
+    """
+    import numpy
+
+    with numpy.errstate(all="ignore"):
+        yield "cuda" if torch.cuda.is_available() else "cpu"

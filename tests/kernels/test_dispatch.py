@@ -67,8 +67,8 @@ def test_previous_momentum_that_was_not_kept(make):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend is 'gpu', must be"):
-        top_k(torch.zeros(3), 1, backend="gpu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="backend is 'tpu', must be"):
+        top_k(torch.zeros(3), 1, backend="tpu")  # type: ignore[arg-type]
 
 
 def test_no_items_and_other_devices():

@@ -140,6 +140,8 @@ def step(rule, selection, strength, draw, p, g, state, address, average=1.0):
         selected = torch.ones_like(selected)
     u = moved[1]
     mask = torch.where(selected, torch.tensor(above, dtype=F64), torch.tensor(below, dtype=F64))
+    if strength.still and not dense:
+        mask[u * moved[0] == 0] = 0
     if type(rule).__name__ == "GivenRule":
         new = rule.factor * s["start"] + (rule.offset - mask) * u
     else:
