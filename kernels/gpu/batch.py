@@ -132,8 +132,8 @@ class Batch:
     def _layouts(self, items: Sequence[Item]) -> list[list[object]]:
         """What the tables say of the tensors, as far as it can change where the address does not."""
         return [
-            [i.param.numel() for i in items], [i.param.dtype for i in items], [i.grad.dtype for i in items],
-            [i.grad.numel() for i in items], [i.grad.is_contiguous() for i in items],
+            [i.address for i in items], [i.param.numel() for i in items], [i.param.dtype for i in items],
+            [i.grad.dtype for i in items], [i.grad.numel() for i in items], [i.grad.is_contiguous() for i in items],
             *([x for i in items for x in _described(i.state, self.state)] if self.cfg.rule == "given" else [],),
         ]  # fmt: skip
 

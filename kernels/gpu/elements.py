@@ -82,13 +82,17 @@ def agrees(x, g, CFG: tl.constexpr):
 
 @triton.jit
 def agreement(g, u, m, previous, row, ranks, CFG: tl.constexpr):
-    """Selected by the sign of a product. Adam's update has the sign of its momentum, where the rate is not 0."""
+    """Selected by the sign of a product.
+
+    Before anything is written, in the sums of a strength, Adam's update goes by its momentum, which has the same sign
+    wherever the second moment is a number and the rate is not 0: so the second moment is not read.
+    """
     if CFG.product == "previous_momentum":
         unseen = (previous * 0.0 + tl.load(ranks + SEEN)) == 0
         chosen = agrees(previous, g, CFG) | unseen
     elif CFG.product == "momentum":
         chosen = agrees(m, g, CFG)
-    elif CFG.rule == "adam":
+    elif CFG.rule == "adam" and not CFG.writes:
         rate = tl.load(row + RATE)
         chosen = agrees(m * tl.where(rate > 0, 1.0, tl.where(rate < 0, -1.0, 0.0)), g, CFG)
     else:
@@ -186,7 +190,10 @@ def multiplier(chosen, u, g, row, CFG: tl.constexpr):
     """The mask of these elements."""
     mask = tl.where(chosen, tl.load(row + ABOVE), tl.load(row + BELOW))
     if CFG.still:
-        mask = tl.where((u == 0) | (g == 0), 0.0, mask)
+        zero = 0.0
+        if CFG.selection == "top_k":
+            zero = tl.load(row + USER)  # 1 where the tensor is dense
+        mask = tl.where((u == 0) | (g == 0), zero, mask)
     return mask
 
 

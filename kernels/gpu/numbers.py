@@ -111,10 +111,12 @@ def numbers_kernel(
     _put(out + LOOKAHEAD, tl.load(hyper_ptr + AHEAD), like, mask)
     for i in tl.static_range(4):
         _put(out + USER + i, tl.load(hyper_ptr + ARGUMENT + i), like, mask)
+    dense = tl.load(ranks_ptr + t * RANKS + MODE, mask=mask, other=0) == 2
+    if CFG.selection == "top_k":
+        tl.store(out + USER, tl.where(dense, 1.0, 0.0), mask=mask)
     if CFG.product == "previous_momentum":
         tl.store(ranks_ptr + t * RANKS + SEEN, tl.zeros(t.shape, tl.int64), mask=mask)
     if FIXED:
-        dense = tl.load(ranks_ptr + t * RANKS + MODE, mask=mask, other=0) == 2
         above, below = tl.load(hyper_ptr + SELECTED), tl.load(hyper_ptr + REST)
         tl.store(out + ABOVE, tl.where(dense, 1.0, above).to(tl.float32), mask=mask)
         tl.store(out + BELOW, tl.where(dense, 1.0, below).to(tl.float32), mask=mask)

@@ -48,7 +48,7 @@ def _adam(g, a, b, c, row, CFG: tl.constexpr):
         m, v, largest = a, b, c
     else:
         m = lerp(a, g, tl.load(row + W1))
-        v = tl.fma(tl.load(row + B2), b, tl.load(row + W2) * (g * g))
+        v = tl.fma(tl.load(row + B2), b, (tl.load(row + W2) * g) * g)  # in torch's order: overflows where it does
         largest = c
         if CFG.amsgrad:
             # as torch.maximum: NaN wins

@@ -80,12 +80,24 @@ def test_an_update_that_is_zero_or_nan_does_not_agree(strict, value, device):
     start.state["exp_avg_sq"][7] = value
     item, how = (
         copied(start, device),
-        {"selection": Selection("agreement", strict=strict), "strength": STRENGTHS["mean"]},
+        {"selection": Selection("agreement", strict=strict), "strength": Strength("fixed", 2.0, 0.5)},
     )
     sums = gpu(item, ADAM, **how)
     twin, wanted = reference(start, ADAM, **how)
     assert sums.selected == wanted.selected
     assert_same_step(start, item, twin)
+
+
+def test_a_share_counts_adams_momentum(device):
+    """A strength's sums don't read the second moment, so an infinite one leaves the share as it is."""
+    start = made(ADAM, (40,))
+    start.state["exp_avg"].copy_(start.grad)
+    healthy = copied(start, device)
+    start.state["exp_avg_sq"][7] = torch.inf
+    how = {"selection": Selection("agreement"), "strength": STRENGTHS["mean"]}
+    usual, sums = gpu(healthy, ADAM, **how), gpu(copied(start, device), ADAM, **how)
+    assert (usual.selected, sums.selected) == (40, 39)
+    assert sums.strength_selected == usual.strength_selected
 
 
 def test_denormal_numbers_are_numbers(device):
