@@ -94,7 +94,12 @@ def start_of(rule, dtype, like: str, device: str, shape=(30, 50)) -> Item:
 @pytest.mark.parametrize(
     "like, trouble",
     [(like, "none") for like in LIKE]
-    + [(like, t) for like in ("normal", "untouched rows", "NaN and infinity") for t in ("missed", "overflow", "both")],
+    + [
+        ("normal", "missed"),
+        ("untouched rows", "missed"),
+        ("untouched rows", "overflow"),
+        ("NaN and infinity", "both"),
+    ],
 )
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_selects_exactly_k(way, like, trouble, device, monkeypatch):
@@ -120,7 +125,7 @@ def test_a_step_selects_exactly_k(way, like, trouble, device, monkeypatch):
 def test_k_of_nothing_one_and_all(way, device, monkeypatch):
     few_samples(monkeypatch)
     rule, dtype, strength = WAYS[way]
-    for shape in ((), (1,), (37,), (900,)):
+    for shape in ((), (37,), (900,)):
         item = start_of(rule, dtype, "normal", device, shape)
         d = item.param.numel()
         for fraction in (0.0, 1 / d, 1.0):
