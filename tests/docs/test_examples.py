@@ -1,4 +1,4 @@
-"""examples/*.py run as a reader runs them: in a fresh interpreter, in an empty folder, warnings are errors."""
+"""examples/*.py and docs/pictures/*.py run as a reader runs them: a fresh interpreter, an empty folder, no warnings."""
 
 from __future__ import annotations
 
@@ -8,17 +8,32 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PICTURES = sorted((ROOT / "docs" / "pictures").glob("*.py"))
 
 
 def test_there_are_examples() -> None:
     assert {"custom_policy.py", "finetune_groups.py"} <= {path.name for path in EXAMPLES}
 
 
+def run(path: Path, folder: Path, *arguments: str) -> str:
+    """What the script printed."""
+    alone = ["-P"] if sys.version_info >= (3, 11) else []
+    command = [sys.executable, *alone, "-W", "error", str(path), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_example(path: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-W", "error", str(path)] if sys.version_info >= (3, 11) else [
-        sys.executable, "-W", "error", str(path)]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("ok"), done.stdout
+    printed = run(path, tmp_path)
+    assert printed.strip().endswith("ok"), printed
+
+
+@pytest.mark.parametrize("path", PICTURES, ids=lambda p: p.name)
+def test_picture_can_be_drawn_again(path: Path, tmp_path: Path) -> None:
+    assert path.with_suffix(".png").exists()
+    run(path, tmp_path, "again.png")
+    assert (tmp_path / "again.png").stat().st_size > 10_000
