@@ -16,7 +16,7 @@ from selective.policies import Policy
 
 _MEMORY = {
     "dense": "none",
-    "fused": "none that lasts; during the step at most a few times the largest tensor",
+    "fused": "none that lasts; during the step a few times the largest tensor, on a GPU a part of the parameters",
     "scratch": "one copy of the group's parameters during the step",
     "delta": "one copy of the group's parameters during the step; after the base's, the update of 256 MiB at a time",
 }

@@ -15,7 +15,7 @@ from .config import Config
 from .configure import hyper_parameters, samples_of
 from .tables import STATE, Tables, cdiv, refill, state_columns, upload, work
 
-SUM_BLOCK = 4096  # elements of a program that sums
+SUM_BLOCK = 2048  # elements of a program that sums
 SAMPLE_BLOCK = 1024  # scores of a program that samples or ranks
 SETTLE_WORDS = 1024  # words of 32 elements that a settling program looks at
 SEEN_BLOCK, SEEN_PARTS = 2048, 32  # a program that looks for the first momentum that is not zero

@@ -58,7 +58,8 @@ class Step:
         self.fixed = self.cfg.strength == "fixed"
         # where nothing is undecided, one pass can do all: the rule has to be one whose update can be formed again from
         # the state that it has stored, exactly
-        whole = all(d == tl.float32 for d in (self.cfg.param, self.cfg.first, self.cfg.second))
+        dtypes = (self.cfg.param, self.cfg.first, self.cfg.second, self.cfg.third)
+        whole = all(d is None or d == tl.float32 for d in dtypes)
         bracketed = batch.top_k is not None and batch.top_k.bracketed
         self.one_pass = bracketed and self.fixed and self.cfg.rule == "adam" and whole and not self.cfg.coupled
         self.bracketed = bracketed

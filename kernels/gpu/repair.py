@@ -68,8 +68,8 @@ def _finish(pointers, row, ranks, start, end, numel, wanted, cutoff, BINS: tl.co
             CFG: tl.constexpr):  # fmt: skip
     """Step what is undecided, and correct what was decided wrongly; (how many are selected, sum of (mask u)^2).
 
-    A coordinate that was decided has been rounded already, so its correction rounds a second time: at most one unit in
-    the last place. Undecided ones are rounded once.
+    A coordinate that was decided has been rounded already, so its correction rounds a second time: off by two units in
+    the last place of the largest number at most. Undecided ones are rounded once.
     """
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
     critical = tl.arange(0, BLOCK) * 0 + tl.load(ranks + CRITICAL)

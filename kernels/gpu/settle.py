@@ -195,8 +195,13 @@ def ties_kernel(
             chosen = (place < left) & (key != 0)
             if CFG.writes:
                 key, u, g, p = keys_at(pointers, row, index, todo, False, CFG)
-                masked = tl.sum(decide(pointers, row, index, todo, chosen, u, g, p, CFG))
+                each = decide(pointers, row, index, todo, chosen, u, g, p, CFG)
                 count = tl.sum((todo & chosen).to(tl.float32))
+                # added up in the order of the ranks, which the list is not in: over the keys, which are done with
+                tl.debug_barrier()
+                tl.store(tiny + TINY + place, each.to(tl.int32, bitcast=True), mask=todo)
+                tl.debug_barrier()
+                masked = tl.sum(tl.load(tiny + TINY + i, mask=todo, other=0).to(tl.float32, bitcast=True))
             if critical < BINS:
                 last = todo & (place == left - 1)
                 tl.store(ranks + HIGH, tl.max(tl.where(last, key.to(tl.int64), 0)))

@@ -104,18 +104,24 @@ class Tables:
         self.clock = torch.zeros(2, dtype=torch.int64, device=device)
         self.said: dict[str, Any] = {}  # what was uploaded last, by table
         self.kept: list[Tensor] = []  # sources of copies that became part of a CUDA graph
+        self.recorded: dict[str, Tensor] = {}  # ... by the table that `say` filled from them
 
     def say(self, name: str, table: Tensor, values: Any) -> None:
         """Upload a whole table, unless it says so already. `values` is compared with ==."""
         if self.said.get(name) == values:
             return
-        self.keep(refill(table, values))
+        source = self.keep(refill(table, values), name)
         self.said[name] = values
+        if name in self.recorded and self.recorded[name] is not source:
+            self.recorded[name].copy_(source)  # what a graph uploads at every replay: numbers that were scheduled since
 
-    def keep(self, source: Tensor) -> None:
-        """Keep what a copy that became part of a CUDA graph will be read from again."""
+    def keep(self, source: Tensor, name: str | None = None) -> Tensor:
+        """Keep what a copy that became part of a CUDA graph will be read from again; returns it."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self.kept.append(source)
+            if name is not None:
+                self.recorded[name] = source
+        return source
 
 
 def cdiv(a: int, b: int) -> int:

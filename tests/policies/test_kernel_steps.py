@@ -270,6 +270,9 @@ def test_it_runs_on_a_gpu_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = SelectiveUpdate(base, policy=Policy(selection=FarUpdates(), strength=Fixed()))
     said = optimizer.explain()
     assert said.count("  kernels   Triton") == said.count("inlined") == said.count("on the CPU") == 1
-    step(optimizer, 0)
+    gradient = torch.randn(300, generator=torch.Generator().manual_seed(1))
+    for p in params:
+        p.grad = gradient.to(p.device)
+    optimizer.step()
     assert len(calls) == 1
     torch.testing.assert_close(params[0].detach().cpu(), params[1].detach())
