@@ -16,7 +16,7 @@ from selective.policies import Policy
 
 _MEMORY = {
     "dense": "none",
-    "fused": "none that lasts; during the step a few times the largest tensor, on a GPU a part of the parameters",
+    "fused": "none that lasts; during the step at most a few times the largest tensor",
     "scratch": "one copy of the group's parameters during the step",
     "delta": "one copy of the group's parameters during the step; after the base's, the update of 256 MiB at a time",
 }
@@ -85,6 +85,8 @@ def _memory(policy_group: PolicyGroup, capture: Capture, group: dict[str, Any]) 
             "one copy of the group's parameters during the step, and float32 copies of them and of their gradients; "
             "after the base's, the update of 256 MiB at a time"
         )
+    if capture.way == "fused" and any(p.is_cuda for p in group["params"]):
+        return "none that lasts; during the step up to 0.3 bytes a parameter (exact top-K, statistics)"
     return _MEMORY[capture.way]
 
 

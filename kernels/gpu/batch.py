@@ -210,7 +210,7 @@ class Batch:
         now = [float(step) for step in steps]
         if now != self.counted:
             self.tables.keep(refill(self.counters, now))
-        torch._foreach_add_(steps, 1)
+        torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
         self.counted = [count + 1 for count in now]
 
 
