@@ -27,7 +27,8 @@ STEP_WARPS = 4  # of a program of `BLOCK` elements
 BINS = 2048  # parts of a bracket's histogram: see `bin_of`
 WHOLE_BLOCK = 4096  # scores that a program which ranks a small tensor looks at at a time
 SETTLE_ROOM, SETTLE_BLOCK = 1024, 512  # undecided elements that a settling program writes down, works on at a time
-REPAIR_BLOCK, REPAIR_PROGRAMS = 1024, 3  # of 4 warps; so many on each multiprocessor at the same time
+REPAIR_BLOCK = 1024  # of 4 warps
+REPAIR_PROGRAMS = 2  # on each multiprocessor at the same time: as many as fit whatever their registers (255 at most)
 # Programs that wait for each other have to run at the same time: the driver refuses a launch that can't.
 TOGETHER: dict[str, dict[str, Any]] = {"cuda": {"launch_cooperative_grid": True}, "cpu": {}}
 WIDTH = 3.75  # half the bracket, in standard deviations of the sampled rank
