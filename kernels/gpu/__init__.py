@@ -1,9 +1,9 @@
 """The GPU path: the same functions as `kernels/reference`, as Triton kernels. Importing this imports Triton.
 
 `plan.py` finds what can be launched together, `batch.py` and `tables.py` keep its tables, `launch.py` has the launches
-of a step in order. The kernels: `numbers.py`, `selective_step.py`, `top_k.py`, `settle.py`, `repair.py`,
-`statistics.py`, `functions.py` (a user's own); what they share: `elements.py`, `rules.py`, `keys.py`, `random.py`,
-`rounding.py`.
+of a step in order. The kernels: `numbers.py`, `selective_step.py`, `sample.py`, `whole.py`, `settle.py`, `repair.py`,
+`statistics.py`, `strengths.py`; what they share: `elements.py`, `selecting.py`, `rules.py`, `top_k.py`, `keys.py`,
+`random.py`, `rounding.py`.
 """
 
 from .functions import INTERPRETED, evaluate, jitted

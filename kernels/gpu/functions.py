@@ -15,8 +15,8 @@ from torch import Tensor
 from ..spec import Selection
 from . import config
 from .config import Config
-from .elements import by_function
 from .launch import on, run
+from .selecting import by_function
 from .tables import cdiv
 
 BLOCK = 1024

@@ -15,13 +15,14 @@ from .batch import Batch
 from .config import PARTIALS, SUM_COLUMNS, Config, derived
 from .numbers import numbers_kernel
 from .repair import repair_kernel
-from .sample import SLOTS, bracket_kernel, digits_kernel, sample_kernel, spread_kernel, whole_kernel
+from .sample import SLOTS, bracket_kernel, digits_kernel, sample_kernel, spread_kernel
 from .selective_step import selective_step_kernel
 from .settle import TINY, find_kernel, settle_kernel, ties_kernel
 from .statistics import report_kernel, seen_kernel, sums_kernel
 from .strengths import strengths_kernel
 from .tables import cdiv, power_of_two
 from .top_k import DIGIT
+from .whole import whole_kernel
 
 STEP_WARPS = 4  # of a program of `BLOCK` elements
 BINS = 2048  # parts of a bracket's histogram: see `bin_of`

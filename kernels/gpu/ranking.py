@@ -14,9 +14,10 @@ from . import config
 from .batch import Batch
 from .config import DTYPES, FIRST, Config
 from .configure import BLOCK
-from .elements import by_rank, read
+from .elements import read
 from .keys import key_of
 from .launch import Step, on, run
+from .selecting import by_rank
 from .tables import STATE, cdiv
 
 

@@ -90,7 +90,7 @@ def sample_kernel(
 
 
 @triton.jit
-def _load_keys(samples, i, count):
+def load_keys(samples, i, count):
     return tl.load(samples + i, mask=i < count, other=0).to(tl.uint32, bitcast=True)
 
 
@@ -113,7 +113,7 @@ def spread_kernel(spreads_ptr, samples_ptr, histograms_ptr, work_ptr, ranks_ptr,
     place = _place(row_of(ranks_ptr, t, RANKS), facts).to(tl.int32)
     near, _, _ = descend(_first_digits(histograms_ptr, large), tl.minimum(tl.maximum(place, 1), count))
     i = part * BLOCK + tl.arange(0, BLOCK)
-    key = _load_keys(samples_ptr + tl.load(facts + SAMPLES_AT), i, count)
+    key = load_keys(samples_ptr + tl.load(facts + SAMPLES_AT), i, count)
     in_run = tl.sum(tl.reshape(((key >> 23) >= near).to(tl.int32), [BLOCK // 8, 8]), 1)
     tl.atomic_add(spreads_ptr + 2 * large, tl.sum(in_run), sem="relaxed")
     tl.atomic_add(spreads_ptr + 2 * large + 1, tl.sum(in_run * in_run), sem="relaxed")
@@ -152,7 +152,7 @@ def digits_kernel(
     facts, ranks = row_of(facts_ptr, t, FACTS), row_of(ranks_ptr, t, RANKS)
     large, count = tl.load(facts + LARGE), tl.load(facts + SAMPLES).to(tl.int32)
     i = part * BLOCK + tl.arange(0, BLOCK)
-    key = _load_keys(samples_ptr + tl.load(facts + SAMPLES_AT), i, count)
+    key = load_keys(samples_ptr + tl.load(facts + SAMPLES_AT), i, count)
     above, below = _targets(spreads_ptr, ranks, facts, width, SAMPLED)
     first = _first_digits(histograms_ptr, large)
     inside = i < count
@@ -199,62 +199,14 @@ def bracket_kernel(
         low = tl.minimum(low, high)  # a negative width, by which tests make a bracket miss
         cutoff, mode = none - 1, none + BRACKET
     if tl.load(ranks + MODE) != DENSE:
-        _keep(ranks, low, high, cutoff, mode)
+        keep(ranks, low, high, cutoff, mode)
 
 
 @triton.jit
-def _keep(ranks, low, high, cutoff, mode):
+def keep(ranks, low, high, cutoff, mode):
     tl.store(ranks + LOW, low)
     tl.store(ranks + HIGH, high)
     tl.store(ranks + CUTOFF, cutoff)
     tl.store(ranks + MODE, mode)
     tl.store(ranks + COUNTED, low * 0)
     tl.store(ranks + TIED, low * 0)
-
-
-@triton.jit
-def _count(samples, count, least, BLOCK: tl.constexpr):
-    """How many keys are `least` or more."""
-    found = tl.zeros([BLOCK], tl.int32)
-    for at in range(0, count, BLOCK):
-        i = at + tl.arange(0, BLOCK)
-        found += ((_load_keys(samples, i, count) >= least) & (i < count)).to(tl.int32)
-    return tl.sum(found)
-
-
-@triton.jit
-def _cutoff(samples, count, key, left, BLOCK: tl.constexpr):
-    """The index of the left-th key that is equal to `key`."""
-    found = tl.full((), -1, tl.int64)
-    for at in range(0, count, BLOCK):
-        i = at + tl.arange(0, BLOCK)
-        equal = ((_load_keys(samples, i, count) == key) & (i < count)).to(tl.int32)
-        place = tl.cumsum(equal, 0)
-        here = tl.max(tl.where((place == left) & (equal > 0), i, -1)).to(tl.int64)
-        found = tl.maximum(found, here)
-        left = left - tl.sum(equal)
-    return found
-
-
-@triton.jit
-def whole_kernel(ranks_ptr, samples_ptr, facts_ptr, tensors_ptr, BLOCK: tl.constexpr):
-    """One small tensor a program: its K-th largest key, and the index that splits those equal to it.
-
-    By bisection: the largest key that K keys reach, bit by bit. Reads the keys 33 times, from the cache.
-    """
-    t = tl.load(tensors_ptr + tl.program_id(0))
-    facts, ranks = row_of(facts_ptr, t, FACTS), row_of(ranks_ptr, t, RANKS)
-    if tl.load(ranks + MODE) != DENSE:
-        count, samples = tl.load(facts + SAMPLES).to(tl.int32), samples_ptr + tl.load(facts + SAMPLES_AT)
-        wanted, key = tl.load(ranks + WANTED).to(tl.int32), tl.full((), 0, tl.uint32)
-        bit = tl.full((), 0x80000000, tl.uint32)
-        for _ in range(32):
-            key = tl.where(_count(samples, count, key | bit, BLOCK) >= wanted, key | bit, key)
-            bit = bit >> 1
-        # the keys above it; no key is above the largest there is
-        more = tl.where(key == 0xFFFFFFFF, 0, _count(samples, count, key + 1, BLOCK))
-        cutoff = tl.full((), LAST, tl.int64)
-        if _count(samples, count, key, BLOCK) > wanted:
-            cutoff = _cutoff(samples, count, key, wanted - more, BLOCK)
-        wide = key.to(tl.int64)
-        _keep(ranks, wide, wide, cutoff, wide * 0 + EXACT)

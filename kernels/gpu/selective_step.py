@@ -12,12 +12,12 @@ from .elements import (
     multiplier,
     pointers_of,
     row_of,
-    select,
     stepped,
     store_moments,
     store_param,
 )
 from .rounding import INTERPRETED
+from .selecting import select
 from .top_k import count_scores
 
 

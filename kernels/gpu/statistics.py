@@ -31,9 +31,10 @@ from .config import (
     SUM_SHIFT,
     TIED,
 )
-from .elements import is_aligned, load_moved, pointers_of, read, row_of, select
+from .elements import is_aligned, load_moved, pointers_of, read, row_of
 from .numbers import REST, SELECTED
 from .random import sample_position
+from .selecting import select
 from .strengths import column_sum
 
 
