@@ -54,9 +54,9 @@ def why_no_triton() -> str | None:
     return _triton_missing[0] or None
 
 
-def why_reference(item: Item, rule: Rule) -> str | None:
+def why_reference(item: Item, rule: Rule, selection: Selection | None = None) -> str | None:
     """Why a tensor on a GPU is stepped by the reference instead of by a kernel, in words; None where it is not."""
-    return why_no_triton() or _gpu().unsupported(item, rule)
+    return why_no_triton() or _gpu().unsupported(item, rule, selection)
 
 
 def why_no_function(param: Tensor) -> str | None:
@@ -76,20 +76,20 @@ def _chosen(backend: Backend) -> Backend:
     return backend
 
 
-def _implementation(item: Item, rule: Rule, backend: Backend) -> Backend:
+def _implementation(item: Item, rule: Rule, selection: Selection, backend: Backend) -> Backend:
     """Which path takes this item: the kernels of its device, the reference where there are none."""
     backend, device = _chosen(backend), item.param.device
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' got a tensor on {device}; pass backend='auto'")
     if backend == "gpu":
-        reason = why_reference(item, rule)
+        reason = why_reference(item, rule, selection)
         if reason is not None:
             raise ValueError(f"backend 'gpu' can't take parameter {item.address}: {reason}; pass backend='auto'")
     if backend != "auto":
         return backend
     if device.type == "cpu":
         return "cpu"
-    return "gpu" if device.type == "cuda" and why_reference(item, rule) is None else "reference"
+    return "gpu" if device.type == "cuda" and why_reference(item, rule, selection) is None else "reference"
 
 
 def _momentum_wanted(selection: Selection, strength: Strength) -> str | None:
@@ -181,14 +181,16 @@ def selective_step(
     if selection.kind == "function" and why_no_triton() is None:
         selection = replace(selection, function=_gpu().jitted(selection.function))
     how: Any = {"rule": rule, "selection": selection, "strength": strength, "draw": draw, "statistics": statistics}
-    if isinstance(items, ItemList) and items.cache and _chosen(backend) in ("auto", "gpu"):
+    planned = isinstance(items, ItemList) and bool(items.cache) and bool(items)
+    asked = _chosen(backend)
+    if planned and (asked == "gpu" or (asked == "auto" and items[0].param.is_cuda)):
         again = _gpu().step_again(items, **how)  # everything below was found out in an earlier step
         if again is not None:
             return again if statistics else None
     _check(items, rule, selection, strength)
     paths: dict[Backend, list[int]] = {}
     for i, item in enumerate(items):
-        paths.setdefault(_implementation(item, rule, backend), []).append(i)
+        paths.setdefault(_implementation(item, rule, selection, backend), []).append(i)
     if selection.kind == "function":
         _check_function(items, paths, rule)
     results: list[Sums | None] = [None] * len(items)

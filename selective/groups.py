@@ -94,7 +94,8 @@ def take_policy(group: dict[str, Any], default: Policy, known: Collection[str]) 
     if "policy" not in group:
         return default
     policy = policy_from(group["policy"])
-    stray = [name for name in type(policy).model_fields if name in group and name not in known]
+    fields = [name for name in type(policy).model_fields if name != "policy"]  # that one is the group's own key
+    stray = [name for name in fields if name in group and name not in known]
     if stray:
         raise ValueError(
             f"SelectiveUpdate: a parameter group has {stray[0]!r} beside its policy {policy!r}; hyper-parameters of a "

@@ -77,7 +77,7 @@ class Batch:
         if cfg.product == "previous_momentum":
             self.seen_work, _ = work([cdiv(n, SEEN_BLOCK * SEEN_PARTS) for n in self.numels], self.device)
             self.peek_work, _ = work([min(n, 1) for n in self.numels], self.device)
-        refill(self.tables.facts, self._facts(items))
+        self.tables.keep(refill(self.tables.facts, self._facts(items)))
         mine = [items[i] for i in members]
         columns = state_columns(mine[0], rule)
         # names of the state that the kernels read, and its column
@@ -88,6 +88,7 @@ class Batch:
         self.counted: list[float] = []  # what those say
         if cfg.rule == "adam" and not (mine[0].state["step"].device.type == self.device.type == "cuda"):
             self.counters = torch.zeros(len(mine), dtype=torch.float32, device=self.device)
+        self.entries = self._entries(mine)
         self.fixed_addresses = self._fixed_addresses(mine)
         self.addresses = self._address_table()
         self.gradients: list[int] = []
@@ -132,10 +133,16 @@ class Batch:
     def _layouts(self, items: Sequence[Item]) -> list[list[object]]:
         """What the tables say of the tensors, as far as it can change where the address does not."""
         return [
-            [i.address for i in items], [i.param.numel() for i in items], [i.param.dtype for i in items],
-            [i.grad.dtype for i in items], [i.grad.numel() for i in items], [i.grad.is_contiguous() for i in items],
+            [i.address for i in items], [i.param.dtype for i in items], [i.param.shape for i in items],
+            [i.param.stride() for i in items], [i.grad.dtype for i in items], [i.grad.shape for i in items],
+            [i.grad.stride() for i in items],
             *([x for i in items for x in _described(i.state, self.state)] if self.cfg.rule == "given" else [],),
         ]  # fmt: skip
+
+    def _entries(self, items: Sequence[Item]) -> list[list[object]]:
+        """Which tensors the state is: another one at the same address may have another dtype."""
+        found: list[list[object]] = [[id(i.state[name]) for i in items] for name, _ in self.state]
+        return found + [[i.state[name].dtype for i in items] for name, _ in self.state]
 
     def _fixed_addresses(self, items: Sequence[Item]) -> list[list[int]]:
         """Those that only change when somebody replaces a parameter or its state."""
@@ -169,7 +176,10 @@ class Batch:
             if self._layouts(mine) != self.layouts:
                 return False
             now = self._fixed_addresses(mine)
-        except KeyError:  # an entry of the state is gone
+            same = self.cfg.rule == "given" or self._entries(mine) == self.entries
+        except (KeyError, AttributeError):  # an entry of the state is gone, or None
+            return False
+        if not same:
             return False
         if now != self.fixed_addresses:
             if self.cfg.rule != "given":
@@ -178,38 +188,48 @@ class Batch:
             self.addresses = self._address_table()
         return True
 
-    def update(self, items: Sequence[Item], rule: Rule, selection: Selection, strength: Strength, draw: Draw) -> None:
+    def update(
+        self, items: Sequence[Item], rule: Rule, selection: Selection, strength: Strength, draw: Draw, own_clock: bool
+    ) -> None:
         """Bring the tables up to date for this step. Uploads nothing that has not changed."""
         tables, mine = self.tables, self._mine(items)
-        self._count_steps(mine)
+        self.refresh(hyper_parameters(rule, selection, strength), selection)
+        self._upload_steps(mine)
         gradients = [item.grad.data_ptr() for item in mine]
         if gradients != self.gradients:
             self.addresses[:, config.GRAD.value] = torch.tensor(gradients, dtype=torch.int64, device="cpu")
             tables.keep(refill(tables.pointers, self.addresses.clone()))
             self.gradients = gradients
-        self.refresh(hyper_parameters(rule, selection, strength), selection)
-        if draw.clock is None:
+        if own_clock:
             tables.say("clock", tables.clock, [_signed64(draw.seed), draw.step])
 
     def refresh(self, hyper: list[Scalar], selection: Selection) -> None:
         """New hyper-parameters. Those that are tensors on the device are copied there, in every step."""
         tables = self.tables
         on_device = {i: v for i, v in enumerate(hyper) if isinstance(v, Tensor) and v.device.type != "cpu"}
-        tables.say("hyper", tables.hyper, [0.0 if i in on_device else number(v) for i, v in enumerate(hyper)])
+        known = [None if i in on_device else number(v) for i, v in enumerate(hyper)]
+        tables.say("hyper", tables.hyper, [0.0 if v is None else v for v in known], known)
         for i, value in on_device.items():
             tables.hyper[i : i + 1].copy_(value.detach().reshape(1), non_blocking=True)
         if self.top_k is not None and tables.said.get("fraction") != selection.fraction:
             tables.say("ranks", tables.ranks, self.top_k.rank_rows(self.numels, selection))
             tables.said["fraction"] = selection.fraction
 
-    def _count_steps(self, items: Sequence[Item]) -> None:
-        """Count the steps that the host keeps, there and on the device."""
+    def _upload_steps(self, items: Sequence[Item]) -> None:
+        """Tell the device the step counts that the host keeps, where they are not what it has counted to."""
         if self.counters is None:
             return
-        steps = [item.state["step"] for item in items]
-        now = [float(step) for step in steps]
+        now = [float(item.state["step"]) for item in items]
         if now != self.counted:
             self.tables.keep(refill(self.counters, now))
+        self.counted = []  # until the step is done: whatever goes wrong in it, the next one asks again
+
+    def stepped(self, items: Sequence[Item]) -> None:
+        """Count the step on the host as well, after the launches that count it on the device."""
+        if self.counters is None:
+            return
+        steps = [item.state["step"] for item in self._mine(items)]
+        now = [float(step) for step in steps]
         torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
         self.counted = [count + 1 for count in now]
 
@@ -219,7 +239,7 @@ def _described(state: dict[str, Tensor], names: Sequence[tuple[str, int]]) -> li
     found: list[object] = [len(state)]
     for name, _ in names:
         x = state[name]
-        found += [x.dtype, x.numel(), x.is_contiguous()]
+        found += [x.dtype, x.shape, x.stride()]
     return found
 
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..spec import AdamRule, Draw, Item, Rule, Selection
+from ..spec import AdamRule, Draw, GivenRule, Item, Rule, Selection, Strength
 from .config import DTYPES
 from .tables import is_dense, state_columns
 
 
-def unsupported(item: Item, rule: Rule) -> str | None:
+def unsupported(item: Item, rule: Rule, selection: Selection | None = None) -> str | None:
     """Why the kernels can't step this item, in words; None if they can."""
     param = item.param
     if type(param) not in (Tensor, torch.nn.Parameter):
@@ -29,14 +29,25 @@ def unsupported(item: Item, rule: Rule) -> str | None:
     step = item.state.get("step") if isinstance(rule, AdamRule) else None
     if step is not None and step.device.type != "cpu" and step.dtype != torch.float32:
         return f"the step counter is {step.dtype}"
+    average = item.policy_state.get("average")
+    if average is not None and (
+        average.dtype != torch.float32 or average.numel() != 1 or average.device != param.device
+    ):
+        return "its average is not one float32 number on the same device"
+    if isinstance(rule, AdamRule) and rule.amsgrad and item.state and "max_exp_avg_sq" not in item.state:
+        return "its state has no max_exp_avg_sq"
     if param.numel() >= 1 << 32:
         return "the parameter has 2^32 elements or more"
+    if selection is not None and selection.kind == "top_k" and param.numel() >= 1 << 31:
+        return "the parameter has 2^31 elements or more, which are not ranked"
     return None
 
 
-def order_matters(selection: Selection, draw: Draw, item: Item) -> bool:
+def order_matters(selection: Selection, strength: Strength, draw: Draw, item: Item) -> bool:
     """Whether a coordinate's flat index decides over it: then memory has to be in row-major order."""
     if selection.kind == "bernoulli" and selection.unit != "tensor":
+        return True
+    if strength.kind in ("mean_preserving", "norm_preserving") and strength.estimate == "sampled":
         return True
     return selection.kind == "top_k" or (draw.stochastic and item.param.dtype != torch.float32)
 
@@ -58,7 +69,8 @@ def arrange(item: Item, rule: Rule, ordered: bool) -> tuple[Item, list[tuple[Ten
     for x in tensors:
         if not x.is_contiguous() and id(x) not in copies:
             copies[id(x)] = x.detach().contiguous()
-            if x is not item.grad:
+            given = isinstance(rule, GivenRule)  # what is given is only read, and may lie in the parameter's memory
+            if x is item.param or (x is not item.grad and not given):
                 back.append((x, copies[id(x)]))
     state = {k: copies.get(id(v), v) if isinstance(v, Tensor) else v for k, v in item.state.items()}
     return replace(item, param=copies.get(id(item.param), item.param), grad=copies.get(id(item.grad), item.grad),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +26,7 @@ class Plan:
         statistics: bool, begins: Sequence[bool],
     ) -> None:  # fmt: skip
         self.key = static_key(rule, selection, strength, draw, statistics)
+        self.rule, self.draw, self.statistics = rule, draw, statistics
         together: dict[tuple[object, ...], list[int]] = {}
         for index, item in enumerate(items):
             on_host = isinstance(rule, AdamRule) and item.state["step"].device.type == "cpu"
@@ -52,19 +52,26 @@ class Plan:
         self, items: Sequence[Item], rule: Rule, selection: Selection, strength: Strength, draw: Draw
     ) -> list[Tensor | None]:
         """Step all batches; their sums."""
+        self.rule = rule
         sums = []
         for batch in self.batches:
             with on(batch.device):
-                batch.update(items, rule, selection, strength, draw)
                 clock = None if draw.clock is None or draw.clock.device != batch.device else draw.clock
+                batch.update(items, rule, selection, strength, draw, own_clock=clock is None)
                 sums.append(Step(batch, selection.function, clock)())
+                batch.stepped(items)
         return sums
 
-    def refresh(self, rule: Rule, selection: Selection, strength: Strength) -> None:
-        """Put changed hyper-parameters on the device now, for the replays of a CUDA graph."""
+    def refresh(self, selection: Selection, strength: Strength) -> None:
+        """Put changed hyper-parameters on the device now, for the replays of a CUDA graph.
+
+        Another kind of selection or strength would be another graph: the recorded one goes on as it is.
+        """
+        if static_key(self.rule, selection, strength, self.draw, self.statistics) != self.key:
+            return
         for batch in self.batches:
             with on(batch.device):
-                batch.refresh(hyper_parameters(rule, selection, strength), selection)
+                batch.refresh(hyper_parameters(self.rule, selection, strength), selection)
 
 
 def _begin(item: Item, rule: Rule, strength: Strength) -> bool:
@@ -98,14 +105,14 @@ def selective_step(
     begins = [_begin(item, rule, strength) for item in items]
     arranged, back = [], []
     for item in items:
-        one, copied = arrange(item, rule, order_matters(selection, draw, item))
+        one, copied = arrange(item, rule, order_matters(selection, strength, draw, item))
         arranged.append(one)
         back += copied
     how = (rule, selection, strength, draw)
     plan = Plan(arranged, *how, statistics, begins)
     if isinstance(items, ItemList) and not back and not any(begins):
         items.cache["plan"] = plan
-        items.cache["refresh"] = functools.partial(plan.refresh, rule)
+        items.cache["refresh"] = plan.refresh
     sums = plan.run(arranged, *how)
     for tensor, copy in back:
         tensor.copy_(copy)

@@ -34,7 +34,7 @@ STATE[ScoreRule] = ("score",)
 
 def ranks(score: Tensor) -> bool:
     """Whether the kernels can rank this tensor."""
-    return type(score) in (Tensor, torch.nn.Parameter) and score.dtype in DTYPES and score.numel() < 1 << 32
+    return type(score) in (Tensor, torch.nn.Parameter) and score.dtype in DTYPES and score.numel() < 1 << 31
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def top_k(score: Tensor, k: int) -> Tensor:
     selection, strength = Selection("top_k", fraction=1.0), Strength("fixed")
     with on(score.device):
         batch = Batch(cfg, [item], [0], rule, selection, strength)  # type: ignore[arg-type]
-        batch.update([item], rule, selection, strength, Draw(0, 0))  # type: ignore[arg-type]
+        batch.update([item], rule, selection, strength, Draw(0, 0), own_clock=True)  # type: ignore[arg-type]
         assert batch.top_k is not None
         rows = batch.top_k.rank_rows(batch.numels, selection)
         rows[0][config.WANTED.value] = min(k, numel)

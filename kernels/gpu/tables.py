@@ -25,12 +25,18 @@ STATE: dict[type, tuple[str, ...]] = {
 }
 
 
+_RECORDED: list[Tensor] = []  # what the graphs of this process upload from at every replay: they may live as long
+
+
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as a tensor on the device, without waiting for it."""
     host = values.to(dtype) if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
     if device.type == "cpu":  # the interpreter
         return host.clone()
-    return host.pin_memory().to(device, non_blocking=True)
+    pinned = host.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _RECORDED.append(pinned)
+    return pinned.to(device, non_blocking=True)
 
 
 def refill(target: Tensor, values: Any) -> Tensor:
@@ -73,6 +79,8 @@ def is_dense(tensor: Tensor) -> bool:
 
 def work(counts: Sequence[int], device: torch.device) -> tuple[Tensor, list[int]]:
     """(tensor, part) for each of a launch's programs, int32 [programs, 2]; and where each tensor's programs begin."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _work.__wrapped__(tuple(counts), device)  # filled by a graph's replays only: nobody else's
     return _work(tuple(counts), device)
 
 
@@ -106,12 +114,13 @@ class Tables:
         self.kept: list[Tensor] = []  # sources of copies that became part of a CUDA graph
         self.recorded: dict[str, Tensor] = {}  # ... by the table that `say` filled from them
 
-    def say(self, name: str, table: Tensor, values: Any) -> None:
-        """Upload a whole table, unless it says so already. `values` is compared with ==."""
-        if self.said.get(name) == values:
+    def say(self, name: str, table: Tensor, values: Any, key: Any = None) -> None:
+        """Upload a whole table, unless it says so already: `key`, or else `values`, is compared with ==."""
+        key = values if key is None else key
+        if self.said.get(name) == key:
             return
         source = self.keep(refill(table, values), name)
-        self.said[name] = values
+        self.said[name] = key
         if name in self.recorded and self.recorded[name] is not source:
             self.recorded[name].copy_(source)  # what a graph uploads at every replay: numbers that were scheduled since
 

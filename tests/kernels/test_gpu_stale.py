@@ -1,0 +1,169 @@
+"""What changes between steps, or is unusual from the start: no table that was made of something else may be read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gpu_support import copied, made
+
+from selective import MGUP, CautiousMGUP, RandomMask, SelectiveUpdate
+from selective.kernels import (
+    AdamRule,
+    Draw,
+    GivenRule,
+    Item,
+    ItemList,
+    Selection,
+    SGDRule,
+    Strength,
+    selective_step,
+    use_backend,
+)
+
+ADAM = AdamRule(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+LAST = torch.channels_last
+
+
+def both(ours: list[Item], theirs: list[Item], **changes) -> None:
+    how = {
+        "rule": ADAM,
+        "selection": Selection("agreement"),
+        "strength": Strength("fixed", 2.0, 0.5),
+        "draw": Draw(7, 3),
+    }
+    how |= changes
+    selective_step(ours, backend="gpu", **how)
+    selective_step(theirs, backend="reference", **how)
+
+
+def close(item: Item, twin: Item) -> None:
+    torch.testing.assert_close(item.param.cpu(), twin.param.cpu())
+
+
+@pytest.mark.parametrize("strange", ["expanded", "contiguous", "strided"])
+def test_gradients_of_other_strides(strange, device):
+    """A plan that was made for channels-last tensors, and a gradient that is not."""
+    results = []
+    for backend in ("gpu", "reference"):
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(4, 3, 5, 5, generator=generator).to(device, memory_format=LAST))
+        optimizer = SelectiveUpdate(torch.optim.AdamW([p], lr=1e-2), policy=CautiousMGUP())
+        for number in range(3):
+            g = torch.randn(4, 3, 5, 5, generator=generator).to(device)
+            if number < 2:
+                g = g.contiguous(memory_format=LAST)
+            elif strange == "expanded":
+                g = g[:, :1, :1, :1].expand(4, 3, 5, 5)
+            elif strange == "strided":
+                g = torch.stack([g, g], -1)[..., 0]
+            p.grad = g
+            with use_backend(backend):
+                optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_a_parameter_seen_from_another_side(device):
+    item = made(ADAM, (8, 8))
+    twin, item = copied(item, "cpu"), copied(item, device)
+    kept, fresh = ItemList([item]), [twin]
+    both(kept, fresh)
+    for i in (item, twin):
+        i.param = i.param.t()
+    both(kept, fresh, selection=Selection("bernoulli"))
+    close(item, twin)
+
+
+def test_an_update_that_shares_a_strided_parameter(device):
+    def share() -> Item:
+        p = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).to(device).t()
+        return Item(p, torch.full_like(p, 0.1), {"update": p.detach(), "start": torch.ones_like(p)}, 0)
+
+    item, twin = share(), share()
+    both([item], [twin], rule=GivenRule())
+    close(item, twin)
+
+
+def test_an_average_of_another_dtype_goes_to_the_reference(device):
+    item = copied(made(ADAM, (64,)), device)
+    item.policy_state["average"] = torch.ones((), dtype=torch.bfloat16, device=device)
+    how = {"rule": ADAM, "selection": Selection("agreement"), "strength": Strength("alignment"), "draw": Draw(0, 0)}
+    with pytest.raises(ValueError, match="its average is not one float32 number"):
+        selective_step([item], backend="gpu", **how)
+
+
+def test_a_step_that_failed_is_not_counted(device):
+    item = made(ADAM, (64,))
+    twin, item = copied(item, "cpu"), copied(item, device)
+    kept, fresh = ItemList([item]), [twin]
+    both(kept, fresh)
+    with pytest.raises((ValueError, RuntimeError)):
+        both(kept, [], rule=replace(ADAM, lr=torch.tensor([1.0, 2.0])))
+    assert float(item.state["step"]) == float(twin.state["step"])
+    both(kept, fresh)
+    close(item, twin)
+
+
+def test_zero_is_not_the_number_on_the_device(device):
+    """A learning rate that was a tensor there, and is now the Python number 0."""
+    kept = ItemList([copied(made(ADAM, (64,)), device)])
+    selective_step(kept, backend="gpu", rule=ADAM, selection=Selection("agreement"), strength=Strength("fixed"),
+                   draw=Draw(0, 0))  # fmt: skip
+    tables = kept.cache["plan"].batches[0].tables
+    tables.said["hyper"] = [None if i == 0 else v for i, v in enumerate(tables.said["hyper"])]  # as a tensor leaves it
+    before = kept[0].param.clone()
+    selective_step(kept, backend="gpu", rule=replace(ADAM, lr=0.0), selection=Selection("agreement"),
+                   strength=Strength("fixed"), draw=Draw(0, 1))  # fmt: skip
+    assert torch.equal(kept[0].param, before)
+
+
+def test_refresh_knows_the_last_rule_and_only_its_kind(device):
+    kept = ItemList([copied(made(ADAM, (64,)), device)])
+    how = {"selection": Selection("top_k", fraction=0.25), "strength": Strength("fixed", 2.0, 0.5), "draw": Draw(0, 0)}
+    selective_step(kept, rule=ADAM, backend="gpu", **how)
+    selective_step(kept, rule=replace(ADAM, lr=5e-3), backend="gpu", **how)
+    tables = kept.cache["plan"].batches[0].tables
+    kept.cache["refresh"](Selection("agreement"), Strength("fixed", 7.0, 0.5))
+    assert 7.0 not in tables.hyper
+    kept.cache["refresh"](Selection("top_k", fraction=0.5), Strength("fixed", 7.0, 0.5))
+    assert float(tables.hyper[0]) == 5e-3
+    assert 7.0 in tables.hyper
+    assert 32 in tables.ranks
+
+
+def test_a_buffer_that_was_set_to_none(device):
+    rule = SGDRule(lr=0.1, momentum=0.9)
+    item = made(rule, (8,), seed=1)
+    twin, item = copied(item, "cpu"), copied(item, device)
+    kept, fresh = ItemList([item]), [twin]
+    both(kept, fresh, rule=rule)
+    for i in (item, twin):
+        i.state["momentum_buffer"] = None
+    both(kept, fresh, rule=rule)
+    close(item, twin)
+
+
+def test_state_of_another_dtype_at_the_same_address(device):
+    item = copied(made(ADAM, (64,)), device)
+    kept = ItemList([item])
+    both(kept, [])
+    item.state["exp_avg"] = item.state["exp_avg"].view(torch.bfloat16)[:64]
+    twin = copied(item, "cpu")
+    both(kept, [twin])
+    close(item, twin)
+
+
+def test_a_clock_of_another_device_is_not_read(device):
+    item = copied(made(ADAM, (64,)), device)
+    twin = copied(item, "cpu")
+    clock = torch.zeros(2, dtype=torch.int64, device="meta")
+    both([item], [twin], selection=Selection("bernoulli"), draw=Draw(7, 3, clock=clock))
+    close(item, twin)
+
+
+def test_a_group_may_name_a_control():
+    p = torch.nn.Parameter(torch.ones(4))
+    groups = [{"params": [p], "policy": RandomMask.matching(MGUP())}]
+    assert "MGUP" in SelectiveUpdate(torch.optim.AdamW(groups)).explain()
