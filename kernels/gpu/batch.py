@@ -13,7 +13,7 @@ from ..spec import Draw, Item, Rule, Scalar, Selection, Strength
 from . import config
 from .config import Config
 from .configure import hyper_parameters, samples_of
-from .tables import STATE, Tables, cdiv, refill, state_columns, upload, work
+from .tables import STATE, Tables, cdiv, is_in_place, refill, state_columns, upload, work
 
 SUM_BLOCK = 2048  # elements of a program that sums
 SAMPLE_BLOCK = 1024  # scores of a program that samples or ranks
@@ -67,6 +67,7 @@ class Batch:
         strength: Strength,
     ) -> None:  # fmt: skip
         self.cfg, self.members, self.device = cfg, members, items[members[0]].param.device
+        self.rule = rule
         self.tables = Tables(len(members), self.device)
         self.numels = [items[i].param.numel() for i in members]
         self.chunks, self.chunk_at = work([cdiv(n, cfg.block) for n in self.numels], self.device)
@@ -183,6 +184,8 @@ class Batch:
             return False
         if now != self.fixed_addresses:
             if self.cfg.rule != "given":
+                return False
+            if any(is_in_place(item, self.rule) != self.cfg.in_place for item in mine):
                 return False
             self.fixed_addresses, self.gradients = now, []
             self.addresses = self._address_table()

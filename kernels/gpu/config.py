@@ -66,6 +66,7 @@ class Config:
     nesterov: bool = False
     negated: bool = False  # given: the column holds -u
     offset: float = 0.0  # given
+    in_place: bool = False  # given: it starts from the parameter's memory, and the update lies elsewhere
     selection: str = "everything"  # or "agreement", "top_k", "element", "row", "tensor", "function"
     product: str = "update"
     strict: bool = True

@@ -10,7 +10,7 @@ from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
 from ..spec import AdamRule, Draw, GivenRule, Item, LionRule, Rule, Scalar, Selection, SGDRule, Strength
 from . import numbers
 from .config import DTYPES, Config
-from .tables import state_columns
+from .tables import is_in_place, state_columns
 
 # Elements of a program. docs/kernels.md has the measurements behind these.
 BLOCK = 1024
@@ -38,7 +38,7 @@ def configure(
         moves=getattr(rule, "momentum", 0.0) != 0,
         begins=begins,
         nesterov=getattr(rule, "nesterov", False), negated=getattr(rule, "negated", False),
-        offset=getattr(rule, "offset", 0.0), selection=kind,
+        offset=getattr(rule, "offset", 0.0), in_place=is_in_place(item, rule), selection=kind,
         product=selection.product if kind == "agreement" else "update", strict=selection.strict, score=selection.score,
         arguments=len(selection.numbers) if kind == "function" else 0,
         quantile=selection.quantile if kind == "top_k" else "exact",

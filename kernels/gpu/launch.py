@@ -50,6 +50,16 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
+def _can_settle(cfg: Config) -> bool:
+    """Whether what a pass leaves undecided can be stepped after it: the update has to be there again, exactly.
+
+    Adam's can be formed from the moments that were stored, where these were not rounded; a given one is still there
+    where the pass does not write over it. Float32 parameters, because a miss is corrected in what was stored.
+    """
+    whole = all(d is None or d == tl.float32 for d in (cfg.param, cfg.first, cfg.second, cfg.third))
+    return (cfg.rule == "adam" and whole and not cfg.coupled) or (cfg.in_place and cfg.param == tl.float32)
+
+
 class Step:
     """One step of one batch: the memory that its launches share, and the launches."""
 
@@ -58,13 +68,8 @@ class Step:
         self.function: Any = _nothing if function is None else function
         self.clock = self.tables.clock if clock is None else clock
         self.fixed = self.cfg.strength == "fixed"
-        # where nothing is undecided, one pass can do all: the rule has to be one whose update can be formed again from
-        # the state that it has stored, exactly
-        dtypes = (self.cfg.param, self.cfg.first, self.cfg.second, self.cfg.third)
-        whole = all(d is None or d == tl.float32 for d in dtypes)
-        bracketed = batch.top_k is not None and batch.top_k.bracketed
-        self.one_pass = bracketed and self.fixed and self.cfg.rule == "adam" and whole and not self.cfg.coupled
-        self.bracketed = bracketed
+        self.bracketed = batch.top_k is not None and batch.top_k.bracketed
+        self.one_pass = self.bracketed and self.fixed and _can_settle(self.cfg)
         self.nothing = torch.empty(0, dtype=torch.int32, device=batch.device)
         self.partials = self.settled = self.tied = self.repaired = self.nothing
 

@@ -13,7 +13,7 @@ from .batch import Batch
 from .configure import configure, hyper_parameters, static_key
 from .launch import Step, on
 from .layout import arrange, order_matters
-from .tables import state_columns
+from .tables import is_in_place, state_columns
 
 _NOTHING = torch.zeros(0, 7, dtype=torch.float64, device="cpu")
 
@@ -31,7 +31,8 @@ class Plan:
         for index, item in enumerate(items):
             on_host = isinstance(rule, AdamRule) and item.state["step"].device.type == "cpu"
             dtypes = tuple(None if c is None else c.dtype for c in state_columns(item, rule))
-            key = (item.param.dtype, item.grad.dtype, dtypes, item.param.device, on_host, begins[index])
+            in_place = is_in_place(item, rule)
+            key = (item.param.dtype, item.grad.dtype, dtypes, item.param.device, on_host, begins[index], in_place)
             together.setdefault(key, []).append(index)
         self.batches = []
         for members in together.values():

@@ -72,6 +72,8 @@ def _block(
     if CFG.writes:
         new = stepped(p, y, u, multiples, row, CFG)
         if CFG.bracketed:  # stays as it was until it is decided: rounded once, then
+            if CFG.rule == "given":
+                p = y
             new = tl.where(undecided, p, new)
         store_moments(pointers, offs, x, y, z, mask, FAST, CFG)
         store_param(pointers, offs, new, mask, keys, FAST, CFG)

@@ -65,6 +65,15 @@ def state_columns(item: Item, rule: Rule) -> list[Tensor | None]:
     return found + [None] * (4 - len(found))
 
 
+def is_in_place(item: Item, rule: Rule) -> bool:
+    """Whether a given update starts from the parameter's own memory, and outlives a write to it."""
+    if not isinstance(rule, GivenRule):
+        return False
+    at, given = item.param.data_ptr(), item.state["update"].data_ptr()
+    apart = given + item.state["update"].nbytes <= at or at + item.param.nbytes <= given
+    return apart and item.state["start"].data_ptr() == at
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor fills its memory without gaps and overlaps, in some order of its dimensions."""
     expected = 1

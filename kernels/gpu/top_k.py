@@ -49,8 +49,10 @@ def count_scores(count, undecided, key, ranks, marks_ptr, histogram_ptr, CFG: tl
 
 @triton.jit
 def keys_at(pointers, row, offs, mask, FAST: tl.constexpr, CFG: tl.constexpr):
-    """(key, update, gradient, parameter) of elements at any indices."""
-    p, g, u, m, _, _, _, _ = load_moved(pointers, offs, mask, row, CFG.writes and CFG.rule != "given", FAST, CFG)
+    """(key, update, gradient, parameter) of elements at any indices; of a given update, what it starts from."""
+    p, g, u, m, _, _, start, _ = load_moved(pointers, offs, mask, row, CFG.writes and CFG.rule != "given", FAST, CFG)
+    if CFG.rule == "given":
+        p = start
     return key_of(score_of(g, u, m, row, CFG)), u, g, p
 
 

@@ -47,6 +47,9 @@ class Anatomy:
     """The step changes `p.grad` in place, or puts another tensor there, with or without weight decay."""
     clears_grad: bool = False
     """The step sets `p.grad` to None."""
+    keeps_memory: bool = False
+    """The step writes to memory that the base got hold of earlier (a flat buffer, views) and not to where `p.data` is
+    now: a parameter's memory must not be exchanged for another."""
     stateless: bool = False
     """Nothing is kept between steps (SGD without momentum)."""
     refusal: str | None = None

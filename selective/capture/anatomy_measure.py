@@ -69,7 +69,23 @@ def _facts(prober: Prober, dtype: torch.dtype) -> Anatomy:
         residue=tuple(sorted(residue)),
         writes_grad=prober.writes_grad,
         clears_grad=prober.clears_grad,
+        keeps_memory=_keeps_memory(prober, small),
         stateless=not small.kept and not residue,
+    )
+
+
+def _keeps_memory(prober: Prober, usual: Run) -> bool:
+    """Whether the run `usual` comes out otherwise where the parameters move to other memory before each step."""
+
+    def exchange(twin: Optimizer, params: list[Tensor]) -> None:
+        for p in params:
+            p.data = p.data.clone()
+
+    moved = prober.run(prober.small, before=exchange)
+    return not all(
+        torch.equal(a, b)
+        for now, then in zip(moved.params, usual.params, strict=True)
+        for a, b in zip(now, then, strict=True)
     )
 
 

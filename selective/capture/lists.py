@@ -8,6 +8,7 @@ through their own operations, one tensor after the other. Nothing here waits for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -64,6 +65,33 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 def zero_(tensors: Sequence[Tensor]) -> None:
     """tensor <- 0."""
     _run(many_of._foreach_zero_, Tensor.zero_, tensors)
+
+
+def is_plain_and_dense(tensor: Tensor) -> bool:
+    """Whether its memory could be any other: no subclass, without gaps, in the usual order or channels last."""
+    return type(tensor) in _PLAIN and (
+        tensor.is_contiguous()
+        or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+        or (tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d))
+    )
+
+
+def zeros_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros of the same sizes and strides for dense tensors, cut out of few allocations; each begins at 512 bytes."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, t in enumerate(tensors):
+        alike.setdefault((t.device, t.dtype), []).append(index)
+    found: dict[int, Tensor] = {}
+    for indices in alike.values():
+        unit = max(512 // tensors[indices[0]].element_size(), 1)
+        for part in parts([tensors[i] for i in indices]):
+            some = indices[part]
+            ends = list(accumulate(-(-tensors[i].numel() // unit) * unit for i in some))
+            flat = tensors[some[0]].new_zeros(ends[-1])
+            for index, start in zip(some, [0, *ends], strict=False):
+                t = tensors[index]
+                found[index] = flat.as_strided(t.size(), t.stride(), start)
+    return [found[i] for i in range(len(tensors))]
 
 
 def lerp_(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:

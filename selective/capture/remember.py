@@ -46,10 +46,14 @@ class RememberingJob(Job):
         """Keep what the base's step will overwrite."""
         # asked before the base steps: some factors depend on the parameter's size or on the base's count
         self.factors = self._factors()
-        self.saved = lists.copies(self.tensors())
+        self.saved = self.keep_parameters()
         nothing = [None] * len(self.parameters)
         self.previous = self._momenta_kept() if "previous_momentum" in self.reads else nothing
         self.grads = self._gradients() if self.wants_grad else nothing
+
+    def keep_parameters(self) -> list[Tensor]:
+        """The parameters' values, which are put back when something raises."""
+        return lists.copies(self.tensors())
 
     def _factors(self) -> list[spec.Scalar]:
         base, group, facts = self.context.base, self.group, self.facts

@@ -1,8 +1,14 @@
 """Scratch capture: the base steps on zeros that stand in for the parameter, and what it leaves there is exactly -u.
 
-Right for every base whose update does not look at the parameter. Costs one copy of the parameters during the step (and
-one of the gradients where decay is coupled). The storage is zeroed in place rather than swapped, because a base may
-hold the tensor by identity and because swapping `.data` has no effect on a DTensor.
+Right for every base whose update does not look at the parameter. Costs the parameters' size in memory during the step
+(and as much as the gradients where decay is coupled).
+
+Note [whose memory]: the parameter tensor is the base's to step in any case, because bases know it by identity. Its
+memory is exchanged for zeros, where that can be done: `p.data` points there until the base has stepped, nothing is
+copied, and the update is still there when the parameter is written. Otherwise the values are copied, and the memory is
+zeroed in place: for a DTensor, which an exchange does not reach; for a base that holds on to memory (`keeps_memory`);
+for a parameter whose memory has gaps; and for a policy with code of its own, which may raise when half of the
+parameters are written, so that a copy is needed anyway.
 """
 
 from __future__ import annotations
@@ -24,6 +30,18 @@ class ScratchJob(GenericJob):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.their_grads: list[tuple[Tensor, Tensor | None, Tensor]] = []  # parameter, its gradient, our stand-in
+        self.exchanged: dict[int, Tensor] = {}  # index of a parameter -> its own memory, while it has other
+        self.left: dict[int, Tensor] = {}  # index of a parameter -> what the base has left on zeros
+
+    def keep_parameters(self) -> list[Tensor]:
+        """The values, where they lie: Note [whose memory]."""
+        tensors = self.tensors()
+        can = not (self.facts.keeps_memory or self.own_code)
+        own = {i: p.data for i, p in enumerate(tensors) if can and lists.is_plain_and_dense(p)}
+        copied = [i for i in range(len(tensors)) if i not in own]
+        kept = {**own, **dict(zip(copied, lists.copies([tensors[i] for i in copied]), strict=True))}
+        self.exchanged = own
+        return [kept[i] for i in range(len(tensors))]
 
     def prepare(self) -> None:
         self.remember()
@@ -32,7 +50,9 @@ class ScratchJob(GenericJob):
             for p, stand_in in zip(tensors, self._decayed_gradients(), strict=True):
                 self.their_grads.append((p, p.grad, stand_in))
                 p.grad = stand_in
-        lists.zero_(tensors)
+        lists.zero_([p for i, p in enumerate(tensors) if i not in self.exchanged])
+        for index, zeros in zip(self.exchanged, lists.zeros_like(list(self.exchanged.values())), strict=True):
+            tensors[index].data = zeros
 
     def _decayed_gradients(self) -> list[Tensor]:
         """The gradients with decay in them, as the base would have made them; the policy's own where they are those."""
@@ -46,16 +66,34 @@ class ScratchJob(GenericJob):
         return [found[i] for i in range(len(raw))]
 
     def captured(self, indices: Sequence[int]) -> list[Captured]:
-        tensors = [self.parameters[i].tensor for i in indices]
-        return [Captured(p, self.saved[i], p) for p, i in zip(tensors, indices, strict=True)]
+        found = []
+        for i in indices:
+            p = self.parameters[i].tensor
+            found.append(Captured(self.left[i], p, p) if i in self.left else Captured(p, self.saved[i], p))
+        return found
 
     def finish(self) -> None:
         self._give_gradients_back()
+        self.left = self._give_memory_back()
         super().finish()
+        self.left = {}
 
     def restore(self) -> None:
         self._give_gradients_back()
-        super().restore()
+        self._give_memory_back()
+        for index, saved in enumerate(self.saved):
+            p = self.parameters[index].tensor
+            if saved.data_ptr() != p.data_ptr():
+                p.copy_(saved)
+
+    def _give_memory_back(self) -> dict[int, Tensor]:
+        """Parameters are where they were; returns what was in their place."""
+        found = {}
+        for index, own in self.exchanged.items():
+            p = self.parameters[index].tensor
+            found[index], p.data = p.data, own
+        self.exchanged = {}
+        return found
 
     def _give_gradients_back(self) -> None:
         for p, grad, stand_in in self.their_grads:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_support import copied, made
+from gpu_support import copied, few_samples, made
 
 from selective import MGUP, CautiousMGUP, RandomMask, SelectiveUpdate
 from selective.kernels import (
@@ -84,6 +84,32 @@ def test_an_update_that_shares_a_strided_parameter(device):
     item, twin = share(), share()
     both([item], [twin], rule=GivenRule())
     close(item, twin)
+
+
+def test_a_kept_plan_sees_where_an_update_lies(device, monkeypatch):
+    """One pass may settle what it left undecided only while the update outlives the write to the parameter."""
+    few_samples(monkeypatch)
+    from selective.kernels.gpu.launch import Step
+
+    passes = []
+    step_pass = Step._pass
+    monkeypatch.setattr(Step, "_pass", lambda self, *rest: passes.append(1) or step_pass(self, *rest))
+    how = {"rule": GivenRule(), "selection": Selection("top_k", fraction=0.3)}
+    start = copied(made(GivenRule(), (40, 30)), device)
+    kept, results = ItemList(), []
+    for place in ("apart", "in the parameter", "apart", "apart, from a copy"):
+        item = copied(start)
+        if place == "in the parameter":
+            item.param.copy_(item.state["update"])
+            item.state["update"] = item.param.detach()
+        elif place == "apart":
+            item.state["start"] = item.param
+        kept[:] = [item]
+        passes.clear()
+        both(kept, [copied(item, "cpu")], **how)
+        results.append(item.param)
+        assert len(passes) == (1 if place == "apart" else 2), place
+    assert all(torch.equal(r, results[0]) for r in results)
 
 
 def test_an_average_of_another_dtype_goes_to_the_reference(device):

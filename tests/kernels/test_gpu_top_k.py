@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gpu_support import BF16, F16, F32, copied, few_samples, gpu, made, missing_brackets, no_repair, short_lists
@@ -21,6 +23,7 @@ from selective.kernels import (
 
 # u = ± a power of two (Lion), or any number of 8 digits times a gradient of as many: scores that are exact in float32
 ADAM, LION, SGD, GIVEN = AdamRule(0.5, 0.9, 0.99, 1e-8), LionRule(0.5, 0.9, 0.99), SGDRule(0.5, 0.9), GivenRule()
+IN_PLACE = GivenRule(negated=True)  # `start_of` makes it start from the parameter itself, as scratch capture does
 
 
 def sorted_out(score: torch.Tensor, k: int) -> torch.Tensor:
@@ -34,7 +37,7 @@ def own_scores(item: Item, rule, score: str = "update") -> tuple[torch.Tensor, t
     update. Both are in float32, or exact in what they are stored in.
     """
     if isinstance(rule, GivenRule):
-        u, m = item.state["update"], item.state["momentum"]
+        u, m = item.state["update"] * (-1 if rule.negated else 1), item.state["momentum"]
     else:
         probe = copied(item)
         probe.param.zero_()
@@ -68,6 +71,8 @@ WAYS = {
     "two passes, Lion in bfloat16": (LION, BF16, Strength("fixed", 1.0, 0.0)),
     "two passes, SGD": (SGD, F32, Strength("fixed", 1.0, 0.0)),
     "two passes, given in float16": (GIVEN, F16, Strength("fixed", 1.0, 0.0)),
+    "one pass, given": (IN_PLACE, F32, Strength("fixed", 1.0, 0.0)),
+    "two passes, given in place in bfloat16": (IN_PLACE, BF16, Strength("fixed", 1.0, 0.0)),
 }
 LIKE = ["normal", "few values", "constant", "untouched rows", "all zero", "NaN and infinity", "one outlier"]
 
@@ -88,6 +93,8 @@ def start_of(rule, dtype, like: str, device: str, shape=(30, 50)) -> Item:
         flat[::7], flat[1::97] = torch.nan, torch.inf
     elif like == "one outlier":
         flat[1034] = 6e4
+    if rule is IN_PLACE:
+        item.state["start"] = item.param
     return copied(item, device)
 
 
@@ -139,7 +146,7 @@ def test_k_of_nothing_one_and_all(way, device, monkeypatch):
 
 
 @pytest.mark.parametrize("trouble", [missing_brackets, short_lists])
-@pytest.mark.parametrize("way", ["one pass", "two passes, Lion"])
+@pytest.mark.parametrize("way", ["one pass", "one pass, given", "two passes, Lion"])
 def test_without_the_repair_a_selection_is_wrong(way, trouble, device, monkeypatch):
     """The failing twin: what a bracket that missed, or a list that overflowed, would do if nobody mended it."""
     few_samples(monkeypatch)
@@ -152,22 +159,25 @@ def test_without_the_repair_a_selection_is_wrong(way, trouble, device, monkeypat
     assert not torch.equal(selected_by(item, rule, selection, strength)[0], wanted)
 
 
-def test_a_missed_bracket_is_the_same_step(device, monkeypatch):
+@pytest.mark.parametrize("rule", [ADAM, IN_PLACE, replace(IN_PLACE, offset=1.0, factor=0.9)], ids=str)
+def test_a_missed_bracket_is_the_same_step(rule, device, monkeypatch):
     """What was mended is rounded twice where it had been decided: at most three roundings, of half a unit of the
     largest number in it, more than in one go, and one that is not shared."""
     few_samples(monkeypatch)
-    start = start_of(ADAM, F32, "normal", device)
+    start = start_of(rule, F32, "normal", device)
+    if isinstance(rule, GivenRule):
+        start.state["start"] = start.param
     kept = {}
     for missed in (False, True):
         if missed:
             missing_brackets(monkeypatch)
         kept[missed] = item = copied(start)
-        sums = gpu(item, ADAM, selection=Selection("top_k", fraction=0.3), strength=Strength("fixed", 1.5, 0.25))
+        sums = gpu(item, rule, selection=Selection("top_k", fraction=0.3), strength=Strength("fixed", 1.5, 0.25))
         assert sums.selected == 450
     a, b = kept[False].param, kept[True].param
     probe = copied(start)
     probe.param.zero_()
-    gpu(probe, ADAM, selection=Selection("everything"), strength=Strength("fixed", 1.5))
+    gpu(probe, rule, selection=Selection("everything"), strength=Strength("fixed", 1.5))
     size = torch.maximum(torch.maximum(a.abs(), start.param.abs()), probe.param.abs())
     assert ((a - b).abs() <= 2 * torch.finfo(F32).eps * size).all()
 
