@@ -29,6 +29,8 @@ BINS = 2048  # parts of a bracket's histogram: see `bin_of`
 WHOLE_BLOCK = 4096  # scores that a program which ranks a small tensor looks at at a time
 SETTLE_ROOM, SETTLE_BLOCK = 1024, 512  # undecided elements that a settling program writes down, works on at a time
 REPAIR_BLOCK = 1024  # of 4 warps
+# Rows of sums that one program adds up at a time: the largest tensor has tens of thousands, and everybody waits for it.
+TABLE_BLOCK, TABLE_WARPS = 4096, 16
 REPAIR_PROGRAMS = 2  # on each multiprocessor at the same time: as many as fit whatever their registers (255 at most)
 # Programs that wait for each other have to run at the same time: the driver refuses a launch that can't.
 TOGETHER: dict[str, dict[str, Any]] = {"cuda": {"launch_cooperative_grid": True}, "cpu": {}}
@@ -187,12 +189,12 @@ class Step:
         run(sums_kernel, work.shape[0], sums, work, tables.pointers, tables.numbers, tables.ranks, tables.facts,
             tables.keys, FUNCTION=self.function, CFG=cfg, BLOCK=sizes.SUM_BLOCK)  # fmt: skip
         run(strengths_kernel, tables.tensors, tables.numbers, sums, tables.hyper, tables.pointers, tables.ranks,
-            tables.facts, CFG=cfg, BLOCK=512)  # fmt: skip
+            tables.facts, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
 
     def _report(self) -> Tensor:
         tables, cfg = self.tables, derived(self.cfg, bracketed=self.one_pass)
         out = torch.empty(tables.tensors, 7, dtype=torch.float64, device=self.batch.device)
         run(report_kernel, tables.tensors, out, self.partials, self.settled, self.tied, self.repaired, tables.numbers,
             tables.hyper, tables.ranks, tables.facts, getattr(self, "repairers", 1), self.batch.programs,
-            FIXED=self.fixed, CFG=cfg, BLOCK=1024)  # fmt: skip
+            FIXED=self.fixed, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
         return out

@@ -28,7 +28,7 @@ def unsupported(item: Item, rule: Rule, selection: Selection | None = None) -> s
             return f"the {what} has shape {tuple(tensor.shape)}"
     step = item.state.get("step") if isinstance(rule, AdamRule) else None
     if step is not None and step.device.type != "cpu" and step.dtype != torch.float32:
-        return f"the step counter is {step.dtype}"
+        return f"the step counter is {str(step.dtype).removeprefix('torch.')}"
     average = item.policy_state.get("average")
     if average is not None and (
         average.dtype != torch.float32 or average.numel() != 1 or average.device != param.device

@@ -194,6 +194,10 @@ def test_too_many_elements_are_left_to_the_reference():
     assert why_reference(Item(huge, huge, {}, 0), SGDRule(0.1)) == "the parameter has 2^32 elements or more"
     less = torch.empty(1, dtype=BF16).expand(2**32 - 1)
     assert why_reference(Item(less, less, {}, 0), SGDRule(0.1)) is None
+    half, ranked = torch.empty(1, dtype=BF16).expand(2**31), Selection("top_k")
+    reason = "the parameter has 2^31 elements or more, which are not ranked"
+    assert why_reference(Item(half, half, {}, 0), SGDRule(0.1), ranked) == reason
+    assert why_reference(Item(half[1:], half[1:], {}, 0), SGDRule(0.1), ranked) is None
 
 
 def test_scores_in_float64_are_not_ranked_by_the_kernels(device):
