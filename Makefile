@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export TORCH_SPEC
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format bench clean
+.PHONY: help setup demo test test-slow test-gpu sanitize lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test-slow: $(VENV)/.ready ## the tests marked slow
 
 test-gpu: $(VENV)/.ready ## the tests that need a CUDA device
 	@$(BIN)/pytest -q -m gpu $(PYTEST_ARGS)
+
+sanitize: $(VENV)/.ready ## the GPU tests under compute-sanitizer (run test-gpu before)
+	@$(BIN)/python scripts/sanitize.py
 
 lint: $(VENV)/.ready ## ruff and pyright, changing nothing
 	@$(BIN)/ruff check

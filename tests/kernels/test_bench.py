@@ -22,6 +22,7 @@ from selective.bench.check import check
 from selective.kernels.cpu import applying
 
 LOW = [torch.bfloat16, torch.float16]
+VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def adamw(params, **more):
@@ -46,6 +47,8 @@ def test_every_contender_matches_its_reference(contender):
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("name", ["torch foreach", "torch fused", "CautiousMGUP", "MGUP", "AlphaConsistency"])
 def test_in_low_precision_too(name, dtype):
+    if name in ("torch foreach", "torch fused") and dtype == torch.float16 and VERSION < (2, 12):
+        pytest.skip("torch adds an eps to float16 that is 0 there, and divides by it: seen in 2.11 on a CPU")
     (contender,) = [c for c in standard_contenders(dtype=dtype) if c.name == name]
     check(contender, dtype=dtype)
 

@@ -111,7 +111,7 @@ def test_real_sizes(rule, dtypes, selection, strength, device):
     twin, wanted = reference(start, rule, **how)
     # Of a million scores, some are within rounding of the K-th, and of as many numbers of few digits, some cancel.
     assert abs(float(sums.selected) - float(wanted.selected)) <= 2
-    off = (item.param.cpu().double() - twin.param.double()).abs() > bound_of(start, twin)
+    off = (item.param.cpu().double() - twin.param.double()).abs() > bound_of(start, twin, rule)
     assert int(off.sum()) <= 4
 
 

@@ -153,7 +153,7 @@ def assert_same_sums(got: Sums, wanted: Sums, what: str = "") -> None:
         assert abs(a - b) <= bound or a == b or (a != a and b != b), f"{what} {name}: {a}, wanted {b}"
 
 
-def bound_of(start: Item, wanted: Item) -> Tensor:
+def bound_of(start: Item, wanted: Item, rule: Rule | None = None) -> Tensor:
     """How far two parameters may be apart, by rounding alone, float64.
 
     One spacing from the last two operations, which round alike but for what comes into them: an update, relative to
@@ -168,6 +168,8 @@ def bound_of(start: Item, wanted: Item) -> Tensor:
         terms = start.grad.cpu().double().abs() + before.abs() / 8  # 1/8: the largest coupled decay
         if first in start.state:
             terms = terms + start.state[first].cpu().double().abs()
+        if isinstance(rule, SGDRule) and rule.nesterov:  # one more sum, which may cancel by itself
+            new = torch.minimum(new, (start.grad.cpu().double() + rule.momentum * wanted.state[first].double()).abs())
         moved = torch.where(new > 0, moved * (terms / new).clamp(min=1), moved)
     return spacing(torch.maximum(before.abs(), after.abs()), wanted.param.dtype) + 8 * torch.finfo(F32).eps * moved
 

@@ -1,0 +1,78 @@
+"""The GPU tests under NVIDIA's compute-sanitizer: accesses out of bounds, races, memory that nobody wrote.
+
+    python scripts/sanitize.py --jobs 12 tests/kernels/test_gpu_top_k.py -k "not large"
+
+Everything after the options goes to pytest. The tests are split over as many processes as `--jobs` says, each under a
+sanitizer of its own: pytest-xdist would have it follow every compiler that Triton starts. torch's caching allocator is
+off, since an access beyond a tensor is otherwise inside of a larger block. Run the same tests without a sanitizer
+before: kernels come from Triton's cache then, and compiling is not slowed down.
+
+Exit code 0: every process ran at least one test, no test failed, no error was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
+PASSED = re.compile(r"(\d+) passed")
+
+
+def collected(arguments: list[str]) -> list[str]:
+    """The names of the tests that pytest would run."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--no-header", "--no-summary", *arguments]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode != 0:
+        sys.exit(f"pytest collects nothing:\n{found.stdout}{found.stderr}")
+    return [line for line in found.stdout.splitlines() if "::" in line]
+
+
+def verdict(log: str, output: str, code: int) -> str | None:
+    """What is wrong with one process's run; None where nothing is."""
+    errors = [int(n) for n in SUMMARY.findall(log)]
+    if not errors:
+        return "the sanitizer said nothing"
+    if sum(errors):
+        return f"{sum(errors)} errors"
+    if code != 0:
+        return f"pytest ended with {code}"
+    return None if PASSED.search(output) else "no test ran"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tool", default="memcheck", choices=["memcheck", "racecheck", "initcheck", "synccheck"])
+    parser.add_argument("--jobs", type=int, default=8, help="processes at the same time")
+    parser.add_argument("--logs", type=Path, default=None, help="keep what the processes wrote in this folder")
+    options, rest = parser.parse_known_args()
+    tests = collected(rest or ["tests/kernels", "-k", "test_gpu"])
+    folder = options.logs or Path(tempfile.mkdtemp(prefix="sanitize-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [part for part in (tests[i :: options.jobs] for i in range(options.jobs)) if part]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+    running = []
+    for number, part in enumerate(parts):
+        log, output = folder / f"{number}.sanitizer", folder / f"{number}.pytest"
+        command = ["compute-sanitizer", "--tool", options.tool, "--error-exitcode", "77", "--log-file", str(log)]
+        command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "0", *part]
+        with output.open("w") as stream:
+            running.append((log, output, subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)))
+    failed = 0
+    for log, output, process in running:
+        process.wait()
+        wrong = verdict(log.read_text() if log.exists() else "", output.read_text(), process.returncode)
+        failed += wrong is not None
+        if wrong is not None:
+            print(f"{log}: {wrong}; {output} has the tests")
+    print(f"{options.tool}: {len(tests)} tests in {len(parts)} processes, {len(parts) - failed} of them clean")
+    return 1 if failed or not parts else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
