@@ -64,16 +64,17 @@ def _refresh(
     bases: dict[Side, Basis] = dict(zip(sides, [basis for job in solved for basis in job], strict=True))
     batch = len(grads[0])
     _count(states, batch, list(bases.values()), inputs)
-    for side, found in bases.items():
-        for state, basis in zip(states, found.basis.split(batch), strict=True):
-            state[f"{side}_basis"].copy_(basis)
     if "noise" in states[0]:
         _set_noise(states, batch, inputs[0], next(iter(bases.values())), options.floor)
     changed = torch.stack([found.changed for found in bases.values()]).any(0)
     news = [True] * len(states) if everything else [bool(part.any()) for part in changed.split(batch)]
     for state, new in zip(states, news, strict=True):
         state["refreshes"].add_(int(new))
-    return _carries(options, bases, old, news, batch)
+    carries = _carries(options, bases, old, news, batch)
+    for side, found in bases.items():  # last: `old` may be the tensor in the state itself
+        for state, basis in zip(states, found.basis.split(batch), strict=True):
+            state[f"{side}_basis"].copy_(basis)
+    return carries
 
 
 def _jobs(

@@ -158,19 +158,20 @@ def test_together_without_stagger_and_the_same_whenever_it_is_asked() -> None:
 @pytest.mark.parametrize("sides", ["one", "two", "rows", "columns"])
 @pytest.mark.parametrize("statistic", ["gradient", "ema"])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_the_carry_leaves_the_momentums_meaning(solver: Any, statistic: Any, sides: Any) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_carry_leaves_the_momentums_meaning(solver: Any, statistic: Any, sides: Any, count: int) -> None:
     """Projected out before and after a refresh it is the same tensor; four products of 9, each within 9 eps.
 
     The twin: with carry="keep" the same momentum means another tensor.
     """
     for carry in ("rotate", "keep"):
         basis = Eigenbasis(solver=solver, statistic=statistic, sides=sides, carry=carry)
-        states = [basis.init_state(torch.empty(2, 6, 9)) for _ in range(2)]
+        states = [basis.init_state(torch.empty(2, 6, 9)) for _ in range(count)]
         for seed in range(3):
-            advance(basis, states, randoms((2, 6, 9), seed, count=2))
-        momenta = randoms((2, 6, 9), seed=9, count=2)
+            advance(basis, states, randoms((2, 6, 9), seed, count=count))
+        momenta = randoms((2, 6, 9), seed=9, count=count)
         before = basis.project_out(states, momenta)
-        carries = advance(basis, states, randoms((2, 6, 9), seed=8, count=2))
+        carries = advance(basis, states, randoms((2, 6, 9), seed=8, count=count))
         after = basis.project_out(states, [carried(c, m) for c, m in zip(carries, momenta, strict=True)])
         off = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
         bound = 4 * 9 * EPS * max(float(m.norm()) for m in momenta)
@@ -228,8 +229,8 @@ def test_any_shape_there_and_back(
     generator = torch.Generator().manual_seed(seed)
     states = [basis.init_state(torch.empty(batch, rows, columns)) for _ in range(count)]
     for _ in range(3):
-        pairs = [(torch.randn(batch, rows, rank, generator=generator), torch.randn(batch, rank, columns, generator=generator))
-                 for _ in states]  # fmt: skip
+        shapes = [((batch, rows, rank), (batch, rank, columns))] * count
+        pairs = [[torch.randn(shape, generator=generator) for shape in both] for both in shapes]
         advance(basis, states, [a @ b for a, b in pairs])
     xs = [torch.randn(batch, rows, columns, generator=generator) for _ in states]
     basis.observe(states, xs)  # the step of the refresh is over
@@ -308,7 +309,8 @@ def test_a_fixed_basis_is_adam_in_the_eigenbasis() -> None:
 
 def test_a_power_step_follows_a_slowly_turning_covariance() -> None:
     """As in training: 60 refreshes while the true eigenvectors turn by 0.01 a step; the space is never far off."""
-    turn = torch.linalg.matrix_exp(0.01 * (lambda x: x - x.mT)(torch.randn(6, 6, dtype=F64, generator=torch.Generator().manual_seed(0))))  # fmt: skip
+    x = randoms((6, 6), seed=0)[0].to(F64)
+    turn = torch.linalg.matrix_exp(0.01 * (x - x.mT))
     axes, values = orthogonal(6, 1), 0.5 ** torch.arange(6, dtype=F64)
     for solver in ("qr", "cholesky"):
         basis = Eigenbasis(sides="rows", solver=solver)

@@ -1,4 +1,4 @@
-"""Right after a refresh from one gradient, the rotated gradient is diagonal up to rounding, and what becomes of that."""
+"""Right after a refresh from one gradient the rotated gradient is diagonal up to rounding; what becomes of that."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def differ(given: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("n", [16, 128, 256])
 @pytest.mark.parametrize("solver", ["svd", "eigh"])
 def test_two_sides_without_a_floor_step_on_rounding_errors(solver: Any, n: int, kind: str) -> None:
-    """The trap, and the cure. Without: 12 to 95 % of the step (here) is decided by rounding. With the default: < 7 %."""
+    """The trap, and the cure. Without: 12 to 95 % of the step is decided by rounding. With the default: < 7 %."""
     without = differ(*rotated(AdaDiag(sides="two", solver=solver, floor=0), gradient(kind, n))[:2])
     cured = differ(*rotated(AdaDiag(sides="two", solver=solver), gradient(kind, n))[:2])
     assert without > 0.1
