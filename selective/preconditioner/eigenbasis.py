@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selective.preconditioner import schedule
 from selective.preconditioner.base import Carry, Preconditioner, Shape, State
-from selective.preconditioner.linalg import STACKED, Precision, batches, multiply, per_matrix, stack
+from selective.preconditioner.linalg import STACKED, Precision, batches, multiply, per_matrix, stack, zero
 from selective.preconditioner.refresh import COUNTS, refresh
 from selective.preconditioner.sides import Side, Sides, rotated_sides, shape_of
 from selective.preconditioner.solvers import SolverName
@@ -59,7 +59,8 @@ class Eigenbasis(Preconditioner):
     solver: SolverName = "cholesky"
     """How. "eigh" and "svd" (of the gradient itself where it is the statistic) start from scratch and are exact. "qr"
     and "cholesky" go on from the old basis by one step of subspace iteration, which is right for averages that move
-    slowly; the first basis is eigh's. "cholesky" spans what "qr" does several times faster on a GPU."""
+    slowly; the first basis is eigh's. "cholesky" spans what "qr" does with more arithmetic, but of the kind that GPUs
+    are fast at; on a CPU "eigh" takes no longer than either."""
     carry: Literal["rotate", "keep"] = "rotate"
     """What follows into the new basis. "rotate": first moments are taken along exactly; second moments cannot be, and
     stay with their column, which "qr" and "cholesky" may move, sorting by eigenvalue. "keep": nothing follows, and no
@@ -137,7 +138,7 @@ class Eigenbasis(Preconditioner):
             return
         noise = [state["noise"] for state in states if "noise" in state]
         if noise:
-            torch._foreach_zero_(noise)  # pyright: ignore[reportPrivateImportUsage]
+            zero(noise)
         if self.statistic == "ema":
             observe(self.sides_of(shape_of(grads[0])), states, grads, self.beta)
 

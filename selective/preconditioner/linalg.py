@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+many_of: Any = torch  # where the multi-tensor functions are; torch declares no types of them
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -57,6 +59,20 @@ def batches(count: int, numel: int, limit: int) -> list[slice]:
 def stack(tensors: Sequence[Tensor]) -> Tensor:
     """[batch, ., .] of each, one after the other; a single one as it is, without a copy."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+
+
+def copy_to(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """target ← source, in a few operations for all."""
+    many_of._foreach_copy_(list(targets), list(sources))
+
+
+def add_to(counters: Sequence[Tensor], amounts: Tensor) -> None:
+    """counter ← counter + amount, 0-d each; amounts: one for each counter."""
+    many_of._foreach_add_(list(counters), list(amounts.unbind()))
+
+
+def zero(tensors: Sequence[Tensor]) -> None:
+    many_of._foreach_zero_(list(tensors))
 
 
 def per_matrix(x: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class Soap(Eigenbasis):
     - parameters that get their first gradient later do not sit out a step: they go without a basis until the next
       refresh.
 
-    All parameters are refreshed in the same step, unless `stagger=True`; `solver="cholesky"` does the same faster.
+    All parameters are refreshed in the same step, unless `stagger=True`; `solver="cholesky"` spans the same
+    space with operations that a GPU is faster at.
     """
 
     skip_first_step: bool = True

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selective.preconditioner.base import Carry, State
 from selective.preconditioner.carry import order_of, turn
-from selective.preconditioner.linalg import REFRESHED, batches, finite, per_matrix, stack
+from selective.preconditioner.linalg import REFRESHED, add_to, batches, copy_to, finite, per_matrix, stack
 from selective.preconditioner.rescue import Basis, Job, solve_all, stand_in
 from selective.preconditioner.sides import Side, gram
 from selective.preconditioner.solvers import SOLVERS, WARM, Solved, Solver, SolverName, eigh, singular_vectors
@@ -72,8 +72,7 @@ def _refresh(
         state["refreshes"].add_(int(new))
     carries = _carries(options, bases, old, news, batch)
     for side, found in bases.items():  # last: `old` may be the tensor in the state itself
-        for state, basis in zip(states, found.basis.split(batch), strict=True):
-            state[f"{side}_basis"].copy_(basis)
+        copy_to([state[f"{side}_basis"] for state in states], found.basis.split(batch))
     return carries
 
 
@@ -140,15 +139,13 @@ def _count(states: Sequence[State], batch: int, bases: Sequence[Basis], inputs: 
         "kept": torch.stack([b.kept for b in bases]).any(0),
     }
     for name, which in counts.items():
-        for state, part in zip(states, which.split(batch), strict=True):
-            state[name].add_(part.sum())
+        add_to([state[name] for state in states], which.view(-1, batch).sum(1))
 
 
 def _set_noise(states: Sequence[State], batch: int, matrix: Input, basis: Basis, floor: float) -> None:
     largest = matrix.scale * basis.values.amax(-1).clamp(min=0).sqrt()  # σ₁ of the gradient
     noise = torch.where(basis.changed, floor * torch.finfo(torch.float32).eps * largest, 0.0)
-    for state, part in zip(states, noise.split(batch), strict=True):
-        state["noise"].copy_(part)
+    copy_to([state["noise"] for state in states], noise.split(batch))
 
 
 def _carries(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from selective.preconditioner.base import State
-from selective.preconditioner.linalg import REFRESHED, batches, per_matrix, stack
-from selective.preconditioner.sides import Side, gram
+from selective.preconditioner.linalg import REFRESHED, add_to, batches, copy_to, float32_products, per_matrix, stack
+from selective.preconditioner.sides import Side
 
 
 def observe(sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor], beta: float) -> None:
@@ -19,16 +19,19 @@ def observe(sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tens
     batch, rows, columns = grads[0].shape
     for some in batches(len(grads), batch * max(rows, columns) ** 2, REFRESHED):
         grad, group = stack(grads[some]), states[some]
-        averages = {side: gram(grad, side).mul_(1 - beta) for side in sides}
-        for side, average in averages.items():
-            average.add_(stack([state[f"{side}_gram"] for state in group]), alpha=beta)
-        good = torch.stack([_diagonal_is_finite(average) for average in averages.values()]).all(0)
-        for side, average in averages.items():
-            for state, new, ok in zip(group, average.split(batch), good.split(batch), strict=True):
-                kept = state[f"{side}_gram"]
-                kept.copy_(torch.where(per_matrix(ok), new, kept))
-        for state, ok in zip(group, good.split(batch), strict=True):
-            state["skipped"].add_((~ok).sum())
+        old = {side: stack([state[f"{side}_gram"] for state in group]) for side in sides}
+        new = {side: _averaged(old[side], grad, side, beta) for side in sides}
+        good = torch.stack([_diagonal_is_finite(average) for average in new.values()]).all(0)
+        for side in sides:
+            chosen = torch.where(per_matrix(good), new[side], old[side])
+            copy_to([state[f"{side}_gram"] for state in group], chosen.split(batch))
+        add_to([state["skipped"] for state in group], (~good).view(-1, batch).sum(1))
+
+
+@float32_products()
+def _averaged(old: Tensor, grad: Tensor, side: Side, beta: float) -> Tensor:
+    first, second = (grad, grad.mT) if side == "rows" else (grad.mT, grad)
+    return torch.baddbmm(old, first, second, beta=beta, alpha=1 - beta)
 
 
 def _diagonal_is_finite(average: Tensor) -> Tensor:
