@@ -39,10 +39,8 @@ class Basis(NamedTuple):
 
 
 def solve_all(jobs: Sequence[Job]) -> tuple[list[list[Basis]], bool]:
-    """The new bases of each job; and whether all of all of them changed, which the host may then rely on."""
+    """The new bases of each job; and whether every matrix got one, which spares the host a look at each."""
     done = [_attempt(job, job.solve, torch.float32, job.matrix.device) for job in jobs]
-    if not jobs:
-        return [], True
     bad = [~_all_trusted(sides) for sides in done]
     flags = torch.stack([torch.stack((b & j.usable, ~j.usable)).any(1) for b, j in zip(bad, jobs, strict=True)])
     failed, unusable = flags.any(0).tolist()  # the one place that waits for the device
@@ -51,8 +49,7 @@ def solve_all(jobs: Sequence[Job]) -> tuple[list[list[Basis]], bool]:
         nothing = torch.zeros_like(job.usable)
         tries = _try_again(job, sides) if failed else (sides, nothing, nothing)
         results.append(_select(job, *tries))
-    everything = not (failed or unusable)
-    return results, everything
+    return results, not (failed or unusable)
 
 
 class _Try(NamedTuple):

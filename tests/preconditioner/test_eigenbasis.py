@@ -321,3 +321,65 @@ def test_a_power_step_follows_a_slowly_turning_covariance() -> None:
             basis.refresh(states, [torch.empty(1, 6, 6)])
         assert apart(states[0]["rows_basis"], now[None]) < 0.1
         assert apart(axes[None], now[None]) > 0.5  # had it stood still
+
+
+# Everything is in the state
+
+
+@pytest.mark.parametrize("statistic", ["gradient", "ema"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_going_on_from_a_saved_state_is_bit_for_bit(solver: Any, statistic: Any, tmp_path: Any) -> None:
+    """Saved right after a refresh and between two of them, with `weights_only`, beside a preconditioner from JSON."""
+    basis = Eigenbasis(solver=solver, statistic=statistic, refresh_every=4)
+    grads = [randoms((2, 4, 6), seed, count=2) for seed in range(16)]
+
+    def run(basis: Eigenbasis, states: list[Any], steps: range) -> list[Tensor]:
+        seen = []
+        for step in steps:
+            for place, (state, grad) in enumerate(zip(states, grads[step], strict=True)):
+                if basis.is_due(step, place, 2):
+                    basis.refresh([state], [grad])
+            seen += basis.project_in(states, grads[step])
+            basis.observe(states, grads[step])
+        return seen
+
+    for cut in (5, 7):
+        states = [basis.init_state(torch.empty(2, 4, 6)) for _ in range(2)]
+        run(basis, states, range(cut))
+        torch.save(states, tmp_path / "states.pt")
+        expected = run(basis, states, range(cut, 16))
+        loaded = torch.load(tmp_path / "states.pt", weights_only=True)
+        again = run(Eigenbasis.model_validate_json(basis.model_dump_json()), loaded, range(cut, 16))
+        assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+        for state, other in zip(states, loaded, strict=True):
+            assert all(torch.equal(state[name], other[name]) for name in state)
+            assert {name: value.dtype for name, value in state.items()} == {n: v.dtype for n, v in other.items()}
+
+
+def test_precision_is_of_the_products_alone() -> None:
+    """State is the same bits; rotated tensors differ by a few of bfloat16's eps, 2^-8, and no more."""
+    grads = [randoms((1, 16, 24), seed) for seed in range(4)]
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        basis = Eigenbasis(precision=precision)
+        states = [basis.init_state(grads[0][0])]
+        for grad in grads:
+            advance(basis, states, grad)
+        (rotated,) = basis.project_in(states, grads[0])
+        (back,) = basis.project_out(states, [rotated])
+        found[precision] = (states[0], rotated, back)
+    (state, exact, _), (other, low, back) = found["float32"], found["bfloat16"]
+    assert all(torch.equal(state[name], other[name]) for name in state)
+    for x in (exact, grads[0][0]):
+        off = float(((low if x is exact else back) - x).norm() / x.norm())
+        assert 2**-12 < off < 4 * 2**-8
+
+
+def test_the_report_is_numbers_of_its_own() -> None:
+    basis = Eigenbasis()
+    states = [basis.init_state(torch.empty(1, 4, 6)) for _ in range(2)]
+    (first, _) = basis.report(states)
+    advance(basis, states, randoms((1, 4, 6), seed=0, count=2))
+    assert list(first) == ["refreshes", "skipped", "float64", "cpu", "kept"]
+    assert all(value.ndim == 0 and int(value) == 0 for value in first.values())
+    assert [int(report["refreshes"]) for report in basis.report(states)] == [1, 1]
