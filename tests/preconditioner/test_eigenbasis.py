@@ -196,6 +196,24 @@ def test_a_refresh_from_the_same_statistics_carries_nearly_the_identity(solver: 
         assert (order is None) is (solver in ("eigh", "svd"))
 
 
+@pytest.mark.parametrize("solver", ["qr", "cholesky"])
+def test_signs_follow_a_column_to_its_new_place(solver: Any) -> None:
+    """Each new column leans to the side of the old one that it was, which sorting has moved."""
+    moved = 0
+    for seed in range(10):
+        basis = Eigenbasis(sides="rows", solver=solver)
+        states = [basis.init_state(torch.empty(1, 6, 6))]
+        states[0]["rows_basis"].copy_(orthogonal(6, seed))
+        states[0]["refreshes"].fill_(1)
+        old = states[0]["rows_basis"].clone()
+        (carry,) = advance(basis, states, randoms((1, 6, 6), seed))
+        assert carry is not None and carry.rows is not None
+        order = carry.rows[0]
+        moved += int((order != torch.arange(6)).sum())
+        assert ((states[0]["rows_basis"] * old[..., order]).sum(-2) >= 0).all()
+    assert moved > 0
+
+
 def test_second_moments_follow_their_columns() -> None:
     """`rows` and `columns` say which old one each new one was: variances of the rotated gradients stay with them."""
     scales = torch.tensor([1.0, 8.0, 3.0, 20.0])

@@ -221,6 +221,31 @@ def test_a_zero_gradient_is_no_failure_and_no_refresh() -> None:
         assert torch.equal(states[0]["rows_basis"], torch.eye(4).repeat(2, 1, 1))
 
 
+def test_what_cannot_be_solved_is_not_counted_as_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A zero matrix and one of NaN beside a solver that always fails: there was nothing to keep the old basis from."""
+    basis = AdaDiag(sides="two")
+    patch(monkeypatch, "eigh", raises, raises)
+    states = [basis.init_state(torch.empty(3, 4, 5))]
+    grads = [torch.cat((torch.zeros(1, 4, 5), torch.full((1, 4, 5), torch.nan), grads_of(0, 1, (1, 4, 5))[0]))]
+    assert basis.refresh(states, grads) == [None]
+    assert counts(basis, states) == [WHOLE | {"refreshes": 0, "skipped": 1, "kept": 1}]
+
+
+def test_averages_of_both_sides_are_of_the_same_gradients() -> None:
+    """A row whose squares overflow in sum, while no column's do: neither average takes it."""
+    basis = Eigenbasis()
+    states = [basis.init_state(torch.empty(1, 2, 5))]
+    basis.observe(states, grads_of(0, 1, (1, 2, 5)))
+    before = copies(states)
+    grad = torch.zeros(1, 2, 5)
+    grad[0, 0] = 1.5e19
+    assert (grad.mT @ grad).isfinite().all() and not (grad @ grad.mT).isfinite().all()
+    basis.observe(states, [grad])
+    for side in ("rows", "columns"):
+        assert torch.equal(states[0][f"{side}_gram"], before[0][f"{side}_gram"])
+    assert counts(basis, states)[0]["skipped"] == 1
+
+
 def test_the_first_basis_is_eighs_also_when_it_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """A zero gradient at first does not make the identity a basis to go on from."""
     basis = Eigenbasis(solver="cholesky")
