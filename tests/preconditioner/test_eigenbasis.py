@@ -214,6 +214,17 @@ def test_signs_follow_a_column_to_its_new_place(solver: Any) -> None:
     assert moved > 0
 
 
+@pytest.mark.parametrize("solver", ["qr", "cholesky"])
+def test_no_column_moves_where_nothing_follows(solver: Any) -> None:
+    """carry="keep": the old basis is one of eigenvectors, in the wrong order, and stays."""
+    basis = Eigenbasis(sides="rows", solver=solver, carry="keep")
+    states = [basis.init_state(torch.empty(1, 3, 3))]
+    states[0]["refreshes"].fill_(1)
+    states[0]["rows_gram"].copy_(torch.diag(torch.tensor([1.0, 3.0, 2.0])))
+    assert basis.refresh(states, [torch.empty(1, 3, 3)]) == [Carry()]
+    assert (states[0]["rows_basis"][0] - torch.eye(3)).abs().max() <= 2 * EPS
+
+
 def test_second_moments_follow_their_columns() -> None:
     """`rows` and `columns` say which old one each new one was: variances of the rotated gradients stay with them."""
     scales = torch.tensor([1.0, 8.0, 3.0, 20.0])

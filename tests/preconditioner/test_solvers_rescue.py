@@ -159,6 +159,8 @@ def test_one_that_fails_does_not_hurt_its_neighbours(
     assert torch.equal(states[1]["rows_basis"][0], before[1]["rows_basis"][0])
     assert carries[1] is not None and carries[1].left is not None
     assert torch.equal(carries[1].left[0], torch.eye(4))  # exactly
+    if carries[1].rows is not None:
+        assert torch.equal(carries[1].rows[0], torch.arange(4))
     for state, other in zip(states, healthy, strict=True):
         untouched = [(state[k], other[k]) for k in ("rows_basis", "columns_basis")]
         for mine, theirs in untouched:
@@ -273,3 +275,6 @@ def test_what_float32_cannot_do_float64_does(monkeypatch: pytest.MonkeyPatch) ->
     (report,) = counts(basis, states)
     assert report["float64"] > 0
     assert (report["cpu"], report["kept"]) == (0, 0)
+    for _ in range(2):  # from there on two passes are enough, because columns are scaled to one length
+        basis.refresh(states, [torch.empty(len(grams), 128, 128)])
+    assert counts(basis, states)[0]["float64"] == report["float64"]
