@@ -224,6 +224,25 @@ def test_a_zero_gradient_is_no_failure_and_no_refresh() -> None:
         assert torch.equal(states[0]["rows_basis"], torch.eye(4).repeat(2, 1, 1))
 
 
+@pytest.mark.parametrize("solver", ["qr", "cholesky"])
+def test_beside_a_zero_gradient_others_go_on(solver: str) -> None:
+    """The stack of both has an order of columns; of the zero matrix nothing moves, neither basis nor moments."""
+    basis = Eigenbasis(solver=solver, statistic="gradient")
+    for seed in range(10):
+        states = [basis.init_state(torch.empty(2, 8, 8))]
+        basis.refresh(states, grads_of(seed, 1, (2, 8, 8)))
+        before = copies(states)
+        grads = grads_of(seed + 10, 1, (2, 8, 8))
+        grads[0][0] = 0
+        (carry,) = basis.refresh(states, grads)
+        assert carry is not None and carry.left is not None and carry.rows is not None and carry.columns is not None
+        assert torch.equal(states[0]["rows_basis"][0], before[0]["rows_basis"][0])
+        assert not torch.equal(states[0]["rows_basis"][1], before[0]["rows_basis"][1])
+        assert torch.equal(carry.left[0], torch.eye(8))
+        assert carry.rows[0].tolist() == carry.columns[0].tolist() == list(range(8))
+        assert counts(basis, states) == [WHOLE]
+
+
 def test_what_cannot_be_solved_is_not_counted_as_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """A zero matrix and one of NaN beside a solver that always fails: there was nothing to keep the old basis from."""
     basis = AdaDiag(sides="two")
