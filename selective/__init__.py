@@ -28,6 +28,7 @@ from selective.policies import (
     TopK,
     policy_from,
 )
+from selective.preconditioner import AdaDiag, Eigenbasis, Soap
 from selective.state import base_part
 from selective.view import StepView
 
@@ -35,6 +36,7 @@ __version__ = "0.1.0"  # the only place that names it: pyproject.toml reads it f
 
 __all__ = [
     "MGUP",
+    "AdaDiag",
     "Agreement",
     "Alignment",
     "AlphaConsistency",
@@ -42,6 +44,7 @@ __all__ = [
     "Cautious",
     "CautiousMGUP",
     "Dense",
+    "Eigenbasis",
     "Everything",
     "Fixed",
     "Grams",
@@ -54,6 +57,7 @@ __all__ = [
     "Selection",
     "SelectiveUpdate",
     "SkipUpdate",
+    "Soap",
     "StepView",
     "Strength",
     "TopK",
