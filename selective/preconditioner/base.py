@@ -56,13 +56,21 @@ class Preconditioner(Configured):
     def is_due(self, steps: int, place: int, count: int) -> bool:
         """Whether the basis is refreshed in the step before which `steps` were taken.
 
+        `steps` counts those in which this parameter had a gradient: one whose first gradient comes late starts at 0.
         `place`: the number of the parameter among the `count` rotated ones, to spread refreshes over steps.
         """
         return False
 
     def stands_still(self, steps: int) -> bool:
-        """Whether rotated parameters do not step at all now: they get no gradient, and nothing of the base moves."""
+        """Whether rotated parameters do not step at all now: they get no gradient, and nothing of the base moves.
+
+        `steps` is counted as for `is_due`.
+        """
         return False
+
+    def observes(self) -> bool:
+        """Whether `observe` has anything to do: only then are gradients looked through for it in every step."""
+        return type(self).observe is not Preconditioner.observe
 
     def refresh(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Carry | None]:
         """New bases, from what was observed or from these gradients (not rotated); None where nothing changed."""
