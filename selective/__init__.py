@@ -4,6 +4,7 @@ opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGU
 """
 
 from selective.capture.custom import PolicyError
+from selective.capture.rotation import PreconditionerError
 from selective.optimizer import SelectiveUpdate
 from selective.policies import (
     MGUP,
@@ -28,6 +29,7 @@ from selective.policies import (
     TopK,
     policy_from,
 )
+from selective.preconditioner import Preconditioner, preconditioner_from
 from selective.state import base_part
 from selective.view import StepView
 
@@ -50,6 +52,8 @@ __all__ = [
     "NormPreserving",
     "Policy",
     "PolicyError",
+    "Preconditioner",
+    "PreconditionerError",
     "RandomMask",
     "Selection",
     "SelectiveUpdate",
@@ -59,4 +63,5 @@ __all__ = [
     "TopK",
     "base_part",
     "policy_from",
+    "preconditioner_from",
 ]

@@ -87,7 +87,11 @@ class OwnState(OwnBasis):
         if own is None:
             own = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
             self._own[parameter.tensor] = own
-            self._enter_basis([parameter])
+            try:
+                self._enter_basis([parameter])
+            except BaseException:  # a preconditioner may raise: then its basis is made anew, and entered, next time
+                del self._own[parameter.tensor]
+                raise
         return own
 
     def _fresh_own(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from selective.capture import lists
 from selective.capture.described import specs_of
 from selective.capture.generic import Captured, GenericJob, by_value
 from selective.capture.moments import carry_first, carry_second, first_moment
-from selective.capture.rotation import Carried, Rotation
+from selective.capture.rotation import Carried, Rotation, is_foreign
 from selective.kernels import selective_step, spec
 from selective.policies import Dense
 from selective.preconditioner import as_matrix
@@ -32,7 +32,7 @@ class RotatedJob(GenericJob):
     def __init__(self, *args: Any, rotation: Rotation, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rotation = rotation
-        self.own_code = self.specs is None or rotation.is_foreign
+        self.own_code = self.specs is None or is_foreign(rotation.preconditioner)
         self.in_original = rotation.mask_space == "original"
         if isinstance(self.policy, Dense):  # has no statistics elsewhere either
             self.context = replace(self.context, report=None)

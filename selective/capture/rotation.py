@@ -55,11 +55,6 @@ class Rotation:
         self.steps = [int(basis.steps) for basis in bases]
         self._finite: dict[int, Tensor] = {}
 
-    @property
-    def is_foreign(self) -> bool:
-        """Whether it is somebody's own code, which may raise: then parameters are kept to be put back."""
-        return not type(self.preconditioner).__module__.startswith("selective.")
-
     def stands_still(self, index: int) -> bool:
         return self.preconditioner.stands_still(self.steps[index])
 
@@ -189,6 +184,11 @@ class Rotation:
             yield
         except Exception as error:
             raise PreconditionerError(f"{type(self.preconditioner).__name__}.{what} failed: {error}") from error
+
+
+def is_foreign(preconditioner: Preconditioner) -> bool:
+    """Whether it is somebody's own code, which may raise: then parameters are kept to be put back."""
+    return not type(preconditioner).__module__.startswith("selective.")
 
 
 def _is_memory_of(y: Tensor, x: Tensor) -> bool:
