@@ -6,6 +6,7 @@ opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGU
 from selective.capture.custom import PolicyError
 from selective.capture.rotation import PreconditionerError
 from selective.optimizer import SelectiveUpdate
+from selective.param_groups import param_groups_for
 from selective.policies import (
     MGUP,
     Agreement,
@@ -62,6 +63,7 @@ __all__ = [
     "Strength",
     "TopK",
     "base_part",
+    "param_groups_for",
     "policy_from",
     "preconditioner_from",
 ]

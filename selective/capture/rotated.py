@@ -10,7 +10,6 @@ the gradient before it is rotated; decoupled decay is a factor on the parameter 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,8 +33,6 @@ class RotatedJob(GenericJob):
         self.rotation = rotation
         self.own_code = self.specs is None or is_foreign(rotation.preconditioner)
         self.in_original = rotation.mask_space == "original"
-        if isinstance(self.policy, Dense):  # has no statistics elsewhere either
-            self.context = replace(self.context, report=None)
         self.gradients: list[Tensor] = []  # not rotated, after `maximize` and coupled decay
         self.moving: list[int] = []  # those that step: not the ones that stand still
         self.momenta: dict[int, Tensor | None] = {}  # in the space of the mask, of what is being masked now

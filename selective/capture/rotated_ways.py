@@ -23,6 +23,7 @@ from selective.capture.delta import raised
 from selective.capture.fused import FusedRule
 from selective.capture.rotated import RotatedJob
 from selective.kernels import advance, selective_step, spec
+from selective.policies import Dense
 from selective.preconditioner import as_matrix
 
 
@@ -239,7 +240,10 @@ class RotatedDeltaJob(SwappedJob):
 
 def rotated_job(capture: Capture, job: Job, **rotated: Any) -> RotatedJob:
     """The rotated part of a group, beside `job`, which is that of its other parameters."""
-    arguments = (job.context, job.group, rotated.pop("parameters"), job.policy, capture.facts)
+    context = job.context
+    if isinstance(job.policy, Dense):  # it has no statistics elsewhere either, and nobody reads a momentum of ours
+        context = replace(context, report=None, own_momentum=None, momentum_beta=None)
+    arguments = (context, job.group, rotated.pop("parameters"), job.policy, capture.facts)
     if capture.way == "fused":
         assert capture.rule is not None
         return RotatedFusedJob(*arguments, rule=capture.rule, hides=isinstance(job, DenseJob), **rotated)
