@@ -9,6 +9,7 @@ import torch
 from selective.capture.base import DenseJob, Job, Parameter, StepContext
 from selective.capture.custom import PolicyError
 from selective.capture.items import KeptItems
+from selective.capture.rotated import RotatedJob
 from selective.capture.rotated_ways import rotated_job
 from selective.capture.rotation import MaskSpace, PreconditionerError, Rotation
 from selective.capture.stepping import base_hooks, run_step_on
@@ -87,7 +88,8 @@ class Running(Checkpointing):
             elif not custom:
                 after = "Parameters that come before these in their group have moved, and so have moments."
             raise PreconditionerError(f"SelectiveUpdate: in step {self._steps}, {error}\n{after}") from error.__cause__
-        if custom and current is not None and isinstance(error, Exception):
+        policies = [job for job in custom if not isinstance(job, RotatedJob) or job.specs is None]
+        if policies and current is not None and isinstance(error, Exception):
             raise PolicyError(
                 f"SelectiveUpdate: {type(current.policy).__name__} failed in step {self._steps}: {error}\n{after}"
             ) from error

@@ -95,5 +95,5 @@ def test_it_goes_to_data_and_back() -> None:
 def test_a_step_with_one_is_not_recorded_into_a_cuda_graph() -> None:
     base = torch.optim.AdamW(parameters((16, 5)), capturable=True)
     check_recordable(base, base.param_groups, "ignore", rotates=False)
-    with pytest.raises(RuntimeError, match="CUDA graph capture .* with a preconditioner, .* preconditioner=None"):
+    with pytest.raises(RuntimeError, match=r"CUDA graph capture .* with a preconditioner, .* preconditioner=None"):
         check_recordable(base, base.param_groups, "ignore", rotates=True)

@@ -379,6 +379,65 @@ def test_handing_back_an_argument_does_no_harm(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
 
 
+def test_a_base_that_raises_leaves_parameters_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nadam", "adafactor"):
+        params, optimizer = wrapped(name, torch.bfloat16)
+        give_grads(params, 0)
+        optimizer.step()
+        before, grads = [p.detach().clone() for p in params], [p.grad for p in params]
+
+        def broken(*args: Any, **kwargs: Any) -> None:
+            raise ArithmeticError("no luck")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("selective.running.run_step_on", broken)
+            with pytest.raises(ArithmeticError, match="no luck"):
+                optimizer.step()
+        assert all(torch.equal(p, b) and p.dtype == b.dtype for p, b in zip(params, before, strict=True))
+        assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adamw-foreach", "sgd-momentum", "nadam", "adafactor"])
+def test_a_preconditioner_of_ours_keeps_no_copies_and_steps_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only somebody else's code costs a copy of the parameters; the step is the same, bit for bit."""
+    found = []
+    for foreign in (True, False):
+        monkeypatch.setattr("selective.capture.rotated.is_foreign", lambda p, foreign=foreign: foreign)
+        params, optimizer = wrapped(name, policy=MGUP())
+        for step in range(4):
+            give_grads(params, step)
+            optimizer.step()
+        found.append([p.detach() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_large_lists_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for part in (1, 2**26):
+        monkeypatch.setattr("selective.capture.lists.PART", part)
+        params, optimizer = wrapped("adamw-foreach", policy=MGUP())
+        for step in range(4):
+            give_grads(params, step)
+            optimizer.step()
+        found.append([p.detach() for p in params])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_small_updates_arrive_by_stochastic_rounding() -> None:
+    for stochastic in (False, True):
+        p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+        base = torch.optim.SGD([p], lr=1e-4)
+        optimizer = SelectiveUpdate(base, preconditioner=Fixed(), stochastic_rounding=stochastic)
+        for _ in range(20):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        moved = 1 - p.detach().double().mean().item()
+        # 4,096 elements, each some 20 × 1e-4 / 2^-8 times up or down: the mean is off by 1 % of 2^-8 at most, often
+        assert abs(moved - 20e-4) < 2e-4 if stochastic else moved == 0
+
+
 # --- bases ---
 
 

@@ -33,7 +33,8 @@ class Fixed(Preconditioner):
 
     def init_state(self, like):
         batch, rows, columns = like.shape
-        return {"P": rotation(rows).repeat(batch, 1, 1), "Q": rotation(columns, 1).repeat(batch, 1, 1)}
+        p, q = rotation(rows).to(like.device), rotation(columns, 1).to(like.device)
+        return {"P": p.repeat(batch, 1, 1), "Q": q.repeat(batch, 1, 1)}
 
     def project_in(self, states, xs):
         return [s["P"].mT @ x @ s["Q"] for s, x in zip(states, xs, strict=True)]
@@ -58,7 +59,7 @@ class Turning(Fixed):
             "Q": right,
             "L": left.clone(),
             "R": right.clone(),
-            "count": torch.zeros((), dtype=torch.int64),
+            "count": torch.zeros((), dtype=torch.int64, device=like.device),
         }
 
     def is_due(self, steps, place, count):
@@ -83,8 +84,8 @@ class Turning(Fixed):
             right = torch.linalg.qr(s["R"] + g.mT @ g).Q
             rows = columns = None
             if self.permutes:
-                rows = torch.arange(g.shape[1]).flip(0).repeat(g.shape[0], 1)
-                columns = torch.arange(g.shape[2]).roll(1).repeat(g.shape[0], 1)
+                rows = torch.arange(g.shape[1], device=g.device).flip(0).repeat(g.shape[0], 1)
+                columns = torch.arange(g.shape[2], device=g.device).roll(1).repeat(g.shape[0], 1)
             made.append(Carry(left.mT @ s["P"], s["Q"].mT @ right, rows, columns))
             s["P"].copy_(left)
             s["Q"].copy_(right)
