@@ -195,7 +195,9 @@ class Checkpointing(Planning):
 
     def __repr__(self) -> str:
         policies = ", ".join(repr(group.policy) for group in self.policy_groups)
-        return f"{type(self).__name__}({self.base!r}, policy={policies})"
+        found = [group.preconditioning.preconditioner for group in self.policy_groups]
+        rotated = f", preconditioner={', '.join(map(repr, found))}" if any(p is not None for p in found) else ""
+        return f"{type(self).__name__}({self.base!r}, policy={policies}{rotated})"
 
 
 def kinds_of(data: Any) -> Any:

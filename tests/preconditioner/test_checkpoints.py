@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from transforms import Fixed, Turning, Unrotated, rotation
+from transforms import FixedRotation, Turning, Unrotated, rotation
 
 from selective import MGUP, Dense, Magma, SelectiveUpdate, base_part
 
@@ -133,7 +133,11 @@ class Sided(Turning):
 @pytest.mark.parametrize(
     ("theirs", "ours", "says"),
     [
-        ({"preconditioner": Turning()}, {"preconditioner": Fixed()}, "Turning is another kind than Fixed"),
+        (
+            {"preconditioner": Turning()},
+            {"preconditioner": FixedRotation()},
+            "Turning is another kind than Fixed",
+        ),
         ({"preconditioner": Turning()}, {"preconditioner": None}, "has the preconditioner None .* 'a' was rotated"),
         (
             {"preconditioner": Sided()},
@@ -193,7 +197,7 @@ def test_a_run_without_a_rotation_goes_on_with_one(source: str) -> None:
     if source == "trained":
         base.load_state_dict(base_part(state))
     policy = Dense() if source != "wrapper" else MGUP()
-    rotated = SelectiveUpdate(base, policy, preconditioner=Fixed(), matrix_view="experts")
+    rotated = SelectiveUpdate(base, policy, preconditioner=FixedRotation(), matrix_view="experts")
     if source != "trained":
         rotated.load_state_dict(state if source == "wrapper" else base_part(state))
         state = rotated.state_dict()
@@ -214,7 +218,7 @@ def test_the_base_part_is_what_the_plain_base_loads() -> None:
 
 
 def test_the_momentum_of_a_rotated_parameter_is_saved_in_the_rotated_space() -> None:
-    net, optimizer = made("adamw-foreach", policy=Dense(), preconditioner=Fixed())
+    net, optimizer = made("adamw-foreach", policy=Dense(), preconditioner=FixedRotation())
     train(net, optimizer, 0, 1)
     grad = net.a.grad
     inside = rotation(12).T @ (0.1 * grad) @ rotation(8, 1)

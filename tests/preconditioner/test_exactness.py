@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from base_optimizers import BASES, build, give_grads
-from transforms import Fixed, Turning, Unrotated, rotation
+from transforms import FixedRotation, Turning, Unrotated, rotation
 
 from selective import (
     MGUP,
@@ -90,12 +90,12 @@ def test_the_identity_changes_nothing_but_rounding(name: str, policy: str, dtype
 
 def test_a_rotation_is_noticed_by_that_comparison() -> None:
     expected = train("adamw-foreach", torch.float32, 6, policy=Dense())
-    found = train("adamw-foreach", torch.float32, 6, policy=Dense(), preconditioner=Fixed())
+    found = train("adamw-foreach", torch.float32, 6, policy=Dense(), preconditioner=FixedRotation())
     assert torch.equal(found[2], expected[2])  # 3-D
     assert ((found[0] - expected[0]).abs() > 1e-3).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("preconditioner", [Fixed(), Turning()], ids=["fixed", "turning"])
+@pytest.mark.parametrize("preconditioner", [FixedRotation(), Turning()], ids=["fixed", "turning"])
 @pytest.mark.parametrize("name", ["sgd-momentum", "sgd-nesterov", "sgd-dampening"])
 def test_sgd_does_not_see_a_rotation(name: str, preconditioner: Any) -> None:
     """Its step is linear in its gradients, so that with the momentum carried along every rotation cancels."""
@@ -139,7 +139,7 @@ def test_adamw_on_a_kronecker_quadratic_is_adam_in_its_eigenbasis(dtype: torch.d
     expected = adam(p.T @ start @ q, lambda w: a[:, None] * w * b, steps=40, **settings)
     w = torch.nn.Parameter(start.to(dtype))
     base = torch.optim.AdamW([w], lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    optimizer = SelectiveUpdate(base, preconditioner=Fixed())
+    optimizer = SelectiveUpdate(base, preconditioner=FixedRotation())
     for _ in range(40):
         x = w.detach().double()
         w.grad = (p @ (a[:, None] * (p.T @ x @ q) * b) @ q.T).to(dtype)
@@ -195,7 +195,7 @@ def test_the_original_space_is_another_one(name: str, policy: Policy) -> None:
 
     same = run(Unrotated(), "original"), run(Unrotated(), "rotated")
     assert (same[0] - same[1]).abs().max() <= 64 * EPS * same[1].abs().max()
-    assert (run(Fixed(), "original") - run(Fixed(), "rotated")).abs().max() > 1e-4
+    assert (run(FixedRotation(), "original") - run(FixedRotation(), "rotated")).abs().max() > 1e-4
 
 
 class Remembers(Policy):
@@ -218,7 +218,7 @@ def test_what_a_policy_sees_in_the_two_spaces(name: str) -> None:
     for space in ("rotated", "original"):
         params = parameters(torch.float32)
         optimizer = SelectiveUpdate(
-            build(BASES[name], params), policy=Remembers(), preconditioner=Fixed(), mask_space=space
+            build(BASES[name], params), policy=Remembers(), preconditioner=FixedRotation(), mask_space=space
         )
         give_grads(params, 0)
         before = params[0].detach().clone()
@@ -247,9 +247,9 @@ def test_what_a_policy_sees_in_the_two_spaces(name: str) -> None:
 @pytest.mark.parametrize("name", ["sgd-momentum", "adamw-foreach", "nadam", "adafactor", "optimi-adamw", "optimi-lion"])
 def test_low_precision_rounds_once(name: str) -> None:
     """In bfloat16 a rotated run is no further from float64's plain SGD, or float32's rotated run, than 1.1 × plain."""
-    exact = train(name, torch.float32, 20, policy=Dense(), preconditioner=Fixed())
+    exact = train(name, torch.float32, 20, policy=Dense(), preconditioner=FixedRotation())
     plain_exact = train(name, torch.float32, 20, policy=Dense())
-    ours = train(name, torch.bfloat16, 20, policy=Dense(), preconditioner=Fixed())
+    ours = train(name, torch.bfloat16, 20, policy=Dense(), preconditioner=FixedRotation())
     plain = train(name, torch.bfloat16, 20, policy=Dense())
 
     def error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

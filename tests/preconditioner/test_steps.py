@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from base_optimizers import BASES, build, give_grads
-from transforms import Fixed, Turning, Unrotated
+from transforms import FixedRotation, Turning, Unrotated
 
 from selective import MGUP, Cautious, Dense, Policy, PolicyError, PreconditionerError, SelectiveUpdate
 from selective.preconditioner import Carry
@@ -68,6 +68,62 @@ def test_a_batch_is_rotated_as_its_matrices_are_by_themselves(view: Any) -> None
     torch.testing.assert_close(params[2].detach(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("space", ["rotated", "original"])
+@pytest.mark.parametrize("name", ["adamw-foreach", "sgd-momentum", "nadam", "adafactor"])
+def test_memory_may_lie_in_any_order(name: str, space: Any) -> None:
+    """Channels-last and transposed parameters step as contiguous ones, whatever their gradients' layout."""
+    found = []
+    for other in (False, True):
+        params = parameters()
+        if other:
+            params[2] = torch.nn.Parameter(params[2].detach().contiguous(memory_format=torch.channels_last))
+            params[3] = torch.nn.Parameter(params[3].detach().t().contiguous().t())
+        optimizer = SelectiveUpdate(
+            build(BASES[name], params), MGUP(), preconditioner=Turning(), matrix_view="conv", mask_space=space,
+            momentum_beta=None if BASES[name].momentum else 0.9,
+        )  # fmt: skip
+        for step in range(5):
+            give_grads(params, step)
+            if other:
+                params[2].grad = params[2].grad.contiguous(memory_format=torch.channels_last)
+            optimizer.step()
+        assert params[3].is_contiguous() != other
+        found.append([p.detach() for p in params])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_are_of_the_space_of_the_mask() -> None:
+    for space in ("rotated", "original"):
+        params, optimizer = wrapped(policy=Shown(), preconditioner=FixedRotation(), mask_space=space)
+        give_grads(params, 0)
+        optimizer.step()
+        found = optimizer.statistics()["param_groups[0][0]"]
+        seen = optimizer.state[params[0]]
+        u, g = seen["selective/state/update"], seen["selective/state/grad"]
+        mask = (g > 0).float()
+        expected = {
+            "share": mask.mean(),
+            "norm_before": u.norm(),
+            "norm_after": (mask * u).norm(),
+            "cosine": (u * g).sum() / (u.norm() * g.norm()),
+        }
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+    params, optimizer = wrapped(policy=MGUP(), preconditioner=FixedRotation())
+    give_grads(params, 0)
+    optimizer.step()
+    assert float(optimizer.statistics()["param_groups[0][4]"]["share"]) == pytest.approx(17 / 35)
+
+
+class Shown(Policy):
+    def init_state(self, view):
+        return {"update": torch.zeros(view.shape), "grad": torch.zeros(view.shape)}
+
+    def mask(self, view):
+        return view.grad > 0, {"update": view.update.clone(), "grad": view.grad.clone()}
+
+
 def test_what_is_not_taken_steps_as_without_bit_for_bit() -> None:
     for policy in (Dense(), MGUP()):
         for name in ("adamw-foreach", "nadam", "adafactor"):
@@ -91,13 +147,17 @@ def test_groups_override_and_nothing_is_left_in_them() -> None:
         {"params": params[3:], "preconditioner": None},
     ]
     base = torch.optim.AdamW(groups)
-    optimizer = SelectiveUpdate(base, preconditioner="Fixed")
+    optimizer = SelectiveUpdate(base, preconditioner="FixedRotation")
     assert all(not {"preconditioner", "matrix_view", "policy"} & set(g) for g in base.param_groups)
     found = [group.preconditioner for group in optimizer.preconditioner_groups]
-    assert found == [Fixed(), Turning(every=2), None]
+    assert found == [FixedRotation(), Turning(every=2), None]
     assert dict(optimizer.preconditioner_groups[1])["every"] == 2
     optimizer.add_param_group(
-        {"params": [torch.nn.Parameter(torch.ones(4, 3, 2))], "preconditioner": Fixed(), "matrix_view": "experts"}
+        {
+            "params": [torch.nn.Parameter(torch.ones(4, 3, 2))],
+            "preconditioner": FixedRotation(),
+            "matrix_view": "experts",
+        }
     )
     give_grads(params, 0)
     optimizer.param_groups[3]["params"][0].grad = torch.ones(4, 3, 2)
@@ -110,7 +170,7 @@ def test_groups_override_and_nothing_is_left_in_them() -> None:
 
 
 def test_a_group_that_cannot_be_wrapped_keeps_what_it_said() -> None:
-    said = {"preconditioner": "Fixed", "matrix_view": "conf"}
+    said = {"preconditioner": "FixedRotation", "matrix_view": "conf"}
     base = torch.optim.AdamW([{"params": parameters(), **said}])
     with pytest.raises(ValueError, match=r"matrix_view is 'conf', must be 'matrices' .*'conv' .*'experts'"):
         SelectiveUpdate(base)
@@ -119,11 +179,13 @@ def test_a_group_that_cannot_be_wrapped_keeps_what_it_said() -> None:
 
 def test_wrong_arguments_say_what_to_do() -> None:
     base = torch.optim.AdamW(parameters())
-    with pytest.raises(ValueError, match=r"preconditioner: kind 'fixd' is not known \(did you mean 'Fixed'"):
-        SelectiveUpdate(base, preconditioner="fixd")
+    with pytest.raises(
+        ValueError, match=r"preconditioner: kind 'FixedRotatio' is not known \(did you mean 'FixedRotation'"
+    ):
+        SelectiveUpdate(base, preconditioner="FixedRotatio")
     with pytest.raises(ValueError, match="mask_space is 'outer', must be 'rotated' or 'original'"):
-        SelectiveUpdate(base, preconditioner=Fixed(), mask_space="outer")  # type: ignore[arg-type]
-    optimizer = SelectiveUpdate(base, preconditioner=Fixed())
+        SelectiveUpdate(base, preconditioner=FixedRotation(), mask_space="outer")  # type: ignore[arg-type]
+    optimizer = SelectiveUpdate(base, preconditioner=FixedRotation())
     optimizer.param_groups[0]["preconditioner"] = None
     with pytest.raises(ValueError, match=r"param_groups\[0\] got a 'preconditioner' after it was taken in"):
         optimizer.step()
@@ -131,7 +193,7 @@ def test_wrong_arguments_say_what_to_do() -> None:
 
 def test_dtypes_that_have_no_float32_basis_are_left_alone() -> None:
     params = [torch.nn.Parameter(torch.ones(4, 4, dtype=d)) for d in (torch.float64, torch.complex64, torch.float32)]
-    optimizer = SelectiveUpdate(torch.optim.AdamW(params), preconditioner=Fixed())
+    optimizer = SelectiveUpdate(torch.optim.AdamW(params), preconditioner=FixedRotation())
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -141,7 +203,7 @@ def test_dtypes_that_have_no_float32_basis_are_left_alone() -> None:
 
 def test_a_sparse_gradient_of_a_rotated_parameter_is_refused_by_name() -> None:
     table = torch.nn.Embedding(9, 4, sparse=True)
-    optimizer = SelectiveUpdate(torch.optim.SGD(list(table.named_parameters()), lr=0.1), preconditioner=Fixed())
+    optimizer = SelectiveUpdate(torch.optim.SGD(list(table.named_parameters()), lr=0.1), preconditioner=FixedRotation())
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match=r"'weight' has a sparse gradient; .* with policy and preconditioner None"):
         optimizer.step()
@@ -156,8 +218,10 @@ def test_a_hyper_parameter_may_move_but_not_the_basis() -> None:
     optimizer.step()
     optimizer.preconditioner_groups[0]["every"] = 5
     optimizer.step()
-    optimizer.preconditioner_groups[0].preconditioner = Fixed()
-    with pytest.raises(ValueError, match=r"preconditioner_groups\[0\] was Turning\(every=5\) and is Fixed\(\) now"):
+    optimizer.preconditioner_groups[0].preconditioner = FixedRotation()
+    with pytest.raises(
+        ValueError, match=r"preconditioner_groups\[0\] was Turning\(every=5\) and is FixedRotation\(\) now"
+    ):
         optimizer.step()
     optimizer.preconditioner_groups[0].preconditioner = Turning(every=5)
     optimizer.step()
@@ -328,7 +392,7 @@ def test_a_policy_that_raises_leaves_parameters_alone(name: str, space: Any) -> 
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 
-class Careless(Fixed):
+class Careless(FixedRotation):
     what: str = "shape"
 
     def project_in(self, states, xs):
@@ -429,7 +493,7 @@ def test_small_updates_arrive_by_stochastic_rounding() -> None:
     for stochastic in (False, True):
         p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
         base = torch.optim.SGD([p], lr=1e-4)
-        optimizer = SelectiveUpdate(base, preconditioner=Fixed(), stochastic_rounding=stochastic)
+        optimizer = SelectiveUpdate(base, preconditioner=FixedRotation(), stochastic_rounding=stochastic)
         for _ in range(20):
             p.grad = torch.ones_like(p)
             optimizer.step()
@@ -448,7 +512,7 @@ def test_a_base_that_rotates_warns_once(name: str) -> None:
     make = torch.optim.Muon if name == "muon" else pytorch_optimizer.SOAP
     p = [torch.nn.Parameter(torch.ones(8, 8))]
     with pytest.warns(UserWarning, match="rotates or orthogonalises gradients itself") as caught:
-        optimizer = SelectiveUpdate(make(p, lr=0.01), preconditioner=Fixed())
+        optimizer = SelectiveUpdate(make(p, lr=0.01), preconditioner=FixedRotation())
     assert len(caught) == 1
     p[0].grad = torch.eye(8)
     optimizer.step()

@@ -28,7 +28,7 @@ def rotation(n: int, seed: int = 0) -> Tensor:
     return torch.linalg.qr(x).Q.float()
 
 
-class Fixed(Preconditioner):
+class FixedRotation(Preconditioner):
     """A rotation that never changes, kept in the state."""
 
     def init_state(self, like):
@@ -43,7 +43,7 @@ class Fixed(Preconditioner):
         return [s["P"] @ x @ s["Q"].mT for s, x in zip(states, xs, strict=True)]
 
 
-class Turning(Fixed):
+class Turning(FixedRotation):
     """Bases from the QR of running Gram matrices, every few steps, one parameter after the other."""
 
     every: int = 3
