@@ -94,6 +94,7 @@ class Checkpointing(Planning):
         self._steps, self._seed = counted.get(STEP, 0), counted.get(SEED, self._seed)
         self._clocks.set(self._seed, self._steps)
         self._plan()
+        self._bring_home(parameters)
         self._make_missing_bases(parameters)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)

@@ -45,16 +45,31 @@ class OwnBasis(Optimizer):
         stage, shape = found
         made = stage.preconditioner.init_state(as_matrix(parameter.tensor, shape))
         for key, value in made.items():
-            if not isinstance(value, Tensor) or value.device != parameter.tensor.device:
+            here = isinstance(value, Tensor) and value.device == parameter.tensor.device
+            if not here and not (isinstance(value, Tensor) and value.device.type == "cpu" and value.dim() == 0):
                 raise TypeError(
                     f"SelectiveUpdate: {type(stage.preconditioner).__name__}.init_state: {key!r} of parameter "
-                    f"{parameter.name!r} must be a tensor on {parameter.tensor.device}"
+                    f"{parameter.name!r} must be a tensor on {parameter.tensor.device}, or a 0-d one on the CPU"
                 )
         own = {BASIS + key: value.detach() for key, value in made.items()}
         own[BASIS_STEPS] = torch.zeros((), dtype=torch.int64, device="cpu")
         own[BASIS_SHAPE] = torch.tensor(shape, dtype=torch.int64, device="cpu")
         own[BASIS_SKIPPED] = torch.zeros((), dtype=torch.int64, device=parameter.tensor.device)
         return own
+
+    def _bring_home(self, parameters: Sequence[Parameter]) -> None:
+        """After a load: what a preconditioner keeps goes to the device on which it keeps it."""
+        homes: dict[tuple[object, ...], dict[str, torch.device]] = {}
+        for parameter in parameters:
+            found, own = self._stage_of(parameter), self._own.get(parameter.tensor, {})
+            if found is None or BASIS_STEPS not in own:
+                continue
+            stage, shape = found
+            key = (id(stage), shape, parameter.tensor.device)
+            if key not in homes:
+                made = stage.preconditioner.init_state(as_matrix(parameter.tensor, shape))
+                homes[key] = {BASIS + name: value.device for name, value in made.items()}
+            own.update({name: own[name].to(device) for name, device in homes[key].items() if name in own})
 
     def _basis(self, parameter: Parameter) -> Basis:
         """The stored tensors of a rotated parameter."""

@@ -105,12 +105,21 @@ class Rotation:
         except BaseException:
             self._write(due, before)
             raise
+        on_host = self._finite_on_host(due, states)
         for index, maps, state, old in zip(due, made, states, before, strict=True):
             valid = self._finite[index]
             for key, value in state.items():
-                value.copy_(torch.where(valid, value, old[key]))
+                known = on_host.get(index, valid) if value.device != valid.device else valid
+                value.copy_(torch.where(known, value, old[key]))
             if maps is not None:
                 yield Carried(index, maps, valid)
+
+    def _finite_on_host(self, due: list[int], states: list[State]) -> dict[int, Tensor]:
+        """Where a state has counters on the host: which gradients are finite, as the host knows it, for one wait."""
+        if all(value.device == self.bases[due[0]].device for state in states for value in state.values()):
+            return {}
+        finite = torch.stack([self._finite[i] for i in due]).cpu()
+        return dict(zip(due, finite.unbind(), strict=True))
 
     def _write(self, indices: list[int], values: list[State]) -> None:
         for index, state in zip(indices, values, strict=True):
@@ -119,12 +128,13 @@ class Rotation:
 
     def observe(self, matrices: Matrices) -> None:
         """Step 8, on gradients that are not rotated."""
-        if not self.preconditioner.observes():
+        if type(self.preconditioner).observe is Preconditioner.observe:
             return
+        reads = self.preconditioner.observes()
         for indices in self.alike(list(range(len(self.bases)))):
-            states = self._states(indices)
+            states, grads = self._states(indices), matrices(indices)
             with self._named("observe"):
-                self.preconditioner.observe(states, self._clean(indices, matrices(indices)))
+                self.preconditioner.observe(states, self._clean(indices, grads) if reads else grads)
                 self._check_states(indices, states)
 
     def report(self) -> list[dict[str, Tensor]]:
@@ -134,7 +144,8 @@ class Rotation:
             with self._named("report"):
                 said = self.preconditioner.report(self._states(indices))
             for i, one in zip(indices, said, strict=True):
-                found[i] = {**one, "basis_skipped": self.bases[i].skipped.to(torch.float32)}
+                said_of_it = {**one, "basis_skipped": self.bases[i].skipped}
+                found[i] = {name: value.to(torch.float32) for name, value in said_of_it.items()}
         return found
 
     def count_steps(self) -> None:

@@ -50,7 +50,10 @@ class Preconditioner(Configured):
         return True
 
     def init_state(self, like: Tensor) -> State:
-        """What is remembered of a parameter that looks like this ([batch, rows, columns]); float32, counters int64."""
+        """What is remembered of a parameter that looks like this ([batch, rows, columns]); float32, counters int64.
+
+        On the parameter's device. A counter that the host has to read may be on the CPU, 0-d.
+        """
         return {}
 
     def is_due(self, steps: int, place: int, count: int) -> bool:
@@ -69,7 +72,7 @@ class Preconditioner(Configured):
         return False
 
     def observes(self) -> bool:
-        """Whether `observe` has anything to do: only then are gradients looked through for it in every step."""
+        """Whether `observe` reads the gradients. Where not, they are not looked through for NaN in every step."""
         return type(self).observe is not Preconditioner.observe
 
     def refresh(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Carry | None]:

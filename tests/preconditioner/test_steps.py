@@ -300,6 +300,32 @@ def test_what_is_not_finite_reaches_no_basis(bad: float) -> None:
     assert float(statistics["param_groups[0][3]"]["refreshes"]) == 4
 
 
+class Unread(Turning):
+    """Observes, but not the gradients."""
+
+    def observes(self):
+        return False
+
+    def observe(self, states, grads):
+        for s in states:
+            s["count"].add_(100)
+
+    def is_due(self, steps, place, count):
+        return False
+
+
+def test_gradients_that_nobody_reads_are_not_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looks(*args: Any) -> None:
+        raise AssertionError("looked")
+
+    params, optimizer = wrapped(preconditioner=Unread())
+    give_grads(params, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("selective.capture.rotation.Rotation._look_at", looks)
+        optimizer.step()
+    assert int(optimizer.state[params[0]]["selective/basis/count"]) == 100
+
+
 @pytest.mark.parametrize("way", ["skip", "raise"])
 def test_a_step_that_is_not_taken_moves_no_basis(way: Any) -> None:
     params, optimizer = wrapped(preconditioner=Turning(every=1), on_nonfinite=way)

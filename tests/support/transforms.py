@@ -72,6 +72,8 @@ class Turning(FixedRotation):
         return self.running
 
     def observe(self, states, grads):
+        if not self.running:
+            return
         for s, g in zip(states, grads, strict=True):
             s["L"].lerp_(g @ g.mT, 0.1)
             s["R"].lerp_(g.mT @ g, 0.1)
