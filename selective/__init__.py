@@ -4,7 +4,9 @@ opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGU
 """
 
 from selective.capture.custom import PolicyError
+from selective.capture.rotation import PreconditionerError
 from selective.optimizer import SelectiveUpdate
+from selective.param_groups import param_groups_for
 from selective.policies import (
     MGUP,
     Agreement,
@@ -28,7 +30,7 @@ from selective.policies import (
     TopK,
     policy_from,
 )
-from selective.preconditioner import AdaDiag, Eigenbasis, Soap
+from selective.preconditioner import AdaDiag, Eigenbasis, Preconditioner, Soap, preconditioner_from
 from selective.state import base_part
 from selective.view import StepView
 
@@ -53,6 +55,8 @@ __all__ = [
     "NormPreserving",
     "Policy",
     "PolicyError",
+    "Preconditioner",
+    "PreconditionerError",
     "RandomMask",
     "Selection",
     "SelectiveUpdate",
@@ -62,5 +66,7 @@ __all__ = [
     "Strength",
     "TopK",
     "base_part",
+    "param_groups_for",
     "policy_from",
+    "preconditioner_from",
 ]

@@ -55,16 +55,24 @@ class Capture:
 
 
 def choose_capture(
-    base: Optimizer, group: dict[str, Any], policy: Policy, wanted: CaptureName, own_momentum: bool
+    base: Optimizer,
+    group: dict[str, Any],
+    policy: Policy,
+    wanted: CaptureName,
+    own_momentum: bool,
+    rotated: bool = False,
 ) -> Capture:
-    """The capture of one group. Raises where the base can't be wrapped, or not in the wanted way, with the reason."""
+    """The capture of one group; of its `rotated` parameters, whose update is needed whatever the policy.
+
+    Raises where the base can't be wrapped, or not in the wanted way, with the reason.
+    """
     name = type(base).__name__
     facts = anatomy(base, group)
     if facts.refusal is not None:
         raise ValueError(f"SelectiveUpdate: {name} can't be wrapped: {facts.refusal}")
     if group.get("differentiable"):
         raise ValueError(f"SelectiveUpdate: {name} has differentiable=True; a step with a mask is not differentiable")
-    if isinstance(policy, Dense):
+    if isinstance(policy, Dense) and not rotated:
         return Capture("dense", "the policy is Dense(): the step is handed to the base", facts)
     rule, why_not_fused = _fused(base, group, own_momentum)
     if wanted == "fused" and rule is None:

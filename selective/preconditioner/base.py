@@ -50,19 +50,30 @@ class Preconditioner(Configured):
         return True
 
     def init_state(self, like: Tensor) -> State:
-        """What is remembered of a parameter that looks like this ([batch, rows, columns]); float32, counters int64."""
+        """What is remembered of a parameter that looks like this ([batch, rows, columns]); float32, counters int64.
+
+        On the parameter's device. A counter that the host has to read may be on the CPU, 0-d.
+        """
         return {}
 
     def is_due(self, steps: int, place: int, count: int) -> bool:
         """Whether the basis is refreshed in the step before which `steps` were taken.
 
+        `steps` counts those in which this parameter had a gradient: one whose first gradient comes late starts at 0.
         `place`: the number of the parameter among the `count` rotated ones, to spread refreshes over steps.
         """
         return False
 
     def stands_still(self, steps: int) -> bool:
-        """Whether rotated parameters do not step at all now: they get no gradient, and nothing of the base moves."""
+        """Whether rotated parameters do not step at all now: they get no gradient, and nothing of the base moves.
+
+        `steps` is counted as for `is_due`.
+        """
         return False
+
+    def observes(self) -> bool:
+        """Whether `observe` reads the gradients. Where not, they are not looked through for NaN in every step."""
+        return type(self).observe is not Preconditioner.observe
 
     def refresh(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Carry | None]:
         """New bases, from what was observed or from these gradients (not rotated); None where nothing changed."""
