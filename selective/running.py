@@ -10,7 +10,6 @@ from selective.capture.base import DenseJob, Job, Parameter, StepContext
 from selective.capture.custom import PolicyError
 from selective.capture.items import KeptItems
 from selective.capture.rotated import RotatedJob
-from selective.capture.rotated_ways import rotated_job
 from selective.capture.rotation import MaskSpace, PreconditionerError, Rotation
 from selective.capture.stepping import base_hooks, run_step_on
 from selective.checkpoint import Checkpointing
@@ -54,7 +53,7 @@ class Running(Checkpointing):
         rotation = Rotation(stage.preconditioner, bases, len(self._places), self._mask_space)
         if beside.context.report is not None:
             beside.context.report.add_bases([p.name for p in rotated], rotation.report)
-        return rotated_job(stage.capture, beside, parameters=rotated, rotation=rotation, kept=kept)
+        return stage.capture.rotated_job(beside, rotated, rotation, kept)
 
     def _run(self, jobs: list[Job]) -> None:
         """Steps 3 to 8. When anything raises, the parameters are put back."""

@@ -95,7 +95,7 @@ def test_memory_may_lie_in_any_order(name: str, space: Any) -> None:
 
 def test_statistics_are_of_the_space_of_the_mask() -> None:
     for space in ("rotated", "original"):
-        params, optimizer = wrapped(policy=Shown(), preconditioner=FixedRotation(), mask_space=space)
+        params, optimizer = wrapped(policy=RotatedShown(), preconditioner=FixedRotation(), mask_space=space)
         give_grads(params, 0)
         optimizer.step()
         found = optimizer.statistics()["param_groups[0][0]"]
@@ -116,7 +116,7 @@ def test_statistics_are_of_the_space_of_the_mask() -> None:
     assert float(optimizer.statistics()["param_groups[0][4]"]["share"]) == pytest.approx(17 / 35)
 
 
-class Shown(Policy):
+class RotatedShown(Policy):
     def init_state(self, view):
         return {"update": torch.zeros(view.shape), "grad": torch.zeros(view.shape)}
 
@@ -347,7 +347,7 @@ def test_a_step_that_is_not_taken_moves_no_basis(way: Any) -> None:
 
 
 class Breaks(Turning):
-    """Raises where it is told to, half-way through."""
+    """RotatedRaises where it is told to, half-way through."""
 
     where: str = "refresh"
     from_step: int = 2
@@ -396,7 +396,7 @@ def test_a_preconditioner_that_raises_leaves_parameters_alone(name: str, where: 
             assert all(torch.equal(v, basis[k]) for k, v in own(optimizer, p).items())
 
 
-class Raises(Policy):
+class RotatedRaises(Policy):
     def mask(self, view):
         if view.step == 2:
             raise ZeroDivisionError("by hand")
@@ -406,12 +406,12 @@ class Raises(Policy):
 @pytest.mark.parametrize("space", ["rotated", "original"])
 @pytest.mark.parametrize("name", ["adamw-foreach", "nadam", "adafactor"])
 def test_a_policy_that_raises_leaves_parameters_alone(name: str, space: Any) -> None:
-    params, optimizer = wrapped(name, policy=Raises(), mask_space=space)
+    params, optimizer = wrapped(name, policy=RotatedRaises(), mask_space=space)
     for step in range(3):
         give_grads(params, step)
         before = [p.detach().clone() for p in params]
         if step == 2:
-            with pytest.raises(PolicyError, match="Raises failed in step 2: by hand"):
+            with pytest.raises(PolicyError, match="RotatedRaises failed in step 2: by hand"):
                 optimizer.step()
         else:
             optimizer.step()
