@@ -47,14 +47,16 @@ class Capture:
         cls = ScratchJob if self.way == "scratch" else DeltaJob
         return cls(context, group, parameters, policy, self.facts, kept=kept)
 
-    def rotated_job(self, beside: Job, parameters: list[Parameter], rotation: Rotation, kept: KeptItems) -> RotatedJob:
-        """The job of a group's rotated parameters, next to that of its others."""
+    def rotated_job(
+        self, beside: Job, parameters: list[Parameter], rotation: Rotation, kept: KeptItems, alone: bool
+    ) -> RotatedJob:
+        """The job of a group's rotated parameters, next to that of its others; `alone`: which has nothing to do."""
         context, policy = beside.context, beside.policy
         if isinstance(policy, Dense):  # it has no statistics elsewhere either, and nobody reads a momentum of ours
             context = replace(context, report=None, own_momentum=None, momentum_beta=None)
         common: Any = {"rotation": rotation, "kept": kept}
         if self.way == "fused":
-            common |= {"rule": self.rule, "hides": isinstance(beside, DenseJob)}
+            common |= {"rule": self.rule, "hides": isinstance(beside, DenseJob) and not alone, "alone": alone}
         cls = {"fused": RotatedFusedJob, "scratch": RotatedScratchJob, "delta": RotatedDeltaJob}[self.way]
         return cls(context, beside.group, parameters, policy, self.facts, **common)
 

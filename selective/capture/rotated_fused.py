@@ -20,9 +20,9 @@ class RotatedFusedJob(RotatedJob):
 
     steps_base = False
 
-    def __init__(self, *args: Any, rule: FusedRule, hides: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rule: FusedRule, hides: bool, alone: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.fused, self.hides = rule, hides
+        self.fused, self.hides, self.alone = rule, hides, alone
         self.hidden: list[tuple[Tensor, Tensor | None]] = []
 
     def prepare(self) -> None:
@@ -37,6 +37,8 @@ class RotatedFusedJob(RotatedJob):
         self._show()
         for indices in self.rotation.alike(self.moving):
             self._step(indices, self.rotated_gradients(indices))
+        if self.alone:  # else the other job of the group does it
+            self.fused.after(self.group)
         self.close()
 
     def restore(self) -> None:

@@ -502,6 +502,38 @@ def test_a_preconditioner_of_ours_keeps_no_copies_and_steps_alike(name: str, mon
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("name", ["adamw-foreach", "nadam", "po-lamb"])  # Adafactor's own step has a product in it
+def test_an_autocast_region_around_a_step_makes_no_difference(name: str) -> None:
+    found = []
+    for enabled in (False, True):
+        params, optimizer = wrapped(name, policy=Cautious(), matrix_view="conv")
+        for step in range(4):
+            give_grads(params, step)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        found.append([p.detach() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_dense_group_that_is_rotated_as_a_whole_does_not_step_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """... and keeps what the base keeps in a group: Lion's count of steps."""
+    p = [torch.nn.Parameter(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)))]
+    optimizer = SelectiveUpdate(build(BASES["po-lion"], p), preconditioner=Turning())
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the base was stepped")
+
+    monkeypatch.setattr("selective.running.run_step_on", never)
+    for step in range(3):
+        give_grads(p, step)
+        optimizer.step()
+    assert optimizer.param_groups[0]["step"] == 3
+    p[0].grad = None
+    monkeypatch.undo()
+    optimizer.step()  # now there is nothing that is rotated, and the base has its way
+    assert optimizer.param_groups[0]["step"] == 4
+
+
 def test_large_lists_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for part in (1, 2**26):
