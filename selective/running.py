@@ -10,7 +10,6 @@ from selective.capture.base import DenseJob, Job, Parameter, StepContext
 from selective.capture.custom import PolicyError
 from selective.capture.items import KeptItems
 from selective.capture.rotated import RotatedJob
-from selective.capture.rotated_ways import rotated_job
 from selective.capture.rotation import MaskSpace, PreconditionerError, Rotation
 from selective.capture.stepping import base_hooks, run_step_on
 from selective.checkpoint import Checkpointing
@@ -41,12 +40,17 @@ class Running(Checkpointing):
         for (group, policy_group, (_, capture), members, parameters), stage in zip(plan, self._stages, strict=True):
             here = contexts.get(members.device, context)
             rest, rotated = (parameters, []) if stage is None else stage.split(parameters)
-            jobs.append(capture.job(here, group, rest, policy_group.policy, members.kept))
-            if stage is not None and rotated:
-                jobs.append(self._rotated_job(jobs[-1], stage, rotated, members.kept_rotated))
+            job = capture.job(here, group, rest, policy_group.policy, members.kept)
+            if stage is None or not rotated:
+                jobs.append(job)
+                continue
+            # Nothing is left for the base in a dense group that is rotated as a whole, by a rule of ours.
+            alone = not rest and isinstance(job, DenseJob) and stage.capture.way == "fused"
+            jobs += [] if alone else [job]
+            jobs.append(self._rotated_job(job, stage, rotated, members.kept_rotated, alone))
         return jobs
 
-    def _rotated_job(self, beside: Job, stage: Stage, rotated: list[Parameter], kept: KeptItems) -> Job:
+    def _rotated_job(self, beside: Job, stage: Stage, rotated: list[Parameter], kept: KeptItems, alone: bool) -> Job:
         bases = []
         for parameter in rotated:
             self._own_of(parameter, beside.policy)
@@ -54,7 +58,7 @@ class Running(Checkpointing):
         rotation = Rotation(stage.preconditioner, bases, len(self._places), self._mask_space)
         if beside.context.report is not None:
             beside.context.report.add_bases([p.name for p in rotated], rotation.report)
-        return rotated_job(stage.capture, beside, parameters=rotated, rotation=rotation, kept=kept)
+        return stage.capture.rotated_job(beside, rotated, rotation, kept, alone)
 
     def _run(self, jobs: list[Job]) -> None:
         """Steps 3 to 8. When anything raises, the parameters are put back."""

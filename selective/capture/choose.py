@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,10 @@ from selective.capture.base import DenseJob, Job, Parameter, StepContext
 from selective.capture.delta import LOW_PRECISION, DeltaJob
 from selective.capture.fused import FusedJob, FusedRule, fused_rule
 from selective.capture.items import KeptItems
+from selective.capture.rotated import RotatedJob
+from selective.capture.rotated_fused import RotatedFusedJob
+from selective.capture.rotated_swapped import RotatedDeltaJob, RotatedScratchJob
+from selective.capture.rotation import Rotation
 from selective.capture.scratch import ScratchJob
 from selective.capture.stepping import replaced_step
 from selective.policies import Dense, Policy
@@ -42,6 +46,19 @@ class Capture:
             return DenseJob(context, group, parameters, policy, self.facts)
         cls = ScratchJob if self.way == "scratch" else DeltaJob
         return cls(context, group, parameters, policy, self.facts, kept=kept)
+
+    def rotated_job(
+        self, beside: Job, parameters: list[Parameter], rotation: Rotation, kept: KeptItems, alone: bool
+    ) -> RotatedJob:
+        """The job of a group's rotated parameters, next to that of its others; `alone`: which has nothing to do."""
+        context, policy = beside.context, beside.policy
+        if isinstance(policy, Dense):  # it has no statistics elsewhere either, and nobody reads a momentum of ours
+            context = replace(context, report=None, own_momentum=None, momentum_beta=None)
+        common: Any = {"rotation": rotation, "kept": kept}
+        if self.way == "fused":
+            common |= {"rule": self.rule, "hides": isinstance(beside, DenseJob) and not alone, "alone": alone}
+        cls = {"fused": RotatedFusedJob, "scratch": RotatedScratchJob, "delta": RotatedDeltaJob}[self.way]
+        return cls(context, beside.group, parameters, policy, self.facts, **common)
 
     def keeps_residue(self, param: Tensor) -> bool:
         """Whether we keep what rounding takes from this parameter, as the base would without us."""

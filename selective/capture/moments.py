@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from selective.capture.anatomy_facts import Anatomy
 from selective.capture.anatomy_probe import dequantized, state_entries
-from selective.capture.rotation import Carried
+from selective.capture.rotation import Carried, exact_products
 from selective.preconditioner import Shape, as_matrix
 
 
@@ -30,7 +30,8 @@ def first_moment(base: Optimizer, param: Tensor, facts: Anatomy) -> Tensor | Non
 
 def rewrite(moment: Tensor, shape: Shape, change: Callable[[Tensor], Tensor]) -> None:
     """moment <- change(moment), where `change` gets and returns float32 [batch, rows, columns]; rounded once."""
-    changed = change(as_matrix(dequantized(moment), shape))
+    with exact_products(moment.device):
+        changed = change(as_matrix(dequantized(moment), shape))
     moment.copy_(changed.reshape(moment.shape).to(dequantized(moment).dtype))
 
 

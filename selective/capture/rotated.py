@@ -2,7 +2,7 @@
 
     refresh, carry -> P^T g Q -> the base's rule -> mask -> P (mask u) Q^T -> p <- factor p - that, rounded once
 
-How the update is obtained is the matter of the three subclasses (rotated_ways.py); here is what they share. The base's
+How the update is obtained is the matter of rotated_fused.py and rotated_swapped.py; here is what they share. The base's
 state lives in the rotated space, under its own keys and in the parameter's shape. Coupled decay and `maximize` are in
 the gradient before it is rotated; decoupled decay is a factor on the parameter itself.
 """

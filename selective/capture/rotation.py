@@ -192,9 +192,15 @@ class Rotation:
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:
         try:
-            yield
+            with exact_products(self.bases[0].device):
+                yield
         except Exception as error:
             raise PreconditionerError(f"{type(self.preconditioner).__name__}.{what} failed: {error}") from error
+
+
+def exact_products(device: torch.device) -> torch.autocast:
+    """Outside of a user's autocast region, where products of float32 matrices would be made in bfloat16."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def is_foreign(preconditioner: Preconditioner) -> bool:

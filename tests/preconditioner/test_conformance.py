@@ -16,7 +16,7 @@ from selective import MGUP, Cautious, Dense, Policy, SelectiveUpdate
 from selective.testing import Subject, check_wrapper, conformance_checks
 
 
-class ConformanceHalf(Policy):
+class RotatedHalf(Policy):
     """Code of its own, with state."""
 
     def init_state(self, view: Any) -> Any:
@@ -32,7 +32,7 @@ POLICIES: dict[str, Policy] = {
     "mgup": MGUP(),
     "mgup-momentum": MGUP(score="momentum"),
     "cautious": Cautious(),
-    "custom": ConformanceHalf(),
+    "custom": RotatedHalf(),
 }
 BASES: dict[str, Any] = {
     "sgd": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),

@@ -27,7 +27,7 @@ EPS = torch.finfo(torch.float32).eps
 SHAPES = ((12, 8), (8,), (5, 4, 3), (12, 8), (33, 7))
 
 
-class Leaning(Policy):
+class RotatedLeaning(Policy):
     """Code of its own, which reads everything that there is."""
 
     reads = frozenset({"update", "grad", "param"})
@@ -48,7 +48,7 @@ POLICIES: dict[str, Policy] = {
     "skip": SkipUpdate(),
     "random": RandomMask(),
     "control": RandomMask.matching(Cautious()),
-    "own-code": Leaning(),
+    "own-code": RotatedLeaning(),
 }
 NAMES = ("adamw-foreach", "adam-maximize", "sgd-momentum", "po-lion", "nadam", "nadam-coupled", "adafactor",
          "transformers-adafactor", "optimi-adamw")  # fmt: skip
@@ -81,11 +81,10 @@ def test_the_identity_changes_nothing_but_rounding(name: str, policy: str, dtype
     found = train(name, dtype, steps, preconditioner=Unrotated(), matrix_view="experts", **options)
     assert torch.equal(found[1], expected[1])  # a vector: not rotated, and in another capture's hands
     for a, b in zip(found, expected, strict=True):
-        # A rounding in a score turns a coordinate that stood on the edge (sixteen numbers in a thousand are allowed
-        # to), the others differ by roundings of a parameter around 1: once a step, and by what the moments made of it.
-        tolerance = (16 * EPS if dtype == torch.float32 else 2 * torch.finfo(dtype).eps) * steps
-        far = (a.float() - b.float()).abs() > tolerance * b.float().abs().clamp(min=1.0)
-        assert far.float().mean() <= 0.016, f"{int(far.sum())} of {far.numel()} of shape {tuple(a.shape)}"
+        # Two roundings of a parameter around 1 in each step: of the update that is subtracted, and of the difference.
+        size = b.float().abs().clamp(min=1.0) * torch.finfo(dtype).eps
+        worst = ((a.float() - b.float()).abs() / size).max()
+        assert worst <= 2 * steps, f"{worst:.1f} roundings away, shape {tuple(a.shape)}"
 
 
 def test_a_rotation_is_noticed_by_that_comparison() -> None:
@@ -188,7 +187,7 @@ def test_the_carry_leaves_the_momentum_what_it_was(name: str, key: str, options:
 
 
 @pytest.mark.parametrize("name", ["adamw-foreach", "nadam", "adafactor", "optimi-adamw"])
-@pytest.mark.parametrize("policy", [MGUP(), Leaning()], ids=["kernel", "own-code"])
+@pytest.mark.parametrize("policy", [MGUP(), RotatedLeaning()], ids=["kernel", "own-code"])
 def test_the_original_space_is_another_one(name: str, policy: Policy) -> None:
     def run(preconditioner: Any, space: Any) -> torch.Tensor:
         return train(name, torch.float32, 6, policy=policy, preconditioner=preconditioner, mask_space=space)[0]
@@ -198,7 +197,7 @@ def test_the_original_space_is_another_one(name: str, policy: Policy) -> None:
     assert (run(FixedRotation(), "original") - run(FixedRotation(), "rotated")).abs().max() > 1e-4
 
 
-class Remembers(Policy):
+class RotatedRemembers(Policy):
     """Keeps what it was shown."""
 
     reads = frozenset({"update", "grad", "momentum", "previous_momentum", "param"})
@@ -218,7 +217,7 @@ def test_what_a_policy_sees_in_the_two_spaces(name: str) -> None:
     for space in ("rotated", "original"):
         params = parameters(torch.float32)
         optimizer = SelectiveUpdate(
-            build(BASES[name], params), policy=Remembers(), preconditioner=FixedRotation(), mask_space=space
+            build(BASES[name], params), policy=RotatedRemembers(), preconditioner=FixedRotation(), mask_space=space
         )
         give_grads(params, 0)
         before = params[0].detach().clone()

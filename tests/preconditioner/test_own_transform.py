@@ -14,7 +14,7 @@ from selective import MGUP, Dense, Preconditioner, SelectiveUpdate, precondition
 from selective.clock import check_recordable
 
 
-class HadamardRows(Preconditioner):
+class HadamardOfTests(Preconditioner):
     """Mixes the rows of matrices that have a power of two of them; needs no state and no refresh."""
 
     largest: int = 64
@@ -40,7 +40,7 @@ def parameters(*shapes: tuple[int, ...]) -> list[torch.nn.Parameter]:
 @pytest.mark.parametrize("name", ["sgd-momentum", "sgd-nesterov"])
 def test_sgd_does_not_see_it(name: str) -> None:
     ours, theirs = parameters((16, 5), (6, 5), (3,)), parameters((16, 5), (6, 5), (3,))
-    rotated = SelectiveUpdate(build(BASES[name], ours), preconditioner=HadamardRows())
+    rotated = SelectiveUpdate(build(BASES[name], ours), preconditioner=HadamardOfTests())
     plain = build(BASES[name], theirs)
     for step in range(10):
         give_grads(ours, step)
@@ -56,7 +56,7 @@ def test_sgd_does_not_see_it(name: str) -> None:
 def test_other_bases_do_and_go_on_after_a_checkpoint(name: str, policy: Any) -> None:
     def made() -> Any:
         params = parameters((16, 5), (6, 5))
-        return params, SelectiveUpdate(build(BASES[name], params), policy=policy, preconditioner=HadamardRows())
+        return params, SelectiveUpdate(build(BASES[name], params), policy=policy, preconditioner=HadamardOfTests())
 
     params, optimizer = made()
     plain = parameters((16, 5), (6, 5))
@@ -82,14 +82,14 @@ def test_other_bases_do_and_go_on_after_a_checkpoint(name: str, policy: Any) -> 
 
 
 def test_it_goes_to_data_and_back() -> None:
-    made = preconditioner_from({"kind": "HadamardRows", "largest": 8})
-    assert made == HadamardRows(largest=8)
+    made = preconditioner_from({"kind": "HadamardOfTests", "largest": 8})
+    assert made == HadamardOfTests(largest=8)
     assert preconditioner_from(made.model_dump_json()) == made
     assert preconditioner_from(None) is None
     base = torch.optim.AdamW(parameters((16, 5)))
     explained = SelectiveUpdate(base, preconditioner=made).explain()
-    assert "param_groups[0][0]: HadamardRows does not take [1, 16, 5]" in explained
-    assert "none of them, by HadamardRows(largest=8)" in explained
+    assert "param_groups[0][0]: HadamardOfTests does not take [1, 16, 5]" in explained
+    assert "none of them, by HadamardOfTests(largest=8)" in explained
 
 
 def test_a_step_with_one_is_not_recorded_into_a_cuda_graph() -> None:

@@ -95,7 +95,7 @@ def test_memory_may_lie_in_any_order(name: str, space: Any) -> None:
 
 def test_statistics_are_of_the_space_of_the_mask() -> None:
     for space in ("rotated", "original"):
-        params, optimizer = wrapped(policy=Shown(), preconditioner=FixedRotation(), mask_space=space)
+        params, optimizer = wrapped(policy=RotatedShown(), preconditioner=FixedRotation(), mask_space=space)
         give_grads(params, 0)
         optimizer.step()
         found = optimizer.statistics()["param_groups[0][0]"]
@@ -116,7 +116,7 @@ def test_statistics_are_of_the_space_of_the_mask() -> None:
     assert float(optimizer.statistics()["param_groups[0][4]"]["share"]) == pytest.approx(17 / 35)
 
 
-class Shown(Policy):
+class RotatedShown(Policy):
     def init_state(self, view):
         return {"update": torch.zeros(view.shape), "grad": torch.zeros(view.shape)}
 
@@ -347,7 +347,7 @@ def test_a_step_that_is_not_taken_moves_no_basis(way: Any) -> None:
 
 
 class Breaks(Turning):
-    """Raises where it is told to, half-way through."""
+    """RotatedRaises where it is told to, half-way through."""
 
     where: str = "refresh"
     from_step: int = 2
@@ -396,7 +396,7 @@ def test_a_preconditioner_that_raises_leaves_parameters_alone(name: str, where: 
             assert all(torch.equal(v, basis[k]) for k, v in own(optimizer, p).items())
 
 
-class Raises(Policy):
+class RotatedRaises(Policy):
     def mask(self, view):
         if view.step == 2:
             raise ZeroDivisionError("by hand")
@@ -406,12 +406,12 @@ class Raises(Policy):
 @pytest.mark.parametrize("space", ["rotated", "original"])
 @pytest.mark.parametrize("name", ["adamw-foreach", "nadam", "adafactor"])
 def test_a_policy_that_raises_leaves_parameters_alone(name: str, space: Any) -> None:
-    params, optimizer = wrapped(name, policy=Raises(), mask_space=space)
+    params, optimizer = wrapped(name, policy=RotatedRaises(), mask_space=space)
     for step in range(3):
         give_grads(params, step)
         before = [p.detach().clone() for p in params]
         if step == 2:
-            with pytest.raises(PolicyError, match="Raises failed in step 2: by hand"):
+            with pytest.raises(PolicyError, match="RotatedRaises failed in step 2: by hand"):
                 optimizer.step()
         else:
             optimizer.step()
@@ -500,6 +500,38 @@ def test_a_preconditioner_of_ours_keeps_no_copies_and_steps_alike(name: str, mon
             optimizer.step()
         found.append([p.detach() for p in params])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw-foreach", "nadam", "po-lamb"])  # Adafactor's own step has a product in it
+def test_an_autocast_region_around_a_step_makes_no_difference(name: str) -> None:
+    found = []
+    for enabled in (False, True):
+        params, optimizer = wrapped(name, policy=Cautious(), matrix_view="conv")
+        for step in range(4):
+            give_grads(params, step)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        found.append([p.detach() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_dense_group_that_is_rotated_as_a_whole_does_not_step_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """... and keeps what the base keeps in a group: Lion's count of steps."""
+    p = [torch.nn.Parameter(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)))]
+    optimizer = SelectiveUpdate(build(BASES["po-lion"], p), preconditioner=Turning())
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the base was stepped")
+
+    monkeypatch.setattr("selective.running.run_step_on", never)
+    for step in range(3):
+        give_grads(p, step)
+        optimizer.step()
+    assert optimizer.param_groups[0]["step"] == 3
+    p[0].grad = None
+    monkeypatch.undo()
+    optimizer.step()  # now there is nothing that is rotated, and the base has its way
+    assert optimizer.param_groups[0]["step"] == 4
 
 
 def test_large_lists_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,114 +1,23 @@
-"""How the update of a rotated parameter is obtained: the three captures, on a gradient that is rotated.
+"""Scratch and delta capture of rotated parameters: the base steps them with other data and another gradient in them.
 
-fused: the known rule runs on a buffer of zeros and leaves -mask u there, so that nothing but the products is added to a
-fused step. scratch and delta: the base steps the parameter itself, whose data are swapped for a stand-in: zeros, or the
-parameter's value in the rotated space, which has the same norm and with which decay of any kind is what it would be.
-The tensors that are rotated are plain, so that swapping `.data` is seen by the base; the parameters' own memory is not
-touched until the update is there.
+The data are zeros, or the parameter's value in the rotated space: it has the same norm, and with it decay of any kind
+is what it would be. Tensors that are rotated are plain, so that swapping `.data` is seen by the base (on a DTensor it
+would not be), and the parameter's own memory is not touched until the update is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from selective.capture import lists
-from selective.capture.base import LOW_PRECISION, DenseJob, Job
-from selective.capture.choose import Capture
+from selective.capture.base import LOW_PRECISION
 from selective.capture.delta import raised
-from selective.capture.fused import FusedRule
 from selective.capture.rotated import RotatedJob
-from selective.kernels import advance, selective_step, spec
-from selective.policies import Dense
 from selective.preconditioner import as_matrix
-
-
-class RotatedFusedJob(RotatedJob):
-    """The rule of a known base, on its own state."""
-
-    steps_base = False
-
-    def __init__(self, *args: Any, rule: FusedRule, hides: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.fused, self.hides = rule, hides
-        self.hidden: list[tuple[Tensor, Tensor | None]] = []
-
-    def prepare(self) -> None:
-        super().prepare()
-        self.factors = self._factors()
-        if self.hides:  # the base steps the rest of the group, and skips what has no gradient
-            self.hidden = [(p, p.grad) for p in self.tensors()]
-            for p, _ in self.hidden:
-                p.grad = None
-
-    def finish(self) -> None:
-        self._show()
-        for indices in self.rotation.alike(self.moving):
-            self._step(indices, self.rotated_gradients(indices))
-        self.close()
-
-    def restore(self) -> None:
-        self._show()
-        super().restore()
-
-    def _show(self) -> None:
-        for p, grad in self.hidden:
-            p.grad = grad
-        self.hidden = []
-
-    def _step(self, indices: list[int], rotated: list[Tensor]) -> None:
-        rule = self.fused.rule(self.context.base, self.group)
-        # Decay and `maximize` are in the gradient already, or a factor on the parameter.
-        undecayed: Any = {"decay_factor": 1.0} if isinstance(rule, spec.LionRule) else {}
-        rule = replace(rule, weight_decay=0.0, maximize=False, **undecayed)
-        left = self.nothing(indices)
-        items, fresh = [], []
-        for i, buffer, grad in zip(indices, left, rotated, strict=True):
-            p = self.parameters[i].tensor
-            state = self.context.base.state[p]
-            if not state:
-                self.fused.init_state(self.group, p, state)
-            if isinstance(rule, spec.SGDRule) and state.get("momentum_buffer") is None:
-                fresh.append((p, state))
-            own = self.context.own_state(self.parameters[i], self.policy)
-            items.append(spec.Item(buffer, grad, state, self._address(i), own))
-        if self.specs is None or self.in_original:
-            self._step_outside(indices, items, rule)
-        else:
-            self._step_in_kernel(indices, items, rule)
-            self.land(indices, left)
-        for p, state in fresh:
-            _in_the_dtype_of(p, state)
-
-    def _step_in_kernel(self, indices: list[int], items: list[spec.Item], rule: spec.Rule) -> None:
-        assert self.specs is not None
-        report = self.context.report
-        passing = self.kept.passing(self.calls, items, self.policy, self.context.recording)
-        self.calls += 1
-        sums = selective_step(
-            passing, rule=rule, selection=self.specs[0], strength=self.specs[1],
-            draw=self.context.draw_on(items[0].param.device), statistics=report is not None,
-        )  # fmt: skip
-        if sums is not None and report is not None:
-            report.add_all([self.parameters[i].name for i in indices], sums)
-
-    def _step_outside(self, indices: list[int], items: list[spec.Item], rule: spec.Rule) -> None:
-        """The rule alone, and then the mask: where it is a policy's own code, or not of the rotated space."""
-        moved = [advance(item, rule, keep_previous="previous_momentum" in self.reads) for item in items]
-        momenta = [one.momentum if "momentum" in self.reads else None for one in moved]
-        self.take(indices, [one.grad for one in moved], momenta, [one.previous_momentum for one in moved])
-        self.mask_and_land(indices, [one.update for one in moved], negated=False)
-
-
-def _in_the_dtype_of(param: Tensor, state: dict[str, Any]) -> None:
-    """SGD's buffer, which the rule makes in its first step, as the base would have made it on the parameter."""
-    buffer = state.get("momentum_buffer")
-    if buffer is not None:
-        state["momentum_buffer"] = buffer.to(param.dtype)
 
 
 class SwappedJob(RotatedJob):
@@ -236,16 +145,3 @@ class RotatedDeltaJob(SwappedJob):
             if value is not p:
                 p.copy_(value)
                 self._residue(i).copy_(value - p)
-
-
-def rotated_job(capture: Capture, job: Job, **rotated: Any) -> RotatedJob:
-    """The rotated part of a group, beside `job`, which is that of its other parameters."""
-    context = job.context
-    if isinstance(job.policy, Dense):  # it has no statistics elsewhere either, and nobody reads a momentum of ours
-        context = replace(context, report=None, own_momentum=None, momentum_beta=None)
-    arguments = (context, job.group, rotated.pop("parameters"), job.policy, capture.facts)
-    if capture.way == "fused":
-        assert capture.rule is not None
-        return RotatedFusedJob(*arguments, rule=capture.rule, hides=isinstance(job, DenseJob), **rotated)
-    cls = RotatedScratchJob if capture.way == "scratch" else RotatedDeltaJob
-    return cls(*arguments, **rotated)
