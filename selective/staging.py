@@ -41,6 +41,12 @@ class Stage:
                 self.left[parameter.name] = found
             else:
                 self.shapes[parameter.tensor] = found
+        if self.shapes and self.capture.way != "fused" and self.capture.facts.keeps_memory:
+            raise ValueError(
+                "SelectiveUpdate: the base writes to memory that it got hold of earlier, and not to where its "
+                "parameters are; a preconditioner has to step it on others. Take a base that looks at p.data in each "
+                "step, or preconditioner=None"
+            )
 
     def split(self, present: list[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
         """The parameters that are not rotated, and those that are: the same lists as long as `present` is the same."""

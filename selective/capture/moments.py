@@ -18,6 +18,7 @@ from selective.capture.anatomy_facts import Anatomy
 from selective.capture.anatomy_probe import dequantized, state_entries
 from selective.capture.rotation import Carried, exact_products
 from selective.preconditioner import Shape, as_matrix
+from selective.preconditioner.linalg import float32_products
 
 
 def first_moment(base: Optimizer, param: Tensor, facts: Anatomy) -> Tensor | None:
@@ -30,7 +31,7 @@ def first_moment(base: Optimizer, param: Tensor, facts: Anatomy) -> Tensor | Non
 
 def rewrite(moment: Tensor, shape: Shape, change: Callable[[Tensor], Tensor]) -> None:
     """moment <- change(moment), where `change` gets and returns float32 [batch, rows, columns]; rounded once."""
-    with exact_products(moment.device):
+    with exact_products(moment.device), float32_products():
         changed = change(as_matrix(dequantized(moment), shape))
     moment.copy_(changed.reshape(moment.shape).to(dequantized(moment).dtype))
 

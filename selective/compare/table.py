@@ -59,7 +59,9 @@ def finished_line(record: Record) -> str:
 def headline(config: CompareConfig, comparison: Comparison, parameters: int) -> str:
     model, text = config.model, comparison.text
     alone = (
-        "" if len(comparison.contenders) > 1 else "\nNo policy to compare it with: only the baseline is trained. Add --policy MGUP."
+        ""
+        if len(comparison.contenders) > 1
+        else "\nNo policy to compare it with: only the baseline is trained. Add --policy MGUP."
     )
     return (
         f"{len(comparison.contenders)} contender(s) x {len(config.lr)} learning rate(s) x {len(config.seeds)} seed(s): "

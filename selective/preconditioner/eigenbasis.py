@@ -124,6 +124,9 @@ class Eigenbasis(Preconditioner):
         every, stagger = self.refresh_every, self.stagger
         return schedule.is_due(steps, place, count, start=start, every=every, stagger=stagger)
 
+    def observes(self) -> bool:
+        return self.statistic == "ema"
+
     def stands_still(self, steps: int) -> bool:
         return self.skip_first_step and steps == 0
 

@@ -44,9 +44,7 @@ class Soap(Eigenbasis):
 
     - one gradient's Gram matrix is of low rank; in its null space the power step leaves columns as they are, where a
       QR of rounding errors would make some;
-    - a side longer than `max_dim` is not rotated (theirs too), and vectors are the base's alone (theirs: by default);
-    - parameters that get their first gradient later do not sit out a step: they go without a basis until the next
-      refresh.
+    - a side longer than `max_dim` is not rotated (theirs too), and vectors are the base's alone (theirs: by default).
 
     All parameters are refreshed in the same step, unless `stagger=True`; `solver="cholesky"` spans the same
     space with operations that a GPU is faster at.
