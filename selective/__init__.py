@@ -4,7 +4,9 @@ opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGU
 """
 
 from selective.capture.custom import PolicyError
+from selective.capture.rotation import PreconditionerError
 from selective.optimizer import SelectiveUpdate
+from selective.param_groups import param_groups_for
 from selective.policies import (
     MGUP,
     Agreement,
@@ -28,6 +30,7 @@ from selective.policies import (
     TopK,
     policy_from,
 )
+from selective.preconditioner import AdaDiag, Eigenbasis, Preconditioner, Soap, preconditioner_from
 from selective.state import base_part
 from selective.view import StepView
 
@@ -35,6 +38,7 @@ __version__ = "0.1.0"  # the only place that names it: pyproject.toml reads it f
 
 __all__ = [
     "MGUP",
+    "AdaDiag",
     "Agreement",
     "Alignment",
     "AlphaConsistency",
@@ -42,6 +46,7 @@ __all__ = [
     "Cautious",
     "CautiousMGUP",
     "Dense",
+    "Eigenbasis",
     "Everything",
     "Fixed",
     "Grams",
@@ -50,13 +55,18 @@ __all__ = [
     "NormPreserving",
     "Policy",
     "PolicyError",
+    "Preconditioner",
+    "PreconditionerError",
     "RandomMask",
     "Selection",
     "SelectiveUpdate",
     "SkipUpdate",
+    "Soap",
     "StepView",
     "Strength",
     "TopK",
     "base_part",
+    "param_groups_for",
     "policy_from",
+    "preconditioner_from",
 ]

@@ -11,7 +11,13 @@ from selective.policies import Policy
 
 
 def check_arguments(
-    wrapper: type, base: object, capture: str, momentum_beta: float | None, on_nonfinite: str, seed: int
+    wrapper: type,
+    base: object,
+    capture: str,
+    momentum_beta: float | None,
+    on_nonfinite: str,
+    seed: int,
+    mask_space: str,
 ) -> None:
     """Refuse what `SelectiveUpdate` cannot be built from."""
     if not isinstance(base, Optimizer):
@@ -23,6 +29,8 @@ def check_arguments(
         raise TypeError("SelectiveUpdate: base is a SelectiveUpdate already; wrap its base, with one policy for both")
     if capture not in ("auto", "fused", "scratch", "delta"):
         raise ValueError(f"SelectiveUpdate: capture is {capture!r}, must be 'auto', 'fused', 'scratch' or 'delta'")
+    if mask_space not in ("rotated", "original"):
+        raise ValueError(f"SelectiveUpdate: mask_space is {mask_space!r}, must be 'rotated' or 'original'")
     if on_nonfinite not in ("ignore", "skip", "raise"):
         raise ValueError(f"SelectiveUpdate: on_nonfinite is {on_nonfinite!r}, must be 'ignore', 'skip' or 'raise'")
     if momentum_beta is not None and not (isinstance(momentum_beta, (int, float)) and 0 <= momentum_beta < 1):

@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--base", default="AdamW", help="as in compare")
     explain.add_argument("--base-options", type=_json, default={}, metavar="JSON", help="keyword arguments of the base")
     explain.add_argument("--policy", type=_policy, default="MGUP", help="name or JSON")
+    explain.add_argument("--preconditioner", type=_policy, help="as in compare")
     explain.set_defaults(run=_explain)
     return parser
 
@@ -58,6 +59,13 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         "--import", action="append", dest="imports", metavar="MODULE", help="first: where your own policies are defined"
     )
     add("--policy", action="append", type=_policy, metavar="POLICY", help='name or JSON ({"kind": "MGUP"}); repeatable')
+    add(
+        "--preconditioner",
+        action="append",
+        type=_policy,
+        metavar="NAME",
+        help="adadiag, adadiag++, soap, a kind's name or JSON: the base and each policy in its space too; repeatable",
+    )
     add("--base", help="class of torch.optim or pytorch_optimizer, or module:Class (default: AdamW)")
     add("--base-options", type=_json, metavar="JSON", help="keyword arguments of the base")
     add("--lr", nargs="+", type=float, metavar="LR", help="swept by every contender (default: 1e-3 3e-3)")
@@ -78,10 +86,12 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says, as configuration data."""
     found: dict[str, Any] = {}
-    for name in ("imports", "policy", "base", "base_options", "lr", "seeds", "steps", "controls", "threads", "workers"):
+    plural = {"policy": "policies", "preconditioner": "preconditioners"}
+    names = ("imports", "policy", "preconditioner", "base", "base_options", "lr", "seeds", "steps", "controls")
+    for name in (*names, "threads", "workers"):
         value = getattr(options, name)
         if value is not None:
-            found["policies" if name == "policy" else name] = value
+            found[plural.get(name, name)] = value
     if options.data is not None:
         found["data"] = {"file": options.data}
     for path, value in options.set:
@@ -102,7 +112,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     from selective.compare.command import explain
 
-    return explain(options.base, options.base_options, options.policy)
+    return explain(options.base, options.base_options, options.policy, options.preconditioner)
 
 
 class _Version(argparse.Action):

@@ -98,8 +98,13 @@ def is_recording() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def check_recordable(base: Optimizer, groups: list[dict[str, Any]], on_nonfinite: str) -> None:
+def check_recordable(base: Optimizer, groups: list[dict[str, Any]], on_nonfinite: str, rotates: bool) -> None:
     """Refuse to record a step that replays would not repeat, as torch's own optimizers do."""
+    if rotates:
+        raise RuntimeError(
+            "SelectiveUpdate: attempting CUDA graph capture of step() with a preconditioner, which decides on the host "
+            "when to refresh a basis; a replay would never do it again. Construct it with preconditioner=None"
+        )
     for number, group in enumerate(groups):
         if group.get("capturable") is False:
             raise RuntimeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,9 +11,11 @@ from torch.optim import Optimizer
 from selective.capture.choose import Capture
 from selective.capture.delta import LOW_PRECISION
 from selective.capture.described import has_own_code, specs_of, why_twin
+from selective.explain_stage import explain_stage
 from selective.groups import PolicyGroup
 from selective.kernels import backend_in_use, spec, why_reference
 from selective.policies import Policy
+from selective.staging import Stage
 
 _MEMORY = {
     "dense": "none",
@@ -23,11 +26,16 @@ _MEMORY = {
 
 
 def explain(
-    base: Optimizer, policy_groups: list[PolicyGroup], captures: list[Capture], momentum_beta: float | None
+    base: Optimizer,
+    policy_groups: list[PolicyGroup],
+    captures: list[Capture],
+    momentum_beta: float | None,
+    stages: Sequence[Stage | None],
+    mask_space: str,
 ) -> str:
     """One paragraph a parameter group, in plain words."""
     lines = [f"SelectiveUpdate over {type(base).__module__}.{type(base).__name__}"]
-    for number, (policy_group, capture) in enumerate(zip(policy_groups, captures, strict=True)):
+    for number, (policy_group, capture, stage) in enumerate(zip(policy_groups, captures, stages, strict=True)):
         group = base.param_groups[number]
         count = sum(p.numel() for p in group["params"])
         lines += [
@@ -41,6 +49,7 @@ def explain(
         selection, kernels = _selection(policy_group.policy, group), _kernels(base, group, policy_group.policy, capture)
         lines += [f"  selection {selection}"] if selection else []
         lines += [f"  kernels   {kernels}"] if kernels else []
+        lines += [] if stage is None else explain_stage(stage, policy_group.policy, mask_space)
         notes = _notes(capture)
         if notes:
             lines.append(f"  note      {notes}")

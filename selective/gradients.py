@@ -10,26 +10,31 @@ from selective.capture.base import Parameter
 from selective.groups import PolicyGroup
 from selective.members import Members
 from selective.policies import Dense
+from selective.staging import Stage
 
 OnNonfinite = Literal["ignore", "skip", "raise"]
 
 
-def check_gradients(policy_groups: list[PolicyGroup], groups: list[Members], present: list[list[Parameter]]) -> None:
-    """Refuse sparse and complex gradients where a policy has to look at them, by the parameter's name."""
-    for policy_group, members, parameters in zip(policy_groups, groups, present, strict=True):
-        if isinstance(policy_group.policy, Dense):
-            continue  # handed to the base as they are
-        if members.has_sparse or members.has_complex:
-            for parameter in parameters:
-                _check_gradient(parameter)
+def check_gradients(
+    policy_groups: list[PolicyGroup], groups: list[Members], stages: list[Stage | None], present: list[list[Parameter]]
+) -> None:
+    """Refuse sparse and complex gradients where a policy or a rotation has to look at them, by the parameter's name."""
+    for policy_group, members, stage, parameters in zip(policy_groups, groups, stages, present, strict=True):
+        if not (members.has_sparse or members.has_complex):
+            continue
+        dense = isinstance(policy_group.policy, Dense)  # handed to the base as they are
+        for parameter in parameters:
+            rotated = stage is not None and parameter.tensor in stage.shapes
+            if rotated or not dense:
+                _check_gradient(parameter, "policy and preconditioner" if rotated else "policy")
 
 
-def _check_gradient(parameter: Parameter) -> None:
+def _check_gradient(parameter: Parameter, key: str) -> None:
     grad = parameter.tensor.grad
     if grad is not None and grad.layout != torch.strided:
         raise ValueError(
             f"SelectiveUpdate: parameter {parameter.name!r} has a sparse gradient; use "
-            f"nn.Embedding(sparse=False), or put it into a parameter group with policy None"
+            f"nn.Embedding(sparse=False), or put it into a parameter group with {key} None"
         )
     if parameter.tensor.is_complex():
         raise ValueError(

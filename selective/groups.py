@@ -1,4 +1,4 @@
-"""Policies of parameter groups: a table of the wrapper's own, beside the base's groups and never inside them."""
+"""Policies and preconditioners of parameter groups: a table of the wrapper's own, beside the base's groups."""
 
 from __future__ import annotations
 
@@ -6,17 +6,113 @@ from collections.abc import Callable, Collection, Iterator, MutableMapping
 from typing import Any
 
 from selective.policies import Policy, policy_from
+from selective.policies.base import Configured
+from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
+
+KEYS = ("policy", "preconditioner", "matrix_view")
+"""What a parameter group may say to the wrapper. The wrapper moves it into a table of its own."""
 
 
-class PolicyGroup(MutableMapping[str, Any]):
+_NEVER: Any = object()
+
+
+class ModelGroup(MutableMapping[str, Any]):
+    """The hyper-parameters by name of one frozen model, which setting one replaces. The set of names is fixed."""
+
+    def _model(self) -> Configured | None:
+        raise NotImplementedError
+
+    def _replace(self, model: Any) -> None:
+        raise NotImplementedError
+
+    def _dump(self) -> dict[str, Any]:
+        model = self._model()
+        return {} if model is None else model.model_dump()
+
+    def __getitem__(self, name: str) -> Any:
+        value: Any = self._dump()
+        for part in name.split("."):
+            if not isinstance(value, dict) or part not in value or part == "kind":
+                raise KeyError(self._no_such(name))
+            value = value[part]
+        return value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self:
+            raise KeyError(self._no_such(name))
+        data = self._dump()
+        *path, last = name.split(".")
+        inner = data
+        for part in path:
+            inner = inner[part]
+        inner[last] = value
+        model = type(self._model()).model_validate(data)  # type: ignore[union-attr]  # None has no names
+        model.as_if_written()
+        self._replace(model)
+
+    def __delitem__(self, name: str) -> None:
+        what = type(self._model())
+        family = getattr(what, "_family", "model")
+        raise TypeError(f"{what.__name__}: the hyper-parameters of a {family} can be set, not removed")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_leaves(self._dump(), ""))
+
+    def __len__(self) -> int:
+        return len(_leaves(self._dump(), ""))
+
+    def _no_such(self, name: str) -> str:
+        found = ", ".join(self) or "none"
+        return f"{type(self._model()).__name__} has no hyper-parameter {name!r}; it has {found}"
+
+
+class PreconditionerGroup(ModelGroup):
+    """The preconditioner of one parameter group, with its hyper-parameters by name; empty where there is none.
+
+    `opt.preconditioner_groups[0]["refresh_every"] = 20` is used from the next step on. What decides over the basis
+    itself (which sides, which parameters) can't change under a run; the next step says so.
+    """
+
+    def __init__(self, preconditioner: Preconditioner | None, matrix_view: MatrixView = "matrices") -> None:
+        self.preconditioner = preconditioner
+        self.matrix_view: MatrixView = matrix_view
+        self.planned: Any = _NEVER  # the stage that was made of it, None where there was no preconditioner
+
+    @property
+    def was_planned(self) -> bool:
+        """Whether a step was prepared with it, so that a change now is one in training."""
+        return self.planned is not _NEVER
+
+    def load(self, preconditioner: Preconditioner) -> None:
+        """Take this one instead, whose basis was found to be the same."""
+        self.preconditioner, self.planned = preconditioner, _NEVER
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "planned"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, planned=_NEVER)
+
+    def _model(self) -> Preconditioner | None:
+        return self.preconditioner
+
+    def _replace(self, model: Preconditioner) -> None:
+        self.preconditioner = model
+
+    def __repr__(self) -> str:
+        return f"PreconditionerGroup({self.preconditioner!r}, {self.matrix_view!r})"
+
+
+class PolicyGroup(ModelGroup):
     """The policy of one parameter group, with its hyper-parameters by name.
 
     `opt.policy_groups[0]["alpha"] = 1.5` is validated at once and used from the next step on, so that a scheduler can
     move it as it moves `lr`. Nested ones have dotted names (`"selection.fraction"`). The set of names is fixed.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, preconditioning: PreconditionerGroup | None = None) -> None:
         self._policy = policy
+        self.preconditioning = PreconditionerGroup(None) if preconditioning is None else preconditioning
         self._listener: Callable[[Policy], None] | None = None
 
     @property
@@ -37,41 +133,11 @@ class PolicyGroup(MutableMapping[str, Any]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_listener": None}  # who listens is not copied or pickled along
 
-    def _dump(self) -> dict[str, Any]:
-        return self.policy.model_dump()
+    def _model(self) -> Policy:
+        return self._policy
 
-    def __getitem__(self, name: str) -> Any:
-        value: Any = self._dump()
-        for part in name.split("."):
-            if not isinstance(value, dict) or part not in value or part == "kind":
-                raise KeyError(self._no_such(name))
-            value = value[part]
-        return value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name not in self:
-            raise KeyError(self._no_such(name))
-        data = self._dump()
-        *path, last = name.split(".")
-        inner = data
-        for part in path:
-            inner = inner[part]
-        inner[last] = value
-        policy = type(self.policy).model_validate(data)
-        policy.as_if_written()
-        self.policy = policy
-
-    def __delitem__(self, name: str) -> None:
-        raise TypeError(f"{type(self.policy).__name__}: the hyper-parameters of a policy can be set, not removed")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_leaves(self._dump(), ""))
-
-    def __len__(self) -> int:
-        return len(_leaves(self._dump(), ""))
-
-    def _no_such(self, name: str) -> str:
-        return f"{type(self.policy).__name__} has no hyper-parameter {name!r}; it has {', '.join(self) or 'none'}"
+    def _replace(self, model: Policy) -> None:
+        self.policy = model
 
     def __repr__(self) -> str:
         return f"PolicyGroup({self.policy!r})"
@@ -103,3 +169,18 @@ def take_policy(group: dict[str, Any], default: Policy, known: Collection[str]) 
         )
     del group["policy"]
     return policy
+
+
+def take_preconditioner(
+    group: dict[str, Any], default: PreconditionerGroup, known: Collection[str]
+) -> PreconditionerGroup:
+    """Move a group's `preconditioner` and `matrix_view` out of it: the default's where it names none.
+
+    `preconditioner` None there: none. What the base itself knows by such a name stays the base's.
+    """
+    given = {key: group[key] for key in KEYS[1:] if key in group and key not in known}
+    view = check_matrix_view(given.get("matrix_view", default.matrix_view), "a parameter group's ")
+    found = preconditioner_from(given["preconditioner"]) if "preconditioner" in given else default.preconditioner
+    for key in given:
+        del group[key]
+    return PreconditionerGroup(found, view)

@@ -25,6 +25,7 @@ class Members:
         names = self._names or [f"param_groups[{number}][{i}]" for i in range(len(self.tensors))]
         self.parameters = [Parameter(p, address + i, names[i], number) for i, p in enumerate(self.tensors)]
         self.kept = KeptItems()
+        self.kept_rotated = KeptItems()  # of the parameters that a preconditioner takes
         self._looked: tuple[list[Any], ...] = ()
         self.layout: Layout = frozenset()
         self.devices: frozenset[torch.device] = frozenset()

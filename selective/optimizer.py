@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,21 +11,22 @@ from torch.optim import Optimizer
 
 from selective.arguments import check_arguments
 from selective.bound import Bindable
-from selective.capture.base import DenseJob, Job, Parameter, StepContext, scalar
+from selective.capture.base import scalar
 from selective.capture.choose import Capture, CaptureName
-from selective.capture.custom import PolicyError
+from selective.capture.rotation import MaskSpace
 from selective.capture.stepping import base_hooks, run_step_on
-from selective.checkpoint import Checkpointing
 from selective.clock import check_recordable, is_recording
 from selective.explain import explain
 from selective.gradients import OnNonfinite, check_gradients, nonfinite_gradient
-from selective.groups import PolicyGroup, take_policy
-from selective.kernels import spec
+from selective.groups import KEYS, PolicyGroup, PreconditionerGroup
 from selective.policies import Policy, policy_from
+from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
+from selective.running import Running
+from selective.staging import warn_of_two_rotations
 from selective.statistics import Report
 
 
-class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
+class SelectiveUpdate(Bindable, Running, Optimizer):
     """Makes any momentum optimizer selective: each coordinate of its update is multiplied by a policy's mask.
 
         opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGUP())
@@ -38,6 +38,11 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         base: the optimizer to wrap. Don't step it yourself any more.
         policy: a `Policy`, a kind's name ("MGUP") or a dict with a `kind`; None is `Dense()`. A `policy` in one of the
             base's parameter groups overrides it for that group (None there: dense) and is moved to `policy_groups`.
+        preconditioner: rotates the gradients of matrices before the base sees them: a `Preconditioner`, a kind's name
+            or a dict with a `kind`. A `preconditioner` in a parameter group overrides it (None there: none).
+        matrix_view: which parameters are matrices, and how: "matrices" (2-D ones only), "conv" (also [out, in, ...] as
+            [out, in * ...]) or "experts" (also [..., m, n] as a batch). A `matrix_view` in a group overrides it.
+        mask_space: what the policy sees of rotated parameters: "rotated" tensors, or the "original" space's.
         capture: how the base's update is obtained: "fused", "scratch" or "delta"; "auto" takes the first that is right
             for this base. `explain()` says which, and why.
         momentum_beta: keep a first moment of our own, m <- beta m + (1 - beta) g in float32, for bases without one.
@@ -47,6 +52,8 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             every rank; torch's generators are not touched.
         statistics: collect what `statistics()` reports in every step. It stays on the device.
         stochastic_rounding: round bfloat16 and float16 parameters stochastically, by address, instead of to nearest.
+
+    A base that rotates or orthogonalises gradients itself (SOAP, Muon) warns under a preconditioner.
 
     Raises:
         TypeError: `base` is no `torch.optim.Optimizer`.
@@ -58,6 +65,9 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         base: Optimizer,
         policy: Policy | dict[str, Any] | str | None = None,
         *,
+        preconditioner: Preconditioner | dict[str, Any] | str | None = None,
+        matrix_view: MatrixView = "matrices",
+        mask_space: MaskSpace = "rotated",
         capture: CaptureName = "auto",
         momentum_beta: float | None = None,
         on_nonfinite: OnNonfinite = "ignore",
@@ -65,9 +75,12 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         statistics: bool = True,
         stochastic_rounding: bool = False,
     ) -> None:
-        check_arguments(SelectiveUpdate, base, capture, momentum_beta, on_nonfinite, seed)
+        check_arguments(SelectiveUpdate, base, capture, momentum_beta, on_nonfinite, seed, mask_space)
         self.base = base
         self._default = policy_from(policy)
+        view = check_matrix_view(matrix_view, "")
+        self._default_preconditioning = PreconditionerGroup(preconditioner_from(preconditioner), view)
+        self._mask_space: MaskSpace = mask_space
         self._wanted: CaptureName = capture
         self._momentum_beta = momentum_beta
         self._on_nonfinite: OnNonfinite = on_nonfinite
@@ -82,13 +95,15 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         self._constructing = True  # torch's constructor would build groups of its own; ours are the base's
         Optimizer.__init__(self, base.param_groups, base.defaults)
         self._constructing = False
-        named = [(group, group["policy"]) for group in base.param_groups if "policy" in group]
+        named = [(group, {key: group[key] for key in KEYS if key in group}) for group in base.param_groups]
         try:
             self._plan()
             self._make_own_state(self._has_base_state)
+            if self._places:
+                warn_of_two_rotations(base)
         except BaseException:
-            for group, own in named:  # the base is as it was given: wrapping it again finds its policies
-                group["policy"] = own
+            for group, own in named:  # the base is as it was given: wrapping it again finds what its groups said
+                group.update(own)
             raise
 
     @property
@@ -107,9 +122,9 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
             return
         self._plan()  # groups that were added on the base come before this one
         group = dict(param_group)
-        policy = take_policy(group, self._default, self.base.defaults)
+        taken = self._taken(group)
         self.base.add_param_group(group)
-        self.policy_groups.append(PolicyGroup(policy))
+        self.policy_groups.append(taken)
         try:
             self._plan()
         except Exception:
@@ -122,6 +137,11 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
     def policy(self) -> Policy:
         """The policy of groups that name none. To change one, set `opt.policy_groups[i].policy` or its entries."""
         return self._default
+
+    @property
+    def preconditioner_groups(self) -> list[PreconditionerGroup]:
+        """The preconditioner of each group with its hyper-parameters by name, as `policy_groups` has policies."""
+        return [group.preconditioning for group in self.policy_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own `zero_grad`."""
@@ -140,12 +160,12 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
 
         1. Run the closure, if any, with gradients enabled, once.
         2. Look at the gradients; all our own checks run here, before anything has moved.
-        3. (A preconditioner refreshes its basis here.)
-        4. (... and rotates the gradients.)
+        3. With a preconditioner: refresh the bases P, Q that are due, carry the moments into them.
+        4. ... and rotate: g <- P^T g Q, of the parameters that it takes.
         5. The base's rule: moments move, always densely; out comes u.
         6. Select, then strengthen: mask = policy(g, u, m).
-        7. Apply p <- factor p - mask ⊙ u; decoupled decay reaches every coordinate and is never masked.
-        8. Count the step, hand out its statistics.
+        7. Apply p <- factor p - P (mask ⊙ u) Q^T; decoupled decay reaches every coordinate and is never masked.
+        8. Let the preconditioner observe the gradients, count the step, hand out its statistics.
         """
         loss = None
         if closure is not None:
@@ -153,7 +173,7 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
                 loss = closure()  # 1
         self._plan()
         present = [members.with_gradient() for members in self._members]
-        check_gradients(self.policy_groups, self._members, present)  # 2
+        check_gradients(self.policy_groups, self._members, self._stages, present)  # 2
         recording = self._is_recorded()
         if not recording and self._is_initialisation():
             with base_hooks(self.base):
@@ -172,8 +192,8 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         report = Report() if self._statistics else None
         clocked = self._clocked()
         self._steps = self._clocks.start(clocked, self._seed, self._steps, recording)
-        self._run(self._jobs(present, report, recording))  # 5 to 7
-        self._clocks.tick(clocked, recording)  # 8
+        self._run(self._jobs(present, report, recording))  # 3 to 8
+        self._clocks.tick(clocked, recording)
         self._steps += not recording
         self._report = report
         return loss
@@ -192,58 +212,14 @@ class SelectiveUpdate(Bindable, Checkpointing, Optimizer):
         """For each parameter group: its policy, how the update is captured and why, decay, momentum, extra memory."""
         self._plan()
         captures = [capture for _, capture in self._captures]
-        return explain(self.base, self.policy_groups, captures, self._momentum_beta)
+        return explain(self.base, self.policy_groups, captures, self._momentum_beta, self._stages, self._mask_space)
 
     def _is_recorded(self) -> bool:
         """Whether this step goes into a CUDA graph; an error where its replays would not be steps."""
         if not any(members.cuda_devices for members in self._members) or not is_recording():
             return False
-        check_recordable(self.base, self.param_groups, self._on_nonfinite)
+        check_recordable(self.base, self.param_groups, self._on_nonfinite, bool(self._places))
         return True
-
-    def _jobs(self, present: list[list[Parameter]], report: Report | None, recording: bool) -> list[Job]:
-        context = StepContext(
-            base=self.base, draw=spec.Draw(self._seed, self._steps, self._stochastic_rounding),
-            own_state=self._own_state, own_residue=self._own_residue,
-            own_momentum=None if self._momentum_beta is None else self._own_momentum,
-            momentum_beta=self._momentum_beta, report=report,
-            own_table=self._own, clock=self._clocks.on, recording=recording,
-        )  # fmt: skip
-        contexts: dict[torch.device | None, StepContext] = {}
-        for device in self._clocks.devices():
-            contexts[device] = replace(context, draw=context.draw_on(device))
-        jobs = []
-        plan = zip(self.param_groups, self.policy_groups, self._captures, self._members, present, strict=True)
-        for group, policy_group, (_, capture), members, parameters in plan:
-            here = contexts.get(members.device, context)
-            jobs.append(capture.job(here, group, parameters, policy_group.policy, members.kept))
-        return jobs
-
-    def _run(self, jobs: list[Job]) -> None:
-        """Steps 5 to 7. When anything raises, the parameters are put back."""
-        custom = [job for job in jobs if job.own_code]
-        for job in jobs:
-            if isinstance(job, DenseJob):
-                job.keep_copy = bool(custom)
-        with base_hooks(self.base):
-            try:
-                for job in jobs:
-                    job.prepare()
-                stepping = [job.group for job in jobs if job.steps_base]
-                if stepping:
-                    run_step_on(self.base, stepping)
-                for job in sorted(jobs, key=lambda job: not job.own_code):  # what may raise goes first
-                    current = job
-                    job.finish()
-            except BaseException as error:
-                for job in jobs:
-                    job.restore()
-                if custom and "current" in locals() and isinstance(error, Exception):
-                    raise PolicyError(
-                        f"SelectiveUpdate: {type(current.policy).__name__} failed in step {self._steps}: {error}\n"
-                        f"Parameters are as they were before the step; moments have moved."
-                    ) from error
-                raise
 
     def _is_initialisation(self) -> bool:
         """Whether this is torch.distributed.checkpoint's way to make state: learning rate 0 and zero gradients."""

@@ -16,17 +16,27 @@ from selective.capture.stepping import run_step_on
 from selective.clock import Clocks
 from selective.groups import PolicyGroup
 from selective.kernels import spec
+from selective.own_basis import OwnBasis, is_of_basis
 from selective.policies import Dense, Policy
-from selective.state import MOMENTUM, POLICY, POLICY_STATE, RESIDUE, SEED, STEP, MergedState, encode_policy
+from selective.state import (
+    BASIS_STEPS,
+    MOMENTUM,
+    POLICY,
+    POLICY_STATE,
+    PRECONDITIONER,
+    RESIDUE,
+    SEED,
+    STEP,
+    MergedState,
+    encode_model,
+)
 from selective.view import StepView, Tensors
 
 
-class OwnState(Optimizer):
+class OwnState(OwnBasis):
     """The part of `SelectiveUpdate` that keeps state: ours beside the base's."""
 
-    base: Optimizer
     policy_groups: list[PolicyGroup]
-    _own: dict[Tensor, dict[str, Tensor]]
     _seed: int
     _steps: int
     _momentum_beta: float | None
@@ -38,15 +48,15 @@ class OwnState(Optimizer):
     def state(self) -> MergedState:
         """The base's state and ours, by parameter: a live view with the keys of `state_dict()["state"]`."""
         self._count_steps()
-        policies: dict[Tensor, Policy] = {}  # looked up once for each view: reading all of it stays linear
+        groups: dict[Tensor, PolicyGroup] = {}  # looked up once for each view: reading all of it stays linear
 
         def ours(param: Tensor) -> dict[str, Tensor]:
-            if not policies:
+            if not groups:
                 for group, policy_group in zip(self.base.param_groups, self.policy_groups, strict=False):
-                    policies.update(dict.fromkeys(group["params"], policy_group.policy))
-            if param not in self._own or param not in policies:
+                    groups.update(dict.fromkeys(group["params"], policy_group))
+            if param not in self._own or param not in groups:
                 return {}
-            return self._saved_entries(self._own[param], policies[param])
+            return self._saved_entries(self._own[param], groups[param])
 
         return MergedState(lambda: self.base.state, ours, lambda: self._own)
 
@@ -55,9 +65,13 @@ class OwnState(Optimizer):
         if not self._constructing:
             raise AttributeError("SelectiveUpdate.state is a view; load_state_dict changes the state")
 
-    def _saved_entries(self, own: dict[str, Tensor], policy: Policy) -> dict[str, Tensor]:
+    def _saved_entries(self, own: dict[str, Tensor], group: PolicyGroup) -> dict[str, Tensor]:
         step, seed = (torch.tensor(number, device="cpu") for number in (self._steps, self._seed))
-        return {STEP: step, SEED: seed, POLICY: encode_policy(policy), **own}
+        entries = {STEP: step, SEED: seed, POLICY: encode_model(group.policy), **own}
+        preconditioner = group.preconditioning.preconditioner
+        if preconditioner is not None and BASIS_STEPS in own:
+            entries[PRECONDITIONER] = encode_model(preconditioner)
+        return entries
 
     def _count_steps(self) -> None:
         """Learn how many steps were taken; replays of a CUDA graph are counted on the device: Note [the clock]."""
@@ -71,20 +85,28 @@ class OwnState(Optimizer):
     def _own_of(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
         own = self._own.get(parameter.tensor)
         if own is None:
-            own = self._own[parameter.tensor] = self._fresh_own(parameter, policy)
+            own = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
+            self._own[parameter.tensor] = own
+            try:
+                self._enter_basis([parameter])
+            except BaseException:  # a preconditioner may raise: then its basis is made anew, and entered, next time
+                del self._own[parameter.tensor]
+                raise
         return own
 
     def _fresh_own(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
-        """What we keep of a parameter before its first step."""
+        """What we keep of a parameter before its first step, its basis aside."""
         view = StepView(
             Tensors(parameter.tensor), reads=frozenset({"param"}), who=type(policy).__name__, name=parameter.name,
             draw=spec.Draw(self._seed, self._steps), address=parameter.address,
         )  # fmt: skip
         own = {POLICY_STATE + key: value for key, value in policy.init_state(view).items()}
-        if self._momentum_beta is not None:
+        if self._momentum_beta is not None and not isinstance(policy, Dense):
             dtype = torch.float64 if parameter.tensor.dtype == torch.float64 else torch.float32
             own[MOMENTUM] = torch.zeros_like(parameter.tensor, dtype=dtype)
-        if self._captures[parameter.group][1].keeps_residue(parameter.tensor):
+        stage = self._stage_of(parameter)
+        capture = self._captures[parameter.group][1] if stage is None else stage[0].capture
+        if capture.keeps_residue(parameter.tensor):
             own[RESIDUE] = torch.zeros_like(parameter.tensor)
         return own
 
@@ -97,11 +119,13 @@ class OwnState(Optimizer):
     def _make_own_state(self, wanted: Callable[[Parameter], bool]) -> None:
         """Our state for the wanted parameters, unless their step is the base's alone."""
         for policy_group, members in zip(self.policy_groups, self._parameters(), strict=True):
-            if isinstance(policy_group.policy, Dense):
-                continue
             for parameter in members:
-                if wanted(parameter):
+                if wanted(parameter) and self._keeps_own(parameter, policy_group.policy):
                     self._own_of(parameter, policy_group.policy)
+
+    def _keeps_own(self, parameter: Parameter, policy: Policy) -> bool:
+        """Whether we keep anything of it: not where its step is the base's alone."""
+        return not isinstance(policy, Dense) or self._stage_of(parameter) is not None
 
     def _renew_own_state(self, number: int) -> None:
         """After a switch of a group's policy: the new one's state, with the momentum and residue that we keep."""
@@ -109,9 +133,12 @@ class OwnState(Optimizer):
         self._own = dict(self._own)  # another object says that entries were replaced
         for parameter in self._parameters()[number]:
             kept = self._own.pop(parameter.tensor, {})
-            if not isinstance(policy, Dense) and (kept or self._has_base_state(parameter)):
-                fresh = self._fresh_own(parameter, policy)
-                self._own[parameter.tensor] = {**fresh, **{k: v for k, v in kept.items() if k in (MOMENTUM, RESIDUE)}}
+            if self._keeps_own(parameter, policy) and (kept or self._has_base_state(parameter)):
+                fresh = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
+                stays = {k: v for k, v in kept.items() if k in fresh and (k in (MOMENTUM, RESIDUE) or is_of_basis(k))}
+                self._own[parameter.tensor] = {**fresh, **stays}
+                if not kept:
+                    self._enter_basis([parameter])
 
     def _has_base_state(self, parameter: Parameter) -> bool:
         """Whether the base holds state of it already, so that ours has to join it.
@@ -146,7 +173,7 @@ class OwnState(Optimizer):
                 _step_on_nothing(self.base, group, [member.tensor for member in todo])
             policy = self.policy_groups[number].policy
             for member in members:
-                if member.tensor.requires_grad and not isinstance(policy, Dense):
+                if member.tensor.requires_grad and self._keeps_own(member, policy):
                     self._own_of(member, policy)
 
 

@@ -10,16 +10,18 @@ from selective.arguments import check_complete, check_momentum
 from selective.capture.base import Parameter
 from selective.capture.choose import Capture, CaptureName, capture_key, choose_capture
 from selective.clock import Clocks
-from selective.groups import PolicyGroup, take_policy
+from selective.groups import KEYS, PolicyGroup, PreconditionerGroup, take_policy, take_preconditioner
 from selective.members import Members
 from selective.own_state import OwnState
 from selective.policies import Dense, Policy
+from selective.staging import Stage, check_change
 
 
 class Planning(OwnState):
     """The part of `SelectiveUpdate` that notices what was changed in the base's groups and in the policies."""
 
     _default: Policy
+    _default_preconditioning: PreconditionerGroup
     _wanted: CaptureName
     _members: list[Members]
     _recorded: list[Any]
@@ -27,6 +29,7 @@ class Planning(OwnState):
     def _start_planning(self) -> None:
         """What no copy and no pickle has: it is made anew from groups and state, and holds tables on the device."""
         self._members = []
+        self._stages, self._places = [], {}
         self._recorded = []  # items in CUDA graphs of groups that were edited since: graphs read their tables
         self._clocks = Clocks()
 
@@ -51,8 +54,13 @@ class Planning(OwnState):
 
     def _clocked(self) -> set[torch.device]:
         """The GPUs on which something is masked, whose steps are counted there: Note [the clock]."""
-        masked = zip(self._members, self.policy_groups, strict=True)
-        return {device for m, g in masked if not isinstance(g.policy, Dense) for device in m.cuda_devices}
+        masked = zip(self._members, self.policy_groups, self._stages, strict=True)
+        return {
+            device
+            for members, group, stage in masked
+            if stage is not None or not isinstance(group.policy, Dense)
+            for device in members.cuda_devices
+        }
 
     def _plan(self) -> None:
         """Keep parameters, policies and captures in step with the base's groups, which may have changed under us."""
@@ -82,23 +90,61 @@ class Planning(OwnState):
             if known is not None and known[0][-1] != key[-1]:
                 switched.append(number)
         self._captures = captures
+        self._plan_stages()
         for number in switched:
             self._members[number].kept.drop()
             self._renew_own_state(number)
 
+    def _plan_stages(self) -> None:
+        """What is rotated, of every group. Looked at anew where a preconditioner, a capture or a parameter changed."""
+        stages: list[Stage | None] = []
+        for number, (policy_group, members) in enumerate(zip(self.policy_groups, self._members, strict=True)):
+            preconditioning, beside = policy_group.preconditioning, self._captures[number][1]
+            known: Stage | None = preconditioning.planned if preconditioning.was_planned else None
+            stage = known
+            if known is None or not known.is_of(preconditioning, beside, members.parameters):
+                stage = None if preconditioning.preconditioner is None else self._make_stage(number, beside)
+                if preconditioning.was_planned:
+                    check_change(known, stage, number)
+            preconditioning.planned = stage
+            stages.append(stage)
+        if stages != self._stages:
+            tensors = [p for stage in stages if stage is not None for p in stage.shapes]
+            self._places = {p: place for place, p in enumerate(tensors)}
+        self._stages = stages
+
+    def _make_stage(self, number: int, beside: Capture) -> Stage:
+        group, policy_group = self.param_groups[number], self.policy_groups[number]
+        preconditioning, policy, capture = policy_group.preconditioning, policy_group.policy, beside
+        assert preconditioning.preconditioner is not None
+        if isinstance(policy, Dense):  # nobody reads a momentum of ours
+            capture = choose_capture(self.base, group, policy, self._wanted, False, rotated=True)
+        members = self._members[number].parameters
+        return Stage(preconditioning.preconditioner, preconditioning.matrix_view, capture, beside, members)
+
     def _take_policies(self) -> None:
         """One policy for each group: those of new groups are moved out of them."""
-        groups = self.param_groups
+        groups, known = self.param_groups, self.base.defaults
         for number, group in enumerate(groups[: len(self.policy_groups)]):
-            if "policy" in group:  # it would be without effect, and the group could not be saved
+            late = next((key for key in KEYS if key in group and (key == "policy" or key not in known)), None)
+            if late is not None:  # it would be without effect, and the group could not be saved
+                way = f"opt.preconditioner_groups[{number}]'s"
+                if late == "policy":
+                    way = f"opt.policy_groups[{number}].policy (a Policy) or its"
                 raise ValueError(
-                    f"SelectiveUpdate: param_groups[{number}] got a 'policy' after it was taken in; remove it there, "
-                    f"and set opt.policy_groups[{number}].policy (a Policy) or its hyper-parameters by name"
+                    f"SelectiveUpdate: param_groups[{number}] got a {late!r} after it was taken in; remove it there, "
+                    f"and set {way} hyper-parameters by name"
                 )
         for group in groups[len(self.policy_groups) :]:  # at construction, or added on the base itself
-            self.policy_groups.append(PolicyGroup(take_policy(group, self._default, self.base.defaults)))
+            self.policy_groups.append(self._taken(group))
         if len(self.policy_groups) > len(groups):
             raise RuntimeError(
                 f"SelectiveUpdate: the base has {len(groups)} parameter groups, policy_groups has "
                 f"{len(self.policy_groups)}: a group was removed; delete the same index from opt.policy_groups"
             )
+
+    def _taken(self, group: dict[str, Any]) -> PolicyGroup:
+        """What a group says to the wrapper, moved out of it."""
+        known = self.base.defaults
+        policy = take_policy(group, self._default, known)
+        return PolicyGroup(policy, take_preconditioner(group, self._default_preconditioning, known))

@@ -9,33 +9,40 @@ flattened form of torch.distributed.checkpoint takes tensors and numbers in a st
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from selective.policies import Policy, policy_from
+from selective.policies.base import Configured
+
+C = TypeVar("C", bound=Configured)
 
 PREFIX = "selective/"
 POLICY_STATE = PREFIX + "state/"
 STEP, SEED, POLICY, MOMENTUM, RESIDUE = (PREFIX + name for name in ("step", "seed", "policy", "momentum", "residue"))
+BASIS = PREFIX + "basis/"  # what a preconditioner keeps of a parameter ...
+# ... which one it is, as what the parameter is rotated, how many steps it took so, how many gradients were left out
+PRECONDITIONER, BASIS_SHAPE = PREFIX + "preconditioner", PREFIX + "basis_shape"
+BASIS_STEPS, BASIS_SKIPPED = PREFIX + "basis_steps", PREFIX + "basis_skipped"
 _BLOCK = 512  # policies are padded to a multiple: loading in place needs the same size when a hyper-parameter changed
 
 
-def encode_policy(policy: Policy) -> Tensor:
-    """A policy as JSON bytes (uint8), padded with zeros."""
-    data = policy.model_dump_json().encode()
+def encode_model(model: Configured) -> Tensor:
+    """A policy or a preconditioner as JSON bytes (uint8), padded with zeros."""
+    data = model.model_dump_json().encode()
     return torch.frombuffer(bytearray(data + b"\0" * (-len(data) % _BLOCK)), dtype=torch.uint8).clone()
 
 
-def decode_policy(data: Tensor, where: str) -> Policy:
-    """The policy that `encode_policy` wrote; a ValueError that says where the bytes stood, if they are not one."""
+def decode_model(data: Tensor, family: type[C], where: str) -> C:
+    """The model that `encode_model` wrote; a ValueError that says where the bytes stood, if they are not one."""
     try:
-        policy = policy_from(bytes(data.cpu().to(torch.uint8).tolist()).rstrip(b"\0").decode())
+        model = family.from_data(bytes(data.cpu().to(torch.uint8).tolist()).rstrip(b"\0").decode())
     except (UnicodeDecodeError, ValueError, TypeError) as error:
-        raise ValueError(f"SelectiveUpdate: {where}: the checkpoint's policy can't be read: {error}") from error
-    policy.as_if_written()  # every field was saved, so that a changed default can't change a run
-    return policy
+        what = family._family
+        raise ValueError(f"SelectiveUpdate: {where}: the checkpoint's {what} can't be read: {error}") from error
+    model.as_if_written()  # every field was saved, so that a changed default can't change a run
+    return model
 
 
 class MergedEntry(MutableMapping[str, Any]):

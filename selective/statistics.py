@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ class Report:
 
     def __init__(self) -> None:
         self._sums: list[tuple[Sequence[str], Sequence[spec.Sums]]] = []
+        self._bases: list[tuple[Sequence[str], Callable[[], list[dict[str, Tensor]]]]] = []
 
     def add(self, name: str, sums: spec.Sums) -> None:
         self._sums.append(([name], [sums]))
@@ -29,6 +30,10 @@ class Report:
         """The sums of a mask that a policy returned: its largest multiplier counts as the selected one."""
         self.add(name, sums_of_mask(mask, update, grad))
 
+    def add_bases(self, names: Sequence[str], report: Callable[[], list[dict[str, Tensor]]]) -> None:
+        """Rotated parameters, whose `report` is asked when somebody looks: of the bases as they are then."""
+        self._bases.append((names, report))
+
     def read(self) -> dict[str, dict[str, Tensor]]:
         """For each parameter by name, 0-d float32 tensors on its device:
 
@@ -36,11 +41,17 @@ class Report:
         - `strength_selected`, `strength_rest`: the two multipliers;
         - `cosine`: of update and gradient (0 where either is zero; NaN where the policy does not read the gradient);
         - `norm_before`, `norm_after`: L2 norms of the update before and after the mask.
+
+        All in the space where the mask was made. Of rotated parameters also what their preconditioner reports, and
+        `basis_skipped`: how many gradients were not finite, and were kept from the basis, since training began.
         """
         found: dict[str, dict[str, Tensor]] = {}
         for names, sums in self._sums:
             each = _of_table(sums) if isinstance(sums, spec.SumsTable) else [_of(one, one.numel) for one in sums]
             found.update(zip(names, each, strict=True))
+        for names, report in self._bases:
+            for name, said in zip(names, report(), strict=True):
+                found.setdefault(name, {}).update(said)
         return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,10 @@ from selective.capture.base import DenseJob, Job, Parameter, StepContext
 from selective.capture.delta import LOW_PRECISION, DeltaJob
 from selective.capture.fused import FusedJob, FusedRule, fused_rule
 from selective.capture.items import KeptItems
+from selective.capture.rotated import RotatedJob
+from selective.capture.rotated_fused import RotatedFusedJob
+from selective.capture.rotated_swapped import RotatedDeltaJob, RotatedScratchJob
+from selective.capture.rotation import Rotation
 from selective.capture.scratch import ScratchJob
 from selective.capture.stepping import replaced_step
 from selective.policies import Dense, Policy
@@ -43,6 +47,19 @@ class Capture:
         cls = ScratchJob if self.way == "scratch" else DeltaJob
         return cls(context, group, parameters, policy, self.facts, kept=kept)
 
+    def rotated_job(
+        self, beside: Job, parameters: list[Parameter], rotation: Rotation, kept: KeptItems, alone: bool
+    ) -> RotatedJob:
+        """The job of a group's rotated parameters, next to that of its others; `alone`: which has nothing to do."""
+        context, policy = beside.context, beside.policy
+        if isinstance(policy, Dense):  # it has no statistics elsewhere either, and nobody reads a momentum of ours
+            context = replace(context, report=None, own_momentum=None, momentum_beta=None)
+        common: Any = {"rotation": rotation, "kept": kept}
+        if self.way == "fused":
+            common |= {"rule": self.rule, "hides": isinstance(beside, DenseJob) and not alone, "alone": alone}
+        cls = {"fused": RotatedFusedJob, "scratch": RotatedScratchJob, "delta": RotatedDeltaJob}[self.way]
+        return cls(context, beside.group, parameters, policy, self.facts, **common)
+
     def keeps_residue(self, param: Tensor) -> bool:
         """Whether we keep what rounding takes from this parameter, as the base would without us."""
         return self.way == "delta" and bool(self.facts.residue) and param.dtype in LOW_PRECISION
@@ -55,16 +72,24 @@ class Capture:
 
 
 def choose_capture(
-    base: Optimizer, group: dict[str, Any], policy: Policy, wanted: CaptureName, own_momentum: bool
+    base: Optimizer,
+    group: dict[str, Any],
+    policy: Policy,
+    wanted: CaptureName,
+    own_momentum: bool,
+    rotated: bool = False,
 ) -> Capture:
-    """The capture of one group. Raises where the base can't be wrapped, or not in the wanted way, with the reason."""
+    """The capture of one group; of its `rotated` parameters, whose update is needed whatever the policy.
+
+    Raises where the base can't be wrapped, or not in the wanted way, with the reason.
+    """
     name = type(base).__name__
     facts = anatomy(base, group)
     if facts.refusal is not None:
         raise ValueError(f"SelectiveUpdate: {name} can't be wrapped: {facts.refusal}")
     if group.get("differentiable"):
         raise ValueError(f"SelectiveUpdate: {name} has differentiable=True; a step with a mask is not differentiable")
-    if isinstance(policy, Dense):
+    if isinstance(policy, Dense) and not rotated:
         return Capture("dense", "the policy is Dense(): the step is handed to the base", facts)
     rule, why_not_fused = _fused(base, group, own_momentum)
     if wanted == "fused" and rule is None:

@@ -58,7 +58,7 @@ class DeltaJob(GenericJob):
             stand_in.grad = grad
             self.stand_ins[index] = stand_in
             if p in states:
-                states[stand_in] = {key: _raised(entry, p) for key, entry in states[p].items()}
+                states[stand_in] = {key: raised(entry, p) for key, entry in states[p].items()}
                 del states[p]
 
     def _residues(self, indices: Sequence[int]) -> list[Tensor]:
@@ -125,7 +125,7 @@ class DeltaJob(GenericJob):
         super().restore()
 
 
-def _raised(value: Any, param: Tensor) -> Any:
+def raised(value: Any, param: Tensor) -> Any:
     """A state entry in the precision of the stand-in: low-precision tensors of the parameter's shape become float32."""
     if isinstance(value, Tensor) and value.dtype in LOW_PRECISION and value.shape == param.shape:
         return value.float()

@@ -81,15 +81,17 @@ def resolve(options: argparse.Namespace, given: dict[str, Any], folder: Path) ->
     return configuration.build(data, " with ".join(sources) or "the configuration")
 
 
-def explain(base: str, base_options: dict[str, Any], policy: Any) -> int:
+def explain(base: str, base_options: dict[str, Any], policy: Any, preconditioner: Any = None) -> int:
     """Print what SelectiveUpdate finds out about a base."""
     from selective.compare.contenders import make_base, wrap
     from selective.compare.model import GPT
 
     try:
-        config = configuration.build({"base": base, "base_options": base_options, "policies": [policy]})
-        optimizer = make_base(config, GPT(config.model, 0), config.lr[0])
-        print(wrap(config, optimizer, config.policies[0], 0).explain())
+        spaces = [] if preconditioner is None else [preconditioner]
+        asked = {"base": base, "base_options": base_options, "policies": [policy], "preconditioners": spaces}
+        config = configuration.build(asked)
+        optimizer = make_base(config, GPT(config.model, 0), config.lr[0], bool(spaces))
+        print(wrap(config, optimizer, config.policies[0], 0, next(iter(config.preconditioners), None)).explain())
     except ConfigError as error:
         print(f"selective explain: {error}", file=sys.stderr)
         return REFUSED

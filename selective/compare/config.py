@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from selective.compare.extras import require
+from selective.compare.spaces import AnyPreconditioner
 from selective.policies.policy import AnyPolicy
 
 
@@ -97,6 +98,9 @@ class CompareConfig(_Config):
     lr: tuple[Annotated[float, Field(gt=0)], ...] = Field((1e-3, 3e-3), min_length=1, description="swept, by everyone")
     imports: tuple[str, ...] = Field((), description="modules to import first: those that define your own policies")
     policies: tuple[AnyPolicy, ...] = Field((), description="names, or mappings with a `kind`")
+    preconditioners: tuple[AnyPreconditioner, ...] = Field(
+        (), description="the base and every policy in the space of each, too: adadiag, adadiag++, soap, or a `kind`"
+    )
     controls: bool = Field(True, description="each policy beside a random mask of the same share and norm")
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds)] = Field((0, 1, 2), min_length=1)
     steps: int = Field(400, ge=2)
@@ -123,7 +127,7 @@ class CompareConfig(_Config):
 
     @model_validator(mode="after")
     def _no_twins(self) -> CompareConfig:
-        for name in ("lr", "seeds", "policies"):
+        for name in ("lr", "seeds", "policies", "preconditioners"):
             values = [repr(value) for value in getattr(self, name)]
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:

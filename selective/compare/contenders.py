@@ -1,4 +1,7 @@
-"""Who is compared: a base optimizer, alone and under each policy, each policy beside its matched random control."""
+"""Who is compared: a base optimizer, alone and under each policy, each policy beside its matched random control.
+
+With preconditioners all of them once more in the space of each.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from selective import Bernoulli, Everything, Policy, RandomMask, SelectiveUpdate
+from selective import Bernoulli, Everything, Policy, Preconditioner, RandomMask, SelectiveUpdate
 from selective.compare.config import CompareConfig, ConfigError
+from selective.compare.spaces import parameter_groups as groups_by_kind
 from selective.policies import MatchedRandomMask
 
 # What a user would write for a transformer. A base that is not here keeps its own defaults.
@@ -30,9 +34,11 @@ class Contender:
 
     index: int
     label: str
-    role: str  # "baseline", "policy" or "control"
+    role: str  # "baseline", "rotation" (the base in a preconditioner's space), "policy" or "control"
     policy: Policy | None
     of: int | None = None  # a control: index of its policy; a policy: index of its control, where it has one
+    preconditioner: Preconditioner | None = None
+    ground: int = 0  # index of the base in the same space
 
     @property
     def slug(self) -> str:
@@ -54,18 +60,23 @@ class Run:
 
 
 def contenders(config: CompareConfig) -> list[Contender]:
-    """The baseline first, then each policy followed by its control."""
-    found = [Contender(0, config.base, "baseline", None)]
-    for policy in config.policies:
-        index = len(found)
-        control = matching(policy) if config.controls else None
-        found.append(Contender(index, written(policy), "policy", policy, None if control is None else index + 1))
-        if control is not None:
-            found.append(Contender(index + 1, f"random like {written(policy)}", "control", control, index))
+    """The baseline first, then each policy followed by its control; then the same in each preconditioner's space."""
+    found: list[Contender] = []
+    for space in (None, *config.preconditioners):
+        ground, suffix = len(found), "" if space is None else f" in {written(space)}"
+        role = "baseline" if space is None else "rotation"
+        found.append(Contender(ground, config.base + suffix, role, None, None, space, ground))
+        for policy in config.policies:
+            index, label = len(found), written(policy) + suffix
+            control = matching(policy) if config.controls else None
+            of = None if control is None else index + 1
+            found.append(Contender(index, label, "policy", policy, of, space, ground))
+            if control is not None:
+                found.append(Contender(index + 1, f"random like {label}", "control", control, index, space, ground))
     return found
 
 
-def written(policy: Policy) -> str:
+def written(policy: Policy | Preconditioner) -> str:
     """`MGUP(tau=0.3)`: what differs from the defaults. The same after JSON too, unlike repr."""
     fields = type(policy).model_fields
     values = {name: getattr(policy, name) for name in fields}
@@ -132,8 +143,11 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
-def make_base(config: CompareConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The base over the model's parameters. Raises ConfigError where its constructor refuses."""
+def make_base(config: CompareConfig, model: nn.Module, lr: float, rotated: bool = False) -> torch.optim.Optimizer:
+    """The base over the model's parameters; `rotated`: its groups say what a preconditioner leaves alone.
+
+    Raises ConfigError where its constructor refuses.
+    """
     cls = base_class(config.base)
     options = {**OPTIONS.get(cls.__name__, {}), **config.base_options}
     known = inspect.signature(cls).parameters
@@ -143,8 +157,10 @@ def make_base(config: CompareConfig, model: nn.Module, lr: float) -> torch.optim
                 f"base_options: found {name!r}, which is set for every contender and group by {instead}; give it there"
             )
     groups = parameter_groups(model, config.loop.weight_decay)
+    if config.preconditioners:
+        groups = groups_by_kind(model, config.loop.weight_decay, rotated)
     if "weight_decay" not in known:
-        groups = [{"params": group["params"]} for group in groups]
+        groups = [{k: v for k, v in group.items() if k != "weight_decay"} for group in groups]
     try:
         return cls(groups, lr=lr, **options)  # pyright: ignore[reportCallIssue]
     except (TypeError, ValueError) as error:
@@ -156,20 +172,33 @@ def make_base(config: CompareConfig, model: nn.Module, lr: float) -> torch.optim
 
 def make(config: CompareConfig, run: Run, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a run: the base itself for the baseline, wrapped for the others."""
-    base = make_base(config, model, run.lr)
-    return base if run.contender.policy is None else wrap(config, base, run.contender.policy, run.seed)
+    policy, space = run.contender.policy, run.contender.preconditioner
+    base = make_base(config, model, run.lr, space is not None)
+    return base if policy is None and space is None else wrap(config, base, policy, run.seed, space)
 
 
-def wrap(config: CompareConfig, base: torch.optim.Optimizer, policy: Policy, seed: int) -> SelectiveUpdate:
-    """The base under a policy; random policies draw from the run's seed. Raises ConfigError where it is refused."""
+def wrap(
+    config: CompareConfig, base: torch.optim.Optimizer, policy: Policy | None, seed: int,
+    space: Preconditioner | None = None,
+) -> SelectiveUpdate:  # fmt: skip
+    """The base under a policy, in a space; random policies draw from the run's seed.
+
+    Raises ConfigError where it is refused.
+    """
     try:
-        return SelectiveUpdate(base, policy=policy, seed=seed, momentum_beta=config.momentum_beta)
+        return SelectiveUpdate(base, policy=policy, preconditioner=space, seed=seed, momentum_beta=config.momentum_beta)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{policy!r} on {config.base}: {error}") from error
+        found = " in ".join(written(x) for x in (policy, space) if x is not None)
+        raise ConfigError(f"{found} on {config.base}: {error}") from error
 
 
 def shares(optimizer: torch.optim.Optimizer, names: Mapping[str, str]) -> dict[str, float]:
-    """Share selected by parameter name; empty for a plain base and for `Dense()`. Waits for the device."""
+    """Share selected by parameter name. Waits for the device.
+
+    Empty for a plain base, for `Dense()`, and in a step in which a preconditioner lets its parameters stand still.
+    """
     if not isinstance(optimizer, SelectiveUpdate):
+        return {}
+    if any("share" not in entry for entry in optimizer.statistics().values()):
         return {}
     return {names[name]: float(entry["share"]) for name, entry in optimizer.statistics().items()}

@@ -53,9 +53,9 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _looks(field: Sequence[Contender]) -> dict[int, dict[str, Any]]:
-    """Black for the baseline; a colour for each policy, its control in the same colour, dashed. By contender index."""
+    """Black for the baseline; a colour for each policy and each space, controls in their policy's, dashed. By index."""
     looks: dict[int, dict[str, Any]] = {}
-    policies = [contender for contender in field if contender.role == "policy"]
+    policies = [contender for contender in field if contender.role in ("policy", "rotation")]
     for contender in field:
         if contender.role == "baseline":
             looks[contender.index] = {"color": "black", "linestyle": "-"}

@@ -151,6 +151,7 @@ class Comparison:
                 {
                     "index": c.index, "label": c.label, "role": c.role, "of": c.of,
                     "policy": None if c.policy is None else c.policy.model_dump(mode="json"),
+                    "preconditioner": None if c.preconditioner is None else c.preconditioner.model_dump(mode="json"),
                 }
                 for c in self.contenders
             ],

@@ -29,6 +29,7 @@ class Row:
     loss: Interval | None  # final held-out loss, nats per byte
     difference: Interval | None  # to the baseline at its best learning rate, seed by seed
     steps: float | None  # mean number of steps to the baseline's final loss of the same seed
+    speed: Interval | None  # the baseline's number of steps to it over these, seed by seed; None unless all got there
     reached: int  # seeds that got there
     step_ms: float  # median time of one optimizer step
 
@@ -52,7 +53,9 @@ def summarise(config: CompareConfig, records: Sequence[Record]) -> Summary:
     best = {c.index: _best_lr([(lr, cells[c.index, lr]) for lr in config.lr]) for c in field}
     baseline = cells[0, best[0]] if best[0] is not None else None
     rows = tuple(_row(c, lr, cells[c.index, lr], lr == best[c.index], baseline) for c in field for lr in config.lr)
-    verdicts = tuple((c.label, _verdict(c, cells, best, config)) for c in field if c.role == "policy")
+    grounds = {c.index: c.label for c in field if c.index == c.ground}
+    asked = [c for c in field if c.role in ("policy", "rotation")]
+    verdicts = tuple((c.label, _verdict(c, cells, best, config, grounds[c.ground])) for c in asked)
     return Summary(seeds, rows, verdicts, tuple(_notes(config, field, best, len(seeds))))
 
 
@@ -83,16 +86,21 @@ def _row(c: Contender, lr: float, records: Sequence[Record], best: bool, baselin
     step_ms = median(times) if times else math.nan
     diverged = sum(r["diverged"] for r in records)
     if diverged:
-        return Row(c, lr, best, diverged, None, None, None, 0, step_ms)
+        return Row(c, lr, best, diverged, None, None, None, None, 0, step_ms)
     loss = t_interval([final(r) for r in records])
     if baseline is None:
-        return Row(c, lr, best, 0, loss, None, None, 0, step_ms)
+        return Row(c, lr, best, 0, loss, None, None, None, 0, step_ms)
     reached = [
         steps_to(final(b), r["validation"]["step"], r["validation"]["loss"])
         for r, b in zip(records, baseline, strict=True)
     ]
     there = [steps for steps in reached if steps is not None]
-    return Row(c, lr, best, 0, loss, paired(records, baseline), fmean(there) if there else None, len(there), step_ms)
+    speed = None
+    if len(there) == len(records) and all(steps > 0 for steps in there):
+        taken = [steps_to(final(b), b["validation"]["step"], b["validation"]["loss"]) for b in baseline]
+        speed = t_interval([own / steps for own, steps in zip(taken, there, strict=True) if own is not None])
+    steps = fmean(there) if there else None
+    return Row(c, lr, best, 0, loss, paired(records, baseline), steps, speed, len(there), step_ms)
 
 
 def paired(left: Sequence[Record], right: Sequence[Record]) -> Interval:
@@ -100,8 +108,14 @@ def paired(left: Sequence[Record], right: Sequence[Record]) -> Interval:
     return t_interval([final(a) - final(b) for a, b in zip(left, right, strict=True)])
 
 
-def _verdict(c: Contender, cells: dict[Any, list[Record]], best: dict[int, float | None], config: CompareConfig) -> str:
-    """One sentence from the paired intervals against the baseline and the control, each at its own best rate."""
+def _verdict(
+    c: Contender, cells: dict[Any, list[Record]], best: dict[int, float | None], config: CompareConfig, ground: str
+) -> str:
+    """One sentence from paired intervals, each side at its own best rate.
+
+    A policy against the base in the same space and against its control; the base in a space against the baseline.
+    """
+    other, name = (0, config.base) if c.role == "rotation" else (c.ground, ground)
     own = best[c.index]
     if own is None:
         return "diverged at every learning rate."
@@ -111,7 +125,7 @@ def _verdict(c: Contender, cells: dict[Any, list[Record]], best: dict[int, float
         lr = best[index]
         return None if lr is None else paired(records, cells[index, lr])
 
-    rivals = [(config.base, against(0))]
+    rivals = [(name, against(other))]
     if c.of is not None:
         rivals.append(("its random control", against(c.of)))
     if len(records) == 1:
@@ -123,10 +137,10 @@ def _verdict(c: Contender, cells: dict[Any, list[Record]], best: dict[int, float
         text += " So the gain is not shown to come from which coordinates are selected."
     if len(rivals) == 2 and signs == [-1, -1]:
         text += f" So selection helped here, at n = {len(records)}"
-        edge = len(config.lr) > 1 and best[0] in (min(config.lr), max(config.lr))
-        text += f" and these learning rates ({config.base} is best at the edge of them)." if edge else "."
+        edge = len(config.lr) > 1 and best[other] in (min(config.lr), max(config.lr))
+        text += f" and these learning rates ({name} is best at the edge of them)." if edge else "."
     if len(rivals) == 2 and signs[0] == 0 and signs[1] == -1:
-        text += f" So which coordinates are selected matters, but a gain over {config.base} is not shown at this n."
+        text += f" So which coordinates are selected matters, but a gain over {name} is not shown at this n."
     return text
 
 

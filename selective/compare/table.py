@@ -59,7 +59,9 @@ def finished_line(record: Record) -> str:
 def headline(config: CompareConfig, comparison: Comparison, parameters: int) -> str:
     model, text = config.model, comparison.text
     alone = (
-        "" if config.policies else "\nNo policy to compare it with: only the baseline is trained. Add --policy MGUP."
+        ""
+        if len(comparison.contenders) > 1
+        else "\nNo policy to compare it with: only the baseline is trained. Add --policy MGUP."
     )
     return (
         f"{len(comparison.contenders)} contender(s) x {len(config.lr)} learning rate(s) x {len(config.seeds)} seed(s): "
@@ -115,7 +117,12 @@ def steps_text(row: Row, seeds: int) -> str:
         return ""
     if row.steps is None:
         return "not reached"
-    return f"{row.steps:.0f}" if row.reached == seeds else f"{row.steps:.0f} ({row.reached} of {seeds})"
+    if row.reached < seeds:
+        return f"{row.steps:.0f} ({row.reached} of {seeds})"
+    if row.speed is None or row.contender.role == "baseline":
+        return f"{row.steps:.0f}"
+    half = "" if row.speed.half is None else f" ± {row.speed.half:.2f}"
+    return f"{row.steps:.0f} ({row.speed.mean:.2f}{half} ×)"
 
 
 def show(summary: Summary, comparison: Comparison, console: Any) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selective import Policy, Selection, Strength
+from selective import Policy, Preconditioner, Selection, Strength
 from selective.bench.__main__ import parser as bench_parser
 from selective.cli import _parser
 
@@ -82,7 +82,7 @@ def _run_blocks(blocks: list[Block], namespace: dict[str, object], where: str) -
 def _as_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In an empty folder, with a seed; policies that a page defines are forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
-    kept = [(family, dict(family._registry)) for family in (Policy, Selection, Strength)]
+    kept = [(family, dict(family._registry)) for family in (Policy, Selection, Strength, Preconditioner)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield

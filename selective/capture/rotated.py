@@ -1,0 +1,174 @@
+"""Parameters that are rotated: the base's rule and the policy work in the rotated space, the parameter stays outside.
+
+    refresh, carry -> P^T g Q -> the base's rule -> mask -> P (mask u) Q^T -> p <- factor p - that, rounded once
+
+How the update is obtained is the matter of rotated_fused.py and rotated_swapped.py; here is what they share. The base's
+state lives in the rotated space, under its own keys and in the parameter's shape. Coupled decay and `maximize` are in
+the gradient before it is rotated; decoupled decay is a factor on the parameter itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selective.capture import lists
+from selective.capture.described import specs_of
+from selective.capture.generic import Captured, GenericJob, by_value
+from selective.capture.moments import carry_first, carry_second, first_moment
+from selective.capture.rotation import Carried, Rotation, is_foreign
+from selective.kernels import selective_step, spec
+from selective.policies import Dense
+from selective.preconditioner import as_matrix
+
+
+class RotatedJob(GenericJob):
+    """One group's rotated parameters that have a gradient."""
+
+    def __init__(self, *args: Any, rotation: Rotation, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rotation = rotation
+        self.own_code = self.specs is None or is_foreign(rotation.preconditioner)
+        self.in_original = rotation.mask_space == "original"
+        self.gradients: list[Tensor] = []  # not rotated, after `maximize` and coupled decay
+        self.moving: list[int] = []  # those that step: not the ones that stand still
+        self.momenta: dict[int, Tensor | None] = {}  # in the space of the mask, of what is being masked now
+        self.count = len(self.parameters)
+        self.grads, self.previous = [None] * self.count, [None] * self.count
+
+    def prepare(self) -> None:
+        """Steps 3 and 4."""
+        if self.own_code:
+            self.saved = lists.copies(self.tensors())
+        self.gradients = self._effective_gradients()
+        for carried in self.rotation.renew(self._matrices):
+            self._carry(carried)
+        self.moving = [i for i in range(self.count) if not self.rotation.stands_still(i)]
+
+    def _effective_gradients(self) -> list[Tensor]:
+        raw = self.raw_grads()
+        if not self.is_coupled:
+            return lists.negated(raw) if self.sign < 0 else raw
+        made = lists.sums(raw, self.tensors(), self.coupled, wide=True)
+        if self.sign < 0:
+            lists.neg_(made)
+        return made
+
+    def _matrices(self, indices: Sequence[int]) -> list[Tensor]:
+        return [as_matrix(self.gradients[i], self.rotation.bases[i].shape) for i in indices]
+
+    def _carry(self, carried: Carried) -> None:
+        """The moments into the new space."""
+        parameter, shape = self.parameters[carried.index], self.rotation.bases[carried.index].shape
+        moment = first_moment(self.context.base, parameter.tensor, self.facts)
+        if moment is not None:
+            carry_first(moment, shape, carried)
+        if self.context.own_momentum is not None:
+            carry_first(self.context.own_momentum(parameter, self.policy), shape, carried)
+        carry_second(self.context.base, parameter.tensor, self.facts, shape, carried)
+
+    def rotated_gradients(self, indices: list[int]) -> list[Tensor]:
+        """Step 4 of alike parameters: float32, shaped like them."""
+        return self.rotation.project_in(indices, [self.gradients[i] for i in indices])
+
+    def close(self) -> None:
+        """Step 8."""
+        self.rotation.observe(self._matrices)
+        self.rotation.count_steps()
+
+    # --- steps 6 and 7 ---
+
+    def take(
+        self,
+        indices: list[int],
+        rotated: Sequence[Tensor],
+        momenta: Sequence[Tensor | None],
+        previous: Sequence[Tensor | None],
+    ) -> None:
+        """Lay out what the policy will read of these, in the space of the mask."""
+        grads = list(rotated)
+        if self.in_original:
+            momenta, previous = self._out(indices, momenta), self._out(indices, previous)
+            grads = [self.gradients[i] for i in indices]
+        for i, g, m, before in zip(indices, grads, momenta, previous, strict=True):
+            self.grads[i], self.momenta[i], self.previous[i] = g, m, before  # type: ignore[index]
+
+    def _out(self, indices: list[int], xs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        if any(x is None for x in xs):
+            return xs
+        return self.rotation.project_out(indices, [x for x in xs if x is not None])
+
+    def momenta_now(self, indices: Sequence[int]) -> Sequence[Tensor | None]:
+        return [self.momenta.pop(i) for i in indices]
+
+    def momenta_of_base(self, indices: Sequence[int]) -> Sequence[Tensor | None]:
+        """Those of the rotated space, after this gradient was mixed in."""
+        return super().momenta_now(indices)
+
+    def mask_and_land(self, indices: list[int], updates: Sequence[Tensor], *, negated: bool) -> None:
+        """Mask these updates (or their negatives) of the rotated space, and step the parameters."""
+        if self.in_original:
+            updates = self.rotation.project_out(indices, updates)
+            starts = self._starts(indices)
+            self._call(indices, updates, starts, [self.factors[i] for i in indices], negated)
+            self._keep_residue(indices, starts)
+            return
+        left = self.nothing(indices)
+        self._call(indices, updates, left, [1.0] * len(indices), negated)
+        self.land(indices, left)
+
+    def _call(
+        self,
+        indices: list[int],
+        updates: Sequence[Tensor],
+        targets: list[Tensor],
+        factors: Sequence[spec.Scalar],
+        negated: bool,
+    ) -> None:
+        """target <- factor target - mask u."""
+        beta = self._lookahead()
+        for factor, places in by_value(factors):
+            captured = [Captured(updates[k], targets[k], targets[k]) for k in places]
+            self.apply([indices[k] for k in places], captured, spec.GivenRule(factor, 0.0, negated, beta))
+        for i in indices:  # not needed any more
+            self.grads[i] = self.previous[i] = None  # type: ignore[index]
+
+    def nothing(self, indices: list[int]) -> list[Tensor]:
+        """Zeros shaped like these parameters, which a kernel turns into -mask u."""
+        tensors = [self.parameters[i].tensor for i in indices]
+        if all(p.is_contiguous() for p in tensors) and len({p.shape for p in tensors}) == 1:
+            shape = (len(indices), *tensors[0].shape)
+            return list(torch.zeros(shape, dtype=torch.float32, device=tensors[0].device).unbind())
+        return [torch.zeros_like(p, dtype=torch.float32) for p in tensors]
+
+    def land(self, indices: list[int], masked: Sequence[Tensor]) -> None:
+        """Step 7: project `masked`, which is -mask u, out; p <- factor p + that, rounded once."""
+        moved = self.rotation.project_out(indices, masked)
+        starts = self._starts(indices)
+        described = specs_of(Dense())
+        assert described is not None
+        for factor, places in by_value([self.factors[i] for i in indices]):
+            items = [
+                spec.Item(starts[k], moved[k], {"update": moved[k], "start": starts[k]}, self._address(indices[k]))
+                for k in places
+            ]
+            passing = self.kept.passing(self.calls, items, self.policy, self.context.recording)
+            self.calls += 1
+            selective_step(
+                passing, rule=spec.GivenRule(factor, 0.0, negated=True), selection=described[0],
+                strength=described[1], draw=self.context.draw_on(items[0].param.device),
+            )  # fmt: skip
+        self._keep_residue(indices, starts)
+
+    def _address(self, index: int) -> int:
+        return self.parameters[index].address
+
+    def _starts(self, indices: list[int]) -> list[Tensor]:
+        """The parameters, which are stepped in place; what stands in for those that keep a rounding residue."""
+        return [self.parameters[i].tensor for i in indices]
+
+    def _keep_residue(self, indices: list[int], exact: Sequence[Tensor]) -> None:
+        """Where something stood in for the parameter: round it, and keep what that takes."""

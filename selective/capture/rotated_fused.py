@@ -1,0 +1,101 @@
+"""Fused capture of rotated parameters: the known rule runs on zeros and leaves -mask u there, in the rotated space.
+
+So nothing but the products, and the buffer that they are made from, is added to a fused step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from selective.capture.fused import FusedRule
+from selective.capture.rotated import RotatedJob
+from selective.kernels import advance, selective_step, spec
+
+
+class RotatedFusedJob(RotatedJob):
+    """The rule of a known base, on its own state."""
+
+    steps_base = False
+
+    def __init__(self, *args: Any, rule: FusedRule, hides: bool, alone: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fused, self.hides, self.alone = rule, hides, alone
+        self.hidden: list[tuple[Tensor, Tensor | None]] = []
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.factors = self._factors()
+        if self.hides:  # the base steps the rest of the group, and skips what has no gradient
+            self.hidden = [(p, p.grad) for p in self.tensors()]
+            for p, _ in self.hidden:
+                p.grad = None
+
+    def finish(self) -> None:
+        self._show()
+        for indices in self.rotation.alike(self.moving):
+            self._step(indices, self.rotated_gradients(indices))
+        if self.alone:  # else the other job of the group does it
+            self.fused.after(self.group)
+        self.close()
+
+    def restore(self) -> None:
+        self._show()
+        super().restore()
+
+    def _show(self) -> None:
+        for p, grad in self.hidden:
+            p.grad = grad
+        self.hidden = []
+
+    def _step(self, indices: list[int], rotated: list[Tensor]) -> None:
+        rule = self.fused.rule(self.context.base, self.group)
+        # Decay and `maximize` are in the gradient already, or a factor on the parameter.
+        undecayed: Any = {"decay_factor": 1.0} if isinstance(rule, spec.LionRule) else {}
+        rule = replace(rule, weight_decay=0.0, maximize=False, **undecayed)
+        left = self.nothing(indices)
+        items, fresh = [], []
+        for i, buffer, grad in zip(indices, left, rotated, strict=True):
+            p = self.parameters[i].tensor
+            state = self.context.base.state[p]
+            if not state:
+                self.fused.init_state(self.group, p, state)
+            if isinstance(rule, spec.SGDRule) and state.get("momentum_buffer") is None:
+                fresh.append((p, state))
+            own = self.context.own_state(self.parameters[i], self.policy)
+            items.append(spec.Item(buffer, grad, state, self._address(i), own))
+        if self.specs is None or self.in_original:
+            self._step_outside(indices, items, rule)
+        else:
+            self._step_in_kernel(indices, items, rule)
+            self.land(indices, left)
+        for p, state in fresh:
+            _in_the_dtype_of(p, state)
+
+    def _step_in_kernel(self, indices: list[int], items: list[spec.Item], rule: spec.Rule) -> None:
+        assert self.specs is not None
+        report = self.context.report
+        passing = self.kept.passing(self.calls, items, self.policy, self.context.recording)
+        self.calls += 1
+        sums = selective_step(
+            passing, rule=rule, selection=self.specs[0], strength=self.specs[1],
+            draw=self.context.draw_on(items[0].param.device), statistics=report is not None,
+        )  # fmt: skip
+        if sums is not None and report is not None:
+            report.add_all([self.parameters[i].name for i in indices], sums)
+
+    def _step_outside(self, indices: list[int], items: list[spec.Item], rule: spec.Rule) -> None:
+        """The rule alone, and then the mask: where it is a policy's own code, or not of the rotated space."""
+        moved = [advance(item, rule, keep_previous="previous_momentum" in self.reads) for item in items]
+        momenta = [one.momentum if "momentum" in self.reads else None for one in moved]
+        self.take(indices, [one.grad for one in moved], momenta, [one.previous_momentum for one in moved])
+        self.mask_and_land(indices, [one.update for one in moved], negated=False)
+
+
+def _in_the_dtype_of(param: Tensor, state: dict[str, Any]) -> None:
+    """SGD's buffer, which the rule makes in its first step, as the base would have made it on the parameter."""
+    buffer = state.get("momentum_buffer")
+    if buffer is not None:
+        state["momentum_buffer"] = buffer.to(param.dtype)

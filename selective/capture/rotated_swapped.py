@@ -1,0 +1,147 @@
+"""Scratch and delta capture of rotated parameters: the base steps them with other data and another gradient in them.
+
+The data are zeros, or the parameter's value in the rotated space: it has the same norm, and with it decay of any kind
+is what it would be. Tensors that are rotated are plain, so that swapping `.data` is seen by the base (on a DTensor it
+would not be), and the parameter's own memory is not touched until the update is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selective.capture import lists
+from selective.capture.base import LOW_PRECISION
+from selective.capture.delta import raised
+from selective.capture.rotated import RotatedJob
+from selective.preconditioner import as_matrix
+
+
+class SwappedJob(RotatedJob):
+    """The base steps the parameters, with other data and another gradient in them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rotated: dict[int, Tensor] = {}  # the gradients in the rotated space
+        self.theirs: list[tuple[Tensor, Tensor, Tensor | None]] = []  # parameter, its data, its gradient
+        self.given: dict[Tensor, Tensor] = {}  # ... and the gradient that it has meanwhile
+
+    def prepare(self) -> None:
+        super().prepare()
+        for indices in self.rotation.alike(self.moving):
+            self.rotated.update(zip(indices, self.rotated_gradients(indices), strict=True))
+        if "previous_momentum" in self.reads:
+            self.previous = self._momenta_kept()
+        self.theirs = [(p, p.data, p.grad) for p in self.tensors()]
+        for p in self.tensors():
+            p.grad = None  # those that stand still keep none: the base skips them
+        self.swap()
+
+    def swap(self) -> None:
+        """Give the base data and gradients; ask for the factors of decay, some of which depend on them."""
+        raise NotImplementedError
+
+    def give(self, index: int, grad: Tensor) -> None:
+        p = self.parameters[index].tensor
+        p.grad = self.given[p] = grad
+
+    def _swap_back(self) -> None:
+        for p, data, grad in self.theirs:
+            cleared = p.grad is None and p in self.given
+            p.grad = None
+            p.data = data
+            p.grad = None if cleared else grad  # some bases clear it
+        self.theirs, self.given = [], {}
+
+    def finish(self) -> None:
+        left = {i: self.parameters[i].tensor.data for i in self.moving}
+        self._swap_back()
+        for indices in self.rotation.alike(self.moving):
+            rotated = [self.rotated.pop(i) for i in indices]
+            for i, grad in zip(indices, rotated, strict=True):
+                self.grads[i] = grad  # type: ignore[index]
+            self.take(indices, rotated, self.momenta_of_base(indices), [self.previous[i] for i in indices])
+            updates, negated = self.updates(indices, [left.pop(i) for i in indices])
+            self.mask_and_land(indices, updates, negated=negated)
+        self.close()
+
+    def updates(self, indices: list[int], left: list[Tensor]) -> tuple[list[Tensor], bool]:
+        """The updates, from what the base's step has left in the stand-ins; and whether they are negative."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        self._swap_back()
+        super().restore()
+
+
+class RotatedScratchJob(SwappedJob):
+    """The base steps zeros in the parameter's dtype, and leaves -u there."""
+
+    def swap(self) -> None:
+        for i in self.moving:
+            grad = self.rotated[i].to(self.parameters[i].tensor.dtype, copy=True)
+            self.give(i, grad.neg_() if self.sign < 0 else grad)  # the base turns it round
+        self.factors = self._factors()
+        for i in self.moving:
+            p = self.parameters[i].tensor
+            p.data = torch.zeros_like(p.data)
+
+    def updates(self, indices: list[int], left: list[Tensor]) -> tuple[list[Tensor], bool]:
+        return left, True
+
+
+class RotatedDeltaJob(SwappedJob):
+    """The base steps the parameter's value in the rotated space, in float32."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.before: dict[int, Tensor] = {}
+        low = [i for i, p in enumerate(self.tensors()) if p.dtype in LOW_PRECISION]
+        self.residual = set(low) if self.facts.residue else set()
+
+    def swap(self) -> None:
+        for indices in self.rotation.alike(self.moving):
+            values = self.rotation.project_in(indices, self._exact(indices))
+            raw = [grad for i in indices if (grad := self.theirs[i][2]) is not None]
+            grads = self.rotation.project_in(indices, raw)  # as they are: the base does what it does to them
+            for i, value, grad in zip(indices, values, grads, strict=True):
+                p = self.parameters[i].tensor
+                if p.dtype in LOW_PRECISION and p in self.context.base.state:
+                    state = self.context.base.state[p]
+                    state.update({key: raised(entry, p) for key, entry in state.items()})
+                p.data, self.before[i] = value, value.clone()
+                self.give(i, grad)
+        self.factors = self._factors()
+
+    def updates(self, indices: list[int], left: list[Tensor]) -> tuple[list[Tensor], bool]:
+        before = [self.before.pop(i) for i in indices]
+        made = lists.differences(before, left)
+        if self.facts.decay == "decoupled":  # what decay has taken is no part of the update
+            for u, value, i in zip(made, before, indices, strict=True):
+                u.add_(value * (self.factors[i] - 1.0))
+        return made, False
+
+    # --- bases that keep what rounding takes from the parameter ---
+
+    def _exact(self, indices: list[int]) -> list[Tensor]:
+        """The parameters in float32, with the residue that we keep of them."""
+        values = [as_matrix(self.theirs[i][1], self.rotation.bases[i].shape) for i in indices]
+        values = [v.reshape(self.theirs[i][1].shape) for i, v in zip(indices, values, strict=True)]
+        return [v + self._residue(i) if i in self.residual else v for i, v in zip(indices, values, strict=True)]
+
+    def _residue(self, index: int) -> Tensor:
+        return self.context.own_residue(self.parameters[index], self.policy)
+
+    def _starts(self, indices: list[int]) -> list[Tensor]:
+        found = dict(zip(indices, super()._starts(indices), strict=True))
+        return [p.float() + self._residue(i) if i in self.residual else p for i, p in found.items()]
+
+    def _keep_residue(self, indices: list[int], exact: Sequence[Tensor]) -> None:
+        for i, value in zip(indices, exact, strict=True):
+            p = self.parameters[i].tensor
+            if value is not p:
+                p.copy_(value)
+                self._residue(i).copy_(value - p)

@@ -1,0 +1,213 @@
+"""The calls to a preconditioner: refreshing, rotating, observing, with whatever it must not see filtered out.
+
+Note [gradients that are not finite]: one NaN spoils a matrix's basis for good. So a gradient with NaN or infinity in
+it is taken for zeros by `refresh` and `observe`, and what a refresh made of it is undone: basis and moments stay. The
+parameter's `skipped` counts it. All of it happens on the device; nobody waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from selective.capture import lists
+from selective.preconditioner import Carry, Preconditioner, Shape, State, as_matrix
+
+MaskSpace = Literal["rotated", "original"]
+Matrices = Callable[[list[int]], list[Tensor]]  # the gradients of these parameters, not rotated, as matrices
+
+
+class PreconditionerError(RuntimeError):
+    """A preconditioner raised, or returned what does not fit. The message says what is as it was before the step."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What is kept of one rotated parameter, and where it stands among them."""
+
+    shape: Shape
+    device: torch.device
+    state: State
+    steps: Tensor  # int64 on the CPU: steps in which it had a gradient
+    skipped: Tensor  # int64 on its device: gradients that were not finite
+    place: int
+
+
+@dataclass
+class Carried:
+    """One refresh, for the moments that follow it: the maps, and whether they count (0-d bool)."""
+
+    index: int
+    maps: Carry
+    valid: Tensor
+
+
+class Rotation:
+    """One group's preconditioner in one step. Parameters are known by their place in `bases`."""
+
+    def __init__(self, preconditioner: Preconditioner, bases: list[Basis], count: int, mask_space: MaskSpace) -> None:
+        self.preconditioner, self.bases, self.count, self.mask_space = preconditioner, bases, count, mask_space
+        self.steps = [int(basis.steps) for basis in bases]
+        self._finite: dict[int, Tensor] = {}
+
+    def stands_still(self, index: int) -> bool:
+        return self.preconditioner.stands_still(self.steps[index])
+
+    def alike(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        """Those of equal shape and device together, at most `lists.PART` elements at a time."""
+        found: dict[tuple[object, ...], list[int]] = {}
+        for index in indices:
+            found.setdefault((self.bases[index].shape, self.bases[index].device), []).append(index)
+        for same in found.values():
+            batch, rows, columns = self.bases[same[0]].shape
+            size = max(1, lists.PART // (batch * rows * columns))
+            yield from (same[start : start + size] for start in range(0, len(same), size))
+
+    def renew(self, matrices: Matrices) -> Iterator[Carried]:
+        """Refresh the bases that are due; what has to be carried along, batch by batch."""
+        preconditioner, everything = self.preconditioner, list(range(len(self.bases)))
+        observes = preconditioner.observes()
+        for indices in self.alike(everything):
+            due = [i for i in indices if preconditioner.is_due(self.steps[i], self.bases[i].place, self.count)]
+            looked = indices if observes else due
+            if looked:
+                grads = dict(zip(looked, matrices(looked), strict=True))
+                self._look_at(looked, list(grads.values()))
+            if due:
+                yield from self._refresh(due, [grads[i] for i in due])
+
+    def _look_at(self, indices: list[int], grads: list[Tensor]) -> None:
+        """Which gradients are finite; the others are counted."""
+        largest = lists.many_of._foreach_norm(grads, float("inf"))
+        finite = torch.stack(list(largest)).isfinite()
+        self._finite.update(zip(indices, finite.unbind(), strict=True))
+        missing = list((~finite).to(torch.int64).unbind())
+        lists.many_of._foreach_add_([self.bases[i].skipped for i in indices], missing)
+
+    def _clean(self, indices: list[int], grads: list[Tensor]) -> list[Tensor]:
+        """The gradients, zeros for those that are not finite."""
+        finite = torch.stack([self._finite[i] for i in indices])
+        stacked = torch.stack(grads)
+        return list(stacked.masked_fill_(~finite[:, None, None, None], 0.0).unbind())
+
+    def _refresh(self, due: list[int], grads: list[Tensor]) -> Iterator[Carried]:
+        states = self._states(due)
+        before = [dict(zip(state, lists.copies(list(state.values())), strict=True)) for state in states]
+        try:
+            with self._named("refresh"):
+                made = self.preconditioner.refresh(states, self._clean(due, grads))
+                self._check_refresh(due, states, made)
+        except BaseException:
+            self._write(due, before)
+            raise
+        on_host = self._finite_on_host(due, states)
+        for index, maps, state, old in zip(due, made, states, before, strict=True):
+            valid = self._finite[index]
+            for key, value in state.items():
+                known = on_host.get(index, valid) if value.device != valid.device else valid
+                value.copy_(torch.where(known, value, old[key]))
+            if maps is not None:
+                yield Carried(index, maps, valid)
+
+    def _finite_on_host(self, due: list[int], states: list[State]) -> dict[int, Tensor]:
+        """Where a state has counters on the host: which gradients are finite, as the host knows it, for one wait."""
+        if all(value.device == self.bases[due[0]].device for state in states for value in state.values()):
+            return {}
+        finite = torch.stack([self._finite[i] for i in due]).cpu()
+        return dict(zip(due, finite.unbind(), strict=True))
+
+    def _write(self, indices: list[int], values: list[State]) -> None:
+        for index, state in zip(indices, values, strict=True):
+            for key, value in state.items():
+                self.bases[index].state[key].copy_(value)
+
+    def observe(self, matrices: Matrices) -> None:
+        """Step 8, on gradients that are not rotated."""
+        if type(self.preconditioner).observe is Preconditioner.observe:
+            return
+        reads = self.preconditioner.observes()
+        for indices in self.alike(list(range(len(self.bases)))):
+            states, grads = self._states(indices), matrices(indices)
+            with self._named("observe"):
+                self.preconditioner.observe(states, self._clean(indices, grads) if reads else grads)
+                self._check_states(indices, states)
+
+    def report(self) -> list[dict[str, Tensor]]:
+        """What there is to know of each basis now: what the preconditioner says, and how many gradients it missed."""
+        found: list[dict[str, Tensor]] = [{}] * len(self.bases)
+        for indices in self.alike(list(range(len(self.bases)))):
+            with self._named("report"):
+                said = self.preconditioner.report(self._states(indices))
+            for i, one in zip(indices, said, strict=True):
+                said_of_it = {**one, "basis_skipped": self.bases[i].skipped}
+                found[i] = {name: value.to(torch.float32) for name, value in said_of_it.items()}
+        return found
+
+    def count_steps(self) -> None:
+        if self.bases:
+            lists.many_of._foreach_add_([basis.steps for basis in self.bases], 1)
+
+    def project_in(self, indices: list[int], xs: Sequence[Tensor]) -> list[Tensor]:
+        """Each x, shaped like its parameter, in the rotated space: float32 of the same shape. Alike ones only."""
+        return self._project("project_in", self.preconditioner.project_in, indices, xs)
+
+    def project_out(self, indices: list[int], xs: Sequence[Tensor]) -> list[Tensor]:
+        """Each x back in the parameter's own space."""
+        return self._project("project_out", self.preconditioner.project_out, indices, xs)
+
+    def _project(
+        self, what: str, call: Callable[..., list[Tensor]], indices: list[int], xs: Sequence[Tensor]
+    ) -> list[Tensor]:
+        shape = self.bases[indices[0]].shape
+        matrices = [as_matrix(x, shape) for x in xs]
+        with self._named(what):
+            made = call(self._states(indices), matrices)
+            found = [(tuple(y.shape), y.dtype) for y in made]
+            if found != [(shape, torch.float32)] * len(xs):
+                raise ValueError(f"it returned {found} for {len(xs)} float32 matrices of shape {shape}")
+        made = [y.clone() if _is_memory_of(y, x) else y for x, y in zip(matrices, made, strict=True)]
+        return [y.reshape(x.shape) for x, y in zip(xs, made, strict=True)]
+
+    def _states(self, indices: list[int]) -> list[State]:
+        return [dict(self.bases[i].state) for i in indices]
+
+    def _check_states(self, indices: list[int], states: list[State]) -> None:
+        for index, state in zip(indices, states, strict=True):
+            kept = self.bases[index].state
+            if state.keys() != kept.keys() or any(state[key] is not kept[key] for key in kept):
+                raise ValueError("it put another tensor into a state, which is lost: write into the tensors in place")
+
+    def _check_refresh(self, due: list[int], states: list[State], made: object) -> None:
+        if not isinstance(made, list) or len(made) != len(due):
+            raise ValueError(f"it has to return a list with one entry for each of {len(due)} states: a Carry or None")
+        if any(maps is not None and not isinstance(maps, Carry) for maps in made):
+            raise ValueError("it has to return a Carry or None for each state")
+        self._check_states(due, states)
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        try:
+            with exact_products(self.bases[0].device):
+                yield
+        except Exception as error:
+            raise PreconditionerError(f"{type(self.preconditioner).__name__}.{what} failed: {error}") from error
+
+
+def exact_products(device: torch.device) -> torch.autocast:
+    """Outside of a user's autocast region, where products of float32 matrices would be made in bfloat16."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def is_foreign(preconditioner: Preconditioner) -> bool:
+    """Whether it is somebody's own code, which may raise: then parameters are kept to be put back."""
+    return not type(preconditioner).__module__.startswith("selective.")
+
+
+def _is_memory_of(y: Tensor, x: Tensor) -> bool:
+    """Whether a projection has handed back its argument, which may be the parameter itself."""
+    return y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()

@@ -1,0 +1,71 @@
+"""Whether what a checkpoint has of policies and bases is of this optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from selective.capture.base import Parameter
+from selective.groups import PreconditionerGroup
+from selective.policies.base import Configured
+from selective.preconditioner import Preconditioner
+from selective.staging import Stage, layout_of
+from selective.state import BASIS, BASIS_SHAPE, BASIS_STEPS, decode_model
+
+C = TypeVar("C", bound=Configured)
+
+
+def first_saved(entries: Sequence[dict[str, Tensor]], key: str, family: type[C], number: int) -> C | None:
+    """The policy or preconditioner that a group was saved with; None where nothing was saved of it."""
+    found = next((one[key] for one in entries if key in one), None)
+    return None if found is None else decode_model(found, family, f"param_groups[{number}]")
+
+
+def check_basis(
+    entries: dict[str, Tensor],
+    saved: Preconditioner,
+    stage: Stage | None,
+    group: PreconditionerGroup,
+    member: Parameter,
+) -> None:
+    """Refuse the basis of another preconditioner, of other sides, or of another view of this parameter."""
+    ours = group.preconditioner
+    shape = None if stage is None else stage.shapes.get(member.tensor)
+    if not entries or (shape is None and BASIS_STEPS not in entries):
+        return
+    why = _difference(entries, saved, stage, shape, member)
+    if why is not None:
+        raise ValueError(
+            f"SelectiveUpdate: param_groups[{member.group}] has the preconditioner {ours!r} and "
+            f"matrix_view={group.matrix_view!r}, the checkpoint was made with {saved!r}: {why}. Nothing was loaded; "
+            f"construct the optimizer with that preconditioner, or load only the base's part "
+            f"(selective.base_part(state_dict)), whose moments are of that basis"
+        )
+
+
+def _difference(
+    entries: dict[str, Tensor],
+    saved: Preconditioner,
+    stage: Stage | None,
+    shape: tuple[int, int, int] | None,
+    member: Parameter,
+) -> str | None:
+    """What is different, in words; None where the basis is ours."""
+    who = f"parameter {member.name!r}"
+    if stage is None:
+        return f"{who} was rotated"
+    if type(saved) is not type(stage.preconditioner):
+        return f"{saved.kind} is another kind than {stage.preconditioner.kind}"
+    if shape is None:
+        return f"{who} was rotated, and is left alone here ({stage.left[member.name]})"
+    if BASIS_STEPS not in entries:
+        return f"{who} was not rotated"
+    there = tuple(entries[BASIS_SHAPE].tolist()) if BASIS_SHAPE in entries else None
+    if there != shape:
+        return f"{who} was rotated as {there}, here it would be {shape}"
+    kept = {key[len(BASIS) :]: value for key, value in entries.items() if key.startswith(BASIS)}
+    found = {key: (tuple(value.shape), value.dtype) for key, value in kept.items()}
+    wanted = layout_of(stage.preconditioner, shape, member.tensor.device)
+    return None if found == wanted else f"the basis of {who} is {found}, here it would be {wanted}"

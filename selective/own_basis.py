@@ -1,0 +1,98 @@
+"""What we keep of rotated parameters: the preconditioner's tensors, a count of steps, a count of gradients left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from selective.capture.base import Parameter
+from selective.capture.moments import first_moment, rewrite
+from selective.capture.rotation import Basis
+from selective.preconditioner import Shape, as_matrix
+from selective.staging import Stage
+from selective.state import BASIS, BASIS_SHAPE, BASIS_SKIPPED, BASIS_STEPS
+
+ON_THE_HOST = (BASIS_STEPS, BASIS_SHAPE)  # asked in every step, or never: nobody waits for a device
+
+
+def is_of_basis(key: str) -> bool:
+    """Whether an entry of ours belongs to the rotation of its parameter."""
+    return key in (BASIS_STEPS, BASIS_SHAPE, BASIS_SKIPPED) or key.startswith(BASIS)
+
+
+class OwnBasis(Optimizer):
+    """The part of `SelectiveUpdate` that keeps bases."""
+
+    base: Optimizer
+    _own: dict[Tensor, dict[str, Tensor]]
+    _stages: list[Stage | None]
+    _places: dict[Tensor, int]  # the number of each rotated parameter among all of them
+
+    def _stage_of(self, parameter: Parameter) -> tuple[Stage, Shape] | None:
+        """The stage that rotates this parameter, and as what; None where it is left alone."""
+        stage = self._stages[parameter.group] if parameter.group < len(self._stages) else None
+        shape = None if stage is None else stage.shapes.get(parameter.tensor)
+        return None if stage is None or shape is None else (stage, shape)
+
+    def _fresh_basis(self, parameter: Parameter) -> dict[str, Tensor]:
+        """What we keep of its basis before its first step; nothing of parameters that are not rotated."""
+        found = self._stage_of(parameter)
+        if found is None:
+            return {}
+        stage, shape = found
+        made = stage.preconditioner.init_state(as_matrix(parameter.tensor, shape))
+        for key, value in made.items():
+            here = isinstance(value, Tensor) and value.device == parameter.tensor.device
+            if not here and not (isinstance(value, Tensor) and value.device.type == "cpu" and value.dim() == 0):
+                raise TypeError(
+                    f"SelectiveUpdate: {type(stage.preconditioner).__name__}.init_state: {key!r} of parameter "
+                    f"{parameter.name!r} must be a tensor on {parameter.tensor.device}, or a 0-d one on the CPU"
+                )
+        own = {BASIS + key: value.detach() for key, value in made.items()}
+        own[BASIS_STEPS] = torch.zeros((), dtype=torch.int64, device="cpu")
+        own[BASIS_SHAPE] = torch.tensor(shape, dtype=torch.int64, device="cpu")
+        own[BASIS_SKIPPED] = torch.zeros((), dtype=torch.int64, device=parameter.tensor.device)
+        return own
+
+    def _bring_home(self, parameters: Sequence[Parameter]) -> None:
+        """After a load: what a preconditioner keeps goes to the device on which it keeps it."""
+        homes: dict[tuple[object, ...], dict[str, torch.device]] = {}
+        for parameter in parameters:
+            found, own = self._stage_of(parameter), self._own.get(parameter.tensor, {})
+            if found is None or BASIS_STEPS not in own:
+                continue
+            stage, shape = found
+            key = (id(stage), shape, parameter.tensor.device)
+            if key not in homes:
+                made = stage.preconditioner.init_state(as_matrix(parameter.tensor, shape))
+                homes[key] = {BASIS + name: value.device for name, value in made.items()}
+            own.update({name: own[name].to(device) for name, device in homes[key].items() if name in own})
+
+    def _basis(self, parameter: Parameter) -> Basis:
+        """The stored tensors of a rotated parameter."""
+        found = self._stage_of(parameter)
+        assert found is not None
+        own = self._own[parameter.tensor]
+        state = {key[len(BASIS) :]: value for key, value in own.items() if key.startswith(BASIS)}
+        device, place = parameter.tensor.device, self._places[parameter.tensor]
+        return Basis(found[1], device, state, own[BASIS_STEPS], own[BASIS_SKIPPED], place)
+
+    def _enter_basis(self, parameters: Sequence[Parameter]) -> None:
+        """Take the first moments that the base has already into bases that were just made.
+
+        They are of the parameter's own space where the base has trained alone, or a plain checkpoint was loaded. Second
+        moments stay: there is no rotating them.
+        """
+        for parameter in parameters:
+            found = self._stage_of(parameter)
+            if found is None:
+                continue
+            stage, shape = found
+            moment = first_moment(self.base, parameter.tensor, stage.capture.facts)
+            if moment is not None:
+                states, project = [self._basis(parameter).state], stage.preconditioner.project_in
+                with torch.no_grad():
+                    rewrite(moment, shape, lambda x, states=states, project=project: project(states, [x])[0])

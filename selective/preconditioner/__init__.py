@@ -1,0 +1,21 @@
+"""The stage before: rotate the gradients into a space where their covariance is nearly diagonal."""
+
+from selective.preconditioner.base import Carry, Preconditioner, Shape, State, preconditioner_from
+from selective.preconditioner.eigenbasis import Eigenbasis
+from selective.preconditioner.matrices import MatrixView, as_matrix, check_matrix_view, matrix_shape
+from selective.preconditioner.named import AdaDiag, Soap
+
+__all__ = [
+    "AdaDiag",
+    "Carry",
+    "Eigenbasis",
+    "MatrixView",
+    "Preconditioner",
+    "Shape",
+    "Soap",
+    "State",
+    "as_matrix",
+    "check_matrix_view",
+    "matrix_shape",
+    "preconditioner_from",
+]

@@ -1,0 +1,100 @@
+"""The contract between a preconditioner and the wrapper: rotate the gradient before the base sees it.
+
+A preconditioner knows nothing of policies, bases and parameter groups. It sees matrices: a parameter comes as a
+float32 tensor [batch, rows, columns] (`matrix_view` says how; one plain matrix is a batch of 1), and all tensors of
+one call have the same shape and device, so that they can be worked on together. What it has to remember of a parameter
+is a dictionary of tensors, which lives in the wrapper: it is saved, loaded and moved with all other state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from selective.policies.base import Configured
+
+State = dict[str, Tensor]
+Shape = tuple[int, int, int]  # batch, rows, columns
+
+
+class Carry(NamedTuple):
+    """What a refresh did to the rotated space of one parameter: the linear maps from the old one to the new one.
+
+    A first moment follows as x <- left @ x @ right; None is the identity. `left`: [batch, rows, rows], `right`: [batch,
+    columns, columns], float32. Second moments cannot be rotated. Where the new basis is the old one in another order,
+    roughly, `rows` [batch, rows] and `columns` [batch, columns] (int64) say which old row or column each new one was:
+    second moments are permuted by them. None: they stay.
+    """
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+
+class Preconditioner(Configured):
+    """The head of the family. Frozen, keyword arguments only, to JSON and back by its `kind`, as policies are.
+
+    The wrapper calls, in a step: `is_due`, `refresh` of those that are, `project_in` of gradients, then base and
+    policy, `project_out` of the masked update, `observe`. Nothing is written on what is passed in but the tensors of
+    `states`, in place.
+    """
+
+    _family: ClassVar[str] = "preconditioner"
+    _registry: ClassVar[dict[str, type[Any]]] = {}
+
+    def takes(self, shape: Shape) -> bool:
+        """Whether matrices of this shape are rotated; others are left to the base as they are."""
+        return True
+
+    def init_state(self, like: Tensor) -> State:
+        """What is remembered of a parameter that looks like this ([batch, rows, columns]); float32, counters int64.
+
+        On the parameter's device. A counter that the host has to read may be on the CPU, 0-d.
+        """
+        return {}
+
+    def is_due(self, steps: int, place: int, count: int) -> bool:
+        """Whether the basis is refreshed in the step before which `steps` were taken.
+
+        `steps` counts those in which this parameter had a gradient: one whose first gradient comes late starts at 0.
+        `place`: the number of the parameter among the `count` rotated ones, to spread refreshes over steps.
+        """
+        return False
+
+    def stands_still(self, steps: int) -> bool:
+        """Whether rotated parameters do not step at all now: they get no gradient, and nothing of the base moves.
+
+        `steps` is counted as for `is_due`.
+        """
+        return False
+
+    def observes(self) -> bool:
+        """Whether `observe` reads the gradients. Where not, they are not looked through for NaN in every step."""
+        return type(self).observe is not Preconditioner.observe
+
+    def refresh(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Carry | None]:
+        """New bases, from what was observed or from these gradients (not rotated); None where nothing changed."""
+        return [None] * len(states)
+
+    def observe(self, states: Sequence[State], grads: Sequence[Tensor]) -> None:
+        """Take note of this step's gradients (not rotated), after the parameters have moved."""
+
+    def project_in(self, states: Sequence[State], xs: Sequence[Tensor]) -> list[Tensor]:
+        """Each x in its parameter's rotated space, P^T x Q: new tensors of the same shape."""
+        raise NotImplementedError(f"{type(self).__name__} must define project_in")
+
+    def project_out(self, states: Sequence[State], xs: Sequence[Tensor]) -> list[Tensor]:
+        """Each x back in the parameter's own space, P x Q^T."""
+        raise NotImplementedError(f"{type(self).__name__} must define project_out")
+
+    def report(self, states: Sequence[State]) -> list[dict[str, Tensor]]:
+        """What `statistics()` shows of each parameter: 0-d tensors on its device."""
+        return [{} for _ in states]
+
+
+def preconditioner_from(data: Any) -> Preconditioner | None:
+    """A preconditioner as it is, or from a kind's name, a dict with a `kind` or JSON of one; None stays None."""
+    return None if data is None else Preconditioner.from_data(data)

@@ -1,0 +1,26 @@
+"""From one basis to the next: what the base's moments have to be multiplied with, and which column went where."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selective.preconditioner.linalg import float32_products, identity_like, per_matrix
+
+
+@float32_products()
+def turn(new: Tensor, old: Tensor, changed: Tensor) -> Tensor:
+    """newᵀ old, [batch, n, n]: takes coordinates in the old basis to those in the new one.
+
+    Both are orthogonal, so m = old m̃ = new (newᵀ old) m̃ is the same tensor before and after. Where nothing `changed`
+    [batch] it is exactly the identity, so that what is carried keeps its bits.
+    """
+    product = new.mT @ old
+    return torch.where(per_matrix(changed), product, identity_like(product))
+
+
+def order_of(order: Tensor | None, changed: Tensor) -> Tensor | None:
+    """Which old column each new one was, [batch, n]; in their places where nothing changed."""
+    if order is None:
+        return None
+    return torch.where(changed[:, None], order, torch.arange(order.shape[1], device=order.device))

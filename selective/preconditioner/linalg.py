@@ -1,0 +1,112 @@
+"""Products of batches of matrices in exactly the precision that is asked for, and how orthogonal a basis is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+many_of: Any = torch  # where the multi-tensor functions are; torch declares no types of them
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+STACKED = 2**22
+"""Elements of one stacked product in a step, 16 MiB. Small matrices are bound by launches and gain from stacking;
+copying larger ones together costs more than it saves."""
+REFRESHED = 2**26
+"""Elements that are refreshed together, 256 MiB a stack: the memory that a refresh needs for a moment."""
+LOOSE = 3e-3
+"""Largest ‖QᵀQ − I‖ (Frobenius) from which one Newton-Schulz step leads below 1e-5: to ¾ of its square, 7e-6."""
+
+
+@contextmanager
+def float32_products(precision: Literal["ieee", "tf32"] = "ieee") -> Iterator[None]:
+    """Products of float32 matrices in this precision, whatever torch's flags say; the flags are left as found.
+
+    On CUDA devices, and on CPUs, where oneDNN may take TF32 or bfloat16 as well. The flags are the process's: another
+    thread that multiplies at the same time sees them too.
+    """
+    flags = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul"))  # noqa: B009 (unknown to type checkers)
+    found = [flag.fp32_precision for flag in flags]
+    try:
+        for flag in flags:
+            flag.fp32_precision = precision
+        yield
+    finally:
+        for flag, before in zip(flags, found, strict=True):
+            flag.fp32_precision = "none"  # as the backend's or torch's own flag says: was it that?
+            if flag.fp32_precision != before:
+                flag.fp32_precision = before
+
+
+def multiply(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
+    """a @ b for float32 [batch, ., .], float32 again. "bfloat16" rounds both factors and the result."""
+    if precision == "bfloat16":
+        return (a.bfloat16() @ b.bfloat16()).float()
+    with float32_products("tf32" if precision == "tf32" else "ieee"):
+        return a @ b
+
+
+def batches(count: int, numel: int, limit: int) -> list[slice]:
+    """Ranges over `count` tensors of `numel` elements, at most `limit` elements each, at least one tensor."""
+    size = max(1, limit // max(numel, 1))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """[batch, ., .] of each, one after the other; a single one as it is, without a copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+
+
+def copy_to(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """target ← source, in a few operations for all."""
+    many_of._foreach_copy_(list(targets), list(sources))
+
+
+def add_to(counters: Sequence[Tensor], amounts: Tensor) -> None:
+    """counter ← counter + amount, 0-d each; amounts: one for each counter."""
+    many_of._foreach_add_(list(counters), list(amounts.unbind()))
+
+
+def zero(tensors: Sequence[Tensor]) -> None:
+    many_of._foreach_zero_(list(tensors))
+
+
+def per_matrix(x: Tensor) -> Tensor:
+    """[batch] -> [batch, 1, 1]."""
+    return x[:, None, None]
+
+
+def finite(x: Tensor) -> Tensor:
+    """Which matrices [batch] have finite numbers only."""
+    return x.isfinite().flatten(1).all(1)
+
+
+def identity_like(x: Tensor) -> Tensor:
+    """The identity, or what of it fits, for each matrix of x [batch, m, n]."""
+    return torch.eye(x.shape[-2], x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
+
+
+@float32_products()
+def settle(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The basis after one Newton-Schulz step to the nearest orthogonal matrix, and which [batch] can be trusted.
+
+    Q (3I − QᵀQ)/2 takes E = QᵀQ − I to −¾E² − ¼E³, so that 1e-5 holds by construction for what is trusted, whatever
+    solver it came from. What was not nearly orthogonal, or not finite, is not trusted.
+    """
+    error = basis.mT @ basis
+    error.diagonal(dim1=-2, dim2=-1).sub_(1)
+    trusted = error.flatten(1).norm(dim=1) <= LOOSE  # False for NaN
+    return torch.baddbmm(basis, basis, error, alpha=-0.5), trusted
+
+
+def align(new: Tensor, old: Tensor) -> Tensor:
+    """`new` with the signs of its columns such that each points to the same side as the old one at its place.
+
+    A sign of an eigenvector means nothing; left to the solver, it would turn momentum round that is not carried.
+    """
+    against = (new * old).sum(-2, keepdim=True) < 0
+    return torch.where(against, -new, new)

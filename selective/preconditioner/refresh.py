@@ -1,0 +1,164 @@
+"""A refresh: from Gram matrices to new bases, and to what carries the moments over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from selective.preconditioner.base import Carry, State
+from selective.preconditioner.carry import order_of, turn
+from selective.preconditioner.linalg import REFRESHED, add_to, batches, copy_to, finite, per_matrix, stack
+from selective.preconditioner.rescue import Basis, Job, solve_all, stand_in
+from selective.preconditioner.sides import Side, gram
+from selective.preconditioner.solvers import SOLVERS, WARM, Solved, Solver, SolverName, eigh, singular_vectors
+
+if TYPE_CHECKING:
+    from selective.preconditioner.eigenbasis import Eigenbasis
+
+COUNTS = ("skipped", "float64", "cpu", "kept")
+"""What became of single matrices: input not finite, solved in float64, solved on the CPU, old basis kept."""
+
+
+class Input(NamedTuple):
+    """What a side's solver gets, scaled to a largest element of 1; σ₁ = scale · √(largest eigenvalue)."""
+
+    matrix: Tensor
+    scale: Tensor  # [batch]
+    finite: Tensor
+    usable: Tensor  # finite and not zero
+
+
+def refresh(
+    options: Eigenbasis, sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor]
+) -> list[Carry | None]:
+    """New bases in `states`, in place; what was refreshed for the first time goes by eigh, the rest by the solver."""
+    carries: list[Carry | None] = [None] * len(states)
+    if not sides or not grads[0].numel():
+        return carries
+    batch, rows, columns = grads[0].shape
+    solvers = [_solver_for(options.solver, state) for state in states]
+    for solver in SOLVERS:
+        mine = [i for i, own in enumerate(solvers) if own == solver]
+        for some in batches(len(mine), batch * max(rows, columns) ** 2, REFRESHED):
+            part = mine[some]
+            found = _refresh(options, solver, sides, [states[i] for i in part], [grads[i] for i in part])
+            for i, carry in zip(part, found, strict=True):
+                carries[i] = carry
+    return carries
+
+
+def _solver_for(solver: SolverName, state: State) -> SolverName:
+    return "eigh" if solver in WARM and not int(state["refreshes"]) else solver
+
+
+def _refresh(
+    options: Eigenbasis, solver: SolverName, sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor]
+) -> list[Carry | None]:
+    old: dict[Side, Tensor] = {side: stack([state[f"{side}_basis"] for state in states]) for side in sides}
+    jobs, inputs = _jobs(options, solver, sides, old, states, grads)
+    solved, everything = solve_all(jobs)
+    bases: dict[Side, Basis] = dict(zip(sides, [basis for job in solved for basis in job], strict=True))
+    batch = len(grads[0])
+    _count(states, batch, list(bases.values()), inputs)
+    if "noise" in states[0]:
+        _set_noise(states, batch, inputs[0], next(iter(bases.values())), options.floor)
+    changed = torch.stack([found.changed for found in bases.values()]).any(0)
+    news = [True] * len(states) if everything else [bool(part.any()) for part in changed.split(batch)]
+    for state, new in zip(states, news, strict=True):
+        state["refreshes"].add_(int(new))
+    carries = _carries(options, bases, old, news, batch)
+    for side, found in bases.items():  # last: `old` may be the tensor in the state itself
+        copy_to([state[f"{side}_basis"] for state in states], found.basis.split(batch))
+    return carries
+
+
+def _jobs(
+    options: Eigenbasis,
+    solver: SolverName,
+    sides: Sequence[Side],
+    old: dict[Side, Tensor],
+    states: Sequence[State],
+    grads: Sequence[Tensor],
+) -> tuple[list[Job], list[Input]]:
+    """One job a side; both sides in one where the SVD of the gradient gives both."""
+    if options.statistic == "gradient":
+        grad = _scaled(stack(grads))
+        if solver == "svd":
+            vectors = partial(singular_vectors, rows="rows" in sides, columns="columns" in sides)
+            last = partial(_by_grams, sides=sides)
+            job = Job(grad.matrix, [old[s] for s in sides], grad.usable, lambda g, _: vectors(g), last)
+            return [job], [grad]
+        inputs = [_normalised(gram(grad.matrix, side), grad) for side in sides]
+    else:
+        inputs = [_normalised(stack([state[f"{side}_gram"] for state in states])) for side in sides]
+    sort = options.carry == "rotate"
+    solve = partial(_one_side, SOLVERS[solver], sort)
+    last = partial(_one_side, eigh, sort)
+    jobs = [Job(i.matrix, [old[s]], i.usable, solve, last) for i, s in zip(inputs, sides, strict=True)]
+    return jobs, inputs
+
+
+def _one_side(solver: Solver, sort: bool, matrix: Tensor, old: list[Tensor]) -> list[Solved]:
+    return [solver(matrix, old[0], sort)]
+
+
+def _by_grams(grad: Tensor, old: list[Tensor], sides: Sequence[Side]) -> list[Solved]:
+    """The last resort for singular vectors."""
+    return [eigh(gram(grad, side), basis) for side, basis in zip(sides, old, strict=True)]
+
+
+def _scaled(grad: Tensor) -> Input:
+    """Gradients with a largest element of 1, so that their squares neither overflow nor vanish."""
+    good = finite(grad)
+    largest = grad.abs().amax((-2, -1))
+    usable = good & (largest > 0)
+    scaled = stand_in(grad / per_matrix(largest), usable)
+    return Input(scaled, torch.where(usable, largest, 1.0), good, usable)
+
+
+def _normalised(grams: Tensor, grad: Input | None = None) -> Input:
+    """Gram matrices with a largest element of 1, which is on the diagonal."""
+    largest = grams.diagonal(dim1=-2, dim2=-1).amax(-1)
+    good = finite(grams) if grad is None else grad.finite
+    usable = (good & (largest > 0)) if grad is None else grad.usable
+    matrix = stand_in(grams / per_matrix(largest), usable)
+    scale = torch.where(usable, largest, 1.0).sqrt() * (1.0 if grad is None else grad.scale)
+    return Input(matrix, scale, good, usable)
+
+
+def _count(states: Sequence[State], batch: int, bases: Sequence[Basis], inputs: Sequence[Input]) -> None:
+    """A matrix counts once, whichever of its sides it was."""
+    counts = {
+        "skipped": torch.stack([~i.finite for i in inputs]).any(0),
+        "float64": torch.stack([b.float64 for b in bases]).any(0),
+        "cpu": torch.stack([b.cpu for b in bases]).any(0),
+        "kept": torch.stack([b.kept for b in bases]).any(0),
+    }
+    for name, which in counts.items():
+        add_to([state[name] for state in states], which.view(-1, batch).sum(1))
+
+
+def _set_noise(states: Sequence[State], batch: int, matrix: Input, basis: Basis, floor: float) -> None:
+    largest = matrix.scale * basis.values.amax(-1).clamp(min=0).sqrt()  # σ₁ of the gradient
+    noise = torch.where(basis.changed, floor * torch.finfo(torch.float32).eps * largest, 0.0)
+    copy_to([state["noise"] for state in states], noise.split(batch))
+
+
+def _carries(
+    options: Eigenbasis, bases: dict[Side, Basis], old: dict[Side, Tensor], news: list[bool], batch: int
+) -> list[Carry | None]:
+    if options.carry == "keep":
+        return [Carry() if new else None for new in news]
+    parts: dict[str, Sequence[Tensor | None]] = {}
+    nothing: list[Tensor | None] = [None] * len(news)
+    for side, found in bases.items():
+        map_ = turn(found.basis, old[side], found.changed)  # newᵀ old
+        parts[side] = (map_ if side == "rows" else map_.mT).split(batch)
+        order = order_of(found.order, found.changed)
+        parts[f"{side}_order"] = nothing if order is None else order.split(batch)
+    columns = (parts.get(name, nothing) for name in ("rows", "columns", "rows_order", "columns_order"))
+    return [Carry(*maps) if new else None for *maps, new in zip(*columns, news, strict=True)]

@@ -1,0 +1,106 @@
+"""Which parameters of every group are rotated, which are not and why: kept from step to step, as captures are."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from selective.capture.base import Parameter
+from selective.capture.choose import Capture
+from selective.groups import PreconditionerGroup
+from selective.preconditioner import MatrixView, Preconditioner, Shape, matrix_shape
+
+# By what is in the name of a class: they rotate or orthogonalise their gradients themselves.
+_ROTATING = ("soap", "muon", "shampoo", "dion", "kron", "psgd", "kfac", "galore", "adadiag")
+_SAMPLES: tuple[Shape, ...] = ((1, 2, 3), (1, 3, 2), (2, 2, 2))
+
+
+@dataclass(eq=False)
+class Stage:
+    """One group's preconditioner and what it takes of the group."""
+
+    preconditioner: Preconditioner
+    matrix_view: MatrixView
+    capture: Capture  # of the rotated ones
+    beside: Capture  # ... and of the others: of the same way, or dense
+    members: list[Parameter]
+    shapes: dict[Tensor, Shape] = field(default_factory=dict)  # of those that are rotated
+    left: dict[str, str] = field(default_factory=dict)  # name of each other parameter -> why it is not
+    _split: tuple[list[Parameter], list[Parameter], list[Parameter]] = field(default=([], [], []))
+
+    def __post_init__(self) -> None:
+        for parameter in self.members:
+            found = matrix_shape(parameter.tensor, self.matrix_view)
+            if not isinstance(found, str) and not self.preconditioner.takes(found):
+                found = f"{type(self.preconditioner).__name__} does not take {list(found)}"
+            if isinstance(found, str):
+                self.left[parameter.name] = found
+            else:
+                self.shapes[parameter.tensor] = found
+        if self.shapes and self.capture.way != "fused" and self.capture.facts.keeps_memory:
+            raise ValueError(
+                "SelectiveUpdate: the base writes to memory that it got hold of earlier, and not to where its "
+                "parameters are; a preconditioner has to step it on others. Take a base that looks at p.data in each "
+                "step, or preconditioner=None"
+            )
+
+    def split(self, present: list[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
+        """The parameters that are not rotated, and those that are: the same lists as long as `present` is the same."""
+        if present is not self._split[0] or not self._split[0]:
+            rest = [p for p in present if p.tensor not in self.shapes]
+            self._split = present, rest, [p for p in present if p.tensor in self.shapes]
+        return self._split[1:]
+
+    def is_of(self, group: PreconditionerGroup, beside: Capture, members: list[Parameter]) -> bool:
+        """Whether nothing has changed that this follows from."""
+        return (
+            self.preconditioner is group.preconditioner
+            and self.matrix_view == group.matrix_view
+            and self.beside is beside
+            and self.members is members
+        )
+
+
+def check_change(old: Stage | None, new: Stage | None, number: int) -> None:
+    """Refuse a preconditioner that was replaced, in training, by one with another basis."""
+    before, after = (None if stage is None else stage.preconditioner for stage in (old, new))
+    if before is after:
+        return
+    same = before is not None and after is not None and type(before) is type(after)
+    if old is None or new is None or not same or not _same_basis(old, new):
+        raise ValueError(
+            f"SelectiveUpdate: preconditioner_groups[{number}] was {before!r} and is {after!r} now, whose basis is "
+            f"another; the moments that were collected in the old one would mean nothing. Set it back, or construct "
+            f"the optimizer anew"
+        )
+
+
+def _same_basis(old: Stage, new: Stage) -> bool:
+    stayed = [p.tensor for p in old.members if any(p.tensor is q.tensor for q in new.members)]
+    return all(old.shapes.get(p) == new.shapes.get(p) for p in stayed) and all(
+        layout_of(old.preconditioner, shape) == layout_of(new.preconditioner, shape) for shape in _SAMPLES
+    )
+
+
+def layout_of(preconditioner: Preconditioner, shape: Shape, device: torch.device | None = None) -> dict[str, object]:
+    """The names, shapes and dtypes of what is kept of a parameter of this shape; nothing where it is not taken."""
+    if not preconditioner.takes(shape):
+        return {}
+    state = preconditioner.init_state(torch.zeros(shape, device=device))
+    return {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
+
+
+def warn_of_two_rotations(base: Optimizer) -> None:
+    """Say that a base which rotates or orthogonalises by itself gets rotated gradients now."""
+    names = [cls.__name__ for cls in type(base).__mro__ if issubclass(cls, Optimizer) and cls is not Optimizer]
+    if any(word in name.lower() for name in names for word in _ROTATING):
+        warnings.warn(
+            f"SelectiveUpdate: {type(base).__name__} rotates or orthogonalises gradients itself, and gets rotated ones "
+            f"now: the second rotation undoes or repeats the first one's work, and costs as much again. Take AdamW as "
+            f"the base, or preconditioner=None",
+            stacklevel=4,
+        )

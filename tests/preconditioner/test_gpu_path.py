@@ -1,0 +1,42 @@
+"""Rotated parameters through the Triton kernels: interpreted on a machine without a GPU, compiled on one with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from base_optimizers import BASES, build, give_grads
+from transforms import Turning
+
+from selective import MGUP, Cautious, CautiousMGUP, Dense, SelectiveUpdate
+from selective.kernels import use_backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(name: str, backend: Any, dtype: torch.dtype, **options: Any) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((12, 8), (8,), (12, 8), (6, 5))
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(DEVICE, dtype)) for s in shapes]
+    with use_backend(backend):
+        optimizer = SelectiveUpdate(build(BASES[name], params), **options)
+        for step in range(3):
+            cpu = [torch.nn.Parameter(p.detach().cpu()) for p in params]
+            give_grads(cpu, step)
+            for p, c in zip(params, cpu, strict=True):
+                p.grad = c.grad.to(DEVICE)  # type: ignore[union-attr]
+            optimizer.step()
+    return [p.detach().float().cpu() for p in params]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("policy", [Dense(), CautiousMGUP(), Cautious(), MGUP()], ids=str)
+@pytest.mark.parametrize("name", ["adamw-foreach", "sgd-momentum", "adafactor"])
+def test_the_kernels_step_rotated_parameters_as_the_reference_does(name: str, policy: Any, dtype: torch.dtype) -> None:
+    options = {"policy": policy, "preconditioner": Turning(every=2)}
+    found, expected = run(name, "gpu", dtype, **options), run(name, "reference", dtype, **options)
+    for a, b in zip(found, expected, strict=True):
+        tolerance = (64 if dtype == torch.float32 else 3 * 2**16) * torch.finfo(torch.float32).eps * 4
+        far = (a - b).abs() > tolerance  # but for coordinates on the edge of a selection
+        assert far.float().mean() <= 0.03

@@ -1,0 +1,140 @@
+"""`param_groups_for` on a small GPT with a tied head, a convolutional net, a mixture of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transforms import Turning
+
+from selective import MGUP, SelectiveUpdate, param_groups_for
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        h = self.norm(x)
+        x = x + self.attention(h, h, h, need_weights=False)[0]
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, tied: bool = True, name: str = "lm_head") -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(31, 8)
+        self.pos_emb = nn.Parameter(torch.zeros(6, 8))
+        self.blocks = nn.ModuleList([Block(8), Block(8)])
+        setattr(self, name, nn.Linear(8, 31, bias=False))
+        if tied:
+            getattr(self, name).weight = self.tokens.weight
+
+    def forward(self, ids):
+        x = self.tokens(ids) + self.pos_emb
+        for block in self.blocks:
+            x = block(x)
+        return next(m for m in reversed(list(self.children())) if isinstance(m, nn.Linear))(x)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 4, bias=False)
+        self.up, self.down = nn.Parameter(torch.randn(4, 8, 16)), nn.Parameter(torch.randn(4, 16, 8))
+
+
+def names(groups: Any) -> dict[str, list[str]]:
+    return {group["name"]: [name for name, _ in group["params"]] for group in groups}
+
+
+def test_a_gpt_with_a_tied_head() -> None:
+    model = GPT()
+    groups = param_groups_for(model, weight_decay=0.1)
+    found = names(groups)
+    assert found["embeddings"] == ["pos_emb", "tokens.weight"] or found["embeddings"] == ["tokens.weight", "pos_emb"]
+    assert "head" not in found  # it is the embedding
+    assert [n.rpartition("blocks.0.")[2] for n in found["matrices"][:4]] == [
+        "attention.in_proj_weight", "attention.out_proj.weight", "up.weight", "down.weight",
+    ]  # fmt: skip
+    assert all("bias" in n or "norm" in n for n in found["vectors"])
+    assert {g["name"]: g["weight_decay"] for g in groups} == {"matrices": 0.1, "embeddings": 0.1, "vectors": 0.0}
+    assert {g["name"]: g.get("preconditioner", "the wrapper's") for g in groups} == {
+        "matrices": "the wrapper's", "embeddings": None, "vectors": None,
+    }  # fmt: skip
+    assert sum(len(ns) for ns in found.values()) == len(list(model.parameters()))  # each once
+    assert "the weight of an embedding; tied: tokens.weight = lm_head.weight" in groups.table()
+    assert str(groups) == groups.table()
+
+
+@pytest.mark.parametrize("name", ["lm_head", "to_logits"])
+def test_a_head_of_its_own_is_found_by_name_and_by_size(name: str) -> None:
+    groups = param_groups_for(GPT(tied=False, name=name))
+    assert names(groups)["head"] == [f"{name}.weight"]
+    assert all("weight_decay" not in group for group in groups)
+
+
+def test_a_square_last_layer_is_not_taken_for_a_head() -> None:
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8))
+    assert names(param_groups_for(model))["matrices"] == ["1.weight"]
+    assert names(param_groups_for(model, head=["1"]))["head"] == ["1.weight", "1.bias"]
+
+
+def test_a_convolutional_net() -> None:
+    model = nn.Sequential()
+    model.add_module("stem", nn.Conv2d(3, 6, 3))
+    model.add_module("norm", nn.BatchNorm2d(6))
+    model.add_module("hidden", nn.Linear(6, 9))
+    model.add_module("classifier", nn.Linear(9, 4))
+    groups = param_groups_for(model)
+    assert names(groups) == {
+        "matrices": ["hidden.weight"],
+        "conv": ["stem.weight"],
+        "head": ["classifier.weight"],
+        "vectors": ["stem.bias", "norm.weight", "norm.bias", "hidden.bias", "classifier.bias"],
+    }
+    assert groups[1]["matrix_view"] == "conv"
+
+
+def test_a_mixture_of_experts() -> None:
+    groups = param_groups_for(Experts())
+    assert names(groups) == {"matrices": ["router.weight"], "experts": ["up", "down"]}
+    assert groups[1]["matrix_view"] == "experts"
+
+
+def test_frozen_ones_are_left_out_and_mistakes_are_named() -> None:
+    model = nn.Linear(3, 3)
+    model.bias.requires_grad_(False)
+    assert names(param_groups_for(model)) == {"matrices": ["weight"]}
+    with pytest.raises(ValueError, match="embeddings names 'table', which trains nothing; there is weight"):
+        param_groups_for(model, embeddings=["table"])
+    with pytest.raises(ValueError, match=r"no_decay has \['bias'\]; the kinds are matrices, conv, experts"):
+        param_groups_for(model, no_decay=["bias"])
+    model.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        param_groups_for(model)
+
+
+@pytest.mark.parametrize("model", [GPT(), GPT(tied=False)], ids=["tied", "not"])
+def test_what_it_returns_goes_into_a_base_and_the_wrapper(model: GPT) -> None:
+    groups = param_groups_for(model, weight_decay=0.1)
+    matrices = set(names(groups)["matrices"])
+    optimizer = SelectiveUpdate(torch.optim.AdamW(groups, lr=0.01), policy=MGUP(), preconditioner=Turning(every=2))
+    ids = torch.arange(12).reshape(2, 6)
+    first = last = None
+    for _ in range(8):
+        loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+        first, last = first or loss.item(), loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert last < first
+    rotated = {n for n, p in model.named_parameters() if "selective/basis_steps" in optimizer.state[p]}
+    assert rotated == matrices
+    text = optimizer.explain()
+    assert "blocks.0.up.weight" in text and "param_groups[1]" in text
