@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,7 +17,9 @@ from selective.bench.environment import environment
 from selective.bench.measure import Result, run
 from selective.bench.peers import peer_contenders
 from selective.bench.report import as_json, heading, table
+from selective.bench.rotations import measure_rotations, rotation_table
 from selective.bench.shapes import SHAPES
+from selective.preconditioner.linalg import Precision
 
 DEFAULT_SHAPES = {"cpu": "transformer-30m", "cuda": "llama-1b"}
 ALWAYS = ("torch foreach", "torch fused")
@@ -34,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         "repeatable")  # fmt: skip
     add("--peers", action=argparse.BooleanOptionalAction, help="other people's optimizers that are installed (default: "
         "on cuda; some of them compile for a minute)")  # fmt: skip
+    add("--rotations", action="store_true", help="what preconditioners cost, instead: products, refreshes, memory")
     add("--rounds", type=_positive, default=7, help="timings of each (default: 7)")
     add("--threads", type=_positive, help="threads of torch; default: its own choice")
     add("--json", metavar="FILE", type=Path, help="also write everything there")
@@ -50,15 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = getattr(torch, options.dtype)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.json and not options.json.absolute().parent.is_dir():
+        made.error(f"--json {options.json}: the folder {options.json.absolute().parent} is not there; make it first")
+    if options.rotations:
+        if options.only or options.dtype != "float32":
+            made.error("--rotations measures float32 parameters, and all that there is: leave --only and --dtype out")
+        return _rotations(options, device)
     contenders = standard_contenders(device, dtype)
     if options.peers or (options.peers is None and device == "cuda"):
         contenders += peer_contenders()
     if options.only:
         contenders = _chosen(made, contenders, options.only)
-    if options.json and not options.json.absolute().parent.is_dir():
-        made.error(f"--json {options.json}: the folder {options.json.absolute().parent} is not there; make it first")
-    facts = environment(device)
-    print(f"{facts['gpu'] or facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}")
+    _where(device)
     results: list[Result] = []
     left_out = False
     for shapes in options.shapes or [DEFAULT_SHAPES[device]]:
@@ -74,6 +81,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.json.write_text(json.dumps(as_json(results), indent=1))
     refused = [m for result in results for m in result.measurements if m.outcome not in ("timed", "missing")]
     return int(left_out or bool(refused))
+
+
+def _where(device: str) -> None:
+    facts = environment(device)
+    print(f"{facts['gpu'] or facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}")
+
+
+def _rotations(options: argparse.Namespace, device: str) -> int:
+    _where(device)
+    precisions: list[Precision] = ["float32", "tf32", "bfloat16"] if device == "cuda" else ["float32"]
+    found = []
+    for shapes in options.shapes or [DEFAULT_SHAPES[device]]:
+        result = measure_rotations(shapes, device=device, rounds=options.rounds, precisions=precisions, tell=_tell)
+        found.append(asdict(result))
+        print(f"\n{rotation_table(result)}")
+        if options.json:
+            options.json.write_text(json.dumps({**environment(device), "rotations": found}, indent=1))
+    return 0
 
 
 def _chosen(made: argparse.ArgumentParser, contenders: list[Contender], texts: list[str]) -> list[Contender]:

@@ -52,19 +52,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
-    """Logits for the next byte: int64 (batch, tokens) in, float32 (batch, tokens, 256) out.
+    """Logits for the next token: int64 (batch, tokens) in, float32 (batch, tokens, vocabulary) out. Tokens are bytes
+    unless another `vocabulary` is given.
 
     The weights depend on `seed` alone; the global generators are not touched. Matrices are normal with deviation
     0.02, those that write into the residual stream divided by sqrt(2 * layers) (as in GPT-2).
     """
 
-    def __init__(self, config: ModelConfig, seed: int) -> None:
+    def __init__(self, config: ModelConfig, seed: int, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
         with torch.device("meta"):  # no weights yet: the modules' own initialisation would draw global numbers
-            self.embedding = nn.Embedding(VOCABULARY, config.width)
+            self.embedding = nn.Embedding(vocabulary, config.width)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
             self.norm = nn.RMSNorm(config.width)
-            self.head = nn.Linear(config.width, VOCABULARY, bias=False)
+            self.head = nn.Linear(config.width, vocabulary, bias=False)
         self.to_empty(device="cpu")
         self._initialise(torch.Generator().manual_seed(seed), config.layers)
         features = config.width // config.heads

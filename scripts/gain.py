@@ -1,0 +1,296 @@
+"""What rotations and selection gain where a model is worth a GPU: the runs behind "What it gains" in the docs.
+
+    python scripts/gain.py --out docs/measurements/gain --seconds 550
+    python scripts/gain.py --out docs/measurements/gain --table
+
+A LLaMA-style model (by default 33.6M parameters) on the source of the installed Python packages, cut into 8,192 tokens
+by a byte-level BPE that is trained here; 600 steps of 65,536 tokens, cosine with warm-up, clipping, bfloat16 autocast.
+Everyone is swept over learning rates; the runs come in the order of `plan`, each is written to a file of its own, and
+what is there is not run again: so it can be done in several sittings, each ended by `--seconds`.
+Needs the packages tokenizers and, for one rival, pytorch_optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from selective import (
+    MGUP,
+    AdaDiag,
+    Cautious,
+    Policy,
+    Preconditioner,
+    RandomMask,
+    SelectiveUpdate,
+    Soap,
+    param_groups_for,
+)
+from selective.compare.config import LoopConfig, ModelConfig
+from selective.compare.intervals import steps_to, t_interval
+from selective.compare.model import GPT
+from selective.compare.model import loss as loss_of
+from selective.compare.train import schedule, write_atomically
+
+DECAY = 0.1
+MGUP_MILD = MGUP(alpha=1.5, gamma=0.5)  # the paper's advice for bases whose learning rate is tuned
+SPACES: dict[str, Preconditioner] = {
+    "Soap": Soap(),
+    "AdaDiag++": AdaDiag(sides="two", refresh_every=50),
+    "AdaDiag": AdaDiag(sides="one", refresh_every=50),
+}
+RATES: dict[str, tuple[float, ...]] = {
+    "AdamW": (7.5e-4, 1.5e-3, 3e-3, 6e-3),
+    "Soap": (1.5e-3, 3e-3, 6e-3),
+    "AdaDiag++": (1e-3, 2e-3, 4e-3),
+    "AdaDiag": (1e-3, 2e-3, 4e-3),
+    "Muon": (5e-3, 1e-2, 2e-2),
+    "pytorch_optimizer SOAP": (1.5e-3, 3e-3, 6e-3),
+    "Adafactor": (5e-3, 1e-2, 2e-2),
+    "Adafactor in AdaDiag": (5e-3, 1e-2, 2e-2),
+    "Adafactor in AdaDiag++": (5e-3, 1e-2, 2e-2),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    setup: str
+    lr: float
+    seed: int = 0
+
+    @property
+    def file(self) -> str:
+        plain = "".join(c if c.isalnum() or c in "+-" else "-" for c in self.setup)
+        return f"{plain}-lr{self.lr:g}-seed{self.seed}.json"
+
+
+def plan(done: Callable[[], list[dict[str, Any]]]) -> Iterator[Run]:
+    """The runs in their order; later ones depend on what the earlier ones have found."""
+    for setup in ("AdamW", "Soap", "AdaDiag++", "AdaDiag", "Muon", "pytorch_optimizer SOAP"):
+        yield from (Run(setup, lr) for lr in RATES[setup])
+    space = min(SPACES, key=lambda name: best(done(), name)[1])
+    rate = best(done(), space)[0]
+    for policy in ("MGUP", "Cautious"):
+        yield Run(f"{policy} in {space}", rate)
+        yield Run(f"random like {policy} in {space}", rate)
+    for setup in ("Adafactor", "Adafactor in AdaDiag", "Adafactor in AdaDiag++"):
+        yield from (Run(setup, lr) for lr in RATES[setup])
+    for seed in (1, 2):
+        for setup in ("AdamW", space):
+            yield Run(setup, best(done(), setup)[0], seed)
+
+
+def best(done: list[dict[str, Any]], setup: str) -> tuple[float, float]:
+    """Learning rate and final loss of a setup's best run with seed 0."""
+    found = [(r["validation"]["loss"][-1], r["lr"]) for r in done if r["setup"] == setup and r["seed"] == 0]
+    loss, lr = min(found, default=(math.inf, math.nan))
+    return lr, loss
+
+
+class Both(Optimizer):
+    """Two optimizers as one: Muon takes matrices only."""
+
+    def __init__(self, first: Optimizer, second: Optimizer) -> None:
+        self.parts = (first, second)
+        super().__init__([*first.param_groups, *second.param_groups], {})
+        self.param_groups = [*first.param_groups, *second.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for part in self.parts:
+            part.step()
+
+
+def optimizer_of(run: Run, model: nn.Module) -> Optimizer:
+    """What a run trains with."""
+    groups = [
+        {**group, "params": [p for _, p in group["params"]]} for group in param_groups_for(model, weight_decay=DECAY)
+    ]
+    for group in groups:
+        del group["name"]
+    plain = [{k: v for k, v in group.items() if k not in ("preconditioner", "matrix_view")} for group in groups]
+    fused = next(model.parameters()).is_cuda
+    name, _, space_name = run.setup.rpartition(" in ")
+    name, space = (name, SPACES[space_name]) if name else (run.setup, SPACES.get(run.setup))
+    if run.setup == "AdamW":
+        return torch.optim.AdamW(plain, lr=run.lr, betas=(0.9, 0.95), fused=fused)
+    if run.setup == "Muon":
+        rest = torch.optim.AdamW(plain[1:], lr=1.5e-3, betas=(0.9, 0.95), fused=fused)
+        return Both(torch.optim.Muon(plain[:1], lr=run.lr, weight_decay=DECAY), rest)
+    if run.setup == "pytorch_optimizer SOAP":
+        from pytorch_optimizer import SOAP
+
+        return SOAP(plain, lr=run.lr, betas=(0.95, 0.95), weight_decay=DECAY, precondition_frequency=10)
+    if name.startswith("Adafactor"):
+        base: Optimizer = torch.optim.Adafactor(plain if space is None else groups, lr=run.lr)
+        return base if space is None else SelectiveUpdate(base, preconditioner=space, statistics=False)
+    betas = (0.95, 0.95) if isinstance(space, Soap) else (0.9, 0.95)
+    policies: dict[str, Policy] = {"MGUP": MGUP_MILD, "Cautious": Cautious()}
+    policies |= {f"random like {key}": RandomMask.matching(policy) for key, policy in policies.items()}
+    base = torch.optim.AdamW(groups, lr=run.lr, betas=betas, fused=fused)
+    return SelectiveUpdate(base, policy=policies.get(name), preconditioner=space, seed=run.seed, statistics=False)
+
+
+def text_of(root: Path, most: int) -> Iterator[str]:
+    """The Python sources under a folder, whole files in the order of their names' hashes, up to so many characters."""
+    files = sorted(root.rglob("*.py"), key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest())
+    size = 0
+    for file in files:
+        text = file.read_text(encoding="utf-8", errors="replace")
+        size += len(text)
+        if size > most:
+            return
+        yield text
+
+
+def tokens_of(root: Path, vocabulary: int, most: int) -> Tensor:
+    """The text as tokens, int32, of a byte-level BPE that is trained on a part of it."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    texts = list(text_of(root, most))
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts[: max(1, len(texts) // 8)], vocab_size=vocabulary, show_progress=False)
+    ids = [i for encoded in tokenizer.encode_batch(texts) for i in encoded.ids]
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+class Trainer:
+    """Model and text, which stay from run to run: the model is compiled once."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device = options, options.device
+        self.config = ModelConfig(
+            layers=options.layers, width=options.width, heads=options.heads, context=options.context
+        )
+        tokens = tokens_of(options.text, options.vocabulary, options.characters).to(self.device)
+        cut = len(tokens) - max(len(tokens) // 50, 4 * (options.context + 1))
+        self.train, self.held_out = tokens[:cut], tokens[cut:]
+        self.model = GPT(self.config, 0, options.vocabulary).to(self.device)
+        self.forward: Callable[[nn.Module, Tensor], Tensor] = loss_of
+        if self.device == "cuda":
+            self.forward = torch.compile(loss_of)
+
+    def windows(self, text: Tensor, starts: Tensor) -> Tensor:
+        places = starts.to(self.device)[:, None] + torch.arange(self.options.context + 1, device=self.device)
+        return text[places].long()
+
+    def loss(self, windows: Tensor) -> Tensor:
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device == "cuda"):
+            return self.forward(self.model, windows)
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """On the same windows each time."""
+        room, count = len(self.held_out) - self.options.context - 1, 8
+        starts = torch.linspace(0, room, self.options.batch * count).long().split(self.options.batch)
+        return sum(float(self.loss(self.windows(self.held_out, part))) for part in starts) / count
+
+    def go(self, run: Run) -> dict[str, Any]:
+        """Train from the seed's start on the seed's batches."""
+        options = self.options
+        self.model.load_state_dict(GPT(self.config, run.seed, options.vocabulary).state_dict())
+        optimizer = optimizer_of(run, self.model)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        multiplier = schedule(LoopConfig(warmup=0.1, final_lr=0.1), options.steps)  # pyright: ignore[reportCallIssue]
+        generator = torch.Generator().manual_seed(1000 + run.seed)
+        record: dict[str, Any] = {"setup": run.setup, "lr": run.lr, "seed": run.seed, "steps": options.steps}
+        record["validation"] = {"step": [], "loss": []}
+        begun = time.perf_counter()
+        for step in range(options.steps + 1):
+            if step % options.evaluate_every == 0 or step == options.steps:
+                record["validation"]["step"].append(step)
+                record["validation"]["loss"].append(self.evaluate())
+            if step == options.steps or not math.isfinite(record["validation"]["loss"][-1]):
+                break
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * multiplier(step)
+            starts = torch.randint(len(self.train) - options.context - 1, (options.batch,), generator=generator)
+            optimizer.zero_grad()
+            for part in self.windows(self.train, starts).split(options.micro_batch):
+                (self.loss(part) * (len(part) / options.batch)).backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            optimizer.step()
+        record["seconds"] = time.perf_counter() - begun
+        for p in self.model.parameters():
+            p.grad = None
+        return record
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("*-seed*.json"))]
+
+
+def table(folder: Path) -> str:
+    """Every setup at its best rate: final loss, steps to AdamW's final loss, time; then all runs."""
+    done = results(folder)
+    _, wanted = best(done, "AdamW")
+    lines = [
+        "| setup | best lr | final loss | steps to AdamW's | s a run | other rates |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for setup in dict.fromkeys(r["setup"] for r in done):
+        lr, loss = best(done, setup)
+        mine = [r for r in done if r["setup"] == setup and r["lr"] == lr]
+        losses = [r["validation"]["loss"][-1] for r in mine]
+        spread = f" ({t_interval(losses)}, n = {len(losses)})" if len(losses) > 1 else ""
+        first = next(r for r in mine if r["seed"] == 0)
+        steps = steps_to(wanted, first["validation"]["step"], first["validation"]["loss"])
+        reached = "–" if steps is None else f"{steps:.0f} of {first['steps']}"
+        others = ", ".join(
+            f"{r['lr']:g}: {r['validation']['loss'][-1]:.3f}"
+            for r in done if r["setup"] == setup and r["seed"] == 0 and r["lr"] != lr
+        )  # fmt: skip
+        lines.append(f"| {setup} | {lr:g} | {loss:.3f}{spread} | {reached} | {first['seconds']:.0f} | {others} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the results")
+    add("--table", action="store_true", help="only print what there is")
+    add("--seconds", type=float, default=math.inf, help="begin no run that would not end in time")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    add("--text", type=Path, default=Path(sysconfig.get_path("purelib")), help="folder with Python sources")
+    add("--characters", type=int, default=200_000_000, help="of the text")
+    for name, value in {"steps": 600, "batch": 128, "micro-batch": 32, "context": 512, "layers": 8, "width": 512,
+                        "heads": 8, "vocabulary": 8192, "evaluate-every": 25}.items():  # fmt: skip
+        add(f"--{name}", type=int, default=value)
+    options = parser.parse_args(argv)
+    begun = time.perf_counter()
+    options.out.mkdir(parents=True, exist_ok=True)
+    trainer: Trainer | None = None
+    longest = 0.0
+    for run in () if options.table else plan(lambda: results(options.out)):
+        if (options.out / run.file).exists():
+            continue
+        if time.perf_counter() - begun + longest > options.seconds:
+            print("out of time; the same command goes on from here")
+            break
+        trainer = trainer or Trainer(options)
+        record = trainer.go(run)
+        longest = max(longest, record["seconds"])
+        where = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+        record |= {"torch": torch.__version__, "device": where, "date": time.strftime("%Y-%m-%d")}
+        write_atomically(options.out / run.file, json.dumps(record).encode())
+        print(f"{run.file}: {record['validation']['loss'][-1]:.4f}, {record['seconds']:.0f} s", flush=True)
+    print(table(options.out))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,222 @@
+"""What a rotation costs: steps beside their products, refreshes by solver, how evenly they are spread, memory."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from selective import AdaDiag, Eigenbasis, Preconditioner, SelectiveUpdate
+from selective.bench.clock import HostClock, clock_of
+from selective.bench.contenders import ADAMW, POLICIES
+from selective.bench.shapes import SHAPES
+from selective.bench.workload import Stepping, Workload
+from selective.preconditioner.linalg import Precision, float32_products
+from selective.preconditioner.solvers import SolverName
+
+LONGEST_SIDE = 10_000  # of what is rotated: embeddings and heads are not
+REFRESH_EVERY = 10
+SOLVERS: tuple[SolverName, ...] = ("cholesky", "qr", "eigh")
+NEVER = 10**9  # steps
+
+
+@dataclass
+class Line:
+    """One measurement, in seconds a step, with what its parts say."""
+
+    name: str
+    seconds: float
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Rotations:
+    """Everything that was measured on one set of shapes."""
+
+    shapes: str
+    device: str
+    elements: int
+    matrices: int
+    rotated: int  # elements of them
+    lines: list[Line] = field(default_factory=list)
+
+    def line(self, name: str) -> Line:
+        return next(line for line in self.lines if line.name == name)
+
+
+class Work(Stepping):
+    """Something else than an optimizer's step, for the clocks."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.work = work
+
+    def prepare(self) -> None: ...
+
+    def step(self) -> None:
+        self.work()
+
+
+def is_rotated(p: Tensor) -> bool:
+    return p.dim() == 2 and 2 <= min(p.shape) and max(p.shape) <= LONGEST_SIDE
+
+
+def measure_rotations(
+    shapes: str, *, device: str, rounds: int = 5, precisions: Sequence[Precision] = ("float32",),
+    tell: Callable[[str], None] | None = None,
+) -> Rotations:  # fmt: skip
+    """Time AdamW's steps in rotated spaces, around torch's fused AdamW, everything in float32 but the products.
+
+    - "dense": the fused step without a rotation, by our kernel. "products X": `torch.mm` of a one-sided rotation's
+      products, there and back, in that precision and nothing else. "one-sided X": a step of `AdaDiag` between two
+      refreshes; its `ratio` is to the sum of the two.
+    - "refresh SOLVER": what a refresh of running statistics every ten steps adds to a step on average; `step` is a step
+      without one, `at_once` the step that has it.
+    - "staggered": the median step where refreshes take turns; `worst` is the longest over it.
+    - `bytes` and `documented`: what lasts of the bases, and what the documentation says.
+    """
+    rig = _Rig(shapes, device, rounds, tell)
+    dense = rig.steady(None)
+    rig.add("dense", dense)
+    for precision in precisions:
+        products = rig.products(precision)
+        rig.add(f"products {precision}", products)
+        space = AdaDiag(sides="one", precision=precision, refresh_every=NEVER)
+        rotated = rig.steady(space)
+        rig.add(f"one-sided {precision}", rotated, ratio=rotated / (dense + products), **rig.memory)
+    for solver in SOLVERS:
+        space = Eigenbasis(sides="one", solver=solver, refresh_every=REFRESH_EVERY, stagger=False)
+        plain, with_refresh = rig.series(space)
+        at_once, step = statistics.median(with_refresh), statistics.median(plain)
+        rig.add(f"refresh {solver}", (at_once - step) / REFRESH_EVERY, step=step, at_once=at_once, **rig.memory)
+    plain, with_refresh = rig.series(Eigenbasis(sides="one", refresh_every=REFRESH_EVERY))
+    every = plain + with_refresh
+    middle = statistics.median(every)
+    rig.add("staggered", middle, worst=max(every) / middle)
+    return rig.result
+
+
+class _Rig:
+    def __init__(self, shapes: str, device: str, rounds: int, tell: Callable[[str], None] | None) -> None:
+        if shapes not in SHAPES:
+            raise ValueError(f"shapes is {shapes!r}, must be one of {', '.join(SHAPES)}")
+        self.clock: HostClock = clock_of(device)
+        self.workload = Workload(SHAPES[shapes], device)
+        self.rounds, self.tell = rounds, tell
+        self.inside = [p for p in self.workload.params if is_rotated(p)]
+        rotated = sum(p.numel() for p in self.inside)
+        self.result = Rotations(shapes, device, self.workload.elements, len(self.inside), rotated)
+        self.memory: dict[str, float] = {}
+
+    def add(self, name: str, seconds: float, **facts: float) -> None:
+        self.result.lines.append(Line(name, seconds, facts))
+        if self.tell is not None:
+            self.tell(f"{self.result.shapes}: {name} {1e3 * seconds:.2f} ms")
+
+    def stepping(self, space: Preconditioner | None) -> Stepping:
+        """Torch's fused AdamW, dense, in this space; embeddings, heads and vectors as they are."""
+        self.workload.refill()
+        inside = {id(p) for p in self.inside}
+        outside = [p for p in self.workload.params if id(p) not in inside]
+        groups: list[dict[str, Any]] = [{"params": self.inside}, {"params": outside, "preconditioner": None}]
+        base: Optimizer = torch.optim.AdamW([g for g in groups if g["params"]], fused=True, **ADAMW)
+        policy = POLICIES["Everything × Fixed"]
+        optimizer = SelectiveUpdate(base, policy=policy, preconditioner=space, statistics=False)
+        return Stepping(optimizer, self.workload)
+
+    def steady(self, space: Preconditioner | None) -> float:
+        """A step's median time after the first basis."""
+        stepping = self.stepping(space)
+        stepping.warm_up(3)
+        self._weigh(stepping, space)
+        times = []
+        for _ in range(self.rounds):
+            self.workload.fresh_gradients()
+            stepping.prepare()
+            times.append(self.clock.seconds(stepping, min(self.clock.most_steps, 5)))
+        self._drop(stepping)
+        return statistics.median(times)
+
+    def series(self, space: Eigenbasis) -> tuple[list[float], list[float]]:
+        """The times of single steps without a refresh, and of those with one, after the first round of bases."""
+        stepping = self.stepping(space)
+        begin = 2 * REFRESH_EVERY
+        stepping.warm_up(begin)
+        self._weigh(stepping, space)
+        plain: list[float] = []
+        with_refresh: list[float] = []
+        for step in range(begin, begin + self.rounds * REFRESH_EVERY):
+            self.workload.fresh_gradients()
+            stepping.prepare()
+            count = len(self.inside)
+            due = any(space.is_due(step, place, count) for place in range(count))
+            (with_refresh if due else plain).append(self.clock.seconds(stepping, 1))
+        self._drop(stepping)
+        return plain, with_refresh
+
+    def products(self, precision: Precision) -> float:
+        """`torch.mm` of each matrix with a basis of its smaller side, there and back, into memory that is there."""
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        made = [_product(p, dtype) for p in self.inside]
+
+        def run() -> None:
+            with float32_products("tf32" if precision == "tf32" else "ieee"):
+                for left, right, out in made:
+                    torch.mm(left, right, out=out)
+                    torch.mm(left, right, out=out)
+
+        work = Work(run)
+        work.step()
+        times = [self.clock.seconds(work, 1) for _ in range(self.rounds)]
+        made.clear()
+        self.clock.settle()
+        return statistics.median(times)
+
+    def _weigh(self, stepping: Stepping, space: Preconditioner | None) -> None:
+        """What lasts of the bases, against k² float32 numbers a matrix, twice that with running statistics."""
+        if not isinstance(space, Eigenbasis):
+            return
+        times = 2 if space.statistic == "ema" else 1
+        state = stepping.optimizer.state
+        kept = (v for p in self.inside for k, v in state[p].items() if k.startswith("selective/basis/"))
+        documented = sum(4 * times * min(p.shape) ** 2 for p in self.inside)
+        self.memory = {"bytes": sum(value.nbytes for value in kept), "documented": documented}
+
+    def _drop(self, stepping: Stepping) -> None:
+        del stepping.optimizer
+        self.clock.settle()
+
+
+def _product(p: Parameter, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = p.shape
+    basis = torch.randn(min(p.shape), min(p.shape), device=p.device, dtype=dtype)
+    grad = torch.randn(p.shape, device=p.device, dtype=dtype)
+    left, right = (basis, grad) if rows < columns else (grad, basis)
+    return left, right, torch.empty_like(grad)
+
+
+def rotation_table(result: Rotations) -> str:
+    """For the terminal."""
+    lines = [
+        f"{result.shapes}: {result.matrices} matrices of {result.rotated / 1e6:,.1f} M parameters are rotated on their "
+        f"smaller side, of {result.elements / 1e6:,.1f} M; around AdamW(fused=True), float32",
+        f"{'what':24}{'ms':>10}",
+    ]
+    cholesky = next((line.seconds for line in result.lines if line.name == "refresh cholesky"), None)
+    for line in result.lines:
+        said = [f"{name} {_fact(name, value)}" for name, value in line.facts.items()]
+        if line.name.startswith("refresh ") and line.name != "refresh cholesky" and cholesky:
+            said.append(f"{line.seconds / cholesky:.1f} × cholesky's")
+        lines.append(f"{line.name:24}{1e3 * line.seconds:10.2f}  {', '.join(said)}".rstrip())
+    return "\n".join(lines)
+
+
+def _fact(name: str, value: float) -> str:
+    if name in ("step", "at_once"):
+        return f"{1e3 * value:.2f} ms"
+    return f"{value:,.0f}" if name in ("bytes", "documented") else f"{value:.2f} ×"

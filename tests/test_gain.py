@@ -1,0 +1,49 @@
+"""scripts/gain.py on a model of a few thousand parameters: every run of the plan, sittings, the table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = str(ROOT / "selective" / "policies")
+TINY = ["--device", "cpu", "--text", SOURCES, "--steps", "2", "--batch", "2", "--micro-batch", "1", "--context", "8",
+        "--layers", "1", "--width", "8", "--heads", "2", "--vocabulary", "270", "--evaluate-every", "1"]  # fmt: skip
+
+
+@pytest.fixture
+def gain(monkeypatch):
+    spec = importlib.util.spec_from_file_location("gain", ROOT / "scripts" / "gain.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gain", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RATES", {name: rates[:1] for name, rates in module.RATES.items()})
+    return module
+
+
+def test_the_whole_plan_in_sittings(gain, tmp_path, capsys):
+    arguments = ["--out", str(tmp_path), *TINY]
+    assert gain.main([*arguments, "--seconds", "0"]) == 0  # the first run has begun by then, no second one does
+    assert len(list(tmp_path.iterdir())) <= 1
+    assert "out of time" in capsys.readouterr().out
+    assert gain.main(arguments) == 0
+    first = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert len(first) == 6 + 4 + 3 + 4
+    runs = [json.loads(text) for text in first.values()]
+    assert all(len(run["validation"]["loss"]) == 3 for run in runs)
+    starts = {run["validation"]["loss"][0] for run in runs if run["seed"] == 0}
+    assert len(starts) == 1  # everyone from the same model
+    ends = [run["validation"]["loss"][-1] for run in runs]
+    assert len(set(ends)) == len(ends)  # and nobody as another
+    assert gain.main(arguments) == 0
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == first
+    capsys.readouterr()
+    assert gain.main(["--out", str(tmp_path), "--table"]) == 0
+    printed = capsys.readouterr().out
+    assert "| AdamW |" in printed
+    assert printed.count("n = 3") == 2
