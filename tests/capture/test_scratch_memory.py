@@ -51,7 +51,7 @@ class Watched(LooksAgain):
         super().step()
 
 
-class Ones(Policy):
+class OnesThatMayRaise(Policy):
     def mask(self, view):
         return torch.ones_like(view.update)
 
@@ -106,7 +106,7 @@ def test_memory_is_exchanged_unless_a_policy_may_raise(own_code: bool) -> None:
     params = make_params()
     homes, tensors = [p.data_ptr() for p in params], list(params)
     base = Watched(params)
-    optimizer = SelectiveUpdate(base, policy=Ones() if own_code else CautiousMGUP(), capture="scratch")
+    optimizer = SelectiveUpdate(base, policy=OnesThatMayRaise() if own_code else CautiousMGUP(), capture="scratch")
     strides = [p.stride() for p in params]
     for step in range(2):
         give_grads(params, step)
