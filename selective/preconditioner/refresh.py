@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +16,21 @@ from selective.preconditioner.rescue import Basis, Job, solve_all, stand_in
 from selective.preconditioner.sides import Side, gram
 from selective.preconditioner.solvers import SOLVERS, WARM, Solved, Solver, SolverName, eigh, singular_vectors
 
-if TYPE_CHECKING:
-    from selective.preconditioner.eigenbasis import Eigenbasis
-
 COUNTS = ("skipped", "float64", "cpu", "kept")
 """What became of single matrices: input not finite, solved in float64, solved on the CPU, old basis kept."""
+
+
+class Options(Protocol):
+    """What of an `Eigenbasis` a refresh goes by."""
+
+    @property
+    def solver(self) -> SolverName: ...
+    @property
+    def statistic(self) -> Literal["gradient", "ema"]: ...
+    @property
+    def carry(self) -> Literal["rotate", "keep"]: ...
+    @property
+    def floor(self) -> float: ...
 
 
 class Input(NamedTuple):
@@ -33,7 +43,7 @@ class Input(NamedTuple):
 
 
 def refresh(
-    options: Eigenbasis, sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor]
+    options: Options, sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor]
 ) -> list[Carry | None]:
     """New bases in `states`, in place; what was refreshed for the first time goes by eigh, the rest by the solver."""
     carries: list[Carry | None] = [None] * len(states)
@@ -56,7 +66,7 @@ def _solver_for(solver: SolverName, state: State) -> SolverName:
 
 
 def _refresh(
-    options: Eigenbasis, solver: SolverName, sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor]
+    options: Options, solver: SolverName, sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor]
 ) -> list[Carry | None]:
     old: dict[Side, Tensor] = {side: stack([state[f"{side}_basis"] for state in states]) for side in sides}
     jobs, inputs = _jobs(options, solver, sides, old, states, grads)
@@ -77,7 +87,7 @@ def _refresh(
 
 
 def _jobs(
-    options: Eigenbasis,
+    options: Options,
     solver: SolverName,
     sides: Sequence[Side],
     old: dict[Side, Tensor],
@@ -149,7 +159,7 @@ def _set_noise(states: Sequence[State], batch: int, matrix: Input, basis: Basis,
 
 
 def _carries(
-    options: Eigenbasis, bases: dict[Side, Basis], old: dict[Side, Tensor], news: list[bool], batch: int
+    options: Options, bases: dict[Side, Basis], old: dict[Side, Tensor], news: list[bool], batch: int
 ) -> list[Carry | None]:
     if options.carry == "keep":
         return [Carry() if new else None for new in news]
