@@ -77,7 +77,7 @@ def results_table(summary: Summary, memory: list[dict[str, int]]) -> Any:
     title = f"Mean and 95 % interval over {len(summary.seeds)} seed(s); bold: the contender's best learning rate"
     simple = require("rich.box").SIMPLE
     table = require("rich.table").Table(title=title, title_justify="left", box=simple, padding=(0, 1, 0, 0))
-    table.add_column("contender", overflow="fold")
+    table.add_column("contender", overflow="fold", min_width=24)
     for heading in ("lr", "final loss\nnats/byte", "paired difference\nto baseline", "steps to\nits loss", "ms a\nstep",
                     "extra\nstate", "extra\nin a step"):  # fmt: skip
         table.add_column(heading, justify="right", overflow="fold")
