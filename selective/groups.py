@@ -74,9 +74,27 @@ class PreconditionerGroup(ModelGroup):
     """
 
     def __init__(self, preconditioner: Preconditioner | None, matrix_view: MatrixView = "matrices") -> None:
-        self.preconditioner = preconditioner
-        self.matrix_view: MatrixView = matrix_view
+        self._preconditioner = preconditioner
+        self._matrix_view: MatrixView = matrix_view
         self.planned: Any = _NEVER  # the stage that was made of it, None where there was no preconditioner
+
+    @property
+    def preconditioner(self) -> Preconditioner | None:
+        """To be set like the argument of that name; the next step refuses what would be another basis."""
+        return self._preconditioner
+
+    @preconditioner.setter
+    def preconditioner(self, value: Any) -> None:
+        self._preconditioner = preconditioner_from(value)
+
+    @property
+    def matrix_view(self) -> MatrixView:
+        """To be set like the argument of that name."""
+        return self._matrix_view
+
+    @matrix_view.setter
+    def matrix_view(self, value: Any) -> None:
+        self._matrix_view = check_matrix_view(value, "")
 
     @property
     def was_planned(self) -> bool:
@@ -181,6 +199,14 @@ def take_preconditioner(
     given = {key: group[key] for key in KEYS[1:] if key in group and key not in known}
     view = check_matrix_view(given.get("matrix_view", default.matrix_view), "a parameter group's ")
     found = preconditioner_from(given["preconditioner"]) if "preconditioner" in given else default.preconditioner
+    if found is not None and "preconditioner" in given:
+        stray = [name for name in type(found).model_fields if name in group and name not in known]
+        if stray:
+            raise ValueError(
+                f"SelectiveUpdate: a parameter group has {stray[0]!r} beside its preconditioner {found!r}; "
+                f"hyper-parameters of a preconditioner go into it: 'preconditioner': {{'kind': {found.kind!r}, "
+                f"{stray[0]!r}: ...}}"
+            )
     for key in given:
         del group[key]
     return PreconditionerGroup(found, view)

@@ -139,9 +139,9 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         return self._default
 
     @property
-    def preconditioner_groups(self) -> list[PreconditionerGroup]:
+    def preconditioner_groups(self) -> tuple[PreconditionerGroup, ...]:
         """The preconditioner of each group with its hyper-parameters by name, as `policy_groups` has policies."""
-        return [group.preconditioning for group in self.policy_groups]
+        return tuple(group.preconditioning for group in self.policy_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own `zero_grad`."""

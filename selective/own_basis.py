@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.capture.base import Parameter
-from selective.capture.moments import first_moment, rewrite
+from selective.capture.moments import first_moments, names_of_first, rewrite
 from selective.capture.rotation import Basis
 from selective.preconditioner import Shape, as_matrix
 from selective.staging import Stage
@@ -36,6 +36,10 @@ class OwnBasis(Optimizer):
         stage = self._stages[parameter.group] if parameter.group < len(self._stages) else None
         shape = None if stage is None else stage.shapes.get(parameter.tensor)
         return None if stage is None or shape is None else (stage, shape)
+
+    def _has_bases(self, stage: Stage) -> bool:
+        """Whether any of its parameters has one: before the first step everything may still be changed."""
+        return any(BASIS_STEPS in self._own.get(p, {}) for p in stage.shapes)
 
     def _fresh_basis(self, parameter: Parameter) -> dict[str, Tensor]:
         """What we keep of its basis before its first step; nothing of parameters that are not rotated."""
@@ -91,8 +95,9 @@ class OwnBasis(Optimizer):
             if found is None:
                 continue
             stage, shape = found
-            moment = first_moment(self.base, parameter.tensor, stage.capture.facts)
-            if moment is not None:
+            group = self.base.param_groups[parameter.group]
+            names = names_of_first(self.base, group, stage.capture.facts)
+            for moment in first_moments(self.base, parameter.tensor, names):
                 states, project = [self._basis(parameter).state], stage.preconditioner.project_in
                 with torch.no_grad():
                     rewrite(moment, shape, lambda x, states=states, project=project: project(states, [x])[0])

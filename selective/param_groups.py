@@ -13,6 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 KINDS = ("matrices", "conv", "experts", "embeddings", "head", "vectors")
 _VIEWS = {"conv": "conv", "experts": "experts"}
 _HEAD = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection", "unembed")
+_HEADS_INSIDE = (["classifier"], ["lm_head"], ["score"])  # a module of several layers; not the heads of an attention
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 _EMBEDDING = re.compile(r"(^|_)(emb|embed|embedding|embeddings|wte|wpe)(_|$)")
 
 
@@ -125,6 +127,8 @@ def _parameters(model: nn.Module) -> Iterator[_Found]:
 
 def _named(model: nn.Module, found: list[_Found], names: Sequence[str], kind: str) -> dict[int, tuple[str, str]]:
     """Those that the caller has named, by parameter or by module."""
+    if isinstance(names, str):
+        raise ValueError(f"param_groups_for: {kind} is the string {names!r}; write a list: [{names!r}]")
     chosen: dict[int, tuple[str, str]] = {}
     for wanted in names:
         matching = [f for f in found if any(n == wanted or n.startswith(f"{wanted}.") for n in f.names)]
@@ -149,10 +153,14 @@ def _kind(one: _Found, last: Tensor | None) -> tuple[str, str]:
         return "embeddings", "the weight of an embedding"
     if p.dim() < 2:
         return "vectors", f"{p.dim()}-D"
+    if any(isinstance(m, _NORMS) for m in modules):
+        return "vectors", "of a norm"
+    if p.numel() == max(p.shape):
+        return "vectors", "all sides but one are 1"
     if any(isinstance(m, _ConvNd) for m in modules):
         return "conv", "the weight of a convolution"
     parts = [name.split(".") for name in one.names]
-    if p.dim() == 2 and any(part in _HEAD for path in parts for part in path[-2:]):
+    if p.dim() == 2 and any(any(part in _HEAD for part in path[-2:]) or path[-3:-2] in _HEADS_INSIDE for path in parts):
         return "head", "called so"
     if p.dim() == 2 and p is last:
         return "head", "the last linear layer, with as many outputs as an embedding has rows"

@@ -104,7 +104,7 @@ class Planning(OwnState):
             stage = known
             if known is None or not known.is_of(preconditioning, beside, members.parameters):
                 stage = None if preconditioning.preconditioner is None else self._make_stage(number, beside)
-                if preconditioning.was_planned:
+                if preconditioning.was_planned and (known is None or self._has_bases(known)):
                     check_change(known, stage, number)
             preconditioning.planned = stage
             stages.append(stage)
@@ -117,6 +117,12 @@ class Planning(OwnState):
         group, policy_group = self.param_groups[number], self.policy_groups[number]
         preconditioning, policy, capture = policy_group.preconditioning, policy_group.policy, beside
         assert preconditioning.preconditioner is not None
+        if group.get("centered"):
+            raise ValueError(
+                f"SelectiveUpdate: {type(self.base).__name__} has centered=True: its variance is the difference of two "
+                f"averages, which are not of the same space any more when a basis changes; take centered=False, or "
+                f"preconditioner=None"
+            )
         if isinstance(policy, Dense):  # nobody reads a momentum of ours
             capture = choose_capture(self.base, group, policy, self._wanted, False, rotated=True)
         members = self._members[number].parameters

@@ -15,7 +15,10 @@ from selective.groups import PreconditionerGroup
 from selective.preconditioner import MatrixView, Preconditioner, Shape, matrix_shape
 
 # By what is in the name of a class: they rotate or orthogonalise their gradients themselves.
-_ROTATING = ("soap", "muon", "shampoo", "dion", "kron", "psgd", "kfac", "galore", "adadiag")
+_ROTATING = (
+    "soap", "muon", "shampoo", "dion", "kron", "psgd", "kfac", "galore", "adadiag", "scion", "spectralsphere", "conda",
+    "alice", "racs", "fira", "apollo",
+)  # fmt: skip
 _SAMPLES: tuple[Shape, ...] = ((1, 2, 3), (1, 3, 2), (2, 2, 2))
 
 
@@ -66,23 +69,34 @@ class Stage:
 
 
 def check_change(old: Stage | None, new: Stage | None, number: int) -> None:
-    """Refuse a preconditioner that was replaced, in training, by one with another basis."""
+    """Refuse what, in training, would give a parameter another basis: its moments would mean nothing in that.
+
+    A preconditioner of another kind or with other options, another `matrix_view`, parameters that are read, or taken,
+    in another way than before.
+    """
     before, after = (None if stage is None else stage.preconditioner for stage in (old, new))
-    if before is after:
+    if before is None and after is None:
         return
-    same = before is not None and after is not None and type(before) is type(after)
-    if old is None or new is None or not same or not _same_basis(old, new):
+    same = old is not None and new is not None and type(before) is type(after)
+    if not same or not _same_basis(old, new):
         raise ValueError(
-            f"SelectiveUpdate: preconditioner_groups[{number}] was {before!r} and is {after!r} now, whose basis is "
-            f"another; the moments that were collected in the old one would mean nothing. Set it back, or construct "
-            f"the optimizer anew"
+            f"SelectiveUpdate: preconditioner_groups[{number}] was {before!r}{_view(old)} and is {after!r}{_view(new)} "
+            f"now, or what it takes has changed: a basis would be another, and the moments that were collected in the "
+            f"old one would mean nothing. Set it back, or construct the optimizer anew"
         )
 
 
-def _same_basis(old: Stage, new: Stage) -> bool:
+def _view(stage: Stage | None) -> str:
+    return "" if stage is None or stage.matrix_view == "matrices" else f" (matrix_view={stage.matrix_view!r})"
+
+
+def _same_basis(old: Stage | None, new: Stage | None) -> bool:
+    assert old is not None and new is not None
     stayed = [p.tensor for p in old.members if any(p.tensor is q.tensor for q in new.members)]
-    return all(old.shapes.get(p) == new.shapes.get(p) for p in stayed) and all(
-        layout_of(old.preconditioner, shape) == layout_of(new.preconditioner, shape) for shape in _SAMPLES
+    shapes = {*_SAMPLES, *old.shapes.values()}
+    return all(old.shapes.get(p) == new.shapes.get(p) for p in stayed) and (
+        old.preconditioner is new.preconditioner
+        or all(layout_of(old.preconditioner, shape) == layout_of(new.preconditioner, shape) for shape in shapes)
     )
 
 

@@ -13,12 +13,23 @@ from selective.capture.anatomy_clone import COUNTERS, clone_with_stand_ins
 from selective.capture.anatomy_decay import decay_factor
 from selective.capture.anatomy_facts import Anatomy
 from selective.capture.anatomy_measure import measure as _measure
+from selective.capture.anatomy_odd import measure_odd
 from selective.capture.anatomy_probe import dequantized, state_entries
 from selective.capture.stepping import call_step
 
-__all__ = ["Anatomy", "anatomy", "call_step", "clone_with_stand_ins", "decay_factor", "momentum_entry", "read_momentum"]
+__all__ = [
+    "Anatomy",
+    "anatomy",
+    "call_step",
+    "clone_with_stand_ins",
+    "decay_factor",
+    "momentum_entry",
+    "odd_entries",
+    "read_momentum",
+]
 
 _cache: dict[tuple, Anatomy] = {}
+_odd_cache: dict[tuple, frozenset[str]] = {}
 
 
 def anatomy(base: Optimizer, group: Mapping[str, Any], *, measure: bool = False) -> Anatomy:
@@ -41,6 +52,16 @@ def anatomy(base: Optimizer, group: Mapping[str, Any], *, measure: bool = False)
     if key not in _cache:
         _cache[key] = _measure(base, group)
     return _cache[key]
+
+
+def odd_entries(base: Optimizer, group: Mapping[str, Any]) -> frozenset[str]:
+    """State entries that turn round with the gradient, as measured on a twin; remembered like the facts."""
+    key = _key(base, group)
+    if key is None:
+        return measure_odd(base, group)
+    if key not in _odd_cache:
+        _odd_cache[key] = measure_odd(base, group)
+    return _odd_cache[key]
 
 
 def read_momentum(base: Optimizer, param: Tensor, facts: Anatomy) -> Tensor | None:

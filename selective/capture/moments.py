@@ -1,32 +1,39 @@
 """The base's moments when the rotated space changes: first moments are rotated along, second moments may be permuted.
 
-What is known of a base is which entry is its first moment (`Anatomy.momentum_key`). Every other entry that is shaped
+A first moment here is every entry shaped like the parameter that turns round with the gradient: the average of
+gradients that policies read, and other sums of gradients or updates (`anatomy_odd`). Every other entry that is shaped
 like the parameter, or like its rows or columns (Adafactor's factors), is taken for a second moment: it stays, or goes
 into another order where the preconditioner says that the new basis is the old one in another order, roughly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from selective.capture.anatomy import odd_entries
 from selective.capture.anatomy_facts import Anatomy
 from selective.capture.anatomy_probe import dequantized, state_entries
+from selective.capture.fused import fused_rule
 from selective.capture.rotation import Carried, exact_products
 from selective.preconditioner import Shape, as_matrix
 from selective.preconditioner.linalg import float32_products
 
 
-def first_moment(base: Optimizer, param: Tensor, facts: Anatomy) -> Tensor | None:
-    """The base's own tensor, which may be 8-bit; None before there is one and where it has none."""
-    if facts.momentum_key is None:
-        return None
+def names_of_first(base: Optimizer, group: Mapping[str, Any], facts: Anatomy) -> frozenset[str]:
+    """Names of the state entries that are first moments. Of a base whose rule we know, without trying it."""
+    known = frozenset() if facts.momentum_key is None else frozenset({facts.momentum_key})
+    return known if fused_rule(base) is not None else known | odd_entries(base, group)
+
+
+def first_moments(base: Optimizer, param: Tensor, names: frozenset[str]) -> list[Tensor]:
+    """The base's own tensors, which may be 8-bit; those that there are by now."""
     entries = state_entries(base.state[param]) if param in base.state else ()
-    return next((v for k, v in entries if k == facts.momentum_key and isinstance(v, Tensor)), None)
+    return [v for k, v in entries if k in names and isinstance(v, Tensor) and v.shape == param.shape]
 
 
 def rewrite(moment: Tensor, shape: Shape, change: Callable[[Tensor], Tensor]) -> None:
@@ -49,12 +56,12 @@ def carry_first(moment: Tensor, shape: Shape, carried: Carried) -> None:
         rewrite(moment, shape, change)
 
 
-def carry_second(base: Optimizer, param: Tensor, facts: Anatomy, shape: Shape, carried: Carried) -> None:
+def carry_second(base: Optimizer, param: Tensor, first: frozenset[str], shape: Shape, carried: Carried) -> None:
     """Second moments into the new order, where there is one."""
     rows, columns = carried.maps.rows, carried.maps.columns
     if (rows is None and columns is None) or param not in base.state:
         return
-    for key, value, view in _second_moments(base, param, facts, shape):
+    for value, view in _second_moments(base, param, first, shape):
 
         def change(x: Tensor) -> Tensor:
             y = x
@@ -64,29 +71,28 @@ def carry_second(base: Optimizer, param: Tensor, facts: Anatomy, shape: Shape, c
                 y = torch.take_along_dim(y, columns[:, None, :], dim=2)
             return torch.where(carried.valid, y, x)
 
-        assert key != facts.momentum_key
         rewrite(value, view, change)
 
 
 def _second_moments(
-    base: Optimizer, param: Tensor, facts: Anatomy, shape: Shape
-) -> Iterator[tuple[str, Tensor, Shape]]:
-    """Name, tensor and [batch, rows, columns] of each entry in the rotated space that is no first moment.
+    base: Optimizer, param: Tensor, first: frozenset[str], shape: Shape
+) -> Iterator[tuple[Tensor, Shape]]:
+    """Tensor and [batch, rows, columns] of each entry in the rotated space that is no first moment.
 
     A factor has 1 row or 1 column; one that is named after neither, and square enough to be either, is left alone.
     """
     batch, rows, columns = shape
     for key, value in state_entries(base.state[param]):
-        if key == facts.momentum_key or not _is_real(value):
+        if key in first or not _is_real(value):
             continue
         if value.shape == param.shape:
-            yield key, value, shape
-        elif param.dim() == 2 or batch > 1:
+            yield value, shape
+        elif tuple(param.shape[-2:]) == (rows, columns):  # as the base sees it; not a convolution read as one matrix
             by_row, by_column = value.numel() == batch * rows, value.numel() == batch * columns
             if by_row and (not by_column or "row" in key):
-                yield key, value, (batch, rows, 1)
+                yield value, (batch, rows, 1)
             elif by_column and (not by_row or "col" in key):
-                yield key, value, (batch, 1, columns)
+                yield value, (batch, 1, columns)
 
 
 def _is_real(value: Any) -> bool:

@@ -10,6 +10,7 @@ the gradient before it is rotated; decoupled decay is a factor on the parameter 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from selective.capture import lists
 from selective.capture.described import specs_of
 from selective.capture.generic import Captured, GenericJob, by_value
-from selective.capture.moments import carry_first, carry_second, first_moment
+from selective.capture.moments import carry_first, carry_second, first_moments, names_of_first
 from selective.capture.rotation import Carried, Rotation, is_foreign
 from selective.kernels import selective_step, spec
 from selective.policies import Dense
@@ -63,16 +64,19 @@ class RotatedJob(GenericJob):
     def _carry(self, carried: Carried) -> None:
         """The moments into the new space."""
         parameter, shape = self.parameters[carried.index], self.rotation.bases[carried.index].shape
-        moment = first_moment(self.context.base, parameter.tensor, self.facts)
-        if moment is not None:
+        for moment in first_moments(self.context.base, parameter.tensor, self.names_of_first):
             carry_first(moment, shape, carried)
         if self.context.own_momentum is not None:
             carry_first(self.context.own_momentum(parameter, self.policy), shape, carried)
-        carry_second(self.context.base, parameter.tensor, self.facts, shape, carried)
+        carry_second(self.context.base, parameter.tensor, self.names_of_first, shape, carried)
+
+    @cached_property
+    def names_of_first(self) -> frozenset[str]:
+        return names_of_first(self.context.base, self.group, self.facts)
 
     def rotated_gradients(self, indices: list[int]) -> list[Tensor]:
         """Step 4 of alike parameters: float32, shaped like them."""
-        return self.rotation.project_in(indices, [self.gradients[i] for i in indices])
+        return self.rotation.gradients_in(indices, [self.gradients[i] for i in indices])
 
     def close(self) -> None:
         """Step 8."""

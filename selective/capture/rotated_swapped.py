@@ -82,7 +82,9 @@ class RotatedScratchJob(SwappedJob):
 
     def swap(self) -> None:
         for i in self.moving:
-            grad = self.rotated[i].to(self.parameters[i].tensor.dtype, copy=True)
+            p, mine = self.parameters[i].tensor, self.rotated[i]
+            shared = p.dtype == mine.dtype and self.sign > 0 and not self.facts.writes_grad
+            grad = mine if shared else mine.to(p.dtype, copy=True)
             self.give(i, grad.neg_() if self.sign < 0 else grad)  # the base turns it round
         self.factors = self._factors()
         for i in self.moving:
@@ -106,7 +108,10 @@ class RotatedDeltaJob(SwappedJob):
         for indices in self.rotation.alike(self.moving):
             values = self.rotation.project_in(indices, self._exact(indices))
             raw = [grad for i in indices if (grad := self.theirs[i][2]) is not None]
-            grads = self.rotation.project_in(indices, raw)  # as they are: the base does what it does to them
+            if self.is_coupled or self.sign < 0:  # as they are: the base does what it does to them
+                grads = self.rotation.gradients_in(indices, raw)
+            else:
+                grads = lists.copies([self.rotated[i] for i in indices])
             for i, value, grad in zip(indices, values, grads, strict=True):
                 p = self.parameters[i].tensor
                 if p.dtype in LOW_PRECISION and p in self.context.base.state:

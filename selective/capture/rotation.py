@@ -73,13 +73,19 @@ class Rotation:
         preconditioner, everything = self.preconditioner, list(range(len(self.bases)))
         observes = preconditioner.observes()
         for indices in self.alike(everything):
-            due = [i for i in indices if preconditioner.is_due(self.steps[i], self.bases[i].place, self.count)]
+            due = [i for i in indices if self._is_due(i)]
             looked = indices if observes else due
             if looked:
                 grads = dict(zip(looked, matrices(looked), strict=True))
                 self._look_at(looked, list(grads.values()))
             if due:
                 yield from self._refresh(due, [grads[i] for i in due])
+
+    def _is_due(self, index: int) -> bool:
+        basis, steps = self.bases[index], self.steps[index]
+        if self.preconditioner.is_due(steps, basis.place, self.count):
+            return True
+        return self.preconditioner.is_overdue(basis.state, steps)
 
     def _look_at(self, indices: list[int], grads: list[Tensor]) -> None:
         """Which gradients are finite; the others are counted."""
@@ -156,6 +162,16 @@ class Rotation:
         """Each x, shaped like its parameter, in the rotated space: float32 of the same shape. Alike ones only."""
         return self._project("project_in", self.preconditioner.project_in, indices, xs)
 
+    def gradients_in(self, indices: list[int], grads: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients in the rotated space, without what is only rounding."""
+        shape, rotated = self.bases[indices[0]].shape, self.project_in(indices, grads)
+        if type(self.preconditioner).denoise is Preconditioner.denoise:
+            return rotated
+        with self._named("denoise"):
+            made = self.preconditioner.denoise(self._states(indices), [as_matrix(x, shape) for x in rotated])
+            made = self._checked(made, shape, len(rotated))
+        return [y.reshape(x.shape) for x, y in zip(rotated, made, strict=True)]
+
     def project_out(self, indices: list[int], xs: Sequence[Tensor]) -> list[Tensor]:
         """Each x back in the parameter's own space."""
         return self._project("project_out", self.preconditioner.project_out, indices, xs)
@@ -167,11 +183,17 @@ class Rotation:
         matrices = [as_matrix(x, shape) for x in xs]
         with self._named(what):
             made = call(self._states(indices), matrices)
-            found = [(tuple(y.shape), y.dtype) for y in made]
-            if found != [(shape, torch.float32)] * len(xs):
-                raise ValueError(f"it returned {found} for {len(xs)} float32 matrices of shape {shape}")
+            made = self._checked(made, shape, len(xs))
         made = [y.clone() if _is_memory_of(y, x) else y for x, y in zip(matrices, made, strict=True)]
         return [y.reshape(x.shape) for x, y in zip(xs, made, strict=True)]
+
+    def _checked(self, made: Sequence[Tensor], shape: Shape, count: int) -> list[Tensor]:
+        """What a projection has returned, as a list."""
+        made = list(made)
+        found = [(tuple(y.shape), y.dtype) for y in made]
+        if found != [(shape, torch.float32)] * count:
+            raise ValueError(f"it returned {found} for {count} float32 matrices of shape {shape}")
+        return made
 
     def _states(self, indices: list[int]) -> list[State]:
         return [dict(self.bases[i].state) for i in indices]
@@ -187,6 +209,9 @@ class Rotation:
             raise ValueError(f"it has to return a list with one entry for each of {len(due)} states: a Carry or None")
         if any(maps is not None and not isinstance(maps, Carry) for maps in made):
             raise ValueError("it has to return a Carry or None for each state")
+        for index, maps in zip(due, made, strict=True):
+            if maps is not None:
+                _check_carry(maps, self.bases[index].shape)
         self._check_states(due, states)
 
     @contextmanager
@@ -196,6 +221,19 @@ class Rotation:
                 yield
         except Exception as error:
             raise PreconditionerError(f"{type(self.preconditioner).__name__}.{what} failed: {error}") from error
+
+
+def _check_carry(maps: Carry, shape: Shape) -> None:
+    """Shapes and dtypes, which say on the host what would otherwise fail half-way through the moments."""
+    batch, rows, columns = shape
+    wanted = {
+        "left": ((batch, rows, rows), torch.float32), "right": ((batch, columns, columns), torch.float32),
+        "rows": ((batch, rows), torch.int64), "columns": ((batch, columns), torch.int64),
+    }  # fmt: skip
+    for name, (size, dtype) in wanted.items():
+        value = getattr(maps, name)
+        if value is not None and (tuple(value.shape), value.dtype) != (size, dtype):
+            raise ValueError(f"its Carry has {name} as {value.dtype} {list(value.shape)}, must be {dtype} {list(size)}")
 
 
 def exact_products(device: torch.device) -> torch.autocast:

@@ -31,6 +31,7 @@ class ScratchJob(GenericJob):
         super().__init__(*args, **kwargs)
         self.their_grads: list[tuple[Tensor, Tensor | None, Tensor]] = []  # parameter, its gradient, our stand-in
         self.exchanged: dict[int, Tensor] = {}  # index of a parameter -> its own memory, while it has other
+        self.copied: list[int] = []  # indices of the parameters whose values were copied
         self.left: dict[int, Tensor] = {}  # index of a parameter -> what the base has left on zeros
 
     def keep_parameters(self) -> list[Tensor]:
@@ -38,8 +39,8 @@ class ScratchJob(GenericJob):
         tensors = self.tensors()
         can = not (self.facts.keeps_memory or self.own_code)
         own = {i: p.data for i, p in enumerate(tensors) if can and lists.is_plain_and_dense(p)}
-        copied = [i for i in range(len(tensors)) if i not in own]
-        kept = {**own, **dict(zip(copied, lists.copies([tensors[i] for i in copied]), strict=True))}
+        self.copied = [i for i in range(len(tensors)) if i not in own]
+        kept = {**own, **dict(zip(self.copied, lists.copies([tensors[i] for i in self.copied]), strict=True))}
         self.exchanged = own
         return [kept[i] for i in range(len(tensors))]
 
@@ -81,10 +82,9 @@ class ScratchJob(GenericJob):
     def restore(self) -> None:
         self._give_gradients_back()
         self._give_memory_back()
-        for index, saved in enumerate(self.saved):
-            p = self.parameters[index].tensor
-            if saved.data_ptr() != p.data_ptr():
-                p.copy_(saved)
+        if self.saved:
+            for index in self.copied:
+                self.parameters[index].tensor.copy_(self.saved[index])
 
     def _give_memory_back(self) -> dict[int, Tensor]:
         """Parameters are where they were; returns what was in their place."""

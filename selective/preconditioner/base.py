@@ -64,6 +64,13 @@ class Preconditioner(Configured):
         """
         return False
 
+    def is_overdue(self, state: State, steps: int) -> bool:
+        """Whether this parameter is refreshed out of its turn, because its turn has given it nothing.
+
+        Looks at what the state keeps on the CPU only: it is asked in every step, of every parameter that is not due.
+        """
+        return False
+
     def stands_still(self, steps: int) -> bool:
         """Whether rotated parameters do not step at all now: they get no gradient, and nothing of the base moves.
 
@@ -85,6 +92,13 @@ class Preconditioner(Configured):
     def project_in(self, states: Sequence[State], xs: Sequence[Tensor]) -> list[Tensor]:
         """Each x in its parameter's rotated space, P^T x Q: new tensors of the same shape."""
         raise NotImplementedError(f"{type(self).__name__} must define project_in")
+
+    def denoise(self, states: Sequence[State], rotated: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients that `project_in` has rotated (nothing else is handed in), without what is only rounding in them.
+
+        These tensors, written in place, or others of the same shape.
+        """
+        return list(rotated)
 
     def project_out(self, states: Sequence[State], xs: Sequence[Tensor]) -> list[Tensor]:
         """Each x back in the parameter's own space, P x Q^T."""

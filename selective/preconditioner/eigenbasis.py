@@ -124,6 +124,12 @@ class Eigenbasis(Preconditioner):
         every, stagger = self.refresh_every, self.stagger
         return schedule.is_due(steps, place, count, start=start, every=every, stagger=stagger)
 
+    def is_overdue(self, state: State, steps: int) -> bool:
+        # A first gradient of zeros (LoRA's A, an expert that nothing was routed to) or one that is not finite leaves no
+        # basis; with 200 steps to the next turn that is long. In steps that double, for some never get one.
+        late = self.statistic == "gradient" and steps > self.start_step and steps & (steps - 1) == 0
+        return late and not int(state["refreshes"])
+
     def observes(self) -> bool:
         return self.statistic == "ema"
 
@@ -146,11 +152,13 @@ class Eigenbasis(Preconditioner):
             observe(self.sides_of(shape_of(grads[0])), states, grads, self.beta)
 
     def project_in(self, states: Sequence[State], xs: Sequence[Tensor]) -> list[Tensor]:
-        rotated = self._project(states, xs, into=True)
+        return self._project(states, xs, into=True)
+
+    def denoise(self, states: Sequence[State], rotated: Sequence[Tensor]) -> list[Tensor]:
         for state, x in zip(states, rotated, strict=True):
             if "noise" in state:
                 x.masked_fill_(x.abs() < per_matrix(state["noise"]), 0)
-        return rotated
+        return list(rotated)
 
     def project_out(self, states: Sequence[State], xs: Sequence[Tensor]) -> list[Tensor]:
         return self._project(states, xs, into=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -22,24 +23,29 @@ LOOSE = 3e-3
 """Largest ‖QᵀQ − I‖ (Frobenius) from which one Newton-Schulz step leads below 1e-5: to ¾ of its square, 7e-6."""
 
 
+_FLAGS = threading.RLock()
+
+
 @contextmanager
 def float32_products(precision: Literal["ieee", "tf32"] = "ieee") -> Iterator[None]:
     """Products of float32 matrices in this precision, whatever torch's flags say; the flags are left as found.
 
     On CUDA devices, and on CPUs, where oneDNN may take TF32 or bfloat16 as well. The flags are the process's: another
-    thread that multiplies at the same time sees them too.
+    thread that multiplies at the same time sees them too; one that comes here waits, so that nobody puts back what
+    somebody else has set.
     """
     flags = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul"))  # noqa: B009 (unknown to type checkers)
-    found = [flag.fp32_precision for flag in flags]
-    try:
-        for flag in flags:
-            flag.fp32_precision = precision
-        yield
-    finally:
-        for flag, before in zip(flags, found, strict=True):
-            flag.fp32_precision = "none"  # as the backend's or torch's own flag says: was it that?
-            if flag.fp32_precision != before:
-                flag.fp32_precision = before
+    with _FLAGS:
+        found = [flag.fp32_precision for flag in flags]
+        try:
+            for flag in flags:
+                flag.fp32_precision = precision
+            yield
+        finally:
+            for flag, before in zip(flags, found, strict=True):
+                flag.fp32_precision = "none"  # as the backend's or torch's own flag says: was it that?
+                if flag.fp32_precision != before:
+                    flag.fp32_precision = before
 
 
 def multiply(a: Tensor, b: Tensor, precision: Precision) -> Tensor:

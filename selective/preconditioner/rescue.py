@@ -63,7 +63,9 @@ def _attempt(job: Job, solve: Callable, dtype: torch.dtype, device: torch.device
         with float32_products():
             old = [basis.to(device, dtype) for basis in job.old]
             solved = solve(job.matrix.to(device, dtype), old)
-    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+    except torch.OutOfMemoryError:  # no matter of this matrix: smaller or more precise attempts won't help
+        raise
+    except RuntimeError:  # LinAlgError is one; so are the errors of the libraries underneath
         count = len(job.matrix)
         if count == 1:
             return [_Try(Solved(o, torch.zeros_like(o[:, 0])), torch.zeros_like(job.usable)) for o in job.old]

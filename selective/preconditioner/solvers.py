@@ -47,7 +47,12 @@ def singular_vectors(grad: Tensor, rows: bool, columns: bool) -> list[Solved]:
     need_full = (rows and grad.shape[-2] > grad.shape[-1]) or (columns and grad.shape[-1] > grad.shape[-2])
     u, values, vh = torch.linalg.svd(grad, full_matrices=need_full)
     squares = values.square()
-    return [Solved(side, squares) for side, wanted in ((u, rows), (vh.mT, columns)) if wanted]
+
+    def of(basis: Tensor) -> Solved:  # the longer side's further columns have singular value 0
+        more = basis.shape[-1] - squares.shape[-1]
+        return Solved(basis, torch.nn.functional.pad(squares, (0, more)))
+
+    return [of(side) for side, wanted in ((u, rows), (vh.mT, columns)) if wanted]
 
 
 def qr(gram: Tensor, old: Tensor, sort: bool = True) -> Solved:

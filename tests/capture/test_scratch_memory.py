@@ -168,3 +168,27 @@ def test_zeros_are_zero_apart_and_of_the_same_strides(monkeypatch) -> None:
     for number, zeros in enumerate(made):
         zeros.fill_(number + 1)
     assert all((zeros == number + 1).all() for number, zeros in enumerate(made))
+
+
+class RaisesInTheMask(Policy):
+    def mask(self, view):
+        raise RuntimeError("no")
+
+
+def test_a_sharded_parameter_is_put_back() -> None:
+    """A DTensor has no address of its own, by which nothing could be told."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+        p.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
+        optimizer = SelectiveUpdate(torch.optim.NAdam([p], lr=1e-2), policy=RaisesInTheMask())
+        with pytest.raises(RuntimeError, match="no"):
+            optimizer.step()
+        assert torch.equal(p.detach().to_local(), torch.ones(4, 4))
+    finally:
+        dist.destroy_process_group()

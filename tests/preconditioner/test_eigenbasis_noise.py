@@ -35,7 +35,7 @@ def rotated(basis: Eigenbasis, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of the refresh as project_in gives it, as float64 products give it, and what is noise in it."""
     states = [basis.init_state(grad)]
     basis.refresh(states, [grad])
-    (given,) = basis.project_in(states, [grad])
+    (given,) = basis.denoise(states, basis.project_in(states, [grad]))
     exact = grad.to(F64)
     if "rows_basis" in states[0]:
         exact = states[0]["rows_basis"].to(F64).mT @ exact
@@ -97,11 +97,11 @@ def test_only_the_step_of_the_refresh_is_touched() -> None:
     states = [basis.init_state(grad)]
     basis.refresh(states, [grad])
     tiny = torch.full_like(grad, 1e-12)
-    assert (basis.project_in(states, [tiny])[0] == 0).all()
+    assert (basis.denoise(states, basis.project_in(states, [tiny]))[0] == 0).all()
     (out,) = basis.project_out(states, [tiny])  # updates are never cut
     assert float(out.norm()) == pytest.approx(float(tiny.norm()), rel=1e-5)
     basis.observe(states, [grad])
-    (rotated_,) = basis.project_in(states, [tiny])
+    (rotated_,) = basis.denoise(states, basis.project_in(states, [tiny]))
     assert float(rotated_.norm()) == pytest.approx(float(tiny.norm()), rel=1e-5)
 
 
@@ -120,7 +120,7 @@ def test_each_matrix_has_a_floor_of_its_own_and_size_does_not_matter() -> None:
         basis.refresh(states, [grads])
         noise = states[0]["noise"].to(F64)
         assert torch.allclose(noise / noise[1], torch.tensor([1e-25, 1, 1e25], dtype=F64), rtol=1e-3)
-        (given,) = basis.project_in(states, [grads])
+        (given,) = basis.denoise(states, basis.project_in(states, [grads]))
         for x in given:
             off = x.clone()
             off.diagonal().zero_()

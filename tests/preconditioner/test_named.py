@@ -137,7 +137,7 @@ def stepped(basis: Eigenbasis, state: Any, adam: Adam, steps: int, grad: Tensor)
     if basis.is_due(steps, 0, 1):
         adam.carry(basis.refresh(states, grads)[0])
     if not basis.stands_still(steps):
-        (rotated,) = basis.project_in(states, grads)
+        (rotated,) = basis.denoise(states, basis.project_in(states, grads))
         (out,) = basis.project_out(states, [adam.update(rotated[0]).float()[None]])
         update = out[0].to(F64)
     basis.observe(states, grads)
