@@ -65,6 +65,7 @@ def expected(steps: int, every: int) -> list[Sample]:
 
 
 def test_lightning_hands_samples_to_writers() -> None:
+    lightning()  # or skip
     samples: list[Sample] = []
     trainer = fit(lambda model: wrap(model, "mgup"), 7, lightning_callback(samples.append, every=3))
     plain_names = [
@@ -94,6 +95,7 @@ def test_lightnings_loggers_get_the_overview_without_writers() -> None:
 
 
 def test_lightning_lets_go_when_training_fails_and_refuses_other_optimizers() -> None:
+    lightning()  # or skip
     callback = lightning_callback(print, every=100)
     with pytest.raises(RuntimeError, match="out of memory"):
         fit(lambda model: wrap(model, "mgup"), 7, callback, fails=True)
