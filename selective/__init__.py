@@ -33,6 +33,7 @@ from selective.policies import (
 from selective.preconditioner import AdaDiag, Eigenbasis, Preconditioner, Soap, preconditioner_from
 from selective.state import base_part
 from selective.view import StepView
+from selective.watching import watch
 
 __version__ = "0.1.0"  # the only place that names it: pyproject.toml reads it from here
 
@@ -69,4 +70,5 @@ __all__ = [
     "param_groups_for",
     "policy_from",
     "preconditioner_from",
+    "watch",
 ]

@@ -2,7 +2,8 @@
 
 Every ```python block is executed as it stands; the blocks of a page share a namespace. `<!-- no-run: reason -->`
 on the line above leaves one out. A ```text block below `<!-- output -->` is held against what the last python block
-printed. In ```bash blocks, `selective ...` lines have to parse and `make ...` lines have to name a target.
+printed. `<!-- needs: accelerate -->` above a block runs it only where that can be imported. In ```bash blocks,
+`selective ...` lines have to parse and `make ...` lines have to name a target.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from optional import THEIR_WARNINGS, missing
 
 from selective import Policy, Preconditioner, Selection, Strength
 from selective.bench.__main__ import parser as bench_parser
@@ -66,15 +68,19 @@ def run_page(text: str, where: str) -> None:
 
 
 def _run_blocks(blocks: list[Block], namespace: dict[str, object], where: str) -> None:
-    printed = ""
+    printed: str | None = ""
     for block in blocks:
+        if block.language == "python" and block.comment.startswith("needs:"):
+            if missing(name.strip() for name in block.comment.removeprefix("needs:").split(",")):
+                printed = None
+                continue
         if block.language == "python" and not block.comment.startswith("no-run:"):
             out = io.StringIO()
             padded = "\n" * (block.line - 1) + block.code  # a traceback then has the page's own line numbers
             with contextlib.redirect_stdout(out):
                 exec(compile(padded, where, "exec", dont_inherit=True), namespace)
             printed = out.getvalue()
-        elif block.comment == "output":
+        elif block.comment == "output" and printed is not None:
             assert printed.rstrip() == block.code.rstrip(), f"{where}:{block.line}: printed was\n{printed}"
 
 
@@ -91,6 +97,7 @@ def _as_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         family._registry.update(registry)
 
 
+@pytest.mark.filterwarnings(*(f"ignore:{re.escape(message)}" for message in THEIR_WARNINGS))
 @pytest.mark.usefixtures("_as_a_reader")
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_blocks_run(page: Path) -> None:
@@ -104,6 +111,9 @@ def test_a_block_that_fails_is_noticed() -> None:
         run_page("```python\nprint(1)\n```\n<!-- output -->\n```text\n2\n```\n", "page")
     with pytest.raises(AssertionError, match="never closed"):
         run_page("```python\nprint(1)\n", "page")
+    run_page("<!-- needs: no_such_package -->\n```python\n1 / 0\n```\n<!-- output -->\n```text\n2\n```\n", "page")
+    with pytest.raises(ZeroDivisionError):
+        run_page("<!-- needs: torch, pytest -->\n```python\n1 / 0\n```\n", "page")
     run_page("<!-- no-run: it divides by zero -->\n```python\n1 / 0\n```\n", "page")
 
 

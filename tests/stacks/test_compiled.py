@@ -1,0 +1,103 @@
+"""Compiled models, and schedules of torch and transformers around them, against the plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from stack_loops import CASES, assert_same, batch, by_hand, differences, net, plain, train, wrap
+from torch.optim import lr_scheduler as rates
+
+BACKENDS = ("eager", "aot_eager")
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled() -> Any:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_compiled_model_trains_as_the_plain_one_and_resumes(case: str, backend: str) -> None:
+    model = net()
+    compiled: Any = torch.compile(model, backend=backend)
+    optimizer = wrap(compiled, case)
+    train(compiled, optimizer, range(3))
+    saved = {"model": compiled.state_dict(), "optimizer": optimizer.state_dict()}  # not stepped until they are loaded
+    resumed: Any = torch.compile(net(1), backend=backend)
+    resumed.load_state_dict(saved["model"])
+    again = wrap(resumed, case)
+    again.load_state_dict({**saved["optimizer"], "state": cloned(saved["optimizer"]["state"])})
+    for one, its in ((compiled, optimizer), (resumed, again)):
+        train(one, its, range(3, 6))
+    assert_same((model, optimizer), by_hand(case, 6))
+    assert_same((resumed._orig_mod, again), (model, optimizer))
+
+
+def cloned(state: Any) -> Any:
+    return {index: {key: value.clone() for key, value in entry.items()} for index, entry in state.items()}
+
+
+@pytest.mark.parametrize("case", ["mgup", "random-soap"])
+def test_a_compiled_train_step(case: str) -> None:
+    """Forward and backward in one compiled function, the step outside of it."""
+    model = net()
+    optimizer = wrap(model, case)
+
+    @torch.compile(backend="eager")
+    def forward(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(model(x), y)
+
+    for step in range(4):
+        forward(*batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same((model, optimizer), by_hand(case, 4))
+
+
+def _transformers(name: str) -> Callable[[Any], Any]:
+    def make(optimizer: Any) -> Any:
+        transformers = pytest.importorskip("transformers")
+        return transformers.get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=8)
+
+    return make
+
+
+SCHEDULES: dict[str, Callable[[Any], Any]] = {
+    "linear": lambda o: rates.LinearLR(o, 0.1, total_iters=4),
+    "cosine-restarts": lambda o: rates.CosineAnnealingWarmRestarts(o, 3),
+    "lambda": lambda o: rates.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "chained": lambda o: rates.ChainedScheduler([rates.ConstantLR(o, 0.5, 2), rates.ExponentialLR(o, 0.9)]),
+    "one-cycle": lambda o: rates.OneCycleLR(o, 0.02, total_steps=10),  # moves beta1 as well
+    "transformers-linear": _transformers("linear"),
+    "transformers-cosine": _transformers("cosine"),
+    "transformers-inverse-sqrt": _transformers("inverse_sqrt"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("case", CASES)
+def test_a_schedule_moves_the_base_and_resumes(case: str, name: str) -> None:
+    model, twin = net(), net(1)
+    optimizer, resumed = wrap(model, case), wrap(twin, case)
+    schedule, again = SCHEDULES[name](optimizer), SCHEDULES[name](resumed)
+    alone = torch.optim.AdamW(net().parameters(), lr=0.01)
+    expected = SCHEDULES[name](alone)
+    for step in range(4):
+        train(model, optimizer, [step], schedule=schedule)
+        alone.step()
+        expected.step()
+        assert optimizer.base.param_groups[0]["lr"] == alone.param_groups[0]["lr"]
+        assert optimizer.base.param_groups[0]["betas"] == alone.param_groups[0]["betas"]
+    twin.load_state_dict(model.state_dict())
+    saved = optimizer.state_dict()
+    resumed.load_state_dict({**saved, "state": cloned(saved["state"])})
+    again.load_state_dict(schedule.state_dict())
+    train(model, optimizer, range(4, 7), schedule=schedule)
+    train(twin, resumed, range(4, 7), schedule=again)
+    assert_same((twin, plain(resumed)), (model, optimizer))
+    assert differences((model, optimizer), by_hand(case, 7))  # the schedule had an effect

@@ -1,0 +1,26 @@
+"""Which packages of other people are missing here, and what they warn of by themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+# Beginnings of messages, all of Lightning's. `python -W` compares them as they stand.
+THEIR_WARNINGS = (
+    "`isinstance(treespec, LeafSpec)`",
+    "The 'train_dataloader' does not have many workers",
+    "Checkpoint directory",  # exists and is not empty: that of the run that is resumed
+)
+
+
+def missing(names: Iterable[str]) -> list[str]:
+    """Those that can't be imported: not installed, or shadowed.
+
+    transformers takes our folder `kernels/` for the package of that name where the repository is on `sys.path`.
+    """
+    shadowed = {"transformers"} if str(ROOT) in sys.path else set()
+    return [name for name in names if name in shadowed or importlib.util.find_spec(name) is None]
