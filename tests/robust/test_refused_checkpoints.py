@@ -60,8 +60,10 @@ def outcome(target: SelectiveUpdate, broken: Any) -> str:
 
 
 # Spoilt, and yet nothing that we could know: another number in the right place, or another type of the same one.
-HARMLESS = ("int64", "float64", "bfloat16", "uint8", "no dimension", "one dimension more", "boolean", "number", "largest",
-            "negative", "minus one", "huge", "zero", "infinite", "random bytes")  # fmt: skip
+HARMLESS = (
+    "int64", "float64", "bfloat16", "uint8", "no dimension", "one dimension more", "boolean", "number",
+    "largest", "negative", "minus one", "huge", "zero", "infinite", "random bytes",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
