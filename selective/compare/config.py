@@ -146,6 +146,8 @@ def dump(config: CompareConfig) -> dict[str, Any]:
 
 def build(data: Mapping[str, Any], source: str = "the configuration") -> CompareConfig:
     """Validate plain data. Raises ConfigError with one line for each mistake: its path, and what is allowed."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source} is not a comparison that can be run: it is a {type(data).__name__}, not a mapping")
     try:
         return CompareConfig.model_validate(dict(data))
     except ValidationError as error:
@@ -172,17 +174,16 @@ def read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); name a YAML or JSON file") from error
+    form = "JSON" if path.suffix.lower() == ".json" else "YAML"
+    yaml = require("yaml") if form == "YAML" else None
     try:
-        if path.suffix.lower() == ".json":
-            data = json.loads(text)
-        else:
-            yaml = require("yaml")
-            try:
-                data = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+        data = json.loads(text) if yaml is None else yaml.safe_load(text)
+    except (
+        ValueError,
+        RecursionError,
+        *([] if yaml is None else [yaml.YAMLError]),
+    ) as error:  # a date that is none, say
+        raise ConfigError(f"{path} is not valid {form}: {error}") from error
     if data is None:
         return {}
     if not isinstance(data, dict):
