@@ -176,13 +176,12 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); name a YAML or JSON file") from error
     form = "JSON" if path.suffix.lower() == ".json" else "YAML"
     yaml = require("yaml") if form == "YAML" else None
+    unreadable: tuple[type[Exception], ...] = (ValueError, RecursionError)  # a date that is none; nested without end
+    if yaml is not None:
+        unreadable = (*unreadable, yaml.YAMLError)
     try:
         data = json.loads(text) if yaml is None else yaml.safe_load(text)
-    except (
-        ValueError,
-        RecursionError,
-        *([] if yaml is None else [yaml.YAMLError]),
-    ) as error:  # a date that is none, say
+    except unreadable as error:
         raise ConfigError(f"{path} is not valid {form}: {error}") from error
     if data is None:
         return {}

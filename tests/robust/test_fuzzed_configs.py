@@ -169,7 +169,7 @@ def test_what_is_no_comparison(found: Any) -> None:
 )
 def test_files_that_are_none(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match="is not valid (JSON|YAML)"):
+    with pytest.raises(ConfigError, match=r"is not valid (JSON|YAML)"):
         read(tmp_path / name)
 
 
