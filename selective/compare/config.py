@@ -75,11 +75,18 @@ class LoopConfig(_Config):
     checkpoint_every: int = Field(100, ge=1, description="steps between two checkpoints of a run")
 
 
+MOST_SEEDS = 10_000
+
+
 def _seeds(value: Any) -> Any:
     """A count means 0 .. count - 1; a list is taken as it is."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
             raise ValueError(f"{value} seeds; at least one is needed, and three for a useful interval")
+        if value > MOST_SEEDS:  # a seed that was meant to be one of a list, say
+            raise ValueError(
+                f"{value} seeds, and each trains every contender; at most {MOST_SEEDS}, or a list of seeds"
+            )
         return tuple(range(value))
     return value
 
