@@ -25,6 +25,8 @@ class Checkpointing(Checking):
             hook(self)
         self._plan()  # groups that were added on the base are ours too
         self._count_steps()
+        if self._steps and not self._own:  # no masked parameter has had a gradient yet: the count needs a place
+            self._make_own_state(lambda parameter: parameter.tensor.requires_grad)
         found = dict(self.base.state_dict())
         state = {index: dict(entries) for index, entries in found["state"].items()}
         index = 0

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from programs import Made, Running, added, beginnings, give, params_of, programs, switched
+from programs import NOT_COPIED, Made, Running, added, beginnings, give, params_of, programs, switched
 from whole_bytes import bytes_of, difference, model_bytes
 
 from selective import Dense, Fixed, Policy, RandomMask, SelectiveUpdate, Soap, TopK
@@ -69,7 +68,7 @@ class Program:
                 continue
             for index, p in enumerate(group["params"]):
                 count, name = int(selection.fraction * p.numel()), f"param_groups[{number}][{index}]"
-                if p.grad is not None and count:
+                if p.grad is not None and count and "share" in found[name]:  # Soap's first step only observes
                     assert round(found[name]["share"].item() * p.numel()) == count, name
                     SEEN["top-k"] += 1
 
@@ -84,6 +83,8 @@ class Program:
         self.join(self.all[-1].reloaded())
 
     def copy(self, way: str) -> None:
+        if self.made.base in NOT_COPIED:
+            return
         self.join(self.all[-1].copied(way))
 
     def join(self, twin: Running) -> None:
@@ -106,7 +107,12 @@ class Program:
             self.plain = None
 
     def takes(self, policy: Any) -> bool:
-        """A policy that reads a momentum needs one; of which only the base or `momentum_beta` can tell."""
+        """Not one that reads a momentum, where there is no `momentum_beta`: the base may have none.
+
+        Nor any where all groups were dense until now: nothing of ours was saved then, the count of steps neither.
+        """
+        if not self.all[0].optimizer._own and len(self.all) > 1:
+            return False
         return not policy.needs() & {"momentum", "previous_momentum"} or "momentum_beta" in self.made.options
 
     def edit(self, factor: float) -> None:
@@ -162,12 +168,10 @@ def test_programs(made: Made, program: list[Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("part", range(4))
-@given(made=beginnings(), program=programs, data=st.data())
-@settings(max_examples=500, suppress_health_check=NO_DEADLINE)
-def test_programs_at_length(part: int, made: Made, program: list[Any], data: st.DataObject) -> None:
-    data.draw(st.just(part))
+@pytest.mark.timeout(3600)
+@given(made=beginnings(), program=programs)
+@settings(max_examples=2500, suppress_health_check=NO_DEADLINE)
+def test_programs_at_length(made: Made, program: list[Any]) -> None:
     run(made, program)
 
 

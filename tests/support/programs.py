@@ -54,6 +54,7 @@ BASES: dict[str, tuple[Callable[..., Any], bool]] = {
     "rmsprop": (lambda g: t.RMSprop(g, lr=1e-3, eps=1e-4), False),
     "optimi-adamw": (lambda g: optimi.AdamW(g, lr=1e-2, eps=1e-4), True),
 }
+NOT_COPIED = ("lion",)  # plain ones can't step either after deepcopy or pickle: an attribute is lost
 POLICIES: list[Policy] = [
     Dense(), MGUP(), CautiousMGUP(), Cautious(), Grams(), Magma(), SkipUpdate(), RandomMask(), AlphaConsistency(),
     Policy(selection=TopK(fraction=0.3), strength=Fixed()),
