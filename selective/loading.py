@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from selective.capture.base import Parameter
@@ -19,8 +20,15 @@ C = TypeVar("C", bound=Configured)
 
 def first_saved(entries: Sequence[dict[str, Tensor]], key: str, family: type[C], number: int) -> C | None:
     """The policy or preconditioner that a group was saved with; None where nothing was saved of it."""
-    found = next((one[key] for one in entries if key in one), None)
-    return None if found is None else decode_model(found, family, f"param_groups[{number}]")
+    having = [one[key] for one in entries if key in one]
+    if not having:
+        return None
+    where = f"param_groups[{number}]"
+    if not all(torch.equal(one.cpu(), having[0].cpu()) for one in having[1:] if one is not having[0]):
+        raise ValueError(
+            f"SelectiveUpdate: {where}: the checkpoint's parameters differ in their {key!r}; nothing was loaded"
+        )
+    return decode_model(having[0], family, where)
 
 
 def check_basis(

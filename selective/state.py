@@ -37,10 +37,14 @@ def encode_model(model: Configured) -> Tensor:
 def decode_model(data: Tensor, family: type[C], where: str) -> C:
     """The model that `encode_model` wrote; a ValueError that says where the bytes stood, if they are not one."""
     try:
-        model = family.from_data(bytes(data.cpu().to(torch.uint8).tolist()).rstrip(b"\0").decode())
+        if data.dtype != torch.uint8 or data.dim() != 1:
+            raise ValueError(f"found {data.dtype} of shape {tuple(data.shape)}, expected bytes")
+        model = family.from_data(bytes(data.cpu().tolist()).rstrip(b"\0").decode())
     except (UnicodeDecodeError, ValueError, TypeError) as error:
         what = family._family
-        raise ValueError(f"SelectiveUpdate: {where}: the checkpoint's {what} can't be read: {error}") from error
+        raise ValueError(
+            f"SelectiveUpdate: {where}: the checkpoint's {what} can't be read: {error}; nothing was loaded"
+        ) from error
     model.as_if_written()  # every field was saved, so that a changed default can't change a run
     return model
 
@@ -153,41 +157,6 @@ def own_part(state_dict: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
         if ours:
             found[index] = ours
     return found
-
-
-def check_entries(ours: Mapping[Any, Mapping[str, Any]]) -> dict[str, int]:
-    """Refuse entries of ours that are no tensors; the step count and the seed that they hold, checked."""
-    numbers: dict[str, int] = {}
-    for index, entries in ours.items():
-        for key, value in entries.items():
-            where = f"SelectiveUpdate: the checkpoint's {key!r} of parameter {index!r}"
-            if not isinstance(value, Tensor) and not (key in (STEP, SEED) and type(value) is int):
-                raise ValueError(f"{where} is a {type(value).__name__}, must be a tensor; nothing was loaded")
-            if key not in (STEP, SEED):
-                continue
-            number = value if isinstance(value, int) else value.item() if value.numel() == 1 else None
-            if number is None or not 0 <= number < 2**63 or int(number) != number:  # NaN is not in any range
-                raise ValueError(f"{where} is {value}, must be one integer in [0, 2**63); nothing was loaded")
-            numbers[key] = int(number)
-    return numbers
-
-
-def check_layout(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Refuse a checkpoint that is not of these groups, before anything is loaded."""
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(f"SelectiveUpdate: the checkpoint has no {key!r}; found {sorted(map(str, state_dict))}")
-    saved, live = state_dict["param_groups"], groups
-    if len(saved) != len(live):
-        raise ValueError(
-            f"SelectiveUpdate: the checkpoint has {len(saved)} parameter groups, the optimizer {len(live)}"
-        )
-    for number, (theirs, ours) in enumerate(zip(saved, live, strict=True)):
-        if len(theirs["params"]) != len(ours["params"]):
-            raise ValueError(
-                f"SelectiveUpdate: parameter group {number} has {len(theirs['params'])} parameters in the checkpoint, "
-                f"{len(ours['params'])} in the optimizer"
-            )
 
 
 def restore_dtypes(loaded: MutableMapping[str, Any], saved: Mapping[str, Any]) -> None:

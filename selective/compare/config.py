@@ -75,11 +75,18 @@ class LoopConfig(_Config):
     checkpoint_every: int = Field(100, ge=1, description="steps between two checkpoints of a run")
 
 
+MOST_SEEDS = 10_000
+
+
 def _seeds(value: Any) -> Any:
     """A count means 0 .. count - 1; a list is taken as it is."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
             raise ValueError(f"{value} seeds; at least one is needed, and three for a useful interval")
+        if value > MOST_SEEDS:  # a seed that was meant to be one of a list, say
+            raise ValueError(
+                f"{value} seeds, and each trains every contender; at most {MOST_SEEDS}, or a list of seeds"
+            )
         return tuple(range(value))
     return value
 
@@ -146,6 +153,8 @@ def dump(config: CompareConfig) -> dict[str, Any]:
 
 def build(data: Mapping[str, Any], source: str = "the configuration") -> CompareConfig:
     """Validate plain data. Raises ConfigError with one line for each mistake: its path, and what is allowed."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source} is not a comparison that can be run: it is a {type(data).__name__}, not a mapping")
     try:
         return CompareConfig.model_validate(dict(data))
     except ValidationError as error:
@@ -172,17 +181,15 @@ def read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); name a YAML or JSON file") from error
+    form = "JSON" if path.suffix.lower() == ".json" else "YAML"
+    yaml = require("yaml") if form == "YAML" else None
+    unreadable: tuple[type[Exception], ...] = (ValueError, RecursionError)  # a date that is none; nested without end
+    if yaml is not None:
+        unreadable = (*unreadable, yaml.YAMLError)
     try:
-        if path.suffix.lower() == ".json":
-            data = json.loads(text)
-        else:
-            yaml = require("yaml")
-            try:
-                data = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+        data = json.loads(text) if yaml is None else yaml.safe_load(text)
+    except unreadable as error:
+        raise ConfigError(f"{path} is not valid {form}: {error}") from error
     if data is None:
         return {}
     if not isinstance(data, dict):

@@ -7,6 +7,7 @@ form; a subclass registers itself under its class name, so a user's own policy i
 from __future__ import annotations
 
 import json
+import reprlib
 from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar
 
@@ -98,11 +99,18 @@ class Configured(BaseModel):
         if isinstance(data, str) and data.lstrip().startswith("{"):
             try:
                 data = json.loads(data)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
                 raise ValueError(f"{cls._family}: not JSON ({error})") from error
         if isinstance(data, cls):
             return data
         return _build(cls, data)
+
+
+def _short(data: Any) -> str:
+    """As it is written, but for what is nested too deep for Python or too long to be read."""
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = shortened.maxlong = 80
+    return shortened.repr(data)
 
 
 def _build(family: type[C], data: Any) -> C:
@@ -114,13 +122,13 @@ def _build(family: type[C], data: Any) -> C:
     if isinstance(data, type) and issubclass(data, family):
         raise ValueError(f"{what}: found the class {data.__name__}, not an instance: write {data.__name__}()")
     if not isinstance(data, dict):
-        raise ValueError(f"{what}: expected a {what}, a kind's name or a dict with a 'kind', found {data!r}")
+        raise ValueError(f"{what}: expected a {what}, a kind's name or a dict with a 'kind', found {_short(data)}")
     if "kind" not in data:
-        raise ValueError(f"{what}: found no 'kind' in {data!r}; the kinds are {known}")
+        raise ValueError(f"{what}: found no 'kind' in {_short(data)}; the kinds are {known}")
     kind = data["kind"]
     member = family._registry.get(kind) if isinstance(kind, str) else None
     if member is None:
-        near = get_close_matches(str(kind).lower(), [name.lower() for name in family._registry], n=1)
+        near = get_close_matches(_short(kind).strip("'").lower(), [name.lower() for name in family._registry], n=1)
         hint = next((f" (did you mean {name!r}?)" for name in family._registry if name.lower() in near), "")
-        raise ValueError(f"{what}: kind {kind!r} is not known{hint}; the kinds are {known}")
+        raise ValueError(f"{what}: kind {_short(kind)} is not known{hint}; the kinds are {known}")
     return member.model_validate(data)  # type: ignore[return-value]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from selective import MGUP, Magma, SelectiveUpdate
+from selective import MGUP, Magma, Policy, RandomMask, SelectiveUpdate
 from selective.state import POLICY, POLICY_STATE, SEED, STEP
 
 AVERAGE = POLICY_STATE + "average"
@@ -92,3 +92,21 @@ def test_state_made_in_advance_changes_nothing(options: dict, dense: bool) -> No
     plain, _ = trained(make)
     prepared, _ = trained(make, prepare=SelectiveUpdate.init_state)
     assert all(torch.equal(a, b) for a, b in zip(plain, prepared, strict=True))
+
+
+@pytest.mark.parametrize("policy", [RandomMask(), Magma()], ids=lambda p: p.kind)
+def test_steps_without_any_gradient_are_counted_in_a_checkpoint(policy: Policy) -> None:
+    """Nothing of a parameter has state then; random policies draw by the count all the same."""
+
+    def make(params: list) -> SelectiveUpdate:
+        return SelectiveUpdate(torch.optim.AdamW(params, lr=0.1), policy=policy)
+
+    def unused(optimizer: SelectiveUpdate) -> None:
+        optimizer.step()
+        optimizer.step()
+
+    params, _ = trained(make, prepare=unused)
+    _, source = trained(make, last=0, prepare=unused)
+    resumed, target = trained(make, prepare=lambda optimizer: optimizer.load_state_dict(source.state_dict()))
+    assert target._steps == 5
+    assert all(torch.equal(a, b) for a, b in zip(params, resumed, strict=True))

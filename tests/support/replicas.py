@@ -1,0 +1,109 @@
+"""Replicas over gloo: a process for each rank, which trains every configuration that it is given, one after the other.
+
+Run as a script, one for each rank: torch is imported once for all configurations. What it finds goes to a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from selective import SelectiveUpdate
+from selective.state import SEED
+
+STEPS = 50
+Configuration = dict[str, Any]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.scale = nn.Linear(6, 8), nn.Linear(8, 3), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x))) * self.scale
+
+
+def digest(optimizer: SelectiveUpdate) -> str:
+    """Of parameters and all state but the seed, which one of the twins has of each rank's own."""
+    found = hashlib.sha256()
+    state = optimizer.state_dict()["state"]
+    for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        found.update(p.detach().numpy().tobytes())
+        for key, value in sorted(state.get(index, {}).items()):
+            if key != SEED:
+                found.update(key.encode() + value.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def trained(rank: int, how: Configuration) -> list[str]:
+    """The digests after a few of the steps: the same on all ranks."""
+    torch.manual_seed(0)
+    model = Net()
+    torch.manual_seed(1000 + rank)  # each rank's own: policies must not draw from it
+    ours: nn.Module = model
+    if how.get("ddp", True):
+        ours = DistributedDataParallel(model, static_graph=how.get("static_graph", False))
+    base = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    seed = rank if how.get("seed_of_rank") else 0
+    optimizer = SelectiveUpdate(base, policy=how["policy"], preconditioner=how.get("preconditioner"), seed=seed)
+    found = []
+    steps = STEPS + (3 * rank if how.get("join") else 0)  # uneven: the others shadow what is left
+    with ours.join() if how.get("join") else nullcontext():  # type: ignore[operator]
+        for step in range(steps):
+            torch.rand(1 + rank)  # the global generators drift apart
+            for part in range(2 if how.get("no_sync") else 1):
+                x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1000 * rank + 10 * step + part))
+                silent = how.get("no_sync") and part == 0
+                with ours.no_sync() if silent else nullcontext():  # type: ignore[operator]
+                    ours(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step in (0, 9, STEPS - 1):
+                found.append(digest(optimizer))
+    return found
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    configurations = json.loads((folder / "configurations.json").read_text())
+    found = {name: trained(rank, how) for name, how in configurations.items()}
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)  # gloo's threads, at the interpreter's end, have been seen to abort a process that had all results
+
+
+def train_replicas(world: int, configurations: dict[str, Configuration], folder: Path) -> dict[str, list[list[str]]]:
+    """For each configuration, every rank's digests."""
+    (folder / "configurations.json").write_text(json.dumps(configurations))
+    commands = [[sys.executable, __file__, str(rank), str(world), str(folder)] for rank in range(world)]
+    logs = [(folder / f"{rank}.log") for rank in range(world)]
+    running = []
+    for command, log in zip(commands, logs, strict=True):
+        with open(log, "w") as file:
+            running.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(240) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    assert codes == [0] * world, "\n".join(log.read_text() for log in logs)
+    each = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+    return {name: [found[name] for found in each] for name in configurations}
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
