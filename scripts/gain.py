@@ -42,7 +42,7 @@ from selective.compare.config import LoopConfig, ModelConfig
 from selective.compare.intervals import steps_to, t_interval
 from selective.compare.model import GPT
 from selective.compare.model import loss as loss_of
-from selective.compare.train import schedule, write_atomically
+from selective.compare.train import fingerprint, schedule, write_atomically
 
 DECAY = 0.1
 MGUP_MILD = MGUP(alpha=1.5, gamma=0.5)  # the paper's advice for bases whose learning rate is tuned
@@ -225,6 +225,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
         record["seconds"] = time.perf_counter() - begun
+        record["parameters_sha256"] = fingerprint(self.model)
         for p in self.model.parameters():
             p.grad = None
         return record
