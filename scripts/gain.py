@@ -36,12 +36,12 @@ from selective import (
     RandomMask,
     SelectiveUpdate,
     Soap,
-    param_groups_for,
 )
 from selective.compare.config import LoopConfig, ModelConfig
 from selective.compare.intervals import steps_to, t_interval
 from selective.compare.model import GPT
 from selective.compare.model import loss as loss_of
+from selective.compare.spaces import groups_by_kind
 from selective.compare.train import fingerprint, schedule, write_atomically
 
 DECAY = 0.1
@@ -117,12 +117,7 @@ class Both(Optimizer):
 
 def optimizer_of(run: Run, model: nn.Module) -> Optimizer:
     """What a run trains with."""
-    groups = [
-        {**group, "params": [p for _, p in group["params"]]} for group in param_groups_for(model, weight_decay=DECAY)
-    ]
-    for group in groups:
-        del group["name"]
-    plain = [{k: v for k, v in group.items() if k not in ("preconditioner", "matrix_view")} for group in groups]
+    groups, plain = (groups_by_kind(model, DECAY, rotated) for rotated in (True, False))
     fused = next(model.parameters()).is_cuda
     name, _, space_name = run.setup.rpartition(" in ")
     name, space = (name, SPACES[space_name]) if name else (run.setup, SPACES.get(run.setup))

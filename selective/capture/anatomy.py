@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ __all__ = [
     "read_momentum",
 ]
 
+T = TypeVar("T")
 _cache: dict[tuple, Anatomy] = {}
 _odd_cache: dict[tuple, frozenset[str]] = {}
 
@@ -46,22 +47,27 @@ def anatomy(base: Optimizer, group: Mapping[str, Any], *, measure: bool = False)
         known = lookup(base, group)
         if known is not None:
             return known
-    key = _key(base, group)
-    if key is None:
-        return _measure(base, group)
-    if key not in _cache:
-        _cache[key] = _measure(base, group)
-    return _cache[key]
+    return _remembered(_cache, _measure, base, group)
 
 
 def odd_entries(base: Optimizer, group: Mapping[str, Any]) -> frozenset[str]:
     """State entries that turn round with the gradient, as measured on a twin; remembered like the facts."""
+    return _remembered(_odd_cache, measure_odd, base, group)
+
+
+def _remembered(
+    cache: dict[tuple, T],
+    measured: Callable[[Optimizer, Mapping[str, Any]], T],
+    base: Optimizer,
+    group: Mapping[str, Any],
+) -> T:
+    """A measurement, made once for each kind of group."""
     key = _key(base, group)
     if key is None:
-        return measure_odd(base, group)
-    if key not in _odd_cache:
-        _odd_cache[key] = measure_odd(base, group)
-    return _odd_cache[key]
+        return measured(base, group)
+    if key not in cache:
+        cache[key] = measured(base, group)
+    return cache[key]
 
 
 def read_momentum(base: Optimizer, param: Tensor, facts: Anatomy) -> Tensor | None:

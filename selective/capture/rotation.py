@@ -165,8 +165,6 @@ class Rotation:
     def gradients_in(self, indices: list[int], grads: Sequence[Tensor]) -> list[Tensor]:
         """Gradients in the rotated space, without what is only rounding."""
         shape, rotated = self.bases[indices[0]].shape, self.project_in(indices, grads)
-        if type(self.preconditioner).denoise is Preconditioner.denoise:
-            return rotated
         with self._named("denoise"):
             made = self.preconditioner.denoise(self._states(indices), [as_matrix(x, shape) for x in rotated])
             made = self._checked(made, shape, len(rotated))

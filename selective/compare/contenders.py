@@ -18,7 +18,7 @@ from torch import nn
 
 from selective import Bernoulli, Everything, Policy, Preconditioner, RandomMask, SelectiveUpdate
 from selective.compare.config import CompareConfig, ConfigError
-from selective.compare.spaces import parameter_groups as groups_by_kind
+from selective.compare.spaces import groups_by_kind
 from selective.policies import MatchedRandomMask
 
 # What a user would write for a transformer. A base that is not here keeps its own defaults.
@@ -199,6 +199,7 @@ def shares(optimizer: torch.optim.Optimizer, names: Mapping[str, str]) -> dict[s
     """
     if not isinstance(optimizer, SelectiveUpdate):
         return {}
-    if any("share" not in entry for entry in optimizer.statistics().values()):
+    found = optimizer.statistics()
+    if any("share" not in entry for entry in found.values()):
         return {}
-    return {names[name]: float(entry["share"]) for name, entry in optimizer.statistics().items()}
+    return {names[name]: float(entry["share"]) for name, entry in found.items()}

@@ -28,7 +28,7 @@ def _space(data: Any) -> Preconditioner:
 AnyPreconditioner = Annotated[SerializeAsAny[Preconditioner], BeforeValidator(_space)]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, rotated: bool) -> list[dict[str, Any]]:
+def groups_by_kind(model: nn.Module, weight_decay: float, rotated: bool) -> list[dict[str, Any]]:
     """Matrices of the model's inside, then embeddings, head and vectors, the first three decayed.
 
     Everyone in a comparison with preconditioners gets these groups, so that random policies number parameters alike;

@@ -53,9 +53,9 @@ def summarise(config: CompareConfig, records: Sequence[Record]) -> Summary:
     best = {c.index: _best_lr([(lr, cells[c.index, lr]) for lr in config.lr]) for c in field}
     baseline = cells[0, best[0]] if best[0] is not None else None
     rows = tuple(_row(c, lr, cells[c.index, lr], lr == best[c.index], baseline) for c in field for lr in config.lr)
-    grounds = {c.index: c.label for c in field if c.index == c.ground}
+    labels = {c.index: c.label for c in field}
     asked = [c for c in field if c.role in ("policy", "rotation")]
-    verdicts = tuple((c.label, _verdict(c, cells, best, config, grounds[c.ground])) for c in asked)
+    verdicts = tuple((c.label, _verdict(c, cells, best, config, labels)) for c in asked)
     return Summary(seeds, rows, verdicts, tuple(_notes(config, field, best, len(seeds))))
 
 
@@ -109,13 +109,15 @@ def paired(left: Sequence[Record], right: Sequence[Record]) -> Interval:
 
 
 def _verdict(
-    c: Contender, cells: dict[Any, list[Record]], best: dict[int, float | None], config: CompareConfig, ground: str
-) -> str:
+    c: Contender, cells: dict[Any, list[Record]], best: dict[int, float | None], config: CompareConfig,
+    labels: dict[int, str],
+) -> str:  # fmt: skip
     """One sentence from paired intervals, each side at its own best rate.
 
     A policy against the base in the same space and against its control; the base in a space against the baseline.
     """
-    other, name = (0, config.base) if c.role == "rotation" else (c.ground, ground)
+    other = 0 if c.role == "rotation" else c.ground
+    name = labels[other]
     own = best[c.index]
     if own is None:
         return "diverged at every learning rate."
