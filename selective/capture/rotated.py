@@ -140,17 +140,17 @@ class RotatedJob(GenericJob):
         for i in indices:  # not needed any more
             self.grads[i] = self.previous[i] = None  # type: ignore[index]
 
-    def nothing(self, indices: list[int]) -> list[Tensor]:
+    def nothing(self, indices: list[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """Zeros shaped like these parameters, which a kernel turns into -mask u."""
         tensors = [self.parameters[i].tensor for i in indices]
         if all(p.is_contiguous() for p in tensors) and len({p.shape for p in tensors}) == 1:
             shape = (len(indices), *tensors[0].shape)
-            return list(torch.zeros(shape, dtype=torch.float32, device=tensors[0].device).unbind())
-        return [torch.zeros_like(p, dtype=torch.float32) for p in tensors]
+            return list(torch.zeros(shape, dtype=dtype, device=tensors[0].device).unbind())
+        return [torch.zeros_like(p, dtype=dtype) for p in tensors]
 
     def land(self, indices: list[int], masked: Sequence[Tensor]) -> None:
         """Step 7: project `masked`, which is -mask u, out; p <- factor p + that, rounded once."""
-        moved = self.rotation.project_out(indices, masked)
+        moved = self.rotation.project_out(indices, masked, narrow=True)
         starts = self._starts(indices)
         described = specs_of(Dense())
         assert described is not None

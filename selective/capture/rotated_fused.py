@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from selective.capture.fused import FusedRule
@@ -35,8 +36,10 @@ class RotatedFusedJob(RotatedJob):
 
     def finish(self) -> None:
         self._show()
+        in_kernel = self.specs is not None and not self.in_original
         for indices in self.rotation.alike(self.moving):
-            self._step(indices, self.rotated_gradients(indices))
+            grads = [self.gradients[i] for i in indices]
+            self._step(indices, self.rotation.gradients_in(indices, grads, narrow=in_kernel), in_kernel)
         if self.alone:  # else the other job of the group does it
             self.fused.after(self.group)
         self.close()
@@ -50,27 +53,31 @@ class RotatedFusedJob(RotatedJob):
             p.grad = grad
         self.hidden = []
 
-    def _step(self, indices: list[int], rotated: list[Tensor]) -> None:
+    def _step(self, indices: list[int], rotated: list[Tensor], in_kernel: bool) -> None:
         rule = self.fused.rule(self.context.base, self.group)
         # Decay and `maximize` are in the gradient already, or a factor on the parameter.
         undecayed: Any = {"decay_factor": 1.0} if isinstance(rule, spec.LionRule) else {}
         rule = replace(rule, weight_decay=0.0, maximize=False, **undecayed)
-        left = self.nothing(indices)
-        items, fresh = [], []
-        for i, buffer, grad in zip(indices, left, rotated, strict=True):
+        states, fresh = [], []
+        for i in indices:
             p = self.parameters[i].tensor
             state = self.context.base.state[p]
             if not state:
                 self.fused.init_state(self.group, p, state)
             if isinstance(rule, spec.SGDRule) and state.get("momentum_buffer") is None:
                 fresh.append((p, state))
+            states.append(state)
+        # SGD's momentum is made in the dtype of what is stepped.
+        left = self.nothing(indices, torch.float32 if fresh else rotated[0].dtype)
+        items = []
+        for i, buffer, grad, state in zip(indices, left, rotated, states, strict=True):
             own = self.context.own_state(self.parameters[i], self.policy)
             items.append(spec.Item(buffer, grad, state, self._address(i), own))
-        if self.specs is None or self.in_original:
-            self._step_outside(indices, items, rule)
-        else:
+        if in_kernel:
             self._step_in_kernel(indices, items, rule)
             self.land(indices, left)
+        else:
+            self._step_outside(indices, items, rule)
         for p, state in fresh:
             _in_the_dtype_of(p, state)
 
@@ -79,9 +86,11 @@ class RotatedFusedJob(RotatedJob):
         report = self.context.report
         passing = self.kept.passing(self.calls, items, self.policy, self.context.recording)
         self.calls += 1
+        draw = self.context.draw_on(items[0].param.device)
         sums = selective_step(
             passing, rule=rule, selection=self.specs[0], strength=self.specs[1],
-            draw=self.context.draw_on(items[0].param.device), statistics=report is not None,
+            draw=replace(draw, stochastic=False),  # the parameter is rounded later, in `land`
+            statistics=report is not None,
         )  # fmt: skip
         if sums is not None and report is not None:
             report.add_all([self.parameters[i].name for i in indices], sums)

@@ -17,6 +17,10 @@ from torch import Tensor
 
 from selective.capture import lists
 from selective.preconditioner import Carry, Preconditioner, Shape, State, as_matrix
+from selective.preconditioner.matrices import DTYPES
+
+# Elements of the matrices whose bases are refreshed together, where nothing but what was observed of them is needed.
+BASES = 2**28
 
 MaskSpace = Literal["rotated", "original"]
 Matrices = Callable[[list[int]], list[Tensor]]  # the gradients of these parameters, not rotated, as matrices
@@ -54,32 +58,38 @@ class Rotation:
         self.preconditioner, self.bases, self.count, self.mask_space = preconditioner, bases, count, mask_space
         self.steps = [int(basis.steps) for basis in bases]
         self._finite: dict[int, Tensor] = {}
+        self._refreshed: set[int] = set()  # in this step
 
     def stands_still(self, index: int) -> bool:
         return self.preconditioner.stands_still(self.steps[index])
 
-    def alike(self, indices: Sequence[int]) -> Iterator[list[int]]:
-        """Those of equal shape and device together, at most `lists.PART` elements at a time."""
+    def alike(self, indices: Sequence[int], limit: int = lists.PART) -> Iterator[list[int]]:
+        """Those of equal shape and device together, at most `limit` elements at a time."""
         found: dict[tuple[object, ...], list[int]] = {}
         for index in indices:
             found.setdefault((self.bases[index].shape, self.bases[index].device), []).append(index)
         for same in found.values():
             batch, rows, columns = self.bases[same[0]].shape
-            size = max(1, lists.PART // (batch * rows * columns))
+            size = max(1, limit // (batch * rows * columns))
             yield from (same[start : start + size] for start in range(0, len(same), size))
 
     def renew(self, matrices: Matrices) -> Iterator[Carried]:
         """Refresh the bases that are due; what has to be carried along, batch by batch."""
         preconditioner, everything = self.preconditioner, list(range(len(self.bases)))
-        observes = preconditioner.observes()
+        observes, reads = preconditioner.observes(), preconditioner.refreshes_from_gradients()
         for indices in self.alike(everything):
             due = [i for i in indices if self._is_due(i)]
             looked = indices if observes else due
             if looked:
                 grads = dict(zip(looked, matrices(looked), strict=True))
                 self._look_at(looked, list(grads.values()))
-            if due:
-                yield from self._refresh(due, [grads[i] for i in due])
+            if due and reads:
+                yield from self._refresh(due, self._clean(due, [grads[i] for i in due]))
+        if not reads:
+            for due in self.alike([i for i in everything if self._is_due(i)], BASES):
+                basis = self.bases[due[0]]
+                nothing = torch.zeros((), dtype=torch.float32, device=basis.device).expand(basis.shape)
+                yield from self._refresh(due, [nothing] * len(due))
 
     def _is_due(self, index: int) -> bool:
         basis, steps = self.bases[index], self.steps[index]
@@ -106,11 +116,12 @@ class Rotation:
         before = [dict(zip(state, lists.copies(list(state.values())), strict=True)) for state in states]
         try:
             with self._named("refresh"):
-                made = self.preconditioner.refresh(states, self._clean(due, grads))
+                made = self.preconditioner.refresh(states, grads)
                 self._check_refresh(due, states, made)
         except BaseException:
             self._write(due, before)
             raise
+        self._refreshed.update(due)
         on_host = self._finite_on_host(due, states)
         for index, maps, state, old in zip(due, made, states, before, strict=True):
             valid = self._finite[index]
@@ -160,27 +171,36 @@ class Rotation:
 
     def project_in(self, indices: list[int], xs: Sequence[Tensor]) -> list[Tensor]:
         """Each x, shaped like its parameter, in the rotated space: float32 of the same shape. Alike ones only."""
-        return self._project("project_in", self.preconditioner.project_in, indices, xs)
+        return lists.in_dtype(self._project("project_in", indices, xs), torch.float32)
 
-    def gradients_in(self, indices: list[int], grads: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients in the rotated space, without what is only rounding."""
-        shape, rotated = self.bases[indices[0]].shape, self.project_in(indices, grads)
-        with self._named("denoise"):
-            made = self.preconditioner.denoise(self._states(indices), [as_matrix(x, shape) for x in rotated])
-            made = self._checked(made, shape, len(rotated))
-        return [y.reshape(x.shape) for x, y in zip(rotated, made, strict=True)]
+    def gradients_in(self, indices: list[int], grads: Sequence[Tensor], *, narrow: bool = False) -> list[Tensor]:
+        """Gradients in the rotated space, without what is only rounding. `narrow`: in the dtype that they come in."""
+        rotated = self._project("project_in", indices, grads)
+        fresh = [k for k, i in enumerate(indices) if i in self._refreshed]
+        if fresh:
+            for k, made in zip(fresh, self._denoised(indices, fresh, rotated), strict=True):
+                rotated[k] = made
+        return rotated if narrow else lists.in_dtype(rotated, torch.float32)
 
-    def project_out(self, indices: list[int], xs: Sequence[Tensor]) -> list[Tensor]:
-        """Each x back in the parameter's own space."""
-        return self._project("project_out", self.preconditioner.project_out, indices, xs)
-
-    def _project(
-        self, what: str, call: Callable[..., list[Tensor]], indices: list[int], xs: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def _denoised(self, indices: list[int], fresh: list[int], rotated: Sequence[Tensor]) -> list[Tensor]:
         shape = self.bases[indices[0]].shape
-        matrices = [as_matrix(x, shape) for x in xs]
+        with self._named("denoise"):
+            states = self._states([indices[k] for k in fresh])
+            made = self.preconditioner.denoise(states, [rotated[k].reshape(shape) for k in fresh])
+            return [
+                y.reshape(rotated[k].shape) for k, y in zip(fresh, self._checked(made, shape, len(fresh)), strict=True)
+            ]
+
+    def project_out(self, indices: list[int], xs: Sequence[Tensor], *, narrow: bool = False) -> list[Tensor]:
+        """Each x back in the parameter's own space; `narrow` as in `gradients_in`, for x too."""
+        moved = self._project("project_out", indices, xs, narrow=narrow)
+        return moved if narrow else lists.in_dtype(moved, torch.float32)
+
+    def _project(self, what: str, indices: list[int], xs: Sequence[Tensor], *, narrow: bool = False) -> list[Tensor]:
+        shape = self.bases[indices[0]].shape
+        matrices = [x.detach().reshape(shape) if narrow else as_matrix(x, shape) for x in xs]
         with self._named(what):
-            made = call(self._states(indices), matrices)
+            made = getattr(self.preconditioner, what)(self._states(indices), matrices)
             made = self._checked(made, shape, len(xs))
         made = [y.clone() if _is_memory_of(y, x) else y for x, y in zip(matrices, made, strict=True)]
         return [y.reshape(x.shape) for x, y in zip(xs, made, strict=True)]
@@ -189,7 +209,7 @@ class Rotation:
         """What a projection has returned, as a list."""
         made = list(made)
         found = [(tuple(y.shape), y.dtype) for y in made]
-        if found != [(shape, torch.float32)] * count:
+        if len(made) != count or any(size != shape or dtype not in DTYPES for size, dtype in found):
             raise ValueError(f"it returned {found} for {count} float32 matrices of shape {shape}")
         return made
 

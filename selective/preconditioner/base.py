@@ -37,9 +37,9 @@ class Carry(NamedTuple):
 class Preconditioner(Configured):
     """The head of the family. Frozen, keyword arguments only, to JSON and back by its `kind`, as policies are.
 
-    The wrapper calls, in a step: `is_due`, `refresh` of those that are, `project_in` of gradients, then base and
-    policy, `project_out` of the masked update, `observe`. Nothing is written on what is passed in but the tensors of
-    `states`, in place.
+    The wrapper calls, in a step: `is_due`, `refresh` of those that are, `project_in` of gradients, `denoise` of those
+    whose basis is new, then base and policy, `project_out` of the masked update, `observe`. Nothing is written on what
+    is passed in but the tensors of `states`, in place.
     """
 
     _family: ClassVar[str] = "preconditioner"
@@ -82,6 +82,10 @@ class Preconditioner(Configured):
         """Whether `observe` reads the gradients. Where not, they are not looked through for NaN in every step."""
         return type(self).observe is not Preconditioner.observe
 
+    def refreshes_from_gradients(self) -> bool:
+        """Whether `refresh` reads the gradients. Where not, it gets zeros for them, and more parameters at a time."""
+        return True
+
     def refresh(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Carry | None]:
         """New bases, from what was observed or from these gradients (not rotated); None where nothing changed."""
         return [None] * len(states)
@@ -90,18 +94,26 @@ class Preconditioner(Configured):
         """Take note of this step's gradients (not rotated), after the parameters have moved."""
 
     def project_in(self, states: Sequence[State], xs: Sequence[Tensor]) -> list[Tensor]:
-        """Each x in its parameter's rotated space, P^T x Q: new tensors of the same shape."""
+        """Each x in its parameter's rotated space, P^T x Q: new tensors of the same shape.
+
+        In float32, or in the bfloat16 or float16 that they have been rounded to.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define project_in")
 
     def denoise(self, states: Sequence[State], rotated: Sequence[Tensor]) -> list[Tensor]:
         """Gradients that `project_in` has rotated (nothing else is handed in), without what is only rounding in them.
 
-        These tensors, written in place, or others of the same shape.
+        Asked in the step of a refresh only, of the parameters that were refreshed: where a basis comes from the
+        gradient itself, the rotated one is zero up to rounding in most places. These tensors, written in place, or
+        others of the same shape and dtype.
         """
         return list(rotated)
 
     def project_out(self, states: Sequence[State], xs: Sequence[Tensor]) -> list[Tensor]:
-        """Each x back in the parameter's own space, P x Q^T."""
+        """Each x back in the parameter's own space, P x Q^T.
+
+        x is float32, or of the dtype that `project_in` gave the gradient; so is what is returned.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define project_out")
 
     def report(self, states: Sequence[State]) -> list[dict[str, Tensor]]:

@@ -136,6 +136,9 @@ class Eigenbasis(Preconditioner):
     def stands_still(self, steps: int) -> bool:
         return self.skip_first_step and steps == 0
 
+    def refreshes_from_gradients(self) -> bool:
+        return self.statistic == "gradient"
+
     def refresh(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Carry | None]:
         if not states:
             return []

@@ -49,9 +49,9 @@ def float32_products(precision: Literal["ieee", "tf32"] = "ieee") -> Iterator[No
 
 
 def multiply(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
-    """a @ b for float32 [batch, ., .], float32 again. "bfloat16" rounds both factors and the result."""
+    """a @ b for [batch, ., .], in float32; with "bfloat16" both factors and the result are rounded, and stay so."""
     if precision == "bfloat16":
-        return (a.bfloat16() @ b.bfloat16()).float()
+        return a.bfloat16() @ b.bfloat16()
     with float32_products("tf32" if precision == "tf32" else "ieee"):
         return a @ b
 

@@ -50,10 +50,13 @@ def refresh(
     if not sides or not grads[0].numel():
         return carries
     batch, rows, columns = grads[0].shape
+    numel = batch * max({"rows": rows, "columns": columns}[side] for side in sides) ** 2
+    if options.statistic == "gradient":
+        numel = max(numel, batch * rows * columns)
     solvers = [_solver_for(options.solver, state) for state in states]
     for solver in SOLVERS:
         mine = [i for i, own in enumerate(solvers) if own == solver]
-        for some in batches(len(mine), batch * max(rows, columns) ** 2, REFRESHED):
+        for some in batches(len(mine), numel, REFRESHED):
             part = mine[some]
             found = _refresh(options, solver, sides, [states[i] for i in part], [grads[i] for i in part])
             for i, carry in zip(part, found, strict=True):

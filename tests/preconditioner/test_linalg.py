@@ -136,7 +136,7 @@ def test_precision_of_products() -> None:
     # A dot product of 64: at most 64 roundings of eps/2 of the sum of magnitudes.
     assert ((multiply(a, b, "float32") - exact).abs() <= 64 * EPS / 2 * size).all()
     low = multiply(a, b, "bfloat16")
-    assert low.dtype == torch.float32
+    assert low.dtype == torch.bfloat16
     error = (low - exact).abs()
     # Both factors, and the result: half of bfloat16's eps, 2^-8, each.
     assert (error <= 2**-9 * (2 * size + exact.abs()) * 1.01).all()
