@@ -101,7 +101,8 @@ def cholesky(gram: Tensor, old: Tensor, sort: bool = True) -> Solved:
 def _product(gram: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A Q, the estimates qᵀAq of the eigenvalues in falling order, and that order."""
     product = gram @ old
-    return product, *(product * old).sum(-2).sort(dim=-1, descending=True, stable=True)
+    values, order = (product * old).sum(-2).sort(dim=-1, descending=True, stable=True)
+    return product, values, order
 
 
 def _factor(matrix: Tensor) -> Tensor:

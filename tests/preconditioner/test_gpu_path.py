@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from base_optimizers import BASES, build, give_grads
-from transforms import Turning
+from transforms import Narrow, Turning
 
 from selective import MGUP, Cautious, CautiousMGUP, Dense, SelectiveUpdate
 from selective.kernels import use_backend
@@ -33,8 +33,11 @@ def run(name: str, backend: Any, dtype: torch.dtype, **options: Any) -> list[tor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("policy", [Dense(), CautiousMGUP(), Cautious(), MGUP()], ids=str)
 @pytest.mark.parametrize("name", ["adamw-foreach", "sgd-momentum", "adafactor"])
-def test_the_kernels_step_rotated_parameters_as_the_reference_does(name: str, policy: Any, dtype: torch.dtype) -> None:
-    options = {"policy": policy, "preconditioner": Turning(every=2)}
+@pytest.mark.parametrize("space", [Turning(every=2), Narrow()], ids=["turning", "narrow"])
+def test_the_kernels_step_rotated_parameters_as_the_reference_does(
+    space: Any, name: str, policy: Any, dtype: torch.dtype
+) -> None:
+    options = {"policy": policy, "preconditioner": space}
     found, expected = run(name, "gpu", dtype, **options), run(name, "reference", dtype, **options)
     for a, b in zip(found, expected, strict=True):
         tolerance = (64 if dtype == torch.float32 else 3 * 2**16) * torch.finfo(torch.float32).eps * 4

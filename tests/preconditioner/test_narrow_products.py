@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from transforms import FixedRotation
+from transforms import FixedRotation, Narrow, Rounding
 
 from selective import MGUP, AlphaConsistency, CautiousMGUP, Eigenbasis, SelectiveUpdate
 from selective.preconditioner import Preconditioner
@@ -16,29 +16,6 @@ BASES: dict[str, Any] = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2),
     "sgd": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9, nesterov=True),
 }
-
-
-class Rounding(FixedRotation):
-    """Rounds to bfloat16 on each way, and returns that in float32."""
-
-    def project_in(self, states, xs):
-        return [x.bfloat16().float() for x in super().project_in(states, [x.bfloat16().float() for x in xs])]
-
-    def project_out(self, states, xs):
-        return [x.bfloat16().float() for x in super().project_out(states, [x.bfloat16().float() for x in xs])]
-
-
-class Narrow(Rounding):
-    """The same numbers in bfloat16."""
-
-    seen: ClassVar[list[torch.dtype]] = []
-
-    def project_in(self, states, xs):
-        return [x.bfloat16() for x in super().project_in(states, xs)]
-
-    def project_out(self, states, xs):
-        self.seen.extend(x.dtype for x in xs)
-        return [x.bfloat16() for x in super().project_out(states, xs)]
 
 
 def trained(preconditioner: Preconditioner, base: str, policy: Any, **options: Any) -> list[torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,29 @@ class FixedRotation(Preconditioner):
 
     def project_out(self, states, xs):
         return [s["P"] @ x @ s["Q"].mT for s, x in zip(states, xs, strict=True)]
+
+
+class Rounding(FixedRotation):
+    """Rounds to bfloat16 on each way, and returns that in float32."""
+
+    def project_in(self, states, xs):
+        return [x.bfloat16().float() for x in super().project_in(states, [x.bfloat16().float() for x in xs])]
+
+    def project_out(self, states, xs):
+        return [x.bfloat16().float() for x in super().project_out(states, [x.bfloat16().float() for x in xs])]
+
+
+class Narrow(Rounding):
+    """The same numbers in bfloat16."""
+
+    seen: ClassVar[list[torch.dtype]] = []
+
+    def project_in(self, states, xs):
+        return [x.bfloat16() for x in super().project_in(states, xs)]
+
+    def project_out(self, states, xs):
+        self.seen.extend(x.dtype for x in xs)
+        return [x.bfloat16() for x in super().project_out(states, xs)]
 
 
 class Turning(FixedRotation):

@@ -8,6 +8,7 @@ import optimi
 import pytest
 import pytorch_optimizer
 import torch
+from older_torch import faults_of_older_torch
 from pydantic import Field
 from torchao.optim import AdamW8bit
 
@@ -108,12 +109,6 @@ FAULTS_OF_BASES = {
     # A copy of it lacks an attribute that its step reads.
     "torchao-8bit": {"copies_step_as_the_original"},
 }
-# Seen with torch 2.11, mended by 2.13: Adagrad made its state in the constructor only, Adafactor's copies lacked a key.
-FAULTS_OF_OLDER_TORCH = {
-    "adagrad": {"add_param_group_reaches_the_base", "parameters_may_be_swapped"},
-    "adafactor": {"copies_step_as_the_original"},
-}
-OLDER_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +126,6 @@ def test_conformance(base, policy):
     report = check_wrapper(subject(base, policy))
     report.raise_if_failed()
     faults = {o.check for o in report.not_applicable}
-    if OLDER_TORCH:
-        faults -= FAULTS_OF_OLDER_TORCH.get(base, set())
+    faults -= faults_of_older_torch(base)
     assert faults == FAULTS_OF_BASES.get(base, set()), str(report)
     assert len(report.outcomes) == len(conformance_checks)
