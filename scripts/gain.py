@@ -47,7 +47,7 @@ from selective.compare.train import fingerprint, schedule, write_atomically
 DECAY = 0.1
 MGUP_MILD = MGUP(alpha=1.5, gamma=0.5)  # the paper's advice for bases whose learning rate is tuned
 SPACES: dict[str, Preconditioner] = {
-    "Soap": Soap(),
+    "Soap": Soap(solver="cholesky"),  # the space that its QR spans, in less time
     "AdaDiag++": AdaDiag(sides="two", refresh_every=50),
     "AdaDiag": AdaDiag(sides="one", refresh_every=50),
 }
@@ -99,6 +99,30 @@ def best(done: list[dict[str, Any]], setup: str) -> tuple[float, float]:
     found = [(r["validation"]["loss"][-1], r["lr"]) for r in done if r["setup"] == setup and r["seed"] == 0]
     loss, lr = min(found, default=(math.inf, math.nan))
     return lr, loss
+
+
+class Apart(nn.Module):
+    """Linear layers that read the same input, as matrices of their own, as LLaMA has them: a rotation of queries, keys
+    and values together would be another one."""
+
+    def __init__(self, together: nn.Linear, count: int) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(part.detach().clone() for part in together.weight.chunk(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, torch.cat(list(self.weights)))
+
+
+def llama(config: ModelConfig, seed: int, vocabulary: int, fused: bool = False) -> GPT:
+    """The model of `selective compare`, its projections apart unless `fused`: the same function at the start."""
+    model = GPT(config, seed, vocabulary)
+    if not fused:
+        for block in model.blocks:
+            for name, count in (("qkv", 3), ("mlp_in", 2)):
+                together = getattr(block, name)
+                assert isinstance(together, nn.Linear)
+                setattr(block, name, Apart(together, count))
+    return model
 
 
 class Both(Optimizer):
@@ -174,10 +198,13 @@ class Trainer:
         tokens = tokens_of(options.text, options.vocabulary, options.characters).to(self.device)
         cut = len(tokens) - max(len(tokens) // 50, 4 * (options.context + 1))
         self.train, self.held_out = tokens[:cut], tokens[cut:]
-        self.model = GPT(self.config, 0, options.vocabulary).to(self.device)
+        self.model = self.start(0).to(self.device)
         self.forward: Callable[[nn.Module, Tensor], Tensor] = loss_of
         if self.device == "cuda":
             self.forward = torch.compile(loss_of)
+
+    def start(self, seed: int) -> GPT:
+        return llama(self.config, seed, self.options.vocabulary, self.options.fused)
 
     def windows(self, text: Tensor, starts: Tensor) -> Tensor:
         places = starts.to(self.device)[:, None] + torch.arange(self.options.context + 1, device=self.device)
@@ -197,7 +224,7 @@ class Trainer:
     def go(self, run: Run) -> dict[str, Any]:
         """Train from the seed's start on the seed's batches."""
         options = self.options
-        self.model.load_state_dict(GPT(self.config, run.seed, options.vocabulary).state_dict())
+        self.model.load_state_dict(self.start(run.seed).state_dict())
         optimizer = optimizer_of(run, self.model)
         rates = [group["lr"] for group in optimizer.param_groups]
         multiplier = schedule(LoopConfig(warmup=0.1, final_lr=0.1), options.steps)  # pyright: ignore[reportCallIssue]
@@ -261,6 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--table", action="store_true", help="only print what there is")
     add("--seconds", type=float, default=math.inf, help="begin no run that would not end in time")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    add("--fused", action="store_true", help="queries, keys and values in one matrix, gate and value in another")
     add("--text", type=Path, default=Path(sysconfig.get_path("purelib")), help="folder with Python sources")
     add("--characters", type=int, default=200_000_000, help="of the text")
     for name, value in {"steps": 600, "batch": 128, "micro-batch": 32, "context": 512, "layers": 8, "width": 512,
