@@ -104,6 +104,7 @@ class Checkpointing(Checking):
                 policy_group.preconditioning.load(found_there)
             members.kept.drop()
             members.kept_rotated.drop()
+            members.fits = False
         params = [p for group in self.base.param_groups for p in group["params"]]
         self._own = {p: own_tensors(ours[i], p) for i, p in zip(order, params, strict=True) if i in ours}
 
