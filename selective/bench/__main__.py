@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rotations", action="store_true", help="what preconditioners cost, instead: products, refreshes, memory")
     add("--first-step", action="store_true", help="what one waits for before training, instead: the import, "
         "wrapping a base, the first step, in fresh processes on a CPU")  # fmt: skip
+    add("--cpu-time", action="store_true", help="with --first-step: the processor's seconds, on a busy machine")
     add("--rounds", type=_positive, default=7, help="timings of each (default: 7)")
     add("--threads", type=_positive, help="threads of torch; default: its own choice")
     add("--json", metavar="FILE", type=Path, help="also write everything there")
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = made.parse_args(argv)
     if options.json and not options.json.absolute().parent.is_dir():
         made.error(f"--json {options.json}: the folder {options.json.absolute().parent} is not there; make it first")
+    if options.cpu_time and not options.first_step:
+        made.error("--cpu-time goes with --first-step alone: optimizers' steps are timed by the clock on the wall")
     if options.first_step:
         return _first_step(made, options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -113,7 +116,8 @@ def _first_step(made: argparse.ArgumentParser, options: argparse.Namespace) -> i
     if options.threads:
         torch.set_num_threads(options.threads)
     _where("cpu")
-    found = measure_first_steps(rounds=options.rounds, threads=options.threads, tell=_tell)
+    clock = "process_time" if options.cpu_time else "perf_counter"
+    found = measure_first_steps(rounds=options.rounds, threads=options.threads, clock=clock, tell=_tell)
     print(f"\n{first_step_table(found)}")
     if options.json:
         options.json.write_text(json.dumps({**environment("cpu"), **first_steps_as_json(found)}, indent=1))

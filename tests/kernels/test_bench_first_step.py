@@ -23,7 +23,9 @@ from selective.bench.first_step_child import shapes_of
 def test_every_case_is_there_and_its_facts_hold() -> None:
     told: list[str] = []
     cases = [("AdamW", "MGUP"), ("AdamW", "Dense"), ("own-norm", "MGUP")]
-    found = measure_first_steps(rounds=1, threads=1, models=["small"], cases=cases, tell=told.append)
+    found = measure_first_steps(
+        rounds=1, threads=1, clock="process_time", models=["small"], cases=cases, tell=told.append
+    )
     assert told == ["round 1 of 1"]
     assert [(one.base, one.policy, one.way, one.source) for one in found.lines] == [
         ("AdamW", "MGUP", "fused", "table"), ("AdamW", "Dense", "dense", "table"),
@@ -49,7 +51,7 @@ def made_up(construct: float, triton: bool = False) -> FirstSteps:
     line = FirstStep("AdamW", "small", "MGUP", 4, "fused", "table", [construct] * 3, [0.05, 0.01, 0.3], [0.01] * 3)
     line.triton = triton
     imports = {"import torch": [1.0] * 3, "import selective": [0.1, 0.4, construct + 0.2]}
-    return FirstSteps(3, imports, [line])
+    return FirstSteps(3, imports=imports, lines=[line])
 
 
 def test_the_table_says_what_is_missed() -> None:
@@ -75,7 +77,9 @@ def test_from_the_command_line(tmp_path: Any, capsys: Any, monkeypatch: pytest.M
     monkeypatch.setattr(command, "measure_first_steps", lambda **options: asked.append(options) or made_up(0.05))
     file = tmp_path / "first.json"
     assert command.main(["--first-step", "--rounds", "3", "--json", str(file)]) == 0
-    assert (asked[0]["rounds"], asked[0]["threads"]) == (3, None)
+    assert (asked[0]["rounds"], asked[0]["threads"], asked[0]["clock"]) == (3, None, "perf_counter")
+    assert command.main(["--first-step", "--cpu-time"]) == 0
+    assert asked[1]["clock"] == "process_time"
     written = json.loads(file.read_text())
     assert (written["device"], written["first_steps"][0]["policy"]) == ("cpu", "MGUP")
     assert "import selective 250 ms more" in capsys.readouterr().out
@@ -83,3 +87,6 @@ def test_from_the_command_line(tmp_path: Any, capsys: Any, monkeypatch: pytest.M
         with pytest.raises(SystemExit):
             command.main(["--first-step", *options])
         assert "measures models and policies of its own" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--cpu-time"])
+    assert "goes with --first-step alone" in capsys.readouterr().err
