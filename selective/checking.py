@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from selective.base_class import check_class, check_first_state
 from selective.capture.base import Parameter
 from selective.capture.fused import fused_rule
 from selective.loading import check_basis, first_saved
@@ -95,14 +96,14 @@ class Checking(Planning):
                     self._check_own_shapes(ours[index], member, policy)
         return policies
 
-    def _check_base_state(self, groups: list[dict[str, Any]], states: dict[Any, dict[str, Any]]) -> None:
-        """Refuse what another optimizer or another model has saved, as far as this base is known."""
+    def _check_base(self, groups: list[dict[str, Any]], states: dict[Any, dict[str, Any]], names: set[str]) -> None:
+        """Refuse what another optimizer or another model has saved; `names`: of the classes it was saved with."""
+        same = [check_class(one, self.base) for one in sorted(names)]
         known = fused_rule(self.base)
-        for group, members in zip(groups, self._parameters(), strict=True):
-            for index, member in zip(group["params"], members, strict=True):
-                entries = states.get(index)
-                if not entries:
-                    continue
+        for group, live, members in zip(groups, self.base.param_groups, self._parameters(), strict=True):
+            found = zip(group["params"], members, strict=True)
+            saved = [(member, entries) for index, member in found if (entries := states.get(index))]
+            for member, entries in saved:
                 facts = self._captures[member.group][1].facts
                 keys = [facts.momentum_key] if facts.momentum_key is not None else []
                 if known is not None:
@@ -114,6 +115,10 @@ class Checking(Planning):
                             f"SelectiveUpdate: the checkpoint's {key!r} of parameter {member.name!r} has shape "
                             f"{tuple(shape)}, the parameter {tuple(member.tensor.shape)}; nothing was loaded"
                         )
+            if saved and known is None and not (same and all(same)):
+                residue = self._captures[saved[0][0].group][1].facts.residue
+                by_param = {member.tensor: entries for member, entries in saved}
+                check_first_state(self.base, group, live, by_param, residue)
 
     def _check_own_shapes(self, entries: dict[str, Tensor], member: Parameter, policy: Policy) -> None:
         """Refuse entries that this optimizer would not have made."""

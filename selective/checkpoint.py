@@ -13,7 +13,7 @@ from selective.checking import Checking, own_tensors
 from selective.entries import check_entries, check_layout, checked_frame
 from selective.policies import Policy
 from selective.preconditioner import Preconditioner
-from selective.state import BASIS_STEPS, SEED, STEP, base_part, own_part, restore_dtypes
+from selective.state import BASIS_STEPS, POLICY, SEED, STEP, base_part, decode_note, own_part, restore_dtypes
 
 
 class Checkpointing(Checking):
@@ -62,7 +62,8 @@ class Checkpointing(Checking):
         policies = self._checked_policies(order, ours)
         preconditioners = self._checked_preconditioners(order, ours)
         theirs = base_part(found)
-        self._check_base_state(found["param_groups"], theirs["state"])
+        names = {decode_note(entries[POLICY]) for entries in ours.values()} - {""}
+        self._check_base(found["param_groups"], theirs["state"], names)
         with self._all_or_nothing():
             self._load_base(order, theirs)
             self._load_own(order, ours, policies, preconditioners)
@@ -104,6 +105,7 @@ class Checkpointing(Checking):
                 policy_group.preconditioning.load(found_there)
             members.kept.drop()
             members.kept_rotated.drop()
+            members.fits = False
         params = [p for group in self.base.param_groups for p in group["params"]]
         self._own = {p: own_tensors(ours[i], p) for i, p in zip(order, params, strict=True) if i in ours}
 

@@ -33,6 +33,7 @@ class Members:
         self.has_sparse = False  # among the gradients
         self._flags: list[bool] = []  # which had a gradient, the last time that some had none ...
         self._present: list[Parameter] = []  # ... and those that had
+        self.fits = False  # whether the base's state has the precision in which it steps: Note [whose precision]
 
     def are_of(self, group: dict[str, Any], address: int) -> bool:
         """Whether the group still has these parameters, under these names and addresses."""
@@ -51,6 +52,7 @@ class Members:
         if looked == self._looked:
             return
         self._looked = looked
+        self.fits = False
         dtypes, devices, dims = looked
         self.layout = frozenset(zip(dtypes, (device.type for device in devices), dims, strict=True))
         self.devices = frozenset(devices)

@@ -189,6 +189,8 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
                 )
             if where is not None:
                 return loss
+        if not recording:
+            self._fit_states()
         report = Report() if self._statistics else None
         clocked = self._clocked()
         self._steps = self._clocks.start(clocked, self._seed, self._steps, recording)

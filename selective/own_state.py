@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from selective.base_class import class_names
 from selective.capture.base import Parameter
 from selective.capture.choose import Capture
 from selective.capture.fused import FusedRule, fused_rule
@@ -67,7 +68,7 @@ class OwnState(OwnBasis):
 
     def _saved_entries(self, own: dict[str, Tensor], group: PolicyGroup) -> dict[str, Tensor]:
         step, seed = (torch.tensor(number, device="cpu") for number in (self._steps, self._seed))
-        entries = {STEP: step, SEED: seed, POLICY: encode_model(group.policy), **own}
+        entries = {STEP: step, SEED: seed, POLICY: encode_model(group.policy, class_names(self.base)), **own}
         preconditioner = group.preconditioning.preconditioner
         if preconditioner is not None and BASIS_STEPS in own:
             entries[PRECONDITIONER] = encode_model(preconditioner)

@@ -87,6 +87,7 @@ class Planning(OwnState):
             capture = choose_capture(self.base, group, policy, self._wanted, own)
             check_momentum(self.base, group, number, policy, capture, own)
             captures.append((key, capture))
+            members.fits = False
             if known is not None and known[0][-1] != key[-1]:
                 switched.append(number)
         self._captures = captures

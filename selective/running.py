@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from selective.capture.base import DenseJob, Job, Parameter, StepContext
+from selective.capture.base import LOW_PRECISION, DenseJob, Job, Parameter, StepContext
 from selective.capture.custom import PolicyError
 from selective.capture.items import KeptItems
+from selective.capture.precision import fit_states
 from selective.capture.rotated import RotatedJob
 from selective.capture.rotation import MaskSpace, PreconditionerError, Rotation
 from selective.capture.stepping import base_hooks, run_step_on
@@ -23,6 +25,22 @@ class Running(Checkpointing):
 
     _mask_space: MaskSpace
     _stochastic_rounding: bool
+
+    def _fit_states(self) -> None:
+        """The base's state in the precision in which the base will step: Note [whose precision]."""
+        plan = zip(self.param_groups, self._captures, self._members, self._stages, strict=True)
+        for group, (_, capture), members, stage in plan:
+            if members.fits:
+                continue
+            members.fits, inside = True, () if stage is None else stage.shapes
+            steps: dict[Tensor, torch.dtype] = {}
+            for p in members.tensors:
+                way = capture.way if stage is None or p not in inside else stage.capture.way
+                if p.dtype in LOW_PRECISION and way != "fused":  # our own kernels take any
+                    steps[p] = torch.float32 if way == "delta" else p.dtype
+            if steps and fit_states(self.base, group, steps, capture.facts.residue):
+                members.kept.drop()
+                members.kept_rotated.drop()
 
     def _jobs(self, present: list[list[Parameter]], report: Report | None, recording: bool) -> list[Job]:
         context = StepContext(

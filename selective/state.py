@@ -4,6 +4,8 @@ Note [our state entries]: everything of ours is a tensor under `PREFIX` in a par
 entries in `SelectiveUpdate.state` and `state_dict()["state"]` but never in the base's own dictionaries (bases test
 `len(state) == 0`). The step count, the seed and the policy stand in each parameter's state and not in the groups: the
 flattened form of torch.distributed.checkpoint takes tensors and numbers in a state but only keys that live groups have.
+The names of the base's class stand behind the policy, in its padding: checkpoints that were made before there were any
+would not have an entry of their own, and torch.distributed.checkpoint refuses to read one that is not there.
 """
 
 from __future__ import annotations
@@ -28,10 +30,13 @@ BASIS_STEPS, BASIS_SKIPPED = PREFIX + "basis_steps", PREFIX + "basis_skipped"
 _BLOCK = 512  # policies are padded to a multiple: loading in place needs the same size when a hyper-parameter changed
 
 
-def encode_model(model: Configured) -> Tensor:
-    """A policy or a preconditioner as JSON bytes (uint8), padded with zeros."""
-    data = model.model_dump_json().encode()
-    return torch.frombuffer(bytearray(data + b"\0" * (-len(data) % _BLOCK)), dtype=torch.uint8).clone()
+def encode_model(model: Configured, note: str = "") -> Tensor:
+    """A policy or a preconditioner as JSON bytes (uint8), padded with zeros; a note in the padding, if it fits."""
+    data, mark = model.model_dump_json().encode(), b"\0" + note.encode()
+    size = len(data) + -len(data) % _BLOCK
+    if note and len(data) + len(mark) <= size:
+        data += mark
+    return torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8).clone()
 
 
 def decode_model(data: Tensor, family: type[C], where: str) -> C:
@@ -39,7 +44,10 @@ def decode_model(data: Tensor, family: type[C], where: str) -> C:
     try:
         if data.dtype != torch.uint8 or data.dim() != 1:
             raise ValueError(f"found {data.dtype} of shape {tuple(data.shape)}, expected bytes")
-        model = family.from_data(bytes(data.cpu().tolist()).rstrip(b"\0").decode())
+        text, note = _text_and_note(data)
+        if note != note.strip() or "\0" in note:
+            raise ValueError("what follows it is no note of ours")
+        model = family.from_data(text)
     except (UnicodeDecodeError, ValueError, TypeError) as error:
         what = family._family
         raise ValueError(
@@ -47,6 +55,16 @@ def decode_model(data: Tensor, family: type[C], where: str) -> C:
         ) from error
     model.as_if_written()  # every field was saved, so that a changed default can't change a run
     return model
+
+
+def decode_note(data: Tensor) -> str:
+    """The note beside a model that `decode_model` can read; empty where there is none."""
+    return _text_and_note(data)[1]
+
+
+def _text_and_note(data: Tensor) -> tuple[str, str]:
+    text, _, note = bytes(data.cpu().tolist()).partition(b"\0")
+    return text.decode(), note.rstrip(b"\0").decode()
 
 
 class MergedEntry(MutableMapping[str, Any]):

@@ -14,6 +14,7 @@ import torch
 
 from selective.bench.contenders import Contender, standard_contenders
 from selective.bench.environment import environment
+from selective.bench.first_step import first_step_table, first_steps_as_json, measure_first_steps
 from selective.bench.measure import Result, run
 from selective.bench.peers import peer_contenders
 from selective.bench.report import as_json, heading, table
@@ -38,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     add("--peers", action=argparse.BooleanOptionalAction, help="other people's optimizers that are installed (default: "
         "on cuda; some of them compile for a minute)")  # fmt: skip
     add("--rotations", action="store_true", help="what preconditioners cost, instead: products, refreshes, memory")
+    add("--first-step", action="store_true", help="what one waits for before training, instead: the import, "
+        "wrapping a base, the first step, in fresh processes on a CPU")  # fmt: skip
+    add("--cpu-time", action="store_true", help="with --first-step: the processor's seconds, on a busy machine")
     add("--rounds", type=_positive, default=7, help="timings of each (default: 7)")
     add("--threads", type=_positive, help="threads of torch; default: its own choice")
     add("--json", metavar="FILE", type=Path, help="also write everything there")
@@ -48,14 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Time, print a table, and on request write JSON. 1 where an optimizer that is installed got no time."""
     made = parser()
     options = made.parse_args(argv)
+    if options.json and not options.json.absolute().parent.is_dir():
+        made.error(f"--json {options.json}: the folder {options.json.absolute().parent} is not there; make it first")
+    if options.cpu_time and not options.first_step:
+        made.error("--cpu-time goes with --first-step alone: optimizers' steps are timed by the clock on the wall")
+    if options.first_step:
+        return _first_step(made, options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         made.error("--device cuda: torch sees no CUDA device")
     dtype = getattr(torch, options.dtype)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.json and not options.json.absolute().parent.is_dir():
-        made.error(f"--json {options.json}: the folder {options.json.absolute().parent} is not there; make it first")
     if options.rotations:
         if options.only or options.dtype != "float32":
             made.error("--rotations measures float32 parameters, and all that there is: leave --only and --dtype out")
@@ -98,6 +106,21 @@ def _rotations(options: argparse.Namespace, device: str) -> int:
         print(f"\n{rotation_table(result)}")
         if options.json:
             options.json.write_text(json.dumps({**environment(device), "rotations": found}, indent=1))
+    return 0
+
+
+def _first_step(made: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    if options.only or options.shapes or options.rotations or options.dtype != "float32" or options.device == "cuda":
+        made.error("--first-step measures models and policies of its own on the CPU: leave --only, --shapes, --dtype, "
+                   "--rotations and --device cuda out")  # fmt: skip
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    _where("cpu")
+    clock = "process_time" if options.cpu_time else "perf_counter"
+    found = measure_first_steps(rounds=options.rounds, threads=options.threads, clock=clock, tell=_tell)
+    print(f"\n{first_step_table(found)}")
+    if options.json:
+        options.json.write_text(json.dumps({**environment("cpu"), **first_steps_as_json(found)}, indent=1))
     return 0
 
 

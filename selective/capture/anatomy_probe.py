@@ -93,7 +93,7 @@ def run(
     params: list[Tensor] = [torch.nn.Parameter(s.to(device, dtype, copy=True)) for s in starts]
     twin = clone_with_stand_ins(base, [params], overrides, groups=[group])
     if construct:
-        twin.state.update(_constructed_state(twin))
+        twin.state.update(constructed_state(twin))
     record = Run(params=[[_flat(p) for p in params]])
     reseed(0)
     for t in range(steps):
@@ -116,7 +116,7 @@ def run(
     return record
 
 
-def _constructed_state(twin: Optimizer) -> Mapping[Any, Any]:
+def constructed_state(twin: Optimizer) -> Mapping[Any, Any]:
     """The state that the class fills in its constructor (torch's Adagrad, in some versions only there)."""
     group = twin.param_groups[0]
     accepted = inspect.signature(type(twin).__init__).parameters

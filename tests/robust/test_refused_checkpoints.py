@@ -103,7 +103,7 @@ def test_everything_around_the_entries_spoilt(setting: str) -> None:
     ("theirs", "ours", "says"),
     [
         ({"base": torch.optim.NAdam}, {}, "not of AdamW"),
-        ({}, {"base": torch.optim.NAdam}, "can't be loaded.*KeyError: 'mu_product'"),
+        ({}, {"base": torch.optim.NAdam}, "not of NAdam: it was made with torch.AdamW"),
         ({"base": torch.optim.RMSprop, "policy": Dense()}, {"base": torch.optim.Adagrad, "policy": Dense()}, "Adagrad"),
         ({"shapes": ((3, 4), (5,), (4, 3))}, {}, r"has shape \(3, 4\), the parameter \(4, 3\)"),
         ({"shapes": (*SHAPES, (3,))}, {}, "has 2 parameters in the checkpoint, 1 in"),

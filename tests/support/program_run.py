@@ -100,8 +100,7 @@ class Program:
             self.plain = None
 
     def switch(self, number: int, policy: Any) -> None:
-        low = any(dtype in (torch.bfloat16, torch.float16) for dtype in self.made.dtypes)
-        if self.takes(policy) and not (low and isinstance(policy, Dense)):  # see the test at the end
+        if self.takes(policy):
             for one in self.all:
                 one.restructure(switched(number, policy))
             self.plain = None

@@ -1,0 +1,147 @@
+"""How long one waits before training begins: `import selective`, wrapping a base, and the first step, on a CPU.
+
+Everything is measured in processes that were just started, because caches, lazy imports and measurements of a base are
+paid once in each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from selective.bench.first_step_child import NOTHING
+
+CHILD = Path(__file__).with_name("first_step_child.py")
+MODELS = ("small", "gpt")
+POLICIES = ("Dense", "MGUP", "Cautious", "AlphaConsistency", "Magma", "RandomMask")
+OTHER_BASES = ("NAdam", "Adafactor", "own", "own-norm")  # scratch and delta; the last two are measured when wrapped
+CASES = [("AdamW", policy) for policy in POLICIES] + [(base, "MGUP") for base in OTHER_BASES]
+MOST = {"import selective": 0.3, "extra": 0.2}  # seconds
+
+
+@dataclass
+class FirstStep:
+    """One base, model and policy. Seconds, by round: of ours, and of the base's own first step in the same round."""
+
+    base: str
+    model: str
+    policy: str
+    tensors: int = 0
+    way: str = ""
+    source: str = ""  # of what is known of the base: a table, or measured
+    construct: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
+    base_step: list[float] = field(default_factory=list)
+    triton: bool = False  # whether it was imported by us
+
+    @property
+    def extra(self) -> float:
+        """What construction and first step take beyond the base's first step: the median over the rounds."""
+        rounds = zip(self.construct, self.step, self.base_step, strict=True)
+        return statistics.median(made + stepped - base for made, stepped, base in rounds)
+
+
+@dataclass
+class FirstSteps:
+    """Everything that was measured; the imports' seconds, one for each process that had them."""
+
+    rounds: int
+    clock: str = "perf_counter"
+    imports: dict[str, list[float]] = field(default_factory=lambda: {"import torch": [], "import selective": []})
+    lines: list[FirstStep] = field(default_factory=list)
+
+
+def measure_first_steps(
+    *, rounds: int = 5, threads: int | None = None, clock: str = "perf_counter", models: Sequence[str] = MODELS,
+    cases: Sequence[tuple[str, str]] = tuple(CASES), tell: Callable[[str], None] | None = None,
+) -> FirstSteps:  # fmt: skip
+    """Time each case in a process of its own, `rounds` times in turns, beside the base alone in another one.
+
+    `clock`: of Python's `time`; "process_time" is for a machine that is busy with other things. The first process is
+    thrown away: it compiles Python's files, as an installation does.
+    """
+    found = FirstSteps(rounds, clock)
+    settings = [str(threads or ""), clock]
+    found.lines = [FirstStep(base, model, policy) for model in models for base, policy in cases]
+    _in_a_fresh_process("AdamW", "small", "MGUP", *settings)
+    for number in range(rounds):
+        alone: dict[tuple[str, str], float] = {}
+        for line in found.lines:
+            which = line.base, line.model
+            if which not in alone:
+                alone[which] = _in_a_fresh_process(*which, NOTHING, *settings)["step"]
+            _take(found, line, _in_a_fresh_process(*which, line.policy, *settings), alone[which])
+        if tell is not None:
+            tell(f"round {number + 1} of {rounds}")
+    return found
+
+
+def _take(found: FirstSteps, line: FirstStep, said: dict[str, Any], base_step: float) -> None:
+    for name, seconds in found.imports.items():
+        seconds.append(said[name])
+    line.tensors, line.way, line.source = said["tensors"], said["way"], said["source"]
+    line.construct.append(said["construct"])
+    line.step.append(said["step"])
+    line.base_step.append(base_step)
+    line.triton |= said["triton"]
+
+
+def _in_a_fresh_process(base: str, model: str, policy: str, *settings: str) -> dict[str, Any]:
+    """What the child says. It finds what this process finds, and does not look for modules beside its own file."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    run = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    command = [sys.executable, "-c", run, str(CHILD), base, model, policy, *settings]
+    done = subprocess.run(command, capture_output=True, text=True, env={**inherited, "PYTHONPATH": path})
+    if done.returncode:
+        raise RuntimeError(f"first step of {base}, {model}, {policy}: {done.stderr.strip() or done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def first_step_table(found: FirstSteps) -> str:
+    """One line each, in milliseconds."""
+    medians = {name: statistics.median(seconds) for name, seconds in found.imports.items()}
+    ours, most = medians["import selective"], MOST["import selective"]
+    lines = [
+        f"import torch {1e3 * medians['import torch']:.0f} ms; import selective {1e3 * ours:.0f} ms more"
+        f"{_missed(ours, most)} (must be under {1e3 * most:.0f})",
+        f"{'base':10} {'model':>5} {'tensors':>7}  {'policy':17} {'captured':18} {'base ms':>7} {'construct':>9} "
+        f"{'step':>6} {'extra':>6}",
+    ]
+    for one in found.lines:
+        base, made, step = (1e3 * statistics.median(s) for s in (one.base_step, one.construct, one.step))
+        way = one.way if one.source == "table" else f"{one.way}, {one.source}"
+        lines.append(
+            f"{one.base:10} {one.model:>5} {one.tensors:7}  {one.policy:17} {way:18} {base:7.1f} {made:9.1f} "
+            f"{step:6.1f} {1e3 * one.extra:6.1f}{_missed(one.extra, MOST['extra'])}"
+            f"{'  imports triton' if one.triton else ''}"
+        )
+    lines.append(
+        f"medians of {found.rounds} fresh processes, by {found.clock}; extra: construct + step beyond the base's own "
+        f"first step (must be under {1e3 * MOST['extra']:.0f} ms)"
+    )
+    return "\n".join(lines)
+
+
+def _missed(seconds: float, most: float) -> str:
+    return "" if seconds < most else " MISSED"
+
+
+def first_steps_as_json(found: FirstSteps) -> dict[str, Any]:
+    """All seconds, and what follows from them."""
+    imports = {n: {"median_seconds": statistics.median(s), "seconds": s} for n, s in found.imports.items()}
+    lines = [{**vars(one), "extra_seconds": one.extra} for one in found.lines]
+    return {
+        "rounds": found.rounds,
+        "clock": found.clock,
+        "most_seconds": MOST,
+        "imports": imports,
+        "first_steps": lines,
+    }
