@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +35,23 @@ class Skipped(Exception):
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise CheckFailed(message)
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """One thread, and every global generator back where it was: trainers seed them."""
+    threads, python = torch.get_num_threads(), random.getstate()
+    numpy = sys.modules.get("numpy")
+    theirs = numpy.random.get_state() if numpy is not None else None
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(theirs)
 
 
 def build(
@@ -149,12 +169,30 @@ def require_same_path(found: list[Bits], expected: list[Bits], context: str) -> 
         require_same_values(ours, theirs, f"{context}, step {index + 1} after the fork")
 
 
-Entries = dict[Any, dict[str, Any]]
+Entries = dict[Any, dict[Any, Any]]
+
+
+def entries_in(saved: Any) -> Entries:
+    """What a `state_dict` holds of each parameter. One that is not of torch's form, which is row 7's matter, is taken
+    as a whole: every number and tensor in it by its path."""
+    if "state" in saved:
+        return saved["state"]
+    found: dict[Any, Any] = {}
+
+    def walk(value: Any, path: tuple[Any, ...]) -> None:
+        if isinstance(value, (dict, list)):
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                walk(inner, (*path, key))
+        else:
+            found[path] = value
+
+    walk(saved, ())
+    return {"any": found}
 
 
 def entries(optimizer: Optimizer) -> Entries:
-    """A copy of `state_dict()["state"]`."""
-    return {i: {k: keep(v) for k, v in entry.items()} for i, entry in optimizer.state_dict()["state"].items()}
+    """A copy of what `state_dict()` holds of each parameter."""
+    return {i: {k: keep(v) for k, v in entry.items()} for i, entry in entries_in(optimizer.state_dict()).items()}
 
 
 def require_same_entries(found: Entries, expected: Entries, context: str) -> None:
@@ -168,7 +206,9 @@ def require_same_entries(found: Entries, expected: Entries, context: str) -> Non
 
 def own_entries(subject: Subject, wrapper: Optimizer) -> Entries:
     """What stands in the wrapper's state and not in its base's."""
-    theirs = base_of(subject, wrapper).state_dict()["state"]
+    if "state" not in wrapper.state_dict():
+        raise NotApplicable("its state_dict is not of torch's form (row 7): its own part can't be told from the base's")
+    theirs = entries(base_of(subject, wrapper))
     return {i: {k: v for k, v in e.items() if k not in theirs.get(i, {})} for i, e in entries(wrapper).items()}
 
 
