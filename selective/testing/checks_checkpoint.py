@@ -145,7 +145,9 @@ def checkpoint_of_the_base_loads(subject: Subject) -> None:
     require(not still, f"after loading a base checkpoint, {', '.join(still)} did not move in 6 steps.")
 
 
-@conformance_checks.register(10, "who leaves the wrapper in mid-run loses the moments.")
+@conformance_checks.register(
+    10, "who leaves the wrapper in mid-run loses moments, or gets settings that the base does not know."
+)
 def base_part_loads_into_the_base(subject: Subject) -> None:
     """The state of the wrapper's base, and the base's part of the wrapper's, load into the base alone."""
     model, wrapper = build(subject)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from selective.testing.harness import CheckFailed, NotApplicable, Skipped, require
+from selective.testing.replica import UNKNOWN_HERE
 from selective.testing.report import stack_checks
 from selective.testing.subject import Subject
 
@@ -40,6 +41,8 @@ def replicas_stay_identical(subject: Subject) -> None:
         if any(codes):
             said = [(folder / f"{rank}.log").read_text().strip().splitlines() for rank in range(_WORLD)]
             last = next((lines[-1] for lines, code in zip(said, codes, strict=True) if code and lines), "nothing")
+            if UNKNOWN_HERE in codes:
+                raise NotApplicable(f"the subject can't be built in another process ({last})")
             raise CheckFailed(f"a replica failed: {last}")
         first, *others = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(_WORLD))
     for other in others:

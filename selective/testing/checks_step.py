@@ -16,6 +16,7 @@ from selective.testing.harness import (
     require_same_entries,
     require_same_path,
     require_same_values,
+    step_alike,
     train,
     trajectory,
     values,
@@ -167,8 +168,7 @@ def clipping_is_seen(subject: Subject) -> None:
         nn.utils.clip_grad_norm_(clipped.parameters(), 1e-2)
         for p, q in zip(clipped.parameters(), assigned.parameters(), strict=True):
             q.grad = None if p.grad is None else p.grad.clone()
-        wrapper.step()
-        other.step()
+        step_alike(wrapper, other)
         require_same_values(values(clipped), values(assigned), f"gradients clipped in place, step {step + 1}")
 
 
@@ -183,8 +183,7 @@ def accumulation_is_seen(subject: Subject) -> None:
         summed.loss(step + 1).backward()
         for p, q in zip(summed.parameters(), assigned.parameters(), strict=True):
             q.grad = None if p.grad is None else p.grad.clone()
-        wrapper.step()
-        other.step()
+        step_alike(wrapper, other)
         require_same_values(values(summed), values(assigned), f"accumulated gradients, step {step // 2 + 1}")
 
 

@@ -9,6 +9,8 @@ import random
 import sys
 from pathlib import Path
 
+UNKNOWN_HERE = 3  # the exit code where the subject can't be unpickled
+
 
 def main(rank: int, world: int, folder: Path) -> None:
     """Train the pickled subject under DDP; `{rank}.pt` holds the parameters."""
@@ -21,7 +23,11 @@ def main(rank: int, world: int, folder: Path) -> None:
     from selective.testing.model import ConformanceModel
 
     torch.set_num_threads(1)
-    subject = pickle.loads((folder / "subject").read_bytes())
+    try:
+        subject = pickle.loads((folder / "subject").read_bytes())
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        os._exit(UNKNOWN_HERE)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     torch.manual_seed(1_000 + rank)  # each rank's own, as data loading and dropout have it
     random.seed(rank)

@@ -49,7 +49,7 @@ _STANDARD = Path(sysconfig.get_path("stdlib"))
 
 
 def place(error: BaseException) -> str:
-    """Where an error came from, as " (file.py:12)": the innermost line that is not the suite's, torch's or Python's own.
+    """Where an error came from, as " (file.py:12)": the innermost line that is not the suite's, torch's or Python's.
 
     Empty where there is none: then the suite's call itself was refused.
     """
