@@ -136,5 +136,7 @@ def huggingface_trainer_trains_with_it(subject: Subject) -> None:
             dataloader_pin_memory=False,
         )  # fmt: skip
         steps = [{"step": torch.tensor(step)} for step in range(_STEPS)]
-        InOrder(_ForTrainer(model), options, train_dataset=steps, optimizers=(wrapper, None)).train()
+        trainer = InOrder(_ForTrainer(model), options, train_dataset=steps, optimizers=(wrapper, None))
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
     require_same_values(values(model), expected, f"under the Trainer, after {_STEPS} steps")

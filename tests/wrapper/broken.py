@@ -121,18 +121,18 @@ class NoiseWithoutRate(Identity):
 
 @fails("closure_runs_once_first_with_gradients")
 class ClosureTwice(Identity):
-    def step(self, closure: Any = None) -> Any:
+    def unpatched_step(self, closure: Any) -> Any:
         if closure is not None:
             closure()
-        return super().step(closure)
+        return super().unpatched_step(closure)
 
 
 @fails("closure_runs_once_first_with_gradients")
 class ClosureWithoutGradients(Identity):
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def unpatched_step(self, closure: Any) -> Any:
         loss = closure() if closure is not None else None
-        super().step()
+        super().unpatched_step(None)
         return loss
 
 
@@ -140,8 +140,8 @@ class ClosureWithoutGradients(Identity):
 class ClosureLast(Identity):
     """Steps on the gradients that are there, then asks for the loss."""
 
-    def step(self, closure: Any = None) -> Any:
-        super().step()
+    def unpatched_step(self, closure: Any) -> Any:
+        super().unpatched_step(None)
         return closure() if closure is not None else None
 
 
@@ -149,10 +149,10 @@ class ClosureLast(Identity):
 class GradientsBeforeClosure(HalfAgainst):
     """Looks at the gradients of the step before, because the closure has not run yet."""
 
-    def step(self, closure: Any = None) -> Any:
+    def unpatched_step(self, closure: Any) -> Any:
         old = {p: p.grad.clone() for p in trainable(self)}
         self._grads = old if closure is not None else {}
-        return super().step(closure)
+        return super().unpatched_step(closure)
 
     def mask(self, p: Tensor, update: Tensor, grad: Tensor) -> Tensor:
         return super().mask(p, update, self._grads.get(p, grad).float())
@@ -162,14 +162,14 @@ class GradientsBeforeClosure(HalfAgainst):
 class ClosureSkipsSelection(HalfAgainst):
     """With a closure it turns into its base, as a wrapper does that hands the closure on."""
 
-    def step(self, closure: Any = None) -> Any:
-        return super().step() if closure is None else self.base.step(closure)
+    def unpatched_step(self, closure: Any) -> Any:
+        return super().unpatched_step(None) if closure is None else self.base.step(closure)
 
 
 @fails("closure_equals_manual_step")
 class DropsTheLoss(Identity):
-    def step(self, closure: Any = None) -> Any:
-        super().step(closure)
+    def unpatched_step(self, closure: Any) -> Any:
+        super().unpatched_step(closure)
 
 
 # Row 5: hooks

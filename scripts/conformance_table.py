@@ -1,0 +1,160 @@
+"""The tables of docs/conformance.md: which wrapper passes which check, and what each check checks.
+
+    pip install --no-deps pytorch_optimizer magma-optimizer schedulefree
+    python scripts/conformance_table.py --run      # run the suite on every wrapper that is installed; a few minutes
+    python scripts/conformance_table.py            # only write the page anew from what was found before
+
+Each wrapper runs in a process of its own, by the command that everybody uses: `pytest -p selective.testing --wrapper
+...`, in an empty folder. What was found is kept in docs/measurements/conformance.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "conformance.md"
+FOUND = ROOT / "docs" / "measurements" / "conformance.json"
+SIGNS = {"passed": "yes", "failed": "**no**", "not applicable": "–", "skipped": "?"}
+ADAMW, SGD = "torch.optim:AdamW(lr=0.01)", "torch.optim:SGD(lr=0.1)"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A wrapper, as it is named on the command line, and the distribution that it comes from."""
+
+    title: str
+    wrapper: str
+    distribution: str
+    base: str = ADAMW
+
+
+def nothing(base: Any) -> Any:
+    """No wrapper at all."""
+    return base
+
+
+def schedule_free(base: Any) -> Any:
+    """As its documentation has it: in training mode."""
+    from schedulefree import ScheduleFreeWrapper  # type: ignore[import-not-found]  # not a dependency
+
+    wrapper = ScheduleFreeWrapper(base)
+    wrapper.train()
+    return wrapper
+
+
+COLUMNS = (
+    Column("none", "conformance_table:nothing", "torch"),
+    Column("SelectiveUpdate, MGUP", "selective:SelectiveUpdate(policy='MGUP')", "selective-update"),
+    Column("SelectiveUpdate, Magma", "selective:SelectiveUpdate(policy='Magma')", "selective-update"),
+    Column("Lookahead", "pytorch_optimizer:Lookahead", "pytorch_optimizer"),
+    Column("Magma", "pytorch_optimizer:Magma", "pytorch_optimizer"),
+    Column("Magma", "magma:Magma", "magma-optimizer"),
+    Column("ScheduleFreeWrapper", "conformance_table:schedule_free", "schedulefree", SGD),
+)
+
+
+def run(column: Column) -> dict[str, Any]:
+    """What the suite finds, as `--wrapper-json` has it. Ends the program where it could not start."""
+    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(Path(__file__).parent)])
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "selective.testing",
+                   "--wrapper", column.wrapper, "--wrapper-base", column.base, "--wrapper-json", "found.json"]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        return json.loads((Path(folder) / "found.json").read_text())
+
+
+def run_all() -> dict[str, Any]:
+    """All columns, with versions and date."""
+    found: list[dict[str, Any]] = []
+    for column in COLUMNS:
+        try:
+            number = version(column.distribution)
+        except PackageNotFoundError:
+            sys.exit(f"{column.distribution} is not installed; the docstring of this script has the command")
+        print(f"{column.distribution} {number}: {column.wrapper}", flush=True)
+        said = {"title": column.title, "distribution": column.distribution, "version": number, "base": column.base}
+        found.append({**said, **run(column)})
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    stacks = {name: version(name) for name in ("accelerate", "lightning", "transformers")}
+    return {"date": today, "stacks": stacks, "columns": found}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Check × wrapper."""
+    columns = found["columns"]
+    verdicts = [{one["check"]: SIGNS[one["verdict"]] for one in column["outcomes"]} for column in columns]
+    lines = ["| row | check | " + " | ".join(_head(column) for column in columns) + " |"]
+    lines.append("| --- | --- |" + " --- |" * len(columns))
+    for one in columns[0]["outcomes"]:
+        cells = [cell[one["check"]] for cell in verdicts]
+        lines.append(f"| {one['row']} | `{one['check']}` | " + " | ".join(cells) + " |")
+    totals = [f"{sum(o['verdict'] == 'failed' for o in column['outcomes'])}" for column in columns]
+    lines.append("| | **no, in all** | " + " | ".join(totals) + " |")
+    stacks = ", ".join(f"{name} {number}" for name, number in found["stacks"].items())
+    where = f"torch {columns[0]['torch']}, Python {columns[0]['python']}, CPU, {stacks}; {found['date']}."
+    return "\n".join([*lines, "", where])
+
+
+def _head(column: dict[str, Any]) -> str:
+    number = column["version"].partition("+")[0]
+    return f"{column['title']} ({column['distribution']} {number}, over {column['base'].partition(':')[2]})"
+
+
+def findings(found: dict[str, Any]) -> str:
+    """What was found where a wrapper fails, in the suite's words."""
+    lines = []
+    for column in found["columns"]:
+        failed = [one for one in column["outcomes"] if one["verdict"] == "failed"]
+        if failed:
+            lines += [f"**{column['title']} ({column['distribution']} {column['version']})**", ""]
+            lines += [f"- row {one['row']}, `{one['check']}`: {one['message']}" for one in failed] + [""]
+    return "\n".join(lines).rstrip()
+
+
+def checks() -> str:
+    """What each check checks, and what comes of it where it fails."""
+    from selective.testing import all_checks
+
+    lines = ["| row | check | what is checked | otherwise |", "| --- | --- | --- | --- |"]
+    for check in all_checks():
+        doc = " ".join(check.doc.split("\n\n")[0].split())
+        lines.append(f"| {check.row} | `{check.name}` | {doc} | {check.why} |")
+    return "\n".join(lines)
+
+
+def page(text: str, found: dict[str, Any]) -> str:
+    """The page, with what stands between its marks made anew."""
+    for name, part in (("table", table(found)), ("findings", findings(found)), ("checks", checks())):
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)"
+        text, count = re.subn(pattern, lambda m, part=part: f"{m[1]}\n{part}\n{m[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            sys.exit(f"{PAGE}: found {count} marks of {name}, expected one")
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--run", action="store_true", help="run the suite on every wrapper first")
+    if parser.parse_args().run:
+        FOUND.write_text(json.dumps(run_all(), indent=1) + "\n")
+    PAGE.write_text(page(PAGE.read_text(), json.loads(FOUND.read_text())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
