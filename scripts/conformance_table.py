@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import re
@@ -47,21 +48,19 @@ def nothing(base: Any) -> Any:
 
 def schedule_free(base: Any) -> Any:
     """As its documentation has it: in training mode."""
-    from schedulefree import ScheduleFreeWrapper  # type: ignore[import-not-found]  # not a dependency
-
-    wrapper = ScheduleFreeWrapper(base)
+    wrapper = importlib.import_module("schedulefree").ScheduleFreeWrapper(base)
     wrapper.train()
     return wrapper
 
 
 COLUMNS = (
-    Column("none", "conformance_table:nothing", "torch"),
+    Column("no wrapper", "conformance_table:nothing", "torch"),
     Column("SelectiveUpdate, MGUP", "selective:SelectiveUpdate(policy='MGUP')", "selective-update"),
     Column("SelectiveUpdate, Magma", "selective:SelectiveUpdate(policy='Magma')", "selective-update"),
-    Column("Lookahead", "pytorch_optimizer:Lookahead", "pytorch_optimizer"),
-    Column("Magma", "pytorch_optimizer:Magma", "pytorch_optimizer"),
-    Column("Magma", "magma:Magma", "magma-optimizer"),
-    Column("ScheduleFreeWrapper", "conformance_table:schedule_free", "schedulefree", SGD),
+    Column("pytorch_optimizer Lookahead", "pytorch_optimizer:Lookahead", "pytorch_optimizer"),
+    Column("pytorch_optimizer Magma", "pytorch_optimizer:Magma", "pytorch_optimizer"),
+    Column("magma-optimizer Magma", "magma:Magma", "magma-optimizer"),
+    Column("schedulefree wrapper", "conformance_table:schedule_free", "schedulefree", SGD),
 )
 
 
@@ -69,8 +68,8 @@ def run(column: Column) -> dict[str, Any]:
     """What the suite finds, as `--wrapper-json` has it. Ends the program where it could not start."""
     path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(Path(__file__).parent)])
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "selective.testing",
-                   "--wrapper", column.wrapper, "--wrapper-base", column.base, "--wrapper-json", "found.json"]  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "selective.testing"]
+        command += ["--wrapper", column.wrapper, "--wrapper-base", column.base, "--wrapper-json", "found.json"]
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode not in (0, 1):
@@ -95,24 +94,31 @@ def run_all() -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Check × wrapper."""
+    """Check × wrapper, and what the columns are."""
     columns = found["columns"]
-    verdicts = [{one["check"]: SIGNS[one["verdict"]] for one in column["outcomes"]} for column in columns]
-    lines = ["| row | check | " + " | ".join(_head(column) for column in columns) + " |"]
+    cells = [{one["check"]: _cell(one) for one in column["outcomes"]} for column in columns]
+    lines = ["| row | check | " + " | ".join(column["title"] for column in columns) + " |"]
     lines.append("| --- | --- |" + " --- |" * len(columns))
     for one in columns[0]["outcomes"]:
-        cells = [cell[one["check"]] for cell in verdicts]
-        lines.append(f"| {one['row']} | `{one['check']}` | " + " | ".join(cells) + " |")
-    totals = [f"{sum(o['verdict'] == 'failed' for o in column['outcomes'])}" for column in columns]
-    lines.append("| | **no, in all** | " + " | ".join(totals) + " |")
+        lines.append(f"| {one['row']} | `{one['check']}` | " + " | ".join(c[one["check"]] for c in cells) + " |")
+    totals = [str(sum(one["verdict"] == "failed" for one in column["outcomes"])) for column in columns]
+    lines += ["| | **no**, in all | " + " | ".join(totals) + " |", ""]
+    for column in columns:
+        named = f'`--wrapper "{column["wrapper"]}"` over `{column["base"].partition(":")[2]}`'
+        lines.append(f"- {column['title']}: {column['distribution']} {_public(column['version'])}, {named}")
     stacks = ", ".join(f"{name} {number}" for name, number in found["stacks"].items())
-    where = f"torch {columns[0]['torch']}, Python {columns[0]['python']}, CPU, {stacks}; {found['date']}."
-    return "\n".join([*lines, "", where])
+    with_ = f"torch {_public(columns[0]['torch'])}, Python {columns[0]['python']}, {stacks}"
+    return "\n".join([*lines, "", f"{found['date']}, on a CPU, with {with_}."])
 
 
-def _head(column: dict[str, Any]) -> str:
-    number = column["version"].partition("+")[0]
-    return f"{column['title']} ({column['distribution']} {number}, over {column['base'].partition(':')[2]})"
+def _cell(outcome: dict[str, Any]) -> str:
+    measured = re.search(r"keeps (-?[\d.]+) copies", outcome["message"])
+    return SIGNS[outcome["verdict"]] + (f" ({measured[1]} copies)" if measured else "")
+
+
+def _public(number: str) -> str:
+    """A version without the name of a build."""
+    return number.partition("+")[0]
 
 
 def findings(found: dict[str, Any]) -> str:
@@ -121,7 +127,7 @@ def findings(found: dict[str, Any]) -> str:
     for column in found["columns"]:
         failed = [one for one in column["outcomes"] if one["verdict"] == "failed"]
         if failed:
-            lines += [f"**{column['title']} ({column['distribution']} {column['version']})**", ""]
+            lines += [f"**{column['title']}**", ""]
             lines += [f"- row {one['row']}, `{one['check']}`: {one['message']}" for one in failed] + [""]
     return "\n".join(lines).rstrip()
 
