@@ -249,6 +249,13 @@ def test_several_bases_keyword_arguments_and_one_check(pytester: pytest.Pytester
                                  "make(times=3) over Adam::clipping_is_seen?row-31? PASSED*"])  # fmt: skip
 
 
+def test_what_is_not_claimed_can_be_left_out(pytester: pytest.Pytester) -> None:
+    left_out = "NoModes over AdamW(lr=0.01)::modes_reach_the_base[row-17]"
+    result = run(pytester, "broken:NoModes", "-k", "row-17", "--deselect", left_out)
+    result.assert_outcomes(passed=1, deselected=len(all_checks()) - 1)
+    assert result.ret == 0
+
+
 def test_tests_of_the_folder_run_where_they_are_named(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(mine=IDENTITY, test_theirs="def test_theirs():\n    pass\n")
     run(pytester, "mine:same", "-k", "theirs or clipping").assert_outcomes(passed=1, deselected=len(all_checks()) - 1)
