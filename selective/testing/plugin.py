@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from selective.testing.harness import isolated
 from selective.testing.options import AN_OPTIMIZER
 from selective.testing.report import Check, Outcome
 from selective.testing.rows import all_checks
@@ -99,7 +100,8 @@ class Conformance:
         try:
             wrapper = Spec(option.wrapper)
             for base in dict.fromkeys(bases):
-                one = subject_of(wrapper, Spec(base, "--wrapper-base"), strict=option.wrapper_strict, **claims)
+                with isolated():
+                    one = subject_of(wrapper, Spec(base, "--wrapper-base"), strict=option.wrapper_strict, **claims)
                 self.subjects.append(one)
         except SpecError as error:
             raise pytest.UsageError(str(error)) from None

@@ -47,7 +47,8 @@ class Spec:
         except (SyntaxError, ValueError) as error:
             raise self.error(f"expected {EXAMPLE}, the values literals of Python") from error
         name = ast.unparse(call.func if call else node)
-        if not (colon and module and all(part.isidentifier() for part in name.split("."))) or (call and call.args):
+        named = colon and module and all(part.isidentifier() for part in name.split("."))
+        if not named or (call and (call.args or "None" in found)):  # `**more` has no name
             raise self.error(f"expected {EXAMPLE}")
         for key, value in (("module", module), ("name", name), ("arguments", found)):
             object.__setattr__(self, key, value)

@@ -11,8 +11,7 @@ import pytest
 import torch._dynamo  # noqa: F401  # pytester drops what is imported later, and this can't be imported again
 from optional import missing
 
-import selective.testing
-from selective.testing import all_checks
+from selective.testing import all_checks, plugin, spec  # noqa: F401  # plugin: the same holds for what is ours
 
 pytest_plugins = ["pytester"]
 
@@ -224,7 +223,7 @@ class Stumbles(torch.optim.SGD):
 )
 def test_what_is_no_wrapper_is_one_error(pytester: pytest.Pytester, wrapper: str, says: str) -> None:
     pytester.makepyfile(mine=NOT_WRAPPERS, wrong="1 / 0", lacks="import of_theirs")
-    selective.testing.spec._load.cache_clear()
+    spec._load.cache_clear()
     result = run(pytester, wrapper)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     errors = [line for line in result.stderr.lines if line]
