@@ -74,7 +74,9 @@ def build_over(subject: Subject, base: Callable[[Any], Optimizer], **model: Any)
 
 def base_of(subject: Subject, wrapper: Optimizer) -> Optimizer:
     if subject.get_base is None:
-        raise NotApplicable("the subject gives no way to its base (`get_base=None`)")
+        raise NotApplicable(
+            "there is no way to its base: no attribute of the wrapper holds the one that it was given (`get_base`)"
+        )
     return subject.get_base(wrapper)
 
 

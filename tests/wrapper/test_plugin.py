@@ -255,6 +255,22 @@ def test_what_is_not_claimed_can_be_left_out(pytester: pytest.Pytester) -> None:
     assert result.ret == 0
 
 
+HIDDEN = """
+import torch
+class Hidden(torch.optim.AdamW):
+    def __init__(self, base):
+        super().__init__(base.param_groups, lr=0.01)
+"""
+
+
+def test_a_base_that_is_nowhere_is_not_asked_for(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(hidden=HIDDEN)
+    run(pytester, "hidden:Hidden", "-k", "row-10 or row-13").assert_outcomes(
+        passed=2, skipped=2, deselected=len(all_checks()) - 4
+    )
+    assert verdicts(pytester, "not applicable") == {"checkpoint_of_the_base_loads", "base_part_loads_into_the_base"}
+
+
 def test_tests_of_the_folder_run_where_they_are_named(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(mine=IDENTITY, test_theirs="def test_theirs():\n    pass\n")
     run(pytester, "mine:same", "-k", "theirs or clipping").assert_outcomes(passed=1, deselected=len(all_checks()) - 1)
