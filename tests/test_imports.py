@@ -28,6 +28,7 @@ STAIRS = [
 # What `import selective` may need at import time: the declared dependencies, and what pydantic itself requires.
 # Everything else (matplotlib, other people's optimizers) is imported in the function that uses it.
 NEEDED = {"torch", "pydantic", "pydantic_core", "typing_extensions"}
+OF_PYTEST = {"selective.testing.plugin"}  # imported by pytest's own hook alone
 FREE_OF_EXTRAS = STAIRS.index({"selective.testing"})  # up to here; above, the extra `compare` is there
 
 
@@ -108,6 +109,8 @@ def complaints(root: Path) -> list[str]:
             found.append(f"{each}: the folder's import name is selective.kernels")
         elif top == "triton":
             found += [f"{each}: {why}" for why in [triton_rule(each)] if why]
+        elif top == "pytest" and each.module in OF_PYTEST:
+            continue
         elif not each.lazy and own <= FREE_OF_EXTRAS and top not in NEEDED and top not in sys.stdlib_module_names:
             found.append(f"{each} at import time, which is no dependency; import it in the function that uses it")
         elif step_of("selective.kernels") == own and top not in {"torch", *sys.stdlib_module_names}:
@@ -158,6 +161,8 @@ def write(root: Path, files: dict[str, str]) -> None:
         ("selective/policies/base.py", "def f():\n    import triton", "triton belongs into kernels/"),
         ("selective/policies/base.py", "from kernels import spec", "import name is selective.kernels"),
         ("selective/policies/base.py", "import optimi", "no dependency"),
+        ("selective/testing/subject.py", "import pytest", "no dependency"),
+        ("selective/testing/__init__.py", "import pytest", "no dependency"),
         ("selective/capture/base.py", "if TYPE_CHECKING:\n    import selective.optimizer", "that is upward"),
         ("selective/optimizer.py", "from selective.testing import check", "that is upward"),
         ("selective/__init__.py", "from .compare import main", "that is upward"),
@@ -194,6 +199,7 @@ def test_right_imports_are_let_through(tmp_path):
             "selective/__init__.py": "from .optimizer import SelectiveUpdate",
             "selective/optimizer.py": "from .capture import anatomy\nfrom . import helpers",
             "selective/helpers.py": "from selective import optimizer",
+            "selective/testing/plugin.py": "import pytest",
             "selective/compare/plots.py": "import matplotlib\nfrom selective import SelectiveUpdate",
         },
     )

@@ -1,5 +1,11 @@
 """A public suite for wrappers of optimizers, anybody's, and contract checks for authors of policies.
 
+From a shell, anywhere, with nothing but the name of what takes an optimizer and returns it wrapped:
+
+    pytest -p selective.testing --wrapper mypackage:MyWrapper
+
+From Python:
+
 ```python
 from selective.testing import Subject, check_wrapper
 
@@ -9,14 +15,15 @@ print(report)
 report.raise_if_failed()
 ```
 
-`check_policy(policy)` does the same for a policy. In pytest, parametrise over `conformance_checks`: each has
-`.row`, `.name`, `.doc` and `.why`; call it with a subject.
+`check_policy(policy)` does the same for a policy. To parametrise a test of your own, `all_checks()` has each check with
+`.row`, `.name`, `.doc` and `.why`; `.outcome(subject)` says what came of it.
 """
 
 from selective.testing.harness import CheckFailed, NotApplicable, Skipped
+from selective.testing.options import pytest_addoption, pytest_configure
 from selective.testing.policy import check_policy, policy_checks
 from selective.testing.report import Check, Outcome, Report, check_wrapper
-from selective.testing.rows import conformance_checks
+from selective.testing.rows import all_checks, conformance_checks, stack_checks
 from selective.testing.subject import ConfigClaims, Subject, base_attribute, itself
 
 __all__ = [
@@ -28,10 +35,14 @@ __all__ = [
     "Report",
     "Skipped",
     "Subject",
+    "all_checks",
     "base_attribute",
     "check_policy",
     "check_wrapper",
     "conformance_checks",
     "itself",
     "policy_checks",
+    "pytest_addoption",
+    "pytest_configure",
+    "stack_checks",
 ]

@@ -73,19 +73,23 @@ def flattened_checkpoint_round_trip(subject: Subject) -> None:
     _round_trip(subject, 3, flatten=True, cleared=True)
 
 
-@conformance_checks.register(9, "trainers ask for a checkpoint to load into before the first step.")
+@conformance_checks.register(
+    9, "loading a checkpoint into a fresh trainer, which asks for this first, moves parameters or fails."
+)
 def unstepped_distributed_checkpoint(subject: Subject) -> None:
     """get and set on a wrapper that has never stepped: no parameter moves, and both go on alike."""
     _round_trip(subject, 0, flatten=False, cleared=False)
 
 
-@conformance_checks.register(9, "trainers ask for a checkpoint to load into before the first step.")
+@conformance_checks.register(
+    9, "loading a checkpoint into a fresh trainer, which asks for this first, moves parameters or fails."
+)
 def unstepped_flattened_checkpoint(subject: Subject) -> None:
     """The same in the flattened form."""
     _round_trip(subject, 0, flatten=True, cleared=False)
 
 
-@conformance_checks.register(9, "averages and counters of the wrapper would start from a step that never was.")
+@conformance_checks.register(9, "after loading through DCP, averages and counters start from a step that never was.")
 def initialisation_step_moves_nothing_of_the_wrapper(subject: Subject) -> None:
     """torch's initialisation step (learning rate 0, zero gradients) leaves parameters and the wrapper's own state."""
     model, wrapper = build(subject, late=False)
@@ -115,7 +119,7 @@ def _first_entries_are_initial(subject: Subject) -> None:
     require_same_entries(own_entries(subject, wrapper), expected, "read through DCP before the first step")
 
 
-@conformance_checks.register(9, "torch takes an empty `state` for a new optimizer and steps it, in mid-training.")
+@conformance_checks.register(9, "saving through DCP in mid-training steps the optimizer, or leaves moments out.")
 def state_shows_what_the_base_has(subject: Subject) -> None:
     """Once the base has state, the wrapper's `state` is true and shows the keys of `state_dict()["state"]`."""
     model, wrapper = build(subject)
@@ -124,7 +128,9 @@ def state_shows_what_the_base_has(subject: Subject) -> None:
     if not any(len(entry) for entry in base.state.values()):
         raise NotApplicable("the base keeps no state")
     require(bool(wrapper.state), "`state` is empty although the base has stepped.")
-    saved = wrapper.state_dict()["state"]
+    saved = wrapper.state_dict().get("state")
+    if saved is None:
+        raise NotApplicable("its state_dict is not of torch's form (row 7)")
     for index, p in enumerate(_parameters(wrapper)):
         live: dict[str, Any] = dict(wrapper.state[p]) if p in wrapper.state else {}
         expected = saved.get(index, {})

@@ -31,7 +31,9 @@ _METHODS = ("step", "zero_grad", "state_dict", "load_state_dict", "add_param_gro
             *(f"register_{hook}_hook" for hook in _HOOKS))  # fmt: skip
 
 
-@conformance_checks.register(1, "schedulers, GradScaler and trainers test isinstance and read these attributes.")
+@conformance_checks.register(
+    1, "learning-rate schedulers refuse it with a TypeError, and GradScaler and trainers miss attributes."
+)
 def is_an_optimizer(subject: Subject) -> None:
     """A `torch.optim.Optimizer` with every attribute that `Optimizer.__init__` makes."""
     _, wrapper = build(subject)
@@ -45,7 +47,7 @@ def is_an_optimizer(subject: Subject) -> None:
     require(patched, "`step` is not patched by torch (`Optimizer.__init__` did not run, or it was replaced).")
 
 
-@conformance_checks.register(1, "code that calls an optimizer by torch's argument names must go on working.")
+@conformance_checks.register(1, "a call that works with every optimizer of torch is a TypeError here.")
 def has_the_signatures_of_torch(subject: Subject) -> None:
     """Names and kinds of arguments are torch's; extra ones have defaults."""
     _, wrapper = build(subject)
@@ -101,7 +103,7 @@ def schedulers_reach_the_base(subject: Subject) -> None:
         require(seen[0] == seen[1], f"{name}: the base saw {seen[0][-1]} after 6 steps, alone it sees {seen[1][-1]}.")
 
 
-@conformance_checks.register(2, "a warm-up starts at 0, and a schedule ends there.")
+@conformance_checks.register(2, "parameters move where a warm-up starts and a schedule ends, at a learning rate of 0.")
 def learning_rate_zero_stops(subject: Subject) -> None:
     """With learning rate 0 in the wrapper's groups nothing moves; set back, it does."""
     model, wrapper = build(subject)
@@ -117,7 +119,7 @@ def learning_rate_zero_stops(subject: Subject) -> None:
     require(not still, f"with the learning rate back at {rate}, {', '.join(still)} did not move in 6 steps.")
 
 
-@conformance_checks.register(3, "an edit of a group (learning rate, decay) has to reach what steps.")
+@conformance_checks.register(3, "a learning rate or decay that is set in a group has no effect on the training.")
 def param_groups_are_those_of_the_base(subject: Subject) -> None:
     """`param_groups` is the base's own list: after construction, after a load, and when it is set."""
     model, wrapper = build(subject)
@@ -153,7 +155,9 @@ def add_param_group_reaches_the_base(subject: Subject) -> None:
         require(there, "the added group is not in the base.")
 
 
-@conformance_checks.register(5, "profilers, loggers and FSDP count steps and look at parameters in these hooks.")
+@conformance_checks.register(
+    5, "profilers, loggers and FSDP, which hook into steps, count wrongly or look at half of a step."
+)
 def step_hooks_fire_once_around_the_step(subject: Subject) -> None:
     """The wrapper's own step hooks and torch's global ones fire once, before and after all parameters moved."""
     model, wrapper = build(subject)
@@ -189,7 +193,9 @@ def step_hooks_fire_once_around_the_step(subject: Subject) -> None:
             handle.remove()
 
 
-@conformance_checks.register(5, "checkpoint libraries change what is saved and loaded in these hooks.")
+@conformance_checks.register(
+    5, "what a checkpoint library changes in these hooks never gets into the file, or out of it."
+)
 def state_dict_hooks_fire_once(subject: Subject) -> None:
     """Hooks on the wrapper's state_dict and load_state_dict fire once each, and what they return is used."""
     model, wrapper = build(subject)
@@ -215,7 +221,9 @@ def state_dict_hooks_fire_once(subject: Subject) -> None:
     require(fired == expected, f"the hooks fired as {fired}, expected {expected}.")
 
 
-@conformance_checks.register(17, "schedule-free bases train on the wrong weights when nobody calls them.")
+@conformance_checks.register(
+    17, "over a base with modes, as schedule-free ones have, training or evaluation is on the wrong weights."
+)
 def modes_reach_the_base(subject: Subject) -> None:
     """`train()` and `eval()` of the base can be called on the wrapper, where the base has them."""
     _, wrapper = build_over(subject, HasModes)

@@ -16,6 +16,7 @@ from selective.testing.harness import (
     require_same_entries,
     require_same_path,
     require_same_values,
+    step_alike,
     train,
     trajectory,
     values,
@@ -26,7 +27,9 @@ from selective.testing.report import conformance_checks
 from selective.testing.subject import Subject
 
 
-@conformance_checks.register(4, "Lightning and line-search code step with a closure; selection must not depend on it.")
+@conformance_checks.register(
+    4, "under Lightning, which steps with a closure, another algorithm runs than in a plain loop."
+)
 def closure_equals_manual_step(subject: Subject) -> None:
     """`step(closure)` moves everything as backward followed by `step()` does, bit for bit, and returns the loss."""
     model, wrapper = build(subject)
@@ -72,7 +75,9 @@ def closure_runs_once_first_with_gradients(subject: Subject) -> None:
         require_same_values(calls[0][1], before, "when the closure ran, parameters had moved already")
 
 
-@conformance_checks.register(13, "unused experts, frozen layers and adapters have no gradient in many steps.")
+@conformance_checks.register(
+    13, "models with unused experts, frozen layers or adapters crash, or their idle weights drift."
+)
 def gradients_may_be_missing(subject: Subject) -> None:
     """Any parameter may have no gradient in any step: it stays where it is, and so does the base's state of it."""
     model, wrapper = build(subject, late=False)
@@ -101,7 +106,7 @@ def _state_of_base(subject: Subject, wrapper: torch.optim.Optimizer) -> dict:
     return entries(subject.get_base(wrapper)) if subject.get_base is not None else {}
 
 
-@conformance_checks.register(13, "a parameter that joins late must be treated as one that starts.")
+@conformance_checks.register(13, "layers that are unfrozen later never train, or move before they are.")
 def first_gradient_may_come_late(subject: Subject) -> None:
     """A parameter gets its first gradient in step 5: unmoved before, moving from then on; a frozen one never moves."""
     model, wrapper = build(subject)
@@ -114,7 +119,7 @@ def first_gradient_may_come_late(subject: Subject) -> None:
     require(not torch.equal(path[-1]["late"], start["late"]), "'late' had gradients in 4 steps and never moved.")
 
 
-@conformance_checks.register(14, "a wrapper that reads gradients after the base has stepped selects by what is left.")
+@conformance_checks.register(14, "over a base that writes on gradients, it works with what is left of them.")
 def base_may_write_on_gradients(subject: Subject) -> None:
     """Over a base that overwrites or clears `p.grad`, the path is that over the same base that does not."""
     expected = trajectory(*build_over(subject, ProbeAdam), range(7))
@@ -126,7 +131,7 @@ def base_may_write_on_gradients(subject: Subject) -> None:
         require_same_path(trajectory(model, wrapper, range(7)), expected, f"over a base that {probe.__name__}")
 
 
-@conformance_checks.register(15, "accelerate's `prepare` does this before the first step.")
+@conformance_checks.register(15, "a run under accelerate, whose `prepare` does this, is another run than without.")
 def unstepped_state_round_trip(subject: Subject) -> None:
     """`load_state_dict(state_dict())` before the first step changes nothing."""
     expected = trajectory(*build(subject), range(7))
@@ -135,7 +140,9 @@ def unstepped_state_round_trip(subject: Subject) -> None:
     require_same_path(trajectory(model, wrapper, range(7)), expected, "after an unstepped state_dict round trip")
 
 
-@conformance_checks.register(15, "FSDP2 and accelerate put other tensors into the groups; the old ones are gone.")
+@conformance_checks.register(
+    15, "under FSDP2 or accelerate, which put other tensors into the groups, the model is not trained."
+)
 def parameters_may_be_swapped(subject: Subject) -> None:
     """Parameters in the groups replaced by others of the same values: the others are trained, along the same path."""
     expected = trajectory(*build(subject), range(7))
@@ -161,12 +168,11 @@ def clipping_is_seen(subject: Subject) -> None:
         nn.utils.clip_grad_norm_(clipped.parameters(), 1e-2)
         for p, q in zip(clipped.parameters(), assigned.parameters(), strict=True):
             q.grad = None if p.grad is None else p.grad.clone()
-        wrapper.step()
-        other.step()
+        step_alike(wrapper, other)
         require_same_values(values(clipped), values(assigned), f"gradients clipped in place, step {step + 1}")
 
 
-@conformance_checks.register(31, "with accumulation, what counts is the sum, not the last micro-batch.")
+@conformance_checks.register(31, "with gradient accumulation, most of every batch is thrown away.")
 def accumulation_is_seen(subject: Subject) -> None:
     """Two backward passes before a step act as their summed gradients assigned at once."""
     summed, wrapper = build(subject)
@@ -177,12 +183,11 @@ def accumulation_is_seen(subject: Subject) -> None:
         summed.loss(step + 1).backward()
         for p, q in zip(summed.parameters(), assigned.parameters(), strict=True):
             q.grad = None if p.grad is None else p.grad.clone()
-        wrapper.step()
-        other.step()
+        step_alike(wrapper, other)
         require_same_values(values(summed), values(assigned), f"accumulated gradients, step {step // 2 + 1}")
 
 
-@conformance_checks.register(31, "GANs and actor-critic loops have two; one must not know of the other.")
+@conformance_checks.register(31, "in GANs and actor-critic loops, one of two optimizers disturbs the other.")
 def several_optimizers_do_not_meet(subject: Subject) -> None:
     """Two wrappers stepped in turn move as each does alone."""
     alone = [trajectory(*build(subject, seed=seed), range(6)) for seed in (0, 1)]

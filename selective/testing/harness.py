@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +37,23 @@ def require(condition: bool, message: str) -> None:
         raise CheckFailed(message)
 
 
+@contextmanager
+def isolated() -> Iterator[None]:
+    """One thread, and every global generator back where it was: trainers seed them."""
+    threads, python = torch.get_num_threads(), random.getstate()
+    numpy = sys.modules.get("numpy")
+    theirs = numpy.random.get_state() if numpy is not None else None
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(theirs)
+
+
 def build(
     subject: Subject, *, dtype: torch.dtype = torch.float32, late: bool = True, seed: int = 0
 ) -> tuple[ConformanceModel, Optimizer]:
@@ -54,7 +74,9 @@ def build_over(subject: Subject, base: Callable[[Any], Optimizer], **model: Any)
 
 def base_of(subject: Subject, wrapper: Optimizer) -> Optimizer:
     if subject.get_base is None:
-        raise NotApplicable("the subject gives no way to its base (`get_base=None`)")
+        raise NotApplicable(
+            "there is no way to its base: no attribute of the wrapper holds the one that it was given (`get_base`)"
+        )
     return subject.get_base(wrapper)
 
 
@@ -64,6 +86,15 @@ def train(model: ConformanceModel, optimizer: Optimizer, steps: Iterable[int]) -
         optimizer.zero_grad()
         model.loss(step).backward()
         optimizer.step()
+
+
+def step_alike(*optimizers: Optimizer) -> None:
+    """Step each with the global generator in the same state: who draws from it is found by the checks of row 30."""
+    with torch.random.fork_rng(devices=[]):
+        state = torch.get_rng_state()
+        for optimizer in optimizers:
+            torch.set_rng_state(state)
+            optimizer.step()
 
 
 def values(model: nn.Module) -> Bits:
@@ -149,12 +180,30 @@ def require_same_path(found: list[Bits], expected: list[Bits], context: str) -> 
         require_same_values(ours, theirs, f"{context}, step {index + 1} after the fork")
 
 
-Entries = dict[Any, dict[str, Any]]
+Entries = dict[Any, dict[Any, Any]]
+
+
+def entries_in(saved: Any) -> Entries:
+    """What a `state_dict` holds of each parameter. One that is not of torch's form, which is row 7's matter, is taken
+    as a whole: every number and tensor in it by its path."""
+    if "state" in saved:
+        return saved["state"]
+    found: dict[Any, Any] = {}
+
+    def walk(value: Any, path: tuple[Any, ...]) -> None:
+        if isinstance(value, (dict, list)):
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                walk(inner, (*path, key))
+        else:
+            found[path] = value
+
+    walk(saved, ())
+    return {"any": found}
 
 
 def entries(optimizer: Optimizer) -> Entries:
-    """A copy of `state_dict()["state"]`."""
-    return {i: {k: keep(v) for k, v in entry.items()} for i, entry in optimizer.state_dict()["state"].items()}
+    """A copy of what `state_dict()` holds of each parameter."""
+    return {i: {k: keep(v) for k, v in entry.items()} for i, entry in entries_in(optimizer.state_dict()).items()}
 
 
 def require_same_entries(found: Entries, expected: Entries, context: str) -> None:
@@ -168,7 +217,9 @@ def require_same_entries(found: Entries, expected: Entries, context: str) -> Non
 
 def own_entries(subject: Subject, wrapper: Optimizer) -> Entries:
     """What stands in the wrapper's state and not in its base's."""
-    theirs = base_of(subject, wrapper).state_dict()["state"]
+    if "state" not in wrapper.state_dict():
+        raise NotApplicable("its state_dict is not of torch's form (row 7): its own part can't be told from the base's")
+    theirs = entries(base_of(subject, wrapper))
     return {i: {k: v for k, v in e.items() if k not in theirs.get(i, {})} for i, e in entries(wrapper).items()}
 
 

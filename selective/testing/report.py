@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 
-from selective.testing.harness import CheckFailed, NotApplicable
+from selective.testing.harness import CheckFailed, NotApplicable, Skipped, isolated
 from selective.testing.subject import Subject
 
 Verdict = Literal["passed", "failed", "not applicable", "skipped"]
@@ -20,23 +23,44 @@ class Outcome:
 
     "skipped": it applies, and could not be run here; nothing is known.
 
-    `row` is the check's place in the list of what a wrapper has to survive; 0 for a policy's checks.
+    `row` is the check's place in the list of what a wrapper has to survive; 0 for a policy's checks. `error` is what
+    the wrapper itself raised, if it did.
     """
 
     check: str
     row: int
     verdict: Verdict
     message: str = ""
+    error: BaseException | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         row = f"row {self.row}, " if self.row else ""
         return f"{row}{self.check}: {self.message or self.verdict}"
 
 
-def in_short(error: Exception) -> str:
+def in_short(error: BaseException) -> str:
     """Kind and text of an error in one line: some print whole tensors."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 300 else text[:300] + " ..."
+
+
+_NOT_THEIRS = (Path(__file__).parent, Path(torch.__file__).parent)
+_STANDARD = Path(sysconfig.get_path("stdlib"))
+
+
+def place(error: BaseException) -> str:
+    """Where an error came from, as " (file.py:12)": the innermost line that is not the suite's, torch's or Python's.
+
+    Empty where there is none: then the suite's call itself was refused.
+    """
+
+    def theirs(name: str) -> bool:
+        path = Path(name)
+        standard = path.is_relative_to(_STANDARD) and "site-packages" not in path.parts
+        return not (name.startswith("<") or standard or any(path.is_relative_to(own) for own in _NOT_THEIRS))
+
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if theirs(frame.filename)]
+    return f" ({'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno})" if frames else ""
 
 
 @dataclass(frozen=True)
@@ -44,8 +68,9 @@ class Check:
     """One thing that a wrapper of an optimizer has to survive. Call it with a subject: it returns, or raises
     `CheckFailed`, or `NotApplicable`.
 
-    `doc` says what is checked, `why` what goes wrong for a user where it fails. With `excused` (the default), a
-    failure counts only if the base alone does not fail in the same check.
+    `doc` says what is checked, `why` what a user suffers where it fails. A failure counts only if the base alone does
+    not fail in the same check; with `mendable`, where a wrapper can do better than its base, and `Subject.strict`, it
+    counts in any case.
     """
 
     row: int
@@ -53,47 +78,41 @@ class Check:
     doc: str
     why: str
     run: Callable[[Subject], None]
-    excused: bool = True
+    mendable: bool = False
 
     def __call__(self, subject: Subject) -> None:
-        if self.name in subject.waives:
-            raise NotApplicable(f"waived: {subject.waives[self.name]}")
-        with torch.random.fork_rng(devices=[]):
-            try:
-                self._attempt(subject)
-            except CheckFailed as failure:
-                fault = self._fault_of_base(subject) if self.excused else None
-                if fault is not None:
-                    raise NotApplicable(f"the base alone fails it too: {fault}") from failure
-                raise CheckFailed(f"{subject.name}: {failure} Why it matters: {self.why}") from failure.__cause__
-
-    def _attempt(self, subject: Subject) -> None:
-        """Run; whatever else is raised is a failure too."""
-        try:
-            self.run(subject)
-        except (CheckFailed, NotApplicable):
-            raise
-        except Exception as error:
-            raise CheckFailed(f"raised {in_short(error)}") from error
-
-    def _fault_of_base(self, subject: Subject) -> str | None:
-        """What the base alone does wrong in this check, if anything."""
-        try:
-            self._attempt(subject.alone())
-        except CheckFailed as failure:
-            return str(failure)
-        except NotApplicable:
-            return None
-        return None
+        outcome = self.outcome(subject)
+        if outcome.verdict == "failed":
+            raise CheckFailed(f"{subject.name}: {outcome.message} Why it matters: {self.why}") from outcome.error
+        if outcome.verdict != "passed":
+            raise (Skipped if outcome.verdict == "skipped" else NotApplicable)(outcome.message)
 
     def outcome(self, subject: Subject) -> Outcome:
         """Run, and say what came of it instead of raising."""
+        if self.name in subject.waives:
+            return Outcome(self.name, self.row, "not applicable", f"waived: {subject.waives[self.name]}")
+        with isolated():
+            found = self._attempt(subject)
+            if found.verdict != "failed" or (self.mendable and subject.strict):
+                return found
+            alone = self._attempt(subject.alone())
+        if alone.verdict != "failed":
+            return found
+        message = f"the base alone fails it too: {alone.message}"
+        return Outcome(self.name, self.row, "not applicable", message)
+
+    def _attempt(self, subject: Subject) -> Outcome:
+        """Run once; whatever else is raised is a failure too."""
         try:
-            self(subject)
+            self.run(subject)
         except NotApplicable as reason:
             return Outcome(self.name, self.row, "not applicable", str(reason))
+        except Skipped as reason:
+            return Outcome(self.name, self.row, "skipped", str(reason))
         except CheckFailed as failure:
-            return Outcome(self.name, self.row, "failed", str(failure))
+            return Outcome(self.name, self.row, "failed", str(failure), failure.__cause__)
+        except Exception as error:
+            return Outcome(self.name, self.row, "failed", f"it raised {in_short(error)}{place(error)}.", error)
         return Outcome(self.name, self.row, "passed")
 
 
@@ -103,11 +122,11 @@ class Checks(Sequence[Check]):
     def __init__(self) -> None:
         self._checks: list[Check] = []
 
-    def register(self, row: int, why: str, excused: bool = True) -> Callable[[Callable[[Subject], None]], Check]:
+    def register(self, row: int, why: str, mendable: bool = False) -> Callable[[Callable[[Subject], None]], Check]:
         """A decorator; the check's name is the function's, its `doc` the function's docstring."""
 
         def add(function: Callable[[Subject], None]) -> Check:
-            check = Check(row, function.__name__, (function.__doc__ or "").strip(), why, function, excused)
+            check = Check(row, function.__name__, (function.__doc__ or "").strip(), why, function, mendable)
             self._checks.append(check)
             self._checks.sort(key=lambda c: c.row)
             return check
@@ -131,6 +150,10 @@ class Checks(Sequence[Check]):
 
 
 conformance_checks = Checks()
+"""Those that need nothing but torch: in one process, a fraction of a second each."""
+
+stack_checks = Checks()
+"""Those that need a training stack, or processes: seconds each."""
 
 
 @dataclass(frozen=True)
@@ -173,19 +196,22 @@ class Report:
             raise CheckFailed("\n".join(str(outcome) for outcome in self.failed))
 
 
-def check_wrapper(subject: Subject, only: Sequence[str] | None = None) -> Report:
+def check_wrapper(subject: Subject, only: Sequence[str] | None = None, stacks: bool = False) -> Report:
     """Run every check that applies to `subject` (or those named in `only`) and report.
 
-    Deterministic, on the CPU, about a second for a small wrapper; leaves the global generators as they were. Raises
-    ValueError where `only` or `subject.waives` names a check that does not exist.
+    Deterministic, on the CPU, about a second for a small wrapper; leaves the global generators as they were. With
+    `stacks`, also those of `stack_checks`, which take seconds each. Raises ValueError where `only` or `subject.waives`
+    names a check that does not exist.
     """
     if not isinstance(subject, Subject):
         raise TypeError(
             f"check_wrapper takes a Subject, which says how to make the wrapper and its base; found {subject!r}. "
             f"Subject(name='mine', base=lambda params: torch.optim.AdamW(params), wrap=MyWrapper)"
         )
+    known = {check.name: check for check in (*conformance_checks, *stack_checks)}
     for name in [*(only or ()), *subject.waives]:
-        if name not in conformance_checks.names:
-            raise ValueError(f"there is no check {name!r}; there are {', '.join(conformance_checks.names)}")
-    chosen = [check for check in conformance_checks if only is None or check.name in only]
-    return Report(subject.name, tuple(check.outcome(subject) for check in chosen))
+        if name not in known:
+            raise ValueError(f"there is no check {name!r}; there are {', '.join(known)}")
+    usual = [*conformance_checks, *(stack_checks if stacks else ())]
+    chosen = usual if only is None else [check for check in known.values() if check.name in only]
+    return Report(subject.name, tuple(check.outcome(subject) for check in sorted(chosen, key=lambda c: c.row)))

@@ -18,7 +18,7 @@ def base_attribute(wrapper: Optimizer) -> Optimizer:
 
 
 def itself(wrapper: Optimizer) -> Optimizer:
-    """The `get_base` of an optimizer that wraps nothing."""
+    """The `get_base` of an optimizer that wraps nothing, and the `wrap` of no wrapper."""
     return wrapper
 
 
@@ -52,6 +52,9 @@ class Subject:
     model: "mixed" trains a matrix, a vector, an embedding, a convolution, one element, a parameter that gets no
         gradient until step 5 and a frozen one; "matrices" only 2-D parameters, for bases such as Muon.
     cap: the largest factor by which the wrapper may enlarge a coordinate's step (row 29).
+    copies: how much memory the wrapper claims to keep between steps beside its base, in copies of the parameters (row
+        23); None where it claims nothing.
+    strict: hold it also to what the base alone gets wrong, where a wrapper can do better: exact dtypes of state.
     exact_base: where `base` keeps inexact moments (8-bit), the same rule with exact ones (row 25).
     config: how its policies are built from data (row 32).
     waives: check name -> reason. What the wrapper does not claim; reported as not applicable, with the reason.
@@ -67,6 +70,8 @@ class Subject:
     get_base: Callable[[Any], Optimizer] | None = base_attribute
     model: Literal["mixed", "matrices"] = "mixed"
     cap: float = 10.0
+    copies: float | None = None
+    strict: bool = False
     exact_base: Callable[[Any], Optimizer] | None = None
     config: ConfigClaims | None = None
     waives: Mapping[str, str] = field(default_factory=dict)
@@ -84,4 +89,5 @@ class Subject:
 
     def alone(self) -> Subject:
         """The base by itself, as a subject: what it fails too is not the wrapper's doing."""
-        return replace(self, name=f"{self.name}, its base alone", make=self.base, wrap=None, get_base=itself)
+        own = {"make": self.base, "wrap": itself, "get_base": itself, "copies": None, "config": None}
+        return replace(self, name=f"{self.name}, its base alone", **own)

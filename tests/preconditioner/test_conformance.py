@@ -71,6 +71,9 @@ def subject(base: str, policy: str, **options: Any) -> Subject:
         base=BASES[base],
         wrap=lambda optimizer: SelectiveUpdate(optimizer, policy=POLICIES[policy], momentum_beta=beta, **options),
         waives=WAIVES,
+        # Two bases and two statistics, the momentum that no other is there for, the state of `last`.
+        copies=4 + (base == "adafactor" and policy != "dense") + (policy == "custom"),
+        strict=True,
     )
 
 

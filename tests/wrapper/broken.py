@@ -32,7 +32,7 @@ def trainable(wrapper: Optimizer) -> list[Tensor]:
 # Rows 1 to 3: being an optimizer, schedules, groups
 
 
-@fails("is_an_optimizer")
+@fails("is_an_optimizer", "huggingface_trainer_trains_with_it")
 class NotAnOptimizer:
     """Forwards by hand."""
 
@@ -121,18 +121,18 @@ class NoiseWithoutRate(Identity):
 
 @fails("closure_runs_once_first_with_gradients")
 class ClosureTwice(Identity):
-    def step(self, closure: Any = None) -> Any:
+    def unpatched_step(self, closure: Any) -> Any:
         if closure is not None:
             closure()
-        return super().step(closure)
+        return super().unpatched_step(closure)
 
 
 @fails("closure_runs_once_first_with_gradients")
 class ClosureWithoutGradients(Identity):
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def unpatched_step(self, closure: Any) -> Any:
         loss = closure() if closure is not None else None
-        super().step()
+        super().unpatched_step(None)
         return loss
 
 
@@ -140,8 +140,8 @@ class ClosureWithoutGradients(Identity):
 class ClosureLast(Identity):
     """Steps on the gradients that are there, then asks for the loss."""
 
-    def step(self, closure: Any = None) -> Any:
-        super().step()
+    def unpatched_step(self, closure: Any) -> Any:
+        super().unpatched_step(None)
         return closure() if closure is not None else None
 
 
@@ -149,27 +149,27 @@ class ClosureLast(Identity):
 class GradientsBeforeClosure(HalfAgainst):
     """Looks at the gradients of the step before, because the closure has not run yet."""
 
-    def step(self, closure: Any = None) -> Any:
+    def unpatched_step(self, closure: Any) -> Any:
         old = {p: p.grad.clone() for p in trainable(self)}
         self._grads = old if closure is not None else {}
-        return super().step(closure)
+        return super().unpatched_step(closure)
 
     def mask(self, p: Tensor, update: Tensor, grad: Tensor) -> Tensor:
         return super().mask(p, update, self._grads.get(p, grad).float())
 
 
-@fails("closure_equals_manual_step")
+@fails("closure_equals_manual_step", "lightning_trains_with_it")
 class ClosureSkipsSelection(HalfAgainst):
     """With a closure it turns into its base, as a wrapper does that hands the closure on."""
 
-    def step(self, closure: Any = None) -> Any:
-        return super().step() if closure is None else self.base.step(closure)
+    def unpatched_step(self, closure: Any) -> Any:
+        return super().unpatched_step(None) if closure is None else self.base.step(closure)
 
 
 @fails("closure_equals_manual_step")
 class DropsTheLoss(Identity):
-    def step(self, closure: Any = None) -> Any:
-        super().step(closure)
+    def unpatched_step(self, closure: Any) -> Any:
+        super().unpatched_step(closure)
 
 
 # Row 5: hooks
@@ -501,7 +501,7 @@ class GradientsAfterTheBase(HalfAgainst):
             p.data.add_(kept * update)
 
 
-@fails("unstepped_state_round_trip")
+@fails("unstepped_state_round_trip", "accelerate_prepares_it")
 class LoadMeansResumed(Identity):
     """Takes any load for a resume and skips its first, dense step."""
 
@@ -632,7 +632,7 @@ class CappedButNotGuarded(NoCap):
         return super().mask(p, update, grad).clamp(max=2.0)
 
 
-@fails("global_generators_do_not_move")
+@fails("global_generators_do_not_move", "replicas_stay_identical")
 class DrawsFromTheGlobalGenerator(HalfAgainst):
     def mask(self, p: Tensor, update: Tensor, grad: Tensor) -> Tensor:
         return (torch.rand_like(p) < 0.5).float()
@@ -652,3 +652,41 @@ class DrawsAndPutsBack(HalfAgainst):
     def mask(self, p: Tensor, update: Tensor, grad: Tensor) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             return (torch.rand_like(p) < 0.5).float()
+
+
+# Rows 20 and 23: what a step must not cost again and again
+
+
+@fails("schedules_do_not_recompile")
+class CompilesForEachRate(Identity):
+    """A compiled function with the learning rate as a constant."""
+
+    def __init__(self, base: Optimizer) -> None:
+        super().__init__(base)
+        self.scaled = torch.compile(lambda x, rate: x * rate, backend="eager", dynamic=False)
+
+    def inner_step(self) -> None:
+        self.step_base()
+        self.scaled(torch.ones(2), float(self.param_groups[0]["lr"]))
+
+
+@fails("memory_does_not_grow", "memory_is_as_claimed")
+class KeepsEveryUpdate(Identity):
+    """Collects what it did, for a plot that nobody draws."""
+
+    def __init__(self, base: Optimizer) -> None:
+        super().__init__(base)
+        self.updates: list[Tensor] = []
+
+    def inner_step(self) -> None:
+        self.step_base()
+        self.updates += [p.detach().clone() for p in trainable(self)]
+
+
+@fails("memory_is_as_claimed")
+class KeepsACopy(Identity):
+    """One copy of the parameters, where it claims none."""
+
+    def inner_step(self) -> None:
+        self.copies = [p.detach().clone() for p in trainable(self)]
+        self.step_base()

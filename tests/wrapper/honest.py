@@ -41,6 +41,10 @@ class Identity(Optimizer):
             self.base.add_param_group(param_group)
 
     def step(self, closure: Any = None) -> Any:
+        return self.unpatched_step(closure)
+
+    def unpatched_step(self, closure: Any) -> Any:
+        """What a subclass overrides: of `step`, torch patches each class's own, and hooks would fire for each."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -96,6 +96,8 @@ def subject(base: str, policy: str) -> Subject:
         model="matrices" if base == "muon" else "mixed",
         exact_base=BASES["adamw"] if base == "torchao-8bit" else None,
         config=CONFIG,
+        copies=(base in WITHOUT_MOMENTUM) + (policy == "custom"),  # the momentum, and the state of `last`,
+        strict=True,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from broken import BROKEN
@@ -11,10 +13,13 @@ from selective.testing import (
     CheckFailed,
     ConfigClaims,
     NotApplicable,
+    Skipped,
     Subject,
+    all_checks,
     check_wrapper,
     conformance_checks,
     itself,
+    stack_checks,
 )
 
 
@@ -26,8 +31,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def adamw(params):
-    return torch.optim.AdamW(params, lr=1e-2)
+adamw = functools.partial(torch.optim.AdamW, lr=1e-2)  # one that another process can import
 
 
 def build_config(config):
@@ -52,11 +56,13 @@ NEEDS_WRAPPING = {
     "attributes_of_the_base_do_not_leak",
     "inexact_moments_are_understood",
     "configs_are_validated",
+    "memory_is_as_claimed",
 }
+CHECKS = {check.name: check for check in all_checks()}
 
 
 def wrapped(cls, **options):
-    return Subject(name=cls.__name__, base=adamw, wrap=cls, **options)
+    return Subject(name=cls.__name__, base=adamw, wrap=cls, strict=True, copies=0.0, **options)
 
 
 def test_plain_adamw_passes_all_that_apply():
@@ -74,10 +80,17 @@ def test_honest_wrappers_pass_every_check(cls):
 
 @pytest.mark.parametrize("cls", BROKEN, ids=lambda cls: cls.__name__)
 def test_broken_wrapper_fails_by_name(cls):
+    skipped = []
     for name in BROKEN[cls]:
-        with pytest.raises(CheckFailed, match="Why it matters") as failure:
-            conformance_checks[name](wrapped(cls))
+        with pytest.raises((CheckFailed, Skipped)) as failure:
+            CHECKS[name](wrapped(cls))
+        if failure.type is Skipped:
+            skipped.append(str(failure.value))
+            continue
         assert str(failure.value).startswith(f"{cls.__name__}: ")
+        assert f"Why it matters: {CHECKS[name].why}" in str(failure.value)
+    if skipped:
+        pytest.skip("; ".join(skipped))
 
 
 @pytest.mark.parametrize(
@@ -109,17 +122,17 @@ def test_an_error_that_does_not_help_is_a_failure():
 
 def test_every_check_has_a_wrapper_that_fails_it():
     named = {name for names in BROKEN.values() for name in names} | {"configs_are_validated"}
-    assert named == set(conformance_checks.names)
+    assert named == set(CHECKS)
 
 
 def test_rows_and_texts():
-    assert {check.row for check in conformance_checks} == {
-        1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 24, 25, 29, 30, 31, 32
+    assert {check.row for check in all_checks()} == {
+        1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 23, 24, 25, 29, 30, 31, 32
     }  # fmt: skip
-    for check in conformance_checks:
+    for check in all_checks():
         assert check.doc.endswith("."), check.name
         assert check.why.endswith("."), check.name
-    assert len(set(conformance_checks.names)) == len(conformance_checks)
+    assert len(CHECKS) == len(all_checks()) == len(conformance_checks) + len(stack_checks)
 
 
 def test_what_the_base_fails_too_is_not_held_against_the_wrapper():

@@ -1,0 +1,166 @@
+"""The tables of docs/conformance.md: which wrapper passes which check, and what each check checks.
+
+    pip install --no-deps pytorch_optimizer magma-optimizer schedulefree
+    python scripts/conformance_table.py --run      # run the suite on every wrapper that is installed; a few minutes
+    python scripts/conformance_table.py            # only write the page anew from what was found before
+
+Each wrapper runs in a process of its own, by the command that everybody uses: `pytest -p selective.testing --wrapper
+...`, in an empty folder. What was found is kept in docs/measurements/conformance.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "conformance.md"
+FOUND = ROOT / "docs" / "measurements" / "conformance.json"
+SIGNS = {"passed": "yes", "failed": "**no**", "not applicable": "–", "skipped": "?"}
+ADAMW, SGD = "torch.optim:AdamW(lr=0.01)", "torch.optim:SGD(lr=0.1)"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A wrapper, as it is named on the command line, and the distribution that it comes from."""
+
+    title: str
+    wrapper: str
+    distribution: str
+    base: str = ADAMW
+
+
+def nothing(base: Any) -> Any:
+    """No wrapper at all."""
+    return base
+
+
+def schedule_free(base: Any) -> Any:
+    """As its documentation has it: in training mode."""
+    wrapper = importlib.import_module("schedulefree").ScheduleFreeWrapper(base)
+    wrapper.train()
+    return wrapper
+
+
+COLUMNS = (
+    Column("no wrapper", "conformance_table:nothing", "torch"),
+    Column("SelectiveUpdate, MGUP", "selective:SelectiveUpdate(policy='MGUP')", "selective-update"),
+    Column("SelectiveUpdate, Magma", "selective:SelectiveUpdate(policy='Magma')", "selective-update"),
+    Column("pytorch_optimizer Lookahead", "pytorch_optimizer:Lookahead", "pytorch_optimizer"),
+    Column("pytorch_optimizer Magma", "pytorch_optimizer:Magma", "pytorch_optimizer"),
+    Column("magma-optimizer Magma", "magma:Magma", "magma-optimizer"),
+    Column("schedulefree wrapper", "conformance_table:schedule_free", "schedulefree", SGD),
+)
+
+
+def run(column: Column) -> dict[str, Any]:
+    """What the suite finds, as `--wrapper-json` has it. Ends the program where it could not start."""
+    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(Path(__file__).parent)])
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "selective.testing"]
+        command += ["--wrapper", column.wrapper, "--wrapper-base", column.base, "--wrapper-json", "found.json"]
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        return json.loads((Path(folder) / "found.json").read_text())
+
+
+def run_all() -> dict[str, Any]:
+    """All columns, with versions and date."""
+    found: list[dict[str, Any]] = []
+    for column in COLUMNS:
+        try:
+            number = version(column.distribution)
+        except PackageNotFoundError:
+            sys.exit(f"{column.distribution} is not installed; the docstring of this script has the command")
+        print(f"{column.distribution} {number}: {column.wrapper}", flush=True)
+        said = {"title": column.title, "distribution": column.distribution, "version": number, "base": column.base}
+        found.append({**said, **run(column)})
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    stacks = {name: version(name) for name in ("accelerate", "lightning", "transformers")}
+    return {"date": today, "stacks": stacks, "columns": found}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Check × wrapper, and what the columns are."""
+    columns = found["columns"]
+    cells = [{one["check"]: _cell(one) for one in column["outcomes"]} for column in columns]
+    lines = ["| row | check | " + " | ".join(column["title"] for column in columns) + " |"]
+    lines.append("| --- | --- |" + " --- |" * len(columns))
+    for one in columns[0]["outcomes"]:
+        lines.append(f"| {one['row']} | `{one['check']}` | " + " | ".join(c[one["check"]] for c in cells) + " |")
+    totals = [str(sum(one["verdict"] == "failed" for one in column["outcomes"])) for column in columns]
+    lines += ["| | **no**, in all | " + " | ".join(totals) + " |", ""]
+    for column in columns:
+        named = f'`--wrapper "{column["wrapper"]}"` over `{column["base"].partition(":")[2]}`'
+        lines.append(f"- {column['title']}: {column['distribution']} {_public(column['version'])}, {named}")
+    stacks = ", ".join(f"{name} {number}" for name, number in found["stacks"].items())
+    with_ = f"torch {_public(columns[0]['torch'])}, Python {columns[0]['python']}, {stacks}"
+    return "\n".join([*lines, "", f"{found['date']}, on a CPU, with {with_}."])
+
+
+def _cell(outcome: dict[str, Any]) -> str:
+    measured = re.search(r"keeps (-?[\d.]+) copies", outcome["message"])
+    return SIGNS[outcome["verdict"]] + (f" ({measured[1]} copies)" if measured else "")
+
+
+def _public(number: str) -> str:
+    """A version without the name of a build."""
+    return number.partition("+")[0]
+
+
+def findings(found: dict[str, Any]) -> str:
+    """What was found where a wrapper fails, in the suite's words."""
+    lines = []
+    for column in found["columns"]:
+        failed = [one for one in column["outcomes"] if one["verdict"] == "failed"]
+        if failed:
+            lines += [f"**{column['title']}**", ""]
+            lines += [f"- row {one['row']}, `{one['check']}`: {one['message']}" for one in failed] + [""]
+    return "\n".join(lines).rstrip()
+
+
+def checks() -> str:
+    """What each check checks, and what comes of it where it fails."""
+    from selective.testing import all_checks
+
+    lines = ["| row | check | what is checked | otherwise |", "| --- | --- | --- | --- |"]
+    for check in all_checks():
+        doc = " ".join(check.doc.split("\n\n")[0].split())
+        lines.append(f"| {check.row} | `{check.name}` | {doc} | {check.why} |")
+    return "\n".join(lines)
+
+
+def page(text: str, found: dict[str, Any]) -> str:
+    """The page, with what stands between its marks made anew."""
+    for name, part in (("table", table(found)), ("findings", findings(found)), ("checks", checks())):
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)"
+        text, count = re.subn(pattern, lambda m, part=part: f"{m[1]}\n{part}\n{m[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            sys.exit(f"{PAGE}: found {count} marks of {name}, expected one")
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--run", action="store_true", help="run the suite on every wrapper first")
+    if parser.parse_args().run:
+        FOUND.write_text(json.dumps(run_all(), indent=1) + "\n")
+    PAGE.write_text(page(PAGE.read_text(), json.loads(FOUND.read_text())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

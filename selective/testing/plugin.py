@@ -1,0 +1,147 @@
+"""The checks as items of pytest, one each, and what they come to at the end."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import platform
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from selective.testing.harness import isolated
+from selective.testing.options import AN_OPTIMIZER
+from selective.testing.report import Check, Outcome
+from selective.testing.rows import all_checks
+from selective.testing.spec import Spec, SpecError, subject_of
+from selective.testing.subject import Subject
+
+_KEY = "conformance"  # of what a report carries from an item, from worker processes too
+
+
+class NotConforming(Exception):
+    """A check failed: told from the outcome, without a traceback of the suite."""
+
+    def __init__(self, outcome: Outcome, check: Check) -> None:
+        super().__init__(outcome.message)
+        self.outcome, self.check = outcome, check
+
+    def told(self, traceback_too: bool) -> str:
+        lines = [
+            f"found     {self.outcome.message}",
+            f"so that   {self.check.why}",
+            f"checked   {' '.join(self.check.doc.split())}",
+        ]
+        if traceback_too and self.outcome.error is not None:
+            lines += ["", *"".join(traceback.format_exception(self.outcome.error)).splitlines()]
+        return "\n".join(lines)
+
+
+class Suite(pytest.Collector):
+    """All checks of one wrapper over one base."""
+
+    subject: Subject
+
+    def collect(self) -> list[CheckItem]:
+        return [CheckItem.of(self, check) for check in all_checks()]
+
+
+class CheckItem(pytest.Item):
+    """One check, named by what it checks and by its row."""
+
+    check: Check
+
+    @classmethod
+    def of(cls, suite: Suite, check: Check) -> CheckItem:
+        item = cls.from_parent(suite, name=f"{check.name}[row-{check.row:02}]")
+        item.check = check
+        return item
+
+    def runtest(self) -> None:
+        assert isinstance(self.parent, Suite)
+        outcome = self.check.outcome(self.parent.subject)
+        said = {"row": outcome.row, "check": outcome.check, "verdict": outcome.verdict, "message": outcome.message}
+        self.user_properties.append((_KEY, {"subject": self.parent.subject.name, **said}))
+        if outcome.verdict == "failed":
+            raise NotConforming(outcome, self.check)
+        if outcome.verdict != "passed":
+            pytest.skip(f"{outcome.verdict}: {outcome.message}")
+
+    def repr_failure(self, excinfo: Any, style: Any = None) -> Any:
+        if isinstance(excinfo.value, NotConforming):
+            return excinfo.value.told(self.config.option.tbstyle in ("long", "short", "native"))
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        lines = inspect.getsourcelines(self.check.run)[1]
+        return Path(inspect.getsourcefile(self.check.run) or "."), lines - 1, self.name
+
+
+class Conformance:
+    """What pytest calls where `--wrapper` is given."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.subjects: list[Subject] = []
+        self.outcomes: list[dict[str, Any]] = []
+        if config.args_source is not pytest.Config.ArgsSource.ARGS:
+            config.args = []  # no paths on the command line: the checks, and not the tests of this folder
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self) -> None:
+        """A wrapper that can't be used is one error, before anything is collected."""
+        option = self.config.option
+        claims = {"model": option.wrapper_model, "cap": option.wrapper_cap, "copies": option.wrapper_copies}
+        bases = option.wrapper_base or [AN_OPTIMIZER]
+        try:
+            wrapper = Spec(option.wrapper)
+            for base in dict.fromkeys(bases):
+                with isolated():
+                    one = subject_of(wrapper, Spec(base, "--wrapper-base"), strict=option.wrapper_strict, **claims)
+                self.subjects.append(one)
+        except SpecError as error:
+            raise pytest.UsageError(str(error)) from None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:
+        """First of all plugins, so that `-k` and `--deselect` see the checks."""
+        for subject in self.subjects:
+            suite = Suite.from_parent(session, name=subject.name, nodeid=subject.name)
+            suite.subject = subject
+            found = suite.collect()
+            items.extend(found)
+            report = pytest.CollectReport(suite.nodeid, "passed", None, found)  # type: ignore[arg-type]  # of all items
+            session.config.hook.pytest_collectreport(report=report)  # the terminal counts by it
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.outcomes += [dict(value) for key, value in report.user_properties if key == _KEY]  # type: ignore[call-overload]
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Counts and reasons, one part for each base."""
+        for subject in dict.fromkeys(o["subject"] for o in self.outcomes):
+            own = [o for o in self.outcomes if o["subject"] == subject]
+            counts = Counter(o["verdict"] for o in own)
+            terminalreporter.section(f"conformance of {subject}")
+            verdicts = ("passed", "failed", "not applicable", "skipped")
+            terminalreporter.line(
+                ", ".join(f"{counts[v]} {v}" for v in verdicts if counts[v]) + f" (torch {torch.__version__})"
+            )
+            for o in sorted(own, key=lambda o: (verdicts.index(o["verdict"]), o["row"])):
+                if o["verdict"] != "passed":
+                    terminalreporter.line(f"row {o['row']:2}  {o['verdict']:<14}  {o['check']}: {o['message']}")
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        path = self.config.option.wrapper_json
+        if path is not None and not hasattr(self.config, "workerinput"):  # of pytest-xdist, only the first process
+            versions = {"python": platform.python_version(), "torch": torch.__version__}
+            told = {
+                "wrapper": self.config.option.wrapper,
+                **versions,
+                "outcomes": sorted(self.outcomes, key=lambda o: o["row"]),
+            }
+            Path(path).write_text(json.dumps(told, indent=1) + "\n")

@@ -1,0 +1,144 @@
+"""A callable named in text, `module:name` or `module:name(key=value)`, and the subject that two of them make."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from torch.optim import Optimizer
+
+from selective.testing.harness import train
+from selective.testing.model import ConformanceModel
+from selective.testing.report import in_short, place
+from selective.testing.subject import Subject, itself
+
+EXAMPLE = 'module:name, or with keyword arguments "module:name(key=value)", such as mypackage:MyWrapper'
+_ASKED = ("step", "zero_grad", "state_dict", "load_state_dict", "param_groups")
+
+
+class SpecError(Exception):
+    """What is named can't be used; the message is one sentence for the person who named it."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """`text` names a callable; calling the spec calls it with one argument and the keyword arguments in the text.
+
+    The callable is imported when it is needed, so that a spec can be pickled whatever it names.
+    """
+
+    text: str
+    option: str = "--wrapper"
+    module: str = field(init=False, repr=False)
+    name: str = field(init=False, repr=False)
+    arguments: dict[str, Any] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        module, colon, rest = self.text.partition(":")
+        try:
+            node = ast.parse(rest.strip(), mode="eval").body
+            call = node if isinstance(node, ast.Call) else None
+            found = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords} if call else {}
+        except (SyntaxError, ValueError) as error:
+            raise self.error(f"expected {EXAMPLE}, the values literals of Python") from error
+        name = ast.unparse(call.func if call else node)
+        named = colon and module and all(part.isidentifier() for part in name.split("."))
+        if not named or (call and (call.args or "None" in found)):  # `**more` has no name
+            raise self.error(f"expected {EXAMPLE}")
+        for key, value in (("module", module), ("name", name), ("arguments", found)):
+            object.__setattr__(self, key, value)
+
+    @property
+    def label(self) -> str:
+        """The part that tells it from others of its module: the name, and the arguments where there are any."""
+        return self.text.partition(":")[2].strip() if self.arguments else self.name.rpartition(".")[2]
+
+    def error(self, what: str) -> SpecError:
+        return SpecError(f"{self.option} {self.text!r}: {what}.")
+
+    def load(self) -> Any:
+        """The callable. Raises SpecError where there is none."""
+        return _load(self)
+
+    def __call__(self, argument: Any) -> Any:
+        return self.load()(argument, **self.arguments)
+
+
+@cache
+def _load(spec: Spec) -> Any:
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # behind everything: what is installed keeps its name
+    importlib.invalidate_caches()
+    try:
+        found: Any = importlib.import_module(spec.module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (spec.module + ".").startswith(error.name + "."):
+            raise spec.error(f"there is no module {error.name!r} in {here}, or installed") from error
+        raise spec.error(f"importing {spec.module} raised {in_short(error)}{place(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise spec.error(f"importing {spec.module} raised {in_short(error)}{place(error)}") from error
+    for part in spec.name.split("."):
+        if not hasattr(found, part):
+            names = [name for name, value in vars(found).items() if callable(value) and not name.startswith("_")]
+            some = f"; it has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
+            raise spec.error(f"{spec.module} has no {part!r}{some}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise spec.error(f"it is of type {type(found).__name__}, and can't be called with an optimizer")
+    return found
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A wrapper's base, by the name of the attribute that holds it."""
+
+    attribute: str
+
+    def __call__(self, wrapper: Any) -> Optimizer:
+        return getattr(wrapper, self.attribute)
+
+
+def _way_in(wrapper: Any, base: Optimizer) -> Any:
+    """How to get from a wrapper to its base; None where no attribute holds it."""
+    if wrapper is base:
+        return itself
+    names = [name for name, value in getattr(wrapper, "__dict__", {}).items() if value is base]
+    return Inside(names[0]) if names else None
+
+
+def subject_of(wrapper: Spec, base: Spec, **claims: Any) -> Subject:
+    """The subject that the two make, after a first plain step of it. Raises SpecError with what is in the way."""
+    wrapper.load()
+    model = ConformanceModel(claims.get("model", "mixed"))
+    inner = _tried(base, list(model.parameters()), f"{base.name}(parameters)")
+    if not isinstance(inner, Optimizer):
+        raise base.error(
+            f"{base.name}(parameters) returned an object of type {type(inner).__name__}, not a torch.optim.Optimizer"
+        )
+    outer = _tried(wrapper, inner, f"{wrapper.name}(base), with {type(inner).__name__} as the base,")
+    missing = [name for name in _ASKED if not hasattr(outer, name)]
+    if missing:
+        what = f"{wrapper.name}(base) returned an object of type {type(outer).__name__}, which is no optimizer"
+        raise wrapper.error(f"{what}: it has no {', '.join(missing)}")
+    try:
+        train(model, outer, [0])
+    except Exception as error:
+        what = f"its first plain step over {type(inner).__name__} raised {in_short(error)}{place(error)}"
+        raise wrapper.error(f"{what}, so that there is nothing to check") from error
+    name = f"{wrapper.label} over {base.label}"
+    return Subject(name=name, base=base, wrap=wrapper, get_base=_way_in(outer, inner), **claims)
+
+
+def _tried(spec: Spec, argument: Any, call: str) -> Any:
+    try:
+        return spec(argument)
+    except SpecError:
+        raise
+    except Exception as error:
+        raise spec.error(f"{call} raised {in_short(error)}{place(error)}") from error
