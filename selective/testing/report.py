@@ -130,7 +130,7 @@ class Checks(Sequence[Check]):
         return [check.name for check in self._checks]
 
 
-conformance_checks = Checks()
+conformance_checks = Checks()  # Every check of the suite, by row.
 
 
 @dataclass(frozen=True)
