@@ -1,16 +1,17 @@
 # `make demo` and `make test` are complete on a fresh machine: they make .venv, with a CPU build of torch where there
 # is no NVIDIA GPU, and install the project. Overridable: VENV, PYTHON, TORCH_SPEC (such as "torch==2.11.0"), WORKERS,
-# PYTEST_ARGS, OUT.
+# PYTEST_ARGS, OUT, DOCS.
 VENV ?= .venv
 PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
 OUT ?= results
+DOCS ?= build/docs
 BIN := $(VENV)/bin
 export TORCH_SPEC
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu sanitize lint format bench clean
+.PHONY: help setup demo test test-slow test-gpu sanitize lint format docs docs-links bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +46,14 @@ lint: $(VENV)/.ready ## ruff and pyright, changing nothing
 format: $(VENV)/.ready ## ruff's formatter and its safe fixes
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+# Warnings are errors: dead links and anchors, pages outside of the nav, names without an entry. No network is needed.
+docs: $(VENV)/.ready ## the documentation as a site: build/docs/index.html
+	@$(BIN)/sphinx-build -W --keep-going -q -E -b html docs "$(DOCS)"
+	@echo "$(DOCS)/index.html"
+
+docs-links: $(VENV)/.ready ## ask for every link to another host (needs a network; no part of CI)
+	@$(BIN)/sphinx-build -q -E -b linkcheck docs build/docs-links
 
 bench: $(VENV)/.ready ## step time and memory on this machine
 	@$(BIN)/selective bench

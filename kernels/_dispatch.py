@@ -16,7 +16,7 @@ from . import cpu, reference
 from .reference.rules import Advanced, has_momentum
 from .spec import Draw, GivenRule, Item, ItemList, Rule, Selection, Strength, Sums
 
-Backend = Literal["auto", "reference", "cpu", "gpu"]
+Backend = Literal["auto", "reference", "cpu", "gpu"]  # Which implementation; "auto" picks by device.
 _standard: ContextVar[Backend] = ContextVar("standard", default="auto")
 _triton_missing: list[str] = []  # why, once it was looked for
 

@@ -101,7 +101,7 @@ class GivenRule:
     momentum_beta: float = 0.95  # top_k's "nesterov" score: (1 - beta) g + beta m, m a running average (Muon's)
 
 
-Rule = AdamRule | SGDRule | LionRule | GivenRule
+Rule = AdamRule | SGDRule | LionRule | GivenRule  # How the moments of a parameter group move.
 
 
 @dataclass

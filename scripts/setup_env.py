@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTED_TORCH = "torch>=2.9,<2.14"  # the package asks for >=2.9; this is the range that the tests have seen
-EXTRAS = "test,test-stacks,dev"
+EXTRAS = "test,test-stacks,docs,dev"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Where a CPU build may be, cheapest first: pip options for the dry run, options for the installation.
 CPU_SOURCES = {

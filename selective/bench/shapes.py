@@ -48,6 +48,7 @@ def _conv() -> list[Shape]:
     return shapes + [(1000, before), (1000,)]
 
 
+# The shapes of the parameters of models that are timed, by name.
 SHAPES: dict[str, list[Shape]] = {
     "transformer-30m": _transformer(8192, 512, 8, 0, False),  # 29.4M
     "gpt2": _transformer(50257, 768, 12, 1024, True),  # 124M

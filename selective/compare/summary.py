@@ -36,6 +36,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
+    """What a comparison found: a row for each contender and learning rate, a verdict for each policy."""
+
     seeds: tuple[int, ...]  # that count
     rows: tuple[Row, ...]
     verdicts: tuple[tuple[str, str], ...]  # (policy, sentence)
@@ -43,7 +45,7 @@ class Summary:
 
 
 def summarise(config: CompareConfig, records: Sequence[Record]) -> Summary:
-    """Raises nothing for partial results: with no complete seed the summary has no rows."""
+    """The table and the verdicts of what has been run so far. With no complete seed there are no rows."""
     table = {(r["contender"], r["lr"], r["seed"]): r for r in records if r["complete"]}
     field = contenders(config)
     seeds = tuple(s for s in config.seeds if all((c.index, lr, s) in table for c in field for lr in config.lr))

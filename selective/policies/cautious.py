@@ -20,8 +20,11 @@ class Cautious(Policy):
     """
 
     rest: float = Field(default=0.0, ge=-1, le=1)
+    """The multiplier where u ⊙ g is not > 0."""
     cap: float = Field(default=10.0, gt=0)
+    """The largest multiplier of the selected."""
     estimate: Literal["exact", "sampled"] = "exact"
+    """"sampled" takes the share that is selected from a sample, as in `MeanPreserving`."""
 
     def parts(self) -> tuple[Selection, Strength]:
         return Agreement(of="update"), MeanPreserving(rest=self.rest, cap=self.cap, estimate=self.estimate)

@@ -18,8 +18,11 @@ class Magma(Policy):
     """
 
     probability: float = Field(default=0.5, gt=0, le=1)
+    """Of a tensor to be stepped."""
     temperature: float = Field(default=2.0, gt=0)
+    """What the cosine is divided by."""
     smoothing: float = Field(default=0.9, ge=0, lt=1)
+    """The share of s that stays in each step."""
 
     def parts(self) -> tuple[Selection, Strength]:
         strength = Alignment(temperature=self.temperature, smoothing=self.smoothing)
@@ -33,6 +36,7 @@ class SkipUpdate(Policy):
     """
 
     probability: float = Field(default=0.5, gt=0, le=1)
+    """Of a tensor to be stepped."""
 
     def parts(self) -> tuple[Selection, Strength]:
         return Bernoulli(probability=self.probability, unit="tensor"), Fixed(selected=1.0 / self.probability, rest=0.0)

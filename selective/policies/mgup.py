@@ -21,10 +21,15 @@ class MGUP(Policy):
     """
 
     tau: float = Field(default=0.5, gt=0, le=1)
+    """The share of each tensor that is selected."""
     alpha: float | None = Field(default=None, ge=0)
+    """The multiplier of the selected; None is 1/tau."""
     gamma: float | None = Field(default=None, ge=0)
+    """The multiplier of the rest; None is tau."""
     score: Literal["update", "momentum", "nesterov"] = "update"
+    """What is ranked, as in `TopK`."""
     quantile: Literal["exact", "sampled"] = "exact"
+    """How the threshold is found, as in `TopK`."""
 
     def parts(self) -> tuple[Selection, Strength]:
         return (
@@ -40,9 +45,13 @@ class CautiousMGUP(Policy):
     """
 
     tau: float = Field(default=0.5, gt=0, le=1)
+    """Only what alpha and gamma follow from; the share is what it is."""
     alpha: float | None = Field(default=None, ge=0)
+    """The multiplier of the selected; None is 1/tau."""
     gamma: float | None = Field(default=None, ge=0)
+    """The multiplier of the rest; None is tau."""
     strict: bool = False
+    """> in the place of ≥."""
 
     def parts(self) -> tuple[Selection, Strength]:
         return Agreement(of="update", strict=self.strict), _two_constants(self.tau, self.alpha, self.gamma)

@@ -19,9 +19,13 @@ class RandomMask(Policy):
     """A fair coin for each coordinate, by address: × 1/probability or × 0, or as `selected` and `rest` say."""
 
     probability: float = Field(default=0.5, gt=0, le=1)
+    """Of each unit to be selected."""
     unit: Literal["element", "row", "tensor"] = "element"
+    """What a coin is thrown for."""
     selected: float | None = None
+    """The multiplier of the selected; None is 1/probability."""
     rest: float = 0.0
+    """The multiplier of the rest."""
 
     def parts(self) -> tuple[Selection, Strength]:
         selected = 1.0 / self.probability if self.selected is None else self.selected

@@ -104,14 +104,16 @@ class Agreement(Selection):
 class TopK(Selection):
     """The K = int(fraction * d) largest *signed* scores of each tensor, ties to the lower index (MGUP).
 
-    score: "update" is u*g, "momentum" m*g, "nesterov" (beta m + (1 - beta) g)*g with the base's own beta, the score of
-    the official Muon variant. K = 0 (a tensor of one element at fraction < 1) leaves the tensor dense. NaN is never
-    selected. `quantile="sampled"` takes the threshold from a sample of up to 64k elements: not exactly K.
+    K = 0 (a tensor of one element at fraction < 1) leaves the tensor dense. NaN is never selected.
     """
 
     fraction: float = Field(default=0.5, gt=0, le=1)
+    """The share of each tensor that is selected."""
     score: Literal["update", "momentum", "nesterov"] = "update"
+    """"update" is u ⊙ g, "momentum" m ⊙ g, "nesterov" (beta m + (1 - beta) g) ⊙ g with the base's own beta, the score
+    of the official Muon variant."""
     quantile: Literal["exact", "sampled"] = "exact"
+    """"sampled" takes the threshold from a sample of up to 64k elements: not exactly K."""
 
     def needs(self) -> frozenset[str]:
         return frozenset({"grad", "update" if self.score == "update" else "momentum"})
@@ -131,7 +133,9 @@ class Bernoulli(Selection):
     """A coin for each element, row (first dimension) or tensor, by address: f(seed, step, parameter, element)."""
 
     probability: float = Field(default=0.5, ge=0, le=1)
+    """Of each unit to be selected."""
     unit: Literal["element", "row", "tensor"] = "element"
+    """What a coin is thrown for."""
 
     def needs(self) -> frozenset[str]:
         return frozenset()

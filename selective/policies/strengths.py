@@ -48,8 +48,11 @@ class Fixed(Strength):
     """
 
     selected: float = 1.0
+    """The multiplier of the selected."""
     rest: float = 0.0
+    """The multiplier of the rest."""
     still: bool = False
+    """Whether coordinates with u ⊙ g = 0 get 0."""
 
     def needs(self) -> frozenset[str]:
         return frozenset({"update", "grad"}) if self.still else frozenset()
@@ -66,7 +69,9 @@ class MeanPreserving(Strength):
     """
 
     rest: float = Field(default=0.0, ge=-1, le=1)
+    """The multiplier of the rest."""
     cap: float = Field(default=10.0, gt=0)
+    """The largest multiplier of the selected."""
     estimate: Literal["exact", "sampled"] = "exact"
 
     def needs(self) -> frozenset[str]:
@@ -84,8 +89,11 @@ class NormPreserving(Strength):
     """
 
     rest: float = Field(default=0.0, ge=-1, le=1)
+    """The multiplier of the rest."""
     cap: float = Field(default=10.0, gt=0)
+    """The largest multiplier of the selected."""
     of: Literal["update", "momentum", "gradient"] = "update"
+    """What x is."""
     estimate: Literal["exact", "sampled"] = "exact"
 
     def needs(self) -> frozenset[str]:
@@ -103,8 +111,11 @@ class Alignment(Strength):
     """
 
     temperature: float = Field(default=2.0, gt=0)
+    """What the cosine is divided by."""
     smoothing: float = Field(default=0.9, ge=0, lt=1)
+    """The share of s that stays in each step."""
     rest: float = 0.0
+    """The multiplier of the rest."""
 
     def needs(self) -> frozenset[str]:
         return frozenset({"grad", "momentum"})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selective.policies.base import Configured
 
-State = dict[str, Tensor]
+State = dict[str, Tensor]  # what is remembered of one parameter, by name
 Shape = tuple[int, int, int]  # batch, rows, columns
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from selective.preconditioner.base import Shape
 
-MatrixView = Literal["matrices", "conv", "experts"]
+MatrixView = Literal["matrices", "conv", "experts"]  # How parameters are read as matrices.
 VIEWS: tuple[str, ...] = get_args(MatrixView)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)

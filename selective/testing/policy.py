@@ -18,7 +18,7 @@ from selective.testing.kernel import require_twins
 from selective.testing.report import Outcome, Report, in_short
 from selective.view import TENSORS, StepView, Tensors
 
-policy_checks: dict[str, Callable[[Policy], None]] = {}
+policy_checks: dict[str, Callable[[Policy], None]] = {}  # The checks of `check_policy`, by name.
 """The checks by name; each is called with a policy and returns, or raises `CheckFailed`, `NotApplicable`, `Skipped`."""
 
 _SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (5, 3), (1, 6), (4, 3, 2, 2))

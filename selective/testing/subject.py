@@ -44,20 +44,20 @@ class Subject:
     own that misbehave in known ways. Give `make` (parameters -> wrapper) where it is built in some other manner; then
     the checks that need such a base are reported as not applicable.
 
-    Parameters
-    ----------
-    name: what the report calls it.
-    base: parameters -> the base alone, with the same hyper-parameters as inside the wrapper.
-    get_base: wrapper -> its base; None where there is no way in (checks that compare with the base are then skipped).
-    model: "mixed" trains a matrix, a vector, an embedding, a convolution, one element, a parameter that gets no
-        gradient until step 5 and a frozen one; "matrices" only 2-D parameters, for bases such as Muon.
-    cap: the largest factor by which the wrapper may enlarge a coordinate's step (row 29).
-    copies: how much memory the wrapper claims to keep between steps beside its base, in copies of the parameters (row
-        23); None where it claims nothing.
-    strict: hold it also to what the base alone gets wrong, where a wrapper can do better: exact dtypes of state.
-    exact_base: where `base` keeps inexact moments (8-bit), the same rule with exact ones (row 25).
-    config: how its policies are built from data (row 32).
-    waives: check name -> reason. What the wrapper does not claim; reported as not applicable, with the reason.
+    Args:
+        name: what the report calls it.
+        base: parameters -> the base alone, with the same hyper-parameters as inside the wrapper.
+        get_base: wrapper -> its base; None where there is no way in (checks that compare with the base are then
+            skipped).
+        model: "mixed" trains a matrix, a vector, an embedding, a convolution, one element, a parameter that gets no
+            gradient until step 5 and a frozen one; "matrices" only 2-D parameters, for bases such as Muon.
+        cap: the largest factor by which the wrapper may enlarge a coordinate's step (row 29).
+        copies: how much memory the wrapper claims to keep between steps beside its base, in copies of the parameters
+            (row 23); None where it claims nothing.
+        strict: hold it also to what the base alone gets wrong, where a wrapper can do better: exact dtypes of state.
+        exact_base: where `base` keeps inexact moments (8-bit), the same rule with exact ones (row 25).
+        config: how its policies are built from data (row 32).
+        waives: check name -> reason. What the wrapper does not claim; reported as not applicable, with the reason.
 
     A wrapper that draws random numbers is held to the same bits as any other: its draws have to follow from its own
     seed and state.

@@ -28,7 +28,7 @@ from selective.bench.__main__ import parser as bench_parser
 from selective.cli import _parser
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MOST_SKIPPED = 4  # of all pages together
 
 
@@ -99,7 +99,7 @@ def _as_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 @pytest.mark.filterwarnings(*(f"ignore:{re.escape(message)}" for message in THEIR_WARNINGS))
 @pytest.mark.usefixtures("_as_a_reader")
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_python_blocks_run(page: Path) -> None:
     run_page(page.read_text(), str(page))
 
@@ -125,8 +125,9 @@ def test_few_blocks_are_left_out_and_each_says_why() -> None:
     assert len(comments) - len(skipped) >= 20, "the pages' blocks are not found any more"
 
 
-def test_the_quick_start_runs_alone(tmp_path: Path) -> None:
-    first = next(b for b in blocks_of((ROOT / "README.md").read_text()) if b.language == "python")
+@pytest.mark.parametrize("page", ["README.md", "docs/quick-start.md"])
+def test_the_quick_start_runs_alone(page: str, tmp_path: Path) -> None:
+    first = next(b for b in blocks_of((ROOT / page).read_text()) if b.language == "python")
     script = tmp_path / "quick_start.py"
     script.write_text(first.code)
     done = subprocess.run([sys.executable, "-W", "error", str(script)], cwd=tmp_path, capture_output=True, text=True)

@@ -1,0 +1,69 @@
+"""A built site as a browser would find it: do links and anchors lead somewhere, does it need anybody else's host?"""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+# What a browser fetches by itself, by tag; <a href> is followed by people.
+FETCHED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src", "video": "src"}
+_NOT_FETCHED = {"canonical", "next", "prev", "search", "index", "author"}  # of <link rel=...>
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.without_alt: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        self.anchors |= {found[name] for name in ("id", "name") if name in found}
+        if tag == "a" and "href" in found:
+            self.links.append(found["href"])
+        if tag in FETCHED and FETCHED[tag] in found and not set(found.get("rel", "").split()) & _NOT_FETCHED:
+            self.fetched.append(found[FETCHED[tag]])
+        if tag == "img" and not found.get("alt"):
+            self.without_alt.append(found.get("src", ""))
+
+
+def problems(site: Path) -> list[str]:
+    """One line for each; empty where all is well."""
+    pages = {file.resolve(): _parsed(file) for file in sorted(site.rglob("*.html"))}
+    found = [] if pages else [f"{site}: there is no page"]
+    for file, page in pages.items():
+        where = file.relative_to(site.resolve())
+        found += [f"{where}: a picture without alt text: {source}" for source in page.without_alt]
+        found += [f"{where}: fetched from another host: {url}" for url in page.fetched if _is_remote(url)]
+        local = [link for link in page.links + page.fetched if not _is_remote(link)]
+        found += [f"{where}: {link} leads nowhere" for link in local if not _leads_somewhere(link, file, pages)]
+    for sheet in sorted(site.rglob("*.css")):
+        text = sheet.read_text()
+        if any(f"url({quote}{scheme}" in text for quote in ("", "'", '"') for scheme in ("http", "//")):
+            found.append(f"{sheet.relative_to(site)}: fetches from another host")
+    return found
+
+
+def _parsed(file: Path) -> _Page:
+    page = _Page()
+    page.feed(file.read_text(encoding="utf-8"))
+    return page
+
+
+def _is_remote(url: str) -> bool:
+    parts = urlsplit(url)
+    return bool(parts.netloc) or parts.scheme not in ("", "data")
+
+
+def _leads_somewhere(link: str, file: Path, pages: dict[Path, _Page]) -> bool:
+    parts = urlsplit(link)
+    if parts.scheme == "data":
+        return True
+    target = (file.parent / unquote(parts.path)).resolve() if parts.path else file
+    anchor = unquote(parts.fragment)
+    if anchor and target in pages:
+        return anchor in pages[target].anchors
+    return target.is_file()

@@ -1,0 +1,91 @@
+"""The pages: their order, and what is put into them on their way to Sphinx.
+
+The Markdown under docs/ is also read where it lies, in an editor or on a forge. So nothing of Sphinx stands in it: the
+nav is here, generated parts are comments, and links to files beside docs/ lead to a page that shows them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from . import reference
+
+NAV = {
+    "Start": ["quick-start", "pretraining", "fine-tuning", "examples"],
+    "Guides": [
+        "choose-a-policy",
+        "write-a-policy",
+        "preconditioner",
+        "preconditioner-eigenbasis",
+        "checkpoints",
+        "distributed",
+        "sharded",
+        "stacks",
+        "watching",
+        "compare",
+    ],
+    "Performance and evidence": ["performance", "evidence", "conformance"],
+    "How it works": ["step", "policies", "capture", "kernels", "design"],
+    "Reference": [
+        "api",
+        "reference/optimizer",
+        "reference/policies",
+        "reference/selections",
+        "reference/preconditioners",
+        "reference/watching",
+        "reference/testing",
+        "reference/compare",
+        "reference/bench",
+        "reference/kernels",
+    ],
+}
+TO_COME = {"sharded"}  # in its place as soon as there is such a page
+INDEX = "<!-- reference-index -->"
+SHOWN = "<!-- examples -->"
+_EXAMPLE = re.compile(r"\]\(\.\./examples/([\w.]+)\)")
+_LANGUAGES = {".py": "python", ".yaml": "yaml"}
+
+
+def nav(docs: Path) -> dict[str, list[str]]:
+    """The nav, less pages that are still to come."""
+    there = {part: [p for p in pages if p not in TO_COME or (docs / f"{p}.md").exists()] for part, pages in NAV.items()}
+    return {part: pages for part, pages in there.items() if pages}
+
+
+def prepared(docs: Path, name: str, text: str) -> str:
+    """A page as Sphinx gets it."""
+    text = reference.expand(text)
+    text = _EXAMPLE.sub(lambda found: f"]({'../' * name.count('/')}examples.md#{_slug(found[1])})", text)
+    if name == "index":
+        text += "\n" + "\n".join(_toctree(part, pages) for part, pages in nav(docs).items())
+    if INDEX in text:
+        text = text.replace(INDEX, _index(docs))
+    if SHOWN in text:
+        text = text.replace(SHOWN, _examples(docs.parent / "examples"))
+    return text
+
+
+def _toctree(part: str, pages: list[str]) -> str:
+    return "\n".join(["```{toctree}", ":hidden:", f":caption: {part}", "", *pages, "```", ""])
+
+
+def _index(docs: Path) -> str:
+    """Every name that has an entry, by page."""
+    parts = []
+    for page in nav(docs)["Reference"]:
+        text = (docs / f"{page}.md").read_text()
+        if names := reference.names_in(text):
+            title = text.removeprefix("# ").partition("\n")[0]
+            parts.append(f"## {title}\n\n{reference.index(names)}")
+    return "\n\n".join(parts)
+
+
+def _examples(folder: Path) -> str:
+    files = sorted(file for file in folder.iterdir() if file.suffix in _LANGUAGES)
+    return "\n\n".join(f"## {f.name}\n\n````{_LANGUAGES[f.suffix]}\n{f.read_text()}````" for f in files)
+
+
+def _slug(file: str) -> str:
+    """The anchor of a heading that is a file's name."""
+    return file.replace(".", "").lower()

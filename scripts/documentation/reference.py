@@ -1,0 +1,207 @@
+"""The reference pages' text, made from docstrings: what `<!-- reference: selective.MGUP -->` in a page becomes.
+
+Markdown, in directives of Sphinx's Python domain, so that every name has an anchor and a place in index and search.
+Sphinx's own autodoc reads docstrings as reStructuredText, which ours are not.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import types
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import Any
+
+from pydantic import BaseModel
+
+from .docstrings import field, prose, to_markdown
+from .signatures import bounds, signature
+
+# Packages with an __all__. What is in it has its entry in some page, under one of its names.
+PACKAGES = (
+    "selective",
+    "selective.policies",
+    "selective.preconditioner",
+    "selective.testing",
+    "selective.compare",
+    "selective.bench",
+    "selective.kernels",
+)
+# Modules without one, and what of them is for users.
+MODULES = {
+    "selective.callbacks": ("lightning_callback", "trainer_callback"),
+    "selective.param_groups": ("ParamGroups",),
+    "selective.watching": ("Sample", "Watch", "tensorboard"),
+}
+HANDED_OUT = {"ParamGroups", "StepView", "Watch"}  # nobody calls these: how they are made is left out
+DIRECTIVE = re.compile(r"^<!-- reference:(.+?)-->$", flags=re.MULTILINE | re.DOTALL)
+
+
+def public_names() -> list[str]:
+    """Every public name in full; an object that has several comes as often."""
+    packages = [f"{package}.{name}" for package in PACKAGES for name in importlib.import_module(package).__all__]
+    return packages + [f"{module}.{name}" for module, names in MODULES.items() for name in names]
+
+
+def names_in(page: str) -> list[str]:
+    """The names that a page asks for, in its order."""
+    return [name for found in DIRECTIVE.findall(page) for name in re.split(r"[\s,]+", found.strip())]
+
+
+def expand(page: str) -> str:
+    """The page with its directives replaced by the entries."""
+    return DIRECTIVE.sub(lambda found: "\n\n".join(map(entry, names_in(found[0]))), page)
+
+
+def resolve(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def entry(name: str) -> str:
+    """One public name with all that belongs to it, in the scope of its module: some names are in several."""
+    return f"```{{py:currentmodule}} {name.rpartition('.')[0]}\n```\n\n{_entry(name)}"
+
+
+def _entry(name: str) -> str:
+    value = resolve(name)
+    module, _, short = name.rpartition(".")
+    if inspect.isclass(value):
+        kind = "exception" if issubclass(value, BaseException) else "class"
+        parts = [_bases(value), _class_text(value), *(_member(one, found) for one, found in members(value))]
+        called = "" if short in HANDED_OUT else signature(value)
+        return _directive(f"{{py:{kind}}} {short}{called}", "\n\n".join(filter(None, parts)), module)
+    if inspect.isfunction(value):
+        text = to_markdown(value.__doc__, inspect.signature(value).parameters)
+        return _directive(f"{{py:function}} {short}{signature(value)}", text, module)
+    return _directive(f"{{py:data}} {short}", _data_text(module, short), module)
+
+
+def summary(name: str) -> str:
+    """The first sentence of what it says of itself."""
+    value = resolve(name)
+    text = value.__doc__ if inspect.isclass(value) or inspect.isfunction(value) else _comment(*name.rsplit(".", 1))
+    first = " ".join(inspect.cleandoc(text or "").partition("\n\n")[0].split())
+    return prose(re.split(r"(?<=[^.])\.(?= |$)", first)[0])
+
+
+def index(names: list[str]) -> str:
+    """A table of names, each linked to its entry, with its first sentence."""
+    rows = [f"| {{py:obj}}`{n.rpartition('.')[2]} <{n}>` | {summary(n).replace('|', chr(92) + '|')} |" for n in names]
+    return "\n".join(["| name | what it is |", "| --- | --- |", *rows])
+
+
+def _directive(head: str, body: str, module: str = "", options: str = "") -> str:
+    fence = "::::" if module else ":::"
+    options += f":module: {module}\n" if module else ""
+    return f"{fence}{head}\n{options}\n{body.strip()}\n{fence}"
+
+
+def _bases(cls: type[Any]) -> str:
+    public = {id(resolve(name)): name for name in reversed(public_names())}
+    bases = [f"{{py:class}}`~{public[id(base)]}`" for base in cls.__bases__ if id(base) in public]
+    return f"Is a {', '.join(bases)}." if bases else ""
+
+
+def _class_text(cls: type[Any]) -> str:
+    """The docstring, and what the source says of the fields of a model or a dataclass beside them."""
+    own = vars(cls).get("__doc__") or ""
+    init = vars(cls).get("__init__")
+    declared = vars(cls).get("__annotations__", {})
+    text = to_markdown(own, {*declared, *(inspect.signature(init).parameters if init else ())})
+    fields = {**vars(cls).get("__dataclass_fields__", {}), **getattr(cls, "model_fields", {})}
+    said = _said_of_fields(cls) if fields or issubclass(cls, BaseModel) else {}
+    lines = []
+    others = [name for name in declared if name not in fields and not name.startswith("_") and said.get(name)]
+    for name in declared:
+        if name in fields and f":param {name}:" not in text:
+            limits = bounds(fields[name]) if issubclass(cls, BaseModel) else ""
+            allowed = f"Allowed: {limits}" if limits else ""
+            what = ". ".join(filter(None, [said.get(name, "").strip().removesuffix("."), allowed]))
+            if what:
+                lines.append(field(f"param {name}", what))
+    attributes = [_directive(f"{{py:attribute}} {name}", to_markdown(said[name])) for name in others]
+    return "\n\n".join(filter(None, [text, "\n".join(lines), *attributes]))
+
+
+def _said_of_fields(cls: type[Any]) -> dict[str, str]:
+    """By field: the string below it, or the comment behind it."""
+    source = inspect.cleandoc(f"\n{inspect.getsource(cls)}")
+    body = ast.parse(source).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for node, below in zip_longest(body.body, body.body[1:]):
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
+        found[node.target.id] = text if isinstance(text, str) else _behind(source, node)
+    return found
+
+
+def members(cls: type[Any]) -> Iterator[tuple[str, Any]]:
+    """Documented public methods and properties, up to a base class that is public and has an entry of its own."""
+    public = {id(resolve(name)) for name in public_names()}
+    seen: set[str] = set(getattr(cls, "__dataclass_fields__", ()))
+    for one in cls.__mro__:
+        if one is not cls and id(one) in public:
+            return
+        if not one.__module__.startswith("selective"):
+            continue
+        for name, value in vars(one).items():
+            plain = value.__func__ if isinstance(value, classmethod | staticmethod) else value
+            if name.startswith("_") or name in seen or not (inspect.isfunction(plain) or isinstance(plain, property)):
+                continue
+            seen.add(name)
+            if plain.__doc__:
+                yield name, value
+
+
+def _member(name: str, value: Any) -> str:
+    if isinstance(value, property):
+        return _directive(f"{{py:property}} {name}", to_markdown(value.__doc__))
+    options = f":{type(value).__name__}:\n" if isinstance(value, classmethod | staticmethod) else ""
+    plain: Any = value.__func__ if isinstance(value, classmethod | staticmethod) else value
+    text = to_markdown(plain.__doc__, inspect.signature(plain).parameters)
+    head = f"{{py:method}} {name}{signature(plain, bound=not isinstance(value, staticmethod))}"
+    return _directive(head, text, options=options)
+
+
+def _data_text(module: str, short: str) -> str:
+    where, node = assignment(importlib.import_module(module), short)
+    code = ast.get_source_segment(inspect.getsource(where), node) or ""
+    code = code if code.count("\n") < 6 else f"{code.splitlines()[0]} ..."
+    return f"{prose(_comment(module, short))}\n\n```python\n{code}\n```"
+
+
+def _comment(module: str, short: str) -> str:
+    """Behind a constant in its line, or on the lines above it."""
+    where, node = assignment(importlib.import_module(module), short)
+    lines = inspect.getsource(where).splitlines()
+    above: list[str] = []
+    for line in reversed(lines[: node.lineno - 1]):
+        if not line.startswith("#"):
+            break
+        above.insert(0, line.removeprefix("#").strip())
+    return _behind(inspect.getsource(where), node) or " ".join(above)
+
+
+def _behind(source: str, node: ast.stmt) -> str:
+    """The comment behind a statement, in its last line."""
+    line = source.splitlines()[(node.end_lineno or node.lineno) - 1]
+    return line.encode()[node.end_col_offset or 0 :].decode().strip().removeprefix("#").strip()
+
+
+def assignment(module: types.ModuleType, name: str) -> tuple[types.ModuleType, ast.stmt]:
+    """Where a constant is assigned, through the imports of our own modules."""
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                return module, node
+        if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
+            source = "." * node.level + (node.module or "")
+            return assignment(importlib.import_module(source, module.__package__), name)
+    raise LookupError(f"{name} is assigned neither in {module.__name__} nor where that imports it from")

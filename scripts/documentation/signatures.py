@@ -1,0 +1,75 @@
+"""How a public name is called, as text: defaults as they are at run time, annotations as the source writes them."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import is_dataclass
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+
+
+class _Text:
+    """What `inspect.Signature` prints as it stands, where a string would get quotes."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _annotation(value: Any) -> _Text:
+    return _Text((value if isinstance(value, str) else inspect.formatannotation(value)).strip('"'))
+
+
+def signature(value: Any, *, bound: bool = False) -> str:
+    """In parentheses; empty where it is not for users to make one. `bound`: a method, without its first parameter."""
+    if inspect.isclass(value) and issubclass(value, BaseModel):
+        return of_fields(value)
+    if inspect.isclass(value) and not (is_dataclass(value) or hasattr(value, "_fields") or "__init__" in vars(value)):
+        return ""
+    found = inspect.signature(value)
+    parameters = [_written(p) for p in list(found.parameters.values())[bound:] if not p.name.startswith("_")]
+    returns = found.return_annotation
+    returns = found.empty if returns is found.empty or inspect.isclass(value) else _annotation(returns)
+    return str(inspect.Signature(parameters, return_annotation=returns))
+
+
+def _written(parameter: inspect.Parameter) -> inspect.Parameter:
+    if parameter.annotation is not parameter.empty:
+        parameter = parameter.replace(annotation=_annotation(parameter.annotation))
+    if inspect.isroutine(parameter.default):
+        return parameter.replace(default=_Text(parameter.default.__name__))
+    if repr(parameter.default) == "<factory>":  # dataclasses': an empty container, made for each
+        return parameter.replace(default=_Text("..."))
+    return parameter
+
+
+def of_fields(model: type[BaseModel]) -> str:
+    """Fields of a pydantic model are keyword arguments."""
+    written = [f"{name}: {annotation(model, name)}{_default(field)}" for name, field in model.model_fields.items()]
+    return f"({', '.join(['*', *written])})" if written else "()"
+
+
+def annotation(model: type[BaseModel], name: str) -> str:
+    """Of a field, as the class that declares it says."""
+    for cls in model.__mro__:
+        if name in vars(cls).get("__annotations__", {}):
+            return repr(_annotation(vars(cls)["__annotations__"][name]))
+    raise LookupError(f"{model.__name__}.{name} is declared nowhere")
+
+
+def _default(field: FieldInfo) -> str:
+    return "" if field.is_required() else f" = {field.get_default(call_default_factory=True)!r}"
+
+
+def bounds(field: FieldInfo) -> str:
+    """What is allowed, such as "> 0, ≤ 1"."""
+    found = [
+        (sign, getattr(one, name)) for one in field.metadata for name, sign in BOUNDS.items() if hasattr(one, name)
+    ]
+    return ", ".join(f"{sign} {number:g}" for sign, number in found)

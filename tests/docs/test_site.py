@@ -1,0 +1,113 @@
+"""The site: it builds without a warning, and dead links, dead anchors and forgotten pages are warnings."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from documentation.check import problems
+from documentation.pages import NAV, TO_COME, nav, prepared
+from documentation.reference import public_names
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+def build(docs: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """As `make docs` does."""
+    if not all(importlib.util.find_spec(name) for name in ("sphinx", "myst_parser", "furo")):
+        assert not os.environ.get("CI"), "CI installs the extra `docs`"
+        pytest.skip("the site is built with the extra `docs`, which is not installed")
+    # Away from the root, which `-m` would put on sys.path.
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", "-b", "html", str(docs), str(out)]
+    return subprocess.run(command, cwd=out.parent, capture_output=True, text=True)
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    done = build(DOCS, tmp_path / "site")
+    assert (done.returncode, done.stderr) == (0, "")
+    pages = {str(file.relative_to(tmp_path / "site")) for file in (tmp_path / "site").rglob("*.html")}
+    assert {f"{name}.html" for names in nav(DOCS).values() for name in names} <= pages
+    reference = "".join(file.read_text() for file in (tmp_path / "site" / "reference").glob("*.html"))
+    for name in ("selective.SelectiveUpdate.step", "selective.MGUP", "selective.kernels.top_k"):
+        assert f'id="{name}"' in reference
+    assert (tmp_path / "site" / "searchindex.js").exists()
+
+
+def test_what_is_wrong_with_a_page_fails_the_build(tmp_path: Path) -> None:
+    shutil.copytree(DOCS, tmp_path / "docs")
+    for name in ("scripts", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    with open(tmp_path / "docs" / "index.md", "a") as page:
+        page.write("\n[one](no-such-page.md) [two](policies.md#no-such-anchor) [three](../examples/no_such_file.py)\n")
+        page.write('\n<a href="no-such-file.html">four</a> <script src="https://example.org/x.js"></script>\n')
+    (tmp_path / "docs" / "forgotten.md").write_text("# Forgotten\n")
+    done = build(tmp_path / "docs", tmp_path / "site")
+    assert done.returncode != 0
+    found = done.stderr.splitlines()
+    for part in (
+        "no-such-page.md",
+        "no-such-anchor",
+        "no_such_filepy",
+        "no-such-file.html leads nowhere",
+        "fetched from another host: https://example.org/x.js",
+        "forgotten.md: WARNING: document isn't included in any toctree",
+    ):
+        assert any(part in line for line in found), (part, done.stderr)
+    # The check of the built pages alone is enough.
+    page = (DOCS / "index.md").read_text() + '\n<a href="no-such-file.html">four</a>\n'
+    (tmp_path / "docs" / "index.md").write_text(page)
+    (tmp_path / "docs" / "forgotten.md").unlink()
+    done = build(tmp_path / "docs", tmp_path / "again")
+    assert done.returncode != 0
+    assert done.stderr.splitlines() == ["WARNING: index.html: no-such-file.html leads nowhere"]
+
+
+def test_problems_of_built_pages_are_found(tmp_path: Path) -> None:
+    assert problems(tmp_path) == [f"{tmp_path}: there is no page"]
+    (tmp_path / "a.html").write_text('<h1 id="here">a</h1> <a href="b.html#there">b</a> <a href="#here">a</a>')
+    (tmp_path / "b.html").write_text('<p id="there"></p> <img src="c.png" alt="c"> <a href="https://example.org">e</a>')
+    (tmp_path / "c.png").write_bytes(b"")
+    assert problems(tmp_path) == []
+    (tmp_path / "a.html").write_text('<a href="b.html#here">b</a> <a href="#there"></a> <a href="d.html">d</a>')
+    (tmp_path / "b.html").write_text('<img src="c.png"> <link rel="stylesheet" href="//example.org/x.css">')
+    (tmp_path / "x.css").write_text("@font-face { src: url('https://example.org/font.woff2') }")
+    assert problems(tmp_path) == [
+        "a.html: b.html#here leads nowhere",
+        "a.html: #there leads nowhere",
+        "a.html: d.html leads nowhere",
+        "b.html: a picture without alt text: c.png",
+        "b.html: fetched from another host: //example.org/x.css",
+        "x.css: fetches from another host",
+    ]
+
+
+def test_every_page_is_in_the_nav_once() -> None:
+    listed = [name for names in NAV.values() for name in names]
+    assert len(listed) == len(set(listed))
+    there = {str(file.relative_to(DOCS).with_suffix("")) for file in DOCS.rglob("*.md")} - {"index"}
+    assert set(listed) - TO_COME == there - TO_COME
+    assert {name for names in nav(DOCS).values() for name in names} == there
+
+
+def test_pages_to_come_are_left_out_until_they_are_there(tmp_path: Path) -> None:
+    for name in TO_COME:
+        assert not any(name in names for names in nav(tmp_path).values())
+        (tmp_path / f"{name}.md").write_text("# Here\n")
+        assert any(name in names for names in nav(tmp_path).values())
+
+
+def test_pages_are_prepared() -> None:
+    index = prepared(DOCS, "index", "# Home\n")
+    assert all(f":caption: {part}" in index for part in NAV)
+    assert prepared(DOCS, "stacks", "[a](../examples/a_b.py)") == "[a](examples.md#a_bpy)"
+    assert prepared(DOCS, "reference/x", "[a](../examples/a.py)") == "[a](../examples.md#apy)"
+    everything = prepared(DOCS, "api", (DOCS / "api.md").read_text())
+    assert all(f"<{name}>" in everything for name in public_names() if name.startswith("selective.testing."))
+    examples = prepared(DOCS, "examples", (DOCS / "examples.md").read_text())
+    assert all(file.read_text() in examples for file in (ROOT / "examples").iterdir() if file.is_file())
