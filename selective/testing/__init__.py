@@ -20,7 +20,8 @@ report.raise_if_failed()
 """
 
 from selective.testing.harness import CheckFailed, NotApplicable, Skipped
-from selective.testing.options import pytest_addoption, pytest_configure
+from selective.testing.options import pytest_addoption as pytest_addoption  # where pytest looks for them
+from selective.testing.options import pytest_configure as pytest_configure
 from selective.testing.policy import check_policy, policy_checks
 from selective.testing.report import Check, Outcome, Report, check_wrapper
 from selective.testing.rows import all_checks, conformance_checks, stack_checks
@@ -42,7 +43,5 @@ __all__ = [
     "conformance_checks",
     "itself",
     "policy_checks",
-    "pytest_addoption",
-    "pytest_configure",
     "stack_checks",
 ]

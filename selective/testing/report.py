@@ -149,11 +149,8 @@ class Checks(Sequence[Check]):
         return [check.name for check in self._checks]
 
 
-conformance_checks = Checks()
-"""Those that need nothing but torch: in one process, a fraction of a second each."""
-
-stack_checks = Checks()
-"""Those that need a training stack, or processes: seconds each."""
+conformance_checks = Checks()  # Those that need nothing but torch: in one process, a fraction of a second each.
+stack_checks = Checks()  # Those that need a training stack, or processes: seconds each.
 
 
 @dataclass(frozen=True)
