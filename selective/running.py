@@ -77,6 +77,9 @@ class Running(Checkpointing):
                 for job in sorted(jobs, key=lambda job: not job.own_code):  # what may raise goes first
                     current = job
                     job.finish()
+                current = None
+                for exchange in {id(job.context.exchange): job.context.exchange for job in jobs}.values():
+                    exchange.run()
             except BaseException as error:
                 for job in jobs:
                     job.restore()
