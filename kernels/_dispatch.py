@@ -195,7 +195,7 @@ def begin_sharded(
     statistics: bool = False,
     backend: Backend = "auto",
 ) -> list[sharded.Steps]:
-    """`selective_step` of items that are all shards, not yet run: for a `sharded.Exchange` with those of other calls."""
+    """`selective_step` of items that are all shards, not yet run: for an `Exchange` with those of other calls."""
     how: Any = {"rule": rule, "selection": selection, "strength": strength, "draw": draw, "statistics": statistics}
     _check(items, rule, selection, strength)
     return sharded.sharded_step(items, **how, local_step=partial(_local, backend=backend))

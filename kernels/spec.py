@@ -109,12 +109,13 @@ Rule = AdamRule | SGDRule | LionRule | GivenRule
 class Shard:
     """What of a whole tensor is here, where the rest is elsewhere: plain numbers and a process group.
 
-    In each dimension the local indices stand for `runs` of the whole tensor's, ascending: (start, length) each. So local
-    flat (row-major) order is the whole's order, but what is here need not lie in one piece: columns, strided shards.
+    In each dimension the local indices stand for `runs` of the whole tensor's, ascending: (start, length) each. So
+    local flat (row-major) order is the whole's order, but what is here need not lie in one piece: columns, strided
+    shards.
 
-    Ties go to the lower index of the whole tensor, which several ranks have between them. For those the whole is cut into
-    `cells`, numbered in its order, each on one rank (and its replicas): every index of the dimensions before the last
-    sharded one, times that one's pieces; `places` says which piece each local run of it is.
+    Ties go to the lower index of the whole tensor, which several ranks have between them. For those the whole is cut
+    into `cells`, numbered in its order, each on one rank (and its replicas): every index of the dimensions before the
+    last sharded one, times that one's pieces; `places` says which piece each local run of it is.
     """
 
     shape: tuple[int, ...]  # of the whole tensor

@@ -18,6 +18,7 @@ def check_arguments(
     on_nonfinite: str,
     seed: int,
     mask_space: str,
+    scope: str,
 ) -> None:
     """Refuse what `SelectiveUpdate` cannot be built from."""
     if not isinstance(base, Optimizer):
@@ -31,6 +32,8 @@ def check_arguments(
         raise ValueError(f"SelectiveUpdate: capture is {capture!r}, must be 'auto', 'fused', 'scratch' or 'delta'")
     if mask_space not in ("rotated", "original"):
         raise ValueError(f"SelectiveUpdate: mask_space is {mask_space!r}, must be 'rotated' or 'original'")
+    if scope not in ("global", "local"):
+        raise ValueError(f"SelectiveUpdate: scope is {scope!r}, must be 'global' or 'local'")
     if on_nonfinite not in ("ignore", "skip", "raise"):
         raise ValueError(f"SelectiveUpdate: on_nonfinite is {on_nonfinite!r}, must be 'ignore', 'skip' or 'raise'")
     if momentum_beta is not None and not (isinstance(momentum_beta, (int, float)) and 0 <= momentum_beta < 1):

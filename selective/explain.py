@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from selective.capture.choose import Capture
 from selective.capture.delta import LOW_PRECISION
 from selective.capture.described import has_own_code, specs_of, why_twin
+from selective.explain_shards import explain_shards
 from selective.explain_stage import explain_stage
 from selective.groups import PolicyGroup
 from selective.kernels import backend_in_use, spec, why_reference
@@ -32,6 +33,8 @@ def explain(
     momentum_beta: float | None,
     stages: Sequence[Stage | None],
     mask_space: str,
+    scope: str,
+    statistics: bool,
 ) -> str:
     """One paragraph a parameter group, in plain words."""
     lines = [f"SelectiveUpdate over {type(base).__module__}.{type(base).__name__}"]
@@ -49,6 +52,8 @@ def explain(
         selection, kernels = _selection(policy_group.policy, group), _kernels(base, group, policy_group.policy, capture)
         lines += [f"  selection {selection}"] if selection else []
         lines += [f"  kernels   {kernels}"] if kernels else []
+        shards = explain_shards(group, policy_group.policy, capture, scope, statistics)
+        lines += [f"  sharded   {shards}"] if shards else []
         lines += [] if stage is None else explain_stage(stage, policy_group.policy, mask_space)
         notes = _notes(capture)
         if notes:

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .random import STREAM_MASK, hash_, keys, uniform_bits
 from ..spec import Draw, Shard
+from .random import STREAM_MASK, hash_, keys, uniform_bits
 
 
 def along(shard: Shard, dim: int, device: torch.device) -> Tensor:

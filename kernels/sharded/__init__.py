@@ -4,6 +4,11 @@
 """
 
 from .exchange import Exchange, Steps, in_order, run
-from .selective_step import sharded_step
+from .masks import alone, mask_report, smallest, totals
+from .selective_step import count_rounds, sharded_step
+from .work import How
 
-__all__ = ["Exchange", "Steps", "in_order", "run", "sharded_step"]
+__all__ = [
+    "Exchange", "How", "Steps", "alone", "count_rounds", "in_order", "mask_report", "run", "sharded_step", "smallest",
+    "totals",
+]  # fmt: skip

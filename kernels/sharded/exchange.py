@@ -1,12 +1,14 @@
 """The collectives of a step: what all tensors ask for goes over the wire together.
 
-A part of a step that needs numbers of other processes is a generator: it yields int32 tensors with what it adds to a sum,
-and is sent the sums. `run` takes many of them on in lockstep, one all-reduce a process group, device and round.
+A part of a step that needs numbers of other processes is a generator: it yields int32 tensors with what it adds to a
+sum, and is sent the sums. `run` takes many of them on in lockstep, one all-reduce a process group, device and round.
 
-Note [collectives]: how often a generator asks follows from shapes, layouts, policy and options alone, which are the same
-on all ranks, and never from values. So ranks meet in the same collectives in the same order, those with empty shards
-too, as long as the ranks of a mesh give the same parameters a gradient. An error that only one rank runs into (a policy
-of the user's own that raises there) leaves the others waiting until torch's timeout ends them.
+Note [collectives]: how often a generator asks follows from shapes, layouts, policy and options alone, which are the
+same on all ranks, and never from values. So ranks meet in the same collectives in the same order, those with empty
+shards too, as long as the ranks of a mesh give the same parameters a gradient. Checks of ours that may raise come
+before a step's first collective, and look at what is the same everywhere (shapes, dtypes, groups, policies) or was
+agreed on (`capture/agree.py`). An error that only one rank runs into, in a policy of the user's own or in memory, leaves
+the others waiting until torch's timeout ends them.
 """
 
 from __future__ import annotations

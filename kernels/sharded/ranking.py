@@ -9,14 +9,14 @@ is found in the same way over the `cells` of the whole tensor, each of which is 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..spec import Shard
 from ..reference.places import cells
+from ..spec import Shard
 
 BINS = 256
 ONE_ROUND = 768  # cells of which the ties are found in one round ...
@@ -92,9 +92,9 @@ def find(tensors: Sequence[Ranked]) -> Asking:
         one.prefix, one.need, one.among = prefix[index], need[index], among[index]
 
 
-def rounds(tensors: Sequence[Ranked]) -> int:
+def tie_rounds(shards: Iterable[Shard]) -> int:
     """How many rounds the ties of these take."""
-    most = max((one.shard.cells for one in tensors if one.ties), default=0)
+    most = max((shard.cells for shard in shards), default=0)
     return 0 if most == 0 else 1 if most <= ONE_ROUND else 2 if most <= TWO_ROUNDS else 3
 
 
@@ -114,7 +114,7 @@ def settle(tensors: Sequence[Ranked], extra: Tensor) -> Generator[Tensor, Tensor
 
     In as many rounds as the tensor with the most cells takes; those that are done before send nothing.
     """
-    many = max(rounds(tensors), 1 if extra.numel() else 0)
+    many = max(tie_rounds(one.shard for one in tensors if one.ties), 1 if extra.numel() else 0)
     mine = [one for one in tensors if one.ties]
     places = [cells(one.shard, one.key.device) for one in mine]
     widths = [_steps(one.shard.cells, many) for one in mine]

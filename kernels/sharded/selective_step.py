@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.random import SAMPLE_SIZE
 from ..reference.rules import advance
-from ..spec import Draw, Item, Rule, Selection, Strength, Sums
+from ..spec import Draw, Item, Rule, Selection, Shard, Strength, Sums
 from . import ranking
 from .exchange import Part, Steps
 from .sums import WIDTH, digits, number
@@ -59,6 +60,20 @@ def is_local(how: How) -> bool:
     if selection.kind == "top_k" or how.by_previous or how.strength.kind != "fixed" or by_index:
         return False
     return selection.kind != "bernoulli" or selection.unit == "tensor"
+
+
+def count_rounds(how: How, shards: Sequence[Shard], dtype: torch.dtype) -> int:
+    """How many collectives a step of these tensors takes part in: all of one group of processes, of this dtype."""
+    if is_local(how):
+        return int(how.statistics)
+    selection = how.selection
+    ranked = [s for s in shards if selection.kind == "top_k" and int(selection.fraction * s.numel) > 0]
+    if not ranked:
+        return int(how.needs_sums)
+    exact = [s for s in ranked if selection.quantile == "exact" or s.numel <= SAMPLE_SIZE]
+    rides = how.needs_sums and not how.strength_waits
+    ties = max(ranking.tie_rounds(exact), int(rides))
+    return (8 if dtype == torch.float64 else 4) + ties + int(how.needs_sums and not rides)
 
 
 def _summed(rows: Sequence[Tensor]) -> Generator[Tensor, Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 A number is cut into digits of 16 bits at fixed places, 2^-320 to 2^304; those are added as int32, and put together
 again. Adding integers is exact, so that every process gets the same bits, also replicas whose backend adds in another
-order, and sums can travel with counts in one collective. What lies below 2^-320 is lost; infinity and NaN make a sum NaN.
-16,383 processes may add before a digit could overflow.
+order, and sums can travel with counts in one collective. What lies below 2^-320 is lost; infinity and NaN make a sum
+NaN. 16,383 processes may add before a digit could overflow.
 """
 
 from __future__ import annotations

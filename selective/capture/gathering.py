@@ -1,6 +1,6 @@
 """Whole tensors where a policy's own code has to see them, and the part of its answer that is this rank's.
 
-`full_tensor` is an all-gather of the tensor's size: all ranks of its mesh call it for the same tensors in the same order.
+`full_tensor` is an all-gather of the tensor's size: all ranks of its mesh call it for the same tensors in one order.
 """
 
 from __future__ import annotations

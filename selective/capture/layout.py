@@ -1,9 +1,9 @@
 """What of a DTensor is on this rank, as plain data: the one place that knows how tensors are cut up.
 
 Note [layouts]: a parameter of FSDP2 or of tensor parallelism is a DTensor: a local tensor, and a placement for each
-dimension of a mesh of ranks. Kernels get the local tensor and a `spec.Shard`, which says where in the whole it lies, and
-over which processes a sum is a sum of the whole. That group is all ranks of the mesh, further replicas included: they
-add zeros, and get the same bits as the others, whatever order a backend adds in.
+dimension of a mesh of ranks. Kernels get the local tensor and a `spec.Shard`, which says where in the whole it lies,
+and over which processes a sum is a sum of the whole. That group is all ranks of the mesh, further replicas included:
+they add zeros, so that nothing counts twice, and one group is enough for all placements on a mesh.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _coordinates(mesh: Any, cuts: Sequence[tuple[int, Any]]) -> Iterator[list[in
 
 
 def _runs(mesh: Any, cuts: Sequence[tuple[int, Any]], dim: int, size: int, coordinate: Sequence[int]) -> Runs:
-    """Which indices of this dimension the rank at this coordinate has: cut from the mesh's first dimension to its last."""
+    """Which indices of this dimension the rank at this coordinate has: cut from the mesh's first dimension on."""
     runs: Runs = ((0, size),) if size else ()
     for mesh_dim, placement in cuts:
         if placement.dim != dim:
