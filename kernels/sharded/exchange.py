@@ -7,8 +7,8 @@ Note [collectives]: how often a generator asks follows from shapes, layouts, pol
 same on all ranks, and never from values. So ranks meet in the same collectives in the same order, those with empty
 shards too, as long as the ranks of a mesh give the same parameters a gradient. Checks of ours that may raise come
 before a step's first collective, and look at what is the same everywhere (shapes, dtypes, groups, policies) or was
-agreed on (`capture/agree.py`). An error that only one rank runs into, in a policy of the user's own or in memory, leaves
-the others waiting until torch's timeout ends them.
+agreed on (`capture/agree.py`). An error that only one rank runs into, in a policy of the user's own or for want of
+memory, leaves the others waiting until torch's timeout ends them.
 """
 
 from __future__ import annotations

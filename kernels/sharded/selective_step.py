@@ -131,6 +131,8 @@ def _whole(items: Sequence[Item], how: How) -> Part:
         found = yield from _summed([work.sums() for work in works])
     result = []
     for index, work in enumerate(works):
-        row = None if found is None else dict(zip(SUMS, found[index].unbind(), strict=True))
+        row: dict[str, Tensor] | None = None
+        if found is not None:
+            row = dict(zip(map(str, SUMS), found[index].unbind(), strict=True))
         result.append(work.finish(row))
     return [one for one in result if one is not None] if how.statistics else None
