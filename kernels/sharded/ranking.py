@@ -19,8 +19,8 @@ from ..reference.places import cells
 from ..spec import Shard
 
 BINS = 256
-ONE_ROUND = 768  # cells of which the ties are found in one round ...
-TWO_ROUNDS = 384**2  # ... and in two; counters of 3 KiB at most
+ONE_ROUND = 720  # cells of which the ties are found in one round ...
+TWO_ROUNDS = 360**2  # ... and in two: counters of less than 3 KiB, so that with all others a tensor has less than 8
 Asking = Generator[Tensor, Tensor, None]
 
 

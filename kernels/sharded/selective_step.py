@@ -19,7 +19,7 @@ from ..spec import Draw, Item, Rule, Selection, Shard, Strength, Sums
 from . import ranking
 from .exchange import Part, Steps
 from .sums import WIDTH, digits, number
-from .work import SUMS, How, Work
+from .work import How, Work
 
 LocalStep = Callable[..., Sequence[Sums] | None]  # `selective_step` of whole tensors
 
@@ -126,13 +126,13 @@ def _whole(items: Sequence[Item], how: How) -> Part:
         for work in works:
             work.after_ranking(settled=True)
         if rides:
-            found = number(extra.reshape(len(works), len(SUMS), WIDTH))
+            found = number(extra.reshape(len(works), len(how.columns), WIDTH))
     if found is None and how.needs_sums:
         found = yield from _summed([work.sums() for work in works])
     result = []
     for index, work in enumerate(works):
         row: dict[str, Tensor] | None = None
         if found is not None:
-            row = dict(zip(map(str, SUMS), found[index].unbind(), strict=True))
+            row = dict(zip(how.columns, found[index].unbind(), strict=True))
         result.append(work.finish(row))
     return [one for one in result if one is not None] if how.statistics else None

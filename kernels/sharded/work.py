@@ -15,11 +15,6 @@ from ..reference.strengths import Parts, multipliers, total
 from ..spec import Draw, Item, Rule, Selection, Shard, Strength, Sums
 from .ranking import Ranked, key_of, selected
 
-SUMS = (
-    "selected", "update_sq", "grad_sq", "update_grad", "chosen_sq", "others_sq", "chosen_u", "others_u", "equal_u",
-    "dot", "momentum_sq", "moving",
-)  # fmt: skip
-
 
 @dataclass
 class How:
@@ -41,6 +36,20 @@ class How:
         return self.strength.kind == "norm_preserving" or (
             self.strength.kind == "mean_preserving" and self.strength.estimate == "sampled"
         )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The sums that are asked for."""
+        names = ["selected"]
+        if self.statistics:
+            names += ["update_sq", "grad_sq", "update_grad", "chosen_u"]
+            names += ["equal_u"] if self.selection.kind == "top_k" and not self.strength_waits else []
+            names += ["others_u"] if self.strength.still else []
+        if self.strength.kind == "alignment":
+            names += ["dot", "momentum_sq", "grad_sq"]
+        if self.strength_waits:
+            names += ["chosen_sq", "others_sq"]
+        return tuple(dict.fromkeys([*names, "moving"] if self.by_previous else names))
 
     @property
     def needs_sums(self) -> bool:
@@ -125,7 +134,7 @@ class Work:
         self.chosen = chosen.reshape(self.item.param.shape)
 
     def sums(self) -> Tensor:
-        """This process's part of `SUMS`: float64, zeros where they are not asked for."""
+        """This process's part of `How.columns`: float64, 1-d."""
         m, how = self.moved, self.how
         found = {"selected": total(self.chosen)}
         if how.statistics:
@@ -152,7 +161,7 @@ class Work:
         if how.strength_waits:
             found |= self._strength_sums()
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        row = torch.stack([found.get(name, zero) for name in SUMS])
+        row = torch.stack([found.get(name, zero) for name in how.columns])
         return row if self.shard.counted else torch.zeros_like(row)
 
     @property
@@ -183,6 +192,8 @@ class Work:
         """Strengths from the whole tensor's sums, the mask, the parameter."""
         how, m, item = self.how, self.moved, self.item
         state = item.policy_state
+        if found is not None and how.statistics and "others_u" not in found:
+            found["others_u"] = found["update_sq"] - found["chosen_u"]
         if found is not None and self._was_open:
             self._close(found)
         if found is not None and how.by_previous:
@@ -215,6 +226,8 @@ class Work:
         one = self.ranked
         assert one is not None and one.need is not None and one.among is not None
         found["selected"] = found["selected"] + one.need
+        if not self.how.statistics:
+            return
         share = one.need / one.among.clamp(min=1) * found["equal_u"]
         found["chosen_u"], found["others_u"] = found["chosen_u"] + share, found["others_u"] - share
 
@@ -224,6 +237,8 @@ class Work:
         self.chosen = self.chosen | first
         found["selected"] = torch.where(first, float(self.shard.numel), found["selected"])
         for chosen, others in (("chosen_u", "others_u"), ("chosen_sq", "others_sq")):
+            if chosen not in found:
+                continue
             both = found[chosen] + found[others]
             found[chosen] = torch.where(first, both, found[chosen])
             found[others] = torch.where(first, 0.0, found[others])
