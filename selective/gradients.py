@@ -57,7 +57,7 @@ def nonfinite_gradient(groups: list[list[Parameter]]) -> str | None:
     # the largest |g| is finite where all are: one number a tensor, without a mask of the tensor's size
     flags = [~torch.linalg.vector_norm(_values(p), ord=float("inf")).isfinite() for p in present]
     bad = seen_by_all(flags, [p.tensor for p in present])
-    return next((p.name for p, found in zip(present, bad, strict=True) if found), None if not any(bad) else ELSEWHERE)
+    return next((name for name, found in zip([*(p.name for p in present), ELSEWHERE], bad, strict=True) if found), None)
 
 
 def any_nonzero_gradient(tensors: list[torch.Tensor]) -> bool:

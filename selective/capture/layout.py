@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Runs = tuple[tuple[int, int], ...]
-# Of meshes with several dimensions, by their ranks and the world that they are of. Meshes of two worlds are equal where
-# their ranks are, so that they are told apart by identity, and kept as long as they are known here.
+# By the world that they are of, and their ranks. Meshes of two worlds are equal where their ranks are, so that those
+# are told apart by identity, and kept as long as they are known here.
 _groups: dict[tuple[Any, tuple[int, ...]], Any] = {}
 _shards: dict[Any, tuple[Any, spec.Shard | None]] = {}
 
@@ -66,7 +66,8 @@ def shard_of(tensor: Tensor) -> spec.Shard | None:
     """Where the local part of a DTensor lies; None where all of it is here (replicated, or no DTensor at all).
 
     Raises:
-        ValueError: the placements are not such that each element is on one rank and its replicas.
+        ValueError: the placements are not such that each element is on one rank and its replicas. The message goes on
+            after the parameter's name.
     """
     if not is_dtensor(tensor):
         return None
@@ -79,8 +80,8 @@ def shard_of(tensor: Tensor) -> spec.Shard | None:
     here = tuple(param._local_tensor.shape)
     if shard is not None and here != tuple(sum(length for _, length in runs) for runs in shard.runs):
         raise ValueError(
-            f"SelectiveUpdate: a parameter of shape {tuple(param.shape)} is cut up as {placements} over "
-            f"{tuple(mesh.shape)} ranks, and {here} is here: not what torch.chunk would leave"
+            f"has the shape {tuple(param.shape)} and is cut up as {placements} over {tuple(mesh.shape)} ranks, and "
+            f"{here} is here: not what torch.chunk would leave"
         )
     return shard
 
@@ -88,7 +89,7 @@ def shard_of(tensor: Tensor) -> spec.Shard | None:
 def _made(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> spec.Shard | None:
     odd = [p for p in placements if not (p.is_replicate() or _is_shard(p))]
     if odd:
-        raise ValueError(f"SelectiveUpdate: a parameter with the placement {odd[0]}; shard or replicate it")
+        raise ValueError(f"has the placement {odd[0]}; a parameter must be sharded or replicated on each dimension")
     cuts = [(dim, p) for dim, p in enumerate(placements) if _is_shard(p) and mesh.size(dim) > 1]
     if not cuts:
         return None
@@ -160,13 +161,16 @@ def _joined(runs: Iterator[tuple[int, int]]) -> Runs:
 
 
 def group_of(mesh: Any) -> Any:
-    """The process group of all ranks of a mesh. Made once where there is none: all of them have to ask for it."""
-    if mesh.ndim == 1:
-        return mesh.get_group()
+    """The process group of all ranks of a mesh: one for each set of ranks, whatever meshes and groups there are of it.
+
+    Made where there is none, for meshes of several dimensions: all their ranks have to ask for it then.
+    """
     ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
     world = torch.distributed.group.WORLD
     if len(ranks) == torch.distributed.get_world_size():
         return world
     if (world, ranks) not in _groups:
-        _groups[world, ranks] = torch.distributed.new_group(list(ranks), use_local_synchronization=True)
+        made = mesh.ndim > 1
+        group = torch.distributed.new_group(list(ranks), use_local_synchronization=True) if made else mesh.get_group()
+        _groups[world, ranks] = group
     return _groups[world, ranks]

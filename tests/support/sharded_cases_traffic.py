@@ -129,7 +129,7 @@ def groups_and_meshes_share(world: World) -> None:
         with counted() as two:
             optimizer.step()
     assert len(one) == 5
-    assert len(two) == (5 if smaller is not None else 0)
+    assert len(two) == (5 if smaller is not None else 0), (len(two), two)
 
 
 def local_scope_sends_nothing(world: World) -> None:

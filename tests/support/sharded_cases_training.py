@@ -1,9 +1,9 @@
 """A small Llama, trained in every layout, against one process with an unwrapped model.
 
-Tolerance: gradients are sums over ranks in another order, in float64, so that they are some 1e-16 apart. Adam's division
-and 30 steps at a learning rate of 1e-2 may make a thousand times that of the parameters, 1e-13. 1e-9 is far above that,
-and far below what one coordinate that is selected otherwise makes: the learning rate times the difference of the
-strengths, 1e-3 and more.
+Tolerance: gradients are sums over ranks in another order, in float64, so that they are some 1e-16 apart. Adam's
+division and 30 steps at a learning rate of 1e-2 may make a thousand times that of the parameters, 1e-13. 1e-9 is far
+above that, and far below what one coordinate that is selected otherwise makes: the learning rate times the difference
+of the strengths, 1e-3 and more.
 """
 
 from __future__ import annotations
