@@ -11,7 +11,7 @@ from selective.capture.custom import sees_whole
 from selective.capture.described import specs_on
 from selective.capture.layout import shard_of
 from selective.kernels import GivenRule, spec
-from selective.kernels.sharded import How, count_rounds
+from selective.kernels.sharded import How, count_rounds, is_local
 from selective.policies import Dense, Policy
 
 
@@ -28,6 +28,14 @@ def explain_shards(group: dict[str, Any], policy: Policy, capture: Capture, scop
     if specs_on(policy, [p for p, _ in found]) is None:
         return f"{some}; {_own_code(policy, found, statistics)}"
     return f"{some}, selected from as one device would: {_collectives(policy, found, statistics)}"
+
+
+def asks_others(policy: Policy, params: list[Tensor]) -> bool:
+    """Whether a step of any of these takes the sharded path, and not the kernels of whole tensors on shards."""
+    specs = specs_on(policy, params)
+    if specs is None or not any(shard_of(p) is not None for p in params):
+        return False
+    return not is_local(How(GivenRule(), *specs, spec.Draw(0, 0), False))
 
 
 def _own_code(policy: Policy, found: list[tuple[Tensor, spec.Shard]], statistics: bool) -> str:

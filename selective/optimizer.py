@@ -13,13 +13,14 @@ from selective.arguments import check_arguments
 from selective.bound import Bindable
 from selective.capture.base import scalar
 from selective.capture.choose import Capture, CaptureName
+from selective.capture.layout import shard_of
 from selective.capture.rotation import MaskSpace
 from selective.capture.stepping import base_hooks, run_step_on
 from selective.clock import check_recordable, is_recording
 from selective.explain import explain
 from selective.gradients import OnNonfinite, any_nonzero_gradient, check_gradients, nonfinite_gradient
 from selective.groups import KEYS, PolicyGroup, PreconditionerGroup
-from selective.policies import Policy, policy_from
+from selective.policies import Dense, Policy, policy_from
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 from selective.running import Running, Scope
 from selective.staging import warn_of_two_rotations
@@ -225,8 +226,13 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         """Whether this step goes into a CUDA graph; an error where its replays would not be steps."""
         if not any(members.cuda_devices for members in self._members) or not is_recording():
             return False
-        check_recordable(self.base, self.param_groups, self._on_nonfinite, bool(self._places))
+        check_recordable(self.base, self.param_groups, self._on_nonfinite, bool(self._places), self._asks_others())
         return True
+
+    def _asks_others(self) -> bool:
+        """Whether any parameter that is masked has parts on other ranks, whom a step has to ask."""
+        masked = (m for m, g in zip(self._members, self.policy_groups, strict=True) if not isinstance(g.policy, Dense))
+        return self._scope == "global" and any(shard_of(p) is not None for m in masked for p in m.tensors)
 
     def _is_initialisation(self) -> bool:
         """Whether this is torch.distributed.checkpoint's way to make state: learning rate 0 and zero gradients."""

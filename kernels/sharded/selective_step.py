@@ -36,6 +36,11 @@ def sharded_step(
 ) -> list[Steps]:
     """What has to be run (`exchange.run`) to step these; each part's sums come in the order of its `places`."""
     how = How(rule, selection, strength, draw, statistics)
+    if selection.kind == "function" and not is_local(how):
+        raise ValueError(
+            "the selection is a Triton function, and the strength or the rounding looks at the whole of tensors that "
+            "are sharded: advance the moments, select in torch and apply the mask instead"
+        )
     together: dict[tuple[int, torch.device, bool], list[int]] = {}
     for place, item in enumerate(items):
         assert item.shard is not None
