@@ -125,6 +125,10 @@ class Shard:
     cut: int = 0  # the last sharded dimension
     pieces: int = 1  # that it is cut into
     places: tuple[int, ...] = (0,)
+    # Whether, on every rank, what is there is one stretch of the whole's flat order; ... and its rows one of its rows.
+    # (Ranks have to know the same of each other: they ask together for what they step in the same way.)
+    stretches: bool = False
+    row_stretches: bool = False
 
     @property
     def numel(self) -> int:
@@ -136,7 +140,12 @@ class Shard:
 
     @property
     def offset(self) -> int | None:
-        """The whole's flat index of the first local element where all others follow it; None where they don't."""
+        """The whole's flat index of the first local element where all others follow it; None where they don't.
+
+        0 where there are none.
+        """
+        if not all(self.runs):
+            return 0
         stride, offset, whole = 1, 0, True  # whole: the dimensions after this one are complete here
         for size, runs in zip(reversed(self.shape), reversed(self.runs), strict=True):
             if len(runs) != 1 or not (whole or runs[0][1] == 1):
@@ -144,6 +153,16 @@ class Shard:
             whole = whole and runs[0] == (0, size)
             offset, stride = offset + runs[0][0] * stride, stride * size
         return offset
+
+    def first(self, unit: Literal["element", "row", "tensor"]) -> int | None:
+        """The whole's number of the first element or row here, where all others follow it, on every rank; else None."""
+        if unit == "tensor":
+            return 0
+        if self.numel > 1 << 32 or not (self.stretches if unit == "element" else self.row_stretches):
+            return None
+        if unit == "element":
+            return self.offset
+        return self.runs[0][0][0] if self.runs[0] else 0
 
 
 @dataclass

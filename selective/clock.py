@@ -104,8 +104,9 @@ def check_recordable(
     """Refuse to record a step that replays would not repeat, as torch's own optimizers do."""
     if asks:
         raise RuntimeError(
-            "SelectiveUpdate: attempting CUDA graph capture of step() with sharded parameters, for which ranks ask each "
-            "other in the step; replays of that have not been tried. Construct it with scope='local', or don't capture"
+            "SelectiveUpdate: attempting CUDA graph capture of step() with sharded parameters, for which ranks ask "
+            "each other in the step; replays of that have not been tried. Construct it with scope='local', or don't "
+            "capture"
         )
     if rotates:
         raise RuntimeError(

@@ -41,15 +41,16 @@ def sharded_step(
             "the selection is a Triton function, and the strength or the rounding looks at the whole of tensors that "
             "are sharded: advance the moments, select in torch and apply the mask instead"
         )
-    together: dict[tuple[int, torch.device, bool], list[int]] = {}
+    together: dict[tuple[int, torch.device, bool, bool], list[int]] = {}
     for place, item in enumerate(items):
         assert item.shard is not None
         double = item.param.dtype == torch.float64 and selection.kind == "top_k"
-        together.setdefault((id(item.shard.group), item.param.device, double), []).append(place)
+        here = is_local(how) and not (selection.kind == "bernoulli" and item.shard.first(selection.unit) is None)
+        together.setdefault((id(item.shard.group), item.param.device, double, here), []).append(place)
     found = []
-    for (_, device, _), places in together.items():
+    for (_, device, _, here), places in together.items():
         mine = items if len(places) == len(items) else [items[place] for place in places]
-        part = _local(mine, how, local_step) if is_local(how) else _whole(mine, how)
+        part = _local(mine, how, local_step) if here else _whole(mine, how)
         shard = mine[0].shard
         assert shard is not None
         found.append(Steps(shard.group, device, part, places))
@@ -59,12 +60,11 @@ def sharded_step(
 def is_local(how: How) -> bool:
     """Whether the kernels for whole tensors do the same on shards: nothing but single coordinates is looked at.
 
-    Random numbers are by the whole tensor's index, which they don't know.
+    They draw random numbers from a place in the whole tensor on, for masks; rounding does not have that place.
     """
-    selection, by_index = how.selection, how.draw.stochastic
-    if selection.kind == "top_k" or how.by_previous or how.strength.kind != "fixed" or by_index:
+    if how.selection.kind == "top_k" or how.by_previous or how.strength.kind != "fixed":
         return False
-    return selection.kind != "bernoulli" or selection.unit == "tensor"
+    return not how.draw.stochastic
 
 
 def count_rounds(how: How, shards: Sequence[Shard], dtype: torch.dtype) -> int:

@@ -9,6 +9,7 @@ they add zeros, so that nothing counts twice, and one group is enough for all pl
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,9 @@ def _made(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> spec.
     pieces = sorted({run for at in _coordinates(mesh, cuts) for run in _runs(mesh, cuts, cut, shape[cut], at)})
     number = {run: place for place, run in enumerate(pieces)}
     sharding = {dim for dim, _ in cuts}
+    by_one = all(p.dim == cut for _, p in cuts)
+    most = max(len(_runs(mesh, cuts, cut, shape[cut], at)) for at in _coordinates(mesh, cuts))
+    most_rows = max(len(_runs(mesh, cuts, 0, shape[0], at)) for at in _coordinates(mesh, cuts))
     return spec.Shard(
         shape=shape,
         runs=runs,
@@ -108,6 +112,8 @@ def _made(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> spec.
         cut=cut,
         pieces=max(len(pieces), 1),
         places=tuple(number[run] for run in runs[cut]),
+        stretches=by_one and most <= 1 and math.prod(shape[:cut]) == 1,
+        row_stretches=most_rows <= 1,
     )
 
 

@@ -13,7 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from selective.kernels import Draw, Shard, top_k, uniform_bits
+from selective.kernels import (
+    Draw,
+    Item,
+    Selection,
+    SGDRule,
+    Shard,
+    Strength,
+    begin_sharded,
+    selective_step,
+    top_k,
+    uniform_bits,
+)
 from selective.kernels.reference.places import bits_at, cells, element_bits, flat_indices, local_places
 from selective.kernels.sharded import ranking
 from selective.kernels.sharded.masks import value_of
@@ -41,6 +52,26 @@ def test_places(shape: tuple[int, ...], dim: int, how: Any) -> None:
     assert torch.equal(torch.cat(seen).sort().values, whole.view(-1))
     assert [index for _, index in sorted(by_cell)] == whole.view(-1).tolist(), "cells are in the whole's order"
     assert max(cell for cell, _ in by_cell) < shard.cells
+
+
+@pytest.mark.parametrize("unit", ["element", "row", "tensor"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "gpu"])
+def test_random_masks_on_every_path(unit: Any, backend: Any) -> None:
+    """The kernels of whole tensors draw a shard's numbers from its place on; columns go elsewhere, and are the same."""
+    how: dict[str, Any] = {
+        "rule": SGDRule(lr=0.5), "selection": Selection("bernoulli", unit=unit, probability=0.4),
+        "strength": Strength("fixed", selected=2.0, rest=0.5), "draw": Draw(3, 4),
+    }  # fmt: skip
+    start, grad = torch.randn(9, 7), torch.ones(9, 7)
+    whole = Item(start.clone(), grad, {}, 5)
+    selective_step([whole], **how, backend="reference")
+    assert len(whole.param.sub(start).unique()) > 1 or unit == "tensor"
+    for dim in (0, 1):
+        for (part, shard), (wanted, _) in zip(cut(start, dim, 4), cut(whole.param, dim, 4), strict=True):
+            mine = Item(part.clone(), torch.ones_like(part), {}, 5, shard=shard)
+            for step in begin_sharded([mine], **how, backend=backend):
+                step.go_on()
+            torch.testing.assert_close(mine.param, wanted)
 
 
 def test_numbers_of_indices_beyond_32_bits() -> None:

@@ -46,6 +46,7 @@ def cut(whole: Tensor, dim: int, many: int, how: Callable[[int, int], Any] = par
         shard = Shard(
             tuple(whole.shape), tuple(everywhere), None, cut=dim, pieces=max(len(pieces), 1),
             places=tuple(pieces.index(run) for run in some),
+            stretches=dim == 0 and how is parts, row_stretches=how is parts,
         )  # fmt: skip
         found.append((torch.cat(taken, dim), shard))
     return found

@@ -80,6 +80,20 @@ def delta_capture(world: World) -> None:
     _all_layouts(world, nadam, options, 2, "delta, bfloat16", dtype=torch.bfloat16)
 
 
+def kernels_of_whole_tensors(world: World) -> None:
+    """Where nothing is asked of others, shards take the fast path: up to its rounding, what one device does with it.
+
+    A coordinate that is selected otherwise is the learning rate times 1 and more away, 1e-2.
+    """
+    for name in ("CautiousMGUP", "Grams", "RandomMask", "RandomMask of rows", "SkipUpdate"):
+        options = {"policy": POLICIES[name], "statistics": False}
+        single = Run(adamw, options, backend="auto").train(range(3)).values()
+        for layout, (mesh, place) in layouts(world, everywhere=False).items():
+            found = Run(adamw, options, mesh, place, backend="auto").train(range(3)).values()
+            for mine, theirs in zip(found, single, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=f"{name}, {layout}")
+
+
 def not_finite(world: World) -> None:
     """NaN is never selected, wherever it is; a norm over it multiplies by 1."""
     for name in ("MGUP", "top 20 % by momentum", "Cautious", "Magma"):

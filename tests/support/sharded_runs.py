@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim import Optimizer
 
 from selective import SelectiveUpdate
-from selective.kernels import use_backend
+from selective.kernels import Backend, use_backend
 
 # 7 rows over 4 ranks; rows without a gradient (massive ties); vectors; fewer rows than ranks, so that shards are empty
 SHAPES = [(7, 5), (24, 6), (5,), (1,), (2, 9), (3, 4, 2)]
@@ -63,6 +63,7 @@ class Run:
     place: Place = rows
     shapes: Sequence[tuple[int, ...]] = tuple(SHAPES)
     dtype: torch.dtype = torch.float32
+    backend: Backend = "reference"
     params: list[nn.Parameter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -88,7 +89,7 @@ class Run:
             if nan and p.dim() > 1:
                 grad.view(-1)[::3] = float("nan")
             p.grad = self.cut(grad)
-        with use_backend("reference"):
+        with use_backend(self.backend):
             self.optimizer.step()
 
     def train(self, steps: Sequence[int], nan: bool = False) -> Run:
