@@ -33,7 +33,9 @@ FAST = {
 }  # fmt: skip
 SLOW = {
     "given gradients": "selection:every_policy_and_base",
-    "a small Llama": "training:every_policy_and_base",
+    "a small Llama, AdamW": "training:every_policy_over_adamw",
+    "a small Llama, SGD": "training:every_policy_over_sgd",
+    "a small Llama, Lion": "training:every_policy_over_lion",
 }
 
 

@@ -129,9 +129,9 @@ def layouts(world: World, everywhere: bool = True) -> dict[str, tuple[Any, Place
     found: dict[str, tuple[Any, Place]] = {}
     for size in range(1, world.size + 1):
         mesh = world.mesh(size)
-        if everywhere or size in (3, 4):
+        if everywhere or size == 3:
             found[f"{size} rows"] = mesh, rows
-        if everywhere or size in (2, 4):
+        if everywhere or size == 2:
             found[f"{size} columns"] = mesh, columns
     if world.size == 4:
         mesh = world.mesh(2, 2, names=("dp", "tp"))

@@ -2,7 +2,7 @@
 
 A case is a function of a `World`; it is called on every rank, and raises where something is wrong. It does all that it
 does together first and compares afterwards, so that a failure on one rank leaves no other waiting. Run as a script, one
-for each rank: `python sharded_world.py RANK WORLD FOLDER CASE...`, a case being `module:function`.
+for each rank: `python sharded_world.py RANK WORLD FOLDER MEETING CASE...`, a case being `module:function`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,20 +41,22 @@ class World:
         return mesh if self.rank < count else None
 
 
-def main(rank: int, size: int, folder: Path, names: Sequence[str]) -> None:
+def main(rank: int, size: int, folder: Path, meeting: str, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
     found = {}
     for name in names:
         module, function = name.split(":")
+        began = time.perf_counter()
         try:
             getattr(importlib.import_module(module), function)(World(rank, size, folder))
             found[name] = ""
             dist.barrier()
         except Exception:
             found[name] = traceback.format_exc()
+        print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
         (folder / f"{rank}.json").write_text(json.dumps(found))
         if found[name]:
             os._exit(1)  # which the others notice at once, instead of after a timeout
@@ -63,10 +66,11 @@ def main(rank: int, size: int, folder: Path, names: Sequence[str]) -> None:
 def run_cases(names: Sequence[str], size: int, folder: Path, seconds: float = 280) -> None:
     """Run these cases on `size` processes; an AssertionError with every failure."""
     folder.mkdir(parents=True, exist_ok=True)
+    meeting = f"meeting-{time.monotonic_ns()}"  # of this start alone
     running = []
     for rank in range(size):
         with open(folder / f"{rank}.log", "w") as log:
-            command = [sys.executable, __file__, str(rank), str(size), str(folder), *names]
+            command = [sys.executable, __file__, str(rank), str(size), str(folder), meeting, *names]
             running.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
     try:
         codes = [process.wait(seconds) for process in running]
@@ -88,4 +92,4 @@ def run_cases(names: Sequence[str], size: int, folder: Path, seconds: float = 28
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5:])
