@@ -15,6 +15,7 @@ from ._dispatch import (
     advance,
     apply_mask,
     backend_in_use,
+    begin_sharded,
     selective_step,
     top_k,
     use_backend,
@@ -24,6 +25,7 @@ from ._dispatch import (
 from ._functions import evaluate_function, function_device
 from .reference.random import sample_positions, uniform, uniform_bits
 from .reference.rules import Advanced, decay_factor
+from .sharded import Exchange
 from .spec import (
     AdamRule,
     Draw,
@@ -35,6 +37,7 @@ from .spec import (
     Scalar,
     Selection,
     SGDRule,
+    Shard,
     Strength,
     Sums,
     SumsTable,
@@ -45,6 +48,7 @@ __all__ = [
     "Advanced",
     "Backend",
     "Draw",
+    "Exchange",
     "GivenRule",
     "Item",
     "ItemList",
@@ -53,12 +57,14 @@ __all__ = [
     "SGDRule",
     "Scalar",
     "Selection",
+    "Shard",
     "Strength",
     "Sums",
     "SumsTable",
     "advance",
     "apply_mask",
     "backend_in_use",
+    "begin_sharded",
     "decay_factor",
     "evaluate_function",
     "function_device",

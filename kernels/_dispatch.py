@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, reference, sharded
 from .reference.rules import Advanced, has_momentum
 from .spec import Draw, GivenRule, Item, ItemList, Rule, Selection, Strength, Sums
 
@@ -178,9 +179,54 @@ def selective_step(
     (float64 for float64 parameters), state and parameter are rounded once. Agrees with torch's Adam, AdamW and SGD,
     where the mask is 1, to rounding (not bit for bit: torch fuses multiply-adds that are separate here).
     """
+    how: Any = {"rule": rule, "selection": selection, "strength": strength, "draw": draw, "statistics": statistics}
+    if any(item.shard is not None for item in items):
+        return _with_shards(items, how, backend)
+    return _step_here(items, how, backend)
+
+
+def begin_sharded(
+    items: Sequence[Item],
+    *,
+    rule: Rule,
+    selection: Selection,
+    strength: Strength,
+    draw: Draw,
+    statistics: bool = False,
+    backend: Backend = "auto",
+) -> list[sharded.Steps]:
+    """`selective_step` of items that are all shards, not yet run: for an `Exchange` with those of other calls."""
+    how: Any = {"rule": rule, "selection": selection, "strength": strength, "draw": draw, "statistics": statistics}
+    _check(items, rule, selection, strength)
+    return sharded.sharded_step(items, **how, local_step=partial(_local, backend=backend))
+
+
+def _local(items: Sequence[Item], *, backend: Backend, **how: Any) -> Sequence[Sums] | None:
+    return _step_here(items, how, backend)
+
+
+def _with_shards(items: Sequence[Item], how: Any, backend: Backend) -> Sequence[Sums] | None:
+    """Shards and whole tensors in one list."""
+    shards = [i for i, item in enumerate(items) if item.shard is not None]
+    others = [i for i, item in enumerate(items) if item.shard is None]
+    steps = begin_sharded([items[i] for i in shards], **how, backend=backend)
+    for one in steps:
+        one.go_on()
+    found: dict[int, Sums] = {}
+    if others:
+        found.update(zip(others, _step_here([items[i] for i in others], how, backend) or (), strict=False))
+    sharded.run(steps)
+    found.update(zip(shards, sharded.in_order(steps, len(shards)) or (), strict=False))
+    return [found[i] for i in range(len(items))] if how["statistics"] else None
+
+
+@torch.no_grad()
+def _step_here(items: Sequence[Item], how: Any, backend: Backend) -> Sequence[Sums] | None:
+    """The step of tensors as they are, or of shards of which no more than that is asked."""
+    rule, selection, strength, statistics = how["rule"], how["selection"], how["strength"], how["statistics"]
     if selection.kind == "function" and why_no_triton() is None:
         selection = replace(selection, function=_gpu().jitted(selection.function))
-    how: Any = {"rule": rule, "selection": selection, "strength": strength, "draw": draw, "statistics": statistics}
+        how = {**how, "selection": selection}
     planned = isinstance(items, ItemList) and bool(items.cache) and bool(items)
     asked = _chosen(backend)
     if planned and (asked == "gpu" or (asked == "auto" and items[0].param.is_cuda)):

@@ -6,6 +6,7 @@ Kernels know nothing of policies or optimizers; policies describe themselves in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
@@ -104,6 +105,66 @@ class GivenRule:
 Rule = AdamRule | SGDRule | LionRule | GivenRule  # How the moments of a parameter group move.
 
 
+@dataclass(frozen=True)
+class Shard:
+    """What of a whole tensor is here, where the rest is elsewhere: plain numbers and a process group.
+
+    In each dimension the local indices stand for `runs` of the whole tensor's, ascending: (start, length) each. So
+    local flat (row-major) order is the whole's order, but what is here need not lie in one piece: columns, strided
+    shards.
+
+    Ties go to the lower index of the whole tensor, which several ranks have between them. For those the whole is cut
+    into `cells`, numbered in its order, each on one rank (and its replicas): every index of the dimensions before the
+    last sharded one, times that one's pieces; `places` says which piece each local run of it is.
+    """
+
+    shape: tuple[int, ...]  # of the whole tensor
+    runs: tuple[tuple[tuple[int, int], ...], ...]
+    group: Any  # of processes: a sum over it is a sum over the whole tensor, if only those count that are `counted`
+    counted: bool = True  # False on all replicas but one, which add zeros
+    cut: int = 0  # the last sharded dimension
+    pieces: int = 1  # that it is cut into
+    places: tuple[int, ...] = (0,)
+    # Whether, on every rank, what is there is one stretch of the whole's flat order; ... and its rows one of its rows.
+    # (Ranks have to know the same of each other: they ask together for what they step in the same way.)
+    stretches: bool = False
+    row_stretches: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def cells(self) -> int:
+        return math.prod(self.shape[: self.cut]) * self.pieces
+
+    @property
+    def offset(self) -> int | None:
+        """The whole's flat index of the first local element where all others follow it; None where they don't.
+
+        0 where there are none.
+        """
+        if not all(self.runs):
+            return 0
+        stride, offset, whole = 1, 0, True  # whole: the dimensions after this one are complete here
+        for size, runs in zip(reversed(self.shape), reversed(self.runs), strict=True):
+            if len(runs) != 1 or not (whole or runs[0][1] == 1):
+                return None
+            whole = whole and runs[0] == (0, size)
+            offset, stride = offset + runs[0][0] * stride, stride * size
+        return offset
+
+    def first(self, unit: Literal["element", "row", "tensor"]) -> int | None:
+        """The whole's number of the first element or row here, where all others follow it, on every rank; else None."""
+        if unit == "tensor":
+            return 0
+        if self.numel > 1 << 32 or not (self.stretches if unit == "element" else self.row_stretches):
+            return None
+        if unit == "element":
+            return self.offset
+        return self.runs[0][0][0] if self.runs[0] else 0
+
+
 @dataclass
 class Item:
     """One parameter's share of a step. `param`, `state` and `policy_state` are changed in place."""
@@ -113,6 +174,7 @@ class Item:
     state: dict[str, Tensor]
     address: int  # the parameter's index in the optimizer: the third coordinate of randomness
     policy_state: dict[str, Tensor] = field(default_factory=dict)  # "average" (0-d float32) for alignment
+    shard: Shard | None = None  # what of a whole tensor `param` (and `grad`, and `state`) is; None: all of it
 
 
 class ItemList(list[Item]):

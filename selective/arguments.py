@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 
+from selective.capture.base import Parameter
 from selective.capture.choose import Capture
+from selective.capture.layout import shard_of
 from selective.policies import Policy
 
 
@@ -18,6 +21,7 @@ def check_arguments(
     on_nonfinite: str,
     seed: int,
     mask_space: str,
+    scope: str,
 ) -> None:
     """Refuse what `SelectiveUpdate` cannot be built from."""
     if not isinstance(base, Optimizer):
@@ -31,12 +35,26 @@ def check_arguments(
         raise ValueError(f"SelectiveUpdate: capture is {capture!r}, must be 'auto', 'fused', 'scratch' or 'delta'")
     if mask_space not in ("rotated", "original"):
         raise ValueError(f"SelectiveUpdate: mask_space is {mask_space!r}, must be 'rotated' or 'original'")
+    if scope not in ("global", "local"):
+        raise ValueError(f"SelectiveUpdate: scope is {scope!r}, must be 'global' or 'local'")
     if on_nonfinite not in ("ignore", "skip", "raise"):
         raise ValueError(f"SelectiveUpdate: on_nonfinite is {on_nonfinite!r}, must be 'ignore', 'skip' or 'raise'")
     if momentum_beta is not None and not (isinstance(momentum_beta, (int, float)) and 0 <= momentum_beta < 1):
         raise ValueError(f"SelectiveUpdate: momentum_beta is {momentum_beta!r}, must be a number in [0, 1)")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"SelectiveUpdate: seed is {seed!r}, must be an integer in [0, 2**63)")
+
+
+def check_shards(parameters: Sequence[Parameter]) -> None:
+    """Refuse DTensors whose local parts are no parts of a whole.
+
+    Asking makes what layouts need, a process group for meshes of several dimensions, on all ranks in one order.
+    """
+    for parameter in parameters:
+        try:
+            shard_of(parameter.tensor)
+        except ValueError as error:
+            raise ValueError(f"SelectiveUpdate: parameter {parameter.name!r} {error}") from error
 
 
 def check_complete(policy: Policy, number: int) -> None:

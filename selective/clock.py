@@ -98,8 +98,16 @@ def is_recording() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def check_recordable(base: Optimizer, groups: list[dict[str, Any]], on_nonfinite: str, rotates: bool) -> None:
+def check_recordable(
+    base: Optimizer, groups: list[dict[str, Any]], on_nonfinite: str, rotates: bool, asks: bool = False
+) -> None:
     """Refuse to record a step that replays would not repeat, as torch's own optimizers do."""
+    if asks:
+        raise RuntimeError(
+            "SelectiveUpdate: attempting CUDA graph capture of step() with sharded parameters, for which ranks ask "
+            "each other in the step; replays of that have not been tried. Construct it with scope='local', or don't "
+            "capture"
+        )
     if rotates:
         raise RuntimeError(
             "SelectiveUpdate: attempting CUDA graph capture of step() with a preconditioner, which decides on the host "

@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from selective.capture.choose import Capture
 from selective.capture.delta import LOW_PRECISION
 from selective.capture.described import has_own_code, specs_of, why_twin
+from selective.capture.layout import local_of
+from selective.explain_shards import asks_others, explain_shards
 from selective.explain_stage import explain_stage
 from selective.groups import PolicyGroup
 from selective.kernels import backend_in_use, spec, why_reference
@@ -32,6 +34,8 @@ def explain(
     momentum_beta: float | None,
     stages: Sequence[Stage | None],
     mask_space: str,
+    scope: str,
+    statistics: bool,
 ) -> str:
     """One paragraph a parameter group, in plain words."""
     lines = [f"SelectiveUpdate over {type(base).__module__}.{type(base).__name__}"]
@@ -46,9 +50,12 @@ def explain(
             f"  momentum  {_momentum(capture, group, momentum_beta)}",
             f"  memory    {_memory(policy_group, capture, group)}",
         ]
-        selection, kernels = _selection(policy_group.policy, group), _kernels(base, group, policy_group.policy, capture)
+        selection = _selection(policy_group.policy, group)
+        kernels = _kernels(base, group, policy_group.policy, capture, scope)
         lines += [f"  selection {selection}"] if selection else []
         lines += [f"  kernels   {kernels}"] if kernels else []
+        shards = explain_shards(group, policy_group.policy, capture, scope, statistics)
+        lines += [f"  sharded   {shards}"] if shards else []
         lines += [] if stage is None else explain_stage(stage, policy_group.policy, mask_space)
         notes = _notes(capture)
         if notes:
@@ -110,17 +117,20 @@ def _selection(policy: Policy, group: dict[str, Any]) -> str | None:
     return "its kernel, a Triton function, is inlined into the step"
 
 
-def _kernels(base: Optimizer, group: dict[str, Any], policy: Policy, capture: Capture) -> str | None:
+def _kernels(base: Optimizer, group: dict[str, Any], policy: Policy, capture: Capture, scope: str) -> str | None:
     """Whether the elements are stepped by Triton; None on the CPU, where nothing else is to be expected."""
     params = group["params"]
     if capture.way == "dense" or not (backend_in_use() == "gpu" or any(p.is_cuda for p in params)):
         return None
     if has_own_code(policy, params):
         return "reference (plain torch), because the policy is your own code"
+    if scope == "global" and asks_others(policy, params):
+        return "reference (plain torch), because what it selects depends on the shards of other ranks"
     rule = spec.GivenRule() if capture.rule is None else capture.rule.rule(base, group)
     for p in params:
-        state = {} if capture.rule is None else base.state.get(p, {})
-        why = why_reference(spec.Item(p, p if p.grad is None else p.grad, state, 0), rule)
+        state = {} if capture.rule is None else {k: local_of(v) for k, v in base.state.get(p, {}).items()}
+        here, grad = local_of(p), local_of(p if p.grad is None else p.grad)
+        why = why_reference(spec.Item(here, grad, state, 0), rule)
         if why is not None:
             return f"reference (plain torch), because {why}"
     return "Triton"

@@ -6,13 +6,16 @@ from typing import Literal
 
 import torch
 
+from selective.capture.agree import seen_by_all
 from selective.capture.base import Parameter
+from selective.capture.layout import local_like, local_of
 from selective.groups import PolicyGroup
 from selective.members import Members
 from selective.policies import Dense
 from selective.staging import Stage
 
 OnNonfinite = Literal["ignore", "skip", "raise"]
+ELSEWHERE = "(of another rank)"
 
 
 def check_gradients(
@@ -44,19 +47,28 @@ def _check_gradient(parameter: Parameter, key: str) -> None:
 
 
 def nonfinite_gradient(groups: list[list[Parameter]]) -> str | None:
-    """The name of the first of these whose gradient holds NaN or infinity. One synchronisation with a GPU."""
+    """The name of the first of these whose gradient holds NaN or infinity. One synchronisation with a GPU.
+
+    Ranks that share tensors find the same: one small all-reduce for each mesh.
+    """
     present = [p for parameters in groups for p in parameters]
     if not present:
         return None
     # the largest |g| is finite where all are: one number a tensor, without a mask of the tensor's size
-    flags = [torch.linalg.vector_norm(_values(p), ord=float("inf")).isfinite() for p in present]
-    finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
-    return next((p.name for p, ok in zip(present, finite, strict=True) if not ok), None)
+    flags = [~torch.linalg.vector_norm(_values(p), ord=float("inf")).isfinite() for p in present]
+    bad = seen_by_all(flags, [p.tensor for p in present])
+    return next((name for name, found in zip([*(p.name for p in present), ELSEWHERE], bad, strict=True) if found), None)
+
+
+def any_nonzero_gradient(tensors: list[torch.Tensor]) -> bool:
+    """Whether any of their gradients has an element that is not 0, here or on a rank that shares tensors with this."""
+    flags = [local_of(p.grad).any() for p in tensors if p.grad is not None]
+    return any(seen_by_all(flags, [p for p in tensors if p.grad is not None]))
 
 
 def _values(parameter: Parameter) -> torch.Tensor:
     grad = parameter.tensor.grad
     assert grad is not None
-    values = grad.coalesce().values() if grad.is_sparse else grad
+    values = grad.coalesce().values() if grad.is_sparse else local_like(grad, parameter.tensor)
     # in its own dtype: float32 would make infinity of a large float64, and lose the imaginary part
     return values if values.numel() else torch.zeros(1, device=values.device)

@@ -13,15 +13,16 @@ from selective.arguments import check_arguments
 from selective.bound import Bindable
 from selective.capture.base import scalar
 from selective.capture.choose import Capture, CaptureName
+from selective.capture.layout import shard_of
 from selective.capture.rotation import MaskSpace
 from selective.capture.stepping import base_hooks, run_step_on
 from selective.clock import check_recordable, is_recording
 from selective.explain import explain
-from selective.gradients import OnNonfinite, check_gradients, nonfinite_gradient
+from selective.gradients import OnNonfinite, any_nonzero_gradient, check_gradients, nonfinite_gradient
 from selective.groups import KEYS, PolicyGroup, PreconditionerGroup
-from selective.policies import Policy, policy_from
+from selective.policies import Dense, Policy, policy_from
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
-from selective.running import Running
+from selective.running import Running, Scope
 from selective.staging import warn_of_two_rotations
 from selective.statistics import Report
 
@@ -52,6 +53,8 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
             every rank; torch's generators are not touched.
         statistics: collect what `statistics()` reports in every step. It stays on the device.
         stochastic_rounding: round bfloat16 and float16 parameters stochastically, by address, instead of to nearest.
+        scope: of sharded parameters (`DTensor`): "global" selects what one device would, with a few small collectives a
+            step; "local" takes each rank's shard for a tensor of its own, with none.
 
     A base that rotates or orthogonalises gradients itself (SOAP, Muon) warns under a preconditioner.
 
@@ -74,8 +77,9 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         seed: int = 0,
         statistics: bool = True,
         stochastic_rounding: bool = False,
+        scope: Scope = "global",
     ) -> None:
-        check_arguments(SelectiveUpdate, base, capture, momentum_beta, on_nonfinite, seed, mask_space)
+        check_arguments(SelectiveUpdate, base, capture, momentum_beta, on_nonfinite, seed, mask_space, scope)
         self.base = base
         self._default = policy_from(policy)
         view = check_matrix_view(matrix_view, "")
@@ -87,6 +91,7 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         self._seed, self._steps = seed, 0
         self._statistics = statistics
         self._stochastic_rounding = stochastic_rounding
+        self._scope: Scope = scope
         self._report: Report | None = None
         self._own: dict[Tensor, dict[str, Tensor]] = {}
         self.policy_groups: list[PolicyGroup] = []
@@ -214,19 +219,27 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         """For each parameter group: its policy, how the update is captured and why, decay, momentum, extra memory."""
         self._plan()
         captures = [capture for _, capture in self._captures]
-        return explain(self.base, self.policy_groups, captures, self._momentum_beta, self._stages, self._mask_space)
+        return explain(
+            self.base, self.policy_groups, captures, self._momentum_beta, self._stages, self._mask_space, self._scope,
+            self._statistics,
+        )  # fmt: skip
 
     def _is_recorded(self) -> bool:
         """Whether this step goes into a CUDA graph; an error where its replays would not be steps."""
         if not any(members.cuda_devices for members in self._members) or not is_recording():
             return False
-        check_recordable(self.base, self.param_groups, self._on_nonfinite, bool(self._places))
+        check_recordable(self.base, self.param_groups, self._on_nonfinite, bool(self._places), self._asks_others())
         return True
+
+    def _asks_others(self) -> bool:
+        """Whether any parameter that is masked has parts on other ranks, whom a step has to ask."""
+        masked = (m for m, g in zip(self._members, self.policy_groups, strict=True) if not isinstance(g.policy, Dense))
+        return self._scope == "global" and any(shard_of(p) is not None for m in masked for p in m.tensors)
 
     def _is_initialisation(self) -> bool:
         """Whether this is torch.distributed.checkpoint's way to make state: learning rate 0 and zero gradients."""
         rates = [group.get("lr") for group in self.param_groups]
         if any(r is None or (isinstance(r, Tensor) and r.device.type != "cpu") or scalar(r) != 0.0 for r in rates):
             return False
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return bool(grads) and not any(bool(grad.any()) for grad in grads)
+        tensors = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return bool(tensors) and not any_nonzero_gradient(tensors)

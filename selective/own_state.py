@@ -13,6 +13,7 @@ from selective.base_class import class_names
 from selective.capture.base import Parameter
 from selective.capture.choose import Capture
 from selective.capture.fused import FusedRule, fused_rule
+from selective.capture.gathering import cut_like
 from selective.capture.stepping import run_step_on
 from selective.clock import Clocks
 from selective.groups import PolicyGroup
@@ -101,7 +102,8 @@ class OwnState(OwnBasis):
             Tensors(parameter.tensor), reads=frozenset({"param"}), who=type(policy).__name__, name=parameter.name,
             draw=spec.Draw(self._seed, self._steps), address=parameter.address,
         )  # fmt: skip
-        own = {POLICY_STATE + key: value for key, value in policy.init_state(view).items()}
+        made = policy.init_state(view)
+        own = {POLICY_STATE + key: cut_like(value, parameter.tensor) for key, value in made.items()}
         if self._momentum_beta is not None and not isinstance(policy, Dense):
             dtype = torch.float64 if parameter.tensor.dtype == torch.float64 else torch.float32
             own[MOMENTUM] = torch.zeros_like(parameter.tensor, dtype=dtype)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from selective.arguments import check_complete, check_momentum
+from selective.arguments import check_complete, check_momentum, check_shards
 from selective.capture.base import Parameter
 from selective.capture.choose import Capture, CaptureName, capture_key, choose_capture
 from selective.clock import Clocks
@@ -86,6 +86,8 @@ class Planning(OwnState):
             check_complete(policy, number)
             capture = choose_capture(self.base, group, policy, self._wanted, own)
             check_momentum(self.base, group, number, policy, capture, own)
+            if not isinstance(policy, Dense):
+                check_shards(members.parameters)
             captures.append((key, capture))
             members.fits = False
             if known is not None and known[0][-1] != key[-1]:

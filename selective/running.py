@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,12 +20,15 @@ from selective.kernels import spec
 from selective.staging import Stage
 from selective.statistics import Report
 
+Scope = Literal["global", "local"]
+
 
 class Running(Checkpointing):
     """The part of `SelectiveUpdate` that runs the jobs of a step."""
 
     _mask_space: MaskSpace
     _stochastic_rounding: bool
+    _scope: Scope = "global"
 
     def _fit_states(self) -> None:
         """The base's state in the precision in which the base will step: Note [whose precision]."""
@@ -48,7 +52,7 @@ class Running(Checkpointing):
             own_state=self._own_state, own_residue=self._own_residue,
             own_momentum=None if self._momentum_beta is None else self._own_momentum,
             momentum_beta=self._momentum_beta, report=report,
-            own_table=self._own, clock=self._clocks.on, recording=recording,
+            own_table=self._own, clock=self._clocks.on, recording=recording, local_scope=self._scope == "local",
         )  # fmt: skip
         contexts: dict[torch.device | None, StepContext] = {}
         for device in self._clocks.devices():
@@ -95,6 +99,9 @@ class Running(Checkpointing):
                 for job in sorted(jobs, key=lambda job: not job.own_code):  # what may raise goes first
                     current = job
                     job.finish()
+                current = None
+                for exchange in {id(job.context.exchange): job.context.exchange for job in jobs}.values():
+                    exchange.run()
             except BaseException as error:
                 for job in jobs:
                     job.restore()

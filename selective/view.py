@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from selective.kernels import Advanced, spec, uniform
+from selective.kernels.reference.places import element_bits
+from selective.kernels.sharded import alone, smallest, totals
 
 TENSORS = ("update", "grad", "momentum", "previous_momentum", "param")
 
@@ -37,7 +40,8 @@ class StepView:
 
     Reading one that the policy's `reads` does not declare is an error: what the base overwrites has to be kept before
     it steps. Also here: `state` (this parameter's policy state), `name`, `step` (0 in the first), `shape`, `device`,
-    `mean`, `norm`, `quantile` over the whole tensor, and `random` (by address).
+    `mean`, `norm`, `quantile` over the whole tensor, and `random` (by address). Of a policy whose `scope` says that
+    shards are enough, tensors are this rank's shard of a sharded parameter, and those four still mean the whole.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class StepView:
         draw: spec.Draw,
         address: int,
         state: Mapping[str, Tensor] | None = None,
+        shard: spec.Shard | None = None,
     ) -> None:
         self._tensors = tensors
         self._reads = reads
@@ -58,6 +63,7 @@ class StepView:
         self.draw = draw
         self.address = address
         self.state: Mapping[str, Tensor] = {} if state is None else state
+        self._shard = shard  # what of the parameter the tensors are; None: all of it
 
     @property
     def step(self) -> int:
@@ -122,20 +128,34 @@ class StepView:
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean over the whole tensor, accumulated in float64; a 0-d tensor of the view's dtype."""
-        return x.mean(dtype=torch.float64).to(self.dtype)
+        if self._shard is None:
+            return x.mean(dtype=torch.float64).to(self.dtype)
+        count = torch.full((), float(x.numel()), dtype=torch.float64, device=x.device)
+        found = self._ask(totals([x.sum(dtype=torch.float64), count], self._shard))
+        return (found[0] / found[1]).to(self.dtype)
 
     def norm(self, x: Tensor) -> Tensor:
         """L2 norm over the whole tensor, accumulated in float64; a 0-d tensor of the view's dtype."""
-        return torch.linalg.vector_norm(x, dtype=torch.float64).to(self.dtype)
+        if self._shard is None:
+            return torch.linalg.vector_norm(x, dtype=torch.float64).to(self.dtype)
+        squares = x.to(torch.float64).square().sum()
+        return self._ask(totals([squares], self._shard))[0].sqrt().to(self.dtype)
 
     def quantile(self, x: Tensor, q: float) -> Tensor:
         """The value at place int(q * numel) in ascending order (at most the largest): about a share `q` lies below it.
 
         No interpolation; a 0-d tensor. NaN counts as larger than everything.
         """
-        ordered = x.flatten().sort().values
-        index = min(max(int(q * ordered.numel()), 0), ordered.numel() - 1)
-        return ordered[index].to(self.dtype)
+        numel = x.numel() if self._shard is None else self._shard.numel
+        index = min(max(int(q * numel), 0), numel - 1)
+        if self._shard is None:
+            return x.flatten().sort().values[index].to(self.dtype)
+        return self._ask(smallest(x.to(self.dtype), index, self._shard)).to(self.dtype)
+
+    def _ask(self, part: Any) -> Tensor:
+        """A helper's sums over the other shards, one small collective after the other."""
+        assert self._shard is not None
+        return alone(part, self._shard.group)
 
     def random(self, unit: str = "element") -> Tensor:
         """Uniform numbers in [0, 1), float32, by address: the same on every rank, after a resume, for any chunking.
@@ -143,12 +163,15 @@ class StepView:
         unit: "element" gives the parameter's shape, "row" (n, 1, ...) over the first dimension, "tensor" one number.
         They are the numbers that `Bernoulli` of the same unit draws in this step.
         """
-        shape = self.shape
+        shape, shard = self.shape, self._shard
+        if unit not in ("element", "row", "tensor"):
+            raise ValueError(f"{self._who}: view.random(unit={unit!r}); the units are 'element', 'row', 'tensor'")
         if unit == "tensor":
             return uniform(self.draw, self.address, 1, device=self.device).reshape(())
         if unit == "row" and len(shape) > 1:
-            count = shape[0]
-            return uniform(self.draw, self.address, count, device=self.device).reshape(count, *[1] * (len(shape) - 1))
-        if unit not in ("element", "row"):
-            raise ValueError(f"{self._who}: view.random(unit={unit!r}); the units are 'element', 'row', 'tensor'")
-        return uniform(self.draw, self.address, shape.numel(), device=self.device).reshape(shape)
+            shape = torch.Size([shape[0], *[1] * (len(shape) - 1)])
+            shard = None if shard is None else spec.Shard(shard.shape[:1], shard.runs[:1], shard.group)
+        if shard is None:
+            return uniform(self.draw, self.address, shape.numel(), device=self.device).reshape(shape)
+        bits = element_bits(shard, self.draw, self.address, self.device)
+        return (bits.to(torch.float32) * 2.0**-24).reshape(shape)

@@ -39,10 +39,15 @@ class Selector:
             names = ("previous_momentum", "momentum_buffer", "exp_avg")
             self.everything = not _anything(next((flat.state[n] for n in names if n in flat.state), None))
         self.limit = round(selection.probability * 2**24)
+        self.first = 0  # number of the first element or row in the whole tensor
+        if selection.kind == "bernoulli" and item.shard is not None:
+            first = item.shard.first(selection.unit)
+            assert first is not None, "a shard whose random numbers do not follow each other goes to kernels/sharded"
+            self.first = first
         self.units: Tensor | None = None  # bernoulli: 1.0 and 0.0 of each row, or of the tensor
         if selection.kind == "bernoulli" and selection.unit != "element":
             rows = item.param.shape[0] if selection.unit == "row" and item.param.dim() else 1
-            self.units = (uniform_bits(draw, item.address, rows) < self.limit).float()
+            self.units = (uniform_bits(draw, item.address, rows, offset=self.first) < self.limit).float()
 
     def __call__(self, start: int, end: int, piece: Slice, out: Tensor) -> Tensor | None:
         """1.0 where selected, in `out`; None where everything is."""
@@ -68,6 +73,7 @@ class Selector:
             length = max(self.item.param.numel() // self.units.numel(), 1)
             rows = self.units[start // length : (end - 1) // length + 1].repeat_interleave(length)
             return out.copy_(rows[start % length : start % length + count])
+        start, end = start + self.first, end + self.first
         if start >> 32 != (end - 1) >> 32:  # the keys change inside of this chunk
             bits = uniform_bits(self.draw, self.item.address, count, offset=start)
             return out.copy_(bits.lt_(self.limit))

@@ -106,6 +106,11 @@ class Batch:
         self.sums = [cdiv(count, SUM_BLOCK) for count, _ in self.sum_samples]
         self.sum_work, self.sum_at = work(self.sums, self.device)
 
+    def _first(self, item: Item) -> int:
+        """Where the random numbers of a shard begin."""
+        unit = "row" if self.cfg.selection == "row" else "element"
+        return 0 if item.shard is None else item.shard.first(unit) or 0
+
     def _facts(self, items: Sequence[Item]) -> Tensor:
         """The table of facts, on the host, column by column."""
         mine, top_k, numels = self._mine(items), self.top_k, self.numels
@@ -113,6 +118,7 @@ class Batch:
         columns: dict[object, Sequence[int]] = {
             config.NUMEL: numels, config.ADDRESS: [i.address for i in mine],
             config.ROW_LENGTH: [max(n // max(r, 1), 1) for n, r in zip(numels, rows, strict=True)],
+            config.FIRST: [self._first(i) for i in mine],
             config.CHUNK_AT: self.chunk_at, config.CHUNKS: [cdiv(n, self.cfg.block) for n in numels],
             config.SUM_AT: self.sum_at, config.SUMS: self.sums,
             config.SUM_SHIFT: [shift for _, shift in self.sum_samples],

@@ -32,10 +32,10 @@ EXACT, BRACKET, DENSE = (tl.constexpr(i) for i in range(3))  # values of MODE
 # Columns of a tensor's row of int64 facts, which the host knows: its size, the length of a row of it, its index in the
 # optimizer; how many scores are sampled (`2**SHIFT` runs of 8, or all where SHIFT is -1) and where in the buffer they
 # begin; its first chunk, and how many there are; the same of programs that sum (sampled like the scores) and settle;
-# which of the tensors with a drawn sample it is.
+# which of the tensors with a drawn sample it is; of a shard, the number of its first element or row in the whole.
 FACTS = tl.constexpr(16)
 (NUMEL, ROW_LENGTH, ADDRESS, SAMPLES, SHIFT, SAMPLES_AT, CHUNK_AT, CHUNKS, SUM_AT, SUMS, SUM_SHIFT, SETTLE_AT,
- SETTLES, LARGE) = (tl.constexpr(i) for i in range(14))  # fmt: skip
+ SETTLES, LARGE, FIRST) = (tl.constexpr(i) for i in range(15))  # fmt: skip
 
 KEYS = tl.constexpr(6)  # columns of a tensor's row of random keys: two each for masks, samples, rounding
 SUM_COLUMNS = tl.constexpr(4)  # columns of a program's row of sums that a strength needs

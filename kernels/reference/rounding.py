@@ -10,21 +10,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import Draw
+from ..spec import Draw, Shard
+from .places import element_bits
 from .random import STREAM_ROUNDING, uniform_bits
 
 LOW = (torch.bfloat16, torch.float16)
 
 
-def store(param: Tensor, exact: Tensor, draw: Draw | None, address: int, offset: int = 0) -> None:
-    """Write `exact` (float32 or float64, shaped like it) to `param`, whose first element is element `offset`."""
+def store(
+    param: Tensor, exact: Tensor, draw: Draw | None, address: int, offset: int = 0, shard: Shard | None = None
+) -> None:
+    """Write `exact` (float32 or float64, shaped like it) to `param`, whose first element is element `offset`.
+
+    Of a shard, elements have the numbers of their places in the whole tensor.
+    """
     if draw is None or not draw.stochastic or param.dtype not in LOW:
         param.copy_(exact)
         return
-    param.copy_(_stochastic(exact, param.dtype, draw, address, offset))
+    if shard is None:
+        numbers = uniform_bits(draw, address, exact.numel(), offset=offset, device=exact.device, stream=STREAM_ROUNDING)
+    else:
+        numbers = element_bits(shard, draw, address, exact.device, STREAM_ROUNDING)
+    param.copy_(_stochastic(exact, param.dtype, numbers))
 
 
-def _stochastic(exact: Tensor, dtype: torch.dtype, draw: Draw, address: int, offset: int) -> Tensor:
+def _stochastic(exact: Tensor, dtype: torch.dtype, numbers: Tensor) -> Tensor:
     nearest = exact.to(dtype)
     error = exact - nearest.to(exact.dtype)
     # Numbers of one sign are ordered as their bits are: the neighbour away from zero is one more, towards it one less.
@@ -34,7 +44,6 @@ def _stochastic(exact: Tensor, dtype: torch.dtype, draw: Draw, address: int, off
     smallest = torch.full_like(nearest, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
     further = torch.where(nearest == 0, torch.copysign(smallest, error.to(torch.float32).to(dtype)), further)
     gap = (further.to(exact.dtype) - nearest.to(exact.dtype)).abs()
-    numbers = uniform_bits(draw, address, exact.numel(), offset=offset, device=exact.device, stream=STREAM_ROUNDING)
     threshold = error.abs() / torch.where(gap > 0, gap, 1.0)
     take = (numbers.reshape(exact.shape).to(exact.dtype) + 0.5) * 2.0**-24 < threshold
     movable = torch.isfinite(further) & torch.isfinite(exact) & torch.isfinite(nearest) & (error != 0)

@@ -181,7 +181,7 @@ def apply_mask(item: Item, rule: Rule, update: Tensor, mask: Tensor, draw: Draw 
     else:
         start = param.to(dtype)
         exact = (start if isinstance(factor, float) and factor == 1.0 else start * factor) - mask * update
-    store(param, exact, draw, item.address)
+    store(param, exact, draw, item.address, shard=item.shard)
 
 
 def nesterov(rule: Rule, momentum: Tensor, grad: Tensor) -> Tensor:

@@ -55,7 +55,9 @@ def _bernoulli(selection: Selection, item: Item, draw: Draw) -> Tensor:
     shape = list(param.shape) if selection.unit == "element" else [1] * param.dim()
     if selection.unit == "row" and param.dim():
         shape[0] = param.shape[0]
-    kept = uniform_bits(draw, item.address, math.prod(shape), device=param.device) < limit
+    first = 0 if item.shard is None else item.shard.first(selection.unit)
+    assert first is not None, "a shard whose random numbers do not follow each other is stepped by kernels/sharded"
+    kept = uniform_bits(draw, item.address, math.prod(shape), offset=first, device=param.device) < limit
     return kept.reshape(shape).expand(param.shape)
 
 

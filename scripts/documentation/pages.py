@@ -40,7 +40,6 @@ NAV = {
         "reference/kernels",
     ],
 }
-TO_COME = {"sharded"}  # in its place as soon as there is such a page
 INDEX = "<!-- reference-index -->"
 SHOWN = "<!-- examples -->"
 _EXAMPLE = re.compile(r"\]\(\.\./examples/([\w.]+)\)")

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from selective.capture.anatomy import Anatomy
 from selective.capture.described import has_own_code
 from selective.capture.lists import copies
-from selective.kernels import spec
+from selective.kernels import Exchange, spec
 from selective.policies import Policy
 from selective.statistics import Report
 
@@ -45,6 +45,8 @@ class StepContext:
     own_table: object  # what `own_state` reads; another object as soon as a parameter's entries are replaced
     clock: Callable[[torch.device], Tensor | None]  # of a device, for `Draw.clock`
     recording: bool  # into a CUDA graph
+    exchange: Exchange = field(default_factory=Exchange)  # what shards ask of other ranks, for all groups together
+    local_scope: bool = False  # select in each shard as if it were the whole tensor
 
     def draw_on(self, device: torch.device) -> spec.Draw:
         """`draw` with the clock of this device."""

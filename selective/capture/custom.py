@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from selective.capture.base import Parameter, StepContext
+from selective.capture.gathering import part_of, whole_like, whole_of
+from selective.capture.layout import is_dtensor, local_of
+from selective.kernels import spec
+from selective.kernels.sharded import Steps, mask_report
 from selective.policies import Policy
 from selective.view import StepView, Tensors
 
@@ -15,7 +19,12 @@ class PolicyError(RuntimeError):
 
 
 def make_view(
-    context: StepContext, policy: Policy, parameter: Parameter, tensors: Tensors, state: dict[str, Tensor]
+    context: StepContext,
+    policy: Policy,
+    parameter: Parameter,
+    tensors: Tensors,
+    state: dict[str, Tensor],
+    shard: spec.Shard | None = None,
 ) -> StepView:
     """The view of one parameter's step for `policy`."""
     return StepView(
@@ -26,18 +35,91 @@ def make_view(
         draw=context.draw,
         address=parameter.address,
         state=state,
+        shard=shard,
     )
 
 
-def run_mask(context: StepContext, policy: Policy, parameter: Parameter, tensors: Tensors) -> Tensor:
-    """Call the policy, check what it returns, keep its state; the mask as a float tensor that broadcasts to it."""
+def sees_whole(policy: Policy, shard: spec.Shard | None) -> bool:
+    """Whether the policy's own code has to see the whole of a parameter of which this shard is here."""
+    if shard is None or policy.scope == "tensor":
+        return True
+    rows = zip(shard.shape[1:], shard.runs[1:], strict=True)
+    return policy.scope == "row" and any(runs != ((0, size),) for size, runs in rows)
+
+
+def masked_step(
+    context: StepContext, policy: Policy, parameter: Parameter, tensors: Tensors, shard: spec.Shard | None
+) -> Tensor | None:
+    """The mask of one parameter, or of the part of it that is here; None where the parameter is empty.
+
+    `tensors` are what is here. Where the policy has to see more, they are gathered, as far as it reads them. On shards
+    it is called where they are empty, too: it may ask for means, which take all ranks.
+    """
+    if shard is not None and not sees_whole(policy, shard):
+        return _masked_shard(context, policy, parameter, tensors, shard)
+    report = context.report
+    seen = tensors if shard is None else _gathered(tensors, policy.needs(), parameter.tensor, report is not None)
+    if seen.param.numel() == 0:
+        return None
+    mask = run_mask(context, policy, parameter, seen, shard)
+    if report is not None:
+        assert seen.update is not None
+        report.add_masked(parameter.name, mask, seen.update, seen.grad)
+    return part_of(mask, shard)
+
+
+def _masked_shard(
+    context: StepContext, policy: Policy, parameter: Parameter, tensors: Tensors, shard: spec.Shard
+) -> Tensor | None:
+    """The mask of a shard by itself; what is reported of it takes all of them."""
+    if shard.numel == 0:
+        return None
+    mask, report, update = run_mask(context, policy, parameter, tensors, None, shard), context.report, tensors.update
+    if report is not None:
+        assert update is not None
+        part = mask_report(mask, update.clone(), tensors.grad, shard)
+        steps = [Steps(shard.group, update.device, part, [0])]
+        context.exchange.add(steps, 1, lambda sums: report.add_all([parameter.name], sums or []))
+    return mask
+
+
+def _gathered(tensors: Tensors, needs: frozenset[str], param: Tensor, reported: bool) -> Tensors:
+    """The whole tensors of those that are read, and of the update and the gradient where a report is made of them."""
+    found = {
+        name: whole_like(getattr(tensors, name), param)
+        for name in ("update", "grad", "momentum", "previous_momentum")
+        if name in needs or (reported and name in ("update", "grad"))
+    }
+    start = tensors.param
+    whole = whole_like(start, param) if "param" in needs else start.new_empty(()).expand(param.shape)
+    assert whole is not None
+    return Tensors(whole, **found, lookahead=tensors.lookahead)
+
+
+def run_mask(
+    context: StepContext,
+    policy: Policy,
+    parameter: Parameter,
+    tensors: Tensors,
+    gathered: spec.Shard | None = None,
+    shard: spec.Shard | None = None,
+) -> Tensor:
+    """Call the policy, check what it returns, keep its state; the mask as a float tensor that broadcasts to it.
+
+    `gathered`: the tensors are the whole of what this shard is a part of; `shard`: they are this part.
+    """
     state = context.own_state(parameter, policy)
-    view = make_view(context, policy, parameter, tensors, dict(state))
+    seen = {key: local_of(value) if gathered is None else whole_of(value) for key, value in state.items()}
+    view = make_view(context, policy, parameter, tensors, dict(seen), shard)
     result = policy.mask(view)
     mask, new_state = result if isinstance(result, tuple) else (result, None)
     mask = _checked_mask(policy, parameter, mask, view)
     if new_state is not None:
-        _store_state(policy, parameter, state, new_state)
+        _check_state(policy, parameter, seen, new_state)
+        for key, value in new_state.items():
+            if value is not seen[key] or is_dtensor(state[key]):
+                part = part_of(value.detach(), gathered if is_dtensor(state[key]) else None)
+                local_of(state[key]).copy_(part)
     return mask
 
 
@@ -47,7 +129,7 @@ def _checked_mask(policy: Policy, parameter: Parameter, mask: object, view: Step
         raise TypeError(f"{who}: mask() returned {type(mask).__name__} for {where}; return a bool or float tensor")
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise TypeError(f"{who}: mask() returned dtype {mask.dtype} for {where}; return a bool or floating tensor")
-    shape = parameter.tensor.shape
+    shape = view.shape
     try:
         fits = torch.broadcast_shapes(mask.shape, shape) == shape
     except RuntimeError:
@@ -62,7 +144,7 @@ def _checked_mask(policy: Policy, parameter: Parameter, mask: object, view: Step
     return mask.detach().to(view.dtype)
 
 
-def _store_state(policy: Policy, parameter: Parameter, state: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+def _check_state(policy: Policy, parameter: Parameter, state: dict[str, Tensor], new: dict[str, Tensor]) -> None:
     who = type(policy).__name__
     if new.keys() != state.keys():
         raise ValueError(
@@ -75,6 +157,3 @@ def _store_state(policy: Policy, parameter: Parameter, state: dict[str, Tensor],
                 f"{who}: state {key!r} of parameter {parameter.name!r} must stay a tensor of shape "
                 f"{tuple(state[key].shape)} and dtype {state[key].dtype}"
             )
-    for key, value in new.items():
-        if value is not state[key]:
-            state[key].copy_(value.detach())

@@ -104,8 +104,7 @@ class DeltaJob(GenericJob):
         stand_in = self.stand_ins.get(index)
         return self.parameters[index].tensor if stand_in is None else stand_in.detach()
 
-    def step(self, indices: Sequence[int], rule: spec.GivenRule) -> None:
-        super().step(indices, rule)
+    def stepped(self, indices: Sequence[int]) -> None:
         kept = [i for i in indices if self._keeps_residue(i)]
         if kept:
             self._round_and_keep(kept)

@@ -5,7 +5,7 @@ The base's `step()` is not called, so nothing has to be copied; its checkpoints 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
 from selective.capture.base import Job, Parameter, lookahead, sign_of
-from selective.capture.custom import run_mask
+from selective.capture.custom import masked_step
 from selective.capture.items import DeviceItems, KeptItems
-from selective.kernels import advance, apply_mask, selective_step, spec
+from selective.kernels import advance, apply_mask, begin_sharded, selective_step, spec
 from selective.view import Tensors
 
 Group = dict[str, Any]
@@ -46,6 +46,7 @@ class FusedJob(Job):
                 if self.specs is None:
                     for parameter, item in zip(one.parameters, one.items, strict=True):
                         self._step_with_own_code(parameter, item, rule)
+                    one.let_go()
                 else:
                     self._step_in_kernel(one, rule, *self.specs)
         self.fused.after(self.group)
@@ -54,26 +55,31 @@ class FusedJob(Job):
         self, one: DeviceItems, rule: spec.Rule, selection: spec.Selection, strength: spec.Strength
     ) -> None:
         context = self.context
-        sums = selective_step(
-            one.items, rule=rule, selection=selection, strength=strength, draw=context.draw_on(one.device),
-            statistics=context.report is not None,
-        )  # fmt: skip
-        if sums is not None and context.report is not None:
-            context.report.add_all(one.names, sums)
+        how: dict[str, Any] = {
+            "rule": rule, "selection": selection, "strength": strength, "draw": context.draw_on(one.device),
+            "statistics": context.report is not None,
+        }  # fmt: skip
+
+        def done(sums: Sequence[spec.Sums] | None) -> None:
+            one.let_go()
+            if sums is not None and context.report is not None:
+                context.report.add_all(one.names, sums)
+
+        if one.asks:
+            context.exchange.add(begin_sharded(one.items, **how), len(one.items), done)
+        else:
+            done(selective_step(one.items, **how))
 
     def _step_with_own_code(self, parameter: Parameter, item: spec.Item, rule: spec.Rule) -> None:
         keep = "previous_momentum" in self.policy.needs()
         moved = advance(item, rule, keep_previous=keep)
-        if item.param.numel() == 0:
-            return
         tensors = Tensors(
             item.param, moved.update, moved.grad, moved.momentum, moved.previous_momentum,
             lookahead(self.context.base, self.group),
         )  # fmt: skip
-        mask = run_mask(self.context, self.policy, parameter, tensors)
-        if self.context.report is not None:
-            self.context.report.add_masked(parameter.name, mask, moved.update, moved.grad)
-        apply_mask(item, rule, moved.update, mask, self.context.draw_on(item.param.device))
+        mask = masked_step(self.context, self.policy, parameter, tensors, item.shard)
+        if mask is not None:
+            apply_mask(item, rule, moved.update, mask, self.context.draw_on(item.param.device))
 
 
 class FusedRule:

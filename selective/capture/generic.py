@@ -15,11 +15,12 @@ from torch import Tensor
 
 from selective.capture import lists
 from selective.capture.base import LOW_PRECISION, lookahead
-from selective.capture.custom import run_mask
+from selective.capture.custom import masked_step
 from selective.capture.described import specs_on
 from selective.capture.items import KeptItems
+from selective.capture.layout import local_like, local_of, shard_of
 from selective.capture.remember import RememberingJob
-from selective.kernels import apply_mask, selective_step, spec
+from selective.kernels import apply_mask, begin_sharded, selective_step, spec
 from selective.view import Tensors
 
 
@@ -83,17 +84,36 @@ class GenericJob(RememberingJob):
         if self.specs is None:
             for index, item in zip(indices, items, strict=True):
                 self._apply_own_code(index, item, rule)
+            self.stepped(indices)
             return
-        selection, strength = self.specs
-        report = self.context.report
+        for asks in (False, True):
+            some = [place for place, item in enumerate(items) if (item.shard is not None) == asks]
+            if some:
+                self._step_items([items[place] for place in some], [indices[place] for place in some], rule, asks)
+
+    def stepped(self, indices: Sequence[int]) -> None:
+        """What is left to do when these parameters are written."""
+
+    def _step_items(self, items: list[spec.Item], indices: list[int], rule: spec.GivenRule, asks: bool) -> None:
+        """The kernels' step of these; `asks`: together with other ranks, when all groups have got so far."""
+        assert self.specs is not None
+        report, device = self.context.report, items[0].param.device
+        how: dict[str, Any] = {
+            "rule": rule, "selection": self.specs[0], "strength": self.specs[1],
+            "draw": self.context.draw_on(device), "statistics": report is not None,
+        }  # fmt: skip
+
+        def done(sums: Sequence[spec.Sums] | None) -> None:
+            if sums is not None and report is not None:
+                report.add_all([self.parameters[i].name for i in indices], sums)
+            self.stepped(indices)
+
         passing = self.kept.passing(self.calls, items, self.policy, self.context.recording)
         self.calls += 1
-        draw = self.context.draw_on(items[0].param.device)
-        sums = selective_step(
-            passing, rule=rule, selection=selection, strength=strength, draw=draw, statistics=report is not None
-        )
-        if sums is not None and report is not None:
-            report.add_all([self.parameters[i].name for i in indices], sums)
+        if asks:
+            self.context.exchange.add(begin_sharded(passing, **how), len(items), done)
+        else:
+            done(selective_step(passing, **how))
 
     def _item(self, index: int, captured: Captured, momentum: Tensor | None) -> spec.Item:
         parameter, grad, previous = self.parameters[index], self.grads[index], self.previous[index]
@@ -102,21 +122,22 @@ class GenericJob(RememberingJob):
             state["momentum"] = momentum
         if previous is not None:
             state["previous_momentum"] = previous
-        own = self.context.own_state(parameter, self.policy)
-        return spec.Item(captured.target, captured.update if grad is None else grad, state, parameter.address, own)
+        own, p = self.context.own_state(parameter, self.policy), parameter.tensor
+        shard = None if self.context.local_scope else shard_of(p)
+        state = {key: local_like(value, p) for key, value in state.items()}
+        gradient = local_like(captured.update if grad is None else grad, p)
+        return spec.Item(local_of(captured.target), gradient, state, parameter.address, own, shard)
 
     def _apply_own_code(self, index: int, item: spec.Item, rule: spec.GivenRule) -> None:
-        if item.param.numel() == 0:
-            return
         parameter, grad = self.parameters[index], self.grads[index]
         dtype = torch.float64 if item.param.dtype == torch.float64 else torch.float32
         update = item.state["update"].to(dtype) * (-1.0 if rule.negated else 1.0)
         momentum, previous = item.state.get("momentum"), item.state.get("previous_momentum")
-        tensors = Tensors(self.saved[index], update, grad, momentum, previous, rule.momentum_beta)
-        mask = run_mask(self.context, self.policy, parameter, tensors)
-        if self.context.report is not None:
-            self.context.report.add_masked(parameter.name, mask, update, None if grad is None else grad.to(dtype))
-        apply_mask(item, rule, update, mask, self.context.draw_on(item.param.device))
+        gradient = None if grad is None else item.grad.to(dtype)
+        tensors = Tensors(local_of(self.saved[index]), update, gradient, momentum, previous, rule.momentum_beta)
+        mask = masked_step(self.context, self.policy, parameter, tensors, item.shard)
+        if mask is not None:
+            apply_mask(item, rule, update, mask, self.context.draw_on(item.param.device))
 
     def _lookahead(self) -> float:
         """For the Nesterov score; asked for where it may be read, since a GPU's `betas` would be waited for."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from selective.capture.base import Parameter, StepContext
 from selective.capture.described import Described, Specs, specs_of, why_twin
+from selective.capture.layout import is_dtensor, local_like, local_of, shard_of, wrapped_like
 from selective.kernels import Backend, backend_in_use, spec
 from selective.policies import Policy
 
@@ -30,6 +31,31 @@ class DeviceItems:
     names: list[str]
     items: spec.ItemList
     policy_class: type[Policy]
+    dtensors: bool = False  # of local parts, which are looked up in every step ...
+    asks: bool = False  # ... and selected from together with other ranks
+    states: list[dict[str, Any]] = field(default_factory=list)  # the base's
+
+    def take(self) -> None:
+        """The gradients and the state of now."""
+        if not self.dtensors:
+            for item in self.items:
+                item.grad = item.param.grad  # type: ignore[assignment]
+            return
+        for parameter, item, state in zip(self.parameters, self.items, self.states, strict=True):
+            p = parameter.tensor
+            assert p.grad is not None
+            item.param, item.grad = local_of(p), local_like(p.grad, p)
+            item.state = {key: local_like(value, p) for key, value in state.items()}
+
+    def let_go(self) -> None:
+        """Between steps `zero_grad` is to free gradients; state that the rule has made becomes the base's."""
+        for item in self.items:
+            item.grad = None  # type: ignore[assignment]
+        if self.dtensors:
+            for parameter, item, state in zip(self.parameters, self.items, self.states, strict=True):
+                for key, value in item.state.items():
+                    if state.get(key) is None:
+                        state[key] = wrapped_like(value, parameter.tensor)
 
 
 class KeptItems:
@@ -88,11 +114,12 @@ class KeptItems:
         lists = self._lists
         try:
             for one in lists:
-                _take_gradients(one.items)
+                one.take()
             yield lists
         finally:
             for one in lists:
-                _drop_gradients(one.items)
+                if not one.asks:
+                    one.let_go()
             if context.recording:
                 self.recorded += lists
                 self.drop()
@@ -131,25 +158,19 @@ class KeptItems:
 def _build(
     context: StepContext, parameters: list[Parameter], states: list[dict[str, Any]], policy: Policy
 ) -> list[DeviceItems]:
-    found: dict[torch.device, DeviceItems] = {}
+    found: dict[tuple[torch.device, bool, bool], DeviceItems] = {}
     for parameter, state in zip(parameters, states, strict=True):
         p = parameter.tensor
-        one = found.get(p.device)
+        shard = None if context.local_scope else shard_of(p)
+        key = p.device, is_dtensor(p), shard is not None
+        one = found.get(key)
         if one is None:
-            one = found[p.device] = DeviceItems(p.device, [], [], spec.ItemList(), type(policy))
+            one = DeviceItems(p.device, [], [], spec.ItemList(), type(policy), dtensors=key[1], asks=key[2])
+            found[key] = one
         own = context.own_state(parameter, policy)
         one.parameters.append(parameter)
         one.names.append(parameter.name)
-        one.items.append(spec.Item(p, p, state, parameter.address, own))  # the gradient comes in every step
+        one.states.append(state)
+        # the gradient comes in every step
+        one.items.append(spec.Item(local_of(p), local_of(p), state, parameter.address, own, shard))
     return list(found.values())
-
-
-def _take_gradients(items: Any) -> None:
-    for item in items:
-        item.grad = item.param.grad
-
-
-def _drop_gradients(items: Any) -> None:
-    """Between steps `zero_grad` is to free them."""
-    for item in items:
-        item.grad = None

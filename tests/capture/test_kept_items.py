@@ -75,9 +75,9 @@ def blind_to_edits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def blind_to_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = items._take_gradients
-    monkeypatch.setattr(items, "_take_gradients", lambda kept: real(kept) if kept[0].grad is kept[0].param else None)
-    monkeypatch.setattr(items, "_drop_gradients", lambda kept: None)
+    kept, real = items.DeviceItems, items.DeviceItems.take
+    monkeypatch.setattr(kept, "take", lambda self: real(self) if self.items[0].grad is self.items[0].param else None)
+    monkeypatch.setattr(kept, "let_go", lambda self: None)
 
 
 @pytest.mark.parametrize(

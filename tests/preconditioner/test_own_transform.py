@@ -97,3 +97,5 @@ def test_a_step_with_one_is_not_recorded_into_a_cuda_graph() -> None:
     check_recordable(base, base.param_groups, "ignore", rotates=False)
     with pytest.raises(RuntimeError, match=r"CUDA graph capture .* with a preconditioner, .* preconditioner=None"):
         check_recordable(base, base.param_groups, "ignore", rotates=True)
+    with pytest.raises(RuntimeError, match=r"CUDA graph capture .* with sharded parameters, .* scope='local'"):
+        check_recordable(base, base.param_groups, "ignore", rotates=False, asks=True)

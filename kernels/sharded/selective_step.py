@@ -1,0 +1,143 @@
+"""The step of shards: which parts of it need other processes, and in which order they are asked.
+
+Rounds for tensors of one policy (`docs/sharded.md` has the table): none where neither the selection nor the strength
+looks at more than single coordinates; one where sums are needed; for exact top-K four for the K-th score (eight in
+float64) and one to three for ties, sums travelling with the last of them, but for those of the selected themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.random import SAMPLE_SIZE
+from ..reference.rules import advance
+from ..spec import Draw, Item, Rule, Selection, Shard, Strength, Sums
+from . import ranking
+from .exchange import Part, Steps
+from .sums import WIDTH, digits, number
+from .work import How, Work
+
+LocalStep = Callable[..., Sequence[Sums] | None]  # `selective_step` of whole tensors
+
+
+def sharded_step(
+    items: Sequence[Item],
+    *,
+    rule: Rule,
+    selection: Selection,
+    strength: Strength,
+    draw: Draw,
+    statistics: bool,
+    local_step: LocalStep,
+) -> list[Steps]:
+    """What has to be run (`exchange.run`) to step these; each part's sums come in the order of its `places`."""
+    how = How(rule, selection, strength, draw, statistics)
+    if selection.kind == "function" and not is_local(how):
+        raise ValueError(
+            "the selection is a Triton function, and the strength or the rounding looks at the whole of tensors that "
+            "are sharded: advance the moments, select in torch and apply the mask instead"
+        )
+    together: dict[tuple[int, torch.device, bool, bool], list[int]] = {}
+    for place, item in enumerate(items):
+        assert item.shard is not None
+        double = item.param.dtype == torch.float64 and selection.kind == "top_k"
+        here = is_local(how) and not (selection.kind == "bernoulli" and item.shard.first(selection.unit) is None)
+        together.setdefault((id(item.shard.group), item.param.device, double, here), []).append(place)
+    found = []
+    for (_, device, _, here), places in together.items():
+        mine = items if len(places) == len(items) else [items[place] for place in places]
+        part = _local(mine, how, local_step) if here else _whole(mine, how)
+        shard = mine[0].shard
+        assert shard is not None
+        found.append(Steps(shard.group, device, part, places))
+    return found
+
+
+def is_local(how: How) -> bool:
+    """Whether the kernels for whole tensors do the same on shards: nothing but single coordinates is looked at.
+
+    They draw random numbers from a place in the whole tensor on, for masks; rounding does not have that place.
+    """
+    if how.selection.kind == "top_k" or how.by_previous or how.strength.kind != "fixed":
+        return False
+    return not how.draw.stochastic
+
+
+def count_rounds(how: How, shards: Sequence[Shard], dtype: torch.dtype) -> int:
+    """How many collectives a step of these tensors takes part in: all of one group of processes, of this dtype."""
+    if is_local(how):
+        return int(how.statistics)
+    selection = how.selection
+    ranked = [s for s in shards if selection.kind == "top_k" and int(selection.fraction * s.numel) > 0]
+    if not ranked:
+        return int(how.needs_sums)
+    exact = [s for s in ranked if selection.quantile == "exact" or s.numel <= SAMPLE_SIZE]
+    rides = how.needs_sums and not how.strength_waits
+    ties = max(ranking.tie_rounds(exact), int(rides))
+    return (8 if dtype == torch.float64 else 4) + ties + int(how.needs_sums and not rides)
+
+
+def _summed(rows: Sequence[Tensor]) -> Generator[Tensor, Tensor, Tensor]:
+    """Ask for the sums of these float64 rows: [rows, columns]."""
+    table = torch.stack(list(rows))
+    answer = yield digits(table).reshape(-1)
+    return number(answer.reshape(*table.shape, WIDTH))
+
+
+def _local(items: Sequence[Item], how: How, local_step: LocalStep) -> Part:
+    """The kernels for whole tensors, and the sums of what they report."""
+    arguments: dict[str, Any] = {
+        "rule": how.rule, "selection": how.selection, "strength": how.strength, "draw": how.draw,
+    }  # fmt: skip
+    shards = [item.shard for item in items]
+    sums = local_step(items, **arguments, statistics=how.statistics)
+    if sums is None:
+        return None
+    rows = []
+    for one, shard in zip(sums, shards, strict=True):
+        row = torch.stack([one.selected, one.update_sq, one.grad_sq, one.update_grad, one.masked_sq])
+        rows.append(row if shard is not None and shard.counted else torch.zeros_like(row))
+    found = yield from _summed(rows)
+    result = []
+    for one, shard, row in zip(sums, shards, found, strict=True):
+        assert shard is not None
+        selected, update_sq, grad_sq, update_grad, masked_sq = row.unbind()
+        result.append(
+            Sums(shard.numel, selected, one.strength_selected, one.strength_rest, update_sq, grad_sq, update_grad,
+                 masked_sq)
+        )  # fmt: skip
+    return result
+
+
+def _whole(items: Sequence[Item], how: How) -> Part:
+    """Everything else: all tensors' updates first, then the rounds, then the parameters."""
+    works = [Work(item, how, advance(item, how.rule, keep_previous=how.by_previous)) for item in items]
+    ranked = [work.ranked for work in works if work.ranked is not None]
+    found: Tensor | None = None
+    if ranked:
+        yield from ranking.find(ranked)
+        rides = how.needs_sums and not how.strength_waits
+        extra = torch.zeros(0, dtype=torch.int32, device=ranked[0].key.device)
+        for work in works:
+            work.after_ranking(settled=False)
+        if rides:
+            table = torch.stack([work.sums() for work in works])
+            extra = digits(table).reshape(-1)
+        extra = yield from ranking.settle(ranked, extra)
+        for work in works:
+            work.after_ranking(settled=True)
+        if rides:
+            found = number(extra.reshape(len(works), len(how.columns), WIDTH))
+    if found is None and how.needs_sums:
+        found = yield from _summed([work.sums() for work in works])
+    result = []
+    for index, work in enumerate(works):
+        row: dict[str, Tensor] | None = None
+        if found is not None:
+            row = dict(zip(how.columns, found[index].unbind(), strict=True))
+        result.append(work.finish(row))
+    return [one for one in result if one is not None] if how.statistics else None

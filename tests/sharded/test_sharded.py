@@ -1,0 +1,63 @@
+"""Sharded parameters over gloo: the cases of tests/support/sharded_cases_*.py, run on four processes together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sharded_world import run_cases
+
+FAST = {
+    "selection": (
+        "every_policy", "other_bases", "delta_capture", "kernels_of_whole_tensors", "not_finite", "other_dtypes",
+        "samples", "massive_ties", "local_scope_differs",
+    ),
+    "own": (
+        "own_code_in_every_layout", "state_is_cut_as_the_parameter", "what_is_gathered",
+        "an_error_puts_parameters_back",
+    ),
+    "traffic": (
+        "numbers_are_the_table", "bytes_of_a_tensor", "explain_says_it", "groups_and_meshes_share",
+        "local_scope_sends_nothing",
+    ),
+    "training": (
+        "one_policy_everywhere", "local_scope_goes_elsewhere", "replicas_stay_together", "beside_what_is_ignored",
+    ),
+    "checkpoints": (
+        "resharded_in_a_run", "full_state_goes_both_ways", "state_dict_of_torch", "read_before_the_first_step",
+    ),
+    "agreement": (
+        "skipped_by_all", "learning_rate_zero", "partial_gradients_are_summed", "preconditioners_leave_shards_alone",
+        "refused_where_it_is_wrapped",
+    ),
+}  # fmt: skip
+SLOW = {
+    "given gradients": "selection:every_policy_and_base",
+    "a small Llama, AdamW": "training:every_policy_over_adamw",
+    "a small Llama, SGD": "training:every_policy_over_sgd",
+    "a small Llama, Lion": "training:every_policy_over_lion",
+}
+
+
+def test_every_layout_does_what_one_device_does(tmp_path: Path) -> None:
+    run_cases([f"sharded_cases_{part}:{name}" for part, names in FAST.items() for name in names], 4, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("case", SLOW.values(), ids=SLOW.keys())
+def test_every_policy_over_every_base(case: str, tmp_path: Path) -> None:
+    run_cases([f"sharded_cases_{case}"], 4, tmp_path, 2900)
+
+
+def test_a_failing_case_is_noticed(tmp_path: Path) -> None:
+    """The twin: what one rank alone finds wrong comes back, and nobody is waited for."""
+    with pytest.raises(AssertionError, match="rank 1, sharded_cases_world:fails_on_one_rank"):
+        run_cases(["sharded_cases_world:fails_on_one_rank"], 2, tmp_path)
+
+
+def test_a_rank_that_dies_ends_the_run(tmp_path: Path) -> None:
+    """The others get torch's own error, and the run goes on from its checkpoint to where it would have ended."""
+    with pytest.raises(AssertionError, match=r"Connection|timed out|reset|closed"):
+        run_cases(["sharded_cases_world:dies_in_a_step"], 2, tmp_path)
+    run_cases(["sharded_cases_world:goes_on_from_the_checkpoint"], 2, tmp_path)

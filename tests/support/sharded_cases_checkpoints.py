@@ -1,0 +1,170 @@
+"""Saved on n ranks, loaded on m: the run goes on as if nothing had been, bit for bit, with gradients that are given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from sharded_cases_own import Whole
+from sharded_cases_selection import BASES
+from sharded_cases_training import by_columns, by_rows
+from sharded_runs import nadam, whole
+from sharded_world import World
+from small_llama import small_llama
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from selective import MGUP, AlphaConsistency, Magma, RandomMask, SelectiveUpdate
+from selective.kernels import use_backend
+
+CONFIGURATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "MGUP, AdamW": (BASES["AdamW"], {"policy": MGUP()}),
+    "MGUP, SGD": (BASES["SGD"], {"policy": MGUP()}),
+    "Magma, Lion": (BASES["Lion"], {"policy": Magma(probability=0.8)}),
+    "RandomMask, AdamW": (BASES["AdamW"], {"policy": RandomMask()}),
+    "own state, AdamW": (BASES["AdamW"], {"policy": Whole()}),
+    "own momentum, NAdam": (nadam, {"policy": AlphaConsistency(), "momentum_beta": 0.9}),
+}
+
+
+class Training:
+    """The model and its optimizer: unwrapped where there is no mesh, else cut over it."""
+
+    def __init__(self, name: str, mesh: Any = None, cut: Any = by_rows) -> None:
+        base, options = CONFIGURATIONS[name]
+        self.model, self.mesh = small_llama().float(), mesh
+        if mesh is not None:
+            cut(self.model, mesh)
+        self.optimizer = SelectiveUpdate(base(list(self.model.parameters())), **options)
+
+    def train(self, steps: range) -> Training:
+        for step in steps:
+            values = torch.Generator().manual_seed(step)
+            for p in self.model.parameters():
+                grad = torch.randn(p.shape, generator=values)
+                if isinstance(p, DTensor):
+                    grad = distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
+                p.grad = grad
+            with use_backend("reference"):
+                self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self
+
+    def values(self) -> list[Tensor]:
+        return [whole(p.detach()) for p in self.model.parameters()]
+
+    def options(self, **more: Any) -> StateDictOptions:
+        return StateDictOptions(flatten_optimizer_state_dict=more.pop("flatten", False), **more)
+
+    def state(self, flatten: bool) -> dict[str, Any]:
+        options = self.options(flatten=flatten)
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        return {"model": get_model_state_dict(self.model), "optimizer": optimizer}
+
+    def _how(self) -> dict[str, Any]:
+        return {"no_dist": True} if self.mesh is None else {"process_group": self.mesh.get_group()}
+
+    def save(self, folder: Path, flatten: bool) -> None:
+        dcp.save(self.state(flatten), checkpoint_id=folder, **self._how())
+
+    def load(self, folder: Path, flatten: bool) -> Training:
+        found = self.state(flatten)
+        dcp.load(found, checkpoint_id=folder, **self._how())
+        set_model_state_dict(self.model, found["model"])
+        options = self.options(flatten=flatten)
+        set_optimizer_state_dict(self.model, self.optimizer, found["optimizer"], options=options)
+        return self
+
+
+def _same(found: list[Tensor], wanted: list[Tensor], what: str) -> None:
+    for index, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        assert torch.equal(a, b), f"{what}: parameter {index}"
+
+
+def resharded_in_a_run(world: World) -> None:
+    """1, 2, 4 ranks, 1 again, each from the files of the one before; and by columns."""
+    for number, name in enumerate(CONFIGURATIONS):
+        flatten = number % 2 == 1
+        undisturbed = Training(name).train(range(8)).values()
+        folder = world.folder / f"run {number}"
+        for part, size in enumerate((1, 2, 4, 1)):
+            mesh, cut = world.mesh(size), by_columns if part == 2 and number % 3 == 0 else by_rows
+            if world.rank < size:
+                run = Training(name, None if size == 1 else mesh, cut)
+                if part:
+                    run.load(folder / str(part - 1), flatten)
+                run.train(range(2 * part, 2 * part + 2)).save(folder / str(part), flatten)
+                if part == 3:
+                    _same(run.values(), undisturbed, name)
+            torch.distributed.barrier()
+
+
+def full_state_goes_both_ways(world: World) -> None:
+    """The full state dict of a sharded run in a single-device run, and back."""
+    mesh = world.mesh(world.size)
+    full = StateDictOptions(full_state_dict=True)
+    for name in CONFIGURATIONS:
+        undisturbed = Training(name).train(range(6)).values()
+        sharded = Training(name, mesh).train(range(2))
+        model = get_model_state_dict(sharded.model, options=full)
+        optimizer = get_optimizer_state_dict(sharded.model, sharded.optimizer, options=full)
+        kept = [value for entries in optimizer["state"].values() for value in entries.values()]
+        assert not any(isinstance(value, DTensor) for value in kept)
+        single = Training(name)
+        set_model_state_dict(single.model, model)
+        set_optimizer_state_dict(single.model, single.optimizer, optimizer)
+        single.train(range(2, 4))
+        again = Training(name, mesh)
+        set_model_state_dict(again.model, get_model_state_dict(single.model), options=full)
+        state = get_optimizer_state_dict(single.model, single.optimizer)
+        set_optimizer_state_dict(again.model, again.optimizer, state, options=full)
+        _same(again.train(range(4, 6)).values(), undisturbed, name)
+
+
+def state_dict_of_torch(world: World) -> None:
+    """`state_dict()` and `load_state_dict()` on one layout; every tensor shaped like the parameter is cut as it is."""
+    mesh = world.mesh(world.size)
+    for name in CONFIGURATIONS:
+        undisturbed = Training(name).train(range(4)).values()
+        first = Training(name, mesh).train(range(2))
+        saved = first.optimizer.state_dict()
+        params = list(first.model.parameters())
+        for index, entries in saved["state"].items():
+            for key, value in entries.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape == params[index].shape:
+                    assert isinstance(value, DTensor) and value.placements == params[index].placements, key  # type: ignore[attr-defined]
+        second = Training(name, mesh)
+        second.model.load_state_dict(first.model.state_dict())
+        second.optimizer.load_state_dict(saved)
+        _same(second.train(range(2, 4)).values(), undisturbed, name)
+
+
+def read_before_the_first_step(world: World) -> None:
+    """torch makes state with a step of its own then: nothing moves, and the run goes on as one on one device does.
+
+    (There, too, the base counts that step.)
+    """
+    mesh = world.mesh(world.size)
+    for name in ("MGUP, AdamW", "Magma, Lion"):
+        for flatten in (False, True):
+            single = Training(name)
+            single.state(flatten)
+            undisturbed = single.train(range(2)).values()
+            run = Training(name, mesh)
+            before = run.values()
+            state = run.state(flatten)
+            _same(run.values(), before, f"{name}: reading has moved")
+            fresh = Training(name, mesh)
+            set_optimizer_state_dict(
+                fresh.model, fresh.optimizer, state["optimizer"], options=fresh.options(flatten=flatten)
+            )
+            _same(fresh.train(range(2)).values(), undisturbed, name)

@@ -1,0 +1,151 @@
+"""Given the same gradients, every layout selects what one device selects: the same bits, step after step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sharded_runs import Run, adamw, compare, layouts, lion, nadam, sgd
+from sharded_world import World
+
+from selective import (
+    MGUP,
+    AlphaConsistency,
+    Cautious,
+    CautiousMGUP,
+    Dense,
+    Fixed,
+    Grams,
+    Magma,
+    MeanPreserving,
+    NormPreserving,
+    Policy,
+    RandomMask,
+    SkipUpdate,
+    TopK,
+)
+
+POLICIES: dict[str, Any] = {
+    "MGUP": MGUP(),
+    "top 30 %": Policy(selection=TopK(fraction=0.3), strength=Fixed(selected=2.0, rest=0.5)),
+    "top 20 % by momentum": Policy(selection=TopK(fraction=0.2, score="momentum"), strength=NormPreserving()),
+    "top 30 % Nesterov": Policy(selection=TopK(fraction=0.3, score="nesterov"), strength=MeanPreserving()),
+    "Cautious": Cautious(),
+    "CautiousMGUP": CautiousMGUP(),
+    "AlphaConsistency": AlphaConsistency(),
+    "Grams": Grams(),
+    "Magma": Magma(probability=0.8),
+    "SkipUpdate": SkipUpdate(),
+    "RandomMask": RandomMask(),
+    "RandomMask of rows": RandomMask(unit="row"),
+    "matched": RandomMask.matching(MGUP()),
+    "Dense": Dense(),
+}
+BASES = {"AdamW": adamw, "SGD": sgd, "Lion": lion}
+
+
+def _all_layouts(world: World, base: Any, options: dict[str, Any], steps: int, what: str, **how: Any) -> None:
+    """One single-process run, and one for each layout."""
+    nan, everywhere = how.pop("nan", False), how.pop("everywhere", False)
+    single = Run(base, options, **how).train(range(steps), nan)
+    for name, (mesh, place) in layouts(world, everywhere).items():
+        ours = Run(base, options, mesh, place, **how).train(range(steps), nan)
+        compare(ours, single, f"{what}, {name}")
+
+
+def every_policy(world: World) -> None:
+    """... over AdamW, a few steps."""
+    for name, policy in POLICIES.items():
+        _all_layouts(world, adamw, {"policy": policy}, 2, name)
+
+
+def every_policy_and_base(world: World) -> None:
+    """The whole matrix, 30 steps; for the slow lane."""
+    for name, policy in POLICIES.items():
+        for base, make in BASES.items():
+            _all_layouts(world, make, {"policy": policy}, 30, f"{name}, {base}", everywhere=True)
+
+
+def other_bases(world: World) -> None:
+    """SGD and Lion fused, NAdam through scratch, a momentum of our own."""
+    for base in (sgd, lion, nadam):
+        _all_layouts(world, base, {"policy": MGUP()}, 3, base.__name__)
+    _all_layouts(world, nadam, {"policy": AlphaConsistency(), "momentum_beta": 0.9}, 3, "momentum_beta")
+
+
+def delta_capture(world: World) -> None:
+    """... before minus after, in float32 and of float32 copies of bfloat16 parameters."""
+    options = {"policy": MGUP(), "capture": "delta"}
+    _all_layouts(world, nadam, options, 2, "delta")
+    _all_layouts(world, nadam, options, 2, "delta, bfloat16", dtype=torch.bfloat16)
+
+
+def kernels_of_whole_tensors(world: World) -> None:
+    """Where nothing is asked of others, shards take the fast path: up to its rounding, what one device does with it.
+
+    A coordinate that is selected otherwise is the learning rate times 1 and more away, 1e-2.
+    """
+    for name in ("CautiousMGUP", "Grams", "RandomMask", "RandomMask of rows", "SkipUpdate"):
+        options = {"policy": POLICIES[name], "statistics": False}
+        single = Run(adamw, options, backend="auto").train(range(3)).values()
+        for layout, (mesh, place) in layouts(world, everywhere=False).items():
+            found = Run(adamw, options, mesh, place, backend="auto").train(range(3)).values()
+            for mine, theirs in zip(found, single, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=f"{name}, {layout}")
+
+
+def not_finite(world: World) -> None:
+    """NaN is never selected, wherever it is; a norm over it multiplies by 1."""
+    for name in ("MGUP", "top 20 % by momentum", "Cautious", "Magma"):
+        _all_layouts(world, sgd, {"policy": POLICIES[name], "statistics": False}, 2, name, nan=True)
+
+
+def other_dtypes(world: World) -> None:
+    """float64 ranks by 64 bits; bfloat16 with stochastic rounding draws by the whole tensor's index."""
+    _all_layouts(world, adamw, {"policy": MGUP()}, 2, "float64", dtype=torch.float64)
+    rounded = {"policy": MGUP(), "stochastic_rounding": True}
+    _all_layouts(world, adamw, rounded, 2, "bfloat16", dtype=torch.bfloat16)
+    rounded = {"policy": CautiousMGUP(), "stochastic_rounding": True}
+    _all_layouts(world, sgd, rounded, 2, "bfloat16, agreement", dtype=torch.bfloat16)
+
+
+def samples(world: World) -> None:
+    """Sampled quantiles and strengths look at the same elements in every layout."""
+    shapes = [(300, 301), (7, 3)]
+    policies = (
+        Policy(selection=TopK(fraction=0.3, quantile="sampled"), strength=Fixed()),
+        Policy(selection=TopK(), strength=NormPreserving(estimate="sampled")),
+        Cautious(estimate="sampled"),
+    )
+    for policy in policies:
+        _all_layouts(world, adamw, {"policy": policy}, 2, repr(policy), shapes=shapes)
+
+
+def massive_ties(world: World) -> None:
+    """All scores equal, and two values only: K elements, the lowest indices, over many cells."""
+    for value in (0.0, 1.0):
+        runs = []
+        for mesh, place in [(None, None), *layouts(world).values()]:
+            run = Run(sgd, {"policy": MGUP(tau=0.3)}, mesh, place, shapes=[(40, 40), (9, 200), (130,)])  # type: ignore[arg-type]
+            for number, p in enumerate(run.params):
+                grad = torch.full(p.shape, value)
+                if grad.dim() > 1 and number:
+                    grad.view(-1)[::7] = 2.0
+                p.grad = run.cut(grad)
+            run.optimizer.step()
+            runs.append(run)
+        single = runs[0].values()
+        for run in runs[1:]:
+            for mine, theirs in zip(run.values(), single, strict=True):
+                assert torch.equal(mine, theirs)
+
+
+def local_scope_differs(world: World) -> None:
+    """The failing twin: what each shard selects by itself is something else, and `compare` notices."""
+    mesh, single = world.mesh(world.size), Run(adamw, {"policy": MGUP()}).train(range(3))
+    ours = Run(adamw, {"policy": MGUP(), "scope": "local"}, mesh).train(range(3))
+    try:
+        compare(ours, single, "local")
+    except AssertionError:
+        return
+    raise AssertionError("scope='local' selected what one device selects")

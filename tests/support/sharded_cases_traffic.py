@@ -1,0 +1,139 @@
+"""What a step sends: counted, and as docs/sharded.md has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sharded_cases_selection import POLICIES
+from sharded_runs import Run, adamw, columns, rows
+from sharded_world import World
+from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from selective import MGUP, Cautious, SelectiveUpdate
+
+KIB = 1024
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """The bytes of every all-reduce of the block; a collective of any other kind is an error."""
+    found: list[int] = []
+    real = dist.all_reduce
+
+    def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.append(tensor.numel() * tensor.element_size())
+        return real(tensor, *args, **kwargs)
+
+    dist.all_reduce = all_reduce
+    try:
+        with CommDebugMode() as mode:
+            yield found
+    finally:
+        dist.all_reduce = real
+    assert mode.get_total_counts() == len(found), f"{mode.get_comm_counts()}, {len(found)} of which are ours"
+
+
+def traffic(run: Run) -> list[int]:
+    run.step(0)
+    with counted() as found:
+        run.step(1)
+    return found
+
+
+# As in docs/sharded.md: collectives of a step with statistics and without, by rows and by columns; and the bytes of one
+# tensor by rows over 4 ranks, with statistics and without.
+TABLE = {
+    "CautiousMGUP": ((1, 0), (1, 0), (800, 0)),
+    "Grams": ((1, 0), (1, 0), (800, 0)),
+    "RandomMask": ((1, 0), (1, 0), (800, 0)),
+    "RandomMask of rows": ((1, 0), (1, 0), (800, 0)),
+    "SkipUpdate": ((1, 0), (1, 0), (800, 0)),
+    "Dense": ((0, 0), (0, 0), (0, 0)),
+    "Cautious": ((1, 1), (1, 1), (800, 160)),
+    "AlphaConsistency": ((1, 1), (1, 1), (1280, 640)),
+    "Magma": ((1, 1), (1, 1), (1120, 640)),
+    "MGUP": ((5, 5), (6, 6), (4 * KIB + 16 + 960, 4 * KIB + 16)),
+    "top 30 % Nesterov": ((5, 5), (6, 6), (4 * KIB + 16 + 960, 4 * KIB + 16 + 160)),
+    "top 20 % by momentum": ((6, 6), (7, 7), (4 * KIB + 16 + 1120, 4 * KIB + 16 + 480)),
+}
+LARGE = [(900, 12), (40, 30), (17,)]  # 900 rows: more cells by column than one round tells apart
+LARGER = [(9000, 12), (400, 30), (17,)]
+
+
+def numbers_are_the_table(world: World) -> None:
+    """... whatever the tensors' sizes, and within 64 KiB + 8 KiB a tensor."""
+    mesh, wrong = world.mesh(world.size), []
+    for name, (by_rows, by_columns, sizes) in TABLE.items():
+        for place, expected in ((rows, by_rows), (columns, by_columns)):
+            for statistics, count, size in zip((True, False), expected, sizes, strict=True):
+                options = {"policy": POLICIES[name], "statistics": statistics}
+                found = [traffic(Run(adamw, options, mesh, place, shapes=s)) for s in (LARGE, LARGER)]
+                limit = 64 * KIB + 8 * KIB * len(LARGE)
+                if [len(one) for one in found] != [count, count] or max(map(sum, found)) > limit:
+                    wrong.append((name, place.__name__, statistics, found))
+                if place is rows and [sum(one) for one in found] != [size * len(LARGE)] * 2:
+                    wrong.append((name, statistics, "bytes", found))
+    assert not wrong, wrong
+
+
+def bytes_of_a_tensor(world: World) -> None:
+    """Of exact top-K: 4 KiB of counters for the K-th score, the ties', 480 sums of digits; at most 8 KiB."""
+    mesh, wrong = world.mesh(world.size), []
+    for shape, place in (((900, 12), rows), ((900, 12), columns), ((36_800, 4), columns), ((3_000_000,), rows)):
+        found = traffic(Run(adamw, {"policy": MGUP()}, mesh, place, shapes=[shape]))
+        if sum(found) > 8 * KIB or found[:4] != [KIB] * 4:
+            wrong.append((shape, place.__name__, found))
+    assert not wrong, wrong
+
+
+def explain_says_it(world: World) -> None:
+    """`explain()` has the number that is counted."""
+    mesh, wrong = world.mesh(world.size), []
+    for name, (expected, _, _) in TABLE.items():
+        run = Run(adamw, {"policy": POLICIES[name], "statistics": False}, mesh, rows)
+        count = len(traffic(run))
+        said = next(line for line in run.optimizer.explain().splitlines() if line.startswith("  sharded"))
+        plural = "s" if count > 1 else ""
+        wanted = "the base's own step" if name == "Dense" else f"{count} small all-reduce{plural} a step"
+        if (wanted if count or name == "Dense" else "no collectives") not in said or count != expected[1]:
+            wrong.append((name, count, said))
+    assert not wrong, wrong
+
+
+def groups_and_meshes_share(world: World) -> None:
+    """Several parameter groups of one mesh share every collective; each further mesh has its own."""
+    mesh, smaller = world.mesh(world.size), world.mesh(2)
+    whole = [torch.randn(8, 4), torch.randn(6, 3), torch.randn(5)]
+
+    def made(meshes: list[Any]) -> SelectiveUpdate:
+        params = [
+            nn.Parameter(distribute_tensor(x, m, [Shard(0)], src_data_rank=None))
+            for x, m in zip(whole, meshes, strict=True)
+        ]
+        groups = [{"params": [params[0]]}, {"params": [params[1]], "policy": MGUP(tau=0.3)}, {"params": [params[2]]}]
+        groups[2]["policy"] = Cautious()  # type: ignore[assignment]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        return SelectiveUpdate(torch.optim.AdamW(groups), policy=MGUP())
+
+    with counted() as one:
+        made([mesh] * 3).step()
+    two: list[int] = []
+    if smaller is not None:
+        optimizer = made([smaller] * 3)
+        with counted() as two:
+            optimizer.step()
+    assert len(one) == 5
+    assert len(two) == (5 if smaller is not None else 0), (len(two), two)
+
+
+def local_scope_sends_nothing(world: World) -> None:
+    mesh = world.mesh(world.size)
+    found = {name: traffic(Run(adamw, {"policy": p, "scope": "local"}, mesh)) for name, p in POLICIES.items()}
+    assert not any(found.values()), found

@@ -1,0 +1,141 @@
+"""The same run twice: whole tensors in one process, and shards of them; gradients are given, so that bits compare.
+
+Whole tensors are stepped by the reference kernels, whose operations the sharded step is made of: on the CPU the fast
+path leaves the arithmetic to torch's fused optimizers, which round differently in the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sharded_world import World
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.optim import Optimizer
+
+from selective import SelectiveUpdate
+from selective.kernels import Backend, use_backend
+
+# 7 rows over 4 ranks; rows without a gradient (massive ties); vectors; fewer rows than ranks, so that shards are empty
+SHAPES = [(7, 5), (24, 6), (5,), (1,), (2, 9), (3, 4, 2)]
+Make = Callable[[list[nn.Parameter]], Optimizer]
+Place = Callable[[Tensor], list[Any]]
+
+
+def adamw(params: list[nn.Parameter]) -> Optimizer:
+    return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
+
+
+def sgd(params: list[nn.Parameter]) -> Optimizer:
+    return torch.optim.SGD(params, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.01)
+
+
+def lion(params: list[nn.Parameter]) -> Optimizer:
+    from pytorch_optimizer import Lion
+
+    return Lion(params, lr=1e-3, weight_decay=0.1)
+
+
+def nadam(params: list[nn.Parameter]) -> Optimizer:
+    return torch.optim.NAdam(params, lr=1e-2, weight_decay=0.1)
+
+
+def rows(tensor: Tensor) -> list[Any]:
+    return [Shard(0)]
+
+
+def columns(tensor: Tensor) -> list[Any]:
+    """The last dimension."""
+    return [Shard(tensor.dim() - 1)]
+
+
+@dataclass
+class Run:
+    """A list of parameters and the optimizer over them; `mesh` None: whole, in this process alone."""
+
+    base: Make
+    options: dict[str, Any]
+    mesh: Any = None
+    place: Place = rows
+    shapes: Sequence[tuple[int, ...]] = tuple(SHAPES)
+    dtype: torch.dtype = torch.float32
+    backend: Backend = "reference"
+    params: list[nn.Parameter] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        values = torch.Generator().manual_seed(0)
+        for shape in [*self.shapes, ()]:
+            start = torch.randn(shape, generator=values, dtype=torch.float64).to(self.dtype)
+            self.params.append(nn.Parameter(self.cut(start)))
+        self.optimizer = SelectiveUpdate(self.base(self.params), **self.options)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """A DTensor; the 0-d parameter stays whole on every rank, as one that FSDP ignores does."""
+        if self.mesh is None or whole.dim() == 0:
+            return whole
+        return distribute_tensor(whole.clone(), self.mesh, self.place(whole), src_data_rank=None)
+
+    def step(self, number: int, nan: bool = False) -> None:
+        """One step with the gradients of that number."""
+        values = torch.Generator().manual_seed(100 + number)
+        for p in self.params:
+            grad = torch.randn(p.shape, generator=values, dtype=torch.float64).to(self.dtype)
+            if p.dim() > 1 and p.shape[0] == 24:
+                grad[3:20] = 0  # as in an embedding: rows that no token of the batch has touched
+            if nan and p.dim() > 1:
+                grad.view(-1)[::3] = float("nan")
+            p.grad = self.cut(grad)
+        with use_backend(self.backend):
+            self.optimizer.step()
+
+    def train(self, steps: Sequence[int], nan: bool = False) -> Run:
+        for number in steps:
+            self.step(number, nan)
+        return self
+
+    def values(self) -> list[Tensor]:
+        return [whole(p.detach()) for p in self.params]
+
+    def statistics(self) -> dict[str, dict[str, float]]:
+        return {p: {k: float(v) for k, v in one.items()} for p, one in self.optimizer.statistics().items()}
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def compare(ours: Run, single: Run, what: str) -> None:
+    """The same bits of every parameter; statistics to the rounding of their sums.
+
+    Sums are made in float64 of float32 products in another order, and come out as float32: two roundings of 2^-24, and
+    the norm after the mask is made of two sums.
+    """
+    for index, (mine, theirs) in enumerate(zip(ours.values(), single.values(), strict=True)):
+        assert torch.equal(mine.nan_to_num(7.5), theirs.nan_to_num(7.5)), f"{what}: parameter {index}"
+    if single.optimizer._report is None:
+        return
+    for name, wanted in single.statistics().items():
+        for key, value in ours.statistics()[name].items():
+            close = abs(value - wanted[key]) <= 1e-6 * max(abs(wanted[key]), 1e-3)
+            assert close or value != value, f"{what}: {name} {key} {value} {wanted[key]}"
+
+
+def layouts(world: World, everywhere: bool = True) -> dict[str, tuple[Any, Place]]:
+    """Ways of cutting: rows and columns over 1 to 4 ranks (without `everywhere` only some), two-dimensional meshes."""
+    found: dict[str, tuple[Any, Place]] = {}
+    for size in range(1, world.size + 1):
+        mesh = world.mesh(size)
+        if everywhere or size == 3:
+            found[f"{size} rows"] = mesh, rows
+        if everywhere or size == 2:
+            found[f"{size} columns"] = mesh, columns
+    if world.size == 4:
+        mesh = world.mesh(2, 2, names=("dp", "tp"))
+        found["hsdp"] = mesh, lambda t: [Replicate(), Shard(0)]
+        found["rows and columns"] = mesh, lambda t: [Shard(0), Shard(t.dim() - 1)]
+        found["strided"] = mesh, lambda t: [_StridedShard(t.dim() - 1, split_factor=2), Shard(t.dim() - 1)]
+    return {name: one for name, one in found.items() if one[0] is not None}

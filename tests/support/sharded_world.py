@@ -1,0 +1,95 @@
+"""Processes over gloo that run cases together: one start of Python and torch for all of them.
+
+A case is a function of a `World`; it is called on every rank, and raises where something is wrong. It does all that it
+does together first and compares afterwards, so that a failure on one rank leaves no other waiting. Run as a script, one
+for each rank: `python sharded_world.py RANK WORLD FOLDER MEETING CASE...`, a case being `module:function`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass
+class World:
+    rank: int
+    size: int
+    folder: Path
+
+    def mesh(self, *shape: int, names: tuple[str, ...] | None = None) -> Any:
+        """A mesh of the first ranks, made by all of them; None on ranks that are not in it."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        count = 1
+        for size in shape:
+            count *= size
+        mesh = DeviceMesh("cpu", torch.arange(count).reshape(shape), mesh_dim_names=names)
+        return mesh if self.rank < count else None
+
+
+def main(rank: int, size: int, folder: Path, meeting: str, names: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+    found = {}
+    for name in names:
+        module, function = name.split(":")
+        began = time.perf_counter()
+        try:
+            getattr(importlib.import_module(module), function)(World(rank, size, folder))
+            found[name] = ""
+            dist.barrier()
+        except Exception:
+            found[name] = traceback.format_exc()
+        print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
+        (folder / f"{rank}.json").write_text(json.dumps(found))
+        if found[name]:
+            os._exit(1)  # which the others notice at once, instead of after a timeout
+    os._exit(0)  # gloo's threads, at the interpreter's end, have been seen to abort a process that had all results
+
+
+def run_cases(names: Sequence[str], size: int, folder: Path, seconds: float = 280) -> None:
+    """Run these cases on `size` processes; an AssertionError with every failure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    meeting = f"meeting-{time.monotonic_ns()}"  # of this start alone
+    running = []
+    for rank in range(size):
+        with open(folder / f"{rank}.log", "w") as log:
+            command = [sys.executable, __file__, str(rank), str(size), str(folder), meeting, *names]
+            running.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(seconds) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    failures = []
+    for rank in range(size):
+        file = folder / f"{rank}.json"
+        found = json.loads(file.read_text()) if file.exists() else {}
+        failures += [f"rank {rank}, {name}:\n{text}" for name, text in found.items() if text]
+        if not all(name in found for name in names) and not any(found.values()):
+            failures.append(
+                f"rank {rank} has ended after {list(found)}:\n{(folder / f'{rank}.log').read_text()[-3000:]}"
+            )
+    failures.sort(key=lambda text: "gloo" in text)  # ranks that were left waiting come last
+    assert not failures and codes == [0] * size, "\n".join([*failures, str(codes)])
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5:])
