@@ -46,18 +46,12 @@ _EXAMPLE = re.compile(r"\]\(\.\./examples/([\w.]+)\)")
 _LANGUAGES = {".py": "python", ".yaml": "yaml"}
 
 
-def nav(docs: Path) -> dict[str, list[str]]:
-    """The nav, less pages that are still to come."""
-    there = {part: [p for p in pages if p not in TO_COME or (docs / f"{p}.md").exists()] for part, pages in NAV.items()}
-    return {part: pages for part, pages in there.items() if pages}
-
-
 def prepared(docs: Path, name: str, text: str) -> str:
     """A page as Sphinx gets it."""
     text = reference.expand(text)
     text = _EXAMPLE.sub(lambda found: f"]({'../' * name.count('/')}examples.md#{_slug(found[1])})", text)
     if name == "index":
-        text += "\n" + "\n".join(_toctree(part, pages) for part, pages in nav(docs).items())
+        text += "\n" + "\n".join(_toctree(part, pages) for part, pages in NAV.items())
     if INDEX in text:
         text = text.replace(INDEX, _index(docs))
     if SHOWN in text:
@@ -72,7 +66,7 @@ def _toctree(part: str, pages: list[str]) -> str:
 def _index(docs: Path) -> str:
     """Every name that has an entry, by page."""
     parts = []
-    for page in nav(docs)["Reference"]:
+    for page in NAV["Reference"]:
         text = (docs / f"{page}.md").read_text()
         if names := reference.names_in(text):
             title = text.removeprefix("# ").partition("\n")[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from documentation.check import problems
-from documentation.pages import NAV, TO_COME, nav, prepared
+from documentation.pages import NAV, prepared
 from documentation.reference import public_names
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = build(DOCS, tmp_path / "site")
     assert (done.returncode, done.stderr) == (0, "")
     pages = {str(file.relative_to(tmp_path / "site")) for file in (tmp_path / "site").rglob("*.html")}
-    assert {f"{name}.html" for names in nav(DOCS).values() for name in names} <= pages
+    assert {f"{name}.html" for names in NAV.values() for name in names} <= pages
     reference = "".join(file.read_text() for file in (tmp_path / "site" / "reference").glob("*.html"))
     for name in ("selective.SelectiveUpdate.step", "selective.MGUP", "selective.kernels.top_k"):
         assert f'id="{name}"' in reference
@@ -91,15 +91,7 @@ def test_every_page_is_in_the_nav_once() -> None:
     listed = [name for names in NAV.values() for name in names]
     assert len(listed) == len(set(listed))
     there = {str(file.relative_to(DOCS).with_suffix("")) for file in DOCS.rglob("*.md")} - {"index"}
-    assert set(listed) - TO_COME == there - TO_COME
-    assert {name for names in nav(DOCS).values() for name in names} == there
-
-
-def test_pages_to_come_are_left_out_until_they_are_there(tmp_path: Path) -> None:
-    for name in TO_COME:
-        assert not any(name in names for names in nav(tmp_path).values())
-        (tmp_path / f"{name}.md").write_text("# Here\n")
-        assert any(name in names for names in nav(tmp_path).values())
+    assert set(listed) == there
 
 
 def test_pages_are_prepared() -> None:
