@@ -18,8 +18,9 @@ from ..reference.rules import advance
 from ..spec import Draw, Item, Rule, Selection, Shard, Strength, Sums
 from . import ranking
 from .exchange import Part, Steps
+from .how import How
 from .sums import WIDTH, digits, number
-from .work import How, Work
+from .work import Work
 
 LocalStep = Callable[..., Sequence[Sums] | None]  # `selective_step` of whole tensors
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -12,48 +10,9 @@ from ..reference.random import sample_positions
 from ..reference.rules import Advanced, apply_mask
 from ..reference.selective_step import score_of
 from ..reference.strengths import Parts, multipliers, total
-from ..spec import Draw, Item, Rule, Selection, Shard, Strength, Sums
+from ..spec import Item, Shard, Sums
+from .how import How
 from .ranking import Ranked, key_of, selected
-
-
-@dataclass
-class How:
-    """What holds for all tensors of a call."""
-
-    rule: Rule
-    selection: Selection
-    strength: Strength
-    draw: Draw
-    statistics: bool
-
-    @property
-    def by_previous(self) -> bool:
-        return self.selection.kind == "agreement" and self.selection.product == "previous_momentum"
-
-    @property
-    def strength_waits(self) -> bool:
-        """Whether the strength's sums are of the selected coordinates themselves, and not only of how many they are."""
-        return self.strength.kind == "norm_preserving" or (
-            self.strength.kind == "mean_preserving" and self.strength.estimate == "sampled"
-        )
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The sums that are asked for."""
-        names = ["selected"]
-        if self.statistics:
-            names += ["update_sq", "grad_sq", "update_grad", "chosen_u"]
-            names += ["equal_u"] if self.selection.kind == "top_k" and not self.strength_waits else []
-            names += ["others_u"] if self.strength.still else []
-        if self.strength.kind == "alignment":
-            names += ["dot", "momentum_sq", "grad_sq"]
-        if self.strength_waits:
-            names += ["chosen_sq", "others_sq"]
-        return tuple(dict.fromkeys([*names, "moving"] if self.by_previous else names))
-
-    @property
-    def needs_sums(self) -> bool:
-        return self.statistics or self.by_previous or self.strength.kind != "fixed"
 
 
 class Work:
@@ -67,6 +26,13 @@ class Work:
         self.ranked: Ranked | None = None
         self.score_key: Tensor | None = None  # where only a sample is ranked
         self.chosen = self._select()
+        self.moving: Tensor | None = None  # how many previous momenta are not 0
+        if how.by_previous:
+            assert moved.previous_momentum is not None
+            self.moving = total(moved.previous_momentum != 0)
+        # all tensors' steps are kept until the sums are there: what is not read again makes room
+        momentum = moved.momentum if how.reads_momentum else None
+        self.moved = Advanced(moved.grad, moved.update, momentum, None)
 
     def _select(self) -> Tensor:
         """The selected; of what is ranked nothing yet, of an agreement with the previous momentum those that agree."""
@@ -155,9 +121,8 @@ class Work:
         if how.strength.kind == "alignment":
             assert m.momentum is not None
             found |= {"dot": total(m.momentum * m.grad), "momentum_sq": total(m.momentum * m.momentum)}
-        if how.by_previous:
-            assert m.previous_momentum is not None
-            found["moving"] = total(m.previous_momentum != 0)
+        if self.moving is not None:
+            found["moving"] = self.moving
         if how.strength_waits:
             found |= self._strength_sums()
         zero = torch.zeros((), dtype=torch.float64, device=self.device)

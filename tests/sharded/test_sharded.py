@@ -24,7 +24,8 @@ FAST = {
         "one_policy_everywhere", "local_scope_goes_elsewhere", "replicas_stay_together", "beside_what_is_ignored",
     ),
     "checkpoints": (
-        "resharded_in_a_run", "full_state_goes_both_ways", "state_dict_of_torch", "read_before_the_first_step",
+        "resharded_in_a_run", "full_state_goes_both_ways", "state_dict_of_torch", "state_made_early",
+        "read_before_the_first_step",
     ),
     "agreement": (
         "skipped_by_all", "learning_rate_zero", "partial_gradients_are_summed", "preconditioners_leave_shards_alone",

@@ -148,6 +148,22 @@ def state_dict_of_torch(world: World) -> None:
         _same(second.train(range(2, 4)).values(), undisturbed, name)
 
 
+def state_made_early(world: World) -> None:
+    """`init_state()` makes what the first step would, cut as the parameters are, and moves nothing."""
+    mesh = world.mesh(world.size)
+    for name in CONFIGURATIONS:
+        if "NAdam" in name:
+            continue  # it counts the step in which it makes its state
+        run = Training(name, mesh)
+        before = run.values()
+        run.optimizer.init_state()
+        _same(run.values(), before, f"{name}: init_state has moved")
+        for p in run.model.parameters():
+            for key, value in run.optimizer.state[p].items():
+                assert isinstance(value, DTensor) == (value.dim() > 0 and value.shape == p.shape), key
+        _same(run.train(range(2)).values(), Training(name).train(range(2)).values(), name)
+
+
 def read_before_the_first_step(world: World) -> None:
     """torch makes state with a step of its own then: nothing moves, and the run goes on as one on one device does.
 
