@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..reference.random import SAMPLE_SIZE
 from ..reference.rules import advance
-from ..spec import Draw, Item, Rule, Selection, Shard, Strength, Sums
+from ..spec import SUM_NAMES, Draw, Item, Rule, Selection, Shard, Strength, Sums, SumsTable
 from . import ranking
 from .exchange import Part, Steps
 from .how import How
@@ -82,9 +82,9 @@ def count_rounds(how: How, shards: Sequence[Shard], dtype: torch.dtype) -> int:
     return (8 if dtype == torch.float64 else 4) + ties + int(how.needs_sums and not rides)
 
 
-def _summed(rows: Sequence[Tensor]) -> Generator[Tensor, Tensor, Tensor]:
+def _summed(rows: Sequence[Tensor] | Tensor) -> Generator[Tensor, Tensor, Tensor]:
     """Ask for the sums of these float64 rows: [rows, columns]."""
-    table = torch.stack(list(rows))
+    table = rows if isinstance(rows, Tensor) else torch.stack(list(rows))
     answer = yield digits(table).reshape(-1)
     return number(answer.reshape(*table.shape, WIDTH))
 
@@ -98,20 +98,17 @@ def _local(items: Sequence[Item], how: How, local_step: LocalStep) -> Part:
     sums = local_step(items, **arguments, statistics=how.statistics)
     if sums is None:
         return None
-    rows = []
-    for one, shard in zip(sums, shards, strict=True):
-        row = torch.stack([one.selected, one.update_sq, one.grad_sq, one.update_grad, one.masked_sq])
-        rows.append(row if shard is not None and shard.counted else torch.zeros_like(row))
-    found = yield from _summed(rows)
-    result = []
-    for one, shard, row in zip(sums, shards, found, strict=True):
-        assert shard is not None
-        selected, update_sq, grad_sq, update_grad, masked_sq = row.unbind()
-        result.append(
-            Sums(shard.numel, selected, one.strength_selected, one.strength_rest, update_sq, grad_sq, update_grad,
-                 masked_sq)
-        )  # fmt: skip
-    return result
+    table = sums.values if isinstance(sums, SumsTable) else torch.stack([_row(one) for one in sums])
+    own, strengths = torch.cat([table[:, :1], table[:, 3:]], 1), table[:, 1:3]
+    rows = [row if s is not None and s.counted else torch.zeros_like(row) for row, s in zip(own, shards, strict=True)]
+    found = yield from _summed(own if all(s is not None and s.counted for s in shards) else rows)
+    values = torch.cat([found[:, :1], strengths, found[:, 1:]], 1)
+    return SumsTable(values, [0 if shard is None else shard.numel for shard in shards])
+
+
+def _row(sums: Sums) -> Tensor:
+    """As a row of a `SumsTable`."""
+    return torch.stack([getattr(sums, name) for name in SUM_NAMES])
 
 
 def _whole(items: Sequence[Item], how: How) -> Part:

@@ -21,7 +21,7 @@ from selective import SelectiveUpdate
 from selective.kernels import Backend, use_backend
 
 # 7 rows over 4 ranks; rows without a gradient (massive ties); vectors; fewer rows than ranks, so that shards are empty
-SHAPES = [(7, 5), (24, 6), (5,), (1,), (2, 9), (3, 4, 2)]
+SHAPES = [(7, 5), (24, 6), (5,), (1,), (4, 1), (2, 9), (3, 4, 2)]
 Make = Callable[[list[nn.Parameter]], Optimizer]
 Place = Callable[[Tensor], list[Any]]
 
