@@ -16,7 +16,7 @@ from torch import Tensor
 from ..reference.random import SAMPLE_SIZE
 from ..reference.rules import advance
 from ..spec import SUM_NAMES, Draw, Item, Rule, Selection, Shard, Strength, Sums, SumsTable
-from . import ranking
+from . import ranking, ties
 from .exchange import Part, Steps
 from .how import How
 from .sums import WIDTH, digits, number
@@ -78,8 +78,8 @@ def count_rounds(how: How, shards: Sequence[Shard], dtype: torch.dtype) -> int:
         return int(how.needs_sums)
     exact = [s for s in ranked if selection.quantile == "exact" or s.numel <= SAMPLE_SIZE]
     rides = how.needs_sums and not how.strength_waits
-    ties = max(ranking.tie_rounds(exact), int(rides))
-    return (8 if dtype == torch.float64 else 4) + ties + int(how.needs_sums and not rides)
+    rounds = max(ties.tie_rounds(exact), int(rides))
+    return (8 if dtype == torch.float64 else 4) + rounds + int(how.needs_sums and not rides)
 
 
 def _summed(rows: Sequence[Tensor] | Tensor) -> Generator[Tensor, Tensor, Tensor]:
@@ -125,7 +125,7 @@ def _whole(items: Sequence[Item], how: How) -> Part:
         if rides:
             table = torch.stack([work.sums() for work in works])
             extra = digits(table).reshape(-1)
-        extra = yield from ranking.settle(ranked, extra)
+        extra = yield from ties.settle(ranked, extra)
         for work in works:
             work.after_ranking(settled=True)
         if rides:
