@@ -29,10 +29,11 @@ def key_of(score: Tensor) -> Tensor:
 
 
 def counts_of(digit: Tensor, bins: int) -> Tensor:
-    """How many of each digit in [0, bins); others are left out by being `bins`. int32; a GPU is not waited for."""
-    if digit.is_cuda:
+    """How many of each integer in [0, bins) there are; others don't count. int32; a GPU is not waited for."""
+    if digit.is_cuda:  # integers out of range are left out, but for the end of the range itself: one bin more
         return torch.histc(digit.to(torch.int32), bins=bins + 1, min=0, max=bins + 1)[:bins].to(torch.int32)
-    return torch.bincount(digit.to(torch.int64), minlength=bins + 1)[:bins].to(torch.int32)
+    digit = torch.where((digit >= 0) & (digit < bins), digit, bins)
+    return torch.bincount(digit.reshape(-1).to(torch.int64), minlength=bins + 1)[:bins].to(torch.int32)
 
 
 @dataclass
@@ -59,28 +60,31 @@ def _largest_first(counts: Tensor, need: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def find(tensors: Sequence[Ranked]) -> Asking:
-    """Find the K-th key of each: `prefix`, `need` and `among` are set. All of one key dtype and device."""
-    dtype = tensors[0].key.dtype
-    width = torch.iinfo(dtype).bits
+    """Find the K-th key of each: `prefix`, `need` and `among` are set. All of one key dtype and device.
+
+    NaN has the smallest key of all. It is left out of the first count, which says how many scores there are; later it
+    can only be below the K-th, wherever it is counted.
+    """
+    dtype, device = tensors[0].key.dtype, tensors[0].key.device
     nothing = torch.iinfo(dtype).min
-    device = tensors[0].key.device
-    need = prefix = torch.zeros(0)
-    for number, shift in enumerate(range(width - 8, -1, -8)):
-        rows = []
+    need = prefix = chosen = torch.zeros(0, dtype=torch.int64)
+    counts = torch.zeros(0, BINS)
+    for shift in range(torch.iinfo(dtype).bits - 8, -1, -8):
+        first, rows = prefix.numel() == 0, []
+        base = prefix << 8
         for index, one in enumerate(tensors):
-            digit = (one.key >> shift) & 0xFF if number else (one.key >> shift) + 128
-            undecided = one.key != nothing
-            if number:
-                undecided &= (one.key >> (shift + 8)) == prefix[index]
-            counts = counts_of(torch.where(undecided, digit, BINS), BINS)
+            high = one.key >> shift
+            # minus what is known of the K-th: 0 to 255 where that is the same, also where the difference overflows
+            digit = torch.where(one.key == nothing, -1, high + 128) if first else high - base[index]
+            counts = counts_of(digit, BINS)
             rows.append(counts if one.shard.counted else torch.zeros_like(counts))
         counts = (yield torch.stack(rows).reshape(-1)).reshape(-1, BINS).to(torch.int64)
-        if number == 0:
+        if first:
             wanted = torch.tensor([one.k for one in tensors], dtype=torch.int64)
             wanted = wanted.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else wanted
             need = torch.minimum(wanted, counts.sum(1))
         chosen, need = _largest_first(counts, need)
-        prefix = (chosen - 128 if number == 0 else (prefix << 8) | chosen).to(dtype)
+        prefix = (chosen - 128 if first else base + chosen).to(dtype)
     among = counts.gather(1, chosen[:, None])[:, 0]
     for index, one in enumerate(tensors):
         one.prefix, one.need, one.among = prefix[index], need[index], among[index]
@@ -91,5 +95,4 @@ def selected(one: Ranked) -> Tensor:
     assert one.prefix is not None and one.need is not None
     equal = one.taken if one.ties else one.key == one.prefix
     assert equal is not None
-    valid = one.key != torch.iinfo(one.key.dtype).min
-    return ((one.key > one.prefix) | equal) & valid & (one.need > 0)
+    return ((one.key > one.prefix) | equal) & (one.need > 0)

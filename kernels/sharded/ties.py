@@ -49,34 +49,44 @@ class _Search:
         runs = self.shard.runs
         self.single = self.shard.places[0] if self.shard.cut == 0 and len(runs[0]) == 1 else None
 
-    def places(self) -> Tensor:
-        """The cell of every local element: 1-d, or 0-d where all are in one."""
-        if self.single is None:
-            return cells(self.shard, self.device)
-        return torch.full((), self.single, dtype=torch.int64, device=self.device)
-
     def counts(self, number: int) -> Tensor:
         """How many ties are in each lot of this round, here."""
         size, many = self.lots[number]
-        lot = torch.div(self.places() - self.start, size, rounding_mode="floor")
-        inside = (self.one.key == self.one.prefix) & (lot >= 0) & (lot < many)
-        counts = counts_of(torch.where(inside, lot, many), many)
-        return counts if self.shard.counted else torch.zeros_like(counts)
-
-    def narrow(self, number: int, counts: Tensor) -> None:
-        """Go on in the lot in which the last tie is taken."""
-        upto = counts.to(torch.int64).cumsum(0)
-        before = upto - counts
-        inside = (before < self.left) & (self.left <= upto)
-        place = torch.arange(counts.numel(), device=self.device)
-        self.start = self.start + (inside * place).sum() * self.lots[number][0]
-        self.left = self.left - (inside * before).sum()
+        equal = self.one.key == self.one.prefix
+        if not self.shard.counted:
+            return torch.zeros(many, dtype=torch.int32, device=self.device)
+        if self.single is not None and size == 1 and len(self.lots) == 1:
+            counts = torch.zeros(many, dtype=torch.int32, device=self.device)
+            counts[self.single] = equal.sum()
+            return counts
+        lot = torch.div(cells(self.shard, self.device) - self.start, size, rounding_mode="floor")
+        return counts_of(torch.where(equal, lot, -1), many)
 
     def mark(self) -> None:
         """Taken are all ties of the cells before, and the first `left` of this one."""
-        equal, places = self.one.key == self.one.prefix, self.places()
+        equal = self.one.key == self.one.prefix
+        if self.single is not None:
+            everything = torch.where(self.start > self.single, equal.numel(), 0)
+            limit = torch.where(self.start == self.single, self.left, everything)
+            self.one.taken = equal & (equal.cumsum(0) <= limit)
+            return
+        places = cells(self.shard, self.device)
         here = equal & (places == self.start)
         self.one.taken = (equal & (places < self.start)) | (here & (here.cumsum(0) <= self.left))
+
+
+def _narrow(searches: Sequence[_Search], counts: Sequence[Tensor], size: int) -> None:
+    """Go on in the lot in which each one's last tie is taken; all have equally many, of equally many cells."""
+    table = torch.stack(list(counts)).to(torch.int64)
+    left = torch.stack([search.left for search in searches])[:, None]
+    upto = table.cumsum(1)
+    before = upto - table
+    inside = (before < left) & (left <= upto)
+    place = torch.arange(table.shape[1], device=table.device) * size
+    moved, taken = (inside * place).sum(1), (inside * before).sum(1)
+    start = torch.stack([search.start for search in searches]) + moved
+    for search, begins, rest in zip(searches, start, left[:, 0] - taken, strict=True):
+        search.start, search.left = begins, rest
 
 
 def settle(tensors: Sequence[Ranked], extra: Tensor) -> Generator[Tensor, Tensor, Tensor]:
@@ -91,8 +101,11 @@ def settle(tensors: Sequence[Ranked], extra: Tensor) -> Generator[Tensor, Tensor
         also = [extra] if number == rounds - 1 else []
         mine = [search.counts(number) for search in asking]
         found = (yield torch.cat([*mine, *also])).split([x.numel() for x in (*mine, *also)])
-        for search, counts in zip(asking, found, strict=False):
-            search.narrow(number, counts)
+        alike: dict[tuple[int, int], list[int]] = {}
+        for place, search in enumerate(asking):
+            alike.setdefault(search.lots[number], []).append(place)
+        for (size, _), places in alike.items():
+            _narrow([asking[place] for place in places], [found[place] for place in places], size)
         extra = found[-1] if also else extra
     for search in searches:
         search.mark()

@@ -16,7 +16,11 @@ from .ranking import Ranked, key_of, selected
 
 
 class Work:
-    """One tensor. `begin`, then `sums` or the ranking and `sums`, then `finish`."""
+    """One tensor, whose moments have moved.
+
+    In order: where it has something to rank, `ranking.find` and `ties.settle` on `ranked`, and `after_ranking` after
+    each; `sums`, before the ties are settled or after; `finish`.
+    """
 
     def __init__(self, item: Item, how: How, moved: Advanced) -> None:
         assert item.shard is not None
@@ -59,10 +63,8 @@ class Work:
             rows = Shard(shard.shape[:1], shard.runs[:1], shard.group)
             bits = element_bits(rows, self.how.draw, self.item.address, self.device)
             return (bits < limit).reshape(-1, *[1] * (param.dim() - 1)).expand(param.shape)
-        one = torch.zeros(1, dtype=torch.int64, device=self.device)
-        return (
-            (bits_at(self.how.draw, self.item.address, one, 1) < limit).reshape([1] * param.dim()).expand(param.shape)
-        )
+        first = torch.zeros([1] * param.dim(), dtype=torch.int64, device=self.device)
+        return (bits_at(self.how.draw, self.item.address, first, 1) < limit).expand(param.shape)
 
     def _rank(self) -> None:
         score = score_of(self.how.selection, self.how.rule, self.moved).reshape(-1)

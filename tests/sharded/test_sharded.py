@@ -40,8 +40,9 @@ SLOW = {
 }
 
 
+@pytest.mark.timeout(600)  # a minute and a half on two idle cores
 def test_every_layout_does_what_one_device_does(tmp_path: Path) -> None:
-    run_cases([f"sharded_cases_{part}:{name}" for part, names in FAST.items() for name in names], 4, tmp_path)
+    run_cases([f"sharded_cases_{part}:{name}" for part, names in FAST.items() for name in names], 4, tmp_path, 580)
 
 
 @pytest.mark.slow
