@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from sharded_world import run_cases
+
+from selective import SelectiveUpdate
 
 FAST = {
     "selection": (
@@ -50,6 +53,12 @@ def test_every_layout_does_what_one_device_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", SLOW.values(), ids=SLOW.keys())
 def test_every_policy_over_every_base(case: str, tmp_path: Path) -> None:
     run_cases([f"sharded_cases_{case}"], 4, tmp_path, 2900)
+
+
+def test_an_unknown_scope_is_refused() -> None:
+    base = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1)
+    with pytest.raises(ValueError, match="scope is 'all', must be 'global' or 'local'"):
+        SelectiveUpdate(base, scope="all")  # type: ignore[arg-type]
 
 
 def test_a_failing_case_is_noticed(tmp_path: Path) -> None:

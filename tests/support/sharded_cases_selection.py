@@ -60,10 +60,10 @@ def every_policy(world: World) -> None:
 
 
 def every_policy_and_base(world: World) -> None:
-    """The whole matrix, 30 steps; for the slow lane."""
+    """The whole matrix, 10 steps; for the slow lane."""
     for name, policy in POLICIES.items():
         for base, make in BASES.items():
-            _all_layouts(world, make, {"policy": policy}, 30, f"{name}, {base}", everywhere=True)
+            _all_layouts(world, make, {"policy": policy}, 10, f"{name}, {base}", everywhere=True)
 
 
 def other_bases(world: World) -> None:
