@@ -37,7 +37,8 @@ def sgd(params: list[nn.Parameter]) -> Optimizer:
 def lion(params: list[nn.Parameter]) -> Optimizer:
     from pytorch_optimizer import Lion
 
-    return Lion(params, lr=1e-3, weight_decay=0.1)
+    # its own step, which dense groups take, can't mix tensors and DTensors in one foreach operation
+    return Lion(params, lr=1e-3, weight_decay=0.1, foreach=False)
 
 
 def nadam(params: list[nn.Parameter]) -> Optimizer:
