@@ -67,9 +67,16 @@ def check_first_state(
         return
     with unnoticed():
         first = first_state(base, {**group, **saved_options, "params": group["params"]}, param, param.dtype)
-    missing = [key for key in ({} if first is None else first.entries) if key not in (*states[param], *residue)]
+    saved = {*residue, *_names(states[param])}
+    missing = [key for key in ({} if first is None else first.entries) if key not in saved]
     if missing:
         raise ValueError(
             f"SelectiveUpdate: the checkpoint is not of {type(base).__name__}: a parameter's state has "
             f"{sorted(map(str, states[param]))}, and not {', '.join(map(repr, missing))}; nothing was loaded"
         )
+
+
+def _names(entries: Mapping[str, Any]) -> list[str]:
+    """Of the entries, and of those that a base packs into one when it saves (bitsandbytes: what is quantised)."""
+    packed = (name for value in entries.values() if isinstance(value, Mapping) for name in value)
+    return [*entries, *packed]
