@@ -100,8 +100,16 @@ class Environment:
         )
         self.pip("install", TESTED_TORCH)
 
+    def refuse_another_checkout(self) -> None:
+        """An editable install of another checkout would be turned to this one, under whoever works there."""
+        for found in self.path.glob("lib/python*/site-packages/selective_update-*.dist-info/direct_url.json"):
+            origin = json.loads(found.read_text())
+            if origin.get("dir_info", {}).get("editable") and origin["url"] != ROOT.as_uri():
+                raise SystemExit(f"setup_env: {self.path} belongs to {origin['url']}; give this checkout its own VENV")
+
     def install_project(self, installed: bool) -> None:
         constrained = ["install", "--constraint", str(self.constraints)]
+        self.refuse_another_checkout()
         if not installed:
             say(f"the project, editable, with [{EXTRAS}]")
             return self.pip(*constrained, "--editable", f"{ROOT}[{EXTRAS}]")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -49,6 +50,16 @@ def check_class(saved: str, base: Optimizer) -> bool:
 
 def _name(qualified: str) -> str:
     return qualified.rpartition(".")[2]
+
+
+def check_options(base: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Refuse options that this class would not keep: torch's AdamW decouples its decay whatever was saved."""
+    coupled = saved.get("decoupled_weight_decay") is False and saved.get("weight_decay", 0) != 0
+    if isinstance(base, torch.optim.AdamW) and coupled:
+        raise ValueError(
+            "SelectiveUpdate: the checkpoint is Adam's, whose decay is in the gradient, and AdamW would decouple it; "
+            "nothing was loaded. Construct the optimizer with Adam"
+        )
 
 
 def check_first_state(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor
 
-from selective.base_class import check_class, check_first_state
+from selective.base_class import check_class, check_first_state, check_options
 from selective.capture.base import Parameter
 from selective.capture.fused import fused_rule
 from selective.capture.gathering import cut_like
 from selective.loading import check_basis, first_saved
 from selective.own_basis import ON_THE_HOST, is_of_basis
 from selective.planning import Planning
-from selective.policies import Policy
+from selective.policies import Dense, Policy
 from selective.preconditioner import Preconditioner
 from selective.state import MOMENTUM, POLICY, POLICY_STATE, PRECONDITIONER, RESIDUE
 
@@ -97,11 +97,32 @@ class Checking(Planning):
                     self._check_own_shapes(ours[index], member, policy)
         return policies
 
-    def _check_base(self, groups: list[dict[str, Any]], states: dict[Any, dict[str, Any]], names: set[str]) -> None:
-        """Refuse what another optimizer or another model has saved; `names`: of the classes it was saved with."""
+    def _check_base(
+        self,
+        groups: list[dict[str, Any]],
+        states: dict[Any, dict[str, Any]],
+        names: set[str],
+        ours: Collection[Any],
+    ) -> None:
+        """Refuse what another optimizer or another model has saved.
+
+        `names`: of the classes it was saved with. `ours`: the parameters of which there are entries of ours.
+        """
         same = [check_class(one, self.base) for one in sorted(names)]
         known = fused_rule(self.base)
-        for group, live, members in zip(groups, self.base.param_groups, self._parameters(), strict=True):
+        for number, (group, live, members) in enumerate(
+            zip(groups, self.base.param_groups, self._parameters(), strict=True)
+        ):
+            check_options(self.base, group)
+            stepped = [index for index in group["params"] if states.get(index)]
+            lacking = [index for index in stepped if index not in ours]
+            dense = isinstance(self.policy_groups[number].policy, Dense)  # then only what is rotated has entries
+            if not dense and 0 < len(lacking) < len(stepped):
+                raise ValueError(
+                    f"SelectiveUpdate: the checkpoint has entries of ours for {len(stepped) - len(lacking)} of the "
+                    f"{len(stepped)} parameters of param_groups[{number}] that have stepped, and none for parameter "
+                    f"{lacking[0]}; nothing was loaded. To load the base's part alone: selective.base_part(state_dict)"
+                )
             found = zip(group["params"], members, strict=True)
             saved = [(member, entries) for index, member in found if (entries := states.get(index))]
             for member, entries in saved:

@@ -65,7 +65,7 @@ class Checkpointing(Checking):
         preconditioners = self._checked_preconditioners(order, ours)
         theirs = self._cut(order, base_part(found))
         names = {decode_note(entries[POLICY]) for entries in ours.values()} - {""}
-        self._check_base(found["param_groups"], theirs["state"], names)
+        self._check_base(found["param_groups"], theirs["state"], names, ours)
         with self._all_or_nothing():
             self._load_base(order, theirs)
             self._load_own(order, ours, policies, preconditioners)

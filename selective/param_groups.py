@@ -12,7 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 
 _VIEWS = ("rows:2", "rows:3", "rows:4", "conv", "experts")  # kinds that are called as their `matrix_view`
 KINDS = ("matrices", *_VIEWS, "embeddings", "head", "vectors")
-_JOINED = {"qkv": 3, "qkv_proj": 3, "query_key_value": 3, "in_proj_weight": 3, "gate_up_proj": 2, "w12": 2}
+# Called so where parts of equal size lie one below the other. Not "query_key_value": there they take turns by heads.
+_JOINED = {"qkv": 3, "qkv_proj": 3, "in_proj_weight": 3, "gate_up_proj": 2, "w12": 2}
 _HEAD = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection", "unembed")
 _HEADS_INSIDE = (["classifier"], ["lm_head"], ["score"])  # a module of several layers; not the heads of an attention
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -79,8 +80,9 @@ def param_groups_for(
         no_decay: kinds of parameters that do not decay.
         embeddings, head: further names, of parameters or of modules, that belong there whatever they look like.
         parts: how many matrices of equal shape, 2 to 4, lie one below the other in a weight: `{"qkv": 3}`. Keys are
-            names of parameters or modules, or one of the parts between a name's dots. Weights that are called as such
-            things are by many models are pointed out in the table; nothing is taken apart unasked.
+            names of parameters or of their modules, in full or the last part. Only for weights whose output is cut into
+            so many equal parts: not where heads take turns (GPT-NeoX), where keys have fewer heads, or where the weight
+            is transposed (GPT-2's Conv1D). Likely ones are pointed out in the table; nothing is taken apart unasked.
 
     Returns:
         A list of groups with `name`, `params` (pairs of name and parameter), and the options above; `print` shows why
@@ -96,11 +98,16 @@ def param_groups_for(
     found = list(_parameters(model))
     if not found:
         raise ValueError("param_groups_for: the model has no parameter that requires a gradient")
-    named = _taken_apart(found, parts or {})
-    named |= _named(model, found, embeddings, "embeddings") | _named(model, found, head, "head")
+    named = _named(model, found, embeddings, "embeddings") | _named(model, found, head, "head")
+    last = _last_head(model)
+    apart = _taken_apart(found, {} if parts is None else parts)
+    for one in found:
+        kind, why = named.get(id(one.tensor)) or _kind(one, last)
+        if id(one.tensor) in apart and kind != "matrices":
+            raise ValueError(f"param_groups_for: parts takes {one.name} apart, which belongs to {kind!r} ({why})")
+    named |= apart
     by_kind: dict[str, list[_Found]] = {kind: [] for kind in KINDS}
     rows: list[tuple[str, str, str, str]] = []
-    last = _last_head(model)
     for one in found:
         kind, why = named.get(id(one.tensor)) or _kind(one, last)
         tied = f"; tied: {' = '.join(one.names)}" if len(one.names) > 1 else ""
@@ -150,14 +157,23 @@ def _named(model: nn.Module, found: list[_Found], names: Sequence[str], kind: st
 def _taken_apart(found: list[_Found], parts: Mapping[str, int]) -> dict[int, tuple[str, str]]:
     """Those that the caller says are several matrices."""
     chosen: dict[int, tuple[str, str]] = {}
+    if not isinstance(parts, Mapping):
+        raise ValueError(f"param_groups_for: parts is {parts!r}; write a mapping from names to counts: {{'qkv': 3}}")
     for wanted, count in parts.items():
-        if count not in (2, 3, 4):
+        if type(count) is not int or count not in (2, 3, 4):
             raise ValueError(f"param_groups_for: parts has {wanted!r}: {count!r}; it can be 2, 3 or 4 matrices")
         matching = [f for f in found if f.tensor.dim() == 2 and any(_is_called(n, wanted) for n in f.names)]
         if not matching:
             matrices = ", ".join(f.name for f in found if f.tensor.dim() == 2)
             raise ValueError(f"param_groups_for: parts names {wanted!r}, and no 2-D weight is called so: {matrices}")
         for one in matching:
+            if any(type(m).__name__ == "Conv1D" for m in one.modules):
+                raise ValueError(
+                    f"param_groups_for: parts has {wanted!r}, and {one.name} is transposed (Conv1D): its parts lie "
+                    "side by side, and only those one below the other can be taken apart"
+                )
+            if chosen.get(id(one.tensor), (f"rows:{count}",))[0] != f"rows:{count}":
+                raise ValueError(f"param_groups_for: parts has two counts for {one.name}")
             if one.tensor.shape[0] % count:
                 raise ValueError(
                     f"param_groups_for: parts has {wanted!r}: {count}, and {one.name} has {one.tensor.shape[0]} rows"
@@ -167,7 +183,14 @@ def _taken_apart(found: list[_Found], parts: Mapping[str, int]) -> dict[int, tup
 
 
 def _is_called(name: str, wanted: str) -> bool:
-    return name == wanted or name.startswith(f"{wanted}.") or wanted in name.split(".")
+    """A parameter's own name or its module's, in full or the last part of it."""
+    module, _, own = name.rpartition(".")
+    return wanted in (name, module, own, module.rpartition(".")[2])
+
+
+def _may_be_joined(p: Tensor, count: int) -> bool:
+    """With fewer key heads than query heads the parts differ in size: three are square, or not of equal size."""
+    return p.shape[0] % count == 0 and (count != 3 or p.shape[0] == 3 * p.shape[1])
 
 
 def _last_head(model: nn.Module) -> Tensor | None:
@@ -200,5 +223,5 @@ def _kind(one: _Found, last: Tensor | None) -> tuple[str, str]:
     if p.dim() > 2:
         return "experts", f"{p.dim()}-D, read as a stack of matrices"
     called = [part for path in parts for part in path if part in _JOINED]
-    joined = next((part for part in called if p.shape[0] % _JOINED[part] == 0), None)
+    joined = next((part for part in called if _may_be_joined(p, _JOINED[part])), None)
     return "matrices", "2-D" if joined is None else f"2-D; several in one? parts={{{joined!r}: {_JOINED[joined]}}}"

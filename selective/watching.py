@@ -87,6 +87,9 @@ class Watch:
             raise ValueError("watch: the optimizer collects nothing to watch; construct it with statistics=True")
         if not writers:
             raise ValueError("watch: no writer was given; pass a function that takes a selective.watching.Sample")
+        odd = [writer for writer in writers if not callable(writer)]
+        if odd:
+            raise ValueError(f"watch: {odd[0]!r} is no writer, which is a function of a Sample; steps go in every=")
         if type(every) is not int or every < 1:
             raise ValueError(f"watch: every is {every!r}, must be an integer of at least 1")
         self.writers, self.every = writers, every

@@ -5,9 +5,25 @@ The package re-exports both hooks: pytest looks for them in the module that `-p`
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
+from pathlib import Path
 from typing import Any
 
 AN_OPTIMIZER = "torch.optim:AdamW(lr=0.01)"
+
+
+def _factor(text: str) -> float:
+    value = float(text)
+    if not 1 <= value < float("inf"):
+        raise ArgumentTypeError(f"{text} is no factor of at least 1")
+    return value
+
+
+def _file(text: str) -> str:
+    folder = Path(text).resolve().parent
+    if not folder.is_dir():
+        raise ArgumentTypeError(f"there is no folder {folder}")
+    return text
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -28,7 +44,7 @@ def pytest_addoption(parser: Any) -> None:
         help="what is trained: parameters of all kinds (the default), or only matrices, for bases such as Muon",
     )  # fmt: skip
     group.addoption(
-        "--wrapper-cap", metavar="FACTOR", type=float, default=10.0,
+        "--wrapper-cap", metavar="FACTOR", type=_factor, default=10.0,
         help="the largest factor by which the wrapper may enlarge a coordinate's step (row 29; default: 10)",
     )  # fmt: skip
     group.addoption(
@@ -39,7 +55,7 @@ def pytest_addoption(parser: Any) -> None:
         "--wrapper-strict", action="store_true",
         help="hold it also to what the base alone gets wrong, where a wrapper can do better (exact dtypes of state)",
     )  # fmt: skip
-    group.addoption("--wrapper-json", metavar="FILE", help="write all outcomes to this file")
+    group.addoption("--wrapper-json", metavar="FILE", type=_file, help="write all outcomes to this file")
 
 
 def pytest_configure(config: Any) -> None:

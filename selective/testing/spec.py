@@ -49,7 +49,8 @@ class Spec:
         name = ast.unparse(call.func if call else node)
         named = colon and module and all(part.isidentifier() for part in name.split("."))
         if not named or (call and (call.args or "None" in found)):  # `**more` has no name
-            raise self.error(f"expected {EXAMPLE}")
+            why = "; arguments are given by name" if call and call.args else ""
+            raise self.error(f"expected {EXAMPLE}{why}")
         for key, value in (("module", module), ("name", name), ("arguments", found)):
             object.__setattr__(self, key, value)
 
@@ -128,7 +129,7 @@ def subject_of(wrapper: Spec, base: Spec, **claims: Any) -> Subject:
         raise wrapper.error(f"{what}: it has no {', '.join(missing)}")
     try:
         train(model, outer, [0])
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"its first plain step over {type(inner).__name__} raised {in_short(error)}{place(error)}"
         raise wrapper.error(f"{what}, so that there is nothing to check") from error
     name = f"{wrapper.label} over {base.label}"
@@ -140,5 +141,5 @@ def _tried(spec: Spec, argument: Any, call: str) -> Any:
         return spec(argument)
     except SpecError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise spec.error(f"{call} raised {in_short(error)}{place(error)}") from error

@@ -113,6 +113,7 @@ def test_joined_projections_are_pointed_out_and_taken_apart_when_asked() -> None
             super().__init__()
             self.qkv, self.gate_up_proj = nn.Linear(8, 24, bias=False), nn.Linear(8, 32, bias=False)
             self.w12 = nn.Linear(8, 5, bias=False)  # no two of equal size
+            self.qkv_proj = nn.Linear(8, 12, bias=False)  # three, but with fewer key heads: of 8, 2 and 2
 
     model = Joined()
     said = param_groups_for(model).table()
@@ -129,9 +130,27 @@ def test_joined_projections_are_pointed_out_and_taken_apart_when_asked() -> None
         ({"wqkv": 3}, "no 2-D weight is called so: qkv.weight"),
         ({"w12": 2}, "w12.weight has 5 rows"),
         ({"qkv": 5}, "2, 3 or 4"),
+        ({"qkv": 3.0}, "2, 3 or 4"),
+        (["qkv"], "write a mapping"),
+        ({"qkv": 3, "qkv.weight": 4}, "two counts for qkv.weight"),
     ):
         with pytest.raises(ValueError, match=told):
             param_groups_for(model, parts=parts)
+
+
+def test_what_is_not_joined_by_rows_is_not_taken_apart() -> None:
+    class Conv1D(nn.Module):  # as transformers calls it
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 24))
+
+    model = nn.ModuleDict({"c_attn": Conv1D(), "emb": nn.Embedding(9, 8), "attn": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(ValueError, match=r"c_attn\.weight is transposed"):
+        param_groups_for(model, parts={"c_attn": 2})
+    with pytest.raises(ValueError, match=r"emb\.weight apart, which belongs to 'embeddings'"):
+        param_groups_for(model, parts={"emb": 3})
+    groups = names(param_groups_for(model, parts={"attn": 3}))  # the projection in, not the one out
+    assert groups["rows:3"] == ["attn.in_proj_weight"]
 
 
 def test_frozen_ones_are_left_out_and_mistakes_are_named() -> None:

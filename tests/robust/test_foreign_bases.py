@@ -104,7 +104,7 @@ def test_another_class_is_refused_by_its_name(theirs: Make, ours: Make) -> None:
 
 
 SAME: list[tuple[Make, Make]] = [
-    (t.Adam, t.AdamW),  # which inherits: it goes on as it was saved, decay being one of the options
+    (t.Adam, t.AdamW),  # which inherits, and does the same without decay
     (t.AdamW, t.Adam),
     (t.AdamW, OwnAdamW),
     (OwnAdamW, t.AdamW),
@@ -121,6 +121,28 @@ def test_the_same_class_is_not_refused(theirs: Make, ours: Make) -> None:
     target.load_state_dict(copy.deepcopy(state))
     train(target, 2, 4)
     assert all(entries["step"] == 4 for entries in target.base.state.values())
+
+
+def test_a_parameter_whose_entries_are_all_gone_is_noticed() -> None:
+    """One entry less is, in `test_refused_checkpoints`; with all of one parameter's the others would go on."""
+    state = saved(t.AdamW)
+    for key in [key for key in state["state"][1] if str(key).startswith("selective/")]:
+        del state["state"][1][key]
+    refused(t.AdamW, state, "entries of ours for 1 of the 2 parameters")
+    wrapped(t.AdamW).load_state_dict(base_part(saved(t.AdamW)))  # the twin: of none
+
+
+@pytest.mark.parametrize("policy", [MGUP(), Dense()], ids=repr)
+def test_decay_in_the_gradient_is_not_decoupled_without_a_word(policy: Policy) -> None:
+    """torch's AdamW sets the option to True whatever was loaded. The other way Adam keeps what was saved."""
+
+    def decaying(base: Make) -> Make:
+        return lambda params, lr: base(params, lr=lr, weight_decay=0.5)
+
+    refused(decaying(t.AdamW), saved(decaying(t.Adam), policy), "would decouple it", policy)
+    target = wrapped(decaying(t.Adam), policy)
+    target.load_state_dict(copy.deepcopy(saved(decaying(t.AdamW), policy)))
+    assert target.param_groups[0]["decoupled_weight_decay"] is True
 
 
 @pytest.mark.parametrize("policy", [MGUP(), Dense()], ids=repr)

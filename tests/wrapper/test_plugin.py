@@ -196,6 +196,8 @@ def crashes(base):
     raise KeyError("oh no")
 def needs_more(base, k):
     return base
+def leaves(base):
+    raise SystemExit(7)
 class Stumbles(torch.optim.SGD):
     def __init__(self, base):
         super().__init__(base.param_groups, lr=0.1)
@@ -208,15 +210,16 @@ class Stumbles(torch.optim.SGD):
     ("wrapper", "says"),
     [
         ("mine", "expected module:name, or with keyword arguments"),
-        ("mine:Nothing(3)", "expected module:name, or with keyword arguments"),
+        ("mine:Nothing(3)", "expected module:name, or with keyword arguments*; arguments are given by name."),
         ("mine:Nothing(k=x)", "the values literals of Python"),
         ("no_such_module:X", "there is no module 'no_such_module' in "),
-        ("mine:Missing", "mine has no 'Missing'; it has Nothing, crashes, needs_more, Stumbles."),
+        ("mine:Missing", "mine has no 'Missing'; it has Nothing, crashes, needs_more, leaves, Stumbles."),
         ("mine:number", "it is of type int, and can't be called with an optimizer."),
         ("mine:Nothing", "returned an object of type Nothing, which is no optimizer: it has no step, zero_grad, "),
         ("mine:crashes", "crashes(base), with AdamW as the base, raised KeyError: 'oh no' (*mine.py:7)."),
         ("mine:needs_more", "raised TypeError: needs_more() missing 1 required positional argument: 'k'."),
-        ("mine:Stumbles", "first plain step over AdamW raised ValueError: not today (*mine.py:14), so that there is "),
+        ("mine:leaves", "raised SystemExit: 7"),
+        ("mine:Stumbles", "first plain step over AdamW raised ValueError: not today (*mine.py:16), so that there is "),
         ("wrong:X", "importing wrong raised ZeroDivisionError: division by zero (*wrong.py:1)."),
         ("lacks:X", "importing lacks raised ModuleNotFoundError: No module named 'of_theirs' (*lacks.py:1)."),
     ],
@@ -237,6 +240,14 @@ def test_a_base_that_is_none_is_one_error(pytester: pytest.Pytester) -> None:
     result = run(pytester, "mine:same", "--wrapper-base", "torch.optim:Adamw")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: --wrapper-base 'torch.optim:Adamw': torch.optim has no 'Adamw'; it has *"])
+
+
+def test_options_that_no_check_could_use_are_refused(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(mine=IDENTITY)
+    for option, value in (("--wrapper-cap", "-1"), ("--wrapper-cap", "nan"), ("--wrapper-json", "nowhere/x.json")):
+        result = run(pytester, "mine:same", option, value)
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        assert option in str(result.stderr)
 
 
 def test_several_bases_keyword_arguments_and_one_check(pytester: pytest.Pytester) -> None:

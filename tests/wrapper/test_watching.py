@@ -182,6 +182,7 @@ def test_what_cannot_be_watched_is_refused_with_the_reason() -> None:
     for arguments, error, words in (
         ((quiet, print), ValueError, "statistics=True"),
         ((loud,), ValueError, "no writer"),
+        ((loud, 3), ValueError, "3 is no writer.*every="),
         ((torch.optim.AdamW(params), print), TypeError, "no SelectiveUpdate in AdamW"),
     ):
         with pytest.raises(error, match=words):
