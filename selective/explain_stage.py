@@ -8,7 +8,6 @@ from torch import Tensor
 
 from selective.capture.rotation import is_foreign
 from selective.policies import Dense, Policy
-from selective.preconditioner import as_matrix
 from selective.staging import Stage
 
 _MOST = 6  # names in one line
@@ -74,7 +73,7 @@ def _memory(stage: Stage, policy: Policy) -> str:
 
 
 def _state(stage: Stage, param: Tensor) -> Iterable[Tensor]:
-    return stage.preconditioner.init_state(as_matrix(param, stage.shapes[param])).values()
+    return stage.fresh(param).values()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -19,6 +19,7 @@ from selective.capture.anatomy import odd_entries
 from selective.capture.anatomy_facts import Anatomy
 from selective.capture.anatomy_probe import dequantized, state_entries
 from selective.capture.fused import fused_rule
+from selective.capture.layout import local_of
 from selective.capture.rotation import Carried, exact_products
 from selective.preconditioner import Shape, as_matrix
 from selective.preconditioner.linalg import float32_products
@@ -33,7 +34,8 @@ def names_of_first(base: Optimizer, group: Mapping[str, Any], facts: Anatomy) ->
 def first_moments(base: Optimizer, param: Tensor, names: frozenset[str]) -> list[Tensor]:
     """The base's own tensors, which may be 8-bit; those that there are by now."""
     entries = state_entries(base.state[param]) if param in base.state else ()
-    return [v for k, v in entries if k in names and isinstance(v, Tensor) and v.shape == param.shape]
+    found = [v for k, v in entries if k in names and isinstance(v, Tensor) and v.shape == param.shape]
+    return [local_of(v) for v in found]
 
 
 def rewrite(moment: Tensor, shape: Shape, change: Callable[[Tensor], Tensor]) -> None:
@@ -86,7 +88,7 @@ def _second_moments(
         if key in first or not _is_real(value):
             continue
         if value.shape == param.shape:
-            yield value, shape
+            yield local_of(value), shape
         elif tuple(param.shape[-2:]) == (rows, columns):  # as the base sees it; not a convolution read as one matrix
             by_row, by_column = value.numel() == batch * rows, value.numel() == batch * columns
             if by_row and (not by_column or "row" in key):
