@@ -84,11 +84,13 @@ def _second_moments(
     A factor has 1 row or 1 column; one that is named after neither, and square enough to be either, is left alone.
     """
     batch, rows, columns = shape
-    for key, value in state_entries(base.state[param]):
+    entries = [(key, local_of(value)) for key, value in state_entries(base.state[param])]
+    param = local_of(param)
+    for key, value in entries:
         if key in first or not _is_real(value):
             continue
         if value.shape == param.shape:
-            yield local_of(value), shape
+            yield value, shape
         elif tuple(param.shape[-2:]) == (rows, columns):  # as the base sees it; not a convolution read as one matrix
             by_row, by_column = value.numel() == batch * rows, value.numel() == batch * columns
             if by_row and (not by_column or "row" in key):

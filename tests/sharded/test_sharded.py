@@ -30,8 +30,14 @@ FAST = {
         "skipped_by_all", "learning_rate_zero", "partial_gradients_are_summed", "preconditioners_leave_shards_alone",
         "refused_where_it_is_wrapped",
     ),
+    "rotation": (
+        "from_a_stored_basis", "from_its_own_bases", "parts_that_are_not_summed_differ", "the_same_bits_on_all_ranks",
+        "what_is_sent", "taking_turns", "not_finite_on_one_rank", "saved_between_refreshes", "what_is_left_alone",
+        "saved_by_torch",
+    ),
 }  # fmt: skip
 SLOW = {
+    "rotated, a small Llama": "rotation:the_loss_of_a_small_llama",
     "given gradients": "selection:every_policy_and_base",
     "a small Llama, AdamW": "training:every_policy_over_adamw",
     "a small Llama, SGD": "training:every_policy_over_sgd",
