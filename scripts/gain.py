@@ -271,7 +271,9 @@ def table(folder: Path) -> str:
         losses = [r["validation"]["loss"][-1] for r in mine]
         spread = f" ({t_interval(losses)}, n = {len(losses)})" if len(losses) > 1 else ""
         first = next(r for r in mine if r["seed"] == 0)
-        steps = steps_to(wanted, first["validation"]["step"], first["validation"]["loss"])
+        steps = None
+        if math.isfinite(wanted):
+            steps = steps_to(wanted, first["validation"]["step"], first["validation"]["loss"])
         reached = "–" if steps is None else f"{steps:.0f} of {first['steps']}"
         others = ", ".join(
             f"{r['lr']:g}: {r['validation']['loss'][-1]:.3f}"

@@ -11,6 +11,7 @@ from torch import Tensor
 from selective.base_class import check_class, check_first_state
 from selective.capture.base import Parameter
 from selective.capture.fused import fused_rule
+from selective.capture.gathering import cut_like
 from selective.loading import check_basis, first_saved
 from selective.own_basis import ON_THE_HOST, is_of_basis
 from selective.planning import Planning
@@ -153,5 +154,6 @@ def own_tensors(entries: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
         if key in (MOMENTUM, RESIDUE) or key.startswith(POLICY_STATE) or is_of_basis(key)
     }
     return {
-        key: value.detach().clone().to("cpu" if key in ON_THE_HOST else param.device) for key, value in kept.items()
+        key: cut_like(value.detach().clone().to("cpu" if key in ON_THE_HOST else param.device), param)
+        for key, value in kept.items()
     }

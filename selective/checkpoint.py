@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.capture.base import Parameter
+from selective.capture.gathering import cut_like
+from selective.capture.layout import is_dtensor
 from selective.checking import Checking, own_tensors
 from selective.entries import check_entries, check_layout, checked_frame
 from selective.policies import Policy
@@ -62,7 +64,7 @@ class Checkpointing(Checking):
         counted = check_entries(ours, order)
         policies = self._checked_policies(order, ours)
         preconditioners = self._checked_preconditioners(order, ours)
-        theirs = base_part(found)
+        theirs = self._cut(order, base_part(found))
         names = {decode_note(entries[POLICY]) for entries in ours.values()} - {""}
         self._check_base(found["param_groups"], theirs["state"], names)
         with self._all_or_nothing():
@@ -76,6 +78,18 @@ class Checkpointing(Checking):
             self._make_missing_bases(parameters)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def _cut(self, order: list[Any], theirs: dict[str, Any]) -> dict[str, Any]:
+        """Whole tensors of a checkpoint, where a sharded parameter's are wanted: the part that is here."""
+        params = dict(zip(order, (p for group in self.base.param_groups for p in group["params"]), strict=True))
+        if not any(map(is_dtensor, params.values())):
+            return theirs
+        state = {
+            index: {k: cut_like(v, params[index]) if isinstance(v, Tensor) else v for k, v in entries.items()}
+            for index, entries in theirs["state"].items()
+            if index in params
+        }
+        return {**theirs, "state": state}
 
     def _load_base(self, order: list[Any], theirs: dict[str, Any]) -> None:
         before = [dict(group) for group in self.base.param_groups]

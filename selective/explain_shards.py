@@ -9,7 +9,7 @@ from torch import Tensor
 from selective.capture.choose import Capture
 from selective.capture.custom import sees_whole
 from selective.capture.described import specs_on
-from selective.capture.layout import shard_of
+from selective.capture.layout import is_dtensor, shard_of
 from selective.kernels import GivenRule, spec
 from selective.kernels.sharded import How, count_rounds, is_local
 from selective.policies import Dense, Policy
@@ -17,12 +17,13 @@ from selective.policies import Dense, Policy
 
 def explain_shards(group: dict[str, Any], policy: Policy, capture: Capture, scope: str, statistics: bool) -> str | None:
     """One line of a group; None where nothing of it is on other ranks."""
+    if isinstance(policy, Dense) and capture.way == "dense":
+        count = sum(is_dtensor(p) for p in group["params"])
+        return f"{count:,} of {len(group['params']):,} tensors are DTensors; the base's own step" if count else None
     found = [(p, shard) for p in group["params"] if (shard := shard_of(p)) is not None]
     if not found:
         return None
     some = f"{len(found):,} of {len(group['params']):,} tensors"
-    if isinstance(policy, Dense) and capture.way == "dense":
-        return f"{some}; the base's own step"
     if scope == "local":
         return f"{some}, each rank's shard selected from as if it were a whole tensor (scope='local'): no collectives"
     if specs_on(policy, [p for p, _ in found]) is None:

@@ -42,7 +42,8 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         preconditioner: rotates the gradients of matrices before the base sees them: a `Preconditioner`, a kind's name
             or a dict with a `kind`. A `preconditioner` in a parameter group overrides it (None there: none).
         matrix_view: which parameters are matrices, and how: "matrices" (2-D ones only), "conv" (also [out, in, ...] as
-            [out, in * ...]) or "experts" (also [..., m, n] as a batch). A `matrix_view` in a group overrides it.
+            [out, in * ...]), "experts" (also [..., m, n] as a batch) or "rows:3" (2-D ones as 3 matrices one below the
+            other, such as joined queries, keys and values; 2 and 4, too). A `matrix_view` in a group overrides it.
         mask_space: what the policy sees of rotated parameters: "rotated" tensors, or the "original" space's.
         capture: how the base's update is obtained: "fused", "scratch" or "delta"; "auto" takes the first that is right
             for this base. `explain()` says which, and why.

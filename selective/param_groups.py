@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-KINDS = ("matrices", "conv", "experts", "embeddings", "head", "vectors")
-_VIEWS = {"conv": "conv", "experts": "experts"}
+_VIEWS = ("rows:2", "rows:3", "rows:4", "conv", "experts")  # kinds that are called as their `matrix_view`
+KINDS = ("matrices", *_VIEWS, "embeddings", "head", "vectors")
+_JOINED = {"qkv": 3, "qkv_proj": 3, "query_key_value": 3, "in_proj_weight": 3, "gate_up_proj": 2, "w12": 2}
 _HEAD = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection", "unembed")
 _HEADS_INSIDE = (["classifier"], ["lm_head"], ["score"])  # a module of several layers; not the heads of an attention
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -57,11 +58,13 @@ def param_groups_for(
     no_decay: Collection[str] = ("vectors",),
     embeddings: Sequence[str] = (),
     head: Sequence[str] = (),
+    parts: Mapping[str, int] | None = None,
 ) -> ParamGroups:
     """The trainable parameters of `model` as named parameter groups, for a base that `SelectiveUpdate` wraps.
 
-    - "matrices": 2-D weights of the model's inside; "conv": weights of convolutions; "experts": other tensors with
-      three dimensions or more. Rotated by the wrapper's preconditioner, the last two with their `matrix_view`.
+    - "matrices": 2-D weights of the model's inside; "rows:2" to "rows:4": those of them that are several in one, which
+      `parts` names; "conv": weights of convolutions; "experts": other tensors with three dimensions or more. Rotated by
+      the wrapper's preconditioner, all but the first with their `matrix_view`.
     - "embeddings", "head", "vectors" (norms, biases): with `preconditioner` None, so that they are not.
 
     An embedding is a parameter of `nn.Embedding` or `nn.EmbeddingBag`, or a 2-D one called so (`pos_emb`, `wpe`). The
@@ -75,13 +78,17 @@ def param_groups_for(
             says anything, and the base's own holds for all.
         no_decay: kinds of parameters that do not decay.
         embeddings, head: further names, of parameters or of modules, that belong there whatever they look like.
+        parts: how many matrices of equal shape, 2 to 4, lie one below the other in a weight: `{"qkv": 3}`. Keys are
+            names of parameters or modules, or one of the parts between a name's dots. Weights that are called as such
+            things are by many models are pointed out in the table; nothing is taken apart unasked.
 
     Returns:
         A list of groups with `name`, `params` (pairs of name and parameter), and the options above; `print` shows why
         each parameter is where it is.
 
     Raises:
-        ValueError: a name that the model does not have, a kind that does not exist, or nothing to train.
+        ValueError: a name that the model does not have, a kind that does not exist, a weight that cannot be so many
+            matrices, or nothing to train.
     """
     unknown = set(no_decay) - set(KINDS)
     if unknown:
@@ -89,7 +96,8 @@ def param_groups_for(
     found = list(_parameters(model))
     if not found:
         raise ValueError("param_groups_for: the model has no parameter that requires a gradient")
-    named = _named(model, found, embeddings, "embeddings") | _named(model, found, head, "head")
+    named = _taken_apart(found, parts or {})
+    named |= _named(model, found, embeddings, "embeddings") | _named(model, found, head, "head")
     by_kind: dict[str, list[_Found]] = {kind: [] for kind in KINDS}
     rows: list[tuple[str, str, str, str]] = []
     last = _last_head(model)
@@ -107,7 +115,7 @@ def _group(kind: str, found: list[_Found], weight_decay: float | None, no_decay:
     if weight_decay is not None:
         group["weight_decay"] = 0.0 if kind in no_decay else weight_decay
     if kind in _VIEWS:
-        group["matrix_view"] = _VIEWS[kind]
+        group["matrix_view"] = kind
     elif kind != "matrices":
         group["preconditioner"] = None
     return group
@@ -139,6 +147,29 @@ def _named(model: nn.Module, found: list[_Found], names: Sequence[str], kind: st
     return chosen
 
 
+def _taken_apart(found: list[_Found], parts: Mapping[str, int]) -> dict[int, tuple[str, str]]:
+    """Those that the caller says are several matrices."""
+    chosen: dict[int, tuple[str, str]] = {}
+    for wanted, count in parts.items():
+        if count not in (2, 3, 4):
+            raise ValueError(f"param_groups_for: parts has {wanted!r}: {count!r}; it can be 2, 3 or 4 matrices")
+        matching = [f for f in found if f.tensor.dim() == 2 and any(_is_called(n, wanted) for n in f.names)]
+        if not matching:
+            matrices = ", ".join(f.name for f in found if f.tensor.dim() == 2)
+            raise ValueError(f"param_groups_for: parts names {wanted!r}, and no 2-D weight is called so: {matrices}")
+        for one in matching:
+            if one.tensor.shape[0] % count:
+                raise ValueError(
+                    f"param_groups_for: parts has {wanted!r}: {count}, and {one.name} has {one.tensor.shape[0]} rows"
+                )
+            chosen[id(one.tensor)] = (f"rows:{count}", f"named by you: {count} matrices in one")
+    return chosen
+
+
+def _is_called(name: str, wanted: str) -> bool:
+    return name == wanted or name.startswith(f"{wanted}.") or wanted in name.split(".")
+
+
 def _last_head(model: nn.Module) -> Tensor | None:
     """The weight of the last linear layer, if its outputs are an embedding's rows; None where that says nothing."""
     rows = {m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
@@ -166,4 +197,8 @@ def _kind(one: _Found, last: Tensor | None) -> tuple[str, str]:
         return "head", "the last linear layer, with as many outputs as an embedding has rows"
     if any(_EMBEDDING.search(path[-1].lower()) for path in parts):
         return "embeddings", "called so"
-    return ("matrices", "2-D") if p.dim() == 2 else ("experts", f"{p.dim()}-D, read as a stack of matrices")
+    if p.dim() > 2:
+        return "experts", f"{p.dim()}-D, read as a stack of matrices"
+    called = [part for path in parts for part in path if part in _JOINED]
+    joined = next((part for part in called if p.shape[0] % _JOINED[part] == 0), None)
+    return "matrices", "2-D" if joined is None else f"2-D; several in one? parts={{{joined!r}: {_JOINED[joined]}}}"

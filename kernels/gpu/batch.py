@@ -118,7 +118,7 @@ class Batch:
         columns: dict[object, Sequence[int]] = {
             config.NUMEL: numels, config.ADDRESS: [i.address for i in mine],
             config.ROW_LENGTH: [max(n // max(r, 1), 1) for n, r in zip(numels, rows, strict=True)],
-            config.FIRST: [self._first(i) for i in mine],
+            config.BEGINS: [self._first(i) for i in mine],
             config.CHUNK_AT: self.chunk_at, config.CHUNKS: [cdiv(n, self.cfg.block) for n in numels],
             config.SUM_AT: self.sum_at, config.SUMS: self.sums,
             config.SUM_SHIFT: [shift for _, shift in self.sum_samples],

@@ -35,7 +35,7 @@ EXACT, BRACKET, DENSE = (tl.constexpr(i) for i in range(3))  # values of MODE
 # which of the tensors with a drawn sample it is; of a shard, the number of its first element or row in the whole.
 FACTS = tl.constexpr(16)
 (NUMEL, ROW_LENGTH, ADDRESS, SAMPLES, SHIFT, SAMPLES_AT, CHUNK_AT, CHUNKS, SUM_AT, SUMS, SUM_SHIFT, SETTLE_AT,
- SETTLES, LARGE, FIRST) = (tl.constexpr(i) for i in range(15))  # fmt: skip
+ SETTLES, LARGE, BEGINS) = (tl.constexpr(i) for i in range(15))  # fmt: skip
 
 KEYS = tl.constexpr(6)  # columns of a tensor's row of random keys: two each for masks, samples, rounding
 SUM_COLUMNS = tl.constexpr(4)  # columns of a program's row of sums that a strength needs

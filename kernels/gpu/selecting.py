@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .config import BRACKET, CUTOFF, DENSE, FIRST, HIGH, LOW, MODE, RATE, ROW_LENGTH, SEEN, USER
+from .config import BEGINS, BRACKET, CUTOFF, DENSE, HIGH, LOW, MODE, RATE, ROW_LENGTH, SEEN, USER
 from .keys import key_of
 from .random import random_bits
 from .rules import score_of
@@ -49,7 +49,7 @@ def coin(offs, row, facts, keys, CFG: tl.constexpr):
     if CFG.selection == "tensor":
         index = index * 0
     else:
-        index = index + tl.load(facts + FIRST).to(tl.uint32)
+        index = index + tl.load(facts + BEGINS).to(tl.uint32)
     first = tl.load(keys + 0).to(tl.uint32, bitcast=True)
     second = tl.load(keys + 1).to(tl.uint32, bitcast=True)
     return random_bits(index, first, second).to(tl.float32) < tl.load(row + USER)

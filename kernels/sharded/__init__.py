@@ -4,9 +4,9 @@
 """
 
 from .exchange import Exchange, Steps, in_order, run
+from .how import How
 from .masks import alone, mask_report, smallest, totals
 from .selective_step import count_rounds, is_local, sharded_step
-from .work import How
 
 __all__ = [
     "Exchange", "How", "Steps", "alone", "count_rounds", "in_order", "is_local", "mask_report", "run", "sharded_step",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..spec import Sums
 
-Part = Generator[Tensor, Tensor, list[Sums] | None]  # yields a 1-d int32 tensor, is sent its sum over the group
+Part = Generator[Tensor, Tensor, Sequence[Sums] | None]  # yields a 1-d int32 tensor, is sent its sum over the group
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Steps:
     part: Part
     places: list[int]  # of its items in the caller's list
     asked: Tensor | None = None
-    result: list[Sums] | None = None
+    result: Sequence[Sums] | None = None
 
     def go_on(self, answer: Tensor | None = None) -> None:
         """Until it asks again, or is done."""
@@ -72,9 +72,9 @@ class Exchange:
 
     def __init__(self) -> None:
         self._steps: list[Steps] = []
-        self._then: list[tuple[list[Steps], Callable[[list[Sums] | None], None]]] = []
+        self._then: list[tuple[list[Steps], Callable[[Sequence[Sums] | None], None]]] = []
 
-    def add(self, steps: list[Steps], count: int, then: Callable[[list[Sums] | None], None]) -> None:
+    def add(self, steps: list[Steps], count: int, then: Callable[[Sequence[Sums] | None], None]) -> None:
         """Start these parts; `then` gets the sums of their `count` items, in the items' order, when all is done."""
         for one in steps:
             one.go_on()
@@ -92,8 +92,10 @@ class Exchange:
         self._steps, self._then = [], []
 
 
-def in_order(steps: Sequence[Steps], count: int) -> list[Sums] | None:
+def in_order(steps: Sequence[Steps], count: int) -> Sequence[Sums] | None:
     """The sums of all parts, by the places of their items."""
+    if len(steps) == 1 and steps[0].places == list(range(count)):
+        return steps[0].result
     found: dict[int, Sums] = {}
     for one in steps:
         found.update(zip(one.places, one.result or (), strict=one.result is not None))

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..reference.random import SAMPLE_SIZE
 from ..reference.rules import advance
-from ..spec import Draw, Item, Rule, Selection, Shard, Strength, Sums
-from . import ranking
+from ..spec import SUM_NAMES, Draw, Item, Rule, Selection, Shard, Strength, Sums, SumsTable
+from . import ranking, ties
 from .exchange import Part, Steps
+from .how import How
 from .sums import WIDTH, digits, number
-from .work import How, Work
+from .work import Work
 
 LocalStep = Callable[..., Sequence[Sums] | None]  # `selective_step` of whole tensors
 
@@ -77,13 +78,13 @@ def count_rounds(how: How, shards: Sequence[Shard], dtype: torch.dtype) -> int:
         return int(how.needs_sums)
     exact = [s for s in ranked if selection.quantile == "exact" or s.numel <= SAMPLE_SIZE]
     rides = how.needs_sums and not how.strength_waits
-    ties = max(ranking.tie_rounds(exact), int(rides))
-    return (8 if dtype == torch.float64 else 4) + ties + int(how.needs_sums and not rides)
+    rounds = max(ties.tie_rounds(exact), int(rides))
+    return (8 if dtype == torch.float64 else 4) + rounds + int(how.needs_sums and not rides)
 
 
-def _summed(rows: Sequence[Tensor]) -> Generator[Tensor, Tensor, Tensor]:
+def _summed(rows: Sequence[Tensor] | Tensor) -> Generator[Tensor, Tensor, Tensor]:
     """Ask for the sums of these float64 rows: [rows, columns]."""
-    table = torch.stack(list(rows))
+    table = rows if isinstance(rows, Tensor) else torch.stack(list(rows))
     answer = yield digits(table).reshape(-1)
     return number(answer.reshape(*table.shape, WIDTH))
 
@@ -97,20 +98,17 @@ def _local(items: Sequence[Item], how: How, local_step: LocalStep) -> Part:
     sums = local_step(items, **arguments, statistics=how.statistics)
     if sums is None:
         return None
-    rows = []
-    for one, shard in zip(sums, shards, strict=True):
-        row = torch.stack([one.selected, one.update_sq, one.grad_sq, one.update_grad, one.masked_sq])
-        rows.append(row if shard is not None and shard.counted else torch.zeros_like(row))
-    found = yield from _summed(rows)
-    result = []
-    for one, shard, row in zip(sums, shards, found, strict=True):
-        assert shard is not None
-        selected, update_sq, grad_sq, update_grad, masked_sq = row.unbind()
-        result.append(
-            Sums(shard.numel, selected, one.strength_selected, one.strength_rest, update_sq, grad_sq, update_grad,
-                 masked_sq)
-        )  # fmt: skip
-    return result
+    table = sums.values if isinstance(sums, SumsTable) else torch.stack([_row(one) for one in sums])
+    own, strengths = torch.cat([table[:, :1], table[:, 3:]], 1), table[:, 1:3]
+    rows = [row if s is not None and s.counted else torch.zeros_like(row) for row, s in zip(own, shards, strict=True)]
+    found = yield from _summed(own if all(s is not None and s.counted for s in shards) else rows)
+    values = torch.cat([found[:, :1], strengths, found[:, 1:]], 1)
+    return SumsTable(values, [0 if shard is None else shard.numel for shard in shards])
+
+
+def _row(sums: Sums) -> Tensor:
+    """As a row of a `SumsTable`."""
+    return torch.stack([getattr(sums, name) for name in SUM_NAMES])
 
 
 def _whole(items: Sequence[Item], how: How) -> Part:
@@ -127,7 +125,7 @@ def _whole(items: Sequence[Item], how: How) -> Part:
         if rides:
             table = torch.stack([work.sums() for work in works])
             extra = digits(table).reshape(-1)
-        extra = yield from ranking.settle(ranked, extra)
+        extra = yield from ties.settle(ranked, extra)
         for work in works:
             work.after_ranking(settled=True)
         if rides:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -12,52 +10,17 @@ from ..reference.random import sample_positions
 from ..reference.rules import Advanced, apply_mask
 from ..reference.selective_step import score_of
 from ..reference.strengths import Parts, multipliers, total
-from ..spec import Draw, Item, Rule, Selection, Shard, Strength, Sums
+from ..spec import Item, Shard, Sums
+from .how import How
 from .ranking import Ranked, key_of, selected
 
 
-@dataclass
-class How:
-    """What holds for all tensors of a call."""
-
-    rule: Rule
-    selection: Selection
-    strength: Strength
-    draw: Draw
-    statistics: bool
-
-    @property
-    def by_previous(self) -> bool:
-        return self.selection.kind == "agreement" and self.selection.product == "previous_momentum"
-
-    @property
-    def strength_waits(self) -> bool:
-        """Whether the strength's sums are of the selected coordinates themselves, and not only of how many they are."""
-        return self.strength.kind == "norm_preserving" or (
-            self.strength.kind == "mean_preserving" and self.strength.estimate == "sampled"
-        )
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The sums that are asked for."""
-        names = ["selected"]
-        if self.statistics:
-            names += ["update_sq", "grad_sq", "update_grad", "chosen_u"]
-            names += ["equal_u"] if self.selection.kind == "top_k" and not self.strength_waits else []
-            names += ["others_u"] if self.strength.still else []
-        if self.strength.kind == "alignment":
-            names += ["dot", "momentum_sq", "grad_sq"]
-        if self.strength_waits:
-            names += ["chosen_sq", "others_sq"]
-        return tuple(dict.fromkeys([*names, "moving"] if self.by_previous else names))
-
-    @property
-    def needs_sums(self) -> bool:
-        return self.statistics or self.by_previous or self.strength.kind != "fixed"
-
-
 class Work:
-    """One tensor. `begin`, then `sums` or the ranking and `sums`, then `finish`."""
+    """One tensor, whose moments have moved.
+
+    In order: where it has something to rank, `ranking.find` and `ties.settle` on `ranked`, and `after_ranking` after
+    each; `sums`, before the ties are settled or after; `finish`.
+    """
 
     def __init__(self, item: Item, how: How, moved: Advanced) -> None:
         assert item.shard is not None
@@ -67,6 +30,13 @@ class Work:
         self.ranked: Ranked | None = None
         self.score_key: Tensor | None = None  # where only a sample is ranked
         self.chosen = self._select()
+        self.moving: Tensor | None = None  # how many previous momenta are not 0
+        if how.by_previous:
+            assert moved.previous_momentum is not None
+            self.moving = total(moved.previous_momentum != 0)
+        # all tensors' steps are kept until the sums are there: what is not read again makes room
+        momentum = moved.momentum if how.reads_momentum else None
+        self.moved = Advanced(moved.grad, moved.update, momentum, None)
 
     def _select(self) -> Tensor:
         """The selected; of what is ranked nothing yet, of an agreement with the previous momentum those that agree."""
@@ -93,10 +63,8 @@ class Work:
             rows = Shard(shard.shape[:1], shard.runs[:1], shard.group)
             bits = element_bits(rows, self.how.draw, self.item.address, self.device)
             return (bits < limit).reshape(-1, *[1] * (param.dim() - 1)).expand(param.shape)
-        one = torch.zeros(1, dtype=torch.int64, device=self.device)
-        return (
-            (bits_at(self.how.draw, self.item.address, one, 1) < limit).reshape([1] * param.dim()).expand(param.shape)
-        )
+        first = torch.zeros([1] * param.dim(), dtype=torch.int64, device=self.device)
+        return (bits_at(self.how.draw, self.item.address, first, 1) < limit).expand(param.shape)
 
     def _rank(self) -> None:
         score = score_of(self.how.selection, self.how.rule, self.moved).reshape(-1)
@@ -155,9 +123,8 @@ class Work:
         if how.strength.kind == "alignment":
             assert m.momentum is not None
             found |= {"dot": total(m.momentum * m.grad), "momentum_sq": total(m.momentum * m.momentum)}
-        if how.by_previous:
-            assert m.previous_momentum is not None
-            found["moving"] = total(m.previous_momentum != 0)
+        if self.moving is not None:
+            found["moving"] = self.moving
         if how.strength_waits:
             found |= self._strength_sums()
         zero = torch.zeros((), dtype=torch.float64, device=self.device)

@@ -40,11 +40,11 @@ def make_view(
 
 
 def sees_whole(policy: Policy, shard: spec.Shard | None) -> bool:
-    """Whether the policy's own code has to see the whole of a parameter of which this shard is here."""
-    if shard is None or policy.scope == "tensor":
-        return True
-    rows = zip(shard.shape[1:], shard.runs[1:], strict=True)
-    return policy.scope == "row" and any(runs != ((0, size),) for size, runs in rows)
+    """Whether the policy's own code has to see the whole of a parameter of which this shard is here.
+
+    The same on all ranks: by which dimensions are sharded, not by what happens to be here.
+    """
+    return shard is None or policy.scope == "tensor" or (policy.scope == "row" and shard.cut > 0)
 
 
 def masked_step(

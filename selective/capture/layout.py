@@ -112,7 +112,8 @@ def _made(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> spec.
     if not cuts:
         return None
     coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "a rank outside of the mesh has no parameter of it"
+    if coordinate is None:
+        raise ValueError(f"is of a mesh of {tuple(mesh.shape)} ranks in which this rank is not; leave it out here")
     runs = tuple(_runs(mesh, cuts, dim, size, coordinate) for dim, size in enumerate(shape))
     cut = max(p.dim for _, p in cuts)
     pieces = sorted({run for at in _coordinates(mesh, cuts) for run in _runs(mesh, cuts, cut, shape[cut], at)})

@@ -17,6 +17,11 @@ ALIASES: dict[str, Preconditioner] = {
 """As people say them on a command line; any kind's name, or a mapping with a `kind`, does as well."""
 
 
+JOINED = {"qkv": 3, "mlp_in": 2}
+"""Of the comparison's GPT: queries, keys and values; gate and value. Rotated as one matrix each they were worse than
+not rotated at all, in a run of 34M parameters: docs/preconditioner-eigenbasis.md."""
+
+
 def _space(data: Any) -> Preconditioner:
     alias = ALIASES.get(data.lower()) if isinstance(data, str) else None
     try:
@@ -32,9 +37,11 @@ def groups_by_kind(model: nn.Module, weight_decay: float, rotated: bool) -> list
     """Matrices of the model's inside, then embeddings, head and vectors, the first three decayed.
 
     Everyone in a comparison with preconditioners gets these groups, so that random policies number parameters alike;
-    with `rotated` all but the first say that they are not.
+    with `rotated` all but matrices say that they are not. The model's joined projections are rotated apart.
     """
-    found = param_groups_for(model, weight_decay=weight_decay)
+    linear = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    joined = {name: count for name, count in JOINED.items() if name in linear}
+    found = param_groups_for(model, weight_decay=weight_decay, parts=joined)
     names = ("weight_decay", "preconditioner", "matrix_view") if rotated else ("weight_decay",)
     return [
         {"params": [p for _, p in group["params"]], **{name: group[name] for name in names if name in group}}

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from selective.preconditioner.base import Shape
 
-MatrixView = Literal["matrices", "conv", "experts"]  # How parameters are read as matrices.
+MatrixView = Literal[
+    "matrices", "conv", "experts", "rows:2", "rows:3", "rows:4"
+]  # How parameters are read as matrices.
 VIEWS: tuple[str, ...] = get_args(MatrixView)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -20,7 +22,8 @@ def check_matrix_view(view: object, where: str) -> MatrixView:
     if view not in VIEWS:
         raise ValueError(
             f"SelectiveUpdate: {where}matrix_view is {view!r}, must be 'matrices' (2-D parameters only), 'conv' "
-            f"([out, in, ...] as one matrix [out, in * ...]) or 'experts' ([..., m, n] as a batch of [m, n])"
+            f"([out, in, ...] as one matrix [out, in * ...]), 'experts' ([..., m, n] as a batch of [m, n]) or "
+            f"'rows:2', 'rows:3' or 'rows:4' ([k * m, n] as a batch of k matrices [m, n])"
         )
     return view  # type: ignore[return-value]
 
@@ -28,8 +31,9 @@ def check_matrix_view(view: object, where: str) -> MatrixView:
 def matrix_shape(param: Tensor, view: MatrixView) -> Shape | str:
     """[batch, rows, columns] of a parameter; where it is none, the reason in words.
 
-    2-D parameters are one matrix in every view. "conv": [out, in, ...] is one matrix [out, in * ...]. "experts":
-    [..., m, n] is a batch of matrices [m, n]. Others are left alone, and so are dtypes and classes of tensor in which
+    2-D parameters are one matrix in every view but "rows:k", where [k * m, n] is a batch of k matrices [m, n]: queries,
+    keys and values of a joined projection. "conv": [out, in, ...] is one matrix [out, in * ...]. "experts": [..., m, n]
+    is a batch of matrices [m, n]. Others are left alone, and so are dtypes and classes of tensor in which
     a product with a float32 basis is not to be had: float64, complex, DTensor, quantised parameters.
     """
     if type(param) not in _PLAIN:
@@ -40,6 +44,11 @@ def matrix_shape(param: Tensor, view: MatrixView) -> Shape | str:
         return f"{param.dim()}-D, no matrix"
     if param.numel() == 0:
         return "empty"
+    if view.startswith("rows:"):
+        count = int(view.removeprefix("rows:"))
+        if param.dim() != 2 or param.shape[0] % count:
+            return f"{' x '.join(map(str, param.shape))}, no {count} matrices of equal shape one below the other"
+        return count, param.shape[0] // count, param.shape[1]
     if param.dim() == 2:
         return 1, param.shape[0], param.shape[1]
     if view == "conv":

@@ -26,7 +26,7 @@ from selective.kernels import (
     uniform_bits,
 )
 from selective.kernels.reference.places import bits_at, cells, element_bits, flat_indices, local_places
-from selective.kernels.sharded import ranking
+from selective.kernels.sharded import ranking, ties
 from selective.kernels.sharded.masks import value_of
 from selective.kernels.sharded.sums import digits, number
 
@@ -102,7 +102,7 @@ def _select(parts_of: list[tuple[Tensor, Shard]], k: int) -> list[Tensor]:
     def one(score: Tensor, shard: Shard) -> Generator[Tensor, Tensor, Tensor]:
         ranked = ranking.Ranked(ranking.key_of(score), k, shard)
         yield from ranking.find([ranked])
-        extra = yield from ranking.settle([ranked], torch.ones(2, dtype=torch.int32))
+        extra = yield from ties.settle([ranked], torch.ones(2, dtype=torch.int32))
         assert extra.tolist() == [len(parts_of)] * 2, "what travels along is summed"
         return ranking.selected(ranked).reshape(score.shape)
 
@@ -136,7 +136,7 @@ def test_ties_over_many_cells(shape: tuple[int, int], dim: int, rounds: int) -> 
     """One round or two or three of ties; half of the scores equal the K-th."""
     score = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(0)).float()
     shards = cut(score, dim, 2)
-    assert ranking.tie_rounds([shards[0][1]]) == rounds
+    assert ties.tie_rounds([shards[0][1]]) == rounds
     for k in (1, score.numel() // 3, score.numel() * 2 // 3, score.numel()):
         _agrees(score, k, dim, 2, parts)
 

@@ -107,13 +107,40 @@ def test_a_mixture_of_experts() -> None:
     assert groups[1]["matrix_view"] == "experts"
 
 
+def test_joined_projections_are_pointed_out_and_taken_apart_when_asked() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.gate_up_proj = nn.Linear(8, 24, bias=False), nn.Linear(8, 32, bias=False)
+            self.w12 = nn.Linear(8, 5, bias=False)  # no two of equal size
+
+    model = Joined()
+    said = param_groups_for(model).table()
+    assert "several in one? parts={'qkv': 3}" in said
+    assert "several in one? parts={'gate_up_proj': 2}" in said
+    assert said.count("several") == 2
+    groups = param_groups_for(model, parts={"qkv": 3, "gate_up_proj.weight": 2})
+    assert [(g["name"], g.get("matrix_view"), g["params"][0][0]) for g in groups] == [
+        ("matrices", None, "w12.weight"),
+        ("rows:2", "rows:2", "gate_up_proj.weight"),
+        ("rows:3", "rows:3", "qkv.weight"),
+    ]
+    for parts, told in (
+        ({"wqkv": 3}, "no 2-D weight is called so: qkv.weight"),
+        ({"w12": 2}, "w12.weight has 5 rows"),
+        ({"qkv": 5}, "2, 3 or 4"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            param_groups_for(model, parts=parts)
+
+
 def test_frozen_ones_are_left_out_and_mistakes_are_named() -> None:
     model = nn.Linear(3, 3)
     model.bias.requires_grad_(False)
     assert names(param_groups_for(model)) == {"matrices": ["weight"]}
     with pytest.raises(ValueError, match="embeddings names 'table', which trains nothing; there is weight"):
         param_groups_for(model, embeddings=["table"])
-    with pytest.raises(ValueError, match=r"no_decay has \['bias'\]; the kinds are matrices, conv, experts"):
+    with pytest.raises(ValueError, match=r"no_decay has \['bias'\]; the kinds are matrices, rows:2"):
         param_groups_for(model, no_decay=["bias"])
     model.weight.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):

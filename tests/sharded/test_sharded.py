@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from sharded_world import run_cases
+
+from selective import SelectiveUpdate
 
 FAST = {
     "selection": (
-        "every_policy", "other_bases", "delta_capture", "kernels_of_whole_tensors", "not_finite", "other_dtypes",
-        "samples", "massive_ties", "local_scope_differs",
+        "every_policy", "other_bases", "delta_capture", "kernels_of_whole_tensors", "triton_kernels", "not_finite",
+        "other_dtypes", "samples", "massive_ties", "local_scope_differs",
     ),
     "own": (
         "own_code_in_every_layout", "state_is_cut_as_the_parameter", "what_is_gathered",
@@ -24,7 +27,8 @@ FAST = {
         "one_policy_everywhere", "local_scope_goes_elsewhere", "replicas_stay_together", "beside_what_is_ignored",
     ),
     "checkpoints": (
-        "resharded_in_a_run", "full_state_goes_both_ways", "state_dict_of_torch", "read_before_the_first_step",
+        "resharded_in_a_run", "full_state_goes_both_ways", "state_dict_of_torch", "state_made_early",
+        "read_before_the_first_step",
     ),
     "agreement": (
         "skipped_by_all", "learning_rate_zero", "partial_gradients_are_summed", "preconditioners_leave_shards_alone",
@@ -45,8 +49,9 @@ SLOW = {
 }
 
 
+@pytest.mark.timeout(600)  # a minute and a half on two idle cores
 def test_every_layout_does_what_one_device_does(tmp_path: Path) -> None:
-    run_cases([f"sharded_cases_{part}:{name}" for part, names in FAST.items() for name in names], 4, tmp_path)
+    run_cases([f"sharded_cases_{part}:{name}" for part, names in FAST.items() for name in names], 4, tmp_path, 580)
 
 
 @pytest.mark.slow
@@ -54,6 +59,12 @@ def test_every_layout_does_what_one_device_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", SLOW.values(), ids=SLOW.keys())
 def test_every_policy_over_every_base(case: str, tmp_path: Path) -> None:
     run_cases([f"sharded_cases_{case}"], 4, tmp_path, 2900)
+
+
+def test_an_unknown_scope_is_refused() -> None:
+    base = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1)
+    with pytest.raises(ValueError, match="scope is 'all', must be 'global' or 'local'"):
+        SelectiveUpdate(base, scope="all")  # type: ignore[arg-type]
 
 
 def test_a_failing_case_is_noticed(tmp_path: Path) -> None:

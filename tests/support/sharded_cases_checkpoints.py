@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,16 @@ def full_state_goes_both_ways(world: World) -> None:
         set_model_state_dict(single.model, model)
         set_optimizer_state_dict(single.model, single.optimizer, optimizer)
         single.train(range(2, 4))
+        saved = copy.deepcopy(single.optimizer.state_dict())  # loading shares step counters, as torch's does
         again = Training(name, mesh)
         set_model_state_dict(again.model, get_model_state_dict(single.model), options=full)
         state = get_optimizer_state_dict(single.model, single.optimizer)
         set_optimizer_state_dict(again.model, again.optimizer, state, options=full)
         _same(again.train(range(4, 6)).values(), undisturbed, name)
+        plain = Training(name, mesh)
+        set_model_state_dict(plain.model, get_model_state_dict(single.model), options=full)
+        plain.optimizer.load_state_dict(saved)
+        _same(plain.train(range(4, 6)).values(), undisturbed, f"{name}, load_state_dict")
 
 
 def state_dict_of_torch(world: World) -> None:
@@ -146,6 +152,22 @@ def state_dict_of_torch(world: World) -> None:
         second.model.load_state_dict(first.model.state_dict())
         second.optimizer.load_state_dict(saved)
         _same(second.train(range(2, 4)).values(), undisturbed, name)
+
+
+def state_made_early(world: World) -> None:
+    """`init_state()` makes what the first step would, cut as the parameters are, and moves nothing."""
+    mesh = world.mesh(world.size)
+    for name in CONFIGURATIONS:
+        if "NAdam" in name:
+            continue  # it counts the step in which it makes its state
+        run = Training(name, mesh)
+        before = run.values()
+        run.optimizer.init_state()
+        _same(run.values(), before, f"{name}: init_state has moved")
+        for p in run.model.parameters():
+            for key, value in run.optimizer.state[p].items():
+                assert isinstance(value, DTensor) == (value.dim() > 0 and value.shape == p.shape), key
+        _same(run.train(range(2)).values(), Training(name).train(range(2)).values(), name)
 
 
 def read_before_the_first_step(world: World) -> None:

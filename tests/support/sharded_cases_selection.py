@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sharded_runs import Run, adamw, compare, layouts, lion, nadam, sgd
+from sharded_runs import Run, adamw, columns, compare, layouts, lion, nadam, rows, sgd
 from sharded_world import World
 
 from selective import (
@@ -60,10 +60,10 @@ def every_policy(world: World) -> None:
 
 
 def every_policy_and_base(world: World) -> None:
-    """The whole matrix, 30 steps; for the slow lane."""
+    """The whole matrix, 10 steps; for the slow lane."""
     for name, policy in POLICIES.items():
         for base, make in BASES.items():
-            _all_layouts(world, make, {"policy": policy}, 30, f"{name}, {base}", everywhere=True)
+            _all_layouts(world, make, {"policy": policy}, 10, f"{name}, {base}", everywhere=True)
 
 
 def other_bases(world: World) -> None:
@@ -92,6 +92,19 @@ def kernels_of_whole_tensors(world: World) -> None:
             found = Run(adamw, options, mesh, place, backend="auto").train(range(3)).values()
             for mine, theirs in zip(found, single, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=f"{name}, {layout}")
+
+
+def triton_kernels(world: World) -> None:
+    """... and Triton's, interpreted; plans are kept from step to step."""
+    for name in ("CautiousMGUP", "RandomMask"):
+        for base, told in ((adamw, False), (sgd, True), (nadam, False)):
+            how: dict[str, Any] = {"backend": "gpu", "shapes": [(7, 5), (24, 6)]}
+            options = {"policy": POLICIES[name], "statistics": told}
+            single = Run(base, options, **how).train(range(3)).values()
+            for place in (rows, columns):
+                found = Run(base, options, world.mesh(world.size), place, **how).train(range(3)).values()
+                for mine, theirs in zip(found, single, strict=True):
+                    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=f"{name}, {place.__name__}")
 
 
 def not_finite(world: World) -> None:

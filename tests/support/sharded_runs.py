@@ -21,7 +21,7 @@ from selective import SelectiveUpdate
 from selective.kernels import Backend, use_backend
 
 # 7 rows over 4 ranks; rows without a gradient (massive ties); vectors; fewer rows than ranks, so that shards are empty
-SHAPES = [(7, 5), (24, 6), (5,), (1,), (2, 9), (3, 4, 2)]
+SHAPES = [(7, 5), (24, 6), (5,), (1,), (4, 1), (2, 9), (3, 4, 2)]
 Make = Callable[[list[nn.Parameter]], Optimizer]
 Place = Callable[[Tensor], list[Any]]
 
@@ -37,7 +37,8 @@ def sgd(params: list[nn.Parameter]) -> Optimizer:
 def lion(params: list[nn.Parameter]) -> Optimizer:
     from pytorch_optimizer import Lion
 
-    return Lion(params, lr=1e-3, weight_decay=0.1)
+    # its own step, which dense groups take, can't mix tensors and DTensors in one foreach operation
+    return Lion(params, lr=1e-3, weight_decay=0.1, foreach=False)
 
 
 def nadam(params: list[nn.Parameter]) -> Optimizer:
