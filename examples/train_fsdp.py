@@ -1,8 +1,8 @@
 """FSDP2: a GPT of any size under `fully_shard`, with checkpoints that go on on another number of ranks.
 
-Alone, or `torchrun --nproc-per-node N train_fsdp.py --steps 400 --width 512 ...`: NCCL on GPUs, else gloo. Run again with
-the same folder, on any number of ranks, it goes on from its last whole checkpoint. The data are real: the source of
-Python's standard library, the same batches for any number of ranks.
+Alone, or `torchrun --nproc-per-node N train_fsdp.py --steps 400 --width 512 ...`: NCCL on GPUs, else gloo. Run again
+with the same folder, on any number of ranks, it goes on from its last whole checkpoint. The data are real: the source
+of Python's standard library, the same batches for any number of ranks.
 """
 
 from __future__ import annotations

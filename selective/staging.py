@@ -61,6 +61,10 @@ class Stage:
         shape = matrix_shape(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), self.matrix_view)
         if isinstance(shape, str):
             return shape
+        if shape[0] > 1:
+            return (
+                f"a DTensor, and matrix_view={self.matrix_view!r} makes {shape[0]} matrices of it: 'matrices' takes one"
+            )
         if self.capture.way != "fused":
             return f"a DTensor, and the base steps it by itself ({self.capture.way} capture)"
         try:

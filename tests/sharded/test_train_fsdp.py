@@ -1,4 +1,4 @@
-"""examples/train_fsdp.py as it is meant: under torchrun on two ranks, stopped, and gone on with by one process alone."""
+"""examples/train_fsdp.py as it is meant: under torchrun on two ranks, stopped, and gone on with by one alone."""
 
 from __future__ import annotations
 
