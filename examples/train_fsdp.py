@@ -45,7 +45,7 @@ def options() -> argparse.Namespace:
 def start() -> torch.device:
     """The process group: torchrun's, or one of this process alone."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if kind == "cuda":
         torch.cuda.set_device(device)
