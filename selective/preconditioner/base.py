@@ -17,7 +17,7 @@ from selective.policies.base import Configured
 
 State = dict[str, Tensor]  # what is remembered of one parameter, by name
 Shape = tuple[int, int, int]  # batch, rows, columns
-Side = Literal["rows", "columns"]
+Side = Literal["rows", "columns"]  # which sides of a matrix a basis is of
 
 
 class Carry(NamedTuple):

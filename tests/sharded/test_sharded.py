@@ -42,6 +42,7 @@ FAST = {
 }  # fmt: skip
 SLOW = {
     "rotated, a small Llama": "rotation:the_loss_of_a_small_llama",
+    "rotated, everywhere": "rotation:from_a_stored_basis_everywhere",
     "given gradients": "selection:every_policy_and_base",
     "a small Llama, AdamW": "training:every_policy_over_adamw",
     "a small Llama, SGD": "training:every_policy_over_sgd",
