@@ -37,7 +37,7 @@ FAST = {
     "rotation": (
         "from_a_stored_basis", "from_its_own_bases", "parts_that_are_not_summed_differ", "the_same_bits_on_all_ranks",
         "what_is_sent", "taking_turns", "not_finite_on_one_rank", "saved_between_refreshes", "what_is_left_alone",
-        "saved_by_torch",
+        "saved_by_torch", "low_precision",
     ),
 }  # fmt: skip
 SLOW = {

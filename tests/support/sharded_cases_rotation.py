@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from sharded_cases_checkpoints import Training
+from sharded_cases_own import Whole
 from sharded_cases_selection import BASES
 from sharded_cases_traffic import counted
 from sharded_cases_training import by_columns, by_rows
@@ -85,6 +86,7 @@ CASES: dict[str, tuple[Make, Policy, dict[str, Any]]] = {
     "Dense, AdamW": (adamw, Dense(), {}),
     "original, AdamW": (adamw, MGUP(), {"mask_space": "original"}),
     "local, SGD": (BASES["SGD"], Dense(), {"scope": "local"}),
+    "own code, AdamW": (adamw, Whole(), {}),
 }
 
 
@@ -106,6 +108,20 @@ def from_a_stored_basis(world: World, everywhere: bool = False) -> None:
 
 def from_a_stored_basis_everywhere(world: World) -> None:
     from_a_stored_basis(world, everywhere=True)
+
+
+def low_precision(world: World) -> None:
+    """bfloat16, rounded stochastically by the element's place in the whole: all but a few round the same way."""
+    more = {"stochastic_rounding": True}
+    for _, mesh, place, side in layouts(world, everywhere=False):
+        fixed: dict[str, Any] = {**EVERY, "refresh_every": 1000}
+        how = options(MGUP(), Eigenbasis(**{**fixed, "sides": side}), **more)
+        one = Run(adamw, how, dtype=torch.bfloat16).train(range(3))
+        ours = Run(adamw, options(MGUP(), Eigenbasis(**fixed), **more), mesh, place, dtype=torch.bfloat16)
+        load(ours, saved(one)).train(range(3, 4))
+        one.train(range(3, 4))
+        same = [(a == b).float().mean() for a, b in zip(ours.values(), one.values(), strict=True)]
+        assert min(map(float, same)) > 0.95, same
 
 
 def from_its_own_bases(world: World) -> None:
