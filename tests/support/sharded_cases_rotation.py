@@ -305,6 +305,8 @@ def what_is_left_alone(world: World) -> None:
     line = next(line for line in run.optimizer.explain().splitlines() if line.startswith("  rotated"))
     assert "24 x 6" in line
     assert "3 of them sharded: nothing is sent" in run.optimizer.explain()
+    joined = Run(adamw, options(MGUP(), Eigenbasis(sides="unsharded"), matrix_view="rows:2"), mesh, shapes=TALL[:1])
+    assert "makes 2 matrices of it" in joined.optimizer.explain()
     one = Run(adamw, options(MGUP(), Soap()), world.mesh(1) or mesh, shapes=TALL)
     assert ("none of them" in one.optimizer.explain()) == (world.rank > 0)  # one rank alone cuts nothing
 
