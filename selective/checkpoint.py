@@ -31,11 +31,12 @@ class Checkpointing(Checking):
             self._make_own_state(lambda parameter: parameter.tensor.requires_grad)
         found = dict(self.base.state_dict())
         state = {index: dict(entries) for index, entries in found["state"].items()}
-        index = 0
+        index, wholes = 0, self._summed_entries()
         for group, policy_group in zip(self.base.param_groups, self.policy_groups, strict=True):
             for p in group["params"]:
                 if p in self._own:
-                    state.setdefault(index, {}).update(self._saved_entries(self._own[p], policy_group))
+                    ours = {**self._saved_entries(self._own[p], policy_group), **wholes.get(p, {})}
+                    state.setdefault(index, {}).update(ours)
                 index += 1
         found["state"] = state
         for hook in self._optimizer_state_dict_post_hooks.values():

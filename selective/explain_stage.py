@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from selective.capture.layout import shard_of
 from selective.capture.rotation import is_foreign
 from selective.policies import Dense, Policy
-from selective.preconditioner import as_matrix
 from selective.staging import Stage
 
 _MOST = 6  # names in one line
+_SHARDED = "nothing is sent for it in a step, two all-reduces in one with a refresh; state_dict() sums up averages"
 
 
 def explain_stage(stage: Stage, policy: Policy, mask_space: str) -> list[str]:
@@ -19,6 +20,9 @@ def explain_stage(stage: Stage, policy: Policy, mask_space: str) -> list[str]:
     lines = [f"  rotated   {_rotated(stage)}, by {stage.preconditioner!r}"]
     if stage.shapes:
         lines.append(f"            {stage.capture.way}: {_way(stage)}")
+        sharded = sum(shard_of(p) is not None for p in stage.shapes)
+        if sharded:
+            lines.append(f"            {sharded:,} of them sharded: {_SHARDED}")
     by_reason: dict[str, list[str]] = {}
     for name, why in stage.left.items():
         by_reason.setdefault(why, []).append(name)
@@ -74,7 +78,7 @@ def _memory(stage: Stage, policy: Policy) -> str:
 
 
 def _state(stage: Stage, param: Tensor) -> Iterable[Tensor]:
-    return stage.preconditioner.init_state(as_matrix(param, stage.shapes[param])).values()
+    return stage.fresh(param).values()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -75,5 +75,5 @@ def _difference(
         return f"{who} was rotated as {there}, here it would be {shape}"
     kept = {key[len(BASIS) :]: value for key, value in entries.items() if key.startswith(BASIS)}
     found = {key: (tuple(value.shape), value.dtype) for key, value in kept.items()}
-    wanted = layout_of(stage.preconditioner, shape, member.tensor.device)
+    wanted = layout_of(stage.of(member.tensor), shape, member.tensor.device)
     return None if found == wanted else f"the basis of {who} is {found}, here it would be {wanted}"

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.capture.base import Parameter
+from selective.capture.layout import is_first, shard_of
 from selective.capture.moments import first_moments, names_of_first, rewrite
 from selective.capture.rotation import Basis
-from selective.preconditioner import Shape, as_matrix
+from selective.capture.rotation_shards import sums_over_ranks
+from selective.preconditioner import Preconditioner, Shape
 from selective.staging import Stage
 from selective.state import BASIS, BASIS_SHAPE, BASIS_SKIPPED, BASIS_STEPS
 
@@ -47,7 +49,7 @@ class OwnBasis(Optimizer):
         if found is None:
             return {}
         stage, shape = found
-        made = stage.preconditioner.init_state(as_matrix(parameter.tensor, shape))
+        made = stage.fresh(parameter.tensor)
         for key, value in made.items():
             here = isinstance(value, Tensor) and value.device == parameter.tensor.device
             if not here and not (isinstance(value, Tensor) and value.device.type == "cpu" and value.dim() == 0):
@@ -69,9 +71,10 @@ class OwnBasis(Optimizer):
             if found is None or BASIS_STEPS not in own:
                 continue
             stage, shape = found
-            key = (id(stage), shape, parameter.tensor.device)
+            self._keep_part(parameter, stage)
+            key = (id(stage.of(parameter.tensor)), shape, parameter.tensor.device)
             if key not in homes:
-                made = stage.preconditioner.init_state(as_matrix(parameter.tensor, shape))
+                made = stage.fresh(parameter.tensor)
                 homes[key] = {BASIS + name: value.device for name, value in made.items()}
             own.update({name: own[name].to(device) for name, device in homes[key].items() if name in own})
 
@@ -82,7 +85,28 @@ class OwnBasis(Optimizer):
         own = self._own[parameter.tensor]
         state = {key[len(BASIS) :]: value for key, value in own.items() if key.startswith(BASIS)}
         device, place = parameter.tensor.device, self._places[parameter.tensor]
-        return Basis(found[1], device, state, own[BASIS_STEPS], own[BASIS_SKIPPED], place)
+        here, shard = found[0].local_shape(parameter.tensor), shard_of(parameter.tensor)
+        return Basis(here, device, state, own[BASIS_STEPS], own[BASIS_SKIPPED], place, found[1], shard)
+
+    def _keep_part(self, parameter: Parameter, stage: Stage) -> None:
+        """After a load: of what is a sum over ranks, a checkpoint has the whole, and one rank keeps it."""
+        own = self._own[parameter.tensor]
+        if shard_of(parameter.tensor) is not None and not is_first(parameter.tensor):
+            own.update({key: torch.zeros_like(own[key]) for key in _parts_in(own, stage.preconditioner)})
+
+    def _summed_entries(self) -> dict[Tensor, dict[str, Tensor]]:
+        """The wholes of what each rank has a part of. All ranks of a mesh have to ask for them together."""
+        parts: list[tuple[Tensor, str, Tensor]] = []
+        for stage in self._stages:
+            for p in () if stage is None else stage.shapes:
+                own = self._own.get(p, {})
+                if stage is not None and shard_of(p) is not None and BASIS_STEPS in own:
+                    parts += [(p, key, own[key]) for key in _parts_in(own, stage.preconditioner)]
+        found: dict[Tensor, dict[str, Tensor]] = {}
+        sums = sums_over_ranks([value for _, _, value in parts], [shard_of(p) for p, _, _ in parts])
+        for (p, key, _), value in zip(parts, sums, strict=True):
+            found.setdefault(p, {})[key] = value
+        return found
 
     def _enter_basis(self, parameters: Sequence[Parameter]) -> None:
         """Take the first moments that the base has already into bases that were just made.
@@ -94,10 +118,15 @@ class OwnBasis(Optimizer):
             found = self._stage_of(parameter)
             if found is None:
                 continue
-            stage, shape = found
+            stage, shape = found[0], found[0].local_shape(parameter.tensor)
             group = self.base.param_groups[parameter.group]
             names = names_of_first(self.base, group, stage.capture.facts)
             for moment in first_moments(self.base, parameter.tensor, names):
                 states, project = [self._basis(parameter).state], stage.preconditioner.project_in
                 with torch.no_grad():
                     rewrite(moment, shape, lambda x, states=states, project=project: project(states, [x])[0])
+
+
+def _parts_in(own: dict[str, Tensor], preconditioner: Preconditioner) -> list[str]:
+    """Names of the entries of a sharded matrix that are parts of sums over ranks."""
+    return [BASIS_SKIPPED, *(key for key in own if key.startswith(BASIS) and preconditioner.is_part(key[len(BASIS) :]))]

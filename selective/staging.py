@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from selective.capture.base import Parameter
 from selective.capture.choose import Capture
+from selective.capture.layout import is_dtensor, local_of, shard_of, whole_sides
 from selective.groups import PreconditionerGroup
-from selective.preconditioner import MatrixView, Preconditioner, Shape, matrix_shape
+from selective.preconditioner import MatrixView, Preconditioner, Shape, State, as_matrix, matrix_shape
 
 # By what is in the name of a class: they rotate or orthogonalise their gradients themselves.
 _ROTATING = (
@@ -33,12 +34,14 @@ class Stage:
     members: list[Parameter]
     shapes: dict[Tensor, Shape] = field(default_factory=dict)  # of those that are rotated
     left: dict[str, str] = field(default_factory=dict)  # name of each other parameter -> why it is not
+    spelled: dict[Tensor, Preconditioner] = field(default_factory=dict)  # of `DTensor`s: with the side that is rotated
     _split: tuple[list[Parameter], list[Parameter], list[Parameter]] = field(default=([], [], []))
 
     def __post_init__(self) -> None:
         for parameter in self.members:
-            found = matrix_shape(parameter.tensor, self.matrix_view)
-            if not isinstance(found, str) and not self.preconditioner.takes(found):
+            found = self._on_shards(parameter.tensor) if is_dtensor(parameter.tensor) else None
+            found = found or matrix_shape(parameter.tensor, self.matrix_view)
+            if not isinstance(found, str) and not self.of(parameter.tensor).takes(found):
                 found = f"{type(self.preconditioner).__name__} does not take {list(found)}"
             if isinstance(found, str):
                 self.left[parameter.name] = found
@@ -50,6 +53,50 @@ class Stage:
                 "parameters are; a preconditioner has to step it on others. Take a base that looks at p.data in each "
                 "step, or preconditioner=None"
             )
+
+    def _on_shards(self, tensor: Tensor) -> Shape | str:
+        """The whole's shape, where each rank's part of it can be rotated alone."""
+        if tensor.dim() > 2:  # a part is not some rows or columns of a matrix, in each view
+            return f"{tensor.dim()}-D, and of DTensors only 2-D ones are rotated"
+        shape = matrix_shape(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), self.matrix_view)
+        if isinstance(shape, str):
+            return shape
+        if shape[0] > 1:
+            return (
+                f"a DTensor, and matrix_view={self.matrix_view!r} makes {shape[0]} matrices of it: 'matrices' takes one"
+            )
+        if self.capture.way != "fused":
+            return f"a DTensor, and the base steps it by itself ({self.capture.way} capture)"
+        try:
+            shard = shard_of(tensor)
+        except ValueError as error:
+            return f"it {error}"
+        if shard is None:  # all of it is here
+            whole = whole_sides(tensor)
+            here = self.preconditioner.on_shards(shape, whole)
+            found = self.preconditioner if isinstance(here, str) else here
+        else:
+            found = self.preconditioner.on_shards(shape, whole_sides(tensor))
+        if isinstance(found, str):
+            return found
+        self.spelled[tensor] = found
+        return shape
+
+    def of(self, tensor: Tensor) -> Preconditioner:
+        """The preconditioner, as what this parameter's state is made by."""
+        return self.spelled.get(tensor, self.preconditioner)
+
+    def fresh(self, tensor: Tensor) -> State:
+        """What is kept of this parameter's basis at first."""
+        shape = self.shapes[tensor]
+        if not is_dtensor(tensor):
+            return self.preconditioner.init_state(as_matrix(tensor, shape))
+        like = torch.zeros((), dtype=torch.float32, device=local_of(tensor).device).expand(shape)
+        return self.of(tensor).init_state(like)
+
+    def local_shape(self, tensor: Tensor) -> Shape:
+        """What of the matrix is on this rank."""
+        return (1, *local_of(tensor).shape) if is_dtensor(tensor) else self.shapes[tensor]
 
     def split(self, present: list[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
         """The parameters that are not rotated, and those that are: the same lists as long as `present` is the same."""

@@ -12,7 +12,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +61,23 @@ def wrapped_like(local: Tensor, param: Tensor) -> Tensor:
     return DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+def whole_sides(param: Tensor) -> frozenset[Literal["rows", "columns"]]:
+    """Which sides of a 2-D DTensor are whole on each rank: of one that is sharded by rows, its columns.
+
+    A mesh of one rank cuts nothing. Then its placements are asked, so that the answer is that of more ranks.
+    """
+    like: Any = param
+    cuts = [(like.device_mesh.size(dim), p.dim) for dim, p in enumerate(like.placements) if _is_shard(p)]
+    cut = {dim for size, dim in cuts if size > 1} or {dim for _, dim in cuts}
+    sides: dict[Literal["rows", "columns"], int] = {"rows": 0, "columns": 1}
+    return frozenset(side for side, dim in sides.items() if dim not in cut)
+
+
+def is_first(param: Tensor) -> bool:
+    """Whether this rank is the first of the parameter's mesh: one of those that count, and one only."""
+    return not is_dtensor(param) or not any(param.device_mesh.get_coordinate() or ())  # type: ignore[attr-defined]
 
 
 def shard_of(tensor: Tensor) -> spec.Shard | None:

@@ -19,6 +19,7 @@ from selective.capture.anatomy import odd_entries
 from selective.capture.anatomy_facts import Anatomy
 from selective.capture.anatomy_probe import dequantized, state_entries
 from selective.capture.fused import fused_rule
+from selective.capture.layout import local_of
 from selective.capture.rotation import Carried, exact_products
 from selective.preconditioner import Shape, as_matrix
 from selective.preconditioner.linalg import float32_products
@@ -33,7 +34,8 @@ def names_of_first(base: Optimizer, group: Mapping[str, Any], facts: Anatomy) ->
 def first_moments(base: Optimizer, param: Tensor, names: frozenset[str]) -> list[Tensor]:
     """The base's own tensors, which may be 8-bit; those that there are by now."""
     entries = state_entries(base.state[param]) if param in base.state else ()
-    return [v for k, v in entries if k in names and isinstance(v, Tensor) and v.shape == param.shape]
+    found = [v for k, v in entries if k in names and isinstance(v, Tensor) and v.shape == param.shape]
+    return [local_of(v) for v in found]
 
 
 def rewrite(moment: Tensor, shape: Shape, change: Callable[[Tensor], Tensor]) -> None:
@@ -82,7 +84,9 @@ def _second_moments(
     A factor has 1 row or 1 column; one that is named after neither, and square enough to be either, is left alone.
     """
     batch, rows, columns = shape
-    for key, value in state_entries(base.state[param]):
+    entries = [(key, local_of(value)) for key, value in state_entries(base.state[param])]
+    param = local_of(param)
+    for key, value in entries:
         if key in first or not _is_real(value):
             continue
         if value.shape == param.shape:

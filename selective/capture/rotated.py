@@ -19,6 +19,7 @@ from torch import Tensor
 from selective.capture import lists
 from selective.capture.described import specs_of
 from selective.capture.generic import Captured, GenericJob, by_value
+from selective.capture.layout import local_like, local_of, shard_of
 from selective.capture.moments import carry_first, carry_second, first_moments, names_of_first
 from selective.capture.rotation import Carried, Rotation, is_foreign
 from selective.kernels import selective_step, spec
@@ -37,6 +38,7 @@ class RotatedJob(GenericJob):
         self.gradients: list[Tensor] = []  # not rotated, after `maximize` and coupled decay
         self.moving: list[int] = []  # those that step: not the ones that stand still
         self.momenta: dict[int, Tensor | None] = {}  # in the space of the mask, of what is being masked now
+        self.waiting: dict[int, Tensor] = {}  # -mask u of the rotated space, as soon as the mask is known
         self.count = len(self.parameters)
         self.grads, self.previous = [None] * self.count, [None] * self.count
 
@@ -49,11 +51,15 @@ class RotatedJob(GenericJob):
             self._carry(carried)
         self.moving = [i for i in range(self.count) if not self.rotation.stands_still(i)]
 
+    def raw_grads(self) -> list[Tensor]:
+        """Of sharded parameters, what is here of them; so are all tensors of a job but the parameters themselves."""
+        return [local_like(p.grad, p) for p in self.tensors() if p.grad is not None]
+
     def _effective_gradients(self) -> list[Tensor]:
         raw = self.raw_grads()
         if not self.is_coupled:
             return lists.negated(raw) if self.sign < 0 else raw
-        made = lists.sums(raw, self.tensors(), self.coupled, wide=True)
+        made = lists.sums(raw, [local_of(p) for p in self.tensors()], self.coupled, wide=True)
         if self.sign < 0:
             lists.neg_(made)
         return made
@@ -121,8 +127,14 @@ class RotatedJob(GenericJob):
             self._keep_residue(indices, starts)
             return
         left = self.nothing(indices)
+        self.waiting.update(zip(indices, left, strict=True))
         self._call(indices, updates, left, [1.0] * len(indices), negated)
-        self.land(indices, left)
+
+    def stepped(self, indices: Sequence[int]) -> None:
+        """Masked in the rotated space: at once, or when other ranks have said what they know."""
+        waiting = [i for i in indices if i in self.waiting]
+        if waiting:
+            self.land(waiting, [self.waiting.pop(i) for i in waiting])
 
     def _call(
         self,
@@ -142,7 +154,7 @@ class RotatedJob(GenericJob):
 
     def nothing(self, indices: list[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """Zeros shaped like these parameters, which a kernel turns into -mask u."""
-        tensors = [self.parameters[i].tensor for i in indices]
+        tensors = [local_of(self.parameters[i].tensor) for i in indices]
         if all(p.is_contiguous() for p in tensors) and len({p.shape for p in tensors}) == 1:
             shape = (len(indices), *tensors[0].shape)
             return list(torch.zeros(shape, dtype=dtype, device=tensors[0].device).unbind())
@@ -156,7 +168,13 @@ class RotatedJob(GenericJob):
         assert described is not None
         for factor, places in by_value([self.factors[i] for i in indices]):
             items = [
-                spec.Item(starts[k], moved[k], {"update": moved[k], "start": starts[k]}, self._address(indices[k]))
+                spec.Item(
+                    starts[k],
+                    moved[k],
+                    {"update": moved[k], "start": starts[k]},
+                    self._address(indices[k]),
+                    shard=self.shard(indices[k]),
+                )
                 for k in places
             ]
             passing = self.kept.passing(self.calls, items, self.policy, self.context.recording)
@@ -170,9 +188,12 @@ class RotatedJob(GenericJob):
     def _address(self, index: int) -> int:
         return self.parameters[index].address
 
-    def _starts(self, indices: list[int]) -> list[Tensor]:
+    def shard(self, index: int) -> spec.Shard | None:
+        return None if self.context.local_scope else shard_of(self.parameters[index].tensor)
+
+    def _starts(self, indices: Sequence[int]) -> list[Tensor]:
         """The parameters, which are stepped in place; what stands in for those that keep a rounding residue."""
-        return [self.parameters[i].tensor for i in indices]
+        return [local_of(self.parameters[i].tensor) for i in indices]
 
     def _keep_residue(self, indices: list[int], exact: Sequence[Tensor]) -> None:
         """Where something stood in for the parameter: round it, and keep what that takes."""

@@ -5,6 +5,7 @@ So nothing but the products, and the buffer that they are made from, is added to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from selective.capture.fused import FusedRule
+from selective.capture.layout import is_dtensor, local_like, wrapped_like
 from selective.capture.rotated import RotatedJob
-from selective.kernels import advance, selective_step, spec
+from selective.kernels import advance, begin_sharded, selective_step, spec
 
 
 class RotatedFusedJob(RotatedJob):
@@ -59,6 +61,7 @@ class RotatedFusedJob(RotatedJob):
         undecayed: Any = {"decay_factor": 1.0} if isinstance(rule, spec.LionRule) else {}
         rule = replace(rule, weight_decay=0.0, maximize=False, **undecayed)
         states, fresh = [], []
+        kept: list[dict[str, Any]] = []  # the base's own dictionaries, of which shards get a copy with what is here
         for i in indices:
             p = self.parameters[i].tensor
             state = self.context.base.state[p]
@@ -66,18 +69,23 @@ class RotatedFusedJob(RotatedJob):
                 self.fused.init_state(self.group, p, state)
             if isinstance(rule, spec.SGDRule) and state.get("momentum_buffer") is None:
                 fresh.append((p, state))
-            states.append(state)
+            kept.append(state)
+            states.append({k: local_like(v, p) for k, v in state.items()} if is_dtensor(p) else state)
         # SGD's momentum is made in the dtype of what is stepped.
         left = self.nothing(indices, torch.float32 if fresh else rotated[0].dtype)
         items = []
         for i, buffer, grad, state in zip(indices, left, rotated, states, strict=True):
             own = self.context.own_state(self.parameters[i], self.policy)
-            items.append(spec.Item(buffer, grad, state, self._address(i), own))
+            items.append(spec.Item(buffer, grad, state, self._address(i), own, self.shard(i)))
         if in_kernel:
+            self.waiting.update(zip(indices, left, strict=True))
             self._step_in_kernel(indices, items, rule)
-            self.land(indices, left)
         else:
             self._step_outside(indices, items, rule)
+        for i, mine, theirs in zip(indices, states, kept, strict=True):
+            if mine is not theirs:
+                p = self.parameters[i].tensor
+                theirs.update({k: wrapped_like(v, p) for k, v in mine.items() if theirs.get(k) is None})
         for p, state in fresh:
             _in_the_dtype_of(p, state)
 
@@ -87,13 +95,21 @@ class RotatedFusedJob(RotatedJob):
         passing = self.kept.passing(self.calls, items, self.policy, self.context.recording)
         self.calls += 1
         draw = self.context.draw_on(items[0].param.device)
-        sums = selective_step(
-            passing, rule=rule, selection=self.specs[0], strength=self.specs[1],
-            draw=replace(draw, stochastic=False),  # the parameter is rounded later, in `land`
-            statistics=report is not None,
-        )  # fmt: skip
-        if sums is not None and report is not None:
-            report.add_all([self.parameters[i].name for i in indices], sums)
+        how: dict[str, Any] = {
+            "rule": rule, "selection": self.specs[0], "strength": self.specs[1],
+            "draw": replace(draw, stochastic=False),  # the parameter is rounded later, in `land`
+            "statistics": report is not None,
+        }  # fmt: skip
+
+        def done(sums: Sequence[spec.Sums] | None) -> None:
+            if sums is not None and report is not None:
+                report.add_all([self.parameters[i].name for i in indices], sums)
+            self.stepped(indices)
+
+        if items[0].shard is None:
+            done(selective_step(passing, **how))
+        else:
+            self.context.exchange.add(begin_sharded(passing, **how), len(items), done)
 
     def _step_outside(self, indices: list[int], items: list[spec.Item], rule: spec.Rule) -> None:
         """The rule alone, and then the mask: where it is a policy's own code, or not of the rotated space."""

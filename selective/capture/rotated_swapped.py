@@ -140,7 +140,7 @@ class RotatedDeltaJob(SwappedJob):
     def _residue(self, index: int) -> Tensor:
         return self.context.own_residue(self.parameters[index], self.policy)
 
-    def _starts(self, indices: list[int]) -> list[Tensor]:
+    def _starts(self, indices: Sequence[int]) -> list[Tensor]:
         found = dict(zip(indices, super()._starts(indices), strict=True))
         return [p.float() + self._residue(i) if i in self.residual else p for i, p in found.items()]
 

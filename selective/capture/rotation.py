@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from selective.capture import lists
+from selective.capture.rotation_shards import refresh_shards
+from selective.kernels import spec
 from selective.preconditioner import Carry, Preconditioner, Shape, State, as_matrix
 from selective.preconditioner.matrices import DTYPES
 
@@ -40,6 +42,8 @@ class Basis:
     steps: Tensor  # int64 on the CPU: steps in which it had a gradient
     skipped: Tensor  # int64 on its device: gradients that were not finite
     place: int
+    whole: Shape  # ... and `shape` what of it is on this rank
+    shard: spec.Shard | None = None
 
 
 @dataclass
@@ -64,12 +68,16 @@ class Rotation:
         return self.preconditioner.stands_still(self.steps[index])
 
     def alike(self, indices: Sequence[int], limit: int = lists.PART) -> Iterator[list[int]]:
-        """Those of equal shape and device together, at most `limit` elements at a time."""
+        """Those of equal shape and device together, at most `limit` elements at a time.
+
+        Of shards the wholes are looked at, and how they are cut: the same on all ranks, which ask each other together.
+        """
         found: dict[tuple[object, ...], list[int]] = {}
         for index in indices:
-            found.setdefault((self.bases[index].shape, self.bases[index].device), []).append(index)
+            basis = self.bases[index]
+            found.setdefault((basis.whole, basis.shape, id(basis.shard), basis.device), []).append(index)
         for same in found.values():
-            batch, rows, columns = self.bases[same[0]].shape
+            batch, rows, columns = self.bases[same[0]].whole
             size = max(1, limit // (batch * rows * columns))
             yield from (same[start : start + size] for start in range(0, len(same), size))
 
@@ -78,20 +86,36 @@ class Rotation:
         preconditioner, everything = self.preconditioner, list(range(len(self.bases)))
         observes, reads = preconditioner.observes(), preconditioner.refreshes_from_gradients()
         for indices in self.alike(everything):
-            due = [i for i in indices if self._is_due(i)]
+            due = [i for i in indices if self.is_due(i)]
             looked = indices if observes else due
             if looked:
                 grads = dict(zip(looked, matrices(looked), strict=True))
                 self._look_at(looked, list(grads.values()))
-            if due and reads:
+            if due and reads and self.bases[due[0]].shard is None:
                 yield from self._refresh(due, self._clean(due, [grads[i] for i in due]))
         if not reads:
-            for due in self.alike([i for i in everything if self._is_due(i)], BASES):
+            whole = [i for i in everything if self.bases[i].shard is None]
+            for due in self.alike([i for i in whole if self.is_due(i)], BASES):
                 basis = self.bases[due[0]]
                 nothing = torch.zeros((), dtype=torch.float32, device=basis.device).expand(basis.shape)
                 yield from self._refresh(due, [nothing] * len(due))
+        yield from self._refresh_shards(matrices)
 
-    def _is_due(self, index: int) -> bool:
+    def _refresh_shards(self, matrices: Matrices) -> Iterator[Carried]:
+        """The same of matrices that are sharded, together with the other ranks."""
+        due = [i for i, basis in enumerate(self.bases) if basis.shard is not None and self.is_due(i)]
+        if not due:
+            return
+        self._refreshed.update(due)
+        with self._named("refresh"):
+            finite = {i: self._finite.get(i) for i in due}
+            made = refresh_shards(self.preconditioner, {i: self.bases[i] for i in due}, finite, matrices)
+        valid = torch.ones((), dtype=torch.bool, device=self.bases[due[0]].device)
+        for index, maps in made.items():
+            if maps is not None:
+                yield Carried(index, maps, valid.to(self.bases[index].device))
+
+    def is_due(self, index: int) -> bool:
         basis, steps = self.bases[index], self.steps[index]
         if self.preconditioner.is_due(steps, basis.place, self.count):
             return True
@@ -99,6 +123,7 @@ class Rotation:
 
     def _look_at(self, indices: list[int], grads: list[Tensor]) -> None:
         """Which gradients are finite; the others are counted."""
+        grads = [grad if grad.numel() else grad.new_zeros(1) for grad in grads]  # a shard may be empty
         largest = lists.many_of._foreach_norm(grads, float("inf"))
         finite = torch.stack(list(largest)).isfinite()
         self._finite.update(zip(indices, finite.unbind(), strict=True))

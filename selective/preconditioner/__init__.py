@@ -1,6 +1,6 @@
 """The stage before: rotate the gradients into a space where their covariance is nearly diagonal."""
 
-from selective.preconditioner.base import Carry, Preconditioner, Shape, State, preconditioner_from
+from selective.preconditioner.base import Carry, Preconditioner, Refreshed, Shape, Side, State, preconditioner_from
 from selective.preconditioner.eigenbasis import Eigenbasis
 from selective.preconditioner.matrices import MatrixView, as_matrix, check_matrix_view, matrix_shape
 from selective.preconditioner.named import AdaDiag, Soap
@@ -11,7 +11,9 @@ __all__ = [
     "Eigenbasis",
     "MatrixView",
     "Preconditioner",
+    "Refreshed",
     "Shape",
+    "Side",
     "Soap",
     "State",
     "as_matrix",

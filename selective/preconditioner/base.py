@@ -9,7 +9,7 @@ is a dictionary of tensors, which lives in the wrapper: it is saved, loaded and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from selective.policies.base import Configured
 
 State = dict[str, Tensor]  # what is remembered of one parameter, by name
 Shape = tuple[int, int, int]  # batch, rows, columns
+Side = Literal["rows", "columns"]  # which sides of a matrix a basis is of
 
 
 class Carry(NamedTuple):
@@ -32,6 +33,13 @@ class Carry(NamedTuple):
     right: Tensor | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
+
+
+class Refreshed(NamedTuple):
+    """What became of one matrix that is sharded: whether its basis is new, and which old column each new one was."""
+
+    new: bool
+    order: Tensor | None = None  # int64 [batch, n] of the rotated side; None: they stay where they are
 
 
 class Preconditioner(Configured):
@@ -115,6 +123,40 @@ class Preconditioner(Configured):
         x is float32, or of the dtype that `project_in` gave the gradient; so is what is returned.
         """
         raise NotImplementedError(f"{type(self).__name__} must define project_out")
+
+    # --- matrices of which each rank has some rows, or some columns ---
+
+    def on_shards(self, shape: Shape, whole: frozenset[Side]) -> Preconditioner | str:
+        """What makes the state of a matrix [1, rows, columns], of which only these sides are whole on each rank.
+
+        That is this preconditioner with the side that it rotates spelled out. Or, in words, why such a matrix is left
+        alone. Of a matrix that is taken, `project_in`, `project_out`, `denoise` and `observe` get each rank's part,
+        which may be empty, and must not ask other ranks for anything. A refresh is `refresh_parts`, a sum over ranks,
+        `refresh_from` on one of them, and `carries_from` on all.
+        """
+        return f"sharded, and {type(self).__name__} does not say how shards are rotated"
+
+    def is_part(self, name: str) -> bool:
+        """Whether this entry of a sharded matrix's state is a part, and the sum over ranks the whole. Checkpoints have
+        the whole."""
+        return False
+
+    def refresh_parts(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Tensor]:
+        """What of each the ranks have to add up for a refresh: float32, of the same shape on all of them.
+
+        `grads` are zeros where `refreshes_from_gradients` says that they are not read.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define refresh_parts")
+
+    def refresh_from(self, states: Sequence[State], sums: Sequence[Tensor]) -> list[Refreshed]:
+        """New bases in the `states`, in place, from the sums. One rank does it; the others get what it has written."""
+        raise NotImplementedError(f"{type(self).__name__} must define refresh_from")
+
+    def carries_from(
+        self, old: Sequence[State], new: Sequence[State], refreshed: Sequence[Refreshed]
+    ) -> list[Carry | None]:
+        """What `refresh` would have returned, from the states before and after; None where nothing is new."""
+        raise NotImplementedError(f"{type(self).__name__} must define carries_from")
 
     def report(self, states: Sequence[State]) -> list[dict[str, Tensor]]:
         """What `statistics()` shows of each parameter: 0-d tensors on its device."""

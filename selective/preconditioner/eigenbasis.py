@@ -9,11 +9,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from selective.preconditioner import schedule
-from selective.preconditioner.base import Carry, Preconditioner, Shape, State
+from selective.preconditioner import schedule, shards
+from selective.preconditioner.base import Carry, Preconditioner, Refreshed, Shape, State
 from selective.preconditioner.linalg import STACKED, Precision, batches, multiply, per_matrix, stack, zero
 from selective.preconditioner.refresh import COUNTS, refresh
-from selective.preconditioner.sides import Side, Sides, rotated_sides, shape_of
+from selective.preconditioner.sides import Side, Sides, rotated_sides
 from selective.preconditioner.solvers import SolverName
 from selective.preconditioner.statistics import observe
 
@@ -38,8 +38,8 @@ class Eigenbasis(Preconditioner):
 
     sides: Sides = "two"
     """Which sides are rotated: the gradient's "rows" (P), "columns" (Q), both ("two"), the smaller "one" (by the shape
-    alone; columns where they are equal), or the one that is whole on each rank where rows are sharded ("unsharded":
-    columns). Both, because that has measured better than one; one side costs half in time, less in memory."""
+    alone; columns where they are equal), or the one that is whole on each rank ("unsharded": columns, unless those are
+    sharded). Both, because that has measured better than one; one side costs half in time, less in memory."""
     statistic: Literal["gradient", "ema"] = "ema"
     """What is diagonalised: the Gram matrices of the "gradient" of the step of the refresh, or their running averages
     ("ema") up to the step before. Running averages, because one gradient is a noisy and often low-rank guess at the
@@ -142,8 +142,7 @@ class Eigenbasis(Preconditioner):
     def refresh(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Carry | None]:
         if not states:
             return []
-        sides = self.sides_of(shape_of(grads[0]))
-        return refresh(self, sides, states, grads)
+        return refresh(self, shards.side_of(states[0]), states, grads)
 
     def observe(self, states: Sequence[State], grads: Sequence[Tensor]) -> None:
         if not states:
@@ -152,7 +151,7 @@ class Eigenbasis(Preconditioner):
         if noise:
             zero(noise)
         if self.statistic == "ema":
-            observe(self.sides_of(shape_of(grads[0])), states, grads, self.beta)
+            observe(shards.side_of(states[0]), states, grads, self.beta)
 
     def project_in(self, states: Sequence[State], xs: Sequence[Tensor]) -> list[Tensor]:
         return self._project(states, xs, into=True)
@@ -166,6 +165,25 @@ class Eigenbasis(Preconditioner):
     def project_out(self, states: Sequence[State], xs: Sequence[Tensor]) -> list[Tensor]:
         return self._project(states, xs, into=False)
 
+    def on_shards(self, shape: Shape, whole: frozenset[Side]) -> Preconditioner | str:
+        sides = shards.sides_on_shards(self.sides, whole)
+        return shards.why_not(sides, shape, self.max_dim, whole) or self.model_copy(update={"sides": sides})
+
+    def is_part(self, name: str) -> bool:
+        return name.endswith("_gram")
+
+    def refresh_parts(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Tensor]:
+        return shards.parts(self.statistic, states, grads)
+
+    def refresh_from(self, states: Sequence[State], sums: Sequence[Tensor]) -> list[Refreshed]:
+        return shards.refresh_from(shards.FromGrams(self.solver, self.carry, self.floor), states, sums)
+
+    def carries_from(
+        self, old: Sequence[State], new: Sequence[State], refreshed: Sequence[Refreshed]
+    ) -> list[Carry | None]:
+        keeps = self.carry == "keep"
+        return [shards.carry_from(keeps, *one) for one in zip(old, new, refreshed, strict=True)]
+
     def report(self, states: Sequence[State]) -> list[dict[str, Tensor]]:
         """How many refreshes gave a new basis, and how many matrices took each of the ways round it (see `Faults`)."""
         return [
@@ -176,7 +194,7 @@ class Eigenbasis(Preconditioner):
     def _project(self, states: Sequence[State], xs: Sequence[Tensor], *, into: bool) -> list[Tensor]:
         if not states:
             return []
-        sides = self.sides_of(shape_of(xs[0]))
+        sides = shards.side_of(states[0])  # what was made for it: of a shard, the shape does not tell
         if not sides or not xs[0].numel():
             return [x.clone() for x in xs]
         batch, rows, columns = xs[0].shape

@@ -6,18 +6,17 @@ from typing import Literal
 
 from torch import Tensor
 
-from selective.preconditioner.base import Shape
+from selective.preconditioner.base import Shape, Side
 from selective.preconditioner.linalg import float32_products
 
 Sides = Literal["one", "two", "rows", "columns", "unsharded"]
-Side = Literal["rows", "columns"]
 
 
 def rotated_sides(sides: Sides, shape: Shape, max_dim: int) -> tuple[Side, ...]:
     """None of vectors and empty tensors, and no side longer than `max_dim`.
 
     "one" is the smaller side; of a square matrix the columns, which is what "unsharded" means without a layout: of a
-    matrix that is sharded by rows, each rank has whole rows, so that x Q needs no communication.
+    matrix that is sharded by rows, each rank has whole rows, so that x Q needs no communication (`shards.py`).
     """
     batch, rows, columns = shape
     if batch == 0 or min(rows, columns) < 2:
@@ -32,11 +31,6 @@ def rotated_sides(sides: Sides, shape: Shape, max_dim: int) -> tuple[Side, ...]:
     }
     lengths: dict[Side, int] = {"rows": rows, "columns": columns}
     return tuple(side for side in wanted[sides] if lengths[side] <= max_dim)
-
-
-def shape_of(x: Tensor) -> Shape:
-    batch, rows, columns = x.shape
-    return batch, rows, columns
 
 
 @float32_products()

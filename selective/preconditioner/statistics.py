@@ -14,9 +14,9 @@ from selective.preconditioner.sides import Side
 
 def observe(sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor], beta: float) -> None:
     """A ← β A + (1 − β) GGᵀ for each side, in place; nothing of a matrix where the result would not be finite."""
-    if not sides or not grads[0].numel():
-        return
     batch, rows, columns = grads[0].shape
+    if not sides or not batch:
+        return
     for some in batches(len(grads), batch * max(rows, columns) ** 2, REFRESHED):
         grad, group = stack(grads[some]), states[some]
         old = {side: stack([state[f"{side}_gram"] for state in group]) for side in sides}

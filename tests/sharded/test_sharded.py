@@ -35,7 +35,14 @@ FAST = {
         "refused_where_it_is_wrapped",
     ),
 }  # fmt: skip
+ROTATION = (
+    "from_a_stored_basis", "from_its_own_bases", "parts_that_are_not_summed_differ", "the_same_bits_on_all_ranks",
+    "what_is_sent", "taking_turns", "not_finite_on_one_rank", "saved_between_refreshes", "what_is_left_alone",
+    "saved_by_torch", "low_precision",
+)  # fmt: skip
 SLOW = {
+    "rotated, a small Llama": "rotation:the_loss_of_a_small_llama",
+    "rotated, everywhere": "rotation:from_a_stored_basis_everywhere",
     "given gradients": "selection:every_policy_and_base",
     "a small Llama, AdamW": "training:every_policy_over_adamw",
     "a small Llama, SGD": "training:every_policy_over_sgd",
@@ -46,6 +53,10 @@ SLOW = {
 @pytest.mark.timeout(600)  # a minute and a half on two idle cores
 def test_every_layout_does_what_one_device_does(tmp_path: Path) -> None:
     run_cases([f"sharded_cases_{part}:{name}" for part, names in FAST.items() for name in names], 4, tmp_path, 580)
+
+
+def test_rotations_do_what_they_do_on_one_device(tmp_path: Path) -> None:
+    run_cases([f"sharded_cases_rotation:{name}" for name in ROTATION], 4, tmp_path)
 
 
 @pytest.mark.slow

@@ -1,0 +1,207 @@
+"""A refresh of bases whose matrices are sharded: two collectives for all that are due, and nothing in other steps.
+
+Note [sharded refresh]: parts of Gram matrices are added up over the ranks, with a flag for each matrix that says
+whether any part of its gradient was not finite. Then every matrix is solved on one rank, the largest first and each on
+the one that has least to do so far; and what that has written, all states of bases, goes to all ranks bit for bit: as
+integers, to which the others add zeros. So the ranks can't come to differ in a basis, whatever a solver does on each of
+them. How much there is to send follows from shapes, and from the flags, which all have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from selective.kernels import spec
+from selective.preconditioner import Carry, Preconditioner, Refreshed, Shape, State
+
+# Elements that go over the wire at once, 256 MiB: a refresh needs as much memory for each of its two collectives.
+SENT = 2**26
+
+
+class Sharded(Protocol):
+    """What is looked at of a `rotation.Basis`."""
+
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def whole(self) -> Shape: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def state(self) -> State: ...
+    @property
+    def shard(self) -> spec.Shard | None: ...
+
+
+def refresh_shards(
+    preconditioner: Preconditioner,
+    due: Mapping[int, Sharded],
+    finite: Mapping[int, Tensor | None],
+    matrices: Callable[[list[int]], list[Tensor]],
+) -> dict[int, Carry | None]:
+    """New bases of these in their states; the carries by index, in the same order on all ranks.
+
+    `finite`: whether the parts of the gradients that are here are, where they were looked at. `matrices`: the parts.
+    """
+    found: dict[int, Carry | None] = {}
+    for group, indices in _together(due):
+        grads = {i: _nothing(due[i]) for i in indices}
+        if preconditioner.refreshes_from_gradients():
+            grads = dict(zip(indices, matrices(indices), strict=True))
+        states = [due[i].state for i in indices]
+        parts = preconditioner.refresh_parts(states, [grads[i] for i in indices])
+        counted = [_counted(due[i].shard) for i in indices]
+        missing = [_missing(finite[i], due[i].device) for i in indices]
+        sums = _summed([torch.cat([p.reshape(-1), m]) for p, m in zip(parts, missing, strict=True)], counted, group)
+        spoilt = torch.stack([one[-1] for one in sums]).tolist()  # waits for the device, as a refresh does
+        good = [k for k, flag in enumerate(spoilt) if not flag]
+        wholes = [sums[k][:-1].view(parts[k].shape) for k in good]
+        made = _shared_out(preconditioner, [states[k] for k in good], wholes, group)
+        found.update(dict.fromkeys(indices))
+        found.update(zip([indices[k] for k in good], made, strict=True))
+    return found
+
+
+def _together(due: Mapping[int, Sharded]) -> Iterator[tuple[Any, list[int]]]:
+    """Those of one group of processes and device, as many as are sent at once: cut by what all ranks know."""
+    alike: dict[tuple[int, torch.device], list[int]] = {}
+    for index, basis in due.items():
+        assert basis.shard is not None
+        alike.setdefault((id(basis.shard.group), basis.device), []).append(index)
+    for indices in alike.values():
+        some: list[int] = []
+        count = 0
+        for index in indices:
+            size = sum(value.numel() for value in due[index].state.values())
+            if some and count + size > SENT:
+                yield _group(due[some[0]]), some
+                some, count = [], 0
+            some.append(index)
+            count += size
+        yield _group(due[some[0]]), some
+
+
+def _group(basis: Sharded) -> Any:
+    assert basis.shard is not None
+    return basis.shard.group
+
+
+def _counted(shard: spec.Shard | None) -> bool:
+    return shard is None or shard.counted
+
+
+def _nothing(basis: Sharded) -> Tensor:
+    return torch.zeros((), dtype=torch.float32, device=basis.device).expand(basis.shape)
+
+
+def _missing(finite: Tensor | None, device: torch.device) -> Tensor:
+    """[1]: 1 where this part of the gradient is known not to be finite."""
+    if finite is None:
+        return torch.zeros(1, dtype=torch.float32, device=device)
+    return (~finite).to(torch.float32).reshape(1)
+
+
+def _summed(vectors: Sequence[Tensor], counted: Sequence[bool], group: Any) -> list[Tensor]:
+    """The sum over ranks of each of these 1-d tensors: one all-reduce."""
+    buffer = torch.cat([v if counts else torch.zeros_like(v) for v, counts in zip(vectors, counted, strict=True)])
+    torch.distributed.all_reduce(buffer, group=group)
+    return list(buffer.split([v.numel() for v in vectors]))
+
+
+def _shared_out(
+    preconditioner: Preconditioner, states: Sequence[State], wholes: Sequence[Tensor], group: Any
+) -> list[Carry | None]:
+    """Solve each on one rank, give all of them its new state: one all-reduce."""
+    if not states:
+        return []
+    owners = _owners([whole.shape[-1] for whole in wholes], torch.distributed.get_world_size(group))
+    mine = [k for k, owner in enumerate(owners) if owner == torch.distributed.get_rank(group)]
+    names = [sorted(name for name in state if not preconditioner.is_part(name)) for state in states]
+    old = [{name: state[name].clone() for name in kept} for state, kept in zip(states, names, strict=True)]
+    written = [{**state, **{name: value.clone() for name, value in old[k].items()}} for k, state in enumerate(states)]
+    solved = preconditioner.refresh_from([written[k] for k in mine], [wholes[k] for k in mine])
+    rows = [_zeros(old[k], wholes[k]) for k in range(len(states))]
+    for k, one in zip(mine, solved, strict=True):
+        rows[k] = _encoded({name: written[k][name] for name in names[k]}, one, wholes[k])
+    rows = _summed(rows, [True] * len(rows), group)
+    flags = torch.stack([row[-1] for row in rows]).tolist()
+    refreshed = [
+        _decoded(row, flag, {name: state[name] for name in kept}, whole)
+        for row, flag, state, kept, whole in zip(rows, flags, states, names, wholes, strict=True)
+    ]
+    return preconditioner.carries_from(old, states, refreshed)
+
+
+def _owners(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Which rank solves which: the dearest first (n³), each to the rank with the least; the same on all ranks."""
+    load, found = [0] * ranks, [0] * len(sizes)
+    for k in sorted(range(len(sizes)), key=lambda k: -sizes[k]):
+        found[k] = load.index(min(load))
+        load[found[k]] += sizes[k] ** 3
+    return found
+
+
+def _bits(value: Tensor, device: torch.device) -> Tensor:
+    """Of float32 and int64 alike: int32, 1-d."""
+    return value.to(device).reshape(-1).contiguous().view(torch.int32)
+
+
+def _zeros(state: State, whole: Tensor) -> Tensor:
+    count = sum(value.numel() * value.element_size() // 4 for value in state.values()) + _columns(whole) + 1
+    return torch.zeros(count, dtype=torch.int32, device=whole.device)
+
+
+def _columns(whole: Tensor) -> int:
+    return whole.shape[0] * whole.shape[-1]
+
+
+def _encoded(state: State, refreshed: Refreshed, whole: Tensor) -> Tensor:
+    """The state, the order, and 0 where nothing is new, 1 without an order, 2 with one."""
+    order = torch.zeros(_columns(whole), dtype=torch.int32, device=whole.device)
+    if refreshed.order is not None:
+        order = refreshed.order.to(torch.int32).reshape(-1)
+    flag = order.new_full((1,), int(refreshed.new) + int(refreshed.new and refreshed.order is not None))
+    return torch.cat([*(_bits(value, whole.device) for value in state.values()), order, flag])
+
+
+def _decoded(row: Tensor, flag: int, state: State, whole: Tensor) -> Refreshed:
+    """Write the state; what became of the matrix."""
+    start = 0
+    for value in state.values():
+        end = start + value.numel() * value.element_size() // 4
+        value.copy_(row[start:end].clone().view(value.dtype).reshape(value.shape))
+        start = end
+    if flag < 2:
+        return Refreshed(flag > 0)
+    return Refreshed(True, row[start:-1].to(torch.int64).view(whole.shape[0], -1))
+
+
+def sums_over_ranks(parts: Sequence[Tensor], shards: Sequence[spec.Shard | None]) -> list[Tensor]:
+    """The whole of each, of which every rank has a part: an all-reduce for each group, device, dtype and 256 MiB."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, (part, shard) in enumerate(zip(parts, shards, strict=True)):
+        assert shard is not None
+        alike.setdefault((id(shard.group), part.device, part.dtype), []).append(index)
+    found: list[Tensor] = list(parts)
+    for indices in alike.values():
+        some: list[int] = []
+        for index in indices:
+            if some and sum(parts[i].numel() for i in (*some, index)) > SENT:
+                _sum_into(found, some, shards)
+                some = []
+            some.append(index)
+        _sum_into(found, some, shards)
+    return found
+
+
+def _sum_into(found: list[Tensor], indices: list[int], shards: Sequence[spec.Shard | None]) -> None:
+    first = shards[indices[0]]
+    assert first is not None
+    vectors = [found[i].reshape(-1) for i in indices]
+    sums = _summed(vectors, [_counted(shards[i]) for i in indices], first.group)
+    for i, one in zip(indices, sums, strict=True):
+        found[i] = one.view(found[i].shape).clone()
