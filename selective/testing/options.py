@@ -63,4 +63,5 @@ def pytest_configure(config: Any) -> None:
     if config.option.wrapper is not None:
         from selective.testing.plugin import Conformance
 
-        config.pluginmanager.register(Conformance(config), "selective-conformance")
+        bases = config.option.wrapper_base or [AN_OPTIMIZER]
+        config.pluginmanager.register(Conformance(config, bases), "selective-conformance")

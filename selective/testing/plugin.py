@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from selective.testing.harness import isolated
-from selective.testing.options import AN_OPTIMIZER
 from selective.testing.report import Check, Outcome
 from selective.testing.rows import all_checks
 from selective.testing.spec import Spec, SpecError, subject_of
@@ -84,8 +83,8 @@ class CheckItem(pytest.Item):
 class Conformance:
     """What pytest calls where `--wrapper` is given."""
 
-    def __init__(self, config: pytest.Config) -> None:
-        self.config = config
+    def __init__(self, config: pytest.Config, bases: list[str]) -> None:
+        self.config, self.bases = config, bases
         self.subjects: list[Subject] = []
         self.outcomes: list[dict[str, Any]] = []
         if config.args_source is not pytest.Config.ArgsSource.ARGS:
@@ -96,10 +95,9 @@ class Conformance:
         """A wrapper that can't be used is one error, before anything is collected."""
         option = self.config.option
         claims = {"model": option.wrapper_model, "cap": option.wrapper_cap, "copies": option.wrapper_copies}
-        bases = option.wrapper_base or [AN_OPTIMIZER]
         try:
             wrapper = Spec(option.wrapper)
-            for base in dict.fromkeys(bases):
+            for base in dict.fromkeys(self.bases):
                 with isolated():
                     one = subject_of(wrapper, Spec(base, "--wrapper-base"), strict=option.wrapper_strict, **claims)
                 self.subjects.append(one)
