@@ -24,7 +24,20 @@ def build(docs: Path, out: Path) -> subprocess.CompletedProcess[str]:
         assert not os.environ.get("CI"), "CI installs the extra `docs`"
         pytest.skip("the site is built with the extra `docs`, which is not installed")
     # Away from the root, which `-m` would put on sys.path.
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", "-b", "html", str(docs), str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-E",
+        "--no-color",
+        "-b",
+        "html",
+        str(docs),
+        str(out),
+    ]
     return subprocess.run(command, cwd=out.parent, capture_output=True, text=True)
 
 
