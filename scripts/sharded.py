@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from selective import MGUP, Cautious, CautiousMGUP, Policy, RandomMask, SelectiveUpdate
 from selective.bench.shapes import SHAPES
+from selective.bench.traffic import all_reduces
 from selective.kernels import use_backend
 
 POLICIES: dict[str, Policy] = {
@@ -71,18 +72,8 @@ def same_bits(policy: Policy, shapes: list[tuple[int, ...]], mesh: Any, device: 
 
 def sent_by(step: Callable[[], Any]) -> tuple[int, int]:
     """All-reduces of one step, and their bytes."""
-    found: list[int] = []
-    real = dist.all_reduce
-
-    def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(tensor.numel() * tensor.element_size())
-        return real(tensor, *args, **kwargs)
-
-    dist.all_reduce = all_reduce
-    try:
+    with all_reduces() as found:
         step()
-    finally:
-        dist.all_reduce = real
     return len(found), sum(found)
 
 

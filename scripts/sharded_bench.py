@@ -14,8 +14,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from selective import MGUP, Cautious, Eigenbasis, SelectiveUpdate
+from selective.bench.traffic import all_reduces
 from selective.compare.config import ModelConfig
 from selective.compare.model import GPT, loss
 
@@ -67,23 +67,6 @@ class Contender:
         return time.perf_counter()
 
 
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """The bytes of every all-reduce, which are all that an optimizer's step sends."""
-    found: list[int] = []
-    real = dist.all_reduce
-
-    def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(tensor.numel() * tensor.element_size())
-        return real(tensor, *args, **kwargs)
-
-    dist.all_reduce = all_reduce
-    try:
-        yield found
-    finally:
-        dist.all_reduce = real
-
-
 def measured(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     config = ModelConfig(layers=args.layers, width=args.width, heads=args.heads, context=args.context)
     contenders = {name: Contender(make, config, device) for name, make in CONTENDERS.items()}
@@ -95,7 +78,7 @@ def measured(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
     rows = []
     plain = contenders["torch AdamW"]
     for name, contender in contenders.items():
-        with counted() as sent:
+        with all_reduces() as sent:
             contender.step(windows)
         whole, own = (statistics.median(times[args.warmup : -1]) for times in (contender.whole, contender.own))
         ratios = [

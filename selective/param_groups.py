@@ -101,15 +101,14 @@ def param_groups_for(
     named = _named(model, found, embeddings, "embeddings") | _named(model, found, head, "head")
     last = _last_head(model)
     apart = _taken_apart(found, {} if parts is None else parts)
-    for one in found:
-        kind, why = named.get(id(one.tensor)) or _kind(one, last)
-        if id(one.tensor) in apart and kind != "matrices":
-            raise ValueError(f"param_groups_for: parts takes {one.name} apart, which belongs to {kind!r} ({why})")
-    named |= apart
     by_kind: dict[str, list[_Found]] = {kind: [] for kind in KINDS}
     rows: list[tuple[str, str, str, str]] = []
     for one in found:
         kind, why = named.get(id(one.tensor)) or _kind(one, last)
+        if id(one.tensor) in apart:
+            if kind != "matrices":
+                raise ValueError(f"param_groups_for: parts takes {one.name} apart, which belongs to {kind!r} ({why})")
+            kind, why = apart[id(one.tensor)]
         tied = f"; tied: {' = '.join(one.names)}" if len(one.names) > 1 else ""
         by_kind[kind].append(one)
         rows.append((kind, one.name, " x ".join(map(str, one.tensor.shape)) or "-", why + tied))

@@ -1,0 +1,27 @@
+"""What a step sends to other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@contextmanager
+def all_reduces() -> Iterator[list[int]]:
+    """The bytes of every all-reduce of the block, which are all that an optimizer's step sends."""
+    found: list[int] = []
+    real = dist.all_reduce
+
+    def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.append(tensor.numel() * tensor.element_size())
+        return real(tensor, *args, **kwargs)
+
+    dist.all_reduce = all_reduce
+    try:
+        yield found
+    finally:
+        dist.all_reduce = real
