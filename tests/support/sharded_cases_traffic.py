@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from sharded_cases_selection import POLICIES
 from sharded_runs import Run, adamw, columns, rows
 from sharded_world import World
@@ -16,6 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from selective import MGUP, Cautious, SelectiveUpdate
+from selective.bench.traffic import all_reduces
 
 KIB = 1024
 
@@ -23,19 +23,8 @@ KIB = 1024
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """The bytes of every all-reduce of the block; a collective of any other kind is an error."""
-    found: list[int] = []
-    real = dist.all_reduce
-
-    def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(tensor.numel() * tensor.element_size())
-        return real(tensor, *args, **kwargs)
-
-    dist.all_reduce = all_reduce
-    try:
-        with CommDebugMode() as mode:
-            yield found
-    finally:
-        dist.all_reduce = real
+    with all_reduces() as found, CommDebugMode() as mode:
+        yield found
     assert mode.get_total_counts() == len(found), f"{mode.get_comm_counts()}, {len(found)} of which are ours"
 
 
