@@ -38,11 +38,22 @@ def first_moments(base: Optimizer, param: Tensor, names: frozenset[str]) -> list
     return [local_of(v) for v in found]
 
 
-def rewrite(moment: Tensor, shape: Shape, change: Callable[[Tensor], Tensor]) -> None:
-    """moment <- change(moment), where `change` gets and returns float32 [batch, rows, columns]; rounded once."""
+def rewrite(moment: Tensor, shape: Shape, change: Callable[[Tensor], Tensor], valid: Tensor | None = None) -> None:
+    """moment <- change(moment), where `change` gets and returns float32 [batch, rows, columns]; rounded once.
+
+    Nothing where `valid` (0-d bool) says no.
+    """
+    plain = dequantized(moment)
+    before = as_matrix(plain, shape)
     with exact_products(moment.device), float32_products():
-        changed = change(as_matrix(dequantized(moment), shape))
-    moment.copy_(changed.reshape(moment.shape).to(dequantized(moment).dtype))
+        changed = change(before)
+    if valid is None:
+        moment.copy_(changed.reshape(moment.shape).to(plain.dtype))
+    elif plain is moment and before.data_ptr() == moment.data_ptr() and before.dtype == moment.dtype:
+        torch.where(valid, changed, before, out=before)  # `before` is a view of the moment
+    else:
+        changed = torch.where(valid, changed, before)
+        moment.copy_(changed.reshape(moment.shape).to(plain.dtype))
 
 
 def carry_first(moment: Tensor, shape: Shape, carried: Carried) -> None:
@@ -51,11 +62,10 @@ def carry_first(moment: Tensor, shape: Shape, carried: Carried) -> None:
 
     def change(x: Tensor) -> Tensor:
         y = x if left is None else left @ x
-        y = y if right is None else y @ right
-        return torch.where(carried.valid, y, x)
+        return y if right is None else y @ right
 
     if left is not None or right is not None:
-        rewrite(moment, shape, change)
+        rewrite(moment, shape, change, carried.valid)
 
 
 def carry_second(base: Optimizer, param: Tensor, first: frozenset[str], shape: Shape, carried: Carried) -> None:
@@ -71,9 +81,9 @@ def carry_second(base: Optimizer, param: Tensor, first: frozenset[str], shape: S
                 y = torch.take_along_dim(y, rows[:, :, None], dim=1)
             if columns is not None and x.shape[2] > 1:
                 y = torch.take_along_dim(y, columns[:, None, :], dim=2)
-            return torch.where(carried.valid, y, x)
+            return y
 
-        rewrite(value, view, change)
+        rewrite(value, view, change, carried.valid)
 
 
 def _second_moments(

@@ -61,6 +61,7 @@ class Rotation:
     def __init__(self, preconditioner: Preconditioner, bases: list[Basis], count: int, mask_space: MaskSpace) -> None:
         self.preconditioner, self.bases, self.count, self.mask_space = preconditioner, bases, count, mask_space
         self.steps = [int(basis.steps) for basis in bases]
+        self.is_foreign = is_foreign(preconditioner)
         self._finite: dict[int, Tensor] = {}
         self._refreshed: set[int] = set()  # in this step
 
@@ -138,7 +139,7 @@ class Rotation:
 
     def _refresh(self, due: list[int], grads: list[Tensor]) -> Iterator[Carried]:
         states = self._states(due)
-        before = [dict(zip(state, lists.copies(list(state.values())), strict=True)) for state in states]
+        before = [self._copy_of(state) for state in states]
         try:
             with self._named("refresh"):
                 made = self.preconditioner.refresh(states, grads)
@@ -150,11 +151,17 @@ class Rotation:
         on_host = self._finite_on_host(due, states)
         for index, maps, state, old in zip(due, made, states, before, strict=True):
             valid = self._finite[index]
-            for key, value in state.items():
+            for key, kept in old.items():
+                value = state[key]
                 known = on_host.get(index, valid) if value.device != valid.device else valid
-                value.copy_(torch.where(known, value, old[key]))
+                torch.where(known, value, kept, out=value)
             if maps is not None:
                 yield Carried(index, maps, valid)
+
+    def _copy_of(self, state: State) -> State:
+        """Of what a refresh may write."""
+        names = [name for name in state if self.preconditioner.refresh_writes(name)]
+        return dict(zip(names, lists.copies([state[name] for name in names]), strict=True))
 
     def _finite_on_host(self, due: list[int], states: list[State]) -> dict[int, Tensor]:
         """Where a state has counters on the host: which gradients are finite, as the host knows it, for one wait."""
@@ -227,14 +234,15 @@ class Rotation:
         with self._named(what):
             made = getattr(self.preconditioner, what)(self._states(indices), matrices)
             made = self._checked(made, shape, len(xs))
-        made = [y.clone() if _is_memory_of(y, x) else y for x, y in zip(matrices, made, strict=True)]
+        if self.is_foreign:
+            made = [y.clone() if _is_memory_of(y, x) else y for x, y in zip(matrices, made, strict=True)]
         return [y.reshape(x.shape) for x, y in zip(xs, made, strict=True)]
 
     def _checked(self, made: Sequence[Tensor], shape: Shape, count: int) -> list[Tensor]:
         """What a projection has returned, as a list."""
         made = list(made)
-        found = [(tuple(y.shape), y.dtype) for y in made]
-        if len(made) != count or any(size != shape or dtype not in DTYPES for size, dtype in found):
+        if len(made) != count or any(y.shape != shape or y.dtype not in DTYPES for y in made):
+            found = [(tuple(y.shape), y.dtype) for y in made]
             raise ValueError(f"it returned {found} for {count} float32 matrices of shape {shape}")
         return made
 

@@ -94,6 +94,10 @@ class Preconditioner(Configured):
         """Whether `refresh` reads the gradients. Where not, it gets zeros for them, and more parameters at a time."""
         return True
 
+    def refresh_writes(self, name: str) -> bool:
+        """Whether `refresh` may write this entry of a state. The others are not copied, to be put back."""
+        return True
+
     def refresh(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Carry | None]:
         """New bases, from what was observed or from these gradients (not rotated); None where nothing changed."""
         return [None] * len(states)

@@ -9,14 +9,14 @@ from selective.preconditioner.linalg import float32_products, identity_like, per
 
 
 @float32_products()
-def turn(new: Tensor, old: Tensor, changed: Tensor) -> Tensor:
+def turn(new: Tensor, old: Tensor, changed: Tensor | None) -> Tensor:
     """newᵀ old, [batch, n, n]: takes coordinates in the old basis to those in the new one.
 
     Both are orthogonal, so m = old m̃ = new (newᵀ old) m̃ is the same tensor before and after. Where nothing `changed`
-    [batch] it is exactly the identity, so that what is carried keeps its bits.
+    ([batch]; None: all has) it is exactly the identity, so that what is carried keeps its bits.
     """
     product = new.mT @ old
-    return torch.where(per_matrix(changed), product, identity_like(product))
+    return product if changed is None else torch.where(per_matrix(changed), product, identity_like(product))
 
 
 def order_of(order: Tensor | None, changed: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selective.preconditioner import schedule, shards
 from selective.preconditioner.base import Carry, Preconditioner, Refreshed, Shape, State
-from selective.preconditioner.linalg import STACKED, Precision, batches, multiply, per_matrix, stack, zero
+from selective.preconditioner.linalg import Precision, batches, in_precision, per_matrix, stack, stacked_at_once, zero
 from selective.preconditioner.refresh import COUNTS, refresh
 from selective.preconditioner.sides import Side, Sides, rotated_sides
 from selective.preconditioner.solvers import SolverName
@@ -139,6 +139,9 @@ class Eigenbasis(Preconditioner):
     def refreshes_from_gradients(self) -> bool:
         return self.statistic == "gradient"
 
+    def refresh_writes(self, name: str) -> bool:
+        return not name.endswith("_gram")
+
     def refresh(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Carry | None]:
         if not states:
             return []
@@ -199,13 +202,12 @@ class Eigenbasis(Preconditioner):
             return [x.clone() for x in xs]
         batch, rows, columns = xs[0].shape
         results: list[Tensor] = []
-        for some in batches(len(xs), batch * max(rows, columns) ** 2, STACKED):
-            x = stack(xs[some])
-            for side in sides:
-                basis = stack([state[f"{side}_basis"] for state in states[some]])
-                if side == "rows":
-                    x = multiply(basis.mT if into else basis, x, self.precision)
-                else:
-                    x = multiply(x, basis if into else basis.mT, self.precision)
-            results += x.split(batch)
+        with in_precision(self.precision):
+            for some in batches(len(xs), batch * max(rows, columns) ** 2, stacked_at_once(self.precision)):
+                x = stack(xs[some], self.precision)
+                for side in sides:
+                    basis = stack([state[f"{side}_basis"] for state in states[some]], self.precision)
+                    turned = basis if into is (side == "columns") else basis.mT
+                    x = torch.bmm(turned, x) if side == "rows" else torch.bmm(x, turned)
+                results += x.split(batch) if len(x) > batch else [x]
         return results

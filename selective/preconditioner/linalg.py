@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from selective.preconditioner.blocked import lower_product, mirrored
 
 many_of: Any = torch  # where the multi-tensor functions are; torch declares no types of them
 
@@ -48,12 +50,14 @@ def float32_products(precision: Literal["ieee", "tf32"] = "ieee") -> Iterator[No
                     flag.fp32_precision = before
 
 
-def multiply(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
-    """a @ b for [batch, ., .], in float32; with "bfloat16" both factors and the result are rounded, and stay so."""
-    if precision == "bfloat16":
-        return a.bfloat16() @ b.bfloat16()
-    with float32_products("tf32" if precision == "tf32" else "ieee"):
-        return a @ b
+def in_precision(precision: Precision) -> AbstractContextManager[None]:
+    """Where float32 products are made in it; "bfloat16" is a matter of the factors, see `stack`."""
+    return float32_products("tf32" if precision == "tf32" else "ieee")
+
+
+def stacked_at_once(precision: Precision) -> int:
+    """Elements of one stacked product in a step. Those that are rounded to bfloat16 are copied in any case."""
+    return 2**62 if precision == "bfloat16" else STACKED
 
 
 def batches(count: int, numel: int, limit: int) -> list[slice]:
@@ -62,9 +66,16 @@ def batches(count: int, numel: int, limit: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """[batch, ., .] of each, one after the other; a single one as it is, without a copy."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+def stack(tensors: Sequence[Tensor], precision: Precision = "float32") -> Tensor:
+    """[batch, ., .] of each, one after the other; a single one as it is, without a copy. "bfloat16": rounded to it."""
+    if precision != "bfloat16":
+        return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+    if len(tensors) == 1 or tensors[0].dtype == torch.bfloat16:
+        return stack(tensors).bfloat16()
+    batch, *rest = tensors[0].shape
+    made = tensors[0].new_empty((batch * len(tensors), *rest), dtype=torch.bfloat16)
+    copy_to(made.split(batch), tensors)
+    return made
 
 
 def copy_to(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -103,7 +114,7 @@ def settle(basis: Tensor) -> tuple[Tensor, Tensor]:
     Q (3I − QᵀQ)/2 takes E = QᵀQ − I to −¾E² − ¼E³, so that 1e-5 holds by construction for what is trusted, whatever
     solver it came from. What was not nearly orthogonal, or not finite, is not trusted.
     """
-    error = basis.mT @ basis
+    error = mirrored(lower_product(basis, basis))
     error.diagonal(dim1=-2, dim2=-1).sub_(1)
     trusted = error.flatten(1).norm(dim=1) <= LOOSE  # False for NaN
     return torch.baddbmm(basis, basis, error, alpha=-0.5), trusted

@@ -61,4 +61,5 @@ def matrix_shape(param: Tensor, view: MatrixView) -> Shape | str:
 
 def as_matrix(x: Tensor, shape: Shape) -> Tensor:
     """`x` as float32 [batch, rows, columns]: itself where its dtype and memory allow, else a copy."""
-    return x.detach().reshape(shape).to(torch.float32)
+    x = (x.detach() if x.requires_grad else x).reshape(shape)
+    return x if x.dtype == torch.float32 else x.to(torch.float32)

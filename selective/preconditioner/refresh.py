@@ -83,7 +83,7 @@ def _refresh(
     news = [True] * len(states) if everything else [bool(part.any()) for part in changed.split(batch)]
     for state, new in zip(states, news, strict=True):
         state["refreshes"].add_(int(new))
-    carries = _carries(options, bases, old, news, batch)
+    carries = _carries(options, bases, old, news, batch, everything)
     for side, found in bases.items():  # last: `old` may be the tensor in the state itself
         copy_to([state[f"{side}_basis"] for state in states], found.basis.split(batch))
     return carries
@@ -162,14 +162,14 @@ def _set_noise(states: Sequence[State], batch: int, matrix: Input, basis: Basis,
 
 
 def _carries(
-    options: Options, bases: dict[Side, Basis], old: dict[Side, Tensor], news: list[bool], batch: int
+    options: Options, bases: dict[Side, Basis], old: dict[Side, Tensor], news: list[bool], batch: int, everything: bool
 ) -> list[Carry | None]:
     if options.carry == "keep":
         return [Carry() if new else None for new in news]
     parts: dict[str, Sequence[Tensor | None]] = {}
     nothing: list[Tensor | None] = [None] * len(news)
     for side, found in bases.items():
-        map_ = turn(found.basis, old[side], found.changed)  # newᵀ old
+        map_ = turn(found.basis, old[side], None if everything else found.changed)  # newᵀ old
         parts[side] = (map_ if side == "rows" else map_.mT).split(batch)
         order = order_of(found.order, found.changed)
         parts[f"{side}_order"] = nothing if order is None else order.split(batch)

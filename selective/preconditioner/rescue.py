@@ -48,7 +48,7 @@ def solve_all(jobs: Sequence[Job]) -> tuple[list[list[Basis]], bool]:
     for job, sides in zip(jobs, done, strict=True):
         nothing = torch.zeros_like(job.usable)
         tries = _try_again(job, sides) if failed else (sides, nothing, nothing)
-        results.append(_select(job, *tries))
+        results.append(_select(job, *tries, everything=not (failed or unusable)))
     return results, not (failed or unusable)
 
 
@@ -94,12 +94,12 @@ def _try_again(job: Job, sides: list[_Try]) -> tuple[list[_Try], Tensor, Tensor]
     return sides, through[0], through[1]
 
 
-def _select(job: Job, sides: list[_Try], float64: Tensor, cpu: Tensor) -> list[Basis]:
+def _select(job: Job, sides: list[_Try], float64: Tensor, cpu: Tensor, *, everything: bool) -> list[Basis]:
     trusted = _all_trusted(sides)
     changed, kept = trusted & job.usable, job.usable & ~trusted
     found = []
     for old, ((basis, values, order), _) in zip(job.old, sides, strict=True):
-        basis = torch.where(per_matrix(changed), basis, old)
+        basis = basis if everything else torch.where(per_matrix(changed), basis, old)
         found.append(Basis(basis, values, order, changed, float64, cpu, kept))
     return found
 

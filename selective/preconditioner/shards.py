@@ -86,7 +86,7 @@ def carry_from(keeps: bool, old: State, new: State, refreshed: Refreshed) -> Car
         return Carry()
     (side,) = side_of(new)
     basis = new[f"{side}_basis"]
-    map_ = turn(basis, old[f"{side}_basis"], torch.ones(len(basis), dtype=torch.bool, device=basis.device))
+    map_ = turn(basis, old[f"{side}_basis"], None)
     if side == "rows":
         return Carry(left=map_, rows=refreshed.order)
     return Carry(right=map_.mT, columns=refreshed.order)

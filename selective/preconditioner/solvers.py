@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from selective.preconditioner.blocked import factor, lower_product, over, squared
+
 SolverName = Literal["eigh", "svd", "qr", "cholesky"]
 
 SHIFT = 0.25
@@ -24,9 +26,6 @@ GPU's; ten times as much cost convergence."""
 SQUARED_SHIFT = 2.0
 """eps, added to the diagonal of the root's product with itself. What it leaves of ‖QᵀQ − I‖ was 5e-4 at most on those
 gradients, five times that with 12 in its place; 3e-3 is where a result is not trusted any more."""
-LOOPED = 8
-"""Smaller stacks than that of matrices with a side of 1024 or more are factored one by one: on an H100, 2048 rows, a
-stack of 4 took 1.18 ms a matrix, one alone 0.76, a stack of 16 0.49."""
 
 
 class Solved(NamedTuple):
@@ -92,15 +91,15 @@ def cholesky(gram: Tensor, old: Tensor, sort: bool = True) -> Solved:
     """
     wrong = SHIFT * gram.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
     product, values, order = _product(gram, old)
-    small = old.mT @ product
-    small = _columns(_columns(small, order).mT, order)  # symmetric but for rounding, so that transposing is harmless
+    old = _columns(old, order)
+    small = lower_product(old, _columns(product, order))
     small.diagonal(dim1=-2, dim2=-1).add_(wrong * gram.flatten(1).norm(dim=1)[:, None])
-    root = _factor(small)
+    root, _ = factor(small)
     root = root / root.norm(dim=-2, keepdim=True)
-    squared = root.mT @ root
-    squared.diagonal(dim1=-2, dim2=-1).add_(SQUARED_SHIFT * torch.finfo(gram.dtype).eps)
-    turned = torch.linalg.solve_triangular(_factor(squared).mT, root, upper=True, left=False)
-    return _placed(_columns(old, order) @ turned, values, order, sort)
+    whole = squared(root)
+    whole.diagonal(dim1=-2, dim2=-1).add_(SQUARED_SHIFT * torch.finfo(gram.dtype).eps)
+    turned = over(root, *factor(whole))
+    return _placed(old @ turned, values, order, sort)
 
 
 def _product(gram: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,13 +107,6 @@ def _product(gram: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     product = gram @ old
     values, order = (product * old).sum(-2).sort(dim=-1, descending=True, stable=True)
     return product, values, order
-
-
-def _factor(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factors. Unlike `linalg.cholesky` it never waits for the device; what fails is not finite."""
-    if matrix.is_cuda and len(matrix) < LOOPED and matrix.shape[-1] >= 1024:
-        return torch.stack([torch.linalg.cholesky_ex(one)[0] for one in matrix])
-    return torch.linalg.cholesky_ex(matrix)[0]
 
 
 def _columns(x: Tensor, order: Tensor) -> Tensor:

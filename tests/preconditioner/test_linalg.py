@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from selective import AdaDiag, Eigenbasis
 from selective.preconditioner import linalg
-from selective.preconditioner.linalg import LOOSE, align, batches, float32_products, multiply, settle
+from selective.preconditioner.linalg import LOOSE, align, batches, float32_products, in_precision, settle, stack
 
 EPS = torch.finfo(torch.float32).eps
 MATMULS = ("mm", "bmm", "baddbmm", "matmul", "linalg_", "_linalg_", "cholesky", "triangular")
@@ -134,13 +134,24 @@ def test_precision_of_products() -> None:
     a, b = (torch.randn(1, 64, 64, generator=generator) for _ in range(2))
     exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
     # A dot product of 64: at most 64 roundings of eps/2 of the sum of magnitudes.
-    assert ((multiply(a, b, "float32") - exact).abs() <= 64 * EPS / 2 * size).all()
-    low = multiply(a, b, "bfloat16")
+    with in_precision("float32"):
+        assert ((stack([a]) @ stack([b]) - exact).abs() <= 64 * EPS / 2 * size).all()
+    low = stack([a], "bfloat16") @ stack([b], "bfloat16")
     assert low.dtype == torch.bfloat16
     error = (low - exact).abs()
     # Both factors, and the result: half of bfloat16's eps, 2^-8, each.
     assert (error <= 2**-9 * (2 * size + exact.abs()) * 1.01).all()
     assert (error > 64 * EPS / 2 * size).any()  # the twin: it is lower
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 3])
+def test_stacks_are_one_after_the_other(count: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    some = [torch.randn(2, 5, 3, generator=generator).to(dtype).mT for _ in range(count)]
+    assert torch.equal(stack(some), torch.cat(some)) and stack(some).dtype == dtype
+    narrow = stack(some, "bfloat16")
+    assert torch.equal(narrow, torch.cat(some).bfloat16()) and narrow.dtype == torch.bfloat16
 
 
 def test_settling_squares_the_error_and_says_what_is_too_far_off() -> None:
@@ -182,7 +193,7 @@ def test_one_by_one_is_what_it_is_together(solver: str, monkeypatch: pytest.Monk
     """To rounding: a batched product may add up in another order."""
     results = []
     for limit in (1, 10**9):
-        monkeypatch.setattr("selective.preconditioner.eigenbasis.STACKED", limit)
+        monkeypatch.setattr("selective.preconditioner.linalg.STACKED", limit)
         monkeypatch.setattr("selective.preconditioner.refresh.REFRESHED", limit)
         monkeypatch.setattr("selective.preconditioner.statistics.REFRESHED", limit)
         generator = torch.Generator().manual_seed(0)
