@@ -69,7 +69,7 @@ def _memory(stage: Stage, policy: Policy) -> str:
     elements = sum(p.numel() for p in stage.shapes)
     text = f"{kept:,} bytes that last, {kept / max(elements, 1):.2f} a parameter; during the step "
     if stage.capture.way == "fused":
-        text += "their float32 gradients and updates, of 256 MiB of them at a time"
+        text += "their float32 gradients and updates, of 512 MiB of them at a time"
     else:
         text += f"float32 copies of their gradients and {'two of' if stage.capture.way == 'delta' else 'one of'} them"
     if is_foreign(stage.preconditioner):

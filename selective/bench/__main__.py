@@ -18,7 +18,8 @@ from selective.bench.first_step import first_step_table, first_steps_as_json, me
 from selective.bench.measure import Result, run
 from selective.bench.peers import peer_contenders
 from selective.bench.report import as_json, heading, table
-from selective.bench.rotations import measure_rotations, rotation_table
+from selective.bench.rotations import measure_rotations
+from selective.bench.rotations_table import rotation_table
 from selective.bench.shapes import SHAPES
 from selective.preconditioner.linalg import Precision
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,11 @@ from selective.bench.clock import HostClock, clock_of
 from selective.bench.contenders import ADAMW, POLICIES
 from selective.bench.shapes import SHAPES
 from selective.bench.workload import Stepping, Workload
-from selective.preconditioner.linalg import Precision, float32_products
+from selective.capture.rotation import BASES
+from selective.preconditioner import Shape, State
+from selective.preconditioner.linalg import Precision, batches, float32_products
 from selective.preconditioner.solvers import SolverName
+from selective.state import BASIS
 
 LONGEST_SIDE = 10_000  # of what is rotated: embeddings and heads are not
 REFRESH_EVERY = 10
@@ -75,8 +79,9 @@ def measure_rotations(
     - "dense": the fused step without a rotation, by our kernel. "products X": `torch.mm` of a one-sided rotation's
       products, there and back, in that precision and nothing else. "one-sided X": a step of `AdaDiag` between two
       refreshes; its `ratio` is to the sum of the two.
-    - "refresh SOLVER": what a refresh of running statistics every ten steps adds to a step on average; `step` is a step
-      without one, `at_once` the step that has it.
+    - "refresh SOLVER": what a refresh of running statistics every ten steps adds to a step on average, moments carried
+      along; `step` is a step without one, `at_once` the step that has it. `bases` is the part of `Eigenbasis.refresh`:
+      new bases and the maps between the old ones and them.
     - "staggered": the median step where refreshes take turns; `worst` is the longest over it.
     - `bytes` and `documented`: what lasts of the bases, and what the documentation says.
     """
@@ -93,7 +98,8 @@ def measure_rotations(
         space = Eigenbasis(sides="one", solver=solver, refresh_every=REFRESH_EVERY, stagger=False)
         plain, with_refresh = rig.series(space)
         at_once, step = statistics.median(with_refresh), statistics.median(plain)
-        rig.add(f"refresh {solver}", (at_once - step) / REFRESH_EVERY, step=step, at_once=at_once, **rig.memory)
+        facts = {"step": step, "at_once": at_once, "bases": rig.bases / REFRESH_EVERY, **rig.memory}
+        rig.add(f"refresh {solver}", (at_once - step) / REFRESH_EVERY, **facts)
     plain, with_refresh = rig.series(Eigenbasis(sides="one", refresh_every=REFRESH_EVERY))
     every = plain + with_refresh
     middle = statistics.median(every)
@@ -112,6 +118,7 @@ class _Rig:
         rotated = sum(p.numel() for p in self.inside)
         self.result = Rotations(shapes, device, self.workload.elements, len(self.inside), rotated)
         self.memory: dict[str, float] = {}
+        self.bases = 0.0  # seconds that new bases for all matrices take
 
     def add(self, name: str, seconds: float, **facts: float) -> None:
         self.result.lines.append(Line(name, seconds, facts))
@@ -156,8 +163,28 @@ class _Rig:
             count = len(self.inside)
             due = any(space.is_due(step, place, count) for place in range(count))
             (with_refresh if due else plain).append(self.clock.seconds(stepping, 1))
+        if not space.stagger:
+            self.bases = self._refresh_alone(stepping, space)
         self._drop(stepping)
         return plain, with_refresh
+
+    def _refresh_alone(self, stepping: Stepping, space: Eigenbasis) -> float:
+        """New bases from copies of what is kept, in the lots in which a step makes them."""
+        alike: dict[Shape, list[State]] = {}
+        for p in self.inside:
+            kept = stepping.optimizer.state[p].items()
+            state = {k.removeprefix(BASIS): v.clone() for k, v in kept if k.startswith(BASIS)}
+            alike.setdefault((1, p.shape[0], p.shape[1]), []).append(state)
+
+        def run() -> None:
+            for shape, states in alike.items():
+                nothing = torch.zeros((), device=self.inside[0].device).expand(shape)
+                for some in batches(len(states), math.prod(shape), BASES):
+                    space.refresh(states[some], [nothing] * len(states[some]))
+
+        work = Work(run)
+        work.step()
+        return statistics.median(self.clock.seconds(work, 1) for _ in range(self.rounds))
 
     def products(self, precision: Precision) -> float:
         """`torch.mm` of each matrix with a basis of its smaller side, there and back, into memory that is there."""
@@ -183,7 +210,7 @@ class _Rig:
             return
         times = 2 if space.statistic == "ema" else 1
         state = stepping.optimizer.state
-        kept = (v for p in self.inside for k, v in state[p].items() if k.startswith("selective/basis/"))
+        kept = (v for p in self.inside for k, v in state[p].items() if k.startswith(BASIS))
         documented = sum(4 * times * min(p.shape) ** 2 for p in self.inside)
         self.memory = {"bytes": sum(value.nbytes for value in kept), "documented": documented}
 
@@ -198,25 +225,3 @@ def _product(p: Parameter, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     grad = torch.randn(p.shape, device=p.device, dtype=dtype)
     left, right = (basis, grad) if rows < columns else (grad, basis)
     return left, right, torch.empty_like(grad)
-
-
-def rotation_table(result: Rotations) -> str:
-    """For the terminal."""
-    lines = [
-        f"{result.shapes}: {result.matrices} matrices of {result.rotated / 1e6:,.1f} M parameters are rotated on their "
-        f"smaller side, of {result.elements / 1e6:,.1f} M; around AdamW(fused=True), float32",
-        f"{'what':24}{'ms':>10}",
-    ]
-    cholesky = next((line.seconds for line in result.lines if line.name == "refresh cholesky"), None)
-    for line in result.lines:
-        said = [f"{name} {_fact(name, value)}" for name, value in line.facts.items()]
-        if line.name.startswith("refresh ") and line.name != "refresh cholesky" and cholesky:
-            said.append(f"{line.seconds / cholesky:.1f} × cholesky's")
-        lines.append(f"{line.name:24}{1e3 * line.seconds:10.2f}  {', '.join(said)}".rstrip())
-    return "\n".join(lines)
-
-
-def _fact(name: str, value: float) -> str:
-    if name in ("step", "at_once"):
-        return f"{1e3 * value:.2f} ms"
-    return f"{value:,.0f}" if name in ("bytes", "documented") else f"{value:.2f} ×"

@@ -78,9 +78,9 @@ def carry_second(base: Optimizer, param: Tensor, first: frozenset[str], shape: S
         def change(x: Tensor) -> Tensor:
             y = x
             if rows is not None and x.shape[1] > 1:
-                y = torch.take_along_dim(y, rows[:, :, None], dim=1)
+                y = y.gather(1, rows[:, :, None].expand_as(y))
             if columns is not None and x.shape[2] > 1:
-                y = torch.take_along_dim(y, columns[:, None, :], dim=2)
+                y = y.gather(2, columns[:, None, :].expand_as(y))
             return y
 
         rewrite(value, view, change, carried.valid)

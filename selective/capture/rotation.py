@@ -23,6 +23,9 @@ from selective.preconditioner.matrices import DTYPES
 
 # Elements of the matrices whose bases are refreshed together, where nothing but what was observed of them is needed.
 BASES = 2**28
+# ... and of those that are rotated together: 512 MiB in float32. Some launches for each part cost the host more time
+# than the device needs for fewer elements.
+ROTATED = 2**27
 
 MaskSpace = Literal["rotated", "original"]
 Matrices = Callable[[list[int]], list[Tensor]]  # the gradients of these parameters, not rotated, as matrices
@@ -68,8 +71,8 @@ class Rotation:
     def stands_still(self, index: int) -> bool:
         return self.preconditioner.stands_still(self.steps[index])
 
-    def alike(self, indices: Sequence[int], limit: int = lists.PART) -> Iterator[list[int]]:
-        """Those of equal shape and device together, at most `limit` elements at a time.
+    def alike(self, indices: Sequence[int], limit: int | None = None) -> Iterator[list[int]]:
+        """Those of equal shape and device together, at most `limit` elements at a time (`ROTATED`, if not said).
 
         Of shards the wholes are looked at, and how they are cut: the same on all ranks, which ask each other together.
         """
@@ -79,7 +82,7 @@ class Rotation:
             found.setdefault((basis.whole, basis.shape, id(basis.shard), basis.device), []).append(index)
         for same in found.values():
             batch, rows, columns = self.bases[same[0]].whole
-            size = max(1, limit // (batch * rows * columns))
+            size = max(1, (ROTATED if limit is None else limit) // (batch * rows * columns))
             yield from (same[start : start + size] for start in range(0, len(same), size))
 
     def renew(self, matrices: Matrices) -> Iterator[Carried]:

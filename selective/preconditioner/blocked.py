@@ -44,6 +44,17 @@ def squared(root: Tensor) -> Tensor:
     return result
 
 
+def times_lower(x: Tensor, lower: Tensor) -> Tensor:
+    """x lower, of a lower triangular one."""
+    n = lower.shape[-1]
+    if n < 2 * BLOCK:
+        return x @ lower
+    result = torch.empty_like(x)
+    for columns in _blocks(n):
+        torch.bmm(x[:, :, columns.start :], lower[:, columns.start :, columns], out=result[:, :, columns])
+    return result
+
+
 def mirrored(lower: Tensor) -> Tensor:
     """The symmetric matrix of which this is the lower half, in its memory."""
     if lower.shape[-1] >= 2 * BLOCK:

@@ -33,7 +33,7 @@ class Eigenbasis(Preconditioner):
     (`skipped`). A solver that raises, or whose result is not orthogonal, is tried again in float64 (`float64`), then
     eigh in float64 on the CPU (`cpu`); then the old basis stays, bit for bit (`kept`). `report()` has these counts.
 
-    Only `refresh` waits for the device: once in 256 MiB of matrices, and inside torch's eigh and svd.
+    Only `refresh` waits for the device: once in 512 MiB of matrices, and inside torch's eigh and svd.
     """
 
     sides: Sides = "two"
@@ -201,13 +201,14 @@ class Eigenbasis(Preconditioner):
         if not sides or not xs[0].numel():
             return [x.clone() for x in xs]
         batch, rows, columns = xs[0].shape
+        ways = [(f"{side}_basis", side == "rows", into is (side == "rows")) for side in sides]
         results: list[Tensor] = []
         with in_precision(self.precision):
             for some in batches(len(xs), batch * max(rows, columns) ** 2, stacked_at_once(self.precision)):
                 x = stack(xs[some], self.precision)
-                for side in sides:
-                    basis = stack([state[f"{side}_basis"] for state in states[some]], self.precision)
-                    turned = basis if into is (side == "columns") else basis.mT
-                    x = torch.bmm(turned, x) if side == "rows" else torch.bmm(x, turned)
+                for name, left, transposed in ways:
+                    basis = stack([state[name] for state in states[some]], self.precision)
+                    basis = basis.mT if transposed else basis
+                    x = torch.bmm(basis, x) if left else torch.bmm(x, basis)
                 results += x.split(batch) if len(x) > batch else [x]
         return results

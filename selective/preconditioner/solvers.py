@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from selective.preconditioner.blocked import factor, lower_product, over, squared
+from selective.preconditioner.blocked import factor, lower_product, over, squared, times_lower
+from selective.preconditioner.linalg import columns
 
 SolverName = Literal["eigh", "svd", "qr", "cholesky"]
 
@@ -72,7 +73,7 @@ def qr(gram: Tensor, old: Tensor, sort: bool = True) -> Solved:
     in A's null space stays where it is instead of becoming the rounding errors of the product.
     """
     product, values, order = _product(gram, old)
-    moved = _columns(product + 4 * torch.finfo(old.dtype).eps * old, order)
+    moved = columns(product + 4 * torch.finfo(old.dtype).eps * old, order)
     return _placed(torch.linalg.qr(moved).Q, values, order, sort)
 
 
@@ -91,15 +92,14 @@ def cholesky(gram: Tensor, old: Tensor, sort: bool = True) -> Solved:
     """
     wrong = SHIFT * gram.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
     product, values, order = _product(gram, old)
-    old = _columns(old, order)
-    small = lower_product(old, _columns(product, order))
+    old = columns(old, order)
+    small = lower_product(old, columns(product, order))
     small.diagonal(dim1=-2, dim2=-1).add_(wrong * gram.flatten(1).norm(dim=1)[:, None])
     root, _ = factor(small)
     root = root / root.norm(dim=-2, keepdim=True)
     whole = squared(root)
     whole.diagonal(dim1=-2, dim2=-1).add_(SQUARED_SHIFT * torch.finfo(gram.dtype).eps)
-    turned = over(root, *factor(whole))
-    return _placed(old @ turned, values, order, sort)
+    return _placed(over(times_lower(old, root), *factor(whole)), values, order, sort)
 
 
 def _product(gram: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,17 +109,12 @@ def _product(gram: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return product, values, order
 
 
-def _columns(x: Tensor, order: Tensor) -> Tensor:
-    """Columns of each matrix in this order."""
-    return torch.take_along_dim(x, order[:, None, :], dim=-1)
-
-
 def _placed(basis: Tensor, values: Tensor, order: Tensor, sort: bool) -> Solved:
     """In falling order of the eigenvalues, or put back into the places of before."""
     if sort:
         return Solved(basis, values, order)
     back = order.argsort(dim=-1)
-    return Solved(_columns(basis, back), torch.take_along_dim(values, back, dim=-1))
+    return Solved(columns(basis, back), values.gather(-1, back))
 
 
 SOLVERS: dict[SolverName, Solver] = {"eigh": eigh, "svd": svd, "qr": qr, "cholesky": cholesky}

@@ -8,7 +8,8 @@ import pytest
 
 from selective.bench import SHAPES
 from selective.bench.__main__ import main
-from selective.bench.rotations import measure_rotations, rotation_table
+from selective.bench.rotations import measure_rotations
+from selective.bench.rotations_table import rotation_table
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,7 @@ def test_every_line_is_there_and_its_facts_hold():
     refresh = result.line("refresh qr")
     assert refresh.seconds == pytest.approx((refresh.facts["at_once"] - refresh.facts["step"]) / 10)
     assert (refresh.facts["documented"], refresh.facts["bytes"]) == (8 * squares, 8 * squares + counters)
+    assert refresh.facts["bases"] > 0
     assert result.line("staggered").facts["worst"] >= 1
     printed = rotation_table(result)
     assert "2 matrices" in printed

@@ -42,6 +42,7 @@ def test_lower_halves(n: int) -> None:
             blocks = torch.arange(n) // 8
             same = blocks[:, None] == blocks
             assert torch.allclose(blocked.mirrored(torch.where(same, made, half)), exact, rtol=0, atol=1e-12)
+    assert torch.allclose(blocked.times_lower(q, lower), q @ lower, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", SIZES)

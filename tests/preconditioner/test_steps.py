@@ -538,6 +538,7 @@ def test_large_lists_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
     found = []
     for part in (1, 2**26):
         monkeypatch.setattr("selective.capture.lists.PART", part)
+        monkeypatch.setattr("selective.capture.rotation.ROTATED", part)
         params, optimizer = wrapped("adamw-foreach", policy=MGUP())
         for step in range(4):
             give_grads(params, step)

@@ -1,0 +1,28 @@
+"""What rotations cost, as a table for the terminal."""
+
+from __future__ import annotations
+
+from selective.bench.rotations import Rotations
+
+
+def rotation_table(result: Rotations) -> str:
+    """For the terminal."""
+    lines = [
+        f"{result.shapes}: {result.matrices} matrices of {result.rotated / 1e6:,.1f} M parameters are rotated on their "
+        f"smaller side, of {result.elements / 1e6:,.1f} M; around AdamW(fused=True), float32",
+        f"{'what':24}{'ms':>10}",
+    ]
+    cholesky = next((line for line in result.lines if line.name == "refresh cholesky"), None)
+    for line in result.lines:
+        said = [f"{name} {_fact(name, value)}" for name, value in line.facts.items()]
+        if line.name.startswith("refresh ") and line.name != "refresh cholesky" and cholesky is not None:
+            said.append(f"{line.seconds / cholesky.seconds:.1f} × cholesky's")
+            said.append(f"its bases {line.facts['bases'] / cholesky.facts['bases']:.1f} ×")
+        lines.append(f"{line.name:24}{1e3 * line.seconds:10.2f}  {', '.join(said)}".rstrip())
+    return "\n".join(lines)
+
+
+def _fact(name: str, value: float) -> str:
+    if name in ("step", "at_once", "bases"):
+        return f"{1e3 * value:.2f} ms"
+    return f"{value:,.0f}" if name in ("bytes", "documented") else f"{value:.2f} ×"
