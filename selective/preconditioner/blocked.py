@@ -9,11 +9,17 @@ are. All functions take and return [batch, ., .].
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK = 512  # rows
+BLOCK = 256
+"""Rows. On an H100, 2,048 rows, stacks of 16 and 32: 2.13 and 1.81 ms a matrix for all of `solvers.cholesky` with
+blocks of 256, 2.20 and 1.94 with 512, 2.63 and 2.38 with 1,024."""
+FEW = 8
+"""Smaller stacks are factored whole on a GPU, one after the other: 0.82 ms a matrix of 2,048 rows, and 0.90 to solve
+with it, where blocks take 1.46 and 0.26 in a stack of 4, but 0.40 and 0.24 in one of 16."""
 
 
 def _blocks(n: int) -> Iterator[slice]:
@@ -63,13 +69,23 @@ def mirrored(lower: Tensor) -> Tensor:
     return lower
 
 
-def factor(matrix: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Lower Cholesky factors of what is on and below the diagonal; and the inverses of their diagonal's blocks.
+class Factor(NamedTuple):
+    """Lower Cholesky factors, and the inverses of the blocks on their diagonals, where they were made in blocks."""
 
-    It never waits for the device, as `linalg.cholesky` does. Where a matrix is not positive definite, what is returned
-    of it is no factor: look at what you make of it.
+    lower: Tensor
+    inverses: list[Tensor]
+
+
+def factor(matrix: Tensor) -> Factor:
+    """Of what is on and below the diagonal. It never waits for the device, as `linalg.cholesky` does.
+
+    Where a matrix is not positive definite, what is returned of it is no factor: look at what you make of it.
     """
     n = matrix.shape[-1]
+    if n >= 2 * BLOCK and matrix.is_cuda and len(matrix) < FEW:
+        return Factor(torch.stack([torch.linalg.cholesky_ex(one)[0] for one in matrix]), [])
+    if n < 2 * BLOCK:
+        return Factor(torch.linalg.cholesky_ex(matrix)[0], [])
     result = torch.zeros_like(matrix)
     inverses = []
     for rows in _blocks(n):
@@ -85,11 +101,14 @@ def factor(matrix: Tensor) -> tuple[Tensor, list[Tensor]]:
         if rows.stop < n:
             torch.bmm(panel[:, size:], inverse.mT, out=result[:, rows.stop :, rows])
         inverses.append(inverse)
-    return result, inverses
+    return Factor(result, inverses)
 
 
-def over(x: Tensor, lower: Tensor, inverses: list[Tensor]) -> Tensor:
-    """x (lowerᵀ)⁻¹, with what `factor` returned."""
+def over(x: Tensor, factored: Factor) -> Tensor:
+    """x (lowerᵀ)⁻¹."""
+    lower, inverses = factored
+    if not inverses:
+        return torch.linalg.solve_triangular(lower.mT, x, upper=True, left=False)
     result = torch.empty_like(x)
     for rows, inverse in zip(_blocks(lower.shape[-1]), inverses, strict=True):
         panel = x[:, :, rows]

@@ -95,11 +95,11 @@ def cholesky(gram: Tensor, old: Tensor, sort: bool = True) -> Solved:
     old = columns(old, order)
     small = lower_product(old, columns(product, order))
     small.diagonal(dim1=-2, dim2=-1).add_(wrong * gram.flatten(1).norm(dim=1)[:, None])
-    root, _ = factor(small)
+    root = factor(small).lower
     root = root / root.norm(dim=-2, keepdim=True)
     whole = squared(root)
     whole.diagonal(dim1=-2, dim2=-1).add_(SQUARED_SHIFT * torch.finfo(gram.dtype).eps)
-    return _placed(over(times_lower(old, root), *factor(whole)), values, order, sort)
+    return _placed(over(times_lower(old, root), factor(whole)), values, order, sort)
 
 
 def _product(gram: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
