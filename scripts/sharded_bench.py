@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from selective import MGUP, Cautious, Eigenbasis, SelectiveUpdate
+from selective import MGUP, Cautious, CautiousMGUP, Eigenbasis, SelectiveUpdate
 from selective.bench.traffic import all_reduces
 from selective.compare.config import ModelConfig
 from selective.compare.model import GPT, loss
@@ -30,7 +30,8 @@ from selective.compare.model import GPT, loss
 Make = Callable[[torch.optim.Optimizer], torch.optim.Optimizer]
 CONTENDERS: dict[str, Make] = {
     "torch AdamW": lambda base: base,
-    "agreement": lambda base: SelectiveUpdate(base, policy=Cautious(), statistics=False),
+    "agreement": lambda base: SelectiveUpdate(base, policy=CautiousMGUP(), statistics=False),
+    "agreement, mean-preserving": lambda base: SelectiveUpdate(base, policy=Cautious(), statistics=False),
     "exact top-K": lambda base: SelectiveUpdate(base, policy=MGUP(), statistics=False),
     "rotated, unsharded side": lambda base: SelectiveUpdate(
         base, preconditioner=Eigenbasis(sides="unsharded", refresh_every=10**6, stagger=False), statistics=False

@@ -26,7 +26,8 @@ def test_counts_of_two_ranks(tmp_path: Path) -> None:
     assert about["ranks"] == 2 and about["steps"] == 3
     assert found == {
         "torch AdamW": (0, 0),
-        "agreement": (1, 160 * tensors),
+        "agreement": (0, 0),
+        "agreement, mean-preserving": (1, 160 * tensors),
         "exact top-K": (5, 4104 * tensors),
         "rotated, unsharded side": (0, 0),
     }
