@@ -177,7 +177,10 @@ class Batch:
         return table
 
     def fits(self, items: Sequence[Item]) -> bool:
-        """Whether these are the tensors that the tables were made of; a given update is new in every step."""
+        """Whether the tables can be made to fit: of the same tensors, but what is new in every step may be elsewhere.
+
+        That is a given update, and the buffer that a rule leaves its update in.
+        """
         mine = self._mine(items)
         try:
             if self._layouts(mine) != self.layouts:
@@ -189,9 +192,10 @@ class Batch:
         if not same:
             return False
         if now != self.fixed_addresses:
-            if self.cfg.rule != "given":
+            given = self.cfg.rule == "given"
+            if not given and now[1:] != self.fixed_addresses[1:]:
                 return False
-            if any(is_in_place(item, self.rule) != self.cfg.in_place for item in mine):
+            if given and any(is_in_place(item, self.rule) != self.cfg.in_place for item in mine):
                 return False
             self.fixed_addresses, self.gradients = now, []
             self.addresses = self._address_table()

@@ -186,3 +186,21 @@ def test_a_plan_is_not_kept_for_copies(device):
     items[0].param = items[0].param.t().contiguous().t()
     selective_step(items, rule=rule, draw=Draw(0, 0), **how)
     assert "plan" not in items.cache
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_buffer_may_be_elsewhere_in_every_step(offset, device):
+    """As the one that a rotated update is left in: the tables are kept, and follow it, aligned or not."""
+    kept, fresh = ItemList(items_of(ADAM, device)), items_of(ADAM, device)
+    how = {"rule": ADAM, "selection": Selection("agreement"), "strength": Strength("fixed", 2.0, 0.5), "backend": "gpu"}
+    plans = []
+    for number in range(3):
+        for items in (kept, fresh):
+            for item in items:
+                room = torch.zeros(item.param.numel() + number * offset, dtype=item.param.dtype, device=device)
+                item.param = room[number * offset :].copy_(item.param)
+        selective_step(kept, draw=Draw(0, number), **how)
+        selective_step([*fresh], draw=Draw(0, number), **how)
+        assert_equal_items(kept, fresh, str(number))
+        plans.append(kept.cache["plan"])
+    assert plans[0] is plans[1] is plans[2]
