@@ -16,7 +16,7 @@ Pair = tuple[Tensor, Tensor]  # the multipliers of the selected and of the rest,
 class Parts:
     """The sums that a strength is made of. 0-d float64 tensors; None where the strength does not ask."""
 
-    numel: int  # of the sample where the estimate is sampled
+    numel: int | Tensor  # of the sample where the estimate is sampled; a tensor where the others are of many tensors
     selected: Tensor | None = None
     selected_sq: Tensor | None = None  # sum of x^2 over the selected
     rest_sq: Tensor | None = None  # sum of x^2 over the others
@@ -38,8 +38,9 @@ def _need(x: Tensor | None) -> Tensor:
 
 def _mean_preserving(strength: Strength, parts: Parts) -> Tensor:
     count = _need(parts.selected)
-    share = count / max(parts.numel, 1)
-    value = (1 - strength.rest * (1 - share)) / share.clamp(min=0.5 / max(parts.numel, 1))  # never 0 / 0
+    numel = parts.numel.clamp(min=1) if isinstance(parts.numel, Tensor) else max(parts.numel, 1)
+    share = count / numel
+    value = (1 - strength.rest * (1 - share)) / share.clamp(min=0.5 / numel)  # never 0 / 0
     return torch.where(count > 0, value.clamp(max=strength.cap), 1.0)
 
 

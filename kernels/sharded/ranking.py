@@ -50,7 +50,7 @@ class Ranked:
     taken: Tensor | None = None  # the selected among the equal, at the end
 
 
-def _largest_first(counts: Tensor, need: Tensor) -> tuple[Tensor, Tensor]:
+def largest_first(counts: Tensor, need: Tensor) -> tuple[Tensor, Tensor]:
     """The bin that holds number `need` from above, and how many are needed of it. counts [T, bins], need [T]."""
     above = counts.flip(1).cumsum(1).flip(1) - counts
     inside = (above < need[:, None]) & (need[:, None] <= above + counts)
@@ -83,7 +83,7 @@ def find(tensors: Sequence[Ranked]) -> Asking:
             wanted = torch.tensor([one.k for one in tensors], dtype=torch.int64)
             wanted = wanted.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else wanted
             need = torch.minimum(wanted, counts.sum(1))
-        chosen, need = _largest_first(counts, need)
+        chosen, need = largest_first(counts, need)
         prefix = (chosen - 128 if first else base + chosen).to(dtype)
     among = counts.gather(1, chosen[:, None])[:, 0]
     for index, one in enumerate(tensors):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..reference.random import SAMPLE_SIZE
 from ..reference.rules import advance
-from ..spec import SUM_NAMES, Draw, Item, Rule, Selection, Shard, Strength, Sums, SumsTable
-from . import ranking, ties
+from ..spec import SUM_NAMES, Draw, Item, ItemList, Rule, Selection, Shard, Strength, Sums, SumsTable
+from . import ranking, ties, together
 from .exchange import Part, Steps
 from .how import How
 from .sums import WIDTH, digits, number
@@ -42,20 +42,29 @@ def sharded_step(
             "the selection is a Triton function, and the strength or the rounding looks at the whole of tensors that "
             "are sharded: advance the moments, select in torch and apply the mask instead"
         )
-    together: dict[tuple[int, torch.device, bool, bool], list[int]] = {}
+    alike: dict[tuple[int, torch.device, bool, bool, bool], list[int]] = {}
     for place, item in enumerate(items):
         assert item.shard is not None
         double = item.param.dtype == torch.float64 and selection.kind == "top_k"
         here = is_local(how) and not (selection.kind == "bernoulli" and item.shard.first(selection.unit) is None)
-        together.setdefault((id(item.shard.group), item.param.device, double, here), []).append(place)
+        joined = not here and together.can_be(item, how)
+        alike.setdefault((id(item.shard.group), item.param.device, double, here, joined), []).append(place)
     found = []
-    for (_, device, _, here), places in together.items():
+    for (_, device, _, here, joined), places in alike.items():
         mine = items if len(places) == len(items) else [items[place] for place in places]
-        part = _local(mine, how, local_step) if here else _whole(mine, how)
+        if here:
+            part = _local(mine, how, local_step)
+        else:
+            part = together.step(mine, how, local_step, _cache(items, places)) if joined else _whole(mine, how)
         shard = mine[0].shard
         assert shard is not None
         found.append(Steps(shard.group, device, part, places))
     return found
+
+
+def _cache(items: Sequence[Item], places: list[int]) -> dict[Any, Any]:
+    """What is remembered from step to step of these of the items."""
+    return items.cache.setdefault(("together", *places), {}) if isinstance(items, ItemList) else {}
 
 
 def is_local(how: How) -> bool:
@@ -112,7 +121,7 @@ def _row(sums: Sums) -> Tensor:
 
 
 def _whole(items: Sequence[Item], how: How) -> Part:
-    """Everything else: all tensors' updates first, then the rounds, then the parameters."""
+    """Everything else, by itself: all tensors' updates first, then the rounds, then the parameters."""
     works = [Work(item, how, advance(item, how.rule, keep_previous=how.by_previous)) for item in items]
     ranked = [work.ranked for work in works if work.ranked is not None]
     found: Tensor | None = None
