@@ -131,7 +131,9 @@ def test_the_k_largest(
     _agrees(score, max(int(share * score.numel()), 1), way[0], many, way[1])
 
 
-@pytest.mark.parametrize("shape, dim, rounds", [((200, 4), 1, 1), ((700, 3), 1, 2), ((66_000, 2), 1, 3)])
+@pytest.mark.parametrize(
+    "shape, dim, rounds", [((200, 4), 1, 1), ((700, 3), 1, 2), ((66_000, 2), 1, 2), ((2**21 + 1, 2), 1, 3)]
+)
 def test_ties_over_many_cells(shape: tuple[int, int], dim: int, rounds: int) -> None:
     """One round or two or three of ties; half of the scores equal the K-th."""
     score = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(0)).float()
