@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,8 +52,31 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+INTERRUPTED = 128 + signal.SIGINT
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """What a time limit sends (SIGTERM) is taken for Ctrl-C: what has been measured by then is printed and kept."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Time, print a table, and on request write JSON. 1 where an optimizer that is installed got no time."""
+    """Time, print a table, and on request write JSON. 1 where an optimizer that is installed got no time.
+
+    On Ctrl-C, and when a time limit ends it, there is what has been measured by then, and 130 is returned.
+    """
     made = parser()
     options = made.parse_args(argv)
     if options.json and not options.json.absolute().parent.is_dir():
@@ -79,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     left_out = False
     for shapes in options.shapes or [DEFAULT_SHAPES[device]]:
         try:
-            result = run(shapes, contenders, device=device, dtype=dtype, rounds=options.rounds, tell=_tell)
+            with _interruptible():
+                result = run(shapes, contenders, device=device, dtype=dtype, rounds=options.rounds, tell=_tell)
         except torch.OutOfMemoryError as error:
             print(f"{shapes}: parameters, gradients and AdamW's state do not fit on this device ({error})")
             left_out = True
@@ -88,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{heading(result)}\n{table(result)}")
         if options.json:  # after each, so that an interrupted run keeps what it has
             options.json.write_text(json.dumps(as_json(results), indent=1))
+        if result.interrupted:
+            return _said_so()
     refused = [m for result in results for m in result.measurements if m.outcome not in ("timed", "missing")]
     return int(left_out or bool(refused))
 
@@ -102,12 +131,20 @@ def _rotations(options: argparse.Namespace, device: str) -> int:
     precisions: list[Precision] = ["float32", "tf32", "bfloat16"] if device == "cuda" else ["float32"]
     found = []
     for shapes in options.shapes or [DEFAULT_SHAPES[device]]:
-        result = measure_rotations(shapes, device=device, rounds=options.rounds, precisions=precisions, tell=_tell)
+        with _interruptible():
+            result = measure_rotations(shapes, device=device, rounds=options.rounds, precisions=precisions, tell=_tell)
         found.append(asdict(result))
         print(f"\n{rotation_table(result)}")
         if options.json:
             options.json.write_text(json.dumps({**environment(device), "rotations": found}, indent=1))
+        if result.interrupted:
+            return _said_so()
     return 0
+
+
+def _said_so() -> int:
+    print("interrupted: the rest has not been measured")
+    return INTERRUPTED
 
 
 def _first_step(made: argparse.ArgumentParser, options: argparse.Namespace) -> int:

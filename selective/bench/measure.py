@@ -66,6 +66,7 @@ class Result:
     rounds: int
     bandwidth: float  # bytes a second that a large copy reads and writes
     measurements: list[Measurement] = field(default_factory=list)
+    interrupted: bool = False  # not all of them are there
 
     @property
     def floor_seconds(self) -> float:
@@ -101,7 +102,7 @@ def run(
 
     Returns:
         One measurement each, in order. What fails, does not fit, is not installed, or does not match its reference has
-        no times, but a reason.
+        no times, but a reason. On Ctrl-C those that are done by then.
     """
     if shapes not in SHAPES:
         raise ValueError(f"shapes is {shapes!r}, must be one of {', '.join(SHAPES)}")
@@ -116,8 +117,12 @@ def run(
         if tell is not None:
             tell(f"{shapes} {number}/{len(chosen)} {contender.name}")
         measurement = Measurement(contender.name, contender.promise(dtype), workload.elements, bandwidth)
+        try:
+            _measure(contender, measurement, rig)
+        except KeyboardInterrupt:
+            result.interrupted = True
+            break
         result.measurements.append(measurement)
-        _measure(contender, measurement, rig)
     foreach = next((m.versus_fused for m in result.measurements if m.name == "torch foreach"), None)
     for measurement in result.measurements:
         if foreach and measurement.versus_fused:

@@ -110,6 +110,7 @@ def _result(result: Result) -> dict[str, Any]:
         "rounds": result.rounds,
         "copy_bytes_per_second": result.bandwidth,
         "floor_seconds": result.floor_seconds,
+        "interrupted": result.interrupted,
         "measurements": [_measurement(m) for m in result.measurements],
     }
 

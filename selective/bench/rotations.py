@@ -49,6 +49,7 @@ class Rotations:
     matrices: int
     rotated: int  # elements of them
     lines: list[Line] = field(default_factory=list)
+    interrupted: bool = False  # not all of them are there
 
     def line(self, name: str) -> Line:
         return next(line for line in self.lines if line.name == name)
@@ -84,8 +85,18 @@ def measure_rotations(
       new bases and the maps between the old ones and them.
     - "staggered": the median step where refreshes take turns; `worst` is the longest over it.
     - `bytes` and `documented`: what lasts of the bases, and what the documentation says.
+
+    On Ctrl-C there is what has been measured by then.
     """
     rig = _Rig(shapes, device, rounds, tell)
+    try:
+        _measure(rig, precisions)
+    except KeyboardInterrupt:
+        rig.result.interrupted = True
+    return rig.result
+
+
+def _measure(rig: _Rig, precisions: Sequence[Precision]) -> None:
     dense = rig.steady(None)
     rig.add("dense", dense)
     for precision in precisions:
@@ -104,7 +115,6 @@ def measure_rotations(
     every = plain + with_refresh
     middle = statistics.median(every)
     rig.add("staggered", middle, worst=max(every) / middle)
-    return rig.result
 
 
 class _Rig:

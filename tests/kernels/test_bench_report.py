@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from selective.bench import SHAPES, Contender, as_json, peer_contenders, run
+from selective.bench import SHAPES, Contender, as_json, measure, peer_contenders, run
 from selective.bench.__main__ import main
 from selective.bench.check import PEERS_CHECKED
 from selective.bench.clock import CudaClock, HostClock, copy_bandwidth, count_launches
@@ -144,6 +146,27 @@ def test_command_line(tmp_path, capsys):
         "MGUP (sampled) + statistics",
         "MGUP, scratch around fused",
     ]
+
+
+def test_a_time_limit_leaves_what_has_been_measured(tmp_path, monkeypatch, capsys):
+    """SIGTERM in the fourth of six, and what was the handler before is it again."""
+    file, measured, really = tmp_path / "out.json", [], measure._measure
+
+    def watched(contender, *arguments):
+        measured.append(contender.name)
+        if len(measured) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return really(contender, *arguments)
+
+    monkeypatch.setattr(measure, "_measure", watched)
+    before = signal.getsignal(signal.SIGTERM)
+    options = ["--device", "cpu", "--shapes", "tiny", "--only", "mgup", "--rounds", "1", "--json", str(file)]
+    assert main(options) == 130
+    assert "interrupted" in capsys.readouterr().out
+    (result,) = json.loads(file.read_text())["results"]
+    assert [m["name"] for m in result["measurements"]] == measured[:3] and len(measured) == 4
+    assert result["interrupted"] is True
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_command_line_of_several_shapes_in_low_precision(tmp_path, monkeypatch):

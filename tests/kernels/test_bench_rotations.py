@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 
-from selective.bench import SHAPES
+from selective.bench import SHAPES, rotations
 from selective.bench.__main__ import main
 from selective.bench.rotations import measure_rotations
 from selective.bench.rotations_table import rotation_table
@@ -55,3 +57,18 @@ def test_what_it_does_not_measure(capsys):
     assert "leave --only and --dtype out" in capsys.readouterr().err
     with pytest.raises(ValueError, match="must be one of"):
         measure_rotations("nothing", device="cpu")
+
+
+def test_a_time_limit_leaves_what_has_been_measured(tmp_path, monkeypatch, capsys):
+    file, steady = tmp_path / "rotations.json", rotations._Rig.steady
+
+    def interrupted(self, space):
+        if space is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return steady(self, space)
+
+    monkeypatch.setattr(rotations._Rig, "steady", interrupted)
+    assert main(["--rotations", "--device", "cpu", "--shapes", "gpt2", "--rounds", "1", "--json", str(file)]) == 130
+    (result,) = json.loads(file.read_text())["rotations"]
+    assert [line["name"] for line in result["lines"]] == ["dense", "products float32"]
+    assert result["interrupted"] is True and "interrupted" in capsys.readouterr().out
