@@ -7,28 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..spec import Shard
 from .ranking import BINS, largest_first
+from .slices import Slice, upload
 
 LANES = 32
 """Copies of the counters on a GPU, one for each thread of a warp: most scores of a tensor begin with the same few bits,
 and threads that add to one counter wait for each other."""
-
-
-class Some(Protocol):
-    """Of a `together.Slice`, what is looked at here."""
-
-    first: int
-    last: int
-    seg: Tensor
-    starts: Tensor
-    key: Tensor | None
-    chosen: Tensor | None
 
 
 @dataclass
@@ -38,18 +27,6 @@ class Found:
     prefix: Tensor  # int32 [tensors]
     need: Tensor  # int64
     among: Tensor  # int64
-
-
-def upload(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64, 1-d; a GPU is not waited for."""
-    found = torch.tensor(values, dtype=torch.int64, device="cpu")
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
-
-
-def segment_sums(x: Tensor, some: Some, lengths: Sequence[int]) -> Tensor:
-    """The sum of each of a slice's tensors, float64, in one order."""
-    sizes = torch.diff(some.starts, append=some.starts.new_full((1,), x.numel()))
-    return torch.segment_reduce(x.to(torch.float64), "sum", lengths=sizes, unsafe=True, initial=0.0)
 
 
 def histograms(digit: Tensor, seg: Tensor, count: int) -> Tensor:
@@ -72,7 +49,7 @@ def in_lanes(digit: Tensor, seg: Tensor, count: int) -> Tensor:
     return table.view(LANES, size + 1)[:, :size].sum(0, dtype=torch.int32).view(count, BINS)
 
 
-def find(slices: Sequence[Some], wanted: Sequence[int], counted: Tensor) -> Generator[Tensor, Tensor, Found]:
+def find(slices: Sequence[Slice], wanted: Sequence[int], counted: Tensor) -> Generator[Tensor, Tensor, Found]:
     """Four rounds, eight bits of the key in each, from the highest; NaN, the smallest key, is left out of the first."""
     device, tensors = counted.device, len(wanted)
     nothing = torch.iinfo(torch.int32).min
@@ -97,7 +74,7 @@ def find(slices: Sequence[Some], wanted: Sequence[int], counted: Tensor) -> Gene
 
 
 def settle(
-    slices: Sequence[Some], found: Found, shards: Sequence[Shard], counted: Tensor, extra: Tensor
+    slices: Sequence[Slice], found: Found, shards: Sequence[Shard], counted: Tensor, extra: Tensor
 ) -> Generator[Tensor, Tensor, Tensor]:
     """Say which are selected (`chosen`). One round: each rank has one cell of each tensor, or none (see `ties.py`).
 

@@ -19,6 +19,7 @@ from ..spec import SUM_NAMES, Draw, Item, ItemList, Rule, Selection, Shard, Stre
 from . import ranking, ties, together
 from .exchange import Part, Steps
 from .how import How
+from .joinable import can_be
 from .sums import WIDTH, digits, number
 from .work import Work
 
@@ -47,7 +48,7 @@ def sharded_step(
         assert item.shard is not None
         double = item.param.dtype == torch.float64 and selection.kind == "top_k"
         here = is_local(how) and not (selection.kind == "bernoulli" and item.shard.first(selection.unit) is None)
-        joined = not here and together.can_be(item, how)
+        joined = not here and can_be(item, how)
         alike.setdefault((id(item.shard.group), item.param.device, double, here, joined), []).append(place)
     found = []
     for (_, device, _, here, joined), places in alike.items():

@@ -1,22 +1,21 @@
 """Shards of many tensors in one go: as many operations for a thousand tensors as for one.
 
-For what is trained most: float32 arithmetic, a selection by the sign or the rank of update times gradient, a strength
-that is fixed or keeps the mean, shards that are stretches of the whole (by rows). `work.py` does everything else, one
-tensor after the other, and the same here, if it has to.
+For what is trained most: float32 arithmetic, an agreement with the gradient or top-K of update times gradient, a strength
+that is fixed or keeps the mean or the norm, shards that are stretches of the whole (by rows). `work.py` does everything
+else, one tensor after the other, and the same as here.
 
     the rule, by the kernels for whole tensors, on zeros, which leaves -u; scores, or what agrees
     the K-th scores and the ties (as in `ranking.py` and `ties.py`), the sums, what is taken of the ties
     the mask; the parameters, by the kernels for whole tensors
 
 Memory while it lasts: u, the ranks (or what agrees) and which tensor it is, 12 bytes an element of the rank's shards (9
-without ranks), and some 40 bytes an element of a part of `PART` elements.
+without ranks), and some 40 bytes an element of a part of `slices.PART` elements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,73 +23,17 @@ from torch import Tensor
 
 from ..reference.rules import decay_factor
 from ..reference.strengths import Parts, multipliers
-from ..spec import AdamRule, Draw, GivenRule, Item, ItemList, LionRule, Selection, SGDRule, Strength, Sums, SumsTable
+from ..spec import Draw, GivenRule, Item, ItemList, LionRule, Selection, Strength, Sums, SumsTable
 from . import counting
 from .how import How
+from .joinable import momentum_of, wanted
 from .ranking import key_of
+from .slices import Slice, segment_sums, slices, upload
 from .sums import WIDTH, digits, number
-from .ties import ONE_ROUND
 
-PART = 2**25  # elements that are worked on at a time
 EVERYTHING = (Selection("everything"), Strength("fixed", 1.0, 1.0))
 Step = Generator[Tensor, Tensor, Sequence[Sums] | None]
-
-
-def can_be(item: Item, how: How) -> bool:
-    """Whether a tensor is stepped like this: the same on all ranks, also on those that have nothing of it."""
-    rule, selection, strength, shard = how.rule, how.selection, how.strength, item.shard
-    assert shard is not None
-    if how.draw.stochastic or strength.still or strength.estimate == "sampled" or item.param.dtype == torch.float64:
-        return False
-    if strength.kind not in ("fixed", "mean_preserving") or not _is_plain(rule, item):
-        return False
-    if shard.cut != 0 or not shard.stretches or shard.cells > ONE_ROUND:
-        return False
-    if selection.kind == "top_k":
-        return selection.score == "update" and selection.quantile == "exact" and _wanted(selection, shard.numel) > 0
-    return selection.kind == "agreement" and selection.product == "update"
-
-
-def _is_plain(rule: object, item: Item) -> bool:
-    """Whether the rule's update does not look at the parameter, and its state is there."""
-    if isinstance(rule, AdamRule):
-        return rule.decoupled or rule.weight_decay == 0
-    if isinstance(rule, SGDRule):
-        return rule.weight_decay == 0 and (rule.momentum == 0 or item.state.get("momentum_buffer") is not None)
-    return isinstance(rule, LionRule) and rule.weight_decay == 0
-
-
-def _wanted(selection: Selection, numel: int) -> int:
-    return int(selection.fraction * numel)
-
-
-@dataclass
-class Slice:
-    """Some tensors, one after the other. `seg`: which of all tensors each element is of (int32)."""
-
-    first: int
-    last: int
-    start: int
-    stop: int
-    seg: Tensor
-    starts: Tensor  # of each of its tensors, counted from its own start
-    key: Tensor | None = None
-    chosen: Tensor | None = None
-
-
-def slices(lengths: Sequence[int], device: torch.device) -> list[Slice]:
-    """Cut up between tensors, `PART` elements at most, or one tensor."""
-    ends = list(accumulate(lengths))
-    found, first = [], 0
-    for index, end in enumerate(ends):
-        begin = ends[first] - lengths[first]
-        if index + 1 == len(ends) or ends[index + 1] - begin > PART:
-            some = range(first, index + 1)
-            sizes = counting.upload([lengths[i] for i in some], device)
-            seg = (torch.repeat_interleave(sizes, output_size=end - begin) + first).to(torch.int32)
-            found.append(Slice(first, index + 1, begin, end, seg, sizes.cumsum(0) - sizes))
-            first = index + 1
-    return found
+Row = dict[str, Tensor]  # the sums of all tensors, float64 [tensors], by their names
 
 
 class Together:
@@ -102,18 +45,29 @@ class Together:
         self.items, self.how, self.local_step, self.cache = items, how, local_step, cache
         self.device = items[0].param.device
         self.shards = [item.shard for item in items if item.shard is not None]
-        self.lengths = [item.param.numel() for item in items]
-        self.counted = counting.upload([int(shard.counted) for shard in self.shards], self.device)
-        self.update = torch.zeros(sum(self.lengths), dtype=torch.float32, device=self.device)
-        self.views = [x.view(i.param.shape) for x, i in zip(self.update.split(self.lengths), items, strict=True)]
+        lengths = [item.param.numel() for item in items]
+        self.numels = upload([shard.numel for shard in self.shards], self.device)
+        self.counted = upload([int(shard.counted) for shard in self.shards], self.device)
+        self.slices = slices(lengths, self.device)
+        self.moving: Tensor | None = None  # how many previous momenta are not 0
+        if how.by_previous:  # before they move
+            self._choose(self.momentum)
+            self.moving = self._per_tensor(lambda some: self.momentum(some) != 0)
+        self.update = torch.zeros(sum(lengths), dtype=torch.float32, device=self.device)
+        self.views = [x.view(i.param.shape) for x, i in zip(self.update.split(lengths), items, strict=True)]
         self._advance()
-        self.slices = slices(self.lengths, self.device)
+        if how.selection.kind == "top_k":
+            for some in self.slices:
+                some.key = key_of(self.gradient(some).mul_(self.u(some)))
+        elif not how.by_previous:
+            self._choose(self.u if how.selection.product == "update" else self.momentum)
 
     def _advance(self) -> None:
         """The rule on zeros, without decay of the parameter; then u from the -u that is left."""
         rule: Any = replace(self.how.rule, weight_decay=0.0)
         rule = replace(rule, decay_factor=1.0) if isinstance(rule, LionRule) else rule
-        self._run("advance", [replace(i, param=v, shard=None) for i, v in zip(self.items, self.views, strict=True)], rule)
+        made = [replace(item, param=view, shard=None) for item, view in zip(self.items, self.views, strict=True)]
+        self._run("advance", made, rule)
         self.update.neg_()
 
     def _run(self, name: str, made: list[Item], rule: Any) -> None:
@@ -123,64 +77,101 @@ class Together:
         self.local_step(kept, rule=rule, selection=EVERYTHING[0], strength=EVERYTHING[1], draw=Draw(0, 0),
                         statistics=False)  # fmt: skip
 
+    # --- of a slice, 1-d ---
+
     def gradient(self, some: Slice) -> Tensor:
-        """As the base sees it, float32, 1-d."""
-        parts = [item.grad.reshape(-1) for item in self.items[some.first : some.last]]
-        flat = torch.cat(parts).to(torch.float32)
+        """As the base sees it, float32; a copy."""
+        flat = torch.cat([item.grad.reshape(-1) for item in self.items[some.first : some.last]]).to(torch.float32)
         return flat.neg_() if getattr(self.how.rule, "maximize", False) else flat
 
-    def select(self) -> None:
-        """Ranks of scores; or what agrees."""
-        for some in self.slices:
-            product = self.gradient(some).mul_(self.update[some.start : some.stop])
-            if self.how.selection.kind == "top_k":
-                some.key = key_of(product)
-            else:
-                some.chosen = product > 0 if self.how.selection.strict else product >= 0
+    def momentum(self, some: Slice) -> Tensor:
+        """As it is now, float32; a copy."""
+        found = [momentum_of(item, self.how) for item in self.items[some.first : some.last]]
+        return torch.cat([x.reshape(-1) for x in found if x is not None]).to(torch.float32)
 
-    def per_tensor(self, of: Callable[[Slice], Tensor]) -> Tensor:
+    def u(self, some: Slice) -> Tensor:
+        return self.update[some.start : some.stop]
+
+    def _choose(self, factor: Callable[[Slice], Tensor]) -> None:
+        """What agrees with the gradient."""
+        for some in self.slices:
+            product = self.gradient(some).mul_(factor(some))
+            some.chosen = product > 0 if self.how.selection.strict else product >= 0
+
+    def _chosen(self, some: Slice, found: counting.Found | None) -> Tensor:
+        """Of what is ranked and not settled, those above the K-th."""
+        if some.chosen is not None:
+            return some.chosen
+        assert found is not None and some.key is not None
+        return (some.key > found.prefix[some.seg]) & (found.need > 0)[some.seg]
+
+    def _squares(self, some: Slice) -> Tensor:
+        """What a norm-preserving strength adds up."""
+        x = {"update": self.u, "momentum": self.momentum, "gradient": self.gradient}[self.how.strength.of](some)
+        return x.square()
+
+    # --- sums ---
+
+    def _per_tensor(self, of: Callable[[Slice], Tensor]) -> Tensor:
         """The sum of something over each tensor, float64: the same bits in every run."""
-        return torch.cat([counting.segment_sums(of(some), some, self.lengths) for some in self.slices])
+        return torch.cat([segment_sums(of(some), some) for some in self.slices])
 
     def sums(self, found: counting.Found | None) -> Tensor:
-        """This process's part of `How.columns`: float64 [tensors, columns]; of ties nothing is taken yet."""
-
-        def squares(some: Slice) -> Tensor:
-            return self.update[some.start : some.stop].square()
-
-        def chosen(some: Slice) -> Tensor:
-            return some.chosen if found is None and some.chosen is not None else self._above(some, found)
+        """This process's part of `How.columns`: float64 [tensors, columns]; what is not settled is not counted yet."""
 
         def equal(some: Slice) -> Tensor:
             assert found is not None and some.key is not None
             return some.key == found.prefix[some.seg]
 
         ways: dict[str, Callable[[Slice], Tensor]] = {
-            "selected": chosen,
-            "update_sq": squares,
+            "selected": lambda some: self._chosen(some, found),
+            "update_sq": lambda some: self.u(some).square(),
             "grad_sq": lambda some: self.gradient(some).square_(),
-            "update_grad": lambda some: self.gradient(some).mul_(self.update[some.start : some.stop]),
-            "chosen_u": lambda some: torch.where(chosen(some), squares(some), 0.0),
-            "equal_u": lambda some: torch.where(equal(some), squares(some), 0.0),
-        }  # fmt: skip
-        rows = torch.stack([self.per_tensor(ways[name]) for name in self.how.columns], 1)
+            "update_grad": lambda some: self.gradient(some).mul_(self.u(some)),
+            "chosen_u": lambda some: torch.where(self._chosen(some, found), self.u(some).square(), 0.0),
+            "equal_u": lambda some: torch.where(equal(some), self.u(some).square(), 0.0),
+            "chosen_sq": lambda some: torch.where(self._chosen(some, found), self._squares(some), 0.0),
+            "others_sq": lambda some: torch.where(self._chosen(some, found), 0.0, self._squares(some)),
+        }
+        names = self.how.columns
+        columns = [self.moving if name == "moving" else self._per_tensor(ways[name]) for name in names]
+        rows = torch.stack([column for column in columns if column is not None], 1)
         return torch.where(self.counted[:, None] > 0, rows, 0.0)
 
-    def _above(self, some: Slice, found: counting.Found | None) -> Tensor:
-        assert found is not None and some.key is not None
-        return (some.key > found.prefix[some.seg]) & (found.need > 0)[some.seg]
+    # --- with everybody's sums ---
 
-    def finish(self, row: dict[str, Tensor] | None) -> SumsTable | None:
+    def complete(self, row: Row, found: counting.Found | None) -> None:
+        """What follows from the sums: the ties that were taken, tensors that are selected everywhere."""
+        if found is not None and not self.how.strength_waits:
+            row["selected"] = row["selected"] + found.need
+            if self.how.statistics:  # of the ties' squares the share that was taken
+                row["chosen_u"] = row["chosen_u"] + found.need / found.among.clamp(min=1) * row["equal_u"]
+        if self.how.statistics:
+            row["others_u"] = row["update_sq"] - row["chosen_u"]
+        if not self.how.by_previous:
+            return
+        first = row["moving"] == 0  # the previous momentum is zero everywhere
+        for some in self.slices:
+            some.chosen = self._chosen(some, None) | first[some.seg]
+        row["selected"] = torch.where(first, self.numels.to(torch.float64), row["selected"])
+        for chosen, others in (("chosen_u", "others_u"), ("chosen_sq", "others_sq")):
+            if chosen in row:
+                row[chosen] = torch.where(first, row[chosen] + row[others], row[chosen])
+                row[others] = torch.where(first, 0.0, row[others])
+
+    def finish(self, row: Row | None) -> SumsTable | None:
         """Strengths, the mask, the parameters."""
-        strength = self.how.strength
-        sizes = counting.upload([shard.numel for shard in self.shards], self.device)
-        selected = None if row is None else row["selected"]
-        above, below = multipliers(strength, Parts(sizes, selected=selected), {}, self.device)
+        known = row or {}
+        parts = Parts(
+            self.numels, selected=known.get("selected"), selected_sq=known.get("chosen_sq"),
+            rest_sq=known.get("others_sq"),
+        )  # fmt: skip
+        above, below = multipliers(self.how.strength, parts, {}, self.device)
         above, below = above.expand(len(self.items)), below.expand(len(self.items))
         for some in self.slices:
             assert some.chosen is not None
             high, low = above.to(torch.float32)[some.seg], below.to(torch.float32)[some.seg]
-            self.update[some.start : some.stop].mul_(torch.where(some.chosen, high, low))
+            self.u(some).mul_(torch.where(some.chosen, high, low))
         made = [
             replace(item, state={"update": view, "start": item.param}, shard=None)
             for item, view in zip(self.items, self.views, strict=True)
@@ -188,8 +179,7 @@ class Together:
         self._run("land", made, GivenRule(decay_factor(self.how.rule)))
         if row is None or not self.how.statistics:
             return None
-        others = row["update_sq"] - row["chosen_u"]
-        masked = above * above * row["chosen_u"] + below * below * others
+        masked = above * above * row["chosen_u"] + below * below * row["others_u"]
         names = ("update_sq", "grad_sq", "update_grad")
         values = torch.stack([row["selected"], above, below, *(row[name] for name in names), masked], 1)
         return SumsTable(values, [shard.numel for shard in self.shards])
@@ -197,30 +187,20 @@ class Together:
 
 def step(items: Sequence[Item], how: How, local_step: Callable[..., Any], cache: dict[Any, Any]) -> Step:
     """A part of a sharded step (`exchange.py`). `cache`: the same in every step of these tensors."""
-    all_of_it = Together(items, how, local_step, cache)
-    all_of_it.select()
+    tensors = Together(items, how, local_step, cache)
     found: counting.Found | None = None
-    extra = torch.zeros(0, dtype=torch.int32, device=all_of_it.device)
+    answer = torch.zeros(0, dtype=torch.int32, device=tensors.device)
     if how.selection.kind == "top_k":
-        wanted = [_wanted(how.selection, shard.numel) for shard in all_of_it.shards]
-        found = yield from counting.find(all_of_it.slices, wanted, all_of_it.counted)
-        if how.needs_sums:
-            extra = digits(all_of_it.sums(found)).reshape(-1)
-        extra = yield from counting.settle(all_of_it.slices, found, all_of_it.shards, all_of_it.counted, extra)
-    elif how.needs_sums:
-        extra = yield digits(all_of_it.sums(None)).reshape(-1)
-    row: dict[str, Tensor] | None = None
-    if how.needs_sums:
-        columns = number(extra.reshape(len(items), len(how.columns), WIDTH)).unbind(1)
-        row = dict(zip(how.columns, columns, strict=True))
-        if found is not None:
-            _close(row, found, how.statistics)
-    return all_of_it.finish(row)
-
-
-def _close(row: dict[str, Tensor], found: counting.Found, statistics: bool) -> None:
-    """Add the ties that were taken; their squares by their number, where only some were."""
-    row["selected"] = row["selected"] + found.need
-    if statistics:
-        row["chosen_u"] = row["chosen_u"] + found.need / found.among.clamp(min=1) * row["equal_u"]
-
+        counts = [wanted(how.selection, shard.numel) for shard in tensors.shards]
+        found = yield from counting.find(tensors.slices, counts, tensors.counted)
+        if how.needs_sums and not how.strength_waits:  # they travel with the ties
+            answer = digits(tensors.sums(found)).reshape(-1)
+        answer = yield from counting.settle(tensors.slices, found, tensors.shards, tensors.counted, answer)
+    if how.needs_sums and (found is None or how.strength_waits):
+        answer = yield digits(tensors.sums(None)).reshape(-1)
+    if not how.needs_sums:
+        return tensors.finish(None)
+    columns = number(answer.reshape(len(items), len(how.columns), WIDTH)).unbind(1)
+    row = dict(zip(how.columns, columns, strict=True))
+    tensors.complete(row, found)
+    return tensors.finish(row)

@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from selective.kernels import AdamRule, Draw, Item, ItemList, LionRule, Selection, SGDRule, Strength, selective_step
 from selective.kernels.reference.selective_step import selective_step as reference_step
-from selective.kernels.sharded import counting, together
+from selective.kernels.sharded import counting, slices
+from selective.kernels.sharded import selective_step as stepping
 from selective.kernels.sharded.how import How
+from selective.kernels.sharded.joinable import can_be
 from selective.kernels.sharded.selective_step import sharded_step
 from selective.kernels.spec import Rule, Shard, Sums
 
@@ -49,6 +51,8 @@ def values(shape: tuple[int, ...], seed: int, kind: str) -> Tensor:
 
 def state_of(rule: Rule, shape: tuple[int, ...], seed: int, kind: str) -> dict[str, Tensor]:
     momentum = values(shape, 100 + seed, kind if kind != "strange" else "plain")
+    if kind == "first" and seed % 2:
+        momentum = torch.zeros_like(momentum)
     if isinstance(rule, SGDRule):
         return {"momentum_buffer": momentum} if rule.momentum else {}
     if isinstance(rule, LionRule):
@@ -96,10 +100,10 @@ def run(ranks: list[ItemList], local_step: Any, **how: Any) -> tuple[list[list[S
 
 
 def both(ranks: list[ItemList], twin: list[ItemList], local_step: Any, **how: Any) -> tuple[Any, Any]:
-    assert all(together.can_be(item, _how(how)) for items in ranks for item in items)
+    assert all(can_be(item, _how(how)) for items in ranks for item in items)
     first = run(ranks, local_step, **how)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(together, "can_be", lambda item, how: False)
+        patch.setattr(stepping, "can_be", lambda item, how: False)
         return first, run(twin, local_step, **how)
 
 
@@ -125,19 +129,29 @@ def assert_same_sums(ours: list[list[Sums]], theirs: list[list[Sums]]) -> None:
                 torch.testing.assert_close(x, y, rtol=64 * 2**-52, atol=1e-12, equal_nan=True, msg=name)
 
 
+TOP_K, LOOSE = Selection("top_k", fraction=0.4), Selection("agreement", strict=False)
+PREVIOUS, MOMENTUM = (Selection("agreement", product=x) for x in ("previous_momentum", "momentum"))  # type: ignore[arg-type]
+NORM = Strength("norm_preserving", rest=0.2, cap=3.0)
+CASES = {
+    "top_k": (TOP_K, FIXED), "top_k, mean": (TOP_K, MEAN), "top_k, norm": (TOP_K, NORM),
+    "top_k, norm of momentum": (TOP_K, replace(NORM, of="momentum")), "update, mean": (LOOSE, MEAN),
+    "update, norm of gradient": (LOOSE, replace(NORM, of="gradient")), "momentum, mean": (MOMENTUM, MEAN),
+    "previous": (PREVIOUS, FIXED), "previous, norm of momentum": (PREVIOUS, replace(NORM, of="momentum")),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("kind", ["plain", "ties", "zeros", "strange"])
+@pytest.mark.parametrize("kind", ["plain", "ties", "zeros", "strange", "first"])
 @pytest.mark.parametrize("statistics", [False, True])
-@pytest.mark.parametrize("strength", [FIXED, MEAN], ids=["fixed", "mean"])
-@pytest.mark.parametrize("selection", [Selection("top_k", fraction=0.4), Selection("agreement", strict=False)],
-                         ids=["top_k", "agreement"])  # fmt: skip
-def test_the_same_bits(selection: Selection, strength: Strength, statistics: bool, kind: str, rule: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_bits(case: str, statistics: bool, kind: str, rule: str) -> None:
     """Of parameters and state, by the reference kernels on both sides; and it sends as much."""
+    selection, strength = CASES[case]
+    if rule == "sgd" and (selection.product != "update" or strength.of == "momentum"):
+        return  # it has no momentum
     how = {"rule": RULES[rule], "selection": selection, "strength": strength, "statistics": statistics}
     for ranks in (1, 3, 4):
         ours, theirs = (shards(RULES[rule], ranks, kind, torch.float32) for _ in range(2))
-        if selection.kind == "agreement" and strength.kind == "fixed":
-            return  # nothing but single coordinates is looked at: stepped by the kernels for whole tensors
         (mine, sent), (other, sent_by_it) = both(ours, theirs, reference_step, **how)
         assert_same(ours, theirs)
         assert sent == sent_by_it
@@ -147,18 +161,20 @@ def test_the_same_bits(selection: Selection, strength: Strength, statistics: boo
 
 @settings(max_examples=40)
 @given(
-    fraction=st.floats(0.05, 1), ranks=st.integers(1, 5), seed=st.integers(0, 10**6), part=st.integers(1, 60),
+    fraction=st.floats(0.05, 1), case=st.sampled_from(["top_k", "previous, norm of momentum"]),
+    ranks=st.integers(1, 5), seed=st.integers(0, 10**6), part=st.integers(1, 60),
     kind=st.sampled_from(["plain", "ties", "zeros", "strange"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )  # fmt: skip
-def test_drawn(fraction: float, ranks: int, seed: int, part: int, kind: str, dtype: torch.dtype) -> None:
+def test_drawn(fraction: float, case: str, ranks: int, seed: int, part: int, kind: str, dtype: torch.dtype) -> None:
     """Several steps, in parts of any size, with the kernels that a CPU takes; to their rounding."""
-    how = {"rule": ADAM, "selection": Selection("top_k", fraction=fraction), "strength": FIXED, "statistics": False}
+    selection, strength = CASES[case]
+    how = {"rule": ADAM, "selection": replace(selection, fraction=fraction), "strength": strength, "statistics": False}
     ours, theirs = (shards(ADAM, ranks, kind, dtype, seed) for _ in range(2))
-    if any(int(fraction * torch.Size(shape).numel()) == 0 for shape in SHAPES):
+    if case == "top_k" and any(int(fraction * torch.Size(shape).numel()) == 0 for shape in SHAPES):
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(together, "PART", part)
+        patch.setattr(slices, "PART", part)
         for step in range(2):
             both(ours, theirs, selective_step, **how)
             for rank, twin in zip(ours, theirs, strict=True):
@@ -193,23 +209,27 @@ def test_replicas_are_counted_once() -> None:
         {"selection": Selection("top_k", score="momentum")},
         {"selection": Selection("top_k", quantile="sampled")},
         {"selection": Selection("top_k", fraction=0.01)},
-        {"strength": Strength("norm_preserving")},
+        {"strength": Strength("alignment")},
         {"strength": replace(MEAN, estimate="sampled")},
         {"strength": replace(FIXED, still=True)},
-        {"selection": Selection("agreement", product="momentum")},
-        {"selection": Selection("bernoulli")},
+        {"rule": replace(ADAM, lr=torch.tensor(0.1)), "selection": Selection("bernoulli")},
     ],
 )
 def test_what_is_left_to_the_other_way(change: dict[str, Any]) -> None:
     how = {"rule": ADAM, "selection": Selection("top_k"), "strength": MEAN, "statistics": False}
     item = shards(ADAM, 2, "plain", torch.float32)[0][0]
-    assert together.can_be(item, _how(how))
-    assert not together.can_be(item, _how(how | change))
+    assert can_be(item, _how(how))
+    assert not can_be(item, _how(how | change))
     assert item.shard is not None
     for shard in (replace(item.shard, stretches=False), replace(item.shard, cut=1), replace(item.shard, pieces=10**6)):
-        assert not together.can_be(replace(item, shard=shard), _how(how))
+        assert not can_be(replace(item, shard=shard), _how(how))
+    narrow = replace(item, state={name: x.bfloat16() for name, x in item.state.items()})
+    assert can_be(narrow, _how(how))  # but for momenta that are read after they were rounded
+    assert not can_be(narrow, _how(how | {"strength": replace(NORM, of="momentum")}))
+    assert not can_be(narrow, _how(how | {"selection": MOMENTUM}))
+    assert can_be(narrow, _how(how | {"selection": PREVIOUS}))
     first = replace(item, state={})  # SGD's first step makes the buffer in the dtype of what is stepped
-    assert not together.can_be(first, _how(how | {"rule": SGDRule(0.1, 0.9)}))
+    assert not can_be(first, _how(how | {"rule": SGDRule(0.1, 0.9)}))
 
 
 @given(count=st.integers(1, 5), numel=st.integers(0, 300), seed=st.integers(0, 10**6))
@@ -242,7 +262,7 @@ def test_no_number_of_operations_grows_with_the_tensors(statistics: bool) -> Non
         items = ItemList([item for _ in range(times) for item in shards(ADAM, 1, "plain", torch.float32)[0]])
         with pytest.MonkeyPatch.context() as patch, Counting() as counting_mode:
             if not joined:
-                patch.setattr(together, "can_be", lambda item, how: False)
+                patch.setattr(stepping, "can_be", lambda item, how: False)
             run([items], lambda *args, **kwargs: None, **how)
         counts.append(counting_mode.count)
     assert counts[0] == counts[1] <= 400
