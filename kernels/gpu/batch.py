@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
 from ..reference.rules import number
@@ -192,6 +193,8 @@ class Batch:
         if not same:
             return False
         if now != self.fixed_addresses:
+            if any(i.param.device != self.device or type(i.param) not in (Tensor, Parameter) for i in mine):
+                return False
             given = self.cfg.rule == "given"
             if not given and now[1:] != self.fixed_addresses[1:]:
                 return False

@@ -82,7 +82,7 @@ def settle(
     """
     device, cells = counted.device, max(shard.cells for shard in shards)
     place = upload([shard.places[0] if all(shard.runs) and shard.places else 0 for shard in shards], device)[:, None]
-    equals, mine = [], []
+    starting, mine = [], []
     for some in slices:
         assert some.key is not None
         equal = some.key == found.prefix[some.seg]
@@ -91,7 +91,7 @@ def settle(
         padded = torch.cat([upto.new_zeros(1), upto])
         begins = padded[some.starts]
         mine.append(padded[ends] - begins)
-        equals.append((equal, upto - begins[some.seg - some.first]))
+        starting.append(begins)
     own = torch.cat(mine)
     table = torch.zeros(len(shards), cells, dtype=torch.int64, device=device).scatter_(1, place, own[:, None])
     table = torch.where(counted[:, None] > 0, table, 0).to(torch.int32)
@@ -99,8 +99,10 @@ def settle(
     table, extra = answer[: table.numel()].view_as(table).to(torch.int64), answer[table.numel() :]
     before = (table.cumsum(1) - table).gather(1, place)[:, 0]
     left = found.need - before
-    for some, (equal, number) in zip(slices, equals, strict=True):
+    for some, begins in zip(slices, starting, strict=True):
         assert some.key is not None
+        equal = some.key == found.prefix[some.seg]
+        number = equal.cumsum(0) - begins[some.seg - some.first]
         taken = equal & (number <= left[some.seg])
         some.chosen = (some.key > found.prefix[some.seg]) & (found.need > 0)[some.seg] | taken
     return extra

@@ -17,10 +17,11 @@ from ..reference.places import cells
 from ..spec import Shard
 from .ranking import Ranked, counts_of
 
-ONE_ROUND = 720  # cells of which the ties are found in one round: less than 3 KiB, so that a tensor has less than 8 in all
+ONE_ROUND = 720
+"""Cells of which the ties are found in one round: counters of less than 3 KiB, a tensor has less than 8 in all."""
 TWO_ROUNDS = 2**22
-"""... and in two, where the counters have less than 3 KiB for up to 129,600 cells, 8 for a million (a vocabulary of 128k cut
-by columns over eight ranks) and 16 at most: of tensors that large a model has one or two, and rounds are what costs."""
+"""... and in two. Their counters have less than 3 KiB for up to 129,600 cells, 8 for a million (a vocabulary of 128k by
+columns over eight ranks), 16 at most: of tensors that large a model has one or two, and rounds are what costs."""
 
 
 def tie_rounds(shards: Iterable[Shard]) -> int:

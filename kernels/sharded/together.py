@@ -1,8 +1,8 @@
 """Shards of many tensors in one go: as many operations for a thousand tensors as for one.
 
-For what is trained most: float32 arithmetic, an agreement with the gradient or top-K of update times gradient, a strength
-that is fixed or keeps the mean or the norm, shards that are stretches of the whole (by rows). `work.py` does everything
-else, one tensor after the other, and the same as here.
+For what is trained most: float32 arithmetic, an agreement with the gradient or top-K of update times gradient, a
+strength that is fixed or keeps the mean or the norm, shards that are stretches of the whole (by rows). `work.py` does
+everything else, one tensor after the other, and the same as here.
 
     the rule, by the kernels for whole tensors, on zeros, which leaves -u; scores, or what agrees
     the K-th scores and the ties (as in `ranking.py` and `ties.py`), the sums, what is taken of the ties
@@ -39,9 +39,7 @@ Row = dict[str, Tensor]  # the sums of all tensors, float64 [tensors], by their 
 class Together:
     """All of a step's tensors of one group of processes and one device."""
 
-    def __init__(
-        self, items: Sequence[Item], how: How, local_step: Callable[..., Any], cache: dict[Any, Any]
-    ) -> None:
+    def __init__(self, items: Sequence[Item], how: How, local_step: Callable[..., Any], cache: dict[Any, Any]) -> None:
         self.items, self.how, self.local_step, self.cache = items, how, local_step, cache
         self.device = items[0].param.device
         self.shards = [item.shard for item in items if item.shard is not None]

@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import torch
 from selective.bench.contenders import Contender, standard_contenders
 from selective.bench.environment import environment
 from selective.bench.first_step import first_step_table, first_steps_as_json, measure_first_steps
+from selective.bench.limit import Limit, said_so
 from selective.bench.measure import Result, run
 from selective.bench.peers import peer_contenders
 from selective.bench.report import as_json, heading, table
@@ -52,31 +50,19 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-INTERRUPTED = 128 + signal.SIGINT
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """What a time limit sends (SIGTERM) is taken for Ctrl-C: what has been measured by then is printed and kept."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Time, print a table, and on request write JSON. 1 where an optimizer that is installed got no time.
 
     On Ctrl-C, and when a time limit ends it, there is what has been measured by then, and 130 is returned.
     """
+    try:
+        with Limit() as limit:
+            return _main(argv, limit)
+    except KeyboardInterrupt:  # before there was anything to keep, or again
+        return said_so()
+
+
+def _main(argv: Sequence[str] | None, limit: Limit) -> int:
     made = parser()
     options = made.parse_args(argv)
     if options.json and not options.json.absolute().parent.is_dir():
@@ -94,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.rotations:
         if options.only or options.dtype != "float32":
             made.error("--rotations measures float32 parameters, and all that there is: leave --only and --dtype out")
-        return _rotations(options, device)
+        return _rotations(options, device, limit)
     contenders = standard_contenders(device, dtype)
     if options.peers or (options.peers is None and device == "cuda"):
         contenders += peer_contenders()
@@ -105,18 +91,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     left_out = False
     for shapes in options.shapes or [DEFAULT_SHAPES[device]]:
         try:
-            with _interruptible():
-                result = run(shapes, contenders, device=device, dtype=dtype, rounds=options.rounds, tell=_tell)
+            result = run(shapes, contenders, device=device, dtype=dtype, rounds=options.rounds, tell=_tell)
         except torch.OutOfMemoryError as error:
             print(f"{shapes}: parameters, gradients and AdamW's state do not fit on this device ({error})")
             left_out = True
             continue
         results.append(result)
-        print(f"\n{heading(result)}\n{table(result)}")
-        if options.json:  # after each, so that an interrupted run keeps what it has
-            options.json.write_text(json.dumps(as_json(results), indent=1))
-        if result.interrupted:
-            return _said_so()
+        with limit.kept():
+            print(f"\n{heading(result)}\n{table(result)}")
+            if options.json:  # after each, so that an interrupted run keeps what it has
+                options.json.write_text(json.dumps(as_json(results), indent=1))
+        if result.interrupted or limit.came:
+            return said_so()
     refused = [m for result in results for m in result.measurements if m.outcome not in ("timed", "missing")]
     return int(left_out or bool(refused))
 
@@ -126,25 +112,20 @@ def _where(device: str) -> None:
     print(f"{facts['gpu'] or facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}")
 
 
-def _rotations(options: argparse.Namespace, device: str) -> int:
+def _rotations(options: argparse.Namespace, device: str, limit: Limit) -> int:
     _where(device)
     precisions: list[Precision] = ["float32", "tf32", "bfloat16"] if device == "cuda" else ["float32"]
     found = []
     for shapes in options.shapes or [DEFAULT_SHAPES[device]]:
-        with _interruptible():
-            result = measure_rotations(shapes, device=device, rounds=options.rounds, precisions=precisions, tell=_tell)
+        result = measure_rotations(shapes, device=device, rounds=options.rounds, precisions=precisions, tell=_tell)
         found.append(asdict(result))
-        print(f"\n{rotation_table(result)}")
-        if options.json:
-            options.json.write_text(json.dumps({**environment(device), "rotations": found}, indent=1))
-        if result.interrupted:
-            return _said_so()
+        with limit.kept():
+            print(f"\n{rotation_table(result)}")
+            if options.json:
+                options.json.write_text(json.dumps({**environment(device), "rotations": found}, indent=1))
+        if result.interrupted or limit.came:
+            return said_so()
     return 0
-
-
-def _said_so() -> int:
-    print("interrupted: the rest has not been measured")
-    return INTERRUPTED
 
 
 def _first_step(made: argparse.ArgumentParser, options: argparse.Namespace) -> int:

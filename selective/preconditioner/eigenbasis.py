@@ -140,7 +140,7 @@ class Eigenbasis(Preconditioner):
         return self.statistic == "gradient"
 
     def refresh_writes(self, name: str) -> bool:
-        return not name.endswith("_gram")
+        return not name.endswith("_gram") or type(self).refresh is not Eigenbasis.refresh
 
     def refresh(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Carry | None]:
         if not states:
@@ -200,11 +200,12 @@ class Eigenbasis(Preconditioner):
         sides = shards.side_of(states[0])  # what was made for it: of a shard, the shape does not tell
         if not sides or not xs[0].numel():
             return [x.clone() for x in xs]
-        batch, rows, columns = xs[0].shape
+        batch = len(xs[0])
         ways = [(f"{side}_basis", side == "rows", into is (side == "rows")) for side in sides]
+        largest = max(xs[0].numel(), *(states[0][name].numel() for name, _, _ in ways))
         results: list[Tensor] = []
         with in_precision(self.precision):
-            for some in batches(len(xs), batch * max(rows, columns) ** 2, stacked_at_once(self.precision)):
+            for some in batches(len(xs), largest, stacked_at_once(self.precision)):
                 x = stack(xs[some], self.precision)
                 for name, left, transposed in ways:
                     basis = stack([state[name] for state in states[some]], self.precision)

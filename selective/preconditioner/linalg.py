@@ -59,7 +59,7 @@ def in_precision(precision: Precision) -> AbstractContextManager[None]:
 
 def stacked_at_once(precision: Precision) -> int:
     """Elements of one stacked product in a step. Those that are rounded to bfloat16 are copied in any case."""
-    return 2**62 if precision == "bfloat16" else STACKED
+    return REFRESHED if precision == "bfloat16" else STACKED
 
 
 def batches(count: int, numel: int, limit: int) -> list[slice]:
@@ -91,7 +91,8 @@ def _in_one_piece(tensors: Sequence[Tensor]) -> Tensor | None:
             return None
         if x.untyped_storage().data_ptr() != storage or not storage:
             return None
-    return first.as_strided((len(first) * len(tensors), *first.shape[1:]), first.stride())
+    shape = (len(first) * len(tensors), *first.shape[1:])  # the stride of a single matrix means nothing
+    return first.as_strided(shape, [math.prod(shape[d + 1 :]) for d in range(len(shape))])
 
 
 def copy_to(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -169,6 +169,26 @@ def test_a_time_limit_leaves_what_has_been_measured(tmp_path, monkeypatch, capsy
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_time_limit_while_results_are_written_waits(tmp_path, monkeypatch, capsys):
+    """... and one before there are any is no traceback."""
+    file = tmp_path / "out.json"
+    options = ["--device", "cpu", "--shapes", "tiny", "--only", "mgup", "--rounds", "1", "--json", str(file)]
+
+    def ended(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "the table"
+
+    with monkeypatch.context() as patch:
+        patch.setattr("selective.bench.__main__.table", ended)
+        assert main(options) == 130
+    (result,) = json.loads(file.read_text())["results"]
+    assert len(result["measurements"]) == 7 and not result["interrupted"]
+    file.unlink()
+    monkeypatch.setattr(measure, "copy_bandwidth", ended)
+    assert main(options) == 130 and not file.exists()
+    assert "interrupted" in capsys.readouterr().out
+
+
 def test_command_line_of_several_shapes_in_low_precision(tmp_path, monkeypatch):
     monkeypatch.setitem(SHAPES, "other", [(8,)])
     file = tmp_path / "out.json"

@@ -204,3 +204,15 @@ def test_a_buffer_may_be_elsewhere_in_every_step(offset, device):
         assert_equal_items(kept, fresh, str(number))
         plans.append(kept.cache["plan"])
     assert plans[0] is plans[1] is plans[2]
+
+
+def test_a_parameter_on_another_device_has_another_plan(device):
+    """Whoever hands that in gets what `selective_step` makes of it, and no kernel an address of another device."""
+    kept = ItemList(items_of(ADAM, device))
+    how = {"rule": ADAM, "selection": Selection("agreement"), "strength": Strength("fixed", 2.0, 0.5)}
+    selective_step(kept, draw=Draw(0, 0), backend="gpu", **how)
+    batches = kept.cache["plan"].batches
+    assert all(batch.fits(kept) for batch in batches)
+    for change in (lambda x: x.to("meta"), lambda x: x.clone().as_subclass(type("Other", (torch.Tensor,), {}))):
+        others = ItemList([replace(item, param=change(item.param), grad=change(item.grad)) for item in kept])
+        assert not any(batch.fits(others) for batch in batches)

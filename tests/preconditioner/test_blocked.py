@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import orthogonality, with_eigenvalues
 from torch import Tensor
 
 from selective.preconditioner import blocked
 from selective.preconditioner.linalg import settle
 from selective.preconditioner.solvers import cholesky
-from tests.support.matrices import orthogonality, with_eigenvalues
 
 SIZES = [1, 7, 8, 15, 16, 17, 40, 61]  # one block of 8 rows, two, and lasts of every kind
 

@@ -248,3 +248,44 @@ def test_norms_and_gains_are_vectors_whatever_their_shape() -> None:
     assert found["matrices"] == {"heads.0.weight", "inside.weight"}
     with pytest.raises(ValueError, match="write a list"):
         param_groups_for(Net(), head="classifier")
+
+
+class Writing(Eigenbasis):
+    """Somebody's own: its refresh writes what ours only reads, and then may raise."""
+
+    raises: bool = False
+
+    def refresh(self, states: Any, grads: Any) -> Any:
+        found = super().refresh(states, grads)
+        for state in states:
+            state["columns_gram"].zero_()
+        if self.raises:
+            raise RuntimeError("on purpose")
+        return found
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_what_a_subclass_writes_is_put_back_too(raises: bool) -> None:
+    """After a gradient with NaN in the step of a refresh, and after an error."""
+    p, direction = made()
+    space = Writing(sides="columns", refresh_every=3, stagger=False, raises=raises)
+    optimizer = SelectiveUpdate(torch.optim.AdamW([p], lr=1e-3), preconditioner=space)
+    found = []
+    for step in range(4):
+        p.grad = noisy(direction, step)
+        if step == 1:  # the first average is there, so that the first refresh comes
+            p.grad = torch.full_like(p, torch.nan)
+        before = optimizer.state[p]["selective/basis/columns_gram"].clone() if step else torch.zeros(12, 12)
+        if raises and step == 1:
+            with pytest.raises(RuntimeError, match="on purpose"):
+                optimizer.step()
+            found.append((before, optimizer.state[p]["selective/basis/columns_gram"].clone()))
+            break
+        optimizer.step()
+        found.append((before, optimizer.state[p]["selective/basis/columns_gram"].clone()))
+    before, after = found[1]
+    assert before.any()
+    if raises:
+        assert torch.equal(after, before)
+    else:  # 0.95 of it, a step in which nothing was added; had the zeros stayed, it would be nothing
+        assert after.norm() > 0.9 * before.norm()

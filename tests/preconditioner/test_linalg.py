@@ -165,6 +165,27 @@ def test_what_lies_one_after_the_other_is_not_copied() -> None:
     assert stack([one, three]).data_ptr() != buffer.data_ptr()
     assert torch.equal(stack([two, three]), buffer[1:].flatten(0, 1))
     assert stack([torch.empty(0, 4, 4)] * 2).shape == (0, 4, 4)
+    odd = torch.randn(3, 3, 5, 4)  # single matrices, contiguous whatever their first stride is
+    some = [odd[:1, number] for number in range(3)]
+    assert all(x.is_contiguous() for x in some) and torch.equal(stack(some), torch.cat(some))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_as_many_bases_are_stacked_as_the_limits_say(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of matrices with a long side the basis is what is large."""
+    sizes = []
+
+    def watched(tensors: list[torch.Tensor], precision: Any = "float32") -> torch.Tensor:
+        sizes.append(sum(x.numel() for x in tensors))
+        return stack(tensors, precision)
+
+    monkeypatch.setattr("selective.preconditioner.eigenbasis.stack", watched)
+    monkeypatch.setattr(linalg, "STACKED", 3000)
+    monkeypatch.setattr(linalg, "REFRESHED", 3000)
+    basis = Eigenbasis(sides="two", precision=precision)
+    states = [basis.init_state(torch.empty(1, 2, 32)) for _ in range(12)]
+    basis.project_in(states, [torch.randn(1, 2, 32) for _ in states])
+    assert 2 * 32**2 <= max(sizes) <= 3000
 
 
 def test_settling_squares_the_error_and_says_what_is_too_far_off() -> None:

@@ -1,0 +1,47 @@
+"""A time limit's SIGTERM as Ctrl-C, so that a run that is ended keeps what it has measured."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+INTERRUPTED = 128 + signal.SIGINT  # the exit code
+
+
+class Limit:
+    """Within it SIGTERM raises KeyboardInterrupt; while results are `kept` it waits. In the main thread, or nothing."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self._keeping = False
+
+    def __enter__(self) -> Limit:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGTERM, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _interrupt(self, *_: object) -> None:
+        self.came = True
+        if not self._keeping:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Writing results down, which ends before anything else does."""
+        self._keeping = True
+        try:
+            yield
+        finally:
+            self._keeping = False
+
+
+def said_so() -> int:
+    print("interrupted: the rest has not been measured")
+    return INTERRUPTED
