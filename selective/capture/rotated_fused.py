@@ -39,7 +39,7 @@ class RotatedFusedJob(RotatedJob):
     def finish(self) -> None:
         self._show()
         in_kernel = self.specs is not None and not self.in_original
-        for indices in self.rotation.alike(self.moving):
+        for indices in self.rotation.alike(self.moving, self.rotation.at_once(narrow=in_kernel)):
             grads = [self.gradients[i] for i in indices]
             self._step(indices, self.rotation.gradients_in(indices, grads, narrow=in_kernel), in_kernel)
         if self.alone:  # else the other job of the group does it

@@ -85,6 +85,10 @@ class Rotation:
             size = max(1, (ROTATED if limit is None else limit) // (batch * rows * columns))
             yield from (same[start : start + size] for start in range(0, len(same), size))
 
+    def at_once(self, *, narrow: bool) -> int:
+        """Elements that are rotated together, where they stay as `narrow` as they are returned."""
+        return ROTATED * 4 // self.preconditioner.itemsize() if narrow else ROTATED
+
     def renew(self, matrices: Matrices) -> Iterator[Carried]:
         """Refresh the bases that are due; what has to be carried along, batch by batch."""
         preconditioner, everything = self.preconditioner, list(range(len(self.bases)))

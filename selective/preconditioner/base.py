@@ -112,6 +112,10 @@ class Preconditioner(Configured):
         """
         raise NotImplementedError(f"{type(self).__name__} must define project_in")
 
+    def itemsize(self) -> int:
+        """Bytes of an element of what `project_in` returns: how many are worked on at a time goes by it."""
+        return 4
+
     def denoise(self, states: Sequence[State], rotated: Sequence[Tensor]) -> list[Tensor]:
         """Gradients that `project_in` has rotated (nothing else is handed in), without what is only rounding in them.
 

@@ -159,6 +159,9 @@ class Eigenbasis(Preconditioner):
     def project_in(self, states: Sequence[State], xs: Sequence[Tensor]) -> list[Tensor]:
         return self._project(states, xs, into=True)
 
+    def itemsize(self) -> int:
+        return 2 if self.precision == "bfloat16" else 4
+
     def denoise(self, states: Sequence[State], rotated: Sequence[Tensor]) -> list[Tensor]:
         for state, x in zip(states, rotated, strict=True):
             if "noise" in state:

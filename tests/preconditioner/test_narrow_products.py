@@ -97,3 +97,30 @@ def test_only_new_bases_are_asked_to_denoise_and_only_readers_get_gradients(read
     refreshes = [("refresh", 2, not reads), ("refresh", 1, not reads)]
     denoised = [("denoise", 2, False), ("denoise", 1, False)]
     assert Asked.log == 2 * [*refreshes, *denoised]  # in the first and in the fourth of six steps
+
+
+@pytest.mark.parametrize(("precision", "calls"), [("float32", 3), ("bfloat16", 2)])
+def test_twice_as_many_elements_fit_in_half_the_bytes(
+    precision: Any, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five matrices, of which two fit at a time in float32, four in bfloat16; a mask of the original space is wide."""
+    counts: list[int] = []
+    really = Eigenbasis.project_in
+
+    def watched(self: Eigenbasis, states: Any, xs: Any) -> list[torch.Tensor]:
+        counts.append(len(xs))
+        return really(self, states, xs)
+
+    monkeypatch.setattr(Eigenbasis, "project_in", watched)
+    monkeypatch.setattr("selective.capture.rotation.ROTATED", 2 * 6 * 4)
+    for space, wanted in (("rotated", calls), ("original", 3)):
+        params = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(5)]
+        rotation = Eigenbasis(precision=precision)
+        base = torch.optim.AdamW(params)
+        optimizer = SelectiveUpdate(base, policy=MGUP(), preconditioner=rotation, mask_space=space)
+        for _ in range(2):
+            counts.clear()
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        assert (len(counts), sum(counts)) == (wanted, 5)
