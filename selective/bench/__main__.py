@@ -70,7 +70,7 @@ def _main(argv: Sequence[str] | None, limit: Limit) -> int:
     if options.cpu_time and not options.first_step:
         made.error("--cpu-time goes with --first-step alone: optimizers' steps are timed by the clock on the wall")
     if options.first_step:
-        return _first_step(made, options)
+        return _first_step(made, options, limit)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         made.error("--device cuda: torch sees no CUDA device")
@@ -128,7 +128,7 @@ def _rotations(options: argparse.Namespace, device: str, limit: Limit) -> int:
     return 0
 
 
-def _first_step(made: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+def _first_step(made: argparse.ArgumentParser, options: argparse.Namespace, limit: Limit) -> int:
     if options.only or options.shapes or options.rotations or options.dtype != "float32" or options.device == "cuda":
         made.error("--first-step measures models and policies of its own on the CPU: leave --only, --shapes, --dtype, "
                    "--rotations and --device cuda out")  # fmt: skip
@@ -137,10 +137,11 @@ def _first_step(made: argparse.ArgumentParser, options: argparse.Namespace) -> i
     _where("cpu")
     clock = "process_time" if options.cpu_time else "perf_counter"
     found = measure_first_steps(rounds=options.rounds, threads=options.threads, clock=clock, tell=_tell)
-    print(f"\n{first_step_table(found)}")
-    if options.json:
-        options.json.write_text(json.dumps({**environment("cpu"), **first_steps_as_json(found)}, indent=1))
-    return 0
+    with limit.kept():
+        print(f"\n{first_step_table(found)}")
+        if options.json:
+            options.json.write_text(json.dumps({**environment("cpu"), **first_steps_as_json(found)}, indent=1))
+    return said_so() if found.interrupted or limit.came else 0
 
 
 def _chosen(made: argparse.ArgumentParser, contenders: list[Contender], texts: list[str]) -> list[Contender]:

@@ -56,6 +56,7 @@ class FirstSteps:
     clock: str = "perf_counter"
     imports: dict[str, list[float]] = field(default_factory=lambda: {"import torch": [], "import selective": []})
     lines: list[FirstStep] = field(default_factory=list)
+    interrupted: bool = False  # not all rounds are there
 
 
 def measure_first_steps(
@@ -65,22 +66,32 @@ def measure_first_steps(
     """Time each case in a process of its own, `rounds` times in turns, beside the base alone in another one.
 
     `clock`: of Python's `time`; "process_time" is for a machine that is busy with other things. The first process is
-    thrown away: it compiles Python's files, as an installation does.
+    thrown away: it compiles Python's files, as an installation does. On Ctrl-C there is what has been measured by then,
+    if that is one round at least.
     """
     found = FirstSteps(rounds, clock)
     settings = [str(threads or ""), clock]
     found.lines = [FirstStep(base, model, policy) for model in models for base, policy in cases]
     _in_a_fresh_process("AdamW", "small", "MGUP", *settings)
-    for number in range(rounds):
-        alone: dict[tuple[str, str], float] = {}
-        for line in found.lines:
-            which = line.base, line.model
-            if which not in alone:
-                alone[which] = _in_a_fresh_process(*which, NOTHING, *settings)["step"]
-            _take(found, line, _in_a_fresh_process(*which, line.policy, *settings), alone[which])
-        if tell is not None:
-            tell(f"round {number + 1} of {rounds}")
+    try:
+        for number in range(rounds):
+            _one_round(found, settings)
+            if tell is not None:
+                tell(f"round {number + 1} of {rounds}")
+    except KeyboardInterrupt:
+        if not all(line.step for line in found.lines):
+            raise
+        found.interrupted = True
     return found
+
+
+def _one_round(found: FirstSteps, settings: Sequence[str]) -> None:
+    alone: dict[tuple[str, str], float] = {}
+    for line in found.lines:
+        which = line.base, line.model
+        if which not in alone:
+            alone[which] = _in_a_fresh_process(*which, NOTHING, *settings)["step"]
+        _take(found, line, _in_a_fresh_process(*which, line.policy, *settings), alone[which])
 
 
 def _take(found: FirstSteps, line: FirstStep, said: dict[str, Any], base_step: float) -> None:
@@ -141,6 +152,7 @@ def first_steps_as_json(found: FirstSteps) -> dict[str, Any]:
     return {
         "rounds": found.rounds,
         "clock": found.clock,
+        "interrupted": found.interrupted,
         "most_seconds": MOST,
         "imports": imports,
         "first_steps": lines,

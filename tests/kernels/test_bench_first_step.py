@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from typing import Any
 
 import pytest
 
 from selective.bench import __main__ as command
+from selective.bench import first_step
 from selective.bench.first_step import (
     CASES,
     FirstStep,
@@ -90,3 +93,31 @@ def test_from_the_command_line(tmp_path: Any, capsys: Any, monkeypatch: pytest.M
     with pytest.raises(SystemExit):
         command.main(["--cpu-time"])
     assert "goes with --first-step alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("at", "left"), [(2, None), (5, 1)])
+def test_a_time_limit_leaves_full_rounds(
+    at: int, left: int | None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first there is nothing yet to keep. One process to warm up, and two a round."""
+    started: list[Any] = []
+
+    def fresh(*arguments: Any) -> dict[str, Any]:
+        started.append(arguments)
+        if len(started) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"import torch": 1.0, "import selective": 0.2, "tensors": 3, "way": "fused", "source": "known",
+                "construct": 0.1, "step": 0.2, "triton": False}  # fmt: skip
+
+    monkeypatch.setattr(first_step, "_in_a_fresh_process", fresh)
+    really = first_step.measure_first_steps
+    monkeypatch.setattr(
+        command, "measure_first_steps", lambda **options: really(models=["small"], cases=[("AdamW", "MGUP")], **options)
+    )
+    file = tmp_path / "first.json"
+    assert command.main(["--first-step", "--rounds", "3", "--json", str(file)]) == 130
+    if left is None:
+        assert not file.exists()
+        return
+    written = json.loads(file.read_text())
+    assert written["interrupted"] and len(written["first_steps"][0]["step"]) == left
