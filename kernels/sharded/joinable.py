@@ -9,6 +9,10 @@ from ..spec import AdamRule, Item, LionRule, Selection, SGDRule
 from .how import How
 from .ties import ONE_ROUND
 
+JOINED = {"cuda"}
+"""Kinds of devices. What it saves is launches; on a CPU, where those cost nothing, it took four times as long as one
+tensor after the other, whose numbers stay in the caches: 1.44 s for 8 tensors of 1024 × 1024 and top-K, not 0.25."""
+
 
 def wanted(selection: Selection, numel: int) -> int:
     """How many of a tensor's elements top-K takes."""
@@ -26,6 +30,8 @@ def can_be(item: Item, how: How) -> bool:
     """Whether a tensor is stepped like this: the same on all ranks, also on those that have nothing of it."""
     selection, strength, shard = how.selection, how.strength, item.shard
     assert shard is not None
+    if item.param.device.type not in JOINED:
+        return False
     if how.draw.stochastic or strength.still or strength.estimate == "sampled" or item.param.dtype == torch.float64:
         return False
     if shard.cut != 0 or not shard.stretches or shard.cells > ONE_ROUND:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from selective.kernels import AdamRule, Draw, Item, ItemList, LionRule, Selection, SGDRule, Strength, selective_step
 from selective.kernels.reference.selective_step import selective_step as reference_step
-from selective.kernels.sharded import counting, slices
+from selective.kernels.sharded import counting, joinable, slices
 from selective.kernels.sharded import selective_step as stepping
 from selective.kernels.sharded.how import How
 from selective.kernels.sharded.joinable import can_be
@@ -36,6 +36,11 @@ RULES: dict[str, Rule] = {
 }
 SHAPES = [(7, 5), (2, 3), (12,), (1, 4), (9, 2, 2)]  # on four ranks some have nothing of the second and fourth
 FIXED, MEAN = Strength("fixed", 2.0, 0.5), Strength("mean_preserving", rest=0.1, cap=3.0)
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joinable, "JOINED", {"cpu", "cuda"})
 
 
 def values(shape: tuple[int, ...], seed: int, kind: str) -> Tensor:
