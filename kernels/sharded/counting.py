@@ -28,6 +28,16 @@ class Found:
     need: Tensor  # int64
     among: Tensor  # int64
 
+    def above(self, some: Slice) -> Tensor:
+        """Which of a slice's elements are above the K-th, and so are selected whatever becomes of the ties."""
+        assert some.key is not None
+        return (some.key > self.prefix[some.seg]) & (self.need > 0)[some.seg]
+
+    def equal(self, some: Slice) -> Tensor:
+        """Which equal the K-th."""
+        assert some.key is not None
+        return some.key == self.prefix[some.seg]
+
 
 def histograms(digit: Tensor, seg: Tensor, count: int) -> Tensor:
     """How many of each integer in [0, 256) each tensor has: int32 [tensors, 256]; others don't count."""
@@ -84,13 +94,10 @@ def settle(
     place = upload([shard.places[0] if all(shard.runs) and shard.places else 0 for shard in shards], device)[:, None]
     starting, mine = [], []
     for some in slices:
-        assert some.key is not None
-        equal = some.key == found.prefix[some.seg]
-        upto = equal.cumsum(0)
-        ends = torch.cat([some.starts[1:], some.starts.new_full((1,), equal.numel())])
+        upto = found.equal(some).cumsum(0)
         padded = torch.cat([upto.new_zeros(1), upto])
         begins = padded[some.starts]
-        mine.append(padded[ends] - begins)
+        mine.append(padded[some.starts + some.sizes] - begins)
         starting.append(begins)
     own = torch.cat(mine)
     table = torch.zeros(len(shards), cells, dtype=torch.int64, device=device).scatter_(1, place, own[:, None])
@@ -100,9 +107,7 @@ def settle(
     before = (table.cumsum(1) - table).gather(1, place)[:, 0]
     left = found.need - before
     for some, begins in zip(slices, starting, strict=True):
-        assert some.key is not None
-        equal = some.key == found.prefix[some.seg]
+        equal = found.equal(some)
         number = equal.cumsum(0) - begins[some.seg - some.first]
-        taken = equal & (number <= left[some.seg])
-        some.chosen = (some.key > found.prefix[some.seg]) & (found.need > 0)[some.seg] | taken
+        some.chosen = found.above(some) | (equal & (number <= left[some.seg]))
     return extra

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Shard
+from .slices import upload
 
 BINS = 256
 Asking = Generator[Tensor, Tensor, None]
@@ -80,9 +81,7 @@ def find(tensors: Sequence[Ranked]) -> Asking:
             rows.append(counts if one.shard.counted else torch.zeros_like(counts))
         counts = (yield torch.stack(rows).reshape(-1)).reshape(-1, BINS).to(torch.int64)
         if first:
-            wanted = torch.tensor([one.k for one in tensors], dtype=torch.int64)
-            wanted = wanted.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else wanted
-            need = torch.minimum(wanted, counts.sum(1))
+            need = torch.minimum(upload([one.k for one in tensors], device), counts.sum(1))
         chosen, need = largest_first(counts, need)
         prefix = (chosen - 128 if first else base + chosen).to(dtype)
     among = counts.gather(1, chosen[:, None])[:, 0]

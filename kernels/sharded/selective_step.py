@@ -19,7 +19,7 @@ from ..spec import SUM_NAMES, Draw, Item, ItemList, Rule, Selection, Shard, Stre
 from . import ranking, ties, together
 from .exchange import Part, Steps
 from .how import How
-from .joinable import can_be
+from .joinable import can_be, wanted
 from .sums import WIDTH, digits, number
 from .work import Work
 
@@ -83,7 +83,7 @@ def count_rounds(how: How, shards: Sequence[Shard], dtype: torch.dtype) -> int:
     if is_local(how):
         return int(how.statistics)
     selection = how.selection
-    ranked = [s for s in shards if selection.kind == "top_k" and int(selection.fraction * s.numel) > 0]
+    ranked = [s for s in shards if selection.kind == "top_k" and wanted(selection, s.numel) > 0]
     if not ranked:
         return int(how.needs_sums)
     exact = [s for s in ranked if selection.quantile == "exact" or s.numel <= SAMPLE_SIZE]

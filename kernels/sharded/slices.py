@@ -27,7 +27,8 @@ class Slice:
     start: int
     stop: int
     seg: Tensor
-    starts: Tensor  # of each of its tensors, counted from its own start
+    sizes: Tensor  # of each of its tensors (int64) ...
+    starts: Tensor  # ... and where it begins, counted from the slice's start
     key: Tensor | None = None
     chosen: Tensor | None = None
 
@@ -42,12 +43,11 @@ def slices(lengths: Sequence[int], device: torch.device) -> list[Slice]:
             some = range(first, index + 1)
             sizes = upload([lengths[i] for i in some], device)
             seg = (torch.repeat_interleave(sizes, output_size=end - begin) + first).to(torch.int32)
-            found.append(Slice(first, index + 1, begin, end, seg, sizes.cumsum(0) - sizes))
+            found.append(Slice(first, index + 1, begin, end, seg, sizes, sizes.cumsum(0) - sizes))
             first = index + 1
     return found
 
 
 def segment_sums(x: Tensor, some: Slice) -> Tensor:
     """The sum of each of a slice's tensors, float64, in one order."""
-    sizes = torch.diff(some.starts, append=some.starts.new_full((1,), x.numel()))
-    return torch.segment_reduce(x.to(torch.float64), "sum", lengths=sizes, unsafe=True, initial=0.0)
+    return torch.segment_reduce(x.to(torch.float64), "sum", lengths=some.sizes, unsafe=True, initial=0.0)

@@ -96,18 +96,6 @@ class Together:
             product = self.gradient(some).mul_(factor(some))
             some.chosen = product > 0 if self.how.selection.strict else product >= 0
 
-    def _chosen(self, some: Slice, found: counting.Found | None) -> Tensor:
-        """Of what is ranked and not settled, those above the K-th."""
-        if some.chosen is not None:
-            return some.chosen
-        assert found is not None and some.key is not None
-        return (some.key > found.prefix[some.seg]) & (found.need > 0)[some.seg]
-
-    def _squares(self, some: Slice) -> Tensor:
-        """What a norm-preserving strength adds up."""
-        x = {"update": self.u, "momentum": self.momentum, "gradient": self.gradient}[self.how.strength.of](some)
-        return x.square()
-
     # --- sums ---
 
     def _per_tensor(self, of: Callable[[Slice], Tensor]) -> Tensor:
@@ -116,25 +104,29 @@ class Together:
 
     def sums(self, found: counting.Found | None) -> Tensor:
         """This process's part of `How.columns`: float64 [tensors, columns]; what is not settled is not counted yet."""
-
-        def equal(some: Slice) -> Tensor:
-            assert found is not None and some.key is not None
-            return some.key == found.prefix[some.seg]
-
-        ways: dict[str, Callable[[Slice], Tensor]] = {
-            "selected": lambda some: self._chosen(some, found),
-            "update_sq": lambda some: self.u(some).square(),
-            "grad_sq": lambda some: self.gradient(some).square_(),
-            "update_grad": lambda some: self.gradient(some).mul_(self.u(some)),
-            "chosen_u": lambda some: torch.where(self._chosen(some, found), self.u(some).square(), 0.0),
-            "equal_u": lambda some: torch.where(equal(some), self.u(some).square(), 0.0),
-            "chosen_sq": lambda some: torch.where(self._chosen(some, found), self._squares(some), 0.0),
-            "others_sq": lambda some: torch.where(self._chosen(some, found), 0.0, self._squares(some)),
-        }
-        names = self.how.columns
-        columns = [self.moving if name == "moving" else self._per_tensor(ways[name]) for name in names]
-        rows = torch.stack([column for column in columns if column is not None], 1)
+        rows = torch.cat([torch.stack(self._sums_of(some, found), 1) for some in self.slices])
         return torch.where(self.counted[:, None] > 0, rows, 0.0)
+
+    def _sums_of(self, some: Slice, found: counting.Found | None) -> list[Tensor]:
+        """Each column, of a slice's tensors."""
+        how, u = self.how, self.u(some)
+        chosen = some.chosen if found is None else found.above(some)
+        assert chosen is not None
+        terms = {"selected": chosen}
+        if how.statistics:
+            gradient, squares = self.gradient(some), u.square()
+            terms |= {"update_sq": squares, "update_grad": gradient * u, "grad_sq": gradient.square_()}
+            terms["chosen_u"] = torch.where(chosen, squares, 0.0)
+            if found is not None:
+                terms["equal_u"] = torch.where(found.equal(some), squares, 0.0)
+        if how.strength_waits:
+            of = {"update": self.u, "momentum": self.momentum, "gradient": self.gradient}[how.strength.of]
+            squares = of(some).square()
+            terms |= {"chosen_sq": torch.where(chosen, squares, 0.0), "others_sq": torch.where(chosen, 0.0, squares)}
+        sums = {name: segment_sums(x, some) for name, x in terms.items()}
+        if self.moving is not None:
+            sums["moving"] = self.moving[some.first : some.last]
+        return [sums[name] for name in how.columns]
 
     # --- with everybody's sums ---
 
@@ -150,7 +142,8 @@ class Together:
             return
         first = row["moving"] == 0  # the previous momentum is zero everywhere
         for some in self.slices:
-            some.chosen = self._chosen(some, None) | first[some.seg]
+            assert some.chosen is not None
+            some.chosen = some.chosen | first[some.seg]
         row["selected"] = torch.where(first, self.numels.to(torch.float64), row["selected"])
         for chosen, others in (("chosen_u", "others_u"), ("chosen_sq", "others_sq")):
             if chosen in row:

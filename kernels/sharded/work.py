@@ -12,6 +12,7 @@ from ..reference.selective_step import score_of
 from ..reference.strengths import Parts, multipliers, total
 from ..spec import Item, Shard, Sums
 from .how import How
+from .joinable import wanted
 from .ranking import Ranked, key_of, selected
 
 
@@ -26,7 +27,7 @@ class Work:
         assert item.shard is not None
         self.item, self.how, self.moved, self.shard = item, how, moved, item.shard
         self.device = item.param.device
-        self.k = int(how.selection.fraction * self.shard.numel) if how.selection.kind == "top_k" else -1
+        self.k = wanted(how.selection, self.shard.numel) if how.selection.kind == "top_k" else -1
         self.ranked: Ranked | None = None
         self.score_key: Tensor | None = None  # where only a sample is ranked
         self.chosen = self._select()
