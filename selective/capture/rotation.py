@@ -19,6 +19,7 @@ from selective.capture import lists
 from selective.capture.rotation_shards import refresh_shards
 from selective.kernels import spec
 from selective.preconditioner import Carry, Preconditioner, Shape, State, as_matrix
+from selective.preconditioner.linalg import batches
 from selective.preconditioner.matrices import DTYPES
 
 # Elements of the matrices whose bases are refreshed together, where nothing but what was observed of them is needed.
@@ -82,8 +83,8 @@ class Rotation:
             found.setdefault((basis.whole, basis.shape, id(basis.shard), basis.device), []).append(index)
         for same in found.values():
             batch, rows, columns = self.bases[same[0]].whole
-            size = max(1, (ROTATED if limit is None else limit) // (batch * rows * columns))
-            yield from (same[start : start + size] for start in range(0, len(same), size))
+            lots = batches(len(same), batch * rows * columns, ROTATED if limit is None else limit)
+            yield from (same[lot] for lot in lots)
 
     def at_once(self, *, narrow: bool) -> int:
         """Elements that are rotated together, where they stay as `narrow` as they are returned."""
