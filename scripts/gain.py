@@ -6,19 +6,23 @@
 A LLaMA-style model (by default 33.6M parameters) on the source of the installed Python packages, cut into 8,192 tokens
 by a byte-level BPE that is trained here; 600 steps of 65,536 tokens, cosine with warm-up, clipping, bfloat16 autocast.
 Everyone is swept over learning rates; the runs come in the order of `plan`, each is written to a file of its own, and
-what is there is not run again: so it can be done in several sittings, each ended by `--seconds`.
+what is there is not run again: so it can be done in several sittings, each ended by `--seconds`, and by several
+processes with the same `--out`, on one machine: each takes the first run that is neither done nor being done.
 Needs the packages tokenizers and, for one rival, pytorch_optimizer.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import math
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,19 +83,53 @@ class Run:
 
 
 def plan(done: Callable[[], list[dict[str, Any]]]) -> Iterator[Run]:
-    """The runs in their order; later ones depend on what the earlier ones have found."""
-    for setup in ("AdamW", "Soap", "AdaDiag++", "AdaDiag", "Muon", "pytorch_optimizer SOAP"):
+    """The runs in their order; those that depend on what the others have found, as soon as all of that is there."""
+    sweeps = ("AdamW", "Soap", "AdaDiag++", "AdaDiag", "Muon", "pytorch_optimizer SOAP")
+    for setup in sweeps:
         yield from (Run(setup, lr) for lr in RATES[setup])
-    space = min(SPACES, key=lambda name: best(done(), name)[1])
-    rate = best(done(), space)[0]
-    for policy in ("MGUP", "Cautious"):
-        yield Run(f"{policy} in {space}", rate)
-        yield Run(f"random like {policy} in {space}", rate)
+    found = done()
+    swept = {(r["setup"], r["lr"]) for r in found if r["seed"] == 0}
+    space = min(SPACES, key=lambda name: best(found, name)[1])
+    known = all((setup, lr) in swept for setup in ("AdamW", *SPACES) for lr in RATES[setup])
+    if known:
+        for policy in ("MGUP", "Cautious"):
+            yield Run(f"{policy} in {space}", best(found, space)[0])
+            yield Run(f"random like {policy} in {space}", best(found, space)[0])
     for setup in ("Adafactor", "Adafactor in AdaDiag", "Adafactor in AdaDiag++"):
         yield from (Run(setup, lr) for lr in RATES[setup])
-    for seed in (1, 2):
-        for setup in ("AdamW", space):
-            yield Run(setup, best(done(), setup)[0], seed)
+    if known:
+        for seed in (1, 2):
+            for setup in ("AdamW", space):
+                yield Run(setup, best(found, setup)[0], seed)
+
+
+@contextmanager
+def claimed(out: Path, run: Run) -> Iterator[bool]:
+    """Whether this process is the one that does the run: until it is done, or the process is no more."""
+    folder = Path(tempfile.gettempdir(), f"gain-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}")
+    folder.mkdir(exist_ok=True)
+    with (folder / run.file).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield not (out / run.file).exists()
+
+
+def next_run(out: Path) -> Iterator[Run]:
+    """One run after the other, each claimed while it is worked on; where all that is left is claimed, it waits."""
+    while True:
+        left = [run for run in plan(lambda: results(out)) if not (out / run.file).exists()]
+        if not left:
+            return
+        for run in left:
+            with claimed(out, run) as mine:
+                if mine:
+                    yield run
+                    break
+        else:
+            time.sleep(1)
 
 
 def best(done: list[dict[str, Any]], setup: str) -> tuple[float, float]:
@@ -195,7 +233,9 @@ class Trainer:
         self.config = ModelConfig(
             layers=options.layers, width=options.width, heads=options.heads, context=options.context
         )
-        tokens = tokens_of(options.text, options.vocabulary, options.characters).to(self.device)
+        tokens = tokens_of(options.text, options.vocabulary, options.characters)
+        self.text = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        tokens = tokens.to(self.device)
         cut = len(tokens) - max(len(tokens) // 50, 4 * (options.context + 1))
         self.train, self.held_out = tokens[:cut], tokens[cut:]
         self.model = self.start(0).to(self.device)
@@ -247,7 +287,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
         record["seconds"] = time.perf_counter() - begun
-        record["parameters_sha256"] = fingerprint(self.model)
+        record["parameters_sha256"], record["text_sha256"] = fingerprint(self.model), self.text
         for p in self.model.parameters():
             p.grad = None
         return record
@@ -301,9 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     trainer: Trainer | None = None
     longest = 0.0
-    for run in () if options.table else plan(lambda: results(options.out)):
-        if (options.out / run.file).exists():
-            continue
+    for run in () if options.table else next_run(options.out):
         if time.perf_counter() - begun + longest > options.seconds:
             print("out of time; the same command goes on from here")
             break

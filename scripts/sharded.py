@@ -6,7 +6,7 @@ NCCL where there are GPUs, gloo elsewhere. Every rank keeps one set of parameter
 gives both the same gradients, and compares them after a few steps (`same bits`; with the reference kernels on both
 sides, on the shapes of `--check`). Then it times steps on shards alone, in turns, against torch's fused AdamW on the
 same shards: the slowest rank counts, of the median of `--rounds`. `host waits`: whether a step makes the host wait for
-the GPU.
+the GPU. `launches`: kernels, copies and fills that a step puts on the GPU, the collectives' own included.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from selective import MGUP, Cautious, CautiousMGUP, Policy, RandomMask, SelectiveUpdate
+from selective.bench.clock import clock_of
+from selective.bench.rotations import Work
 from selective.bench.shapes import SHAPES
 from selective.bench.traffic import all_reduces
 from selective.kernels import use_backend
@@ -91,6 +93,12 @@ def waits(step: Callable[[], Any], device: str) -> str:
     return "no"
 
 
+def launched_by(step: Callable[[], Any], device: str) -> str:
+    """How much one step puts on the device."""
+    found = clock_of(device.partition(":")[0]).launches(Work(step))
+    return "-" if found is None else str(sum(found.values()))
+
+
 def timed(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
     """Milliseconds of each, in turns: the median of each rank, of the slowest."""
     found: dict[str, list[float]] = {name: [] for name in steps}
@@ -142,16 +150,19 @@ def main() -> None:
             )
     sent, waited = {n: sent_by(s) for n, s in steps.items()}, {n: waits(s, device) for n, s in steps.items()}
     times = timed(steps, options.rounds, device)
+    launched = {name: launched_by(step, device) for name, step in steps.items()}
     if dist.get_rank() == 0:
         name = torch.cuda.get_device_name() if gpu else "CPU"
         print(
             f"{dist.get_world_size()} ranks, {name}, torch {torch.__version__}, {options.shapes}, {len(shapes)} tensors"
         )
-        print("| step | ms | × AdamW fused | all-reduces | bytes | host waits | same bits |\n|" + " --- |" * 7)
+        print("| step | ms | × AdamW fused | launches | all-reduces | bytes | host waits | same bits |")
+        print("|" + " --- |" * 8)
         for step, ms in times.items():
             ratio, (count, size) = ms / times["AdamW fused"], sent[step]
             bits = {True: "yes", False: "NO"}.get(equal.get(step.partition(",")[0]), "-")  # type: ignore[arg-type]
-            print(f"| {step} | {ms:.2f} | {ratio:.2f} | {count} | {size:,} | {waited[step]} | {bits} |")
+            sending = f"{launched[step]} | {count} | {size:,} | {waited[step]}"
+            print(f"| {step} | {ms:.2f} | {ratio:.2f} | {sending} | {bits} |")
     dist.barrier()
     dist.destroy_process_group()
     if not all(equal.values()):

@@ -46,3 +46,33 @@ def test_the_whole_plan_in_sittings(gain, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| AdamW |" in printed
     assert printed.count("n = 3") == 2
+
+
+def test_a_run_is_one_process_s_until_it_is_done(gain, tmp_path):
+    run, other = gain.Run("AdamW", 1e-3), gain.Run("Soap", 1e-3)
+    with gain.claimed(tmp_path, run) as mine:
+        with gain.claimed(tmp_path, run) as theirs, gain.claimed(tmp_path, other) as free:
+            assert (mine, theirs, free) == (True, False, True)
+    with gain.claimed(tmp_path, run) as mine:
+        assert mine
+    (tmp_path / run.file).write_text("{}")  # another process has done it in the meantime
+    with gain.claimed(tmp_path, run) as mine:
+        assert not mine
+
+
+def test_runs_that_depend_on_a_sweep_come_after_all_of_it(gain):
+    swept = [gain.Run(setup, lr) for setup in ("AdamW", *gain.SPACES) for lr in gain.RATES[setup]]
+    losses = dict(zip(swept, (3.0, 2.0, 1.0, 2.5), strict=True))
+
+    def done(runs):
+        return [{"setup": r.setup, "lr": r.lr, "seed": 0, "validation": {"loss": [losses[r]]}} for r in runs]
+
+    early = list(gain.plan(lambda: done(swept[:-1])))
+    late = list(gain.plan(lambda: done(swept)))
+    assert not [run for run in early if run.seed or (" in AdaDiag++" in run.setup and "Adafactor" not in run.setup)]
+    assert [run for run in late if run not in early] == [
+        *(gain.Run(f"{name} in AdaDiag++", swept[2].lr) for name in
+          ("MGUP", "random like MGUP", "Cautious", "random like Cautious")),
+        *(run for seed in (1, 2) for run in
+          (gain.Run("AdamW", swept[0].lr, seed), gain.Run("AdaDiag++", swept[2].lr, seed))),
+    ]  # fmt: skip

@@ -22,4 +22,4 @@ def test_the_comparison_runs_and_agrees() -> None:
     rows = [line.split(" | ") for line in found.stdout.splitlines() if line.startswith("| ")][2:]
     assert len(rows) == 9, found.stdout
     assert [row[-1].rstrip(" |") for row in rows] == ["-"] + ["yes"] * 8
-    assert [int(row[3]) for row in rows] == [0, 0, 1, 0, 1, 1, 1, 5, 5]
+    assert [int(row[4]) for row in rows] == [0, 0, 1, 0, 1, 1, 1, 5, 5]
