@@ -198,7 +198,12 @@ def begin_sharded(
     """`selective_step` of items that are all shards, not yet run: for an `Exchange` with those of other calls."""
     how: Any = {"rule": rule, "selection": selection, "strength": strength, "draw": draw, "statistics": statistics}
     _check(items, rule, selection, strength)
-    return sharded.sharded_step(items, **how, local_step=partial(_local, backend=backend))
+
+    def kernels(item: Item) -> Any:
+        by_kernels = _implementation(item, rule, selection, backend) == "gpu"
+        return _gpu().step_shards if by_kernels else None
+
+    return sharded.sharded_step(items, **how, local_step=partial(_local, backend=backend), kernels=kernels)
 
 
 def _local(items: Sequence[Item], *, backend: Backend, **how: Any) -> Sequence[Sums] | None:

@@ -3,12 +3,16 @@
 `plan.py` finds what can be launched together, `batch.py` and `tables.py` keep its tables, `launch.py` has the launches
 of a step in order. The kernels: `numbers.py`, `selective_step.py`, `sample.py`, `whole.py`, `settle.py`, `repair.py`,
 `statistics.py`, `strengths.py`; what they share: `elements.py`, `selecting.py`, `rules.py`, `top_k.py`, `keys.py`,
-`random.py`, `rounding.py`.
+`random.py`, `rounding.py`. `shards.py` steps parts of tensors that are shared out over processes, with two files of
+kernels more: `counting.py`, `shard_sums.py`.
 """
 
 from .functions import INTERPRETED, evaluate, jitted
 from .layout import unsupported
 from .plan import selective_step, step_again
 from .ranking import ranks, top_k
+from .shards import step_shards
 
-__all__ = ["INTERPRETED", "evaluate", "jitted", "ranks", "selective_step", "step_again", "top_k", "unsupported"]
+__all__ = [
+    "INTERPRETED", "evaluate", "jitted", "ranks", "selective_step", "step_again", "step_shards", "top_k", "unsupported",
+]  # fmt: skip

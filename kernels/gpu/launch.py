@@ -97,6 +97,14 @@ class Step:
 
         Except where one pass does all: there, only the brackets are known.
         """
+        self.begin()
+        if self.batch.top_k is not None:
+            self._rank()
+        if self.bracketed and not self.one_pass:
+            self._count_and_settle(derived(self.cfg, bracketed=True, writes=False, statistics=False))
+
+    def begin(self) -> None:
+        """Each tensor's numbers, and whether its momentum has ever moved, where that is asked."""
         batch, tables = self.batch, self.tables
         run(numbers_kernel, cdiv(tables.tensors, 128), tables.numbers, tables.keys, tables.hyper, self.clock,
             tables.pointers, tables.facts, tables.ranks, tables.tensors, FIXED=self.fixed, CFG=self.cfg,
@@ -105,10 +113,10 @@ class Step:
             for work, parts in ((batch.peek_work, 1), (batch.seen_work, sizes.SEEN_PARTS)):
                 run(seen_kernel, work.shape[0], tables.ranks, work, tables.pointers, tables.facts,
                     BLOCK=sizes.SEEN_BLOCK, PARTS=parts, CFG=self.cfg)  # fmt: skip
-        if batch.top_k is not None:
-            self._rank()
-        if self.bracketed and not self.one_pass:
-            self._count_and_settle(derived(self.cfg, bracketed=True, writes=False, statistics=False))
+
+    def finish(self) -> None:
+        """The pass over everything, where thresholds and strengths stand in the tables."""
+        self._pass(self.cfg, self.nothing, self.nothing)
 
     def _pass(self, cfg: Config, marks: Tensor, histograms: Tensor) -> None:
         batch, tables = self.batch, self.tables

@@ -75,7 +75,7 @@ class Plan:
                 batch.refresh(hyper_parameters(self.rule, selection, strength), selection)
 
 
-def _begin(item: Item, rule: Rule, strength: Strength) -> bool:
+def begin_state(item: Item, rule: Rule, strength: Strength) -> bool:
     """Make the state that a first step lacks, as the reference does; whether SGD's momentum begins in it."""
     if strength.kind == "alignment" and "average" not in item.policy_state:
         item.policy_state["average"] = torch.ones((), dtype=torch.float32, device=item.param.device)
@@ -103,7 +103,7 @@ def selective_step(
     """Steps 5 to 7 of these tensors, in place, by Triton kernels. See `selective.kernels.selective_step`."""
     if not items:
         return SumsTable(_NOTHING, []) if statistics else None
-    begins = [_begin(item, rule, strength) for item in items]
+    begins = [begin_state(item, rule, strength) for item in items]
     arranged, back = [], []
     for item in items:
         one, copied = arrange(item, rule, order_matters(selection, strength, draw, item))

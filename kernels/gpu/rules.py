@@ -80,7 +80,7 @@ def _sgd(g, a, row, CFG: tl.constexpr):
 @triton.jit
 def _lion(g, a, row, CFG: tl.constexpr):
     c = lerp(a, g, tl.load(row + W1))
-    sign = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, tl.where(c == c, 0.0, c)))
+    sign = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, 0.0))  # 0 for NaN, as torch
     return sign * tl.load(row + RATE), lerp(a, g, tl.load(row + W2))
 
 

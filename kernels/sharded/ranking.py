@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..spec import Shard
-from .slices import upload
 
 BINS = 256
 Asking = Generator[Tensor, Tensor, None]
@@ -35,6 +34,12 @@ def counts_of(digit: Tensor, bins: int) -> Tensor:
         return torch.histc(digit.to(torch.int32), bins=bins + 1, min=0, max=bins + 1)[:bins].to(torch.int32)
     digit = torch.where((digit >= 0) & (digit < bins), digit, bins)
     return torch.bincount(digit.reshape(-1).to(torch.int64), minlength=bins + 1)[:bins].to(torch.int32)
+
+
+def upload(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64, 1-d; a GPU is not waited for."""
+    found = torch.tensor(values, dtype=torch.int64, device="cpu")
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
 @dataclass

@@ -16,14 +16,15 @@ from torch import Tensor
 from ..reference.random import SAMPLE_SIZE
 from ..reference.rules import advance
 from ..spec import SUM_NAMES, Draw, Item, ItemList, Rule, Selection, Shard, Strength, Sums, SumsTable
-from . import ranking, ties, together
+from . import ranking, ties
+from .by_kernels import can_be, kind_of, wanted
 from .exchange import Part, Steps
 from .how import How
-from .joinable import can_be, wanted
 from .sums import WIDTH, digits, number
 from .work import Work
 
 LocalStep = Callable[..., Sequence[Sums] | None]  # `selective_step` of whole tensors
+Kernels = Callable[[Sequence[Item], How, dict[Any, Any]], Part]  # `kernels.gpu.step_shards`
 
 
 def sharded_step(
@@ -35,37 +36,43 @@ def sharded_step(
     draw: Draw,
     statistics: bool,
     local_step: LocalStep,
+    kernels: Callable[[Item], Kernels | None] = lambda item: None,
 ) -> list[Steps]:
-    """What has to be run (`exchange.run`) to step these; each part's sums come in the order of its `places`."""
+    """What has to be run (`exchange.run`) to step these; each part's sums come in the order of its `places`.
+
+    `kernels`: what steps shards of this dtype and device by Triton kernels, if there is anything.
+    """
     how = How(rule, selection, strength, draw, statistics)
     if selection.kind == "function" and not is_local(how):
         raise ValueError(
             "the selection is a Triton function, and the strength or the rounding looks at the whole of tensors that "
             "are sharded: advance the moments, select in torch and apply the mask instead"
         )
-    alike: dict[tuple[int, torch.device, bool, bool, bool], list[int]] = {}
+    alike: dict[tuple[object, ...], list[int]] = {}
     for place, item in enumerate(items):
         assert item.shard is not None
         double = item.param.dtype == torch.float64 and selection.kind == "top_k"
         here = is_local(how) and not (selection.kind == "bernoulli" and item.shard.first(selection.unit) is None)
-        joined = not here and can_be(item, how)
-        alike.setdefault((id(item.shard.group), item.param.device, double, here, joined), []).append(place)
+        by_kernels = None if here or not can_be(item, how) else kernels(item)
+        same = () if by_kernels is None else kind_of(item, how)
+        alike.setdefault((id(item.shard.group), item.param.device, double, here, by_kernels, *same), []).append(place)
     found = []
-    for (_, device, _, here, joined), places in alike.items():
+    for (_, _, _, here, by_kernels, *_), places in alike.items():
         mine = items if len(places) == len(items) else [items[place] for place in places]
+        part: Any
         if here:
             part = _local(mine, how, local_step)
         else:
-            part = together.step(mine, how, local_step, _cache(items, places)) if joined else _whole(mine, how)
+            part = by_kernels(mine, how, _cache(items, places)) if callable(by_kernels) else _whole(mine, how)
         shard = mine[0].shard
         assert shard is not None
-        found.append(Steps(shard.group, device, part, places))
+        found.append(Steps(shard.group, mine[0].param.device, part, places))
     return found
 
 
 def _cache(items: Sequence[Item], places: list[int]) -> dict[Any, Any]:
     """What is remembered from step to step of these of the items."""
-    return items.cache.setdefault(("together", *places), {}) if isinstance(items, ItemList) else {}
+    return items.cache.setdefault(("shards", *places), {}) if isinstance(items, ItemList) else {}
 
 
 def is_local(how: How) -> bool:

@@ -11,8 +11,8 @@ from ..reference.rules import Advanced, apply_mask
 from ..reference.selective_step import score_of
 from ..reference.strengths import Parts, multipliers, total
 from ..spec import Item, Shard, Sums
+from .by_kernels import wanted
 from .how import How
-from .joinable import wanted
 from .ranking import Ranked, key_of, selected
 
 

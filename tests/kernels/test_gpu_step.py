@@ -175,6 +175,18 @@ def test_nan_is_not_selected_and_stays_where_it_is(selection, device, monkeypatc
         assert sums.selected == wanted.selected
 
 
+def test_lion_does_not_move_where_the_gradient_is_no_number(device):
+    """torch's sign of NaN is 0: the parameter stays, and its momentum is NaN from then on."""
+    rule = RULES["lion"]
+    start = made(rule, (40,))
+    start.grad[7] = torch.nan
+    item, how = copied(start, device), {"selection": Selection("everything"), "strength": Strength("fixed")}
+    gpu(item, rule, **how)
+    twin, _ = reference(start, rule, **how)
+    assert_same_step(start, item, twin)
+    assert item.param.isfinite().all() and item.state["exp_avg"].isnan().nonzero().tolist() == [[7]]
+
+
 def test_a_dense_tensor_is_not_still(device):
     """K = 0: every multiplier is 1, also where the gradient is 0 (and the update is not)."""
     start = made(ADAM, (40,))

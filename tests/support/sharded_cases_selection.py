@@ -95,9 +95,10 @@ def kernels_of_whole_tensors(world: World) -> None:
 
 
 def triton_kernels(world: World) -> None:
-    """... and Triton's, interpreted; plans are kept from step to step."""
-    for name in ("CautiousMGUP", "RandomMask"):
-        for base, told in ((adamw, False), (sgd, True), (nadam, False)):
+    """... and Triton's, interpreted, which also step what is asked of others; plans are kept from step to step."""
+    for name in ("CautiousMGUP", "RandomMask", "MGUP", "Cautious", "AlphaConsistency"):
+        asks = name not in ("CautiousMGUP", "RandomMask")
+        for base, told in ((adamw, asks), (sgd, True), *(() if asks else ((nadam, False),))):
             how: dict[str, Any] = {"backend": "gpu", "shapes": [(7, 5), (24, 6)]}
             options = {"policy": POLICIES[name], "statistics": told}
             single = Run(base, options, **how).train(range(3)).values()

@@ -23,8 +23,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from selective.kernels.sharded import joinable
-
 
 @dataclass
 class World:
@@ -45,8 +43,6 @@ class World:
 
 def main(rank: int, size: int, folder: Path, meeting: str, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    if size % 2 == 0:  # as on a GPU: shards of many tensors in one go; the other sizes one tensor after the other
-        joinable.JOINED.add("cpu")
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )

@@ -1,0 +1,94 @@
+"""The sums that a step of shards asks other processes for, in one launch for all tensors; deterministic.
+
+As in `statistics.py`: a program adds up in float32 and writes a row, one program a tensor adds the rows in float64.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .config import FACTS, HIGH, KEYS, NUMBERS, NUMEL, RANKS
+from .elements import is_aligned, load_moved, pointers_of, row_of
+from .selecting import select
+from .strengths import column_sum
+
+NAMES = ("selected", "chosen_sq", "others_sq", "update_sq", "grad_sq", "update_grad", "chosen_u", "equal_u")
+WIDTH = tl.constexpr(8)  # a column for each; those that are not wanted are 0
+
+
+@triton.jit
+def _terms(i, mask, pointers, row, ranks, facts, keys, FAST: tl.constexpr, STATISTICS: tl.constexpr,
+           CFG: tl.constexpr):  # fmt: skip
+    """What each of a block's elements adds to the columns."""
+    _, g, u, m, previous, _, _, _ = load_moved(pointers, i, mask, row, False, FAST, CFG)
+    chosen, _, key = select(i, g, u, m, previous, row, ranks, facts, keys, None, False, CFG)
+    zero = tl.zeros(i.shape, tl.float32)
+    chosen = chosen & mask
+    a, b, c, d, e, f, h, k = chosen.to(tl.float32), zero, zero, zero, zero, zero, zero, zero
+    if CFG.strength == "norm_preserving":
+        x = u
+        if CFG.of == "momentum":
+            x = m
+        elif CFG.of == "gradient":
+            x = g
+        b, c = tl.where(chosen, x * x, 0.0), tl.where(mask & (chosen == 0), x * x, 0.0)
+    if STATISTICS:
+        u, g = tl.where(mask, u, 0.0), tl.where(mask, g, 0.0)
+        d, e, f = u * u, g * g, u * g
+        h = tl.where(chosen, d, 0.0)
+        if CFG.selection == "top_k":
+            k = tl.where(key == tl.load(ranks + HIGH).to(tl.uint32), d, 0.0)
+    return a, b, c, d, e, f, h, k
+
+
+@triton.jit
+def shard_sums_kernel(
+    sums_ptr, work_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr,
+    STATISTICS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, CFG: tl.constexpr,
+):  # fmt: skip
+    """SPAN elements of one tensor a program, before anything moves: a row of `NAMES`.
+
+    Reads gradient and first moment, and with STATISTICS or top-K the second too (8 or 12 bytes an element of AdamW in
+    float32); writes 32 bytes a program.
+    """
+    program = tl.program_id(0)
+    t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
+    facts, row, keys = row_of(facts_ptr, t, FACTS), row_of(numbers_ptr, t, NUMBERS), row_of(keys_ptr, t, KEYS)
+    ranks, pointers = row_of(ranks_ptr, t, RANKS), pointers_of(pointers_ptr, t)
+    numel, start = tl.load(facts + NUMEL), part.to(tl.int64) * SPAN
+    whole = (start + SPAN <= numel) & is_aligned(pointers)
+    zero = tl.zeros([BLOCK], tl.float32)
+    a, b, c, d, e, f, h, k = zero, zero, zero, zero, zero, zero, zero, zero
+    for at in range(0, SPAN, BLOCK):
+        i = tl.multiple_of(start + at, BLOCK) + tl.arange(0, BLOCK)
+        if whole:
+            p, q, r, s, v, w, x, y = _terms(i, i >= 0, pointers, row, ranks, facts, keys, True, STATISTICS, CFG)
+        else:
+            p, q, r, s, v, w, x, y = _terms(i, i < numel, pointers, row, ranks, facts, keys, False, STATISTICS, CFG)
+        a, b, c, d, e, f, h, k = a + p, b + q, c + r, d + s, e + v, f + w, h + x, k + y
+    out = sums_ptr + program.to(tl.int64) * WIDTH
+    tl.store(out, tl.sum(a))
+    if CFG.strength == "norm_preserving":
+        tl.store(out + 1, tl.sum(b))
+        tl.store(out + 2, tl.sum(c))
+    if STATISTICS:
+        tl.store(out + 3, tl.sum(d))
+        tl.store(out + 4, tl.sum(e))
+        tl.store(out + 5, tl.sum(f))
+        tl.store(out + 6, tl.sum(h))
+        tl.store(out + 7, tl.sum(k))
+
+
+@triton.jit
+def totals_kernel(out_ptr, sums_ptr, spans_ptr, STATISTICS: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr):
+    """One tensor a program: its rows of sums as one, float64 [tensors, 8]; zeros where it does not count here.
+
+    `spans_ptr` as for `cells_kernel`.
+    """
+    t = tl.program_id(0)
+    spans, out = spans_ptr + t * 4, out_ptr + t * WIDTH
+    first, count, counts = tl.load(spans), tl.load(spans + 1).to(tl.int32), tl.load(spans + 3) > 0
+    for column in tl.static_range(WIDTH):
+        if (column == 0) or (NORM and column < 3) or (STATISTICS and column > 2):
+            tl.store(out + column, tl.where(counts, column_sum(sums_ptr, first, count, column, WIDTH, BLOCK), 0.0))

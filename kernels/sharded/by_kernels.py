@@ -1,0 +1,40 @@
+"""Which shards are stepped by Triton kernels, many in one go (`kernels/gpu/shards.py`).
+
+For what is trained most: an agreement with the gradient or exact top-K, and a strength that is fixed or keeps the mean
+or the norm. Ranks have to answer alike, also those that have nothing of a tensor: only what is the same everywhere
+counts.
+"""
+
+from __future__ import annotations
+
+from ..spec import AdamRule, GivenRule, Item, Selection, SGDRule
+from .how import How
+from .ties import ONE_ROUND
+
+
+def wanted(selection: Selection, numel: int) -> int:
+    """How many of a tensor's elements top-K takes."""
+    return int(selection.fraction * numel)
+
+
+def can_be(item: Item, how: How) -> bool:
+    """Whether a tensor is stepped like this, where there are kernels for its dtypes and device."""
+    selection, strength, shard = how.selection, how.strength, item.shard
+    assert shard is not None
+    if isinstance(how.rule, GivenRule) or how.draw.stochastic or strength.still or strength.estimate == "sampled":
+        return False
+    if strength.kind not in ("fixed", "mean_preserving", "norm_preserving") or shard.numel >= 1 << 31:
+        return False
+    if selection.kind == "top_k":
+        by_rows = shard.cut == 0 and shard.stretches and shard.cells <= ONE_ROUND
+        return by_rows and selection.quantile == "exact" and wanted(selection, shard.numel) > 0
+    return selection.kind == "agreement"
+
+
+def kind_of(item: Item, how: How) -> tuple[object, ...]:
+    """What has to be equal for one kernel to step tensors together."""
+    state = {name: x for name, x in item.state.items() if x is not None}
+    begins = isinstance(how.rule, SGDRule) and how.rule.momentum != 0 and "momentum_buffer" not in state
+    on_host = isinstance(how.rule, AdamRule) and "step" in state and state["step"].device.type == "cpu"
+    dtypes = tuple(sorted((name, str(x.dtype)) for name, x in state.items() if name != "step"))
+    return item.param.dtype, item.grad.dtype, dtypes, begins, on_host
