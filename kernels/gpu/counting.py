@@ -151,9 +151,9 @@ def cutoff_kernel(ranks_ptr, table_ptr, equals_ptr, keys_ptr, spans_ptr, cells, 
         behind += tl.sum(here)
     cutoff = tl.where(left > behind, left * 0 + LAST, left * 0 - 1)
     if span >= 0:
-        for at in range(0, SPAN, BLOCK):
-            equal = (_load(keys_ptr, first + span, at, BLOCK, SPAN) == wanted).to(tl.int64)
-            i = span * SPAN + at + tl.arange(0, BLOCK)
-            cutoff = tl.maximum(cutoff, tl.max(tl.where((tl.cumsum(equal, 0) == rest) & (equal > 0), i, -1)))
+        for inside in range(0, SPAN, BLOCK):
+            equal = (_load(keys_ptr, first + span, inside, BLOCK, SPAN) == wanted).to(tl.int64)
+            places = span * SPAN + inside + tl.arange(0, BLOCK)
+            cutoff = tl.maximum(cutoff, tl.max(tl.where((tl.cumsum(equal, 0) == rest) & (equal > 0), places, -1)))
             rest -= tl.sum(equal)
     tl.store(ranks + CUTOFF, cutoff)

@@ -6,15 +6,15 @@ processes: they take turns. `tests/sharded` runs the same over gloo.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import sharded_pieces
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from sharded_pieces import SHAPES, values
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selective.kernels import AdamRule, Draw, Item, ItemList, LionRule, Selection, SGDRule, Strength
@@ -24,7 +24,7 @@ from selective.kernels.reference.selective_step import selective_step as referen
 from selective.kernels.sharded.by_kernels import can_be, kind_of
 from selective.kernels.sharded.how import How
 from selective.kernels.sharded.selective_step import sharded_step
-from selective.kernels.spec import Rule, Shard, Sums
+from selective.kernels.spec import Rule, Sums
 
 ADAM = AdamRule(1e-2, 0.9, 0.99, 1e-8, weight_decay=0.1)
 RULES: dict[str, Rule] = {
@@ -36,7 +36,6 @@ RULES: dict[str, Rule] = {
     "sgd": SGDRule(0.1),
     "lion": LionRule(0.1, 0.9, 0.99, decay_factor=0.99),
 }
-SHAPES = [(7, 5), (2, 3), (12,), (1, 4), (9, 2, 2)]  # on four ranks some have nothing of the second and fourth
 FIXED, MEAN = Strength("fixed", 2.0, 0.5), Strength("mean_preserving", rest=0.1, cap=3.0)
 DRAW = Draw(1, 2)
 WHERE = {"device": "cpu"}
@@ -52,50 +51,8 @@ def _where(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(by_kernels, "TABLE_BLOCK", 4)
 
 
-def values(shape: tuple[int, ...], seed: int, kind: str) -> Tensor:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    if kind == "ties":
-        return (x * 1.5).round() / 2
-    if kind == "zeros":
-        return torch.where(x > 1, x, 0.0)
-    if kind == "strange":
-        return torch.where(x > 1.5, torch.nan, torch.where(x < -1.5, torch.inf, x))
-    return x
-
-
-def state_of(rule: Rule, shape: tuple[int, ...], seed: int, kind: str) -> dict[str, Tensor]:
-    momentum = values(shape, 100 + seed, kind if kind != "strange" else "plain")
-    if kind == "first" and seed % 2:
-        momentum = torch.zeros_like(momentum)
-    if isinstance(rule, SGDRule):
-        return {"momentum_buffer": momentum} if rule.momentum else {}
-    if isinstance(rule, LionRule):
-        return {"exp_avg": momentum}
-    found = {"exp_avg": momentum, "exp_avg_sq": momentum.square() + 0.1}
-    found |= {"max_exp_avg_sq": momentum.square() + 0.2} if rule.amsgrad else {}  # type: ignore[union-attr]
-    return found
-
-
-def shards(
-    rule: Rule, ranks: int, kind: str, dtype: torch.dtype, seed: int = 0, shapes: Sequence[tuple[int, ...]] = SHAPES
-) -> list[ItemList]:
-    """For each rank its rows of all tensors, as `fully_shard` cuts them."""
-    found = [ItemList() for _ in range(ranks)]
-    for address, shape in enumerate(shapes):
-        whole = {"param": values(shape, seed, "plain").to(dtype), "grad": values(shape, seed + 50, kind).to(dtype)}
-        whole |= state_of(rule, shape, seed, kind)
-        seed += 1
-        size = -(-shape[0] // ranks)
-        for rank in range(ranks):
-            start, stop = min(rank * size, shape[0]), min((rank + 1) * size, shape[0])
-            here = {name: x[start:stop].clone().to(WHERE["device"]) for name, x in whole.items()}
-            run = ((start, stop - start),) if stop > start else ()
-            runs = (run, *(((0, n),) for n in shape[1:]))
-            shard = Shard(shape, runs, None, pieces=ranks, places=(rank,), stretches=True, row_stretches=True)
-            param, grad = here.pop("param"), here.pop("grad")
-            step = {"step": torch.tensor(3.0)} if isinstance(rule, AdamRule) else {}
-            found[rank].append(Item(param, grad, {**here, **step}, address, {}, shard))
-    return found
+def shards(rule: Rule, ranks: int, kind: str, dtype: torch.dtype, seed: int = 0, **more: Any) -> list[ItemList]:
+    return sharded_pieces.shards(rule, ranks, kind, dtype, seed, **more, device=WHERE["device"])
 
 
 def run(ranks: list[ItemList], kernels: Any, **how: Any) -> tuple[list[list[Sums]], list[int]]:

@@ -1,0 +1,45 @@
+"""Kernels go through Triton's compiler and NVIDIA's assembler, for a Hopper, where there is no GPU.
+
+Both are in Triton's wheel. In a process of its own, since kernels of this one may be the interpreter's. See `tests/support/compiled_kernels.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).resolve().parents[1] / "support" / "compiled_kernels.py"
+
+
+def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, str(PROGRAM), *arguments], capture_output=True, text=True, timeout=250, env=environment
+    )
+
+
+@pytest.mark.parametrize(
+    "what, kinds, rules, wanted",
+    [
+        ("whole", "agreement,top_k,top_k_mean", "adamw", {"selective_step_kernel", "settle_kernel", "repair_kernel"}),
+        ("whole", "previous,sampled,element", "adamw", {"seen_kernel", "digits_kernel", "strengths_kernel"}),
+        ("whole", "agreement,top_k", "adam_coupled,sgd_nesterov,lion", {"selective_step_kernel", "ties_kernel"}),
+        ("parts", "top_k,mean,norm,previous", "adamw", {"keys_kernel", "cutoff_kernel", "shard_sums_kernel"}),
+        ("parts", "top_k", "adam_amsgrad_maximize,sgd_nesterov,lion", {"keys_kernel", "totals_kernel"}),
+    ],
+)
+def test_every_launch_compiles(tmp_path: Path, what: str, kinds: str, rules: str, wanted: set[str]) -> None:
+    found = compiled(tmp_path, what, kinds, rules)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert wanted <= {line.partition(":")[0] for line in found.stdout.splitlines()}
+
+
+def test_what_the_compiler_refuses_is_noticed(tmp_path: Path) -> None:
+    found = compiled(tmp_path, "refused", "", "")
+    assert found.returncode != 0
+    assert "CompilationError" in found.stderr

@@ -1,0 +1,120 @@
+"""Every launch of some steps, compiled for a GPU that is not there, instead of being launched. Run as a program.
+
+The interpreter takes what Triton's compiler refuses (a name that changes its type in a loop). Steps are taken on CPU
+tensors; no launch happens, and no step of ours looks at what one would have written. One line for each kernel.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from sharded_pieces import shards
+from step_cases import KINDS, RULES
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from selective.kernels import Draw, Item, Selection, Strength
+from selective.kernels.gpu import launch, plan
+from selective.kernels.gpu import shards as by_kernels
+from selective.kernels.sharded.selective_step import sharded_step
+
+TARGET = GPUTarget("cuda", 90, 32)  # a Hopper
+TYPES = {
+    torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64", torch.int8: "*i8",
+    torch.bfloat16: "*bf16",
+}  # fmt: skip
+SHARDED = {
+    "top_k": (Selection("top_k", fraction=0.4), Strength("fixed", 2.0, 0.5)),
+    "mean": (Selection("agreement"), Strength("mean_preserving")),
+    "norm": (Selection("top_k", fraction=0.4), Strength("norm_preserving")),
+    "previous": (Selection("agreement", product="previous_momentum"), Strength("norm_preserving", of="momentum")),
+}
+
+
+class Compiler:
+    """Stands in for `launch.run`."""
+
+    def __init__(self) -> None:
+        self.done: set[Any] = set()
+
+    def __call__(self, kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
+        if programs == 0:
+            return
+        constants.pop("launch_cooperative_grid", None)
+        given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+        fixed = {p.name for p in kernel.params if p.is_constexpr}
+        signature = {name: "constexpr" if name in fixed else _type_of(given[name]) for name in kernel.arg_names}
+        values = {(place,): given[name] for place, name in enumerate(kernel.arg_names) if name in fixed}
+        key = (kernel.fn, warps, tuple(signature.items()), tuple((k, repr(v)) for k, v in values.items()))
+        if key in self.done:
+            return
+        self.done.add(key)
+        began = time.perf_counter()
+        made = triton.compile(
+            ASTSource(kernel, signature, values), target=TARGET,
+            options={"num_warps": warps, "enable_fp_fusion": False},
+        )  # fmt: skip
+        took = time.perf_counter() - began
+        print(f"{kernel.fn.__name__}: {len(made.asm['cubin'])} bytes, {took:.1f} s", flush=True)
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def whole_tensors(kinds: list[str], rules: list[str]) -> None:
+    for rule in (RULES[name] for name in rules):
+        for selection, strength in (KINDS[name] for name in kinds):
+            for statistics in (False, True):
+                p = torch.randn(300_000)  # drawn from, bracketed and settled
+                state = {"step": torch.tensor(3.0), "exp_avg": p.clone(), "exp_avg_sq": p.square()}
+                item = Item(p, torch.randn(300_000), state, 0)
+                plan.selective_step(
+                    [item], rule=rule, selection=selection, strength=strength, draw=Draw(1, 2), statistics=statistics
+                )
+
+
+def parts_of_tensors(kinds: list[str], rules: list[str]) -> None:
+    for rule in (RULES[name] for name in rules):
+        for selection, strength in (SHARDED[name] for name in kinds):
+            for statistics in (False, True):
+                (items,) = shards(rule, 1, "plain", torch.float32)
+                (one,) = sharded_step(
+                    items, rule=rule, selection=selection, strength=strength, draw=Draw(1, 2), statistics=statistics,
+                    local_step=plan.selective_step, kernels=lambda item: by_kernels.step_shards,
+                )  # fmt: skip
+                one.go_on()
+                while one.asked is not None:
+                    one.go_on(one.asked.clone())
+
+
+@triton.jit
+def changes_its_type(x_ptr, n):
+    at = tl.load(x_ptr)
+    for at in range(n):
+        tl.store(x_ptr, at)
+    tl.store(x_ptr, at)
+
+
+def what_is_refused(kinds: list[str], rules: list[str]) -> None:
+    launch.run(changes_its_type, 1, torch.zeros(1, dtype=torch.int64), 5)
+
+
+def main(what: str, kinds: str, rules: str) -> None:
+    compiler: Any = Compiler()
+    launch.run = by_kernels.run = compiler
+    steps = {"whole": whole_tensors, "parts": parts_of_tensors, "refused": what_is_refused}
+    steps[what](kinds.split(","), rules.split(","))
+    assert compiler.done, "nothing was launched"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
