@@ -1,6 +1,7 @@
 """Kernels go through Triton's compiler and NVIDIA's assembler, for a Hopper, where there is no GPU.
 
-Both are in Triton's wheel. In a process of its own, since kernels of this one may be the interpreter's. See `tests/support/compiled_kernels.py`.
+Both are in Triton's wheel. In a process of its own, since kernels of this one may be the interpreter's. See
+`tests/support/compiled_kernels.py`.
 """
 
 from __future__ import annotations
