@@ -12,7 +12,7 @@ from selective.capture.choose import Capture
 from selective.capture.delta import LOW_PRECISION
 from selective.capture.described import has_own_code, specs_of, why_twin
 from selective.capture.layout import local_of
-from selective.explain_shards import asks_others, explain_shards
+from selective.explain_shards import explain_shards, in_plain_torch
 from selective.explain_stage import explain_stage
 from selective.groups import PolicyGroup
 from selective.kernels import backend_in_use, spec, why_reference
@@ -124,9 +124,9 @@ def _kernels(base: Optimizer, group: dict[str, Any], policy: Policy, capture: Ca
         return None
     if has_own_code(policy, params):
         return "reference (plain torch), because the policy is your own code"
-    if scope == "global" and asks_others(policy, params):
-        return "reference (plain torch), because what it selects depends on the shards of other ranks"
     rule = spec.GivenRule() if capture.rule is None else capture.rule.rule(base, group)
+    if scope == "global" and in_plain_torch(policy, params, rule):
+        return "reference (plain torch), because what it selects depends on the shards of other ranks"
     for p in params:
         state = {} if capture.rule is None else {k: local_of(v) for k, v in base.state.get(p, {}).items()}
         here, grad = local_of(p), local_of(p if p.grad is None else p.grad)

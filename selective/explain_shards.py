@@ -9,9 +9,9 @@ from torch import Tensor
 from selective.capture.choose import Capture
 from selective.capture.custom import sees_whole
 from selective.capture.described import specs_on
-from selective.capture.layout import is_dtensor, shard_of
+from selective.capture.layout import is_dtensor, local_of, shard_of
 from selective.kernels import GivenRule, spec
-from selective.kernels.sharded import How, count_rounds, is_local
+from selective.kernels.sharded import How, can_be, count_rounds, is_local
 from selective.policies import Dense, Policy
 
 
@@ -31,12 +31,14 @@ def explain_shards(group: dict[str, Any], policy: Policy, capture: Capture, scop
     return f"{some}, selected from as one device would: {_collectives(policy, found, statistics)}"
 
 
-def asks_others(policy: Policy, params: list[Tensor]) -> bool:
-    """Whether a step of any of these takes the sharded path, and not the kernels of whole tensors on shards."""
+def in_plain_torch(policy: Policy, params: list[Tensor], rule: spec.Rule) -> bool:
+    """Whether any of these is a shard that is stepped together with other ranks, and that has no kernels for it."""
     specs = specs_on(policy, params)
-    if specs is None or not any(shard_of(p) is not None for p in params):
+    if specs is None:
         return False
-    return not is_local(How(GivenRule(), *specs, spec.Draw(0, 0), False))
+    how = How(rule, *specs, spec.Draw(0, 0), False)
+    shards = [(local_of(p), shard) for p in params if (shard := shard_of(p)) is not None]
+    return not is_local(how) and any(not can_be(spec.Item(p, p, {}, 0, shard=shard), how) for p, shard in shards)
 
 
 def _own_code(policy: Policy, found: list[tuple[Tensor, spec.Shard]], statistics: bool) -> str:
