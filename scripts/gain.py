@@ -57,7 +57,7 @@ SPACES: dict[str, Preconditioner] = {
 }
 RATES: dict[str, tuple[float, ...]] = {
     "AdamW": (7.5e-4, 1.5e-3, 3e-3, 6e-3),
-    "Soap": (1.5e-3, 3e-3, 6e-3),
+    "Soap": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
     "AdaDiag++": (1e-3, 2e-3, 4e-3),
     "AdaDiag": (1e-3, 2e-3, 4e-3),
     "Muon": (5e-3, 1e-2, 2e-2),

@@ -20,9 +20,12 @@ def explain_stage(stage: Stage, policy: Policy, mask_space: str) -> list[str]:
     lines = [f"  rotated   {_rotated(stage)}, by {stage.preconditioner!r}"]
     if stage.shapes:
         lines.append(f"            {stage.capture.way}: {_way(stage)}")
-        sharded = sum(shard_of(p) is not None for p in stage.shapes)
+        gathered = [p for p in stage.shapes if p in stage.gathered]
+        sharded = sum(shard_of(p) is not None for p in stage.shapes) - len(gathered)
         if sharded:
             lines.append(f"            {sharded:,} of them sharded: {_SHARDED}")
+        if gathered:
+            lines.append(f"            {len(gathered):,} of them sharded: {_gathering(stage, gathered)}")
     by_reason: dict[str, list[str]] = {}
     for name, why in stage.left.items():
         by_reason.setdefault(why, []).append(name)
@@ -32,6 +35,14 @@ def explain_stage(stage: Stage, policy: Policy, mask_space: str) -> list[str]:
     if stage.shapes:
         lines.append(f"  memory    of rotated ones: {_memory(stage, policy)}")
     return lines
+
+
+def _gathering(stage: Stage, gathered: list[Tensor]) -> str:
+    numbers, observes = sum(p.numel() for p in gathered), stage.preconditioner.observes()
+    return (
+        f"gathered in every step, {numbers:,} float32 numbers {'three times' if observes else 'twice'}, and each rank "
+        "makes the whole product; sides='unsharded' sends nothing"
+    )
 
 
 def _rotated(stage: Stage) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from selective.capture.base import Parameter
 from selective.capture.layout import is_first, shard_of
 from selective.capture.moments import first_moments, names_of_first, rewrite
 from selective.capture.rotation import Basis
+from selective.capture.rotation_gather import on_wholes
 from selective.capture.rotation_shards import sums_over_ranks
-from selective.preconditioner import Preconditioner, Shape
+from selective.preconditioner import Shape, State
 from selective.staging import Stage
 from selective.state import BASIS, BASIS_SHAPE, BASIS_SKIPPED, BASIS_STEPS
 
@@ -86,13 +88,14 @@ class OwnBasis(Optimizer):
         state = {key[len(BASIS) :]: value for key, value in own.items() if key.startswith(BASIS)}
         device, place = parameter.tensor.device, self._places[parameter.tensor]
         here, shard = found[0].local_shape(parameter.tensor), shard_of(parameter.tensor)
-        return Basis(here, device, state, own[BASIS_STEPS], own[BASIS_SKIPPED], place, found[1], shard)
+        gathers = parameter.tensor in found[0].gathered
+        return Basis(here, device, state, own[BASIS_STEPS], own[BASIS_SKIPPED], place, found[1], shard, gathers)
 
     def _keep_part(self, parameter: Parameter, stage: Stage) -> None:
         """After a load: of what is a sum over ranks, a checkpoint has the whole, and one rank keeps it."""
         own = self._own[parameter.tensor]
         if shard_of(parameter.tensor) is not None and not is_first(parameter.tensor):
-            own.update({key: torch.zeros_like(own[key]) for key in _parts_in(own, stage.preconditioner)})
+            own.update({key: torch.zeros_like(own[key]) for key in _parts_in(own, stage, parameter.tensor)})
 
     def _summed_entries(self) -> dict[Tensor, dict[str, Tensor]]:
         """The wholes of what each rank has a part of. All ranks of a mesh have to ask for them together."""
@@ -101,7 +104,7 @@ class OwnBasis(Optimizer):
             for p in () if stage is None else stage.shapes:
                 own = self._own.get(p, {})
                 if stage is not None and shard_of(p) is not None and BASIS_STEPS in own:
-                    parts += [(p, key, own[key]) for key in _parts_in(own, stage.preconditioner)]
+                    parts += [(p, key, own[key]) for key in _parts_in(own, stage, p)]
         found: dict[Tensor, dict[str, Tensor]] = {}
         sums = sums_over_ranks([value for _, _, value in parts], [shard_of(p) for p, _, _ in parts])
         for (p, key, _), value in zip(parts, sums, strict=True):
@@ -122,11 +125,21 @@ class OwnBasis(Optimizer):
             group = self.base.param_groups[parameter.group]
             names = names_of_first(self.base, group, stage.capture.facts)
             for moment in first_moments(self.base, parameter.tensor, names):
-                states, project = [self._basis(parameter).state], stage.preconditioner.project_in
+                basis, project = self._basis(parameter), stage.preconditioner.project_in
+
+                def change(x: Tensor, state: State = basis.state, project: Any = project) -> Tensor:
+                    return project([state], [x])[0]
+
+                entered = change
+                if basis.gathers and basis.shard is not None:
+                    entered = on_wholes(basis.shard, basis.whole, change)
                 with torch.no_grad():
-                    rewrite(moment, shape, lambda x, states=states, project=project: project(states, [x])[0])
+                    rewrite(moment, shape, entered)
 
 
-def _parts_in(own: dict[str, Tensor], preconditioner: Preconditioner) -> list[str]:
+def _parts_in(own: dict[str, Tensor], stage: Stage, param: Tensor) -> list[str]:
     """Names of the entries of a sharded matrix that are parts of sums over ranks."""
-    return [BASIS_SKIPPED, *(key for key in own if key.startswith(BASIS) and preconditioner.is_part(key[len(BASIS) :]))]
+    if param in stage.gathered:
+        return [BASIS_SKIPPED]
+    names = [key for key in own if key.startswith(BASIS) and stage.preconditioner.is_part(key[len(BASIS) :])]
+    return [BASIS_SKIPPED, *names]

@@ -35,6 +35,7 @@ class Stage:
     shapes: dict[Tensor, Shape] = field(default_factory=dict)  # of those that are rotated
     left: dict[str, str] = field(default_factory=dict)  # name of each other parameter -> why it is not
     spelled: dict[Tensor, Preconditioner] = field(default_factory=dict)  # of `DTensor`s: with the side that is rotated
+    gathered: set[Tensor] = field(default_factory=set)  # ... and those that are rotated as wholes
     _split: tuple[list[Parameter], list[Parameter], list[Parameter]] = field(default=([], [], []))
 
     def __post_init__(self) -> None:
@@ -77,6 +78,9 @@ class Stage:
             found = self.preconditioner if isinstance(here, str) else here
         else:
             found = self.preconditioner.on_shards(shape, whole_sides(tensor))
+            if isinstance(found, str) and self.preconditioner.gathers(shape):
+                self.gathered.add(tensor)
+                found = self.preconditioner
         if isinstance(found, str):
             return found
         self.spelled[tensor] = found

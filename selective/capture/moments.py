@@ -56,8 +56,15 @@ def rewrite(moment: Tensor, shape: Shape, change: Callable[[Tensor], Tensor], va
         moment.copy_(changed.reshape(moment.shape).to(plain.dtype))
 
 
-def carry_first(moment: Tensor, shape: Shape, carried: Carried) -> None:
-    """A first moment into the new space: x <- left x right."""
+Around = Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]
+
+
+def _as_it_is(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return change
+
+
+def carry_first(moment: Tensor, shape: Shape, carried: Carried, around: Around = _as_it_is) -> None:
+    """A first moment into the new space: x <- left x right. `around`: for parts of a matrix that is gathered."""
     left, right = carried.maps.left, carried.maps.right
 
     def change(x: Tensor) -> Tensor:
@@ -65,11 +72,13 @@ def carry_first(moment: Tensor, shape: Shape, carried: Carried) -> None:
         return y if right is None else y @ right
 
     if left is not None or right is not None:
-        rewrite(moment, shape, change, carried.valid)
+        rewrite(moment, shape, around(change), carried.valid)
 
 
-def carry_second(base: Optimizer, param: Tensor, first: frozenset[str], shape: Shape, carried: Carried) -> None:
-    """Second moments into the new order, where there is one."""
+def carry_second(
+    base: Optimizer, param: Tensor, first: frozenset[str], shape: Shape, carried: Carried, around: Around = _as_it_is
+) -> None:
+    """Second moments into the new order, where there is one; `around` as for first ones."""
     rows, columns = carried.maps.rows, carried.maps.columns
     if (rows is None and columns is None) or param not in base.state:
         return
@@ -83,7 +92,7 @@ def carry_second(base: Optimizer, param: Tensor, first: frozenset[str], shape: S
                 y = y.gather(2, columns[:, None, :].expand_as(y))
             return y
 
-        rewrite(value, view, change, carried.valid)
+        rewrite(value, view, around(change), carried.valid)
 
 
 def _second_moments(

@@ -10,7 +10,7 @@ the gradient before it is rotated; decoupled decay is a factor on the parameter 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from selective.capture.generic import Captured, GenericJob, by_value
 from selective.capture.layout import local_like, local_of, shard_of
 from selective.capture.moments import carry_first, carry_second, first_moments, names_of_first
 from selective.capture.rotation import Carried, Rotation, is_foreign
+from selective.capture.rotation_gather import on_wholes
 from selective.kernels import selective_step, spec
 from selective.policies import Dense
 from selective.preconditioner import as_matrix
@@ -69,12 +70,15 @@ class RotatedJob(GenericJob):
 
     def _carry(self, carried: Carried) -> None:
         """The moments into the new space."""
-        parameter, shape = self.parameters[carried.index], self.rotation.bases[carried.index].shape
+        parameter, basis = self.parameters[carried.index], self.rotation.bases[carried.index]
+        how: dict[str, Any] = {"shape": basis.shape, "carried": carried}
+        if basis.gathers and basis.shard is not None:
+            how["around"] = partial(on_wholes, basis.shard, basis.whole)
         for moment in first_moments(self.context.base, parameter.tensor, self.names_of_first):
-            carry_first(moment, shape, carried)
+            carry_first(moment, **how)
         if self.context.own_momentum is not None:
-            carry_first(self.context.own_momentum(parameter, self.policy), shape, carried)
-        carry_second(self.context.base, parameter.tensor, self.names_of_first, shape, carried)
+            carry_first(self.context.own_momentum(parameter, self.policy), **how)
+        carry_second(self.context.base, parameter.tensor, self.names_of_first, **how)
 
     @cached_property
     def names_of_first(self) -> frozenset[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from selective.capture import lists
+from selective.capture.rotation_gather import part_of, refresh_gathered, wholes
 from selective.capture.rotation_shards import refresh_shards
 from selective.kernels import spec
 from selective.preconditioner import Carry, Preconditioner, Shape, State, as_matrix
@@ -48,6 +49,7 @@ class Basis:
     place: int
     whole: Shape  # ... and `shape` what of it is on this rank
     shard: spec.Shard | None = None
+    gathers: bool = False  # a shard that is rotated as a whole: then what `state` has is whole on each rank
 
 
 @dataclass
@@ -116,9 +118,12 @@ class Rotation:
         if not due:
             return
         self._refreshed.update(due)
+        apart = {i: self.bases[i] for i in due if not self.bases[i].gathers}
+        gathered = {i: self.bases[i] for i in due if self.bases[i].gathers}
         with self._named("refresh"):
-            finite = {i: self._finite.get(i) for i in due}
-            made = refresh_shards(self.preconditioner, {i: self.bases[i] for i in due}, finite, matrices)
+            finite = {i: self._finite.get(i) for i in apart}
+            made = refresh_shards(self.preconditioner, apart, finite, matrices)
+            made |= refresh_gathered(self.preconditioner, gathered, lambda some: self._gathered(some, matrices(some)))
         valid = torch.ones((), dtype=torch.bool, device=self.bases[due[0]].device)
         for index, maps in made.items():
             if maps is not None:
@@ -190,8 +195,12 @@ class Rotation:
         reads = self.preconditioner.observes()
         for indices in self.alike(list(range(len(self.bases)))):
             states, grads = self._states(indices), matrices(indices)
+            if self.bases[indices[0]].gathers and reads:
+                grads = [x.masked_fill(~x.isfinite().all(), 0.0) for x in self._gathered(indices, grads)]
+            elif reads:
+                grads = self._clean(indices, grads)
             with self._named("observe"):
-                self.preconditioner.observe(states, self._clean(indices, grads) if reads else grads)
+                self.preconditioner.observe(states, grads)
                 self._check_states(indices, states)
 
     def report(self) -> list[dict[str, Tensor]]:
@@ -239,12 +248,27 @@ class Rotation:
     def _project(self, what: str, indices: list[int], xs: Sequence[Tensor], *, narrow: bool = False) -> list[Tensor]:
         shape = self.bases[indices[0]].shape
         matrices = [x.detach().reshape(shape) if narrow else as_matrix(x, shape) for x in xs]
+        first = self.bases[indices[0]]
+        if first.gathers:
+            matrices = self._gathered(indices, matrices)
         with self._named(what):
             made = getattr(self.preconditioner, what)(self._states(indices), matrices)
-            made = self._checked(made, shape, len(xs))
+            made = self._checked(made, first.whole if first.gathers else shape, len(xs))
+        if first.gathers and first.shard is not None:
+            made = [part_of(y, first.shard) for y in made]
         if self.is_foreign:
             made = [y.clone() if _is_memory_of(y, x) else y for x, y in zip(matrices, made, strict=True)]
         return [y.reshape(x.shape) for x, y in zip(xs, made, strict=True)]
+
+    def _gathered(self, indices: list[int], parts: Sequence[Tensor]) -> list[Tensor]:
+        """The wholes of these, float32, by one all-reduce for each of those that are cut alike."""
+        found: dict[int, Tensor] = {}
+        place = {index: k for k, index in enumerate(indices)}
+        for same in self.alike(indices):
+            shard, whole = self.bases[same[0]].shard, self.bases[same[0]].whole
+            assert shard is not None
+            found.update(zip(same, wholes([parts[place[i]] for i in same], shard, whole), strict=True))
+        return [found[i] for i in indices]
 
     def _checked(self, made: Sequence[Tensor], shape: Shape, count: int) -> list[Tensor]:
         """What a projection has returned, as a list."""

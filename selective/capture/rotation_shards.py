@@ -48,8 +48,8 @@ def refresh_shards(
     `finite`: whether the parts of the gradients that are here are, where they were looked at. `matrices`: the parts.
     """
     found: dict[int, Carry | None] = {}
-    for group, indices in _together(due):
-        grads = {i: _nothing(due[i]) for i in indices}
+    for group, indices in cut_into_lots(due):
+        grads = {i: nothing_of(due[i], due[i].shape) for i in indices}
         if preconditioner.refreshes_from_gradients():
             grads = dict(zip(indices, matrices(indices), strict=True))
         states = [due[i].state for i in indices]
@@ -66,7 +66,7 @@ def refresh_shards(
     return found
 
 
-def _together(due: Mapping[int, Sharded]) -> Iterator[tuple[Any, list[int]]]:
+def cut_into_lots(due: Mapping[int, Sharded]) -> Iterator[tuple[Any, list[int]]]:
     """Those of one group of processes and device, as many as are sent at once: cut by what all ranks know."""
     alike: dict[tuple[int, torch.device], list[int]] = {}
     for index, basis in due.items():
@@ -94,8 +94,9 @@ def _counted(shard: spec.Shard | None) -> bool:
     return shard is None or shard.counted
 
 
-def _nothing(basis: Sharded) -> Tensor:
-    return torch.zeros((), dtype=torch.float32, device=basis.device).expand(basis.shape)
+def nothing_of(basis: Sharded, shape: Shape) -> Tensor:
+    """A gradient that nobody reads."""
+    return torch.zeros((), dtype=torch.float32, device=basis.device).expand(shape)
 
 
 def _missing(finite: Tensor | None, device: torch.device) -> Tensor:
@@ -112,14 +113,19 @@ def _summed(vectors: Sequence[Tensor], counted: Sequence[bool], group: Any) -> l
     return list(buffer.split([v.numel() for v in vectors]))
 
 
+def sums(rows: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """Of what one rank has of each, and the others zeros: what it has."""
+    return _summed(rows, [True] * len(rows), group)
+
+
 def _shared_out(
     preconditioner: Preconditioner, states: Sequence[State], wholes: Sequence[Tensor], group: Any
 ) -> list[Carry | None]:
     """Solve each on one rank, give all of them its new state: one all-reduce."""
     if not states:
         return []
-    owners = _owners([whole.shape[-1] for whole in wholes], torch.distributed.get_world_size(group))
-    mine = [k for k, owner in enumerate(owners) if owner == torch.distributed.get_rank(group)]
+    solvers = owners([whole.shape[-1] for whole in wholes], torch.distributed.get_world_size(group))
+    mine = [k for k, owner in enumerate(solvers) if owner == torch.distributed.get_rank(group)]
     names = [sorted(name for name in state if not preconditioner.is_part(name)) for state in states]
     old = [{name: state[name].clone() for name in kept} for state, kept in zip(states, names, strict=True)]
     written = [{**state, **{name: value.clone() for name, value in old[k].items()}} for k, state in enumerate(states)]
@@ -127,7 +133,7 @@ def _shared_out(
     rows = [_zeros(old[k], wholes[k]) for k in range(len(states))]
     for k, one in zip(mine, solved, strict=True):
         rows[k] = _encoded({name: written[k][name] for name in names[k]}, one, wholes[k])
-    rows = _summed(rows, [True] * len(rows), group)
+    rows = sums(rows, group)
     flags = torch.stack([row[-1] for row in rows]).tolist()
     refreshed = [
         _decoded(row, flag, {name: state[name] for name in kept}, whole)
@@ -136,7 +142,7 @@ def _shared_out(
     return preconditioner.carries_from(old, states, refreshed)
 
 
-def _owners(sizes: Sequence[int], ranks: int) -> list[int]:
+def owners(sizes: Sequence[int], ranks: int) -> list[int]:
     """Which rank solves which: the dearest first (n³), each to the rank with the least; the same on all ranks."""
     load, found = [0] * ranks, [0] * len(sizes)
     for k in sorted(range(len(sizes)), key=lambda k: -sizes[k]):
@@ -145,7 +151,7 @@ def _owners(sizes: Sequence[int], ranks: int) -> list[int]:
     return found
 
 
-def _bits(value: Tensor, device: torch.device) -> Tensor:
+def bits_of(value: Tensor, device: torch.device) -> Tensor:
     """Of float32 and int64 alike: int32, 1-d."""
     return value.to(device).reshape(-1).contiguous().view(torch.int32)
 
@@ -165,7 +171,7 @@ def _encoded(state: State, refreshed: Refreshed, whole: Tensor) -> Tensor:
     if refreshed.order is not None:
         order = refreshed.order.to(torch.int32).reshape(-1)
     flag = order.new_full((1,), int(refreshed.new) + int(refreshed.new and refreshed.order is not None))
-    return torch.cat([*(_bits(value, whole.device) for value in state.values()), order, flag])
+    return torch.cat([*(bits_of(value, whole.device) for value in state.values()), order, flag])
 
 
 def _decoded(row: Tensor, flag: int, state: State, whole: Tensor) -> Refreshed:

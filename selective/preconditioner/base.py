@@ -144,6 +144,13 @@ class Preconditioner(Configured):
         """
         return f"sharded, and {type(self).__name__} does not say how shards are rotated"
 
+    def gathers(self, shape: Shape) -> bool:
+        """Whether a sharded matrix [1, rows, columns] that `on_shards` leaves alone is rotated as a whole all the same.
+
+        Then it is gathered wherever this preconditioner is called, in every step, and everything is as on one device.
+        """
+        return False
+
     def is_part(self, name: str) -> bool:
         """Whether this entry of a sharded matrix's state is a part, and the sum over ranks the whole. Checkpoints have
         the whole."""

@@ -34,7 +34,10 @@ def why_not(sides: Sides, shape: Shape, max_dim: int, whole: frozenset[Side]) ->
     if not cut:
         return None
     some = " and ".join(cut)
-    return f"sharded, and rotating its {some} would gather it in every step; sides='unsharded' takes the other side"
+    return (
+        f"sharded, and rotating its {some} would gather it in every step, which gather_up_to does not allow; "
+        "sides='unsharded' takes the other side"
+    )
 
 
 def side_of(state: State) -> tuple[Side, ...]:

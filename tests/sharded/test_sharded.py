@@ -40,6 +40,7 @@ ROTATION = (
     "what_is_sent", "taking_turns", "not_finite_on_one_rank", "saved_between_refreshes", "what_is_left_alone",
     "saved_by_torch", "low_precision",
 )  # fmt: skip
+GATHERED = ("other_sides_are_gathered", "gathering_is_said_and_counted", "nan_in_one_rank_s_part")
 SLOW = {
     "rotated, a small Llama": "rotation:the_loss_of_a_small_llama",
     "rotated, everywhere": "rotation:from_a_stored_basis_everywhere",
@@ -57,6 +58,10 @@ def test_every_layout_does_what_one_device_does(tmp_path: Path) -> None:
 
 def test_rotations_do_what_they_do_on_one_device(tmp_path: Path) -> None:
     run_cases([f"sharded_cases_rotation:{name}" for name in ROTATION], 4, tmp_path)
+
+
+def test_other_sides_do_what_they_do_on_one_device(tmp_path: Path) -> None:
+    run_cases([f"sharded_cases_rotation:{name}" for name in GATHERED], 4, tmp_path)
 
 
 @pytest.mark.slow

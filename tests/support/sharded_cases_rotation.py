@@ -26,7 +26,7 @@ from sharded_world import World
 from small_llama import batch, loss_of, small_llama
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from selective import MGUP, AdaDiag, Cautious, Dense, Eigenbasis, Magma, Policy, SelectiveUpdate, Soap
+from selective import MGUP, AdaDiag, Cautious, CautiousMGUP, Dense, Eigenbasis, Magma, Policy, SelectiveUpdate, Soap
 from selective.capture import rotation_shards
 from selective.preconditioner import Preconditioner, State
 
@@ -295,9 +295,9 @@ def what_is_left_alone(world: World) -> None:
         assert not any(bases(run))
         return run.optimizer.explain()
 
-    assert "rotating its rows would gather it" in said(adamw, Soap())
-    assert "sides='unsharded'" in said(adamw, Eigenbasis(sides="rows"))
-    assert "rotating its columns would gather it" in said(adamw, AdaDiag(), place=columns)
+    assert "rotating its rows would gather it" in said(adamw, Soap(gather_up_to=50))
+    assert "sides='unsharded'" in said(adamw, Eigenbasis(sides="rows", gather_up_to=0))
+    assert "rotating its columns would gather it" in said(adamw, AdaDiag(gather_up_to=0), place=columns)
     assert "DTensor, and the base steps it by itself" in said(nadam, Eigenbasis(sides="unsharded"))
     both = said(adamw, Eigenbasis(sides="unsharded"), square, lambda t: [Shard(0), Shard(t.dim() - 1)])
     assert "no side of it is whole" in both
@@ -307,8 +307,78 @@ def what_is_left_alone(world: World) -> None:
     assert "3 of them sharded: nothing is sent" in run.optimizer.explain()
     joined = Run(adamw, options(MGUP(), Eigenbasis(sides="unsharded"), matrix_view="rows:2"), mesh, shapes=TALL[:1])
     assert "makes 2 matrices of it" in joined.optimizer.explain()
-    one = Run(adamw, options(MGUP(), Soap()), world.mesh(1) or mesh, shapes=TALL)
+    one = Run(adamw, options(MGUP(), Soap(gather_up_to=0)), world.mesh(1) or mesh, shapes=TALL)
     assert ("none of them" in one.optimizer.explain()) == (world.rank > 0)  # one rank alone cuts nothing
+
+
+GATHERED: dict[str, tuple[Make, Policy, Preconditioner, dict[str, Any]]] = {
+    "SOAP, AdamW": (adamw, MGUP(), Soap(refresh_every=2, solver="cholesky"), {}),
+    "in turns, Lion": (BASES["Lion"], Cautious(), Eigenbasis(refresh_every=3, solver="qr"), {}),
+    "AdaDiag++, SGD": (BASES["SGD"], MGUP(), AdaDiag(sides="two", refresh_every=2), {}),
+    "AdaDiag, SGD": (BASES["SGD"], MGUP(), AdaDiag(sides="rows", refresh_every=2, carry="keep"), {}),
+    "columns, AdamW": (adamw, MGUP(), AdaDiag(sides="columns", refresh_every=3), {"mask_space": "original"}),
+}
+
+
+def other_sides_are_gathered(world: World) -> None:
+    """... in every layout, cut both ways too, and are what they are on one device: from the same Gram matrices.
+
+    Tall matrices and wide ones, rows and columns: one of the two is the cut side. A checkpoint goes on on one device.
+    One gradient as the statistic only around SGD: where it leaves nothing, Adam divides a momentum of rounding errors
+    by the root of 0.
+    """
+    square = world.mesh(2, 2, names=("a", "b"))
+    cuts = [(name, mesh, place) for name, mesh, place, _ in layouts(world, everywhere=False)]
+    if square is not None:
+        cuts.append(("both", square, lambda t: [Shard(0), Shard(t.dim() - 1)]))
+    wrong = []
+    for name, (base, policy, how, more) in GATHERED.items():
+        for shapes in (TALL, WIDE):
+            one = Run(base, options(policy, how, **more), shapes=shapes).train(range(6))
+            for layout, mesh, place in cuts:
+                whole_side = {"rows": "columns", "columns": "rows"}.get(how.sides, "none")  # type: ignore[attr-defined]
+                if whole_side in layout.replace("hsdp", "rows"):  # nothing is gathered
+                    continue
+                ours = Run(base, options(policy, how, **more), mesh, place, shapes=shapes).train(range(4))
+                back = load(Run(base, options(policy, how, **more), shapes=shapes), saved(ours))
+                ours.train(range(4, 6))
+                back.train(range(4, 6))
+                rotated = sum("_basis" in key for state in bases(ours) for key in state)
+                furthest = max(apart(ours, one), apart(ours, back))
+                if furthest > NEAR or rotated != sum("_basis" in key for state in bases(one) for key in state):
+                    wrong.append((name, layout, furthest, rotated))
+    assert not wrong, wrong
+
+
+def gathering_is_said_and_counted(world: World) -> None:
+    """Three times a matrix's numbers with averages, twice without; a side that is whole is not gathered."""
+    mesh = world.mesh(world.size)
+    shapes = [(24, 6), (24, 6), (8, 17)]
+    seldom: dict[str, Any] = {"refresh_every": 50, "stagger": False}
+    for how, times in (
+        (Soap(**seldom), 3), (AdaDiag(sides="two", **seldom), 2), (Eigenbasis(sides="columns", **seldom), 0)
+    ):  # fmt: skip
+        run = Run(adamw, options(CautiousMGUP(), how, statistics=False), mesh, rows, shapes=shapes).train(range(3))
+        with counted() as sent:
+            run.train(range(3, 4))
+        assert sum(sent) == times * 4 * sum(m * n for m, n in shapes), (sent, times)
+        said = run.optimizer.explain()
+        assert ("gathered in every step" in said) == (times > 0)
+        assert times == 0 or {2: "twice", 3: "three times"}[times] in said
+
+
+def nan_in_one_rank_s_part(world: World) -> None:
+    """Of a gathered matrix nothing of that gradient enters the averages, as on one device."""
+    mesh = world.mesh(world.size)
+    runs = []
+    for cut in (None, mesh):
+        run = Run(adamw, options(CautiousMGUP(), Soap(refresh_every=2)), cut, rows, shapes=TALL[:1]).train(range(2))
+        run.train(range(2, 3), nan=True)
+        runs.append({k: v for k, v in run.optimizer._own[run.params[0]].items() if "gram" in k or "_basis" in k})
+    assert any("gram" in key for key in runs[0])
+    for key, value in runs[0].items():
+        assert value.isfinite().all()
+        torch.testing.assert_close(runs[1][key], value, rtol=NEAR, atol=NEAR)
 
 
 def the_loss_of_a_small_llama(world: World) -> None:
