@@ -8,13 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..sharded import sums
 from .config import FACTS, HIGH, KEYS, NUMBERS, NUMEL, RANKS
 from .elements import is_aligned, load_moved, pointers_of, row_of
 from .selecting import select
 from .strengths import column_sum
 
-NAMES = ("selected", "chosen_sq", "others_sq", "update_sq", "grad_sq", "update_grad", "chosen_u", "equal_u")
-WIDTH = tl.constexpr(8)  # a column for each; those that are not wanted are 0
+NAMES = ("selected", "chosen_sq", "others_sq", "update_sq", "grad_sq", "update_grad", "chosen_u", "equal_u", "moving")
+WIDTH = tl.constexpr(8)  # of a program's row: a column for each but the last, which is no sum of programs
+TOTALS = tl.constexpr(9)  # of a tensor's; what is not wanted is not written
+DIGITS, LOWEST = tl.constexpr(sums.DIGITS), tl.constexpr(sums.LOWEST)
+PLACES = tl.constexpr(sums.WIDTH)  # int32 numbers that stand for one of float64
 
 
 @triton.jit
@@ -82,13 +86,49 @@ def shard_sums_kernel(
 
 @triton.jit
 def totals_kernel(out_ptr, sums_ptr, spans_ptr, STATISTICS: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr):
-    """One tensor a program: its rows of sums as one, float64 [tensors, 8]; zeros where it does not count here.
+    """One tensor a program: its rows of sums as one, float64 [tensors, 9]; zeros where it does not count here.
 
     `spans_ptr` as for `cells_kernel`.
     """
     t = tl.program_id(0)
-    spans, out = spans_ptr + t * 4, out_ptr + t * WIDTH
+    spans, out = spans_ptr + t * 4, out_ptr + t * TOTALS
     first, count, counts = tl.load(spans), tl.load(spans + 1).to(tl.int32), tl.load(spans + 3) > 0
     for column in tl.static_range(WIDTH):
         if (column == 0) or (NORM and column < 3) or (STATISTICS and column > 2):
             tl.store(out + column, tl.where(counts, column_sum(sums_ptr, first, count, column, WIDTH, BLOCK), 0.0))
+
+
+@triton.jit
+def digits_kernel(out_ptr, totals_ptr, columns_ptr, wanted, count, BLOCK: tl.constexpr, SLOTS: tl.constexpr):
+    """`sharded.sums.digits` of the `wanted` columns of each tensor, bit for bit: int32 [count, 40].
+
+    x = whole * 2^(place + LOWEST) with an integer of 53 bits, of which each digit takes those that are in its place.
+    """
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.load(columns_ptr + n % wanted, mask=n < count, other=0)
+    x = tl.load(totals_ptr + (n // wanted) * TOTALS + column, mask=n < count, other=0.0)
+    bits = x.to(tl.int64, bitcast=True)
+    exponent = (bits >> 52) & 2047
+    finite = exponent < 1023 + 303  # false for infinity and NaN
+    whole = tl.where(finite & (exponent > 0), (bits & 0xFFFFFFFFFFFFF) | 0x10000000000000, 0)
+    digit = tl.arange(0, SLOTS)[None, :]
+    shift = 16 * digit - (exponent - 1075 - LOWEST)[:, None]
+    right = tl.where(shift < 64, whole[:, None] >> tl.minimum(tl.maximum(shift, 0), 63), 0)
+    left = tl.where(shift > -16, whole[:, None] << tl.minimum(tl.maximum(-shift, 0), 15), 0)
+    found = tl.where(shift >= 0, right, left) & 0xFFFF
+    found = tl.where(bits[:, None] < 0, -found, found)
+    found = tl.where(digit == DIGITS, 1 - finite.to(tl.int64)[:, None], found)
+    tl.store(out_ptr + n[:, None] * PLACES + digit, found.to(tl.int32), mask=(n[:, None] < count) & (digit < PLACES))
+
+
+@triton.jit
+def numbers_of_kernel(out_ptr, found_ptr, count, BLOCK: tl.constexpr, SLOTS: tl.constexpr):
+    """`sharded.sums.number`: int32 [count, 40], summed over processes, to float64 [count], to rounding."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    digit = tl.arange(0, SLOTS)[None, :]
+    inside = (n[:, None] < count) & (digit < DIGITS)
+    found = tl.load(found_ptr + n[:, None] * PLACES + digit, mask=inside, other=0).to(tl.float64)
+    unit = ((16 * tl.where(inside, digit, 0) + (1023 + LOWEST)).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+    missing = tl.load(found_ptr + n * PLACES + DIGITS, mask=n < count, other=0)
+    total = tl.where(missing > 0, float("nan"), tl.sum(found * unit, 1))
+    tl.store(out_ptr + n, total, mask=n < count)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..reference.strengths import Parts, multipliers
 from ..sharded.how import How
-from ..sharded.sums import WIDTH, digits, number
 from ..spec import Item, Sums, SumsTable
 from . import config, counting, shard_sums
 from .batch import Batch
@@ -28,6 +27,7 @@ from .tables import cdiv, power_of_two, upload, work
 
 SPAN, BLOCK = 8192, 1024  # elements of a program, and those it works on at a time
 TABLE_BLOCK = 1024
+SUMS_BLOCK = 16  # sums that a program takes apart, or puts together
 Asking = Generator[Tensor, Tensor, Sequence[Sums] | None]
 Row = dict[str, Tensor]  # the sums of all tensors, float64 [tensors], by their names
 
@@ -51,7 +51,7 @@ class ShardPlan:
         self.spans = upload([list(row) for row in rows], torch.int64, self.device)
         self.counted = all(shard.counted for shard in shards)
         self.lengths = upload(self.numels, torch.int64, self.device)
-        columns = [shard_sums.NAMES.index(name) for name in how.columns if name != "moving"]
+        columns = [shard_sums.NAMES.index(name) for name in how.columns]
         self.columns = upload(columns, torch.int64, self.device)
 
     def fits(self, items: Sequence[Item], how: How) -> bool:
@@ -146,19 +146,25 @@ class ShardStep:
         rows = self.empty(plan.programs * shard_sums.WIDTH.value, torch.float32)
         run(shard_sums.shard_sums_kernel, plan.programs, rows, plan.work, tables.pointers, tables.numbers, self.ranks,
             tables.facts, tables.keys, STATISTICS=how.statistics, SPAN=SPAN, BLOCK=BLOCK, CFG=self.looks)  # fmt: skip
-        out = torch.empty(self.tensors, shard_sums.WIDTH.value, dtype=torch.float64, device=plan.device)
+        out = torch.empty(self.tensors, shard_sums.TOTALS.value, dtype=torch.float64, device=plan.device)
         run(shard_sums.totals_kernel, self.tensors, out, rows, plan.spans, STATISTICS=how.statistics,
             NORM=how.strength.kind == "norm_preserving", BLOCK=TABLE_BLOCK)  # fmt: skip
-        out = out[:, plan.columns]
         if self.moving is not None:
-            out = torch.cat([out, self.moving[:, None]], 1)
-        return digits(out).reshape(-1)
+            out[:, shard_sums.NAMES.index("moving")] = self.moving
+        count = self.tensors * len(how.columns)
+        digits = self.empty(count * shard_sums.PLACES.value, torch.int32)
+        run(shard_sums.digits_kernel, cdiv(count, SUMS_BLOCK), digits, out, plan.columns, len(how.columns), count,
+            BLOCK=SUMS_BLOCK, SLOTS=power_of_two(shard_sums.PLACES.value))  # fmt: skip
+        return digits
 
     def complete(self, answer: Tensor) -> Row:
         """Everybody's sums by their names, with what follows of them."""
         how = self.how
-        table = number(answer.reshape(self.tensors, len(how.columns), WIDTH))
-        row = dict(zip(how.columns, table.unbind(1), strict=True))
+        count = self.tensors * len(how.columns)
+        table = self.empty(count, torch.float64)
+        run(shard_sums.numbers_of_kernel, cdiv(count, SUMS_BLOCK), table, answer, count, BLOCK=SUMS_BLOCK,
+            SLOTS=power_of_two(shard_sums.PLACES.value))  # fmt: skip
+        row = dict(zip(how.columns, table.view(self.tensors, -1).unbind(1), strict=True))
         if how.selection.kind == "top_k" and not how.strength_waits:  # the ties that are taken were not known yet
             need = self.ranks[:, config.LEFT.value]
             row["selected"] = row["selected"] + need

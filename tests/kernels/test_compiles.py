@@ -31,7 +31,12 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("whole", "previous,sampled,element", "adamw", {"seen_kernel", "digits_kernel", "strengths_kernel"}),
         ("whole", "agreement,top_k", "adam_coupled,sgd_nesterov,lion", {"selective_step_kernel", "ties_kernel"}),
         ("parts", "top_k,mean,norm,previous", "adamw", {"keys_kernel", "cutoff_kernel", "shard_sums_kernel"}),
-        ("parts", "top_k", "adam_amsgrad_maximize,sgd_nesterov,lion", {"keys_kernel", "totals_kernel"}),
+        (
+            "parts",
+            "top_k",
+            "adam_amsgrad_maximize,sgd_nesterov,lion",
+            {"keys_kernel", "digits_kernel", "numbers_of_kernel"},
+        ),
     ],
 )
 def test_every_launch_compiles(tmp_path: Path, what: str, kinds: str, rules: str, wanted: set[str]) -> None:
