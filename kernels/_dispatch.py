@@ -200,8 +200,7 @@ def begin_sharded(
     _check(items, rule, selection, strength)
 
     def kernels(item: Item) -> Any:
-        by_kernels = _implementation(item, rule, selection, backend) == "gpu"
-        return _gpu().step_shards if by_kernels else None
+        return _gpu().ShardKernels if _implementation(item, rule, selection, backend) == "gpu" else None
 
     return sharded.sharded_step(items, **how, local_step=partial(_local, backend=backend), kernels=kernels)
 

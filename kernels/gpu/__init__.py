@@ -11,8 +11,9 @@ from .functions import INTERPRETED, evaluate, jitted
 from .layout import unsupported
 from .plan import selective_step, step_again
 from .ranking import ranks, top_k
-from .shards import step_shards
+from .shards import ShardKernels
 
 __all__ = [
-    "INTERPRETED", "evaluate", "jitted", "ranks", "selective_step", "step_again", "step_shards", "top_k", "unsupported",
+    "INTERPRETED", "ShardKernels", "evaluate", "jitted", "ranks", "selective_step", "step_again", "top_k",
+    "unsupported",
 ]  # fmt: skip

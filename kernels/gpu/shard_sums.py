@@ -5,20 +5,25 @@ As in `statistics.py`: a program adds up in float32 and writes a row, one progra
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..sharded import sums
 from .config import FACTS, HIGH, KEYS, NUMBERS, NUMEL, RANKS
 from .elements import is_aligned, load_moved, pointers_of, row_of
+from .launch import run
 from .selecting import select
 from .strengths import column_sum
+from .tables import cdiv, power_of_two
 
 NAMES = ("selected", "chosen_sq", "others_sq", "update_sq", "grad_sq", "update_grad", "chosen_u", "equal_u", "moving")
 WIDTH = tl.constexpr(8)  # of a program's row: a column for each but the last, which is no sum of programs
 TOTALS = tl.constexpr(9)  # of a tensor's; what is not wanted is not written
 DIGITS, LOWEST = tl.constexpr(sums.DIGITS), tl.constexpr(sums.LOWEST)
 PLACES = tl.constexpr(sums.WIDTH)  # int32 numbers that stand for one of float64
+BLOCK = 16  # sums that a program takes apart, or puts together
 
 
 @triton.jit
@@ -99,14 +104,16 @@ def totals_kernel(out_ptr, sums_ptr, spans_ptr, STATISTICS: tl.constexpr, NORM: 
 
 
 @triton.jit
-def digits_kernel(out_ptr, totals_ptr, columns_ptr, wanted, count, BLOCK: tl.constexpr, SLOTS: tl.constexpr):
-    """`sharded.sums.digits` of the `wanted` columns of each tensor, bit for bit: int32 [count, 40].
+def digits_kernel(
+    out_ptr, table_ptr, columns_ptr, wanted, width, count, BLOCK: tl.constexpr, SLOTS: tl.constexpr
+):  # fmt: skip
+    """`sharded.sums.digits` of the `wanted` columns of a float64 table of `width`, bit for bit: int32 [count, 40].
 
     x = whole * 2^(place + LOWEST) with an integer of 53 bits, of which each digit takes those that are in its place.
     """
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.load(columns_ptr + n % wanted, mask=n < count, other=0)
-    x = tl.load(totals_ptr + (n // wanted) * TOTALS + column, mask=n < count, other=0.0)
+    x = tl.load(table_ptr + (n // wanted) * width + column, mask=n < count, other=0.0)
     bits = x.to(tl.int64, bitcast=True)
     exponent = (bits >> 52) & 2047
     finite = exponent < 1023 + 303  # false for infinity and NaN
@@ -132,3 +139,20 @@ def numbers_of_kernel(out_ptr, found_ptr, count, BLOCK: tl.constexpr, SLOTS: tl.
     missing = tl.load(found_ptr + n * PLACES + DIGITS, mask=n < count, other=0)
     total = tl.where(missing > 0, float("nan"), tl.sum(found * unit, 1))
     tl.store(out_ptr + n, total, mask=n < count)
+
+
+def as_digits(table: Tensor, columns: Tensor) -> Tensor:
+    """`sharded.sums.digits` of these columns of a contiguous float64 [rows, width], in one launch; int32, flat."""
+    count = len(table) * len(columns)
+    found = torch.empty(count * PLACES.value, dtype=torch.int32, device=table.device)
+    run(digits_kernel, cdiv(count, BLOCK), found, table, columns, len(columns), table.shape[1], count, BLOCK=BLOCK,
+        SLOTS=power_of_two(PLACES.value))  # fmt: skip
+    return found
+
+
+def as_numbers(digits: Tensor, rows: int) -> Tensor:
+    """`sharded.sums.number` of what `as_digits` has made and others have added to: float64 [rows, columns]."""
+    count = digits.numel() // PLACES.value
+    found = torch.empty(count, dtype=torch.float64, device=digits.device)
+    run(numbers_of_kernel, cdiv(count, BLOCK), found, digits, count, BLOCK=BLOCK, SLOTS=power_of_two(PLACES.value))
+    return found.view(rows, -1)

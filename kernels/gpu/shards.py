@@ -27,7 +27,6 @@ from .tables import cdiv, power_of_two, upload, work
 
 SPAN, BLOCK = 8192, 1024  # elements of a program, and those it works on at a time
 TABLE_BLOCK = 1024
-SUMS_BLOCK = 16  # sums that a program takes apart, or puts together
 Asking = Generator[Tensor, Tensor, Sequence[Sums] | None]
 Row = dict[str, Tensor]  # the sums of all tensors, float64 [tensors], by their names
 
@@ -151,20 +150,13 @@ class ShardStep:
             NORM=how.strength.kind == "norm_preserving", BLOCK=TABLE_BLOCK)  # fmt: skip
         if self.moving is not None:
             out[:, shard_sums.NAMES.index("moving")] = self.moving
-        count = self.tensors * len(how.columns)
-        digits = self.empty(count * shard_sums.PLACES.value, torch.int32)
-        run(shard_sums.digits_kernel, cdiv(count, SUMS_BLOCK), digits, out, plan.columns, len(how.columns), count,
-            BLOCK=SUMS_BLOCK, SLOTS=power_of_two(shard_sums.PLACES.value))  # fmt: skip
-        return digits
+        return shard_sums.as_digits(out, plan.columns)
 
     def complete(self, answer: Tensor) -> Row:
         """Everybody's sums by their names, with what follows of them."""
         how = self.how
-        count = self.tensors * len(how.columns)
-        table = self.empty(count, torch.float64)
-        run(shard_sums.numbers_of_kernel, cdiv(count, SUMS_BLOCK), table, answer, count, BLOCK=SUMS_BLOCK,
-            SLOTS=power_of_two(shard_sums.PLACES.value))  # fmt: skip
-        row = dict(zip(how.columns, table.view(self.tensors, -1).unbind(1), strict=True))
+        table = shard_sums.as_numbers(answer, self.tensors)
+        row = dict(zip(how.columns, table.unbind(1), strict=True))
         if how.selection.kind == "top_k" and not how.strength_waits:  # the ties that are taken were not known yet
             need = self.ranks[:, config.LEFT.value]
             row["selected"] = row["selected"] + need
@@ -207,6 +199,27 @@ class ShardStep:
         strengths = [x.expand(self.tensors) for x in (above, below)]
         table = [row["selected"], *strengths, *(row[n] for n in ("update_sq", "grad_sq", "update_grad")), masked]
         return SumsTable(torch.stack(table, 1), self.plan.numels)
+
+
+class ShardKernels:
+    """What `kernels/sharded` takes from here."""
+
+    @staticmethod
+    def step(items: Sequence[Item], how: How, cache: dict[Any, Any]) -> Asking:
+        return step_shards(items, how, cache)
+
+    @staticmethod
+    def digits(table: Tensor) -> Tensor:
+        """Of float64 [rows, columns]: int32, flat."""
+        with on(table.device):
+            columns = torch.arange(table.shape[1], device=table.device)
+            return shard_sums.as_digits(table.contiguous(), columns)
+
+    @staticmethod
+    def number(digits: Tensor, rows: int) -> Tensor:
+        """Back, summed: float64 [rows, columns]."""
+        with on(digits.device):
+            return shard_sums.as_numbers(digits, rows)
 
 
 def step_shards(items: Sequence[Item], how: How, cache: dict[Any, Any]) -> Asking:

@@ -8,7 +8,7 @@ float64) and one to three for ties, sums travelling with the last of them, but f
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,17 @@ from .sums import WIDTH, digits, number
 from .work import Work
 
 LocalStep = Callable[..., Sequence[Sums] | None]  # `selective_step` of whole tensors
-Kernels = Callable[[Sequence[Item], How, dict[Any, Any]], Part]  # `kernels.gpu.step_shards`
+
+
+class Kernels(Protocol):
+    """`kernels.gpu.ShardKernels`."""
+
+    @staticmethod
+    def step(items: Sequence[Item], how: How, cache: dict[Any, Any]) -> Part: ...
+    @staticmethod
+    def digits(table: Tensor) -> Tensor: ...
+    @staticmethod
+    def number(digits: Tensor, rows: int) -> Tensor: ...
 
 
 def sharded_step(
@@ -36,7 +46,7 @@ def sharded_step(
     draw: Draw,
     statistics: bool,
     local_step: LocalStep,
-    kernels: Callable[[Item], Kernels | None] = lambda item: None,
+    kernels: Callable[[Item], type[Kernels] | None] = lambda item: None,
 ) -> list[Steps]:
     """What has to be run (`exchange.run`) to step these; each part's sums come in the order of its `places`.
 
@@ -53,17 +63,19 @@ def sharded_step(
         assert item.shard is not None
         double = item.param.dtype == torch.float64 and selection.kind == "top_k"
         here = is_local(how) and not (selection.kind == "bernoulli" and item.shard.first(selection.unit) is None)
-        by_kernels = None if here or not can_be(item, how) else kernels(item)
-        same = () if by_kernels is None else kind_of(item, how)
+        # what ranks ask together must not go by how much of a tensor is here
+        able = statistics and item.shard.numel < 1 << 31 if here else can_be(item, how)
+        by_kernels = kernels(item) if able else None
+        same = () if here or by_kernels is None else kind_of(item, how)
         alike.setdefault((id(item.shard.group), item.param.device, double, here, by_kernels, *same), []).append(place)
     found = []
     for (_, _, _, here, by_kernels, *_), places in alike.items():
         mine = items if len(places) == len(items) else [items[place] for place in places]
-        part: Any
+        theirs = cast("type[Kernels] | None", by_kernels)
         if here:
-            part = _local(mine, how, local_step)
+            part = _local(mine, how, local_step, theirs)
         else:
-            part = by_kernels(mine, how, _cache(items, places)) if callable(by_kernels) else _whole(mine, how)
+            part = _whole(mine, how) if theirs is None else theirs.step(mine, how, _cache(items, places))
         shard = mine[0].shard
         assert shard is not None
         found.append(Steps(shard.group, mine[0].param.device, part, places))
@@ -106,7 +118,7 @@ def _summed(rows: Sequence[Tensor] | Tensor) -> Generator[Tensor, Tensor, Tensor
     return number(answer.reshape(*table.shape, WIDTH))
 
 
-def _local(items: Sequence[Item], how: How, local_step: LocalStep) -> Part:
+def _local(items: Sequence[Item], how: How, local_step: LocalStep, kernels: type[Kernels] | None) -> Part:
     """The kernels for whole tensors, and the sums of what they report."""
     arguments: dict[str, Any] = {
         "rule": how.rule, "selection": how.selection, "strength": how.strength, "draw": how.draw,
@@ -118,7 +130,12 @@ def _local(items: Sequence[Item], how: How, local_step: LocalStep) -> Part:
     table = sums.values if isinstance(sums, SumsTable) else torch.stack([_row(one) for one in sums])
     own, strengths = torch.cat([table[:, :1], table[:, 3:]], 1), table[:, 1:3]
     rows = [row if s is not None and s.counted else torch.zeros_like(row) for row, s in zip(own, shards, strict=True)]
-    found = yield from _summed(own if all(s is not None and s.counted for s in shards) else rows)
+    mine = own if all(s is not None and s.counted for s in shards) else torch.stack(rows)
+    if kernels is None:
+        found = yield from _summed(mine)
+    else:
+        answer = yield kernels.digits(mine)
+        found = kernels.number(answer, len(items))
     values = torch.cat([found[:, :1], strengths, found[:, 1:]], 1)
     return SumsTable(values, [0 if shard is None else shard.numel for shard in shards])
 

@@ -161,7 +161,7 @@ def test_what_whole_tensors_become(case: str, kind: str, rule: str, statistics: 
         ours, twins = (shards(RULES[rule], ranks, kind, torch.float32) for _ in range(2))
         assert all(can_be(item, _how(how)) for item in ours[0])
         once, its = whole(ours, **how)
-        (mine, sent), (other, sent_by_it) = run(ours, by_kernels.step_shards, **how), run(twins, None, **how)
+        (mine, sent), (other, sent_by_it) = run(ours, by_kernels.ShardKernels, **how), run(twins, None, **how)
         assert sent == sent_by_it
         # 8: of a square root and a quotient; the momentum's square, added in float32
         assert_close(joined(ours), [once], *((0, 0) if exact else (8 * 2**-23, 8 * 2**-23)))
@@ -190,7 +190,7 @@ def test_drawn(fraction: float, ranks: int, seed: int, span: int, kind: str, dty
         for step in range(3):
             selection = Selection("top_k", fraction=fraction if step < 2 else 1.0)  # a schedule
             once, _ = whole(ours, selection=selection, **how)
-            run(ours, by_kernels.step_shards, selection=selection, **how)
+            run(ours, by_kernels.ShardKernels, selection=selection, **how)
             assert_close(joined(ours), [once], 0, 0)
             plans |= {id(plan["plan"]) for items in ours for plan in items.cache.values()}
             for rank in ours:
@@ -215,7 +215,7 @@ def test_large_shards_on_a_gpu(kind: str, statistics: bool) -> None:
             once, its = whole(ours, **how)
             torch.cuda.set_sync_debug_mode("error" if step else "default")
             try:
-                mine, _ = run(ours, by_kernels.step_shards, **how)
+                mine, _ = run(ours, by_kernels.ShardKernels, **how)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             assert_close(joined(ours), [once], 0, 0)
@@ -233,7 +233,7 @@ def test_replicas_are_counted_once() -> None:
                     assert item.shard is not None
                     item.shard = replace(item.shard, counted=False)
             how = {"rule": ADAM, "selection": selection, "strength": MEAN, "statistics": True}
-            sums, _ = run(ranks, by_kernels.step_shards, **how)
+            sums, _ = run(ranks, by_kernels.ShardKernels, **how)
             results.append((ranks[-1], sums[-1]))
         (first, its), (last, theirs) = results
         assert_close([first], [last], 0, 0)
@@ -246,8 +246,8 @@ def test_shards_that_are_not_contiguous_are_stepped_as_copies() -> None:
     for item in ours[0]:
         if item.param.dim() > 1:
             item.param = item.param.mT.contiguous().mT
-    run(ours, by_kernels.step_shards, **how)
-    run(twins, by_kernels.step_shards, **how)
+    run(ours, by_kernels.ShardKernels, **how)
+    run(twins, by_kernels.ShardKernels, **how)
     assert_close(ours, twins, 0, 0)
 
 
@@ -262,8 +262,8 @@ def test_a_plan_is_made_anew_where_the_state_is_another_one() -> None:
                 item.param = item.param.clone()
         for items in twins:
             items.cache.clear()
-        run(ours, by_kernels.step_shards, **how)
-        run(twins, by_kernels.step_shards, **how)
+        run(ours, by_kernels.ShardKernels, **how)
+        run(twins, by_kernels.ShardKernels, **how)
         assert_close(ours, twins, 0, 0)
 
 
@@ -274,7 +274,7 @@ def test_the_first_step_of_sgd_makes_its_momentum() -> None:
         item.state.clear()
     how = {"rule": rule, "selection": TOP_K, "strength": MEAN, "statistics": False}
     for _ in range(2):
-        run(ours, by_kernels.step_shards, **how)
+        run(ours, by_kernels.ShardKernels, **how)
         run(twins, None, **how)
         assert_close(ours, twins, 4 * 2**-23, 4 * 2**-23)
 
@@ -324,7 +324,7 @@ def test_numbers_as_digits(values: list[float], wanted: int) -> None:
     count = len(values) * wanted
     digits = torch.full((count, sums.WIDTH), -7, dtype=torch.int32, device=device)
     how = {"BLOCK": 8, "SLOTS": 64}
-    run_kernel(shard_sums.digits_kernel, -(-count // 8), digits, totals, columns, wanted, count, **how)
+    run_kernel(shard_sums.digits_kernel, -(-count // 8), digits, totals, columns, wanted, 9, count, **how)
     expected = sums.digits(x)[:, None].expand(-1, wanted, -1).reshape(count, -1)
     assert torch.equal(digits, expected)
     out, three = torch.empty(count, dtype=torch.float64, device=device), (3 * digits).contiguous()
@@ -350,15 +350,15 @@ def test_no_number_of_operations_grows_with_the_tensors(statistics: bool, monkey
     how = {"rule": RULES["lion"], "selection": TOP_K, "strength": FIXED, "statistics": statistics}
     counts = []
     with monkeypatch.context() as patch:
-        for place in (by_kernels, __import__("selective.kernels.gpu.launch", fromlist=["run"])):
+        for place in (by_kernels, shard_sums, __import__("selective.kernels.gpu.launch", fromlist=["run"])):
             patch.setattr(place, "run", lambda *args, **constants: torch.zeros(()))  # one operation each
         for times in (1, 4):
             items = ItemList(
                 [item for _ in range(times) for item in shards(RULES["lion"], 1, "plain", torch.float32)[0]]
             )
-            run([items], by_kernels.step_shards, **how)
+            run([items], by_kernels.ShardKernels, **how)
             with Counting() as counting:
-                run([items], by_kernels.step_shards, **how)  # by the plan of the first
+                run([items], by_kernels.ShardKernels, **how)  # by the plan of the first
             counts.append(counting.count)
     assert counts[0] == counts[1] <= (60 if statistics else 40)
     for times in (1, 4):

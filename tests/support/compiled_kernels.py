@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from selective.kernels import Draw, Item, Selection, Strength
-from selective.kernels.gpu import launch, plan
+from selective.kernels.gpu import launch, plan, shard_sums
 from selective.kernels.gpu import shards as by_kernels
 from selective.kernels.sharded.selective_step import sharded_step
 
@@ -89,7 +89,7 @@ def parts_of_tensors(kinds: list[str], rules: list[str]) -> None:
                 (items,) = shards(rule, 1, "plain", torch.float32)
                 (one,) = sharded_step(
                     items, rule=rule, selection=selection, strength=strength, draw=Draw(1, 2), statistics=statistics,
-                    local_step=plan.selective_step, kernels=lambda item: by_kernels.step_shards,
+                    local_step=plan.selective_step, kernels=lambda item: by_kernels.ShardKernels,
                 )  # fmt: skip
                 one.go_on()
                 while one.asked is not None:
@@ -110,7 +110,7 @@ def what_is_refused(kinds: list[str], rules: list[str]) -> None:
 
 def main(what: str, kinds: str, rules: str) -> None:
     compiler: Any = Compiler()
-    launch.run = by_kernels.run = compiler
+    launch.run = by_kernels.run = shard_sums.run = compiler
     steps = {"whole": whole_tensors, "parts": parts_of_tensors, "refused": what_is_refused}
     steps[what](kinds.split(","), rules.split(","))
     assert compiler.done, "nothing was launched"
