@@ -117,8 +117,11 @@ def claimed(out: Path, run: Run) -> Iterator[bool]:
             yield not (out / run.file).exists()
 
 
-def next_run(out: Path) -> Iterator[Run]:
-    """One run after the other, each claimed while it is worked on; where all that is left is claimed, it waits."""
+def next_run(out: Path, deadline: float) -> Iterator[Run]:
+    """One run after the other, each claimed while it is worked on.
+
+    Where all that is left is claimed, it waits until something is free, or until the deadline (`time.perf_counter`).
+    """
     while True:
         left = [run for run in plan(lambda: results(out)) if not (out / run.file).exists()]
         if not left:
@@ -129,6 +132,8 @@ def next_run(out: Path) -> Iterator[Run]:
                     yield run
                     break
         else:
+            if time.perf_counter() > deadline:
+                return
             time.sleep(1)
 
 
@@ -341,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     trainer: Trainer | None = None
     longest = 0.0
-    for run in () if options.table else next_run(options.out):
+    for run in () if options.table else next_run(options.out, begun + options.seconds):
         if time.perf_counter() - begun + longest > options.seconds:
             print("out of time; the same command goes on from here")
             break

@@ -95,8 +95,11 @@ def waits(step: Callable[[], Any], device: str) -> str:
 
 
 def launched_by(step: Callable[[], Any], device: str) -> str:
-    """How much one step puts on the device."""
-    found = clock_of(device.partition(":")[0]).launches(Work(step))
+    """How much one step puts on the device. Asked only where all ranks can tell: they take the same steps for it."""
+    clock = clock_of(device.partition(":")[0])
+    able = torch.tensor(int(clock.launches(Work(lambda: torch.zeros(1, device=device))) is not None), device=device)
+    dist.all_reduce(able, op=dist.ReduceOp.MIN)
+    found = clock.launches(Work(step)) if bool(able) else None
     return "-" if found is None else str(sum(found.values()))
 
 

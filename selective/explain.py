@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from selective.capture.choose import Capture
 from selective.capture.delta import LOW_PRECISION
 from selective.capture.described import has_own_code, specs_of, why_twin
-from selective.capture.layout import local_of
+from selective.capture.layout import local_of, shard_of
 from selective.explain_shards import explain_shards, in_plain_torch
 from selective.explain_stage import explain_stage
 from selective.groups import PolicyGroup
@@ -36,6 +36,7 @@ def explain(
     mask_space: str,
     scope: str,
     statistics: bool,
+    stochastic: bool,
 ) -> str:
     """One paragraph a parameter group, in plain words."""
     lines = [f"SelectiveUpdate over {type(base).__module__}.{type(base).__name__}"]
@@ -51,7 +52,7 @@ def explain(
             f"  memory    {_memory(policy_group, capture, group)}",
         ]
         selection = _selection(policy_group.policy, group)
-        kernels = _kernels(base, group, policy_group.policy, capture, scope)
+        kernels = _kernels(base, group, policy_group.policy, capture, scope, stochastic)
         lines += [f"  selection {selection}"] if selection else []
         lines += [f"  kernels   {kernels}"] if kernels else []
         shards = explain_shards(group, policy_group.policy, capture, scope, statistics)
@@ -102,6 +103,8 @@ def _memory(policy_group: PolicyGroup, capture: Capture, group: dict[str, Any]) 
             "after the base's, the update of 256 MiB at a time"
         )
     if capture.way == "fused" and any(p.is_cuda for p in group["params"]):
+        if any(shard_of(p) is not None for p in group["params"]):
+            return "none that lasts; during the step up to 10 bytes for each element of this rank's shards"
         return "none that lasts; during the step up to 0.3 bytes a parameter (exact top-K, statistics)"
     return _MEMORY[capture.way]
 
@@ -117,7 +120,9 @@ def _selection(policy: Policy, group: dict[str, Any]) -> str | None:
     return "its kernel, a Triton function, is inlined into the step"
 
 
-def _kernels(base: Optimizer, group: dict[str, Any], policy: Policy, capture: Capture, scope: str) -> str | None:
+def _kernels(
+    base: Optimizer, group: dict[str, Any], policy: Policy, capture: Capture, scope: str, stochastic: bool
+) -> str | None:
     """Whether the elements are stepped by Triton; None on the CPU, where nothing else is to be expected."""
     params = group["params"]
     if capture.way == "dense" or not (backend_in_use() == "gpu" or any(p.is_cuda for p in params)):
@@ -125,7 +130,7 @@ def _kernels(base: Optimizer, group: dict[str, Any], policy: Policy, capture: Ca
     if has_own_code(policy, params):
         return "reference (plain torch), because the policy is your own code"
     rule = spec.GivenRule() if capture.rule is None else capture.rule.rule(base, group)
-    if scope == "global" and in_plain_torch(policy, params, rule):
+    if scope == "global" and in_plain_torch(policy, params, rule, stochastic):
         return "reference (plain torch), because what it selects depends on the shards of other ranks"
     for p in params:
         state = {} if capture.rule is None else {k: local_of(v) for k, v in base.state.get(p, {}).items()}

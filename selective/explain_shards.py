@@ -31,12 +31,12 @@ def explain_shards(group: dict[str, Any], policy: Policy, capture: Capture, scop
     return f"{some}, selected from as one device would: {_collectives(policy, found, statistics)}"
 
 
-def in_plain_torch(policy: Policy, params: list[Tensor], rule: spec.Rule) -> bool:
+def in_plain_torch(policy: Policy, params: list[Tensor], rule: spec.Rule, stochastic: bool) -> bool:
     """Whether any of these is a shard that is stepped together with other ranks, and that has no kernels for it."""
     specs = specs_on(policy, params)
     if specs is None:
         return False
-    how = How(rule, *specs, spec.Draw(0, 0), False)
+    how = How(rule, *specs, spec.Draw(0, 0, stochastic), False)
     shards = [(local_of(p), shard) for p in params if (shard := shard_of(p)) is not None]
     return not is_local(how) and any(not can_be(spec.Item(p, p, {}, 0, shard=shard), how) for p, shard in shards)
 

@@ -222,7 +222,7 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         captures = [capture for _, capture in self._captures]
         return explain(
             self.base, self.policy_groups, captures, self._momentum_beta, self._stages, self._mask_space, self._scope,
-            self._statistics,
+            self._statistics, self._stochastic_rounding,
         )  # fmt: skip
 
     def _is_recorded(self) -> bool:

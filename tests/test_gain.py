@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -58,6 +59,15 @@ def test_a_run_is_one_process_s_until_it_is_done(gain, tmp_path):
     (tmp_path / run.file).write_text("{}")  # another process has done it in the meantime
     with gain.claimed(tmp_path, run) as mine:
         assert not mine
+
+
+def test_nobody_waits_beyond_the_deadline(gain, tmp_path):
+    """... for what another process is at."""
+    runs = list(gain.plan(list))
+    with contextlib.ExitStack() as claims:
+        for run in runs:
+            claims.enter_context(gain.claimed(tmp_path, run))
+        assert list(gain.next_run(tmp_path, deadline=0.0)) == []
 
 
 def test_runs_that_depend_on_a_sweep_come_after_all_of_it(gain):

@@ -2,7 +2,8 @@
 
 What `kernels/sharded` does one tensor after the other in plain torch, with the same numbers sent: the K-th scores by a
 radix search (`counting.py`), sums (`shard_sums.py`), and in the end the pass over everything of any other step.
-Nothing but the step counters moves before the last collective. Memory while it lasts, with top-K: 4 bytes an element.
+Nothing but the step counters moves before the last collective. Memory while it lasts, with top-K: 4 bytes an element,
+32 KiB a tensor at least.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ class ShardStep:
                 share = need / self.ranks[:, config.TIED.value].clamp(min=1)
                 row["chosen_u"] = row["chosen_u"] + share * row["equal_u"]
         if how.statistics:
-            row["others_u"] = row["update_sq"] - row["chosen_u"]
+            row["others_u"] = (row["update_sq"] - row["chosen_u"]).clamp(min=0)  # where nothing else is left
         if self.moving is not None:
             self._first_step(row)
         return row

@@ -32,9 +32,12 @@ def can_be(item: Item, how: How) -> bool:
 
 
 def kind_of(item: Item, how: How) -> tuple[object, ...]:
-    """What has to be equal for one kernel to step tensors together."""
-    state = {name: x for name, x in item.state.items() if x is not None}
-    begins = isinstance(how.rule, SGDRule) and how.rule.momentum != 0 and "momentum_buffer" not in state
-    on_host = isinstance(how.rule, AdamRule) and "step" in state and state["step"].device.type == "cpu"
-    dtypes = tuple(sorted((name, str(x.dtype)) for name, x in state.items() if name != "step"))
-    return item.param.dtype, item.grad.dtype, dtypes, begins, on_host
+    """What has to be equal for one kernel to step tensors together: of the state, what the rule reads."""
+    rule, names = how.rule, ["exp_avg"]
+    if isinstance(rule, AdamRule):
+        names += ["exp_avg_sq", "max_exp_avg_sq"] if rule.amsgrad else ["exp_avg_sq"]
+    if isinstance(rule, SGDRule):
+        names = ["momentum_buffer"] if rule.momentum != 0 else []
+    state = [item.state.get(name) for name in names]
+    on_host = isinstance(rule, AdamRule) and item.state["step"].device.type == "cpu"
+    return item.param.dtype, item.grad.dtype, *(None if x is None else x.dtype for x in state), on_host

@@ -68,7 +68,7 @@ def sharded_step(
         by_kernels = kernels(item) if able else None
         same = () if here or by_kernels is None else kind_of(item, how)
         alike.setdefault((id(item.shard.group), item.param.device, double, here, by_kernels, *same), []).append(place)
-    found = []
+    found, used = [], set()
     for (_, _, _, here, by_kernels, *_), places in alike.items():
         mine = items if len(places) == len(items) else [items[place] for place in places]
         theirs = cast("type[Kernels] | None", by_kernels)
@@ -76,9 +76,13 @@ def sharded_step(
             part = _local(mine, how, local_step, theirs)
         else:
             part = _whole(mine, how) if theirs is None else theirs.step(mine, how, _cache(items, places))
+            used.add(("shards", *places))
         shard = mine[0].shard
         assert shard is not None
         found.append(Steps(shard.group, mine[0].param.device, part, places))
+    if isinstance(items, ItemList):  # of tensors that went together once: a schedule of the fraction parts them
+        for key in [key for key in items.cache if key[0] == "shards" and key not in used]:
+            del items.cache[key]
     return found
 
 

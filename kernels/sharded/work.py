@@ -161,7 +161,7 @@ class Work:
         how, m, item = self.how, self.moved, self.item
         state = item.policy_state
         if found is not None and how.statistics and "others_u" not in found:
-            found["others_u"] = found["update_sq"] - found["chosen_u"]
+            found["others_u"] = (found["update_sq"] - found["chosen_u"]).clamp(min=0)
         if found is not None and self._was_open:
             self._close(found)
         if found is not None and how.by_previous:
@@ -197,7 +197,7 @@ class Work:
         if not self.how.statistics:
             return
         share = one.need / one.among.clamp(min=1) * found["equal_u"]
-        found["chosen_u"], found["others_u"] = found["chosen_u"] + share, found["others_u"] - share
+        found["chosen_u"], found["others_u"] = found["chosen_u"] + share, (found["others_u"] - share).clamp(min=0)
 
     def _first_step(self, found: dict[str, Tensor]) -> None:
         """A tensor whose previous momentum is zero everywhere is selected everywhere."""

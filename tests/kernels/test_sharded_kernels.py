@@ -267,6 +267,33 @@ def test_a_plan_is_made_anew_where_the_state_is_another_one() -> None:
         assert_close(ours, twins, 0, 0)
 
 
+def test_tensors_that_part_leave_no_plans_behind() -> None:
+    """One after the other is selected as a whole, by a schedule of the fraction."""
+    items = shards(ADAM, 1, "plain", torch.float32)[0]
+    for fraction in (0.9, 0.2, 0.05, 0.03):
+        one = sharded_step(
+            items, rule=ADAM, selection=Selection("top_k", fraction=fraction), strength=FIXED, statistics=False,
+            draw=DRAW, local_step=reference_step, kernels=lambda item: by_kernels.ShardKernels,
+        )  # fmt: skip
+        for part in one:
+            part.go_on()
+            while part.asked is not None:
+                part.go_on(part.asked.clone())
+        assert len([key for key in items.cache if key[0] == "shards"]) == 1
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_mask_of_zeros_leaves_a_norm_of_zero(kernels: bool) -> None:
+    """What is not selected is a difference of sums, which rounding must not take below zero."""
+    ours = shards(ADAM, 2, "zeros", torch.float32)
+    for item in (item for items in ours for item in items):
+        item.state["exp_avg"] *= item.grad != 0
+    strength = Strength("fixed", selected=0.0, rest=1.0)
+    how = {"rule": ADAM, "selection": Selection("top_k", fraction=1.0), "strength": strength, "statistics": True}
+    sums, _ = run(ours, by_kernels.ShardKernels if kernels else None, **how)
+    assert all(0 <= float(one.masked_sq) <= 1e-6 * float(one.update_sq) for one in sums[0])
+
+
 def test_the_first_step_of_sgd_makes_its_momentum() -> None:
     rule = SGDRule(0.1, 0.9)
     ours, twins = (shards(rule, 3, "plain", torch.float32) for _ in range(2))
@@ -308,6 +335,8 @@ def test_what_one_kernel_can_step_together() -> None:
     narrow = replace(item, state={name: x.bfloat16() for name, x in item.state.items()})
     others = [narrow, replace(item, grad=item.grad.bfloat16()), replace(item, param=item.param.half())]
     assert len({kind_of(one, how) for one in (item, *others)}) == 4
+    noted: dict[str, Any] = {**item.state, "note": "by somebody", "debug": torch.zeros(3), "average": torch.zeros(1)}
+    assert kind_of(replace(item, state=noted), how) == kind_of(item, how)  # on this rank alone, perhaps
     sgd = replace(how, rule=SGDRule(0.1, 0.9))
     first, later = replace(item, state={}), replace(item, state={"momentum_buffer": item.param})
     assert kind_of(first, sgd) == kind_of(replace(item, state={"momentum_buffer": None}), sgd) != kind_of(later, sgd)  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ from selective import SelectiveUpdate
 
 FAST = {
     "selection": (
-        "every_policy", "other_bases", "delta_capture", "kernels_of_whole_tensors", "triton_kernels", "not_finite",
-        "other_dtypes", "samples", "massive_ties", "local_scope_differs",
+        "every_policy", "other_bases", "delta_capture", "kernels_of_whole_tensors", "triton_kernels",
+        "what_one_rank_notes", "not_finite", "other_dtypes", "samples", "massive_ties", "local_scope_differs",
     ),
     "own": (
         "own_code_in_every_layout", "state_is_cut_as_the_parameter", "what_is_gathered",

@@ -95,11 +95,19 @@ def kernels_of_whole_tensors(world: World) -> None:
                 torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=f"{name}, {layout}")
 
 
+def few_blocks() -> None:
+    """Programs of the interpreter that look at 64 elements, not eight times at 1,024."""
+    from selective.kernels.gpu import shards
+
+    shards.SPAN = shards.BLOCK = shards.TABLE_BLOCK = 64
+
+
 def triton_kernels(world: World) -> None:
     """... and Triton's, interpreted, which also step what is asked of others; plans are kept from step to step."""
+    few_blocks()
     for name in ("CautiousMGUP", "RandomMask", "MGUP", "Cautious", "AlphaConsistency"):
         asks = name not in ("CautiousMGUP", "RandomMask")
-        for base, told in ((adamw, asks), (sgd, True), *(() if asks else ((nadam, False),))):
+        for base, told in ((adamw, True),) if asks else ((adamw, False), (sgd, True), (nadam, False)):
             how: dict[str, Any] = {"backend": "gpu", "shapes": [(7, 5), (24, 6)]}
             options = {"policy": POLICIES[name], "statistics": told}
             single = Run(base, options, **how).train(range(3)).values()
@@ -112,6 +120,22 @@ def triton_kernels(world: World) -> None:
                 assert ("kernels   reference" in said) == by_torch and ("kernels   Triton" in said) != by_torch
                 for mine, theirs in zip(found, single, strict=True):
                     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=f"{name}, {place.__name__}")
+    run = Run(adamw, {"policy": MGUP(), "stochastic_rounding": True}, world.mesh(world.size), rows, backend="gpu",
+              shapes=[(7, 5)], dtype=torch.bfloat16).train(range(2))  # fmt: skip
+    with use_backend("gpu"):
+        assert "kernels   reference" in run.optimizer.explain()  # which rounds by the whole's index
+
+
+def what_one_rank_notes(world: World) -> None:
+    """An entry of somebody's in a state of one rank: ranks go on asking for the same, in the same order."""
+    few_blocks()
+    run = Run(adamw, {"policy": MGUP()}, world.mesh(world.size), rows, backend="gpu", shapes=[(8, 6)] * 3)
+    run.train(range(1))
+    if world.rank == 0:
+        run.optimizer.base.state[run.params[1]]["debug"] = torch.zeros(3)
+    single = Run(adamw, {"policy": MGUP()}, backend="gpu", shapes=[(8, 6)] * 3).train(range(3)).values()
+    for mine, theirs in zip(run.train(range(1, 3)).values(), single, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def not_finite(world: World) -> None:
