@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from selective.capture.layout import shard_of
-from selective.capture.rotation import is_foreign
+from selective.capture.rotation_checks import is_foreign
 from selective.policies import Dense, Policy
 from selective.staging import Stage
 

@@ -18,63 +18,15 @@ from ..reference.strengths import Parts, multipliers
 from ..sharded.how import How
 from ..spec import Item, Sums, SumsTable
 from . import config, counting, shard_sums
-from .batch import Batch
 from .config import derived
-from .configure import configure, static_key
 from .launch import Step, on, run
-from .layout import arrange, order_matters
-from .plan import begin_state
-from .tables import cdiv, power_of_two, upload, work
+from .shard_plan import ShardPlan, planned
+from .tables import power_of_two
 
-SPAN, BLOCK = 8192, 1024  # elements of a program, and those it works on at a time
+BLOCK = 1024  # elements that a program works on at a time
 TABLE_BLOCK = 1024
 Asking = Generator[Tensor, Tensor, Sequence[Sums] | None]
 Row = dict[str, Tensor]  # the sums of all tensors, float64 [tensors], by their names
-
-
-class ShardPlan:
-    """What is kept of the shards of one call from step to step: their batch, and how they are cut up."""
-
-    def __init__(self, items: Sequence[Item], how: How, begins: bool) -> None:
-        described = how.rule, how.selection, how.strength, how.draw
-        self.key = static_key(*described, how.statistics)
-        self.batch = Batch(configure(items[0], *described, False, begins), items, list(range(len(items))), how.rule,
-                           how.selection, how.strength)  # fmt: skip
-        self.device, self.fraction = self.batch.device, -1.0
-        shards = [item.shard for item in items if item.shard is not None]
-        self.numels, self.cells = [shard.numel for shard in shards], max(shard.cells for shard in shards)
-        counts = [cdiv(n, SPAN) for n in self.batch.numels]
-        self.work, first = work(counts, self.device)
-        self.programs = self.work.shape[0]
-        cell = [shard.places[0] if all(shard.runs) and shard.places else 0 for shard in shards]
-        rows = zip(first, counts, cell, (int(shard.counted) for shard in shards), strict=True)
-        self.spans = upload([list(row) for row in rows], torch.int64, self.device)
-        self.counted = all(shard.counted for shard in shards)
-        self.lengths = upload(self.numels, torch.int64, self.device)
-        columns = [shard_sums.NAMES.index(name) for name in how.columns]
-        self.columns = upload(columns, torch.int64, self.device)
-
-    def fits(self, items: Sequence[Item], how: How) -> bool:
-        """Whether it is right for these items too: gradients may be elsewhere, and numbers changed."""
-        now = static_key(how.rule, how.selection, how.strength, how.draw, how.statistics)
-        shards = [item.shard.numel for item in items if item.shard is not None]
-        return now == self.key and shards == self.numels and self.batch.fits(items)
-
-    def update(self, items: Sequence[Item], how: How) -> Tensor | None:
-        """Bring the tables up to date; where the clock is, if not in them."""
-        clock, tables = how.draw.clock, self.batch.tables
-        clock = None if clock is None or clock.device != self.device else clock
-        self.batch.update(items, how.rule, how.selection, how.strength, how.draw, own_clock=clock is None)
-        if (
-            how.selection.kind == "top_k" and self.fraction != how.selection.fraction
-        ):  # of the whole, not of what is here
-            rows = [[0] * config.RANKS.value for _ in self.numels]
-            for row, numel in zip(rows, self.numels, strict=True):
-                row[config.WANTED.value] = int(how.selection.fraction * numel)
-                row[config.MODE.value] = config.EXACT.value
-            tables.say("ranks", tables.ranks, rows)
-            self.fraction = how.selection.fraction
-        return clock
 
 
 class ShardStep:
@@ -103,9 +55,9 @@ class ShardStep:
         plan, tables = self.plan, self.tables
         bins = counting.BINS.value
         self.counts = torch.zeros(4, self.tensors * bins, dtype=torch.int32, device=plan.device)
-        self.keys = self.empty(plan.programs * SPAN, torch.int32)
+        self.keys = self.empty(plan.programs * plan.span, torch.int32)
         run(counting.keys_kernel, plan.programs, self.keys, self.counts[0], plan.work, tables.pointers, tables.numbers,
-            tables.facts, SPAN=SPAN, BLOCK=BLOCK, CFG=self.looks)  # fmt: skip
+            tables.facts, SPAN=plan.span, BLOCK=BLOCK, CFG=self.looks)  # fmt: skip
         return self._of_those_that_count(self.counts[0])
 
     def count_next(self, level: int, answer: Tensor) -> Tensor:
@@ -113,7 +65,7 @@ class ShardStep:
         plan = self.plan
         run(counting.narrow_kernel, self.tensors, self.ranks, answer, FIRST=level == 1, FINAL=False)
         run(counting.count_kernel, plan.programs, self.counts[level], self.keys, plan.work, self.ranks,
-            SHIFT=24 - 8 * level, SPAN=SPAN, BLOCK=BLOCK)  # fmt: skip
+            SHIFT=24 - 8 * level, SPAN=plan.span, BLOCK=BLOCK)  # fmt: skip
         return self._of_those_that_count(self.counts[level])
 
     def _of_those_that_count(self, counts: Tensor) -> Tensor:
@@ -126,7 +78,7 @@ class ShardStep:
         plan = self.plan
         run(counting.narrow_kernel, self.tensors, self.ranks, answer, FIRST=False, FINAL=True)
         self.equals = self.empty(plan.programs, torch.int32)
-        run(counting.equals_kernel, plan.programs, self.equals, self.keys, plan.work, self.ranks, SPAN=SPAN,
+        run(counting.equals_kernel, plan.programs, self.equals, self.keys, plan.work, self.ranks, SPAN=plan.span,
             BLOCK=BLOCK)  # fmt: skip
         table = torch.zeros(self.tensors * plan.cells, dtype=torch.int32, device=plan.device)
         run(counting.cells_kernel, self.tensors, table, self.equals, plan.spans, plan.cells, BLOCK=TABLE_BLOCK)
@@ -136,7 +88,7 @@ class ShardStep:
         """What equals the K-th is selected up to the index that is found here."""
         plan = self.plan
         run(counting.cutoff_kernel, self.tensors, self.ranks, answer, self.equals, self.keys, plan.spans, plan.cells,
-            CELLS=power_of_two(plan.cells), SPAN=SPAN, BLOCK=BLOCK)  # fmt: skip
+            CELLS=power_of_two(plan.cells), SPAN=plan.span, BLOCK=BLOCK)  # fmt: skip
 
     # --- sums ---
 
@@ -145,7 +97,8 @@ class ShardStep:
         plan, tables, how = self.plan, self.tables, self.how
         rows = self.empty(plan.programs * shard_sums.WIDTH.value, torch.float32)
         run(shard_sums.shard_sums_kernel, plan.programs, rows, plan.work, tables.pointers, tables.numbers, self.ranks,
-            tables.facts, tables.keys, STATISTICS=how.statistics, SPAN=SPAN, BLOCK=BLOCK, CFG=self.looks)  # fmt: skip
+            tables.facts, tables.keys, STATISTICS=how.statistics, SPAN=plan.span, BLOCK=BLOCK,
+            CFG=self.looks)  # fmt: skip
         out = torch.empty(self.tensors, shard_sums.TOTALS.value, dtype=torch.float64, device=plan.device)
         run(shard_sums.totals_kernel, self.tensors, out, rows, plan.spans, STATISTICS=how.statistics,
             NORM=how.strength.kind == "norm_preserving", BLOCK=TABLE_BLOCK)  # fmt: skip
@@ -230,7 +183,7 @@ def step_shards(items: Sequence[Item], how: How, cache: dict[Any, Any]) -> Askin
     """
     plan, back = cache.get("plan"), []
     if plan is None or not plan.fits(items, how):
-        plan, items, back = _planned(items, how, cache)
+        plan, items, back = planned(items, how, cache)
     device, extra = plan.device, torch.empty(0, dtype=torch.int32, device=plan.device)
 
     def here(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -255,18 +208,3 @@ def step_shards(items: Sequence[Item], how: How, cache: dict[Any, Any]) -> Askin
     for tensor, copy in back:
         tensor.copy_(copy)
     return sums
-
-
-def _planned(items: Sequence[Item], how: How, cache: dict[Any, Any]) -> tuple[ShardPlan, list[Item], list[Any]]:
-    """A new plan, the items with contiguous tensors, and what has to be written back after the step."""
-    begins = [begin_state(item, how.rule, how.strength) for item in items]
-    arranged, back = [], []
-    for item in items:
-        one, copied = arrange(item, how.rule, order_matters(how.selection, how.strength, how.draw, item))
-        arranged.append(one)
-        back += copied
-    plan = ShardPlan(arranged, how, begins[0])
-    cache.pop("plan", None)
-    if not back and not any(begins):
-        cache["plan"] = plan
-    return plan, arranged, back

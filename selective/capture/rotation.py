@@ -16,12 +16,19 @@ import torch
 from torch import Tensor
 
 from selective.capture import lists
+from selective.capture.rotation_checks import (
+    check_projected,
+    check_refreshed,
+    check_states,
+    exact_products,
+    is_foreign,
+    is_memory_of,
+)
 from selective.capture.rotation_gather import part_of, refresh_gathered, wholes
 from selective.capture.rotation_shards import refresh_shards
 from selective.kernels import spec
 from selective.preconditioner import Carry, Preconditioner, Shape, State, as_matrix
 from selective.preconditioner.linalg import batches
-from selective.preconditioner.matrices import DTYPES
 
 # Elements of the matrices whose bases are refreshed together, where nothing but what was observed of them is needed.
 BASES = 2**28
@@ -156,7 +163,8 @@ class Rotation:
         try:
             with self._named("refresh"):
                 made = self.preconditioner.refresh(states, grads)
-                self._check_refresh(due, states, made)
+                check_refreshed(made, [self.bases[i].shape for i in due])
+                check_states([self.bases[i].state for i in due], states)
         except BaseException:
             self._write(due, before)
             raise
@@ -201,7 +209,7 @@ class Rotation:
                 grads = self._clean(indices, grads)
             with self._named("observe"):
                 self.preconditioner.observe(states, grads)
-                self._check_states(indices, states)
+                check_states([self.bases[i].state for i in indices], states)
 
     def report(self) -> list[dict[str, Tensor]]:
         """What there is to know of each basis now: what the preconditioner says, and how many gradients it missed."""
@@ -236,9 +244,8 @@ class Rotation:
         with self._named("denoise"):
             states = self._states([indices[k] for k in fresh])
             made = self.preconditioner.denoise(states, [rotated[k].reshape(shape) for k in fresh])
-            return [
-                y.reshape(rotated[k].shape) for k, y in zip(fresh, self._checked(made, shape, len(fresh)), strict=True)
-            ]
+            made = check_projected(made, shape, len(fresh))
+        return [y.reshape(rotated[k].shape) for k, y in zip(fresh, made, strict=True)]
 
     def project_out(self, indices: list[int], xs: Sequence[Tensor], *, narrow: bool = False) -> list[Tensor]:
         """Each x back in the parameter's own space; `narrow` as in `gradients_in`, for x too."""
@@ -253,11 +260,11 @@ class Rotation:
             matrices = self._gathered(indices, matrices)
         with self._named(what):
             made = getattr(self.preconditioner, what)(self._states(indices), matrices)
-            made = self._checked(made, first.whole if first.gathers else shape, len(xs))
+            made = check_projected(made, first.whole if first.gathers else shape, len(xs))
         if first.gathers and first.shard is not None:
             made = [part_of(y, first.shard) for y in made]
         if self.is_foreign:
-            made = [y.clone() if _is_memory_of(y, x) else y for x, y in zip(matrices, made, strict=True)]
+            made = [y.clone() if is_memory_of(y, x) else y for x, y in zip(matrices, made, strict=True)]
         return [y.reshape(x.shape) for x, y in zip(xs, made, strict=True)]
 
     def _gathered(self, indices: list[int], parts: Sequence[Tensor]) -> list[Tensor]:
@@ -270,32 +277,8 @@ class Rotation:
             found.update(zip(same, wholes([parts[place[i]] for i in same], shard, whole), strict=True))
         return [found[i] for i in indices]
 
-    def _checked(self, made: Sequence[Tensor], shape: Shape, count: int) -> list[Tensor]:
-        """What a projection has returned, as a list."""
-        made = list(made)
-        if len(made) != count or any(y.shape != shape or y.dtype not in DTYPES for y in made):
-            found = [(tuple(y.shape), y.dtype) for y in made]
-            raise ValueError(f"it returned {found} for {count} float32 matrices of shape {shape}")
-        return made
-
     def _states(self, indices: list[int]) -> list[State]:
         return [dict(self.bases[i].state) for i in indices]
-
-    def _check_states(self, indices: list[int], states: list[State]) -> None:
-        for index, state in zip(indices, states, strict=True):
-            kept = self.bases[index].state
-            if state.keys() != kept.keys() or any(state[key] is not kept[key] for key in kept):
-                raise ValueError("it put another tensor into a state, which is lost: write into the tensors in place")
-
-    def _check_refresh(self, due: list[int], states: list[State], made: object) -> None:
-        if not isinstance(made, list) or len(made) != len(due):
-            raise ValueError(f"it has to return a list with one entry for each of {len(due)} states: a Carry or None")
-        if any(maps is not None and not isinstance(maps, Carry) for maps in made):
-            raise ValueError("it has to return a Carry or None for each state")
-        for index, maps in zip(due, made, strict=True):
-            if maps is not None:
-                _check_carry(maps, self.bases[index].shape)
-        self._check_states(due, states)
 
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:
@@ -304,31 +287,3 @@ class Rotation:
                 yield
         except Exception as error:
             raise PreconditionerError(f"{type(self.preconditioner).__name__}.{what} failed: {error}") from error
-
-
-def _check_carry(maps: Carry, shape: Shape) -> None:
-    """Shapes and dtypes, which say on the host what would otherwise fail half-way through the moments."""
-    batch, rows, columns = shape
-    wanted = {
-        "left": ((batch, rows, rows), torch.float32), "right": ((batch, columns, columns), torch.float32),
-        "rows": ((batch, rows), torch.int64), "columns": ((batch, columns), torch.int64),
-    }  # fmt: skip
-    for name, (size, dtype) in wanted.items():
-        value = getattr(maps, name)
-        if value is not None and (tuple(value.shape), value.dtype) != (size, dtype):
-            raise ValueError(f"its Carry has {name} as {value.dtype} {list(value.shape)}, must be {dtype} {list(size)}")
-
-
-def exact_products(device: torch.device) -> torch.autocast:
-    """Outside of a user's autocast region, where products of float32 matrices would be made in bfloat16."""
-    return torch.autocast(device.type, enabled=False)
-
-
-def is_foreign(preconditioner: Preconditioner) -> bool:
-    """Whether it is somebody's own code, which may raise: then parameters are kept to be put back."""
-    return not type(preconditioner).__module__.startswith("selective.")
-
-
-def _is_memory_of(y: Tensor, x: Tensor) -> bool:
-    """Whether a projection has handed back its argument, which may be the parameter itself."""
-    return y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()

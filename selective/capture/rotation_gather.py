@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from selective.capture.rotation_checks import check_refreshed, check_states
 from selective.capture.rotation_shards import Sharded, bits_of, cut_into_lots, nothing_of, owners, sums
 from selective.kernels import spec
 from selective.preconditioner import Carry, Preconditioner, Shape, State
@@ -71,7 +72,10 @@ def refresh_gathered(
         rows = [_blank(due[i], kept) for i, kept in zip(indices, names, strict=True)]
         for same in _alike(here, [due[i] for i in indices]):
             states = [{**due[indices[k]].state, **_copies(due[indices[k]].state, names[k])} for k in same]
+            given = [dict(state) for state in states]
             made = preconditioner.refresh(states, [grads[k] for k in same])
+            check_refreshed(made, [due[indices[k]].whole for k in same])
+            check_states(given, states)
             for k, state, carry in zip(same, states, made, strict=True):
                 rows[k] = _encoded([state[name] for name in names[k]], carry, due[indices[k]])
         rows = sums(rows, group)

@@ -18,7 +18,7 @@ from sharded_pieces import SHAPES, values
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selective.kernels import AdamRule, Draw, Item, ItemList, LionRule, Selection, SGDRule, Strength
-from selective.kernels.gpu import shard_sums
+from selective.kernels.gpu import shard_plan, shard_sums
 from selective.kernels.gpu import shards as by_kernels
 from selective.kernels.gpu.launch import run as run_kernel
 from selective.kernels.gpu.plan import selective_step as whole_step
@@ -49,7 +49,7 @@ def _where(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU where there is one; interpreted, with spans so short that these shards have several."""
     monkeypatch.setitem(WHERE, "device", device)
     if device == "cpu":
-        monkeypatch.setattr(by_kernels, "SPAN", 16)
+        monkeypatch.setattr(shard_plan, "SPAN", 16)
         monkeypatch.setattr(by_kernels, "BLOCK", 8)
         monkeypatch.setattr(by_kernels, "TABLE_BLOCK", 4)
 
@@ -184,7 +184,7 @@ def test_drawn(fraction: float, ranks: int, seed: int, span: int, kind: str, dty
     how = {"rule": ADAM, "strength": FIXED, "statistics": False}
     ours = shards(ADAM, ranks, kind, dtype, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(by_kernels, "SPAN", span)
+        patch.setattr(shard_plan, "SPAN", span)
         patch.setattr(by_kernels, "BLOCK", 8)
         plans = set()
         for step in range(3):

@@ -97,9 +97,9 @@ def kernels_of_whole_tensors(world: World) -> None:
 
 def few_blocks() -> None:
     """Programs of the interpreter that look at 64 elements, not eight times at 1,024."""
-    from selective.kernels.gpu import shards
+    from selective.kernels.gpu import shard_plan, shards
 
-    shards.SPAN = shards.BLOCK = shards.TABLE_BLOCK = 64
+    shard_plan.SPAN = shards.BLOCK = shards.TABLE_BLOCK = 64
 
 
 def triton_kernels(world: World) -> None:
