@@ -40,8 +40,9 @@ def explain_stage(stage: Stage, policy: Policy, mask_space: str) -> list[str]:
 def _gathering(stage: Stage, gathered: list[Tensor]) -> str:
     numbers, observes = sum(p.numel() for p in gathered), stage.preconditioner.observes()
     return (
-        f"gathered in every step, {numbers:,} float32 numbers {'three times' if observes else 'twice'}, and each rank "
-        "makes the whole product; sides='unsharded' sends nothing"
+        f"gathered in every step, {numbers:,} float32 numbers {'three times' if observes else 'twice'} (and what a "
+        "policy reads, where it does in the original space), and each rank makes the whole product; sides='unsharded' "
+        "sends nothing"
     )
 
 

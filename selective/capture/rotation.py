@@ -130,11 +130,22 @@ class Rotation:
         with self._named("refresh"):
             finite = {i: self._finite.get(i) for i in apart}
             made = refresh_shards(self.preconditioner, apart, finite, matrices)
-            made |= refresh_gathered(self.preconditioner, gathered, lambda some: self._gathered(some, matrices(some)))
-        valid = torch.ones((), dtype=torch.bool, device=self.bases[due[0]].device)
+        yield from self._carried(made)
+        missing = {i: ~self._finite[i] for i in gathered}
+        lots = refresh_gathered(
+            self.preconditioner, gathered, missing, lambda some: self._gathered(some, matrices(some))
+        )
+        while True:  # moments follow each lot before the next one may fail
+            with self._named("refresh"):
+                lot = next(lots, None)
+            if lot is None:
+                return
+            yield from self._carried(lot)
+
+    def _carried(self, made: dict[int, Carry | None]) -> Iterator[Carried]:
         for index, maps in made.items():
             if maps is not None:
-                yield Carried(index, maps, valid.to(self.bases[index].device))
+                yield Carried(index, maps, torch.ones((), dtype=torch.bool, device=self.bases[index].device))
 
     def is_due(self, index: int) -> bool:
         basis, steps = self.bases[index], self.steps[index]

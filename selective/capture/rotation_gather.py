@@ -5,12 +5,13 @@ would, and needs to know nothing of how the others' parts lie: rows, columns, bo
 then makes the whole product and keeps its part, and the running averages are whole on each.
 
 Note [gathered refresh]: what a refresh makes on one rank goes to all, as integers, with the maps for the moments. So
-the ranks can't come to differ in a basis, as in Note [sharded refresh].
+the ranks can't come to differ in a basis, as in Note [sharded refresh]. Before that goes a word for each matrix: which
+maps there are, whether any part of its gradient was not finite, whether a rank has failed; then all raise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -55,78 +56,101 @@ def on_wholes(shard: spec.Shard, shape: Shape, change: Change) -> Change:
 
 
 def refresh_gathered(
-    preconditioner: Preconditioner, due: Mapping[int, Sharded], gradients: Callable[[list[int]], list[Tensor]]
-) -> dict[int, Carry | None]:
-    """New bases of these in their states, each made on one rank; the carries by index, in the same order on all ranks.
+    preconditioner: Preconditioner, due: Mapping[int, Sharded], missing: Mapping[int, Tensor],
+    gradients: Callable[[list[int]], list[Tensor]],
+) -> Iterator[dict[int, Carry | None]]:  # fmt: skip
+    """New bases of these in their states, each made on one rank: lot by lot, the carries by index, alike on all ranks.
 
+    `missing`: whether this rank's part of the gradient is not finite (0-d bool); then nothing is new anywhere.
     `gradients`: the wholes, asked for where the preconditioner reads them.
     """
-    found: dict[int, Carry | None] = {}
     reads = preconditioner.refreshes_from_gradients()
-    for group, indices in cut_into_lots(due):
-        grads = gradients(indices) if reads else [nothing_of(due[i], due[i].whole) for i in indices]
-        ranks = torch.distributed.get_world_size(group)
-        solvers = owners([max(due[i].whole[1:]) for i in indices], ranks)
+    for group, indices in cut_into_lots(due, lambda basis: basis.whole[1] * basis.whole[2] if reads else 0):
+        bases = [due[i] for i in indices]
+        grads = gradients(indices) if reads else [nothing_of(basis, basis.whole) for basis in bases]
+        solvers = owners([max(b.whole[1:]) for b in bases], torch.distributed.get_world_size(group))
         here = [k for k, owner in enumerate(solvers) if owner == torch.distributed.get_rank(group)]
-        names = [sorted(n for n in due[i].state if preconditioner.refresh_writes(n)) for i in indices]
-        rows = [_blank(due[i], kept) for i, kept in zip(indices, names, strict=True)]
-        for same in _alike(here, [due[i] for i in indices]):
-            states = [{**due[indices[k]].state, **_copies(due[indices[k]].state, names[k])} for k in same]
-            given = [dict(state) for state in states]
-            made = preconditioner.refresh(states, [grads[k] for k in same])
-            check_refreshed(made, [due[indices[k]].whole for k in same])
-            check_states(given, states)
-            for k, state, carry in zip(same, states, made, strict=True):
-                rows[k] = _encoded([state[name] for name in names[k]], carry, due[indices[k]])
-        rows = sums(rows, group)
-        flags = torch.stack([row[-1] for row in rows]).tolist()  # waits for the device, as a refresh does
-        for i, kept, row, flag in zip(indices, names, rows, flags, strict=True):
-            found[i] = _decoded(row, flag, [due[i].state[name] for name in kept], due[i])
-    return found
+        made = _Made(preconditioner, bases, grads, here)
+        flags = torch.tensor([[flag, 0] for flag in made.flags], dtype=torch.int32).to(bases[0].device)
+        flags[:, 1] = torch.stack([missing[i] for i in indices]).to(torch.int32)
+        (both,) = sums([flags.view(-1)], group)
+        said = both.view(-1, 2).tolist()  # waits for the device, as a refresh does
+        if any(flag & FAILED for flag, _ in said):
+            raise made.error or RuntimeError("it failed on another rank, whose error says how")
+        rows = sums([made.row(k, flag) for k, (flag, _) in enumerate(said)], group)
+        found: dict[int, Carry | None] = dict.fromkeys(indices)
+        for k, (flag, spoilt) in enumerate(said):
+            if not spoilt:
+                found[indices[k]] = made.decoded(rows[k], k, flag)
+        yield found
 
 
-def _alike(places: Sequence[int], bases: Sequence[Sharded]) -> list[list[int]]:
-    by_shape: dict[Shape, list[int]] = {}
-    for k in places:
-        by_shape.setdefault(bases[k].whole, []).append(k)
-    return list(by_shape.values())
+FAILED = 32  # in a flag; 1: there is a carry; 2, 4, 8, 16: it has this map
+_FIELDS = ("left", "right", "rows", "columns")
 
 
-def _copies(state: State, names: Sequence[str]) -> State:
-    return {name: state[name].clone() for name in names}
+class _Made:
+    """What this rank has made of a lot, as the others get it."""
 
+    def __init__(
+        self, preconditioner: Preconditioner, bases: Sequence[Sharded], grads: Sequence[Tensor], here: Sequence[int]
+    ) -> None:
+        self.bases, self.flags, self.error = bases, [0] * len(bases), None
+        self.names = [sorted(n for n in basis.state if preconditioner.refresh_writes(n)) for basis in bases]
+        self.states: dict[int, State] = {}
+        self.carries: dict[int, Carry | None] = {}
+        by_shape: dict[Shape, list[int]] = {}
+        for k in here:
+            by_shape.setdefault(bases[k].whole, []).append(k)
+        try:
+            for same in by_shape.values():
+                self._solve(preconditioner, same, [grads[k] for k in same])
+        except Exception as error:  # the others are waiting: they are told, and all raise
+            self.error: Exception | None = error
+            for k in here:
+                self.flags[k] = FAILED
 
-def _fields(basis: Sharded) -> list[Tensor]:
-    """What a `Carry` may have, empty, in its order."""
-    (_, m, n), device = basis.whole, basis.device
-    return [
-        torch.zeros(shape, dtype=dtype, device=device)
-        for shape, dtype in (
-            ((1, m, m), torch.float32), ((1, n, n), torch.float32), ((1, m), torch.int64), ((1, n), torch.int64),
-        )
-    ]  # fmt: skip
+    def _solve(self, preconditioner: Preconditioner, same: list[int], grads: list[Tensor]) -> None:
+        """Of copies, so that nothing has changed where an error or a gradient that is not finite undoes it."""
+        states = []
+        for k in same:
+            state = self.bases[k].state
+            states.append({**state, **{name: state[name].clone() for name in self.names[k]}})
+        given = [dict(state) for state in states]
+        clean = [grad.masked_fill(~grad.isfinite().all(), 0.0) for grad in grads]
+        made = preconditioner.refresh(states, clean)
+        check_refreshed(made, [self.bases[k].whole for k in same])
+        check_states(given, states)
+        for k, state, carry in zip(same, states, made, strict=True):
+            self.states[k], self.carries[k] = state, carry
+            if carry is not None:
+                self.flags[k] = 1 + sum(2 << place for place, x in enumerate(carry) if x is not None)
 
+    def _targets(self, k: int, flag: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The entries of a state that a refresh writes, and maps as this flag says, of the right sizes."""
+        (_, m, n), device = self.bases[k].whole, self.bases[k].device
+        sizes = {"left": (1, m, m), "right": (1, n, n), "rows": (1, m), "columns": (1, n)}
+        kinds = {"left": torch.float32, "right": torch.float32, "rows": torch.int64, "columns": torch.int64}
+        present = [name for place, name in enumerate(_FIELDS) if flag & (2 << place)]
+        maps = {name: torch.zeros(sizes[name], dtype=kinds[name], device=device) for name in present}
+        return [self.bases[k].state[name] for name in self.names[k]], maps
 
-def _blank(basis: Sharded, names: Sequence[str]) -> Tensor:
-    tensors = [*(basis.state[name] for name in names), *_fields(basis)]
-    count = sum(x.numel() * x.element_size() // 4 for x in tensors) + 1
-    return torch.zeros(count, dtype=torch.int32, device=basis.device)
+    def row(self, k: int, flag: int) -> Tensor:
+        """int32, 1-d: what was made of one matrix here, or as many zeros."""
+        device = self.bases[k].device
+        if k not in self.states:
+            state, maps = self._targets(k, flag)
+            count = sum(x.numel() * x.element_size() // 4 for x in (*state, *maps.values()))
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        carry = self.carries[k]
+        maps = [] if carry is None else [x for x in carry if x is not None]
+        return torch.cat([bits_of(x, device) for x in (*(self.states[k][name] for name in self.names[k]), *maps)])
 
-
-def _encoded(values: Sequence[Tensor], carry: Carry | None, basis: Sharded) -> Tensor:
-    """States, maps, and last which maps there are: 0 where nothing is new, else 1 and a bit for each."""
-    maps = [None] * 4 if carry is None else list(carry)
-    filled = [empty if x is None else x for x, empty in zip(maps, _fields(basis), strict=True)]
-    flag = 0 if carry is None else 1 + sum(2 << place for place, x in enumerate(maps) if x is not None)
-    last = torch.full((1,), flag, dtype=torch.int32, device=basis.device)
-    return torch.cat([*(bits_of(x, basis.device) for x in (*values, *filled)), last])
-
-
-def _decoded(row: Tensor, flag: int, values: Sequence[Tensor], basis: Sharded) -> Carry | None:
-    """Write the states; the carry."""
-    maps, start = _fields(basis), 0
-    for value in (*values, *maps):
-        end = start + value.numel() * value.element_size() // 4
-        value.copy_(row[start:end].clone().view(value.dtype).reshape(value.shape))
-        start = end
-    return Carry(*(x if flag & (2 << place) else None for place, x in enumerate(maps))) if flag else None
+    def decoded(self, row: Tensor, k: int, flag: int) -> Carry | None:
+        """Write the state; the carry."""
+        (state, maps), start = self._targets(k, flag), 0
+        for value in (*state, *maps.values()):
+            end = start + value.numel() * value.element_size() // 4
+            value.copy_(row[start:end].clone().view(value.dtype).reshape(value.shape))
+            start = end
+        return Carry(**maps) if flag else None

@@ -66,8 +66,13 @@ def refresh_shards(
     return found
 
 
-def cut_into_lots(due: Mapping[int, Sharded]) -> Iterator[tuple[Any, list[int]]]:
-    """Those of one group of processes and device, as many as are sent at once: cut by what all ranks know."""
+def cut_into_lots(
+    due: Mapping[int, Sharded], more: Callable[[Sharded], int] = lambda basis: 0
+) -> Iterator[tuple[Any, list[int]]]:
+    """Those of one group of processes and device, as many as are sent at once: cut by what all ranks know.
+
+    `more`: elements that are needed of each besides its state.
+    """
     alike: dict[tuple[int, torch.device], list[int]] = {}
     for index, basis in due.items():
         assert basis.shard is not None
@@ -76,7 +81,7 @@ def cut_into_lots(due: Mapping[int, Sharded]) -> Iterator[tuple[Any, list[int]]]
         some: list[int] = []
         count = 0
         for index in indices:
-            size = sum(value.numel() for value in due[index].state.values())
+            size = sum(value.numel() for value in due[index].state.values()) + more(due[index])
             if some and count + size > SENT:
                 yield _group(due[some[0]]), some
                 some, count = [], 0

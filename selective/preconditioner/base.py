@@ -147,7 +147,8 @@ class Preconditioner(Configured):
     def gathers(self, shape: Shape) -> bool:
         """Whether a sharded matrix [1, rows, columns] that `on_shards` leaves alone is rotated as a whole all the same.
 
-        Then it is gathered wherever this preconditioner is called, in every step, and everything is as on one device.
+        Then it is gathered wherever this preconditioner is called, in every step, and everything is as on one device,
+        but that `denoise` gets each rank's part.
         """
         return False
 

@@ -40,7 +40,10 @@ ROTATION = (
     "what_is_sent", "taking_turns", "not_finite_on_one_rank", "saved_between_refreshes", "what_is_left_alone",
     "saved_by_torch", "low_precision",
 )  # fmt: skip
-GATHERED = ("other_sides_are_gathered", "gathering_is_said_and_counted", "nan_in_one_rank_s_part")
+GATHERED = (
+    "other_sides_are_gathered", "gathering_is_said_and_counted", "nan_in_one_rank_s_part",
+    "a_failing_refresh_ends_the_step_everywhere", "a_refresh_sends_what_is_rotated",
+)  # fmt: skip
 SLOW = {
     "rotated, a small Llama": "rotation:the_loss_of_a_small_llama",
     "rotated, everywhere": "rotation:from_a_stored_basis_everywhere",

@@ -11,7 +11,7 @@ only the loss is compared.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -24,11 +24,24 @@ from sharded_cases_training import by_columns, by_rows
 from sharded_runs import Make, Place, Run, adamw, columns, nadam, rows, whole
 from sharded_world import World
 from small_llama import batch, loss_of, small_llama
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from selective import MGUP, AdaDiag, Cautious, CautiousMGUP, Dense, Eigenbasis, Magma, Policy, SelectiveUpdate, Soap
+from selective import (
+    MGUP,
+    AdaDiag,
+    Cautious,
+    CautiousMGUP,
+    Dense,
+    Eigenbasis,
+    Magma,
+    Policy,
+    PreconditionerError,
+    SelectiveUpdate,
+    Soap,
+)
 from selective.capture import rotation_shards
-from selective.preconditioner import Preconditioner, State
+from selective.preconditioner import Carry, Preconditioner, State
 
 CLOSE, NEAR = 1e-5, 1e-4
 TALL = [(24, 6), (17, 8), (12, 12), (5,)]
@@ -368,17 +381,52 @@ def gathering_is_said_and_counted(world: World) -> None:
 
 
 def nan_in_one_rank_s_part(world: World) -> None:
-    """Of a gathered matrix nothing of that gradient enters the averages, as on one device."""
+    """Of a gathered matrix nothing of that gradient enters averages or bases, as on one device: in any step."""
     mesh = world.mesh(world.size)
-    runs = []
-    for cut in (None, mesh):
-        run = Run(adamw, options(CautiousMGUP(), Soap(refresh_every=2)), cut, rows, shapes=TALL[:1]).train(range(2))
-        run.train(range(2, 3), nan=True)
-        runs.append({k: v for k, v in run.optimizer._own[run.params[0]].items() if "gram" in k or "_basis" in k})
-    assert any("gram" in key for key in runs[0])
-    for key, value in runs[0].items():
-        assert value.isfinite().all()
-        torch.testing.assert_close(runs[1][key], value, rtol=NEAR, atol=NEAR)
+    spaces = (Soap(refresh_every=2), AdaDiag(sides="two", refresh_every=3))  # due before steps 1, 3, 5 and 0, 3, 6
+    for space, when in ((space, when) for space in spaces for when in (2, 3)):
+        runs = []
+        for cut in (None, mesh):
+            run = Run(BASES["SGD"], options(CautiousMGUP(), space), cut, rows, shapes=TALL[:1]).train(range(when))
+            before = {k: v.clone() for k, v in bases(run)[0].items()}
+            run.train(range(when, when + 1), nan=True)
+            own = run.optimizer._own[run.params[0]]
+            runs.append({k: v for k, v in own.items() if k.startswith("selective/basis/")})
+            assert all(torch.equal(before[key], runs[-1][key]) for key in before), (space, when)
+        assert runs[0].keys() == runs[1].keys()
+        for key, value in runs[0].items():
+            assert value.isfinite().all()
+            torch.testing.assert_close(runs[1][key], value, rtol=NEAR, atol=NEAR, msg=f"{key} {space} {when}")
+
+
+class Failing(Eigenbasis):
+    """Its second refresh fails, on the rank that makes it."""
+
+    def refresh(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Carry | None]:
+        if int(states[0]["refreshes"]):
+            raise RuntimeError("no basis today")
+        return super().refresh(states, grads)
+
+
+def a_failing_refresh_ends_the_step_everywhere(world: World) -> None:
+    """... at once, and bases and parameters are as they were."""
+    space = Failing(refresh_every=2, stagger=False)
+    run = Run(adamw, options(MGUP(), space), world.mesh(world.size), rows, shapes=[(12, 12)]).train(range(3))
+    before, values = {k: v.clone() for k, v in bases(run)[0].items()}, run.values()
+    with pytest.raises(PreconditionerError, match="no basis today" if world.rank == 0 else "on another rank"):
+        run.train(range(3, 4))
+    assert all(torch.equal(before[key], value) for key, value in bases(run)[0].items())
+    assert all(torch.equal(a, b) for a, b in zip(values, run.values(), strict=True))
+
+
+def a_refresh_sends_what_is_rotated(world: World) -> None:
+    """Of a wide matrix whose short side is: nothing of the length of the other."""
+    space = AdaDiag(sides="rows", refresh_every=50)
+    run = Run(adamw, options(CautiousMGUP(), space, statistics=False), world.mesh(world.size), rows, shapes=[(8, 4000)])
+    with counted() as sent:
+        run.train(range(1))
+    gathered = 4 * 8 * 4000 * 3  # for the refresh, on the way in, on the way out
+    assert gathered < sum(sent) < gathered + 2000
 
 
 def the_loss_of_a_small_llama(world: World) -> None:
