@@ -12,10 +12,9 @@ import triton.language as tl
 
 from .config import CUTOFF, FACTS, HIGH, LEFT, NUMBERS, NUMEL, RANKS, TIED, WANTED
 from .elements import is_aligned, pointers_of, row_of
-from .top_k import descend, keys_at
+from .top_k import LAST, descend, keys_at
 
 BINS = tl.constexpr(256)
-LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # a cutoff behind every index
 NOTHING = tl.constexpr(0xFFFFFFFF)  # a key that no score has
 
 

@@ -75,13 +75,26 @@ class Plan:
                 batch.refresh(hyper_parameters(self.rule, selection, strength), selection)
 
 
-def begin_state(item: Item, rule: Rule, strength: Strength) -> bool:
+def _begin(item: Item, rule: Rule, strength: Strength) -> bool:
     """Make the state that a first step lacks, as the reference does; whether SGD's momentum begins in it."""
     if strength.kind == "alignment" and "average" not in item.policy_state:
         item.policy_state["average"] = torch.ones((), dtype=torch.float32, device=item.param.device)
     if not isinstance(rule, SGDRule) or rule.momentum == 0 or item.state.get("momentum_buffer") is not None:
         return False
     return begin(item, rule).first
+
+
+def prepared(
+    items: Sequence[Item], rule: Rule, selection: Selection, strength: Strength, draw: Draw
+) -> tuple[list[Item], list[tuple[Tensor, Tensor]], list[bool]]:
+    """The items as the kernels take them, what has to be copied back after the step, whose momentum begins in it."""
+    begins = [_begin(item, rule, strength) for item in items]
+    arranged, back = [], []
+    for item in items:
+        one, copied = arrange(item, rule, order_matters(selection, strength, draw, item))
+        arranged.append(one)
+        back += copied
+    return arranged, back, begins
 
 
 def step_again(
@@ -103,13 +116,8 @@ def selective_step(
     """Steps 5 to 7 of these tensors, in place, by Triton kernels. See `selective.kernels.selective_step`."""
     if not items:
         return SumsTable(_NOTHING, []) if statistics else None
-    begins = [begin_state(item, rule, strength) for item in items]
-    arranged, back = [], []
-    for item in items:
-        one, copied = arrange(item, rule, order_matters(selection, strength, draw, item))
-        arranged.append(one)
-        back += copied
     how = (rule, selection, strength, draw)
+    arranged, back, begins = prepared(items, *how)
     plan = Plan(arranged, *how, statistics, begins)
     if isinstance(items, ItemList) and not back and not any(begins):
         items.cache["plan"] = plan

@@ -13,8 +13,7 @@ from ..spec import Item
 from . import config, shard_sums
 from .batch import Batch
 from .configure import configure, static_key
-from .layout import arrange, order_matters
-from .plan import begin_state
+from .plan import prepared
 from .tables import cdiv, upload, work
 
 SPAN = 8192  # elements of a program
@@ -54,9 +53,7 @@ class ShardPlan:
         clock, tables = how.draw.clock, self.batch.tables
         clock = None if clock is None or clock.device != self.device else clock
         self.batch.update(items, how.rule, how.selection, how.strength, how.draw, own_clock=clock is None)
-        if (
-            how.selection.kind == "top_k" and self.fraction != how.selection.fraction
-        ):  # of the whole, not of what is here
+        if how.selection.kind == "top_k" and self.fraction != how.selection.fraction:  # ranks are those of the whole
             rows = [[0] * config.RANKS.value for _ in self.numels]
             for row, numel in zip(rows, self.numels, strict=True):
                 row[config.WANTED.value] = int(how.selection.fraction * numel)
@@ -68,12 +65,7 @@ class ShardPlan:
 
 def planned(items: Sequence[Item], how: How, cache: dict[Any, Any]) -> tuple[ShardPlan, list[Item], list[Any]]:
     """A new plan, the items with contiguous tensors, and what has to be written back after the step."""
-    begins = [begin_state(item, how.rule, how.strength) for item in items]
-    arranged, back = [], []
-    for item in items:
-        one, copied = arrange(item, how.rule, order_matters(how.selection, how.strength, how.draw, item))
-        arranged.append(one)
-        back += copied
+    arranged, back, begins = prepared(items, how.rule, how.selection, how.strength, how.draw)
     plan = ShardPlan(arranged, how, begins[0])
     cache.pop("plan", None)
     if not back and not any(begins):

@@ -15,6 +15,7 @@ from .config import FACTS, HIGH, KEYS, NUMBERS, NUMEL, RANKS
 from .elements import is_aligned, load_moved, pointers_of, row_of
 from .launch import run
 from .selecting import select
+from .statistics import normed
 from .strengths import column_sum
 from .tables import cdiv, power_of_two
 
@@ -36,11 +37,7 @@ def _terms(i, mask, pointers, row, ranks, facts, keys, FAST: tl.constexpr, STATI
     chosen = chosen & mask
     a, b, c, d, e, f, h, k = chosen.to(tl.float32), zero, zero, zero, zero, zero, zero, zero
     if CFG.strength == "norm_preserving":
-        x = u
-        if CFG.of == "momentum":
-            x = m
-        elif CFG.of == "gradient":
-            x = g
+        x = normed(g, u, m, CFG)
         b, c = tl.where(chosen, x * x, 0.0), tl.where(mask & (chosen == 0), x * x, 0.0)
     if STATISTICS:
         u, g = tl.where(mask, u, 0.0), tl.where(mask, g, 0.0)

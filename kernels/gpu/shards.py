@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..reference.strengths import Parts, multipliers
 from ..sharded.how import How
+from ..sharded.work import select_everything
 from ..spec import Item, Sums, SumsTable
 from . import config, counting, shard_sums
 from .config import derived
@@ -120,18 +121,9 @@ class ShardStep:
         if how.statistics:
             row["others_u"] = (row["update_sq"] - row["chosen_u"]).clamp(min=0)  # where nothing else is left
         if self.moving is not None:
-            self._first_step(row)
+            first = select_everything(row, self.plan.lengths.to(torch.float64))
+            self.ranks[:, config.SEEN.value].copy_(~first)
         return row
-
-    def _first_step(self, row: Row) -> None:
-        """A tensor whose previous momentum is zero everywhere is selected everywhere."""
-        first = row["moving"] == 0
-        self.ranks[:, config.SEEN.value].copy_(~first)
-        row["selected"] = torch.where(first, self.plan.lengths.to(torch.float64), row["selected"])
-        for chosen, others in (("chosen_u", "others_u"), ("chosen_sq", "others_sq")):
-            if chosen in row:
-                row[chosen] = torch.where(first, row[chosen] + row[others], row[chosen])
-                row[others] = torch.where(first, 0.0, row[others])
 
     def finish(self, row: Row | None) -> SumsTable | None:
         """Strengths, and the pass over everything."""

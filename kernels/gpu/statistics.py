@@ -39,6 +39,17 @@ from .strengths import column_sum
 
 
 @triton.jit
+def normed(g, u, m, CFG: tl.constexpr):
+    """What the norm that a strength keeps is of."""
+    x = u
+    if CFG.of == "momentum":
+        x = m
+    elif CFG.of == "gradient":
+        x = g
+    return x
+
+
+@triton.jit
 def _sum(out, offs, mask, pointers, row, ranks, facts, keys, FUNCTION: tl.constexpr, FAST: tl.constexpr,
          CFG: tl.constexpr):  # fmt: skip
     """One program's row: the sums of these elements that this strength needs."""
@@ -47,11 +58,7 @@ def _sum(out, offs, mask, pointers, row, ranks, facts, keys, FUNCTION: tl.conste
     if CFG.strength == "mean_preserving":
         tl.store(out, tl.sum((chosen & mask).to(tl.float32)))
     elif CFG.strength == "norm_preserving":
-        x = u
-        if CFG.of == "momentum":
-            x = m
-        elif CFG.of == "gradient":
-            x = g
+        x = normed(g, u, m, CFG)
         squares = tl.where(mask, x * x, 0.0)
         tl.store(out, tl.sum(tl.where(chosen, squares, 0.0)))
         tl.store(out + 1, tl.sum(tl.where(chosen, 0.0, squares)))

@@ -16,6 +16,17 @@ from .how import How
 from .ranking import Ranked, key_of, selected
 
 
+def select_everything(found: dict[str, Tensor], numel: float | Tensor) -> Tensor:
+    """The sums, in place, where the previous momentum was zero everywhere: all is selected then. Returns where."""
+    first = found["moving"] == 0
+    found["selected"] = torch.where(first, numel, found["selected"])
+    for chosen, others in (("chosen_u", "others_u"), ("chosen_sq", "others_sq")):
+        if chosen in found:
+            found[chosen] = torch.where(first, found[chosen] + found[others], found[chosen])
+            found[others] = torch.where(first, 0.0, found[others])
+    return first
+
+
 class Work:
     """One tensor, whose moments have moved.
 
@@ -201,15 +212,7 @@ class Work:
 
     def _first_step(self, found: dict[str, Tensor]) -> None:
         """A tensor whose previous momentum is zero everywhere is selected everywhere."""
-        first = found["moving"] == 0
-        self.chosen = self.chosen | first
-        found["selected"] = torch.where(first, float(self.shard.numel), found["selected"])
-        for chosen, others in (("chosen_u", "others_u"), ("chosen_sq", "others_sq")):
-            if chosen not in found:
-                continue
-            both = found[chosen] + found[others]
-            found[chosen] = torch.where(first, both, found[chosen])
-            found[others] = torch.where(first, 0.0, found[others])
+        self.chosen = self.chosen | select_everything(found, float(self.shard.numel))
 
     def _parts(self, found: dict[str, Tensor] | None) -> Parts:
         strength, numel = self.how.strength, self.shard.numel

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from selective.capture.rotation_checks import check_refreshed, check_states
-from selective.capture.rotation_shards import Sharded, bits_of, cut_into_lots, nothing_of, owners, sums
+from selective.capture.rotation_shards import Sharded, bits_of, cut_into_lots, nothing_of, owners, sums, write_bits
 from selective.kernels import spec
 from selective.preconditioner import Carry, Preconditioner, Shape, State
 
@@ -148,9 +148,6 @@ class _Made:
 
     def decoded(self, row: Tensor, k: int, flag: int) -> Carry | None:
         """Write the state; the carry."""
-        (state, maps), start = self._targets(k, flag), 0
-        for value in (*state, *maps.values()):
-            end = start + value.numel() * value.element_size() // 4
-            value.copy_(row[start:end].clone().view(value.dtype).reshape(value.shape))
-            start = end
+        state, maps = self._targets(k, flag)
+        write_bits(row, (*state, *maps.values()))
         return Carry(**maps) if flag else None

@@ -9,7 +9,7 @@ them. How much there is to send follows from shapes, and from the flags, which a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -161,6 +161,16 @@ def bits_of(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device).reshape(-1).contiguous().view(torch.int32)
 
 
+def write_bits(row: Tensor, values: Iterable[Tensor]) -> int:
+    """Back into these, in place, from the row's beginning; where they end in it."""
+    start = 0
+    for value in values:
+        end = start + value.numel() * value.element_size() // 4
+        value.copy_(row[start:end].clone().view(value.dtype).reshape(value.shape))
+        start = end
+    return start
+
+
 def _zeros(state: State, whole: Tensor) -> Tensor:
     count = sum(value.numel() * value.element_size() // 4 for value in state.values()) + _columns(whole) + 1
     return torch.zeros(count, dtype=torch.int32, device=whole.device)
@@ -181,11 +191,7 @@ def _encoded(state: State, refreshed: Refreshed, whole: Tensor) -> Tensor:
 
 def _decoded(row: Tensor, flag: int, state: State, whole: Tensor) -> Refreshed:
     """Write the state; what became of the matrix."""
-    start = 0
-    for value in state.values():
-        end = start + value.numel() * value.element_size() // 4
-        value.copy_(row[start:end].clone().view(value.dtype).reshape(value.shape))
-        start = end
+    start = write_bits(row, state.values())
     if flag < 2:
         return Refreshed(flag > 0)
     return Refreshed(True, row[start:-1].to(torch.int64).view(whole.shape[0], -1))
