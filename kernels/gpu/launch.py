@@ -13,6 +13,7 @@ from torch import Tensor
 from . import batch as sizes
 from .batch import Batch
 from .config import PARTIALS, SUM_COLUMNS, Config, derived
+from .configure import BRACKET_RUN
 from .numbers import numbers_kernel
 from .repair import repair_kernel
 from .sample import SLOTS, bracket_kernel, digits_kernel, sample_kernel, spread_kernel
@@ -24,6 +25,7 @@ from .tables import cdiv, power_of_two
 from .top_k import DIGIT
 from .whole import whole_kernel
 
+SAMPLE_WARPS, SETTLE_WARPS = 4, 4
 STEP_WARPS = 4  # of a program of `BLOCK` elements
 BINS = 2048  # parts of a bracket's histogram: see `bin_of`
 WHOLE_BLOCK = 4096  # scores that a program which ranks a small tensor looks at at a time
@@ -135,7 +137,8 @@ class Step:
         counts = torch.zeros(count * (slots + 2), dtype=torch.int32, device=self.batch.device)
         histograms, spreads = counts[: count * slots], counts[count * slots :]
         run(sample_kernel, top_k.sample_work.shape[0], samples, histograms, top_k.sample_work, tables.pointers,
-            tables.numbers, tables.facts, tables.keys, CFG=cfg, BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
+            tables.numbers, tables.facts, tables.keys, SAMPLED=top_k.sampled, RUN=BRACKET_RUN, CFG=cfg,
+            BLOCK=sizes.SAMPLE_BLOCK, warps=SAMPLE_WARPS)  # fmt: skip
         if top_k.whole is not None:
             run(whole_kernel, top_k.whole.shape[0], tables.ranks, samples, tables.facts, top_k.whole,
                 BLOCK=WHOLE_BLOCK)  # fmt: skip
@@ -144,12 +147,12 @@ class Step:
         work, programs, sampled = top_k.drawn_work, top_k.drawn_work.shape[0], top_k.sampled
         if not sampled:
             run(spread_kernel, programs, spreads, samples, histograms, work, tables.ranks, tables.facts,
-                BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
+                RUN=BRACKET_RUN, BLOCK=sizes.RANK_BLOCK)  # fmt: skip
         for level in (1, 2) if sampled else (1,):
             run(digits_kernel, programs, histograms, spreads, samples, work, tables.ranks, tables.facts, WIDTH,
-                SAMPLED=sampled, LEVEL=level, BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
+                SAMPLED=sampled, LEVEL=level, RUN=BRACKET_RUN, BLOCK=sizes.RANK_BLOCK)  # fmt: skip
         run(bracket_kernel, count, tables.ranks, histograms, spreads, tables.facts, top_k.large, WIDTH,
-            SAMPLED=sampled)  # fmt: skip
+            SAMPLED=sampled, RUN=BRACKET_RUN)  # fmt: skip
 
     def _count_and_settle(self, cfg: Config) -> None:
         """The pass over everything, then the undecided elements. Without `cfg.writes` only thresholds are found."""
@@ -172,7 +175,7 @@ class Step:
         todo = self.empty(settles * SETTLE_ROOM, torch.int32)
         run(settle_kernel, settles, self.settled, tiny, todo, marks, top_k.settle_work, tables.pointers,
             tables.numbers, tables.ranks, tables.facts, TINY=TINY, BINS=BINS, WORDS=sizes.SETTLE_WORDS,
-            ROOM=SETTLE_ROOM, BLOCK=SETTLE_BLOCK, CFG=again)  # fmt: skip
+            ROOM=SETTLE_ROOM, BLOCK=SETTLE_BLOCK, CFG=again, warps=SETTLE_WARPS)  # fmt: skip
         run(ties_kernel, count, self.tied, tiny, broken, top_k.large, tables.pointers, tables.numbers, tables.ranks,
             tables.facts, TINY=TINY, BINS=BINS, CFG=again)  # fmt: skip
         self._repair(again, broken, meeting, exact)

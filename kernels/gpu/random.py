@@ -41,3 +41,18 @@ def sample_position(i, numel, shift, first_key, second_key):
     right = (run + 1) * numel >> shift
     bits = random_bits(run.to(tl.uint32), first_key, second_key).to(tl.int64)
     return left + (bits * (right - left - 7) >> 24) + (i & 7)
+
+
+@triton.jit
+def bracket_position(i, numel, shift, first_key, second_key, RUN: tl.constexpr):
+    """The flat index of sample `i` for a bracket: groups of RUN elements, one in each of `2**shift` equal strata.
+
+    Groups begin at multiples of RUN, so that each is as few bursts of memory as it can be; the elements after the last
+    whole group are not drawn. At least `2**shift` groups, and int64 as above.
+    """
+    group = i // RUN
+    groups = numel // RUN
+    left = group * groups >> shift
+    right = (group + 1) * groups >> shift
+    bits = random_bits(group.to(tl.uint32), first_key, second_key).to(tl.int64)
+    return (left + (bits * (right - left) >> 24)) * RUN + i % RUN

@@ -32,7 +32,7 @@ from .config import (
     WANTED,
 )
 from .elements import pointers_of, row_of
-from .random import sample_position
+from .random import bracket_position, sample_position
 from .top_k import descend, keys_at
 
 LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # a cutoff behind every index
@@ -66,11 +66,12 @@ def _add(histogram_ptr, digit, inside):
 @triton.jit
 def sample_kernel(
     samples_ptr, histograms_ptr, work_ptr, pointers_ptr, numbers_ptr, facts_ptr, keys_ptr,
-    CFG: tl.constexpr, BLOCK: tl.constexpr,
+    SAMPLED: tl.constexpr, RUN: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The keys of up to BLOCK sampled scores of one tensor a program: reads what a score is made of at those places.
 
-    Four bytes are written a sample; read are whole sectors of 32 bytes for 8 neighbours. Counts the keys' first digits.
+    Four bytes are written a sample; of float32 read are whole bursts of 64 bytes for 16 neighbours (SAMPLED, whose
+    places everybody draws alike: one or two for 8). Counts the keys' first digits.
     """
     program = tl.program_id(0)
     t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
@@ -80,7 +81,11 @@ def sample_kernel(
     mask = i < count
     first = tl.load(keys + 2).to(tl.uint32, bitcast=True)
     second = tl.load(keys + 3).to(tl.uint32, bitcast=True)
-    places = tl.where(shift < 0, i, sample_position(i, numel, tl.maximum(shift, 0), first, second))
+    if SAMPLED:
+        drawn = sample_position(i, numel, tl.maximum(shift, 0), first, second)
+    else:
+        drawn = bracket_position(i, numel, tl.maximum(shift, 0), first, second, RUN)
+    places = tl.where(shift < 0, i, drawn)
     key, _, _, _ = keys_at(pointers_of(pointers_ptr, t), row, tl.where(mask, places, 0), mask, False, CFG)
     tl.store(samples_ptr + tl.load(facts + SAMPLES_AT) + i, key.to(tl.int32, bitcast=True), mask=mask)
     if shift >= 0:
@@ -102,8 +107,10 @@ def _place(ranks, facts):
 
 
 @triton.jit
-def spread_kernel(spreads_ptr, samples_ptr, histograms_ptr, work_ptr, ranks_ptr, facts_ptr, BLOCK: tl.constexpr):
-    """For each run of 8 neighbours, how many of its keys are about the wanted rank or above: adds up the numbers and
+def spread_kernel(
+    spreads_ptr, samples_ptr, histograms_ptr, work_ptr, ranks_ptr, facts_ptr, RUN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """For each run of RUN neighbours, how many of its keys are about the wanted rank or above: adds up the numbers and
     their squares. What was drawn are runs, and neighbours are alike, so their variance says how far the rank is off.
     """
     program = tl.program_id(0)
@@ -114,13 +121,13 @@ def spread_kernel(spreads_ptr, samples_ptr, histograms_ptr, work_ptr, ranks_ptr,
     near, _, _ = descend(_first_digits(histograms_ptr, large), tl.minimum(tl.maximum(place, 1), count))
     i = part * BLOCK + tl.arange(0, BLOCK)
     key = load_keys(samples_ptr + tl.load(facts + SAMPLES_AT), i, count)
-    in_run = tl.sum(tl.reshape(((key >> 23) >= near).to(tl.int32), [BLOCK // 8, 8]), 1)
+    in_run = tl.sum(tl.reshape(((key >> 23) >= near).to(tl.int32), [BLOCK // RUN, RUN]), 1)
     tl.atomic_add(spreads_ptr + 2 * large, tl.sum(in_run), sem="relaxed")
     tl.atomic_add(spreads_ptr + 2 * large + 1, tl.sum(in_run * in_run), sem="relaxed")
 
 
 @triton.jit
-def _targets(spreads_ptr, ranks, facts, width, SAMPLED: tl.constexpr):
+def _targets(spreads_ptr, ranks, facts, width, SAMPLED: tl.constexpr, RUN: tl.constexpr):
     """The two ranks of the sample that the bracket ends at; below 1 or above the count where it is open.
 
     SAMPLED: the one rank that is wanted, twice.
@@ -130,11 +137,11 @@ def _targets(spreads_ptr, ranks, facts, width, SAMPLED: tl.constexpr):
         below = above
     else:
         large, place = tl.load(facts + LARGE), _place(ranks, facts)
-        runs = tl.load(facts + SAMPLES).to(tl.float64) / 8
+        samples = tl.load(facts + SAMPLES).to(tl.float64)
         total = tl.load(spreads_ptr + 2 * large).to(tl.float64)
-        variance = tl.load(spreads_ptr + 2 * large + 1).to(tl.float64) - total * total / runs
+        variance = tl.load(spreads_ptr + 2 * large + 1).to(tl.float64) - total * total * RUN / samples
         # near the wanted rank, not at it: how much larger it is than that of single draws carries over
-        alone, wanted = total * (1.0 - total / (8.0 * runs)), place * (1.0 - place / (8.0 * runs))
+        alone, wanted = total * (1.0 - total / samples), place * (1.0 - place / samples)
         larger = tl.where(alone > 0, variance / tl.where(alone > 0, alone, 1.0), 1.0)
         margin = width * tl.sqrt(tl.maximum(larger, 0.125) * tl.maximum(wanted, 0.0)) + 2.0
         above, below = (place - margin).to(tl.int32), (place + margin).to(tl.int32) + 1
@@ -144,7 +151,7 @@ def _targets(spreads_ptr, ranks, facts, width, SAMPLED: tl.constexpr):
 @triton.jit
 def digits_kernel(
     histograms_ptr, spreads_ptr, samples_ptr, work_ptr, ranks_ptr, facts_ptr, width,
-    SAMPLED: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
+    SAMPLED: tl.constexpr, LEVEL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Count the second (LEVEL 1) or third (2) digit of the keys that share the digits before it with the wanted one."""
     program = tl.program_id(0)
@@ -153,7 +160,7 @@ def digits_kernel(
     large, count = tl.load(facts + LARGE), tl.load(facts + SAMPLES).to(tl.int32)
     i = part * BLOCK + tl.arange(0, BLOCK)
     key = load_keys(samples_ptr + tl.load(facts + SAMPLES_AT), i, count)
-    above, below = _targets(spreads_ptr, ranks, facts, width, SAMPLED)
+    above, below = _targets(spreads_ptr, ranks, facts, width, SAMPLED, RUN)
     first = _first_digits(histograms_ptr, large)
     inside = i < count
     digit, left, _ = descend(first, tl.minimum(tl.maximum(above, 1), count))
@@ -171,7 +178,7 @@ def digits_kernel(
 
 @triton.jit
 def bracket_kernel(
-    ranks_ptr, histograms_ptr, spreads_ptr, facts_ptr, tensors_ptr, width, SAMPLED: tl.constexpr
+    ranks_ptr, histograms_ptr, spreads_ptr, facts_ptr, tensors_ptr, width, SAMPLED: tl.constexpr, RUN: tl.constexpr
 ):  # fmt: skip
     """One tensor a program: its bracket, rounded outwards to 21 bits; SAMPLED: its threshold, the sample's quantile.
 
@@ -181,7 +188,7 @@ def bracket_kernel(
     facts, ranks = row_of(facts_ptr, t, FACTS), row_of(ranks_ptr, t, RANKS)
     large, count = tl.load(facts + LARGE), tl.load(facts + SAMPLES).to(tl.int32)
     none = tl.load(ranks + WANTED) * 0
-    above, below = _targets(spreads_ptr, ranks, facts, width, SAMPLED)
+    above, below = _targets(spreads_ptr, ranks, facts, width, SAMPLED, RUN)
     first, nexts = _first_digits(histograms_ptr, large), _next_digits(histograms_ptr, large, 0)
     digit, left, _ = descend(first, tl.minimum(tl.maximum(above, 1), count))
     second, left, _ = descend(nexts, left)

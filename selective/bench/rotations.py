@@ -21,7 +21,7 @@ from selective.bench.workload import Stepping, Workload
 from selective.capture.rotation import BASES
 from selective.preconditioner import Shape, State
 from selective.preconditioner.linalg import Precision, batches, float32_products
-from selective.preconditioner.solvers import SolverName
+from selective.preconditioner.solvers import WARM, SolverName
 from selective.state import BASIS
 
 LONGEST_SIDE = 10_000  # of what is rotated: embeddings and heads are not
@@ -81,8 +81,9 @@ def measure_rotations(
       products, there and back, in that precision and nothing else. "one-sided X": a step of `AdaDiag` between two
       refreshes; its `ratio` is to the sum of the two.
     - "refresh SOLVER": what a refresh of running statistics every ten steps adds to a step on average, moments carried
-      along; `step` is a step without one, `at_once` the step that has it. `bases` is the part of `Eigenbasis.refresh`:
-      new bases and the maps between the old ones and them.
+      along, in float32 or, where products are made in it, "refresh SOLVER tf32"; `step` is a step without one,
+      `at_once` the step that has it. `bases` is the part of `Eigenbasis.refresh`: new bases and the maps between the
+      old ones and them.
     - "staggered": the median step where refreshes take turns; `worst` is the longest over it.
     - `bytes` and `documented`: what lasts of the bases, and what the documentation says.
 
@@ -106,11 +107,10 @@ def _measure(rig: _Rig, precisions: Sequence[Precision]) -> None:
         rotated = rig.steady(space)
         rig.add(f"one-sided {precision}", rotated, ratio=rotated / (dense + products), **rig.memory)
     for solver in SOLVERS:
-        space = Eigenbasis(sides="one", solver=solver, refresh_every=REFRESH_EVERY, stagger=False)
-        plain, with_refresh = rig.series(space)
-        at_once, step = statistics.median(with_refresh), statistics.median(plain)
-        facts = {"step": step, "at_once": at_once, "bases": rig.bases / REFRESH_EVERY, **rig.memory}
-        rig.add(f"refresh {solver}", (at_once - step) / REFRESH_EVERY, **facts)
+        rig.refreshes(solver, "float32")
+    if "tf32" in precisions:  # moments are carried in it
+        for solver in WARM:
+            rig.refreshes(solver, "tf32")
     plain, with_refresh = rig.series(Eigenbasis(sides="one", refresh_every=REFRESH_EVERY))
     every = plain + with_refresh
     middle = statistics.median(every)
@@ -177,6 +177,14 @@ class _Rig:
             self.bases = self._refresh_alone(stepping, space)
         self._drop(stepping)
         return plain, with_refresh
+
+    def refreshes(self, solver: SolverName, precision: Precision) -> None:
+        space = Eigenbasis(sides="one", solver=solver, refresh_every=REFRESH_EVERY, stagger=False, precision=precision)
+        plain, with_refresh = self.series(space)
+        at_once, step = statistics.median(with_refresh), statistics.median(plain)
+        facts = {"step": step, "at_once": at_once, "bases": self.bases / REFRESH_EVERY, **self.memory}
+        name = f"refresh {solver}" if precision == "float32" else f"refresh {solver} {precision}"
+        self.add(name, (at_once - step) / REFRESH_EVERY, **facts)
 
     def _refresh_alone(self, stepping: Stepping, space: Eigenbasis) -> float:
         """New bases from copies of what is kept, in the lots in which a step makes them."""

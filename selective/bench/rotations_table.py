@@ -12,10 +12,12 @@ def rotation_table(result: Rotations) -> str:
         f"smaller side, of {result.elements / 1e6:,.1f} M; around AdamW(fused=True), float32",
         f"{'what':24}{'ms':>10}",
     ]
-    cholesky = next((line for line in result.lines if line.name == "refresh cholesky"), None)
+    named = {line.name: line for line in result.lines}
     for line in result.lines:
         said = [f"{name} {_fact(name, value)}" for name, value in line.facts.items()]
-        if line.name.startswith("refresh ") and line.name != "refresh cholesky" and cholesky is not None:
+        kind, *rest = line.name.split(" ")
+        cholesky = named.get(" ".join(["refresh", "cholesky", *rest[1:]])) if kind == "refresh" else None
+        if cholesky not in (None, line):
             said.append(f"{line.seconds / cholesky.seconds:.1f} × cholesky's")
             said.append(f"its bases {line.facts['bases'] / cholesky.facts['bases']:.1f} ×")
         lines.append(f"{line.name:24}{1e3 * line.seconds:10.2f}  {', '.join(said)}".rstrip())

@@ -23,7 +23,7 @@ from selective.capture.layout import local_of
 from selective.capture.rotation import Carried
 from selective.capture.rotation_checks import exact_products
 from selective.preconditioner import Shape, as_matrix
-from selective.preconditioner.linalg import float32_products
+from selective.preconditioner.linalg import Precision, in_precision
 
 
 def names_of_first(base: Optimizer, group: Mapping[str, Any], facts: Anatomy) -> frozenset[str]:
@@ -39,14 +39,17 @@ def first_moments(base: Optimizer, param: Tensor, names: frozenset[str]) -> list
     return [local_of(v) for v in found]
 
 
-def rewrite(moment: Tensor, shape: Shape, change: Callable[[Tensor], Tensor], valid: Tensor | None = None) -> None:
+def rewrite(
+    moment: Tensor, shape: Shape, change: Callable[[Tensor], Tensor], valid: Tensor | None = None,
+    precision: Precision = "float32",
+) -> None:  # fmt: skip
     """moment <- change(moment), where `change` gets and returns float32 [batch, rows, columns]; rounded once.
 
-    Nothing where `valid` (0-d bool) says no.
+    Nothing where `valid` (0-d bool) says no. `precision`: of the products that `change` makes.
     """
     plain = dequantized(moment)
     before = as_matrix(plain, shape)
-    with exact_products(moment.device), float32_products():
+    with exact_products(moment.device), in_precision(precision):
         changed = change(before)
     if valid is None:
         moment.copy_(changed.reshape(moment.shape).to(plain.dtype))
@@ -64,7 +67,9 @@ def _as_it_is(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return change
 
 
-def carry_first(moment: Tensor, shape: Shape, carried: Carried, around: Around = _as_it_is) -> None:
+def carry_first(
+    moment: Tensor, shape: Shape, carried: Carried, around: Around = _as_it_is, precision: Precision = "float32"
+) -> None:
     """A first moment into the new space: x <- left x right. `around`: for parts of a matrix that is gathered."""
     left, right = carried.maps.left, carried.maps.right
 
@@ -73,7 +78,7 @@ def carry_first(moment: Tensor, shape: Shape, carried: Carried, around: Around =
         return y if right is None else y @ right
 
     if left is not None or right is not None:
-        rewrite(moment, shape, around(change), carried.valid)
+        rewrite(moment, shape, around(change), carried.valid, precision)
 
 
 def carry_second(

@@ -75,10 +75,11 @@ class RotatedJob(GenericJob):
         how: dict[str, Any] = {"shape": basis.shape, "carried": carried}
         if basis.gathers and basis.shard is not None:
             how["around"] = partial(on_wholes, basis.shard, basis.whole)
-        for moment in first_moments(self.context.base, parameter.tensor, self.names_of_first):
-            carry_first(moment, **how)
+        first = first_moments(self.context.base, parameter.tensor, self.names_of_first)
         if self.context.own_momentum is not None:
-            carry_first(self.context.own_momentum(parameter, self.policy), **how)
+            first.append(self.context.own_momentum(parameter, self.policy))
+        for moment in first:
+            carry_first(moment, **how, precision=self.rotation.preconditioner.carries_in())
         carry_second(self.context.base, parameter.tensor, self.names_of_first, **how)
 
     @cached_property

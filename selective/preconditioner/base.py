@@ -112,6 +112,10 @@ class Preconditioner(Configured):
         """
         raise NotImplementedError(f"{type(self).__name__} must define project_in")
 
+    def carries_in(self) -> Literal["float32", "tf32"]:
+        """In what precision float32 first moments are multiplied with the maps of a `Carry`, on devices that tell."""
+        return "float32"
+
     def itemsize(self) -> int:
         """Bytes of an element of what `project_in` returns: how many are worked on at a time goes by it."""
         return 4

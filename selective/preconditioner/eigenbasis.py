@@ -70,9 +70,9 @@ class Eigenbasis(Preconditioner):
     max_dim: int = Field(default=10_000, ge=2)
     """A longer side is not rotated (the smaller side of "one": then none is). SOAP's; 10,000 are 400 MB a basis."""
     precision: Precision = "float32"
-    """Of the products with gradients and updates in each step, nothing else: "float32", or on a GPU 4 to 8 times faster
-    "tf32" or "bfloat16" (factors and results rounded to 8 bits). Statistics and factorisations are never below
-    float32, whatever torch's flags say. Exact unless asked, as everything here."""
+    """Of the products with gradients and updates in each step: "float32", or on a GPU 4 to 8 times faster "tf32" or
+    "bfloat16" (factors and results rounded to 8 bits). With either of these, moments are carried in TF32. Statistics
+    and factorisations are never below float32, whatever torch's flags say. Exact unless asked, as everything here."""
     floor: float = Field(default=16.0, ge=0)
     """With the "gradient" statistic, in the step of a refresh: rotated elements below floor · eps · σ₁ are set to 0.
     There the gradient is diagonal up to rounding (its rows orthogonal, with one side), and Adam's normalisation would
@@ -176,6 +176,9 @@ class Eigenbasis(Preconditioner):
 
     def project_out(self, states: Sequence[State], xs: Sequence[Tensor]) -> list[Tensor]:
         return self._project(states, xs, into=False)
+
+    def carries_in(self) -> Literal["float32", "tf32"]:
+        return "float32" if self.precision == "float32" else "tf32"
 
     def on_shards(self, shape: Shape, whole: frozenset[Side]) -> Preconditioner | str:
         sides = shards.sides_on_shards(self.sides, whole)
