@@ -17,8 +17,7 @@ from .configure import hyper_parameters, samples_of
 from .tables import STATE, Tables, cdiv, is_in_place, refill, state_columns, upload, work
 
 SUM_BLOCK = 2048  # elements of a program that sums
-SAMPLE_BLOCK = 1024  # scores of a program that samples
-RANK_BLOCK = 1024  # ... that ranks samples
+SAMPLE_BLOCK = 1024  # scores of a program that samples or ranks
 SETTLE_WORDS = 1024  # words of 32 elements that a settling program looks at
 SEEN_BLOCK, SEEN_PARTS = 2048, 32  # a program that looks for the first momentum that is not zero
 
@@ -41,7 +40,7 @@ class TopKPlan:
         self.large = upload(large, torch.int32, device) if large else None
         self.whole = upload(whole, torch.int32, device) if whole else None
         self.sample_work, _ = work(parts, device)
-        self.drawn_work, _ = work([cdiv(c, RANK_BLOCK) if shift >= 0 else 0 for c, shift in self.samples], device)
+        self.drawn_work, _ = work([n if is_drawn else 0 for n, is_drawn in zip(parts, drawn, strict=True)], device)
         wide = 32 * SETTLE_WORDS
         self.bracketed = bool(large) and not self.sampled
         self.settles = [cdiv(n, wide) if drawn[i] and self.bracketed else 0 for i, n in enumerate(numels)]

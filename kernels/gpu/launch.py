@@ -25,11 +25,13 @@ from .tables import cdiv, power_of_two
 from .top_k import DIGIT
 from .whole import whole_kernel
 
-SAMPLE_WARPS, SETTLE_WARPS = 4, 4
 STEP_WARPS = 4  # of a program of `BLOCK` elements
+# Registers of a thread, where the compiler would take 94 to 140: seven programs on a multiprocessor instead of four or
+# five, at next to no spilling. docs/kernels.md has the measurements.
+STEP_REGISTERS = 72
 BINS = 2048  # parts of a bracket's histogram: see `bin_of`
 WHOLE_BLOCK = 4096  # scores that a program which ranks a small tensor looks at at a time
-SETTLE_ROOM, SETTLE_BLOCK = 1024, 512  # undecided elements that a settling program writes down, works on at a time
+SETTLE_ROOM, SETTLE_BLOCK = 1024, 128  # undecided elements that a settling program writes down, works on at a time
 REPAIR_BLOCK = 1024  # of 4 warps
 # Rows of sums that one program adds up at a time: the largest tensor has tens of thousands, and everybody waits for it.
 TABLE_BLOCK, TABLE_WARPS = 4096, 16
@@ -43,8 +45,15 @@ def _nothing(*arguments: Any) -> bool:
     raise AssertionError("no selection is a function here")
 
 
-def run(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
-    """One launch. No contraction to fused multiply-adds: it would depend on the kernel that a score is formed in."""
+def run(
+    kernel: Any, programs: int, *arguments: Any, warps: int = 4, registers: int | None = None, **constants: Any
+) -> None:
+    """One launch. No contraction to fused multiply-adds: it would depend on the kernel that a score is formed in.
+
+    `registers`: of a thread, at most; where the compiler knows such a limit (NVIDIA's).
+    """
+    if registers is not None and torch.version.cuda is not None:
+        constants["maxnreg"] = registers
     if programs > 0:
         kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False, **constants)
 
@@ -122,9 +131,10 @@ class Step:
 
     def _pass(self, cfg: Config, marks: Tensor, histograms: Tensor) -> None:
         batch, tables = self.batch, self.tables
+        registers = STEP_REGISTERS if cfg.bracketed or cfg.statistics else None
         run(selective_step_kernel, batch.programs, marks, histograms, self.partials, batch.chunks, tables.pointers,
             tables.numbers, tables.ranks, tables.facts, tables.keys, batch.programs, FUNCTION=self.function, BINS=BINS,
-            CFG=cfg, warps=STEP_WARPS)  # fmt: skip
+            CFG=cfg, warps=STEP_WARPS, registers=registers)  # fmt: skip
 
     def _rank(self) -> None:
         """From samples to thresholds (small tensors, and sampled quantiles) or brackets."""
@@ -138,7 +148,7 @@ class Step:
         histograms, spreads = counts[: count * slots], counts[count * slots :]
         run(sample_kernel, top_k.sample_work.shape[0], samples, histograms, top_k.sample_work, tables.pointers,
             tables.numbers, tables.facts, tables.keys, SAMPLED=top_k.sampled, RUN=BRACKET_RUN, CFG=cfg,
-            BLOCK=sizes.SAMPLE_BLOCK, warps=SAMPLE_WARPS)  # fmt: skip
+            BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
         if top_k.whole is not None:
             run(whole_kernel, top_k.whole.shape[0], tables.ranks, samples, tables.facts, top_k.whole,
                 BLOCK=WHOLE_BLOCK)  # fmt: skip
@@ -147,10 +157,10 @@ class Step:
         work, programs, sampled = top_k.drawn_work, top_k.drawn_work.shape[0], top_k.sampled
         if not sampled:
             run(spread_kernel, programs, spreads, samples, histograms, work, tables.ranks, tables.facts,
-                RUN=BRACKET_RUN, BLOCK=sizes.RANK_BLOCK)  # fmt: skip
+                RUN=BRACKET_RUN, BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
         for level in (1, 2) if sampled else (1,):
             run(digits_kernel, programs, histograms, spreads, samples, work, tables.ranks, tables.facts, WIDTH,
-                SAMPLED=sampled, LEVEL=level, RUN=BRACKET_RUN, BLOCK=sizes.RANK_BLOCK)  # fmt: skip
+                SAMPLED=sampled, LEVEL=level, RUN=BRACKET_RUN, BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
         run(bracket_kernel, count, tables.ranks, histograms, spreads, tables.facts, top_k.large, WIDTH,
             SAMPLED=sampled, RUN=BRACKET_RUN)  # fmt: skip
 
@@ -175,7 +185,7 @@ class Step:
         todo = self.empty(settles * SETTLE_ROOM, torch.int32)
         run(settle_kernel, settles, self.settled, tiny, todo, marks, top_k.settle_work, tables.pointers,
             tables.numbers, tables.ranks, tables.facts, TINY=TINY, BINS=BINS, WORDS=sizes.SETTLE_WORDS,
-            ROOM=SETTLE_ROOM, BLOCK=SETTLE_BLOCK, CFG=again, warps=SETTLE_WARPS)  # fmt: skip
+            ROOM=SETTLE_ROOM, BLOCK=SETTLE_BLOCK, CFG=again)  # fmt: skip
         run(ties_kernel, count, self.tied, tiny, broken, top_k.large, tables.pointers, tables.numbers, tables.ranks,
             tables.facts, TINY=TINY, BINS=BINS, CFG=again)  # fmt: skip
         self._repair(again, broken, meeting, exact)

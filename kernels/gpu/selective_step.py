@@ -28,10 +28,7 @@ def _add_five(a, b, c, d, e, f, g, h, i, j):
 
 @triton.jit
 def _report(partial_ptr, rows, chosen, undecided, g, u, masked):
-    """One program's row of partial statistics, float32, in a table of columns; how many are selected.
-
-    What is undecided is counted by a later kernel.
-    """
+    """One program's row of partial statistics, float32, in a table of columns; the undecided come by a later kernel."""
     masked = tl.where(undecided, 0.0, masked * masked)
     count = chosen.to(tl.float32)
     if INTERPRETED:  # one element after the other there
@@ -45,7 +42,6 @@ def _report(partial_ptr, rows, chosen, undecided, g, u, masked):
     tl.store(partial_ptr + 2 * rows, grad_sq)
     tl.store(partial_ptr + 3 * rows, update_grad)
     tl.store(partial_ptr + 4 * rows, masked_sq)
-    return selected
 
 
 @triton.jit
@@ -56,26 +52,24 @@ def _block(
     p, g, u, m, previous, x, y, z = load_moved(pointers, offs, mask, row, CFG.writes and CFG.rule != "given", FAST, CFG)
     chosen, undecided, key = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION,
                                     CFG.bracketed and FAST, CFG)  # fmt: skip
+    if CFG.writes:
+        store_moments(pointers, offs, x, y, z, mask, FAST, CFG)  # early: frees their registers
     if not FAST:
         undecided = undecided & mask
-    if CFG.bracketed and not CFG.statistics:
-        count = tl.sum((chosen & mask).to(tl.int32))
-        count_scores(count, undecided, key, ranks, marks_ptr, histogram_ptr, CFG)
+    if CFG.bracketed:
+        count_scores(chosen & mask, undecided, key, ranks, marks_ptr, histogram_ptr, CFG)
     multiples = multiplier(chosen, u, g, row, CFG)
     if CFG.statistics:
         gradient, update = g, u
         if not FAST:
             gradient, update = tl.where(mask, g, 0.0), tl.where(mask, u, 0.0)
-        count = _report(partial_ptr, rows, chosen & mask, undecided, gradient, update, multiples * update)
-        if CFG.bracketed:
-            count_scores(count.to(tl.int32), undecided, key, ranks, marks_ptr, histogram_ptr, CFG)
+        _report(partial_ptr, rows, chosen & mask, undecided, gradient, update, multiples * update)
     if CFG.writes:
         new = stepped(p, y, u, multiples, row, CFG)
         if CFG.bracketed:  # stays as it was until it is decided: rounded once, then
             if CFG.rule == "given":
                 p = y
             new = tl.where(undecided, p, new)
-        store_moments(pointers, offs, x, y, z, mask, FAST, CFG)
         store_param(pointers, offs, new, mask, keys, FAST, CFG)
 
 

@@ -37,14 +37,22 @@ def bin_of(key, low, high):
 
 
 @triton.jit
-def count_scores(count, undecided, key, ranks, marks_ptr, histogram_ptr, CFG: tl.constexpr):
-    """Note of a block how many are above the bracket, and which are undecided (a bit each, and a histogram)."""
+def count_scores(chosen, undecided, key, ranks, marks_ptr, histogram_ptr, CFG: tl.constexpr):
+    """Note of a block how many are above the bracket, and which are undecided (a bit each, and a histogram).
+
+    Made for few meetings of the block's warps. One sum has both: 32 elements lie within a warp, their bits in the lower
+    half of a word and their count in the upper one. And atomics want another layout than vector loads: what goes
+    through shared memory for that are 16 bits an element, not a pointer and a flag.
+    """
     WORDS: tl.constexpr = CFG.block // 32
-    tl.atomic_add(ranks + COUNTED, count.to(tl.int64), sem="relaxed")
-    bits = tl.reshape(undecided.to(tl.uint32), [WORDS, 32]) << tl.arange(0, 32).to(tl.uint32)[None, :]
-    tl.store(marks_ptr + tl.arange(0, WORDS), tl.sum(bits, 1).to(tl.int32, bitcast=True))
+    place = tl.arange(0, 32).to(tl.uint32)[None, :]
+    bits = tl.reshape(undecided.to(tl.uint32), [WORDS, 32]) << place
+    words = tl.sum(bits.to(tl.uint64) | (tl.reshape(chosen.to(tl.uint64), [WORDS, 32]) << 32), 1)
+    tl.store(marks_ptr + tl.arange(0, WORDS), words.to(tl.uint32).to(tl.int32, bitcast=True))
+    tl.atomic_add(ranks + COUNTED, tl.sum((words >> 32).to(tl.int64)), sem="relaxed")
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
-    tl.atomic_add(histogram_ptr + bin_of(key, low, high), 1, mask=undecided, sem="relaxed")
+    where = tl.where(undecided, bin_of(key, low, high), -1).to(tl.int16).to(tl.int32)
+    tl.atomic_add(histogram_ptr + where, 1, mask=where >= 0, sem="relaxed")
 
 
 @triton.jit

@@ -9,7 +9,7 @@ into another order where the preconditioner says that the new basis is the old o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -93,12 +93,19 @@ def carry_second(
         def change(x: Tensor) -> Tensor:
             y = x
             if rows is not None and x.shape[1] > 1:
-                y = y.gather(1, rows[:, :, None].expand_as(y))
+                y = _in_order(y, 1, rows)
             if columns is not None and x.shape[2] > 1:
-                y = y.gather(2, columns[:, None, :].expand_as(y))
+                y = _in_order(y, 2, columns)
             return y
 
         rewrite(value, view, around(change), carried.valid)
+
+
+def _in_order(x: Tensor, side: Literal[1, 2], order: Tensor) -> Tensor:
+    """Rows (1) or columns (2) of each matrix of x [batch, rows, columns] in its order [batch, n]."""
+    if len(x) == 1:
+        return x.index_select(side, order[0])  # whole rows at a time, and no index for each element
+    return x.gather(side, (order[:, :, None] if side == 1 else order[:, None, :]).expand_as(x))
 
 
 def _second_moments(

@@ -61,11 +61,11 @@ class Basis:
 
 @dataclass
 class Carried:
-    """One refresh, for the moments that follow it: the maps, and whether they count (0-d bool)."""
+    """One refresh, for the moments that follow it: the maps, and whether they count (0-d bool; None: they do)."""
 
     index: int
     maps: Carry
-    valid: Tensor
+    valid: Tensor | None = None
 
 
 class Rotation:
@@ -145,7 +145,7 @@ class Rotation:
     def _carried(self, made: dict[int, Carry | None]) -> Iterator[Carried]:
         for index, maps in made.items():
             if maps is not None:
-                yield Carried(index, maps, torch.ones((), dtype=torch.bool, device=self.bases[index].device))
+                yield Carried(index, maps)
 
     def is_due(self, index: int) -> bool:
         basis, steps = self.bases[index], self.steps[index]
@@ -182,11 +182,13 @@ class Rotation:
         self._refreshed.update(due)
         on_host = self._finite_on_host(due, states)
         for index, maps, state, old in zip(due, made, states, before, strict=True):
-            valid = self._finite[index]
-            for key, kept in old.items():
-                value = state[key]
-                known = on_host.get(index, valid) if value.device != valid.device else valid
-                torch.where(known, value, kept, out=value)
+            valid = None if index in on_host else self._finite[index]
+            if valid is not None:
+                for key, kept in old.items():
+                    torch.where(valid, state[key], kept, out=state[key])
+            elif not on_host[index]:
+                self._write([index], [old])
+                continue
             if maps is not None:
                 yield Carried(index, maps, valid)
 
@@ -195,12 +197,12 @@ class Rotation:
         names = [name for name in state if self.preconditioner.refresh_writes(name)]
         return dict(zip(names, lists.copies([state[name] for name in names]), strict=True))
 
-    def _finite_on_host(self, due: list[int], states: list[State]) -> dict[int, Tensor]:
-        """Where a state has counters on the host: which gradients are finite, as the host knows it, for one wait."""
+    def _finite_on_host(self, due: list[int], states: list[State]) -> dict[int, bool]:
+        """Where a state has counters on the host: which gradients are finite, for one wait. Otherwise nothing."""
         if all(value.device == self.bases[due[0]].device for state in states for value in state.values()):
             return {}
-        finite = torch.stack([self._finite[i] for i in due]).cpu()
-        return dict(zip(due, finite.unbind(), strict=True))
+        finite = torch.stack([self._finite[i] for i in due]).tolist()
+        return dict(zip(due, finite, strict=True))
 
     def _write(self, indices: list[int], values: list[State]) -> None:
         for index, state in zip(indices, values, strict=True):

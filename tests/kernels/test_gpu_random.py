@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from gpu_support import (
     BF16,
     F16,
@@ -28,6 +30,7 @@ from selective.kernels import (
     Strength,
     uniform_bits,
 )
+from selective.kernels.gpu.random import bracket_position
 
 ADAM = RULES["adamw"]
 DRAWS = [Draw(0, 0), Draw(2**63 + 5, 10**9), Draw(-1, 1), Draw(7, 2**40)]
@@ -99,6 +102,33 @@ def test_a_stochastic_step_is_the_reference(rule, dtype, device, monkeypatch):
         assert_same_step(start, item, twin)
         # The draw is compared with a number that is some eps of float32 off: it decides otherwise in 2^-15 of them.
         assert int((item.param.cpu() != twin.param).sum()) <= 2
+
+
+@triton.jit
+def _draw(out_ptr, count, numel, shift, RUN: tl.constexpr, BLOCK: tl.constexpr):
+    i = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    first, second = tl.full((), 12345, tl.uint32), tl.full((), 4_000_000_000, tl.uint32)
+    tl.store(out_ptr + i, bracket_position(i, tl.load(numel), tl.load(shift), first, second, RUN), mask=i < count)
+
+
+@pytest.mark.parametrize("numel, shift", [(257, 4), (4096, 8), (9_999, 9), (11_534_336, 14), (2**31 - 1, 14)])
+def test_a_bracket_is_drawn_in_whole_bursts(numel, shift, device):
+    """Groups of 16 that begin at multiples of 16, one in each of 2^shift equal ranges of the whole groups."""
+    count = 16 << shift
+    out = torch.empty(count, dtype=torch.int64, device=device)
+    given = (torch.tensor(n, dtype=torch.int64, device=device) for n in (numel, shift))
+    _draw[(-(-count // 256),)](out, count, *given, RUN=16, BLOCK=256)
+    groups = out.view(-1, 16).cpu()
+    first = groups[:, 0]
+    assert torch.equal(groups, first[:, None] + torch.arange(16))
+    assert not (first % 16).any()
+    stratum = torch.arange(1 << shift)
+    whole = numel // 16
+    assert (first // 16 >= stratum * whole >> shift).all()
+    assert (first // 16 < (stratum + 1) * whole >> shift).all()
+    if whole >= 64 << shift:  # not always the same place of a range: of 64 and more, uniform ones have the mean 1/2
+        place = (first // 16 - (stratum * whole >> shift)).double() / (whole / (1 << shift))
+        assert abs(place.mean().item() - 0.5) < 5 * (1 / 12) ** 0.5 / (1 << shift) ** 0.5 + 1 / 64
 
 
 @pytest.mark.parametrize("selection, strength", SAMPLED)

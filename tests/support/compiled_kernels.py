@@ -43,7 +43,15 @@ class Compiler:
     def __init__(self) -> None:
         self.done: set[Any] = set()
 
-    def __call__(self, kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
+    def __call__(
+        self,
+        kernel: Any,
+        programs: int,
+        *arguments: Any,
+        warps: int = 4,
+        registers: int | None = None,
+        **constants: Any,
+    ) -> None:
         if programs == 0:
             return
         constants.pop("launch_cooperative_grid", None)
@@ -58,7 +66,7 @@ class Compiler:
         began = time.perf_counter()
         made = triton.compile(
             ASTSource(kernel, signature, values), target=TARGET,
-            options={"num_warps": warps, "enable_fp_fusion": False},
+            options={"num_warps": warps, "enable_fp_fusion": False, "maxnreg": registers},
         )  # fmt: skip
         took = time.perf_counter() - began
         print(f"{kernel.fn.__name__}: {len(made.asm['cubin'])} bytes, {took:.1f} s", flush=True)
