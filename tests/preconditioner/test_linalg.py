@@ -10,7 +10,9 @@ import torch
 from matrices import orthogonal, orthogonality
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from selective import AdaDiag, Eigenbasis
+from selective import AdaDiag, Dense, Eigenbasis, SelectiveUpdate
+from selective.capture import rotated
+from selective.capture.moments import carry_first
 from selective.preconditioner import linalg
 from selective.preconditioner.linalg import LOOSE, align, batches, float32_products, in_precision, settle, stack
 
@@ -119,6 +121,30 @@ def test_statistics_and_factorisations_never_run_below_float32(
     with Watch() as watch:
         Eigenbasis(solver=solver, statistic=statistic).project_in(states, grads)
     assert watch.precisions() == {("ieee", "ieee")}
+
+
+@pytest.mark.usefixtures("_flags_put_back")
+@pytest.mark.parametrize("precision, carried", [("float32", "ieee"), ("tf32", "tf32"), ("bfloat16", "tf32")])
+def test_moments_are_carried_in_float32_or_tf32(precision: Any, carried: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[tuple[str, str]]] = []
+
+    def watched(*arguments: Any, **named: Any) -> None:
+        with Watch() as watch:
+            carry_first(*arguments, **named)
+        seen.append(watch.precisions())
+
+    monkeypatch.setattr(rotated, "carry_first", watched)
+    legacy()
+    before = flags()
+    param = torch.nn.Parameter(torch.randn(6, 9))
+    space = Eigenbasis(sides="one", refresh_every=2, stagger=False, precision=precision)
+    opt = SelectiveUpdate(torch.optim.AdamW([param]), policy=Dense(), preconditioner=space)
+    for _ in range(6):
+        param.grad = torch.randn(6, 9)
+        opt.step()
+    assert len(seen) >= 2
+    assert set().union(*seen) == {(carried, carried)}
+    assert flags() == before
 
 
 @pytest.mark.usefixtures("_flags_put_back")
