@@ -97,9 +97,9 @@ def plan(done: Callable[[], list[dict[str, Any]]]) -> Iterator[Run]:
         for policy in MASKS:
             yield Run(f"{policy} in {space}", lr)
             yield Run(f"random like {policy} in {space}", lr)
-    masked = {policy: best(found, f"{policy} in {space}")[1] for policy in MASKS}
-    if known and all(map(math.isfinite, masked.values())):
-        mask = min(MASKS, key=lambda policy: masked[policy])
+    ran = {r["setup"] for r in found}
+    if known and all(f"{policy} in {space}" in ran for policy in MASKS):
+        mask = min(MASKS, key=lambda policy: best(found, f"{policy} in {space}")[1])
         for seed in (1, 2):
             yield Run("AdamW", best(found, "AdamW")[0], seed)
             for setup in (space, f"{mask} in {space}", f"random like {mask} in {space}"):
@@ -144,7 +144,8 @@ def next_run(out: Path, deadline: float) -> Iterator[Run]:
 
 def best(done: list[dict[str, Any]], setup: str) -> tuple[float, float]:
     """Learning rate and final loss of a setup's best run with seed 0."""
-    found = [(r["validation"]["loss"][-1], r["lr"]) for r in done if r["setup"] == setup and r["seed"] == 0]
+    mine = [r for r in done if r["setup"] == setup and r["seed"] == 0]
+    found = [(_final(r) if math.isfinite(_final(r)) else math.inf, r["lr"]) for r in mine]
     loss, lr = min(found, default=(math.inf, math.nan))
     return lr, loss
 
@@ -343,11 +344,14 @@ def _over_seeds(done: list[dict[str, Any]]) -> list[str]:
         if len(mine) < 2:
             continue
         ours, theirs = [_final(r) for r in mine], [_final(adamw[r["seed"]]) for r in mine]
+        if not all(map(math.isfinite, [*ours, *theirs])):
+            lines.append(f"| {setup} | {lr:g} | {len(mine)} | a run, or AdamW's with its seed, diverged | | |")
+            continue
         differences = [a - b for a, b in zip(ours, theirs, strict=True)]
         steps = [
             steps_to(t, r["validation"]["step"], r["validation"]["loss"]) for t, r in zip(theirs, mine, strict=True)
         ]
-        reached = [r["steps"] / s for s, r in zip(steps, mine, strict=True) if s is not None]
+        reached = [r["steps"] / s for s, r in zip(steps, mine, strict=True) if s]  # 0: no better than at the start
         fewer = f"{t_interval(reached)} ({len(reached)} of {len(mine)})" if reached else "not reached"
         lines.append(f"| {setup} | {lr:g} | {len(mine)} | {t_interval(ours)} | {t_interval(differences)} | {fewer} |")
     heads = [

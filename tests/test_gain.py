@@ -52,6 +52,18 @@ def test_the_whole_plan_in_sittings(gain, tmp_path, capsys):
     assert seeds[0][4] == "0.0000 ± 0.0000"
 
 
+@pytest.mark.parametrize("losses, wanted", [([10, float("inf")], "diverged"), ([10, 11], "(2 of 3)")])
+def test_a_seed_that_diverged_does_not_hide_the_others(gain, tmp_path, losses, wanted):
+    for seed in (0, 1, 2):
+        for setup, curve in (("AdamW", losses if seed == 1 else [10, 2]), ("Soap", [10, 3, 1.9])):
+            run = gain.Run(setup, 1e-3, seed)
+            record = {"setup": setup, "lr": run.lr, "seed": seed, "steps": 2, "seconds": 1.0}
+            record["validation"] = {"loss": curve, "step": list(range(len(curve)))}
+            (tmp_path / run.file).write_text(json.dumps(record))
+    printed = gain.table(tmp_path)
+    assert [line for line in printed.splitlines() if line.startswith("| Soap | 0.001 | 3 |") and wanted in line]
+
+
 def test_a_run_is_one_process_s_until_it_is_done(gain, tmp_path):
     run, other = gain.Run("AdamW", 1e-3), gain.Run("Soap", 1e-3)
     with gain.claimed(tmp_path, run) as mine:

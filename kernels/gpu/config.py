@@ -30,9 +30,10 @@ LOW, HIGH, CUTOFF, MODE, WANTED, COUNTED, CRITICAL, LEFT, TIED, SEEN = (tl.const
 EXACT, BRACKET, DENSE = (tl.constexpr(i) for i in range(3))  # values of MODE
 
 # Columns of a tensor's row of int64 facts, which the host knows: its size, the length of a row of it, its index in the
-# optimizer; how many scores are sampled (`2**SHIFT` runs of 8, or all where SHIFT is -1) and where in the buffer they
-# begin; its first chunk, and how many there are; the same of programs that sum (sampled like the scores) and settle;
-# which of the tensors with a drawn sample it is; of a shard, the number of its first element or row in the whole.
+# optimizer; how many scores are sampled (`2**SHIFT` runs of neighbours, or all where SHIFT is -1) and where in the
+# buffer they begin; its first chunk, and how many there are; the same of programs that sum (SUM_SHIFT: as SHIFT, of
+# their own sample) and settle; which of the tensors with a drawn sample it is; of a shard, the number of its first
+# element or row in the whole.
 FACTS = tl.constexpr(16)
 (NUMEL, ROW_LENGTH, ADDRESS, SAMPLES, SHIFT, SAMPLES_AT, CHUNK_AT, CHUNKS, SUM_AT, SUMS, SUM_SHIFT, SETTLE_AT,
  SETTLES, LARGE, BEGINS) = (tl.constexpr(i) for i in range(15))  # fmt: skip

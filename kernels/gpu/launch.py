@@ -26,8 +26,8 @@ from .top_k import DIGIT
 from .whole import whole_kernel
 
 STEP_WARPS = 4  # of a program of `BLOCK` elements
-# Registers of a thread, where the compiler would take 94 to 140: seven programs on a multiprocessor instead of four or
-# five, at next to no spilling. docs/kernels.md has the measurements.
+# Registers of a thread in passes with brackets or statistics, which would take up to 140: seven programs on a
+# multiprocessor instead of four or five, for some spilling. docs/kernels.md has the measurements.
 STEP_REGISTERS = 72
 BINS = 2048  # parts of a bracket's histogram: see `bin_of`
 WHOLE_BLOCK = 4096  # scores that a program which ranks a small tensor looks at at a time

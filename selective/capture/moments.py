@@ -23,7 +23,7 @@ from selective.capture.layout import local_of
 from selective.capture.rotation import Carried
 from selective.capture.rotation_checks import exact_products
 from selective.preconditioner import Shape, as_matrix
-from selective.preconditioner.linalg import Precision, in_precision
+from selective.preconditioner.linalg import Precision, identity_like, in_precision, per_matrix
 
 
 def names_of_first(base: Optimizer, group: Mapping[str, Any], facts: Anatomy) -> frozenset[str]:
@@ -75,10 +75,18 @@ def carry_first(
 
     def change(x: Tensor) -> Tensor:
         y = x if left is None else left @ x
-        return y if right is None else y @ right
+        y = y if right is None else y @ right
+        if precision == "float32" or len(x) == 1:
+            return y
+        return torch.where(per_matrix(_identity(left) & _identity(right)), x, y)  # TF32 would round it all the same
 
     if left is not None or right is not None:
         rewrite(moment, shape, around(change), carried.valid, precision)
+
+
+def _identity(map_: Tensor | None) -> Tensor:
+    """Which of these matrices [batch, n, n] are exactly the identity, as those are whose basis stayed."""
+    return torch.ones((), dtype=torch.bool) if map_ is None else (map_ == identity_like(map_)).flatten(1).all(1)
 
 
 def carry_second(

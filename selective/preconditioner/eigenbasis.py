@@ -63,10 +63,10 @@ class Eigenbasis(Preconditioner):
     slowly; the first basis is eigh's. "cholesky" spans what "qr" does with more arithmetic, but of the kind that GPUs
     are fast at; on a CPU "eigh" takes no longer than either."""
     carry: Literal["rotate", "keep"] = "rotate"
-    """What follows into the new basis. "rotate": first moments are taken along exactly; second moments cannot be, and
-    stay with their column, which "qr" and "cholesky" may move, sorting by eigenvalue. "keep": nothing follows, and no
-    column is moved. "rotate", because momentum that is kept means something else after a refresh; it measured better.
-    """
+    """What follows into the new basis. "rotate": first moments are taken along, exactly but for rounding (`precision`);
+    second moments cannot be, and stay with their column, which "qr" and "cholesky" may move, sorting by eigenvalue.
+    "keep": nothing follows, and no column is moved. "rotate", because momentum that is kept means something else after
+    a refresh; it measured better."""
     max_dim: int = Field(default=10_000, ge=2)
     """A longer side is not rotated (the smaller side of "one": then none is). SOAP's; 10,000 are 400 MB a basis."""
     precision: Precision = "float32"

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selective import AdaDiag, Dense, Eigenbasis, SelectiveUpdate
 from selective.capture import rotated
 from selective.capture.moments import carry_first
-from selective.preconditioner import linalg
+from selective.capture.rotation import Carried
+from selective.preconditioner import Carry, linalg
 from selective.preconditioner.linalg import LOOSE, align, batches, float32_products, in_precision, settle, stack
 
 EPS = torch.finfo(torch.float32).eps
@@ -145,6 +146,21 @@ def test_moments_are_carried_in_float32_or_tf32(precision: Any, carried: str, mo
     assert len(seen) >= 2
     assert set().union(*seen) == {(carried, carried)}
     assert flags() == before
+
+
+@pytest.mark.parametrize("precision, kept", [("tf32", True), ("float32", False)])
+def test_what_stays_in_its_basis_is_not_rounded_to_tf32(precision: Any, kept: bool) -> None:
+    """Told by an infinity, which a product with the identity turns into NaN; in float32 nothing else would change."""
+    moment = torch.randn(3, 4, 5)
+    moment[1, 2, 3] = torch.inf
+    left, right = (torch.stack([orthogonal(n, seed).float() for seed in range(3)]) for n in (4, 5))
+    left[1], right[1] = torch.eye(4), torch.eye(5)
+    right[2] = torch.eye(5)  # one side stays: the other one moves it
+    before = moment.clone()
+    carry_first(moment, (3, 4, 5), Carried(0, Carry(left=left, right=right)), precision=precision)
+    assert torch.equal(moment[1], before[1]) == kept
+    wanted = left[::2] @ before[::2] @ right[::2]
+    torch.testing.assert_close(moment[::2], wanted, rtol=2e-3, atol=2e-3)  # a CPU may do TF32
 
 
 @pytest.mark.usefixtures("_flags_put_back")

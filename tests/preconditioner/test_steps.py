@@ -11,6 +11,7 @@ from base_optimizers import BASES, build, give_grads
 from transforms import FixedRotation, Turning, Unrotated
 
 from selective import MGUP, Cautious, Dense, Policy, PolicyError, PreconditionerError, SelectiveUpdate
+from selective.capture.rotation import Rotation
 from selective.preconditioner import Carry
 
 SHAPES = ((12, 8), (8,), (6, 4, 3, 3), (12, 8), (7, 5))
@@ -278,8 +279,16 @@ def test_who_stands_still_only_makes_a_basis(name: str, policy: Policy) -> None:
             assert int(optimizer.state[params[i]]["selective/basis_steps"]) == step + 1
 
 
+def known_on_the_host(rotation: Rotation, due: list[int], states: list[Any]) -> dict[int, bool]:
+    """As on a GPU, where a state has counters that live on the CPU."""
+    return {i: bool(rotation._finite[i]) for i in due}
+
+
+@pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_reaches_no_basis(bad: float) -> None:
+def test_what_is_not_finite_reaches_no_basis(bad: float, on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if on_host:
+        monkeypatch.setattr(Rotation, "_finite_on_host", known_on_the_host)
     params, optimizer = wrapped(preconditioner=Turning(every=1))  # refuses NaN by itself
     for step in range(3):
         give_grads(params, step)
