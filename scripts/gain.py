@@ -63,9 +63,9 @@ RATES: dict[str, tuple[float, ...]] = {
     "AdaDiag": (1e-3, 2e-3, 4e-3),
     "Muon": (5e-3, 1e-2, 2e-2, 4e-2),
     "pytorch_optimizer SOAP": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
-    "Adafactor": (1e-2, 2e-2, 4e-2),
-    "Adafactor in AdaDiag": (1e-2, 2e-2, 4e-2),
-    "Adafactor in AdaDiag++": (1e-2, 2e-2, 4e-2),
+    "Adafactor": (2e-2, 4e-2, 8e-2),
+    "Adafactor in AdaDiag": (2e-2, 4e-2, 8e-2),
+    "Adafactor in AdaDiag++": (2e-2, 4e-2, 8e-2),
 }
 
 
