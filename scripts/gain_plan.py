@@ -1,0 +1,124 @@
+"""Which runs `gain.py` makes, in what order, which of them are done, and whose turn the next one is."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selective import AdaDiag, Preconditioner, Soap
+
+MASKS = ("MGUP", "Cautious")
+SPACES: dict[str, Preconditioner] = {
+    "Soap": Soap(solver="cholesky"),  # the space that its QR spans, in less time
+    "AdaDiag++": AdaDiag(sides="two", refresh_every=50),
+    "AdaDiag": AdaDiag(sides="one", refresh_every=50),
+}
+RATES: dict[str, tuple[float, ...]] = {
+    "AdamW": (7.5e-4, 1.5e-3, 3e-3, 6e-3),
+    "Soap": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
+    "AdaDiag++": (1e-3, 2e-3, 4e-3),
+    "AdaDiag": (1e-3, 2e-3, 4e-3),
+    "Muon": (5e-3, 1e-2, 2e-2, 4e-2),
+    "pytorch_optimizer SOAP": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
+    "Adafactor": (2e-2, 4e-2, 8e-2),
+    "Adafactor in AdaDiag": (2e-2, 4e-2, 8e-2),
+    "Adafactor in AdaDiag++": (2e-2, 4e-2, 8e-2),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    setup: str
+    lr: float
+    seed: int = 0
+
+    @property
+    def file(self) -> str:
+        plain = "".join(c if c.isalnum() or c in "+-" else "-" for c in self.setup)
+        return f"{plain}-lr{self.lr:g}-seed{self.seed}.json"
+
+
+def plan(done: Callable[[], list[dict[str, Any]]]) -> Iterator[Run]:
+    """The runs in their order; those that depend on what the others have found, as soon as all of that is there."""
+    sweeps = ("AdamW", "Soap", "AdaDiag++", "AdaDiag", "Muon", "pytorch_optimizer SOAP")
+    for setup in sweeps:
+        yield from (Run(setup, lr) for lr in RATES[setup])
+    found = done()
+    swept = {(r["setup"], r["lr"]) for r in found if r["seed"] == 0}
+    space = min(SPACES, key=lambda name: best(found, name)[1])
+    known = all((setup, lr) in swept for setup in ("AdamW", *SPACES) for lr in RATES[setup])
+    lr = best(found, space)[0]
+    if known:
+        for policy in MASKS:
+            yield Run(f"{policy} in {space}", lr)
+            yield Run(f"random like {policy} in {space}", lr)
+    ran = {r["setup"] for r in found}
+    if known and all(f"{policy} in {space}" in ran for policy in MASKS):
+        mask = min(MASKS, key=lambda policy: best(found, f"{policy} in {space}")[1])
+        for seed in (1, 2):
+            yield Run("AdamW", best(found, "AdamW")[0], seed)
+            for setup in (space, f"{mask} in {space}", f"random like {mask} in {space}"):
+                yield Run(setup, lr, seed)
+    for setup in ("Adafactor", "Adafactor in AdaDiag", "Adafactor in AdaDiag++"):
+        yield from (Run(setup, lr) for lr in RATES[setup])
+
+
+@contextmanager
+def claimed(out: Path, run: Run) -> Iterator[bool]:
+    """Whether this process is the one that does the run: until it is done, or the process is no more."""
+    folder = Path(tempfile.gettempdir(), f"gain-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}")
+    folder.mkdir(exist_ok=True)
+    with (folder / run.file).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield not (out / run.file).exists()
+
+
+def next_run(out: Path, deadline: float) -> Iterator[Run]:
+    """One run after the other, each claimed while it is worked on.
+
+    Where all that is left is claimed, it waits until something is free, or until the deadline (`time.perf_counter`).
+    """
+    while True:
+        left = [run for run in plan(lambda: results(out)) if not (out / run.file).exists()]
+        if not left:
+            return
+        for run in left:
+            with claimed(out, run) as mine:
+                if mine:
+                    yield run
+                    break
+        else:
+            if time.perf_counter() > deadline:
+                return
+            time.sleep(1)
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("*-seed*.json"))]
+
+
+def best(done: list[dict[str, Any]], setup: str) -> tuple[float, float]:
+    """Learning rate and final loss of a setup's best run with seed 0."""
+    mine = [r for r in done if r["setup"] == setup and r["seed"] == 0]
+    found = [(final(r) if math.isfinite(final(r)) else math.inf, r["lr"]) for r in mine]
+    loss, lr = min(found, default=(math.inf, math.nan))
+    return lr, loss
+
+
+def final(run: dict[str, Any]) -> float:
+    return run["validation"]["loss"][-1]

@@ -1,0 +1,180 @@
+"""The runs of `gain.py`: text, model, what trains it, and the loop."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from gain_plan import SPACES, Run
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from selective import MGUP, Cautious, Policy, RandomMask, SelectiveUpdate, Soap
+from selective.compare.config import LoopConfig, ModelConfig
+from selective.compare.model import GPT
+from selective.compare.model import loss as loss_of
+from selective.compare.spaces import groups_by_kind
+from selective.compare.train import fingerprint, schedule
+
+DECAY = 0.1
+MGUP_MILD = MGUP(alpha=1.5, gamma=0.5)  # the paper's advice for bases whose learning rate is tuned
+
+
+class Apart(nn.Module):
+    """Linear layers that read the same input, as matrices of their own, as LLaMA has them: a rotation of queries, keys
+    and values together would be another one."""
+
+    def __init__(self, together: nn.Linear, count: int) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(part.detach().clone() for part in together.weight.chunk(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, torch.cat(list(self.weights)))
+
+
+def llama(config: ModelConfig, seed: int, vocabulary: int, fused: bool = False) -> GPT:
+    """The model of `selective compare`, its projections apart unless `fused`: the same function at the start."""
+    model = GPT(config, seed, vocabulary)
+    if not fused:
+        for block in model.blocks:
+            for name, count in (("qkv", 3), ("mlp_in", 2)):
+                together = getattr(block, name)
+                assert isinstance(together, nn.Linear)
+                setattr(block, name, Apart(together, count))
+    return model
+
+
+class Both(Optimizer):
+    """Two optimizers as one: Muon takes matrices only."""
+
+    def __init__(self, first: Optimizer, second: Optimizer) -> None:
+        self.parts = (first, second)
+        super().__init__([*first.param_groups, *second.param_groups], {})
+        self.param_groups = [*first.param_groups, *second.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for part in self.parts:
+            part.step()
+
+
+def optimizer_of(run: Run, model: nn.Module) -> Optimizer:
+    """What a run trains with."""
+    groups, plain = (groups_by_kind(model, DECAY, rotated) for rotated in (True, False))
+    fused = next(model.parameters()).is_cuda
+    name, _, space_name = run.setup.rpartition(" in ")
+    name, space = (name, SPACES[space_name]) if name else (run.setup, SPACES.get(run.setup))
+    if run.setup == "AdamW":
+        return torch.optim.AdamW(plain, lr=run.lr, betas=(0.9, 0.95), fused=fused)
+    if run.setup == "Muon":
+        rest = torch.optim.AdamW(plain[1:], lr=1.5e-3, betas=(0.9, 0.95), fused=fused)
+        return Both(torch.optim.Muon(plain[:1], lr=run.lr, weight_decay=DECAY), rest)
+    if run.setup == "pytorch_optimizer SOAP":
+        from pytorch_optimizer import SOAP
+
+        return SOAP(plain, lr=run.lr, betas=(0.95, 0.95), weight_decay=DECAY, precondition_frequency=10)
+    if name.startswith("Adafactor"):
+        base: Optimizer = torch.optim.Adafactor(plain if space is None else groups, lr=run.lr)
+        return base if space is None else SelectiveUpdate(base, preconditioner=space, statistics=False)
+    betas = (0.95, 0.95) if isinstance(space, Soap) else (0.9, 0.95)
+    policies: dict[str, Policy] = {"MGUP": MGUP_MILD, "Cautious": Cautious()}
+    policies |= {f"random like {key}": RandomMask.matching(policy) for key, policy in policies.items()}
+    base = torch.optim.AdamW(groups, lr=run.lr, betas=betas, fused=fused)
+    return SelectiveUpdate(base, policy=policies.get(name), preconditioner=space, seed=run.seed, statistics=False)
+
+
+def text_of(root: Path, most: int) -> Iterator[str]:
+    """The Python sources under a folder, whole files in the order of their names' hashes, up to so many characters."""
+    files = sorted(root.rglob("*.py"), key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest())
+    size = 0
+    for file in files:
+        text = file.read_text(encoding="utf-8", errors="replace")
+        size += len(text)
+        if size > most:
+            return
+        yield text
+
+
+def tokens_of(root: Path, vocabulary: int, most: int) -> Tensor:
+    """The text as tokens, int32, of a byte-level BPE that is trained on a part of it."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    texts = list(text_of(root, most))
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts[: max(1, len(texts) // 8)], vocab_size=vocabulary, show_progress=False)
+    ids = [i for encoded in tokenizer.encode_batch(texts) for i in encoded.ids]
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+class Trainer:
+    """Model and text, which stay from run to run: the model is compiled once."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device = options, options.device
+        self.config = ModelConfig(
+            layers=options.layers, width=options.width, heads=options.heads, context=options.context
+        )
+        tokens = tokens_of(options.text, options.vocabulary, options.characters)
+        self.text = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        tokens = tokens.to(self.device)
+        cut = len(tokens) - max(len(tokens) // 50, 4 * (options.context + 1))
+        self.train, self.held_out = tokens[:cut], tokens[cut:]
+        self.model = self.start(0).to(self.device)
+        self.forward: Callable[[nn.Module, Tensor], Tensor] = loss_of
+        if self.device == "cuda":
+            self.forward = torch.compile(loss_of)
+
+    def start(self, seed: int) -> GPT:
+        return llama(self.config, seed, self.options.vocabulary, self.options.fused)
+
+    def windows(self, text: Tensor, starts: Tensor) -> Tensor:
+        places = starts.to(self.device)[:, None] + torch.arange(self.options.context + 1, device=self.device)
+        return text[places].long()
+
+    def loss(self, windows: Tensor) -> Tensor:
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device == "cuda"):
+            return self.forward(self.model, windows)
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """On the same windows each time."""
+        room, count = len(self.held_out) - self.options.context - 1, 8
+        starts = torch.linspace(0, room, self.options.batch * count).long().split(self.options.batch)
+        return sum(float(self.loss(self.windows(self.held_out, part))) for part in starts) / count
+
+    def go(self, run: Run) -> dict[str, Any]:
+        """Train from the seed's start on the seed's batches."""
+        options = self.options
+        self.model.load_state_dict(self.start(run.seed).state_dict())
+        optimizer = optimizer_of(run, self.model)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        multiplier = schedule(LoopConfig(warmup=0.1, final_lr=0.1), options.steps)  # pyright: ignore[reportCallIssue]
+        generator = torch.Generator().manual_seed(1000 + run.seed)
+        record: dict[str, Any] = {"setup": run.setup, "lr": run.lr, "seed": run.seed, "steps": options.steps}
+        record["validation"] = {"step": [], "loss": []}
+        begun = time.perf_counter()
+        for step in range(options.steps + 1):
+            if step % options.evaluate_every == 0 or step == options.steps:
+                record["validation"]["step"].append(step)
+                record["validation"]["loss"].append(self.evaluate())
+            if step == options.steps or not math.isfinite(record["validation"]["loss"][-1]):
+                break
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * multiplier(step)
+            starts = torch.randint(len(self.train) - options.context - 1, (options.batch,), generator=generator)
+            optimizer.zero_grad()
+            for part in self.windows(self.train, starts).split(options.micro_batch):
+                (self.loss(part) * (len(part) / options.batch)).backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            optimizer.step()
+        record["seconds"] = time.perf_counter() - begun
+        record["parameters_sha256"], record["text_sha256"] = fingerprint(self.model), self.text
+        for p in self.model.parameters():
+            p.grad = None
+        return record
