@@ -25,10 +25,10 @@ def table(folder: Path) -> str:
         first = next(r for r in mine if r["seed"] == 0)
         reached = "–"
         if math.isfinite(wanted):
-            steps = steps_to(wanted, first["validation"]["step"], first["validation"]["loss"])
+            steps = _steps(first, wanted)
             reached = "–" if steps is None else f"{steps:.0f} of {first['steps']}"
         others = ", ".join(
-            f"{r['lr']:g}: {r['validation']['loss'][-1]:.3f}"
+            f"{r['lr']:g}: {final(r):.3f}"
             for r in done if r["setup"] == setup and r["seed"] == 0 and r["lr"] != lr
         )  # fmt: skip
         lines.append(f"| {setup} | {lr:g} | {loss:.3f} | {reached} | {first['seconds']:.0f} | {others} |")
@@ -51,9 +51,7 @@ def _over_seeds(done: list[dict[str, Any]]) -> list[str]:
             lines.append(f"| {setup} | {lr:g} | {len(mine)} | a run, or AdamW's with its seed, diverged | | |")
             continue
         differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-        steps = [
-            steps_to(t, r["validation"]["step"], r["validation"]["loss"]) for t, r in zip(theirs, mine, strict=True)
-        ]
+        steps = [_steps(r, loss) for r, loss in zip(mine, theirs, strict=True)]
         reached = [r["steps"] / s for s, r in zip(steps, mine, strict=True) if s]  # 0: no better than at the start
         fewer = f"{t_interval(reached)} ({len(reached)} of {len(mine)})" if reached else "not reached"
         lines.append(f"| {setup} | {lr:g} | {len(mine)} | {t_interval(ours)} | {t_interval(differences)} | {fewer} |")
@@ -63,3 +61,8 @@ def _over_seeds(done: list[dict[str, Any]]) -> list[str]:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     return [*heads, *lines] if lines else []
+
+
+def _steps(run: dict[str, Any], loss: float) -> float | None:
+    """Steps that it took to this loss."""
+    return steps_to(loss, run["validation"]["step"], run["validation"]["loss"])

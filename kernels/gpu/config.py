@@ -38,6 +38,7 @@ FACTS = tl.constexpr(16)
 (NUMEL, ROW_LENGTH, ADDRESS, SAMPLES, SHIFT, SAMPLES_AT, CHUNK_AT, CHUNKS, SUM_AT, SUMS, SUM_SHIFT, SETTLE_AT,
  SETTLES, LARGE, BEGINS) = (tl.constexpr(i) for i in range(15))  # fmt: skip
 
+BRACKET_RUN = tl.constexpr(16)  # neighbours that are sampled together for a bracket: a burst of memory of float32
 KEYS = tl.constexpr(6)  # columns of a tensor's row of random keys: two each for masks, samples, rounding
 SUM_COLUMNS = tl.constexpr(4)  # columns of a program's row of sums that a strength needs
 PARTIALS = 5  # columns of a program's statistics: selected, u^2, g^2, u g, (mask u)^2

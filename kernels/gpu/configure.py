@@ -9,14 +9,13 @@ import torch
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
 from ..spec import AdamRule, Draw, GivenRule, Item, LionRule, Rule, Scalar, Selection, SGDRule, Strength
 from . import numbers
-from .config import DTYPES, Config
+from .config import BRACKET_RUN, DTYPES, Config
 from .tables import is_in_place, state_columns
 
 # Elements of a program. docs/kernels.md has the measurements behind these.
 BLOCK = 1024
 # How many scores a bracket is made of: one in 32, within these bounds; smaller tensors are ranked as a whole.
 FEWEST_SAMPLES, MOST_SAMPLES, ONE_IN = 8_192, 262_144, 32
-BRACKET_RUN = 16  # of neighbours: a burst of memory of float32
 
 
 def configure(
@@ -108,4 +107,4 @@ def samples_of(numel: int, selection: Selection) -> tuple[int, int]:
     if numel <= FEWEST_SAMPLES:
         return numel, -1
     count = min(max(1 << (numel // ONE_IN).bit_length() - 1, FEWEST_SAMPLES), MOST_SAMPLES)
-    return count, (count // BRACKET_RUN).bit_length() - 1
+    return count, (count // BRACKET_RUN.value).bit_length() - 1

@@ -13,7 +13,6 @@ from torch import Tensor
 from . import batch as sizes
 from .batch import Batch
 from .config import PARTIALS, SUM_COLUMNS, Config, derived
-from .configure import BRACKET_RUN
 from .numbers import numbers_kernel
 from .repair import repair_kernel
 from .sample import SLOTS, bracket_kernel, digits_kernel, sample_kernel, spread_kernel
@@ -147,7 +146,7 @@ class Step:
         counts = torch.zeros(count * (slots + 2), dtype=torch.int32, device=self.batch.device)
         histograms, spreads = counts[: count * slots], counts[count * slots :]
         run(sample_kernel, top_k.sample_work.shape[0], samples, histograms, top_k.sample_work, tables.pointers,
-            tables.numbers, tables.facts, tables.keys, SAMPLED=top_k.sampled, RUN=BRACKET_RUN, CFG=cfg,
+            tables.numbers, tables.facts, tables.keys, SAMPLED=top_k.sampled, CFG=cfg,
             BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
         if top_k.whole is not None:
             run(whole_kernel, top_k.whole.shape[0], tables.ranks, samples, tables.facts, top_k.whole,
@@ -157,12 +156,12 @@ class Step:
         work, programs, sampled = top_k.drawn_work, top_k.drawn_work.shape[0], top_k.sampled
         if not sampled:
             run(spread_kernel, programs, spreads, samples, histograms, work, tables.ranks, tables.facts,
-                RUN=BRACKET_RUN, BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
+                BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
         for level in (1, 2) if sampled else (1,):
             run(digits_kernel, programs, histograms, spreads, samples, work, tables.ranks, tables.facts, WIDTH,
-                SAMPLED=sampled, LEVEL=level, RUN=BRACKET_RUN, BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
+                SAMPLED=sampled, LEVEL=level, BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
         run(bracket_kernel, count, tables.ranks, histograms, spreads, tables.facts, top_k.large, WIDTH,
-            SAMPLED=sampled, RUN=BRACKET_RUN)  # fmt: skip
+            SAMPLED=sampled)  # fmt: skip
 
     def _count_and_settle(self, cfg: Config) -> None:
         """The pass over everything, then the undecided elements. Without `cfg.writes` only thresholds are found."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .config import BRACKET_RUN
+
 
 @triton.jit
 def splitmix64(x):
@@ -44,15 +46,16 @@ def sample_position(i, numel, shift, first_key, second_key):
 
 
 @triton.jit
-def bracket_position(i, numel, shift, first_key, second_key, RUN: tl.constexpr):
-    """The flat index of sample `i` for a bracket: groups of RUN elements, one in each of `2**shift` equal strata.
+def bracket_position(i, numel, shift, first_key, second_key):
+    """The flat index of sample `i` for a bracket: groups of BRACKET_RUN elements, one in each of `2**shift` equal
+    strata.
 
-    Groups begin at multiples of RUN, so that each is as few bursts of memory as it can be; the elements after the last
+    Groups begin at multiples of that, so that each is as few bursts of memory as it can be; the elements after the last
     whole group are not drawn. At least `2**shift` groups, and int64 as above.
     """
-    group = i // RUN
-    groups = numel // RUN
+    group = i // BRACKET_RUN
+    groups = numel // BRACKET_RUN
     left = group * groups >> shift
     right = (group + 1) * groups >> shift
     bits = random_bits(group.to(tl.uint32), first_key, second_key).to(tl.int64)
-    return (left + (bits * (right - left) >> 24)) * RUN + i % RUN
+    return (left + (bits * (right - left) >> 24)) * BRACKET_RUN + i % BRACKET_RUN

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .config import (
     BRACKET,
+    BRACKET_RUN,
     COUNTED,
     CUTOFF,
     DENSE,
@@ -33,9 +34,8 @@ from .config import (
 )
 from .elements import pointers_of, row_of
 from .random import bracket_position, sample_position
-from .top_k import descend, keys_at
+from .top_k import LAST, descend, keys_at
 
-LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # a cutoff behind every index
 FIRST_DIGIT = tl.constexpr(512)
 NEXT_DIGIT = tl.constexpr(4096)  # of 12 bits; the last one's 11 fit too
 SLOTS = tl.constexpr(512 + 2 * 4096)  # counts of a tensor: of the first digit, and two histograms of a next one
@@ -66,7 +66,7 @@ def _add(histogram_ptr, digit, inside):
 @triton.jit
 def sample_kernel(
     samples_ptr, histograms_ptr, work_ptr, pointers_ptr, numbers_ptr, facts_ptr, keys_ptr,
-    SAMPLED: tl.constexpr, RUN: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr,
+    SAMPLED: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The keys of up to BLOCK sampled scores of one tensor a program: reads what a score is made of at those places.
 
@@ -84,7 +84,7 @@ def sample_kernel(
     if SAMPLED:
         drawn = sample_position(i, numel, tl.maximum(shift, 0), first, second)
     else:
-        drawn = bracket_position(i, numel, tl.maximum(shift, 0), first, second, RUN)
+        drawn = bracket_position(i, numel, tl.maximum(shift, 0), first, second)
     places = tl.where(shift < 0, i, drawn)
     key, _, _, _ = keys_at(pointers_of(pointers_ptr, t), row, tl.where(mask, places, 0), mask, False, CFG)
     tl.store(samples_ptr + tl.load(facts + SAMPLES_AT) + i, key.to(tl.int32, bitcast=True), mask=mask)
@@ -107,11 +107,10 @@ def _place(ranks, facts):
 
 
 @triton.jit
-def spread_kernel(
-    spreads_ptr, samples_ptr, histograms_ptr, work_ptr, ranks_ptr, facts_ptr, RUN: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """For each run of RUN neighbours, how many of its keys are about the wanted rank or above: adds up the numbers and
-    their squares. What was drawn are runs, and neighbours are alike, so their variance says how far the rank is off.
+def spread_kernel(spreads_ptr, samples_ptr, histograms_ptr, work_ptr, ranks_ptr, facts_ptr, BLOCK: tl.constexpr):
+    """For each run of BRACKET_RUN neighbours, how many of its keys are about the wanted rank or above: adds up the
+    numbers and their squares. What was drawn are runs, and neighbours are alike, so their variance says how far the
+    rank is off.
     """
     program = tl.program_id(0)
     t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
@@ -121,13 +120,13 @@ def spread_kernel(
     near, _, _ = descend(_first_digits(histograms_ptr, large), tl.minimum(tl.maximum(place, 1), count))
     i = part * BLOCK + tl.arange(0, BLOCK)
     key = load_keys(samples_ptr + tl.load(facts + SAMPLES_AT), i, count)
-    in_run = tl.sum(tl.reshape(((key >> 23) >= near).to(tl.int32), [BLOCK // RUN, RUN]), 1)
+    in_run = tl.sum(tl.reshape(((key >> 23) >= near).to(tl.int32), [BLOCK // BRACKET_RUN, BRACKET_RUN]), 1)
     tl.atomic_add(spreads_ptr + 2 * large, tl.sum(in_run), sem="relaxed")
     tl.atomic_add(spreads_ptr + 2 * large + 1, tl.sum(in_run * in_run), sem="relaxed")
 
 
 @triton.jit
-def _targets(spreads_ptr, ranks, facts, width, SAMPLED: tl.constexpr, RUN: tl.constexpr):
+def _targets(spreads_ptr, ranks, facts, width, SAMPLED: tl.constexpr):
     """The two ranks of the sample that the bracket ends at; below 1 or above the count where it is open.
 
     SAMPLED: the one rank that is wanted, twice.
@@ -139,7 +138,7 @@ def _targets(spreads_ptr, ranks, facts, width, SAMPLED: tl.constexpr, RUN: tl.co
         large, place = tl.load(facts + LARGE), _place(ranks, facts)
         samples = tl.load(facts + SAMPLES).to(tl.float64)
         total = tl.load(spreads_ptr + 2 * large).to(tl.float64)
-        variance = tl.load(spreads_ptr + 2 * large + 1).to(tl.float64) - total * total * RUN / samples
+        variance = tl.load(spreads_ptr + 2 * large + 1).to(tl.float64) - total * total * BRACKET_RUN / samples
         # near the wanted rank, not at it: how much larger it is than that of single draws carries over
         alone, wanted = total * (1.0 - total / samples), place * (1.0 - place / samples)
         larger = tl.where(alone > 0, variance / tl.where(alone > 0, alone, 1.0), 1.0)
@@ -151,7 +150,7 @@ def _targets(spreads_ptr, ranks, facts, width, SAMPLED: tl.constexpr, RUN: tl.co
 @triton.jit
 def digits_kernel(
     histograms_ptr, spreads_ptr, samples_ptr, work_ptr, ranks_ptr, facts_ptr, width,
-    SAMPLED: tl.constexpr, LEVEL: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    SAMPLED: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Count the second (LEVEL 1) or third (2) digit of the keys that share the digits before it with the wanted one."""
     program = tl.program_id(0)
@@ -160,7 +159,7 @@ def digits_kernel(
     large, count = tl.load(facts + LARGE), tl.load(facts + SAMPLES).to(tl.int32)
     i = part * BLOCK + tl.arange(0, BLOCK)
     key = load_keys(samples_ptr + tl.load(facts + SAMPLES_AT), i, count)
-    above, below = _targets(spreads_ptr, ranks, facts, width, SAMPLED, RUN)
+    above, below = _targets(spreads_ptr, ranks, facts, width, SAMPLED)
     first = _first_digits(histograms_ptr, large)
     inside = i < count
     digit, left, _ = descend(first, tl.minimum(tl.maximum(above, 1), count))
@@ -178,7 +177,7 @@ def digits_kernel(
 
 @triton.jit
 def bracket_kernel(
-    ranks_ptr, histograms_ptr, spreads_ptr, facts_ptr, tensors_ptr, width, SAMPLED: tl.constexpr, RUN: tl.constexpr
+    ranks_ptr, histograms_ptr, spreads_ptr, facts_ptr, tensors_ptr, width, SAMPLED: tl.constexpr
 ):  # fmt: skip
     """One tensor a program: its bracket, rounded outwards to 21 bits; SAMPLED: its threshold, the sample's quantile.
 
@@ -188,7 +187,7 @@ def bracket_kernel(
     facts, ranks = row_of(facts_ptr, t, FACTS), row_of(ranks_ptr, t, RANKS)
     large, count = tl.load(facts + LARGE), tl.load(facts + SAMPLES).to(tl.int32)
     none = tl.load(ranks + WANTED) * 0
-    above, below = _targets(spreads_ptr, ranks, facts, width, SAMPLED, RUN)
+    above, below = _targets(spreads_ptr, ranks, facts, width, SAMPLED)
     first, nexts = _first_digits(histograms_ptr, large), _next_digits(histograms_ptr, large, 0)
     digit, left, _ = descend(first, tl.minimum(tl.maximum(above, 1), count))
     second, left, _ = descend(nexts, left)

@@ -7,7 +7,8 @@ import triton.language as tl
 
 from .config import DENSE, EXACT, FACTS, MODE, RANKS, SAMPLES, SAMPLES_AT, WANTED
 from .elements import row_of
-from .sample import LAST, keep, load_keys
+from .sample import keep, load_keys
+from .top_k import LAST
 
 
 @triton.jit

@@ -108,8 +108,7 @@ def _measure(rig: _Rig, precisions: Sequence[Precision]) -> None:
         rig.add(f"one-sided {precision}", rotated, ratio=rotated / (dense + products), **rig.memory)
     for solver in SOLVERS:
         rig.refreshes(solver, "float32")
-    if "tf32" in precisions:  # moments are carried in it
-        for solver in WARM:
+        if solver in WARM and "tf32" in precisions:  # moments are carried in it
             rig.refreshes(solver, "tf32")
     plain, with_refresh = rig.series(Eigenbasis(sides="one", refresh_every=REFRESH_EVERY))
     every = plain + with_refresh

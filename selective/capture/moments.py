@@ -9,7 +9,7 @@ into another order where the preconditioner says that the new basis is the old o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from selective.capture.layout import local_of
 from selective.capture.rotation import Carried
 from selective.capture.rotation_checks import exact_products
 from selective.preconditioner import Shape, as_matrix
-from selective.preconditioner.linalg import Precision, identity_like, in_precision, per_matrix
+from selective.preconditioner.linalg import Precision, identity_like, in_order, in_precision, per_matrix
 
 
 def names_of_first(base: Optimizer, group: Mapping[str, Any], facts: Anatomy) -> frozenset[str]:
@@ -78,15 +78,12 @@ def carry_first(
         y = y if right is None else y @ right
         if precision == "float32" or len(x) == 1:
             return y
-        return torch.where(per_matrix(_identity(left) & _identity(right)), x, y)  # TF32 would round it all the same
+        maps = [map_ for map_ in (left, right) if map_ is not None]
+        stays = torch.stack([(map_ == identity_like(map_)).flatten(1).all(1) for map_ in maps]).all(0)
+        return torch.where(per_matrix(stays), x, y)  # an identity in TF32 would round it all the same
 
     if left is not None or right is not None:
         rewrite(moment, shape, around(change), carried.valid, precision)
-
-
-def _identity(map_: Tensor | None) -> Tensor:
-    """Which of these matrices [batch, n, n] are exactly the identity, as those are whose basis stayed."""
-    return torch.ones((), dtype=torch.bool) if map_ is None else (map_ == identity_like(map_)).flatten(1).all(1)
 
 
 def carry_second(
@@ -101,19 +98,12 @@ def carry_second(
         def change(x: Tensor) -> Tensor:
             y = x
             if rows is not None and x.shape[1] > 1:
-                y = _in_order(y, 1, rows)
+                y = in_order(y, rows, 1)
             if columns is not None and x.shape[2] > 1:
-                y = _in_order(y, 2, columns)
+                y = in_order(y, columns)
             return y
 
         rewrite(value, view, around(change), carried.valid)
-
-
-def _in_order(x: Tensor, side: Literal[1, 2], order: Tensor) -> Tensor:
-    """Rows (1) or columns (2) of each matrix of x [batch, rows, columns] in its order [batch, n]."""
-    if len(x) == 1:
-        return x.index_select(side, order[0])  # whole rows at a time, and no index for each element
-    return x.gather(side, (order[:, :, None] if side == 1 else order[:, None, :]).expand_as(x))
 
 
 def _second_moments(

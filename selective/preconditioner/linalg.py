@@ -137,9 +137,12 @@ def settle(basis: Tensor) -> tuple[Tensor, Tensor]:
     return torch.baddbmm(basis, basis, error, alpha=-0.5), trusted
 
 
-def columns(x: Tensor, order: Tensor) -> Tensor:
-    """Columns of each matrix in this order. Unlike `take_along_dim` it makes no indices as large as x."""
-    return x.gather(-1, order[:, None, :].expand_as(x))
+def in_order(x: Tensor, order: Tensor, dim: Literal[1, 2] = 2) -> Tensor:
+    """Columns (2) or rows (1) of each matrix of x [batch, rows, columns] in its order [batch, n]. Unlike
+    `take_along_dim` it makes no indices as large as x."""
+    if len(x) == 1:
+        return x.index_select(dim, order[0])  # whole rows at a time, and no index for each element
+    return x.gather(dim, (order[:, :, None] if dim == 1 else order[:, None, :]).expand_as(x))
 
 
 def align(new: Tensor, old: Tensor) -> Tensor:

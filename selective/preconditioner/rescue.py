@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selective.preconditioner.linalg import align, columns, float32_products, identity_like, per_matrix, settle
+from selective.preconditioner.linalg import align, float32_products, identity_like, in_order, per_matrix, settle
 from selective.preconditioner.solvers import Solved
 
 
@@ -117,7 +117,7 @@ def _part(job: Job, where: Tensor) -> Job:
 
 
 def _in_order(old: Tensor, order: Tensor | None) -> Tensor:
-    return old if order is None else columns(old, order)
+    return old if order is None else in_order(old, order)
 
 
 def _orders(tries: Sequence[_Try]) -> list[Tensor] | None:

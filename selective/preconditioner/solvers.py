@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selective.preconditioner.blocked import factor, lower_product, over, squared, times_lower
-from selective.preconditioner.linalg import columns
+from selective.preconditioner.linalg import in_order
 
 SolverName = Literal["eigh", "svd", "qr", "cholesky"]
 
@@ -73,7 +73,7 @@ def qr(gram: Tensor, old: Tensor, sort: bool = True) -> Solved:
     in A's null space stays where it is instead of becoming the rounding errors of the product.
     """
     product, values, order = _product(gram, old)
-    moved = columns(product + 4 * torch.finfo(old.dtype).eps * old, order)
+    moved = in_order(product + 4 * torch.finfo(old.dtype).eps * old, order)
     return _placed(torch.linalg.qr(moved).Q, values, order, sort)
 
 
@@ -92,8 +92,8 @@ def cholesky(gram: Tensor, old: Tensor, sort: bool = True) -> Solved:
     """
     wrong = SHIFT * gram.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
     product, values, order = _product(gram, old)
-    old = columns(old, order)
-    small = lower_product(old, columns(product, order))
+    old = in_order(old, order)
+    small = lower_product(old, in_order(product, order))
     small.diagonal(dim1=-2, dim2=-1).add_(wrong * gram.flatten(1).norm(dim=1)[:, None])
     root = factor(small).lower
     root = root / root.norm(dim=-2, keepdim=True)
@@ -114,7 +114,7 @@ def _placed(basis: Tensor, values: Tensor, order: Tensor, sort: bool) -> Solved:
     if sort:
         return Solved(basis, values, order)
     back = order.argsort(dim=-1)
-    return Solved(columns(basis, back), values.gather(-1, back))
+    return Solved(in_order(basis, back), values.gather(-1, back))
 
 
 SOLVERS: dict[SolverName, Solver] = {"eigh": eigh, "svd": svd, "qr": qr, "cholesky": cholesky}

@@ -105,10 +105,10 @@ def test_a_stochastic_step_is_the_reference(rule, dtype, device, monkeypatch):
 
 
 @triton.jit
-def _draw(out_ptr, count, numel, shift, RUN: tl.constexpr, BLOCK: tl.constexpr):
+def _draw(out_ptr, count, numel, shift, BLOCK: tl.constexpr):
     i = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     first, second = tl.full((), 12345, tl.uint32), tl.full((), 4_000_000_000, tl.uint32)
-    tl.store(out_ptr + i, bracket_position(i, tl.load(numel), tl.load(shift), first, second, RUN), mask=i < count)
+    tl.store(out_ptr + i, bracket_position(i, tl.load(numel), tl.load(shift), first, second), mask=i < count)
 
 
 @pytest.mark.parametrize("numel, shift", [(257, 4), (4096, 8), (9_999, 9), (11_534_336, 14), (2**31 - 1, 14)])
@@ -117,7 +117,7 @@ def test_a_bracket_is_drawn_in_whole_bursts(numel, shift, device):
     count = 16 << shift
     out = torch.empty(count, dtype=torch.int64, device=device)
     given = (torch.tensor(n, dtype=torch.int64, device=device) for n in (numel, shift))
-    _draw[(-(-count // 256),)](out, count, *given, RUN=16, BLOCK=256)
+    _draw[(-(-count // 256),)](out, count, *given, BLOCK=256)
     groups = out.view(-1, 16).cpu()
     first = groups[:, 0]
     assert torch.equal(groups, first[:, None] + torch.arange(16))
