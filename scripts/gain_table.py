@@ -10,57 +10,103 @@ from gain_plan import best, final, results
 
 from selective.compare.intervals import steps_to, t_interval
 
+Records = list[dict[str, Any]]
+BASES = ("AdamW", "Adafactor")
+
 
 def table(folder: Path) -> str:
-    """Every setup at its best rate: final loss, steps to AdamW's final loss, time; then all runs."""
-    done = results(folder)
-    _, wanted = best(done, "AdamW")
-    lines = [
-        "| setup | best lr | final loss | steps to AdamW's | s a run | other rates |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for setup in dict.fromkeys(r["setup"] for r in done):
+    """All tables that there is something for."""
+    everything = results(folder)
+    done = [r for r in everything if r["part"] == 1]
+    lines: list[str] = []
+    for base in BASES:
+        lines += _at_best_rates(done, [s for s in dict.fromkeys(r["setup"] for r in done) if _base(s) == base], base)
+    lines += [*_over_seeds(done), *_shorter(done, [r for r in everything if r["part"] != 1])]
+    return "\n".join(lines).lstrip()
+
+
+def _base(setup: str) -> str:
+    """Whose final loss a setup is held to."""
+    return "Adafactor" if setup.startswith("Adafactor") else "AdamW"
+
+
+def _head(*columns: str) -> list[str]:
+    return ["", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+
+
+def _at_best_rates(done: Records, setups: list[str], base: str) -> list[str]:
+    """Every setup at its best rate: final loss, steps to the base's final loss, time; then its other rates."""
+    _, wanted = best(done, base)
+    lines = []
+    for setup in setups:
         lr, loss = best(done, setup)
-        mine = [r for r in done if r["setup"] == setup and r["lr"] == lr]
-        first = next(r for r in mine if r["seed"] == 0)
-        reached = "–"
-        if math.isfinite(wanted):
-            steps = _steps(first, wanted)
-            reached = "–" if steps is None else f"{steps:.0f} of {first['steps']}"
-        others = ", ".join(
-            f"{r['lr']:g}: {final(r):.3f}"
-            for r in done if r["setup"] == setup and r["seed"] == 0 and r["lr"] != lr
-        )  # fmt: skip
+        mine = [r for r in done if r["setup"] == setup and r["seed"] == 0]
+        if math.isnan(lr):
+            continue  # no run with seed 0 yet
+        first = next(r for r in mine if r["lr"] == lr)
+        steps = _steps(first, wanted) if math.isfinite(wanted) else None
+        reached = "–" if steps is None else f"{steps:.0f} of {first['steps']}"
+        others = ", ".join(f"{r['lr']:g}: {final(r):.3f}" for r in mine if r["lr"] != lr)
         lines.append(f"| {setup} | {lr:g} | {loss:.3f} | {reached} | {first['seconds']:.0f} | {others} |")
-    return "\n".join([*lines, *_over_seeds(done)])
+    heads = _head("setup", "best lr", "final loss", f"steps to {base}'s", "s a run", "other rates")
+    return [*heads, *lines] if lines else []
 
 
-def _over_seeds(done: list[dict[str, Any]]) -> list[str]:
-    """Setups with several seeds, paired by seed with AdamW: mean and 95 % interval of the loss, of the difference, of
-    how many times fewer steps it took to the same seed's AdamW's final loss."""
-    rate = best(done, "AdamW")[0]
-    adamw = {r["seed"]: r for r in done if r["setup"] == "AdamW" and r["lr"] == rate}
+def _over_seeds(done: Records) -> list[str]:
+    """Setups with several seeds, paired by seed with others: mean and 95 % interval of the loss, of differences, of how
+    many times fewer steps it took to the same seed's AdamW's final loss."""
+    adamw = _adamw(done)
     lines = []
     for setup in dict.fromkeys(r["setup"] for r in done):
         lr = best(done, setup)[0]
         mine = [r for r in done if r["setup"] == setup and r["lr"] == lr and r["seed"] in adamw]
         if len(mine) < 2:
             continue
-        ours, theirs = [final(r) for r in mine], [final(adamw[r["seed"]]) for r in mine]
-        if not all(map(math.isfinite, [*ours, *theirs])):
-            lines.append(f"| {setup} | {lr:g} | {len(mine)} | a run, or AdamW's with its seed, diverged | | |")
+        losses = _differences(mine, adamw)
+        if losses is None:
+            lines.append(f"| {setup} | {lr:g} | {len(mine)} | a run, or AdamW's with its seed, diverged | | | | |")
             continue
-        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-        steps = [_steps(r, loss) for r, loss in zip(mine, theirs, strict=True)]
+        for other in (setup.rpartition(" in ")[2], f"random like {setup}"):
+            theirs = {r["seed"]: r for r in done if r["setup"] == other != setup and r["lr"] == lr}
+            pairs = [r for r in mine if r["seed"] in theirs]
+            both = _differences(pairs, theirs) if pairs else None
+            losses.append("" if both is None else both[1])
+        steps = [_steps(r, final(adamw[r["seed"]])) for r in mine]
         reached = [r["steps"] / s for s, r in zip(steps, mine, strict=True) if s]  # 0: no better than at the start
         fewer = f"{t_interval(reached)} ({len(reached)} of {len(mine)})" if reached else "not reached"
-        lines.append(f"| {setup} | {lr:g} | {len(mine)} | {t_interval(ours)} | {t_interval(differences)} | {fewer} |")
-    heads = [
-        "",
-        "| setup | lr | seeds | final loss | against AdamW | times fewer steps |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+        lines.append(f"| {setup} | {lr:g} | {len(mine)} | {' | '.join(losses)} | {fewer} |")
+    heads = _head("setup", "lr", "seeds", "final loss", "against AdamW", "against its space", "against its control",
+                  "times fewer steps")  # fmt: skip
     return [*heads, *lines] if lines else []
+
+
+def _shorter(done: Records, shorter: Records) -> list[str]:
+    """Runs whose schedule ends earlier, against the whole run of the same seed's AdamW, which had all the steps."""
+    adamw = _adamw(done)
+    lines = []
+    for setup, lr, part in dict.fromkeys((r["setup"], r["lr"], r["part"]) for r in shorter):
+        of_this = [r for r in shorter if (r["setup"], r["lr"], r["part"]) == (setup, lr, part)]
+        mine = [r for r in of_this if r["seed"] in adamw]
+        if not mine:
+            continue
+        losses = _differences(mine, adamw) or ["a run, or AdamW's with its seed, diverged", ""]
+        lines.append(f"| {setup} | {lr:g} | {mine[0]['steps']} | {len(mine)} | {' | '.join(losses)} |")
+    heads = _head("setup", "lr", "steps", "seeds", "final loss", "against AdamW with all steps")
+    return [*heads, *lines] if lines else []
+
+
+def _adamw(done: Records) -> dict[int, dict[str, Any]]:
+    """AdamW's runs at its best rate, by seed."""
+    rate = best(done, "AdamW")[0]
+    return {r["seed"]: r for r in done if r["setup"] == "AdamW" and r["lr"] == rate}
+
+
+def _differences(mine: Records, theirs: dict[int, dict[str, Any]]) -> list[str] | None:
+    """Final losses, and their differences from those of the same seed: mean and interval; None if one diverged."""
+    ours, others = [final(r) for r in mine], [final(theirs[r["seed"]]) for r in mine]
+    if not all(map(math.isfinite, [*ours, *others])):
+        return None
+    return [str(t_interval(ours)), t_interval([a - b for a, b in zip(ours, others, strict=True)]).signed()]
 
 
 def _steps(run: dict[str, Any], loss: float) -> float | None:

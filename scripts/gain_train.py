@@ -150,20 +150,20 @@ class Trainer:
 
     def go(self, run: Run) -> dict[str, Any]:
         """Train from the seed's start on the seed's batches."""
-        options = self.options
+        options, steps = self.options, round(self.options.steps * run.part)
         self.model.load_state_dict(self.start(run.seed).state_dict())
         optimizer = optimizer_of(run, self.model)
         rates = [group["lr"] for group in optimizer.param_groups]
-        multiplier = schedule(LoopConfig(warmup=0.1, final_lr=0.1), options.steps)  # pyright: ignore[reportCallIssue]
+        multiplier = schedule(LoopConfig(warmup=0.1, final_lr=0.1), steps)  # pyright: ignore[reportCallIssue]
         generator = torch.Generator().manual_seed(1000 + run.seed)
-        record: dict[str, Any] = {"setup": run.setup, "lr": run.lr, "seed": run.seed, "steps": options.steps}
+        record: dict[str, Any] = {"setup": run.setup, "lr": run.lr, "seed": run.seed, "part": run.part, "steps": steps}
         record["validation"] = {"step": [], "loss": []}
         begun = time.perf_counter()
-        for step in range(options.steps + 1):
-            if step % options.evaluate_every == 0 or step == options.steps:
+        for step in range(steps + 1):
+            if step % options.evaluate_every == 0 or step == steps:
                 record["validation"]["step"].append(step)
                 record["validation"]["loss"].append(self.evaluate())
-            if step == options.steps or not math.isfinite(record["validation"]["loss"][-1]):
+            if step == steps or not math.isfinite(record["validation"]["loss"][-1]):
                 break
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * multiplier(step)

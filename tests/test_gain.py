@@ -35,9 +35,10 @@ def test_the_whole_plan_in_sittings(gain, tmp_path, capsys):
     assert "out of time" in capsys.readouterr().out
     assert gain.main(arguments) == 0
     first = {file.name: file.read_text() for file in tmp_path.iterdir()}
-    assert len(first) == 6 + 4 + 2 * 4 + 3
+    assert len(first) == 6 + 4 + 2 * 4 + 3 + 3 * 2 + 3
     runs = [json.loads(text) for text in first.values()]
-    assert all(len(run["validation"]["loss"]) == 3 for run in runs)
+    assert all(len(run["validation"]["loss"]) == run["steps"] + 1 for run in runs)
+    assert sorted(run["steps"] for run in runs) == [1] * 9 + [2] * 21
     starts = {run["validation"]["loss"][0] for run in runs if run["seed"] == 0}
     assert len(starts) == 1  # everyone from the same model
     assert len({run["parameters_sha256"] for run in runs}) == len(runs)  # and nobody as another
@@ -47,11 +48,16 @@ def test_the_whole_plan_in_sittings(gain, tmp_path, capsys):
     assert gain.main(["--out", str(tmp_path), "--table"]) == 0
     printed = capsys.readouterr().out
     assert "| AdamW |" in printed
+    assert "| Adafactor in AdaDiag++ |" in printed
     _, over_seeds = printed.split("| times fewer steps |")
+    over_seeds, shorter = over_seeds.split("| against AdamW with all steps |")
     seeds = [line.split(" | ") for line in over_seeds.splitlines() if " | 3 | " in line]
     assert [line[0] for line in seeds][:1] == ["| AdamW"]
     assert len(seeds) == 4
-    assert seeds[0][4] == "0.0000 ± 0.0000"
+    assert seeds[0][4] == "+0.0000 ± 0.0000"
+    assert [sum(map(bool, line[5:7])) for line in seeds] == [0, 2, 0, 1]  # the mask's, the space's, the control's
+    assert len([line for line in shorter.splitlines() if " | 1 | 3 | " in line]) == 2
+    assert len([line for line in shorter.splitlines() if " | 1 | 1 | " in line]) == 3
 
 
 @pytest.mark.parametrize("losses, wanted", [([10, float("inf")], "diverged"), ([10, 11], "(2 of 3)")])
@@ -59,7 +65,7 @@ def test_a_seed_that_diverged_does_not_hide_the_others(gain, tmp_path, losses, w
     for seed in (0, 1, 2):
         for setup, curve in (("AdamW", losses if seed == 1 else [10, 2]), ("Soap", [10, 3, 1.9])):
             run = gain.Run(setup, 1e-3, seed)
-            record = {"setup": setup, "lr": run.lr, "seed": seed, "steps": 2, "seconds": 1.0}
+            record = {"setup": setup, "lr": run.lr, "seed": seed, "part": 1, "steps": 2, "seconds": 1.0}
             record["validation"] = {"loss": curve, "step": list(range(len(curve)))}
             (tmp_path / run.file).write_text(json.dumps(record))
     printed = gain.table(tmp_path)
@@ -93,7 +99,7 @@ def test_runs_that_depend_on_a_sweep_come_after_all_of_it(gain):
     losses = dict(zip(swept, (3.0, 2.0, 1.0, 2.5), strict=True))
 
     def done(runs):
-        return [{"setup": r.setup, "lr": r.lr, "seed": 0, "validation": {"loss": [losses[r]]}} for r in runs]
+        return [{"setup": r.setup, "lr": r.lr, "seed": 0, "part": 1, "validation": {"loss": [losses[r]]}} for r in runs]
 
     early = list(gain.plan(lambda: done(swept[:-1])))
     late = list(gain.plan(lambda: done(swept)))
@@ -109,4 +115,6 @@ def test_runs_that_depend_on_a_sweep_come_after_all_of_it(gain):
         run for seed in (1, 2) for run in
         (gain.Run("AdamW", swept[0].lr, seed), *(gain.Run(name, swept[2].lr, seed) for name in
          ("AdaDiag++", "Cautious in AdaDiag++", "random like Cautious in AdaDiag++")))
+    ] + [
+        gain.Run(name, swept[2].lr, seed, 0.5) for seed in (0, 1, 2) for name in ("AdaDiag++", "Cautious in AdaDiag++")
     ]  # fmt: skip
