@@ -35,10 +35,10 @@ def test_the_whole_plan_in_sittings(gain, tmp_path, capsys):
     assert "out of time" in capsys.readouterr().out
     assert gain.main(arguments) == 0
     first = {file.name: file.read_text() for file in tmp_path.iterdir()}
-    assert len(first) == 6 + 4 + 2 * 4 + 3 + 3 * 2 + 3
+    assert len(first) == 6 + 4 + 2 * 4 + 3 + 3 + 2 * 3 * 2
     runs = [json.loads(text) for text in first.values()]
     assert all(len(run["validation"]["loss"]) == run["steps"] + 1 for run in runs)
-    assert sorted(run["steps"] for run in runs) == [1] * 9 + [2] * 21
+    assert sorted(run["steps"] for run in runs) == [1] * 15 + [2] * 21
     starts = {run["validation"]["loss"][0] for run in runs if run["seed"] == 0}
     assert len(starts) == 1  # everyone from the same model
     assert len({run["parameters_sha256"] for run in runs}) == len(runs)  # and nobody as another
@@ -56,7 +56,7 @@ def test_the_whole_plan_in_sittings(gain, tmp_path, capsys):
     assert len(seeds) == 4
     assert seeds[0][4] == "+0.0000 ± 0.0000"
     assert [sum(map(bool, line[5:7])) for line in seeds] == [0, 2, 0, 1]  # the mask's, the space's, the control's
-    assert len([line for line in shorter.splitlines() if " | 1 | 3 | " in line]) == 2
+    assert len([line for line in shorter.splitlines() if " | 1 | 3 | " in line]) == 2 * 2
     assert len([line for line in shorter.splitlines() if " | 1 | 1 | " in line]) == 3
 
 
@@ -116,5 +116,6 @@ def test_runs_that_depend_on_a_sweep_come_after_all_of_it(gain):
         (gain.Run("AdamW", swept[0].lr, seed), *(gain.Run(name, swept[2].lr, seed) for name in
          ("AdaDiag++", "Cautious in AdaDiag++", "random like Cautious in AdaDiag++")))
     ] + [
-        gain.Run(name, swept[2].lr, seed, 0.5) for seed in (0, 1, 2) for name in ("AdaDiag++", "Cautious in AdaDiag++")
+        gain.Run(name, swept[2].lr, seed, part) for part in (0.5, 0.6) for seed in (0, 1, 2)
+        for name in ("AdaDiag++", "Cautious in AdaDiag++")
     ]  # fmt: skip
