@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = str(ROOT / "selective" / "policies")
-TINY = ["--device", "cpu", "--text", SOURCES, "--steps", "2", "--batch", "2", "--micro-batch", "1", "--context", "8",
+TINY = ["--device", "cpu", "--text", SOURCES, "--steps", "5", "--batch", "2", "--micro-batch", "1", "--context", "8",
         "--layers", "1", "--width", "8", "--heads", "2", "--vocabulary", "270", "--evaluate-every", "1"]  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def test_the_whole_plan_in_sittings(gain, tmp_path, capsys):
     assert len(first) == 6 + 4 + 2 * 4 + 3 + 3 + 2 * 3 * 2
     runs = [json.loads(text) for text in first.values()]
     assert all(len(run["validation"]["loss"]) == run["steps"] + 1 for run in runs)
-    assert sorted(run["steps"] for run in runs) == [1] * 15 + [2] * 21
+    assert sorted(run["steps"] for run in runs) == [2] * 9 + [3] * 6 + [5] * 21
     starts = {run["validation"]["loss"][0] for run in runs if run["seed"] == 0}
     assert len(starts) == 1  # everyone from the same model
     assert len({run["parameters_sha256"] for run in runs}) == len(runs)  # and nobody as another
@@ -56,8 +56,8 @@ def test_the_whole_plan_in_sittings(gain, tmp_path, capsys):
     assert len(seeds) == 4
     assert seeds[0][4] == "+0.0000 ± 0.0000"
     assert [sum(map(bool, line[5:7])) for line in seeds] == [0, 2, 0, 1]  # the mask's, the space's, the control's
-    assert len([line for line in shorter.splitlines() if " | 1 | 3 | " in line]) == 2 * 2
-    assert len([line for line in shorter.splitlines() if " | 1 | 1 | " in line]) == 3
+    for steps, seeds, count in ((2, 3, 2), (3, 3, 2), (2, 1, 3)):
+        assert len([line for line in shorter.splitlines() if f" | {steps} | {seeds} | " in line]) == count
 
 
 @pytest.mark.parametrize("losses, wanted", [([10, float("inf")], "diverged"), ([10, 11], "(2 of 3)")])
