@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -76,4 +76,14 @@ def _difference(
     kept = {key[len(BASIS) :]: value for key, value in entries.items() if key.startswith(BASIS)}
     found = {key: (tuple(value.shape), value.dtype) for key, value in kept.items()}
     wanted = layout_of(stage.of(member.tensor), shape, member.tensor.device)
-    return None if found == wanted else f"the basis of {who} is {found}, here it would be {wanted}"
+    names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    differing = "; ".join(f"{name}: {_said(found.get(name))}, here {_said(wanted.get(name))}" for name in names)
+    return f"of {who} it has {differing}" if names else None
+
+
+def _said(kept: Any) -> str:
+    """Shape and dtype of an entry of a basis, as `layout_of` has them."""
+    if kept is None:
+        return "nothing"
+    shape, dtype = kept
+    return f"{' x '.join(map(str, shape)) or 'one number'} of {str(dtype).removeprefix('torch.')}"

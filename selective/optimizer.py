@@ -42,8 +42,8 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         preconditioner: rotates the gradients of matrices before the base sees them: a `Preconditioner`, a kind's name
             or a dict with a `kind`. A `preconditioner` in a parameter group overrides it (None there: none).
         matrix_view: which parameters are matrices, and how: "matrices" (2-D ones only), "conv" (also [out, in, ...] as
-            [out, in * ...]), "experts" (also [..., m, n] as a batch) or "rows:3" (2-D ones as 3 matrices one below the
-            other, such as joined queries, keys and values; 2 and 4, too). A `matrix_view` in a group overrides it.
+            [out, in * ...]), "experts" (also [..., m, n] as a batch) or "rows:3" (as 3 matrices one below the other,
+            such as joined queries, keys and values; 2 and 4, too). A `matrix_view` in a group overrides it.
         mask_space: what the policy sees of rotated parameters: "rotated" tensors, or the "original" space's.
         capture: how the base's update is obtained: "fused", "scratch" or "delta"; "auto" takes the first that is right
             for this base. `explain()` says which, and why.
@@ -209,8 +209,9 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
     def statistics(self) -> dict[str, dict[str, Tensor]]:
         """What the last step selected, for each parameter by name; see `selective.statistics.Report.read`.
 
-        0-d float32 tensors on the parameter's device; reading them on the host is what synchronises. Groups whose
-        policy is `Dense()` are not in it, nor is anything before the first step.
+        0-d float32 tensors on the parameter's device; reading them on the host is what synchronises. Of groups whose
+        policy is `Dense()` there is only what a preconditioner reports, of rotated parameters; before the first step
+        there is nothing.
         """
         if not self._statistics:
             raise RuntimeError("SelectiveUpdate: nothing was collected; construct it with statistics=True")

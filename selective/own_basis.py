@@ -52,6 +52,11 @@ class OwnBasis(Optimizer):
             return {}
         stage, shape = found
         made = stage.fresh(parameter.tensor)
+        if not isinstance(made, dict):
+            raise TypeError(
+                f"SelectiveUpdate: {type(stage.preconditioner).__name__}.init_state returned {made!r} for parameter "
+                f"{parameter.name!r}, must be a dictionary of tensors; an empty one where nothing is kept"
+            )
         for key, value in made.items():
             here = isinstance(value, Tensor) and value.device == parameter.tensor.device
             if not here and not (isinstance(value, Tensor) and value.device.type == "cpu" and value.dim() == 0):

@@ -16,6 +16,7 @@ KINDS = ("matrices", *_VIEWS, "embeddings", "head", "vectors")
 _JOINED = {"qkv": 3, "qkv_proj": 3, "in_proj_weight": 3, "gate_up_proj": 2, "w12": 2}
 _HEAD = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection", "unembed")
 _HEADS_INSIDE = (["classifier"], ["lm_head"], ["score"])  # a module of several layers; not the heads of an attention
+_GATES: dict[type, int] = {nn.GRU: 3, nn.LSTM: 4}  # one below the other
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 _EMBEDDING = re.compile(r"(^|_)(emb|embed|embedding|embeddings|wte|wpe)(_|$)")
 
@@ -63,9 +64,9 @@ def param_groups_for(
 ) -> ParamGroups:
     """The trainable parameters of `model` as named parameter groups, for a base that `SelectiveUpdate` wraps.
 
-    - "matrices": 2-D weights of the model's inside; "rows:2" to "rows:4": those of them that are several in one, which
-      `parts` names; "conv": weights of convolutions; "experts": other tensors with three dimensions or more. Rotated by
-      the wrapper's preconditioner, all but the first with their `matrix_view`.
+    - "matrices": 2-D weights of the model's inside; "conv": weights of convolutions; "experts": other tensors with
+      three dimensions or more; "rows:2" to "rows:4": matrices and experts that are several in one, which `parts` names.
+      Rotated by the wrapper's preconditioner, all but the first with their `matrix_view`.
     - "embeddings", "head", "vectors" (norms, biases): with `preconditioner` None, so that they are not.
 
     An embedding is a parameter of `nn.Embedding` or `nn.EmbeddingBag`, or a 2-D one called so (`pos_emb`, `wpe`). The
@@ -80,9 +81,10 @@ def param_groups_for(
         no_decay: kinds of parameters that do not decay.
         embeddings, head: further names, of parameters or of modules, that belong there whatever they look like.
         parts: how many matrices of equal shape, 2 to 4, lie one below the other in a weight: `{"qkv": 3}`. Keys are
-            names of parameters or of their modules, in full or the last part. Only for weights whose output is cut into
-            so many equal parts: not where heads take turns (GPT-NeoX), where keys have fewer heads, or where the weight
-            is transposed (GPT-2's Conv1D). Likely ones are pointed out in the table; nothing is taken apart unasked.
+            names of parameters or of their modules, in full or the last part. Of a stack [e, k * m, n] each matrix is
+            taken apart. Only for weights whose output is cut into so many equal parts: not where heads take turns
+            (GPT-NeoX), where keys have fewer heads, or where the weight is transposed (GPT-2's Conv1D). Likely ones are
+            pointed out in the table; nothing is taken apart unasked.
 
     Returns:
         A list of groups with `name`, `params` (pairs of name and parameter), and the options above; `print` shows why
@@ -95,6 +97,11 @@ def param_groups_for(
     unknown = set(no_decay) - set(KINDS)
     if unknown:
         raise ValueError(f"param_groups_for: no_decay has {sorted(unknown)}; the kinds are {', '.join(KINDS)}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"param_groups_for: got an object of type {type(model).__name__}, and what a parameter is follows from its "
+            f"modules: pass the model itself, not its parameters"
+        )
     found = list(_parameters(model))
     if not found:
         raise ValueError("param_groups_for: the model has no parameter that requires a gradient")
@@ -106,7 +113,7 @@ def param_groups_for(
     for one in found:
         kind, why = named.get(id(one.tensor)) or _kind(one, last)
         if id(one.tensor) in apart:
-            if kind != "matrices":
+            if kind not in ("matrices", "experts"):
                 raise ValueError(f"param_groups_for: parts takes {one.name} apart, which belongs to {kind!r} ({why})")
             kind, why = apart[id(one.tensor)]
         tied = f"; tied: {' = '.join(one.names)}" if len(one.names) > 1 else ""
@@ -161,10 +168,10 @@ def _taken_apart(found: list[_Found], parts: Mapping[str, int]) -> dict[int, tup
     for wanted, count in parts.items():
         if type(count) is not int or count not in (2, 3, 4):
             raise ValueError(f"param_groups_for: parts has {wanted!r}: {count!r}; it can be 2, 3 or 4 matrices")
-        matching = [f for f in found if f.tensor.dim() == 2 and any(_is_called(n, wanted) for n in f.names)]
+        matching = [f for f in found if f.tensor.dim() in (2, 3) and any(_is_called(n, wanted) for n in f.names)]
         if not matching:
-            matrices = ", ".join(f.name for f in found if f.tensor.dim() == 2)
-            raise ValueError(f"param_groups_for: parts names {wanted!r}, and no 2-D weight is called so: {matrices}")
+            matrices = ", ".join(f.name for f in found if f.tensor.dim() in (2, 3))
+            raise ValueError(f"param_groups_for: parts names {wanted!r}, and no matrix is called so: {matrices}")
         for one in matching:
             if any(type(m).__name__ == "Conv1D" for m in one.modules):
                 raise ValueError(
@@ -173,9 +180,9 @@ def _taken_apart(found: list[_Found], parts: Mapping[str, int]) -> dict[int, tup
                 )
             if chosen.get(id(one.tensor), (f"rows:{count}",))[0] != f"rows:{count}":
                 raise ValueError(f"param_groups_for: parts has two counts for {one.name}")
-            if one.tensor.shape[0] % count:
+            if one.tensor.shape[-2] % count:
                 raise ValueError(
-                    f"param_groups_for: parts has {wanted!r}: {count}, and {one.name} has {one.tensor.shape[0]} rows"
+                    f"param_groups_for: parts has {wanted!r}: {count}, and {one.name} has {one.tensor.shape[-2]} rows"
                 )
             chosen[id(one.tensor)] = (f"rows:{count}", f"named by you: {count} matrices in one")
     return chosen
@@ -189,7 +196,27 @@ def _is_called(name: str, wanted: str) -> bool:
 
 def _may_be_joined(p: Tensor, count: int) -> bool:
     """With fewer key heads than query heads the parts differ in size: three are square, or not of equal size."""
-    return p.shape[0] % count == 0 and (count != 3 or p.shape[0] == 3 * p.shape[1])
+    rows, columns = p.shape[-2:]
+    return rows % count == 0 and (count != 3 or rows == 3 * columns)
+
+
+def _hint(one: _Found, paths: list[list[str]]) -> str:
+    """What this may be after all, and how to say so."""
+    p = one.tensor
+    called = [part for path in paths for part in path if part in _JOINED]
+    joined = next((part for part in called if _may_be_joined(p, _JOINED[part])), None)
+    gates = next((_GATES[type(m)] for m in one.modules if type(m) in _GATES), None)
+    if gates is not None:
+        joined = paths[0][-1]
+    if joined is not None:
+        return f"; several in one? parts={{{joined!r}: {gates or _JOINED[joined]}}}"
+    if any(type(m).__name__ == "Conv1D" for m in one.modules) and p.shape[1] == 3 * p.shape[0]:
+        return "; three side by side? parts can't take it apart"
+    for path in paths:  # before any numbered layer: the heads of an attention are inside of one
+        before = path[: next((i for i, part in enumerate(path) if part.isdecimal()), 0)]
+        if any(part in _HEAD for part in before):
+            return f"; of the head? head={[one.name]!r}"
+    return ""
 
 
 def _last_head(model: nn.Module) -> Tensor | None:
@@ -220,7 +247,5 @@ def _kind(one: _Found, last: Tensor | None) -> tuple[str, str]:
     if any(_EMBEDDING.search(path[-1].lower()) for path in parts):
         return "embeddings", "called so"
     if p.dim() > 2:
-        return "experts", f"{p.dim()}-D, read as a stack of matrices"
-    called = [part for path in parts for part in path if part in _JOINED]
-    joined = next((part for part in called if _may_be_joined(p, _JOINED[part])), None)
-    return "matrices", "2-D" if joined is None else f"2-D; several in one? parts={{{joined!r}: {_JOINED[joined]}}}"
+        return "experts", f"{p.dim()}-D, read as a stack of matrices{_hint(one, parts)}"
+    return "matrices", f"2-D{_hint(one, parts)}"

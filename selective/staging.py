@@ -128,11 +128,14 @@ def check_change(old: Stage | None, new: Stage | None, number: int) -> None:
     before, after = (None if stage is None else stage.preconditioner for stage in (old, new))
     if before is None and after is None:
         return
-    same = old is not None and new is not None and type(before) is type(after)
-    if not same or not _same_basis(old, new):
+    if old is None or new is None or type(before) is not type(after):
+        why = "another kind"
+    else:
+        why = _difference(old, new)
+    if why is not None:
         raise ValueError(
             f"SelectiveUpdate: preconditioner_groups[{number}] was {before!r}{_view(old)} and is {after!r}{_view(new)} "
-            f"now, or what it takes has changed: a basis would be another, and the moments that were collected in the "
+            f"now ({why}): a basis would be another, and the moments that were collected in the "
             f"old one would mean nothing. Set it back, or construct the optimizer anew"
         )
 
@@ -141,14 +144,19 @@ def _view(stage: Stage | None) -> str:
     return "" if stage is None or stage.matrix_view == "matrices" else f" (matrix_view={stage.matrix_view!r})"
 
 
-def _same_basis(old: Stage | None, new: Stage | None) -> bool:
-    assert old is not None and new is not None
-    stayed = [p.tensor for p in old.members if any(p.tensor is q.tensor for q in new.members)]
-    shapes = {*_SAMPLES, *old.shapes.values()}
-    return all(old.shapes.get(p) == new.shapes.get(p) for p in stayed) and (
-        old.preconditioner is new.preconditioner
-        or all(layout_of(old.preconditioner, shape) == layout_of(new.preconditioner, shape) for shape in shapes)
-    )
+def _difference(old: Stage, new: Stage) -> str | None:
+    """Why a basis would be another one now; None where it is the same."""
+    for p in old.members:
+        then, now = old.shapes.get(p.tensor), new.shapes.get(p.tensor)
+        if then != now and any(p.tensor is q.tensor for q in new.members):
+            was, is_now = ("left alone" if shape is None else f"rotated as {list(shape)}" for shape in (then, now))
+            because = new.left.get(p.name)
+            return f"parameter {p.name!r} was {was} and would be {is_now}" + (f": {because}" if because else "")
+    if old.preconditioner is not new.preconditioner:
+        for shape in {*_SAMPLES, *old.shapes.values()}:
+            if layout_of(old.preconditioner, shape) != layout_of(new.preconditioner, shape):
+                return f"of matrices {list(shape)} something else would be kept"
+    return None
 
 
 def layout_of(preconditioner: Preconditioner, shape: Shape, device: torch.device | None = None) -> dict[str, object]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from selective.optimizer import SelectiveUpdate
 
 OVERVIEW = ("share", "strength_selected", "strength_rest", "cosine", "norm_ratio", "capped")
+FAULTS = ("kept", "skipped", "basis_skipped")  # counters of a preconditioner: docs/preconditioner-eigenbasis.md
 _AT_CAP = 1 - 1e-6  # strengths are rounded to float32
 
 
@@ -35,12 +36,16 @@ class Sample:
     values: dict[str, dict[str, float]]
 
     def overview(self) -> dict[str, float]:
-        """The mean over the parameters of what is in `OVERVIEW`; what no parameter has is left out."""
+        """The mean over the parameters of what is in `OVERVIEW`, the sum of what is in `FAULTS`; of what they have."""
         found = {}
         for name in OVERVIEW:
             known = [one[name] for one in self.values.values() if not math.isnan(one.get(name, math.nan))]
             if known:
                 found[name] = sum(known) / len(known)
+        for name in FAULTS:
+            counted = [one[name] for one in self.values.values() if name in one]
+            if counted:
+                found[name] = sum(counted)
         return found
 
     def scalars(self, each: bool = False) -> dict[str, float]:

@@ -79,7 +79,7 @@ class RotatedJob(GenericJob):
         if self.context.own_momentum is not None:
             first.append(self.context.own_momentum(parameter, self.policy))
         for moment in first:
-            carry_first(moment, **how, precision=self.rotation.preconditioner.carries_in())
+            carry_first(moment, **how, precision=self.rotation.carries_in())
         carry_second(self.context.base, parameter.tensor, self.names_of_first, **how)
 
     @cached_property

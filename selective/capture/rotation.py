@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from selective.capture import lists
 from selective.capture.rotation_checks import (
     check_projected,
     check_refreshed,
+    check_report,
     check_states,
     exact_products,
     is_foreign,
@@ -78,8 +79,11 @@ class Rotation:
         self._finite: dict[int, Tensor] = {}
         self._refreshed: set[int] = set()  # in this step
 
+    def carries_in(self) -> Literal["float32", "tf32"]:
+        return self._ask("carries_in")
+
     def stands_still(self, index: int) -> bool:
-        return self.preconditioner.stands_still(self.steps[index])
+        return self._ask("stands_still", self.steps[index])
 
     def alike(self, indices: Sequence[int], limit: int | None = None) -> Iterator[list[int]]:
         """Those of equal shape and device together, at most `limit` elements at a time (`ROTATED`, if not said).
@@ -97,12 +101,12 @@ class Rotation:
 
     def at_once(self, *, narrow: bool) -> int:
         """Elements that are rotated together, where they stay as `narrow` as they are returned."""
-        return ROTATED * 4 // self.preconditioner.itemsize() if narrow else ROTATED
+        return ROTATED * 4 // self._ask("itemsize") if narrow else ROTATED
 
     def renew(self, matrices: Matrices) -> Iterator[Carried]:
         """Refresh the bases that are due; what has to be carried along, batch by batch."""
-        preconditioner, everything = self.preconditioner, list(range(len(self.bases)))
-        observes, reads = preconditioner.observes(), preconditioner.refreshes_from_gradients()
+        everything = list(range(len(self.bases)))
+        observes, reads = self._ask("observes"), self._ask("refreshes_from_gradients")
         for indices in self.alike(everything):
             due = [i for i in indices if self.is_due(i)]
             looked = indices if observes else due
@@ -149,9 +153,7 @@ class Rotation:
 
     def is_due(self, index: int) -> bool:
         basis, steps = self.bases[index], self.steps[index]
-        if self.preconditioner.is_due(steps, basis.place, self.count):
-            return True
-        return self.preconditioner.is_overdue(basis.state, steps)
+        return self._ask("is_due", steps, basis.place, self.count) or self._ask("is_overdue", basis.state, steps)
 
     def _look_at(self, indices: list[int], grads: list[Tensor]) -> None:
         """Which gradients are finite; the others are counted."""
@@ -213,7 +215,7 @@ class Rotation:
         """Step 8, on gradients that are not rotated."""
         if type(self.preconditioner).observe is Preconditioner.observe:
             return
-        reads = self.preconditioner.observes()
+        reads = self._ask("observes")
         for indices in self.alike(list(range(len(self.bases)))):
             states, grads = self._states(indices), matrices(indices)
             if self.bases[indices[0]].gathers and reads:
@@ -230,6 +232,7 @@ class Rotation:
         for indices in self.alike(list(range(len(self.bases)))):
             with self._named("report"):
                 said = self.preconditioner.report(self._states(indices))
+                check_report(said, len(indices))
             for i, one in zip(indices, said, strict=True):
                 said_of_it = {**one, "basis_skipped": self.bases[i].skipped}
                 found[i] = {name: value.to(torch.float32) for name, value in said_of_it.items()}
@@ -292,6 +295,13 @@ class Rotation:
 
     def _states(self, indices: list[int]) -> list[State]:
         return [dict(self.bases[i].state) for i in indices]
+
+    def _ask(self, what: str, *given: Any) -> Any:
+        """What it says to a question; unlike `_named` cheap enough for every parameter in every step."""
+        try:
+            return getattr(self.preconditioner, what)(*given)
+        except Exception as error:
+            raise PreconditionerError(f"{type(self.preconditioner).__name__}.{what} failed: {error}") from error
 
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:

@@ -27,6 +27,14 @@ def check_states(kept: Sequence[State], states: Sequence[State]) -> None:
             raise ValueError("it put another tensor into a state, which is lost: write into the tensors in place")
 
 
+def check_report(said: object, count: int) -> None:
+    """For each of these, 0-d tensors by name."""
+    found = list(said) if isinstance(said, (list, tuple)) else []
+    named = [one for one in found if isinstance(one, dict)]
+    if len(named) != count or not all(isinstance(x, Tensor) and x.dim() == 0 for one in named for x in one.values()):
+        raise ValueError(f"it has to return a list with a dictionary of 0-d tensors for each of {count} states")
+
+
 def check_refreshed(made: object, shapes: Sequence[Shape]) -> None:
     """A carry, or None, for each of these."""
     if not isinstance(made, list) or len(made) != len(shapes):

@@ -32,7 +32,8 @@ class Eigenbasis(Preconditioner):
 
     Faults: a Gram matrix with NaN or infinities reaches no solver, and leaves statistics and basis as they are
     (`skipped`). A solver that raises, or whose result is not orthogonal, is tried again in float64 (`float64`), then
-    eigh in float64 on the CPU (`cpu`); then the old basis stays, bit for bit (`kept`). `report()` has these counts.
+    eigh in float64 on the CPU (`cpu`); then the old basis stays, bit for bit, with a warning (`kept`). `report()` has
+    these counts.
 
     Only `refresh` waits for the device: once in 512 MiB of matrices, and inside torch's eigh and svd.
     """
@@ -56,7 +57,7 @@ class Eigenbasis(Preconditioner):
     because a step in the unrotated space is a good step of the base."""
     stagger: bool = True
     """Parameters take turns, evenly over `refresh_every` steps, first bases over the first ten: no step pays for
-    all."""
+    all. They are counted, not weighed: one that is much larger than the others makes its step longer."""
     solver: SolverName = "cholesky"
     """How. "eigh" and "svd" (of the gradient itself where it is the statistic) start from scratch and are exact. "qr"
     and "cholesky" go on from the old basis by one step of subspace iteration, which is right for averages that move
@@ -115,10 +116,8 @@ class Eigenbasis(Preconditioner):
             state[f"{side}_basis"] = torch.eye(n, dtype=torch.float32, device=like.device).repeat(batch, 1, 1)
             if self.statistic == "ema":
                 state[f"{side}_gram"] = torch.zeros(batch, n, n, dtype=torch.float32, device=like.device)
-        if sides and self.statistic == "gradient" and self.floor:
-            state["noise"] = torch.zeros(
-                batch, dtype=torch.float32, device=like.device
-            )  # what is set to 0 until the next observe()
+        if sides and self.statistic == "gradient":  # what is set to 0 until the next observe(); also without a floor,
+            state["noise"] = torch.zeros(batch, dtype=torch.float32, device=like.device)  # which may be set in training
         # On the CPU, because the host has to know which bases are the first, and should not wait for the device.
         state["refreshes"] = torch.zeros((), dtype=torch.int64, device="cpu")
         for name in COUNTS:
@@ -170,7 +169,7 @@ class Eigenbasis(Preconditioner):
 
     def denoise(self, states: Sequence[State], rotated: Sequence[Tensor]) -> list[Tensor]:
         for state, x in zip(states, rotated, strict=True):
-            if "noise" in state:
+            if self.floor and "noise" in state:
                 x.masked_fill_(x.abs() < per_matrix(state["noise"]), 0)
         return list(rotated)
 

@@ -23,7 +23,7 @@ def check_matrix_view(view: object, where: str) -> MatrixView:
         raise ValueError(
             f"SelectiveUpdate: {where}matrix_view is {view!r}, must be 'matrices' (2-D parameters only), 'conv' "
             f"([out, in, ...] as one matrix [out, in * ...]), 'experts' ([..., m, n] as a batch of [m, n]) or "
-            f"'rows:2', 'rows:3' or 'rows:4' ([k * m, n] as a batch of k matrices [m, n])"
+            f"'rows:2', 'rows:3' or 'rows:4' ([k * m, n] or [e, k * m, n] as matrices [m, n])"
         )
     return view  # type: ignore[return-value]
 
@@ -31,10 +31,11 @@ def check_matrix_view(view: object, where: str) -> MatrixView:
 def matrix_shape(param: Tensor, view: MatrixView) -> Shape | str:
     """[batch, rows, columns] of a parameter; where it is none, the reason in words.
 
-    2-D parameters are one matrix in every view but "rows:k", where [k * m, n] is a batch of k matrices [m, n]: queries,
-    keys and values of a joined projection. "conv": [out, in, ...] is one matrix [out, in * ...]. "experts": [..., m, n]
-    is a batch of matrices [m, n]. Others are left alone, and so are dtypes and classes of tensor in which
-    a product with a float32 basis is not to be had: float64, complex, DTensor, quantised parameters.
+    2-D parameters are one matrix in every view but "rows:k", where [k * m, n] is a batch of k matrices [m, n], and
+    [e, k * m, n] one of e * k: queries, keys and values of a joined projection, gates and values of stacked experts.
+    "conv": [out, in, ...] is one matrix [out, in * ...]. "experts": [..., m, n] is a batch of matrices [m, n]. Others
+    are left alone, and so are dtypes and classes of tensor in which a product with a float32 basis is not to be had:
+    float64, complex, DTensor, quantised parameters.
     """
     if type(param) not in _PLAIN:
         return f"a {type(param).__name__}, and only plain tensors are rotated"
@@ -46,9 +47,10 @@ def matrix_shape(param: Tensor, view: MatrixView) -> Shape | str:
         return "empty"
     if view.startswith("rows:"):
         count = int(view.removeprefix("rows:"))
-        if param.dim() != 2 or param.shape[0] % count:
+        rows, columns = param.shape[-2:]
+        if param.dim() > 3 or rows % count:
             return f"{' x '.join(map(str, param.shape))}, no {count} matrices of equal shape one below the other"
-        return count, param.shape[0] // count, param.shape[1]
+        return param.numel() // (rows * columns) * count, rows // count, columns
     if param.dim() == 2:
         return 1, param.shape[0], param.shape[1]
     if view == "conv":

@@ -6,6 +6,7 @@ Only that, and what torch's eigh and svd do themselves, waits for the device.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -49,7 +50,20 @@ def solve_all(jobs: Sequence[Job]) -> tuple[list[list[Basis]], bool]:
         nothing = torch.zeros_like(job.usable)
         tries = _try_again(job, sides) if failed else (sides, nothing, nothing)
         results.append(_select(job, *tries, everything=not (failed or unusable)))
+    if failed:
+        _warn(sum(int(side.kept.sum()) for sides in results for side in sides))  # waits, as each further try has
     return results, not (failed or unusable)
+
+
+def _warn(kept: int) -> None:
+    """Once in a process, as warnings are; each further one is counted."""
+    if kept:
+        warnings.warn(
+            f"selective: {kept} bases were to be renewed and stay as they are: neither the solver in float32 and "
+            f"float64 nor eigh on the CPU gave an orthogonal one. Training goes on; statistics() counts their matrices "
+            f"as 'kept'",
+            stacklevel=2,
+        )
 
 
 class _Try(NamedTuple):

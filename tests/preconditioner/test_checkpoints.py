@@ -142,7 +142,7 @@ class Sided(Turning):
         (
             {"preconditioner": Sided()},
             {"preconditioner": Sided(sides="one")},
-            r"Sided\(sides='one'\).* made with Sided\(\): the basis of parameter 'a' is .*second",
+            r"Sided\(sides='one'\).* made with Sided\(\): of parameter 'a' it has second: 1 x 8 x 8 of float32, here",
         ),
         ({"matrix_view": "conv"}, {}, r"rotated as \(1, 6, 12\), here it would be \(6, 4, 3\)"),
         ({}, {"matrix_view": "matrices"}, "'c' was rotated, and is left alone here"),

@@ -44,9 +44,9 @@ def test_rotated_as_parameters_of_their_own(space: Any, capture: Any) -> None:
 
 
 def test_what_can_be_taken_apart() -> None:
-    shapes = {(24, 6): (3, 8, 6), (3, 5): (3, 1, 5)}
+    shapes = {(24, 6): (3, 8, 6), (3, 5): (3, 1, 5), (2, 24, 6): (6, 8, 6)}
     assert {shape: matrix_shape(torch.empty(shape), "rows:3") for shape in shapes} == shapes
-    for odd in ((25, 6), (3, 8, 6)):
+    for odd in ((25, 6), (3, 8, 6), (2, 2, 24, 6)):
         why = matrix_shape(torch.empty(odd), "rows:3")
         assert isinstance(why, str)
         assert "no 3 matrices of equal shape" in why

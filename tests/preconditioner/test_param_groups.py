@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transforms import Turning
 
-from selective import MGUP, SelectiveUpdate, param_groups_for
+from selective import MGUP, SelectiveUpdate, Soap, param_groups_for
 
 
 class Block(nn.Module):
@@ -127,7 +127,7 @@ def test_joined_projections_are_pointed_out_and_taken_apart_when_asked() -> None
         ("rows:3", "rows:3", "qkv.weight"),
     ]
     for parts, told in (
-        ({"wqkv": 3}, "no 2-D weight is called so: qkv.weight"),
+        ({"wqkv": 3}, "no matrix is called so: qkv.weight"),
         ({"w12": 2}, "w12.weight has 5 rows"),
         ({"qkv": 5}, "2, 3 or 4"),
         ({"qkv": 3.0}, "2, 3 or 4"),
@@ -136,6 +136,57 @@ def test_joined_projections_are_pointed_out_and_taken_apart_when_asked() -> None
     ):
         with pytest.raises(ValueError, match=told):
             param_groups_for(model, parts=parts)
+
+
+def test_stacked_experts_are_taken_apart_too() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 6))
+            self.down_proj = nn.Parameter(torch.randn(3, 6, 4))
+
+    model = Experts()
+    assert "3-D, read as a stack of matrices; several in one? parts={'gate_up_proj': 2}" in str(param_groups_for(model))
+    groups = param_groups_for(model, parts={"gate_up_proj": 2})
+    assert names(groups) == {"experts": ["down_proj"], "rows:2": ["gate_up_proj"]}
+    optimizer = SelectiveUpdate(torch.optim.AdamW(groups, lr=1e-2), preconditioner=Soap())
+    said = optimizer.explain()
+    assert "gate_up_proj as 6 of 4 x 6" in said and "down_proj as 3 of 6 x 4" in said
+    with pytest.raises(ValueError, match="gate_up_proj has 8 rows"):
+        param_groups_for(model, parts={"gate_up_proj": 3})
+
+
+def test_what_may_be_something_else_is_pointed_out() -> None:
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 24))
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)])
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.c_attn = nn.ModuleList([Attention()]), Conv1D()
+            self.gru, self.lstm, self.rnn = nn.GRU(5, 7), nn.LSTM(5, 7), nn.RNN(5, 7)
+            self.head = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 10))
+
+    said = str(param_groups_for(Model()))
+    because = {line.split()[1]: line.partition("2-D")[2].strip() for line in said.splitlines() if "2-D" in line}
+    assert because["gru.weight_hh_l0"] == "; several in one? parts={'weight_hh_l0': 3}"
+    assert because["lstm.weight_ih_l0"] == "; several in one? parts={'weight_ih_l0': 4}"
+    assert because["head.1.weight"] == "; of the head? head=['head.1.weight']"
+    assert because["c_attn.weight"] == "; three side by side? parts can't take it apart"
+    assert because["rnn.weight_ih_l0"] == because["blocks.0.heads.0.weight"] == ""
+    groups = names(
+        param_groups_for(Model(), head=["head.1.weight"], parts={"gru.weight_hh_l0": 3})
+    )  # what it says to write
+    assert groups["head"] == ["head.1.weight"] and groups["rows:3"] == ["gru.weight_hh_l0"]
+    with pytest.raises(TypeError, match="pass the model itself, not its parameters"):
+        param_groups_for(Model().parameters())  # type: ignore[arg-type]
 
 
 def test_what_is_not_joined_by_rows_is_not_taken_apart() -> None:

@@ -95,7 +95,8 @@ class TestASolverThatFails:
         states = started(basis)
         before = copies(states)
         self.fail(monkeypatch, solver, statistic, failure, failure)
-        assert basis.refresh(states, grads_of(2)) == [None, None]
+        with pytest.warns(UserWarning, match="8 bases were to be renewed and stay"):
+            assert basis.refresh(states, grads_of(2)) == [None, None]
         for state, old in zip(states, before, strict=True):
             for side in ("rows", "columns"):
                 assert torch.equal(state[f"{side}_basis"], old[f"{side}_basis"])
@@ -155,7 +156,8 @@ def test_one_that_fails_does_not_hurt_its_neighbours(
     SOLVED = SOLVERS[solver]  # type: ignore[index]
     guarded = not_for(bad, SOLVED, only_bad)
     patch(monkeypatch, solver, guarded, not_for(bad, refreshing.eigh, raises))
-    carries = basis.refresh(states, grads_of(2))
+    with pytest.warns(UserWarning, match=r"\d bases were to be renewed"):
+        carries = basis.refresh(states, grads_of(2))
     assert counts(basis, states) == [WHOLE, WHOLE | {"kept": 1}]
     assert torch.equal(states[1]["rows_basis"][0], before[1]["rows_basis"][0])
     assert carries[1] is not None and carries[1].left is not None
@@ -249,7 +251,8 @@ def test_what_cannot_be_solved_is_not_counted_as_a_failure(monkeypatch: pytest.M
     patch(monkeypatch, "eigh", raises, raises)
     states = [basis.init_state(torch.empty(3, 4, 5))]
     grads = [torch.cat((torch.zeros(1, 4, 5), torch.full((1, 4, 5), torch.nan), grads_of(0, 1, (1, 4, 5))[0]))]
-    assert basis.refresh(states, grads) == [None]
+    with pytest.warns(UserWarning, match=r"\d bases were to be renewed"):
+        assert basis.refresh(states, grads) == [None]
     assert counts(basis, states) == [WHOLE | {"refreshes": 0, "skipped": 1, "kept": 1}]
 
 

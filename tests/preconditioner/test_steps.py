@@ -10,7 +10,7 @@ import torch
 from base_optimizers import BASES, build, give_grads
 from transforms import FixedRotation, Turning, Unrotated
 
-from selective import MGUP, Cautious, Dense, Policy, PolicyError, PreconditionerError, SelectiveUpdate
+from selective import MGUP, AdaDiag, Cautious, Dense, Policy, PolicyError, PreconditionerError, SelectiveUpdate
 from selective.capture.rotation import Rotation
 from selective.preconditioner import Carry
 
@@ -228,6 +228,28 @@ def test_a_hyper_parameter_may_move_but_not_the_basis() -> None:
     optimizer.step()
     optimizer.preconditioner_groups[0].preconditioner = None
     with pytest.raises(ValueError, match="is None now"):
+        optimizer.step()
+
+
+def test_the_floor_may_be_set_and_taken_away() -> None:
+    params, optimizer = wrapped(preconditioner=AdaDiag(sides="two", refresh_every=1))
+    for step, floor in enumerate((16.0, 0.0, 8.0)):
+        optimizer.preconditioner_groups[0]["floor"] = floor
+        give_grads(params, step)
+        optimizer.step()
+        found = [v for p in params for k, v in optimizer.state[p].items() if str(k).endswith("/noise")]
+        assert found
+    _, resumed = wrapped(preconditioner=AdaDiag(sides="two", refresh_every=1, floor=0))
+    resumed.load_state_dict(optimizer.state_dict())
+
+
+def test_a_parameter_that_is_no_matrix_any_more_is_named() -> None:
+    params, optimizer = wrapped()
+    give_grads(params, 0)
+    optimizer.step()
+    params[0].data = params[0].data.double()
+    params[0].grad = torch.ones_like(params[0])
+    with pytest.raises(ValueError, match=r"\(parameter .* was rotated as .* would be left alone: float64, and a basis"):
         optimizer.step()
 
 

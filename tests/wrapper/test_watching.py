@@ -90,6 +90,8 @@ def test_the_overview_is_the_mean_over_tensors_that_have_a_number() -> None:
     assert sample.overview() == {"share": 0.5, "cosine": 0.5}
     assert sample.scalars(each=True).keys() == {"share", "cosine", "share/a", "cosine/a", "share/b", "cosine/b"}
     assert Sample(1, {}).scalars() == {}
+    sample = Sample(5, {"a": {"kept": 1.0, "refreshes": 3.0}, "b": {"kept": 2.0, "basis_skipped": 0.0}, "c": {}})
+    assert sample.overview() == {"kept": 3.0, "basis_skipped": 0.0}  # sums: what went wrong counts
 
 
 @pytest.mark.parametrize("each", [False, True])
