@@ -4,7 +4,7 @@ opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGU
 """
 
 from selective.capture.custom import PolicyError
-from selective.capture.rotation import PreconditionerError
+from selective.capture.rotation_basis import PreconditionerError
 from selective.optimizer import SelectiveUpdate
 from selective.param_groups import param_groups_for
 from selective.policies import (

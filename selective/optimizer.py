@@ -14,7 +14,7 @@ from selective.bound import Bindable
 from selective.capture.base import scalar
 from selective.capture.choose import Capture, CaptureName
 from selective.capture.layout import shard_of
-from selective.capture.rotation import MaskSpace
+from selective.capture.rotation_basis import MaskSpace
 from selective.capture.stepping import base_hooks, run_step_on
 from selective.clock import check_recordable, is_recording
 from selective.explain import explain

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from selective.capture.base import Parameter
 from selective.capture.layout import is_first, shard_of
 from selective.capture.moments import first_moments, names_of_first, rewrite
-from selective.capture.rotation import Basis
+from selective.capture.rotation_basis import Basis
 from selective.capture.rotation_gather import on_wholes
 from selective.capture.rotation_shards import sums_over_ranks
 from selective.preconditioner import Shape, State

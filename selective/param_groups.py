@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from selective.param_parts import HEAD, Found, hint, taken_apart
+
 _VIEWS = ("rows:2", "rows:3", "rows:4", "conv", "experts")  # kinds that are called as their `matrix_view`
 KINDS = ("matrices", *_VIEWS, "embeddings", "head", "vectors")
-# Called so where parts of equal size lie one below the other. Not "query_key_value": there they take turns by heads.
-_JOINED = {"qkv": 3, "qkv_proj": 3, "in_proj_weight": 3, "gate_up_proj": 2, "w12": 2}
-_HEAD = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection", "unembed")
 _HEADS_INSIDE = (["classifier"], ["lm_head"], ["score"])  # a module of several layers; not the heads of an attention
-_GATES: dict[type, int] = {nn.GRU: 3, nn.LSTM: 4}  # one below the other
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 _EMBEDDING = re.compile(r"(^|_)(emb|embed|embedding|embeddings|wte|wpe)(_|$)")
-
-
-@dataclass
-class _Found:
-    """One parameter, under all of its names."""
-
-    tensor: Tensor
-    names: list[str]
-    modules: list[nn.Module] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
 
 
 class ParamGroups(list[dict[str, Any]]):
@@ -107,8 +91,8 @@ def param_groups_for(
         raise ValueError("param_groups_for: the model has no parameter that requires a gradient")
     named = _named(model, found, embeddings, "embeddings") | _named(model, found, head, "head")
     last = _last_head(model)
-    apart = _taken_apart(found, {} if parts is None else parts)
-    by_kind: dict[str, list[_Found]] = {kind: [] for kind in KINDS}
+    apart = taken_apart(found, {} if parts is None else parts)
+    by_kind: dict[str, list[Found]] = {kind: [] for kind in KINDS}
     rows: list[tuple[str, str, str, str]] = []
     for one in found:
         kind, why = named.get(id(one.tensor)) or _kind(one, last)
@@ -123,7 +107,7 @@ def param_groups_for(
     return ParamGroups(groups, sorted(rows, key=lambda row: KINDS.index(row[0])))
 
 
-def _group(kind: str, found: list[_Found], weight_decay: float | None, no_decay: Collection[str]) -> dict[str, Any]:
+def _group(kind: str, found: list[Found], weight_decay: float | None, no_decay: Collection[str]) -> dict[str, Any]:
     group: dict[str, Any] = {"name": kind, "params": [(one.name, one.tensor) for one in found]}
     if weight_decay is not None:
         group["weight_decay"] = 0.0 if kind in no_decay else weight_decay
@@ -134,19 +118,19 @@ def _group(kind: str, found: list[_Found], weight_decay: float | None, no_decay:
     return group
 
 
-def _parameters(model: nn.Module) -> Iterator[_Found]:
+def _parameters(model: nn.Module) -> Iterator[Found]:
     """Each trainable parameter once, in the model's order, with all of its names and modules."""
-    found: dict[int, _Found] = {}
+    found: dict[int, Found] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
             if p.requires_grad:
-                one = found.setdefault(id(p), _Found(p, []))
+                one = found.setdefault(id(p), Found(p, []))
                 one.names.append(f"{path}.{name}" if path else name)
                 one.modules.append(module)
     yield from found.values()
 
 
-def _named(model: nn.Module, found: list[_Found], names: Sequence[str], kind: str) -> dict[int, tuple[str, str]]:
+def _named(model: nn.Module, found: list[Found], names: Sequence[str], kind: str) -> dict[int, tuple[str, str]]:
     """Those that the caller has named, by parameter or by module."""
     if isinstance(names, str):
         raise ValueError(f"param_groups_for: {kind} is the string {names!r}; write a list: [{names!r}]")
@@ -160,65 +144,6 @@ def _named(model: nn.Module, found: list[_Found], names: Sequence[str], kind: st
     return chosen
 
 
-def _taken_apart(found: list[_Found], parts: Mapping[str, int]) -> dict[int, tuple[str, str]]:
-    """Those that the caller says are several matrices."""
-    chosen: dict[int, tuple[str, str]] = {}
-    if not isinstance(parts, Mapping):
-        raise ValueError(f"param_groups_for: parts is {parts!r}; write a mapping from names to counts: {{'qkv': 3}}")
-    for wanted, count in parts.items():
-        if type(count) is not int or count not in (2, 3, 4):
-            raise ValueError(f"param_groups_for: parts has {wanted!r}: {count!r}; it can be 2, 3 or 4 matrices")
-        matching = [f for f in found if f.tensor.dim() in (2, 3) and any(_is_called(n, wanted) for n in f.names)]
-        if not matching:
-            matrices = ", ".join(f.name for f in found if f.tensor.dim() in (2, 3))
-            raise ValueError(f"param_groups_for: parts names {wanted!r}, and no matrix is called so: {matrices}")
-        for one in matching:
-            if any(type(m).__name__ == "Conv1D" for m in one.modules):
-                raise ValueError(
-                    f"param_groups_for: parts has {wanted!r}, and {one.name} is transposed (Conv1D): its parts lie "
-                    "side by side, and only those one below the other can be taken apart"
-                )
-            if chosen.get(id(one.tensor), (f"rows:{count}",))[0] != f"rows:{count}":
-                raise ValueError(f"param_groups_for: parts has two counts for {one.name}")
-            if one.tensor.shape[-2] % count:
-                raise ValueError(
-                    f"param_groups_for: parts has {wanted!r}: {count}, and {one.name} has {one.tensor.shape[-2]} rows"
-                )
-            chosen[id(one.tensor)] = (f"rows:{count}", f"named by you: {count} matrices in one")
-    return chosen
-
-
-def _is_called(name: str, wanted: str) -> bool:
-    """A parameter's own name or its module's, in full or the last part of it."""
-    module, _, own = name.rpartition(".")
-    return wanted in (name, module, own, module.rpartition(".")[2])
-
-
-def _may_be_joined(p: Tensor, count: int) -> bool:
-    """With fewer key heads than query heads the parts differ in size: three are square, or not of equal size."""
-    rows, columns = p.shape[-2:]
-    return rows % count == 0 and (count != 3 or rows == 3 * columns)
-
-
-def _hint(one: _Found, paths: list[list[str]]) -> str:
-    """What this may be after all, and how to say so."""
-    p = one.tensor
-    called = [part for path in paths for part in path if part in _JOINED]
-    joined = next((part for part in called if _may_be_joined(p, _JOINED[part])), None)
-    gates = next((_GATES[type(m)] for m in one.modules if type(m) in _GATES), None)
-    if gates is not None:
-        joined = paths[0][-1]
-    if joined is not None:
-        return f"; several in one? parts={{{joined!r}: {gates or _JOINED[joined]}}}"
-    if any(type(m).__name__ == "Conv1D" for m in one.modules) and p.shape[1] == 3 * p.shape[0]:
-        return "; three side by side? parts can't take it apart"
-    for path in paths:  # before any numbered layer: the heads of an attention are inside of one
-        before = path[: next((i for i, part in enumerate(path) if part.isdecimal()), 0)]
-        if any(part in _HEAD for part in before):
-            return f"; of the head? head={[one.name]!r}"
-    return ""
-
-
 def _last_head(model: nn.Module) -> Tensor | None:
     """The weight of the last linear layer, if its outputs are an embedding's rows; None where that says nothing."""
     rows = {m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
@@ -226,7 +151,7 @@ def _last_head(model: nn.Module) -> Tensor | None:
     return last.weight if last is not None and last.out_features in rows - {last.in_features} else None
 
 
-def _kind(one: _Found, last: Tensor | None) -> tuple[str, str]:
+def _kind(one: Found, last: Tensor | None) -> tuple[str, str]:
     """The kind of one parameter, and why."""
     p, modules = one.tensor, one.modules
     if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in modules):
@@ -240,12 +165,12 @@ def _kind(one: _Found, last: Tensor | None) -> tuple[str, str]:
     if any(isinstance(m, _ConvNd) for m in modules):
         return "conv", "the weight of a convolution"
     parts = [name.split(".") for name in one.names]
-    if p.dim() == 2 and any(any(part in _HEAD for part in path[-2:]) or path[-3:-2] in _HEADS_INSIDE for path in parts):
+    if p.dim() == 2 and any(any(part in HEAD for part in path[-2:]) or path[-3:-2] in _HEADS_INSIDE for path in parts):
         return "head", "called so"
     if p.dim() == 2 and p is last:
         return "head", "the last linear layer, with as many outputs as an embedding has rows"
     if any(_EMBEDDING.search(path[-1].lower()) for path in parts):
         return "embeddings", "called so"
     if p.dim() > 2:
-        return "experts", f"{p.dim()}-D, read as a stack of matrices{_hint(one, parts)}"
-    return "matrices", f"2-D{_hint(one, parts)}"
+        return "experts", f"{p.dim()}-D, read as a stack of matrices{hint(one, parts)}"
+    return "matrices", f"2-D{hint(one, parts)}"

@@ -13,7 +13,8 @@ from selective.capture.custom import PolicyError
 from selective.capture.items import KeptItems
 from selective.capture.precision import fit_states
 from selective.capture.rotated import RotatedJob
-from selective.capture.rotation import MaskSpace, PreconditionerError, Rotation
+from selective.capture.rotation import Rotation
+from selective.capture.rotation_basis import MaskSpace, PreconditionerError
 from selective.capture.stepping import base_hooks, run_step_on
 from selective.checkpoint import Checkpointing
 from selective.kernels import spec

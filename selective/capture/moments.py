@@ -20,7 +20,7 @@ from selective.capture.anatomy_facts import Anatomy
 from selective.capture.anatomy_probe import dequantized, state_entries
 from selective.capture.fused import fused_rule
 from selective.capture.layout import local_of
-from selective.capture.rotation import Carried
+from selective.capture.rotation_basis import Carried
 from selective.capture.rotation_checks import exact_products
 from selective.preconditioner import Shape, as_matrix
 from selective.preconditioner.linalg import Precision, identity_like, in_order, in_precision, per_matrix

@@ -21,7 +21,8 @@ from selective.capture.described import specs_of
 from selective.capture.generic import Captured, GenericJob, by_value
 from selective.capture.layout import local_like, local_of, shard_of
 from selective.capture.moments import carry_first, carry_second, first_moments, names_of_first
-from selective.capture.rotation import Carried, Rotation
+from selective.capture.rotation import Rotation
+from selective.capture.rotation_basis import Carried
 from selective.capture.rotation_checks import is_foreign
 from selective.capture.rotation_gather import on_wholes
 from selective.kernels import selective_step, spec

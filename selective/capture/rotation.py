@@ -7,15 +7,15 @@ parameter's `skipped` counts it. All of it happens on the device; nobody waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from selective.capture import lists
+from selective.capture.rotation_basis import Basis, Carried, MaskSpace, Matrices, PreconditionerError
 from selective.capture.rotation_checks import (
     check_projected,
     check_refreshed,
@@ -27,8 +27,7 @@ from selective.capture.rotation_checks import (
 )
 from selective.capture.rotation_gather import part_of, refresh_gathered, wholes
 from selective.capture.rotation_shards import refresh_shards
-from selective.kernels import spec
-from selective.preconditioner import Carry, Preconditioner, Shape, State, as_matrix
+from selective.preconditioner import Carry, Preconditioner, State, as_matrix
 from selective.preconditioner.linalg import batches
 
 # Elements of the matrices whose bases are refreshed together, where nothing but what was observed of them is needed.
@@ -36,37 +35,6 @@ BASES = 2**28
 # ... and of those that are rotated together: 512 MiB in float32. Some launches for each part cost the host more time
 # than the device needs for fewer elements.
 ROTATED = 2**27
-
-MaskSpace = Literal["rotated", "original"]
-Matrices = Callable[[list[int]], list[Tensor]]  # the gradients of these parameters, not rotated, as matrices
-
-
-class PreconditionerError(RuntimeError):
-    """A preconditioner raised, or returned what does not fit. The message says what is as it was before the step."""
-
-
-@dataclass(frozen=True)
-class Basis:
-    """What is kept of one rotated parameter, and where it stands among them."""
-
-    shape: Shape
-    device: torch.device
-    state: State
-    steps: Tensor  # int64 on the CPU: steps in which it had a gradient
-    skipped: Tensor  # int64 on its device: gradients that were not finite
-    place: int
-    whole: Shape  # ... and `shape` what of it is on this rank
-    shard: spec.Shard | None = None
-    gathers: bool = False  # a shard that is rotated as a whole: then what `state` has is whole on each rank
-
-
-@dataclass
-class Carried:
-    """One refresh, for the moments that follow it: the maps, and whether they count (0-d bool; None: they do)."""
-
-    index: int
-    maps: Carry
-    valid: Tensor | None = None
 
 
 class Rotation:

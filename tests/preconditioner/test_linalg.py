@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selective import AdaDiag, Dense, Eigenbasis, SelectiveUpdate
 from selective.capture import rotated
 from selective.capture.moments import carry_first
-from selective.capture.rotation import Carried
+from selective.capture.rotation_basis import Carried
 from selective.preconditioner import Carry, linalg
 from selective.preconditioner.linalg import LOOSE, align, batches, float32_products, in_precision, settle, stack
 
