@@ -41,7 +41,7 @@ class Anatomy:
     momentum_reader: Literal["plain", "dequantize"] | None = None
     """How `read_momentum` turns that entry into float32."""
     embeds_param: tuple[str, ...] = ()
-    """Parameter-shaped state entries that follow the iterates (z of schedule-free, slow weights, p0, ax, x0)."""
+    """Parameter-shaped state entries that follow the iterates (z of schedule-free and of FTRL, p0, ax, x0)."""
     residue: tuple[str, ...] = ()
     """State entries that keep what rounding took from a low-precision parameter (Kahan sums, master weights)."""
     writes_grad: bool = False
