@@ -86,7 +86,7 @@ def decay_factor(base: Optimizer, group: Mapping[str, Any], facts: Anatomy, para
     if facts.decay != "decoupled" or facts.decay_rule is None or not _positive(group["weight_decay"]):
         return 1.0
     if facts.decay_rule not in RULES:
-        return measured_factor(base, group, group["params"][0] if param is None else param)
+        return measured_factor(base, group, group["params"][0] if param is None else param, facts.depends_on_param)
     if facts.decay_per_parameter and param is None:
         raise ValueError(f"decay_factor: '{facts.decay_rule}' differs between parameters; pass the parameter")
     return RULES[facts.decay_rule](base, group, group["params"][0] if param is None else param)
@@ -96,25 +96,31 @@ def _positive(weight_decay: Scalar) -> bool:
     return isinstance(weight_decay, Tensor) or weight_decay != 0
 
 
-def measured_factor(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> float:
-    """The factor read off a twin: it steps with and without decay, from the state of `param`, on its gradient.
+def measured_factor(base: Optimizer, group: Mapping[str, Any], param: Tensor, depends: bool) -> float:
+    """The factor read off a twin that steps twice from the state of `param`, on its gradient.
 
     On its gradient, because a factor can depend on it (StableAdamW divides its learning rate by the update's size).
+    From `param` and from zeros, whose difference is factor·param exactly, whether decay comes before the update or
+    after it (APOLLO); where the update `depends` on the parameter's value, with and without decay.
     In float64, so that 1e-6 of decay is not lost in rounding; in float32 where the class does not take float64.
     """
     with unnoticed():
         try:
-            return _measured_in(torch.float64, base, group, param)
+            return _measured_in(torch.float64, base, group, param, depends)
         except (RuntimeError, TypeError, AssertionError, ValueError):
-            return _measured_in(torch.float32, base, group, param)
+            return _measured_in(torch.float32, base, group, param, depends)
 
 
-def _measured_in(dtype: torch.dtype, base: Optimizer, group: Mapping[str, Any], param: Tensor) -> float:
+def _measured_in(dtype: torch.dtype, base: Optimizer, group: Mapping[str, Any], param: Tensor, depends: bool) -> float:
     # A parameter of zeros shows no factor; its decay is that of any other value (the factor is uniform).
     start = param.detach().to(dtype, copy=True)
     start = start if bool(start.any()) else torch.ones_like(start)
-    with_decay, without = (_one_step(base, group, param, start, o) for o in ({}, {"weight_decay": 0.0}))
-    return 1.0 + float(((with_decay - without) * start).sum() / (start * start).sum())
+    with_decay = _one_step(base, group, param, start, {})
+    if depends:
+        without = _one_step(base, group, param, start, {"weight_decay": 0.0})
+        return 1.0 + float(((with_decay - without) * start).sum() / (start * start).sum())
+    from_zeros = _one_step(base, group, param, torch.zeros_like(start), {})
+    return float(((with_decay - from_zeros) * start).sum() / (start * start).sum())
 
 
 def _one_step(base: Optimizer, group: Mapping[str, Any], param: Tensor, start: Tensor, overrides: dict) -> Tensor:

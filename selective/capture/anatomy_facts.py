@@ -30,7 +30,8 @@ class Anatomy:
     """The update looks at the parameter's value (Adafactor's scale, LAMB's trust ratio), decay aside."""
     decay: Decay = "none"
     """"none": there is no `weight_decay`, or it does nothing. "coupled": it is added to the gradient. "decoupled": the
-    step is `p ← factor·p − u` with one factor for all coordinates. "inside": anything else (LAMB's trust ratio)."""
+    step is `p ← factor·p − u` with one factor for all coordinates, which can be told before the step, and nothing of it
+    is in the state. "inside": anything else (LAMB's trust ratio, NovoGrad's momentum, AdamS's sum over parameters)."""
     decay_sign: float = 1.0
     """Coupled: the base acts as if `decay_sign · weight_decay · p` were added to the raw `p.grad` (−1: `maximize`)."""
     decay_rule: str | None = None
@@ -40,7 +41,7 @@ class Anatomy:
     momentum_reader: Literal["plain", "dequantize"] | None = None
     """How `read_momentum` turns that entry into float32."""
     embeds_param: tuple[str, ...] = ()
-    """Parameter-shaped state entries that follow the iterates (z of schedule-free, slow weights, p0, ax, x0)."""
+    """Parameter-shaped state entries that follow the iterates (z of schedule-free and of FTRL, p0, ax, x0)."""
     residue: tuple[str, ...] = ()
     """State entries that keep what rounding took from a low-precision parameter (Kahan sums, master weights)."""
     writes_grad: bool = False

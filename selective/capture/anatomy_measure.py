@@ -52,13 +52,14 @@ def _facts(prober: Prober, dtype: torch.dtype) -> Anatomy:
     at_zero, small, large = (prober.run(s) for s in (prober.zeros, prober.small, prober.large))
     if all(torch.equal(run.params[0][i], end) for run in (small, large) for i, end in enumerate(run.params[-1])):
         return Anatomy(refusal=motionless(prober.base))
-    embeds = _embeds(small, large)
+    depends = _depends(prober, at_zero, small) or _depends(prober, small, large)
+    embeds = tuple(sorted(_embeds(small, large) | (set() if depends else _parting(prober, small, large))))
     refusal = refused_seen(prober.base, prober.group, embeds)
     if refusal is not None:  # the rest would describe a step that is not to be wrapped
         return Anatomy(depends_on_param=True, embeds_param=embeds, refusal=refusal)
     key = momentum_key(small, prober.maximize)
     facts = Anatomy(
-        depends_on_param=_depends(prober, at_zero, small) or _depends(prober, small, large),
+        depends_on_param=depends,
         momentum_key=key,
         momentum_reader=None if key is None else "dequantize" if key in small.dequantized else "plain",
     )
@@ -104,18 +105,37 @@ def _depends(prober: Prober, one: Run, other: Run) -> bool:
     return False
 
 
-def _embeds(one: Run, other: Run) -> tuple[str, ...]:
+def _embeds(one: Run, other: Run) -> set[str]:
     """Entries whose difference points where the parameters' difference does.
 
     The cosine of what follows is near 1; of what does not, 1/64 by chance (1/8 for the small stand-ins).
     """
-    found = set()
+    found: set[str] = set()
     for t, states in enumerate(one.states):
         for i, state in enumerate(states):
             apart = one.params[t + 1][i] - other.params[t + 1][i]
             theirs = other.states[t][i]
             found |= {k for k in state if k in theirs and abs(cosine(state[k] - theirs[k], apart)) > 0.7}
-    return tuple(sorted(found))
+    return found
+
+
+def _parting(prober: Prober, one: Run, other: Run) -> set[str]:
+    """Entries that two starts make different, by more than rounding, of a base whose updates are the same from both.
+
+    They follow the iterates in a direction of their own (FTRL's z has them times a size for each coordinate, so that
+    the cosine is small), and the update is the same only because parameter and entry go together: from zeros, or where
+    a mask has moved the parameter, it would be another one. Of all classes met, FTRL alone has such an entry.
+    """
+    eps, found = max(prober.eps(one), prober.eps(other)), set()
+    for t, states in enumerate(one.states):
+        for i, state in enumerate(states):
+            theirs = other.states[t][i]
+            beside = max(largest(one.params[t + 1][i]), largest(other.params[t + 1][i]))  # a residue is all rounding
+            for k in state.keys() & theirs.keys():
+                size = max(largest(state[k]), largest(theirs[k]), beside)
+                if largest(state[k] - theirs[k]) > ROUNDING * eps * size:
+                    found.add(k)
+    return found
 
 
 def _residue(prober: Prober, dtype: torch.dtype) -> set[str]:

@@ -119,6 +119,16 @@ def slow_weights(p, g, state, group):
     state["slow"] = state.get("slow", p.clone()).lerp(p, 0.5)
 
 
+def iterates_by_coordinate(p, g, state, group):
+    """FTRL: p comes from z, which holds every iterate times how much its coordinate's size grew. From any start its
+    steps are Adagrad's, as long as nobody else moves p."""
+    root = state.get("n", torch.zeros_like(p)).sqrt()
+    state["n"] = state.get("n", torch.zeros_like(p)) + g * g
+    grown = (state["n"].sqrt() - root) / group["lr"]
+    state["z"] = state.get("z", torch.zeros_like(p)) + g - grown * p
+    p.copy_(-state["z"] * group["lr"] / state["n"].sqrt())
+
+
 def float32_only(p, g, state, group):
     if p.dtype != torch.float32:
         raise TypeError("float32 only")
@@ -258,6 +268,8 @@ def test_a_rate_of_zero_or_in_a_tensor_is_no_obstacle() -> None:
 def test_refusals_say_what_was_found() -> None:
     assert "'slow'" in str(facts_of(slow_weights).refusal)
     assert facts_of(slow_weights).embeds_param == ("slow",)
+    assert facts_of(iterates_by_coordinate).embeds_param == ("z",)
+    assert "'z'" in str(facts_of(iterates_by_coordinate).refusal)
     params = [torch.nn.Parameter(torch.ones(3))]
     lbfgs = torch.optim.LBFGS(params)
     assert "closure" in str(anatomy(lbfgs, lbfgs.param_groups[0]).refusal)

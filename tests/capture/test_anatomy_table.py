@@ -140,6 +140,7 @@ def test_classes_that_keep_iterates_are_refused_when_measured() -> None:
         "ScheduleFreeSGD": "z",
         "ScheduleFreeRAdam": "z",
         "MADGRAD": "x0",
+        "FTRL": "z",
     }
     for cls, entry in entries.items():
         base = getattr(po, cls)([torch.nn.Parameter(torch.ones(5, 3))])
