@@ -59,7 +59,11 @@ class Gatherer:
         assert self.positions is not None
         assert self.peeked is not None
         n = self.positions.numel()
-        chosen = torch.ones(n, dtype=torch.bool, device="cpu") if marks is None else marks[self.positions] != 0
+        chosen = (
+            torch.ones(n, dtype=torch.bool, device="cpu")
+            if marks is None
+            else marks.index_select(0, self.positions) != 0
+        )
         if self.strength.kind == "mean_preserving":
             return Parts(n, selected=total(chosen))
         moved = self.peeked

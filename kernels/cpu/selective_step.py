@@ -71,7 +71,7 @@ class _Step:
             t = self._peeked_scores(peeked)
             t = torch.where(torch.isnan(t), torch.inf, t)
             rank = max(int(self.selection.fraction * t.numel()), 1)
-            self.threshold = ranking.Threshold(float(torch.kthvalue(t, rank).values), self.numel)
+            self.threshold = ranking.Threshold(ranking.smallest(t, (rank,))[0], self.numel)
 
     def _peeked_scores(self, peeked: Advanced) -> Tensor:
         piece = Slice(-peeked.update, peeked.grad, peeked.momentum, None)

@@ -160,7 +160,7 @@ def test_sampled_threshold_comes_near(make):
 
 @pytest.mark.parametrize("kind", ["normal", "few values", "constant", "sorted", "with NaN and infinity"])
 def test_ranks_by_a_bracket_are_those_of_kthvalue(kind):
-    from selective.kernels.cpu.threshold import INNER, _smallest
+    from selective.kernels.cpu.threshold import INNER, smallest
 
     n = 5 * INNER + 3
     t = torch.randn(n, generator=torch.Generator().manual_seed(0))
@@ -173,4 +173,4 @@ def test_ranks_by_a_bracket_are_those_of_kthvalue(kind):
     elif kind == "with NaN and infinity":
         t[::7], t[1::7], t[2::7] = torch.nan, torch.inf, -torch.inf
     for ranks in [(1,), (n // 2,), (n // 2, n // 2 + 700), (3, 900), (n - n // 7 - 1,)]:
-        assert _smallest(t, ranks) == [float(torch.kthvalue(t, rank).values) for rank in ranks]
+        assert smallest(t, ranks) == [float(torch.kthvalue(t, rank).values) for rank in ranks]
