@@ -67,7 +67,7 @@ def _over_seeds(done: Records) -> list[str]:
             lines.append(f"| {setup} | {lr:g} | {len(mine)} | a run, or AdamW's with its seed, diverged | | | | |")
             continue
         for other in (setup.rpartition(" in ")[2], f"random like {setup}"):
-            theirs = {r["seed"]: r for r in done if r["setup"] == other != setup and r["lr"] == lr}
+            theirs = {} if other == setup else _by_seed(done, other, lr)
             pairs = [r for r in mine if r["seed"] in theirs]
             both = _differences(pairs, theirs) if pairs else None
             losses.append("" if both is None else both[1])
@@ -97,8 +97,11 @@ def _shorter(done: Records, shorter: Records) -> list[str]:
 
 def _adamw(done: Records) -> dict[int, dict[str, Any]]:
     """AdamW's runs at its best rate, by seed."""
-    rate = best(done, "AdamW")[0]
-    return {r["seed"]: r for r in done if r["setup"] == "AdamW" and r["lr"] == rate}
+    return _by_seed(done, "AdamW", best(done, "AdamW")[0])
+
+
+def _by_seed(done: Records, setup: str, lr: float) -> dict[int, dict[str, Any]]:
+    return {r["seed"]: r for r in done if r["setup"] == setup and r["lr"] == lr}
 
 
 def _differences(mine: Records, theirs: dict[int, dict[str, Any]]) -> list[str] | None:

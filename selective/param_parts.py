@@ -39,7 +39,7 @@ def taken_apart(found: list[Found], parts: Mapping[str, int]) -> dict[int, tuple
             matrices = ", ".join(f.name for f in found if f.tensor.dim() in (2, 3))
             raise ValueError(f"param_groups_for: parts names {wanted!r}, and no matrix is called so: {matrices}")
         for one in matching:
-            if any(type(m).__name__ == "Conv1D" for m in one.modules):
+            if _is_transposed(one):
                 raise ValueError(
                     f"param_groups_for: parts has {wanted!r}, and {one.name} is transposed (Conv1D): its parts lie "
                     "side by side, and only those one below the other can be taken apart"
@@ -60,6 +60,11 @@ def _is_called(name: str, wanted: str) -> bool:
     return wanted in (name, module, own, module.rpartition(".")[2])
 
 
+def _is_transposed(one: Found) -> bool:
+    """GPT-2's layers in transformers: [in, out], so that parts lie side by side."""
+    return any(type(m).__name__ == "Conv1D" for m in one.modules)
+
+
 def _may_be_joined(p: Tensor, count: int) -> bool:
     """With fewer key heads than query heads the parts differ in size: three are square, or not of equal size."""
     rows, columns = p.shape[-2:]
@@ -69,14 +74,13 @@ def _may_be_joined(p: Tensor, count: int) -> bool:
 def hint(one: Found, paths: list[list[str]]) -> str:
     """What this may be after all, and how to say so."""
     p = one.tensor
+    likely = [(paths[0][-1], _GATES[type(m)]) for m in one.modules if type(m) in _GATES]
     called = [part for path in paths for part in path if part in _JOINED]
-    joined = next((part for part in called if _may_be_joined(p, _JOINED[part])), None)
-    gates = next((_GATES[type(m)] for m in one.modules if type(m) in _GATES), None)
-    if gates is not None:
-        joined = paths[0][-1]
-    if joined is not None:
-        return f"; several in one? parts={{{joined!r}: {gates or _JOINED[joined]}}}"
-    if any(type(m).__name__ == "Conv1D" for m in one.modules) and p.shape[1] == 3 * p.shape[0]:
+    likely += [(part, _JOINED[part]) for part in called if _may_be_joined(p, _JOINED[part])]
+    if likely:
+        joined, count = likely[0]
+        return f"; several in one? parts={{{joined!r}: {count}}}"
+    if _is_transposed(one) and p.shape[1] == 3 * p.shape[0]:
         return "; three side by side? parts can't take it apart"
     for path in paths:  # before any numbered layer: the heads of an attention are inside of one
         before = path[: next((i for i, part in enumerate(path) if part.isdecimal()), 0)]

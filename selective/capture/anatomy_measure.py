@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -18,6 +18,8 @@ from selective.capture.anatomy_momentum import momentum_key
 from selective.capture.anatomy_probe import Grads, Run, values
 from selective.capture.anatomy_prober import DECAY, LARGE, ROUNDING, SIZABLE, SMALL, Prober, cosine, largest
 from selective.capture.anatomy_refusals import motionless, refused_seen, refused_unseen, unsteppable, untriable
+
+State = Mapping[str, Tensor]
 
 
 def measure(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
@@ -111,11 +113,8 @@ def _embeds(one: Run, other: Run) -> set[str]:
     The cosine of what follows is near 1; of what does not, 1/64 by chance (1/8 for the small stand-ins).
     """
     found: set[str] = set()
-    for t, states in enumerate(one.states):
-        for i, state in enumerate(states):
-            apart = one.params[t + 1][i] - other.params[t + 1][i]
-            theirs = other.states[t][i]
-            found |= {k for k in state if k in theirs and abs(cosine(state[k] - theirs[k], apart)) > 0.7}
+    for ours, theirs, p, q in _side_by_side(one, other):
+        found |= {k for k in ours if k in theirs and abs(cosine(ours[k] - theirs[k], p - q)) > 0.7}
     return found
 
 
@@ -127,15 +126,20 @@ def _parting(prober: Prober, one: Run, other: Run) -> set[str]:
     a mask has moved the parameter, it would be another one. Of all classes met, FTRL alone has such an entry.
     """
     eps, found = max(prober.eps(one), prober.eps(other)), set()
+    for ours, theirs, p, q in _side_by_side(one, other):
+        beside = max(largest(p), largest(q))  # a residue is all rounding
+        for k in ours.keys() & theirs.keys():
+            size = max(largest(ours[k]), largest(theirs[k]), beside)
+            if largest(ours[k] - theirs[k]) > ROUNDING * eps * size:
+                found.add(k)
+    return found
+
+
+def _side_by_side(one: Run, other: Run) -> Iterator[tuple[State, State, Tensor, Tensor]]:
+    """The states of each stand-in after each step, and the parameters then."""
     for t, states in enumerate(one.states):
         for i, state in enumerate(states):
-            theirs = other.states[t][i]
-            beside = max(largest(one.params[t + 1][i]), largest(other.params[t + 1][i]))  # a residue is all rounding
-            for k in state.keys() & theirs.keys():
-                size = max(largest(state[k]), largest(theirs[k]), beside)
-                if largest(state[k] - theirs[k]) > ROUNDING * eps * size:
-                    found.add(k)
-    return found
+            yield state, other.states[t][i], one.params[t + 1][i], other.params[t + 1][i]
 
 
 def _residue(prober: Prober, dtype: torch.dtype) -> set[str]:

@@ -269,7 +269,7 @@ class Rotation:
         try:
             return getattr(self.preconditioner, what)(*given)
         except Exception as error:
-            raise PreconditionerError(f"{type(self.preconditioner).__name__}.{what} failed: {error}") from error
+            raise self._failure(what, error) from error
 
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:
@@ -277,4 +277,7 @@ class Rotation:
             with exact_products(self.bases[0].device):
                 yield
         except Exception as error:
-            raise PreconditionerError(f"{type(self.preconditioner).__name__}.{what} failed: {error}") from error
+            raise self._failure(what, error) from error
+
+    def _failure(self, what: str, error: Exception) -> PreconditionerError:
+        return PreconditionerError(f"{type(self.preconditioner).__name__}.{what} failed: {error}")

@@ -56,7 +56,7 @@ def solve_all(jobs: Sequence[Job]) -> tuple[list[list[Basis]], bool]:
 
 
 def _warn(kept: int) -> None:
-    """Once in a process, as warnings are; each further one is counted."""
+    """Python shows the same one once; each is counted."""
     if kept:
         warnings.warn(
             f"selective: {kept} bases were to be renewed and stay as they are: neither the solver in float32 and "
