@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from selective.capture.gathering import cut_like
 from selective.capture.layout import is_dtensor
 from selective.checking import Checking, own_tensors
 from selective.entries import check_entries, check_layout, checked_frame
+from selective.loading import advice
 from selective.policies import Policy
 from selective.preconditioner import Preconditioner
 from selective.state import BASIS_STEPS, POLICY, SEED, STEP, base_part, decode_note, own_part, restore_dtypes
@@ -67,6 +69,7 @@ class Checkpointing(Checking):
         theirs = self._cut(order, base_part(found))
         names = {decode_note(entries[POLICY]) for entries in ours.values()} - {""}
         self._check_base(found["param_groups"], theirs["state"], names, ours)
+        to_say = advice(preconditioners, [group.preconditioning for group in self.policy_groups])
         with self._all_or_nothing():
             self._load_base(order, theirs)
             self._load_own(order, ours, policies, preconditioners)
@@ -76,6 +79,8 @@ class Checkpointing(Checking):
             parameters = [parameter for members in self._parameters() for parameter in members]
             self._bring_home(parameters)
             self._make_missing_bases(parameters)
+        if to_say is not None:
+            warnings.warn(to_say, stacklevel=2)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

@@ -53,6 +53,15 @@ def check_basis(
         )
 
 
+def advice(preconditioners: Sequence[Preconditioner | None], groups: Sequence[PreconditionerGroup]) -> str | None:
+    """What the checkpoint's preconditioners have to say, once: of the first group in which they do."""
+    for number, (saved, group) in enumerate(zip(preconditioners, groups, strict=True)):
+        said = None if saved is None or group.preconditioner is None else saved.on_load(group.preconditioner)
+        if said is not None:
+            return f"SelectiveUpdate: the checkpoint's preconditioner {said.format(number=number)}"
+    return None
+
+
 def _difference(
     entries: dict[str, Tensor],
     saved: Preconditioner,

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.capture.base import Parameter
+from selective.capture.carry import enter
 from selective.capture.layout import is_first, shard_of
-from selective.capture.moments import first_moments, names_of_first, rewrite
+from selective.capture.moments import moments_of
 from selective.capture.rotation_basis import Basis
 from selective.capture.rotation_gather import on_wholes
 from selective.capture.rotation_shards import sums_over_ranks
@@ -117,29 +118,25 @@ class OwnBasis(Optimizer):
         return found
 
     def _enter_basis(self, parameters: Sequence[Parameter]) -> None:
-        """Take the first moments that the base has already into bases that were just made.
+        """Take the moments that the base has already into bases that were just made.
 
-        They are of the parameter's own space where the base has trained alone, or a plain checkpoint was loaded. Second
-        moments stay: there is no rotating them.
+        They are of the parameter's own space where the base has trained alone, or a plain checkpoint was loaded.
         """
         for parameter in parameters:
             found = self._stage_of(parameter)
-            if found is None:
+            if found is None or parameter.tensor not in self.base.state:
                 continue
             stage, shape = found[0], found[0].local_shape(parameter.tensor)
-            group = self.base.param_groups[parameter.group]
-            names = names_of_first(self.base, group, stage.capture.facts)
-            for moment in first_moments(self.base, parameter.tensor, names):
-                basis, project = self._basis(parameter), stage.preconditioner.project_in
+            moments = moments_of(self.base, self.base.param_groups[parameter.group], stage.capture.facts)
+            basis, preconditioner = self._basis(parameter), stage.preconditioner
 
-                def change(x: Tensor, state: State = basis.state, project: Any = project) -> Tensor:
-                    return project([state], [x])[0]
+            def change(x: Tensor, state: State = basis.state, project: Any = preconditioner.project_in) -> Tensor:
+                return project([state], [x])[0]
 
-                entered = change
-                if basis.gathers and basis.shard is not None:
-                    entered = on_wholes(basis.shard, basis.whole, change)
-                with torch.no_grad():
-                    rewrite(moment, shape, entered)
+            if basis.gathers and basis.shard is not None:
+                change = on_wholes(basis.shard, basis.whole, change)
+            with torch.no_grad():
+                enter(self.base, parameter.tensor, moments, shape, change)
 
 
 def _parts_in(own: dict[str, Tensor], stage: Stage, param: Tensor) -> list[str]:

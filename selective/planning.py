@@ -9,6 +9,7 @@ import torch
 from selective.arguments import check_complete, check_momentum, check_shards
 from selective.capture.base import Parameter
 from selective.capture.choose import Capture, CaptureName, capture_key, choose_capture
+from selective.capture.moments import check_moments, moments_of
 from selective.clock import Clocks
 from selective.groups import KEYS, PolicyGroup, PreconditionerGroup, take_policy, take_preconditioner
 from selective.members import Members
@@ -120,16 +121,14 @@ class Planning(OwnState):
         group, policy_group = self.param_groups[number], self.policy_groups[number]
         preconditioning, policy, capture = policy_group.preconditioning, policy_group.policy, beside
         assert preconditioning.preconditioner is not None
-        if group.get("centered"):
-            raise ValueError(
-                f"SelectiveUpdate: {type(self.base).__name__} has centered=True: its variance is the difference of two "
-                f"averages, which are not of the same space any more when a basis changes; take centered=False, or "
-                f"preconditioner=None"
-            )
         if isinstance(policy, Dense):  # nobody reads a momentum of ours
             capture = choose_capture(self.base, group, policy, self._wanted, False, rotated=True)
         members = self._members[number].parameters
-        return Stage(preconditioning.preconditioner, preconditioning.matrix_view, capture, beside, members)
+        stage = Stage(preconditioning.preconditioner, preconditioning.matrix_view, capture, beside, members)
+        if stage.shapes:
+            moments = moments_of(self.base, group, capture.facts)
+            check_moments(self.base, group, number, moments, stage.preconditioner)
+        return stage
 
     def _take_policies(self) -> None:
         """One policy for each group: those of new groups are moved out of them."""

@@ -13,7 +13,7 @@ from selective.capture.anatomy_clone import COUNTERS, clone_with_stand_ins
 from selective.capture.anatomy_decay import decay_factor
 from selective.capture.anatomy_facts import Anatomy
 from selective.capture.anatomy_measure import measure as _measure
-from selective.capture.anatomy_odd import measure_odd
+from selective.capture.anatomy_moments import Moments, measure_moments
 from selective.capture.anatomy_probe import dequantized, state_entries
 from selective.capture.stepping import call_step
 
@@ -23,14 +23,14 @@ __all__ = [
     "call_step",
     "clone_with_stand_ins",
     "decay_factor",
+    "measured_moments",
     "momentum_entry",
-    "odd_entries",
     "read_momentum",
 ]
 
 T = TypeVar("T")
 _cache: dict[tuple, Anatomy] = {}
-_odd_cache: dict[tuple, frozenset[str]] = {}
+_moments_cache: dict[tuple, Moments] = {}
 
 
 def anatomy(base: Optimizer, group: Mapping[str, Any], *, measure: bool = False) -> Anatomy:
@@ -50,9 +50,9 @@ def anatomy(base: Optimizer, group: Mapping[str, Any], *, measure: bool = False)
     return _remembered(_cache, _measure, base, group)
 
 
-def odd_entries(base: Optimizer, group: Mapping[str, Any]) -> frozenset[str]:
-    """State entries that turn round with the gradient, as measured on a twin; remembered like the facts."""
-    return _remembered(_odd_cache, measure_odd, base, group)
+def measured_moments(base: Optimizer, group: Mapping[str, Any]) -> Moments:
+    """The kinds of the base's state entries, as measured on a twin; remembered like the facts."""
+    return _remembered(_moments_cache, measure_moments, base, group)
 
 
 def _remembered(

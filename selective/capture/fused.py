@@ -5,6 +5,7 @@ The base's `step()` is not called, so nothing has to be copied; its checkpoints 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
-from selective.capture.base import Job, Parameter, lookahead, sign_of
+from selective.capture.anatomy_moments import Moments
+from selective.capture.base import Job, Parameter, lookahead, plain_number, sign_of
 from selective.capture.custom import masked_step
 from selective.capture.items import DeviceItems, KeptItems
 from selective.kernels import advance, apply_mask, begin_sharded, selective_step, spec
@@ -85,6 +87,9 @@ class FusedJob(Job):
 class FusedRule:
     """How to run one known class: its hyper-parameters as a rule, and its lazily made state."""
 
+    kinds = Moments(first=frozenset({"exp_avg"}), of_gradient=frozenset({"exp_avg"}))
+    """What its state entries become in another basis."""
+
     def supports(self, group: Group) -> str | None:
         """Why a group with these flags can't be fused; None when it can."""
         return None
@@ -111,6 +116,11 @@ class FusedRule:
         """Names that a saved state of this base must have, and those that it may have."""
         return ["exp_avg"], []
 
+    def bound(self, group: Group) -> spec.Scalar | None:
+        """The largest c in |m| <= c √v that the rule can lead to; None where it divides by no second moment, or where
+        there is none: Note [moments of one space] in carry.py."""
+        return None
+
     def rule(self, base: Optimizer, group: Group) -> spec.Rule:
         raise TypeError(f"{type(self).__name__} must say how its rule is read off a group")
 
@@ -123,6 +133,21 @@ class FusedRule:
 
 class FusedAdam(FusedRule):
     """torch.optim.Adam and AdamW, with every flag but `differentiable`."""
+
+    kinds = Moments(
+        first=frozenset({"exp_avg"}), of_gradient=frozenset({"exp_avg"}),
+        second=frozenset({"exp_avg_sq", "max_exp_avg_sq"}),
+    )  # fmt: skip
+
+    def bound(self, group: Group) -> spec.Scalar | None:
+        """c² = (1 − β₁)²/(1 − β₂) / (1 − β₁²/β₂), from m = Σ w₁(k) g_k, v = Σ w₂(k) g_k² and Cauchy-Schwarz."""
+        beta1, beta2 = (plain_number(beta) for beta in group["betas"])
+        if isinstance(beta1, Tensor) or isinstance(beta2, Tensor):  # on a GPU: nobody reads it on the host
+            squared = (1 - beta1) ** 2 / ((1 - beta2) * (1 - beta1**2 / beta2))
+            return torch.where(torch.as_tensor(squared > 0), squared, torch.inf).sqrt()
+        if beta1**2 >= beta2:
+            return None
+        return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
 
     def _saved_names(self, group: Group) -> tuple[list[str], list[str]]:
         names = ["step", "exp_avg", "exp_avg_sq"]
@@ -148,6 +173,8 @@ class FusedAdam(FusedRule):
 
 class FusedSGD(FusedRule):
     """torch.optim.SGD with momentum, dampening, Nesterov, weight decay and maximize."""
+
+    kinds = Moments(first=frozenset({"momentum_buffer"}), of_gradient=frozenset({"momentum_buffer"}))
 
     def _saved_names(self, group: Group) -> tuple[list[str], list[str]]:
         return [], ["momentum_buffer"]

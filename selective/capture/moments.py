@@ -1,133 +1,94 @@
-"""The base's moments when the rotated space changes: first moments are rotated along, second moments may be permuted.
-
-A first moment here is every entry shaped like the parameter that turns round with the gradient: the average of
-gradients that policies read, and other sums of gradients or updates (`anatomy_odd`). Every other entry that is shaped
-like the parameter, or like its rows or columns (Adafactor's factors), is taken for a second moment: it stays, or goes
-into another order where the preconditioner says that the new basis is the old one in another order, roughly.
-"""
+"""The moments of a base: which entries of its state are carried into a new basis, how, and which can't be."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.capture.anatomy import odd_entries
+from selective.capture.anatomy import measured_moments
 from selective.capture.anatomy_facts import Anatomy
+from selective.capture.anatomy_moments import Moments
 from selective.capture.anatomy_probe import dequantized, state_entries
 from selective.capture.fused import fused_rule
 from selective.capture.layout import local_of
-from selective.capture.rotation_basis import Carried
-from selective.capture.rotation_checks import exact_products
-from selective.preconditioner import Shape, as_matrix
-from selective.preconditioner.linalg import Precision, identity_like, in_order, in_precision, per_matrix
+from selective.preconditioner import Preconditioner, Shape
 
 
-def names_of_first(base: Optimizer, group: Mapping[str, Any], facts: Anatomy) -> frozenset[str]:
-    """Names of the state entries that are first moments. Of a base whose rule we know, without trying it."""
-    known = frozenset() if facts.momentum_key is None else frozenset({facts.momentum_key})
-    return known if fused_rule(base) is not None else known | odd_entries(base, group)
+def moments_of(base: Optimizer, group: Mapping[str, Any], facts: Anatomy) -> Moments:
+    """The kinds of the base's state entries. Of a base whose rule we know they are the rule's, else they are measured.
 
-
-def first_moments(base: Optimizer, param: Tensor, names: frozenset[str]) -> list[Tensor]:
-    """The base's own tensors, which may be 8-bit; those that there are by now."""
-    entries = state_entries(base.state[param]) if param in base.state else ()
-    found = [v for k, v in entries if k in names and isinstance(v, Tensor) and v.shape == param.shape]
-    return [local_of(v) for v in found]
-
-
-def rewrite(
-    moment: Tensor, shape: Shape, change: Callable[[Tensor], Tensor], valid: Tensor | None = None,
-    precision: Precision = "float32",
-) -> None:  # fmt: skip
-    """moment <- change(moment), where `change` gets and returns float32 [batch, rows, columns]; rounded once.
-
-    Nothing where `valid` (0-d bool) says no. `precision`: of the products that `change` makes.
+    Of one that can't be measured the momentum is known; other entries are taken for second moments.
     """
-    plain = dequantized(moment)
-    before = as_matrix(plain, shape)
-    with exact_products(moment.device), in_precision(precision):
-        changed = change(before)
-    if valid is None:
-        moment.copy_(changed.reshape(moment.shape).to(plain.dtype))
-    elif plain is moment and before.data_ptr() == moment.data_ptr() and before.dtype == moment.dtype:
-        torch.where(valid, changed, before, out=before)  # `before` is a view of the moment
-    else:
-        changed = torch.where(valid, changed, before)
-        moment.copy_(changed.reshape(moment.shape).to(plain.dtype))
+    rule = fused_rule(base)
+    if rule is not None:
+        return rule.kinds
+    measured = measured_moments(base, group)
+    if facts.momentum_key is None or facts.momentum_key in measured.first:
+        return measured
+    return replace(measured, first=measured.first | {facts.momentum_key})
 
 
-Around = Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]
-
-
-def _as_it_is(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return change
-
-
-def carry_first(
-    moment: Tensor, shape: Shape, carried: Carried, around: Around = _as_it_is, precision: Precision = "float32"
+def check_moments(
+    base: Optimizer, group: Mapping[str, Any], number: int, moments: Moments, preconditioner: Preconditioner
 ) -> None:
-    """A first moment into the new space: x <- left x right. `around`: for parts of a matrix that is gathered."""
-    left, right = carried.maps.left, carried.maps.right
-
-    def change(x: Tensor) -> Tensor:
-        y = x if left is None else left @ x
-        y = y if right is None else y @ right
-        if precision == "float32" or len(x) == 1:
-            return y
-        maps = [map_ for map_ in (left, right) if map_ is not None]
-        stays = torch.stack([(map_ == identity_like(map_)).flatten(1).all(1) for map_ in maps]).all(0)
-        return torch.where(per_matrix(stays), x, y)  # an identity in TF32 would round it all the same
-
-    if left is not None or right is not None:
-        rewrite(moment, shape, around(change), carried.valid, precision)
-
-
-def carry_second(
-    base: Optimizer, param: Tensor, first: frozenset[str], shape: Shape, carried: Carried, around: Around = _as_it_is
-) -> None:
-    """Second moments into the new order, where there is one; `around` as for first ones."""
-    rows, columns = carried.maps.rows, carried.maps.columns
-    if (rows is None and columns is None) or param not in base.state:
-        return
-    for value, view in _second_moments(base, param, first, shape):
-
-        def change(x: Tensor) -> Tensor:
-            y = x
-            if rows is not None and x.shape[1] > 1:
-                y = in_order(y, rows, 1)
-            if columns is not None and x.shape[2] > 1:
-                y = in_order(y, columns)
-            return y
-
-        rewrite(value, view, around(change), carried.valid)
+    """Refuse a base with a state entry that can't follow its parameter into a new basis."""
+    if group.get("centered"):
+        raise ValueError(
+            f"SelectiveUpdate: {type(base).__name__} has centered=True: its variance is the difference of two "
+            f"averages, which are not of the same space any more when a basis changes; take centered=False, or "
+            f"preconditioner=None"
+        )
+    name = next(iter(moments.fixed), None)
+    if name is not None and preconditioner.moves_moments():
+        raise ValueError(
+            f"SelectiveUpdate: {type(base).__name__} (param_groups[{number}]) can't be rotated: its state entry "
+            f"{name!r} {moments.fixed[name]}, so it is no moment of the gradient and can't follow into a new basis. "
+            f"Take a base that keeps averages of gradients and of their squares, such as AdamW; a preconditioner that "
+            f"leaves moments where they are (carry='keep'); or preconditioner=None for this group"
+        )
 
 
-def _second_moments(
-    base: Optimizer, param: Tensor, first: frozenset[str], shape: Shape
-) -> Iterator[tuple[Tensor, Shape]]:
-    """Tensor and [batch, rows, columns] of each entry in the rotated space that is no first moment.
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A state entry in the rotated space, of one parameter: the base's own tensor, and as which matrices it is read."""
 
-    A factor has 1 row or 1 column; one that is named after neither, and square enough to be either, is left alone.
+    name: str
+    tensor: Tensor
+    shape: Shape
+
+
+def entries_of(base: Optimizer, param: Tensor, moments: Moments, shape: Shape) -> list[Entry]:
+    """The entries that follow their parameter into a new basis; none where one of them can't be read.
+
+    Entries shaped like the parameter, and factors: statistics of its rows or of its columns (Adafactor's), with 1
+    column or 1 row. A factor that is named after neither, and square enough to be either, is left alone. Codes that
+    nobody can read (bitsandbytes) can't be carried; then the others stay as well, since moments of one coordinate
+    belong together.
     """
+    if param not in base.state:
+        return []
     batch, rows, columns = shape
-    entries = [(key, local_of(value)) for key, value in state_entries(base.state[param])]
-    param = local_of(param)
-    for key, value in entries:
-        if key in first or not _is_real(value):
+    local = local_of(param)
+    named = moments.first | moments.second | moments.norms
+    found: list[Entry] = []
+    for name, stored in state_entries(base.state[param]):
+        value = local_of(stored)
+        if not isinstance(value, Tensor) or value.dim() == 0:
             continue
-        if value.shape == param.shape:
-            yield value, shape
-        elif tuple(param.shape[-2:]) == (rows, columns):  # as the base sees it; not a convolution read as one matrix
+        if not dequantized(value).is_floating_point():
+            if name in named and value.numel() == local.numel():
+                return []
+            continue
+        if value.shape == local.shape:
+            found.append(Entry(name, value, shape))
+        elif tuple(local.shape[-2:]) == (rows, columns):  # as the base sees it; not a convolution read as one matrix
             by_row, by_column = value.numel() == batch * rows, value.numel() == batch * columns
-            if by_row and (not by_column or "row" in key):
-                yield value, (batch, rows, 1)
-            elif by_column and (not by_row or "col" in key):
-                yield value, (batch, 1, columns)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and dequantized(value).is_floating_point()
+            if by_row and (not by_column or "row" in name):
+                found.append(Entry(name, value, (batch, rows, 1)))
+            elif by_column and (not by_row or "col" in name):
+                found.append(Entry(name, value, (batch, 1, columns)))
+    return found

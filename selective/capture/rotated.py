@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from selective.capture import lists
+from selective.capture.carry import MomentCarrier, as_it_is
 from selective.capture.described import specs_of
+from selective.capture.fused import fused_rule
 from selective.capture.generic import Captured, GenericJob, by_value
 from selective.capture.layout import local_like, local_of, shard_of
-from selective.capture.moments import carry_first, carry_second, first_moments, names_of_first
+from selective.capture.moments import moments_of
 from selective.capture.rotation import Rotation
 from selective.capture.rotation_basis import Carried
 from selective.capture.rotation_checks import is_foreign
@@ -73,19 +75,18 @@ class RotatedJob(GenericJob):
     def _carry(self, carried: Carried) -> None:
         """The moments into the new space."""
         parameter, basis = self.parameters[carried.index], self.rotation.bases[carried.index]
-        how: dict[str, Any] = {"shape": basis.shape, "carried": carried}
+        around = as_it_is
         if basis.gathers and basis.shard is not None:
-            how["around"] = partial(on_wholes, basis.shard, basis.whole)
-        first = first_moments(self.context.base, parameter.tensor, self.names_of_first)
-        if self.context.own_momentum is not None:
-            first.append(self.context.own_momentum(parameter, self.policy))
-        for moment in first:
-            carry_first(moment, **how, precision=self.rotation.carries_in())
-        carry_second(self.context.base, parameter.tensor, self.names_of_first, **how)
+            around = partial(on_wholes, basis.shard, basis.whole)
+        own = [] if self.context.own_momentum is None else [self.context.own_momentum(parameter, self.policy)]
+        self._carrier.carry(parameter.tensor, basis.shape, carried, own, around)
 
     @cached_property
-    def names_of_first(self) -> frozenset[str]:
-        return names_of_first(self.context.base, self.group, self.facts)
+    def _carrier(self) -> MomentCarrier:
+        base, rule = self.context.base, fused_rule(self.context.base)
+        moments = moments_of(base, self.group, self.facts)
+        bound = None if rule is None else rule.bound(self.group)
+        return MomentCarrier(base, moments, bound, rule is not None, self.rotation.carries_in())
 
     def rotated_gradients(self, indices: list[int]) -> list[Tensor]:
         """Step 4 of alike parameters: float32, shaped like them."""

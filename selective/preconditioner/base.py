@@ -23,10 +23,13 @@ Side = Literal["rows", "columns"]  # which sides of a matrix a basis is of
 class Carry(NamedTuple):
     """What a refresh did to the rotated space of one parameter: the linear maps from the old one to the new one.
 
-    A first moment follows as x <- left @ x @ right; None is the identity. `left`: [batch, rows, rows], `right`: [batch,
-    columns, columns], float32. Second moments cannot be rotated. Where the new basis is the old one in another order,
-    roughly, `rows` [batch, rows] and `columns` [batch, columns] (int64) say which old row or column each new one was:
-    second moments are permuted by them. None: they stay.
+    A first moment follows as m <- left @ m @ right; None is the identity. `left`: [batch, rows, rows], `right`: [batch,
+    columns, columns], float32. A second moment follows by the squares of the same maps, v <- left² @ v @ right²
+    (elementwise squares), so that it stays as large as its first moment asks for.
+
+    `rows` [batch, rows] and `columns` [batch, columns] (int64), where one of them is given, take the place of the
+    squares: they say which old row or column each new one was, and second moments are put in that order. They stay
+    below first moments that are rotated by more than an order, and an Adam-like base that divides by them can diverge.
     """
 
     left: Tensor | None = None
@@ -97,6 +100,11 @@ class Preconditioner(Configured):
     def refresh_writes(self, name: str) -> bool:
         """Whether `refresh` may write this entry of a state. The others are not copied, to be put back."""
         return True
+
+    def moves_moments(self) -> bool:
+        """Whether a refresh may return a `Carry` with maps. Then a base is refused that keeps what can't follow."""
+        mine, ours = type(self), Preconditioner
+        return mine.refresh is not ours.refresh or mine.carries_from is not ours.carries_from
 
     def refresh(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Carry | None]:
         """New bases, from what was observed or from these gradients (not rotated); None where nothing changed."""
@@ -177,6 +185,13 @@ class Preconditioner(Configured):
     ) -> list[Carry | None]:
         """What `refresh` would have returned, from the states before and after; None where nothing is new."""
         raise NotImplementedError(f"{type(self).__name__} must define carries_from")
+
+    def on_load(self, replaced: Preconditioner) -> str | None:
+        """What to tell the user whose checkpoint brings this preconditioner in the place of `replaced`; None: nothing.
+
+        A sentence without its subject ("has ...") that ends in what to write, `opt.preconditioner_groups[{number}]`.
+        """
+        return None
 
     def report(self, states: Sequence[State]) -> list[dict[str, Tensor]]:
         """What `statistics()` shows of each parameter: 0-d tensors on its device."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from selective.preconditioner.linalg import float32_products, identity_like, per_matrix
+
+CarryName = Literal["squared", "rotate", "keep"]
 
 
 @float32_products()
@@ -19,8 +23,7 @@ def turn(new: Tensor, old: Tensor, changed: Tensor | None) -> Tensor:
     return product if changed is None else torch.where(per_matrix(changed), product, identity_like(product))
 
 
-def order_of(order: Tensor | None, changed: Tensor) -> Tensor | None:
-    """Which old column each new one was, [batch, n]; in their places where nothing changed."""
-    if order is None:
-        return None
-    return torch.where(changed[:, None], order, torch.arange(order.shape[1], device=order.device))
+def order_of(order: Tensor | None, changed: Tensor, basis: Tensor) -> Tensor:
+    """Which old column each new one was, [batch, n]; in their places where nothing changed, or nothing was sorted."""
+    places = torch.arange(basis.shape[-1], device=basis.device).expand(basis.shape[0], -1)
+    return places if order is None else torch.where(changed[:, None], order, places)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selective.preconditioner import schedule, shards
 from selective.preconditioner.base import Carry, Preconditioner, Refreshed, Shape, State
+from selective.preconditioner.carry import CarryName
 from selective.preconditioner.linalg import Precision, batches, in_precision, per_matrix, stack, stacked_at_once, zero
 from selective.preconditioner.refresh import COUNTS, refresh
 from selective.preconditioner.sides import Side, Sides, rotated_sides
@@ -63,11 +64,12 @@ class Eigenbasis(Preconditioner):
     and "cholesky" go on from the old basis by one step of subspace iteration, which is right for averages that move
     slowly; the first basis is eigh's. "cholesky" spans what "qr" does with more arithmetic, but of the kind that GPUs
     are fast at; on a CPU "eigh" takes no longer than either."""
-    carry: Literal["rotate", "keep"] = "rotate"
-    """What follows into the new basis. "rotate": first moments are taken along, exactly but for rounding (`precision`);
-    second moments cannot be, and stay with their column, which "qr" and "cholesky" may move, sorting by eigenvalue.
-    "keep": nothing follows, and no column is moved. "rotate", because momentum that is kept means something else after
-    a refresh; it measured better."""
+    carry: CarryName = "squared"
+    """What follows into the new basis. "squared": first moments by the maps from basis to basis, exactly but for
+    rounding (`precision`), and second moments by the squares of these maps. So no second moment is too small for its
+    first moment, and no step is larger than the base's own could be, on sparse gradients too. "rotate": first moments
+    by the maps; second moments stay with their column, which "qr" and "cholesky" may move, sorting by eigenvalue. That
+    is what SOAP does, and it diverges on one-hot inputs. "keep": nothing follows, and no column is moved."""
     max_dim: int = Field(default=10_000, ge=2)
     """A longer side is not rotated (the smaller side of "one": then none is). SOAP's; 10,000 are 400 MB a basis."""
     precision: Precision = "float32"
@@ -144,6 +146,9 @@ class Eigenbasis(Preconditioner):
     def refreshes_from_gradients(self) -> bool:
         return self.statistic == "gradient"
 
+    def moves_moments(self) -> bool:
+        return self.carry != "keep" or type(self).refresh is not Eigenbasis.refresh
+
     def refresh_writes(self, name: str) -> bool:
         return not name.endswith("_gram") or type(self).refresh is not Eigenbasis.refresh
 
@@ -198,8 +203,16 @@ class Eigenbasis(Preconditioner):
     def carries_from(
         self, old: Sequence[State], new: Sequence[State], refreshed: Sequence[Refreshed]
     ) -> list[Carry | None]:
-        keeps = self.carry == "keep"
-        return [shards.carry_from(keeps, *one) for one in zip(old, new, refreshed, strict=True)]
+        return [shards.carry_from(self.carry, *one) for one in zip(old, new, refreshed, strict=True)]
+
+    def on_load(self, replaced: Preconditioner) -> str | None:
+        if self.carry != "rotate" or getattr(replaced, "carry", "rotate") == "rotate":
+            return None
+        return (
+            "has carry='rotate', as everything before carry='squared' had, and goes on with it bit for bit. With it "
+            "second moments don't follow into a new basis, and sparse gradients can make a run diverge. To switch, "
+            "write opt.preconditioner_groups[{number}]['carry'] = 'squared'"
+        )
 
     def report(self, states: Sequence[State]) -> list[dict[str, Tensor]]:
         """How many refreshes gave a new basis, and how many matrices took each of the ways round it (see `Faults`)."""

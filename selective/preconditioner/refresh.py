@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selective.preconditioner.base import Carry, State
-from selective.preconditioner.carry import order_of, turn
+from selective.preconditioner.carry import CarryName, order_of, turn
 from selective.preconditioner.linalg import REFRESHED, add_to, batches, copy_to, finite, per_matrix, stack
 from selective.preconditioner.rescue import Basis, Job, solve_all, stand_in
 from selective.preconditioner.sides import Side, gram
@@ -28,7 +28,7 @@ class Options(Protocol):
     @property
     def statistic(self) -> Literal["gradient", "ema"]: ...
     @property
-    def carry(self) -> Literal["rotate", "keep"]: ...
+    def carry(self) -> CarryName: ...
     @property
     def floor(self) -> float: ...
 
@@ -108,7 +108,7 @@ def _jobs(
         inputs = [_normalised(gram(grad.matrix, side), grad) for side in sides]
     else:
         inputs = [_normalised(stack([state[f"{side}_gram"] for state in states])) for side in sides]
-    sort = options.carry == "rotate"
+    sort = options.carry != "keep"
     solve = partial(_one_side, SOLVERS[solver], sort)
     last = partial(_one_side, eigh, sort)
     jobs = [Job(i.matrix, [old[s]], i.usable, solve, last) for i, s in zip(inputs, sides, strict=True)]
@@ -171,7 +171,7 @@ def _carries(
     for side, found in bases.items():
         map_ = turn(found.basis, old[side], None if everything else found.changed)  # newᵀ old
         parts[side] = (map_ if side == "rows" else map_.mT).split(batch)
-        order = order_of(found.order, found.changed)
-        parts[f"{side}_order"] = nothing if order is None else order.split(batch)
+        if options.carry == "rotate":
+            parts[f"{side}_order"] = order_of(found.order, found.changed, found.basis).split(batch)
     columns = (parts.get(name, nothing) for name in ("rows", "columns", "rows_order", "columns_order"))
     return [Carry(*maps) if new else None for *maps, new in zip(*columns, news, strict=True)]

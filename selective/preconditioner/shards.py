@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from selective.preconditioner.base import Carry, Refreshed, Shape, State
-from selective.preconditioner.carry import turn
+from selective.preconditioner.carry import CarryName, order_of, turn
 from selective.preconditioner.refresh import refresh
 from selective.preconditioner.sides import Side, Sides, gram, rotated_sides
 from selective.preconditioner.solvers import SolverName
@@ -60,9 +60,9 @@ class FromGrams:
 
     statistic: Literal["gradient", "ema"] = "ema"
 
-    def __init__(self, solver: SolverName, carry: Literal["rotate", "keep"], floor: float) -> None:
+    def __init__(self, solver: SolverName, carry: CarryName, floor: float) -> None:
         self.solver: SolverName = solver
-        self.carry: Literal["rotate", "keep"] = carry
+        self.carry: CarryName = carry
         self.floor = floor
 
 
@@ -81,15 +81,18 @@ def refresh_from(options: FromGrams, states: Sequence[State], grams: Sequence[Te
     return found
 
 
-def carry_from(keeps: bool, old: State, new: State, refreshed: Refreshed) -> Carry | None:
-    """The map from one basis to the next; an empty one where moments stay as they are (`keeps`)."""
+def carry_from(carry: CarryName, old: State, new: State, refreshed: Refreshed) -> Carry | None:
+    """The map from one basis to the next; an empty one where moments stay as they are ("keep")."""
     if not refreshed.new:
         return None
-    if keeps:
+    if carry == "keep":
         return Carry()
     (side,) = side_of(new)
     basis = new[f"{side}_basis"]
     map_ = turn(basis, old[f"{side}_basis"], None)
+    order = None
+    if carry == "rotate":
+        order = order_of(refreshed.order, torch.ones(len(basis), dtype=torch.bool, device=basis.device), basis)
     if side == "rows":
-        return Carry(left=map_, rows=refreshed.order)
-    return Carry(right=map_.mT, columns=refreshed.order)
+        return Carry(left=map_, rows=order)
+    return Carry(right=map_.mT, columns=order)

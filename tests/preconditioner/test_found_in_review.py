@@ -13,7 +13,7 @@ from torch import nn
 from transforms import FixedRotation
 
 from selective import MGUP, AdaDiag, Eigenbasis, SelectiveUpdate, Soap, param_groups_for
-from selective.capture.anatomy import odd_entries
+from selective.capture.anatomy import measured_moments
 
 
 def made(shape: Any = (16, 12), seed: int = 0) -> tuple[nn.Parameter, torch.Tensor]:
@@ -43,7 +43,7 @@ def test_every_buffer_that_is_linear_in_the_gradient_is_carried(name: str, preco
     make, keys = BUFFERS[name]
     p, direction = made()
     optimizer = SelectiveUpdate(make([p]), preconditioner=preconditioner)
-    assert odd_entries(optimizer.base, optimizer.param_groups[0]) == set(keys)
+    assert measured_moments(optimizer.base, optimizer.param_groups[0]).first == set(keys)
 
     def projected_out(key: str) -> torch.Tensor:
         state = [{k.removeprefix("selective/basis/"): v for k, v in optimizer.state[p].items() if "basis/" in str(k)}]

@@ -11,9 +11,7 @@ from matrices import orthogonal, orthogonality
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selective import AdaDiag, Dense, Eigenbasis, SelectiveUpdate
-from selective.capture import rotated
-from selective.capture.moments import carry_first
-from selective.capture.rotation_basis import Carried
+from selective.capture.carry import MomentCarrier, first_by, rewrite
 from selective.preconditioner import Carry, linalg
 from selective.preconditioner.linalg import LOOSE, align, batches, float32_products, in_precision, settle, stack
 
@@ -131,10 +129,11 @@ def test_moments_are_carried_in_float32_or_tf32(precision: Any, carried: str, mo
 
     def watched(*arguments: Any, **named: Any) -> None:
         with Watch() as watch:
-            carry_first(*arguments, **named)
+            carry(*arguments, **named)
         seen.append(watch.precisions())
 
-    monkeypatch.setattr(rotated, "carry_first", watched)
+    carry = MomentCarrier.carry
+    monkeypatch.setattr(MomentCarrier, "carry", watched)
     legacy()
     before = flags()
     param = torch.nn.Parameter(torch.randn(6, 9))
@@ -157,7 +156,8 @@ def test_what_stays_in_its_basis_is_not_rounded_to_tf32(precision: Any, kept: bo
     left[1], right[1] = torch.eye(4), torch.eye(5)
     right[2] = torch.eye(5)  # one side stays: the other one moves it
     before = moment.clone()
-    carry_first(moment, (3, 4, 5), Carried(0, Carry(left=left, right=right)), precision=precision)
+    change = first_by(Carry(left=left, right=right), precision)
+    rewrite(moment, (3, 4, 5), change, precision=precision)
     assert torch.equal(moment[1], before[1]) == kept
     wanted = left[::2] @ before[::2] @ right[::2]
     torch.testing.assert_close(moment[::2], wanted, rtol=2e-3, atol=2e-3)  # a CPU may do TF32

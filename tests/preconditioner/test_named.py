@@ -69,7 +69,7 @@ def test_names() -> None:
 def test_the_papers_settings() -> None:
     soap, one = Soap(), AdaDiag()
     assert (soap.sides, soap.statistic, soap.beta, soap.refresh_every, soap.solver) == ("two", "ema", 0.95, 10, "qr")
-    assert (soap.carry, soap.skip_first_step, soap.stagger) == ("rotate", True, False)
+    assert (soap.carry, soap.skip_first_step, soap.stagger) == ("squared", True, False)
     assert (one.sides, one.statistic, one.refresh_every, one.stagger) == ("one", "gradient", 200, False)
     assert [Soap().stands_still(step) for step in range(3)] == [True, False, False]
     assert not AdaDiag().stands_still(0) and not Eigenbasis().stands_still(0)
@@ -80,7 +80,7 @@ def test_the_papers_settings() -> None:
     [
         (Eigenbasis, {"sides": "both"}, ["sides", "'one', 'two', 'rows', 'columns' or 'unsharded'", "'both'"]),
         (Soap, {"solver": "lu"}, ["solver", "'eigh', 'svd', 'qr' or 'cholesky'", "'lu'"]),
-        (AdaDiag, {"carry": "drop"}, ["carry", "'rotate' or 'keep'"]),
+        (AdaDiag, {"carry": "drop"}, ["carry", "'squared', 'rotate' or 'keep'"]),
         (Eigenbasis, {"precision": "float16"}, ["precision", "'float32', 'tf32' or 'bfloat16'"]),
         (Eigenbasis, {"refresh_every": 0}, ["refresh_every", "greater than or equal to 1"]),
         (Eigenbasis, {"beta": 1}, ["beta", "less than 1"]),
@@ -113,10 +113,13 @@ class Adam:
     def carry(self, carry: Carry | None) -> None:
         if carry is None:
             return
+        squared = carry.rows is None and carry.columns is None
         if carry.left is not None:
             self.m = carry.left[0].to(F64) @ self.m
+            self.v = carry.left[0].to(F64) ** 2 @ self.v if squared else self.v
         if carry.right is not None:
             self.m = self.m @ carry.right[0].to(F64)
+            self.v = self.v @ carry.right[0].to(F64) ** 2 if squared else self.v
         if carry.rows is not None:
             self.v = self.v[carry.rows[0]]
         if carry.columns is not None:
@@ -168,7 +171,7 @@ def test_soap_follows_its_rule_for_fifty_steps(solver: Any, every: int) -> None:
     far apart are as good as that. Rotated elements are off by eps of ‖g‖, which Adam magnifies by ‖g‖/|gᵢⱼ|: for
     the small ones of 30, some 1e3.
     """
-    valley, soap = Valley(6, 5), Soap(refresh_every=every, solver=solver)
+    valley, soap = Valley(6, 5), Soap(refresh_every=every, solver=solver, carry="rotate")
     theirs = SoapRule(valley.start, rate=0.01, every=every)
     ours, adam = valley.start, Adam((6, 5), (0.95, 0.95))
     state = soap.init_state(torch.empty(1, 6, 5))
@@ -199,17 +202,18 @@ def test_soap_without_the_permutation_or_the_carry_is_another_rule() -> None:
     theirs = SoapRule(valley.start, rate=0.01, every=5)
     for step in range(50):
         theirs.step(valley.grad(theirs.weights, step))
-    for change in ("no permutation", "no carry", "moves at once", "other beta"):
+    for change in ("no permutation", "squared carry", "no carry", "moves at once", "other beta"):
         soap = Soap(
             refresh_every=5,
-            carry="keep" if change == "no carry" else "rotate",
+            carry={"no carry": "keep", "squared carry": "squared"}.get(change, "rotate"),
             skip_first_step=change != "moves at once",
             beta=0.9 if change == "other beta" else 0.95,
         )
         adam, ours = Adam((6, 5), (0.95, 0.95)), valley.start
         if change == "no permutation":
             carry = adam.carry
-            adam.carry = lambda c, carry=carry: carry(c and Carry(c.left, c.right))  # type: ignore[method-assign]
+            places = [torch.arange(n)[None] for n in (6, 5)]
+            adam.carry = lambda c, carry=carry, ps=places: carry(c and Carry(c.left, c.right, *ps))  # type: ignore[method-assign]
         state = soap.init_state(torch.empty(1, 6, 5))
         for step in range(50):
             update = stepped(soap, state, adam, step, valley.grad(ours, step))
@@ -227,7 +231,7 @@ def test_one_refresh_from_the_same_basis_is_soaps(solver: Any) -> None:
         valley.b.mT @ valley.b + 0.02 * torch.eye(5, dtype=F64),
     ]
     rule.v = torch.arange(30, dtype=F64).reshape(6, 5)
-    soap, adam = Soap(solver=solver), Adam((6, 5), (0.95, 0.95))
+    soap, adam = Soap(solver=solver, carry="rotate"), Adam((6, 5), (0.95, 0.95))
     adam.v = rule.v
     state = soap.init_state(torch.empty(1, 6, 5))
     state["refreshes"].fill_(1)

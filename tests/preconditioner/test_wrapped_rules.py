@@ -44,10 +44,14 @@ def off(p: torch.nn.Parameter, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("solver", ["qr", "cholesky"])
 @pytest.mark.parametrize("every", [1, 10])
-def test_soap_around_adamw_is_soap(every: int, solver) -> None:
-    """On the bases that the wrapper has. Each of 50 steps rounds the weights once, by half an eps of themselves."""
-    p, optimizer = wrapped(Soap(refresh_every=every, solver=solver), (0.95, 0.95))
-    rule = SoapRule(p.detach().to(F64), 1e-2, every)
+@pytest.mark.parametrize("carry", ["rotate", "squared"])
+def test_soap_around_adamw_is_soap(every: int, solver, carry) -> None:
+    """On the bases that the wrapper has. Each of 50 steps rounds the weights once, by half an eps of themselves.
+
+    carry="rotate" is SOAP's own. With the default second moments follow by the squared maps; all else is SOAP's.
+    """
+    p, optimizer = wrapped(Soap(refresh_every=every, solver=solver, carry=carry), (0.95, 0.95))
+    rule = SoapRule(p.detach().to(F64), 1e-2, every, squared=carry == "squared")
     start = p.detach().clone()
     for step, grad in enumerate(gradients()):
         p.grad = grad.float()

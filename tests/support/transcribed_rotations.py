@@ -26,6 +26,9 @@ class SoapRule:
     Step t: M ← β₁ M + (1 − β₁) G, kept unrotated; V ← β₂ V + (1 − β₂) (QₗᵀG Qᵣ)²; W ← W − η Qₗ (M̂'/(√V̂ + ε)) Qᵣᵀ with
     M' = QₗᵀM Qᵣ; L ← β L + (1 − β) G Gᵀ and R alike; if f divides t: sort Q's columns and V along by diag(QᵀLQ), then
     Q ← qr(L Q).
+
+    `squared`: V not sorted along, but V ← (Q'ᵀQ)∘² V (QᵀQ')∘², and where that is below M'²/c², V ← M'²/c², with
+    c² = (1 − β₁)²/(1 − β₂) / (1 − β₁²/β₂).
     """
 
     weights: Tensor
@@ -34,6 +37,7 @@ class SoapRule:
     beta: float = 0.95
     betas: tuple[float, float] = (0.95, 0.95)
     eps: float = 1e-8
+    squared: bool = False
     time: int = 0
     grams: list[Tensor] = field(default_factory=list)  # L, R
     bases: list[Tensor] = field(default_factory=list)
@@ -64,8 +68,17 @@ class SoapRule:
     def _refresh(self) -> None:
         for side, (gram, basis) in enumerate(zip(self.grams, self.bases, strict=True)):
             order = (basis.mT @ gram @ basis).diagonal().argsort(descending=True)
-            self.v = self.v[order] if side == 0 else self.v[:, order]
             self.bases[side] = torch.linalg.qr(gram @ basis[:, order]).Q
+            if self.squared:
+                turn = (self.bases[side].mT @ basis) ** 2
+                self.v = turn @ self.v if side == 0 else self.v @ turn.mT
+            else:
+                self.v = self.v[order] if side == 0 else self.v[:, order]
+        if self.squared:
+            b1, b2 = self.betas
+            mean, (left, right) = self.m, self.bases
+            limit = (1 - b1) ** 2 / (1 - b2) / (1 - b1**2 / b2)
+            self.v = torch.maximum(self.v, (left.mT @ mean @ right) ** 2 / limit)
 
 
 @dataclass
