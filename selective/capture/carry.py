@@ -165,11 +165,15 @@ def _largest_ratio(first: Entry, second: Entry, squared: bool) -> Tensor:
 
 
 def _floor(first: Entry, bound: spec.Scalar, squared: bool) -> Tensor:
-    """m²/c² (of a norm: |m|/c), which a second moment may not be below; 0 where there is no c."""
+    """m²/c² (of a norm: |m|/c), which a second moment may not be below; 0 where there is no c, or no m.
+
+    At least the smallest normal number: the square of a smaller m is 0 in float32, and m is not.
+    """
     ratio = as_matrix(dequantized(first.tensor), first.shape).abs() / bound
     if isinstance(bound, Tensor):
         ratio = torch.where(bound > 0, ratio, 0.0)
-    return ratio.square() if squared else ratio
+    floor = (ratio.square() if squared else ratio).clamp(min=torch.finfo(ratio.dtype).tiny)
+    return torch.where(ratio == 0, 0.0, floor)
 
 
 def rewrite(
