@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the results")
     add("--table", action="store_true", help="only print what there is")
+    add("--carries", action="store_true", help="the runs that compare how second moments are carried")
     add("--seconds", type=float, default=math.inf, help="begin no run that would not end in time")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--fused", action="store_true", help="queries, keys and values in one matrix, gate and value in another")
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     trainer: Trainer | None = None
     longest = 0.0
-    for run in () if options.table else next_run(options.out, begun + options.seconds):
+    for run in () if options.table else next_run(options.out, begun + options.seconds, options.carries):
         if time.perf_counter() - begun + longest > options.seconds:
             print("out of time; the same command goes on from here")
             break

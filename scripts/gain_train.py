@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gain_plan import SPACES, Run
+from gain_plan import SPACES, SQUARED, Run
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -69,7 +69,8 @@ def optimizer_of(run: Run, model: nn.Module) -> Optimizer:
     groups, plain = (groups_by_kind(model, DECAY, rotated) for rotated in (True, False))
     fused = next(model.parameters()).is_cuda
     name, _, space_name = run.setup.rpartition(" in ")
-    name, space = (name, SPACES[space_name]) if name else (run.setup, SPACES.get(run.setup))
+    spaces = SPACES | SQUARED
+    name, space = (name, spaces[space_name]) if name else (run.setup, spaces.get(run.setup))
     if run.setup == "AdamW":
         return torch.optim.AdamW(plain, lr=run.lr, betas=(0.9, 0.95), fused=fused)
     if run.setup == "Muon":
