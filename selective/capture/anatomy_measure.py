@@ -42,12 +42,7 @@ def measure(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
 
 def _facts(prober: Prober, dtype: torch.dtype) -> Anatomy:
     prober.prepare(dtype, SMALL)
-    try:
-        prober.run(prober.small, steps=1)
-    except StepFailed as error:  # an entry missing: does the constructor fill the state?
-        if not isinstance(error.__cause__, KeyError):
-            raise
-        prober.construct = True
+    prober.find_who_makes_state()
     # A full preconditioner of a vector (Shampoo) has the square of its size, and its factorisation the cube.
     if prober.run(prober.small, steps=2).largest_state <= SIZABLE * 2**SMALL:
         prober.prepare(dtype, LARGE)

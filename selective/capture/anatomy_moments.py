@@ -58,6 +58,7 @@ def measure_moments(base: Optimizer, group: Mapping[str, Any]) -> Moments:
         for dtype in (torch.float64, torch.float32):
             try:
                 prober.prepare(dtype, SMALL)
+                prober.find_who_makes_state()
                 runs = [_run(prober, change) for change in _CHANGES]
             except (CannotClone, StepFailed):
                 continue

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from selective.capture.anatomy_clone import StepFailed
 from selective.capture.anatomy_probe import LR, STEPS, Grads, Run, run, stand_in_shape, values
 
 DECAY = 0.5  # large, so that decay is not small beside the gradient
@@ -50,6 +51,15 @@ class Prober:
         self.writes_grad |= record.writes_grad
         self.clears_grad |= record.clears_grad
         return record
+
+    def find_who_makes_state(self) -> None:
+        """Step a twin once; where an entry is missing, have the constructor make the state from now on."""
+        try:
+            self.run(self.small, steps=1)
+        except StepFailed as error:
+            if not isinstance(error.__cause__, KeyError):
+                raise
+            self.construct = True
 
     def eps(self, record: Run) -> float:
         """Of the arithmetic that the class used: some compute in float32 whatever the parameter's dtype is."""

@@ -62,5 +62,5 @@ def train(
         before = weight.detach().clone()
         optimizer.step()
         jump = max(jump, float((weight.detach() - before).abs().max()))
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return Outcome(jump, sum(losses[-20:]) / 20)
