@@ -20,6 +20,7 @@ from selective.bench.shapes import SHAPES
 from selective.bench.workload import Stepping, Workload
 from selective.capture.rotation import BASES
 from selective.preconditioner import Shape, State
+from selective.preconditioner.carry import CarryName
 from selective.preconditioner.linalg import Precision, batches, float32_products
 from selective.preconditioner.solvers import WARM, SolverName
 from selective.state import BASIS
@@ -83,7 +84,7 @@ def measure_rotations(
     - "refresh SOLVER": what a refresh of running statistics every ten steps adds to a step on average, moments carried
       along, in float32 or, where products are made in it, "refresh SOLVER tf32"; `step` is a step without one,
       `at_once` the step that has it. `bases` is the part of `Eigenbasis.refresh`: new bases and the maps between the
-      old ones and them.
+      old ones and them. With "rotate" or "keep" behind it moments are carried so: what the squared maps add.
     - "staggered": the median step where refreshes take turns; `worst` is the longest over it.
     - `bytes` and `documented`: what lasts of the bases, and what the documentation says.
 
@@ -110,6 +111,11 @@ def _measure(rig: _Rig, precisions: Sequence[Precision]) -> None:
         rig.refreshes(solver, "float32")
         if solver in WARM and "tf32" in precisions:  # moments are carried in it
             rig.refreshes(solver, "tf32")
+    carries: tuple[CarryName, ...] = ("rotate", "keep")
+    for carry in carries:
+        for precision in precisions:
+            if precision != "bfloat16":
+                rig.refreshes("cholesky", precision, carry)
     plain, with_refresh = rig.series(Eigenbasis(sides="one", refresh_every=REFRESH_EVERY))
     every = plain + with_refresh
     middle = statistics.median(every)
@@ -177,13 +183,17 @@ class _Rig:
         self._drop(stepping)
         return plain, with_refresh
 
-    def refreshes(self, solver: SolverName, precision: Precision) -> None:
-        space = Eigenbasis(sides="one", solver=solver, refresh_every=REFRESH_EVERY, stagger=False, precision=precision)
+    def refreshes(self, solver: SolverName, precision: Precision, carry: CarryName = "squared") -> None:
+        space = Eigenbasis(
+            sides="one", solver=solver, refresh_every=REFRESH_EVERY, stagger=False, precision=precision, carry=carry
+        )
         plain, with_refresh = self.series(space)
         at_once, step = statistics.median(with_refresh), statistics.median(plain)
         facts = {"step": step, "at_once": at_once, "bases": self.bases / REFRESH_EVERY, **self.memory}
-        name = f"refresh {solver}" if precision == "float32" else f"refresh {solver} {precision}"
-        self.add(name, (at_once - step) / REFRESH_EVERY, **facts)
+        words = ["refresh", solver]
+        words += [] if precision == "float32" else [precision]
+        words += [] if carry == "squared" else [carry]
+        self.add(" ".join(words), (at_once - step) / REFRESH_EVERY, **facts)
 
     def _refresh_alone(self, stepping: Stepping, space: Eigenbasis) -> float:
         """New bases from copies of what is kept, in the lots in which a step makes them."""

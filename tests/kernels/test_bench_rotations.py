@@ -24,7 +24,8 @@ def test_every_line_is_there_and_its_facts_hold():
     assert (result.matrices, result.rotated) == (2, 12 * 8 + 6 * 10)
     names = [line.name for line in result.lines]
     assert names == [
-        "dense", "products float32", "one-sided float32", "refresh cholesky", "refresh qr", "refresh eigh", "staggered"
+        "dense", "products float32", "one-sided float32", "refresh cholesky", "refresh qr", "refresh eigh",
+        "refresh cholesky rotate", "refresh cholesky keep", "staggered",
     ]  # fmt: skip
     sided, dense, products = (result.line(n) for n in ("one-sided float32", "dense", "products float32"))
     assert sided.facts["ratio"] == pytest.approx(sided.seconds / (dense.seconds + products.seconds))
