@@ -24,7 +24,7 @@ class DeviceClock:
         self.expected = seed, step  # what the host believes `now` to hold: as long as it is right, nobody waits
 
     def set(self, seed: int, step: int) -> None:
-        self.now.copy_(torch.tensor([seed, step], dtype=torch.int64))
+        self.now.copy_(torch.tensor([seed, step], dtype=torch.int64, device="cpu"))
         self.expected = seed, step
 
     def tick(self, recording: bool = False) -> None:

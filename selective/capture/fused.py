@@ -141,7 +141,7 @@ class FusedAdam(FusedRule):
             dtype = _get_scalar_dtype(is_fused=bool(group["fused"]))
             state["step"] = torch.zeros((), dtype=dtype, device=p.device)
         else:
-            state["step"] = torch.tensor(0.0, dtype=_get_scalar_dtype())
+            state["step"] = torch.tensor(0.0, dtype=_get_scalar_dtype(), device="cpu")
         for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
             state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
