@@ -14,6 +14,7 @@ from selective.capture.base import Parameter
 from selective.capture.choose import Capture
 from selective.capture.fused import FusedRule, fused_rule
 from selective.capture.gathering import cut_like
+from selective.capture.lending import LentGradients, gradient_dtype
 from selective.capture.stepping import run_step_on
 from selective.clock import Clocks
 from selective.groups import PolicyGroup
@@ -182,12 +183,12 @@ class OwnState(OwnBasis):
 
 def _step_on_nothing(base: Optimizer, group: dict[str, Any], params: list[Tensor]) -> None:
     """Let the base make its state for these parameters: zero gradients, learning rate 0, parameters put back."""
-    saved = [(p, p.detach().clone(), p.grad) for p in group["params"]]
+    saved, lent = [(p, p.detach().clone()) for p in group["params"]], LentGradients()
     rate = group.get("lr")
     for p in group["params"]:
-        p.grad = None
+        lent.lend(p, None)
     for p in params:
-        p.grad = torch.zeros_like(p)
+        p.grad = torch.zeros_like(p, dtype=gradient_dtype(p))
     try:
         if rate is not None:
             group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
@@ -196,6 +197,6 @@ def _step_on_nothing(base: Optimizer, group: dict[str, Any], params: list[Tensor
         if rate is not None:
             group["lr"] = rate
         with torch.no_grad():
-            for p, value, grad in saved:
+            for p, value in saved:
                 p.copy_(value)
-                p.grad = grad
+        lent.give_back()
