@@ -156,7 +156,7 @@ def test_state_is_made_saved_loaded_and_copied(base: str, rotated: bool) -> None
     fresh = make(base, dtypes, options)
     for p, q in zip(params_of(fresh), params_of(undisturbed), strict=True):
         p.data.copy_(q.data)
-    fresh.load_state_dict(undisturbed.state_dict())
+    fresh.load_state_dict(copy.deepcopy(undisturbed.state_dict()))
     copied = copy.deepcopy(undisturbed)
     for p in params_of(copied):  # torch does not copy it
         p.grad_dtype = dtypes[1]  # type: ignore[attr-defined]
