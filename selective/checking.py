@@ -12,6 +12,7 @@ from selective.base_class import check_class, check_first_state, check_options
 from selective.capture.base import Parameter
 from selective.capture.fused import fused_rule
 from selective.capture.gathering import cut_like
+from selective.kernels.lasting import lasting
 from selective.loading import check_basis, first_saved
 from selective.own_basis import ON_THE_HOST, is_of_basis
 from selective.planning import Planning
@@ -174,7 +175,8 @@ def own_tensors(entries: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
         for key, value in entries.items()
         if key in (MOMENTUM, RESIDUE) or key.startswith(POLICY_STATE) or is_of_basis(key)
     }
-    return {
-        key: cut_like(value.detach().clone().to("cpu" if key in ON_THE_HOST else param.device), param)
-        for key, value in kept.items()
-    }
+    with lasting():
+        return {
+            key: cut_like(value.detach().clone().to("cpu" if key in ON_THE_HOST else param.device), param)
+            for key, value in kept.items()
+        }

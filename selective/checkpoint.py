@@ -13,6 +13,7 @@ from selective.capture.gathering import cut_like
 from selective.capture.layout import is_dtensor
 from selective.checking import Checking, own_tensors
 from selective.entries import check_entries, check_layout, checked_frame
+from selective.kernels.lasting import lasting
 from selective.policies import Policy
 from selective.preconditioner import Preconditioner
 from selective.state import BASIS_STEPS, POLICY, SEED, STEP, base_part, decode_note, own_part, restore_dtypes
@@ -129,7 +130,8 @@ class Checkpointing(Checking):
         for parameter in parameters:
             own = self._own.get(parameter.tensor)
             if own is not None and BASIS_STEPS not in own and self._stage_of(parameter) is not None:
-                own.update(self._fresh_basis(parameter))
+                with lasting():
+                    own.update(self._fresh_basis(parameter))
                 self._enter_basis([parameter])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from selective.kernels.lasting import lasting
+
 
 class DeviceClock:
     """`now` is the int64 tensor [seed, step] on one device. It stays the same memory: graphs have recorded it."""
@@ -71,7 +73,8 @@ class Clocks:
         for device in devices:
             clock = self._clocks.get(device)
             if clock is None:
-                self._clocks[device] = DeviceClock(device, seed, step)
+                with lasting():
+                    self._clocks[device] = DeviceClock(device, seed, step)
             elif clock.expected != (seed, step):  # a checkpoint was loaded
                 clock.set(seed, step)
         return step

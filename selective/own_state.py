@@ -19,6 +19,7 @@ from selective.capture.stepping import run_step_on
 from selective.clock import Clocks
 from selective.groups import PolicyGroup
 from selective.kernels import spec
+from selective.kernels.lasting import lasting
 from selective.own_basis import OwnBasis, is_of_basis
 from selective.policies import Dense, Policy
 from selective.state import (
@@ -88,7 +89,8 @@ class OwnState(OwnBasis):
     def _own_of(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
         own = self._own.get(parameter.tensor)
         if own is None:
-            own = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
+            with lasting():
+                own = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
             self._own[parameter.tensor] = own
             try:
                 self._enter_basis([parameter])
@@ -138,7 +140,8 @@ class OwnState(OwnBasis):
         for parameter in self._parameters()[number]:
             kept = self._own.pop(parameter.tensor, {})
             if self._keeps_own(parameter, policy) and (kept or self._has_base_state(parameter)):
-                fresh = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
+                with lasting():
+                    fresh = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
                 stays = {k: v for k, v in kept.items() if k in fresh and (k in (MOMENTUM, RESIDUE) or is_of_basis(k))}
                 self._own[parameter.tensor] = {**fresh, **stays}
                 if not kept:
