@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from selective.arguments import check_complete, check_momentum, check_shards
+from selective.arguments import check_complete, check_flattened, check_momentum, check_shards
 from selective.capture.base import Parameter
 from selective.capture.choose import Capture, CaptureName, capture_key, choose_capture
 from selective.clock import Clocks
@@ -77,6 +77,8 @@ class Planning(OwnState):
             policy_group.listen(members.kept.policy_changed)
             policy = policy_group.policy
             members.look()
+            if not isinstance(policy, Dense) or policy_group.preconditioning.preconditioner is not None:
+                check_flattened(members.parameters)
             key = capture_key(self.base, group, members.layout, policy, members.kept.describe(policy).needs)
             known = self._captures[number] if number < len(self._captures) else None
             if known is not None and known[0] == key:
