@@ -24,11 +24,13 @@ from selective.state import MOMENTUM, POLICY, POLICY_STATE, PRECONDITIONER, RESI
 class Checking(Planning):
     """The part of `SelectiveUpdate` that refuses checkpoints."""
 
+    _live: dict[str, Any]
+
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Put base and wrapper back as they were if loading fails half-way, and say why it failed."""
         base, own = vars(self.base), ("_own", "_steps", "_seed", "_captures", "_stages", "_places")
-        theirs, ours = dict(base), {name: vars(self)[name] for name in own}
+        theirs, ours = dict(base), {name: getattr(self, name) for name in own}
         # torch's load replaces these; a base with one of its own may write into them
         contents = [(group, dict(group)) for group in self.base.param_groups]
         contents += [(entry, dict(entry)) for entry in self.base.state.values() if isinstance(entry, dict)]
@@ -44,7 +46,7 @@ class Checking(Planning):
             for dictionary, before in contents:
                 dictionary.clear()
                 dictionary.update(before)
-            vars(self).update(ours)
+            self._live.update(ours)
             for group, policy, preconditioning, before in groups:
                 group.policy = policy
                 vars(preconditioning).update(before)

@@ -20,6 +20,7 @@ from selective.clock import Clocks
 from selective.groups import PolicyGroup
 from selective.kernels import spec
 from selective.kernels.lasting import lasting
+from selective.live import Live
 from selective.own_basis import OwnBasis, is_of_basis
 from selective.policies import Dense, Policy
 from selective.state import (
@@ -41,12 +42,12 @@ class OwnState(OwnBasis):
     """The part of `SelectiveUpdate` that keeps state: ours beside the base's."""
 
     policy_groups: list[PolicyGroup]
-    _seed: int
-    _steps: int
+    _seed = Live[int]()
+    _steps = Live[int]()
     _momentum_beta: float | None
-    _captures: list[tuple[tuple[object, ...], Capture]]
+    _captures = Live[list[tuple[tuple[object, ...], Capture]]]()
     _constructing: bool
-    _clocks: Clocks
+    _clocks = Live[Clocks]()
 
     @property
     def state(self) -> MergedState:

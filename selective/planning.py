@@ -11,6 +11,7 @@ from selective.capture.base import Parameter
 from selective.capture.choose import Capture, CaptureName, capture_key, choose_capture
 from selective.clock import Clocks
 from selective.groups import KEYS, PolicyGroup, PreconditionerGroup, take_policy, take_preconditioner
+from selective.live import Live
 from selective.members import Members
 from selective.own_state import OwnState
 from selective.policies import Dense, Policy
@@ -23,8 +24,8 @@ class Planning(OwnState):
     _default: Policy
     _default_preconditioning: PreconditionerGroup
     _wanted: CaptureName
-    _members: list[Members]
-    _recorded: list[Any]
+    _members = Live[list[Members]]()
+    _recorded = Live[list[Any]]()
 
     def _start_planning(self) -> None:
         """What no copy and no pickle has: it is made anew from groups and state, and holds tables on the device."""
