@@ -17,7 +17,7 @@ from torch.optim.optimizer import _get_scalar_dtype
 from selective.capture.base import Job, Parameter, lookahead, sign_of
 from selective.capture.custom import masked_step
 from selective.capture.items import DeviceItems, KeptItems
-from selective.kernels import advance, apply_mask, begin_sharded, selective_step, spec
+from selective.kernels import advance, apply_mask, as_seen, begin_sharded, selective_step, spec
 from selective.view import Tensors
 
 Group = dict[str, Any]
@@ -73,8 +73,9 @@ class FusedJob(Job):
     def _step_with_own_code(self, parameter: Parameter, item: spec.Item, rule: spec.Rule) -> None:
         keep = "previous_momentum" in self.policy.needs()
         moved = advance(item, rule, keep_previous=keep)
+        seen = as_seen(rule, moved)
         tensors = Tensors(
-            item.param, moved.update, moved.grad, moved.momentum, moved.previous_momentum,
+            item.param, seen.update, seen.grad, seen.momentum, seen.previous_momentum,
             lookahead(self.context.base, self.group),
         )  # fmt: skip
         mask = masked_step(self.context, self.policy, parameter, tensors, item.shard)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selective.capture import lists
 from selective.capture.anatomy import decay_factor, momentum_entry
-from selective.capture.base import Job, plain_number, sign_of
+from selective.capture.base import Job, plain_number, sign_of, sign_of_rate
 from selective.kernels import spec
 
 
@@ -28,6 +28,7 @@ class RememberingJob(Job):
         self.grads: Sequence[Tensor | None] = ()  # the view's gradient: after maximize and coupled decay
         self.previous: Sequence[Tensor | None] = ()
         self.factors: list[spec.Scalar] = []  # of the parameter, where decay is decoupled
+        self.rate = sign_of_rate(self.group)
         self.coupled: spec.Scalar = 0.0  # what of the parameter the base adds to the raw gradient
         if self.facts.decay == "coupled":
             self.coupled = self.facts.decay_sign * plain_number(self.group.get("weight_decay", 0.0))

@@ -164,7 +164,7 @@ class RotatedJob(GenericJob):
         beta = self._lookahead()
         for factor, places in by_value(factors):
             captured = [Captured(updates[k], targets[k], targets[k]) for k in places]
-            self.apply([indices[k] for k in places], captured, spec.GivenRule(factor, 0.0, negated, beta))
+            self.apply([indices[k] for k in places], captured, spec.GivenRule(factor, 0.0, negated, beta, self.rate))
         for i in indices:  # not needed any more
             self.grads[i] = self.previous[i] = None  # type: ignore[index]
 
