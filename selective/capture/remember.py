@@ -61,8 +61,12 @@ class RememberingJob(Job):
         if facts.decay != "decoupled" or not self.parameters:
             return [1.0] * len(self.parameters)
         if facts.decay_per_parameter:
-            return [plain_number(decay_factor(base, group, facts, p)) for p in self.tensors()]
+            return [plain_number(decay_factor(base, group, facts, p)) for p in self.asked_for_decay()]
         return [plain_number(decay_factor(base, group, facts))] * len(self.parameters)
+
+    def asked_for_decay(self) -> list[Tensor]:
+        """What the base steps, on which a factor of its own may depend."""
+        return self.tensors()
 
     def _gradients(self) -> list[Tensor]:
         raw = self.raw_grads()

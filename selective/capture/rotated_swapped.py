@@ -15,9 +15,9 @@ from torch import Tensor
 
 from selective.capture import lists
 from selective.capture.base import LOW_PRECISION
-from selective.capture.delta import raised
 from selective.capture.lending import LentGradients
 from selective.capture.rotated import RotatedJob
+from selective.capture.stand_ins import StandIns
 from selective.preconditioner import as_matrix
 
 
@@ -56,7 +56,7 @@ class SwappedJob(RotatedJob):
         self.data, self.raw = [], []
 
     def finish(self) -> None:
-        left = {i: self.parameters[i].tensor.data for i in self.moving}
+        left = self.left_by_base()
         self._swap_back()
         for indices in self.rotation.alike(self.moving):
             rotated = [self.rotated.pop(i) for i in indices]
@@ -67,8 +67,12 @@ class SwappedJob(RotatedJob):
             self.mask_and_land(indices, updates, negated=negated)
         self.close()
 
+    def left_by_base(self) -> dict[int, Tensor]:
+        """What the base's step has left of those that moved."""
+        return {i: self.parameters[i].tensor.data for i in self.moving}
+
     def updates(self, indices: list[int], left: list[Tensor]) -> tuple[list[Tensor], bool]:
-        """The updates, from what the base's step has left in the stand-ins; and whether they are negative."""
+        """The updates, from what the base's step has left; and whether they are negative."""
         raise NotImplementedError
 
     def restore(self) -> None:
@@ -99,6 +103,7 @@ class RotatedDeltaJob(SwappedJob):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.stand_ins = StandIns(self.context.base, self.group)
         self.before: dict[int, Tensor] = {}
         low = [i for i, p in enumerate(self.tensors()) if p.dtype in LOW_PRECISION]
         self.residual = set(low) if self.facts.residue else set()
@@ -111,14 +116,28 @@ class RotatedDeltaJob(SwappedJob):
             else:
                 grads = lists.copies([self.rotated[i] for i in indices])
             for i, value, grad in zip(indices, values, grads, strict=True):
-                p = self.parameters[i].tensor
-                if p.dtype in LOW_PRECISION and p in self.context.base.state:
-                    state = self.context.base.state[p]
-                    state.update({key: raised(entry, p) for key, entry in state.items()})
-                dtype = torch.float32 if p.dtype in LOW_PRECISION else self.raw[i].dtype
-                p.data, self.before[i] = value, value.clone()
-                self.give(i, grad.to(dtype))
+                p, self.before[i] = self.parameters[i].tensor, value.clone()
+                if p.dtype in LOW_PRECISION:
+                    self.stand_ins.put(p, value, grad)
+                else:
+                    p.data = value
+                    self.give(i, grad.to(self.raw[i].dtype))
         self.factors = self._factors()
+        self.stand_ins.enter()
+
+    def asked_for_decay(self) -> list[Tensor]:
+        return [self.stand_ins.of.get(p, p) for p in self.tensors()]
+
+    def left_by_base(self) -> dict[int, Tensor]:
+        stand_ins = self.stand_ins.give_back()
+        tensors = [self.parameters[i].tensor for i in self.moving]
+        return {
+            i: stand_ins[p].detach() if p in stand_ins else p.data for i, p in zip(self.moving, tensors, strict=True)
+        }
+
+    def restore(self) -> None:
+        self.stand_ins.give_back()
+        super().restore()
 
     def updates(self, indices: list[int], left: list[Tensor]) -> tuple[list[Tensor], bool]:
         before = [self.before.pop(i) for i in indices]

@@ -202,15 +202,53 @@ def test_without_the_loan_torch_refuses(way: str, monkeypatch: pytest.MonkeyPatc
         step(optimizer, 0, torch.bfloat16)
 
 
+def node_of(p: torch.Tensor, fired: list[bool]) -> Any:
+    """The node that accumulates the gradient, with a hook, as DistributedDataParallel hangs its all-reduce there."""
+    node: Any = p.view_as(p).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    node.register_hook(lambda *grads: fired.append(True))
+    return node
+
+
 @by_attribute
 def test_a_loan_leaves_the_backward_hooks() -> None:
-    """DistributedDataParallel hangs its all-reduce on the node that accumulates a gradient, which has to stay."""
     p = torch.nn.Parameter(torch.ones(3))
     p.grad_dtype = torch.bfloat16  # type: ignore[attr-defined]
-    node, fired = p.view_as(p).grad_fn.next_functions[0][0], []  # type: ignore[union-attr]
-    node.register_hook(lambda *grads: fired.append(True))
+    fired: list[bool] = []
+    node = node_of(p, fired)
     optimizer = SelectiveUpdate(t.NAdam([p], weight_decay=0.1), policy=ONES)
     for number in range(3):
         p.sum().backward()
         optimizer.step()
         assert len(fired) == number + 1
+    assert node is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("way", ["auto", "scratch", "delta"])
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+def test_no_capture_loses_the_backward_hooks(dtype: torch.dtype, way: Any, rotated: bool) -> None:
+    """Delta capture of rotated bfloat16 parameters did: it gave the parameter itself float32 data."""
+    p = torch.nn.Parameter(torch.ones(4, 3, dtype=dtype))
+    fired: list[bool] = []
+    node = node_of(p, fired)
+    optimizer = SelectiveUpdate(
+        t.AdamW([p]), policy=ONES, capture=way, preconditioner=Eigenbasis(refresh_every=2) if rotated else None
+    )
+    for number in range(3):
+        p.sum().backward()
+        optimizer.step()
+        assert len(fired) == number + 1
+    assert node is not None
+
+
+def test_data_of_another_dtype_lose_them() -> None:
+    """The twin: what delta capture did to rotated parameters."""
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    fired: list[bool] = []
+    node = node_of(p, fired)
+    own = p.data
+    p.data = own.float()
+    p.data = own
+    p.sum().backward()
+    assert fired == []
+    assert node is not None
