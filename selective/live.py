@@ -8,7 +8,7 @@ read for ever. So what is assigned after construction is kept in one dictionary,
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -19,15 +19,9 @@ class Live(Generic[T]):
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    @overload
-    def __get__(self, instance: None, owner: type) -> Live[T]: ...
-
-    @overload
-    def __get__(self, instance: Any, owner: type) -> T: ...
-
-    def __get__(self, instance: Any, owner: type) -> Live[T] | T:
+    def __get__(self, instance: Any, owner: type) -> T:
         if instance is None:
-            return self
+            return cast(T, self)  # asked of the class, by `is_live`
         try:
             return instance._live[self.name]
         except KeyError:

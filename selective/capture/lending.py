@@ -45,7 +45,7 @@ class LentGradients:
             cleared = given is not None and param.grad is None
             param.grad = None
             if gradient_dtype(param) != allowed and is_said(param):
-                param.grad_dtype = allowed  # type: ignore[attr-defined]
+                param.grad_dtype = allowed
             set_gradient(param, None if cleared else own)
         self._lent = []
 
@@ -62,7 +62,7 @@ def set_gradient(param: Tensor, grad: Tensor | None) -> None:
         return
     param.grad = None
     if is_said(param):
-        param.grad_dtype = None  # type: ignore[attr-defined]
+        param.grad_dtype = None
         param.grad = grad
         return
     # Nobody has asked for a dtype: `param.data` were exchanged under a gradient. torch compares when it is assigned.
