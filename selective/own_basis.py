@@ -32,9 +32,9 @@ class OwnBasis(Optimizer):
     """The part of `SelectiveUpdate` that keeps bases."""
 
     base: Optimizer
-    _own = Live[dict[Tensor, dict[str, Tensor]]]()  # Note [stand-ins]
-    _stages = Live[list[Stage | None]]()
-    _places = Live[dict[Tensor, int]]()  # the number of each rotated parameter among all of them
+    _own: Live[dict[Tensor, dict[str, Tensor]]] = Live()  # Note [stand-ins]
+    _stages: Live[list[Stage | None]] = Live()
+    _places: Live[dict[Tensor, int]] = Live()  # the number of each rotated parameter among all of them
 
     def _stage_of(self, parameter: Parameter) -> tuple[Stage, Shape] | None:
         """The stage that rotates this parameter, and as what; None where it is left alone."""

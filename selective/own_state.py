@@ -42,12 +42,12 @@ class OwnState(OwnBasis):
     """The part of `SelectiveUpdate` that keeps state: ours beside the base's."""
 
     policy_groups: list[PolicyGroup]
-    _seed = Live[int]()
-    _steps = Live[int]()
+    _seed: Live[int] = Live()
+    _steps: Live[int] = Live()
     _momentum_beta: float | None
-    _captures = Live[list[tuple[tuple[object, ...], Capture]]]()
+    _captures: Live[list[tuple[tuple[object, ...], Capture]]] = Live()
     _constructing: bool
-    _clocks = Live[Clocks]()
+    _clocks: Live[Clocks] = Live()
 
     @property
     def state(self) -> MergedState:

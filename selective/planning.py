@@ -24,8 +24,8 @@ class Planning(OwnState):
     _default: Policy
     _default_preconditioning: PreconditionerGroup
     _wanted: CaptureName
-    _members = Live[list[Members]]()
-    _recorded = Live[list[Any]]()
+    _members: Live[list[Members]] = Live()
+    _recorded: Live[list[Any]] = Live()
 
     def _start_planning(self) -> None:
         """What no copy and no pickle has: it is made anew from groups and state, and holds tables on the device."""

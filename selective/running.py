@@ -31,7 +31,7 @@ class Running(Checkpointing):
     _mask_space: MaskSpace
     _stochastic_rounding: bool
     _scope: Scope = "global"
-    _report = Live[Report | None]()
+    _report: Live[Report | None] = Live()
 
     def _fit_states(self) -> None:
         """The base's state in the precision in which the base will step: Note [whose precision]."""

@@ -6,6 +6,7 @@ data get another dtype, and with it what hangs there (the all-reduce of Distribu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -21,33 +22,37 @@ class StandIns:
     def __init__(self, base: Optimizer, group: dict[str, Any]) -> None:
         self.base, self.group = base, group
         self.of: dict[Tensor, Parameter] = {}  # by the parameter
-        self._params: list[Tensor] = []  # the group's own list, while stand-ins are in it
 
     def put(self, param: Tensor, value: Tensor, grad: Tensor) -> None:
         """The base steps `value` on `grad` (both float32) from here on, and not `param`."""
         stand_in, states = Parameter(value), self.base.state
         stand_in.grad = grad
         self.of[param] = stand_in
-        if param in states:
+        if param in states:  # which keeps its place among the others
             states[stand_in] = {key: raised(entry, param) for key, entry in states[param].items()}
-            del states[param]
 
     def enter(self) -> None:
-        """Into the group, when all are there."""
-        if self.of:
-            self._params = self.group["params"]
-            self.group["params"] = [self.of.get(p, p) for p in self._params]
+        """Into the group, when all are there. In the same list, in which another job of the group may have its own."""
+        _exchange(self.group["params"], self.of)
 
     def give_back(self) -> dict[Tensor, Parameter]:
         """The parameters are in the group again, with the state of their stand-ins, which are returned."""
-        if self._params:
-            self.group["params"], self._params = self._params, []
-        states, left = self.base.state, self.of
+        left, states = self.of, self.base.state
+        self.of, own = {}, {stand_in: param for param, stand_in in left.items()}
+        _exchange(self.group["params"], own)
+        if any(stand_in in states and param not in states for param, stand_in in left.items()):
+            made: list[Any] = [(own.get(key, key), entries) for key, entries in states.items()]  # in their order
+            states.clear()
+            states.update(made)
         for param, stand_in in left.items():
             if stand_in in states:
                 states[param] = states.pop(stand_in)
-        self.of = {}
         return left
+
+
+def _exchange(params: list[Any], others: Mapping[Any, Any]) -> None:
+    if others:
+        params[:] = [others.get(p, p) for p in params]
 
 
 def raised(value: Any, param: Tensor) -> Any:
