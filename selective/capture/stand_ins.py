@@ -38,7 +38,8 @@ class StandIns:
     def give_back(self) -> dict[Tensor, Parameter]:
         """The parameters are in the group again, with the state of their stand-ins, which are returned."""
         left, states = self.of, self.base.state
-        self.of, own = {}, {stand_in: param for param, stand_in in left.items()}
+        own: dict[Any, Tensor] = {stand_in: param for param, stand_in in left.items()}
+        self.of = {}
         _exchange(self.group["params"], own)
         if any(stand_in in states and param not in states for param, stand_in in left.items()):
             made: list[Any] = [(own.get(key, key), entries) for key, entries in states.items()]  # in their order
