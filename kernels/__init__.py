@@ -24,7 +24,7 @@ from ._dispatch import (
 )
 from ._functions import evaluate_function, function_device
 from .reference.random import sample_positions, uniform, uniform_bits
-from .reference.rules import Advanced, decay_factor
+from .reference.rules import Advanced, as_seen, decay_factor, turned
 from .sharded import Exchange
 from .spec import (
     AdamRule,
@@ -63,6 +63,7 @@ __all__ = [
     "SumsTable",
     "advance",
     "apply_mask",
+    "as_seen",
     "backend_in_use",
     "begin_sharded",
     "decay_factor",
@@ -71,6 +72,7 @@ __all__ = [
     "sample_positions",
     "selective_step",
     "top_k",
+    "turned",
     "uniform",
     "uniform_bits",
     "use_backend",

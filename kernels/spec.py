@@ -100,6 +100,7 @@ class GivenRule:
     offset: float = 0.0
     negated: bool = False
     momentum_beta: float = 0.95  # top_k's "nesterov" score: (1 - beta) g + beta m, m a running average (Muon's)
+    rate: Scalar = 1.0  # the base's learning rate, of which only the sign is read: Note [a negative learning rate]
 
 
 Rule = AdamRule | SGDRule | LionRule | GivenRule  # How the moments of a parameter group move.

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from selective.capture.base import Parameter
 from selective.capture.choose import Capture
 from selective.capture.layout import shard_of
 from selective.policies import Policy
+
+_FLATTENED = "_fsdp_flattened"  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED, in torch 2.9 to 2.13
 
 
 def check_arguments(
@@ -55,6 +58,24 @@ def check_shards(parameters: Sequence[Parameter]) -> None:
             shard_of(parameter.tensor)
         except ValueError as error:
             raise ValueError(f"SelectiveUpdate: parameter {parameter.name!r} {error}") from error
+
+
+def check_flattened(parameters: Sequence[Parameter]) -> None:
+    """Refuse parameters that FSDP1 has joined into flat ones, or keeps as views of those.
+
+    Asked in every step, because a model may be wrapped after the optimizer was made. It marks the tensors themselves.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    found = next((p for p in parameters if getattr(p.tensor, _FLATTENED, False)), None)
+    if found is not None:
+        raise ValueError(
+            f"SelectiveUpdate: parameter {found.name!r} (param_groups[{found.group}]) belongs to FSDP1 "
+            f"(FullyShardedDataParallel). It joins parameters into flat ones and cuts those without regard to shapes, "
+            f"so that a rank would select something else than one device does, and its state could not be saved. Use "
+            f"FSDP2: torch.distributed.fsdp.fully_shard(model), before the optimizer is made. Or train without "
+            f"selection and rotation: policy and preconditioner None"
+        )
 
 
 def check_complete(policy: Policy, number: int) -> None:

@@ -12,6 +12,7 @@ from selective.base_class import check_class, check_first_state, check_options
 from selective.capture.base import Parameter
 from selective.capture.fused import fused_rule
 from selective.capture.gathering import cut_like
+from selective.kernels.lasting import lasting
 from selective.loading import check_basis, first_saved
 from selective.own_basis import ON_THE_HOST, is_of_basis
 from selective.planning import Planning
@@ -23,11 +24,13 @@ from selective.state import MOMENTUM, POLICY, POLICY_STATE, PRECONDITIONER, RESI
 class Checking(Planning):
     """The part of `SelectiveUpdate` that refuses checkpoints."""
 
+    _live: dict[str, Any]
+
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Put base and wrapper back as they were if loading fails half-way, and say why it failed."""
         base, own = vars(self.base), ("_own", "_steps", "_seed", "_captures", "_stages", "_places")
-        theirs, ours = dict(base), {name: vars(self)[name] for name in own}
+        theirs, ours = dict(base), {name: getattr(self, name) for name in own}
         # torch's load replaces these; a base with one of its own may write into them
         contents = [(group, dict(group)) for group in self.base.param_groups]
         contents += [(entry, dict(entry)) for entry in self.base.state.values() if isinstance(entry, dict)]
@@ -43,7 +46,7 @@ class Checking(Planning):
             for dictionary, before in contents:
                 dictionary.clear()
                 dictionary.update(before)
-            vars(self).update(ours)
+            self._live.update(ours)
             for group, policy, preconditioning, before in groups:
                 group.policy = policy
                 vars(preconditioning).update(before)
@@ -174,7 +177,8 @@ def own_tensors(entries: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
         for key, value in entries.items()
         if key in (MOMENTUM, RESIDUE) or key.startswith(POLICY_STATE) or is_of_basis(key)
     }
-    return {
-        key: cut_like(value.detach().clone().to("cpu" if key in ON_THE_HOST else param.device), param)
-        for key, value in kept.items()
-    }
+    with lasting():
+        return {
+            key: cut_like(value.detach().clone().to("cpu" if key in ON_THE_HOST else param.device), param)
+            for key, value in kept.items()
+        }

@@ -14,6 +14,8 @@ from selective.capture.gathering import cut_like
 from selective.capture.layout import is_dtensor
 from selective.checking import Checking, own_tensors
 from selective.entries import check_entries, check_layout, checked_frame
+from selective.kernels.lasting import lasting
+from selective.live import is_live
 from selective.loading import advice
 from selective.policies import Policy
 from selective.preconditioner import Preconditioner
@@ -134,18 +136,21 @@ class Checkpointing(Checking):
         for parameter in parameters:
             own = self._own.get(parameter.tensor)
             if own is not None and BASIS_STEPS not in own and self._stage_of(parameter) is not None:
-                own.update(self._fresh_basis(parameter))
+                with lasting():
+                    own.update(self._fresh_basis(parameter))
                 self._enter_basis([parameter])
 
     def __getstate__(self) -> dict[str, Any]:
         self._count_steps()
-        left_out = {name for name in self.__dict__ if name.endswith("_hooks")}
+        found = {**self.__dict__, **self._live}
+        left_out = {name for name in found if name.endswith("_hooks")} | {"_live"}
         left_out |= {"step", "_report", "defaults", "_members", "_recorded", "_clocks", "_stages", "_places"}
-        return {key: value for key, value in self.__dict__.items() if key not in left_out}
+        return {key: value for key, value in found.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__dict__.update(_report=None, defaults=self.base.defaults)
+        live = {name: value for name, value in state.items() if is_live(type(self), name)}
+        self.__dict__.update({name: value for name, value in state.items() if name not in live})
+        self.__dict__.update(_live={**live, "_report": None}, defaults=self.base.defaults)
         self._start_planning()
         Optimizer.__setstate__(self, {})
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from selective.kernels.lasting import lasting
+
 
 class DeviceClock:
     """`now` is the int64 tensor [seed, step] on one device. It stays the same memory: graphs have recorded it."""
@@ -24,7 +26,7 @@ class DeviceClock:
         self.expected = seed, step  # what the host believes `now` to hold: as long as it is right, nobody waits
 
     def set(self, seed: int, step: int) -> None:
-        self.now.copy_(torch.tensor([seed, step], dtype=torch.int64))
+        self.now.copy_(torch.tensor([seed, step], dtype=torch.int64, device="cpu"))
         self.expected = seed, step
 
     def tick(self, recording: bool = False) -> None:
@@ -71,7 +73,8 @@ class Clocks:
         for device in devices:
             clock = self._clocks.get(device)
             if clock is None:
-                self._clocks[device] = DeviceClock(device, seed, step)
+                with lasting():
+                    self._clocks[device] = DeviceClock(device, seed, step)
             elif clock.expected != (seed, step):  # a checkpoint was loaded
                 clock.set(seed, step)
         return step

@@ -71,4 +71,4 @@ def _values(parameter: Parameter) -> torch.Tensor:
     assert grad is not None
     values = grad.coalesce().values() if grad.is_sparse else local_like(grad, parameter.tensor)
     # in its own dtype: float32 would make infinity of a large float64, and lose the imaginary part
-    return values if values.numel() else torch.zeros(1, device=values.device)
+    return values if values.numel() else values.new_zeros(1)

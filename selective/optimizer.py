@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from selective.arguments import check_arguments
 from selective.bound import Bindable
 from selective.capture.base import scalar
-from selective.capture.choose import Capture, CaptureName
+from selective.capture.choose import CaptureName
 from selective.capture.layout import shard_of
 from selective.capture.rotation_basis import MaskSpace
 from selective.capture.stepping import base_hooks, run_step_on
@@ -82,6 +82,7 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
     ) -> None:
         check_arguments(SelectiveUpdate, base, capture, momentum_beta, on_nonfinite, seed, mask_space, scope)
         self.base = base
+        self._live: dict[str, Any] = {}  # Note [stand-ins]
         self._default = policy_from(policy)
         view = check_matrix_view(matrix_view, "")
         self._default_preconditioning = PreconditionerGroup(preconditioner_from(preconditioner), view)
@@ -93,10 +94,9 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         self._statistics = statistics
         self._stochastic_rounding = stochastic_rounding
         self._scope: Scope = scope
-        self._report: Report | None = None
-        self._own: dict[Tensor, dict[str, Tensor]] = {}
+        self._report, self._own = None, {}
         self.policy_groups: list[PolicyGroup] = []
-        self._captures: list[tuple[tuple[object, ...], Capture]] = []
+        self._captures = []
         self._start_planning()
         self._constructing = True  # torch's constructor would build groups of its own; ours are the base's
         Optimizer.__init__(self, base.param_groups, base.defaults)

@@ -16,6 +16,7 @@ from selective.capture.moments import moments_of
 from selective.capture.rotation_basis import Basis
 from selective.capture.rotation_gather import on_wholes
 from selective.capture.rotation_shards import sums_over_ranks
+from selective.live import Live
 from selective.preconditioner import Shape, State
 from selective.staging import Stage
 from selective.state import BASIS, BASIS_SHAPE, BASIS_SKIPPED, BASIS_STEPS
@@ -32,9 +33,9 @@ class OwnBasis(Optimizer):
     """The part of `SelectiveUpdate` that keeps bases."""
 
     base: Optimizer
-    _own: dict[Tensor, dict[str, Tensor]]
-    _stages: list[Stage | None]
-    _places: dict[Tensor, int]  # the number of each rotated parameter among all of them
+    _own: Live[dict[Tensor, dict[str, Tensor]]] = Live()  # Note [stand-ins]
+    _stages: Live[list[Stage | None]] = Live()
+    _places: Live[dict[Tensor, int]] = Live()  # the number of each rotated parameter among all of them
 
     def _stage_of(self, parameter: Parameter) -> tuple[Stage, Shape] | None:
         """The stage that rotates this parameter, and as what; None where it is left alone."""

@@ -14,10 +14,13 @@ from selective.capture.base import Parameter
 from selective.capture.choose import Capture
 from selective.capture.fused import FusedRule, fused_rule
 from selective.capture.gathering import cut_like
+from selective.capture.lending import LentGradients, gradient_dtype
 from selective.capture.stepping import run_step_on
 from selective.clock import Clocks
 from selective.groups import PolicyGroup
 from selective.kernels import spec
+from selective.kernels.lasting import lasting
+from selective.live import Live
 from selective.own_basis import OwnBasis, is_of_basis
 from selective.policies import Dense, Policy
 from selective.state import (
@@ -39,12 +42,12 @@ class OwnState(OwnBasis):
     """The part of `SelectiveUpdate` that keeps state: ours beside the base's."""
 
     policy_groups: list[PolicyGroup]
-    _seed: int
-    _steps: int
+    _seed: Live[int] = Live()
+    _steps: Live[int] = Live()
     _momentum_beta: float | None
-    _captures: list[tuple[tuple[object, ...], Capture]]
+    _captures: Live[list[tuple[tuple[object, ...], Capture]]] = Live()
     _constructing: bool
-    _clocks: Clocks
+    _clocks: Live[Clocks] = Live()
 
     @property
     def state(self) -> MergedState:
@@ -87,7 +90,8 @@ class OwnState(OwnBasis):
     def _own_of(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
         own = self._own.get(parameter.tensor)
         if own is None:
-            own = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
+            with lasting():
+                own = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
             self._own[parameter.tensor] = own
             try:
                 self._enter_basis([parameter])
@@ -137,7 +141,8 @@ class OwnState(OwnBasis):
         for parameter in self._parameters()[number]:
             kept = self._own.pop(parameter.tensor, {})
             if self._keeps_own(parameter, policy) and (kept or self._has_base_state(parameter)):
-                fresh = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
+                with lasting():
+                    fresh = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
                 stays = {k: v for k, v in kept.items() if k in fresh and (k in (MOMENTUM, RESIDUE) or is_of_basis(k))}
                 self._own[parameter.tensor] = {**fresh, **stays}
                 if not kept:
@@ -182,12 +187,12 @@ class OwnState(OwnBasis):
 
 def _step_on_nothing(base: Optimizer, group: dict[str, Any], params: list[Tensor]) -> None:
     """Let the base make its state for these parameters: zero gradients, learning rate 0, parameters put back."""
-    saved = [(p, p.detach().clone(), p.grad) for p in group["params"]]
+    saved, lent = [(p, p.detach().clone()) for p in group["params"]], LentGradients()
     rate = group.get("lr")
     for p in group["params"]:
-        p.grad = None
+        lent.lend(p, None)
     for p in params:
-        p.grad = torch.zeros_like(p)
+        p.grad = torch.zeros_like(p, dtype=gradient_dtype(p))
     try:
         if rate is not None:
             group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
@@ -196,6 +201,6 @@ def _step_on_nothing(base: Optimizer, group: dict[str, Any], params: list[Tensor
         if rate is not None:
             group["lr"] = rate
         with torch.no_grad():
-            for p, value, grad in saved:
+            for p, value in saved:
                 p.copy_(value)
-                p.grad = grad
+        lent.give_back()

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from selective.arguments import check_complete, check_momentum, check_shards
+from selective.arguments import check_complete, check_flattened, check_momentum, check_shards
 from selective.capture.base import Parameter
 from selective.capture.choose import Capture, CaptureName, capture_key, choose_capture
 from selective.capture.moments import check_moments, moments_of
 from selective.clock import Clocks
 from selective.groups import KEYS, PolicyGroup, PreconditionerGroup, take_policy, take_preconditioner
+from selective.live import Live
 from selective.members import Members
 from selective.own_state import OwnState
 from selective.policies import Dense, Policy
@@ -24,8 +25,8 @@ class Planning(OwnState):
     _default: Policy
     _default_preconditioning: PreconditionerGroup
     _wanted: CaptureName
-    _members: list[Members]
-    _recorded: list[Any]
+    _members: Live[list[Members]] = Live()
+    _recorded: Live[list[Any]] = Live()
 
     def _start_planning(self) -> None:
         """What no copy and no pickle has: it is made anew from groups and state, and holds tables on the device."""
@@ -78,6 +79,8 @@ class Planning(OwnState):
             policy_group.listen(members.kept.policy_changed)
             policy = policy_group.policy
             members.look()
+            if not isinstance(policy, Dense) or policy_group.preconditioning.preconditioner is not None:
+                check_flattened(members.parameters)
             key = capture_key(self.base, group, members.layout, policy, members.kept.describe(policy).needs)
             known = self._captures[number] if number < len(self._captures) else None
             if known is not None and known[0] == key:

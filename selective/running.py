@@ -18,6 +18,7 @@ from selective.capture.rotation_basis import MaskSpace, PreconditionerError
 from selective.capture.stepping import base_hooks, run_step_on
 from selective.checkpoint import Checkpointing
 from selective.kernels import spec
+from selective.live import Live
 from selective.staging import Stage
 from selective.statistics import Report
 
@@ -30,6 +31,7 @@ class Running(Checkpointing):
     _mask_space: MaskSpace
     _stochastic_rounding: bool
     _scope: Scope = "global"
+    _report: Live[Report | None] = Live()
 
     def _fit_states(self) -> None:
         """The base's state in the precision in which the base will step: Note [whose precision]."""

@@ -159,11 +159,11 @@ def _difference(old: Stage, new: Stage) -> str | None:
     return None
 
 
-def layout_of(preconditioner: Preconditioner, shape: Shape, device: torch.device | None = None) -> dict[str, object]:
+def layout_of(preconditioner: Preconditioner, shape: Shape, device: torch.device | str = "cpu") -> dict[str, object]:
     """The names, shapes and dtypes of what is kept of a parameter of this shape; nothing where it is not taken."""
     if not preconditioner.takes(shape):
         return {}
-    state = preconditioner.init_state(torch.zeros(shape, device=device))
+    state = preconditioner.init_state(torch.zeros(shape, dtype=torch.float32, device=device))
     return {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
 
 

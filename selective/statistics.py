@@ -57,7 +57,7 @@ class Report:
 
 def _of_table(table: spec.SumsTable) -> list[dict[str, Tensor]]:
     """The statistics of all its tensors, in a few operations on whole columns."""
-    numels = torch.tensor([max(numel, 1) for numel in table.numels], dtype=torch.float64)
+    numels = torch.tensor([max(numel, 1) for numel in table.numels], dtype=torch.float64, device="cpu")
     if table.values.is_cuda:  # from pinned memory, which nobody waits for
         numels = numels.pin_memory().to(table.values.device, non_blocking=True)
     columns = _of(spec.Sums(1, *table.values.unbind(1)), numels)

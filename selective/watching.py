@@ -166,7 +166,7 @@ class _Copy:
             values = torch.stack([value for _, _, value in entries])
             done = None
             if device.type == "cuda":
-                host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+                host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
                 values = host.copy_(values, non_blocking=True)
                 done = torch.cuda.Event()
                 done.record(torch.cuda.current_stream(device))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.rules import Advanced, Numbers, begin, compute_dtype, move, number
+from ..reference.rules import Advanced, Numbers, as_seen, begin, compute_dtype, move, number, rate_of
 from ..spec import AdamRule, GivenRule, Item, Rule, SGDRule
 from .chunks import Flat, buffer
 
@@ -109,11 +109,14 @@ def _fused(item: Item, rule: Rule, flat: Flat, numbers: Numbers) -> Run | None:
 
 
 class Mover:
-    """Advances one tensor chunk by chunk. Each chunk is to be advanced once."""
+    """Advances one tensor chunk by chunk. Each chunk is to be advanced once.
+
+    What it hands on is as selections see it: `as_seen` of the reference.
+    """
 
     def __init__(self, item: Item, rule: Rule, numbers: Numbers, flat: Flat, run: Run | None = None) -> None:
         self.rule, self.flat, self.numbers = rule, flat, numbers
-        self.dtype = compute_dtype(flat.param)
+        self.dtype, self.climbs = compute_dtype(flat.param), float(rate_of(rule)) < 0
         self.run = run or _fused(item, rule, flat, numbers)
         self.first_moment = {"momentum_buffer", "exp_avg"} & flat.state.keys()
         if self.run is not None:
@@ -142,8 +145,20 @@ class Mover:
             out.add_(param if param.dtype == self.dtype else param.to(self.dtype), alpha=decay)
         return out
 
+    def seen_gradient(self, start: int, end: int) -> Tensor:
+        """`gradient`, turned round where the base climbs by a negative learning rate."""
+        grad = self.gradient(start, end)
+        return -grad if self.climbs else grad
+
     def __call__(self, start: int, end: int, out: Tensor, keep_previous: bool = False) -> Slice:
         """Move the moments of `[start, end)`; d goes to `out`, and the momentum may be a view of the state."""
+        piece = self._moved(start, end, out, keep_previous)
+        if not self.climbs:
+            return piece
+        momentum, previous = (None if x is None else -x for x in (piece.momentum, piece.previous))
+        return Slice(piece.direction, -piece.grad, momentum, previous)
+
+    def _moved(self, start: int, end: int, out: Tensor, keep_previous: bool) -> Slice:
         grad = self.gradient(start, end)
         if self.run is None:
             return self._plain(start, end, out, grad, keep_previous)
@@ -183,4 +198,5 @@ class Mover:
 
     def _peek(self, gather: Callable[[Tensor], Tensor]) -> Advanced:
         state = {name: gather(value) for name, value in self.flat.state.items()}
-        return move(self.rule, self.numbers, gather(self.flat.param), gather(self.flat.grad), state, True)
+        moved = move(self.rule, self.numbers, gather(self.flat.param), gather(self.flat.grad), state, True)
+        return as_seen(self.rule, moved)

@@ -167,7 +167,7 @@ class _Step:
     def _again(self, directions: Tensor, start: int, end: int) -> Slice:
         """The chunk once more, from what the first pass has left."""
         x = None if self.x is None else self.x[start:end]
-        return Slice(directions[start:end], self.mover.gradient(start, end), x, None)
+        return Slice(directions[start:end], self.mover.seen_gradient(start, end), x, None)
 
     def _rank(self, directions: Tensor, collector: ranking.Collector | None) -> Tensor | None:
         """Settle the threshold; mark the tensor where the strength depends on what is selected."""

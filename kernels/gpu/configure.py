@@ -74,6 +74,7 @@ def hyper_parameters(rule: Rule, selection: Selection, strength: Strength) -> li
     if isinstance(rule, GivenRule):
         put(numbers.DECAY_FACTOR, rule.factor)
         put(numbers.AHEAD, rule.momentum_beta)
+        put(numbers.LR, rule.rate)
     else:
         put(numbers.LR, rule.lr)
         put(numbers.WEIGHT_DECAY, rule.weight_decay)

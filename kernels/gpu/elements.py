@@ -14,6 +14,7 @@ from .config import (
     FOURTH,
     GRAD,
     PARAM,
+    RATE,
     SECOND,
     THIRD,
     USER,
@@ -99,7 +100,8 @@ def load_moved(pointers, offs, mask, row, NEEDS_PARAM: tl.constexpr, FAST: tl.co
     d = read(pointers, offs, mask, FOURTH, CFG.fourth, FAST)
     g = gradient(read(pointers, offs, mask, GRAD, CFG.grad, FAST), p, row, CFG)
     u, m, previous, x, y, z = moved(g, a, b, c, d, row, CFG)
-    return p, g, u, m, previous, x, y, z
+    climbs = tl.where(tl.load(row + RATE) < 0, -1.0, 1.0)  # by a negative rate: `as_seen` of the reference
+    return p, g * climbs, u, m * climbs, previous * climbs, x, y, z
 
 
 @triton.jit

@@ -70,8 +70,10 @@ def evaluate(selection: Selection, grad: Tensor, update: Tensor, momentum: Tenso
         rule="given", param=None, grad=tl.float32, first=tl.float32, second=None, third=tl.float32, fourth=None,
         block=BLOCK, selection="function", arguments=len(selection.numbers),
     )  # fmt: skip
-    row = torch.zeros(config.NUMBERS.value, dtype=torch.float32)
-    row[config.USER.value : config.USER.value + len(selection.numbers)] = torch.tensor(selection.numbers)
+    row = torch.zeros(config.NUMBERS.value, dtype=torch.float32, device="cpu")
+    row[config.USER.value : config.USER.value + len(selection.numbers)] = torch.tensor(
+        selection.numbers, dtype=torch.float32, device="cpu"
+    )
     chosen = torch.empty(grad.shape, dtype=torch.int8, device=grad.device)
     assert selection.function is not None
     with on(grad.device), warnings.catch_warnings():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..lasting import lasting
 from ..reference.rules import begin
 from ..spec import AdamRule, Draw, Item, ItemList, Rule, Selection, SGDRule, Strength, SumsTable
 from .batch import Batch
@@ -118,7 +119,8 @@ def selective_step(
         return SumsTable(_NOTHING, []) if statistics else None
     how = (rule, selection, strength, draw)
     arranged, back, begins = prepared(items, *how)
-    plan = Plan(arranged, *how, statistics, begins)
+    with lasting():
+        plan = Plan(arranged, *how, statistics, begins)
     if isinstance(items, ItemList) and not back and not any(begins):
         items.cache["plan"] = plan
         items.cache["refresh"] = plan.refresh

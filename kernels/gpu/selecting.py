@@ -25,7 +25,8 @@ def agreement(g, u, m, previous, row, ranks, CFG: tl.constexpr):
     """Selected by the sign of a product.
 
     Before anything is written, in the sums of a strength, Adam's update goes by its momentum, which has the same sign
-    wherever the second moment is a number and the rate is not 0: so the second moment is not read.
+    wherever the second moment is a number and the rate is not 0: so the second moment is not read. (Of a negative rate
+    as well: the momentum that is handed in is turned round then.)
     """
     if CFG.product == "previous_momentum":
         unseen = (previous * 0.0 + tl.load(ranks + SEEN)) == 0
@@ -34,7 +35,7 @@ def agreement(g, u, m, previous, row, ranks, CFG: tl.constexpr):
         chosen = agrees(m, g, CFG)
     elif CFG.rule == "adam" and not CFG.writes:
         rate = tl.load(row + RATE)
-        chosen = agrees(m * tl.where(rate > 0, 1.0, tl.where(rate < 0, -1.0, 0.0)), g, CFG)
+        chosen = agrees(m * tl.where((rate > 0) | (rate < 0), 1.0, 0.0), g, CFG)
     else:
         chosen = agrees(u, g, CFG)
     return chosen

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..lasting import lasting
 from ..sharded.how import How
 from ..spec import Item
 from . import config, shard_sums
@@ -66,7 +67,8 @@ class ShardPlan:
 def planned(items: Sequence[Item], how: How, cache: dict[Any, Any]) -> tuple[ShardPlan, list[Item], list[Any]]:
     """A new plan, the items with contiguous tensors, and what has to be written back after the step."""
     arranged, back, begins = prepared(items, how.rule, how.selection, how.strength, how.draw)
-    plan = ShardPlan(arranged, how, begins[0])
+    with lasting():
+        plan = ShardPlan(arranged, how, begins[0])
     cache.pop("plan", None)
     if not back and not any(begins):
         cache["plan"] = plan

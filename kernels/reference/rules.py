@@ -170,6 +170,33 @@ def advance(item: Item, rule: Rule, *, keep_previous: bool = False) -> Advanced:
     return move(rule, begin(item, rule), item.param, item.grad, item.state, keep_previous)
 
 
+def rate_of(rule: Rule) -> Scalar:
+    """The learning rate, whose sign says which way the base goes."""
+    return rule.rate if isinstance(rule, GivenRule) else rule.lr
+
+
+def turned(x: Tensor | None, rate: Scalar) -> Tensor | None:
+    """-x where the rate is negative. One on a GPU stays there: then a copy is made in any case."""
+    if x is None:
+        return None
+    if isinstance(rate, Tensor) and rate.device.type != "cpu":
+        return x * (1 - 2 * (rate < 0).to(x.dtype))
+    return -x if float(rate) < 0 else x
+
+
+def as_seen(rule: Rule, moved: Advanced) -> Advanced:
+    """What selections, strengths and statistics read of a step.
+
+    Note [a negative learning rate]: a base with a negative learning rate climbs. So it does with a positive one and
+    `maximize`, which has the same update and the opposite gradient and momentum. Those are turned round here, after the
+    moments have moved as they do.
+    """
+    rate = rate_of(rule)
+    grad = turned(moved.grad, rate)
+    assert grad is not None
+    return Advanced(grad, moved.update, turned(moved.momentum, rate), turned(moved.previous_momentum, rate))
+
+
 @torch.no_grad()
 def apply_mask(item: Item, rule: Rule, update: Tensor, mask: Tensor, draw: Draw | None = None) -> None:
     """Step 7 of one tensor: `p <- factor p - mask u`, computed in the compute dtype and rounded once."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..spec import Draw, Item, Rule, Selection, Strength, Sums
 from .random import sample_positions, uniform_bits
-from .rules import Advanced, advance, apply_mask, nesterov
+from .rules import Advanced, advance, apply_mask, as_seen, nesterov
 from .strengths import Parts, multipliers, total
 from .top_k import top_k
 
@@ -101,7 +101,7 @@ def _step(
     item: Item, rule: Rule, selection: Selection, strength: Strength, draw: Draw, statistics: bool
 ) -> Sums | None:
     keep = selection.kind == "agreement" and selection.product == "previous_momentum"
-    moved = advance(item, rule, keep_previous=keep)
+    moved = as_seen(rule, advance(item, rule, keep_previous=keep))
     u, g, d = moved.update, moved.grad, item.param.numel()
     selected = select(selection, item, rule, moved, draw)
     above, below = multipliers(strength, parts_of(strength, selected, item, moved, draw), item.policy_state, u.device)

@@ -73,8 +73,8 @@ def find(tensors: Sequence[Ranked]) -> Asking:
     """
     dtype, device = tensors[0].key.dtype, tensors[0].key.device
     nothing = torch.iinfo(dtype).min
-    need = prefix = chosen = torch.zeros(0, dtype=torch.int64)
-    counts = torch.zeros(0, BINS)
+    need = prefix = chosen = torch.zeros(0, dtype=torch.int64, device=device)
+    counts = torch.zeros(0, BINS, dtype=torch.int64, device=device)
     for shift in range(torch.iinfo(dtype).bits - 8, -1, -8):
         first, rows = prefix.numel() == 0, []
         base = prefix << 8

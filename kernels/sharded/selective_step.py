@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..reference.random import SAMPLE_SIZE
-from ..reference.rules import advance
+from ..reference.rules import advance, as_seen
 from ..spec import SUM_NAMES, Draw, Item, ItemList, Rule, Selection, Shard, Strength, Sums, SumsTable
 from . import ranking, ties
 from .by_kernels import can_be, kind_of, wanted
@@ -151,7 +151,8 @@ def _row(sums: Sums) -> Tensor:
 
 def _whole(items: Sequence[Item], how: How) -> Part:
     """Everything else, by itself: all tensors' updates first, then the rounds, then the parameters."""
-    works = [Work(item, how, advance(item, how.rule, keep_previous=how.by_previous)) for item in items]
+    moved = [as_seen(how.rule, advance(item, how.rule, keep_previous=how.by_previous)) for item in items]
+    works = [Work(item, how, one) for item, one in zip(items, moved, strict=True)]
     ranked = [work.ranked for work in works if work.ranked is not None]
     found: Tensor | None = None
     if ranked:

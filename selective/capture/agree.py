@@ -24,7 +24,7 @@ def seen_by_all(flags: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[bool
     found = torch.stack([flag.to(flags[0].device) for flag in flags]).to(torch.int32)
     seen = torch.cat([found, found.new_zeros(1)])
     for group, places in _by_group(shards):
-        here = torch.tensor([*places, len(flags)], device=found.device)
+        here = torch.tensor([*places, len(flags)], dtype=torch.int64, device=found.device)
         seen[-1] = seen.max()
         some = seen[here]
         torch.distributed.all_reduce(some, op=torch.distributed.ReduceOp.MAX, group=group)

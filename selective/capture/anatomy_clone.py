@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from selective.capture.process_settings import settings_of_torch
+
 # Counters that some packages keep in the group; the twin starts at its first step, as its (empty) state does.
 COUNTERS = ("step", "k")
 _SHARED = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, types.ModuleType)
@@ -112,6 +114,8 @@ def _copied(value: Any, where: str, base: Optimizer, twin: Optimizer | None) -> 
 def unnoticed() -> Iterator[None]:
     """Random generators are put back, warnings stay here, `torch.compile` in a step does not compile, one thread works.
 
+    What is found out here is remembered, so that it is found out under torch's own settings: `settings_of_torch`.
+
     torchao compiles its step for each shape: minutes on a CPU, for tensors that nobody trains. And two threads on 4,096
     elements wait for each other: on a busy machine of two cores a measurement took 4 s rather than 0.05.
     """
@@ -123,9 +127,10 @@ def unnoticed() -> Iterator[None]:
     numpy_state = numpy.random.get_state() if numpy is not None else None
     try:
         torch.set_num_threads(1)
-        with warnings.catch_warnings(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with warnings.catch_warnings(), settings_of_torch(), torch.no_grad():
             warnings.simplefilter("ignore")
-            yield
+            with torch.compiler.set_stance("force_eager"):
+                yield
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(cpu)

@@ -99,6 +99,12 @@ def sign_of(base: Optimizer, group: dict[str, Any]) -> float:
     return -1.0 if group.get("maximize", getattr(base, "maximize", False)) else 1.0
 
 
+def sign_of_rate(group: dict[str, Any]) -> spec.Scalar:
+    """Whose sign is that of the group's learning rate; 1.0 where it has none. A rate on a GPU is not waited for."""
+    rate = plain_number(1.0 if group.get("lr") is None else group["lr"])
+    return rate if isinstance(rate, Tensor) else -1.0 if rate < 0 else 1.0
+
+
 def lookahead(base: Optimizer, group: dict[str, Any]) -> float:
     """w such that the momentum one step ahead is (1 - w) g + w m, up to a positive factor.
 

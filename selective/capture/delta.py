@@ -20,6 +20,7 @@ from torch import Tensor
 from selective.capture import lists
 from selective.capture.base import LOW_PRECISION
 from selective.capture.generic import Captured, GenericJob, by_value
+from selective.capture.stand_ins import StandIns
 from selective.kernels import spec
 
 
@@ -31,18 +32,15 @@ class DeltaJob(GenericJob):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.stand_ins: dict[int, Tensor] = {}  # index of a low-precision parameter -> its float32 copy
-        self.started: dict[int, Tensor] = {}  # ... and its value before the step, where a residue was added
-        self.params: list[Tensor] = []  # the group's own list, while stand-ins are in it
+        self.stand_ins = StandIns(self.context.base, self.group)
+        self.left: dict[Tensor, Tensor] = {}  # low-precision parameters -> what the base has left of their copies
+        self.started: dict[int, Tensor] = {}  # index of such a parameter -> its value before, where a residue was added
 
     def prepare(self) -> None:
         self.remember()
         low = [i for i, before in enumerate(self.saved) if before.dtype in LOW_PRECISION]
         if low:
             self._stand_in(low)
-            self.params = self.group["params"]
-            by_param = {self.parameters[index].tensor: stand_in for index, stand_in in self.stand_ins.items()}
-            self.group["params"] = [by_param.get(p, p) for p in self.params]
 
     def _stand_in(self, low: list[int]) -> None:
         """Float32 copies of these parameters, which the base steps instead, with their gradients and their state."""
@@ -52,28 +50,15 @@ class DeltaJob(GenericJob):
             lists.add_(values, self._residues(low))
             self.started = dict(zip(low, lists.copies(values), strict=True))
         grads = lists.in_dtype([raw[i] for i in low], torch.float32)
-        states = self.context.base.state
         for index, value, grad in zip(low, values, grads, strict=True):
-            p, stand_in = self.parameters[index].tensor, torch.nn.Parameter(value)
-            stand_in.grad = grad
-            self.stand_ins[index] = stand_in
-            if p in states:
-                states[stand_in] = {key: raised(entry, p) for key, entry in states[p].items()}
-                del states[p]
+            self.stand_ins.put(self.parameters[index].tensor, value, grad)
+        self.stand_ins.enter()
 
     def _residues(self, indices: Sequence[int]) -> list[Tensor]:
         return [self.context.own_residue(self.parameters[i], self.policy) for i in indices]
 
-    def _give_state_back(self) -> None:
-        if self.params:
-            self.group["params"], self.params = self.params, []
-        states = self.context.base.state
-        for index, stand_in in self.stand_ins.items():
-            if stand_in in states:
-                states[self.parameters[index].tensor] = states.pop(stand_in)
-
     def finish(self) -> None:
-        self._give_state_back()
+        self.left = {p: stand_in.detach() for p, stand_in in self.stand_ins.give_back().items()}
         super().finish()
 
     def rule_factors(self) -> Sequence[spec.Scalar]:
@@ -101,8 +86,8 @@ class DeltaJob(GenericJob):
         return found
 
     def _after(self, index: int) -> Tensor:
-        stand_in = self.stand_ins.get(index)
-        return self.parameters[index].tensor if stand_in is None else stand_in.detach()
+        p = self.parameters[index].tensor
+        return self.left.get(p, p)
 
     def stepped(self, indices: Sequence[int]) -> None:
         kept = [i for i in indices if self._keeps_residue(i)]
@@ -117,15 +102,8 @@ class DeltaJob(GenericJob):
         lists.copy_(self._residues(indices), exact)
 
     def _keeps_residue(self, index: int) -> bool:
-        return index in self.stand_ins and bool(self.facts.residue)
+        return self.parameters[index].tensor in self.left and bool(self.facts.residue)
 
     def restore(self) -> None:
-        self._give_state_back()
+        self.stand_ins.give_back()
         super().restore()
-
-
-def raised(value: Any, param: Tensor) -> Any:
-    """A state entry in the precision of the stand-in: low-precision tensors of the parameter's shape become float32."""
-    if isinstance(value, Tensor) and value.dtype in LOW_PRECISION and value.shape == param.shape:
-        return value.float()
-    return value

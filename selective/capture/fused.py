@@ -19,7 +19,7 @@ from selective.capture.anatomy_moments import Moments
 from selective.capture.base import Job, Parameter, lookahead, plain_number, sign_of
 from selective.capture.custom import masked_step
 from selective.capture.items import DeviceItems, KeptItems
-from selective.kernels import advance, apply_mask, begin_sharded, selective_step, spec
+from selective.kernels import advance, apply_mask, as_seen, begin_sharded, selective_step, spec
 from selective.view import Tensors
 
 Group = dict[str, Any]
@@ -75,8 +75,9 @@ class FusedJob(Job):
     def _step_with_own_code(self, parameter: Parameter, item: spec.Item, rule: spec.Rule) -> None:
         keep = "previous_momentum" in self.policy.needs()
         moved = advance(item, rule, keep_previous=keep)
+        seen = as_seen(rule, moved)
         tensors = Tensors(
-            item.param, moved.update, moved.grad, moved.momentum, moved.previous_momentum,
+            item.param, seen.update, seen.grad, seen.momentum, seen.previous_momentum,
             lookahead(self.context.base, self.group),
         )  # fmt: skip
         mask = masked_step(self.context, self.policy, parameter, tensors, item.shard)
@@ -166,7 +167,7 @@ class FusedAdam(FusedRule):
             dtype = _get_scalar_dtype(is_fused=bool(group["fused"]))
             state["step"] = torch.zeros((), dtype=dtype, device=p.device)
         else:
-            state["step"] = torch.tensor(0.0, dtype=_get_scalar_dtype())
+            state["step"] = torch.tensor(0.0, dtype=_get_scalar_dtype(), device="cpu")
         for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
             state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
 

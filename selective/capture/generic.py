@@ -20,7 +20,7 @@ from selective.capture.described import specs_on
 from selective.capture.items import KeptItems
 from selective.capture.layout import local_like, local_of, shard_of
 from selective.capture.remember import RememberingJob
-from selective.kernels import apply_mask, begin_sharded, selective_step, spec
+from selective.kernels import apply_mask, begin_sharded, selective_step, spec, turned
 from selective.view import Tensors
 
 
@@ -55,7 +55,7 @@ class GenericJob(RememberingJob):
     def finish(self) -> None:
         beta = self._lookahead()
         for factor, indices in self._calls():
-            self.step(indices, spec.GivenRule(factor, self.offset, self.negated, beta))
+            self.step(indices, spec.GivenRule(factor, self.offset, self.negated, beta, self.rate))
 
     def _calls(self) -> Iterator[tuple[spec.Scalar, list[int]]]:
         """Which parameters go into one call, with their factor. A policy's own code gets one by one, in their order."""
@@ -134,6 +134,7 @@ class GenericJob(RememberingJob):
         update = item.state["update"].to(dtype) * (-1.0 if rule.negated else 1.0)
         momentum, previous = item.state.get("momentum"), item.state.get("previous_momentum")
         gradient = None if grad is None else item.grad.to(dtype)
+        gradient, momentum, previous = (turned(x, rule.rate) for x in (gradient, momentum, previous))
         tensors = Tensors(local_of(self.saved[index]), update, gradient, momentum, previous, rule.momentum_beta)
         mask = masked_step(self.context, self.policy, parameter, tensors, item.shard)
         if mask is not None:

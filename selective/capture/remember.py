@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selective.capture import lists
 from selective.capture.anatomy import decay_factor, momentum_entry
-from selective.capture.base import Job, plain_number, sign_of
+from selective.capture.base import Job, plain_number, sign_of, sign_of_rate
 from selective.kernels import spec
 
 
@@ -28,6 +28,7 @@ class RememberingJob(Job):
         self.grads: Sequence[Tensor | None] = ()  # the view's gradient: after maximize and coupled decay
         self.previous: Sequence[Tensor | None] = ()
         self.factors: list[spec.Scalar] = []  # of the parameter, where decay is decoupled
+        self.rate = sign_of_rate(self.group)
         self.coupled: spec.Scalar = 0.0  # what of the parameter the base adds to the raw gradient
         if self.facts.decay == "coupled":
             self.coupled = self.facts.decay_sign * plain_number(self.group.get("weight_decay", 0.0))
@@ -60,8 +61,12 @@ class RememberingJob(Job):
         if facts.decay != "decoupled" or not self.parameters:
             return [1.0] * len(self.parameters)
         if facts.decay_per_parameter:
-            return [plain_number(decay_factor(base, group, facts, p)) for p in self.tensors()]
+            return [plain_number(decay_factor(base, group, facts, p)) for p in self.asked_for_decay()]
         return [plain_number(decay_factor(base, group, facts))] * len(self.parameters)
+
+    def asked_for_decay(self) -> list[Tensor]:
+        """What the base steps, on which a factor of its own may depend."""
+        return self.tensors()
 
     def _gradients(self) -> list[Tensor]:
         raw = self.raw_grads()

@@ -69,6 +69,15 @@ class RotatedJob(GenericJob):
             lists.neg_(made)
         return made
 
+    def base_dtype(self, index: int) -> torch.dtype:
+        """The dtype of the gradient from which the base would step this parameter: Note [gradients of another dtype].
+
+        torch's `grad.add(param, alpha=weight_decay)` promotes where decay is coupled.
+        """
+        p = self.parameters[index].tensor
+        assert p.grad is not None
+        return torch.promote_types(p.grad.dtype, p.dtype) if self.is_coupled else p.grad.dtype
+
     def _matrices(self, indices: Sequence[int]) -> list[Tensor]:
         return [as_matrix(self.gradients[i], self.rotation.bases[i].shape) for i in indices]
 
@@ -156,7 +165,7 @@ class RotatedJob(GenericJob):
         beta = self._lookahead()
         for factor, places in by_value(factors):
             captured = [Captured(updates[k], targets[k], targets[k]) for k in places]
-            self.apply([indices[k] for k in places], captured, spec.GivenRule(factor, 0.0, negated, beta))
+            self.apply([indices[k] for k in places], captured, spec.GivenRule(factor, 0.0, negated, beta, self.rate))
         for i in indices:  # not needed any more
             self.grads[i] = self.previous[i] = None  # type: ignore[index]
 

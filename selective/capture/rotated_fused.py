@@ -14,6 +14,7 @@ from torch import Tensor
 
 from selective.capture.fused import FusedRule
 from selective.capture.layout import is_dtensor, local_like, wrapped_like
+from selective.capture.lending import LentGradients
 from selective.capture.rotated import RotatedJob
 from selective.kernels import advance, begin_sharded, selective_step, spec
 
@@ -26,18 +27,17 @@ class RotatedFusedJob(RotatedJob):
     def __init__(self, *args: Any, rule: FusedRule, hides: bool, alone: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.fused, self.hides, self.alone = rule, hides, alone
-        self.hidden: list[tuple[Tensor, Tensor | None]] = []
+        self.hidden = LentGradients()
 
     def prepare(self) -> None:
         super().prepare()
         self.factors = self._factors()
         if self.hides:  # the base steps the rest of the group, and skips what has no gradient
-            self.hidden = [(p, p.grad) for p in self.tensors()]
-            for p, _ in self.hidden:
-                p.grad = None
+            for p in self.tensors():
+                self.hidden.lend(p, None)
 
     def finish(self) -> None:
-        self._show()
+        self.hidden.give_back()
         in_kernel = self.specs is not None and not self.in_original
         for indices in self.rotation.alike(self.moving, self.rotation.at_once(narrow=in_kernel)):
             grads = [self.gradients[i] for i in indices]
@@ -47,13 +47,8 @@ class RotatedFusedJob(RotatedJob):
         self.close()
 
     def restore(self) -> None:
-        self._show()
+        self.hidden.give_back()
         super().restore()
-
-    def _show(self) -> None:
-        for p, grad in self.hidden:
-            p.grad = grad
-        self.hidden = []
 
     def _step(self, indices: list[int], rotated: list[Tensor], in_kernel: bool) -> None:
         rule = self.fused.rule(self.context.base, self.group)
@@ -68,7 +63,7 @@ class RotatedFusedJob(RotatedJob):
             if not state:
                 self.fused.init_state(self.group, p, state)
             if isinstance(rule, spec.SGDRule) and state.get("momentum_buffer") is None:
-                fresh.append((p, state))
+                fresh.append((self.base_dtype(i), state))
             kept.append(state)
             states.append({k: local_like(v, p) for k, v in state.items()} if is_dtensor(p) else state)
         # SGD's momentum is made in the dtype of what is stepped.
@@ -86,8 +81,8 @@ class RotatedFusedJob(RotatedJob):
             if mine is not theirs:
                 p = self.parameters[i].tensor
                 theirs.update({k: wrapped_like(v, p) for k, v in mine.items() if theirs.get(k) is None})
-        for p, state in fresh:
-            _in_the_dtype_of(p, state)
+        for dtype, state in fresh:
+            _in_dtype(dtype, state)
 
     def _step_in_kernel(self, indices: list[int], items: list[spec.Item], rule: spec.Rule) -> None:
         assert self.specs is not None
@@ -119,8 +114,8 @@ class RotatedFusedJob(RotatedJob):
         self.mask_and_land(indices, [one.update for one in moved], negated=False)
 
 
-def _in_the_dtype_of(param: Tensor, state: dict[str, Any]) -> None:
-    """SGD's buffer, which the rule makes in its first step, as the base would have made it on the parameter."""
+def _in_dtype(dtype: torch.dtype, state: dict[str, Any]) -> None:
+    """SGD's buffer, which the rule makes in its first step, in the dtype in which the base would have made it."""
     buffer = state.get("momentum_buffer")
     if buffer is not None:
-        state["momentum_buffer"] = buffer.to(param.dtype)
+        state["momentum_buffer"] = buffer.to(dtype)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from selective.capture import lists
 from selective.capture.base import LOW_PRECISION
-from selective.capture.delta import raised
+from selective.capture.lending import LentGradients
 from selective.capture.rotated import RotatedJob
+from selective.capture.stand_ins import StandIns
 from selective.preconditioner import as_matrix
 
 
@@ -26,8 +27,9 @@ class SwappedJob(RotatedJob):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rotated: dict[int, Tensor] = {}  # the gradients in the rotated space
-        self.theirs: list[tuple[Tensor, Tensor, Tensor | None]] = []  # parameter, its data, its gradient
-        self.given: dict[Tensor, Tensor] = {}  # ... and the gradient that it has meanwhile
+        self.data: list[Tensor] = []  # the parameters' own
+        self.raw: list[Tensor] = []  # ... and their gradients
+        self.lent = LentGradients()
 
     def prepare(self) -> None:
         super().prepare()
@@ -35,9 +37,9 @@ class SwappedJob(RotatedJob):
             self.rotated.update(zip(indices, self.rotated_gradients(indices), strict=True))
         if "previous_momentum" in self.reads:
             self.previous = self._momenta_kept()
-        self.theirs = [(p, p.data, p.grad) for p in self.tensors()]
-        for p in self.tensors():
-            p.grad = None  # those that stand still keep none: the base skips them
+        self.data, self.raw = [p.data for p in self.tensors()], self.raw_grads()
+        for i in set(range(self.count)) - set(self.moving):
+            self.lent.lend(self.parameters[i].tensor, None)  # it stands still: the base skips it
         self.swap()
 
     def swap(self) -> None:
@@ -45,19 +47,16 @@ class SwappedJob(RotatedJob):
         raise NotImplementedError
 
     def give(self, index: int, grad: Tensor) -> None:
-        p = self.parameters[index].tensor
-        p.grad = self.given[p] = grad
+        self.lent.lend(self.parameters[index].tensor, grad)
 
     def _swap_back(self) -> None:
-        for p, data, grad in self.theirs:
-            cleared = p.grad is None and p in self.given
-            p.grad = None
+        for p, data in zip(self.tensors(), self.data, strict=False):
             p.data = data
-            p.grad = None if cleared else grad  # some bases clear it
-        self.theirs, self.given = [], {}
+        self.lent.give_back()
+        self.data, self.raw = [], []
 
     def finish(self) -> None:
-        left = {i: self.parameters[i].tensor.data for i in self.moving}
+        left = self.left_by_base()
         self._swap_back()
         for indices in self.rotation.alike(self.moving):
             rotated = [self.rotated.pop(i) for i in indices]
@@ -68,8 +67,12 @@ class SwappedJob(RotatedJob):
             self.mask_and_land(indices, updates, negated=negated)
         self.close()
 
+    def left_by_base(self) -> dict[int, Tensor]:
+        """What the base's step has left of those that moved."""
+        return {i: self.parameters[i].tensor.data for i in self.moving}
+
     def updates(self, indices: list[int], left: list[Tensor]) -> tuple[list[Tensor], bool]:
-        """The updates, from what the base's step has left in the stand-ins; and whether they are negative."""
+        """The updates, from what the base's step has left; and whether they are negative."""
         raise NotImplementedError
 
     def restore(self) -> None:
@@ -82,9 +85,9 @@ class RotatedScratchJob(SwappedJob):
 
     def swap(self) -> None:
         for i in self.moving:
-            p, mine = self.parameters[i].tensor, self.rotated[i]
-            shared = p.dtype == mine.dtype and self.sign > 0 and not self.facts.writes_grad
-            grad = mine if shared else mine.to(p.dtype, copy=True)
+            mine, dtype = self.rotated[i], self.base_dtype(i)
+            shared = dtype == mine.dtype and self.sign > 0 and not self.facts.writes_grad
+            grad = mine if shared else mine.to(dtype, copy=True)
             self.give(i, grad.neg_() if self.sign < 0 else grad)  # the base turns it round
         self.factors = self._factors()
         for i in self.moving:
@@ -100,6 +103,7 @@ class RotatedDeltaJob(SwappedJob):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.stand_ins = StandIns(self.context.base, self.group)
         self.before: dict[int, Tensor] = {}
         low = [i for i, p in enumerate(self.tensors()) if p.dtype in LOW_PRECISION]
         self.residual = set(low) if self.facts.residue else set()
@@ -107,19 +111,33 @@ class RotatedDeltaJob(SwappedJob):
     def swap(self) -> None:
         for indices in self.rotation.alike(self.moving):
             values = self.rotation.project_in(indices, self._exact(indices))
-            raw = [grad for i in indices if (grad := self.theirs[i][2]) is not None]
             if self.is_coupled or self.sign < 0:  # as they are: the base does what it does to them
-                grads = self.rotation.gradients_in(indices, raw)
+                grads = self.rotation.gradients_in(indices, [self.raw[i] for i in indices])
             else:
                 grads = lists.copies([self.rotated[i] for i in indices])
             for i, value, grad in zip(indices, values, grads, strict=True):
-                p = self.parameters[i].tensor
-                if p.dtype in LOW_PRECISION and p in self.context.base.state:
-                    state = self.context.base.state[p]
-                    state.update({key: raised(entry, p) for key, entry in state.items()})
-                p.data, self.before[i] = value, value.clone()
-                self.give(i, grad)
+                p, self.before[i] = self.parameters[i].tensor, value.clone()
+                if p.dtype in LOW_PRECISION:
+                    self.stand_ins.put(p, value, grad)
+                else:
+                    p.data = value
+                    self.give(i, grad.to(self.raw[i].dtype))
         self.factors = self._factors()
+        self.stand_ins.enter()
+
+    def asked_for_decay(self) -> list[Tensor]:
+        return [self.stand_ins.of.get(p, p) for p in self.tensors()]
+
+    def left_by_base(self) -> dict[int, Tensor]:
+        stand_ins = self.stand_ins.give_back()
+        tensors = [self.parameters[i].tensor for i in self.moving]
+        return {
+            i: stand_ins[p].detach() if p in stand_ins else p.data for i, p in zip(self.moving, tensors, strict=True)
+        }
+
+    def restore(self) -> None:
+        self.stand_ins.give_back()
+        super().restore()
 
     def updates(self, indices: list[int], left: list[Tensor]) -> tuple[list[Tensor], bool]:
         before = [self.before.pop(i) for i in indices]
@@ -133,8 +151,8 @@ class RotatedDeltaJob(SwappedJob):
 
     def _exact(self, indices: list[int]) -> list[Tensor]:
         """The parameters in float32, with the residue that we keep of them."""
-        values = [as_matrix(self.theirs[i][1], self.rotation.bases[i].shape) for i in indices]
-        values = [v.reshape(self.theirs[i][1].shape) for i, v in zip(indices, values, strict=True)]
+        values = [as_matrix(self.data[i], self.rotation.bases[i].shape) for i in indices]
+        values = [v.reshape(self.data[i].shape) for i, v in zip(indices, values, strict=True)]
         return [v + self._residue(i) if i in self.residual else v for i, v in zip(indices, values, strict=True)]
 
     def _residue(self, index: int) -> Tensor:

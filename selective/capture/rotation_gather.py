@@ -71,7 +71,7 @@ def refresh_gathered(
         solvers = owners([max(b.whole[1:]) for b in bases], torch.distributed.get_world_size(group))
         here = [k for k, owner in enumerate(solvers) if owner == torch.distributed.get_rank(group)]
         made = _Made(preconditioner, bases, grads, here)
-        flags = torch.tensor([[flag, 0] for flag in made.flags], dtype=torch.int32).to(bases[0].device)
+        flags = torch.tensor([[flag, 0] for flag in made.flags], dtype=torch.int32, device="cpu").to(bases[0].device)
         flags[:, 1] = torch.stack([missing[i] for i in indices]).to(torch.int32)
         (both,) = sums([flags.view(-1)], group)
         said = both.view(-1, 2).tolist()  # waits for the device, as a refresh does

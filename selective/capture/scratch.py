@@ -20,6 +20,7 @@ from torch import Tensor
 
 from selective.capture import lists
 from selective.capture.generic import Captured, GenericJob
+from selective.capture.lending import LentGradients
 
 
 class ScratchJob(GenericJob):
@@ -29,7 +30,7 @@ class ScratchJob(GenericJob):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.their_grads: list[tuple[Tensor, Tensor | None, Tensor]] = []  # parameter, its gradient, our stand-in
+        self.lent = LentGradients()  # with decay in them, where it is coupled
         self.exchanged: dict[int, Tensor] = {}  # index of a parameter -> its own memory, while it has other
         self.copied: list[int] = []  # indices of the parameters whose values were copied
         self.left: dict[int, Tensor] = {}  # index of a parameter -> what the base has left on zeros
@@ -49,8 +50,7 @@ class ScratchJob(GenericJob):
         tensors = self.tensors()
         if self.is_coupled:  # decay vanishes on zeros: give the base the gradient that it would have made
             for p, stand_in in zip(tensors, self._decayed_gradients(), strict=True):
-                self.their_grads.append((p, p.grad, stand_in))
-                p.grad = stand_in
+                self.lent.lend(p, stand_in)
         lists.zero_([p for i, p in enumerate(tensors) if i not in self.exchanged])
         for index, zeros in zip(self.exchanged, lists.zeros_like(list(self.exchanged.values())), strict=True):
             tensors[index].data = zeros
@@ -74,13 +74,13 @@ class ScratchJob(GenericJob):
         return found
 
     def finish(self) -> None:
-        self._give_gradients_back()
+        self.lent.give_back()
         self.left = self._give_memory_back()
         super().finish()
         self.left = {}
 
     def restore(self) -> None:
-        self._give_gradients_back()
+        self.lent.give_back()
         self._give_memory_back()
         if self.saved:
             for index in self.copied:
@@ -94,9 +94,3 @@ class ScratchJob(GenericJob):
             found[index], p.data = p.data, own
         self.exchanged = {}
         return found
-
-    def _give_gradients_back(self) -> None:
-        for p, grad, stand_in in self.their_grads:
-            if p.grad is stand_in:  # unless the base cleared it
-                p.grad = grad
-        self.their_grads = []

@@ -83,7 +83,7 @@ def _attempt(job: Job, solve: Callable, dtype: torch.dtype, device: torch.device
         count = len(job.matrix)
         if count == 1:
             return [_Try(Solved(o, torch.zeros_like(o[:, 0])), torch.zeros_like(job.usable)) for o in job.old]
-        alone = [_attempt(_part(job, torch.tensor([i])), solve, dtype, device) for i in range(count)]
+        alone = [_attempt(_part(job, torch.tensor([i], device="cpu")), solve, dtype, device) for i in range(count)]
         return [_joined(tries) for tries in zip(*alone, strict=True)]
     home = job.matrix.device
     tries = []

@@ -155,7 +155,7 @@ def test_rotated_parameters_have_the_precision_of_their_own_capture() -> None:
     """Dense, and yet the matrix goes on under delta capture, because its update has to be rotated back."""
     optimizer = train(wrapped(BASES["adamw"], torch.bfloat16, preconditioner=Soap()), range(3))
     train(switch(optimizer, Dense()), range(3, 5))
-    found = [entries["exp_avg"].dtype for entries in optimizer.base.state.values()]
+    found = [optimizer.base.state[p]["exp_avg"].dtype for p in params_of(optimizer)]
     assert found == [torch.float32, torch.bfloat16]
 
 

@@ -1,0 +1,21 @@
+"""Tensors that are kept from step to step, made inside of a user's `torch.inference_mode()`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """What is made here can be written to after `torch.inference_mode()`, too: torch refuses it for what is made there.
+
+    Buffers, tables and state that are kept are made so. Otherwise one step in that mode would spoil all later ones.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():  # in this order: the first one enables gradients
+        yield
