@@ -19,7 +19,7 @@ from ._dispatch import (
     selective_step,
     top_k,
     use_backend,
-    why_no_function,
+    why_own_code,
     why_reference,
 )
 from ._functions import evaluate_function, function_device
@@ -28,6 +28,7 @@ from .reference.rules import Advanced, decay_factor
 from .sharded import Exchange
 from .spec import (
     AdamRule,
+    Control,
     Draw,
     GivenRule,
     Item,
@@ -47,6 +48,7 @@ __all__ = [
     "AdamRule",
     "Advanced",
     "Backend",
+    "Control",
     "Draw",
     "Exchange",
     "GivenRule",
@@ -74,6 +76,6 @@ __all__ = [
     "uniform",
     "uniform_bits",
     "use_backend",
-    "why_no_function",
+    "why_own_code",
     "why_reference",
 ]

@@ -20,6 +20,7 @@ from .spec import Draw, GivenRule, Item, ItemList, Rule, Selection, Strength, Su
 Backend = Literal["auto", "reference", "cpu", "gpu"]  # Which implementation; "auto" picks by device.
 _standard: ContextVar[Backend] = ContextVar("standard", default="auto")
 _triton_missing: list[str] = []  # why, once it was looked for
+NO_CONTROL = "there is no Triton kernel for a matched random control"
 
 
 @contextmanager
@@ -57,10 +58,31 @@ def why_no_triton() -> str | None:
 
 def why_reference(item: Item, rule: Rule, selection: Selection | None = None) -> str | None:
     """Why a tensor on a GPU is stepped by the reference instead of by a kernel, in words; None where it is not."""
+    if selection is not None and selection.control is not None:
+        return NO_CONTROL
     return why_no_triton() or _gpu().unsupported(item, rule, selection)
 
 
-def why_no_function(param: Tensor) -> str | None:
+def why_own_code(selection: Selection, param: Tensor) -> str | None:
+    """Why this parameter can't be stepped by this selection here, but its policy's own code has to; None where it can.
+
+    For the two kinds that have no implementation everywhere, in words: a user's Triton function, which only the Triton
+    kernels can call, and a matched control, which they don't have.
+    """
+    if selection.control is not None and _path_of(param) == "gpu":
+        return NO_CONTROL
+    return _why_no_function(param) if selection.kind == "function" else None
+
+
+def _path_of(param: Tensor) -> Backend:
+    """Where a step of this parameter goes, as far as its device and the backend say."""
+    path = _standard.get()
+    if path != "auto":
+        return path
+    return {"cpu": "cpu", "cuda": "gpu"}.get(param.device.type, "reference")  # type: ignore[return-value]
+
+
+def _why_no_function(param: Tensor) -> str | None:
     """Why a Triton function can't select in this parameter's step, in words; None where it can."""
     path = _standard.get()
     if path in ("reference", "cpu"):
@@ -140,7 +162,7 @@ def _check_function(items: Sequence[Item], paths: dict[Backend, list[int]], rule
     for path, chosen in paths.items():
         if path != "gpu":
             item = items[chosen[0]]
-            why = why_no_function(item.param) or why_reference(item, rule) or f"the backend is {path!r}"
+            why = _why_no_function(item.param) or why_reference(item, rule) or f"the backend is {path!r}"
             raise ValueError(
                 f"the selection is a Triton function, which runs on a GPU only, and can't for parameter "
                 f"{item.address}: {why}; advance the moments, select in torch and apply the mask instead"

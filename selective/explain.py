@@ -114,7 +114,7 @@ def _selection(policy: Policy, group: dict[str, Any]) -> str | None:
     specs = specs_of(policy)
     if specs is None or specs[0].kind != "function":
         return None
-    why = why_twin(group["params"])
+    why = why_twin(specs[0], group["params"])
     if why is not None:
         return f"its select() runs, the torch twin of its kernel, because {why}"
     return "its kernel, a Triton function, is inlined into the step"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from selective.kernels import top_k
+from selective.kernels import spec, top_k
 from selective.policies.policy import AnyPolicy, Policy, is_dense_top_k, stands_still, two_multipliers
 from selective.policies.selections import Bernoulli, Selection
 from selective.policies.strengths import Fixed, Strength
@@ -54,6 +55,12 @@ class MatchedRandomMask(Policy):
 
     def init_state(self, view: StepView) -> dict[str, Tensor]:
         return self.policy.init_state(view)
+
+    def specs(self) -> tuple[spec.Selection, spec.Strength] | None:
+        selection, strength = (part.spec() for part in self._matched_parts())
+        if not isinstance(selection, spec.Selection) or not isinstance(strength, spec.Strength):
+            return None
+        return replace(selection, control=spec.Control(norm=self.norm, cap=self.cap)), strength
 
     def _matched_parts(self) -> tuple[Selection, Strength]:
         parts = self.policy.parts()

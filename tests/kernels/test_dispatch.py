@@ -7,6 +7,7 @@ import torch
 
 from selective.kernels import (
     AdamRule,
+    Control,
     Draw,
     GivenRule,
     Item,
@@ -91,6 +92,7 @@ def test_the_reference_never_waits_for_the_device(make):
     selections = [
         Selection("everything"), Selection("agreement", product="previous_momentum"), Selection("top_k"),
         Selection("top_k", quantile="sampled", score="nesterov"), Selection("bernoulli", unit="row"),
+        Selection("agreement", control=Control()),
     ]  # fmt: skip
     strengths = [
         Strength("fixed"), Strength("mean_preserving"), Strength("norm_preserving", estimate="sampled"),
