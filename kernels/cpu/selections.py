@@ -12,7 +12,7 @@ from ..reference.random import uniform_bits
 from ..reference.rules import nesterov
 from ..spec import Draw, Item, Rule, Selection
 from . import numbers
-from .chunks import Flat, buffer, spans
+from .chunks import Flat, spans
 from .moments import Slice
 
 

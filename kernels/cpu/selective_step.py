@@ -1,14 +1,14 @@
 """The step over chunks that stay in the cache: one pass over the memory where the mask is local, two where it is not.
 
 One pass (everything, agreement, Bernoulli or a sampled threshold, with fixed strengths): moments, mask and parameter
-of a chunk while it is in the cache. Extra memory: the chunk buffers, at most 8 of 0.5 MiB for each thread, kept.
+of a chunk while it is in the cache. Extra memory: the chunk buffers, at most 12 of 0.5 MiB for each thread, kept.
 
 Two passes (exact top-K; strengths that need a sum): the first moves the moments, leaves d = -u in a scratch tensor
-and counts, the second applies. Extra memory, of the call's largest tensor, freed when the call ends: 4 bytes an
-element for d (8 in float64; none where a capture already holds it as float32), 1 for marks where a strength needs
-them again (and where a matched control selects), 4 for top-K by a momentum score, 4 for top-K that keeps the norm of the momentum; about 5 % for the list
-inside the bracket, and 4 to 12 bytes an element more where a bracket has missed or where ties are massive.
-Non-contiguous tensors are copied while they are stepped.
+and counts, the second applies. A matched control draws between the two. Extra memory, of the call's largest tensor,
+freed when the call ends: 4 bytes an element for d (8 in float64; none where a capture already holds it as float32), 1
+for marks where a strength needs them again or a control draws, 4 for top-K by a momentum score, 4 for top-K that keeps
+the norm of the momentum; about 5 % for the list inside the bracket, and 4 to 12 bytes an element more where a bracket
+has missed or where ties are massive. Non-contiguous tensors are copied while they are stepped.
 """
 
 from __future__ import annotations

@@ -77,9 +77,9 @@ def test_the_short_hash_is_the_definitions(start: int) -> None:
         assert torch.equal(numbers.finish_(hashes), wanted)
 
 
-def both(item: Item, copy, rule, selection: Selection, strength: Strength, draw: Draw = Draw(3, 4)):
+def both(item: Item, copy, rule, selection: Selection, strength: Strength):
     other = copy(item)
-    kw = {"rule": rule, "selection": selection, "strength": strength, "draw": draw, "statistics": True}
+    kw = {"rule": rule, "selection": selection, "strength": strength, "draw": Draw(3, 4), "statistics": True}
     (ours,) = selective_step([item], backend="cpu", **kw)
     (wanted,) = selective_step([other], backend="reference", **kw)
     return other, ours, wanted
@@ -97,7 +97,7 @@ def assert_same(item: Item, copy, rule, selection: Selection, strength: Strength
 
 
 @pytest.mark.parametrize("control", [Control(), Control(norm=False)], ids=["norm", "no-norm"])
-@pytest.mark.parametrize("shape", [(), (1,), (63,), (11, 71)])
+@pytest.mark.parametrize("shape", [(), (1,), (63,), (9, 23)])
 def test_every_selection_and_strength_as_the_definition(shape, control, make, copy, small_chunks, brackets) -> None:
     for selection, strength in CASES:
         for rule in (ADAM, SGDRule(0.1, 0.9)):
