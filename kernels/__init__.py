@@ -19,6 +19,7 @@ from ._dispatch import (
     selective_step,
     top_k,
     use_backend,
+    why_no_function,
     why_own_code,
     why_reference,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "uniform",
     "uniform_bits",
     "use_backend",
+    "why_no_function",
     "why_own_code",
     "why_reference",
 ]

@@ -84,7 +84,7 @@ def why_own_code(selection: Selection, param: Tensor) -> str | None:
     """
     if selection.control is not None and _path_of(param) == "gpu":
         return NO_CONTROL
-    return _why_no_function(param) if selection.kind == "function" else None
+    return why_no_function(param) if selection.kind == "function" else None
 
 
 def _path_of(param: Tensor) -> Backend:
@@ -95,7 +95,7 @@ def _path_of(param: Tensor) -> Backend:
     return {"cpu": "cpu", "cuda": "gpu"}.get(param.device.type, "reference")  # type: ignore[return-value]
 
 
-def _why_no_function(param: Tensor) -> str | None:
+def why_no_function(param: Tensor) -> str | None:
     """Why a Triton function can't select in this parameter's step, in words; None where it can."""
     path = _standard.get()
     if path in ("reference", "cpu"):
@@ -178,7 +178,7 @@ def _check_function(items: Sequence[Item], paths: dict[Backend, list[int]], rule
     for path, chosen in paths.items():
         if path != "gpu":
             item = items[chosen[0]]
-            why = _why_no_function(item.param) or why_reference(item, rule) or f"the backend is {path!r}"
+            why = why_no_function(item.param) or why_reference(item, rule) or f"the backend is {path!r}"
             raise ValueError(
                 f"the selection is a Triton function, which runs on a GPU only, and can't for parameter "
                 f"{item.address}: {why}; advance the moments, select in torch and apply the mask instead"
