@@ -41,8 +41,13 @@ def matched(
 ) -> tuple[Tensor, Pair]:
     """The control's selection and multipliers, from those of the policy that it controls."""
     ours = random_subset(selected, still, draw, address)
+    return ours, scaled(control, selected, ours, pair, update, still)
+
+
+def scaled(control: Control, selected: Tensor, ours: Tensor, pair: Pair, update: Tensor, still: Tensor | None) -> Pair:
+    """The multipliers of the control, which selects `ours`, from those of its policy, which selects `selected`."""
     if not control.norm:
-        return ours, pair
+        return pair
     above, below = pair
     squares = update * update if still is None else torch.where(still, 0.0, update * update)
 
@@ -51,4 +56,4 @@ def matched(
         return above * above * inside + below * below * total(torch.where(chosen, 0.0, squares))
 
     scale = scale_of(control, masked_sq(selected), masked_sq(ours))
-    return ours, (above * scale, below * scale)
+    return above * scale, below * scale
