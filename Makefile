@@ -1,17 +1,18 @@
 # `make demo` and `make test` are complete on a fresh machine: they make .venv, with a CPU build of torch where there
-# is no NVIDIA GPU, and install the project. Overridable: VENV, PYTHON, TORCH_SPEC (such as "torch==2.11.0"), WORKERS,
-# PYTEST_ARGS, OUT, DOCS.
+# is no NVIDIA GPU, and install the project: `make demo` with what the demo needs, `make test` with everything.
+# Overridable: VENV, PYTHON, TORCH_SPEC (such as "torch==2.11.0"), WORKERS, PYTEST_ARGS, OUT, DOCS, DEMO_ARGS.
 VENV ?= .venv
 PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 OUT ?= results
 DOCS ?= build/docs
 BIN := $(VENV)/bin
 export TORCH_SPEC
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu sanitize lint format docs docs-links bench clean
+.PHONY: help setup demo demo-quick test test-slow test-gpu sanitize lint format docs docs-links bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,8 +22,15 @@ setup: $(VENV)/.ready ## the virtual environment alone
 $(VENV)/.ready: pyproject.toml scripts/setup_env.py
 	@$(PYTHON) scripts/setup_env.py --venv "$(VENV)"
 
-demo: $(VENV)/.ready ## train a small GPT under several optimizers: table, curves and heatmap in results/demo
-	@$(BIN)/selective compare --config examples/demo.yaml --out "$(OUT)/demo" --resume
+$(VENV)/.ready-demo: pyproject.toml scripts/setup_env.py
+	@$(PYTHON) scripts/setup_env.py --venv "$(VENV)" --for demo
+
+# --resume also begins; other seeds (DEMO_ARGS="--first-seed 10") need another folder (OUT=results/again).
+demo: $(VENV)/.ready-demo ## five minutes: does it help? A small GPT at five seeds; table and pictures in results/demo
+	@$(BIN)/selective compare --config examples/demo.yaml --out "$(OUT)/demo" --resume $(DEMO_ARGS)
+
+demo-quick: $(VENV)/.ready-demo ## one minute: the same with one seed, which is no evidence
+	@$(BIN)/selective compare --config examples/demo-quick.yaml --out "$(OUT)/demo-quick" --overwrite $(DEMO_ARGS)
 
 # One thread a worker: torch's own threads would fight over the cores. `pytest`, not `python -m pytest`, which would
 # put this folder on sys.path and test it instead of what is installed.

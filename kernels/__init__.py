@@ -20,6 +20,7 @@ from ._dispatch import (
     top_k,
     use_backend,
     why_no_function,
+    why_own_code,
     why_reference,
 )
 from ._functions import evaluate_function, function_device
@@ -28,6 +29,7 @@ from .reference.rules import Advanced, as_seen, decay_factor, turned
 from .sharded import Exchange
 from .spec import (
     AdamRule,
+    Control,
     Draw,
     GivenRule,
     Item,
@@ -47,6 +49,7 @@ __all__ = [
     "AdamRule",
     "Advanced",
     "Backend",
+    "Control",
     "Draw",
     "Exchange",
     "GivenRule",
@@ -77,5 +80,6 @@ __all__ = [
     "uniform_bits",
     "use_backend",
     "why_no_function",
+    "why_own_code",
     "why_reference",
 ]

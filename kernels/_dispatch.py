@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,7 +20,8 @@ from .spec import Draw, GivenRule, Item, ItemList, Rule, Selection, Strength, Su
 
 Backend = Literal["auto", "reference", "cpu", "gpu"]  # Which implementation; "auto" picks by device.
 _standard: ContextVar[Backend] = ContextVar("standard", default="auto")
-_triton_missing: list[str] = []  # why, once it was looked for
+_triton_missing: list[str] = []  # why ("" where it is there), once it was looked for; "said", once the user was told
+NO_CONTROL = "there is no Triton kernel for a matched random control"
 
 
 @contextmanager
@@ -51,13 +53,46 @@ def why_no_triton() -> str | None:
             _gpu()
             _triton_missing.append("")
         except ImportError as error:
-            _triton_missing.append(f"Triton can't be imported ({error})")
+            _triton_missing.append(f"Triton can't be imported ({error}); to have it: pip install triton")
     return _triton_missing[0] or None
+
+
+def _warn_without_triton() -> None:
+    """Say once that tensors on a GPU are stepped without kernels, where that is for want of Triton."""
+    why = why_no_triton()
+    if why is not None and len(_triton_missing) == 1:
+        _triton_missing.append("said")
+        warnings.warn(
+            f"selective: {why}. Until then tensors on the GPU are stepped in plain torch: the same results, in several "
+            "times the time (torch's CUDA builds for Linux bring Triton)",
+            stacklevel=2,
+        )
 
 
 def why_reference(item: Item, rule: Rule, selection: Selection | None = None) -> str | None:
     """Why a tensor on a GPU is stepped by the reference instead of by a kernel, in words; None where it is not."""
+    if selection is not None and selection.control is not None:
+        return NO_CONTROL
     return why_no_triton() or _gpu().unsupported(item, rule, selection)
+
+
+def why_own_code(selection: Selection, param: Tensor) -> str | None:
+    """Why this parameter can't be stepped by this selection here, but its policy's own code has to; None where it can.
+
+    For the two kinds that have no implementation everywhere, in words: a user's Triton function, which only the Triton
+    kernels can call, and a matched control, which they don't have.
+    """
+    if selection.control is not None and _path_of(param) == "gpu":
+        return NO_CONTROL
+    return why_no_function(param) if selection.kind == "function" else None
+
+
+def _path_of(param: Tensor) -> Backend:
+    """Where a step of this parameter goes, as far as its device and the backend say."""
+    path = _standard.get()
+    if path != "auto":
+        return path
+    return {"cpu": "cpu", "cuda": "gpu"}.get(param.device.type, "reference")  # type: ignore[return-value]
 
 
 def why_no_function(param: Tensor) -> str | None:
@@ -90,7 +125,10 @@ def _implementation(item: Item, rule: Rule, selection: Selection, backend: Backe
         return backend
     if device.type == "cpu":
         return "cpu"
-    return "gpu" if device.type == "cuda" and why_reference(item, rule, selection) is None else "reference"
+    if device.type == "cuda":
+        _warn_without_triton()
+        return "gpu" if why_reference(item, rule, selection) is None else "reference"
+    return "reference"
 
 
 def _momentum_wanted(selection: Selection, strength: Strength) -> str | None:

@@ -17,6 +17,17 @@ Scalar = float | Tensor  # a Python number, or a 0-d tensor (torch allows `lr` t
 
 
 @dataclass(frozen=True)
+class Control:
+    """A matched random control: as many coordinates of each tensor as were selected, but random ones.
+
+    They get the multipliers that the selected would have got. Coordinates that stand still are taken last.
+    """
+
+    norm: bool = True  # scale both multipliers so that the norm of mask * u stays what it would have been
+    cap: float = 10.0  # of that scale
+
+
+@dataclass(frozen=True)
 class Selection:
     """Which coordinates of a tensor are selected."""
 
@@ -31,6 +42,7 @@ class Selection:
     function: Callable[..., Any] | None = None  # function: a Triton function of (grad, update, momentum, *numbers)
     numbers: tuple[float, ...] = ()  # function: its further arguments, at most 4
     reads_momentum: bool = False  # function: whether it needs a momentum (it is handed the update where there is none)
+    control: Control | None = None  # select as many at random instead, once it is known how many are selected
 
 
 @dataclass(frozen=True)

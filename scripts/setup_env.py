@@ -1,6 +1,9 @@
 """Make the virtual environment that `make demo`, `make test` and .ci/run work in. Standard library only.
 
-    python3 scripts/setup_env.py --venv .venv [--installed]
+    python3 scripts/setup_env.py --venv .venv [--for demo] [--installed]
+
+`--for demo` installs what `make demo` needs and no more; without it everything is there, tests and tools included. One
+environment serves both: the whole completes the small one.
 
 Safe to run again: what is there is kept. TORCH_SPEC (a requirement such as "torch==2.11.0") overrides the choice of
 torch. Without it, and without an NVIDIA GPU, a CPU build is looked for, because the default build for Linux brings
@@ -20,7 +23,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTED_TORCH = "torch>=2.9,<2.14"  # the package asks for >=2.9; this is the range that the tests have seen
-EXTRAS = "test,test-stacks,docs,dev"
+EXTRAS = {"all": "test,test-stacks,docs,dev", "demo": "compare"}  # by what the environment is for
+# The Makefile's stamps, written last, so that a half-made environment is finished.
+STAMPS = {"all": (".ready", ".ready-demo"), "demo": (".ready-demo",)}
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Where a CPU build may be, cheapest first: pip options for the dry run, options for the installation.
 CPU_SOURCES = {
@@ -107,21 +112,21 @@ class Environment:
             if origin.get("dir_info", {}).get("editable") and origin["url"] != ROOT.as_uri():
                 raise SystemExit(f"setup_env: {self.path} belongs to {origin['url']}; give this checkout its own VENV")
 
-    def install_project(self, installed: bool) -> None:
+    def install_project(self, installed: bool, extras: str) -> None:
         constrained = ["install", "--constraint", str(self.constraints)]
         self.refuse_another_checkout()
         if not installed:
-            say(f"the project, editable, with [{EXTRAS}]")
-            return self.pip(*constrained, "--editable", f"{ROOT}[{EXTRAS}]")
+            say(f"the project, editable, with [{extras}]")
+            return self.pip(*constrained, "--editable", f"{ROOT}[{extras}]")
         # Through a source distribution, so that it is built outside the working tree (setuptools would pack stale
         # files of build/ into the wheel) and a file missing from the distribution shows.
-        say(f"the project, as its users install it, with [{EXTRAS}]")
+        say(f"the project, as its users install it, with [{extras}]")
         self.pip("install", "build")
         with tempfile.TemporaryDirectory() as folder:
             build = [self.python, "-m", "build", "--sdist", "--outdir", folder, str(ROOT)]
             subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
             (archive,) = Path(folder).glob("*.tar.gz")
-            self.pip(*constrained, f"selective-update[{EXTRAS}] @ {archive.as_uri()}")
+            self.pip(*constrained, f"selective-update[{extras}] @ {archive.as_uri()}")
 
 
 def has_nvidia_gpu() -> bool:
@@ -135,6 +140,7 @@ def has_nvidia_gpu() -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the virtual environment of this project.")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where (default: .venv)")
+    parser.add_argument("--for", dest="what", choices=list(EXTRAS), default="all", help="what it is for (default: all)")
     parser.add_argument("--installed", action="store_true", help="install a built package instead of an editable one")
     arguments = parser.parse_args()
     if sys.version_info < (3, 10):  # noqa: UP036 (run by whatever Python the machine has)
@@ -143,12 +149,13 @@ def main() -> None:
     try:
         environment.create()
         environment.install_torch()
-        environment.install_project(arguments.installed)
+        environment.install_project(arguments.installed, EXTRAS[arguments.what])
     except subprocess.CalledProcessError as error:
         command = " ".join(map(str, error.cmd))
         message = f"setup_env: this failed with exit status {error.returncode}, its output is above:\n  {command}"
         raise SystemExit(message) from None
-    (environment.path / ".ready").touch()  # the Makefile's stamp: written last, so that a half-made one is finished
+    for stamp in STAMPS[arguments.what]:
+        (environment.path / stamp).touch()
     say(f"{environment.path} is ready")
 
 

@@ -70,6 +70,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     add("--base-options", type=_json, metavar="JSON", help="keyword arguments of the base")
     add("--lr", nargs="+", type=float, metavar="LR", help="swept by every contender (default: 1e-3 3e-3)")
     add("--seeds", type=_seeds, metavar="N|A,B,C", help="a count, or a list with commas (default: 3)")
+    add("--first-seed", type=int, metavar="N", help="of a count of seeds (default: 0)")
     add("--steps", type=int, help="of each run (default: 400)")
     add("--data", metavar="FILE", help="any text (default: the Python standard library's own source)")
     add("--controls", action=argparse.BooleanOptionalAction, help="each policy beside its matched random mask")

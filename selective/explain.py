@@ -92,7 +92,8 @@ def _momentum(capture: Capture, group: dict[str, object], momentum_beta: float |
 
 def _memory(policy_group: PolicyGroup, capture: Capture, group: dict[str, Any]) -> str:
     if capture.way == "fused" and has_own_code(policy_group.policy, group["params"]):
-        return "one copy of the group's parameters during the step, because the policy is your own code"
+        why = _why_own_code(policy_group.policy, group["params"])
+        return f"one copy of the group's parameters during the step, because {why}"
     low = any(p.dtype in LOW_PRECISION for p in group["params"])
     if capture.way == "scratch" and capture.facts.decay == "coupled" and _decays(group):
         gradients = "the policy's float32 and the base's" if low else "with the decay in them"
@@ -114,7 +115,7 @@ def _selection(policy: Policy, group: dict[str, Any]) -> str | None:
     specs = specs_of(policy)
     if specs is None or specs[0].kind != "function":
         return None
-    why = why_twin(group["params"])
+    why = why_twin(specs[0], group["params"])
     if why is not None:
         return f"its select() runs, the torch twin of its kernel, because {why}"
     return "its kernel, a Triton function, is inlined into the step"
@@ -128,7 +129,7 @@ def _kernels(
     if capture.way == "dense" or not (backend_in_use() == "gpu" or any(p.is_cuda for p in params)):
         return None
     if has_own_code(policy, params):
-        return "reference (plain torch), because the policy is your own code"
+        return f"reference (plain torch), because {_why_own_code(policy, params)}"
     rule = spec.GivenRule() if capture.rule is None else capture.rule.rule(base, group)
     if scope == "global" and in_plain_torch(policy, params, rule, stochastic):
         return "reference (plain torch), because what it selects depends on the shards of other ranks"
@@ -139,6 +140,12 @@ def _kernels(
         if why is not None:
             return f"reference (plain torch), because {why}"
     return "Triton"
+
+
+def _why_own_code(policy: Policy, params: list[Tensor]) -> str:
+    specs = specs_of(policy)
+    why = None if specs is None or specs[0].control is None else why_twin(specs[0], params)
+    return why or "the policy is your own code"
 
 
 def _decays(group: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ belongs to Hugging Face. Each check of an import runs in a process of its own, b
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setup_env
 
 import selective
 
@@ -140,5 +142,35 @@ def test_dependencies_allow_what_the_documentation_promises():
     project = PYPROJECT["project"]
     assert project["requires-python"] == ">=3.10"
     assert "torch>=2.9" in project["dependencies"]  # no upper bound: a new torch is for its users to take
-    (triton,) = (d for d in project["dependencies"] if d.startswith("triton"))
+    assert {name.split(">")[0] for name in project["dependencies"]} == {"torch", "pydantic"}  # what a first step needs
+    (triton,) = (d for d in project["optional-dependencies"]["test"] if d.startswith("triton"))
     assert triton.startswith("triton; sys_platform == 'linux'")  # no version: torch's CUDA builds pin theirs
+
+
+def test_the_demo_installs_only_what_it_needs():
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    assert setup_env.EXTRAS["demo"] == "compare"
+    assert {name.split(">")[0] for name in extras["compare"]} == {"matplotlib", "pyyaml", "rich"}
+    assert set(setup_env.EXTRAS["all"].split(",")) == {"test", "test-stacks", "docs", "dev"}
+
+
+@pytest.mark.parametrize(
+    ("what", "stamps"), [("demo", [".ready-demo"]), ("all", [".ready", ".ready-demo"])], ids=["demo", "all"]
+)
+def test_an_environment_says_what_it_is_ready_for(what, stamps, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(setup_env.Environment, "create", lambda self: self.path.mkdir())
+    monkeypatch.setattr(setup_env.Environment, "install_torch", lambda self: None)
+    monkeypatch.setattr(setup_env.Environment, "pip", lambda self, *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr(sys, "argv", ["setup_env.py", "--venv", str(tmp_path / "env"), "--for", what])
+    setup_env.main()
+    assert asked == [f"{ROOT}[{setup_env.EXTRAS[what]}]"]
+    assert sorted(p.name for p in (tmp_path / "env").iterdir()) == stamps
+
+
+def test_the_makefile_asks_for_it():
+    """`make demo` stands on the small environment, everything that tests or checks on the whole one."""
+    rules = re.findall(r"^([a-z-]+): (\$\(VENV\)/\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    needs = dict(rules)
+    assert {name for name, stamp in needs.items() if stamp == "$(VENV)/.ready-demo"} == {"demo", "demo-quick"}
+    assert needs["test"] == needs["lint"] == needs["docs"] == "$(VENV)/.ready"

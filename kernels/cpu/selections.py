@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference.random import hash_, keys, uniform_bits
+from ..reference.random import uniform_bits
 from ..reference.rules import nesterov
 from ..spec import Draw, Item, Rule, Selection
-from .chunks import Flat, buffer, spans
+from . import numbers
+from .chunks import Flat, spans
 from .moments import Slice
 
 
@@ -73,13 +74,5 @@ class Selector:
             length = max(self.item.param.numel() // self.units.numel(), 1)
             rows = self.units[start // length : (end - 1) // length + 1].repeat_interleave(length)
             return out.copy_(rows[start % length : start % length + count])
-        start, end = start + self.first, end + self.first
-        if start >> 32 != (end - 1) >> 32:  # the keys change inside of this chunk
-            bits = uniform_bits(self.draw, self.item.address, count, offset=start)
-            return out.copy_(bits.lt_(self.limit))
-        bits, shifted = buffer("bits", count, torch.int32), buffer("shifted", count, torch.int32)
-        first = start & 0xFFFFFFFF
-        first = first - (1 << 32) if first >= 1 << 31 else first  # int32 wraps as the 32-bit index does
-        torch.arange(first, first + count, out=bits, device="cpu")
-        hash_(bits, keys(self.draw, self.item.address, start >> 32), shifted)
-        return out.copy_(bits.lt_(self.limit))
+        hashes = numbers.unfinished(self.draw, self.item.address, start + self.first, count)
+        return out.copy_(numbers.finish_(hashes).lt_(self.limit))

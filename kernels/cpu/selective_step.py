@@ -1,14 +1,14 @@
 """The step over chunks that stay in the cache: one pass over the memory where the mask is local, two where it is not.
 
 One pass (everything, agreement, Bernoulli or a sampled threshold, with fixed strengths): moments, mask and parameter
-of a chunk while it is in the cache. Extra memory: the chunk buffers, at most 8 of 0.5 MiB for each thread, kept.
+of a chunk while it is in the cache. Extra memory: the chunk buffers, at most 12 of 0.5 MiB for each thread, kept.
 
 Two passes (exact top-K; strengths that need a sum): the first moves the moments, leaves d = -u in a scratch tensor
-and counts, the second applies. Extra memory, of the call's largest tensor, freed when the call ends: 4 bytes an
-element for d (8 in float64; none where a capture already holds it as float32), 1 for marks where a strength needs
-them again, 4 for top-K by a momentum score, 4 for top-K that keeps the norm of the momentum; about 5 % for the list
-inside the bracket, and 4 to 12 bytes an element more where a bracket has missed or where ties are massive.
-Non-contiguous tensors are copied while they are stepped.
+and counts, the second applies. A matched control draws between the two. Extra memory, of the call's largest tensor,
+freed when the call ends: 4 bytes an element for d (8 in float64; none where a capture already holds it as float32), 1
+for marks where a strength needs them again or a control draws, 4 for top-K by a momentum score, 4 for top-K that keeps
+the norm of the momentum; about 5 % for the list inside the bracket, and 4 to 12 bytes an element more where a bracket
+has missed or where ties are massive. Non-contiguous tensors are copied while they are stepped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from ..reference.rules import Advanced, begin
 from ..spec import Draw, GivenRule, Item, Rule, Selection, Strength, Sums
 from . import threshold as ranking
 from .applying import Applier, Totals
-from .chunks import Flat, Scratch, buffer, spans
+from .chunks import Flat, Scratch, buffer, keep_marks, spans
+from .control import Matched
 from .gathering import Gatherer
 from .moments import Mover, Slice
 from .selections import Selector, negated_score
@@ -44,14 +45,23 @@ class _Step:
         self.dtype = self.mover.dtype
         self.k = int(selection.fraction * self.numel) if selection.kind == "top_k" else -1
         self.selector = Selector(selection, item, self.flat, draw)
+        self.matched: Matched | None = None  # its control, where there is a choice to be controlled for
+        if selection.control is not None and self.k != 0 and not self.selector.everything:
+            self.matched = Matched(
+                selection.control, strength.rest, self.numel, self.dtype, draw, item.address, strength.still
+            )
         self.threshold: ranking.Threshold | None = None
+        self.at_once = (
+            True  # whether a chunk is marked as soon as it has moved: nothing is ranked, or only a sample was
+        )
         self.scores: Tensor | None = None  # -score of the whole tensor, where it cannot be formed again
         self.x: Tensor | None = None  # likewise the x of norm_preserving
 
     def run(self, statistics: bool) -> Sums | None:
         totals = Totals() if statistics else None
         self._sample()
-        if self.strength.kind == "fixed" and (self.k <= 0 or self.threshold is not None):
+        self.at_once = self.k <= 0 or self.threshold is not None
+        if self.strength.kind == "fixed" and self.at_once and self.matched is None:
             above, below = self._one_pass(totals)
         else:
             above, below = self._two_passes(totals)
@@ -105,24 +115,35 @@ class _Step:
 
     def _two_passes(self, totals: Totals | None) -> tuple[float, float]:
         directions = self._directions()
-        marks: Tensor | None = None
-        if self.k < 0 and not self.selector.everything:
-            marks = self.scratch.get("marks", self.numel, torch.uint8)
-        collector = self._collector() if self.k > 0 and self.threshold is None else None
+        marks = self._marks() if self.at_once else None
+        collector = None if self.at_once else self._collector()
         self._keep_whole()
         for start, end in spans(self.numel):
             piece = self.mover(start, end, directions[start:end], self.selector.keep_previous)
             self._first_pass(start, end, piece, marks, collector)
-        if self.k > 0:
+        if collector is not None:
             marks = self._rank(directions, collector)
         above, below = self.gatherer.multipliers(self.item, marks) if self.strength.kind != "fixed" else self._fixed()
         if self.k == 0:
             above = below = 1.0
+        if self.matched is not None:
+            marks = self.scratch.get("marks", self.numel, torch.uint8)
+            scale = self.matched.draw(lambda a, b: (directions[a:b], self.mover.gradient(a, b)), marks, above, below)
+            above, below = above * scale, below * scale
         self._second_pass(directions, marks, self._applier(above, below), totals)
         return above, below
 
     def _fixed(self) -> tuple[float, float]:
         return self.strength.selected, self.strength.rest
+
+    def _marks(self) -> Tensor | None:
+        """Where it is remembered what is selected; None where nobody asks again, or can say it again as fast."""
+        by_update = self.k > 0 and self.selection.score == "update" and self.strength.kind in ("fixed", "alignment")
+        if self.selector.everything or self.k == 0 or (by_update and not self.gatherer.sampled):
+            return None
+        if self.matched is not None and not self.gatherer.sampled:
+            return None
+        return self.scratch.get("marks", self.numel, torch.uint8)
 
     def _directions(self) -> Tensor:
         """Where d of the whole tensor goes, or already is."""
@@ -132,9 +153,11 @@ class _Step:
 
     def _keep_whole(self) -> None:
         """Memory for what the second pass cannot form again from d and g: anything with the momentum in it."""
-        if self.k > 0 and self.selection.score != "update":
+        if self.at_once:
+            return
+        if self.selection.score != "update":
             self.scores = self.scratch.get("scores", self.numel, self.dtype)
-        if self.k > 0 and self.strength.kind == "norm_preserving" and self.strength.of == "momentum":
+        if self.strength.kind == "norm_preserving" and self.strength.of == "momentum":
             self.x = self.scratch.get("x", self.numel, self.dtype)
 
     def _collector(self) -> ranking.Collector:
@@ -146,34 +169,36 @@ class _Step:
     def _first_pass(
         self, start: int, end: int, piece: Slice, marks: Tensor | None, collector: ranking.Collector | None
     ) -> None:
-        if self.k > 0:
-            if self.scores is not None or collector is not None:
-                t = buffer("selected", end - start, self.dtype) if self.scores is None else self.scores[start:end]
-                negated_score(self.selection, self.rule, piece, t)
-                if collector is not None:
-                    collector.add(t, start)
+        if collector is not None:
+            t = buffer("selected", end - start, self.dtype) if self.scores is None else self.scores[start:end]
+            collector.add(negated_score(self.selection, self.rule, piece, t), start)
             if self.x is not None:
                 assert piece.momentum is not None
                 self.x[start:end].copy_(piece.momentum)
             if self.strength.kind == "alignment":
                 self.gatherer.add(piece, None)
             return
+        self._note(start, end, piece, marks)
+
+    def _note(self, start: int, end: int, piece: Slice, marks: Tensor | None) -> None:
+        """Mark a chunk, and add it to what is asked of the marked."""
         selected = self._mark(start, end, piece)
-        self.gatherer.add(piece, selected)
+        if self.at_once or self.strength.kind != "alignment":  # else it was added before anything was ranked
+            self.gatherer.add(piece, selected)
+        if self.matched is not None:
+            self.matched.add(piece.direction, piece.grad, selected)
         if marks is not None:
             assert selected is not None
-            marks[start:end].copy_(selected)
+            keep_marks(selected, marks[start:end])
 
     def _again(self, directions: Tensor, start: int, end: int) -> Slice:
         """The chunk once more, from what the first pass has left."""
         x = None if self.x is None else self.x[start:end]
         return Slice(directions[start:end], self.mover.seen_gradient(start, end), x, None)
 
-    def _rank(self, directions: Tensor, collector: ranking.Collector | None) -> Tensor | None:
-        """Settle the threshold; mark the tensor where the strength depends on what is selected."""
-        if self.threshold is None:
-            assert collector is not None
-            self.threshold = collector.settle()
+    def _rank(self, directions: Tensor, collector: ranking.Collector) -> Tensor | None:
+        """Settle the threshold; mark the tensor where a strength or a control depends on what is selected."""
+        self.threshold = collector.settle()
         if self.threshold is None:  # the bracket has missed
             whole = self.scores
             if whole is None:
@@ -181,15 +206,11 @@ class _Step:
                 for start, end in spans(self.numel):
                     negated_score(self.selection, self.rule, self._again(directions, start, end), whole[start:end])
             self.threshold = ranking.exact(whole, self.k)
-        if self.strength.kind in ("fixed", "alignment"):
+        if self.strength.kind in ("fixed", "alignment") and self.matched is None:
             return None
-        marks = self.scratch.get("marks", self.numel, torch.uint8)
+        marks = self._marks()
         for start, end in spans(self.numel):
-            piece = self._again(directions, start, end)
-            selected = self._mark(start, end, piece)
-            self.gatherer.add(piece, selected)
-            assert selected is not None
-            marks[start:end].copy_(selected)
+            self._note(start, end, self._again(directions, start, end), marks)
         return marks
 
     def _second_pass(self, directions: Tensor, marks: Tensor | None, apply: Applier, totals: Totals | None) -> None:

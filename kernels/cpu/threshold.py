@@ -71,6 +71,15 @@ def _settle(t: Tensor, indices: Tensor | None, rank: int, numel: int) -> Thresho
     return Threshold(value, int(place if indices is None else indices[place]))
 
 
+def first(t: Tensor, indices: Tensor, k: int, numel: int) -> Tensor:
+    """Places in `t` of its `k` smallest (1 <= k <= how many there are), the lower index first among equals.
+
+    `indices`: where each lies in a tensor of `numel` elements, ascending.
+    """
+    found = _settle(t, indices, k, numel)
+    return torch.nonzero((t < found.value) | ((t == found.value) & (indices <= found.cutoff))).view(-1)
+
+
 def exact(t: Tensor, k: int) -> Threshold:
     """The threshold of a whole tensor of t, 1-d."""
     valid = t.numel() - int(torch.isnan(t).sum())

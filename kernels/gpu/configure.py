@@ -58,8 +58,8 @@ def static_key(
     decays = getattr(rule, "weight_decay", 0.0) != 0, getattr(rule, "momentum", 0.0) != 0
     return (
         type(rule), *flags, *decays, selection.kind, selection.product, selection.strict, selection.score,
-        selection.quantile, selection.unit, selection.function, len(selection.numbers), strength.kind, strength.of,
-        strength.estimate, strength.still, draw.stochastic, statistics,
+        selection.quantile, selection.unit, selection.function, len(selection.numbers), selection.control is None,
+        strength.kind, strength.of, strength.estimate, strength.still, draw.stochastic, statistics,
     )  # fmt: skip
 
 

@@ -30,10 +30,13 @@ def _splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _signed32(x: int) -> int:
+def signed32(x: int) -> int:
     """The int32 with the same 32 bits: torch takes scalars of int32 tensors in that range only."""
     x &= 0xFFFFFFFF
     return x - (1 << 32) if x >= 1 << 31 else x
+
+
+A, B = 0x7FEB352D, signed32(0x846CA68B)  # lowbias32's factors
 
 
 def keys(draw: Draw, address: int, high: int = 0, stream: int = STREAM_MASK) -> tuple[int, int]:
@@ -41,12 +44,12 @@ def keys(draw: Draw, address: int, high: int = 0, stream: int = STREAM_MASK) -> 
     state = 0
     for word in (draw.seed, draw.step, address, stream, high):
         state = _splitmix64(state ^ (word & _MASK64))
-    return _signed32(state >> 32), _signed32(state)
+    return signed32(state >> 32), signed32(state)
 
 
 def _finalise_(x: Tensor, scratch: Tensor) -> None:
     """lowbias32 in place on int32. torch shifts arithmetically, so the sign bits that come in are masked off."""
-    for shift, factor in ((16, 0x7FEB352D), (15, _signed32(0x846CA68B)), (16, None)):
+    for shift, factor in ((16, A), (15, B), (16, None)):
         torch.bitwise_right_shift(x, shift, out=scratch)
         scratch.bitwise_and_((1 << (32 - shift)) - 1)
         x.bitwise_xor_(scratch)

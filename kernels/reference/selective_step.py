@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Draw, Item, Rule, Selection, Strength, Sums
+from .control import matched
 from .random import sample_positions, uniform_bits
 from .rules import Advanced, advance, apply_mask, as_seen, nesterov
 from .strengths import Parts, multipliers, total
@@ -105,11 +106,16 @@ def _step(
     u, g, d = moved.update, moved.grad, item.param.numel()
     selected = select(selection, item, rule, moved, draw)
     above, below = multipliers(strength, parts_of(strength, selected, item, moved, draw), item.policy_state, u.device)
-    if selection.kind == "top_k" and int(selection.fraction * d) == 0:  # dense, whatever the strength
+    dense = selection.kind == "top_k" and int(selection.fraction * d) == 0  # whatever the strength
+    if dense:
         selected, above, below = torch.ones_like(selected), torch.ones_like(above), torch.ones_like(below)
+    still = u * g == 0 if strength.still and not dense else None
+    if selection.control is not None and not dense:
+        pair = above, below
+        selected, (above, below) = matched(selection.control, selected, pair, u, still, draw, item.address)
     mask = torch.where(selected, above.to(u.dtype), below.to(u.dtype))
-    if strength.still and not (selection.kind == "top_k" and int(selection.fraction * d) == 0):
-        mask = torch.where(u * g == 0, 0.0, mask)
+    if still is not None:
+        mask = torch.where(still, 0.0, mask)
     sums = None
     if statistics:  # before the parameter is written: a given update may lie in its storage
         masked = mask * u

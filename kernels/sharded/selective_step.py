@@ -53,6 +53,11 @@ def sharded_step(
     `kernels`: what steps shards of this dtype and device by Triton kernels, if there is anything.
     """
     how = How(rule, selection, strength, draw, statistics)
+    if selection.control is not None:
+        raise ValueError(
+            "the selection has a matched control, which looks at the whole of tensors, and these are sharded: advance "
+            "the moments, select in torch and apply the mask instead"
+        )
     if selection.kind == "function" and not is_local(how):
         raise ValueError(
             "the selection is a Triton function, and the strength or the rounding looks at the whole of tensors that "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from selective.bench.contenders import Contender, standard_contenders
+from selective.bench.contenders import Contender, control_contenders, standard_contenders
 from selective.bench.environment import environment
 from selective.bench.first_step import first_step_table, first_steps_as_json, measure_first_steps
 from selective.bench.limit import Limit, said_so
@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
         "repeatable")  # fmt: skip
     add("--peers", action=argparse.BooleanOptionalAction, help="other people's optimizers that are installed (default: "
         "on cuda; some of them compile for a minute)")  # fmt: skip
+    add("--controls", action="store_true", help="also each policy's matched random control, on a CPU")
     add("--rotations", action="store_true", help="what preconditioners cost, instead: products, refreshes, memory")
     add("--first-step", action="store_true", help="what one waits for before training, instead: the import, "
         "wrapping a base, the first step, in fresh processes on a CPU")  # fmt: skip
@@ -84,6 +85,10 @@ def _main(argv: Sequence[str] | None, limit: Limit) -> int:
     contenders = standard_contenders(device, dtype)
     if options.peers or (options.peers is None and device == "cuda"):
         contenders += peer_contenders()
+    if options.controls:
+        if device != "cpu":
+            made.error("--controls measures the controls' CPU kernels: on cuda they run as torch code of their own")
+        contenders += control_contenders() + control_contenders(statistics=True)
     if options.only:
         contenders = _chosen(made, contenders, options.only)
     _where(device)

@@ -14,6 +14,7 @@ from selective import (
     MGUP,
     Agreement,
     AlphaConsistency,
+    Bernoulli,
     Cautious,
     CautiousMGUP,
     Everything,
@@ -110,6 +111,16 @@ def selective_contenders(device: str = "cpu", statistics: bool = False) -> list[
     ending = " + statistics" if statistics else ""
     base = adamw(fused=True) if device == "cuda" else adamw()
     return [_selective(name + ending, policy, base, statistics=statistics) for name, policy in POLICIES.items()]
+
+
+def control_contenders(statistics: bool = False) -> list[Contender]:
+    """The matched random control of each policy, on a CPU: "control of MGUP". Random and dense policies have none."""
+    ending = " + statistics" if statistics else ""
+    return [
+        _selective(f"control of {name}{ending}", RandomMask.matching(policy), adamw(), statistics=statistics)
+        for name, policy in POLICIES.items()
+        if not isinstance((policy.parts() or (None,))[0], Everything | Bernoulli)
+    ]
 
 
 def other_bases(device: str = "cpu") -> list[Contender]:

@@ -140,7 +140,8 @@ class KeptItems:
             return described.specs
         backend, asked = backend_in_use(), self._asked
         if asked is None or asked[0] is not parameters or asked[1] != backend:
-            runs = why_twin(parameter.tensor for parameter in parameters) is None
+            assert described.specs is not None
+            runs = why_twin(described.specs[0], (parameter.tensor for parameter in parameters)) is None
             asked = self._asked = (parameters, backend, runs)
         return described.specs if asked[2] else None
 

@@ -32,6 +32,7 @@ def _compare(options: argparse.Namespace, given: dict[str, Any]) -> int:
     from selective.compare.model import GPT
     from selective.compare.runner import Comparison
     from selective.compare.summary import summarise
+    from selective.compare.words import in_plain_words
     from selective.compare.workers import WorkerFailed
 
     console = require("rich.console").Console()
@@ -55,6 +56,8 @@ def _compare(options: argparse.Namespace, given: dict[str, Any]) -> int:
     table.show(summary, comparison, console)
     written = [folder / "results.json", *plots.write_plots(config, summary, list(comparison.records.values()), folder)]
     console.print(f"Written: {', '.join(str(path) for path in written)}", markup=False, highlight=False, soft_wrap=True)
+    for line in in_plain_words(summary):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not finished:
         again = f"selective compare --resume --out {folder}"
         console.print(f"Interrupted. Go on with: {again}", markup=False, highlight=False, soft_wrap=True)
@@ -78,7 +81,19 @@ def resolve(options: argparse.Namespace, given: dict[str, Any], folder: Path) ->
     if given:
         data = configuration.merge(data, given)
         sources.append("the command line")
+    if options.first_seed is not None:
+        data["seeds"] = _seeds_from(options.first_seed, data.get("seeds", 3))
     return configuration.build(data, " with ".join(sources) or "the configuration")
+
+
+def _seeds_from(first: int, seeds: Any) -> Any:
+    """As many seeds as were asked for, from `first` on."""
+    if isinstance(seeds, (list, tuple)):
+        raise ConfigError(
+            f"--first-seed {first}: the seeds are a list ({', '.join(map(str, seeds))}); give a count with --seeds, or "
+            "leave --first-seed out"
+        )
+    return list(range(first, first + seeds)) if isinstance(seeds, int) else seeds
 
 
 def explain(base: str, base_options: dict[str, Any], policy: Any, preconditioner: Any = None) -> int:

@@ -10,7 +10,7 @@ import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -92,6 +92,7 @@ def _seeds(value: Any) -> Any:
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rate = Annotated[float, Field(gt=0)]
 
 
 class CompareConfig(_Config):
@@ -102,12 +103,16 @@ class CompareConfig(_Config):
     momentum_beta: float | None = Field(
         None, ge=0, lt=1, description="of the wrapper's own momentum, for bases without"
     )
-    lr: tuple[Annotated[float, Field(gt=0)], ...] = Field((1e-3, 3e-3), min_length=1, description="swept, by everyone")
+    lr: tuple[Rate, ...] = Field((1e-3, 3e-3), min_length=1, description="swept, by everyone")
+    rates: dict[Literal["policy", "control", "rotation"], Annotated[tuple[Rate, ...], Field(min_length=1)]] = Field(
+        default_factory=dict, description="learning rates of these, instead of `lr`, which stays the baseline's"
+    )
     imports: tuple[str, ...] = Field((), description="modules to import first: those that define your own policies")
     policies: tuple[AnyPolicy, ...] = Field((), description="names, or mappings with a `kind`")
     preconditioners: tuple[AnyPreconditioner, ...] = Field(
         (), description="the base and every policy in the space of each, too: adadiag, adadiag++, soap, or a `kind`"
     )
+    policies_in_spaces: bool = Field(True, description="whether policies run in each preconditioner's space as well")
     controls: bool = Field(True, description="each policy beside a random mask of the same share and norm")
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds)] = Field((0, 1, 2), min_length=1)
     steps: int = Field(400, ge=2)
@@ -134,8 +139,10 @@ class CompareConfig(_Config):
 
     @model_validator(mode="after")
     def _no_twins(self) -> CompareConfig:
-        for name in ("lr", "seeds", "policies", "preconditioners"):
-            values = [repr(value) for value in getattr(self, name)]
+        swept = {f"rates.{role}": rates for role, rates in self.rates.items()}
+        listed = {name: getattr(self, name) for name in ("lr", "seeds", "policies", "preconditioners")}
+        for name, those in {**listed, **swept}.items():
+            values = [repr(value) for value in those]
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
                 raise ValueError(f"{name} has {', '.join(twice)} more than once; one run of each is enough")

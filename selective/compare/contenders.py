@@ -39,6 +39,7 @@ class Contender:
     of: int | None = None  # a control: index of its policy; a policy: index of its control, where it has one
     preconditioner: Preconditioner | None = None
     ground: int = 0  # index of the base in the same space
+    rates: tuple[float, ...] = ()  # the learning rates at which it runs
 
     @property
     def slug(self) -> str:
@@ -62,17 +63,19 @@ class Run:
 def contenders(config: CompareConfig) -> list[Contender]:
     """The baseline first, then each policy followed by its control; then the same in each preconditioner's space."""
     found: list[Contender] = []
+    rates = {"baseline": config.lr, "policy": config.lr, "control": config.lr, "rotation": config.lr, **config.rates}
     for space in (None, *config.preconditioners):
         ground, suffix = len(found), "" if space is None else f" in {written(space)}"
         role = "baseline" if space is None else "rotation"
-        found.append(Contender(ground, config.base + suffix, role, None, None, space, ground))
-        for policy in config.policies:
+        found.append(Contender(ground, config.base + suffix, role, None, None, space, ground, rates[role]))
+        for policy in config.policies if space is None or config.policies_in_spaces else ():
             index, label = len(found), written(policy) + suffix
             control = matching(policy) if config.controls else None
             of = None if control is None else index + 1
-            found.append(Contender(index, label, "policy", policy, of, space, ground))
+            found.append(Contender(index, label, "policy", policy, of, space, ground, rates["policy"]))
             if control is not None:
-                found.append(Contender(index + 1, f"random like {label}", "control", control, index, space, ground))
+                name = f"random like {label}"
+                found.append(Contender(index + 1, name, "control", control, index, space, ground, rates["control"]))
     return found
 
 
@@ -97,7 +100,8 @@ def matching(policy: Policy) -> Policy | None:
 
 def runs(config: CompareConfig) -> list[Run]:
     """Seeds outermost: a comparison that is cut short has every contender for the seeds that it finished."""
-    return [Run(contender, lr, seed) for seed in config.seeds for contender in contenders(config) for lr in config.lr]
+    field = contenders(config)
+    return [Run(contender, lr, seed) for seed in config.seeds for contender in field for lr in contender.rates]
 
 
 def base_class(name: str) -> type[torch.optim.Optimizer]:

@@ -38,7 +38,7 @@ def measure(config: CompareConfig) -> list[dict[str, int]]:
     found = []
     for contender in contenders(config):
         with ThreadPoolExecutor(max_workers=1) as fresh:
-            found.append(fresh.submit(_measure, config, Run(contender, config.lr[0], 0)).result())
+            found.append(fresh.submit(_measure, config, Run(contender, contender.rates[0], 0)).result())
     base = found[0]
     for entry in found:
         entry["extra_state_bytes"] = entry["state_bytes"] - base["state_bytes"]

@@ -1,4 +1,4 @@
-"""The two pictures: how the losses fall and differ, and what share of each parameter was selected when."""
+"""The two pictures: how the losses fall and where they end, and what share of each parameter was selected when."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from selective.compare.config import CompareConfig
 from selective.compare.contenders import Contender, contenders
 from selective.compare.extras import require
-from selective.compare.intervals import Interval, t_interval
-from selective.compare.summary import Summary
+from selective.compare.intervals import t_interval
+from selective.compare.summary import Summary, final
 from selective.compare.train import Record, write_atomically
 
 # Distinguishable with colour-blind eyes (Okabe and Ito's palette, yellow left out: it vanishes on white).
@@ -27,10 +27,20 @@ def write_plots(config: CompareConfig, summary: Summary, records: Sequence[Recor
     if not best:
         return []
     written = [_save(_losses(config, best, summary), folder / "loss.png")]
-    shares = [(c, rs) for c, rs in best if c.role == "policy" and all(r["share"]["step"] for r in rs)]
+    chose = [(c, rs) for c, rs in best if c.role == "policy" and all(r["share"]["step"] for r in rs)]
+    shares = [(c, rs) for c, rs in chose if varies(rs)]
     if shares:
         written.append(_save(_heatmap(config, shares), folder / "share.png"))
     return written
+
+
+def varies(records: Sequence[Record]) -> bool:
+    """Whether the share selected is anything but one number: a panel of one colour shows nothing.
+
+    Top-K rounds its number down, so that the shares of small tensors differ, but by less than this.
+    """
+    every = [share for r in records for line in r["share"]["by_parameter"].values() for share in line]
+    return max(every) - min(every) > 0.02
 
 
 def _of(records: Sequence[Record], contender: int, lr: float, seeds: Sequence[int]) -> list[Record]:
@@ -68,48 +78,94 @@ def _looks(field: Sequence[Contender]) -> dict[int, dict[str, Any]]:
 
 
 def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]], summary: Summary) -> Any:
-    """Left: held-out loss. Right: its paired difference to the baseline, where a difference can be seen at all."""
-    figure = _figure(12.5, 5.2)
-    left, right = figure.subplots(1, 2)
-    seeds = len(summary.seeds)
-    baseline = next((records for contender, records in best if contender.role == "baseline"), None)
+    """Left: held-out loss. Right: how far the final losses are from the baseline's, a dot for each seed."""
+    rivals = [pair for pair in best if pair[0].role != "baseline"]
+    baseline = next((pair for pair in best if pair[0].role == "baseline"), None)
+    compared = baseline is not None and bool(rivals)
+    figure = _figure(12.5 if compared else 8.0, 4.8)
+    widths = [1.25, 1] if compared else None
+    panels = figure.subplots(1, 2 if compared else 1, squeeze=False, width_ratios=widths)[0]
     looks = _looks(contenders(config))
-    for place, (contender, records) in enumerate(best):
-        look, label = looks[contender.index], f"{contender.label}, lr {records[0]['lr']:g}"
-        steps = records[0]["validation"]["step"]
-        curves = [r["validation"]["loss"] for r in records]
-        left.plot(steps, [fmean(at) for at in zip(*curves, strict=True)], label=label, linewidth=1.6, **look)
-        left.fill_between(steps, *_range(curves), color=look["color"], alpha=0.10, linewidth=0)
-        if baseline is not None and contender.role != "baseline":
-            _difference(right, steps, curves, [r["validation"]["loss"] for r in baseline], look, place)
-    left.set(
-        xlabel="step",
-        ylabel="held-out loss (nats per byte)",
-        title=f"Held-out loss: mean and range over {seeds} seed(s)",
-    )
-    left.set_ylim(top=_ceiling(best))
-    right.axhline(0, color="black", linewidth=1.2)
-    title = "Paired difference to the baseline: mean" + ("; 95 % interval at the end" if seeds > 1 else "")
-    right.set(xlabel="step", ylabel=f"loss minus {config.base}'s (nats per byte)", title=title)
-    for axes in (left, right):
-        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 2.5
-        axes.grid(alpha=0.25)
+    _curves(panels[0], best, looks, len(summary.seeds))
+    if baseline is not None and rivals:
+        _ends(panels[1], rivals, baseline, looks)
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *left.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=2 if len(best) > 3 else 1,
-        fontsize=9,
-        frameon=False,
-    )
-    figure.suptitle(
-        f"GPT on bytes, {config.steps} steps; each contender at its best of {len(config.lr)} learning rate(s)"
-    )
+    figure.suptitle(f"GPT on bytes, {config.steps} steps; each contender at its best learning rate", fontsize=11)
     return figure
 
 
-def _range(curves: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
-    return [min(at) for at in zip(*curves, strict=True)], [max(at) for at in zip(*curves, strict=True)]
+def _curves(
+    axes: Any, best: Sequence[tuple[Contender, list[Record]]], looks: dict[int, dict[str, Any]], seeds: int
+) -> None:
+    """The mean over the seeds, labelled at its end."""
+    ends = []
+    for contender, records in best:
+        look = looks[contender.index]
+        steps = records[0]["validation"]["step"]
+        mean = [fmean(at) for at in zip(*(r["validation"]["loss"] for r in records), strict=True)]
+        axes.plot(steps, mean, linewidth=1.6, **look)
+        ends.append((steps[-1], mean[-1], f"{_short(contender)}, lr {records[0]['lr']:g}", look["color"]))
+    title = "Held-out loss" + (f", mean over {seeds} seeds" if seeds > 1 else ", one seed")
+    axes.set(xlabel="step", ylabel="nats per byte", title=title)
+    axes.set_ylim(top=_ceiling(best))
+    axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 2.5
+    axes.grid(alpha=0.25)
+    low, high = axes.get_ylim()
+    right = axes.get_xlim()[1]
+    places = spread([end for _, end, _, _ in ends], 0.055 * (high - low))
+    for (last, end, text, colour), place in zip(ends, places, strict=True):
+        axes.plot([last, right * 1.02], [end, place], color=colour, linewidth=0.6, clip_on=False)
+        axes.text(right * 1.03, place, text, color=colour, fontsize=8.5, va="center")
+    axes.set_xlim(right=right)
+
+
+def spread(heights: Sequence[float], apart: float) -> list[float]:
+    """Heights for labels near these, none nearer than `apart` to another, in the same order."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    placed = [heights[i] for i in order]
+    for _ in range(200):  # push neighbours apart, half each: settles in far fewer rounds for some ten labels
+        for k in range(len(placed) - 1):
+            missing = max(0.0, apart - (placed[k + 1] - placed[k]))
+            placed[k], placed[k + 1] = placed[k] - missing / 2, placed[k + 1] + missing / 2
+    found = [0.0] * len(heights)
+    for place, i in zip(placed, order, strict=True):
+        found[i] = place
+    return found
+
+
+def _ends(
+    axes: Any,
+    rivals: Sequence[tuple[Contender, list[Record]]],
+    baseline: tuple[Contender, list[Record]],
+    looks: dict[int, dict[str, Any]],
+) -> None:
+    """A row for each contender: its final loss minus the baseline's at each seed, their mean and its interval."""
+    one_seed = len(baseline[1]) == 1
+    for row, (contender, records) in enumerate(rivals):
+        colour = looks[contender.index]["color"]
+        apart = [final(a) - final(b) for a, b in zip(records, baseline[1], strict=True)]
+        found = t_interval(apart)
+        axes.plot(apart, [row] * len(apart), "o", color=colour, alpha=0.45, markersize=6, markeredgewidth=0)
+        if found.half is not None:
+            axes.plot([found.mean], [row], "|", color=colour, markersize=16, markeredgewidth=2)
+            axes.plot([found.mean - found.half, found.mean + found.half], [row, row], color=colour, linewidth=1.6)
+        number = f"{found.mean:+.3f}" + ("" if found.half is None else f" ± {found.half:.3f}")
+        axes.annotate(
+            number, (found.mean, row), (0, 11), textcoords="offset points", color=colour, fontsize=8.5, ha="center"
+        )
+    axes.axvline(0, color="black", linewidth=1.2)
+    axes.set_yticks(range(len(rivals)), [_short(contender) for contender, _ in rivals], fontsize=9)
+    axes.set_ylim(len(rivals) - 0.5, -0.6)
+    axes.margins(x=0.12)
+    axes.grid(alpha=0.25, axis="x")
+    title = "One seed, which is no evidence" if one_seed else "A dot for each seed, their mean and its 95 % interval"
+    axes.set(xlabel=f"final loss minus {baseline[0].label}'s; left of 0 is better", title=title)
+
+
+def _short(contender: Contender) -> str:
+    """For a label beside others: a control follows its policy."""
+    return "its random control" if contender.role == "control" else contender.label
 
 
 def _ceiling(best: Sequence[tuple[Contender, list[Record]]]) -> float:
@@ -118,35 +174,12 @@ def _ceiling(best: Sequence[tuple[Contender, list[Record]]]) -> float:
     return max(max(curve) for curve in late) * 1.02
 
 
-def _difference(
-    axes: Any,
-    steps: Sequence[int],
-    curves: list[list[float]],
-    base: list[list[float]],
-    look: dict[str, Any],
-    place: int,
-) -> None:
-    """The mean from a sixth on (before, the warm-up's differences dwarf the rest), and the last interval."""
-    apart = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(curves, base, strict=True)]
-    at: list[Interval] = [t_interval(values) for values in zip(*apart, strict=True)]
-    start = len(steps) // 6
-    axes.plot(steps[start:], [i.mean for i in at[start:]], linewidth=1.6, **look)
-    if at[-1].half is not None:  # side by side, for they are alike
-        beside = steps[-1] * (1 + 0.015 * place)
-        bar = axes.errorbar(
-            [beside], [at[-1].mean], yerr=[at[-1].half], color=look["color"], capsize=2.5, linewidth=1.3
-        )
-        bar[2][0].set_linestyle(look["linestyle"])
-
-
 def _heatmap(config: CompareConfig, shares: Sequence[tuple[Contender, list[Record]]]) -> Any:
     """Parameters down, steps across, one panel for each policy, one scale of colours for all."""
     names = _order(list(shares[0][1][0]["share"]["by_parameter"]))
     tables = [[_mean([r["share"]["by_parameter"][name] for r in records]) for name in names] for _, records in shares]
     low = min(min(min(line) for line in table) for table in tables)
     high = max(max(max(line) for line in table) for table in tables)
-    # A policy that selects a fixed share is one even colour; the scale keeps rounding from looking like a pattern.
-    low, high = min(low, 0.45), max(high, 0.55)
     figure = _figure(2.6 + 3.4 * len(shares), 2.2 + 0.2 * len(names))
     panels = figure.subplots(1, len(shares), squeeze=False, sharey=True)[0]
     image = None

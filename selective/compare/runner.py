@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from selective.compare import data, memory, workers
-from selective.compare.config import CompareConfig, ConfigError, differences, dump
+from selective.compare.config import CompareConfig, ConfigError, build, differences, dump
 from selective.compare.contenders import Run, contenders, runs
 from selective.compare.summary import as_json, summarise
 from selective.compare.train import Record, write_atomically
@@ -94,7 +94,8 @@ class Comparison:
 
     def _check_same(self, found: dict[str, Any]) -> None:
         free = ("workers", "imports")  # the time, and where names come from; not the numbers
-        old, new = ({k: v for k, v in c.items() if k not in free} for c in (found["config"], dump(self.config)))
+        before = {**dump(build({})), **found["config"]}  # settings that were not there yet had their defaults
+        old, new = ({k: v for k, v in c.items() if k not in free} for c in (before, dump(self.config)))
         lines = differences(old, new) + differences(found["text"], self._text(), "text.")
         if lines:
             raise ConfigError(
@@ -149,7 +150,7 @@ class Comparison:
             "memory": {"how": memory.HOW, "contenders": self.bytes},
             "contenders": [
                 {
-                    "index": c.index, "label": c.label, "role": c.role, "of": c.of,
+                    "index": c.index, "label": c.label, "role": c.role, "of": c.of, "rates": c.rates,
                     "policy": None if c.policy is None else c.policy.model_dump(mode="json"),
                     "preconditioner": None if c.preconditioner is None else c.preconditioner.model_dump(mode="json"),
                 }

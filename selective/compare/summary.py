@@ -35,11 +35,29 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Found:
+    """Differences in final loss of a policy or a rotation, paired by seed, each side at its own best learning rate.
+
+    None where one side diverged at every learning rate.
+    """
+
+    contender: Contender
+    base: Contender  # what it is set against: the base in the same space; of a rotation, the baseline
+    against_base: Interval | None
+    against_control: Interval | None
+    diverged: bool  # at every learning rate, itself
+    at_edge: bool  # whether `base` is best at the lowest or highest of several learning rates
+    speed: Interval | None  # `Row.speed` at its best learning rate
+    n: int  # seeds
+
+
+@dataclass(frozen=True)
 class Summary:
     """What a comparison found: a row for each contender and learning rate, a verdict for each policy."""
 
     seeds: tuple[int, ...]  # that count
     rows: tuple[Row, ...]
+    found: tuple[Found, ...]  # of each policy and each rotation
     verdicts: tuple[tuple[str, str], ...]  # (policy, sentence)
     notes: tuple[str, ...]
 
@@ -48,17 +66,18 @@ def summarise(config: CompareConfig, records: Sequence[Record]) -> Summary:
     """The table and the verdicts of what has been run so far. With no complete seed there are no rows."""
     table = {(r["contender"], r["lr"], r["seed"]): r for r in records if r["complete"]}
     field = contenders(config)
-    seeds = tuple(s for s in config.seeds if all((c.index, lr, s) in table for c in field for lr in config.lr))
+    seeds = tuple(s for s in config.seeds if all((c.index, lr, s) in table for c in field for lr in c.rates))
     if not seeds:
-        return Summary((), (), (), ())
-    cells = {(c.index, lr): [table[c.index, lr, seed] for seed in seeds] for c in field for lr in config.lr}
-    best = {c.index: _best_lr([(lr, cells[c.index, lr]) for lr in config.lr]) for c in field}
+        return Summary((), (), (), (), ())
+    cells = {(c.index, lr): [table[c.index, lr, seed] for seed in seeds] for c in field for lr in c.rates}
+    best = {c.index: _best_lr([(lr, cells[c.index, lr]) for lr in c.rates]) for c in field}
     baseline = cells[0, best[0]] if best[0] is not None else None
-    rows = tuple(_row(c, lr, cells[c.index, lr], lr == best[c.index], baseline) for c in field for lr in config.lr)
-    labels = {c.index: c.label for c in field}
+    rows = tuple(_row(c, lr, cells[c.index, lr], lr == best[c.index], baseline) for c in field for lr in c.rates)
+    speeds = {row.contender.index: row.speed for row in rows if row.best}
     asked = [c for c in field if c.role in ("policy", "rotation")]
-    verdicts = tuple((c.label, _verdict(c, cells, best, config, labels)) for c in asked)
-    return Summary(seeds, rows, verdicts, tuple(_notes(config, field, best, len(seeds))))
+    found = tuple(_found(c, field, cells, best, speeds.get(c.index)) for c in asked)
+    verdicts = tuple((one.contender.label, _verdict(one)) for one in found)
+    return Summary(seeds, rows, found, verdicts, tuple(_notes(config, field, best, len(seeds))))
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
@@ -110,39 +129,45 @@ def paired(left: Sequence[Record], right: Sequence[Record]) -> Interval:
     return t_interval([final(a) - final(b) for a, b in zip(left, right, strict=True)])
 
 
-def _verdict(
-    c: Contender, cells: dict[Any, list[Record]], best: dict[int, float | None], config: CompareConfig,
-    labels: dict[int, str],
-) -> str:  # fmt: skip
-    """One sentence from paired intervals, each side at its own best rate.
-
-    A policy against the base in the same space and against its control; the base in a space against the baseline.
-    """
-    other = 0 if c.role == "rotation" else c.ground
-    name = labels[other]
-    own = best[c.index]
-    if own is None:
-        return "diverged at every learning rate."
-    records = cells[c.index, own]
+def _found(
+    c: Contender,
+    field: Sequence[Contender],
+    cells: dict[Any, list[Record]],
+    best: dict[int, float | None],
+    speed: Interval | None,
+) -> Found:
+    """A policy against the base in the same space and against its control; the base in a space against the baseline."""
+    base = field[0 if c.role == "rotation" else c.ground]
+    own, swept = best[c.index], base.rates
+    n = len(cells[c.index, c.rates[0]])
 
     def against(index: int) -> Interval | None:
         lr = best[index]
-        return None if lr is None else paired(records, cells[index, lr])
+        return None if lr is None or own is None else paired(cells[c.index, own], cells[index, lr])
 
-    rivals = [(name, against(other))]
-    if c.of is not None:
-        rivals.append(("its random control", against(c.of)))
-    if len(records) == 1:
-        found = ", ".join(f"{d.mean:+.4f} against {name}" for name, d in rivals if d is not None)
-        return f"no verdict from one seed ({found}); run at least three."
+    control = None if c.of is None else against(c.of)
+    edge = len(swept) > 1 and best[base.index] in (min(swept), max(swept))
+    return Found(c, base, against(base.index), control, own is None, edge, speed, n)
+
+
+def _verdict(found: Found) -> str:
+    """One sentence from paired intervals."""
+    if found.diverged:
+        return "diverged at every learning rate."
+    name = found.base.label
+    rivals = [(name, found.against_base)]
+    if found.contender.of is not None:
+        rivals.append(("its random control", found.against_control))
+    if found.n == 1:
+        seen = ", ".join(f"{d.mean:+.4f} against {name}" for name, d in rivals if d is not None)
+        return f"no verdict from one seed ({seen}); run at least three."
     signs = [d.sign if d is not None else -1 for _, d in rivals]
     text = "; ".join(_clause(name, d) for name, d in rivals) + "."
     if len(rivals) == 2 and signs[1] != -1 and signs[0] == -1:
         text += " So the gain is not shown to come from which coordinates are selected."
     if len(rivals) == 2 and signs == [-1, -1]:
-        text += f" So selection helped here, at n = {len(records)}"
-        edge = len(config.lr) > 1 and best[other] in (min(config.lr), max(config.lr))
-        text += f" and these learning rates ({name} is best at the edge of them)." if edge else "."
+        text += f" So selection helped here, at n = {found.n}"
+        text += f" and these learning rates ({name} is best at the edge of them)." if found.at_edge else "."
     if len(rivals) == 2 and signs[0] == 0 and signs[1] == -1:
         text += f" So which coordinates are selected matters, but a gain over {name} is not shown at this n."
     return text
@@ -159,23 +184,35 @@ def _notes(config: CompareConfig, field: Sequence[Contender], best: dict[int, fl
     notes = []
     if n < len(config.seeds):
         notes.append(f"{n} of {len(config.seeds)} seeds are complete; the others are left out. --resume goes on.")
-    if len(config.lr) == 1:
+    if all(len(c.rates) == 1 for c in field):
         notes.append(
             "One learning rate: a policy that changes the size of the update changes the learning rate in disguise. "
             "Sweep it with --lr."
         )
     else:
-        for edge, word in ((min(config.lr), "lowest"), (max(config.lr), "highest")):
-            names = [c.label for c in field if best[c.index] == edge]
-            if names:
-                notes.append(
-                    f"Best at the {word} learning rate swept, {edge:g}: {', '.join(names)}. A better one may lie "
-                    "beyond it."
-                )
+        notes += _notes_on_rates(field, best)
     policies = sum(c.role == "policy" for c in field)
     if policies > 1 and n > 1:
         notes.append(
             f"Intervals are 95 % each, not adjusted for {policies} policies being compared, nor for choosing the "
             "learning rate by the same losses."
         )
+    return notes
+
+
+def _notes_on_rates(field: Sequence[Contender], best: dict[int, float | None]) -> list[str]:
+    """Who was best at an end of its sweep, and who had nothing to choose from."""
+    notes = []
+    swept = [c for c in field if len(c.rates) > 1]
+    for word, end in (("lowest", min), ("highest", max)):
+        for edge in sorted({end(c.rates) for c in swept}):
+            names = [c.label for c in swept if end(c.rates) == edge and best[c.index] == edge]
+            if names:
+                notes.append(
+                    f"Best at the {word} learning rate swept, {edge:g}: {', '.join(names)}. A better one may lie "
+                    "beyond it."
+                )
+    single = [f"{c.label} ({c.rates[0]:g})" for c in field if len(c.rates) == 1]
+    if single:
+        notes.append(f"At one learning rate only, which was fixed beforehand: {', '.join(single)}.")
     return notes

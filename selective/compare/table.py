@@ -9,8 +9,9 @@ from typing import Any
 from selective.compare.config import CompareConfig
 from selective.compare.extras import require
 from selective.compare.runner import Comparison, worker_count
-from selective.compare.summary import Row, Summary
+from selective.compare.summary import Row, Summary, summarise
 from selective.compare.train import Record
+from selective.compare.words import so_far
 from selective.compare.workers import Progress
 
 
@@ -27,13 +28,14 @@ def progress_bars(comparison: Comparison, console: Any) -> Iterator[Callable[[Pr
     )
     steps = comparison.config.steps
     finished = len(comparison.runs) - len(comparison.todo())
+    told = len(_summary(comparison).seeds)
     with bars.Progress(*columns, console=console, transient=True) as progress:
         total = progress.add_task("all steps", total=steps * len(comparison.runs), completed=steps * finished, note="")
         slots: dict[int, Any] = {}
         begun: dict[str, int] = {}
 
         def handle(message: Progress | Record) -> None:
-            nonlocal finished
+            nonlocal finished, told
             if isinstance(message, Progress):
                 if message.slot not in slots:
                     slots[message.slot] = progress.add_task("", total=steps, note="")
@@ -47,8 +49,16 @@ def progress_bars(comparison: Comparison, console: Any) -> Iterator[Callable[[Pr
                     console.print(
                         f"{finished}/{len(comparison.runs)} {finished_line(message)}", markup=False, highlight=False
                     )
+                now = _summary(comparison)
+                if told < len(now.seeds) < len(comparison.config.seeds):  # of the last one the table speaks
+                    console.print(so_far(comparison.config, now), markup=False, highlight=False, soft_wrap=True)
+                told = len(now.seeds)
 
         yield handle
+
+
+def _summary(comparison: Comparison) -> Summary:
+    return summarise(comparison.config, list(comparison.records.values()))
 
 
 def finished_line(record: Record) -> str:
@@ -63,8 +73,10 @@ def headline(config: CompareConfig, comparison: Comparison, parameters: int) -> 
         if len(comparison.contenders) > 1
         else "\nNo policy to compare it with: only the baseline is trained. Add --policy MGUP."
     )
+    counts = sorted({len(c.rates) for c in comparison.contenders})
+    rates = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
-        f"{len(comparison.contenders)} contender(s) x {len(config.lr)} learning rate(s) x {len(config.seeds)} seed(s): "
+        f"{len(comparison.contenders)} contender(s) x {rates} learning rate(s) x {len(config.seeds)} seed(s): "
         f"{len(comparison.runs)} runs of {config.steps} steps, {worker_count(config)} at a time, {config.threads} "
         f"thread(s) each. GPT with {parameters:,} parameters: {model.layers} layers of width {model.width}, context "
         f"{model.context}, batch {config.loop.batch}. {text.source}: {len(text.train):,} bytes to train on, "
@@ -85,7 +97,7 @@ def results_table(summary: Summary, memory: list[dict[str, int]]) -> Any:
     for row in summary.rows:
         values = cells(row, summary, memory[row.contender.index])
         table.add_row(*map(text, values), style="bold" if row.best else "dim")
-        if row.lr == summary.rows[-1].lr:
+        if row.lr == row.contender.rates[-1]:
             table.add_section()
     return table
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import BeforeValidator, ConfigDict, SerializeAsAny
 from torch import Tensor
 
+from selective.kernels import spec
 from selective.policies.base import Configured
 from selective.policies.selections import AnySelection, Selection
 from selective.policies.strengths import AnyStrength, Strength
@@ -56,6 +57,14 @@ class Policy(Configured):
     def parts(self) -> tuple[Selection, Strength] | None:
         """The selection and strength this policy stands for; None where it only has a `mask`."""
         return None
+
+    def specs(self) -> tuple[spec.Selection, spec.Strength] | None:
+        """This policy in the kernels' terms; None where it, its selection or its strength exists in Python only."""
+        parts = self.parts()
+        if parts is None:
+            return None
+        selection, strength = parts[0].spec(), parts[1].spec()
+        return None if selection is None or strength is None else (selection, strength)
 
     def needs(self) -> frozenset[str]:
         """Which tensors of the view this policy reads."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from selective.kernels import top_k
+from selective.kernels import spec, top_k
+from selective.kernels.reference.control import random_subset, scaled
 from selective.policies.policy import AnyPolicy, Policy, is_dense_top_k, stands_still, two_multipliers
 from selective.policies.selections import Bernoulli, Selection
 from selective.policies.strengths import Fixed, Strength
@@ -55,6 +57,12 @@ class MatchedRandomMask(Policy):
     def init_state(self, view: StepView) -> dict[str, Tensor]:
         return self.policy.init_state(view)
 
+    def specs(self) -> tuple[spec.Selection, spec.Strength] | None:
+        selection, strength = (part.spec() for part in self._matched_parts())
+        if not isinstance(selection, spec.Selection) or not isinstance(strength, spec.Strength):
+            return None
+        return replace(selection, control=spec.Control(norm=self.norm, cap=self.cap)), strength
+
     def _matched_parts(self) -> tuple[Selection, Strength]:
         parts = self.policy.parts()
         if parts is None:
@@ -78,13 +86,10 @@ class MatchedRandomMask(Policy):
         a, b, state = strength.multipliers(view, theirs)
         still = stands_still(strength, view)
         ours = _random_subset(view, theirs, still)
-        mask = two_multipliers(view, ours, a, b, still)
-        if self.norm:
-            wanted = view.norm(two_multipliers(view, theirs, a, b, still) * view.update)
-            have = view.norm(mask * view.update)
-            ratio = torch.where(have > 0, wanted / torch.where(have > 0, have, one), one)
-            mask = mask * ratio.clamp(max=self.cap)
-        return mask, state
+        pair = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+        control = spec.Control(norm=self.norm, cap=self.cap)
+        above, below = scaled(control, theirs, ours, pair, view.update, still)
+        return two_multipliers(view, ours, above, below, still), state
 
 
 def _random_subset(view: StepView, theirs: Tensor, still: Tensor | None) -> Tensor:
@@ -92,12 +97,9 @@ def _random_subset(view: StepView, theirs: Tensor, still: Tensor | None) -> Tens
 
     Those that stand still come last: chosen, they would be a choice without effect.
     """
-    numbers = view.random().to(view.dtype)
+    if view.device.type != "cpu":
+        return random_subset(theirs, still, view.draw, view.address)
+    numbers = view.random().to(view.dtype)  # the same by a bracket, which has to know on the host how many there are
     if still is not None:
         numbers = torch.where(still, -1.0, numbers)
-    if numbers.device.type == "cpu":
-        return top_k(numbers, int(theirs.sum()))
-    order = numbers.flatten().argsort(descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.numel(), device=order.device)
-    return (rank < theirs.sum()).reshape(theirs.shape)
+    return top_k(numbers, int(theirs.sum()))

@@ -127,12 +127,51 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch):
         require("matplotlib.figure")
 
 
+def example(name):
+    path = Path(__file__).parents[2] / "examples" / name
+    return build(configuration.read(path), str(path))
+
+
 def test_the_demo_is_a_comparison():
-    """And is the one that was promised: two learning rates, three policies with controls, three seeds."""
-    path = Path(__file__).parents[2] / "examples" / "demo.yaml"
-    config = build(configuration.read(path), str(path))
-    assert config.base == "AdamW"
-    assert len(config.lr) == 2
-    assert [type(policy).__name__ for policy in config.policies] == ["Cautious", "MGUP", "AlphaConsistency"]
-    assert config.controls
-    assert len(config.seeds) == 3
+    """The one that was promised: AdamW between its rates, one policy with its control, a rotation, five seeds."""
+    config = example("demo.yaml")
+    assert [(c.role, c.label, len(c.rates)) for c in contenders(config)] == [
+        ("baseline", "AdamW", 3), ("policy", "Cautious()", 1), ("control", "random like Cautious()", 1),
+        ("rotation", "AdamW in Soap()", 1),
+    ]  # fmt: skip
+    below, middle, above = config.lr
+    assert below < middle < above
+    assert config.rates["policy"] == config.rates["control"] == (middle,)
+    assert config.seeds == (0, 1, 2, 3, 4)
+    assert not set(config.seeds) & set(range(100, 105))  # on which its settings were fixed
+    quick = example("demo-quick.yaml")
+    assert [c.label for c in contenders(quick)] == [c.label for c in contenders(config)]
+    assert len(runs(quick)) == 4
+    assert len(quick.seeds) == 1
+    assert quick.model == config.model
+
+
+def test_rates_of_a_role_take_the_place_of_lr():
+    data = {"policies": ["MGUP"], "preconditioners": ["soap"], "lr": [1e-3, 2e-3], "rates": {"rotation": [4e-3]}}
+    config = build({**data, "seeds": 1})
+    assert {c.role: c.rates for c in contenders(config)} == {
+        "baseline": (1e-3, 2e-3), "policy": (1e-3, 2e-3), "control": (1e-3, 2e-3), "rotation": (4e-3,)
+    }  # fmt: skip
+    assert len(runs(config)) == 2 * 5 + 1
+    apart = build({**data, "policies_in_spaces": False})
+    assert [c.role for c in contenders(apart)] == ["baseline", "policy", "control", "rotation"]
+    assert build(configuration.dump(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("rates", "says"),
+    [
+        ({"baseline": [1e-3]}, "rates.baseline"),
+        ({"policy": []}, "rates.policy"),
+        ({"policy": [1e-3, 1e-3]}, "rates.policy has 0.001 more than once"),
+        ({"control": [-1.0]}, "rates.control"),
+    ],
+)
+def test_rates_that_are_none(rates, says):
+    with pytest.raises(ConfigError, match=says):
+        build({"rates": rates})

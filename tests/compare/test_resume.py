@@ -191,3 +191,16 @@ def _final(folder: Path) -> dict[str, object]:
     runs = json.loads((folder / "results.json").read_text())["runs"]
     assert all(run["complete"] for run in runs)
     return {run["key"]: (run["parameters_sha256"], run["train"], run["validation"], run["share"]) for run in runs}
+
+
+def test_a_comparison_of_before_a_setting_was_there_goes_on(tmp_path):
+    """Its config.json lacks `rates`, which then had its default; a value that is not the default is another matter."""
+    config = tiny(tmp_path)
+    Comparison(config, tmp_path / "out").run(ignore)
+    path = tmp_path / "out" / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["config"]["rates"], saved["config"]["policies_in_spaces"]
+    path.write_text(json.dumps(saved))
+    assert Comparison(config, tmp_path / "out", resume=True).complete
+    with pytest.raises(ConfigError, match=r"rates\.policy: null before, \[0\.1\] now"):
+        Comparison(tiny(tmp_path, rates={"policy": [0.1]}), tmp_path / "out", resume=True)

@@ -19,6 +19,7 @@ from selective.bench import (
     torch_contenders,
 )
 from selective.bench.check import check
+from selective.bench.contenders import control_contenders
 from selective.kernels.cpu import applying
 
 LOW = [torch.bfloat16, torch.float16]
@@ -39,7 +40,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", [(30, 7), (11,), ()])
 
 
-@pytest.mark.parametrize("contender", standard_contenders(), ids=lambda c: c.name)
+@pytest.mark.parametrize("contender", [*standard_contenders(), *control_contenders()], ids=lambda c: c.name)
 def test_every_contender_matches_its_reference(contender):
     check(contender)
 

@@ -7,7 +7,18 @@ import itertools
 import pytest
 import torch
 
-from selective.kernels import AdamRule, Draw, GivenRule, Item, LionRule, Selection, SGDRule, Strength, selective_step
+from selective.kernels import (
+    AdamRule,
+    Control,
+    Draw,
+    GivenRule,
+    Item,
+    LionRule,
+    Selection,
+    SGDRule,
+    Strength,
+    selective_step,
+)
 from selective.kernels.cpu import chunks, moments
 from selective.kernels.cpu.chunks import CHUNK
 
@@ -23,6 +34,8 @@ CASES = [
     (Selection("top_k", quantile="sampled"), Strength("alignment")),
     (Selection("bernoulli"), Strength("fixed", 2.0, 0.0)),
     (Selection("bernoulli", unit="row"), Strength("norm_preserving", estimate="sampled")),
+    (Selection("agreement", control=Control()), Strength("mean_preserving", estimate="sampled")),
+    (Selection("top_k", fraction=0.3, control=Control()), Strength("fixed", 1.0, -1.0, still=True)),
 ]
 
 

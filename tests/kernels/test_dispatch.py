@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from selective import Cautious, RandomMask, SelectiveUpdate
 from selective.kernels import (
     AdamRule,
+    Control,
     Draw,
     GivenRule,
     Item,
     Selection,
     SGDRule,
     Strength,
+    _dispatch,
     selective_step,
     top_k,
     use_backend,
@@ -91,6 +96,7 @@ def test_the_reference_never_waits_for_the_device(make):
     selections = [
         Selection("everything"), Selection("agreement", product="previous_momentum"), Selection("top_k"),
         Selection("top_k", quantile="sampled", score="nesterov"), Selection("bernoulli", unit="row"),
+        Selection("agreement", control=Control()),
     ]  # fmt: skip
     strengths = [
         Strength("fixed"), Strength("mean_preserving"), Strength("norm_preserving", estimate="sampled"),
@@ -118,3 +124,42 @@ def test_use_backend_says_what_auto_means(make, monkeypatch):
         assert top_k(torch.zeros(3), 1).tolist() == [True, False, False]
         assert top_k(torch.zeros(3), 1, backend="cpu") == "cpu"
     assert top_k(torch.zeros(3), 1) == "cpu"
+
+
+@pytest.fixture
+def without_triton(monkeypatch):
+    """As on a machine without it, whatever has been looked up before."""
+    monkeypatch.setattr(_dispatch, "_triton_missing", [])
+
+    def missing():
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(_dispatch, "_gpu", missing)
+
+
+def path_of(device: str) -> str:
+    """Which path an item takes there. There is no GPU here: the item is one by its device alone."""
+    item = SimpleNamespace(param=SimpleNamespace(device=torch.device(device)))
+    return _dispatch._implementation(item, ADAM, Selection("agreement"), "auto")  # type: ignore[arg-type]
+
+
+def test_a_gpu_without_triton_is_said_once(without_triton):
+    with pytest.warns(UserWarning, match=r"No module named 'triton'\); to have it: pip install triton\. Until then"):
+        assert path_of("cuda") == "reference"
+    assert path_of("cuda") == "reference"  # warnings are errors here
+    assert _dispatch.why_no_triton().startswith("Triton can't be imported")
+
+
+def test_a_cpu_needs_no_triton(without_triton):
+    assert path_of("cpu") == "cpu"
+    assert _dispatch._triton_missing == []  # nobody looked for it
+
+
+def test_explain_says_that_triton_is_missing(without_triton):
+    p = torch.nn.Parameter(torch.zeros(3, 4))
+    optimizer = SelectiveUpdate(torch.optim.AdamW([p]), policy=Cautious())
+    with use_backend("gpu"):  # as for a CUDA tensor
+        assert "plain torch), because Triton can't be imported (No module named 'triton')" in optimizer.explain()
+    control = SelectiveUpdate(torch.optim.AdamW([p]), policy=RandomMask.matching(Cautious()))
+    with use_backend("gpu"):
+        assert "because there is no Triton kernel for a matched random control" in control.explain()

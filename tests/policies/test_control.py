@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from selective import MGUP, AlphaConsistency, Cautious, CautiousMGUP, Grams, Policy, RandomMask, SelectiveUpdate
+from selective import (
+    MGUP,
+    AlphaConsistency,
+    Cautious,
+    CautiousMGUP,
+    Grams,
+    Magma,
+    MeanPreserving,
+    Policy,
+    RandomMask,
+    Selection,
+    SelectiveUpdate,
+)
+from selective.capture.described import specs_of, specs_on, why_twin
+from selective.kernels import use_backend
+from selective.policies import MatchedRandomMask
 
 SHAPES = ((20, 10), (31,), (4, 5, 6), (1,))
 POLICIES = [Cautious(), MGUP(), MGUP(tau=0.2, alpha=1.5, gamma=0.5), CautiousMGUP(), AlphaConsistency(), Grams()]
@@ -120,3 +137,72 @@ def test_norm_scaling_is_capped() -> None:
     assert int((p != 0).sum()) == 1
     assert float(p.detach()[17]) == 0.0  # seed 0 draws another one
     assert float(p.detach().min()) == -3.0
+
+
+class Larger(Selection):
+    """A selection that exists in Python only."""
+
+    def select(self, view: Any) -> Tensor:
+        return view.update.abs() > view.update.abs().mean()
+
+
+class Doubled(MatchedRandomMask):
+    """A control with a mask of its own."""
+
+    def mask(self, view: Any) -> Tensor:
+        return 2 * super().mask(view)[0]
+
+
+def trained(policy: Policy, way: str, dtype: torch.dtype, rotated: bool = False) -> list[Tensor]:
+    """The parameters after three steps."""
+    generator = torch.Generator().manual_seed(1)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in ((60, 50), (31,), ())]
+    options: Any = {"preconditioner": "Soap"} if rotated else {}
+    base = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
+    optimizer = SelectiveUpdate(base, policy=policy, capture=way, seed=3, **options)  # type: ignore[arg-type]
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+@pytest.mark.parametrize(("way", "rotated"), [("fused", False), ("scratch", False), ("delta", False), ("fused", True)])
+@pytest.mark.parametrize("policy", [Cautious(), MGUP(tau=0.3), Grams(), Magma()], ids=str)
+def test_kernels_and_the_policys_own_code_step_alike(
+    policy: Policy, way: str, rotated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same draws: a run that began when the control was torch code of its own goes on with the same choices."""
+    control = RandomMask.matching(policy)
+    calls: list[int] = []
+    mask = MatchedRandomMask.mask
+    monkeypatch.setattr(MatchedRandomMask, "mask", lambda self, view: calls.append(1) or mask(self, view))
+    in_kernels = trained(control, way, torch.float32, rotated)
+    assert not calls
+    monkeypatch.setattr(MatchedRandomMask, "specs", lambda self: None)
+    in_torch = trained(control, way, torch.float32, rotated)
+    assert calls
+    for ours, theirs in zip(in_kernels, in_torch, strict=True):
+        # Another coordinate would be off by an update, 1e-2; sums that were added in another order by some 1e-6 of one,
+        # which a rotation spreads and the second moments of the next steps pass on.
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5 if rotated else 1e-7)
+
+
+def test_where_it_runs_as_code_of_its_own() -> None:
+    p = [torch.nn.Parameter(torch.zeros(3, 4))]
+    control = RandomMask.matching(Cautious())
+    specs = specs_of(control)
+    assert specs is not None
+    assert specs == specs_on(control, p)
+    with use_backend("gpu"):  # as on a CUDA tensor
+        assert specs_on(control, p) is None
+        assert why_twin(specs[0], p) == "there is no Triton kernel for a matched random control"
+    assert specs_of(RandomMask.matching(Policy(selection=Larger(), strength=MeanPreserving()))) is None
+    assert specs_of(Doubled(policy=Cautious())) is None  # its mask is not what the kernels would do
+
+
+def test_a_mask_of_ones_own_is_called() -> None:
+    """The twin of the above: a subclass's mask is twice the control's."""
+    single, doubled = masks(RandomMask.matching(Cautious())), masks(Doubled(policy=Cautious()))
+    for a, b in zip(single, doubled, strict=True):
+        torch.testing.assert_close(b, 2 * a, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,59 @@
+"""The matched random control: as many coordinates as were selected, at their multipliers, but random ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..spec import Control, Draw
+from .random import uniform_bits
+from .strengths import Pair, total
+
+
+def random_subset(selected: Tensor, still: Tensor | None, draw: Draw, address: int) -> Tensor:
+    """As many coordinates as `selected` has, a bool tensor of its shape: those with the largest random numbers.
+
+    Equal numbers go to the lower flat (row-major) index. Coordinates that stand still come after all others: chosen,
+    they would be a choice without effect. A stable sort: nothing waits for the device.
+    """
+    numbers = uniform_bits(draw, address, selected.numel(), device=selected.device)
+    if still is not None:
+        numbers = torch.where(still.reshape(-1), -1, numbers)
+    order = numbers.argsort(descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel(), device=order.device)
+    return (rank < selected.sum()).reshape(selected.shape)
+
+
+def scale_of(control: Control, wanted: Tensor, have: Tensor) -> Tensor:
+    """What both multipliers are scaled by, 0-d float64, from the sums of (mask u)^2 of the policy and of the control.
+
+    1 where the control's sum is 0, and where a sum is not finite: one NaN, or a square that overflows, must not reach
+    every coordinate.
+    """
+    possible = (have > 0) & torch.isfinite(wanted + have)
+    ratio = (wanted / torch.where(possible, have, 1.0)).sqrt().clamp(max=control.cap)
+    return torch.where(possible, ratio, 1.0)
+
+
+def matched(
+    control: Control, selected: Tensor, pair: Pair, update: Tensor, still: Tensor | None, draw: Draw, address: int
+) -> tuple[Tensor, Pair]:
+    """The control's selection and multipliers, from those of the policy that it controls."""
+    ours = random_subset(selected, still, draw, address)
+    return ours, scaled(control, selected, ours, pair, update, still)
+
+
+def scaled(control: Control, selected: Tensor, ours: Tensor, pair: Pair, update: Tensor, still: Tensor | None) -> Pair:
+    """The multipliers of the control, which selects `ours`, from those of its policy, which selects `selected`."""
+    if not control.norm:
+        return pair
+    above, below = pair
+    squares = update * update if still is None else torch.where(still, 0.0, update * update)
+
+    def masked_sq(chosen: Tensor) -> Tensor:
+        inside = total(torch.where(chosen, squares, 0.0))
+        return above * above * inside + below * below * total(torch.where(chosen, 0.0, squares))
+
+    scale = scale_of(control, masked_sq(selected), masked_sq(ours))
+    return above * scale, below * scale

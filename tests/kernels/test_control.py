@@ -1,0 +1,215 @@
+"""The matched random control in the CPU kernels: the definition's choice bit for bit, its weights to rounding."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from selective.kernels import (
+    AdamRule,
+    Control,
+    Draw,
+    GivenRule,
+    Item,
+    Selection,
+    SGDRule,
+    Shard,
+    Strength,
+    begin_sharded,
+    selective_step,
+    uniform_bits,
+)
+from selective.kernels.cpu import control as cpu_control
+from selective.kernels.cpu import numbers
+from selective.kernels.reference.control import matched, random_subset
+
+EPS = torch.finfo(torch.float32).eps
+ADAM = AdamRule(1e-2, 0.9, 0.99, 1e-8, weight_decay=0.1)
+SELECTIONS = [
+    Selection("everything"),
+    Selection("agreement"),
+    Selection("agreement", product="previous_momentum"),
+    Selection("agreement", strict=False),
+    Selection("top_k", fraction=0.3),
+    Selection("top_k", score="nesterov"),
+    Selection("top_k", quantile="sampled", fraction=0.7),
+    Selection("bernoulli", probability=0.3),
+    Selection("bernoulli", unit="row"),
+]
+STRENGTHS = [
+    Strength("fixed", 2.0, 0.5),
+    Strength("fixed", 1.0, -1.0, still=True),
+    Strength("mean_preserving", cap=10.0),
+    Strength("mean_preserving", estimate="sampled"),
+    Strength("norm_preserving", rest=0.25),
+    Strength("norm_preserving", of="momentum"),
+    Strength("alignment", rest=0.5),
+]
+CASES = list(itertools.product(SELECTIONS, STRENGTHS))
+
+
+@pytest.fixture
+def brackets(monkeypatch):
+    """Tensors of any size are drawn from by a bracket; counts those that are ranked as a whole all the same."""
+    monkeypatch.setattr(cpu_control, "SMALL", 0)
+    whole: list[int] = []
+    ranked = cpu_control.Matched._as_a_whole
+
+    def counted(self, again, marks):
+        whole.append(self.numel)
+        return ranked(self, again, marks)
+
+    monkeypatch.setattr(cpu_control.Matched, "_as_a_whole", counted)
+    return whole
+
+
+@pytest.mark.parametrize("start", [0, 5, 65_530, 2**31 - 10, 2**32 - 70_000, 7 * 2**32 + 65_535])
+def test_the_short_hash_is_the_definitions(start: int) -> None:
+    for draw, address in ((Draw(0, 0), 0), (Draw(17, 5), 9), (Draw(-3, 2**40), 7)):
+        wanted = uniform_bits(draw, address, 70_001, offset=start)
+        hashes = numbers.unfinished(draw, address, start, 70_001).clone()
+        upper = numbers.upper(hashes, torch.empty(70_001, dtype=torch.uint8))
+        assert torch.equal(upper.to(torch.int32), wanted >> 16)
+        assert torch.equal(numbers.finish_(hashes), wanted)
+
+
+def both(item: Item, copy, rule, selection: Selection, strength: Strength):
+    other = copy(item)
+    kw = {"rule": rule, "selection": selection, "strength": strength, "draw": Draw(3, 4), "statistics": True}
+    (ours,) = selective_step([item], backend="cpu", **kw)
+    (wanted,) = selective_step([other], backend="reference", **kw)
+    return other, ours, wanted
+
+
+def assert_same(item: Item, copy, rule, selection: Selection, strength: Strength) -> None:
+    other, ours, wanted = both(item, copy, rule, selection, strength)
+    assert float(ours.selected) == float(wanted.selected)
+    # Sums of float32 products chunk by chunk: a relative error of 1e-6 each, see `Totals`; a root of a quotient of two
+    torch.testing.assert_close(ours.strength_selected, wanted.strength_selected, rtol=3e-6, atol=1e-12)
+    torch.testing.assert_close(ours.masked_sq, wanted.masked_sq, rtol=6e-6, atol=1e-12)
+    # 8 eps of numbers of this size for each path's own arithmetic, and the 3e-6 of the scale on updates below 0.2
+    scale = torch.maximum(item.param.abs(), other.param.abs()) + 0.1
+    assert bool(((item.param - other.param).abs() <= 8 * EPS * scale + 6e-7).all())
+
+
+@pytest.mark.parametrize("control", [Control(), Control(norm=False)], ids=["norm", "no-norm"])
+@pytest.mark.parametrize("shape", [(), (1,), (63,), (9, 23)])
+def test_every_selection_and_strength_as_the_definition(shape, control, make, copy, small_chunks, brackets) -> None:
+    for selection, strength in CASES:
+        for rule in (ADAM, SGDRule(0.1, 0.9)):
+            item = make(rule, shape, seed=3)
+            item.grad.view(-1)[::5] = 0.0  # some stand still
+            assert_same(item, copy, rule, replace(selection, control=control), strength)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes_and_more_than_one_chunk(dtype, make, copy) -> None:
+    for selection, strength in (
+        (SELECTIONS[1], STRENGTHS[0]),
+        (SELECTIONS[1], STRENGTHS[1]),
+        (SELECTIONS[4], STRENGTHS[2]),
+    ):
+        item = make(ADAM, (2, 70_001), dtype=dtype, seed=4)
+        other, ours, wanted = both(item, copy, ADAM, replace(selection, control=Control()), strength)
+        assert float(ours.selected) == float(wanted.selected)
+        rtol, atol = {torch.float64: (1e-9, 1e-9), torch.bfloat16: (2**-7, 1e-6)}[dtype]  # one neighbour in bfloat16
+        torch.testing.assert_close(item.param, other.param, rtol=rtol, atol=atol)
+
+
+def chosen_by_cpu(numel: int, count: int, draw: Draw, address: int) -> Tensor:
+    """Which of a tensor's elements the control of some `count` of them moves."""
+    item = Item(torch.zeros(numel), torch.ones(numel), {}, address)
+    selection = Selection("top_k", fraction=min((count + 0.5) / numel, 1.0), control=Control(norm=False))
+    selective_step(
+        [item], rule=SGDRule(1.0), selection=selection, strength=Strength("fixed", 1.0, 0.0), draw=draw, backend="cpu"
+    )
+    return item.param != 0
+
+
+@pytest.mark.parametrize("numel", [100, 5_000, 200_000])
+def test_the_choice_is_the_definitions_bit_for_bit(numel: int) -> None:
+    for count in {1, numel // 50, numel // 3, numel - 1, numel}:
+        some = torch.zeros(numel, dtype=torch.bool)
+        some[:count] = True
+        assert torch.equal(chosen_by_cpu(numel, count, Draw(1, 7), 4), random_subset(some, None, Draw(1, 7), 4))
+
+
+def test_what_was_drawn_before_there_were_kernels() -> None:
+    """Written down when the control was plain torch: checkpoints go on with the same draws."""
+    assert chosen_by_cpu(24, 9, Draw(5, 3), 2).nonzero().view(-1).tolist() == [0, 2, 6, 7, 10, 11, 12, 15, 19]
+    assert int(chosen_by_cpu(5_000, 1_234, Draw(5, 3), 2).nonzero().sum()) == 3_112_557
+
+
+def test_equal_numbers_go_to_the_lower_index(brackets) -> None:
+    """60,000 numbers of 24 bits: some hundred pairs are equal, and the limit is put between two of them."""
+    numel, draw = 60_000, Draw(0, 0)
+    bits = uniform_bits(draw, 0, numel)
+    ordered = bits.sort(descending=True).values
+    tied = (ordered[:-1] == ordered[1:]).nonzero().view(-1)
+    for place in tied[:: max(len(tied) // 5, 1)].tolist():
+        chosen = chosen_by_cpu(numel, place + 1, draw, 0)
+        first, *others = (bits == ordered[place]).nonzero().view(-1).tolist()
+        assert chosen[first]
+        assert not any(chosen[i] for i in others)
+    assert not brackets
+
+
+@pytest.mark.parametrize("bracket", [(0, 0), (255, 255), (40, 41)])
+def test_a_bracket_that_misses_is_noticed(bracket, make, copy, brackets, monkeypatch) -> None:
+    """The last of half of the numbers lies at 128: none of these has it, and the whole tensor is ranked instead."""
+    monkeypatch.setattr(cpu_control.Matched, "_bracket", lambda self: bracket)
+    selection, strength = Selection("top_k", control=Control()), Strength("fixed", 2.0, 0.5)
+    assert_same(make(ADAM, (300, 50), seed=1), copy, ADAM, selection, strength)
+    assert brackets == [15_000]
+
+
+def test_the_norm_is_the_policys_and_the_cap_holds(make, copy) -> None:
+    for selection, strength in CASES:
+        item = make(ADAM, (130, 70), seed=5)
+        kw = {"rule": ADAM, "strength": strength, "draw": Draw(0, 1), "statistics": True}
+        (policy,) = selective_step([copy(item)], selection=selection, **kw)
+        (control,) = selective_step([copy(item)], selection=replace(selection, control=Control()), **kw)
+        torch.testing.assert_close(control.masked_sq, policy.masked_sq, rtol=6e-6, atol=0)  # see `assert_same`
+        capped = replace(selection, control=Control(cap=0.5))
+        (halved,) = selective_step([copy(item)], selection=capped, **kw)
+        if float(policy.selected) < item.param.numel():  # else it is the policy's own step
+            assert float(halved.masked_sq) < 0.5 * float(policy.masked_sq)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_number_that_is_not_finite_stays_where_it_is(backend, bad, make) -> None:
+    item = make(GivenRule(), (40, 100))
+    item.state["update"][3, 7] = bad
+    selection = Selection("agreement", control=Control())
+    selective_step(
+        [item], rule=GivenRule(), selection=selection, strength=Strength("fixed", 2.0, 0.5), draw=Draw(0, 0),
+        backend=backend,
+    )  # fmt: skip
+    assert (~torch.isfinite(item.param)).nonzero().tolist() in ([], [[3, 7]])
+    # the twin: the scale that was not finite reached all of them
+    update = item.state["update"]
+    pair = torch.tensor(2.0, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    theirs = update > 0
+    squares = (update * update).to(torch.float64)
+    unguarded = ((4 * squares[theirs].sum() + squares[~theirs].sum()) / squares.sum()).sqrt()
+    assert torch.isnan(unguarded)
+    _, (above, _) = matched(Control(), theirs, pair, update, None, Draw(0, 0), 0)
+    assert float(above) == 2.0
+
+
+def test_what_has_no_kernel_for_it_refuses(make) -> None:
+    item = make(ADAM, (6, 4))
+    kw = {
+        "rule": ADAM, "selection": Selection("agreement", control=Control()), "strength": Strength("fixed"),
+        "draw": Draw(0, 0),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no Triton kernel for a matched random control; pass backend='auto'"):
+        selective_step([item], **kw, backend="gpu")
+    item.shard = Shard((6, 4), (((0, 6),), ((0, 4),)), None)
+    with pytest.raises(ValueError, match="matched control, which looks at the whole of tensors"):
+        begin_sharded([item], **kw)
