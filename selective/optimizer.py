@@ -20,6 +20,7 @@ from selective.clock import check_recordable, is_recording
 from selective.explain import explain
 from selective.gradients import OnNonfinite, any_nonzero_gradient, check_gradients, nonfinite_gradient
 from selective.groups import KEYS, PolicyGroup, PreconditionerGroup
+from selective.own import Own
 from selective.policies import Dense, Policy, policy_from
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 from selective.running import Running, Scope
@@ -94,7 +95,7 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         self._stochastic_rounding = stochastic_rounding
         self._scope: Scope = scope
         self._report: Report | None = None
-        self._own: dict[Tensor, dict[str, Tensor]] = {}
+        self._own: dict[Tensor, Own] = {}
         self.policy_groups: list[PolicyGroup] = []
         self._captures: list[tuple[tuple[object, ...], Capture]] = []
         self._start_planning()
@@ -196,6 +197,7 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
             if where is not None:
                 return loss
         if not recording:
+            self._settle()
             self._fit_states()
         report = Report() if self._statistics else None
         clocked = self._clocked()

@@ -15,23 +15,17 @@ from selective.capture.moments import first_moments, names_of_first, rewrite
 from selective.capture.rotation_basis import Basis
 from selective.capture.rotation_gather import on_wholes
 from selective.capture.rotation_shards import sums_over_ranks
+from selective.own import Own
 from selective.preconditioner import Shape, State
 from selective.staging import Stage
 from selective.state import BASIS, BASIS_SHAPE, BASIS_SKIPPED, BASIS_STEPS
-
-ON_THE_HOST = (BASIS_STEPS, BASIS_SHAPE)  # asked in every step, or never: nobody waits for a device
-
-
-def is_of_basis(key: str) -> bool:
-    """Whether an entry of ours belongs to the rotation of its parameter."""
-    return key in (BASIS_STEPS, BASIS_SHAPE, BASIS_SKIPPED) or key.startswith(BASIS)
 
 
 class OwnBasis(Optimizer):
     """The part of `SelectiveUpdate` that keeps bases."""
 
     base: Optimizer
-    _own: dict[Tensor, dict[str, Tensor]]
+    _own: dict[Tensor, Own]
     _stages: list[Stage | None]
     _places: dict[Tensor, int]  # the number of each rotated parameter among all of them
 
