@@ -179,4 +179,6 @@ def own_tensors(entries: dict[str, Tensor], param: Tensor) -> Own:
         key: cut_like(value.detach().clone().to("cpu" if key in ON_THE_HOST else param.device), param)
         for key, value in kept.items()
     }
-    return Own(made, [] if is_lazy(param) else [param.shape])
+    own = Own(made, [] if is_lazy(param) else [param.shape])
+    own.fits()
+    return own

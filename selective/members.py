@@ -33,6 +33,7 @@ class Members:
         self._ids = {id(p) for p in self.tensors}
         self._looked: tuple[list[Any], ...] = ()
         self._pointers: list[int] = []
+        self._lazy, self._plain = True, [p for p in self.tensors if type(p) in _PLAIN]
         self.were: dict[Tensor, torch.Size] = {}  # shapes that changed under a parameter, since it was settled
         self.layout: Layout = frozenset()
         self.devices: frozenset[torch.device] = frozenset()
@@ -61,10 +62,10 @@ class Members:
     def look(self) -> None:
         """Notice dtypes, devices, shapes and memory that changed under the same parameters (`model.half()`)."""
         tensors = self.tensors
-        pointers = [p.data_ptr() if type(p) in _PLAIN else 0 for p in tensors]
+        pointers = [p.data_ptr() for p in self._plain]
         if pointers != self._pointers:
             self._pointers, self.moved = pointers, True
-        shapes = [None if is_lazy(p) else p.shape for p in tensors]
+        shapes = [None if is_lazy(p) else p.shape for p in tensors] if self._lazy else [p.shape for p in tensors]
         looked = [p.dtype for p in tensors], [p.device for p in tensors], shapes
         if looked == self._looked:
             return
@@ -73,6 +74,8 @@ class Members:
             self.were.update((p, was) for p, was, now in changed if was is not None and was != now)
         self._looked = looked
         self.fits, self.settled, self.moved = False, False, True
+        self._lazy = None in shapes
+        self._plain = [p for p in tensors if type(p) in _PLAIN]
         dtypes, devices = looked[:2]
         kinds = zip(dtypes, (device.type for device in devices), shapes, strict=True)
         self.layout = frozenset((dtype, device, len(shape)) for dtype, device, shape in kinds if shape is not None)

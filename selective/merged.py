@@ -128,6 +128,7 @@ class MergedEntry(MutableMapping[str, Any]):
             self._home.touched()
         elif key in own:
             del own[key]
+            own.removed.add(key)
             self._home.accept(own, key, None)
         elif key in MADE and key not in own.removed:
             own.removed.add(key)

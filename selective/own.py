@@ -41,7 +41,8 @@ class Own(dict[str, Tensor]):
         """`shapes`: those of the parameter, and of what the base keeps of it."""
         super().__init__(entries or {})
         self.written: set[str] = set()  # from outside, and not looked at since
-        self.removed: set[str] = set()  # of the entries that are made when somebody looks: those that were deleted
+        self.removed: set[str] = set()  # of its basis, and of what is made when somebody looks: what was deleted
+        self.layout: dict[str, object] = {}  # of its basis, when it was last found to fit; a load may bring another
         self.divided: set[str] = set()  # states of a policy that have the parameter's elements
         self.know(shapes)
 
@@ -49,6 +50,16 @@ class Own(dict[str, Tensor]):
         """Find out which states of a policy have the parameter's elements, and are cut where it is cut."""
         known = set(shapes)
         self.divided = {k for k, v in self.items() if k.startswith(POLICY_STATE) and v.dim() > 0 and v.shape in known}
+
+    def layout_of_basis(self) -> dict[str, object]:
+        """Names, shapes and dtypes of what its basis is made of."""
+        return {k: (tuple(v.shape), v.dtype) for k, v in self.items() if k.startswith(BASIS)}
+
+    def fits(self) -> None:
+        """It was found to be whole, and to fit its parameter."""
+        self.layout = self.layout_of_basis()
+        self.written.clear()
+        self.removed.clear()
 
     def is_divided(self, key: str) -> bool:
         """Whether the entry is cut with its parameter."""

@@ -79,7 +79,9 @@ class OwnState(OwnBasis):
     def _fresh(self, parameter: Parameter, policy: Policy) -> Own:
         """All that we keep of a parameter before its first step."""
         entries = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
-        return Own(entries, [parameter.tensor.shape])
+        own = Own(entries, [parameter.tensor.shape])
+        own.fits()
+        return own
 
     def _fresh_own(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
         """What we keep of a parameter before its first step, its basis aside."""

@@ -91,8 +91,7 @@ class Settling(Planning):
         if own.keys() != before.keys() or any(own[key] is not value for key, value in before.items()):
             self._own = dict(self._own)  # another object says that entries were replaced
         own.know([parameter.tensor.shape])
-        own.written.clear()
-        own.removed.clear()
+        own.fits()
 
     def _complete_entries(self, parameter: Parameter, policy: Policy, own: Own) -> None:
         """The policy's state, the momentum and the residue."""
@@ -141,11 +140,15 @@ class Settling(Planning):
             return False
         if _shape_in(own) != tuple(shape):
             return False
+        touched = own.written | own.removed
+        if not any(map(is_of_basis, touched)):
+            return True  # as we made or loaded it
         kept: dict[str, Any] = {k[len(BASIS) :]: v for k, v in own.items() if k.startswith(BASIS)}
         wanted: Any = layout_of(stage.of(parameter.tensor), shape, parameter.tensor.device)
         for name in kept.keys() & wanted.keys():
             kept[name] = own[BASIS + name] = in_dtype(kept[name], wanted[name][1])
-        return {name: (tuple(value.shape), value.dtype) for name, value in kept.items()} == wanted
+        found = own.layout_of_basis()
+        return found in (own.layout, {BASIS + name: one for name, one in wanted.items()})
 
 
 def _there(members: Members) -> list[Parameter]:

@@ -179,6 +179,7 @@ class _Home(Home):
         if value is not None:
             own[key] = self._checked(key, value, own.get(key))
             own.written.add(key)
+            own.removed.discard(key)
         self._changed()
 
     def touched(self) -> None:
@@ -253,8 +254,9 @@ class _Home(Home):
             optimizer._own = {}
         for param, (theirs, own) in taken.items():
             optimizer.base.state[param] = theirs
-            optimizer._own.pop(param, None)
+            before = optimizer._own.pop(param, None)
             if own is not None:
+                own.layout = own.layout or (before.layout if before is not None else {})
                 optimizer._own[param] = own
         optimizer._rewritten()
 
