@@ -12,22 +12,25 @@ from selective.base_class import check_class, check_first_state, check_options
 from selective.capture.base import Parameter
 from selective.capture.fused import fused_rule
 from selective.capture.gathering import cut_like
+from selective.capture.lazy import is_lazy
 from selective.kernels.lasting import lasting
 from selective.loading import check_basis, first_saved
-from selective.own_basis import ON_THE_HOST, is_of_basis
-from selective.planning import Planning
+from selective.own import ON_THE_HOST, Own, is_kept, is_of_basis
 from selective.policies import Dense, Policy
 from selective.preconditioner import Preconditioner
-from selective.state import MOMENTUM, POLICY, POLICY_STATE, PRECONDITIONER, RESIDUE
+from selective.settling import Settling
+from selective.state import MOMENTUM, POLICY, PRECONDITIONER
 
 
-class Checking(Planning):
+class Checking(Settling):
     """The part of `SelectiveUpdate` that refuses checkpoints."""
 
     _live: dict[str, Any]
 
     @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
+    def _all_or_nothing(
+        self, failed: str = "the checkpoint can't be loaded", after: str = "nothing was loaded"
+    ) -> Iterator[None]:
         """Put base and wrapper back as they were if loading fails half-way, and say why it failed."""
         base, own = vars(self.base), ("_own", "_steps", "_seed", "_captures", "_stages", "_places")
         theirs, ours = dict(base), {name: getattr(self, name) for name in own}
@@ -54,13 +57,11 @@ class Checking(Planning):
             for members in self._look():
                 members.kept.drop()
                 members.kept_rotated.drop()
-            if not isinstance(error, Exception) or "nothing was loaded" in str(error):
+                members.fits = members.settled = False
+            if not isinstance(error, Exception) or after in str(error):
                 raise
             reason = str(error).removeprefix("SelectiveUpdate: ")
-            raise ValueError(
-                f"SelectiveUpdate: the checkpoint can't be loaded ({type(error).__name__}: {reason}); "
-                f"nothing was loaded"
-            ) from error
+            raise ValueError(f"SelectiveUpdate: {failed} ({type(error).__name__}: {reason}); {after}") from error
 
     def _checked_preconditioners(
         self, order: list[Any], ours: dict[Any, dict[str, Tensor]]
@@ -75,6 +76,8 @@ class Checking(Planning):
             if saved is None:
                 continue
             for member, one in zip(members, entries, strict=True):
+                if is_lazy(member.tensor):
+                    continue  # looked at when it has a shape
                 check_basis(one, saved, self._stages[number], group.preconditioning, member)
         return found
 
@@ -96,7 +99,7 @@ class Checking(Planning):
             policy = policy if saved is None else saved
             policies.append(policy)
             for index, member in zip(indices, members, strict=True):
-                if index in ours:
+                if index in ours and not is_lazy(member.tensor):  # those are looked at when they have a shape
                     self._check_own_shapes(ours[index], member, policy)
         return policies
 
@@ -127,6 +130,7 @@ class Checking(Planning):
                     f"{lacking[0]}; nothing was loaded. To load the base's part alone: selective.base_part(state_dict)"
                 )
             found = zip(group["params"], members, strict=True)
+            found = [(index, member) for index, member in found if not is_lazy(member.tensor)]
             saved = [(member, entries) for index, member in found if (entries := states.get(index))]
             for member, entries in saved:
                 facts = self._captures[member.group][1].facts
@@ -171,14 +175,14 @@ def kinds_of(data: Any) -> Any:
     return data["kind"], {key: kinds_of(value) for key, value in data.items() if kinds_of(value) is not None}
 
 
-def own_tensors(entries: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
-    kept = {
-        key: cast(Tensor, value)
-        for key, value in entries.items()
-        if key in (MOMENTUM, RESIDUE) or key.startswith(POLICY_STATE) or is_of_basis(key)
-    }
+def own_tensors(entries: dict[str, Tensor], param: Tensor) -> Own:
+    """What of a parameter's saved entries is kept, as copies of our own."""
+    kept = {key: cast(Tensor, value) for key, value in entries.items() if is_kept(key)}
     with lasting():
-        return {
+        made = {
             key: cut_like(value.detach().clone().to("cpu" if key in ON_THE_HOST else param.device), param)
             for key, value in kept.items()
         }
+    own = Own(made, [] if is_lazy(param) else [param.shape])
+    own.fits()
+    return own

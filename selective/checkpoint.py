@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from selective.capture.base import Parameter
 from selective.capture.gathering import cut_like
 from selective.capture.layout import is_dtensor
-from selective.checking import Checking, own_tensors
+from selective.checking import own_tensors
 from selective.entries import check_entries, check_layout, checked_frame
 from selective.kernels.lasting import lasting
 from selective.live import is_live
@@ -20,9 +20,10 @@ from selective.loading import advice
 from selective.policies import Policy
 from selective.preconditioner import Preconditioner
 from selective.state import BASIS_STEPS, POLICY, SEED, STEP, base_part, decode_note, own_part, restore_dtypes
+from selective.writing import Writing
 
 
-class Checkpointing(Checking):
+class Checkpointing(Writing):
     """The part of `SelectiveUpdate` that saves and loads, copies and pickles."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -30,18 +31,21 @@ class Checkpointing(Checking):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._plan()  # groups that were added on the base are ours too
+        self._complete_own()
+        self._check_all_there()
         self._count_steps()
         if self._steps and not self._own:  # no masked parameter has had a gradient yet: the count needs a place
             self._make_own_state(lambda parameter: parameter.tensor.requires_grad)
         found = dict(self.base.state_dict())
         state = {index: dict(entries) for index, entries in found["state"].items()}
-        index, wholes = 0, self._summed_entries()
-        for group, policy_group in zip(self.base.param_groups, self.policy_groups, strict=True):
-            for p in group["params"]:
+        wholes = self._summed_entries()
+        for saved, group, policy_group in zip(
+            found["param_groups"], self.base.param_groups, self.policy_groups, strict=True
+        ):
+            for index, p in zip(saved["params"], group["params"], strict=True):
                 if p in self._own:
                     ours = {**self._saved_entries(self._own[p], policy_group), **wholes.get(p, {})}
                     state.setdefault(index, {}).update(ours)
-                index += 1
         found["state"] = state
         for hook in self._optimizer_state_dict_post_hooks.values():
             result = hook(self, found)
@@ -127,7 +131,7 @@ class Checkpointing(Checking):
                 policy_group.preconditioning.load(found_there)
             members.kept.drop()
             members.kept_rotated.drop()
-            members.fits = False
+            members.fits = members.settled = False
         params = [p for group in self.base.param_groups for p in group["params"]]
         self._own = {p: own_tensors(ours[i], p) for i, p in zip(order, params, strict=True) if i in ours}
 
@@ -144,10 +148,14 @@ class Checkpointing(Checking):
         self._count_steps()
         found = {**self.__dict__, **self._live}
         left_out = {name for name in found if name.endswith("_hooks")} | {"_live"}
-        left_out |= {"step", "_report", "defaults", "_members", "_recorded", "_clocks", "_stages", "_places"}
+        left_out |= {"step", "_report", "defaults", "_members", "_recorded", "_clocks", "_stages", "_places", "_edited"}
         return {key: value for key, value in found.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or a pickle: all of it. Of `{"state", "param_groups", "defaults"}`: as torch's optimizers do it."""
+        if "base" not in state:
+            self._set_as_torch(state)
+            return
         live = {name: value for name, value in state.items() if is_live(type(self), name)}
         self.__dict__.update({name: value for name, value in state.items() if name not in live})
         self.__dict__.update(_live={**live, "_report": None}, defaults=self.base.defaults)

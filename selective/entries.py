@@ -18,6 +18,7 @@ from selective.state import (
     POLICY,
     POLICY_STATE,
     PRECONDITIONER,
+    PREFIX,
     RESIDUE,
     SEED,
     STEP,
@@ -78,9 +79,10 @@ def check_layout(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) ->
                 f"keeps elsewhere; {_NOT}"
             )
     order = [index for group in saved for index in group["params"]]
-    twice = next((index for index in order if order.count(index) > 1), None) if len(set(order)) < len(order) else None
-    if twice is not None:
-        raise ValueError(f"SelectiveUpdate: the checkpoint's param_groups name parameter {twice!r} twice; {_NOT}")
+    named: dict[Any, Any] = {}
+    for index, p in zip(order, (p for group in live for p in group["params"]), strict=True):
+        if named.setdefault(index, p) is not p:  # one that is named twice here, too, is stepped twice by the base
+            raise ValueError(f"SelectiveUpdate: the checkpoint's param_groups name parameter {index!r} twice; {_NOT}")
 
 
 def check_entries(ours: Mapping[Any, Mapping[str, Any]], order: Sequence[Any]) -> dict[str, int]:
@@ -100,7 +102,7 @@ def check_entries(ours: Mapping[Any, Mapping[str, Any]], order: Sequence[Any]) -
         for key, value in entries.items():
             where = f"SelectiveUpdate: the checkpoint's {key!r} of parameter {index!r}"
             if key in (STEP, SEED):
-                number = _number(value, where, MOST_STEPS if key == STEP else 2**63)
+                number = number_of(key, value, where)
                 if numbers.setdefault(key, number) != number:
                     raise ValueError(f"{where} is {number}, of another parameter {numbers[key]}; {_NOT}")
                 continue
@@ -115,32 +117,42 @@ def check_entries(ours: Mapping[Any, Mapping[str, Any]], order: Sequence[Any]) -
     return numbers
 
 
+def check_known(key: str, where: str, after: str = _NOT) -> None:
+    """Refuse a name of ours that we don't know."""
+    if key not in _KNOWN and not key.startswith((POLICY_STATE, BASIS)):
+        raise ValueError(
+            f"SelectiveUpdate: {where} has an entry {key!r}, which this version does not know: names under {PREFIX!r} "
+            f"belong to SelectiveUpdate; {after}"
+        )
+
+
+def number_of(key: str, value: Any, where: str, after: str = _NOT) -> int:
+    """The step count or the seed that an entry holds; a ValueError where it holds none."""
+    return _number(value, where, MOST_STEPS if key == STEP else 2**63, after)
+
+
 def _check_complete(entries: Mapping[str, Any], index: Any) -> None:
     """All of a parameter's entries are there, and none that we don't know."""
     for key in entries:
-        if key not in _KNOWN and not key.startswith((POLICY_STATE, BASIS)):
-            raise ValueError(
-                f"SelectiveUpdate: the checkpoint's parameter {index!r} has an entry {key!r}, which this version does "
-                f"not know; {_NOT}"
-            )
+        check_known(key, f"the checkpoint's parameter {index!r}")
     rotated = any(key in _OF_A_BASIS or key.startswith(BASIS) for key in entries)
     for key in (STEP, SEED, POLICY, *(_OF_A_BASIS if rotated else ())):
         if key not in entries:
             raise ValueError(f"SelectiveUpdate: the checkpoint's parameter {index!r} has no {key!r}; {_NOT}")
 
 
-def _check_plain(value: Any, where: str) -> None:
+def _check_plain(value: Any, where: str, after: str = _NOT) -> None:
     if not isinstance(value, Tensor):
-        raise ValueError(f"{where} is a {type(value).__name__}, must be a tensor; {_NOT}")
+        raise ValueError(f"{where} is a {type(value).__name__}, must be a tensor; {after}")
     if value.layout != torch.strided or value.device.type == "meta":
-        raise ValueError(f"{where} is a {value.layout} tensor on {value.device}, must be one with values; {_NOT}")
+        raise ValueError(f"{where} is a {value.layout} tensor on {value.device}, must be one with values; {after}")
 
 
-def _number(value: Any, where: str, end: int) -> int:
+def _number(value: Any, where: str, end: int, after: str = _NOT) -> int:
     """One integer in [0, end): a plain one, or that of a tensor with one element."""
     if type(value) is not int:
-        _check_plain(value, where)
+        _check_plain(value, where, after)
     number = value if isinstance(value, int) else value.item() if value.numel() == 1 else None
     if not isinstance(number, (int, float)) or not 0 <= number < end or int(number) != number:  # NaN is in no range
-        raise ValueError(f"{where} is {value}, must be one integer in [0, 2**{end.bit_length() - 1}); {_NOT}")
+        raise ValueError(f"{where} is {value}, must be one integer in [0, 2**{end.bit_length() - 1}); {after}")
     return int(number)

@@ -12,6 +12,7 @@ from selective.capture.choose import Capture
 from selective.capture.delta import LOW_PRECISION
 from selective.capture.described import has_own_code, specs_of, why_twin
 from selective.capture.layout import local_of, shard_of
+from selective.capture.lazy import initialized
 from selective.explain_shards import explain_shards, in_plain_torch
 from selective.explain_stage import explain_stage
 from selective.groups import PolicyGroup
@@ -42,9 +43,10 @@ def explain(
     lines = [f"SelectiveUpdate over {type(base).__module__}.{type(base).__name__}"]
     for number, (policy_group, capture, stage) in enumerate(zip(policy_groups, captures, stages, strict=True)):
         group = base.param_groups[number]
-        count = sum(p.numel() for p in group["params"])
+        count = sum(p.numel() for p in initialized(group["params"]))
         lines += [
-            f"param_groups[{number}]: {_count(len(group['params']), 'tensor')}, {_count(count, 'element')}",
+            f"param_groups[{number}]: {_count(len(group['params']), 'tensor')}, {_count(count, 'element')}"
+            + _without_shape(group),
             f"  policy    {policy_group.policy!r}",
             f"  capture   {capture.way}: {capture.reason}",
             f"  decay     {_decay(capture)}",
@@ -125,7 +127,7 @@ def _kernels(
     base: Optimizer, group: dict[str, Any], policy: Policy, capture: Capture, scope: str, stochastic: bool
 ) -> str | None:
     """Whether the elements are stepped by Triton; None on the CPU, where nothing else is to be expected."""
-    params = group["params"]
+    params = initialized(group["params"])
     if capture.way == "dense" or not (backend_in_use() == "gpu" or any(p.is_cuda for p in params)):
         return None
     if has_own_code(policy, params):
@@ -146,6 +148,11 @@ def _why_own_code(policy: Policy, params: list[Tensor]) -> str:
     specs = specs_of(policy)
     why = None if specs is None or specs[0].control is None else why_twin(specs[0], params)
     return why or "the policy is your own code"
+
+
+def _without_shape(group: dict[str, Any]) -> str:
+    count = len(group["params"]) - len(initialized(group["params"]))
+    return f", and {_count(count, 'tensor')} without a shape yet" if count else ""
 
 
 def _decays(group: dict[str, Any]) -> bool:

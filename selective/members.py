@@ -6,10 +6,14 @@ from operator import is_
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from selective.capture.base import Parameter
 from selective.capture.choose import Layout
 from selective.capture.items import KeptItems
+from selective.capture.lazy import is_lazy
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Members:
@@ -26,7 +30,11 @@ class Members:
         self.parameters = [Parameter(p, address + i, names[i], number) for i, p in enumerate(self.tensors)]
         self.kept = KeptItems()
         self.kept_rotated = KeptItems()  # of the parameters that a preconditioner takes
+        self._ids = {id(p) for p in self.tensors}
         self._looked: tuple[list[Any], ...] = ()
+        self._pointers: list[int] = []
+        self._lazy, self._plain = True, [p for p in self.tensors if type(p) in _PLAIN]
+        self.were: dict[Tensor, torch.Size] = {}  # shapes that changed under a parameter, since it was settled
         self.layout: Layout = frozenset()
         self.devices: frozenset[torch.device] = frozenset()
         self.has_complex = False
@@ -34,6 +42,8 @@ class Members:
         self._flags: list[bool] = []  # which had a gradient, the last time that some had none ...
         self._present: list[Parameter] = []  # ... and those that had
         self.fits = False  # whether the base's state has the precision in which it steps: Note [whose precision]
+        self.settled = False  # whether all state of them fits them: settling.py
+        self.moved = True  # whether their memory is another, since it was looked at who shares it
 
     def are_of(self, group: dict[str, Any], address: int) -> bool:
         """Whether the group still has these parameters, under these names and addresses."""
@@ -45,16 +55,30 @@ class Members:
             and list(group.get("param_names") or ()) == self._names
         )
 
+    def has(self, param: object) -> bool:
+        """Whether it is one of them."""
+        return id(param) in self._ids
+
     def look(self) -> None:
-        """Notice dtypes, devices and dimensions that changed under the same parameters (`model.half()`)."""
+        """Notice dtypes, devices, shapes and memory that changed under the same parameters (`model.half()`)."""
         tensors = self.tensors
-        looked = [p.dtype for p in tensors], [p.device for p in tensors], [p.dim() for p in tensors]
+        pointers = [p.data_ptr() for p in self._plain]
+        if pointers != self._pointers:
+            self._pointers, self.moved = pointers, True
+        shapes = [None if is_lazy(p) else p.shape for p in tensors] if self._lazy else [p.shape for p in tensors]
+        looked = [p.dtype for p in tensors], [p.device for p in tensors], shapes
         if looked == self._looked:
             return
+        if self._looked:
+            changed = zip(tensors, self._looked[2], shapes, strict=True)
+            self.were.update((p, was) for p, was, now in changed if was is not None and was != now)
         self._looked = looked
-        self.fits = False
-        dtypes, devices, dims = looked
-        self.layout = frozenset(zip(dtypes, (device.type for device in devices), dims, strict=True))
+        self.fits, self.settled, self.moved = False, False, True
+        self._lazy = None in shapes
+        self._plain = [p for p in tensors if type(p) in _PLAIN]
+        dtypes, devices = looked[:2]
+        kinds = zip(dtypes, (device.type for device in devices), shapes, strict=True)
+        self.layout = frozenset((dtype, device, len(shape)) for dtype, device, shape in kinds if shape is not None)
         self.devices = frozenset(devices)
         self.has_complex = any(dtype.is_complex for dtype in dtypes)
         self.parameters = list(self.parameters)  # another list: items made of the old one are made anew

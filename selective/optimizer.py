@@ -196,6 +196,7 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
             if where is not None:
                 return loss
         if not recording:
+            self._settle()
             self._fit_states()
         report = Report() if self._statistics else None
         clocked = self._clocked()

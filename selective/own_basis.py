@@ -17,23 +17,17 @@ from selective.capture.rotation_basis import Basis
 from selective.capture.rotation_gather import on_wholes
 from selective.capture.rotation_shards import sums_over_ranks
 from selective.live import Live
+from selective.own import Own
 from selective.preconditioner import Shape, State
 from selective.staging import Stage
 from selective.state import BASIS, BASIS_SHAPE, BASIS_SKIPPED, BASIS_STEPS
-
-ON_THE_HOST = (BASIS_STEPS, BASIS_SHAPE)  # asked in every step, or never: nobody waits for a device
-
-
-def is_of_basis(key: str) -> bool:
-    """Whether an entry of ours belongs to the rotation of its parameter."""
-    return key in (BASIS_STEPS, BASIS_SHAPE, BASIS_SKIPPED) or key.startswith(BASIS)
 
 
 class OwnBasis(Optimizer):
     """The part of `SelectiveUpdate` that keeps bases."""
 
     base: Optimizer
-    _own: Live[dict[Tensor, dict[str, Tensor]]] = Live()  # Note [stand-ins]
+    _own: Live[dict[Tensor, Own]] = Live()  # Note [stand-ins]
     _stages: Live[list[Stage | None]] = Live()
     _places: Live[dict[Tensor, int]] = Live()  # the number of each rotated parameter among all of them
 

@@ -1,4 +1,4 @@
-"""What we keep of each parameter, and the merged view of it and the base's state: Note [our state entries]."""
+"""What we keep of each parameter beside the base: Note [our state entries]."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from selective.capture.base import Parameter
 from selective.capture.choose import Capture
 from selective.capture.fused import FusedRule, fused_rule
 from selective.capture.gathering import cut_like
+from selective.capture.lazy import initialized, is_lazy
 from selective.capture.lending import LentGradients, gradient_dtype
 from selective.capture.stepping import run_step_on
 from selective.clock import Clocks
@@ -21,7 +22,8 @@ from selective.groups import PolicyGroup
 from selective.kernels import spec
 from selective.kernels.lasting import lasting
 from selective.live import Live
-from selective.own_basis import OwnBasis, is_of_basis
+from selective.own import Own
+from selective.own_basis import OwnBasis
 from selective.policies import Dense, Policy
 from selective.state import (
     BASIS_STEPS,
@@ -32,7 +34,6 @@ from selective.state import (
     RESIDUE,
     SEED,
     STEP,
-    MergedState,
     encode_model,
 )
 from selective.view import StepView, Tensors
@@ -48,27 +49,6 @@ class OwnState(OwnBasis):
     _captures: Live[list[tuple[tuple[object, ...], Capture]]] = Live()
     _constructing: bool
     _clocks: Live[Clocks] = Live()
-
-    @property
-    def state(self) -> MergedState:
-        """The base's state and ours, by parameter: a live view with the keys of `state_dict()["state"]`."""
-        self._count_steps()
-        groups: dict[Tensor, PolicyGroup] = {}  # looked up once for each view: reading all of it stays linear
-
-        def ours(param: Tensor) -> dict[str, Tensor]:
-            if not groups:
-                for group, policy_group in zip(self.base.param_groups, self.policy_groups, strict=False):
-                    groups.update(dict.fromkeys(group["params"], policy_group))
-            if param not in self._own or param not in groups:
-                return {}
-            return self._saved_entries(self._own[param], groups[param])
-
-        return MergedState(lambda: self.base.state, ours, lambda: self._own)
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        if not self._constructing:
-            raise AttributeError("SelectiveUpdate.state is a view; load_state_dict changes the state")
 
     def _saved_entries(self, own: dict[str, Tensor], group: PolicyGroup) -> dict[str, Tensor]:
         step, seed = (torch.tensor(number, device="cpu") for number in (self._steps, self._seed))
@@ -91,13 +71,20 @@ class OwnState(OwnBasis):
         own = self._own.get(parameter.tensor)
         if own is None:
             with lasting():
-                own = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
+                own = self._fresh(parameter, policy)
             self._own[parameter.tensor] = own
             try:
                 self._enter_basis([parameter])
             except BaseException:  # a preconditioner may raise: then its basis is made anew, and entered, next time
                 del self._own[parameter.tensor]
                 raise
+        return own
+
+    def _fresh(self, parameter: Parameter, policy: Policy) -> Own:
+        """All that we keep of a parameter before its first step."""
+        entries = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
+        own = Own(entries, [parameter.tensor.shape])
+        own.fits()
         return own
 
     def _fresh_own(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
@@ -131,20 +118,21 @@ class OwnState(OwnBasis):
                     self._own_of(parameter, policy_group.policy)
 
     def _keeps_own(self, parameter: Parameter, policy: Policy) -> bool:
-        """Whether we keep anything of it: not where its step is the base's alone."""
-        return not isinstance(policy, Dense) or self._stage_of(parameter) is not None
+        """Whether we keep anything of it: not where its step is the base's alone, or where it has no shape yet."""
+        masked = not isinstance(policy, Dense) or self._stage_of(parameter) is not None
+        return masked and not is_lazy(parameter.tensor)
 
     def _renew_own_state(self, number: int) -> None:
         """After a switch of a group's policy: the new one's state, with the momentum and residue that we keep."""
         policy = self.policy_groups[number].policy
         self._own = dict(self._own)  # another object says that entries were replaced
         for parameter in self._parameters()[number]:
-            kept = self._own.pop(parameter.tensor, {})
+            kept = self._own.pop(parameter.tensor, Own())
             if self._keeps_own(parameter, policy) and (kept or self._has_base_state(parameter)):
                 with lasting():
-                    fresh = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
-                stays = {k: v for k, v in kept.items() if k in fresh and (k in (MOMENTUM, RESIDUE) or is_of_basis(k))}
-                self._own[parameter.tensor] = {**fresh, **stays}
+                    fresh = self._fresh(parameter, policy)
+                fresh.update((k, v) for k, v in kept.items() if k in fresh and not k.startswith(POLICY_STATE))
+                self._own[parameter.tensor] = fresh
                 if not kept:
                     self._enter_basis([parameter])
 
@@ -173,6 +161,7 @@ class OwnState(OwnBasis):
         known = fused_rule(self.base)
         for number, (group, members) in enumerate(zip(self.base.param_groups, self._parameters(), strict=True)):
             rule: FusedRule | None = None if known is None or known.supports(group) else known
+            members = [member for member in members if not is_lazy(member.tensor)]
             todo = [m for m in members if m.tensor.requires_grad and not self.base.state.get(m.tensor)]
             if rule is not None:
                 for member in todo:
@@ -187,9 +176,9 @@ class OwnState(OwnBasis):
 
 def _step_on_nothing(base: Optimizer, group: dict[str, Any], params: list[Tensor]) -> None:
     """Let the base make its state for these parameters: zero gradients, learning rate 0, parameters put back."""
-    saved, lent = [(p, p.detach().clone()) for p in group["params"]], LentGradients()
+    saved, lent = [(p, p.detach().clone()) for p in initialized(group["params"])], LentGradients()
     rate = group.get("lr")
-    for p in group["params"]:
+    for p, _ in saved:
         lent.lend(p, None)
     for p in params:
         p.grad = torch.zeros_like(p, dtype=gradient_dtype(p))

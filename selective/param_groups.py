@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from selective.capture.lazy import is_lazy
 from selective.param_parts import HEAD, Found, hint, taken_apart
 
 _VIEWS = ("rows:2", "rows:3", "rows:4", "conv", "experts")  # kinds that are called as their `matrix_view`
@@ -124,6 +125,11 @@ def _parameters(model: nn.Module) -> Iterator[Found]:
     for path, module in model.named_modules(remove_duplicate=False):
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
             if p.requires_grad:
+                if is_lazy(p):
+                    raise ValueError(
+                        f"param_groups_for: {path or 'the model'} has a parameter {name!r} without a shape yet, and "
+                        f"what it is follows from that; run one batch through the model first"
+                    )
                 one = found.setdefault(id(p), Found(p, []))
                 one.names.append(f"{path}.{name}" if path else name)
                 one.modules.append(module)

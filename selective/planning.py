@@ -16,6 +16,7 @@ from selective.live import Live
 from selective.members import Members
 from selective.own_state import OwnState
 from selective.policies import Dense, Policy
+from selective.sharing import check_sharing
 from selective.staging import Stage, check_change
 
 
@@ -27,11 +28,13 @@ class Planning(OwnState):
     _wanted: CaptureName
     _members: Live[list[Members]] = Live()
     _recorded: Live[list[Any]] = Live()
+    _edited: Live[bool] = Live()
 
     def _start_planning(self) -> None:
         """What no copy and no pickle has: it is made anew from groups and state, and holds tables on the device."""
         self._members = []
         self._stages, self._places = [], {}
+        self._edited = False  # whether parameters have left a group, and may have left all
         self._recorded = []  # items in CUDA graphs of groups that were edited since: graphs read their tables
         self._clocks = Clocks()
 
@@ -43,12 +46,26 @@ class Planning(OwnState):
             if known is None or not known.are_of(group, address):
                 if known is not None:
                     self._recorded += known.kept.recorded
+                    self._edited = True
                 self._members[number : number + 1] = [Members(group, number, address)]
             address += len(group["params"])
         for removed in self._members[len(self.param_groups) :]:
             self._recorded += removed.kept.recorded
+            self._edited = True
         del self._members[len(self.param_groups) :]
         return self._members
+
+    def _forget_those_gone(self) -> None:
+        """Keep nothing of parameters that are in no group, and of which the base has nothing either."""
+        if not self._edited:
+            return
+        there = {p for members in self._members for p in members.tensors}
+        self._own = {p: own for p, own in self._own.items() if p in there or p in self.base.state}
+        self._places = {p: place for p, place in self._places.items() if p in there}
+        for stage in self._stages:
+            if stage is not None:
+                stage.forget_all_but(there)
+        self._edited = False
 
     def _parameters(self) -> list[list[Parameter]]:
         """The parameters by group."""
@@ -93,14 +110,31 @@ class Planning(OwnState):
             if not isinstance(policy, Dense):
                 check_shards(members.parameters)
             captures.append((key, capture))
-            members.fits = False
+            members.fits = members.settled = False
             if known is not None and known[0][-1] != key[-1]:
                 switched.append(number)
         self._captures = captures
         self._plan_stages()
+        self._check_sharing()
+        self._forget_those_gone()
         for number in switched:
             self._members[number].kept.drop()
             self._renew_own_state(number)
+
+    def _check_sharing(self) -> None:
+        """Refuse parameters that are there twice. Looked at anew where one was exchanged, or has other memory."""
+        if not any(members.moved for members in self._members):
+            return
+        everything = [parameter for members in self._members for parameter in members.parameters]
+        policies = [group.policy for group, members in zip(self.policy_groups, self._members, strict=True)
+                    for _ in members.parameters]  # fmt: skip
+        ours = [
+            not isinstance(policy, Dense) or self._stage_of(parameter) is not None
+            for parameter, policy in zip(everything, policies, strict=True)
+        ]
+        check_sharing(everything, ours)
+        for members in self._members:
+            members.moved = False
 
     def _plan_stages(self) -> None:
         """What is rotated, of every group. Looked at anew where a preconditioner, a capture or a parameter changed."""
@@ -111,6 +145,7 @@ class Planning(OwnState):
             stage = known
             if known is None or not known.is_of(preconditioning, beside, members.parameters):
                 stage = None if preconditioning.preconditioner is None else self._make_stage(number, beside)
+                members.settled = members.settled and stage is known
                 if preconditioning.was_planned and (known is None or self._has_bases(known)):
                     check_change(known, stage, number)
             preconditioning.planned = stage

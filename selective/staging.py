@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from selective.capture.base import Parameter
 from selective.capture.choose import Capture
 from selective.capture.layout import is_dtensor, local_of, shard_of, whole_sides
+from selective.capture.lazy import is_lazy
 from selective.groups import PreconditionerGroup
 from selective.preconditioner import MatrixView, Preconditioner, Shape, State, as_matrix, matrix_shape
 
@@ -36,9 +38,11 @@ class Stage:
     left: dict[str, str] = field(default_factory=dict)  # name of each other parameter -> why it is not
     spelled: dict[Tensor, Preconditioner] = field(default_factory=dict)  # of `DTensor`s: with the side that is rotated
     gathered: set[Tensor] = field(default_factory=set)  # ... and those that are rotated as wholes
+    sizes: dict[Tensor, torch.Size] = field(default_factory=dict)  # of all that have a shape already
     _split: tuple[list[Parameter], list[Parameter], list[Parameter]] = field(default=([], [], []))
 
     def __post_init__(self) -> None:
+        self.sizes = {p.tensor: p.tensor.shape for p in self.members if not is_lazy(p.tensor)}
         for parameter in self.members:
             found = self._on_shards(parameter.tensor) if is_dtensor(parameter.tensor) else None
             found = found or matrix_shape(parameter.tensor, self.matrix_view)
@@ -102,6 +106,15 @@ class Stage:
         """What of the matrix is on this rank."""
         return (1, *local_of(tensor).shape) if is_dtensor(tensor) else self.shapes[tensor]
 
+    def forget_all_but(self, there: Collection[Tensor]) -> None:
+        """Hold on to no parameter that is gone."""
+        self.members = [p for p in self.members if p.tensor in there]
+        self.shapes = {p: shape for p, shape in self.shapes.items() if p in there}
+        self.sizes = {p: size for p, size in self.sizes.items() if p in there}
+        self.spelled = {p: one for p, one in self.spelled.items() if p in there}
+        self.gathered &= set(there)
+        self._split = [], [], []
+
     def split(self, present: list[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
         """The parameters that are not rotated, and those that are: the same lists as long as `present` is the same."""
         if present is not self._split[0] or not self._split[0]:
@@ -148,6 +161,8 @@ def _difference(old: Stage, new: Stage) -> str | None:
     """Why a basis would be another one now; None where it is the same."""
     for p in old.members:
         then, now = old.shapes.get(p.tensor), new.shapes.get(p.tensor)
+        if old.sizes.get(p.tensor) != new.sizes.get(p.tensor):
+            continue  # the parameter itself was changed: its basis starts anew, see settling.py
         if then != now and any(p.tensor is q.tensor for q in new.members):
             was, is_now = ("left alone" if shape is None else f"rotated as {list(shape)}" for shape in (then, now))
             because = new.left.get(p.name)

@@ -10,7 +10,7 @@ would not have an entry of their own, and torch.distributed.checkpoint refuses t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import torch
@@ -39,7 +39,7 @@ def encode_model(model: Configured, note: str = "") -> Tensor:
     return torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8).clone()
 
 
-def decode_model(data: Tensor, family: type[C], where: str) -> C:
+def decode_model(data: Tensor, family: type[C], where: str, after: str = "nothing was loaded") -> C:
     """The model that `encode_model` wrote; a ValueError that says where the bytes stood, if they are not one."""
     try:
         if data.dtype != torch.uint8 or data.dim() != 1:
@@ -50,9 +50,7 @@ def decode_model(data: Tensor, family: type[C], where: str) -> C:
         model = family.from_data(text)
     except (UnicodeDecodeError, ValueError, TypeError) as error:
         what = family._family
-        raise ValueError(
-            f"SelectiveUpdate: {where}: the checkpoint's {what} can't be read: {error}; nothing was loaded"
-        ) from error
+        raise ValueError(f"SelectiveUpdate: {where}: the saved {what} can't be read: {error}; {after}") from error
     model.as_if_written()  # every field was saved, so that a changed default can't change a run
     return model
 
@@ -65,95 +63,6 @@ def decode_note(data: Tensor) -> str:
 def _text_and_note(data: Tensor) -> tuple[str, str]:
     text, _, note = bytes(data.cpu().tolist()).partition(b"\0")
     return text.decode(), note.rstrip(b"\0").decode()
-
-
-class MergedEntry(MutableMapping[str, Any]):
-    """One parameter's state: the base's entries and ours. Writes go to whoever owns the entry."""
-
-    def __init__(self, theirs: MutableMapping[str, Any], ours: Mapping[str, Tensor]) -> None:
-        self._theirs = theirs
-        self._ours = ours
-
-    def __getitem__(self, key: str) -> Any:
-        return self._ours[key] if key in self._ours else self._theirs[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        if key in self._ours:  # moved to another device, say: keep the tensor's identity in our own dictionaries
-            self._ours[key].data = value
-        elif str(key).startswith(PREFIX):
-            raise KeyError(f"{key!r}: names under {PREFIX!r} belong to SelectiveUpdate, which has no such entry here")
-        else:
-            self._theirs[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        if key in self._ours:
-            raise KeyError(f"{key!r} belongs to SelectiveUpdate and can't be removed")
-        del self._theirs[key]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._theirs
-        yield from self._ours
-
-    def __len__(self) -> int:
-        return len(self._theirs) + len(self._ours)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-
-class MergedState(MutableMapping[Tensor, Any]):
-    """The state of all parameters, live: true as soon as the base or we hold any."""
-
-    def __init__(
-        self,
-        base_state: Callable[[], MutableMapping[Tensor, Any]],
-        ours: Callable[[Tensor], dict[str, Tensor]],
-        tracked: Callable[[], Collection[Tensor]],
-    ) -> None:
-        self._base_state = base_state
-        self._ours = ours
-        self._tracked = tracked
-
-    def _keys(self) -> list[Tensor]:
-        base = self._base_state()
-        return [*base, *(p for p in self._tracked() if p not in base)]
-
-    def __getitem__(self, param: Tensor) -> MergedEntry:
-        base = self._base_state()
-        ours = self._ours(param)
-        # like the defaultdict it stands for: a parameter without state has an empty one, which is not stored by reading
-        return MergedEntry(base[param] if param in base else _Inserting(base, param), ours)
-
-    def __setitem__(self, param: Tensor, entries: Mapping[str, Any]) -> None:
-        self._base_state()[param] = {key: value for key, value in entries.items() if not str(key).startswith(PREFIX)}
-
-    def __delitem__(self, param: Tensor) -> None:
-        del self._base_state()[param]
-
-    def __contains__(self, param: object) -> bool:
-        return param in self._base_state() or param in self._tracked()
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._keys())
-
-    def __len__(self) -> int:
-        return len(self._keys())
-
-    def __repr__(self) -> str:
-        return repr({param: dict(self[param]) for param in self})
-
-
-class _Inserting(dict[str, Any]):
-    """An empty state that joins the base's dictionary with its first entry."""
-
-    def __init__(self, owner: MutableMapping[Tensor, Any], param: Tensor) -> None:
-        super().__init__()
-        self._owner = owner
-        self._param = param
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(key, value)
-        self._owner[self._param] = self
 
 
 def base_part(state_dict: Mapping[str, Any]) -> dict[str, Any]:

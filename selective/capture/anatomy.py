@@ -15,6 +15,7 @@ from selective.capture.anatomy_facts import Anatomy
 from selective.capture.anatomy_measure import measure as _measure
 from selective.capture.anatomy_moments import Moments, measure_moments
 from selective.capture.anatomy_probe import dequantized, state_entries
+from selective.capture.lazy import initialized
 from selective.capture.stepping import call_step
 
 __all__ = [
@@ -99,7 +100,7 @@ def _key(base: Optimizer, group: Mapping[str, Any]) -> tuple | None:
     handed = [v for k, v in vars(base).items() if k != "step"] + list(group.values())
     if any(callable(v) and not isinstance(v, (type, Tensor)) for v in handed):
         return None
-    params = group["params"]
+    params = initialized(group["params"])
     options = sorted((k, _plain(v)) for k, v in group.items() if k not in _NOT_KIND)
     own = sorted((k, _plain(v)) for k, v in vars(base).items() if isinstance(v, (bool, int, float, str, type(None))))
     kinds = sorted({(p.ndim, str(p.dtype), p.device.type) for p in params})

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from selective.capture.anatomy_clone import StepFailed
 from selective.capture.anatomy_probe import LR, STEPS, Grads, Run, run, stand_in_shape, values
+from selective.capture.lazy import initialized
 
 DECAY = 0.5  # large, so that decay is not small beside the gradient
 LARGE, SMALL, SIZABLE = 12, 6, 16  # elements of a stand-in, as powers of 2; how many times those a state may have
@@ -24,7 +25,7 @@ class Prober:
     """Steps twins of `base` on stand-ins for the parameters of `group`. Used inside `unnoticed()`."""
 
     def __init__(self, base: Optimizer, group: Mapping[str, Any]) -> None:
-        params: list[Tensor] = list(group["params"])
+        params = initialized(group["params"])
         self.base, self.group = base, group
         self.ndims = sorted({p.ndim for p in params}) or [2]
         device = params[0].device if params else torch.device("cpu")

@@ -122,6 +122,14 @@ class FusedRule:
         there is none: Note [moments of one space] in carry.py."""
         return None
 
+    def names(self, group: Group) -> tuple[list[str], list[str]]:
+        """What a state that is not empty must have; what of all its entries is shaped like the parameter."""
+        needed, optional = self._saved_names(group)
+        return needed, [name for name in (*needed, *optional) if name != "step"]
+
+    def convert(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:
+        """Give an entry that was written as a number the form that the base itself gives it."""
+
     def rule(self, base: Optimizer, group: Group) -> spec.Rule:
         raise TypeError(f"{type(self).__name__} must say how its rule is read off a group")
 
@@ -170,6 +178,12 @@ class FusedAdam(FusedRule):
             state["step"] = torch.tensor(0.0, dtype=_get_scalar_dtype(), device="cpu")
         for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
             state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def convert(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:
+        if not isinstance(state["step"], Tensor):
+            made: dict[str, Any] = {}
+            self.init_state(group, p, made)
+            state["step"] = made["step"].fill_(float(state["step"]))
 
 
 class FusedSGD(FusedRule):

@@ -89,6 +89,7 @@ class KeptItems:
         """Forget the items, so that state which was replaced is not kept in memory until the next step."""
         self._tables = {}
         self._lists, self._parameters, self._tensors, self._states, self._own = [], [], [], [], None
+        self._asked = None
 
     @contextmanager
     def of(

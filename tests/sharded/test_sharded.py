@@ -28,7 +28,7 @@ FAST = {
     ),
     "checkpoints": (
         "resharded_in_a_run", "full_state_goes_both_ways", "state_dict_of_torch", "state_made_early",
-        "read_before_the_first_step",
+        "read_before_the_first_step", "zero_redundancy",
     ),
     "agreement": (
         "skipped_by_all", "learning_rate_zero", "partial_gradients_are_summed", "preconditioners_leave_shards_alone",

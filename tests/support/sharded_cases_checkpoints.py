@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from selective import MGUP, AlphaConsistency, Magma, RandomMask, SelectiveUpdate
+from selective import MGUP, AlphaConsistency, Magma, RandomMask, SelectiveUpdate, Soap
 from selective.kernels import use_backend
 
 CONFIGURATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -190,3 +190,36 @@ def read_before_the_first_step(world: World) -> None:
                 fresh.model, fresh.optimizer, state["optimizer"], options=fresh.options(flatten=flatten)
             )
             _same(fresh.train(range(2)).values(), undisturbed, name)
+
+
+def zero_redundancy(world: World) -> None:
+    """Each rank wraps its share of the parameters; what was consolidated on one resumes on all, bit for bit."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def build() -> Any:
+        make = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(n, 4, generator=make)) for n in range(3, 9)]
+        bound = SelectiveUpdate.bind(torch.optim.AdamW, policy=RandomMask(), preconditioner=Soap(refresh_every=2))
+        return params, ZeroRedundancyOptimizer(params, bound, lr=0.01)
+
+    def train(params: list[Tensor], opt: Any, first: int, last: int) -> None:
+        for step in range(first, last):
+            make = torch.Generator().manual_seed(step)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=make)
+            opt.step()
+
+    params, opt = build()
+    train(params, opt, 0, 5)
+    opt.consolidate_state_dict()
+    saved = [opt.state_dict() if world.rank == 0 else None]
+    torch.distributed.broadcast_object_list(saved)
+    again, resumed = build()
+    with torch.no_grad():
+        for new, p in zip(again, params, strict=True):
+            new.copy_(p)
+    resumed.load_state_dict(copy.deepcopy(saved[0]))
+    train(params, opt, 5, 9)
+    train(again, resumed, 5, 9)
+    assert 0 < len(resumed.optim.state) < len(params)
+    assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from selective import MGUP, Magma, Policy, RandomMask, SelectiveUpdate
-from selective.state import POLICY, POLICY_STATE, SEED, STEP
+from selective.state import POLICY, POLICY_STATE, PREFIX, SEED, STEP
 
 AVERAGE = POLICY_STATE + "average"
 BROKEN = [
@@ -59,8 +59,9 @@ def test_a_broken_entry_is_refused_before_anything_is_loaded(key: str, value: An
 def test_our_names_do_not_get_into_the_base() -> None:
     _, optimizer = trained(magma, last=0)
     p = optimizer.param_groups[0]["params"][0]
-    with pytest.raises(KeyError, match="belong to SelectiveUpdate"):
-        optimizer.state[p][STEP] = torch.tensor(3)
+    with pytest.raises(ValueError, match="belong to SelectiveUpdate"):
+        optimizer.state[p][PREFIX + "other"] = torch.tensor(3)
+    optimizer.state[p][STEP] = torch.tensor(3)
     assert not optimizer.base.state
 
 
