@@ -106,7 +106,8 @@ def test_selects_as_maximize_does(base: str, way: str, policy: str) -> None:
 def test_in_triton(base: str, policy: str) -> None:
     """Interpreted where there is no GPU. The rate is a tensor, as the kernels read one on the device."""
     with use_backend("gpu"):
-        both(base, policy, "auto", torch.tensor(-1e-2, dtype=torch.float64) if base in ("adamw", "sgd") else -1e-2)
+        rate = torch.tensor(-1e-2, dtype=torch.float64) if base in ("adamw", "sgd") else -1e-2
+        both(base, policy, "auto", rate, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("way", ["auto", "scratch", "eigenbasis"])
