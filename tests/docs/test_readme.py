@@ -19,11 +19,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from demo_results import best_rows, less_time, summary_of
 from PIL import Image
 
-from selective.compare import build, summarise
 from selective.compare.config import ModelConfig
-from selective.compare.intervals import Interval, steps_to, t_interval
+from selective.compare.intervals import Interval, t_interval
 from selective.compare.model import GPT
 
 if sys.version_info >= (3, 11):
@@ -60,18 +60,10 @@ class Files:
 
     def demo(self, name: str, contender: int) -> SimpleNamespace:
         """Of a contender at its best rate: its row, how many times less time it takes to AdamW's loss, its control."""
-        found = self.read[name]
-        summary = summarise(build(found["config"]), found["runs"])
-        rows = {row.contender.index: row for row in summary.rows if row.best}
-        run = {(r["contender"], r["lr"], r["seed"]): r for r in found["runs"]}
-        less = []
-        for seed in summary.seeds:
-            base, mine = (run[index, rows[index].lr, seed] for index in (0, contender))
-            steps = steps_to(base["validation"]["loss"][-1], mine["validation"]["step"], mine["validation"]["loss"])
-            assert steps is not None
-            less.append(base["seconds"] / (mine["seconds"] * steps / mine["steps_done"]))
+        summary = summary_of(self.read[name])
         control = next((one.against_control for one in summary.found if one.contender.index == contender), None)
-        return SimpleNamespace(row=rows[contender], less_time=t_interval(less), control=control)
+        time = less_time(self.read[name], contender)
+        return SimpleNamespace(row=best_rows(summary)[contender], less_time=time, control=control)
 
     def whole_runs(self, setup: str) -> list[dict[str, Any]]:
         """A setup's runs at its best rate, by seed."""
@@ -226,7 +218,7 @@ def test_the_figures_are_those_of_the_files() -> None:
 
 
 def tamper(content: Any) -> Any:
-    """Runs whose losses are a tenth worse, in a tenth of the time; timings twice as long, but not what they are set to."""
+    """Runs with worse losses in a tenth of the time; timings twice as long, but not those that they are set to."""
     if isinstance(content, list):
         return [tamper(one) for one in content]
     if not isinstance(content, dict):
