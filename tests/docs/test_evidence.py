@@ -67,7 +67,7 @@ def test_a_file_that_says_otherwise_is_noticed(results: dict[str, Any]) -> None:
         changed = copy.deepcopy(results)
         for run in changed[seeds]["runs"]:
             if run["contender"]:
-                run["validation"]["loss"][-1] += 0.01
+                run["validation"]["loss"][-1] -= 0.01
         assert table("seeds") != seed_rows(changed)
         assert (table("demo") == demo_rows(changed[DEMO])) == (seeds != DEMO)
 
