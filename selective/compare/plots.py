@@ -15,6 +15,7 @@ from selective.compare.intervals import t_interval
 from selective.compare.summary import Summary, final
 from selective.compare.train import Record, write_atomically
 
+LABEL = 0.24  # inches from one label of a curve to the next
 # Distinguishable with colour-blind eyes (Okabe and Ito's palette, yellow left out: it vanishes on white).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -85,12 +86,13 @@ def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]
     rivals = [pair for pair in best if pair[0].role != "baseline"]
     baseline = next((pair for pair in best if pair[0].role == "baseline"), None)
     compared = baseline is not None and bool(rivals)
-    heights = [3.6, 0.9 + 0.5 * len(rivals)] if compared else [3.6]
-    figure = _figure(6.2, 0.4 + sum(heights))
+    curves = max(3.6, 0.9 + LABEL * len(best))
+    heights = [curves, 0.9 + 0.5 * len(rivals)] if compared else [curves]
+    figure = _figure(_width([contender.label for contender, _ in best]), 0.4 + sum(heights))
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]  # each as wide as it can be
     panels = [part.subplots() for part in parts]
     looks = _looks(contenders(config))
-    _curves(panels[0], best, looks, len(summary.seeds))
+    _curves(panels[0], best, looks, len(summary.seeds), LABEL / (curves - 0.9))
     if baseline is not None and rivals:
         _ends(panels[1], rivals, baseline, looks)
     for axes in panels:
@@ -99,10 +101,19 @@ def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]
     return figure
 
 
+def _width(labels: Sequence[str]) -> float:
+    """Inches of the picture. Labels stand beside the panels, so those that are long need a wider one."""
+    return 6.2 + 0.085 * max(0, max(map(len, labels)) - 22)
+
+
 def _curves(
-    axes: Any, best: Sequence[tuple[Contender, list[Record]]], looks: dict[int, dict[str, Any]], seeds: int
+    axes: Any,
+    best: Sequence[tuple[Contender, list[Record]]],
+    looks: dict[int, dict[str, Any]],
+    seeds: int,
+    label: float,
 ) -> None:
-    """The mean over the seeds, labelled at its end."""
+    """The mean over the seeds, labelled at its end. `label` is a label's part of the panel's height."""
     ends = []
     for contender, records in best:
         look = looks[contender.index]
@@ -117,7 +128,7 @@ def _curves(
     axes.grid(alpha=0.25)
     low, high = axes.get_ylim()
     right = axes.get_xlim()[1]
-    places = spread([end for _, end, _, _ in ends], 0.085 * (high - low))
+    places = spread([end for _, end, _, _ in ends], label * (high - low))
     for (last, end, text, colour), place in zip(ends, places, strict=True):
         axes.plot([last, right * 1.02], [end, place], color=colour, linewidth=0.6, clip_on=False)
         axes.text(right * 1.03, place, text, color=colour, fontsize=10, va="center")
