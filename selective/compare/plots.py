@@ -15,6 +15,7 @@ from selective.compare.intervals import t_interval
 from selective.compare.summary import Summary, final
 from selective.compare.train import Record, write_atomically
 
+LABEL = 0.24  # inches from one label of a curve to the next
 # Distinguishable with colour-blind eyes (Okabe and Ito's palette, yellow left out: it vanishes on white).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -78,34 +79,48 @@ def _looks(field: Sequence[Contender]) -> dict[int, dict[str, Any]]:
 
 
 def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]], summary: Summary) -> Any:
-    """Left: held-out loss. Right: how far the final losses are from the baseline's, a dot for each seed."""
+    """Above: held-out loss. Below: how far the final losses are from the baseline's, a dot for each seed.
+
+    One above the other, and narrow for its type, so that a phone shows it in full width and it can be read there.
+    """
     rivals = [pair for pair in best if pair[0].role != "baseline"]
     baseline = next((pair for pair in best if pair[0].role == "baseline"), None)
     compared = baseline is not None and bool(rivals)
-    figure = _figure(12.5 if compared else 8.0, 4.8)
-    widths = [1.25, 1] if compared else None
-    panels = figure.subplots(1, 2 if compared else 1, squeeze=False, width_ratios=widths)[0]
+    curves = max(3.6, 0.9 + LABEL * len(best))
+    heights = [curves, 0.9 + 0.5 * len(rivals)] if compared else [curves]
+    figure = _figure(_width([contender.label for contender, _ in best]), 0.4 + sum(heights))
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]  # each as wide as it can be
+    panels = [part.subplots() for part in parts]
     looks = _looks(contenders(config))
-    _curves(panels[0], best, looks, len(summary.seeds))
+    _curves(panels[0], best, looks, len(summary.seeds), LABEL / (curves - 0.9))
     if baseline is not None and rivals:
         _ends(panels[1], rivals, baseline, looks)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"GPT on bytes, {config.steps} steps; each contender at its best learning rate", fontsize=11)
+    figure.suptitle(f"GPT on bytes, {config.steps} steps, each at its best rate", fontsize=12)
     return figure
 
 
+def _width(labels: Sequence[str]) -> float:
+    """Inches of the picture. Labels stand beside the panels, so those that are long need a wider one."""
+    return 6.2 + 0.085 * max(0, max(map(len, labels)) - 22)
+
+
 def _curves(
-    axes: Any, best: Sequence[tuple[Contender, list[Record]]], looks: dict[int, dict[str, Any]], seeds: int
+    axes: Any,
+    best: Sequence[tuple[Contender, list[Record]]],
+    looks: dict[int, dict[str, Any]],
+    seeds: int,
+    label: float,
 ) -> None:
-    """The mean over the seeds, labelled at its end."""
+    """The mean over the seeds, labelled at its end. `label` is a label's part of the panel's height."""
     ends = []
     for contender, records in best:
         look = looks[contender.index]
         steps = records[0]["validation"]["step"]
         mean = [fmean(at) for at in zip(*(r["validation"]["loss"] for r in records), strict=True)]
-        axes.plot(steps, mean, linewidth=1.6, **look)
-        ends.append((steps[-1], mean[-1], f"{_short(contender)}, lr {records[0]['lr']:g}", look["color"]))
+        axes.plot(steps, mean, linewidth=1.8, **look)
+        ends.append((steps[-1], mean[-1], f"{contender.label}, lr {records[0]['lr']:g}", look["color"]))
     title = "Held-out loss" + (f", mean over {seeds} seeds" if seeds > 1 else ", one seed")
     axes.set(xlabel="step", ylabel="nats per byte", title=title)
     axes.set_ylim(top=_ceiling(best))
@@ -113,10 +128,10 @@ def _curves(
     axes.grid(alpha=0.25)
     low, high = axes.get_ylim()
     right = axes.get_xlim()[1]
-    places = spread([end for _, end, _, _ in ends], 0.055 * (high - low))
+    places = spread([end for _, end, _, _ in ends], label * (high - low))
     for (last, end, text, colour), place in zip(ends, places, strict=True):
         axes.plot([last, right * 1.02], [end, place], color=colour, linewidth=0.6, clip_on=False)
-        axes.text(right * 1.03, place, text, color=colour, fontsize=8.5, va="center")
+        axes.text(right * 1.03, place, text, color=colour, fontsize=10, va="center")
     axes.set_xlim(right=right)
 
 
@@ -150,16 +165,16 @@ def _ends(
         if found.half is not None:
             axes.plot([found.mean], [row], "|", color=colour, markersize=16, markeredgewidth=2)
             axes.plot([found.mean - found.half, found.mean + found.half], [row, row], color=colour, linewidth=1.6)
-        number = f"{found.mean:+.3f}" + ("" if found.half is None else f" ± {found.half:.3f}")
+        number = f"{found.mean:+.3f}".replace("-", "−") + ("" if found.half is None else f" ± {found.half:.3f}")
         axes.annotate(
-            number, (found.mean, row), (0, 11), textcoords="offset points", color=colour, fontsize=8.5, ha="center"
+            number, (found.mean, row), (0, 11), textcoords="offset points", color=colour, fontsize=10, ha="center"
         )
     axes.axvline(0, color="black", linewidth=1.2)
-    axes.set_yticks(range(len(rivals)), [_short(contender) for contender, _ in rivals], fontsize=9)
+    axes.set_yticks(range(len(rivals)), [_short(contender) for contender, _ in rivals], fontsize=10)
     axes.set_ylim(len(rivals) - 0.5, -0.6)
     axes.margins(x=0.12)
     axes.grid(alpha=0.25, axis="x")
-    title = "One seed, which is no evidence" if one_seed else "A dot for each seed, their mean and its 95 % interval"
+    title = "One seed, which is no evidence" if one_seed else "A dot for each seed, mean and 95 % interval"
     axes.set(xlabel=f"final loss minus {baseline[0].label}'s; left of 0 is better", title=title)
 
 

@@ -43,6 +43,34 @@ def test_a_dot_for_each_seed_and_an_interval_where_there_is_one(seeds, monkeypat
     assert curves.get_legend() is None
 
 
+LONG = {"kind": "MGUP", "alpha": 1.125, "gamma": 0.0625, "tau": 0.375, "score": "nesterov", "quantile": "sampled"}
+
+
+def cut_off(figure) -> list[str]:
+    """Texts that are not wholly inside of the picture."""
+    figure.canvas.draw()
+    width, height = figure.bbox.size
+    texts = [figure._suptitle]
+    for axes in figure.axes:
+        texts += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *axes.get_yticklabels()]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+    # Half a pixel: glyphs are anti-aliased beyond the box that they are measured by.
+    return [said for said, box in boxes if min(box.x0, box.y0) < -0.5 or box.x1 > width + 0.5 or box.y1 > height + 0.5]
+
+
+@pytest.mark.parametrize("policy", ["Cautious", LONG], ids=["short", "long"])
+def test_no_text_is_cut_off(policy, monkeypatch, tmp_path) -> None:
+    figure = figure_of(monkeypatch, tmp_path, policy=policy)["loss.png"]
+    assert cut_off(figure) == []
+    assert all(axes.bbox.width > 0.3 * figure.bbox.width for axes in figure.axes)
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # matplotlib's own word for it
+def test_a_picture_too_narrow_for_its_labels_is_noticed(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(plots, "_width", lambda labels: 6.2)
+    assert cut_off(figure_of(monkeypatch, tmp_path, policy=LONG)["loss.png"]) != []
+
+
 def test_a_panel_of_one_colour_is_left_out(monkeypatch, tmp_path) -> None:
     assert "share.png" in figure_of(monkeypatch, tmp_path, share=[0.1, 0.6])
     assert "share.png" not in figure_of(monkeypatch, tmp_path, policy="MGUP", share=[0.49, 0.5])

@@ -1,0 +1,82 @@
+"""The tables of docs/evidence.md about the demo, against what its measurement files say."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from demo_results import best_rows, less_time, summary_of
+
+from selective.compare.intervals import Interval
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "evidence.md").read_text()
+DEMO = "0 to 4, the demo"
+FOUND = {
+    DEMO: "2026-11-29-demo.json",
+    "10 to 14, fresh": "2026-11-29-demo-fresh-seeds.json",
+    "100 to 104, for its settings": "2026-11-29-demo-settle.json",
+}
+NAMES = {0: "AdamW", 1: "`Cautious()`", 2: "its random control", 3: "AdamW in `Soap()`"}
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    folder = ROOT / "docs" / "measurements"
+    return {seeds: json.loads((folder / name).read_text()) for seeds, name in FOUND.items()}
+
+
+def said(found: Interval | None, digits: int, sign: str = "") -> str:
+    assert found is not None and found.half is not None
+    return f"{found.mean:{sign}.{digits}f} ± {found.half:.{digits}f}".replace("-", "−")
+
+
+def demo_rows(result: dict[str, Any]) -> list[str]:
+    lines = []
+    for index, row in best_rows(summary_of(result)).items():
+        cells = [NAMES[index], f"{row.lr:g}", said(row.loss, 3)]
+        if index:
+            cells += [said(row.difference, 3, "+"), said(row.speed, 2), said(less_time(result, index), 2)]
+        lines.append(f"| {' | '.join(cells)} |" + ("" if index else " | | |"))
+    return lines
+
+
+def seed_rows(results: dict[str, Any]) -> list[str]:
+    lines = []
+    for seeds, result in results.items():
+        cautious, soap = summary_of(result).found
+        cells = [said(one, 3, "+") for one in (cautious.against_base, cautious.against_control, soap.against_base)]
+        lines.append(f"| {seeds} | {' | '.join(cells)} |")
+    return lines
+
+
+def table(mark: str) -> list[str]:
+    return PAGE.partition(f"<!-- {mark} -->\n\n")[2].partition("\n\n")[0].splitlines()[2:]
+
+
+def test_the_tables_are_those_of_the_files(results: dict[str, Any]) -> None:
+    assert table("demo") == demo_rows(results[DEMO])
+    assert table("seeds") == seed_rows(results)
+
+
+def test_a_file_that_says_otherwise_is_noticed(results: dict[str, Any]) -> None:
+    for seeds in FOUND:
+        changed = copy.deepcopy(results)
+        for run in changed[seeds]["runs"]:
+            if run["contender"]:
+                run["validation"]["loss"][-1] -= 0.01
+        assert table("seeds") != seed_rows(changed)
+        assert (table("demo") == demo_rows(changed[DEMO])) == (seeds != DEMO)
+
+
+def test_what_the_page_says_of_fresh_seeds_and_of_the_highest_rate(results: dict[str, Any]) -> None:
+    fresh = results["10 to 14, fresh"]
+    text = " ".join(PAGE.split())
+    assert f"was {said(less_time(fresh, 1), 2)} for `Cautious()` there, and {said(less_time(fresh, 3), 2)} for" in text
+    settle = results["100 to 104, for its settings"]
+    assert best_rows(summary_of(settle))[3].lr == max(settle["config"]["rates"]["rotation"]) == 0.008
+    verdicts = [[found.against_base.sign for found in summary_of(result).found] for result in results.values()]
+    assert verdicts == [[-1, -1]] * 3, "the page says that all three sets of seeds have the same verdicts"

@@ -1,0 +1,282 @@
+"""The figures in README.md are those of the measurement files, each computed again from the runs or timings in them.
+
+`CLAIMS` pairs a part of a sentence with the figures that the files give for its groups. A number in `measured(...)`
+that no claim covers is an error, so that none can be added without a file behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from demo_results import best_rows, less_time, summary_of
+from PIL import Image
+
+from selective.compare.config import ModelConfig
+from selective.compare.intervals import Interval, t_interval
+from selective.compare.model import GPT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+MEASUREMENTS = ROOT / "docs" / "measurements"
+DEMO, FRESH = "2026-11-29-demo.json", "2026-11-29-demo-fresh-seeds.json"
+H200, CPU = "2026-11-28-h200-llama-1b.json", "2026-11-28-cpu-transformer-30m.json"
+ROTATIONS = "2026-11-29-h200-rotations.json"
+PEERS = ("2026-11-28-h200-gpt2-peers.json", "2026-11-28-h200-gpt2-peers-more.json")
+GAIN = "gain"
+FILES = (DEMO, FRESH, H200, CPU, ROTATIONS, *PEERS)
+CAUTIOUS, SOAP = 1, 3  # the demo's contenders
+
+
+def number(value: float | Interval | None, digits: int) -> str:
+    assert value is not None
+    if not isinstance(value, Interval):
+        return f"{value:.{digits}f}"
+    assert value.half is not None
+    return f"{abs(value.mean):.{digits}f} ± {value.half:.{digits}f}"
+
+
+class Files:
+    """What the README says, computed from a folder of measurements."""
+
+    def __init__(self, folder: Path) -> None:
+        self.read = {name: json.loads((folder / name).read_text()) for name in FILES}
+        self.gain = [json.loads(file.read_text()) for file in sorted((folder / GAIN).glob("*-seed?.json"))]
+
+    def demo(self, name: str, contender: int) -> SimpleNamespace:
+        """Of a contender at its best rate: its row, how many times less time it takes to AdamW's loss, its control."""
+        summary = summary_of(self.read[name])
+        control = next((one.against_control for one in summary.found if one.contender.index == contender), None)
+        time = less_time(self.read[name], contender)
+        return SimpleNamespace(row=best_rows(summary)[contender], less_time=time, control=control)
+
+    def whole_runs(self, setup: str) -> list[dict[str, Any]]:
+        """A setup's runs at its best rate, by seed."""
+        part = importlib.import_module("gain_plan")
+        lr, _ = part.best([{"part": 1.0} | r for r in self.gain], setup)
+        return sorted((r for r in self.gain if (r["setup"], r["lr"]) == (setup, lr)), key=lambda r: r["seed"])
+
+    def fewer_steps(self, setup: str) -> Interval:
+        """How many times fewer steps than AdamW to its final loss, paired by seed."""
+        table = importlib.import_module("gain_table")
+        pairs = list(zip(self.whole_runs(setup), self.whole_runs("AdamW"), strict=True))
+        assert all(mine["seed"] == base["seed"] for mine, base in pairs)
+        return t_interval([mine["steps"] / table._steps(mine, table.final(base)) for mine, base in pairs])
+
+    def fastest(self, setup: str) -> float:
+        return min(run["seconds"] for run in self.whole_runs(setup))
+
+    def step(self, file: str, row: str) -> float:
+        """A benchmark's median ratio to torch's fused step."""
+        rows = {m["name"]: m for m in self.read[file]["results"][0]["measurements"]}
+        return median(a / b for a, b in zip(rows[row]["seconds"], rows[row]["fused_seconds"], strict=True))
+
+    def peer(self, row: str) -> list[str]:
+        """The least and the most of both runs beside other people's optimizers."""
+        return [f"{ratio:.1f}" for ratio in sorted(self.step(file, row) for file in PEERS)]
+
+    def rotation(self, line: str) -> dict[str, Any]:
+        return next(one for one in self.read[ROTATIONS]["rotations"][0]["lines"] if one["name"] == line)
+
+
+POLICIES = ("CautiousMGUP", "MGUP", "Cautious")
+PM = r"(\d+\.\d+ ± \d+\.\d+)"
+N = r"(\d+(?:\.\d+)?)"
+
+
+def demo_model(files: Files) -> list[str]:
+    model = GPT(ModelConfig(**files.read[DEMO]["config"]["model"]), seed=0)
+    return [f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"]
+
+
+def demo_setting(files: Files) -> list[str]:
+    config = files.read[DEMO]["config"]
+    return [str(config["steps"]), str(len(config["seeds"]))]
+
+
+def demo_gain(files: Files) -> list[str]:
+    found = files.demo(DEMO, CAUTIOUS)
+    return [number(found.row.speed, 2), number(found.less_time, 2)]
+
+
+def demo_rotation(files: Files) -> list[str]:
+    found = files.demo(DEMO, SOAP)
+    low, high = found.less_time.mean - found.less_time.half, found.less_time.mean + found.less_time.half
+    assert low < 1 < high, "README says that a rotation gains no time"
+    return [number(found.row.speed, 2), number(found.less_time, 2)]
+
+
+def at_34m(files: Files) -> list[str]:
+    setups = ("Soap squared", "Cautious in Soap squared")
+    assert {len(files.whole_runs(setup)) for setup in (*setups, "AdamW")} == {3}
+    return ["3", *(number(files.fewer_steps(setup), 2) for setup in setups)]
+
+
+def against(file: str) -> Callable[[Files], list[str]]:
+    def both(files: Files) -> list[str]:
+        found = files.demo(file, CAUTIOUS)
+        assert found.row.difference.sign == found.control.sign == -1, "README says that both are below"
+        return [number(found.row.difference, 3), number(found.control, 3)]
+
+    return both
+
+
+def rotated_step(files: Files) -> list[str]:
+    one, dense = files.rotation("one-sided tf32"), files.rotation("dense")
+    return [f"{one['facts']['bytes'] / 1e9:.1f}", f"{one['seconds'] * 1e3:.0f}", f"{dense['seconds'] * 1e3:.1f}"]
+
+
+CLAIMS: dict[str, Callable[[Files], list[str]]] = {
+    rf"a GPT of {N}M parameters": demo_model,
+    rf"on a CPU, {N} steps, {N} seeds": demo_setting,
+    rf"final loss in {PM} times fewer steps and {PM} times less time": demo_gain,
+    rf"\*\*no time today\*\*: {PM} times fewer steps and {PM} times less time": demo_rotation,
+    rf"on an H200 \({N} seeds\) it takes {PM} times fewer steps, and {PM} with": at_34m,
+    rf"fastest run took {N} s, and AdamW's {N} s:": lambda files: [
+        f"{files.fastest(s):.0f}" for s in ("Soap", "AdamW")
+    ],
+    rf"optimizer step of {N}B parameters": lambda files: [f"{files.read[H200]['results'][0]['parameters'] / 1e9:.1f}"],
+    rf"takes {N} × torch's fused AdamW with `CautiousMGUP\(\)`, {N} × with `MGUP\(\)` and {N} × with `Cautious\(\)`": (
+        lambda files: [f"{files.step(H200, policy):.2f}" for policy in POLICIES]
+    ),
+    rf"On {N} CPU cores these are {N} ×, {N} × and {N} ×": (
+        lambda files: [str(files.read[CPU]["threads"]), *(f"{files.step(CPU, policy):.1f}" for policy in POLICIES)]
+    ),
+    rf"takes {N} GB, and the H200's step is {N} ms in TF32 instead of {N} ms": rotated_step,
+    rf"`Cautious\(\)` ends {PM} nats a byte below AdamW and {PM} below its control": against(DEMO),
+    rf"Fresh seeds agree: {PM} and {PM}": against(FRESH),
+    rf"AdamW has its best of {N} learning rates": lambda files: [str(len(files.read[DEMO]["config"]["lr"]))],
+    rf"timm's AdamW with `caution=True` takes {N} × torch's fused step, and HeavyBall's takes {N} ×": (
+        lambda files: [f"{files.step(PEERS[0], row):.1f}" for row in ("timm AdamW, caution", "HeavyBall AdamW")]
+    ),
+    rf"`CautiousMGUP\(\)` takes {N} to {N} × and": lambda files: files.peer("CautiousMGUP"),
+    rf"`MGUP\(\)` {N} to {N} ×": lambda files: files.peer("MGUP"),
+}
+# Numbers that are no measurement: of a setting, of statistics, a rough border, names.
+PLAIN = (
+    r"With 34M parameters",
+    r"below about 1B parameters",
+    r"All ± are 95 % intervals",
+    r"H200",
+    r"TF32",
+    r"FSDP2",
+    r"GPT-2",
+)
+
+
+def measured(text: str) -> str:
+    """The parts that hold figures, in one line."""
+    first = text.partition("\n- **What it gains.")[2].partition("\n## Install")[0]
+    peers = text.partition("\n## Why not")[2].partition("\n## What it is not")[0].partition("\n")[2]
+    assert first and peers, "the headings that this test looks for are not in README.md"
+    return re.sub(r"\s+", " ", re.sub(r"\]\([^)]*\)", "]", f"{first} {peers}"))
+
+
+def wrong(text: str, files: Files) -> list[str]:
+    """What is said otherwise than the files have it, and numbers that no claim covers."""
+    found, covered, line = [], set(), measured(text)
+    for pattern, figures in CLAIMS.items():
+        matches = list(re.finditer(pattern, line))
+        if len(matches) != 1:
+            found.append(f"{len(matches)} places say {pattern!r}")
+            continue
+        said, expected = list(matches[0].groups()), figures(files)
+        covered.update(place for group in range(1, len(said) + 1) for place in range(*matches[0].span(group)))
+        if said != expected:
+            found.append(f"{pattern!r} is said of {said}, the files have {expected}")
+    for pattern in PLAIN:
+        covered.update(place for match in re.finditer(pattern, line) for place in range(*match.span()))
+    bare = [match for match in re.finditer(r"\d+(?:\.\d+)?", line) if match.start() not in covered]
+    return found + [
+        f"no claim covers {match[0]!r} in ...{line[max(0, match.start() - 40) : match.end() + 20]}" for match in bare
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # where gain_table's own imports are found
+    yield
+    for name in ("gain_plan", "gain_table"):
+        sys.modules.pop(name, None)
+
+
+def test_the_figures_are_those_of_the_files() -> None:
+    assert wrong(README, Files(MEASUREMENTS)) == []
+
+
+def tamper(content: Any) -> Any:
+    """Runs with worse losses in a tenth of the time; timings twice as long, but not those that they are set to."""
+    if isinstance(content, list):
+        return [tamper(one) for one in content]
+    if not isinstance(content, dict):
+        return content
+    changed = {key: tamper(value) for key, value in content.items()}
+    if "parameters_sha256" in changed and changed.get("contender", 1) > 0:  # a run, not the baseline's of a comparison
+        changed["validation"]["loss"] = [loss + 0.1 for loss in changed["validation"]["loss"]]
+        changed["seconds"] /= 10  # the fastest run of its setup now
+    if isinstance(changed.get("seconds"), list):
+        changed["seconds"] = [2 * one for one in changed["seconds"]]
+    elif "name" in changed and "seconds" in changed:
+        changed["seconds"] *= 2
+    return changed
+
+
+GAINS = (
+    "AdamW-lr0.0015-seed1.json",
+    "Soap-lr0.006-seed2.json",
+    "Soap-squared-lr0.006-seed0.json",
+    "Cautious-in-Soap-squared-lr0.006-seed2.json",
+)
+
+
+@pytest.mark.parametrize("name", [*FILES, *(f"{GAIN}/{name}" for name in GAINS)])
+def test_a_file_that_says_otherwise_is_noticed(name: str, tmp_path: Path) -> None:
+    shutil.copytree(MEASUREMENTS, tmp_path / "m")
+    file = tmp_path / "m" / name
+    file.write_text(json.dumps(tamper(json.loads(file.read_text()))))
+    with pytest.raises(AssertionError):  # also where a claim has no figures any more: Soap() has to gain no time
+        assert wrong(README, Files(tmp_path / "m")) == []
+
+
+def test_a_figure_that_is_written_otherwise_or_has_no_file_is_noticed() -> None:
+    files = Files(MEASUREMENTS)
+    changed = README.replace("0.144 ± 0.032", "0.244 ± 0.032")
+    assert [line for line in wrong(changed, files) if "0.244" in line]
+    added = README.replace("All ± are", "It is 9.5 × better. All ± are")
+    assert [line[:24] for line in wrong(added, files)] == ["no claim covers '9.5' in"]
+    gone = README.replace("Fresh seeds agree", "Others agree")
+    assert any(line.startswith("0 places say") for line in wrong(gone, files))
+
+
+def test_the_picture_is_of_the_file() -> None:
+    with Image.open(ROOT / "docs" / "pictures" / "demo.png") as picture:
+        drawn_from = picture.info["results-sha256"]
+    same = hashlib.sha256((MEASUREMENTS / DEMO).read_bytes()).hexdigest()
+    assert drawn_from == same, "python docs/pictures/demo.py draws it again"
+
+
+def test_the_versions_are_those_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pythons = [line.rpartition(" ")[2] for line in project["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    lowest = next(line.partition(">=")[2] for line in project["dependencies"] if line.startswith("torch>="))
+    assert f"Python {pythons[0]} to {pythons[-1]}, torch {lowest} to " in README
+    assert project["requires-python"] == f">={pythons[0]}"
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 150
