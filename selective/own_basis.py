@@ -128,10 +128,10 @@ class OwnBasis(Optimizer):
             def change(x: Tensor, state: State = basis.state, project: Any = preconditioner.project_in) -> Tensor:
                 return project([state], [x])[0]
 
-            if basis.gathers and basis.shard is not None:
-                change = on_wholes(basis.shard, basis.whole, change)
+            shard = basis.shard if basis.gathers else None
+            entered = change if shard is None else on_wholes(shard, basis.whole, change)
             with torch.no_grad():
-                enter(self.base, parameter.tensor, moments, shape, change)
+                enter(self.base, parameter.tensor, moments, shape, entered)
 
 
 def _parts_in(own: dict[str, Tensor], stage: Stage, param: Tensor) -> list[str]:

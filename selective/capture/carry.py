@@ -45,8 +45,8 @@ class MomentCarrier:
     def __init__(
         self, base: Optimizer, moments: Moments, bound: spec.Scalar | None, has_rule: bool, precision: Precision
     ) -> None:
-        self.base, self.moments, self.bound, self.precision = base, moments, bound, precision
-        self.measures = not has_rule
+        self.base, self.moments, self.bound, self.measures = base, moments, bound, not has_rule
+        self.precision: Precision = precision
 
     def carry(
         self, param: Tensor, shape: Shape, carried: Carried, own: Sequence[Tensor] = (), around: Around = as_it_is
