@@ -11,6 +11,7 @@ from selective.capture.base import Parameter
 from selective.capture.choose import Capture, CaptureName, capture_key, choose_capture
 from selective.clock import Clocks
 from selective.groups import KEYS, PolicyGroup, PreconditionerGroup, take_policy, take_preconditioner
+from selective.joined import refuse_joined
 from selective.members import Members
 from selective.own_state import OwnState
 from selective.policies import Dense, Policy
@@ -41,7 +42,7 @@ class Planning(OwnState):
             if known is None or not known.are_of(group, address):
                 if known is not None:
                     self._recorded += known.kept.recorded
-                self._members[number : number + 1] = [Members(group, number, address)]
+                self._members[number : number + 1] = [Members(group, number, address, known)]
             address += len(group["params"])
         for removed in self._members[len(self.param_groups) :]:
             self._recorded += removed.kept.recorded
@@ -77,6 +78,10 @@ class Planning(OwnState):
             policy_group.listen(members.kept.policy_changed)
             policy = policy_group.policy
             members.look()
+            if members.joined and not (
+                isinstance(policy, Dense) and policy_group.preconditioning.preconditioner is None
+            ):
+                refuse_joined(number, members.shapes, members.tensors)
             key = capture_key(self.base, group, members.layout, policy, members.kept.describe(policy).needs)
             known = self._captures[number] if number < len(self._captures) else None
             if known is not None and known[0] == key:
