@@ -75,8 +75,8 @@ def _several_evaluations(name: str, found: str) -> str:
 def _second_derivatives(name: str, found: str) -> str:
     return (
         f"{name} takes second derivatives of the loss in its step, through gradients made with create_graph=True "
-        f"({found}); a projected gradient or one of a stand-in has no such graph. Use a base that steps from the values "
-        "of p.grad alone, for instance AdamW with preconditioner=Soap() for curvature."
+        f"({found}), and gradients that are handed to it here have no graph. Use a base that steps from the values of "
+        "p.grad alone, for instance AdamW with preconditioner=Soap() for curvature."
     )
 
 
