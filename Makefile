@@ -36,11 +36,11 @@ MORE_STACKS := $(VENV)-more-stacks
 # On top of the usual environment, which stays as it is: a second one that sees its packages.
 test-more-stacks: $(VENV)/.ready ## timm, trl and DeepSpeed, in an environment of their own (VENV-more-stacks)
 	@$(PYTHON) -m venv "$(MORE_STACKS)"
-	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	@$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> "$$($(MORE_STACKS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/usual.pth"
 	@$(MORE_STACKS)/bin/python -m pip install --quiet --constraint "$(VENV)/constraints.txt" \
 		deepspeed opt_einsum timm trl
-	@OMP_NUM_THREADS=1 $(MORE_STACKS)/bin/python -P -m pytest -q $(PYTEST_ARGS) \
+	@OMP_NUM_THREADS=1 $(MORE_STACKS)/bin/python -I -m pytest -q $(PYTEST_ARGS) \
 		tests/stacks/test_timm.py tests/stacks/test_trl.py tests/stacks/test_deepspeed.py
 
 test-gpu: $(VENV)/.ready ## the tests that need a CUDA device
