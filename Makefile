@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 export TORCH_SPEC
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-quick test test-slow test-gpu sanitize lint format docs docs-links bench clean
+.PHONY: help setup demo demo-quick test test-slow test-more-stacks test-gpu sanitize lint format docs docs-links bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,17 @@ test: $(VENV)/.ready ## the complete CPU suite
 
 test-slow: $(VENV)/.ready ## the tests marked slow
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) -m "slow and not gpu" $(PYTEST_ARGS)
+
+MORE_STACKS := $(VENV)-more-stacks
+# On top of the usual environment, which stays as it is: a second one that sees its packages.
+test-more-stacks: $(VENV)/.ready ## timm, trl and DeepSpeed, in an environment of their own (VENV-more-stacks)
+	@$(PYTHON) -m venv "$(MORE_STACKS)"
+	@$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$($(MORE_STACKS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/usual.pth"
+	@$(MORE_STACKS)/bin/python -m pip install --quiet --constraint "$(VENV)/constraints.txt" \
+		deepspeed opt_einsum timm trl
+	@OMP_NUM_THREADS=1 $(MORE_STACKS)/bin/python -I -m pytest -q $(PYTEST_ARGS) \
+		tests/stacks/test_timm.py tests/stacks/test_trl.py tests/stacks/test_deepspeed.py
 
 test-gpu: $(VENV)/.ready ## the tests that need a CUDA device
 	@$(BIN)/pytest -q -m gpu $(PYTEST_ARGS)

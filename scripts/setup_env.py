@@ -26,6 +26,8 @@ TESTED_TORCH = "torch>=2.9,<2.14"  # the package asks for >=2.9; this is the ran
 EXTRAS = {"all": "test,test-stacks,docs,dev", "demo": "compare"}  # by what the environment is for
 # The Makefile's stamps, written last, so that a half-made environment is finished.
 STAMPS = {"all": (".ready", ".ready-demo"), "demo": (".ready-demo",)}
+# Packages whose newest release can't be imported beside an older torch: by torch's version, what goes with it.
+COMPANIONS = {"2.9": ["torchao==0.15.0"]}  # 0.18 imports `ScalingType` from torch.nn.functional, which 2.9 lacks
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Where a CPU build may be, cheapest first: pip options for the dry run, options for the installation.
 CPU_SOURCES = {
@@ -90,7 +92,8 @@ class Environment:
         if version is None:
             raise SystemExit(f"setup_env: torch cannot be imported; see `{self.python} -c 'import torch'`")
         # Later installations may not replace it by another build.
-        self.constraints.write_text(f"torch=={version}\n")
+        companions = COMPANIONS.get(".".join(version.split(".")[:2]), [])
+        self.constraints.write_text("\n".join([f"torch=={version}", *companions]) + "\n")
 
     def install_cpu_torch(self) -> None:
         for source, (search, options) in CPU_SOURCES.items():

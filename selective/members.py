@@ -12,6 +12,7 @@ from selective.capture.base import Parameter
 from selective.capture.choose import Layout
 from selective.capture.items import KeptItems
 from selective.capture.lazy import is_lazy
+from selective.joined import are_joined, shapes_of
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -22,8 +23,11 @@ class Members:
     Looking is by identity and in plain lists, because it is done for every parameter in every step.
     """
 
-    def __init__(self, group: dict[str, Any], number: int, address: int) -> None:
+    def __init__(self, group: dict[str, Any], number: int, address: int, before: Members | None = None) -> None:
         self.tensors = list(group["params"])
+        self.joined = before is not None and are_joined(before.shapes, self.tensors)  # into one flat vector
+        # a stack that joins tensors may also empty them, so their shapes are those that they had when they came
+        self.shapes = before.shapes if before is not None and self.joined else shapes_of(self.tensors)
         self.address = address
         self._names = list(group.get("param_names") or ())
         names = self._names or [f"param_groups[{number}][{i}]" for i in range(len(self.tensors))]

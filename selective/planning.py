@@ -12,6 +12,7 @@ from selective.capture.choose import Capture, CaptureName, capture_key, choose_c
 from selective.capture.moments import check_moments, moments_of
 from selective.clock import Clocks
 from selective.groups import KEYS, PolicyGroup, PreconditionerGroup, take_policy, take_preconditioner
+from selective.joined import refuse_joined
 from selective.live import Live
 from selective.members import Members
 from selective.own_state import OwnState
@@ -47,7 +48,7 @@ class Planning(OwnState):
                 if known is not None:
                     self._recorded += known.kept.recorded
                     self._edited = True
-                self._members[number : number + 1] = [Members(group, number, address)]
+                self._members[number : number + 1] = [Members(group, number, address, known)]
             address += len(group["params"])
         for removed in self._members[len(self.param_groups) :]:
             self._recorded += removed.kept.recorded
@@ -98,6 +99,8 @@ class Planning(OwnState):
             members.look()
             if not isinstance(policy, Dense) or policy_group.preconditioning.preconditioner is not None:
                 check_flattened(members.parameters)
+                if members.joined:
+                    refuse_joined(number, members.shapes, members.tensors)
             key = capture_key(self.base, group, members.layout, policy, members.kept.describe(policy).needs)
             known = self._captures[number] if number < len(self._captures) else None
             if known is not None and known[0] == key:

@@ -22,6 +22,8 @@ def refused_unseen(base: Optimizer, group: Mapping[str, Any]) -> str | None:
     closure = inspect.signature(type(base).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         return _several_evaluations(name, "its step() requires a closure")
+    if getattr(base, "is_second_order", False):  # timm's loops ask for it
+        return _second_derivatives(name, "it says is_second_order")
     if group.get("gradient_release"):
         return (
             f"{name} has gradient_release=True: it steps inside backward, where nothing can come between; construct it "
@@ -40,6 +42,8 @@ def unsteppable(base: Optimizer, error: BaseException) -> str:
     name, text = type(base).__name__, f"{type(error).__name__}: {error}".splitlines()[0]
     if "closure" in text.lower() or "backward" in text.lower():
         return _several_evaluations(name, f"without a closure: {text}")
+    if "does not require grad" in text or "'hess'" in text:
+        return _second_derivatives(name, text)
     if "sparse" in text.lower():
         return (
             f"{name} does not step on dense gradients ({text}), and selection needs dense ones; use a dense base, for "
@@ -65,6 +69,14 @@ def _several_evaluations(name: str, found: str) -> str:
     return (
         f"{name} evaluates the loss several times in a step ({found}), so there is no one gradient to select by; use a "
         "base that steps from p.grad alone."
+    )
+
+
+def _second_derivatives(name: str, found: str) -> str:
+    return (
+        f"{name} takes second derivatives of the loss in its step, through gradients made with create_graph=True "
+        f"({found}), and gradients that are handed to it here have no graph. Use a base that steps from the values of "
+        "p.grad alone, for instance AdamW with preconditioner=Soap() for curvature."
     )
 
 

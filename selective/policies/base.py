@@ -11,13 +11,16 @@ import reprlib
 from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
+from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic 2.7 has it there only
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
+
+from selective.policies.class_annotations import ConfiguredMeta
 
 C = TypeVar("C", bound="Configured")
 
 
-class Configured(BaseModel):
+class Configured(BaseModel, metaclass=ConfiguredMeta):
     """A frozen, keyword-only model with a `kind` (its class name unless said otherwise)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

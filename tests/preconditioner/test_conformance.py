@@ -89,8 +89,9 @@ def _small_and_eager():
 def check(one: Subject, base: str) -> None:
     report = check_wrapper(one)
     report.raise_if_failed()
-    expected = FAULTS_OF_BASES.get(base, set()) | faults_of_older_torch(base) | NO_CONFIG | set(one.waives)
-    assert {o.check for o in report.not_applicable} == expected, str(report)
+    expected = FAULTS_OF_BASES.get(base, set()) | NO_CONFIG | set(one.waives)
+    found = {o.check for o in report.not_applicable} - faults_of_older_torch(base)  # some have them: 2.11, not 2.9
+    assert found == expected, str(report)
     assert len(report.outcomes) == len(conformance_checks)
 
 

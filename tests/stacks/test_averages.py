@@ -46,7 +46,9 @@ def test_averages_go_on_bit_for_bit(case: str, kind: str, tmp_path: Any) -> None
     run.train(0, 5)
     torch.save({name: part.state_dict() for name, part in run.parts.items()}, tmp_path / "at-5.pt")
     run.train(5, 9)
-    saved = torch.load(tmp_path / "at-5.pt", weights_only=True)
+    # torch 2.9 keeps SWALR's function in its state, by name
+    with torch.serialization.safe_globals([getattr, SWALR]):
+        saved = torch.load(tmp_path / "at-5.pt", weights_only=True)
     resumed = Run(case, kind)
     for name, part in resumed.parts.items():
         part.load_state_dict(saved[name])

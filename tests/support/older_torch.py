@@ -1,6 +1,8 @@
-"""What torch's own optimizers got wrong in versions that we support."""
+"""What bases got wrong in versions of torch that we support, and in the versions of torchao that go with those."""
 
 from __future__ import annotations
+
+from importlib.metadata import version
 
 import torch
 
@@ -12,6 +14,12 @@ FAULTS_OF_OLDER_TORCH = {
 
 
 def faults_of_older_torch(base: str) -> set[str]:
-    """Conformance checks that this base fails by itself with the torch that is installed."""
-    older = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
+    """Conformance checks that this base fails by itself with what is installed."""
+    if base == "torchao-8bit":  # 0.15, which goes with torch 2.9, steps with a tensor as `lr` only
+        return {"schedulers_reach_the_base"} if _numbers(version("torchao")) <= (0, 15) else set()
+    older = _numbers(torch.__version__) < (2, 13)
     return FAULTS_OF_OLDER_TORCH.get(base, set()) if older else set()
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])

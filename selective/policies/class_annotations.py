@@ -1,0 +1,62 @@
+"""Lets `reads: ClassVar = ...` be written without brackets in a file that postpones its annotations.
+
+`from __future__ import annotations` turns the annotation into the text "ClassVar". Python 3.10 refuses to evaluate that
+on behalf of pydantic ("Unable to evaluate type annotation"). So the text is replaced as soon as the class body has
+written it, before pydantic reads it. Later versions of Python would evaluate it; they get the same, up to 3.13.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import MutableMapping
+from types import FrameType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel
+
+# Python 3.14 keeps annotations elsewhere where they are not postponed, and evaluates the text without brackets.
+_TEXT_IS_EVALUATED = sys.version_info >= (3, 14)
+_DOTTED_NAME = re.compile(r"\s*[^\W\d]\w*(\s*\.\s*[^\W\d]\w*)*\s*")
+
+
+class _Annotations(dict[str, Any]):
+    """The annotations of a class body. A text that means the bare `ClassVar` becomes `ClassVar[Any]`."""
+
+    def __setitem__(self, name: str, annotation: Any) -> None:
+        bare = isinstance(annotation, str) and _is_class_var(annotation, sys._getframe(1))
+        super().__setitem__(name, ClassVar[Any] if bare else annotation)
+
+
+def _is_class_var(text: str, body: FrameType) -> bool:
+    """Say whether `text` names `typing.ClassVar` in the class body: imported, renamed, dotted, or for type checkers."""
+    if _DOTTED_NAME.fullmatch(text) is None:
+        return False
+    first, *attributes = (part.strip() for part in text.split("."))
+    around = body.f_back.f_locals if body.f_back is not None else {}
+    known = next((names for names in (body.f_locals, around, body.f_globals) if first in names), None)
+    if known is None:
+        return [first, *attributes][-1] == "ClassVar"
+    found = known[first]
+    for attribute in attributes:
+        found = getattr(found, attribute, None)
+    return found is ClassVar
+
+
+if TYPE_CHECKING:
+    ConfiguredMeta = type(BaseModel)
+else:
+
+    class ConfiguredMeta(type(BaseModel)):
+        """pydantic's metaclass, with class bodies whose annotations are read as they are written.
+
+        Only `__prepare__` is ours: pydantic looks up names in the frame that called its `__new__`, and a `__new__` of
+        ours would stand in between.
+        """
+
+        @classmethod
+        def __prepare__(cls, *args: Any, **kwargs: Any) -> MutableMapping[str, Any]:
+            namespace = super().__prepare__(*args, **kwargs)
+            if not _TEXT_IS_EVALUATED:
+                namespace["__annotations__"] = _Annotations()
+            return namespace
