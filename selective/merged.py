@@ -76,6 +76,11 @@ class MergedEntry(MutableMapping[str, Any]):
         self._param = param if self._own is None else None  # asked for as long as we keep nothing of it
 
     @property
+    def home(self) -> Home:
+        """Where it is kept."""
+        return self._home
+
+    @property
     def own(self) -> Own | None:
         """What we keep of the parameter; None where that is nothing."""
         if self._own is None:

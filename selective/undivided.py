@@ -82,19 +82,30 @@ class _Call:
     def __call__(self) -> Any:
         if not self.ours:  # another tensor is written
             return self.func(*self.args, **self.kwargs)
-        if self.writes and self.name == "copy":
+        if self.writes and (self.name == "copy" or self._sets_everything()):
             return self._written_whole()
+        if self.name == "_foreach_copy":
+            for target, source in zip(self.args[0], self.args[1], strict=True):
+                _Call(Tensor.copy_, (target, source), {})()
+            return None
         if self.writes and self.name.startswith("_foreach_"):
             return self._written_beside_others()
         cut = any(one.cut_up for one in self.ours)
         if cut or self.writes or self.name in _CUTS or self.name in _ARITHMETIC:
             return self._cut(cut)
         found = self.func(*self.args, **self.kwargs)
-        return found.as_subclass(Undivided) if self.copies and isinstance(found, Tensor) else found
+        return _copy_of(found, self.ours[0]) if self.copies and isinstance(found, Tensor) else found
+
+    def _sets_everything(self) -> bool:
+        """Whether it is `x[...] = y` or `x[:] = y`."""
+        key = self.args[1] if self.name == "__setitem__" else None
+        return key is Ellipsis or (isinstance(key, slice) and key == slice(None))
 
     def _written_whole(self) -> Any:
+        """All numbers are replaced: it says what the source says."""
         found, one = self.func(*self.args, **self.kwargs), self.ours[0]
-        if one.write is not None:
+        one.cut_up = any(source.cut_up for source in _among((self.args[1:], self.kwargs)))
+        if one.write is not None and not one.cut_up:
             one.write(one.as_subclass(Tensor).clone())
         return found
 
@@ -118,10 +129,27 @@ class _Call:
             of_numbers = not cut and self.name in _ARITHMETIC and first.dim() == 0 and isinstance(found, Tensor)
             if of_numbers and found.dim() == 0 and found.dtype == first.dtype:
                 return found
+            if not cut and not self.writes and _is_whole(found, first):
+                return _copy_of(found, first)
         if self.writes:
             for one in self.ours:
                 one.cut_up = True
         return _marked(found)
+
+
+def _copy_of(found: Tensor, first: Undivided) -> Undivided:
+    """A copy of `first`, or another view of its memory: what is copied into that goes to the state, too."""
+    made = found.as_subclass(Undivided)
+    if _is_whole(found, first):
+        made.write = first.write
+    return made
+
+
+def _is_whole(found: Any, first: Tensor) -> bool:
+    """Whether it is all of `first` in the same memory and order: `x[:]`, `x.view(x.shape)`."""
+    if not isinstance(found, Tensor) or found.shape != first.shape or found.dtype != first.dtype:
+        return False
+    return found.data_ptr() == first.data_ptr() and found.stride() == first.stride()
 
 
 def _among(values: Any) -> Iterator[Undivided]:

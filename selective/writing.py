@@ -223,6 +223,8 @@ class _Home(Home):
                 raise TypeError(
                     f"SelectiveUpdate: a parameter's state is a {type(entries).__name__}, must be a mapping; {_NOT}"
                 )
+            if isinstance(entries, MergedEntry) and not self._is_ours(entries):
+                entries = dict(entries)  # another optimizer's: what it says is judged, and that one keeps what it has
             theirs, ours = apart(entries)
             if isinstance(entries, MergedEntry):  # as it is: what it says of the optimizer is this one's
                 taken[param] = theirs, entries.own
@@ -234,6 +236,10 @@ class _Home(Home):
         for take in said:
             take()
         self._commit(states, taken, instead)
+
+    def _is_ours(self, entries: MergedEntry) -> bool:
+        home = entries.home
+        return isinstance(home, _Home) and home.optimizer is self.optimizer
 
     def _own_of(self, param: Tensor, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Own | None:
         if not ours:

@@ -146,7 +146,7 @@ CLAIMS: dict[str, Callable[[Files], list[str]]] = {
     rf"on a CPU, {N} steps, {N} seeds": demo_setting,
     rf"final loss in {PM} times fewer steps and {PM} times less time": demo_gain,
     rf"\*\*no time today\*\*: {PM} times fewer steps and {PM} times less time": demo_rotation,
-    rf"on an H200 \({N} seeds\) it takes {PM} times fewer steps, and {PM} with": at_34m,
+    rf"on an H200 \({N} seeds\) `Soap\(\)` takes {PM} times fewer steps, and {PM} with": at_34m,
     rf"fastest run took {N} s, and AdamW's {N} s:": lambda files: [
         f"{files.fastest(s):.0f}" for s in ("Soap", "AdamW")
     ],

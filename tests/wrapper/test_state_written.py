@@ -34,6 +34,50 @@ from selective.undivided import Undivided
 
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
 
+# --- another optimizer's, and other ways to write whole entries ---
+
+
+@pytest.mark.parametrize("theirs", [None, "AdaDiag"])
+def test_the_state_of_another_optimizer_is_judged_and_left_to_it(theirs: str | None) -> None:
+    """Taken as it is, the basis would be the other one's too, and go where this one drops it."""
+    p = torch.nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
+    first = SelectiveUpdate(torch.optim.AdamW([p]), policy=MGUP(), preconditioner=Soap(refresh_every=2))
+    p.grad = torch.ones_like(p)
+    for _ in range(3):
+        first.step()
+    second = SelectiveUpdate(torch.optim.AdamW([p]), policy=MGUP(), preconditioner=theirs)
+    with pytest.raises(ValueError, match="another kind; it was not taken"):
+        second.state[p] = first.state[p]
+    names = set(first.state[p])
+    alike = SelectiveUpdate(torch.optim.AdamW([p]), policy=MGUP(), preconditioner=Soap(refresh_every=2))
+    alike.state[p] = first.state[p]
+    for optimizer in (alike, second, first):
+        optimizer.step()
+    assert set(first.state[p]) == names
+    assert alike._own[p] is not first._own[p]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda v, x: v.copy_(x),
+        lambda v, x: v.data.copy_(x),
+        lambda v, x: v.detach().copy_(x),
+        lambda v, x: v.__setitem__(..., x),
+        lambda v, x: v.__setitem__(slice(None), x),
+        lambda v, x: torch._foreach_copy_([v], [x]),  # type: ignore[attr-defined]
+    ],
+)
+def test_all_of_an_entry_is_written_in_place(write: Callable[[Any, Tensor], Any]) -> None:
+    p = torch.nn.Parameter(torch.ones(6, 4))
+    opt = SelectiveUpdate(torch.optim.AdamW([p]), preconditioner=Soap())
+    p.grad = torch.ones_like(p)
+    opt.step()
+    wanted = torch.eye(6).flip(0)[None]
+    write(opt.state[p]["selective/basis/rows_basis"], wanted)
+    assert torch.equal(opt._own[p]["selective/basis/rows_basis"], wanted)
+
+
 # --- put back -------------------------------------------------------------------------------------------------------
 
 
@@ -43,6 +87,15 @@ def by_deepcopy(opt: Any) -> dict[Any, Any]:
 
 def by_loop(opt: Any) -> dict[Any, Any]:
     return {p: {k: v.clone() for k, v in entry.items()} for p, entry in opt.state.items()}
+
+
+def by_memory(opt: Any) -> dict[Any, Any]:
+    """As code does that moves a state to other memory."""
+    return {p: {k: torch.empty_like(v).copy_(v) for k, v in entry.items()} for p, entry in opt.state.items()}
+
+
+def by_whole_slices(opt: Any) -> dict[Any, Any]:
+    return {p: {k: v[...].reshape(v.shape).clone() for k, v in entry.items()} for p, entry in opt.state.items()}
 
 
 def by_pickle(opt: Any) -> dict[Any, Any]:
@@ -80,7 +133,7 @@ def after_deleting(opt: Any, saved: dict[Any, Any]) -> None:
 
 
 WAYS = [(by_deepcopy, whole), (by_loop, update), (by_pickle, assign), (by_loop, entry_by_entry),
-        (by_deepcopy, in_place), (by_loop, after_deleting)]  # fmt: skip
+        (by_deepcopy, in_place), (by_loop, after_deleting), (by_memory, whole), (by_whole_slices, assign)]  # fmt: skip
 
 
 def gone_back(case: Case, save: Callable[..., Any], put: Callable[..., Any]) -> tuple[Any, Any]:
