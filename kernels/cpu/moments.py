@@ -60,7 +60,11 @@ def _example(rule: Rule) -> Item:
     x = torch.linspace(-1.0, 1.0, 83, dtype=torch.float32, device="cpu")
     state = {"momentum_buffer": x.flip(0).clone()}
     if isinstance(rule, AdamRule):
-        state = {"step": torch.tensor(3.0, device="cpu"), "exp_avg": x.flip(0) * 0.1, "exp_avg_sq": x * x * 0.01 + 1e-6}
+        state = {
+            "step": torch.tensor(3.0, dtype=torch.float32, device="cpu"),
+            "exp_avg": x.flip(0) * 0.1,
+            "exp_avg_sq": x * x * 0.01 + 1e-6,
+        }
         state["max_exp_avg_sq"] = state["exp_avg_sq"] * (1 + 0.5 * x)
     return Item(torch.zeros_like(x), x.roll(7), state, 0)
 

@@ -253,7 +253,7 @@ def _estimated(project: Change, floors: Sequence[Tensor], squared: bool) -> Chan
         generator = torch.Generator(device="cpu").manual_seed(0)
         total, moved = torch.zeros_like(x), torch.zeros((), dtype=torch.bool, device=x.device)
         for _ in range(DRAWS):
-            signs = torch.randint(0, 2, x.shape, generator=generator, device="cpu") * 2 - 1
+            signs = 2 * torch.randint(0, 2, x.shape, generator=generator, dtype=torch.int64, device="cpu") - 1
             signed = root * signs.to(x.device, x.dtype)
             projected = project(signed)
             moved = moved | ((projected - signed).abs() > ROUNDED * signed.abs()).any()
