@@ -48,6 +48,7 @@ SLOW = {
     "rotated, a small Llama": "rotation:the_loss_of_a_small_llama",
     "rotated, everywhere": "rotation:from_a_stored_basis_everywhere",
     "given gradients": "selection:every_policy_and_base",
+    "Triton's kernels": "selection:triton_kernels_everywhere",
     "a small Llama, AdamW": "training:every_policy_over_adamw",
     "a small Llama, SGD": "training:every_policy_over_sgd",
     "a small Llama, Lion": "training:every_policy_over_lion",

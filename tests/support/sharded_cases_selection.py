@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sharded_runs import Run, adamw, columns, compare, layouts, lion, nadam, rows, sgd
+from sharded_runs import Make, Run, adamw, columns, compare, layouts, lion, nadam, rows, sgd
 from sharded_world import World
 
 from selective import (
@@ -104,22 +104,30 @@ def few_blocks() -> None:
 
 def triton_kernels(world: World) -> None:
     """... and Triton's, interpreted, which also step what is asked of others; plans are kept from step to step."""
+    _triton_kernels(world, {"CautiousMGUP": adamw, "RandomMask": adamw, "MGUP": sgd, "Cautious": nadam})
+
+
+def triton_kernels_everywhere(world: World) -> None:
+    """The same with every base."""
+    for base in (adamw, sgd, nadam):
+        _triton_kernels(world, dict.fromkeys(("MGUP", "Cautious", "AlphaConsistency"), base))
+
+
+def _triton_kernels(world: World, bases: dict[str, Make]) -> None:
     few_blocks()
-    for name in ("CautiousMGUP", "RandomMask", "MGUP", "Cautious", "AlphaConsistency"):
-        asks = name not in ("CautiousMGUP", "RandomMask")
-        for base, told in ((adamw, True),) if asks else ((adamw, False), (sgd, True), (nadam, False)):
-            how: dict[str, Any] = {"backend": "gpu", "shapes": [(7, 5), (24, 6)]}
-            options = {"policy": POLICIES[name], "statistics": told}
-            single = Run(base, options, **how).train(range(3)).values()
-            for place in (rows, columns):
-                run = Run(base, options, world.mesh(world.size), place, **how)
-                found = run.train(range(3)).values()
-                with use_backend("gpu"):
-                    said = run.optimizer.explain()
-                by_torch = name == "MGUP" and place is columns and world.size > 1  # ties have no kernels there
-                assert ("kernels   reference" in said) == by_torch and ("kernels   Triton" in said) != by_torch
-                for mine, theirs in zip(found, single, strict=True):
-                    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=f"{name}, {place.__name__}")
+    for name, base in bases.items():
+        how: dict[str, Any] = {"backend": "gpu", "shapes": [(7, 5), (24, 6)]}
+        options = {"policy": POLICIES[name], "statistics": base is not nadam}
+        single = Run(base, options, **how).train(range(3)).values()
+        for place in (rows, columns):
+            run = Run(base, options, world.mesh(world.size), place, **how)
+            found = run.train(range(3)).values()
+            with use_backend("gpu"):
+                said = run.optimizer.explain()
+            by_torch = name == "MGUP" and place is columns and world.size > 1  # ties have no kernels there
+            assert ("kernels   reference" in said) == by_torch and ("kernels   Triton" in said) != by_torch
+            for mine, theirs in zip(found, single, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=f"{name}, {place.__name__}")
     run = Run(adamw, {"policy": MGUP(), "stochastic_rounding": True}, world.mesh(world.size), rows, backend="gpu",
               shapes=[(7, 5)], dtype=torch.bfloat16).train(range(2))  # fmt: skip
     with use_backend("gpu"):
