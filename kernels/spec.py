@@ -9,11 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, NoReturn, get_args, overload
 
 from torch import Tensor
 
 Scalar = float | Tensor  # a Python number, or a 0-d tensor (torch allows `lr` to be one)
+SelectionKind = Literal["everything", "agreement", "top_k", "bernoulli", "function"]
+StrengthKind = Literal["fixed", "mean_preserving", "norm_preserving", "alignment"]
+SELECTION_KINDS = frozenset(get_args(SelectionKind))
+STRENGTH_KINDS = frozenset(get_args(StrengthKind))
+
+
+def refuse_kind(device: str, part: Literal["selection", "strength"], kind: str) -> NoReturn:
+    """The end of every dispatch on a kind: a ValueError that names the device and the kind it has no code for."""
+    raise ValueError(f"{device} has no {part} of the kind {kind!r}")
+
+
+def refuse_rule(device: str, rule: object) -> NoReturn:
+    """The end of every dispatch on a rule: a ValueError that names the device and the rule it has no code for."""
+    raise ValueError(f"{device} has no rule {type(rule).__name__}")
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class Control:
 class Selection:
     """Which coordinates of a tensor are selected."""
 
-    kind: Literal["everything", "agreement", "top_k", "bernoulli", "function"]
+    kind: SelectionKind
     product: Literal["update", "momentum", "previous_momentum"] = "update"  # agreement: this times g
     strict: bool = True  # agreement: > 0 or >= 0
     score: Literal["update", "momentum", "nesterov"] = "update"  # top_k: this times g
@@ -49,7 +63,7 @@ class Selection:
 class Strength:
     """The two multipliers: of the selected coordinates, and of the rest."""
 
-    kind: Literal["fixed", "mean_preserving", "norm_preserving", "alignment"]
+    kind: StrengthKind
     selected: float = 1.0  # fixed
     rest: float = 0.0
     cap: float = 2.0  # mean_preserving, norm_preserving
@@ -73,6 +87,11 @@ class AdamRule:
     amsgrad: bool = False
     maximize: bool = False
 
+    @property
+    def coupled_decay(self) -> float:
+        """The weight decay that is added to the gradient."""
+        return 0.0 if self.decoupled else self.weight_decay
+
 
 @dataclass(frozen=True)
 class SGDRule:
@@ -85,6 +104,11 @@ class SGDRule:
     weight_decay: float = 0.0  # coupled, as torch has it
     maximize: bool = False
 
+    @property
+    def coupled_decay(self) -> float:
+        """The weight decay that is added to the gradient."""
+        return self.weight_decay
+
 
 @dataclass(frozen=True)
 class LionRule:
@@ -96,6 +120,11 @@ class LionRule:
     decay_factor: Scalar = 1.0  # the parameter is multiplied by it (decoupled decay)
     weight_decay: float = 0.0  # coupled: added to the gradient
     maximize: bool = False
+
+    @property
+    def coupled_decay(self) -> float:
+        """The weight decay that is added to the gradient."""
+        return self.weight_decay
 
 
 @dataclass(frozen=True)
@@ -113,9 +142,25 @@ class GivenRule:
     negated: bool = False
     momentum_beta: float = 0.95  # top_k's "nesterov" score: (1 - beta) g + beta m, m a running average (Muon's)
     rate: Scalar = 1.0  # the base's learning rate, of which only the sign is read: Note [a negative learning rate]
+    maximize: ClassVar[bool] = False  # the gradient is taken as it is given,
+    coupled_decay: ClassVar[float] = 0.0  # and nothing is added to it
 
 
 Rule = AdamRule | SGDRule | LionRule | GivenRule  # How the moments of a parameter group move.
+
+
+def check_kinds(device: str, rule: Rule, selection: Selection, strength: Strength) -> None:
+    """Refuse a rule, a selection or a strength of no kind that is defined here, before anything moves.
+
+    Raises a ValueError with the device's name. A kind that is defined here and that a device has no code for ends in
+    `refuse_kind` or `refuse_rule` there.
+    """
+    if not isinstance(rule, (AdamRule, SGDRule, LionRule, GivenRule)):
+        refuse_rule(device, rule)
+    if selection.kind not in SELECTION_KINDS:
+        refuse_kind(device, "selection", selection.kind)
+    if strength.kind not in STRENGTH_KINDS:
+        refuse_kind(device, "strength", strength.kind)
 
 
 @dataclass(frozen=True)

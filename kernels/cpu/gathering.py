@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..reference.rules import Advanced
 from ..reference.strengths import Parts, multipliers, total
-from ..spec import Item, Strength
+from ..spec import Item, Strength, refuse_kind
 from .chunks import buffer
 from .moments import Slice
 
@@ -38,6 +38,8 @@ class Gatherer:
         def sum_of(a: Tensor, b: Tensor) -> float:
             return float(torch.mul(a, b, out=products).sum(dtype=torch.float64))
 
+        if kind not in ("alignment", "mean_preserving", "norm_preserving"):  # fixed adds nothing up
+            refuse_kind("the CPU", "strength", kind)
         if kind == "alignment":
             m, g = piece.momentum, piece.grad
             assert m is not None

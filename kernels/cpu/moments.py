@@ -134,10 +134,7 @@ class Mover:
     def gradient(self, start: int, end: int) -> Tensor:
         """The gradient as the base sees it; the same bits before and after the moments have moved."""
         rule, grad = self.rule, self.flat.grad[start:end]
-        decay = 0.0
-        if not isinstance(rule, GivenRule):
-            decay = 0.0 if isinstance(rule, AdamRule) and rule.decoupled else rule.weight_decay
-        negate = not isinstance(rule, GivenRule) and rule.maximize
+        decay, negate = rule.coupled_decay, rule.maximize
         if grad.dtype == self.dtype and decay == 0 and not negate:
             return grad
         out = buffer("grad", end - start, self.dtype)

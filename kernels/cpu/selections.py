@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference.random import uniform_bits
 from ..reference.rules import nesterov
-from ..spec import Draw, Item, Rule, Selection
+from ..spec import Draw, Item, Rule, Selection, refuse_kind
 from . import numbers
 from .chunks import Flat, spans
 from .moments import Slice
@@ -56,7 +56,9 @@ class Selector:
             return None
         if self.selection.kind == "bernoulli":
             return self._bernoulli(start, end, out)
-        return self._agreement(piece, out)
+        if self.selection.kind == "agreement":
+            return self._agreement(piece, out)
+        refuse_kind("the CPU", "selection", self.selection.kind)
 
     def _agreement(self, piece: Slice, out: Tensor) -> Tensor:
         strict, product = self.selection.strict, self.selection.product

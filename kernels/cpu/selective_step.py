@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..reference.random import sample_positions
 from ..reference.rules import Advanced, begin
-from ..spec import Draw, GivenRule, Item, Rule, Selection, Strength, Sums
+from ..spec import Draw, GivenRule, Item, Rule, Selection, Strength, Sums, check_kinds
 from . import threshold as ranking
 from .applying import Applier, Totals
 from .chunks import Flat, Scratch, buffer, keep_marks, spans
@@ -235,6 +235,7 @@ def selective_step(
     statistics: bool = False,
 ) -> list[Sums] | None:
     """Steps 5 to 7 of these tensors, in place. See `selective.kernels.selective_step`."""
+    check_kinds("the CPU", rule, selection, strength)
     scratch = Scratch()
     scratch.largest = max((item.param.numel() for item in items), default=0)
     sums = [_Step(item, rule, selection, strength, draw, scratch).run(statistics) for item in items]

@@ -18,23 +18,25 @@ BLOCK = 1024
 FEWEST_SAMPLES, MOST_SAMPLES, ONE_IN = 8_192, 262_144, 32
 
 
+# As the Triton functions call them.
+RULES: dict[type, str] = {AdamRule: "adam", SGDRule: "sgd", LionRule: "lion", GivenRule: "given"}
+
+
 def configure(
     item: Item, rule: Rule, selection: Selection, strength: Strength, draw: Draw, statistics: bool, begins: bool = False
 ) -> Config:
     """What has to be compiled in for this item's step. `begins`: SGD's momentum does, with this gradient."""
     columns = [None if c is None else DTYPES[c.dtype] for c in state_columns(item, rule)]
-    kinds: dict[type, str] = {AdamRule: "adam", SGDRule: "sgd", LionRule: "lion", GivenRule: "given"}
-    decay = getattr(rule, "weight_decay", 0.0)
     decoupled = isinstance(rule, AdamRule) and rule.decoupled
     kind = selection.unit if selection.kind == "bernoulli" else selection.kind
     return Config(
-        rule=kinds[type(rule)],
+        rule=RULES[type(rule)],
         param=DTYPES[item.param.dtype], grad=DTYPES[item.grad.dtype],
         first=columns[0], second=columns[1], third=columns[2], fourth=columns[3], block=BLOCK,
-        amsgrad=getattr(rule, "amsgrad", False), coupled=decay != 0 and not decoupled,
-        maximize=getattr(rule, "maximize", False),
+        amsgrad=getattr(rule, "amsgrad", False), coupled=rule.coupled_decay != 0,
+        maximize=rule.maximize,
         # of Lion and a given update always: a factor that a schedule takes through 1 would compile another kernel
-        decays=(decoupled and decay != 0) or isinstance(rule, (LionRule, GivenRule)),
+        decays=(decoupled and getattr(rule, "weight_decay", 0.0) != 0) or isinstance(rule, (LionRule, GivenRule)),
         moves=getattr(rule, "momentum", 0.0) != 0,
         begins=begins,
         nesterov=getattr(rule, "nesterov", False), negated=getattr(rule, "negated", False),

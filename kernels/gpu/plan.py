@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..lasting import lasting
 from ..reference.rules import begin
-from ..spec import AdamRule, Draw, Item, ItemList, Rule, Selection, SGDRule, Strength, SumsTable
+from ..spec import AdamRule, Draw, Item, ItemList, Rule, Selection, SGDRule, Strength, SumsTable, check_kinds
 from .batch import Batch
 from .configure import configure, hyper_parameters, static_key
 from .launch import Step, on
@@ -117,6 +117,7 @@ def selective_step(
     """Steps 5 to 7 of these tensors, in place, by Triton kernels. See `selective.kernels.selective_step`."""
     if not items:
         return SumsTable(_NOTHING, []) if statistics else None
+    check_kinds("the GPU", rule, selection, strength)
     how = (rule, selection, strength, draw)
     arranged, back, begins = prepared(items, *how)
     with lasting():

@@ -124,5 +124,7 @@ def select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION: tl.conste
     elif CFG.selection == "function":
         chosen = by_function(g, u, m, row, FUNCTION, CFG)
     else:
+        coins = (CFG.selection == "element") or (CFG.selection == "row") or (CFG.selection == "tensor")
+        tl.static_assert(coins, "the GPU has no selection of this kind")
         chosen = coin(offs, row, facts, keys, CFG)
     return chosen, undecided, key

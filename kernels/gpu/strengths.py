@@ -81,6 +81,7 @@ def strengths_kernel(
     elif CFG.strength == "norm_preserving":
         above = _norm_preserving(first, column_sum(sums_ptr, at, rows, 1, SUM_COLUMNS, BLOCK), rest, cap)
     else:
+        tl.static_assert(CFG.strength == "alignment", "the GPU has no strength of this kind")
         average_ptr = tl.load(pointers_of(pointers_ptr, t) + AVERAGE).to(tl.pointer_type(tl.float32))
         second = column_sum(sums_ptr, at, rows, 1, SUM_COLUMNS, BLOCK)
         third = column_sum(sums_ptr, at, rows, 2, SUM_COLUMNS, BLOCK)

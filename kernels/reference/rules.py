@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..spec import AdamRule, Draw, GivenRule, Item, LionRule, Rule, Scalar, SGDRule
+from ..spec import AdamRule, Draw, GivenRule, Item, LionRule, Rule, Scalar, SGDRule, refuse_rule
 from .rounding import store
 
 
@@ -83,23 +83,25 @@ def begin(item: Item, rule: Rule) -> Numbers:
         return Numbers(number(rule.lr), first=first)
     if isinstance(rule, LionRule):
         return Numbers(number(rule.lr), number(rule.beta1), number(rule.beta2))
-    return Numbers(1.0)
+    if isinstance(rule, GivenRule):
+        return Numbers(1.0)
+    refuse_rule("the reference", rule)
 
 
 def _lerp(start: Tensor, end: Tensor, weight: Scalar) -> Tensor:
     return torch.lerp(start, end, weight.to(start.dtype) if isinstance(weight, Tensor) else weight)
 
 
-def _gradient(rule: AdamRule | SGDRule | LionRule, param: Tensor, grad: Tensor, decay: float) -> Tensor:
+def _gradient(rule: AdamRule | SGDRule | LionRule, param: Tensor, grad: Tensor) -> Tensor:
     """The gradient as the base sees it: after `maximize`, after coupled decay."""
-    dtype = compute_dtype(param)
+    dtype, decay = compute_dtype(param), rule.coupled_decay
     g = -grad.to(dtype) if rule.maximize else grad.to(dtype)
     return g.add(param.to(dtype), alpha=decay) if decay != 0 else g
 
 
 def _adam(rule: AdamRule, n: Numbers, param: Tensor, grad: Tensor, state: dict[str, Tensor], keep: bool) -> Advanced:
     dtype = compute_dtype(param)
-    g = _gradient(rule, param, grad, 0.0 if rule.decoupled else rule.weight_decay)
+    g = _gradient(rule, param, grad)
     old = state["exp_avg"].to(dtype)
     m = _lerp(old, g, 1 - n.beta1)
     v = state["exp_avg_sq"].to(dtype) * n.beta2
@@ -117,7 +119,7 @@ def _adam(rule: AdamRule, n: Numbers, param: Tensor, grad: Tensor, state: dict[s
 
 def _sgd(rule: SGDRule, n: Numbers, param: Tensor, grad: Tensor, state: dict[str, Tensor], keep: bool) -> Advanced:
     dtype = compute_dtype(param)
-    g = _gradient(rule, param, grad, rule.weight_decay)
+    g = _gradient(rule, param, grad)
     if rule.momentum == 0:
         return Advanced(g, g * n.rate, None, None)
     old = state["momentum_buffer"].to(dtype)
@@ -130,7 +132,7 @@ def _sgd(rule: SGDRule, n: Numbers, param: Tensor, grad: Tensor, state: dict[str
 
 def _lion(rule: LionRule, n: Numbers, param: Tensor, grad: Tensor, state: dict[str, Tensor], keep: bool) -> Advanced:
     dtype = compute_dtype(param)
-    g = _gradient(rule, param, grad, rule.weight_decay)
+    g = _gradient(rule, param, grad)
     old = state["exp_avg"].to(dtype)
     update = _lerp(old, g, 1 - n.beta1).sign() * n.rate
     m = _lerp(old, g, 1 - n.beta2)
@@ -161,7 +163,9 @@ def move(
         return _sgd(rule, numbers, param, grad, state, keep_previous)
     if isinstance(rule, LionRule):
         return _lion(rule, numbers, param, grad, state, keep_previous)
-    return _given(rule, param, grad, state, keep_previous)
+    if isinstance(rule, GivenRule):
+        return _given(rule, param, grad, state, keep_previous)
+    refuse_rule("the reference", rule)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..spec import Draw, Item, Rule, Selection, Strength, Sums
+from ..spec import Draw, Item, Rule, Selection, Strength, Sums, check_kinds, refuse_kind
 from .control import matched
 from .random import sample_positions, uniform_bits
 from .rules import Advanced, advance, apply_mask, as_seen, nesterov
@@ -69,7 +69,9 @@ def select(selection: Selection, item: Item, rule: Rule, moved: Advanced, draw: 
         return _agreement(selection, moved)
     if selection.kind == "top_k":
         return _top_k(selection, item, rule, moved, draw)
-    return _bernoulli(selection, item, draw)
+    if selection.kind == "bernoulli":
+        return _bernoulli(selection, item, draw)
+    refuse_kind("the reference", "selection", selection.kind)
 
 
 def parts_of(strength: Strength, selected: Tensor, item: Item, moved: Advanced, draw: Draw) -> Parts:
@@ -80,6 +82,8 @@ def parts_of(strength: Strength, selected: Tensor, item: Item, moved: Advanced, 
         m, g = moved.momentum, moved.grad
         assert m is not None
         return Parts(m.numel(), dot=total(m * g), momentum_sq=total(m * m), grad_sq=total(g * g))
+    if strength.kind not in ("mean_preserving", "norm_preserving"):
+        refuse_kind("the reference", "strength", strength.kind)
     x = {"update": moved.update, "momentum": moved.momentum, "gradient": moved.grad}[strength.of]
     assert x is not None or strength.kind == "mean_preserving"
     if strength.estimate == "sampled":
@@ -135,5 +139,6 @@ def selective_step(
     statistics: bool = False,
 ) -> list[Sums] | None:
     """Steps 5 to 7 of these tensors, in place. See `selective.kernels.selective_step`."""
+    check_kinds("the reference", rule, selection, strength)
     sums = [_step(item, rule, selection, strength, draw, statistics) for item in items]
     return [s for s in sums if s is not None] if statistics else None

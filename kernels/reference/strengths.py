@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..spec import Strength
+from ..spec import Strength, refuse_kind
 
 Pair = tuple[Tensor, Tensor]  # the multipliers of the selected and of the rest, 0-d float64
 
@@ -75,4 +75,6 @@ def multipliers(strength: Strength, parts: Parts, state: dict[str, Tensor], devi
         return _mean_preserving(strength, parts), rest
     if strength.kind == "norm_preserving":
         return _norm_preserving(strength, parts), rest
-    return _alignment(strength, parts, state), rest
+    if strength.kind == "alignment":
+        return _alignment(strength, parts, state), rest
+    refuse_kind("the reference", "strength", strength.kind)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..reference.random import SAMPLE_SIZE
 from ..reference.rules import advance, as_seen
-from ..spec import SUM_NAMES, Draw, Item, ItemList, Rule, Selection, Shard, Strength, Sums, SumsTable
+from ..spec import SUM_NAMES, Draw, Item, ItemList, Rule, Selection, Shard, Strength, Sums, SumsTable, check_kinds
 from . import ranking, ties
 from .by_kernels import can_be, kind_of, wanted
 from .exchange import Part, Steps
@@ -52,6 +52,7 @@ def sharded_step(
 
     `kernels`: what steps shards of this dtype and device by Triton kernels, if there is anything.
     """
+    check_kinds("the sharded step", rule, selection, strength)
     how = How(rule, selection, strength, draw, statistics)
     if selection.control is not None:
         raise ValueError(

@@ -10,7 +10,7 @@ from ..reference.random import sample_positions
 from ..reference.rules import Advanced, apply_mask
 from ..reference.selective_step import score_of
 from ..reference.strengths import Parts, multipliers, total
-from ..spec import Item, Shard, Sums
+from ..spec import Item, Shard, Sums, refuse_kind
 from .by_kernels import wanted
 from .how import How
 from .ranking import Ranked, key_of, selected
@@ -60,6 +60,8 @@ class Work:
             return torch.zeros_like(param, dtype=torch.bool)
         if kind == "bernoulli":
             return self._drawn()
+        if kind != "agreement":
+            refuse_kind("the sharded step", "selection", kind)
         product = self.how.selection.product
         x = {"update": moved.update, "momentum": moved.momentum, "previous_momentum": moved.previous_momentum}[product]
         assert x is not None
@@ -224,4 +226,6 @@ class Work:
         if strength.kind == "mean_preserving":
             sampled = strength.estimate == "sampled"
             return Parts(numel if sample is None else sample[2], selected=found["chosen_sq" if sampled else "selected"])
+        if strength.kind != "norm_preserving":
+            refuse_kind("the sharded step", "strength", strength.kind)
         return Parts(numel, selected_sq=found["chosen_sq"], rest_sq=found["others_sq"])

@@ -64,14 +64,22 @@ def _stable_adamw(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> S
     return 1 - lr / rms.clamp(min=1.0) * group["weight_decay"]
 
 
+LR_DECAY = "1 - lr*weight_decay"
+DECAY = "1 - weight_decay"
+RELATIVE_LR = "1 - lr/max_lr*weight_decay"
+PROXIMAL = "1 / (1 + lr*weight_decay)"
+FROM_SECOND_STEP = "1 - lr*weight_decay, from the second step on"
+TRANSFORMERS_ADAFACTOR = "1 - weight_decay*base._get_lr(group, state)"
+STABLE_ADAMW = "1 - lr/max(1, RMS of g/sqrt(v))*weight_decay"
+
 RULES: dict[str, Rule] = {
-    "1 - lr*weight_decay": _lr_times_decay,
-    "1 - weight_decay": _decay_alone,
-    "1 - lr/max_lr*weight_decay": _relative_lr,
-    "1 / (1 + lr*weight_decay)": _proximal,
-    "1 - lr*weight_decay, from the second step on": _not_at_first,
-    "1 - weight_decay*base._get_lr(group, state)": _transformers_adafactor,
-    "1 - lr/max(1, RMS of g/sqrt(v))*weight_decay": _stable_adamw,
+    LR_DECAY: _lr_times_decay,
+    DECAY: _decay_alone,
+    RELATIVE_LR: _relative_lr,
+    PROXIMAL: _proximal,
+    FROM_SECOND_STEP: _not_at_first,
+    TRANSFORMERS_ADAFACTOR: _transformers_adafactor,
+    STABLE_ADAMW: _stable_adamw,
 }
 """Formulas that packages use, by the name that `explain()` prints; asked before the base steps."""
 

@@ -13,12 +13,18 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from selective.capture.anatomy_decay import RULES
+from selective.capture.anatomy_decay import (
+    DECAY,
+    FROM_SECOND_STEP,
+    LR_DECAY,
+    RELATIVE_LR,
+    STABLE_ADAMW,
+    TRANSFORMERS_ADAFACTOR,
+)
 from selective.capture.anatomy_facts import Anatomy
 from selective.capture.anatomy_refusals import refused_seen, refused_unseen, unsteppable
 
 Describe = Callable[[Optimizer, Mapping[str, Any]], Anatomy]
-LR_DECAY, DECAY, RELATIVE, _PROXIMAL, _LATER, ADAFACTOR, STABLE = RULES
 
 # Options that no entry has to name: they don't change the facts, or are anybody's notes on a group.
 _HARMLESS = frozenset(
@@ -131,13 +137,15 @@ def _po_lamb(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
 def _po_stable_adamw(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
     facts = _po()(base, group)
     if facts.decay == "decoupled":
-        facts = replace(facts, decay_rule=STABLE)
+        facts = replace(facts, decay_rule=STABLE_ADAMW)
     return _with_kahan(facts, group, default=False)
 
 
 def _po_soap(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
     # this one keeps its moment unrotated; its first step only sets up the basis
-    return Anatomy(**_decoupled(_LATER), **_moment("exp_avg"), writes_grad=bool(getattr(base, "maximize", False)))
+    return Anatomy(
+        **_decoupled(FROM_SECOND_STEP), **_moment("exp_avg"), writes_grad=bool(getattr(base, "maximize", False))
+    )
 
 
 # --- torch-optimi ---------------------------------------------------------------------------------------------------
@@ -155,7 +163,7 @@ def _optimi(decoupled: bool | None = None, rule: str | None = None) -> Describe:
     def describe(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
         off = group.get("decouple_wd", False) if decoupled is None else decoupled
         if off or group["decouple_lr"]:
-            decay = _decoupled(rule or (RELATIVE if group["decouple_lr"] else LR_DECAY))
+            decay = _decoupled(rule or (RELATIVE_LR if group["decouple_lr"] else LR_DECAY))
         else:
             decay = _coupled(base, group)
         moving = group.get("momentum", 1) != 0
@@ -170,7 +178,7 @@ def _optimi(decoupled: bool | None = None, rule: str | None = None) -> Describe:
 
 def _transformers_adafactor(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
     scaled = bool(group["scale_parameter"])
-    rule = ADAFACTOR if scaled or group["relative_step"] else LR_DECAY
+    rule = TRANSFORMERS_ADAFACTOR if scaled or group["relative_step"] else LR_DECAY
     return Anatomy(depends_on_param=scaled, **_decoupled(rule))  # its exp_avg averages the normalised update
 
 
@@ -216,7 +224,7 @@ KNOWN: dict[str, Known] = {
     "optimi.AdamW": _known(_optimi(True), _OPTIMI),
     "optimi.Lion": _known(_optimi(True), _OPTIMI),
     "optimi.SGD": _known(_optimi(), f"{_OPTIMI} momentum"),
-    "optimi.StableAdamW": _known(_optimi(True, STABLE), _OPTIMI),
+    "optimi.StableAdamW": _known(_optimi(True, STABLE_ADAMW), _OPTIMI),
     "transformers.Adafactor": _known(
         _transformers_adafactor, "clip_threshold decay_rate scale_parameter relative_step warmup_init"
     ),

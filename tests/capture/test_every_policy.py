@@ -21,6 +21,7 @@ from selective import (
     SelectiveUpdate,
     SkipUpdate,
 )
+from selective.policies import Combined
 
 POLICIES: dict[str, Policy] = {
     "dense": Dense(),
@@ -36,6 +37,12 @@ POLICIES: dict[str, Policy] = {
     "random": RandomMask(),
     "control-of-cautious": RandomMask.matching(Cautious()),
 }
+
+
+def test_every_policy_of_ours_is_in_the_list() -> None:
+    """`Combined` is what `Policy(selection=..., strength=...)` makes: its parts are those of the others."""
+    ours = {policy for policy in Policy._registry.values() if policy.__module__.startswith("selective.")}
+    assert ours - {type(policy) for policy in POLICIES.values()} == {Combined}
 
 
 @pytest.fixture(autouse=True)
