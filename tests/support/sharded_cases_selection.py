@@ -104,13 +104,13 @@ def few_blocks() -> None:
 
 def triton_kernels(world: World) -> None:
     """... and Triton's, interpreted, which also step what is asked of others; plans are kept from step to step."""
-    _triton_kernels(world, {"CautiousMGUP": adamw, "RandomMask": adamw, "MGUP": sgd, "Cautious": nadam})
+    _triton_kernels(world, {"CautiousMGUP": adamw, "RandomMask": sgd, "MGUP": adamw, "Cautious": adamw})
 
 
 def triton_kernels_everywhere(world: World) -> None:
-    """The same with every base."""
-    for base in (adamw, sgd, nadam):
-        _triton_kernels(world, dict.fromkeys(("MGUP", "Cautious", "AlphaConsistency"), base))
+    """The others: what asks other ranks goes by the kernels over AdamW and SGD, what does not over every base."""
+    _triton_kernels(world, {"AlphaConsistency": adamw, "RandomMask": nadam, "CautiousMGUP": sgd})
+    _triton_kernels(world, {"RandomMask": adamw, "CautiousMGUP": nadam})
 
 
 def _triton_kernels(world: World, bases: dict[str, Make]) -> None:
