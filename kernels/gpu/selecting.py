@@ -123,8 +123,9 @@ def select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION: tl.conste
             chosen, undecided = by_rank(offs, key, ranks)
     elif CFG.selection == "function":
         chosen = by_function(g, u, m, row, FUNCTION, CFG)
-    else:
-        coins = (CFG.selection == "element") or (CFG.selection == "row") or (CFG.selection == "tensor")
-        tl.static_assert(coins, "the GPU has no selection of this kind")
+    elif (CFG.selection == "element") or (CFG.selection == "row") or (CFG.selection == "tensor"):
         chosen = coin(offs, row, facts, keys, CFG)
+    else:
+        tl.static_assert(False, "the GPU has no selection of this kind")
+        chosen = undecided
     return chosen, undecided, key
