@@ -59,7 +59,9 @@ HOW: dict[str, Any] = {"rule": RULE, "selection": AGREEMENT, "strength": NORM, "
 
 
 def items_for(device: str) -> list[Item]:
-    items = shards(RULE, 1, "plain", torch.float32)[0]
+    """Compiled kernels take tensors of a GPU, interpreted ones those of the CPU."""
+    where = "cuda" if device == "the GPU" and torch.cuda.is_available() else "cpu"
+    items = shards(RULE, 1, "plain", torch.float32, device=where)[0]
     return list(items) if device == "the sharded step" else [replace(item, shard=None) for item in items]
 
 
