@@ -38,10 +38,6 @@ class Gatherer:
         def sum_of(a: Tensor, b: Tensor) -> float:
             return float(torch.mul(a, b, out=products).sum(dtype=torch.float64))
 
-        if kind == "fixed":  # only there because a control needs a pass of its own
-            return
-        if kind not in ("alignment", "mean_preserving", "norm_preserving"):
-            refuse_kind("the CPU", "strength", kind)
         if kind == "alignment":
             m, g = piece.momentum, piece.grad
             assert m is not None
@@ -58,6 +54,8 @@ class Gatherer:
             chosen = whole if selected is None else float(products.mul_(selected).sum(dtype=torch.float64))
             self.first += chosen
             self.second += whole - chosen  # float64 sums of float32 products: what cancels is 1e-16 of the whole
+        elif kind != "fixed":  # which needs no sums, and comes here where a control needs a pass of its own
+            refuse_kind("the CPU", "strength", kind)
 
     def _sample_parts(self, marks: Tensor | None) -> Parts:
         assert self.positions is not None

@@ -27,7 +27,7 @@ Run = Callable[["Mover", int, int, Tensor, Tensor], None]  # (mover, start, end,
 
 @dataclass
 class Slice:
-    """What a rule hands on for one chunk. To be read only, `direction` and all."""
+    """One chunk of the moved moments, as selections and strengths read it. Nothing of it may be written."""
 
     direction: Tensor  # -u
     grad: Tensor
@@ -71,7 +71,7 @@ def _example(rule: Rule) -> Item:
 
 @functools.cache
 def _trusted(rule: Rule) -> bool:
-    """Whether torch has the fused CPU kernel and it agrees with our rule, once for each kind of rule.
+    """True if torch has the fused CPU kernel and it agrees with our rule; tried once for each kind of rule.
 
     Tried out on 83 elements (the identity test, 4 eps).
     """
@@ -190,7 +190,7 @@ class Mover:
         return move(rule, self.numbers, param, grad, state, keep)
 
     def peek(self, positions: Tensor) -> Advanced:
-        """What the rule will give at these flat positions, before anything has moved; nothing is written."""
+        """The rule's results at these flat positions, computed before the moments move; nothing is written."""
         return self._peek(lambda t: t.index_select(0, positions))  # a third of the time of t[positions]
 
     def peek_runs(self, runs: Tensor, length: int) -> Advanced:

@@ -1,4 +1,4 @@
-"""Which coordinates of a chunk are selected, as 1.0 and 0.0: everything but top-K, which needs the whole tensor.
+"""Selections of one chunk, as 1.0 and 0.0: all kinds but top-K, which needs the whole tensor.
 
 Results stay floats in the cache: operations whose result is bool are five times slower (torch 2.13).
 """

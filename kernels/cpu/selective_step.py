@@ -69,7 +69,7 @@ class _Step:
         return totals.sums(self.numel, above, below) if totals is not None else None
 
     def _sample(self) -> None:
-        """What has to be read from a sample before the moments move."""
+        """Read what a sampled estimate needs, before the moments move."""
         wanted = self.strength.estimate == "sampled" and self.strength.kind in ("mean_preserving", "norm_preserving")
         by_sample = self.k > 0 and self.selection.quantile == "sampled"
         positions = None

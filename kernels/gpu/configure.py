@@ -25,7 +25,7 @@ RULES: dict[type, str] = {AdamRule: "adam", SGDRule: "sgd", LionRule: "lion", Gi
 def configure(
     item: Item, rule: Rule, selection: Selection, strength: Strength, draw: Draw, statistics: bool, begins: bool = False
 ) -> Config:
-    """What has to be compiled in for this item's step. `begins`: SGD's momentum does, with this gradient."""
+    """The constants that are compiled into this item's step. `begins`: this gradient is the first of SGD's momentum."""
     columns = [None if c is None else DTYPES[c.dtype] for c in state_columns(item, rule)]
     decoupled = isinstance(rule, AdamRule) and rule.decoupled
     kind = selection.unit if selection.kind == "bernoulli" else selection.kind
@@ -53,7 +53,7 @@ def configure(
 def static_key(
     rule: Rule, selection: Selection, strength: Strength, draw: Draw, statistics: bool
 ) -> tuple[object, ...]:
-    """What `configure` and the plans depend on, tensors aside: not the numbers that a schedule moves."""
+    """A key of all that `configure` and the plans depend on, except tensors and the numbers that a schedule moves."""
     flags = [
         getattr(rule, name, None) for name in ("amsgrad", "decoupled", "maximize", "nesterov", "negated", "offset")
     ]
@@ -104,7 +104,7 @@ def hyper_parameters(rule: Rule, selection: Selection, strength: Strength) -> li
 
 
 def samples_of(numel: int, selection: Selection) -> tuple[int, int]:
-    """How many scores of a tensor are sampled, and the logarithm of how many runs; all and -1 if it is small."""
+    """Number of sampled scores of a tensor, and the logarithm of the number of runs; a small tensor: all, and -1."""
     if selection.quantile == "sampled":
         return (numel, -1) if numel <= SAMPLE_SIZE else (SAMPLE_SIZE, (SAMPLE_SIZE // SAMPLE_RUN).bit_length() - 1)
     if numel <= FEWEST_SAMPLES:

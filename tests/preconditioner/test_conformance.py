@@ -46,9 +46,9 @@ BASES: dict[str, Any] = {
     "optimi-adamw": lambda ps: optimi.AdamW(ps, lr=0.01),
     "torchao-8bit": lambda ps: AdamW8bit(ps, lr=0.01),
 }
-CROSS = [("adamw", policy) for policy in POLICIES]
+CROSS: list[Any] = [("adamw", policy) for policy in POLICIES]
 CROSS += [(base, "mgup-momentum") for base in BASES if base != "adamw"]
-DENSE = [base for base in BASES if base != "adamw"]
+CROSS += [pytest.param(base, "dense", marks=pytest.mark.slow) for base in BASES if base != "adamw"]
 FAULTS_OF_BASES = {
     # A copy of it can't step by itself, which it does for what is not rotated in a dense group.
     "lion dense": {"copies_step_as_the_original"},
@@ -98,13 +98,7 @@ def check(one: Subject, base: str) -> None:
 
 @pytest.mark.parametrize(("base", "policy"), CROSS, ids=lambda name: name)
 def test_conformance(base: str, policy: str) -> None:
-    check(subject(base, policy), base)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("base", DENSE)
-def test_conformance_of_what_is_only_rotated(base: str) -> None:
-    check(subject(base, "dense"), "lion dense" if base == "lion" else base)
+    check(subject(base, policy), f"{base} {policy}" if base == "lion" else base)
 
 
 @pytest.mark.parametrize("base", ["adamw", "nadam", "adafactor"])

@@ -58,7 +58,7 @@ def holds(name: str, problem: tuple[str, str, int, int]) -> None:
 
     All 720 problems of a grid (12 bases, 5 kinds, 4 spaces, 3 intervals) were run once at a third of this rate: the
     largest step was 3.64 times the bare base's, the loss at most 6.5 times, but NAdam's 17 times, which had not
-    converged there. At this rate it has.
+    converged there.
     """
     kind, space, every, seed = problem
     wanted, found = bare(name, kind, seed), rotated(name, kind, SPACES[space](every), seed)

@@ -101,9 +101,10 @@ def subject(base: str, policy: str) -> Subject:
     )
 
 
-CROSS = [("adamw", policy) for policy in POLICIES]
+CROSS: list[Any] = [("adamw", policy) for policy in POLICIES]
 CROSS += [(base, "mgup") for base in BASES if base != "adamw"]
 MORE = [(base, policy) for base in BASES if base != "adamw" for policy in ("alpha", "custom")]
+CROSS += [pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE]
 
 # What a base by itself gets wrong, so that nothing can be asked of the wrapper there.
 FAULTS_OF_BASES = {
@@ -126,16 +127,6 @@ def _small_and_eager():
 
 @pytest.mark.parametrize(("base", "policy"), CROSS, ids=lambda name: name)
 def test_conformance(base, policy):
-    check(base, policy)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("base", "policy"), MORE, ids=lambda name: name)
-def test_conformance_of_more_pairs(base, policy):
-    check(base, policy)
-
-
-def check(base, policy):
     report = check_wrapper(subject(base, policy))
     report.raise_if_failed()
     faults = {o.check for o in report.not_applicable}
