@@ -3,10 +3,9 @@
 opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGUP())
 """
 
-from selective.capture.custom import PolicyError
-from selective.capture.rotation_basis import PreconditionerError
+from selective.capture.own_code import PolicyError
 from selective.optimizer import SelectiveUpdate
-from selective.param_groups import param_groups_for
+from selective.param_groups.by_kind import param_groups_for
 from selective.policies import (
     MGUP,
     Agreement,
@@ -30,9 +29,10 @@ from selective.policies import (
     TopK,
     policy_from,
 )
+from selective.policies.view import StepView
 from selective.preconditioner import AdaDiag, Eigenbasis, Preconditioner, Soap, preconditioner_from
-from selective.state import base_part
-from selective.view import StepView
+from selective.rotation.basis import PreconditionerError
+from selective.state.entries import base_part
 from selective.watching import watch
 
 __version__ = "0.1.0"  # the only place that names it: pyproject.toml reads it from here

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.arguments import check_arguments
-from selective.bound import Bindable
-from selective.capture.base import scalar
+from selective.base.hyperparameters import scalar
+from selective.base.step_base import base_hooks, run_step_on
+from selective.bind import Bindable
 from selective.capture.choose import CaptureName
-from selective.capture.layout import shard_of
-from selective.capture.rotation_basis import MaskSpace
-from selective.capture.stepping import base_hooks, run_step_on
-from selective.clock import check_recordable, is_recording
-from selective.explain import explain
-from selective.gradients import OnNonfinite, any_nonzero_gradient, check_gradients, nonfinite_gradient
-from selective.groups import KEYS, PolicyGroup, PreconditionerGroup
+from selective.explain.groups import explain
+from selective.plan.policy_groups import KEYS, PolicyGroup, PreconditionerGroup
+from selective.plan.refusals import check_arguments
+from selective.plan.rotated import warn_of_two_rotations
 from selective.policies import Dense, Policy, policy_from
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
-from selective.running import Running, Scope
-from selective.staging import warn_of_two_rotations
+from selective.rotation.basis import MaskSpace
+from selective.sharding.dtensor import shard_of
 from selective.statistics import Report
+from selective.step.gradients import OnNonfinite, any_nonzero_gradient, check_gradients, nonfinite_gradient
+from selective.step.run import Running, Scope
+from selective.step_count import check_recordable, is_recording
 
 
 class SelectiveUpdate(Bindable, Running, Optimizer):

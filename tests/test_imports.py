@@ -17,8 +17,19 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import from its own step and from those below it. A name stands for everything under it.
 STAIRS = [
     {"selective.kernels"},
-    {"selective.view", "selective.statistics", "selective.policies", "selective.preconditioner"},
-    {"selective.capture"},
+    {
+        "selective.class_annotations",
+        "selective.configured",
+        "selective.foreach",
+        "selective.parameter",
+        "selective.sharding",
+        "selective.statistics",
+        "selective.step_count",
+    },
+    {"selective.policies", "selective.preconditioner"},
+    {"selective.base"},
+    {"selective.rotation"},
+    {"selective.capture", "selective.param_groups"},
     {"selective.optimizer"},  # and every other module of the package that has no place of its own here
     {"selective"},  # the front door itself: `selective/__init__.py`
     {"selective.testing"},

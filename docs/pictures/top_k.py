@@ -4,7 +4,7 @@
 
 A GPT of 1.7M parameters is trained for 40 steps of AdamW on the source of Python's standard library, on the CPU, in a
 few seconds. The scores are the update times the gradient of one of its tensors. What is drawn is the algorithm of
-`kernels/gpu/top_k.py`, written again in a few lines of torch.
+`kernels/gpu/device/scores.py`, written again in a few lines of torch.
 """
 
 from __future__ import annotations

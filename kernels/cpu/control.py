@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..reference.control import scale_of
 from ..spec import Control, Draw
-from . import numbers
-from . import threshold as ranking
+from . import random as numbers
+from . import top_k as ranking
 from .chunks import buffer, keep_marks, spans
 
 SMALL = 2_048  # elements; up to here the whole tensor is ranked: fewer operations than a bracket takes

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..reference.random import uniform_bits
 from ..reference.rules import nesterov
 from ..spec import Draw, Item, Rule, Selection, refuse_kind
-from . import numbers
+from . import random as numbers
 from .chunks import Flat, spans
-from .moments import Slice
+from .rules import Slice
 
 
 def negated_score(selection: Selection, rule: Rule, piece: Slice, out: Tensor) -> Tensor:

@@ -21,13 +21,13 @@ from torch import Tensor
 from ..reference.random import sample_positions
 from ..reference.rules import Advanced, begin
 from ..spec import Draw, GivenRule, Item, Rule, Selection, Strength, Sums, check_kinds
-from . import threshold as ranking
-from .applying import Applier, Totals
+from . import top_k as ranking
+from .apply import Applier, Totals
 from .chunks import Flat, Scratch, buffer, keep_marks, spans
 from .control import Matched
-from .gathering import Gatherer
-from .moments import Mover, Slice
+from .rules import Mover, Slice
 from .selections import Selector, negated_score
+from .strengths import Gatherer
 
 
 class _Step:

@@ -7,11 +7,11 @@ of a step in order. The kernels: `numbers.py`, `selective_step.py`, `sample.py`,
 with two files of kernels more: `counting.py`, `shard_sums.py`.
 """
 
+from .eligible import unsupported
 from .functions import INTERPRETED, evaluate, jitted
-from .layout import unsupported
 from .plan import selective_step, step_again
-from .ranking import ranks, top_k
-from .shards import ShardKernels
+from .sharded.step import ShardKernels
+from .top_k import ranks, top_k
 
 __all__ = [
     "INTERPRETED", "ShardKernels", "evaluate", "jitted", "ranks", "selective_step", "step_again", "top_k",

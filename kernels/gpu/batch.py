@@ -11,9 +11,9 @@ from torch.nn import Parameter
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
 from ..reference.rules import number
 from ..spec import Draw, Item, Rule, Scalar, Selection, Strength
-from . import config
-from .config import Config
 from .configure import hyper_parameters, samples_of
+from .device import config
+from .device.config import Config
 from .tables import STATE, Tables, cdiv, is_in_place, refill, state_columns, upload, work
 
 SUM_BLOCK = 2048  # elements of a program that sums

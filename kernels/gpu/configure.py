@@ -8,8 +8,8 @@ import torch
 
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
 from ..spec import AdamRule, Draw, GivenRule, Item, LionRule, Rule, Scalar, Selection, SGDRule, Strength
-from . import numbers
-from .config import BRACKET_RUN, DTYPES, Config
+from .device import numbers
+from .device.config import BRACKET_RUN, DTYPES, Config
 from .tables import is_in_place, state_columns
 
 # Elements of a program. docs/kernels.md has the measurements behind these.

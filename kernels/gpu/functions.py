@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..spec import Selection
-from . import config
-from .config import Config
+from .device import config
+from .device.config import Config
+from .device.selections import by_function
 from .launch import on, run
-from .selecting import by_function
 from .tables import cdiv
 
 BLOCK = 1024

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from . import batch as sizes
 from .batch import Batch
-from .config import PARTIALS, SUM_COLUMNS, Config, derived
-from .numbers import numbers_kernel
-from .repair import repair_kernel
-from .sample import SLOTS, bracket_kernel, digits_kernel, sample_kernel, spread_kernel
-from .selective_step import selective_step_kernel
-from .settle import TINY, find_kernel, settle_kernel, ties_kernel
-from .statistics import report_kernel, seen_kernel, sums_kernel
-from .strengths import strengths_kernel
+from .device.config import PARTIALS, SUM_COLUMNS, Config, derived
+from .device.numbers import numbers_kernel
+from .device.scores import DIGIT
+from .device.selective_step import selective_step_kernel
+from .device.strengths import strengths_kernel
+from .device.sums import report_kernel, seen_kernel, sums_kernel
+from .device.top_k.bracket import SLOTS, bracket_kernel, digits_kernel, sample_kernel, spread_kernel
+from .device.top_k.repair import repair_kernel
+from .device.top_k.settle import TINY, find_kernel, settle_kernel, ties_kernel
+from .device.top_k.small import whole_kernel
 from .tables import cdiv, power_of_two
-from .top_k import DIGIT
-from .whole import whole_kernel
 
 STEP_WARPS = 4  # of a program of `BLOCK` elements
 # Registers of a thread in passes with brackets or statistics, which would take up to 140: seven programs on a

@@ -12,8 +12,8 @@ from ..reference.rules import begin
 from ..spec import AdamRule, Draw, Item, ItemList, Rule, Selection, SGDRule, Strength, SumsTable, check_kinds
 from .batch import Batch
 from .configure import configure, hyper_parameters, static_key
+from .eligible import arrange, order_matters
 from .launch import Step, on
-from .layout import arrange, order_matters
 from .tables import is_in_place, state_columns
 
 _NOTHING = torch.zeros(0, 7, dtype=torch.float64, device="cpu")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..spec import AdamRule, GivenRule, Item, LionRule, Rule, SGDRule
-from . import config
+from .device import config
 
 STATE: dict[type, tuple[str, ...]] = {
     AdamRule: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),

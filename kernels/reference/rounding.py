@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..spec import Draw, Shard
-from .places import element_bits
 from .random import STREAM_ROUNDING, uniform_bits
+from .shard_indices import element_bits
 
 LOW = (torch.bfloat16, torch.float16)
 

@@ -16,12 +16,13 @@ from torch import Tensor
 from ..reference.random import SAMPLE_SIZE
 from ..reference.rules import advance, as_seen
 from ..spec import SUM_NAMES, Draw, Item, ItemList, Rule, Selection, Shard, Strength, Sums, SumsTable, check_kinds
-from . import ranking, ties
-from .by_kernels import can_be, kind_of, wanted
+from . import ties
+from . import top_k as ranking
+from .exact_sums import WIDTH, digits, number
 from .exchange import Part, Steps
+from .gpu_path import can_be, kind_of, wanted
 from .how import How
-from .sums import WIDTH, digits, number
-from .work import Work
+from .tensor_step import Work
 
 LocalStep = Callable[..., Sequence[Sums] | None]  # `selective_step` of whole tensors
 

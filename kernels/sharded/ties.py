@@ -13,9 +13,9 @@ from collections.abc import Generator, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..reference.places import cells
+from ..reference.shard_indices import cells
 from ..spec import Shard
-from .ranking import Ranked, counts_of
+from .top_k import Ranked, counts_of
 
 ONE_ROUND = 720
 """Cells of which the ties are found in one round: counters of less than 3 KiB, a tensor has less than 8 in all."""

@@ -33,7 +33,7 @@ PACKAGES = (
 # Modules without one, and what of them is for users.
 MODULES = {
     "selective.callbacks": ("lightning_callback", "trainer_callback"),
-    "selective.param_groups": ("ParamGroups",),
+    "selective.param_groups.by_kind": ("ParamGroups",),
     "selective.watching": ("Sample", "Watch", "tensorboard"),
 }
 HANDED_OUT = {"ParamGroups", "StepView", "Watch"}  # nobody calls these: how they are made is left out

@@ -18,12 +18,12 @@ from selective.bench.clock import HostClock, clock_of
 from selective.bench.contenders import ADAMW, POLICIES
 from selective.bench.shapes import SHAPES
 from selective.bench.workload import Stepping, Workload
-from selective.capture.rotation import BASES
 from selective.preconditioner import Shape, State
-from selective.preconditioner.carry import CarryName
 from selective.preconditioner.linalg import Precision, batches, float32_products
+from selective.preconditioner.refresh import CarryName
 from selective.preconditioner.solvers import WARM, SolverName
-from selective.state import BASIS
+from selective.rotation.rotation import BASES
+from selective.state.entries import BASIS
 
 LONGEST_SIDE = 10_000  # of what is rotated: embeddings and heads are not
 REFRESH_EVERY = 10

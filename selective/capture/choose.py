@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.capture.anatomy import Anatomy, anatomy
-from selective.capture.base import DenseJob, Job, Parameter, StepContext
+from selective.base.base_facts import Anatomy, anatomy
+from selective.base.fused_rules import FusedRule, fused_rule
+from selective.base.step_base import replaced_step
 from selective.capture.delta import LOW_PRECISION, DeltaJob
-from selective.capture.fused import FusedJob, FusedRule, fused_rule
+from selective.capture.fused import FusedJob
 from selective.capture.items import KeptItems
+from selective.capture.job import DenseJob, Job, StepContext
 from selective.capture.rotated import RotatedJob
 from selective.capture.rotated_fused import RotatedFusedJob
-from selective.capture.rotated_swapped import RotatedDeltaJob, RotatedScratchJob
-from selective.capture.rotation import Rotation
+from selective.capture.rotated_stepped import RotatedDeltaJob, RotatedScratchJob
 from selective.capture.scratch import ScratchJob
-from selective.capture.stepping import replaced_step
+from selective.parameter import Parameter
 from selective.policies import Dense, Policy
+from selective.rotation.rotation import Rotation
 
 CaptureName = Literal["auto", "fused", "scratch", "delta"]
 Layout = frozenset[tuple[torch.dtype, str, int]]  # dtype, type of device and number of dimensions of parameters

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective.capture import lists
-from selective.capture.base import LOW_PRECISION
+from selective import foreach as lists
+from selective.base.hyperparameters import LOW_PRECISION
 from selective.capture.generic import Captured, GenericJob, by_value
 from selective.capture.stand_ins import StandIns
 from selective.kernels import spec

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selective.capture import lists
-from selective.capture.base import LOW_PRECISION, lookahead
-from selective.capture.custom import masked_step
-from selective.capture.described import specs_on
+from selective import foreach as lists
+from selective.base.hyperparameters import LOW_PRECISION, lookahead
 from selective.capture.items import KeptItems
-from selective.capture.layout import local_like, local_of, shard_of
+from selective.capture.own_code import masked_step
 from selective.capture.remember import RememberingJob
 from selective.kernels import apply_mask, begin_sharded, selective_step, spec, turned
-from selective.view import Tensors
+from selective.policies.kernel_terms import specs_on
+from selective.policies.view import Tensors
+from selective.sharding.dtensor import local_like, local_of, shard_of
 
 
 class Captured(NamedTuple):

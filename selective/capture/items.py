@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective.capture.base import Parameter, StepContext
-from selective.capture.described import Described, Specs, specs_of, why_twin
-from selective.capture.layout import is_dtensor, local_like, local_of, shard_of, wrapped_like
+from selective.capture.job import StepContext
 from selective.kernels import Backend, backend_in_use, spec
+from selective.parameter import Parameter
 from selective.policies import Policy
+from selective.policies.kernel_terms import Described, Specs, specs_of, why_twin
+from selective.sharding.dtensor import is_dtensor, local_like, local_of, shard_of, wrapped_like
 
 
 @dataclass

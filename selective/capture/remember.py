@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective.capture import lists
-from selective.capture.anatomy import decay_factor, momentum_entry
-from selective.capture.base import Job, plain_number, sign_of, sign_of_rate
+from selective import foreach as lists
+from selective.base.base_facts import decay_factor, momentum_entry
+from selective.base.hyperparameters import plain_number, sign_of, sign_of_rate
+from selective.capture.job import Job
 from selective.kernels import spec
 
 

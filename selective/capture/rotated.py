@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective.capture import lists
-from selective.capture.carry import MomentCarrier, as_it_is
-from selective.capture.described import specs_of
-from selective.capture.fused import fused_rule
+from selective import foreach as lists
+from selective.base.fused_rules import fused_rule
 from selective.capture.generic import Captured, GenericJob, by_value
-from selective.capture.layout import local_like, local_of, shard_of
-from selective.capture.moments import moments_of
-from selective.capture.rotation import Rotation
-from selective.capture.rotation_basis import Carried
-from selective.capture.rotation_checks import is_foreign
-from selective.capture.rotation_gather import on_wholes
 from selective.kernels import selective_step, spec
 from selective.policies import Dense
+from selective.policies.kernel_terms import specs_of
 from selective.preconditioner import as_matrix
+from selective.rotation.basis import Carried
+from selective.rotation.carry import MomentCarrier, as_it_is
+from selective.rotation.contract import is_foreign
+from selective.rotation.moments import moments_of
+from selective.rotation.refresh_gathered import on_wholes
+from selective.rotation.rotation import Rotation
+from selective.sharding.dtensor import local_like, local_of, shard_of
 
 
 class RotatedJob(GenericJob):

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective.capture.fused import FusedRule
-from selective.capture.layout import is_dtensor, local_like, wrapped_like
-from selective.capture.lending import LentGradients
+from selective.base.fused_rules import FusedRule
+from selective.base.lent_gradients import LentGradients
 from selective.capture.rotated import RotatedJob
 from selective.kernels import advance, begin_sharded, selective_step, spec
+from selective.sharding.dtensor import is_dtensor, local_like, wrapped_like
 
 
 class RotatedFusedJob(RotatedJob):

@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from selective.capture import lists
+from selective import foreach as lists
+from selective.base.lent_gradients import LentGradients
 from selective.capture.generic import Captured, GenericJob
-from selective.capture.lending import LentGradients
 
 
 class ScratchJob(GenericJob):

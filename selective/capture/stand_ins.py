@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from selective.capture.base import LOW_PRECISION
+from selective.base.hyperparameters import LOW_PRECISION
 
 
 class StandIns:

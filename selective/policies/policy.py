@@ -8,11 +8,11 @@ import torch
 from pydantic import BeforeValidator, ConfigDict, SerializeAsAny
 from torch import Tensor
 
+from selective.configured import Configured
 from selective.kernels import spec
-from selective.policies.base import Configured
 from selective.policies.selections import AnySelection, Selection
 from selective.policies.strengths import AnyStrength, Strength
-from selective.view import TENSORS, StepView
+from selective.policies.view import TENSORS, StepView
 
 
 class Policy(Configured):

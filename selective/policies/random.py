@@ -14,7 +14,7 @@ from selective.kernels.reference.control import random_subset, scaled
 from selective.policies.policy import AnyPolicy, Policy, is_dense_top_k, stands_still, two_multipliers
 from selective.policies.selections import Bernoulli, Selection
 from selective.policies.strengths import Fixed, Strength
-from selective.view import StepView
+from selective.policies.view import StepView
 
 
 class RandomMask(Policy):

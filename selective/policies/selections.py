@@ -8,11 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from torch import Tensor
 
+from selective.configured import Configured
 from selective.kernels import spec, top_k
 from selective.kernels.reference.masks import score_of, select
-from selective.policies.base import Configured
 from selective.policies.kernel import take_kernel
-from selective.view import StepView
+from selective.policies.view import StepView
 
 
 class Selection(Configured):

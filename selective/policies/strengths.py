@@ -8,10 +8,10 @@ import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor
 
+from selective.configured import Configured
 from selective.kernels import spec
 from selective.kernels.reference.masks import strength_of
-from selective.policies.base import Configured
-from selective.view import StepView
+from selective.policies.view import StepView
 
 
 class Strength(Configured):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
-from selective.policies.base import Configured
+from selective.configured import Configured
 
 State = dict[str, Tensor]  # what is remembered of one parameter, by name
 Shape = tuple[int, int, int]  # batch, rows, columns

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from selective.preconditioner import schedule, shards
 from selective.preconditioner.base import Carry, Preconditioner, Refreshed, Shape, State
-from selective.preconditioner.carry import CarryName
+from selective.preconditioner.gram import Side, Sides, observe, rotated_sides
 from selective.preconditioner.linalg import Precision, batches, in_precision, per_matrix, stack, stacked_at_once, zero
-from selective.preconditioner.refresh import COUNTS, refresh
-from selective.preconditioner.sides import Side, Sides, rotated_sides
+from selective.preconditioner.refresh import COUNTS, CarryName, refresh
 from selective.preconditioner.solvers import SolverName
-from selective.preconditioner.statistics import observe
 
 
 class Eigenbasis(Preconditioner):

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from selective.preconditioner.eigenbasis import Eigenbasis
-from selective.preconditioner.sides import Sides
+from selective.preconditioner.gram import Sides
 from selective.preconditioner.solvers import SolverName
 
 

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 
 from selective.preconditioner.base import Carry, State
-from selective.preconditioner.carry import CarryName, order_of, turn
-from selective.preconditioner.linalg import REFRESHED, add_to, batches, copy_to, finite, per_matrix, stack
-from selective.preconditioner.rescue import Basis, Job, solve_all, stand_in
-from selective.preconditioner.sides import Side, gram
+from selective.preconditioner.fallbacks import Basis, Job, solve_all, stand_in
+from selective.preconditioner.gram import Side, gram
+from selective.preconditioner.linalg import (
+    REFRESHED,
+    add_to,
+    batches,
+    copy_to,
+    finite,
+    float32_products,
+    identity_like,
+    per_matrix,
+    stack,
+)
 from selective.preconditioner.solvers import SOLVERS, WARM, Solved, Solver, SolverName, eigh, singular_vectors
 
 COUNTS = ("skipped", "float64", "cpu", "kept")
@@ -175,3 +184,23 @@ def _carries(
             parts[f"{side}_order"] = order_of(found.order, found.changed, found.basis).split(batch)
     columns = (parts.get(name, nothing) for name in ("rows", "columns", "rows_order", "columns_order"))
     return [Carry(*maps) if new else None for *maps, new in zip(*columns, news, strict=True)]
+
+
+CarryName = Literal["squared", "rotate", "keep"]
+
+
+@float32_products()
+def turn(new: Tensor, old: Tensor, changed: Tensor | None) -> Tensor:
+    """newᵀ old, [batch, n, n]: takes coordinates in the old basis to those in the new one.
+
+    Both are orthogonal, so m = old m̃ = new (newᵀ old) m̃ is the same tensor before and after. Where nothing `changed`
+    ([batch]; None: all has) it is exactly the identity, so that what is carried keeps its bits.
+    """
+    product = new.mT @ old
+    return product if changed is None else torch.where(per_matrix(changed), product, identity_like(product))
+
+
+def order_of(order: Tensor | None, changed: Tensor, basis: Tensor) -> Tensor:
+    """Which old column each new one was, [batch, n]; in their places where nothing changed, or nothing was sorted."""
+    places = torch.arange(basis.shape[-1], device=basis.device).expand(basis.shape[0], -1)
+    return places if order is None else torch.where(changed[:, None], order, places)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from selective.preconditioner.base import Carry, Refreshed, Shape, State
-from selective.preconditioner.carry import CarryName, order_of, turn
-from selective.preconditioner.refresh import refresh
-from selective.preconditioner.sides import Side, Sides, gram, rotated_sides
+from selective.preconditioner.gram import Side, Sides, gram, rotated_sides
+from selective.preconditioner.refresh import CarryName, order_of, refresh, turn
 from selective.preconditioner.solvers import SolverName
 
 

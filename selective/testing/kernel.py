@@ -10,8 +10,8 @@ from torch import Tensor
 from selective.kernels import evaluate_function, function_device, spec
 from selective.policies import Policy, Selection
 from selective.policies.kernel import TENSORS
+from selective.policies.view import StepView
 from selective.testing.harness import CheckFailed, NotApplicable, Skipped, require
-from selective.view import StepView
 
 Inputs = dict[str, Tensor]
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from selective.kernels import spec
 from selective.optimizer import SelectiveUpdate
 from selective.policies import Policy, policy_from
+from selective.policies.view import TENSORS, StepView, Tensors
 from selective.testing.harness import CheckFailed, NotApplicable, Skipped, difference, require
 from selective.testing.kernel import require_twins
 from selective.testing.report import Outcome, Report, in_short
-from selective.view import TENSORS, StepView, Tensors
 
 policy_checks: dict[str, Callable[[Policy], None]] = {}  # The checks of `check_policy`, by name.
 """The checks by name; each is called with a policy and returns, or raises `CheckFailed`, `NotApplicable`, `Skipped`."""

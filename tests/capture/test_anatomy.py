@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from selective.capture.anatomy import anatomy, call_step, clone_with_stand_ins, decay_factor, read_momentum
+from selective.base.base_facts import anatomy, call_step, clone_with_stand_ins, decay_factor, read_momentum
 
 Rule = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any]], None]
 
@@ -413,7 +413,7 @@ def test_momentum_is_read_in_float32_and_in_the_parameters_shape() -> None:
 
 
 def test_every_formula_of_a_parameters_own_is_a_rule():
-    from selective.capture.anatomy_decay import RULES
-    from selective.capture.anatomy_facts import PER_PARAMETER
+    from selective.base.decay import RULES
+    from selective.base.facts import PER_PARAMETER
 
     assert set(RULES) > PER_PARAMETER

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.capture.anatomy import Anatomy, anatomy
-from selective.capture.known import KNOWN, qualified_name
+from selective.base.base_facts import Anatomy, anatomy
+from selective.base.known import KNOWN, qualified_name
 
 WHERE = {
     "torch": "torch.optim",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from selective import Cautious, SelectiveUpdate
-from selective.state import STEP
+from selective.state.entries import STEP
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective import Eigenbasis, Policy, SelectiveUpdate
-from selective.capture.anatomy import anatomy
+from selective.base.base_facts import anatomy
 
 STEPS = 20
 Make = Callable[[list[Tensor]], Optimizer]

@@ -33,7 +33,7 @@ from changes import (
 from selective import MGUP, Magma, SelectiveUpdate
 from selective.capture import fused, items
 from selective.kernels import spec
-from selective.members import Members
+from selective.plan.group_params import Members
 
 STEPS = 6
 CHANGE_AT = 3

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from selective.capture import lists
-from selective.capture.base import plain_number
+from selective import foreach as lists
+from selective.base.hyperparameters import plain_number
 
 
 class Named(Tensor):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from selective import MGUP, Cautious, Policy, SelectiveUpdate
-from selective.capture import generic, lists
+from selective import foreach as lists
+from selective.capture import generic
 from selective.kernels import selective_step
 
 SHAPE = (256, 256)

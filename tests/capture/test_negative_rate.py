@@ -142,7 +142,7 @@ def test_a_schedule_that_goes_below_zero(way: str) -> None:
 @pytest.mark.parametrize("policy", ["cautious", "own code"])
 def test_unturned_it_would_select_the_others(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault as it was: the gradient of descent beside the update of an ascent."""
-    monkeypatch.setattr("selective.kernels.cpu.moments.rate_of", lambda rule: 1.0)
+    monkeypatch.setattr("selective.kernels.cpu.rules.rate_of", lambda rule: 1.0)
     monkeypatch.setattr("selective.capture.fused.as_seen", lambda rule, moved: moved)
     with pytest.raises(AssertionError):
         both("adamw", policy, "auto")

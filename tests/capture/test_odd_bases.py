@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from selective import MGUP, SelectiveUpdate
-from selective.capture import anatomy as anatomy_module
+from selective.base import base_facts as anatomy_module
 
 
 class Sums(torch.optim.Optimizer):

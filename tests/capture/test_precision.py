@@ -191,7 +191,7 @@ def test_a_base_that_keeps_the_rounding_residue_keeps_it_again() -> None:
 
 def test_without_it_the_base_refuses_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """The failing twin: why all of this is there."""
-    monkeypatch.setattr("selective.running.fit_states", lambda *arguments: False)
+    monkeypatch.setattr("selective.step.run.fit_states", lambda *arguments: False)
     optimizer = switch(train(wrapped(BASES["adamw"], torch.bfloat16), range(2)), Dense())
     with pytest.raises(RuntimeError, match="dtype"):
         train(optimizer, [2])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from selective import MGUP, CautiousMGUP, Policy, SelectiveUpdate
-from selective.capture import lists
-from selective.capture.anatomy import anatomy
+from selective import foreach as lists
+from selective.base.base_facts import anatomy
 from tests.support.base_optimizers import give_grads
 
 
@@ -89,8 +89,8 @@ def test_both_step_the_same(policy) -> None:
 
 def test_without_the_finding_out_nothing_would_be_masked(monkeypatch) -> None:
     """The failing twin: the held memory is the parameter's own, which the base then steps by itself."""
-    monkeypatch.setattr("selective.capture.anatomy_measure._keeps_memory", lambda prober, usual: False)
-    monkeypatch.setattr("selective.capture.anatomy._cache", {})
+    monkeypatch.setattr("selective.base.measure._keeps_memory", lambda prober, usual: False)
+    monkeypatch.setattr("selective.base.base_facts._cache", {})
     params, plain = make_params()[:1], make_params()[:1]
     base = HoldsMemory(params, lr=0.125)
     optimizer = SelectiveUpdate(base, policy=CautiousMGUP(), capture="scratch")

@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selective import MGUP, AlphaConsistency, Cautious, Policy, SelectiveUpdate
-from selective.capture import generic, lists, remember
+from selective import foreach as lists
+from selective.capture import generic, remember
 from selective.kernels import selective_step
 from tests.support.base_optimizers import BASES, give_grads
 

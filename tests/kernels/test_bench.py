@@ -20,7 +20,7 @@ from selective.bench import (
 )
 from selective.bench.check import check
 from selective.bench.contenders import control_contenders
-from selective.kernels.cpu import applying
+from selective.kernels.cpu import apply as applying
 
 LOW = [torch.bfloat16, torch.float16]
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])

@@ -24,7 +24,7 @@ from selective.kernels import (
     uniform_bits,
 )
 from selective.kernels.cpu import control as cpu_control
-from selective.kernels.cpu import numbers
+from selective.kernels.cpu import random as numbers
 from selective.kernels.reference.control import matched, random_subset
 
 EPS = torch.finfo(torch.float32).eps

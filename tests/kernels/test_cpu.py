@@ -19,7 +19,8 @@ from selective.kernels import (
     Strength,
     selective_step,
 )
-from selective.kernels.cpu import chunks, moments
+from selective.kernels.cpu import chunks
+from selective.kernels.cpu import rules as moments
 from selective.kernels.cpu.chunks import CHUNK
 
 EPS = torch.finfo(torch.float32).eps

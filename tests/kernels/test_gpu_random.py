@@ -30,7 +30,7 @@ from selective.kernels import (
     Strength,
     uniform_bits,
 )
-from selective.kernels.gpu.random import bracket_position
+from selective.kernels.gpu.device.random import bracket_position
 
 ADAM = RULES["adamw"]
 DRAWS = [Draw(0, 0), Draw(2**63 + 5, 10**9), Draw(-1, 1), Draw(7, 2**40)]

@@ -25,10 +25,11 @@ from selective.kernels import (
     top_k,
     uniform_bits,
 )
-from selective.kernels.reference.places import bits_at, cells, element_bits, flat_indices, local_places
-from selective.kernels.sharded import ranking, ties
-from selective.kernels.sharded.masks import value_of
-from selective.kernels.sharded.sums import digits, number
+from selective.kernels.reference.shard_indices import bits_at, cells, element_bits, flat_indices, local_places
+from selective.kernels.sharded import ties
+from selective.kernels.sharded import top_k as ranking
+from selective.kernels.sharded.exact_sums import digits, number
+from selective.kernels.sharded.own_code import value_of
 
 CPU = torch.device("cpu")
 WAYS = [(0, parts), (1, parts), (0, interleaved), (1, interleaved)]

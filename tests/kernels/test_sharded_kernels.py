@@ -18,13 +18,14 @@ from sharded_pieces import SHAPES, values
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selective.kernels import AdamRule, Draw, Item, ItemList, LionRule, Selection, SGDRule, Strength
-from selective.kernels.gpu import shard_plan, shard_sums
-from selective.kernels.gpu import shards as by_kernels
 from selective.kernels.gpu.launch import run as run_kernel
 from selective.kernels.gpu.plan import selective_step as whole_step
+from selective.kernels.gpu.sharded import plan as shard_plan
+from selective.kernels.gpu.sharded import step as by_kernels
+from selective.kernels.gpu.sharded import sums as shard_sums
 from selective.kernels.reference.selective_step import selective_step as reference_step
-from selective.kernels.sharded import sums
-from selective.kernels.sharded.by_kernels import can_be, kind_of
+from selective.kernels.sharded import exact_sums as sums
+from selective.kernels.sharded.gpu_path import can_be, kind_of
 from selective.kernels.sharded.how import How
 from selective.kernels.sharded.selective_step import sharded_step
 from selective.kernels.spec import Rule, Sums

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selective.kernels import AdamRule, Draw, Item, LionRule, Selection, Strength, selective_step, top_k
-from selective.kernels.cpu import chunks, threshold
+from selective.kernels.cpu import chunks
+from selective.kernels.cpu import top_k as threshold
 
 # few values, so that ties are many, and all the awkward ones
 awkward = st.sampled_from([0.0, -0.0, 1.0, -1.0, math.nan, math.inf, -math.inf, 1e-45, -1e-45, 3.4e38, 0.5])
@@ -160,7 +161,7 @@ def test_sampled_threshold_comes_near(make):
 
 @pytest.mark.parametrize("kind", ["normal", "few values", "constant", "sorted", "with NaN and infinity"])
 def test_ranks_by_a_bracket_are_those_of_kthvalue(kind):
-    from selective.kernels.cpu.threshold import INNER, smallest
+    from selective.kernels.cpu.top_k import INNER, smallest
 
     n = 5 * INNER + 3
     t = torch.randn(n, generator=torch.Generator().manual_seed(0))

@@ -8,8 +8,7 @@ import pydantic
 import pytest
 import torch
 
-from selective import SelectiveUpdate, policies
-from selective.policies import class_annotations
+from selective import SelectiveUpdate, class_annotations, policies
 from selective.preconditioner.base import Preconditioner
 
 IMPORTS = {

@@ -21,9 +21,9 @@ from selective import (
     Selection,
     SelectiveUpdate,
 )
-from selective.capture.described import specs_of, specs_on, why_twin
 from selective.kernels import use_backend
 from selective.policies import MatchedRandomMask
+from selective.policies.kernel_terms import specs_of, specs_on, why_twin
 
 SHAPES = ((20, 10), (31,), (4, 5, 6), (1,))
 POLICIES = [Cautious(), MGUP(), MGUP(tau=0.2, alpha=1.5, gamma=0.5), CautiousMGUP(), AlphaConsistency(), Grams()]

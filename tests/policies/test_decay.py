@@ -10,7 +10,7 @@ import torch
 from base_optimizers import BASES, build, give_grads, make_params
 
 from selective import Policy, SelectiveUpdate
-from selective.capture.anatomy import anatomy, decay_factor
+from selective.base.base_facts import anatomy, decay_factor
 
 DECAYS = {
     "decoupled": ["adamw-foreach", "adamw-fused", "adamw-plain", "nadam", "muon", "adafactor", "po-lion", "po-lamb",

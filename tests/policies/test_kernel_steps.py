@@ -246,7 +246,7 @@ def test_explain_says_which_of_the_two_runs() -> None:
 
 @pytest.mark.gpu
 def test_a_scheduled_number_compiles_nothing() -> None:
-    from selective.kernels.gpu.selective_step import selective_step_kernel
+    from selective.kernels.gpu.device.selective_step import selective_step_kernel
 
     def compiled() -> int:
         return sum(len(caches[0]) for caches in selective_step_kernel.device_caches.values())

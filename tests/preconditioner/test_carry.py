@@ -17,13 +17,13 @@ from torch import Tensor
 from torchao.optim import AdamW8bit
 
 from selective import MGUP, AdaDiag, Cautious, Eigenbasis, SelectiveUpdate, Soap
-from selective.capture import carry as carry_module
-from selective.capture.anatomy import anatomy, measured_moments
-from selective.capture.carry import MomentCarrier, first_by, keep_above_zero, second_by
-from selective.capture.fused import fused_rule
-from selective.capture.moments import Entry, moments_of
-from selective.capture.rotation_basis import Carried
+from selective.base.base_facts import anatomy, measured_moments
+from selective.base.fused_rules import fused_rule
 from selective.preconditioner import Carry, Preconditioner
+from selective.rotation import carry as carry_module
+from selective.rotation.basis import Carried
+from selective.rotation.carry import MomentCarrier, first_by, keep_above_zero, second_by
+from selective.rotation.moments import Entry, moments_of
 
 EPS = torch.finfo(torch.float32).eps
 optim = torch.optim

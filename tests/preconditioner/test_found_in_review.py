@@ -13,7 +13,7 @@ from torch import nn
 from transforms import FixedRotation
 
 from selective import MGUP, AdaDiag, Eigenbasis, SelectiveUpdate, Soap, param_groups_for
-from selective.capture.anatomy import measured_moments
+from selective.base.base_facts import measured_moments
 
 
 def made(shape: Any = (16, 12), seed: int = 0) -> tuple[nn.Parameter, torch.Tensor]:

@@ -11,9 +11,9 @@ from matrices import orthogonal, orthogonality
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selective import AdaDiag, Dense, Eigenbasis, SelectiveUpdate
-from selective.capture.carry import MomentCarrier, first_by, rewrite
 from selective.preconditioner import Carry, linalg
 from selective.preconditioner.linalg import LOOSE, align, batches, float32_products, in_precision, settle, stack
+from selective.rotation.carry import MomentCarrier, first_by, rewrite
 
 EPS = torch.finfo(torch.float32).eps
 MATMULS = ("mm", "bmm", "baddbmm", "matmul", "linalg_", "_linalg_", "cholesky", "triangular")
@@ -286,7 +286,7 @@ def test_one_by_one_is_what_it_is_together(solver: str, monkeypatch: pytest.Monk
     for limit in (1, 10**9):
         monkeypatch.setattr("selective.preconditioner.linalg.STACKED", limit)
         monkeypatch.setattr("selective.preconditioner.refresh.REFRESHED", limit)
-        monkeypatch.setattr("selective.preconditioner.statistics.REFRESHED", limit)
+        monkeypatch.setattr("selective.preconditioner.gram.REFRESHED", limit)
         generator = torch.Generator().manual_seed(0)
         basis = Eigenbasis(solver=solver)
         states = [basis.init_state(torch.empty(2, 5, 6)) for _ in range(3)]

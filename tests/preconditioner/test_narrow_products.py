@@ -112,7 +112,7 @@ def test_twice_as_many_elements_fit_in_half_the_bytes(
         return really(self, states, xs)
 
     monkeypatch.setattr(Eigenbasis, "project_in", watched)
-    monkeypatch.setattr("selective.capture.rotation.ROTATED", 2 * 6 * 4)
+    monkeypatch.setattr("selective.rotation.rotation.ROTATED", 2 * 6 * 4)
     for space, wanted in (("rotated", calls), ("original", 3)):
         params = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(5)]
         rotation = Eigenbasis(precision=precision)

@@ -11,7 +11,7 @@ import torch
 from base_optimizers import BASES, build, give_grads
 
 from selective import MGUP, Dense, Preconditioner, SelectiveUpdate, preconditioner_from
-from selective.clock import check_recordable
+from selective.step_count import check_recordable
 
 
 class HadamardOfTests(Preconditioner):

@@ -48,7 +48,7 @@ def test_orthogonal_after_many_refreshes(solver: str, carry: str, n: int, count:
 def test_without_settling_errors_would_add_up(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: the same 20 refreshes are less orthogonal when results are taken as they come."""
     with_it = orthogonality(refreshed(solver, 64, 20)[1]["rows_basis"])
-    monkeypatch.setattr("selective.preconditioner.rescue.settle", lambda q: (q, settle(q)[1] | True))
+    monkeypatch.setattr("selective.preconditioner.fallbacks.settle", lambda q: (q, settle(q)[1] | True))
     assert orthogonality(refreshed(solver, 64, 20)[1]["rows_basis"]) > with_it
 
 

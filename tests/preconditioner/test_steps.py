@@ -11,8 +11,8 @@ from base_optimizers import BASES, build, give_grads
 from transforms import FixedRotation, Turning, Unrotated
 
 from selective import MGUP, AdaDiag, Cautious, Dense, Policy, PolicyError, PreconditionerError, SelectiveUpdate
-from selective.capture.rotation import Rotation
 from selective.preconditioner import Carry
+from selective.rotation.rotation import Rotation
 
 SHAPES = ((12, 8), (8,), (6, 4, 3, 3), (12, 8), (7, 5))
 
@@ -352,7 +352,7 @@ def test_gradients_that_nobody_reads_are_not_looked_through(monkeypatch: pytest.
     params, optimizer = wrapped(preconditioner=Unread())
     give_grads(params, 0)
     with monkeypatch.context() as patch:
-        patch.setattr("selective.capture.rotation.Rotation._look_at", looks)
+        patch.setattr("selective.rotation.rotation.Rotation._look_at", looks)
         optimizer.step()
     assert int(optimizer.state[params[0]]["selective/basis/count"]) == 100
 
@@ -511,7 +511,7 @@ def test_a_base_that_raises_leaves_parameters_alone(monkeypatch: pytest.MonkeyPa
             raise ArithmeticError("no luck")
 
         with monkeypatch.context() as patch:
-            patch.setattr("selective.running.run_step_on", broken)
+            patch.setattr("selective.step.run.run_step_on", broken)
             with pytest.raises(ArithmeticError, match="no luck"):
                 optimizer.step()
         assert all(torch.equal(p, b) and p.dtype == b.dtype for p, b in zip(params, before, strict=True))
@@ -554,7 +554,7 @@ def test_a_dense_group_that_is_rotated_as_a_whole_does_not_step_the_base(monkeyp
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the base was stepped")
 
-    monkeypatch.setattr("selective.running.run_step_on", never)
+    monkeypatch.setattr("selective.step.run.run_step_on", never)
     for step in range(3):
         give_grads(p, step)
         optimizer.step()
@@ -568,8 +568,8 @@ def test_a_dense_group_that_is_rotated_as_a_whole_does_not_step_the_base(monkeyp
 def test_large_lists_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for part in (1, 2**26):
-        monkeypatch.setattr("selective.capture.lists.PART", part)
-        monkeypatch.setattr("selective.capture.rotation.ROTATED", part)
+        monkeypatch.setattr("selective.foreach.PART", part)
+        monkeypatch.setattr("selective.rotation.rotation.ROTATED", part)
         params, optimizer = wrapped("adamw-foreach", policy=MGUP())
         for step in range(4):
             give_grads(params, step)

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from whole_bytes import difference, everything, model_bytes, through_a_file
 
 from selective import MGUP, Dense, Policy, RandomMask, SelectiveUpdate, base_part
-from selective.base_class import class_names
-from selective.state import POLICY, decode_note
+from selective.base.same_class import class_names
+from selective.state.entries import POLICY, decode_note
 
 t = torch.optim
 Make = Callable[..., Optimizer]
@@ -233,6 +233,6 @@ def test_no_base_refuses_its_own(name: str, dtype: torch.dtype) -> None:
 
 def test_without_the_check_another_class_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The failing twin: RAdam would have gone on from Adam's moments, and nobody would have known."""
-    monkeypatch.setattr("selective.checking.check_class", lambda names, base: True)
+    monkeypatch.setattr("selective.checkpoint.matches_policies.check_class", lambda names, base: True)
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
         refused(t.RAdam, saved(t.Adam), "it was made with")

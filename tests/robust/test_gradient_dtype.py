@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from selective import AdaDiag, CautiousMGUP, Eigenbasis, SelectiveUpdate, Soap
-from selective.capture import lending
+from selective.base import lent_gradients as lending
 
 t = torch.optim
 ONES = CautiousMGUP(alpha=1.0, gamma=1.0)

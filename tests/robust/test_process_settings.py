@@ -20,9 +20,9 @@ from torch.utils._device import _device_constructors
 
 import selective
 from selective import AdaDiag, CautiousMGUP, Eigenbasis, Magma, RandomMask, SelectiveUpdate, Soap
-from selective.capture import anatomy_clone
-from selective.capture.anatomy import anatomy
-from selective.capture.fused import FusedAdam
+from selective.base import clone as anatomy_clone
+from selective.base.base_facts import anatomy
+from selective.base.fused_rules import FusedAdam
 from selective.kernels import lasting as kernels_lasting
 from selective.kernels.cpu import chunks
 
@@ -286,12 +286,12 @@ def test_facts_are_measured_under_torchs_own_settings(setting: str, monkeypatch:
     usual = anatomy(Plain([p]), {"params": [p], "lr": 1e-2, "weight_decay": 0.1}, measure=True)
     assert usual.decay == "decoupled"
     assert usual.momentum_key == "moment"
-    monkeypatch.setattr("selective.capture.anatomy._cache", {})
+    monkeypatch.setattr("selective.base.base_facts._cache", {})
     with SETTINGS[setting]():
         found = anatomy(Plain([p]), {"params": [p], "lr": 1e-2, "weight_decay": 0.1}, measure=True)
     assert found == usual
     if setting == "default device":  # the fault as it was
-        monkeypatch.setattr("selective.capture.anatomy._cache", {})
+        monkeypatch.setattr("selective.base.base_facts._cache", {})
         monkeypatch.setattr(anatomy_clone, "settings_of_torch", nullcontext)
         with SETTINGS[setting]():
             assert anatomy(Plain([p]), {"params": [p], "lr": 1e-2, "weight_decay": 0.1}, measure=True) != usual

@@ -11,7 +11,7 @@ from program_run import SEEN, run
 from programs import Made, beginnings, params_of, programs
 
 from selective import Dense, Fixed, Policy, RandomMask, SelectiveUpdate, Soap, TopK
-from selective.own import Own
+from selective.state.parameter_state import Own
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
@@ -45,11 +45,11 @@ def test_programs_reach_what_they_are_for() -> None:
 
 
 def forgets_the_step(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("selective.checkpoint.check_entries", lambda ours, order: {})
+    patch.setattr("selective.checkpoint.load.check_entries", lambda ours, order: {})
 
 
 def forgets_the_basis(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("selective.checkpoint.own_tensors", lambda entries, p: Own())
+    patch.setattr("selective.checkpoint.load.own_tensors", lambda entries, p: Own())
 
 
 def moves_all(patch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from selective import MGUP, Eigenbasis, SelectiveUpdate
-from selective.state import STEP
+from selective.state.entries import STEP
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # lightning looks for pkg_resources

@@ -20,8 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from selective.kernels import Draw, Item, Selection, Strength
-from selective.kernels.gpu import launch, plan, shard_sums
-from selective.kernels.gpu import shards as by_kernels
+from selective.kernels.gpu import launch, plan
+from selective.kernels.gpu.sharded import step as by_kernels
+from selective.kernels.gpu.sharded import sums as shard_sums
 from selective.kernels.sharded.selective_step import sharded_step
 
 TARGET = GPUTarget("cuda", 90, 32)  # a Hopper

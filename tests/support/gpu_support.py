@@ -39,7 +39,8 @@ def missing_brackets(patch: pytest.MonkeyPatch, width: float = -4.0) -> None:
 
 def short_lists(patch: pytest.MonkeyPatch, capacity: int = 16) -> None:
     """Lists of ties that overflow soon."""
-    from selective.kernels.gpu import launch, settle
+    from selective.kernels.gpu import launch
+    from selective.kernels.gpu.device.top_k import settle
 
     for module in (settle, launch):
         patch.setattr(module, "TINY", capacity, raising=False)

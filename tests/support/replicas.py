@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from selective import SelectiveUpdate
-from selective.state import SEED
+from selective.state.entries import SEED
 
 STEPS = 50
 Configuration = dict[str, Any]

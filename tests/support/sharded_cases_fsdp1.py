@@ -9,7 +9,8 @@ import torch
 from sharded_world import World
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from selective import MGUP, SelectiveUpdate, arguments
+from selective import MGUP, SelectiveUpdate
+from selective.plan import refusals as arguments
 
 WAY_OUT = "fully_shard"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from selective import Policy
-from selective.view import StepView
+from selective.policies.view import StepView
 
 
 class Whole(Policy):

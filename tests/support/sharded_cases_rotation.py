@@ -40,8 +40,8 @@ from selective import (
     SelectiveUpdate,
     Soap,
 )
-from selective.capture import rotation_shards
 from selective.preconditioner import Carry, Preconditioner, State
+from selective.rotation import refresh_sharded as rotation_shards
 
 CLOSE, NEAR = 1e-5, 1e-4
 TALL = [(24, 6), (17, 8), (12, 12), (5,)]

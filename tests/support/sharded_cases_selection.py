@@ -97,7 +97,8 @@ def kernels_of_whole_tensors(world: World) -> None:
 
 def few_blocks() -> None:
     """Programs of the interpreter that look at 64 elements, not eight times at 1,024."""
-    from selective.kernels.gpu import shard_plan, shards
+    from selective.kernels.gpu.sharded import plan as shard_plan
+    from selective.kernels.gpu.sharded import step as shards
 
     shard_plan.SPAN = shards.BLOCK = shards.TABLE_BLOCK = 64
 

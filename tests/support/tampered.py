@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective.state import PREFIX
+from selective.state.entries import PREFIX
 
 Spoilt = dict[str, Any]
 

@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 
-import selective.clock
 import selective.optimizer
+import selective.step_count
 from selective import MGUP, Dense, RandomMask, SelectiveUpdate
 from selective.capture import fused
-from selective.clock import Clocks, DeviceClock
-from selective.members import Members
-from selective.state import STEP
+from selective.plan.group_params import Members
+from selective.state.entries import STEP
+from selective.step_count import Clocks, DeviceClock
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ def record(monkeypatch: pytest.MonkeyPatch):
     """Steps an optimizer as inside of a graph: nothing runs on the device."""
     flag = {"recording": False}
     monkeypatch.setattr(Members, "cuda_devices", property(lambda self: self.devices))
-    for module in (selective.clock, selective.optimizer):
+    for module in (selective.step_count, selective.optimizer):
         monkeypatch.setattr(module, "is_recording", lambda: flag["recording"])
     real = fused.selective_step
     monkeypatch.setattr(fused, "selective_step", lambda items, **a: None if flag["recording"] else real(items, **a))

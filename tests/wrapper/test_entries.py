@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from selective import MGUP, Magma, Policy, RandomMask, SelectiveUpdate
-from selective.state import POLICY, POLICY_STATE, PREFIX, SEED, STEP
+from selective.state.entries import POLICY, POLICY_STATE, PREFIX, SEED, STEP
 
 AVERAGE = POLICY_STATE + "average"
 BROKEN = [

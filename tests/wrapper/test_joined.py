@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from selective import MGUP, Cautious, Dense, Eigenbasis, Policy, RandomMask, SelectiveUpdate, Soap
-from selective import members as members_module
+from selective.plan import group_params as members_module
 
 CASES: dict[str, dict[str, Any]] = {
     "mgup": {"policy": MGUP()},
@@ -52,7 +52,7 @@ def test_a_step_on_the_vector_is_refused(case: str, base: Any) -> None:
 def test_one_ranks_part_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = SelectiveUpdate(torch.optim.AdamW(parameters(), lr=0.01), policy=MGUP())
     joined(optimizer.param_groups[0], ranks=4)
-    monkeypatch.setattr("selective.joined._ranks", lambda: 4)
+    monkeypatch.setattr("selective.plan.flattened._ranks", lambda: 4)
     with pytest.raises(ValueError, match="vector of 10 elements"):
         optimizer.step()
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from selective import MGUP, Cautious, Policy, SelectiveUpdate
-from selective.capture.described import specs_of
-from selective.groups import PolicyGroup
+from selective.plan.policy_groups import PolicyGroup
+from selective.policies.kernel_terms import specs_of
 from selective.policies.selections import TopK
 from selective.policies.strengths import Fixed
 

@@ -29,8 +29,8 @@ from torch.optim import Optimizer
 
 from selective import MGUP, Dense, SelectiveUpdate, Soap, param_groups_for
 from selective.kernels import use_backend
-from selective.sharing import _have_one_in_common
-from selective.state import BASIS_STEPS, MOMENTUM
+from selective.plan.shared_parameters import _have_one_in_common
+from selective.state.entries import BASIS_STEPS, MOMENTUM
 
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -399,7 +399,7 @@ def test_memory_that_is_shared_later_is_refused_before_anything_moves(case: Case
 
 
 def test_without_that_delta_capture_would_step_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selective.planning.check_sharing", lambda *ignored: None)
+    monkeypatch.setattr("selective.plan.groups.check_sharing", lambda *ignored: None)
     still = SelectiveUpdate(base_of(of(the_same)), policy="RandomMask", capture="delta")
     still.policy_groups[0].policy = type(still.policy)(probability=1e-9)  # nothing is selected: nothing may move ...
     before = values(still)

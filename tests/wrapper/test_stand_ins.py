@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from selective import MGUP, Cautious, Eigenbasis, SelectiveUpdate
-from selective.own_state import OwnState
-from selective.state import BASIS_STEPS, STEP
+from selective.state.entries import BASIS_STEPS, STEP
+from selective.state.store import OwnState
 
 
 class LooksUp:

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective import MGUP, Magma, SelectiveUpdate, Soap
-from selective.state import BASIS_SHAPE, BASIS_STEPS, MOMENTUM, POLICY, POLICY_STATE, PRECONDITIONER, SEED, STEP
-from selective.undivided import Undivided
+from selective.state.entries import BASIS_SHAPE, BASIS_STEPS, MOMENTUM, POLICY, POLICY_STATE, PRECONDITIONER, SEED, STEP
+from selective.state.undivided import Undivided
 
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -664,8 +664,8 @@ def test_zero_redundancy_resumes_bit_for_bit(bound: dict[str, Any], monkeypatch:
     try:
         assert_same(*resumed())
         # as it was: entries of ours were dropped from what was written
-        monkeypatch.setattr("selective.writing._Home._own_of", lambda *ignored: None)
-        monkeypatch.setattr("selective.writing._Made.judge", lambda *ignored: lambda: None)
+        monkeypatch.setattr("selective.state.writing._Home._own_of", lambda *ignored: None)
+        monkeypatch.setattr("selective.state.writing._Made.judge", lambda *ignored: lambda: None)
         with pytest.raises(AssertionError):
             assert_same(*resumed())
     finally:

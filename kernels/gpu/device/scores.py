@@ -1,0 +1,71 @@
+"""Exactly the K largest scores of each tensor, without sorting: sample, count, settle, ties.
+
+1. `sample_kernel` (sample.py) forms the scores at drawn positions; from their ranks come two keys which the K-th most
+   likely lies between (a small tensor is its own sample: there the K-th itself is found).
+2. The pass over everything (`selective_step_kernel`) counts what is above the bracket, and leaves what is inside of it
+   undecided: one bit an element, and a histogram.
+3. `find_kernel` finds the histogram's bin that holds the K-th; `settle_kernel` decides every other bin, and lists the
+   few elements of this one.
+4. `ties_kernel` ranks those, equal scores by their index.
+A bracket that missed and a list that overflowed are noted on the device, and mended there by `repair.py`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .config import COUNTED, HIGH, LOW
+from .elements import load_moved
+from .keys import key_of
+from .rules import score_of
+
+DIGIT = tl.constexpr(2048)  # `repair.py` ranks a key's 32 bits as digits of 11, 11 and 10 bits
+LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # a cutoff behind every index
+
+
+@triton.jit
+def bin_of(key, low, high):
+    """Which part of the bracket a key lies in, of 2,048 at most: the same, and monotone, wherever it is computed."""
+    size = (high - low).to(tl.float32).to(tl.uint32, bitcast=True) >> 23  # 127 + its binary logarithm
+    shift = tl.maximum(size.to(tl.int32) - 127 + 1 - 11, 0)
+    return ((key - low) >> shift.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def count_scores(chosen, undecided, key, ranks, marks_ptr, histogram_ptr, CFG: tl.constexpr):
+    """Note of a block how many are above the bracket, and which are undecided (a bit each, and a histogram).
+
+    Made for few meetings of the block's warps. One sum has both: 32 elements lie within a warp, their bits in the lower
+    half of a word and their count in the upper one. And atomics want another layout than vector loads: what goes
+    through shared memory for that are 16 bits an element, not a pointer and a flag.
+    """
+    WORDS: tl.constexpr = CFG.block // 32
+    place = tl.arange(0, 32).to(tl.uint32)[None, :]
+    bits = tl.reshape(undecided.to(tl.uint32), [WORDS, 32]) << place
+    words = tl.sum(bits.to(tl.uint64) | (tl.reshape(chosen.to(tl.uint64), [WORDS, 32]) << 32), 1)
+    tl.store(marks_ptr + tl.arange(0, WORDS), words.to(tl.uint32).to(tl.int32, bitcast=True))
+    tl.atomic_add(ranks + COUNTED, tl.sum((words >> 32).to(tl.int64)), sem="relaxed")
+    low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
+    where = tl.where(undecided, bin_of(key, low, high), -1).to(tl.int16).to(tl.int32)
+    tl.atomic_add(histogram_ptr + where, 1, mask=where >= 0, sem="relaxed")
+
+
+@triton.jit
+def keys_at(pointers, row, offs, mask, FAST: tl.constexpr, CFG: tl.constexpr):
+    """(key, update, gradient, parameter) of elements at any indices; of a given update, what it starts from."""
+    p, g, u, m, _, _, start, _ = load_moved(pointers, offs, mask, row, CFG.writes and CFG.rule != "given", FAST, CFG)
+    if CFG.rule == "given":
+        p = start
+    return key_of(score_of(g, u, m, row, CFG)), u, g, p
+
+
+@triton.jit
+def descend(histogram, rank):
+    """(digit that holds the rank-th largest, its rank among the equal ones, how many those are)."""
+    BINS: tl.constexpr = histogram.shape[0]
+    from_here = tl.sum(histogram) - tl.cumsum(histogram, 0) + histogram
+    places = tl.arange(0, BINS)
+    digit = tl.max(tl.where(from_here >= rank, places, 0))
+    left = rank - tl.sum(tl.where(places > digit, histogram, 0))
+    return digit.to(tl.uint32), left, tl.sum(tl.where(places == digit, histogram, 0))

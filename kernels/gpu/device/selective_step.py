@@ -1,0 +1,103 @@
+"""The step of every element: moments, mask, decay, parameter in one pass, for any number of tensors in one launch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .config import BRACKET, FACTS, KEYS, LARGE, MODE, NUMBERS, NUMEL, RANKS
+from .elements import is_aligned, load_moved, multiplier, pointers_of, row_of, stepped, store_moments, store_param
+from .rounding import INTERPRETED
+from .scores import count_scores
+from .selections import select
+
+
+@triton.jit
+def _add_five(a, b, c, d, e, f, g, h, i, j):
+    return a + f, b + g, c + h, d + i, e + j
+
+
+@triton.jit
+def _report(partial_ptr, rows, chosen, undecided, g, u, masked):
+    """One program's row of partial statistics, float32, in a table of columns; the undecided come by a later kernel."""
+    masked = tl.where(undecided, 0.0, masked * masked)
+    count = chosen.to(tl.float32)
+    if INTERPRETED:  # one element after the other there
+        selected, update_sq, grad_sq = tl.sum(count), tl.sum(u * u), tl.sum(g * g)
+        update_grad, masked_sq = tl.sum(u * g), tl.sum(masked)
+    else:  # five sums in one reduction share its barriers
+        five = (count, u * u, g * g, u * g, masked)
+        selected, update_sq, grad_sq, update_grad, masked_sq = tl.reduce(five, 0, _add_five)
+    tl.store(partial_ptr, selected)
+    tl.store(partial_ptr + rows, update_sq)
+    tl.store(partial_ptr + 2 * rows, grad_sq)
+    tl.store(partial_ptr + 3 * rows, update_grad)
+    tl.store(partial_ptr + 4 * rows, masked_sq)
+
+
+@triton.jit
+def _block(
+    offs, mask, pointers, row, ranks, facts, keys, marks_ptr, histogram_ptr, partial_ptr, rows,
+    FUNCTION: tl.constexpr, FAST: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
+):  # fmt: skip
+    p, g, u, m, previous, x, y, z = load_moved(pointers, offs, mask, row, CFG.writes and CFG.rule != "given", FAST, CFG)
+    chosen, undecided, key = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION,
+                                    CFG.bracketed and FAST, CFG)  # fmt: skip
+    if CFG.writes:
+        store_moments(pointers, offs, x, y, z, mask, FAST, CFG)  # early: frees their registers
+    if not FAST:
+        undecided = undecided & mask
+    if CFG.bracketed:
+        count_scores(chosen & mask, undecided, key, ranks, marks_ptr, histogram_ptr, CFG)
+    multiples = multiplier(chosen, u, g, row, CFG)
+    if CFG.statistics:
+        gradient, update = g, u
+        if not FAST:
+            gradient, update = tl.where(mask, g, 0.0), tl.where(mask, u, 0.0)
+        _report(partial_ptr, rows, chosen & mask, undecided, gradient, update, multiples * update)
+    if CFG.writes:
+        new = stepped(p, y, u, multiples, row, CFG)
+        if CFG.bracketed:  # stays as it was until it is decided: rounded once, then
+            if CFG.rule == "given":
+                p = y
+            new = tl.where(undecided, p, new)
+        store_param(pointers, offs, new, mask, keys, FAST, CFG)
+
+
+@triton.jit
+def selective_step_kernel(
+    marks_ptr, histograms_ptr, partials_ptr,
+    chunks_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr, rows,
+    FUNCTION: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
+):  # fmt: skip
+    """One block of `CFG.block` elements of one tensor a program; `chunks_ptr` says which.
+
+        moments <- rule(g);  u <- rule(moments);  mask <- where(selected, above, below);  p <- factor p - mask u
+
+    Reads p, g and the rule's state once, writes p and the state that moves once: AdamW in float32 reads 16 and writes
+    12 bytes an element. Besides, a few hundred bytes a program: its row of each table. `CFG.bracketed` adds one bit an
+    element (marks) and an atomic addition for each of the few scores inside of the bracket; `CFG.statistics` 20 bytes
+    a program. Arithmetic in float32, one rounding at each store. In place: every element is read and written by the
+    one program that owns it; a given update may lie in the parameter's memory.
+
+    Blocks that are complete, of tensors whose addresses are all multiples of 16 (and that have a bracket, where some
+    do), take vector loads; the others masked ones.
+    """
+    BLOCK: tl.constexpr = CFG.block
+    program = tl.program_id(0)
+    t, chunk = tl.load(chunks_ptr + 2 * program), tl.load(chunks_ptr + 2 * program + 1)
+    pointers, row = pointers_of(pointers_ptr, t), row_of(numbers_ptr, t, NUMBERS)
+    ranks, facts, keys = row_of(ranks_ptr, t, RANKS), row_of(facts_ptr, t, FACTS), row_of(keys_ptr, t, KEYS)
+    start, numel = chunk.to(tl.int64) * BLOCK, tl.load(facts + NUMEL)
+    marks, partial = marks_ptr + program.to(tl.int64) * (BLOCK // 32), partials_ptr + program
+    histogram = histograms_ptr + tl.load(facts + LARGE) * BINS
+    offs = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
+    fast = (start + BLOCK <= numel) & is_aligned(pointers)
+    if CFG.bracketed:
+        fast = fast & (tl.load(ranks + MODE) == BRACKET)
+    if fast:
+        _block(offs, offs >= 0, pointers, row, ranks, facts, keys, marks, histogram, partial, rows,
+               FUNCTION, True, BINS, CFG)  # fmt: skip
+    else:
+        _block(offs, offs < numel, pointers, row, ranks, facts, keys, marks, histogram, partial, rows,
+               FUNCTION, False, BINS, CFG)  # fmt: skip

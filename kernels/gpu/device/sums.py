@@ -1,0 +1,174 @@
+"""Sums over tensors, deterministic: what strengths are made of before the step, and what a step reports after it.
+
+Each program adds up its elements in float32 in a fixed order and writes one row; one program a tensor then adds up the
+rows in float64, also in a fixed order. No atomics, so the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .config import (
+    ABOVE,
+    BELOW,
+    CHUNK_AT,
+    CHUNKS,
+    DENSE,
+    FACTS,
+    FIRST,
+    FOURTH,
+    KEYS,
+    MODE,
+    NUMBERS,
+    NUMEL,
+    RANKS,
+    SEEN,
+    SETTLE_AT,
+    SETTLES,
+    SUM_AT,
+    SUM_COLUMNS,
+    SUM_SHIFT,
+    TIED,
+)
+from .elements import is_aligned, load_moved, pointers_of, read, row_of
+from .numbers import REST, SELECTED
+from .random import sample_position
+from .selections import select
+from .strengths import column_sum
+
+
+@triton.jit
+def normed(g, u, m, CFG: tl.constexpr):
+    """What the norm that a strength keeps is of."""
+    x = u
+    if CFG.of == "momentum":
+        x = m
+    elif CFG.of == "gradient":
+        x = g
+    return x
+
+
+@triton.jit
+def _sum(out, offs, mask, pointers, row, ranks, facts, keys, FUNCTION: tl.constexpr, FAST: tl.constexpr,
+         CFG: tl.constexpr):  # fmt: skip
+    """One program's row: the sums of these elements that this strength needs."""
+    _, g, u, m, previous, _, _, _ = load_moved(pointers, offs, mask, row, False, FAST, CFG)
+    chosen, _, _ = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION, False, CFG)
+    if CFG.strength == "mean_preserving":
+        tl.store(out, tl.sum((chosen & mask).to(tl.float32)))
+    elif CFG.strength == "norm_preserving":
+        x = normed(g, u, m, CFG)
+        squares = tl.where(mask, x * x, 0.0)
+        tl.store(out, tl.sum(tl.where(chosen, squares, 0.0)))
+        tl.store(out + 1, tl.sum(tl.where(chosen, 0.0, squares)))
+    elif CFG.strength == "alignment":
+        m, g = tl.where(mask, m, 0.0), tl.where(mask, g, 0.0)
+        tl.store(out, tl.sum(m * g))
+        tl.store(out + 1, tl.sum(m * m))
+        tl.store(out + 2, tl.sum(g * g))
+
+
+@triton.jit
+def sums_kernel(
+    sums_ptr, work_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr,
+    FUNCTION: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK elements of one tensor a program: what the strength needs of them, before anything moves.
+
+    Reads what selection and norm are made of (agreement and mean, or norm of the momentum: gradient and first moment, 8
+    bytes an element of AdamW in float32), at drawn places where the estimate is sampled and the tensor is larger than
+    the sample. Writes 16 bytes a program.
+    """
+    program = tl.program_id(0)
+    t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
+    facts, row, keys = row_of(facts_ptr, t, FACTS), row_of(numbers_ptr, t, NUMBERS), row_of(keys_ptr, t, KEYS)
+    ranks, pointers = row_of(ranks_ptr, t, RANKS), pointers_of(pointers_ptr, t)
+    numel, shift = tl.load(facts + NUMEL), tl.load(facts + SUM_SHIFT)
+    start, out = part.to(tl.int64) * BLOCK, sums_ptr + (tl.load(facts + SUM_AT) + part) * SUM_COLUMNS
+    i = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
+    if (shift < 0) & (start + BLOCK <= numel) & is_aligned(pointers):
+        _sum(out, i, i >= 0, pointers, row, ranks, facts, keys, FUNCTION, True, CFG)
+    elif shift < 0:
+        _sum(out, i, i < numel, pointers, row, ranks, facts, keys, FUNCTION, False, CFG)
+    else:
+        first = tl.load(keys + 2).to(tl.uint32, bitcast=True)
+        second = tl.load(keys + 3).to(tl.uint32, bitcast=True)
+        mask = i < (tl.full((), 8, tl.int64) << shift)
+        places = tl.where(mask, sample_position(i, numel, shift, first, second), 0)
+        _sum(out, places, mask, pointers, row, ranks, facts, keys, FUNCTION, False, CFG)
+
+
+@triton.jit
+def seen_kernel(ranks_ptr, work_ptr, pointers_ptr, facts_ptr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+                CFG: tl.constexpr):  # fmt: skip
+    """Sets SEEN where a tensor's momentum before the step is anything but zero; a program looks at PARTS blocks.
+
+    Not at all where it is seen already: launched over one block of each tensor first and then over all, little more
+    than one block of each is read.
+    """
+    program = tl.program_id(0)
+    t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
+    seen = row_of(ranks_ptr, t, RANKS) + SEEN
+    pointers, numel = pointers_of(pointers_ptr, t), tl.load(row_of(facts_ptr, t, FACTS) + NUMEL)
+    if tl.load(seen) == 0:
+        found = tl.zeros([BLOCK], tl.int32)
+        for i in range(PARTS):
+            offs = (part.to(tl.int64) * PARTS + i) * BLOCK + tl.arange(0, BLOCK)
+            if CFG.rule == "given":
+                previous = read(pointers, offs, offs < numel, FOURTH, CFG.fourth, False)
+            else:
+                previous = read(pointers, offs, offs < numel, FIRST, CFG.first, False)
+            found = found | (previous != 0).to(tl.int32)
+        if tl.sum(found) > 0:
+            tl.store(seen, tl.full((), 1, tl.int64))
+
+
+@triton.jit
+def _five_sums(partials_ptr, at, count, rows, BLOCK: tl.constexpr):
+    """The five columns of partial statistics, added up over `count` rows from `at` on, in float64."""
+    a, b, c = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    d, e = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        inside, row = i < count, partials_ptr + at + i
+        a += tl.load(row, mask=inside, other=0.0).to(tl.float64)
+        b += tl.load(row + rows, mask=inside, other=0.0).to(tl.float64)
+        c += tl.load(row + 2 * rows, mask=inside, other=0.0).to(tl.float64)
+        d += tl.load(row + 3 * rows, mask=inside, other=0.0).to(tl.float64)
+        e += tl.load(row + 4 * rows, mask=inside, other=0.0).to(tl.float64)
+    return tl.sum(a), tl.sum(b), tl.sum(c), tl.sum(d), tl.sum(e)
+
+
+@triton.jit
+def report_kernel(
+    out_ptr, partials_ptr, settled_ptr, tied_ptr, repaired_ptr, numbers_ptr, hyper_ptr, ranks_ptr, facts_ptr, programs,
+    rows, FIXED: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One tensor a program: the seven sums of `spec.Sums`, float64, from all programs' rows."""
+    t = tl.program_id(0)
+    facts, ranks = row_of(facts_ptr, t, FACTS), row_of(ranks_ptr, t, RANKS)
+    row, out = row_of(numbers_ptr, t, NUMBERS), out_ptr + t * 7
+    at, count = tl.load(facts + CHUNK_AT), tl.load(facts + CHUNKS).to(tl.int32)
+    selected, update_sq, grad_sq, update_grad, masked = _five_sums(partials_ptr, at, count, rows, BLOCK)
+    if CFG.bracketed:
+        if tl.load(ranks + TIED) < 0:  # the repair has counted everything anew
+            selected = column_sum(repaired_ptr, t.to(tl.int64) * programs, programs, 0, 2, BLOCK)
+            masked = column_sum(repaired_ptr, t.to(tl.int64) * programs, programs, 1, 2, BLOCK)
+        else:
+            first, settles = tl.load(facts + SETTLE_AT), tl.load(facts + SETTLES).to(tl.int32)
+            tied = tied_ptr + t.to(tl.int64) * 2
+            selected += column_sum(settled_ptr, first, settles, 0, 2, BLOCK) + tl.load(tied)
+            masked += column_sum(settled_ptr, first, settles, 1, 2, BLOCK) + tl.load(tied + 1)
+    above, below = tl.load(row + ABOVE).to(tl.float64), tl.load(row + BELOW).to(tl.float64)
+    if FIXED:  # as they are written, not as they were rounded to be multiplied with
+        dense = tl.load(ranks + MODE) == DENSE
+        above = tl.where(dense, 1.0, tl.load(hyper_ptr + SELECTED))
+        below = tl.where(dense, 1.0, tl.load(hyper_ptr + REST))
+    tl.store(out + 0, selected)
+    tl.store(out + 1, above)
+    tl.store(out + 2, below)
+    tl.store(out + 3, update_sq)
+    tl.store(out + 4, grad_sq)
+    tl.store(out + 5, update_grad)
+    tl.store(out + 6, masked)

@@ -1,0 +1,156 @@
+"""Exact ranking of whole tensors, whatever their scores look like: where a bracket missed or a list overflowed.
+
+A launch of as many programs as the device has multiprocessors, which wait for each other: a radix select over the keys
+(11, 11 and 10 bits), then the index that splits the equal ones, then the step of what is still undecided. Nothing
+happens, in a few microseconds, when no tensor needs it; the host never learns.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..config import CRITICAL, CUTOFF, EXACT, FACTS, HIGH, LEFT, LOW, MODE, NUMBERS, NUMEL, PARAM, RANKS, TIED, WANTED
+from ..elements import column, multiplier, pointers_of, row_of, stepped
+from ..rounding import narrow
+from ..scores import DIGIT, bin_of, descend, keys_at
+
+
+@triton.jit
+def _meet(counter_ptr, target):
+    """Wait until all programs are here; what they stored before is seen after, by loads that go past the L1."""
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+    while tl.atomic_add(counter_ptr, 0, sem="acquire") < target:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _count_digits(histogram_ptr, pointers, row, start, end, numel, prefix, taken, to, BLOCK: tl.constexpr,
+                  CFG: tl.constexpr):  # fmt: skip
+    """Count the key digits that begin at bit `to`, of the keys that begin with `prefix` (`taken` bits)."""
+    for at in range(start, end, BLOCK):
+        offs = at + tl.arange(0, BLOCK)
+        key, _, _, _ = keys_at(pointers, row, offs, offs < numel, False, CFG)
+        inside = (offs < numel) & ((key.to(tl.uint64) >> (32 - taken).to(tl.uint64)) == prefix.to(tl.uint64))
+        digit = (key >> to.to(tl.uint32)) & tl.where(to == 0, 1023, 2047).to(tl.uint32)
+        tl.atomic_add(histogram_ptr + digit, 1, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _equal(pointers, row, start, end, numel, wanted, BLOCK: tl.constexpr, CFG: tl.constexpr):
+    """How many keys of this range are equal to `wanted`."""
+    count = tl.zeros([BLOCK], tl.int32)
+    for at in range(start, end, BLOCK):
+        offs = at + tl.arange(0, BLOCK)
+        key, _, _, _ = keys_at(pointers, row, offs, offs < numel, False, CFG)
+        count += ((key == wanted) & (offs < numel)).to(tl.int32)
+    return tl.sum(count).to(tl.int64)
+
+
+@triton.jit
+def _place(pointers, row, start, end, numel, wanted, left, BLOCK: tl.constexpr, CFG: tl.constexpr):
+    """The index of the left-th key of this range that is equal to `wanted`."""
+    found = start * 0 - 1
+    for at in range(start, end, BLOCK):
+        offs = at + tl.arange(0, BLOCK)
+        key, _, _, _ = keys_at(pointers, row, offs, offs < numel, False, CFG)
+        equal = ((key == wanted) & (offs < numel)).to(tl.int64)
+        here = tl.max(tl.where((tl.cumsum(equal, 0) == left) & (equal > 0), offs, -1))
+        found = tl.maximum(found, here)
+        left = left - tl.sum(equal)
+    return found
+
+
+@triton.jit
+def _finish(pointers, row, ranks, start, end, numel, wanted, cutoff, BINS: tl.constexpr, BLOCK: tl.constexpr,
+            CFG: tl.constexpr):  # fmt: skip
+    """Step what is undecided, and correct what was decided wrongly; (how many are selected, sum of (mask u)^2).
+
+    A coordinate that was decided has been rounded already, so its correction rounds a second time: off by two units in
+    the last place of the largest number at most. Undecided ones are rounded once.
+    """
+    low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
+    critical = tl.arange(0, BLOCK) * 0 + tl.load(ranks + CRITICAL)
+    counted, summed = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for at in range(start, end, BLOCK):
+        offs = at + tl.arange(0, BLOCK)
+        mask = offs < numel
+        key, u, g, p = keys_at(pointers, row, offs, mask, False, CFG)
+        chosen = (key > wanted) | ((key == wanted) & (offs <= cutoff) & (key != 0))
+        inside = (key >= low) & (key <= high)
+        place = bin_of(tl.where(inside, key, low), low, high)
+        undecided = inside & ((critical < 0) | (place == critical))
+        was = (key > high) | (inside & (critical >= 0) & (place > critical))
+        multiples = multiplier(chosen, u, g, row, CFG)
+        exact = stepped(p, p, u, multiples, row, CFG)
+        corrected = tl.fma(multiplier(was, u, g, row, CFG) - multiples, u, p)
+        new = tl.where(undecided, exact, corrected)
+        todo = mask & (undecided | (chosen != was))
+        tl.store(column(pointers, PARAM, CFG.param, False) + offs, narrow(new, CFG.param), mask=todo)
+        counted += (chosen & mask).to(tl.float32)
+        summed += tl.where(mask, (multiples * u) * (multiples * u), 0.0)
+    return tl.sum(counted), tl.sum(summed)
+
+
+@triton.jit
+def repair_kernel(
+    repaired_ptr, broken_ptr, meeting_ptr, histograms_ptr, equals_ptr,
+    pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, programs,
+    BINS: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, CFG: tl.constexpr,
+):  # fmt: skip
+    """Rank the tensors on the list `broken_ptr` exactly, and finish their step. Reads a tensor's scores six times.
+
+    All `programs` of the launch have to run at the same time. `meeting_ptr` is zero before, as are `histograms_ptr`
+    (twice three histograms); PROGRAMS is a power of two that is large enough. Without `CFG.writes` only the threshold
+    is kept.
+    """
+    pid = tl.program_id(0)
+    met = 0
+    for i in range(tl.load(broken_ptr)):
+        t = tl.load(broken_ptr + 1 + i)
+        pointers, row = pointers_of(pointers_ptr, t), row_of(numbers_ptr, t, NUMBERS)
+        ranks, numel = row_of(ranks_ptr, t, RANKS), tl.load(row_of(facts_ptr, t, FACTS) + NUMEL)
+        each = tl.cdiv(tl.cdiv(numel, BLOCK), programs) * BLOCK
+        start = pid.to(tl.int64) * each
+        end = tl.minimum(start + each, numel)
+        histograms = histograms_ptr + (i % 2) * (3 * DIGIT)
+        left, prefix = tl.load(ranks + WANTED).to(tl.int32), tl.full((), 0, tl.uint32)
+        places = tl.arange(0, DIGIT)
+        to = left * 0 + 21
+        for digit in range(3):
+            taken = 11 * digit + left * 0
+            _count_digits(histograms + digit * DIGIT, pointers, row, start, end, numel, prefix, taken, to, BLOCK, CFG)
+            met += programs
+            _meet(meeting_ptr, met)
+            if (digit == 0) & (pid == 0):  # everybody is done with the last tensor's histograms
+                other = histograms_ptr + ((i + 1) % 2) * (3 * DIGIT)
+                for k in range(3):
+                    tl.store(other + k * DIGIT + places, tl.zeros([DIGIT], tl.int32))
+            found, left, _ = descend(tl.load(histograms + digit * DIGIT + places, cache_modifier=".cg"), left)
+            prefix = (prefix << tl.where(digit < 2, 11, 10).to(tl.uint32)) | found
+            to = tl.maximum(to - 11, 0)
+        equal = _equal(pointers, row, start, end, numel, prefix, BLOCK, CFG)
+        tl.store(equals_ptr + pid, equal)
+        met += programs
+        _meet(meeting_ptr, met)
+        others = tl.arange(0, PROGRAMS)
+        before = tl.sum(tl.load(equals_ptr + others, mask=others < pid, other=0, cache_modifier=".cg"))
+        if (before < left) & (left <= before + equal):
+            tl.store(ranks + LEFT, _place(pointers, row, start, end, numel, prefix, left - before, BLOCK, CFG))
+        met += programs
+        _meet(meeting_ptr, met)
+        cutoff = tl.load(ranks + LEFT, cache_modifier=".cg")
+        if CFG.writes:
+            count, masked = _finish(pointers, row, ranks, start, end, numel, prefix, cutoff, BINS, BLOCK, CFG)
+            if CFG.statistics:
+                tl.store(repaired_ptr + (t.to(tl.int64) * programs + pid) * 2, count)
+                tl.store(repaired_ptr + (t.to(tl.int64) * programs + pid) * 2 + 1, masked)
+        met += programs
+        _meet(meeting_ptr, met)
+        if pid == 0:
+            tl.store(ranks + HIGH, prefix.to(tl.int64))
+            tl.store(ranks + CUTOFF, cutoff)
+            tl.store(ranks + MODE, cutoff * 0 + EXACT)
+            tl.store(ranks + TIED, cutoff * 0 - 1)

@@ -1,0 +1,213 @@
+"""After the pass over everything: the bin that holds the K-th score, the undecided elements, the ties."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..config import (
+    BRACKET,
+    CHUNK_AT,
+    CHUNKS,
+    COUNTED,
+    CRITICAL,
+    CUTOFF,
+    EXACT,
+    FACTS,
+    HIGH,
+    LARGE,
+    LEFT,
+    LOW,
+    MODE,
+    NUMBERS,
+    PARAM,
+    RANKS,
+    TIED,
+    WANTED,
+)
+from ..elements import column, multiplier, pointers_of, row_of, stepped
+from ..rounding import narrow
+from ..scores import bin_of, keys_at
+
+TINY = 1024  # how many elements of the one bin can be listed; more are ranked by repair.py
+
+
+@triton.jit
+def _note(broken_ptr, t):
+    """Put a tensor on the list of those that need repair; the order is whoever comes first, the result is not."""
+    place = tl.atomic_add(broken_ptr, 1, sem="relaxed")
+    tl.store(broken_ptr + 1 + place, t)
+
+
+@triton.jit
+def find_kernel(ranks_ptr, histograms_ptr, broken_ptr, tensors_ptr, facts_ptr, BINS: tl.constexpr):
+    """One tensor a program: the histogram's bin that holds the K-th score, and the rank inside of it.
+
+    CRITICAL becomes that bin, BINS where nothing of the bracket is selected, -1 where the bracket has missed.
+    """
+    t = tl.load(tensors_ptr + tl.program_id(0))
+    ranks, large = row_of(ranks_ptr, t, RANKS), tl.load(row_of(facts_ptr, t, FACTS) + LARGE)
+    if tl.load(ranks + MODE) == BRACKET:
+        places = tl.arange(0, BINS)
+        histogram = tl.load(histograms_ptr + large * BINS + places)
+        total = tl.sum(histogram)
+        rank = tl.load(ranks + WANTED) - tl.load(ranks + COUNTED)
+        from_here = total - tl.cumsum(histogram, 0) + histogram
+        critical = tl.max(tl.where(from_here >= rank, places, -1))
+        critical = tl.where(rank == 0, BINS, critical)
+        missed = (rank < 0) | (rank > total)
+        tl.store(ranks + CRITICAL, tl.where(missed, -1, critical).to(tl.int64))
+        tl.store(ranks + LEFT, rank - tl.sum(tl.where(places > critical, histogram, 0)))
+        if missed:
+            _note(broken_ptr, t)
+
+
+@triton.jit
+def decide(pointers, row, offs, todo, chosen, u, g, p, CFG: tl.constexpr):
+    """Step the elements in `todo` that are now decided (float32 parameters); (mask u)^2 of these, 0 elsewhere."""
+    multiples = multiplier(chosen, u, g, row, CFG)
+    new = stepped(p, p, u, multiples, row, CFG)
+    tl.store(column(pointers, PARAM, CFG.param, False) + offs, narrow(new, CFG.param), mask=todo)
+    masked = multiples * u
+    return tl.where(todo, masked * masked, 0.0)
+
+
+@triton.jit
+def _lowest(bits):
+    """The place (0 to 31) of the lowest bit that is set in each uint32; anything where none is."""
+    lowest = bits & ((bits ^ 0xFFFFFFFF) + 1)
+    return (lowest.to(tl.float32).to(tl.uint32, bitcast=True) >> 23).to(tl.int32) - 127
+
+
+@triton.jit
+def _list(tiny_ptr, ranks, offs, key, listed, TINY: tl.constexpr):
+    """Append elements to a tensor's list; those that do not fit are only counted."""
+    index = tl.atomic_add(ranks + TIED + offs * 0, tl.full(offs.shape, 1, tl.int64), mask=listed, sem="relaxed")
+    fits = listed & (index < TINY)
+    tl.store(tiny_ptr + index, offs.to(tl.uint32).to(tl.int32, bitcast=True), mask=fits)
+    tl.store(tiny_ptr + TINY + index, key.to(tl.int32, bitcast=True), mask=fits)
+
+
+@triton.jit
+def _population(bits):
+    """How many bits are set in each uint32."""
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return ((bits * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _gather(todo_ptr, word, bits, place, first, ROOM: tl.constexpr):
+    """Write down the flat indices of the set bits whose number is from `first` on, as many as there is room for.
+
+    `place`: the number of each word's first one.
+    """
+    rounds = tl.max(_population(bits))
+    for _ in range(rounds):
+        offs = word * 32 + _lowest(bits)
+        fits = (bits != 0) & (place >= first) & (place < first + ROOM)
+        tl.store(todo_ptr + (place - first), offs.to(tl.uint32).to(tl.int32, bitcast=True), mask=fits)
+        bits = bits & (bits - 1)
+        place += 1
+
+
+@triton.jit
+def settle_kernel(
+    partials_ptr, tiny_ptr, todo_ptr, marks_ptr, work_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
+    TINY: tl.constexpr, BINS: tl.constexpr, WORDS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+    CFG: tl.constexpr,
+):  # fmt: skip
+    """Decide what lies in other bins than the critical one, and list the elements of that one.
+
+    WORDS words of 32 elements of one tensor a program. Few bits are set, so their indices are written down first, ROOM
+    at a time, and then worked on side by side. Reads a bit for each element, and for each undecided one what its score
+    is made of; writes its parameter (where `CFG.writes`). `tiny_ptr`: for each tensor TINY indices, then TINY keys.
+    """
+    program = tl.program_id(0)
+    t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
+    ranks, facts, row = row_of(ranks_ptr, t, RANKS), row_of(facts_ptr, t, FACTS), row_of(numbers_ptr, t, NUMBERS)
+    pointers, tiny = pointers_of(pointers_ptr, t), tiny_ptr + tl.load(facts + LARGE) * (2 * TINY)
+    critical = tl.load(ranks + CRITICAL)
+    low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
+    count, masked = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    PER: tl.constexpr = CFG.block // 32
+    word = part.to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    there = word < tl.load(facts + CHUNKS) * PER
+    bits = tl.load(marks_ptr + tl.load(facts + CHUNK_AT) * PER + word, mask=there, other=0)
+    bits = bits.to(tl.uint32, bitcast=True)
+    if (tl.load(ranks + MODE) != BRACKET) | (critical < 0):
+        bits = bits * 0
+    population = _population(bits)
+    place, total = tl.cumsum(population, 0) - population, tl.sum(population)
+    mine = todo_ptr + program.to(tl.int64) * ROOM
+    for first in range(0, total, ROOM):
+        tl.debug_barrier()
+        _gather(mine, word, bits, place, first, ROOM)
+        tl.debug_barrier()
+        for at in range(0, tl.minimum(total - first, ROOM), BLOCK):
+            i = at + tl.arange(0, BLOCK)
+            todo = i < tl.minimum(total - first, ROOM)
+            offs = tl.load(mine + i, mask=todo, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+            key, u, g, p = keys_at(pointers, row, offs, todo, False, CFG)
+            where = bin_of(key, low, high)
+            _list(tiny, ranks, offs, key, todo & (where == critical), TINY)
+            if CFG.writes:
+                chosen = where > critical
+                todo = todo & (where != critical)
+                masked += decide(pointers, row, offs, todo, chosen, u, g, p, CFG)
+                count += (todo & chosen).to(tl.float32)
+    if CFG.writes and CFG.statistics:
+        partial = partials_ptr + program.to(tl.int64) * 2
+        tl.store(partial, tl.sum(count))
+        tl.store(partial + 1, tl.sum(masked))
+
+
+@triton.jit
+def ties_kernel(
+    partials_ptr, tiny_ptr, broken_ptr, tensors_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
+    TINY: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
+):  # fmt: skip
+    """One tensor a program: rank the listed elements, equal scores by index, step them, and keep the threshold.
+
+    What was listed depends on the order of atomics, the ranks and so the result do not.
+    """
+    t = tl.load(tensors_ptr + tl.program_id(0))
+    ranks = row_of(ranks_ptr, t, RANKS)
+    critical, listed = tl.load(ranks + CRITICAL), tl.load(ranks + TIED).to(tl.int32)
+    count, masked = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    if (tl.load(ranks + MODE) == BRACKET) & (critical >= 0):
+        if listed > TINY:
+            _note(broken_ptr, t)
+        else:
+            row, pointers = row_of(numbers_ptr, t, NUMBERS), pointers_of(pointers_ptr, t)
+            i = tl.arange(0, TINY)
+            tiny = tiny_ptr + tl.load(row_of(facts_ptr, t, FACTS) + LARGE) * (2 * TINY)
+            index = tl.load(tiny + i, mask=i < listed, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+            key = tl.load(tiny + TINY + i, mask=i < listed, other=0).to(tl.uint32, bitcast=True)
+            place = tl.zeros([TINY], tl.int32)
+            for j in range(listed):
+                other = tl.load(tiny + TINY + j).to(tl.uint32, bitcast=True)
+                before = tl.load(tiny + j).to(tl.uint32, bitcast=True).to(tl.int64)
+                place += ((other > key) | ((other == key) & (before < index))).to(tl.int32)
+            left = tl.load(ranks + LEFT)
+            todo = i < listed
+            chosen = (place < left) & (key != 0)
+            if CFG.writes:
+                key, u, g, p = keys_at(pointers, row, index, todo, False, CFG)
+                each = decide(pointers, row, index, todo, chosen, u, g, p, CFG)
+                count = tl.sum((todo & chosen).to(tl.float32))
+                # added up in the order of the ranks, which the list is not in: over the keys, which are done with
+                tl.debug_barrier()
+                tl.store(tiny + TINY + place, each.to(tl.int32, bitcast=True), mask=todo)
+                tl.debug_barrier()
+                masked = tl.sum(tl.load(tiny + TINY + i, mask=todo, other=0).to(tl.float32, bitcast=True))
+            if critical < BINS:
+                last = todo & (place == left - 1)
+                tl.store(ranks + HIGH, tl.max(tl.where(last, key.to(tl.int64), 0)))
+                tl.store(ranks + CUTOFF, tl.max(tl.where(last, index, -1)))
+            tl.store(ranks + MODE, left * 0 + EXACT)
+    if CFG.writes and CFG.statistics:
+        partial = partials_ptr + t.to(tl.int64) * 2
+        tl.store(partial, count)
+        tl.store(partial + 1, masked)

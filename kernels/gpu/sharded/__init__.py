@@ -1,0 +1,1 @@
+"""The step of shards on a GPU: launches between collectives."""

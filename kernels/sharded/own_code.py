@@ -1,0 +1,72 @@
+"""What a policy's own code needs of the other shards: means, norms, quantiles; and what is reported of its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.strengths import total
+from ..spec import Shard, Sums
+from .exact_sums import WIDTH, digits, number
+from .exchange import Part
+from .top_k import Ranked, find, key_of
+
+
+def alone(part: Generator[Tensor, Tensor, Any], group: Any) -> Any:
+    """Take one part to its end by itself: a collective for each of its rounds."""
+    answer: Tensor | None = None
+    while True:
+        try:
+            asked = next(part) if answer is None else part.send(answer)
+        except StopIteration as end:
+            return end.value
+        answer = asked.clone()
+        torch.distributed.all_reduce(answer, group=group)
+
+
+def totals(values: Sequence[Tensor], shard: Shard) -> Generator[Tensor, Tensor, Tensor]:
+    """The sums over all shards of these 0-d numbers: float64, 1-d."""
+    row = torch.stack([value.to(torch.float64) for value in values])
+    answer = yield digits(row if shard.counted else torch.zeros_like(row)).reshape(-1)
+    return number(answer.reshape(len(values), WIDTH))
+
+
+def value_of(key: Tensor) -> Tensor:
+    """The score that `key_of` made this of."""
+    bits = torch.where(key < 0, key ^ torch.iinfo(key.dtype).max, key)
+    return bits.view(torch.float64 if key.dtype == torch.int64 else torch.float32)
+
+
+def smallest(x: Tensor, rank: int, shard: Shard) -> Generator[Tensor, Tensor, Tensor]:
+    """The value at place `rank`, from 0 in ascending order, of the whole tensor; NaN is larger than everything."""
+    key = key_of(x)
+    key = torch.where(torch.isnan(x.reshape(-1)), torch.iinfo(key.dtype).max, key)
+    one = Ranked(key, shard.numel - rank, shard, ties=False)
+    yield from find([one])
+    assert one.prefix is not None
+    found = value_of(one.prefix)
+    return torch.where(one.prefix == torch.iinfo(key.dtype).max, torch.nan, found)
+
+
+def mask_report(mask: Tensor, update: Tensor, grad: Tensor | None, shard: Shard) -> Part:
+    """`selective.statistics.sums_of_mask` of a whole tensor, from its shards."""
+    multiplier = mask.to(update.dtype).expand(update.shape)
+    largest = yield from smallest(multiplier, shard.numel - 1, shard)
+    masked = multiplier * update
+    wanted = [
+        total(multiplier == largest), total(multiplier), total(multiplier != 0), total(update * update),
+        total(masked * masked),
+    ]  # fmt: skip
+    wanted += [] if grad is None else [total(grad * grad), total(update * grad)]
+    found = yield from totals(wanted, shard)
+    count, summed, moving, update_sq, masked_sq = found[:5].unbind()
+    nothing = torch.full_like(count, torch.nan)
+    grad_sq, update_grad = (nothing, nothing) if grad is None else found[5:].unbind()
+    double, numel = largest.to(torch.float64), shard.numel
+    count = torch.where(moving > 0, count, 0.0)
+    rest = (summed - double * count) / (numel - count).clamp(min=1)
+    rest = torch.where(count < numel, rest, double)
+    return [Sums(numel, count, double, rest, update_sq, grad_sq, update_grad, masked_sq)]

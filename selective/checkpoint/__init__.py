@@ -1,0 +1,1 @@
+"""Checkpoints: saving, loading, and refusing in words what does not fit."""

@@ -1,0 +1,137 @@
+"""What policies, selections and strengths have in common: frozen pydantic models with a `kind`.
+
+They are validated where they are written, print as they were written, and go to JSON and back. The `kind` tags the JSON
+form; a subclass registers itself under its class name, so a user's own policy is saved and loaded like ours.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from difflib import get_close_matches
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
+from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic 2.7 has it there only
+from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
+
+from selective.class_annotations import ConfiguredMeta
+
+C = TypeVar("C", bound="Configured")
+
+
+class Configured(BaseModel, metaclass=ConfiguredMeta):
+    """A frozen, keyword-only model with a `kind` (its class name unless said otherwise)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: ClassVar[str] = ""
+    _family: ClassVar[str] = ""
+    _registry: ClassVar[dict[str, type[Configured]]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if "_registry" in cls.__dict__:  # the head of a family: Policy, Selection, Strength
+            return
+        if "kind" not in cls.__dict__:
+            cls.kind = cls.__name__
+        other = cls._registry.get(cls.kind)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(
+                f"{cls._family} kind {cls.kind!r} is taken by {other.__module__}.{other.__qualname__}; checkpoints "
+                f"and JSON find a {cls._family} by its kind: rename the class, or set `kind: ClassVar[str] = ...`"
+            )
+        cls._registry[cls.kind] = cls  # a class that is defined again (a notebook cell) replaces itself
+
+    def __init__(self, /, *args: Any, **data: Any) -> None:
+        if args:
+            names = ", ".join(f"{name}=..." for name in type(self).model_fields)
+            raise TypeError(f"{self.kind} takes keyword arguments only: {self.kind}({names})")
+        super().__init__(**data)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check_kind(cls: type[C], data: Any, handler: ModelWrapValidatorHandler[C]) -> C:
+        if isinstance(data, dict) and "kind" in data:
+            data = dict(data)
+            kind = data.pop("kind")
+            if kind != cls.kind:
+                raise PydanticCustomError(
+                    "kind_mismatch",
+                    "kind is {found}, but {expected} was expected here",
+                    {"found": repr(kind), "expected": repr(cls.kind)},
+                )
+        if isinstance(data, dict):
+            unknown = [key for key in data if key not in cls.model_fields]
+            if unknown:
+                known = ", ".join(cls.model_fields) or "no hyper-parameters"
+                error = PydanticCustomError(
+                    "unknown_key", "unknown key; {kind} has {known}", {"kind": cls.kind, "known": known}
+                )
+                lines = [InitErrorDetails(type=error, loc=(key,), input=data[key]) for key in unknown]
+                raise ValidationError.from_exception_data(cls.kind, lines)
+        return handler(data)
+
+    @model_serializer(mode="wrap")
+    def _with_kind(self, handler: Any) -> dict[str, Any]:
+        return {"kind": self.kind, **handler(self)}
+
+    def as_if_written(self) -> None:
+        """Print only what differs from the defaults from now on, after all fields were filled in from data."""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Configured):
+                value.as_if_written()
+            if value == field.get_default(call_default_factory=True):
+                self.model_fields_set.discard(name)
+
+    def __repr_args__(self) -> Any:  # print as it was written
+        return [(name, getattr(self, name)) for name in type(self).model_fields if name in self.model_fields_set]
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    @classmethod
+    def from_data(cls: type[C], data: Any) -> C:
+        """Build a member of this family from a kind's name, a dict with a `kind`, or JSON text of such a dict.
+
+        Errors: `pydantic.ValidationError` for values and keys, with their path; `ValueError` for an unknown kind,
+        with the kinds there are.
+        """
+        if isinstance(data, str) and data.lstrip().startswith("{"):
+            try:
+                data = json.loads(data)
+            except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
+                raise ValueError(f"{cls._family}: not JSON ({error})") from error
+        if isinstance(data, cls):
+            return data
+        return _build(cls, data)
+
+
+def _short(data: Any) -> str:
+    """As it is written, but for what is nested too deep for Python or too long to be read."""
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = shortened.maxlong = 80
+    return shortened.repr(data)
+
+
+def _build(family: type[C], data: Any) -> C:
+    """One member from already parsed data, with an error that a surrounding model reports with its path."""
+    if isinstance(data, str):
+        data = {"kind": data}
+    known = ", ".join(repr(kind) for kind in sorted(family._registry))
+    what = family._family
+    if isinstance(data, type) and issubclass(data, family):
+        raise ValueError(f"{what}: found the class {data.__name__}, not an instance: write {data.__name__}()")
+    if not isinstance(data, dict):
+        raise ValueError(f"{what}: expected a {what}, a kind's name or a dict with a 'kind', found {_short(data)}")
+    if "kind" not in data:
+        raise ValueError(f"{what}: found no 'kind' in {_short(data)}; the kinds are {known}")
+    kind = data["kind"]
+    member = family._registry.get(kind) if isinstance(kind, str) else None
+    if member is None:
+        near = get_close_matches(_short(kind).strip("'").lower(), [name.lower() for name in family._registry], n=1)
+        hint = next((f" (did you mean {name!r}?)" for name in family._registry if name.lower() in near), "")
+        raise ValueError(f"{what}: kind {_short(kind)} is not known{hint}; the kinds are {known}")
+    return member.model_validate(data)  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""Plan: for each parameter group, which parameters are stepped, how, and in which space."""

@@ -1,0 +1,111 @@
+"""The parameters of one group as the last step saw them, and what follows from them while they are the same."""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selective.capture.choose import Layout
+from selective.capture.items import KeptItems
+from selective.parameter import Parameter, is_lazy
+from selective.plan.flattened import are_joined, shapes_of
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Members:
+    """One group's parameters with address and name. A group that was edited gets a new one.
+
+    Looking is by identity and in plain lists, because it is done for every parameter in every step.
+    """
+
+    def __init__(self, group: dict[str, Any], number: int, address: int, before: Members | None = None) -> None:
+        self.tensors = list(group["params"])
+        self.joined = before is not None and are_joined(before.shapes, self.tensors)  # into one flat vector
+        # a stack that joins tensors may also empty them, so their shapes are those that they had when they came
+        self.shapes = before.shapes if before is not None and self.joined else shapes_of(self.tensors)
+        self.address = address
+        self._names = list(group.get("param_names") or ())
+        names = self._names or [f"param_groups[{number}][{i}]" for i in range(len(self.tensors))]
+        self.parameters = [Parameter(p, address + i, names[i], number) for i, p in enumerate(self.tensors)]
+        self.kept = KeptItems()
+        self.kept_rotated = KeptItems()  # of the parameters that a preconditioner takes
+        self._ids = {id(p) for p in self.tensors}
+        self._looked: tuple[list[Any], ...] = ()
+        self._pointers: list[int] = []
+        self._lazy, self._plain = True, [p for p in self.tensors if type(p) in _PLAIN]
+        self.were: dict[Tensor, torch.Size] = {}  # shapes that changed under a parameter, since it was settled
+        self.layout: Layout = frozenset()
+        self.devices: frozenset[torch.device] = frozenset()
+        self.has_complex = False
+        self.has_sparse = False  # among the gradients
+        self._flags: list[bool] = []  # which had a gradient, the last time that some had none ...
+        self._present: list[Parameter] = []  # ... and those that had
+        self.fits = False  # whether the base's state has the precision in which it steps: Note [whose precision]
+        self.settled = False  # whether all state of them fits them: settling.py
+        self.moved = True  # whether their memory is another, since it was looked at who shares it
+
+    def are_of(self, group: dict[str, Any], address: int) -> bool:
+        """Whether the group still has these parameters, under these names and addresses."""
+        params = group["params"]
+        return (
+            address == self.address
+            and len(params) == len(self.tensors)
+            and all(map(is_, params, self.tensors))
+            and list(group.get("param_names") or ()) == self._names
+        )
+
+    def has(self, param: object) -> bool:
+        """Whether it is one of them."""
+        return id(param) in self._ids
+
+    def look(self) -> None:
+        """Notice dtypes, devices, shapes and memory that changed under the same parameters (`model.half()`)."""
+        tensors = self.tensors
+        pointers = [p.data_ptr() for p in self._plain]
+        if pointers != self._pointers:
+            self._pointers, self.moved = pointers, True
+        shapes = [None if is_lazy(p) else p.shape for p in tensors] if self._lazy else [p.shape for p in tensors]
+        looked = [p.dtype for p in tensors], [p.device for p in tensors], shapes
+        if looked == self._looked:
+            return
+        if self._looked:
+            changed = zip(tensors, self._looked[2], shapes, strict=True)
+            self.were.update((p, was) for p, was, now in changed if was is not None and was != now)
+        self._looked = looked
+        self.fits, self.settled, self.moved = False, False, True
+        self._lazy = None in shapes
+        self._plain = [p for p in tensors if type(p) in _PLAIN]
+        dtypes, devices = looked[:2]
+        kinds = zip(dtypes, (device.type for device in devices), shapes, strict=True)
+        self.layout = frozenset((dtype, device, len(shape)) for dtype, device, shape in kinds if shape is not None)
+        self.devices = frozenset(devices)
+        self.has_complex = any(dtype.is_complex for dtype in dtypes)
+        self.parameters = list(self.parameters)  # another list: items made of the old one are made anew
+        self._flags = []
+
+    def with_gradient(self) -> list[Parameter]:
+        """Those that have a gradient now: the same list as long as they are the same."""
+        layouts = [None if (grad := p.grad) is None else grad.layout for p in self.tensors]
+        kinds = set(layouts)
+        self.has_sparse = bool(kinds - {None, torch.strided})
+        if None not in kinds:
+            return self.parameters
+        flags = [layout is not None for layout in layouts]
+        if flags != self._flags:
+            self._flags = flags
+            self._present = [p for p, flag in zip(self.parameters, flags, strict=True) if flag]
+        return self._present
+
+    @property
+    def cuda_devices(self) -> frozenset[torch.device]:
+        """The GPUs that they are on."""
+        return frozenset(device for device in self.devices if device.type == "cuda")
+
+    @property
+    def device(self) -> torch.device | None:
+        """The one device that they are all on; None where there are several."""
+        return next(iter(self.devices)) if len(self.devices) == 1 else None

@@ -1,0 +1,212 @@
+"""Policies and preconditioners of parameter groups: a table of the wrapper's own, beside the base's groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, MutableMapping
+from typing import Any
+
+from selective.configured import Configured
+from selective.policies import Policy, policy_from
+from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
+
+KEYS = ("policy", "preconditioner", "matrix_view")
+"""What a parameter group may say to the wrapper. The wrapper moves it into a table of its own."""
+
+
+_NEVER: Any = object()
+
+
+class ModelGroup(MutableMapping[str, Any]):
+    """The hyper-parameters by name of one frozen model, which setting one replaces. The set of names is fixed."""
+
+    def _model(self) -> Configured | None:
+        raise NotImplementedError
+
+    def _replace(self, model: Any) -> None:
+        raise NotImplementedError
+
+    def _dump(self) -> dict[str, Any]:
+        model = self._model()
+        return {} if model is None else model.model_dump()
+
+    def __getitem__(self, name: str) -> Any:
+        value: Any = self._dump()
+        for part in name.split("."):
+            if not isinstance(value, dict) or part not in value or part == "kind":
+                raise KeyError(self._no_such(name))
+            value = value[part]
+        return value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self:
+            raise KeyError(self._no_such(name))
+        data = self._dump()
+        *path, last = name.split(".")
+        inner = data
+        for part in path:
+            inner = inner[part]
+        inner[last] = value
+        model = type(self._model()).model_validate(data)  # type: ignore[union-attr]  # None has no names
+        model.as_if_written()
+        self._replace(model)
+
+    def __delitem__(self, name: str) -> None:
+        what = type(self._model())
+        family = getattr(what, "_family", "model")
+        raise TypeError(f"{what.__name__}: the hyper-parameters of a {family} can be set, not removed")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_leaves(self._dump(), ""))
+
+    def __len__(self) -> int:
+        return len(_leaves(self._dump(), ""))
+
+    def _no_such(self, name: str) -> str:
+        found = ", ".join(self) or "none"
+        return f"{type(self._model()).__name__} has no hyper-parameter {name!r}; it has {found}"
+
+
+class PreconditionerGroup(ModelGroup):
+    """The preconditioner of one parameter group, with its hyper-parameters by name; empty where there is none.
+
+    `opt.preconditioner_groups[0]["refresh_every"] = 20` is used from the next step on. What decides over the basis
+    itself (which sides, which parameters) can't change under a run; the next step says so.
+    """
+
+    def __init__(self, preconditioner: Preconditioner | None, matrix_view: MatrixView = "matrices") -> None:
+        self._preconditioner = preconditioner
+        self._matrix_view: MatrixView = matrix_view
+        self.planned: Any = _NEVER  # the stage that was made of it, None where there was no preconditioner
+
+    @property
+    def preconditioner(self) -> Preconditioner | None:
+        """To be set like the argument of that name; the next step refuses what would be another basis."""
+        return self._preconditioner
+
+    @preconditioner.setter
+    def preconditioner(self, value: Any) -> None:
+        self._preconditioner = preconditioner_from(value)
+
+    @property
+    def matrix_view(self) -> MatrixView:
+        """To be set like the argument of that name."""
+        return self._matrix_view
+
+    @matrix_view.setter
+    def matrix_view(self, value: Any) -> None:
+        self._matrix_view = check_matrix_view(value, "")
+
+    @property
+    def was_planned(self) -> bool:
+        """Whether a step was prepared with it, so that a change now is one in training."""
+        return self.planned is not _NEVER
+
+    def load(self, preconditioner: Preconditioner) -> None:
+        """Take this one instead, whose basis was found to be the same."""
+        self.preconditioner, self.planned = preconditioner, _NEVER
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "planned"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, planned=_NEVER)
+
+    def _model(self) -> Preconditioner | None:
+        return self.preconditioner
+
+    def _replace(self, model: Preconditioner) -> None:
+        self.preconditioner = model
+
+    def __repr__(self) -> str:
+        return f"PreconditionerGroup({self.preconditioner!r}, {self.matrix_view!r})"
+
+
+class PolicyGroup(ModelGroup):
+    """The policy of one parameter group, with its hyper-parameters by name.
+
+    `opt.policy_groups[0]["alpha"] = 1.5` is validated at once and used from the next step on, so that a scheduler can
+    move it as it moves `lr`. Nested ones have dotted names (`"selection.fraction"`). The set of names is fixed.
+    """
+
+    def __init__(self, policy: Policy, preconditioning: PreconditionerGroup | None = None) -> None:
+        self._policy = policy
+        self.preconditioning = PreconditionerGroup(None) if preconditioning is None else preconditioning
+        self._listener: Callable[[Policy], None] | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that is used from the next step on. To switch it, set it."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy = policy
+        if self._listener is not None:
+            self._listener(policy)
+
+    def listen(self, listener: Callable[[Policy], None] | None) -> None:
+        """Have `listener` called with each policy that is set, at once: the replays of a CUDA graph run no step."""
+        self._listener = listener
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_listener": None}  # who listens is not copied or pickled along
+
+    def _model(self) -> Policy:
+        return self._policy
+
+    def _replace(self, model: Policy) -> None:
+        self.policy = model
+
+    def __repr__(self) -> str:
+        return f"PolicyGroup({self.policy!r})"
+
+
+def _leaves(data: dict[str, Any], prefix: str) -> list[str]:
+    names: list[str] = []
+    for key, value in data.items():
+        if key == "kind":
+            continue
+        names += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return names
+
+
+def take_policy(group: dict[str, Any], default: Policy, known: Collection[str]) -> Policy:
+    """Move a group's `policy` out of it: the default where it names none, `Dense()` where it says None.
+
+    `known` are the base's own options. A hyper-parameter of the policy beside it would be silently without effect.
+    """
+    if "policy" not in group:
+        return default
+    policy = policy_from(group["policy"])
+    fields = [name for name in type(policy).model_fields if name != "policy"]  # that one is the group's own key
+    stray = [name for name in fields if name in group and name not in known]
+    if stray:
+        raise ValueError(
+            f"SelectiveUpdate: a parameter group has {stray[0]!r} beside its policy {policy!r}; hyper-parameters of a "
+            f"policy go into it: 'policy': {{'kind': {policy.kind!r}, {stray[0]!r}: ...}}"
+        )
+    del group["policy"]
+    return policy
+
+
+def take_preconditioner(
+    group: dict[str, Any], default: PreconditionerGroup, known: Collection[str]
+) -> PreconditionerGroup:
+    """Move a group's `preconditioner` and `matrix_view` out of it: the default's where it names none.
+
+    `preconditioner` None there: none. What the base itself knows by such a name stays the base's.
+    """
+    given = {key: group[key] for key in KEYS[1:] if key in group and key not in known}
+    view = check_matrix_view(given.get("matrix_view", default.matrix_view), "a parameter group's ")
+    found = preconditioner_from(given["preconditioner"]) if "preconditioner" in given else default.preconditioner
+    if found is not None and "preconditioner" in given:
+        stray = [name for name in type(found).model_fields if name in group and name not in known]
+        if stray:
+            raise ValueError(
+                f"SelectiveUpdate: a parameter group has {stray[0]!r} beside its preconditioner {found!r}; "
+                f"hyper-parameters of a preconditioner go into it: 'preconditioner': {{'kind': {found.kind!r}, "
+                f"{stray[0]!r}: ...}}"
+            )
+    for key in given:
+        del group[key]
+    return PreconditionerGroup(found, view)

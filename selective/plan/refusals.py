@@ -1,0 +1,100 @@
+"""What is refused when an optimizer is wrapped, or when a group's policy changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from selective.capture.choose import Capture
+from selective.parameter import Parameter
+from selective.policies import Policy
+from selective.sharding.dtensor import shard_of
+
+_FLATTENED = "_fsdp_flattened"  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED, in torch 2.9 to 2.13
+
+
+def check_arguments(
+    wrapper: type,
+    base: object,
+    capture: str,
+    momentum_beta: float | None,
+    on_nonfinite: str,
+    seed: int,
+    mask_space: str,
+    scope: str,
+) -> None:
+    """Refuse what `SelectiveUpdate` cannot be built from."""
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            f"SelectiveUpdate: base is a {type(base).__name__}, must be a torch.optim.Optimizer; "
+            f"build it first: SelectiveUpdate(torch.optim.AdamW(model.parameters()), policy=...)"
+        )
+    if isinstance(base, wrapper):
+        raise TypeError("SelectiveUpdate: base is a SelectiveUpdate already; wrap its base, with one policy for both")
+    if capture not in ("auto", "fused", "scratch", "delta"):
+        raise ValueError(f"SelectiveUpdate: capture is {capture!r}, must be 'auto', 'fused', 'scratch' or 'delta'")
+    if mask_space not in ("rotated", "original"):
+        raise ValueError(f"SelectiveUpdate: mask_space is {mask_space!r}, must be 'rotated' or 'original'")
+    if scope not in ("global", "local"):
+        raise ValueError(f"SelectiveUpdate: scope is {scope!r}, must be 'global' or 'local'")
+    if on_nonfinite not in ("ignore", "skip", "raise"):
+        raise ValueError(f"SelectiveUpdate: on_nonfinite is {on_nonfinite!r}, must be 'ignore', 'skip' or 'raise'")
+    if momentum_beta is not None and not (isinstance(momentum_beta, (int, float)) and 0 <= momentum_beta < 1):
+        raise ValueError(f"SelectiveUpdate: momentum_beta is {momentum_beta!r}, must be a number in [0, 1)")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"SelectiveUpdate: seed is {seed!r}, must be an integer in [0, 2**63)")
+
+
+def check_shards(parameters: Sequence[Parameter]) -> None:
+    """Refuse DTensors whose local parts are no parts of a whole.
+
+    Asking makes what layouts need, a process group for meshes of several dimensions, on all ranks in one order.
+    """
+    for parameter in parameters:
+        try:
+            shard_of(parameter.tensor)
+        except ValueError as error:
+            raise ValueError(f"SelectiveUpdate: parameter {parameter.name!r} {error}") from error
+
+
+def check_flattened(parameters: Sequence[Parameter]) -> None:
+    """Refuse parameters that FSDP1 has joined into flat ones, or keeps as views of those.
+
+    Asked in every step, because a model may be wrapped after the optimizer was made. It marks the tensors themselves.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    found = next((p for p in parameters if getattr(p.tensor, _FLATTENED, False)), None)
+    if found is not None:
+        raise ValueError(
+            f"SelectiveUpdate: parameter {found.name!r} (param_groups[{found.group}]) belongs to FSDP1 "
+            f"(FullyShardedDataParallel). It joins parameters into flat ones and cuts those without regard to shapes, "
+            f"so that a rank would select something else than one device does, and its state could not be saved. Use "
+            f"FSDP2: torch.distributed.fsdp.fully_shard(model), before the optimizer is made. Or train without "
+            f"selection and rotation: policy and preconditioner None"
+        )
+
+
+def check_complete(policy: Policy, number: int) -> None:
+    """Refuse a policy that has neither a mask nor parts."""
+    if policy.parts() is None and type(policy).mask is Policy.mask:
+        raise TypeError(
+            f"SelectiveUpdate: {type(policy).__name__} (param_groups[{number}]) says nothing: override mask(view), or "
+            f"parts() to name a selection and a strength"
+        )
+
+
+def check_momentum(
+    base: Optimizer, group: dict[str, Any], number: int, policy: Policy, capture: Capture, own: bool
+) -> None:
+    """Refuse a policy that reads a momentum which nobody keeps."""
+    wanted = policy.needs() & {"momentum", "previous_momentum"}
+    if wanted and not own and not capture.has_momentum(group):
+        raise ValueError(
+            f"SelectiveUpdate: {policy!r} needs the base's momentum, and {type(base).__name__} "
+            f"(param_groups[{number}]) keeps no first moment of the gradient; pass "
+            f"momentum_beta=0.9 and the wrapper keeps its own"
+        )

@@ -1,0 +1,193 @@
+"""Which parameters of every group are rotated, which are not and why: kept from step to step, as captures are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from selective.capture.choose import Capture
+from selective.parameter import Parameter, is_lazy
+from selective.plan.policy_groups import PreconditionerGroup
+from selective.preconditioner import MatrixView, Preconditioner, Shape, State, as_matrix, matrix_shape
+from selective.sharding.dtensor import is_dtensor, local_of, shard_of, whole_sides
+
+# By what is in the name of a class: they rotate or orthogonalise their gradients themselves.
+_ROTATING = (
+    "soap", "muon", "shampoo", "dion", "kron", "psgd", "kfac", "galore", "adadiag", "scion", "spectralsphere", "conda",
+    "alice", "racs", "fira", "apollo",
+)  # fmt: skip
+_SAMPLES: tuple[Shape, ...] = ((1, 2, 3), (1, 3, 2), (2, 2, 2))
+
+
+@dataclass(eq=False)
+class Stage:
+    """One group's preconditioner and what it takes of the group."""
+
+    preconditioner: Preconditioner
+    matrix_view: MatrixView
+    capture: Capture  # of the rotated ones
+    beside: Capture  # ... and of the others: of the same way, or dense
+    members: list[Parameter]
+    shapes: dict[Tensor, Shape] = field(default_factory=dict)  # of those that are rotated
+    left: dict[str, str] = field(default_factory=dict)  # name of each other parameter -> why it is not
+    spelled: dict[Tensor, Preconditioner] = field(default_factory=dict)  # of `DTensor`s: with the side that is rotated
+    gathered: set[Tensor] = field(default_factory=set)  # ... and those that are rotated as wholes
+    sizes: dict[Tensor, torch.Size] = field(default_factory=dict)  # of all that have a shape already
+    _split: tuple[list[Parameter], list[Parameter], list[Parameter]] = field(default=([], [], []))
+
+    def __post_init__(self) -> None:
+        self.sizes = {p.tensor: p.tensor.shape for p in self.members if not is_lazy(p.tensor)}
+        for parameter in self.members:
+            found = self._on_shards(parameter.tensor) if is_dtensor(parameter.tensor) else None
+            found = found or matrix_shape(parameter.tensor, self.matrix_view)
+            if not isinstance(found, str) and not self.of(parameter.tensor).takes(found):
+                found = f"{type(self.preconditioner).__name__} does not take {list(found)}"
+            if isinstance(found, str):
+                self.left[parameter.name] = found
+            else:
+                self.shapes[parameter.tensor] = found
+        if self.shapes and self.capture.way != "fused" and self.capture.facts.keeps_memory:
+            raise ValueError(
+                "SelectiveUpdate: the base writes to memory that it got hold of earlier, and not to where its "
+                "parameters are; a preconditioner has to step it on others. Take a base that looks at p.data in each "
+                "step, or preconditioner=None"
+            )
+
+    def _on_shards(self, tensor: Tensor) -> Shape | str:
+        """The whole's shape, where each rank's part of it can be rotated alone."""
+        if tensor.dim() > 2:  # a part is not some rows or columns of a matrix, in each view
+            return f"{tensor.dim()}-D, and of DTensors only 2-D ones are rotated"
+        shape = matrix_shape(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), self.matrix_view)
+        if isinstance(shape, str):
+            return shape
+        if shape[0] > 1:
+            return (
+                f"a DTensor, and matrix_view={self.matrix_view!r} makes {shape[0]} matrices of it: 'matrices' takes one"
+            )
+        if self.capture.way != "fused":
+            return f"a DTensor, and the base steps it by itself ({self.capture.way} capture)"
+        try:
+            shard = shard_of(tensor)
+        except ValueError as error:
+            return f"it {error}"
+        if shard is None:  # all of it is here
+            whole = whole_sides(tensor)
+            here = self.preconditioner.on_shards(shape, whole)
+            found = self.preconditioner if isinstance(here, str) else here
+        else:
+            found = self.preconditioner.on_shards(shape, whole_sides(tensor))
+            if isinstance(found, str) and self.preconditioner.gathers(shape):
+                self.gathered.add(tensor)
+                found = self.preconditioner
+        if isinstance(found, str):
+            return found
+        self.spelled[tensor] = found
+        return shape
+
+    def of(self, tensor: Tensor) -> Preconditioner:
+        """The preconditioner, as what this parameter's state is made by."""
+        return self.spelled.get(tensor, self.preconditioner)
+
+    def fresh(self, tensor: Tensor) -> State:
+        """What is kept of this parameter's basis at first."""
+        shape = self.shapes[tensor]
+        if not is_dtensor(tensor):
+            return self.preconditioner.init_state(as_matrix(tensor, shape))
+        like = torch.zeros((), dtype=torch.float32, device=local_of(tensor).device).expand(shape)
+        return self.of(tensor).init_state(like)
+
+    def local_shape(self, tensor: Tensor) -> Shape:
+        """What of the matrix is on this rank."""
+        return (1, *local_of(tensor).shape) if is_dtensor(tensor) else self.shapes[tensor]
+
+    def forget_all_but(self, there: Collection[Tensor]) -> None:
+        """Hold on to no parameter that is gone."""
+        self.members = [p for p in self.members if p.tensor in there]
+        self.shapes = {p: shape for p, shape in self.shapes.items() if p in there}
+        self.sizes = {p: size for p, size in self.sizes.items() if p in there}
+        self.spelled = {p: one for p, one in self.spelled.items() if p in there}
+        self.gathered &= set(there)
+        self._split = [], [], []
+
+    def split(self, present: list[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
+        """The parameters that are not rotated, and those that are: the same lists as long as `present` is the same."""
+        if present is not self._split[0] or not self._split[0]:
+            rest = [p for p in present if p.tensor not in self.shapes]
+            self._split = present, rest, [p for p in present if p.tensor in self.shapes]
+        return self._split[1:]
+
+    def is_of(self, group: PreconditionerGroup, beside: Capture, members: list[Parameter]) -> bool:
+        """Whether nothing has changed that this follows from."""
+        return (
+            self.preconditioner is group.preconditioner
+            and self.matrix_view == group.matrix_view
+            and self.beside is beside
+            and self.members is members
+        )
+
+
+def check_change(old: Stage | None, new: Stage | None, number: int) -> None:
+    """Refuse what, in training, would give a parameter another basis: its moments would mean nothing in that.
+
+    A preconditioner of another kind or with other options, another `matrix_view`, parameters that are read, or taken,
+    in another way than before.
+    """
+    before, after = (None if stage is None else stage.preconditioner for stage in (old, new))
+    if before is None and after is None:
+        return
+    if old is None or new is None or type(before) is not type(after):
+        why = "another kind"
+    else:
+        why = _difference(old, new)
+    if why is not None:
+        raise ValueError(
+            f"SelectiveUpdate: preconditioner_groups[{number}] was {before!r}{_view(old)} and is {after!r}{_view(new)} "
+            f"now ({why}): a basis would be another, and the moments that were collected in the "
+            f"old one would mean nothing. Set it back, or construct the optimizer anew"
+        )
+
+
+def _view(stage: Stage | None) -> str:
+    return "" if stage is None or stage.matrix_view == "matrices" else f" (matrix_view={stage.matrix_view!r})"
+
+
+def _difference(old: Stage, new: Stage) -> str | None:
+    """Why a basis would be another one now; None where it is the same."""
+    for p in old.members:
+        then, now = old.shapes.get(p.tensor), new.shapes.get(p.tensor)
+        if old.sizes.get(p.tensor) != new.sizes.get(p.tensor):
+            continue  # the parameter itself was changed: its basis starts anew, see settling.py
+        if then != now and any(p.tensor is q.tensor for q in new.members):
+            was, is_now = ("left alone" if shape is None else f"rotated as {list(shape)}" for shape in (then, now))
+            because = new.left.get(p.name)
+            return f"parameter {p.name!r} was {was} and would be {is_now}" + (f": {because}" if because else "")
+    if old.preconditioner is not new.preconditioner:
+        for shape in {*_SAMPLES, *old.shapes.values()}:
+            if layout_of(old.preconditioner, shape) != layout_of(new.preconditioner, shape):
+                return f"of matrices {list(shape)} something else would be kept"
+    return None
+
+
+def layout_of(preconditioner: Preconditioner, shape: Shape, device: torch.device | str = "cpu") -> dict[str, object]:
+    """The names, shapes and dtypes of what is kept of a parameter of this shape; nothing where it is not taken."""
+    if not preconditioner.takes(shape):
+        return {}
+    state = preconditioner.init_state(torch.zeros(shape, dtype=torch.float32, device=device))
+    return {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
+
+
+def warn_of_two_rotations(base: Optimizer) -> None:
+    """Say that a base which rotates or orthogonalises by itself gets rotated gradients now."""
+    names = [cls.__name__ for cls in type(base).__mro__ if issubclass(cls, Optimizer) and cls is not Optimizer]
+    if any(word in name.lower() for name in names for word in _ROTATING):
+        warnings.warn(
+            f"SelectiveUpdate: {type(base).__name__} rotates or orthogonalises gradients itself, and gets rotated ones "
+            f"now: the second rotation undoes or repeats the first one's work, and costs as much again. Take AdamW as "
+            f"the base, or preconditioner=None",
+            stacklevel=4,
+        )

@@ -1,0 +1,71 @@
+"""Which sides of a matrix are rotated, by its shape alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from selective.preconditioner.base import Shape, Side, State
+from selective.preconditioner.linalg import REFRESHED, add_to, batches, copy_to, float32_products, per_matrix, stack
+
+Sides = Literal["one", "two", "rows", "columns", "unsharded"]
+
+
+def rotated_sides(sides: Sides, shape: Shape, max_dim: int) -> tuple[Side, ...]:
+    """None of vectors and empty tensors, and no side longer than `max_dim`.
+
+    "one" is the smaller side; of a square matrix the columns, which is what "unsharded" means without a layout: of a
+    matrix that is sharded by rows, each rank has whole rows, so that x Q needs no communication (`shards.py`).
+    """
+    batch, rows, columns = shape
+    if batch == 0 or min(rows, columns) < 2:
+        return ()
+    if sides == "one":
+        sides = "rows" if rows < columns else "columns"
+    wanted: dict[Sides, tuple[Side, ...]] = {
+        "two": ("rows", "columns"),
+        "rows": ("rows",),
+        "columns": ("columns",),
+        "unsharded": ("columns",),
+    }
+    lengths: dict[Side, int] = {"rows": rows, "columns": columns}
+    return tuple(side for side in wanted[sides] if lengths[side] <= max_dim)
+
+
+@float32_products()
+def gram(grad: Tensor, side: Side) -> Tensor:
+    """G Gᵀ for the rows, Gᵀ G for the columns: [batch, n, n], in the gradient's own dtype."""
+    return grad @ grad.mT if side == "rows" else grad.mT @ grad
+
+
+def observe(sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor], beta: float) -> None:
+    """A ← β A + (1 − β) GGᵀ for each side, in place; nothing of a matrix where the result would not be finite."""
+    batch, rows, columns = grads[0].shape
+    if not sides or not batch:
+        return
+    for some in batches(len(grads), batch * max(rows, columns) ** 2, REFRESHED):
+        grad, group = stack(grads[some]), states[some]
+        old = {side: stack([state[f"{side}_gram"] for state in group]) for side in sides}
+        new = {side: _averaged(old[side], grad, side, beta) for side in sides}
+        good = torch.stack([_diagonal_is_finite(average) for average in new.values()]).all(0)
+        for side in sides:
+            chosen = torch.where(per_matrix(good), new[side], old[side])
+            copy_to([state[f"{side}_gram"] for state in group], chosen.split(batch))
+        add_to([state["skipped"] for state in group], (~good).view(-1, batch).sum(1))
+
+
+@float32_products()
+def _averaged(old: Tensor, grad: Tensor, side: Side, beta: float) -> Tensor:
+    first, second = (grad, grad.mT) if side == "rows" else (grad.mT, grad)
+    return torch.baddbmm(old, first, second, beta=beta, alpha=1 - beta)
+
+
+def _diagonal_is_finite(average: Tensor) -> Tensor:
+    """Whether all of a positive semi-definite matrix is finite [batch]: no element exceeds the largest on the diagonal.
+
+    Cauchy-Schwarz; and a NaN in a gradient's row or column is in that one's sum of squares.
+    """
+    return average.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)

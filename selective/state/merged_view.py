@@ -1,0 +1,296 @@
+"""The base's state and ours as one mapping, `SelectiveUpdate.state`: live, and written to as torch's is."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from selective.state.entries import POLICY, PRECONDITIONER, PREFIX, SEED, STEP
+from selective.state.parameter_state import Own, is_kept
+from selective.state.undivided import Undivided
+
+MADE = (STEP, SEED, POLICY, PRECONDITIONER)  # when somebody looks
+_MISSING: Any = object()
+
+
+class Made(Protocol):
+    """The entries of ours that are made when somebody looks: of the optimizer and of the group, not of a parameter."""
+
+    def names(self, own: Own) -> list[str]:
+        """Their names, for a parameter of which we keep `own`."""
+        ...
+
+    def read(self, key: str) -> Tensor: ...
+
+    def write(self, key: str, value: Any) -> None:
+        """Take it, for all parameters that share it; a ValueError with the reason where it can't be taken."""
+        ...
+
+
+class Home(Protocol):
+    """Where the state is kept."""
+
+    def base_state(self) -> MutableMapping[Any, Any]: ...
+
+    def own(self, param: Any) -> Own | None: ...
+
+    def keep(self, param: Tensor) -> Own:
+        """What we keep of `param`; from now on it is something, if only nothing yet."""
+        ...
+
+    def with_own(self) -> list[Tensor]: ...
+
+    def made(self, param: Any) -> Made: ...
+
+    def accept(self, own: Own, key: str, value: Any) -> None:
+        """Take one entry that is kept; a ValueError or a TypeError with the reason where it can't be taken."""
+        ...
+
+    def touched(self) -> None:
+        """Know that an entry of the base's was written."""
+        ...
+
+    def put(self, states: Mapping[Any, Any], *, instead: bool) -> None:
+        """Take whole states, all or none; `instead` of everything that there is."""
+        ...
+
+    def drop(self, params: list[Any]) -> None: ...
+
+
+class MergedEntry(MutableMapping[str, Any]):
+    """One parameter's state: the base's entries and ours. Writes go to whoever owns the entry.
+
+    Like the dictionary that it stands for, it goes on after the parameter's state was deleted, and can be given to
+    another parameter: `opt.state[new] = entry`.
+    """
+
+    def __init__(self, theirs: MutableMapping[str, Any], home: Home, param: Any) -> None:
+        self.theirs = theirs
+        self._home, self._made = home, home.made(param)
+        self._own = home.own(param)
+        self._param = param if self._own is None else None  # asked for as long as we keep nothing of it
+
+    @property
+    def home(self) -> Home:
+        """Where it is kept."""
+        return self._home
+
+    @property
+    def own(self) -> Own | None:
+        """What we keep of the parameter; None where that is nothing."""
+        if self._own is None:
+            self._own = self._home.own(self._param)
+        if self._own is not None:
+            self._param = None  # an entry that somebody holds keeps no parameter alive
+        return self._own
+
+    def _made_names(self) -> list[str]:
+        own = self.own
+        return [] if own is None else [name for name in self._made.names(own) if name not in own.removed]
+
+    def __getitem__(self, key: str) -> Any:
+        own = self.own
+        if own is None or not str(key).startswith(PREFIX):
+            return self.theirs[key]
+        if key in own and own.is_divided(key):
+            return own[key]
+        if key in own or key in self._made_names():
+            value = own[key] if key in own else self._made.read(key)
+            return Undivided.of(value, lambda written: self.__setitem__(key, written))
+        raise KeyError(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if not str(key).startswith(PREFIX):
+            self.theirs[key] = value
+            self._home.touched()
+        elif isinstance(value, Undivided) and value.cut_up:
+            return  # it says nothing
+        else:
+            value = value.plain() if isinstance(value, Undivided) else value
+            if is_kept(key):
+                self._home.accept(self._kept(), key, value)
+            else:
+                self._made.write(key, value)
+                self._kept().removed.discard(key)
+
+    def _kept(self) -> Own:
+        own = self.own
+        if own is None:
+            assert self._param is not None
+            own = self._own = self._home.keep(self._param)
+            self._param = None
+        return own
+
+    def __delitem__(self, key: str) -> None:
+        own = self.own
+        if own is None or not str(key).startswith(PREFIX):
+            del self.theirs[key]
+            self._home.touched()
+        elif key in own:
+            del own[key]
+            own.removed.add(key)
+            self._home.accept(own, key, None)
+        elif key in MADE and key not in own.removed:
+            own.removed.add(key)
+        else:
+            raise KeyError(key)
+
+    def clear(self) -> None:
+        """Remove all entries, the base's and ours."""
+        self.theirs.clear()
+        if self.own is not None:
+            for key in list(self):
+                del self[key]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.theirs
+        own, made = self.own, self._made_names()
+        if own is not None:
+            yield from made
+            yield from own
+
+    def __len__(self) -> int:
+        return len(self.theirs) + len(self.own or ()) + len(self._made_names())
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __copy__(self) -> dict[str, Any]:
+        return dict(self)
+
+    copy = __copy__
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self, **other}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return {key: copy.deepcopy(value, memo) for key, value in self.items()}
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
+class MergedState(MutableMapping[Any, Any]):
+    """The state of all parameters, live: true as soon as the base or we hold any."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+
+    def _keys(self) -> list[Any]:
+        base = self._home.base_state()
+        return [*base, *(p for p in self._home.with_own() if p not in base)]
+
+    def __getitem__(self, param: Any) -> Any:
+        base = self._home.base_state()
+        theirs = base.get(param, _MISSING)
+        if theirs is not _MISSING and not (isinstance(theirs, MutableMapping) and isinstance(param, Tensor)):
+            return theirs  # some bases keep more than states of parameters there
+        # like the defaultdict it stands for: a parameter without state has an empty one, which is not stored by reading
+        return MergedEntry(_Inserting(base, param) if theirs is _MISSING else theirs, self._home, param)
+
+    def get(self, param: Any, default: Any = None) -> Any:
+        """The state of a parameter that has one; `default` of any other."""
+        return self[param] if param in self else default
+
+    def setdefault(self, param: Any, default: Any = None) -> Any:
+        """The state of a parameter, `default` from now on where it has none."""
+        if param not in self:
+            self[param] = {} if default is None else default
+        return self[param]
+
+    def pop(self, param: Any, default: Any = _MISSING) -> Any:
+        """Remove a parameter's state, and return it: the base's entries and ours."""
+        if param not in self:
+            if default is _MISSING:
+                raise KeyError(param)
+            return default
+        found = self[param]
+        del self[param]
+        return found
+
+    def clear(self) -> None:
+        """Remove all state: everything starts anew in the next step."""
+        self._home.drop(self._keys())
+
+    def __setitem__(self, param: Any, entries: Any) -> None:
+        self._home.put({param: entries}, instead=False)
+
+    def __delitem__(self, param: Any) -> None:
+        if param not in self:
+            raise KeyError(param)
+        self._home.drop([param])
+
+    def __contains__(self, param: object) -> bool:
+        return param in self._home.base_state() or self._home.own(param) is not None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._keys())
+
+    def __len__(self) -> int:
+        return len(self._keys())
+
+    def __repr__(self) -> str:
+        return repr({param: dict(entry) if isinstance(entry, Mapping) else entry for param, entry in self.items()})
+
+    def copy(self) -> dict[Any, Any]:
+        """The states by parameter; they are the live ones."""
+        return dict(self)
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[Any, Any]:
+        made: dict[Any, Any] = defaultdict(dict)
+        for param, entry in self.items():
+            made[copy.deepcopy(param, memo)] = copy.deepcopy(entry, memo)
+        return made
+
+    def __reduce__(self) -> Any:
+        return dict, ({param: dict(entry) if isinstance(entry, Mapping) else entry for param, entry in self.items()},)
+
+
+class _Inserting(dict[str, Any]):
+    """An empty state that joins the base's dictionary with its first entry."""
+
+    def __init__(self, owner: MutableMapping[Any, Any], param: Any) -> None:
+        super().__init__()
+        self._joins: tuple[MutableMapping[Any, Any], Any] | None = (owner, param)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        if self._joins is not None:
+            owner, param = self._joins
+            self.settle()
+            owner[param] = self
+
+    def settle(self) -> None:
+        """It is some parameter's state now: from here on an ordinary dictionary, which keeps no parameter alive."""
+        self._joins = None
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
+def apart(entries: Any) -> tuple[Any, Own | dict[str, Any]]:
+    """What somebody writes as a parameter's state, taken apart: the base's entries, and ours.
+
+    A dictionary without ours is the base's from then on, as it is. So are the parts of a `MergedEntry`.
+    """
+    if isinstance(entries, MergedEntry):
+        if isinstance(entries.theirs, _Inserting):
+            entries.theirs.settle()
+        own = entries.own
+        return entries.theirs, {} if own is None else own
+    ours = {key: value for key, value in entries.items() if str(key).startswith(PREFIX)}
+    if not ours and isinstance(entries, dict):
+        return entries, {}
+    return {key: value for key, value in entries.items() if key not in ours}, ours
+
+
+def shapes_of(entries: Mapping[str, Any]) -> Iterator[torch.Size]:
+    """The shapes of the tensors among a base's entries, single numbers aside."""
+    return (value.shape for value in entries.values() if isinstance(value, Tensor) and value.dim() > 0)

@@ -1,0 +1,66 @@
+"""What we keep of one parameter: tensors by name, and which of them are cut with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from selective.state.entries import BASIS, BASIS_SHAPE, BASIS_SKIPPED, BASIS_STEPS, MOMENTUM, POLICY_STATE, RESIDUE
+
+COUNTS = (BASIS_STEPS, BASIS_SHAPE, BASIS_SKIPPED)  # int64
+ON_THE_HOST = (BASIS_STEPS, BASIS_SHAPE)  # asked in every step, or never: nobody waits for a device
+
+
+def is_of_basis(key: str) -> bool:
+    """Whether an entry of ours belongs to the rotation of its parameter."""
+    return key in COUNTS or key.startswith(BASIS)
+
+
+def is_kept(key: str) -> bool:
+    """Whether an entry of ours is kept for each parameter; the others are made when somebody looks."""
+    return key in (MOMENTUM, RESIDUE) or key.startswith(POLICY_STATE) or is_of_basis(key)
+
+
+def in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in this dtype, where it holds the same numbers in it; else as it is.
+
+    torch's `Optimizer.load_state_dict` makes numbers of the parameter's dtype of everything: counts and bytes as well.
+    """
+    if value.dtype == dtype:
+        return value
+    cast = value.to(dtype)
+    return cast if torch.equal(cast.to(value.dtype), value) else value
+
+
+class Own(dict[str, Tensor]):
+    """The entries of ours of one parameter that are kept."""
+
+    def __init__(self, entries: Mapping[str, Tensor] | None = None, shapes: Iterable[torch.Size] = ()) -> None:
+        """`shapes`: those of the parameter, and of what the base keeps of it."""
+        super().__init__(entries or {})
+        self.written: set[str] = set()  # from outside, and not looked at since
+        self.removed: set[str] = set()  # of its basis, and of what is made when somebody looks: what was deleted
+        self.layout: dict[str, object] = {}  # of its basis, when it was last found to fit; a load may bring another
+        self.divided: set[str] = set()  # states of a policy that have the parameter's elements
+        self.know(shapes)
+
+    def know(self, shapes: Iterable[torch.Size]) -> None:
+        """Find out which states of a policy have the parameter's elements, and are cut where it is cut."""
+        known = set(shapes)
+        self.divided = {k for k, v in self.items() if k.startswith(POLICY_STATE) and v.dim() > 0 and v.shape in known}
+
+    def layout_of_basis(self) -> dict[str, object]:
+        """Names, shapes and dtypes of what its basis is made of."""
+        return {k: (tuple(v.shape), v.dtype) for k, v in self.items() if k.startswith(BASIS)}
+
+    def fits(self) -> None:
+        """It was found to be whole, and to fit its parameter."""
+        self.layout = self.layout_of_basis()
+        self.written.clear()
+        self.removed.clear()
+
+    def is_divided(self, key: str) -> bool:
+        """Whether the entry is cut with its parameter."""
+        return key in (MOMENTUM, RESIDUE) or key in self.divided

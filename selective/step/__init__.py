@@ -1,0 +1,1 @@
+"""One step: looking at the gradients, running the jobs."""

@@ -1,0 +1,74 @@
+"""Step 2: looking at the gradients before anything moves."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from selective.parameter import Parameter
+from selective.plan.group_params import Members
+from selective.plan.policy_groups import PolicyGroup
+from selective.plan.rotated import Stage
+from selective.policies import Dense
+from selective.sharding.collectives import seen_by_all
+from selective.sharding.dtensor import local_like, local_of
+
+OnNonfinite = Literal["ignore", "skip", "raise"]
+ELSEWHERE = "(of another rank)"
+
+
+def check_gradients(
+    policy_groups: list[PolicyGroup], groups: list[Members], stages: list[Stage | None], present: list[list[Parameter]]
+) -> None:
+    """Refuse sparse and complex gradients where a policy or a rotation has to look at them, by the parameter's name."""
+    for policy_group, members, stage, parameters in zip(policy_groups, groups, stages, present, strict=True):
+        if not (members.has_sparse or members.has_complex):
+            continue
+        dense = isinstance(policy_group.policy, Dense)  # handed to the base as they are
+        for parameter in parameters:
+            rotated = stage is not None and parameter.tensor in stage.shapes
+            if rotated or not dense:
+                _check_gradient(parameter, "policy and preconditioner" if rotated else "policy")
+
+
+def _check_gradient(parameter: Parameter, key: str) -> None:
+    grad = parameter.tensor.grad
+    if grad is not None and grad.layout != torch.strided:
+        raise ValueError(
+            f"SelectiveUpdate: parameter {parameter.name!r} has a sparse gradient; use "
+            f"nn.Embedding(sparse=False), or put it into a parameter group with {key} None"
+        )
+    if parameter.tensor.is_complex():
+        raise ValueError(
+            f"SelectiveUpdate: parameter {parameter.name!r} is complex; a mask by sign or rank has no meaning "
+            f"there. Train torch.view_as_real of it, or put it into a parameter group with policy None"
+        )
+
+
+def nonfinite_gradient(groups: list[list[Parameter]]) -> str | None:
+    """The name of the first of these whose gradient holds NaN or infinity. One synchronisation with a GPU.
+
+    Ranks that share tensors find the same: one small all-reduce for each mesh.
+    """
+    present = [p for parameters in groups for p in parameters]
+    if not present:
+        return None
+    # the largest |g| is finite where all are: one number a tensor, without a mask of the tensor's size
+    flags = [~torch.linalg.vector_norm(_values(p), ord=float("inf")).isfinite() for p in present]
+    bad = seen_by_all(flags, [p.tensor for p in present])
+    return next((name for name, found in zip([*(p.name for p in present), ELSEWHERE], bad, strict=True) if found), None)
+
+
+def any_nonzero_gradient(tensors: list[torch.Tensor]) -> bool:
+    """Whether any of their gradients has an element that is not 0, here or on a rank that shares tensors with this."""
+    flags = [local_of(p.grad).any() for p in tensors if p.grad is not None]
+    return any(seen_by_all(flags, [p for p in tensors if p.grad is not None]))
+
+
+def _values(parameter: Parameter) -> torch.Tensor:
+    grad = parameter.tensor.grad
+    assert grad is not None
+    values = grad.coalesce().values() if grad.is_sparse else local_like(grad, parameter.tensor)
+    # in its own dtype: float32 would make infinity of a large float64, and lose the imaginary part
+    return values if values.numel() else values.new_zeros(1)
