@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import quick_interpreter
 import torch
 import torch.distributed as dist
 
@@ -92,4 +93,5 @@ def run_cases(names: Sequence[str], size: int, folder: Path, seconds: float = 28
 
 
 if __name__ == "__main__":
+    quick_interpreter.install()
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5:])
