@@ -75,14 +75,14 @@ def save(folder: Path, step: int, model: GPT, optimizer: SelectiveUpdate) -> Non
 
 def resume(folder: Path, model: GPT, optimizer: SelectiveUpdate) -> int:
     """Load the last checkpoint that is whole: `.metadata` is written last. Returns its step, 0 where there is none."""
-    found = [int(file.parent.name.removeprefix("step-")) for file in folder.glob("step-*/.metadata")]
-    if not found:
+    saved_steps = [int(file.parent.name.removeprefix("step-")) for file in folder.glob("step-*/.metadata")]
+    if not saved_steps:
         return 0
     optimizer.init_state()  # so that there is something to load into
     parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.load(parts, checkpoint_id=folder / f"step-{max(found)}")
+    dcp.load(parts, checkpoint_id=folder / f"step-{max(saved_steps)}")
     set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
-    return max(found)
+    return max(saved_steps)
 
 
 def main() -> None:

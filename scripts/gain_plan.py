@@ -65,10 +65,10 @@ def plan(done: Callable[[], list[dict[str, Any]]]) -> Iterator[Run]:
     sweeps = ("AdamW", "Soap", "AdaDiag++", "AdaDiag", "Muon", "pytorch_optimizer SOAP")
     for setup in sweeps:
         yield from (Run(setup, lr) for lr in RATES[setup])
-    found = done()
-    swept = {(r["setup"], r["lr"]) for r in found if r["seed"] == 0 and r["part"] == 1}
-    space = min(SPACES, key=lambda name: best(found, name)[1])
-    lr = best(found, space)[0]
+    records = done()
+    swept = {(r["setup"], r["lr"]) for r in records if r["seed"] == 0 and r["part"] == 1}
+    space = min(SPACES, key=lambda name: best(records, name)[1])
+    lr = best(records, space)[0]
 
     def all_swept(setups: Iterable[str]) -> bool:
         return all((setup, lr) in swept for setup in setups for lr in RATES[setup])
@@ -79,16 +79,16 @@ def plan(done: Callable[[], list[dict[str, Any]]]) -> Iterator[Run]:
             yield Run(f"{policy} in {space}", lr)
             yield Run(f"random like {policy} in {space}", lr)
     masked = known and all((f"{policy} in {space}", lr) in swept for policy in MASKS)
-    mask = min(MASKS, key=lambda policy: best(found, f"{policy} in {space}")[1])
+    mask = min(MASKS, key=lambda policy: best(records, f"{policy} in {space}")[1])
     for seed in (1, 2) if masked else ():
-        yield Run("AdamW", best(found, "AdamW")[0], seed)
+        yield Run("AdamW", best(records, "AdamW")[0], seed)
         for setup in (space, f"{mask} in {space}", f"random like {mask} in {space}"):
             yield Run(setup, lr, seed)
     for setup in ("Adafactor", "Adafactor in AdaDiag", "Adafactor in AdaDiag++"):
         yield from (Run(setup, lr) for lr in RATES[setup])
     for setup in ("AdamW", "Muon", "pytorch_optimizer SOAP"):
         if all_swept([setup]):
-            yield Run(setup, best(found, setup)[0], part=HALF)
+            yield Run(setup, best(records, setup)[0], part=HALF)
     for part in SHORTER if masked else ():
         for seed in (0, 1, 2):
             yield from (Run(setup, lr, seed, part) for setup in (space, f"{mask} in {space}"))
@@ -149,8 +149,8 @@ def results(folder: Path) -> list[dict[str, Any]]:
 def best(done: list[dict[str, Any]], setup: str) -> tuple[float, float]:
     """Learning rate and final loss of a setup's best whole run with seed 0."""
     mine = [r for r in done if r["setup"] == setup and r["seed"] == 0 and r["part"] == 1]
-    found = [(final(r) if math.isfinite(final(r)) else math.inf, r["lr"]) for r in mine]
-    loss, lr = min(found, default=(math.inf, math.nan))
+    results = [(final(r) if math.isfinite(final(r)) else math.inf, r["lr"]) for r in mine]
+    loss, lr = min(results, default=(math.inf, math.nan))
     return lr, loss
 
 

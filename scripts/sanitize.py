@@ -27,10 +27,10 @@ PASSED = re.compile(r"(\d+) passed")
 def collected(arguments: list[str]) -> list[str]:
     """The names of the tests that pytest would run."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--no-header", "--no-summary", *arguments]
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode != 0:
-        sys.exit(f"pytest collects nothing:\n{found.stdout}{found.stderr}")
-    return [line for line in found.stdout.splitlines() if "::" in line]
+    listing = subprocess.run(command, capture_output=True, text=True)
+    if listing.returncode != 0:
+        sys.exit(f"pytest collects nothing:\n{listing.stdout}{listing.stderr}")
+    return [line for line in listing.stdout.splitlines() if "::" in line]
 
 
 def verdict(log: str, output: str, code: int) -> str | None:

@@ -63,8 +63,8 @@ class Environment:
     def torch_version(self) -> str | None:
         """The version of torch that can be imported, or None."""
         code = "import torch; print(torch.__version__)"
-        found = subprocess.run([self.python, "-c", code], capture_output=True, text=True)
-        return found.stdout.strip() if found.returncode == 0 else None
+        answer = subprocess.run([self.python, "-c", code], capture_output=True, text=True)
+        return answer.stdout.strip() if answer.returncode == 0 else None
 
     def resolve(self, requirement: str, options: list[str]) -> str | None:
         """The version that pip would install, or None where it finds none. Downloads metadata at most."""
@@ -110,8 +110,8 @@ class Environment:
 
     def refuse_another_checkout(self) -> None:
         """An editable install of another checkout would be turned to this one, under whoever works there."""
-        for found in self.path.glob("lib/python*/site-packages/selective_update-*.dist-info/direct_url.json"):
-            origin = json.loads(found.read_text())
+        for record in self.path.glob("lib/python*/site-packages/selective_update-*.dist-info/direct_url.json"):
+            origin = json.loads(record.read_text())
             if origin.get("dir_info", {}).get("editable") and origin["url"] != ROOT.as_uri():
                 raise SystemExit(f"setup_env: {self.path} belongs to {origin['url']}; give this checkout its own VENV")
 

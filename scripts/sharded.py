@@ -41,11 +41,11 @@ POLICIES: dict[str, Policy] = {
 def parameters(shapes: list[tuple[int, ...]], mesh: Any, device: str, cut: bool) -> list[nn.Parameter]:
     """The same values on every rank, whole or by rows."""
     values = torch.Generator(device).manual_seed(0)
-    found = []
+    params = []
     for shape in shapes:
         whole = torch.randn(shape, generator=values, device=device) * 0.02
-        found.append(nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None) if cut else whole))
-    return found
+        params.append(nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None) if cut else whole))
+    return params
 
 
 def give_gradients(params: list[nn.Parameter], step: int, device: str) -> None:
@@ -75,9 +75,9 @@ def same_bits(policy: Policy, shapes: list[tuple[int, ...]], mesh: Any, device: 
 
 def sent_by(step: Callable[[], Any]) -> tuple[int, int]:
     """All-reduces of one step, and their bytes."""
-    with all_reduces() as found:
+    with all_reduces() as sizes:
         step()
-    return len(found), sum(found)
+    return len(sizes), sum(sizes)
 
 
 def waits(step: Callable[[], Any], device: str) -> str:
@@ -99,13 +99,13 @@ def launched_by(step: Callable[[], Any], device: str) -> str:
     clock = clock_of(device.partition(":")[0])
     able = torch.tensor(int(clock.launches(Work(lambda: torch.zeros(1, device=device))) is not None), device=device)
     dist.all_reduce(able, op=dist.ReduceOp.MIN)
-    found = clock.launches(Work(step)) if bool(able) else None
-    return "-" if found is None else str(sum(found.values()))
+    counts = clock.launches(Work(step)) if bool(able) else None
+    return "-" if counts is None else str(sum(counts.values()))
 
 
 def timed(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
     """Milliseconds of each, in turns: the median of each rank, of the slowest."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    milliseconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             dist.barrier()
@@ -115,8 +115,8 @@ def timed(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict
             step()
             if device != "cpu":
                 torch.cuda.synchronize()
-            found[name].append((time.perf_counter() - start) * 1e3)
-    medians = torch.tensor([statistics.median(times) for times in found.values()], device=device)
+            milliseconds[name].append((time.perf_counter() - start) * 1e3)
+    medians = torch.tensor([statistics.median(times) for times in milliseconds.values()], device=device)
     dist.all_reduce(medians, op=dist.ReduceOp.MAX)
     return dict(zip(steps, medians.tolist(), strict=True))
 
@@ -146,10 +146,10 @@ def main() -> None:
 
     steps: dict[str, Any] = {"AdamW fused": over(lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True))}
     for name, policy in POLICIES.items():
-        for said, told in (("", False), (", statistics", True)):
-            steps[name + said] = over(
-                lambda p, policy=policy, told=told: SelectiveUpdate(
-                    torch.optim.AdamW(p, lr=1e-3), policy=policy, statistics=told
+        for suffix, collected in (("", False), (", statistics", True)):
+            steps[name + suffix] = over(
+                lambda p, policy=policy, collected=collected: SelectiveUpdate(
+                    torch.optim.AdamW(p, lr=1e-3), policy=policy, statistics=collected
                 )
             )
     sent, waited = {n: sent_by(s) for n, s in steps.items()}, {n: waits(s, device) for n, s in steps.items()}

@@ -81,12 +81,14 @@ def measured(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
     for name, contender in contenders.items():
         with all_reduces() as sent:
             contender.step(windows)
-        whole, own = (statistics.median(times[args.warmup : -1]) for times in (contender.whole, contender.own))
+        whole, optimizer_only = (
+            statistics.median(times[args.warmup : -1]) for times in (contender.whole, contender.own)
+        )
         ratios = [
             statistics.median(a / b for a, b in zip(mine[args.warmup : -1], theirs[args.warmup :], strict=False))
             for mine, theirs in ((contender.whole, plain.whole), (contender.own, plain.own))
         ]
-        row = {"contender": name, "step_ms": whole, "optimizer_ms": own, "step_ratio": ratios[0]}
+        row = {"contender": name, "step_ms": whole, "optimizer_ms": optimizer_only, "step_ratio": ratios[0]}
         rows.append({**row, "optimizer_ratio": ratios[1], "collectives": len(sent), "bytes": sum(sent)})
     return rows
 

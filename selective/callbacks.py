@@ -29,11 +29,13 @@ def lightning_callback(*writers: Writer, every: int = 100, each: bool = False) -
                 for logger in trainer.loggers:
                     logger.log_metrics(metrics, step=sample.step)
 
-            wrapped = [one for one in trainer.optimizers if _is_selective(one)]
+            wrapped = [optimizer for optimizer in trainer.optimizers if _is_selective(optimizer)]
             if not wrapped:
-                kinds = ", ".join(type(one).__name__ for one in trainer.optimizers) or "none"
+                kinds = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
                 raise TypeError(f"lightning_callback: no optimizer of this run is a SelectiveUpdate; found {kinds}")
-            self.watches = [watch(one, *(writers or (log,)), every=every, model=pl_module) for one in wrapped]
+            self.watches = [
+                watch(optimizer, *(writers or (log,)), every=every, model=pl_module) for optimizer in wrapped
+            ]
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             self._close()
@@ -42,8 +44,8 @@ def lightning_callback(*writers: Writer, every: int = 100, each: bool = False) -
             self._close()
 
         def _close(self) -> None:
-            for one in self.watches:
-                one.close()
+            for watched in self.watches:
+                watched.close()
             self.watches = []
 
     return WatchSelection()

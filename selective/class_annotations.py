@@ -37,10 +37,10 @@ def _is_class_var(text: str, body: FrameType) -> bool:
     known = next((names for names in (body.f_locals, around, body.f_globals) if first in names), None)
     if known is None:
         return [first, *attributes][-1] == "ClassVar"
-    found = known[first]
+    value = known[first]
     for attribute in attributes:
-        found = getattr(found, attribute, None)
-    return found is ClassVar
+        value = getattr(value, attribute, None)
+    return value is ClassVar
 
 
 if TYPE_CHECKING:

@@ -86,22 +86,22 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says, as configuration data."""
-    found: dict[str, Any] = {}
+    data: dict[str, Any] = {}
     plural = {"policy": "policies", "preconditioner": "preconditioners"}
     names = ("imports", "policy", "preconditioner", "base", "base_options", "lr", "seeds", "steps", "controls")
     for name in (*names, "threads", "workers"):
         value = getattr(options, name)
         if value is not None:
-            found[plural.get(name, name)] = value
+            data[plural.get(name, name)] = value
     if options.data is not None:
-        found["data"] = {"file": options.data}
+        data["data"] = {"file": options.data}
     for path, value in options.set:
-        nested: Any = found
+        nested: Any = data
         *above, last = path.split(".")
         for part in above:
             nested = nested.setdefault(part, {})
         nested[last] = value
-    return found
+    return data
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -41,18 +41,18 @@ def _kinds(tensors: Sequence[Tensor]) -> list[tuple[object, ...] | None]:
     return [(t.device, t.dtype, t.is_contiguous()) if type(t) in _PLAIN else None for t in tensors]
 
 
-def _run(many: Callable[..., Any], one: Callable[..., Any], *lists: Sequence[Tensor]) -> list[Tensor]:
+def _run(many: Callable[..., Any], single: Callable[..., Any], *lists: Sequence[Tensor]) -> list[Tensor]:
     """`many` of the rows that are alike, `one` of each row with a subclass in it; the results in order, if any."""
     alike: dict[tuple[object, ...], list[int]] = {}
     results: list[Any] = [None] * len(lists[0])
     for index, kinds in enumerate(zip(*(_kinds(column) for column in lists), strict=True)):
         if None in kinds:
-            results[index] = one(*(column[index] for column in lists))
+            results[index] = single(*(column[index] for column in lists))
         else:
             alike.setdefault(kinds, []).append(index)
     for indices in alike.values():
-        made = many(*([column[i] for i in indices] for column in lists))
-        for index, result in zip(indices, made or (), strict=made is not None):
+        outputs = many(*([column[i] for i in indices] for column in lists))
+        for index, result in zip(indices, outputs or (), strict=outputs is not None):
             results[index] = result
     return results
 
@@ -81,17 +81,17 @@ def zeros_like(tensors: Sequence[Tensor]) -> list[Tensor]:
     alike: dict[tuple[object, ...], list[int]] = {}
     for index, t in enumerate(tensors):
         alike.setdefault((t.device, t.dtype), []).append(index)
-    found: dict[int, Tensor] = {}
+    zeros: dict[int, Tensor] = {}
     for indices in alike.values():
         unit = max(512 // tensors[indices[0]].element_size(), 1)
         for part in parts([tensors[i] for i in indices]):
-            some = indices[part]
-            ends = list(accumulate(-(-tensors[i].numel() // unit) * unit for i in some))
-            flat = tensors[some[0]].new_zeros(ends[-1])
-            for index, start in zip(some, [0, *ends], strict=False):
+            chunk = indices[part]
+            ends = list(accumulate(-(-tensors[i].numel() // unit) * unit for i in chunk))
+            flat = tensors[chunk[0]].new_zeros(ends[-1])
+            for index, start in zip(chunk, [0, *ends], strict=False):
                 t = tensors[index]
-                found[index] = flat.as_strided(t.size(), t.stride(), start)
-    return [found[i] for i in range(len(tensors))]
+                zeros[index] = flat.as_strided(t.size(), t.stride(), start)
+    return [zeros[i] for i in range(len(tensors))]
 
 
 def lerp_(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
@@ -107,9 +107,9 @@ def copies(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[
     """A copy of each in the same memory format, in this dtype or its own."""
 
     def many(alike: list[Tensor]) -> list[Tensor]:
-        made = [torch.empty_like(t, dtype=dtype) for t in alike]
-        many_of._foreach_copy_(made, alike)
-        return made
+        copied = [torch.empty_like(t, dtype=dtype) for t in alike]
+        many_of._foreach_copy_(copied, alike)
+        return copied
 
     return _run(many, lambda t: t.clone() if dtype is None else t.to(dtype, copy=True), tensors)
 
@@ -117,10 +117,10 @@ def copies(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[
 def in_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Each in this dtype: itself where it is, else a copy."""
     others = [i for i, t in enumerate(tensors) if t.dtype != dtype]
-    made = list(tensors)
+    converted = list(tensors)
     for index, copy in zip(others, copies([tensors[i] for i in others], dtype), strict=True):
-        made[index] = copy
-    return made
+        converted[index] = copy
+    return converted
 
 
 def negated(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -145,14 +145,14 @@ def sums(first: Sequence[Tensor], second: Sequence[Tensor], scale: spec.Scalar, 
         dtype = _wide(b[0]) if wide else torch.promote_types(a[0].dtype, b[0].dtype)
         if a[0].dtype == b[0].dtype == dtype and not isinstance(scale, Tensor):
             return list(many_of._foreach_add(a, b, alpha=scale))
-        made = copies(a, dtype)
-        _add_many(made, b, scale)
-        return made
+        totals = copies(a, dtype)
+        _add_many(totals, b, scale)
+        return totals
 
-    def one(a: Tensor, b: Tensor) -> Tensor:
+    def single(a: Tensor, b: Tensor) -> Tensor:
         return _sum_of(a.to(_wide(b)), b.to(_wide(b)), scale) if wide else _sum_of(a, b, scale)
 
-    return _run(many, one, first, second)
+    return _run(many, single, first, second)
 
 
 def add_(targets: Sequence[Tensor], others: Sequence[Tensor], scale: spec.Scalar = 1.0) -> None:
@@ -174,8 +174,8 @@ def _add_many(targets: list[Tensor], others: list[Tensor], scale: spec.Scalar) -
         many_of._foreach_add_(targets, others, alpha=scale)
         return
     for part in parts(targets):  # two dtypes would be a loop, and a scale that is a tensor goes into products only
-        some = in_dtype(others[part], dtype)
+        chunk = in_dtype(others[part], dtype)
         if isinstance(scale, Tensor):
-            many_of._foreach_add_(targets[part], list(many_of._foreach_mul(some, scale.to(targets[0].device, dtype))))
+            many_of._foreach_add_(targets[part], list(many_of._foreach_mul(chunk, scale.to(targets[0].device, dtype))))
         else:
-            many_of._foreach_add_(targets[part], some, alpha=scale)
+            many_of._foreach_add_(targets[part], chunk, alpha=scale)

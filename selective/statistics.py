@@ -12,7 +12,7 @@ from selective.kernels import spec
 NAMES = ("share", "strength_selected", "strength_rest", "cosine", "norm_before", "norm_after")
 
 
-class Report:
+class StepStatistics:
     """Collects one step's sums and turns them into statistics when somebody looks."""
 
     def __init__(self) -> None:
@@ -45,14 +45,18 @@ class Report:
         All in the space where the mask was made. Of rotated parameters also what their preconditioner reports, and
         `basis_skipped`: how many gradients were not finite, and were kept from the basis, since training began.
         """
-        found: dict[str, dict[str, Tensor]] = {}
+        by_name: dict[str, dict[str, Tensor]] = {}
         for names, sums in self._sums:
-            each = _of_table(sums) if isinstance(sums, spec.SumsTable) else [_of(one, one.numel) for one in sums]
-            found.update(zip(names, each, strict=True))
+            rows = (
+                _of_table(sums)
+                if isinstance(sums, spec.SumsTable)
+                else [_of(tensor_sums, tensor_sums.numel) for tensor_sums in sums]
+            )
+            by_name.update(zip(names, rows, strict=True))
         for names, report in self._bases:
-            for name, said in zip(names, report(), strict=True):
-                found.setdefault(name, {}).update(said)
-        return found
+            for name, reported in zip(names, report(), strict=True):
+                by_name.setdefault(name, {}).update(reported)
+        return by_name
 
 
 def _of_table(table: spec.SumsTable) -> list[dict[str, Tensor]]:

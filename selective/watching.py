@@ -37,23 +37,24 @@ class Sample:
 
     def overview(self) -> dict[str, float]:
         """The mean over the parameters of what is in `OVERVIEW`, the sum of what is in `FAULTS`; of what they have."""
-        found = {}
+        overview = {}
         for name in OVERVIEW:
-            known = [one[name] for one in self.values.values() if not math.isnan(one.get(name, math.nan))]
+            known = [numbers[name] for numbers in self.values.values() if not math.isnan(numbers.get(name, math.nan))]
             if known:
-                found[name] = sum(known) / len(known)
+                overview[name] = sum(known) / len(known)
         for name in FAULTS:
-            counted = [one[name] for one in self.values.values() if name in one]
+            counted = [numbers[name] for numbers in self.values.values() if name in numbers]
             if counted:
-                found[name] = sum(counted)
-        return found
+                overview[name] = sum(counted)
+        return overview
 
     def scalars(self, each: bool = False) -> dict[str, float]:
         """The overview; with `each` also every number of every parameter, as "share/PARAMETER"."""
-        found = self.overview()
+        scalars = self.overview()
         if each:
-            found |= {f"{name}/{who}": value for who, one in self.values.items() for name, value in one.items()}
-        return found
+            for parameter, numbers in self.values.items():
+                scalars |= {f"{name}/{parameter}": value for name, value in numbers.items()}
+        return scalars
 
 
 Writer = Callable[[Sample], Any]
@@ -92,9 +93,11 @@ class Watch:
             raise ValueError("watch: the optimizer collects nothing to watch; construct it with statistics=True")
         if not writers:
             raise ValueError("watch: no writer was given; pass a function that takes a selective.watching.Sample")
-        odd = [writer for writer in writers if not callable(writer)]
-        if odd:
-            raise ValueError(f"watch: {odd[0]!r} is no writer, which is a function of a Sample; steps go in every=")
+        not_callable = [writer for writer in writers if not callable(writer)]
+        if not_callable:
+            raise ValueError(
+                f"watch: {not_callable[0]!r} is no writer, which is a function of a Sample; steps go in every="
+            )
         if type(every) is not int or every < 1:
             raise ValueError(f"watch: every is {every!r}, must be an integer of at least 1")
         self.writers, self.every = writers, every
@@ -141,26 +144,26 @@ class Watch:
 
     def _renamed(self) -> dict[str, tuple[str, float | None]]:
         """Each parameter's name in `statistics()`: what it is called here, and the cap of its strength."""
-        found = {}
+        renamed = {}
         for members, group in zip(self.optimizer._members, self.optimizer.policy_groups, strict=True):
             parts = group.policy.parts()
             cap = None if parts is None else getattr(parts[1], "cap", None)
-            for one in members.parameters:
-                found[one.name] = self._names.get(id(one.tensor), one.name), cap
-        return found
+            for parameter in members.parameters:
+                renamed[parameter.name] = self._names.get(id(parameter.tensor), parameter.name), cap
+        return renamed
 
 
 class _Copy:
     """Statistics on their way to the host: Note [nobody waits]."""
 
     def __init__(
-        self, step: int, found: dict[str, dict[str, Tensor]], known: dict[str, tuple[str, float | None]]
+        self, step: int, statistics: dict[str, dict[str, Tensor]], known: dict[str, tuple[str, float | None]]
     ) -> None:
         self.step, self._known = step, known
         by_device: dict[torch.device, list[tuple[str, str, Tensor]]] = {}
-        for who, values in found.items():
+        for parameter, values in statistics.items():
             for name, value in values.items():
-                by_device.setdefault(value.device, []).append((who, name, value.float()))
+                by_device.setdefault(value.device, []).append((parameter, name, value.float()))
         self._parts: list[tuple[list[tuple[str, str]], Tensor, torch.cuda.Event | None]] = []
         for device, entries in by_device.items():
             values = torch.stack([value for _, _, value in entries])
@@ -170,7 +173,7 @@ class _Copy:
                 values = host.copy_(values, non_blocking=True)
                 done = torch.cuda.Event()
                 done.record(torch.cuda.current_stream(device))
-            self._parts.append(([(who, name) for who, name, _ in entries], values, done))
+            self._parts.append(([(parameter, name) for parameter, name, _ in entries], values, done))
 
     def is_done(self) -> bool:
         return all(done is None or done.query() for _, _, done in self._parts)
@@ -181,12 +184,12 @@ class _Copy:
         for keys, host, done in self._parts:
             if done is not None:
                 done.synchronize()
-            for (who, name), value in zip(keys, host.tolist(), strict=True):
-                values.setdefault(who, {})[name] = value
+            for (parameter, name), value in zip(keys, host.tolist(), strict=True):
+                values.setdefault(parameter, {})[name] = value
         named = {}
-        for who, one in values.items():
-            called, cap = self._known[who]
-            named[called] = _with_derived(one, cap)
+        for parameter, numbers in values.items():
+            called, cap = self._known[parameter]
+            named[called] = _with_derived(numbers, cap)
         return Sample(self.step, named)
 
 
@@ -201,9 +204,9 @@ def _with_derived(values: dict[str, float], cap: float | None) -> dict[str, floa
 
 def selective_inside(optimizer: Any) -> SelectiveUpdate:
     """The `SelectiveUpdate` in what a training stack has put around it (accelerate and Lightning: `.optimizer`)."""
-    found = optimizer
-    while not isinstance(found, SelectiveUpdate):
-        found = getattr(found, "optimizer", None)
-        if found is None:
+    inner = optimizer
+    while not isinstance(inner, SelectiveUpdate):
+        inner = getattr(inner, "optimizer", None)
+        if inner is None:
             raise TypeError(f"watch: found no SelectiveUpdate in {type(optimizer).__name__}; pass the wrapper itself")
-    return found
+    return inner

@@ -42,15 +42,15 @@ def _paragraph(text: str, names: Collection[str]) -> str:
 
 def _items(text: str, section: str) -> Iterator[str]:
     """A field for each line "name: what"; lines that are indented go on from the one before."""
-    found: list[list[str]] = []
+    items: list[list[str]] = []
     for line in text.splitlines():
         if _ITEM.match(line):
-            found.append([line])
-        elif found:
-            found[-1].append(line.strip())
+            items.append([line])
+        elif items:
+            items[-1].append(line.strip())
         else:
             raise ValueError(f"{line!r}: a section begins with a line `name: what it is`")
-    for lines in found:
+    for lines in items:
         names, _, what = " ".join(lines).partition(": ")
         first, *others = names.split(", ")
         yield field(f"{section} {first}", what)
@@ -70,13 +70,13 @@ def prose(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    kept: list[str] = []
+    codes: list[str] = []
 
-    def keep(found: re.Match[str]) -> str:
-        kept.append(found[0])
-        return f"\0{len(kept) - 1}\0"
+    def keep(match: re.Match[str]) -> str:
+        codes.append(match[0])
+        return f"\0{len(codes) - 1}\0"
 
     text = _EMPHASIS.sub(keep, text)
     text = _STAR.sub(r"\\*", text).replace("<", "&lt;")
-    text = re.sub(r"\0(\d+)\0", lambda found: kept[int(found[1])], text)
+    text = re.sub(r"\0(\d+)\0", lambda match: codes[int(match[1])], text)
     return _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", text)

@@ -48,7 +48,7 @@ def public_names() -> list[str]:
 
 def names_in(page: str) -> list[str]:
     """The names that a page asks for, in its order."""
-    return [name for found in DIRECTIVE.findall(page) for name in re.split(r"[\s,]+", found.strip())]
+    return [name for listed in DIRECTIVE.findall(page) for name in re.split(r"[\s,]+", listed.strip())]
 
 
 def expand(page: str) -> str:
@@ -71,7 +71,11 @@ def _entry(name: str) -> str:
     module, _, short = name.rpartition(".")
     if inspect.isclass(value):
         kind = "exception" if issubclass(value, BaseException) else "class"
-        parts = [_bases(value), _class_text(value), *(_member(one, found) for one, found in members(value))]
+        parts = [
+            _bases(value),
+            _class_text(value),
+            *(_member(attribute, member) for attribute, member in members(value)),
+        ]
         called = "" if short in HANDED_OUT else signature(value)
         return _directive(f"{{py:{kind}}} {short}{called}", "\n\n".join(filter(None, parts)), module)
     if inspect.isfunction(value):
@@ -108,22 +112,22 @@ def _bases(cls: type[Any]) -> str:
 
 def _class_text(cls: type[Any]) -> str:
     """The docstring, and what the source says of the fields of a model or a dataclass beside them."""
-    own = vars(cls).get("__doc__") or ""
+    docstring = vars(cls).get("__doc__") or ""
     init = vars(cls).get("__init__")
     declared = vars(cls).get("__annotations__", {})
-    text = to_markdown(own, {*declared, *(inspect.signature(init).parameters if init else ())})
+    text = to_markdown(docstring, {*declared, *(inspect.signature(init).parameters if init else ())})
     fields = {**vars(cls).get("__dataclass_fields__", {}), **getattr(cls, "model_fields", {})}
-    said = _said_of_fields(cls) if fields or issubclass(cls, BaseModel) else {}
+    of_fields = _said_of_fields(cls) if fields or issubclass(cls, BaseModel) else {}
     lines = []
-    others = [name for name in declared if name not in fields and not name.startswith("_") and said.get(name)]
+    others = [name for name in declared if name not in fields and not name.startswith("_") and of_fields.get(name)]
     for name in declared:
         if name in fields and f":param {name}:" not in text:
             limits = bounds(fields[name]) if issubclass(cls, BaseModel) else ""
             allowed = f"Allowed: {limits}" if limits else ""
-            what = ". ".join(filter(None, [said.get(name, "").strip().removesuffix("."), allowed]))
+            what = ". ".join(filter(None, [of_fields.get(name, "").strip().removesuffix("."), allowed]))
             if what:
                 lines.append(field(f"param {name}", what))
-    attributes = [_directive(f"{{py:attribute}} {name}", to_markdown(said[name])) for name in others]
+    attributes = [_directive(f"{{py:attribute}} {name}", to_markdown(of_fields[name])) for name in others]
     return "\n\n".join(filter(None, [text, "\n".join(lines), *attributes]))
 
 
@@ -132,25 +136,25 @@ def _said_of_fields(cls: type[Any]) -> dict[str, str]:
     source = inspect.cleandoc(f"\n{inspect.getsource(cls)}")
     body = ast.parse(source).body[0]
     assert isinstance(body, ast.ClassDef)
-    found = {}
+    texts = {}
     for node, below in zip_longest(body.body, body.body[1:]):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
         text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
-        found[node.target.id] = text if isinstance(text, str) else _behind(source, node)
-    return found
+        texts[node.target.id] = text if isinstance(text, str) else _behind(source, node)
+    return texts
 
 
 def members(cls: type[Any]) -> Iterator[tuple[str, Any]]:
     """Documented public methods and properties, up to a base class that is public and has an entry of its own."""
     public = {id(resolve(name)) for name in public_names()}
     seen: set[str] = set(getattr(cls, "__dataclass_fields__", ()))
-    for one in cls.__mro__:
-        if one is not cls and id(one) in public:
+    for owner in cls.__mro__:
+        if owner is not cls and id(owner) in public:
             return
-        if not one.__module__.startswith("selective"):
+        if not owner.__module__.startswith("selective"):
             continue
-        for name, value in vars(one).items():
+        for name, value in vars(owner).items():
             plain = value.__func__ if isinstance(value, classmethod | staticmethod) else value
             if name.startswith("_") or name in seen or not (inspect.isfunction(plain) or isinstance(plain, property)):
                 continue

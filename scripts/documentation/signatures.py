@@ -32,10 +32,10 @@ def signature(value: Any, *, bound: bool = False) -> str:
         return of_fields(value)
     if inspect.isclass(value) and not (is_dataclass(value) or hasattr(value, "_fields") or "__init__" in vars(value)):
         return ""
-    found = inspect.signature(value)
-    parameters = [_written(p) for p in list(found.parameters.values())[bound:] if not p.name.startswith("_")]
-    returns = found.return_annotation
-    returns = found.empty if returns is found.empty or inspect.isclass(value) else _annotation(returns)
+    inspected = inspect.signature(value)
+    parameters = [_written(p) for p in list(inspected.parameters.values())[bound:] if not p.name.startswith("_")]
+    returns = inspected.return_annotation
+    returns = inspected.empty if returns is inspected.empty or inspect.isclass(value) else _annotation(returns)
     return str(inspect.Signature(parameters, return_annotation=returns))
 
 
@@ -69,7 +69,10 @@ def _default(field: FieldInfo) -> str:
 
 def bounds(field: FieldInfo) -> str:
     """What is allowed, such as "> 0, ≤ 1"."""
-    found = [
-        (sign, getattr(one, name)) for one in field.metadata for name, sign in BOUNDS.items() if hasattr(one, name)
+    limits = [
+        (sign, getattr(constraint, name))
+        for constraint in field.metadata
+        for name, sign in BOUNDS.items()
+        if hasattr(constraint, name)
     ]
-    return ", ".join(f"{sign} {number:g}" for sign, number in found)
+    return ", ".join(f"{sign} {number:g}" for sign, number in limits)

@@ -30,8 +30,8 @@ ALWAYS = ("torch foreach", "torch fused")
 
 def parser() -> argparse.ArgumentParser:
     """The options of `selective bench`."""
-    made = argparse.ArgumentParser(prog="selective bench", description="What an optimizer's step costs.")
-    add = made.add_argument
+    command = argparse.ArgumentParser(prog="selective bench", description="What an optimizer's step costs.")
+    add = command.add_argument
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of parameters and state")
     add("--shapes", nargs="+", choices=list(SHAPES), metavar="SHAPES", help=f"{', '.join(SHAPES)}; default: "
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=_positive, default=7, help="timings of each (default: 7)")
     add("--threads", type=_positive, help="threads of torch; default: its own choice")
     add("--json", metavar="FILE", type=Path, help="also write everything there")
-    return made
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,33 +64,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None, limit: Limit) -> int:
-    made = parser()
-    options = made.parse_args(argv)
+    command = parser()
+    options = command.parse_args(argv)
     if options.json and not options.json.absolute().parent.is_dir():
-        made.error(f"--json {options.json}: the folder {options.json.absolute().parent} is not there; make it first")
+        command.error(f"--json {options.json}: the folder {options.json.absolute().parent} is not there; make it first")
     if options.cpu_time and not options.first_step:
-        made.error("--cpu-time goes with --first-step alone: optimizers' steps are timed by the clock on the wall")
+        command.error("--cpu-time goes with --first-step alone: optimizers' steps are timed by the clock on the wall")
     if options.first_step:
-        return _first_step(made, options, limit)
+        return _first_step(command, options, limit)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        made.error("--device cuda: torch sees no CUDA device")
+        command.error("--device cuda: torch sees no CUDA device")
     dtype = getattr(torch, options.dtype)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.rotations:
         if options.only or options.dtype != "float32":
-            made.error("--rotations measures float32 parameters, and all that there is: leave --only and --dtype out")
+            command.error(
+                "--rotations measures float32 parameters, and all that there is: leave --only and --dtype out"
+            )
         return _rotations(options, device, limit)
     contenders = standard_contenders(device, dtype)
     if options.peers or (options.peers is None and device == "cuda"):
         contenders += peer_contenders()
     if options.controls:
         if device != "cpu":
-            made.error("--controls measures the controls' CPU kernels: on cuda they run as torch code of their own")
+            command.error("--controls measures the controls' CPU kernels: on cuda they run as torch code of their own")
         contenders += control_contenders() + control_contenders(statistics=True)
     if options.only:
-        contenders = _chosen(made, contenders, options.only)
+        contenders = _chosen(command, contenders, options.only)
     _where(device)
     results: list[Result] = []
     left_out = False
@@ -120,36 +122,36 @@ def _where(device: str) -> None:
 def _rotations(options: argparse.Namespace, device: str, limit: Limit) -> int:
     _where(device)
     precisions: list[Precision] = ["float32", "tf32", "bfloat16"] if device == "cuda" else ["float32"]
-    found = []
+    measured = []
     for shapes in options.shapes or [DEFAULT_SHAPES[device]]:
         result = measure_rotations(shapes, device=device, rounds=options.rounds, precisions=precisions, tell=_tell)
-        found.append(asdict(result))
+        measured.append(asdict(result))
         with limit.kept():
             print(f"\n{rotation_table(result)}")
             if options.json:
-                options.json.write_text(json.dumps({**environment(device), "rotations": found}, indent=1))
+                options.json.write_text(json.dumps({**environment(device), "rotations": measured}, indent=1))
         if result.interrupted or limit.came:
             return said_so()
     return 0
 
 
-def _first_step(made: argparse.ArgumentParser, options: argparse.Namespace, limit: Limit) -> int:
+def _first_step(command: argparse.ArgumentParser, options: argparse.Namespace, limit: Limit) -> int:
     if options.only or options.shapes or options.rotations or options.dtype != "float32" or options.device == "cuda":
-        made.error("--first-step measures models and policies of its own on the CPU: leave --only, --shapes, --dtype, "
-                   "--rotations and --device cuda out")  # fmt: skip
+        command.error("--first-step measures models and policies of its own on the CPU: leave --only, --shapes, "
+                      "--dtype, --rotations and --device cuda out")  # fmt: skip
     if options.threads:
         torch.set_num_threads(options.threads)
     _where("cpu")
     clock = "process_time" if options.cpu_time else "perf_counter"
-    found = measure_first_steps(rounds=options.rounds, threads=options.threads, clock=clock, tell=_tell)
+    first_steps = measure_first_steps(rounds=options.rounds, threads=options.threads, clock=clock, tell=_tell)
     with limit.kept():
-        print(f"\n{first_step_table(found)}")
+        print(f"\n{first_step_table(first_steps)}")
         if options.json:
-            options.json.write_text(json.dumps({**environment("cpu"), **first_steps_as_json(found)}, indent=1))
-    return said_so() if found.interrupted or limit.came else 0
+            options.json.write_text(json.dumps({**environment("cpu"), **first_steps_as_json(first_steps)}, indent=1))
+    return said_so() if first_steps.interrupted or limit.came else 0
 
 
-def _chosen(made: argparse.ArgumentParser, contenders: list[Contender], texts: list[str]) -> list[Contender]:
+def _chosen(command: argparse.ArgumentParser, contenders: list[Contender], texts: list[str]) -> list[Contender]:
     """Those with a word that begins with one of the texts, and torch's; all of the name counts as one, too."""
 
     def has(contender: Contender, text: str) -> bool:
@@ -157,7 +159,7 @@ def _chosen(made: argparse.ArgumentParser, contenders: list[Contender], texts: l
 
     for text in texts:
         if not any(has(contender, text) for contender in contenders):
-            made.error(f"--only {text!r}: no name has it; there are {', '.join(c.name for c in contenders)}")
+            command.error(f"--only {text!r}: no name has it; there are {', '.join(c.name for c in contenders)}")
     return [c for c in contenders if c.name in ALWAYS or any(has(c, text) for text in texts)]
 
 

@@ -49,8 +49,8 @@ class HostClock:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
             stepping.step()
         results: Any = recorded.profiler.kineto_results if recorded.profiler is not None else None  # not typed by torch
-        found = results.events() if results else []
-        events = sorted((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]")
+        recorded_events = results.events() if results else []
+        events = sorted((e.start_ns(), e.nbytes()) for e in recorded_events if e.name() == "[memory]")
         held = most = 0
         for _, size in events:
             held += size
@@ -102,15 +102,15 @@ class CudaClock(HostClock):
 
     def host_seconds(self, stepping: Stepping) -> float | None:
         """How long `step()` keeps the host, with the device idle before and not waited for (median)."""
-        found = []
+        samples = []
         for _ in range(HOST_SAMPLES):
             stepping.prepare()
             torch.cuda.synchronize()
             begun = time.perf_counter()
             stepping.step()
-            found.append(time.perf_counter() - begun)
+            samples.append(time.perf_counter() - begun)
         torch.cuda.synchronize()
-        return statistics.median(found)
+        return statistics.median(samples)
 
     def extra_bytes(self, stepping: Stepping) -> int:
         stepping.prepare()
@@ -128,17 +128,17 @@ class CudaClock(HostClock):
     def launches(self, stepping: Stepping) -> dict[str, int] | None:
         """Counted by the profiler; None where it is not to be had (no CUPTI, no permission)."""
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        found: dict[str, int] | None = None
+        counts: dict[str, int] | None = None
         for _ in range(2):  # the first time, the profiler itself starts up while the step runs
             stepping.prepare()
             torch.cuda.synchronize()
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of the profiler, where it is not to be had
-                    found = self._profiled(stepping)
+                    counts = self._profiled(stepping)
             except (RuntimeError, OSError, ValueError, AssertionError):
                 return None
-        return found
+        return counts
 
     def _profiled(self, stepping: Stepping) -> dict[str, int] | None:
         with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:

@@ -128,15 +128,17 @@ def other_bases(device: str = "cpu") -> list[Contender]:
 
     On CUDA also the default AdamW, which counts its steps on the host.
     """
-    found = [
+    contenders = [
         _selective(
             f"{name}, scratch around fused", POLICIES[name], adamw(fused=True), capture="scratch", statistics=False
         )
         for name in ("CautiousMGUP", "MGUP")
     ]
     if device == "cuda":
-        found.append(_selective("CautiousMGUP, default AdamW", POLICIES["CautiousMGUP"], adamw(), statistics=False))
-    return found
+        contenders.append(
+            _selective("CautiousMGUP, default AdamW", POLICIES["CautiousMGUP"], adamw(), statistics=False)
+        )
+    return contenders
 
 
 def standard_contenders(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Contender]:

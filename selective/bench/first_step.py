@@ -45,7 +45,7 @@ class FirstStep:
     def extra(self) -> float:
         """What construction and first step take beyond the base's first step: the median over the rounds."""
         rounds = zip(self.construct, self.step, self.base_step, strict=True)
-        return statistics.median(made + stepped - base for made, stepped, base in rounds)
+        return statistics.median(construct + step - base_step for construct, step, base_step in rounds)
 
 
 @dataclass
@@ -69,39 +69,39 @@ def measure_first_steps(
     thrown away: it compiles Python's files, as an installation does. On Ctrl-C there is what has been measured by then,
     if that is one round at least.
     """
-    found = FirstSteps(rounds, clock)
+    first_steps = FirstSteps(rounds, clock)
     settings = [str(threads or ""), clock]
-    found.lines = [FirstStep(base, model, policy) for model in models for base, policy in cases]
+    first_steps.lines = [FirstStep(base, model, policy) for model in models for base, policy in cases]
     _in_a_fresh_process("AdamW", "small", "MGUP", *settings)
     try:
         for number in range(rounds):
-            _one_round(found, settings)
+            _one_round(first_steps, settings)
             if tell is not None:
                 tell(f"round {number + 1} of {rounds}")
     except KeyboardInterrupt:
-        if not all(line.step for line in found.lines):
+        if not all(line.step for line in first_steps.lines):
             raise
-        found.interrupted = True
-    return found
+        first_steps.interrupted = True
+    return first_steps
 
 
-def _one_round(found: FirstSteps, settings: Sequence[str]) -> None:
+def _one_round(first_steps: FirstSteps, settings: Sequence[str]) -> None:
     alone: dict[tuple[str, str], float] = {}
-    for line in found.lines:
+    for line in first_steps.lines:
         which = line.base, line.model
         if which not in alone:
             alone[which] = _in_a_fresh_process(*which, NOTHING, *settings)["step"]
-        _take(found, line, _in_a_fresh_process(*which, line.policy, *settings), alone[which])
+        _take(first_steps, line, _in_a_fresh_process(*which, line.policy, *settings), alone[which])
 
 
-def _take(found: FirstSteps, line: FirstStep, said: dict[str, Any], base_step: float) -> None:
-    for name, seconds in found.imports.items():
-        seconds.append(said[name])
-    line.tensors, line.way, line.source = said["tensors"], said["way"], said["source"]
-    line.construct.append(said["construct"])
-    line.step.append(said["step"])
+def _take(first_steps: FirstSteps, line: FirstStep, child_report: dict[str, Any], base_step: float) -> None:
+    for name, seconds in first_steps.imports.items():
+        seconds.append(child_report[name])
+    line.tensors, line.way, line.source = child_report["tensors"], child_report["way"], child_report["source"]
+    line.construct.append(child_report["construct"])
+    line.step.append(child_report["step"])
     line.base_step.append(base_step)
-    line.triton |= said["triton"]
+    line.triton |= child_report["triton"]
 
 
 def _in_a_fresh_process(base: str, model: str, policy: str, *settings: str) -> dict[str, Any]:
@@ -116,9 +116,9 @@ def _in_a_fresh_process(base: str, model: str, policy: str, *settings: str) -> d
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def first_step_table(found: FirstSteps) -> str:
+def first_step_table(first_steps: FirstSteps) -> str:
     """One line each, in milliseconds."""
-    medians = {name: statistics.median(seconds) for name, seconds in found.imports.items()}
+    medians = {name: statistics.median(seconds) for name, seconds in first_steps.imports.items()}
     ours, most = medians["import selective"], MOST["import selective"]
     lines = [
         f"import torch {1e3 * medians['import torch']:.0f} ms; import selective {1e3 * ours:.0f} ms more"
@@ -126,17 +126,17 @@ def first_step_table(found: FirstSteps) -> str:
         f"{'base':10} {'model':>5} {'tensors':>7}  {'policy':17} {'captured':18} {'base ms':>7} {'construct':>9} "
         f"{'step':>6} {'extra':>6}",
     ]
-    for one in found.lines:
-        base, made, step = (1e3 * statistics.median(s) for s in (one.base_step, one.construct, one.step))
-        way = one.way if one.source == "table" else f"{one.way}, {one.source}"
+    for line in first_steps.lines:
+        base, construct, step = (1e3 * statistics.median(s) for s in (line.base_step, line.construct, line.step))
+        way = line.way if line.source == "table" else f"{line.way}, {line.source}"
         lines.append(
-            f"{one.base:10} {one.model:>5} {one.tensors:7}  {one.policy:17} {way:18} {base:7.1f} {made:9.1f} "
-            f"{step:6.1f} {1e3 * one.extra:6.1f}{_missed(one.extra, MOST['extra'])}"
-            f"{'  imports triton' if one.triton else ''}"
+            f"{line.base:10} {line.model:>5} {line.tensors:7}  {line.policy:17} {way:18} {base:7.1f} {construct:9.1f} "
+            f"{step:6.1f} {1e3 * line.extra:6.1f}{_missed(line.extra, MOST['extra'])}"
+            f"{'  imports triton' if line.triton else ''}"
         )
     lines.append(
-        f"medians of {found.rounds} fresh processes, by {found.clock}; extra: construct + step beyond the base's own "
-        f"first step (must be under {1e3 * MOST['extra']:.0f} ms)"
+        f"medians of {first_steps.rounds} fresh processes, by {first_steps.clock}; extra: construct + step beyond the "
+        f"base's own first step (must be under {1e3 * MOST['extra']:.0f} ms)"
     )
     return "\n".join(lines)
 
@@ -145,14 +145,14 @@ def _missed(seconds: float, most: float) -> str:
     return "" if seconds < most else " MISSED"
 
 
-def first_steps_as_json(found: FirstSteps) -> dict[str, Any]:
+def first_steps_as_json(first_steps: FirstSteps) -> dict[str, Any]:
     """All seconds, and what follows from them."""
-    imports = {n: {"median_seconds": statistics.median(s), "seconds": s} for n, s in found.imports.items()}
-    lines = [{**vars(one), "extra_seconds": one.extra} for one in found.lines]
+    imports = {n: {"median_seconds": statistics.median(s), "seconds": s} for n, s in first_steps.imports.items()}
+    lines = [{**vars(line), "extra_seconds": line.extra} for line in first_steps.lines]
     return {
-        "rounds": found.rounds,
-        "clock": found.clock,
-        "interrupted": found.interrupted,
+        "rounds": first_steps.rounds,
+        "clock": first_steps.clock,
+        "interrupted": first_steps.interrupted,
         "most_seconds": MOST,
         "imports": imports,
         "first_steps": lines,

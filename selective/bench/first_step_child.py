@@ -23,8 +23,8 @@ def shapes_of(model: str) -> list[tuple[int, ...]]:
         return [(16, 8), (16,), (4, 16), (4,)]
     width = 128
     layer = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
-    each = [shape for rows, columns in layer for shape in ((rows, columns), (rows,))] + [(width,)] * 4
-    return [(512, width), (128, width), *each * 12, (width,), (width,)]
+    block = [shape for rows, columns in layer for shape in ((rows, columns), (rows,))] + [(width,)] * 4
+    return [(512, width), (128, width), *block * 12, (width,), (width,)]
 
 
 def base_of(name: str, params: list[Any]) -> Any:
@@ -55,16 +55,16 @@ def main(
     base_name: str, model: str, policy: str, threads: str = "", clock_name: str = "perf_counter"
 ) -> dict[str, Any]:
     """Time the imports, the construction and the first step, in seconds."""
-    clock, found = getattr(time, clock_name), {}
+    clock, report = getattr(time, clock_name), {}
     start = clock()
     import torch
 
-    found["import torch"] = clock() - start
+    report["import torch"] = clock() - start
     if policy != NOTHING:
         start = clock()
         import selective
 
-        found["import selective"] = clock() - start
+        report["import selective"] = clock() - start
     if threads:
         torch.set_num_threads(int(threads))
     generator = torch.Generator().manual_seed(0)
@@ -76,15 +76,15 @@ def main(
     start = clock()
     if policy != NOTHING:
         optimizer = selective.SelectiveUpdate(optimizer, policy=policy)
-    found["construct"] = clock() - start
+    report["construct"] = clock() - start
     start = clock()
     optimizer.step()
-    found["step"] = clock() - start
-    found.update(tensors=len(params), triton="triton" in sys.modules and not had_triton)
+    report["step"] = clock() - start
+    report.update(tensors=len(params), triton="triton" in sys.modules and not had_triton)
     if policy != NOTHING:
         capture = optimizer._captures[0][1]
-        found.update(way=capture.way, source=capture.facts.source)
-    return found
+        report.update(way=capture.way, source=capture.facts.source)
+    return report
 
 
 if __name__ == "__main__":

@@ -189,9 +189,9 @@ def _time(contender: Contender, measurement: Measurement, rig: Rig) -> None:
     ]
     for _ in range(rig.rounds):
         rig.workload.fresh_gradients()
-        for one, count, times in pair:
-            one.workload.hand_out()
-            times.append(clock.seconds(one, count))
+        for turn, count, times in pair:
+            turn.workload.hand_out()
+            times.append(clock.seconds(turn, count))
         pair.reverse()  # the next round begins with the other
     ratios = [a / b for a, b in zip(measurement.seconds, measurement.fused_seconds, strict=True)]
     measurement.versus_fused = statistics.median(ratios)

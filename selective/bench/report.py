@@ -116,12 +116,12 @@ def _result(result: Result) -> dict[str, Any]:
 
 
 def _measurement(m: Measurement) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": m.name, "outcome": m.outcome, "refused": m.refused}
-    found["promised_bytes"] = {"floor": m.promise.floor, "plain": m.promise.plain}  # a parameter
+    entry: dict[str, Any] = {"name": m.name, "outcome": m.outcome, "refused": m.refused}
+    entry["promised_bytes"] = {"floor": m.promise.floor, "plain": m.promise.plain}  # a parameter
     if m.refused is not None:
-        return found
+        return entry
     return {
-        **found,
+        **entry,
         "median_seconds": m.median,
         "percentiles_seconds": {f"p{q}": percentile(m.seconds, q) for q in (20, 50, 80)},
         "seconds": m.seconds,

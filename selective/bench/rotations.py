@@ -199,15 +199,15 @@ class _Rig:
         """New bases from copies of what is kept, in the lots in which a step makes them."""
         alike: dict[Shape, list[State]] = {}
         for p in self.inside:
-            kept = stepping.optimizer.state[p].items()
-            state = {k.removeprefix(BASIS): v.clone() for k, v in kept if k.startswith(BASIS)}
+            entries = stepping.optimizer.state[p].items()
+            state = {k.removeprefix(BASIS): v.clone() for k, v in entries if k.startswith(BASIS)}
             alike.setdefault((1, p.shape[0], p.shape[1]), []).append(state)
 
         def run() -> None:
             for shape, states in alike.items():
                 nothing = torch.zeros((), device=self.inside[0].device).expand(shape)
-                for some in batches(len(states), math.prod(shape), BASES):
-                    space.refresh(states[some], [nothing] * len(states[some]))
+                for lot in batches(len(states), math.prod(shape), BASES):
+                    space.refresh(states[lot], [nothing] * len(states[lot]))
 
         work = Work(run)
         work.step()
@@ -216,18 +216,18 @@ class _Rig:
     def products(self, precision: Precision) -> float:
         """`torch.mm` of each matrix with a basis of its smaller side, there and back, into memory that is there."""
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        made = [_product(p, dtype) for p in self.inside]
+        operands = [_product(p, dtype) for p in self.inside]
 
         def run() -> None:
             with float32_products("tf32" if precision == "tf32" else "ieee"):
-                for left, right, out in made:
+                for left, right, out in operands:
                     torch.mm(left, right, out=out)
                     torch.mm(left, right, out=out)
 
         work = Work(run)
         work.step()
         times = [self.clock.seconds(work, 1) for _ in range(self.rounds)]
-        made.clear()
+        operands.clear()
         self.clock.settle()
         return statistics.median(times)
 
@@ -237,9 +237,9 @@ class _Rig:
             return
         times = 2 if space.statistic == "ema" else 1
         state = stepping.optimizer.state
-        kept = (v for p in self.inside for k, v in state[p].items() if k.startswith(BASIS))
+        tensors = (v for p in self.inside for k, v in state[p].items() if k.startswith(BASIS))
         documented = sum(4 * times * min(p.shape) ** 2 for p in self.inside)
-        self.memory = {"bytes": sum(value.nbytes for value in kept), "documented": documented}
+        self.memory = {"bytes": sum(value.nbytes for value in tensors), "documented": documented}
 
     def _drop(self, stepping: Stepping) -> None:
         del stepping.optimizer

@@ -14,13 +14,13 @@ def rotation_table(result: Rotations) -> str:
     ]
     named = {line.name: line for line in result.lines}
     for line in result.lines:
-        said = [f"{name} {_fact(name, value)}" for name, value in line.facts.items()]
+        remarks = [f"{name} {_fact(name, value)}" for name, value in line.facts.items()]
         kind, *rest = line.name.split(" ")
         cholesky = named.get(" ".join(["refresh", "cholesky", *rest[1:]])) if kind == "refresh" else None
         if cholesky not in (None, line):
-            said.append(f"{line.seconds / cholesky.seconds:.1f} × cholesky's")
-            said.append(f"its bases {line.facts['bases'] / cholesky.facts['bases']:.1f} ×")
-        lines.append(f"{line.name:24}{1e3 * line.seconds:10.2f}  {', '.join(said)}".rstrip())
+            remarks.append(f"{line.seconds / cholesky.seconds:.1f} × cholesky's")
+            remarks.append(f"its bases {line.facts['bases'] / cholesky.facts['bases']:.1f} ×")
+        lines.append(f"{line.name:24}{1e3 * line.seconds:10.2f}  {', '.join(remarks)}".rstrip())
     return "\n".join(lines)
 
 

@@ -13,15 +13,15 @@ from torch import Tensor
 @contextmanager
 def all_reduces() -> Iterator[list[int]]:
     """The bytes of every all-reduce of the block, which are all that an optimizer's step sends."""
-    found: list[int] = []
+    sizes: list[int] = []
     real = dist.all_reduce
 
     def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(tensor.numel() * tensor.element_size())
+        sizes.append(tensor.numel() * tensor.element_size())
         return real(tensor, *args, **kwargs)
 
     dist.all_reduce = all_reduce
     try:
-        yield found
+        yield sizes
     finally:
         dist.all_reduce = real

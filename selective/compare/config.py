@@ -166,19 +166,19 @@ def build(data: Mapping[str, Any], source: str = "the configuration") -> Compare
         return CompareConfig.model_validate(dict(data))
     except ValidationError as error:
         lines = [f"{source} is not a comparison that can be run:"]
-        lines += [f"  {_line(found)}" for found in error.errors()]
+        lines += [f"  {_line(problem)}" for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from error
 
 
-def _line(found: Any) -> str:
-    path = ".".join(str(part) for part in found["loc"]) or "(whole)"
-    if found["type"] == "extra_forbidden":
+def _line(problem: Any) -> str:
+    path = ".".join(str(part) for part in problem["loc"]) or "(whole)"
+    if problem["type"] == "extra_forbidden":
         owner: Any = CompareConfig
-        for part in found["loc"][:-1]:
+        for part in problem["loc"][:-1]:
             owner = owner.model_fields[part].annotation if part in getattr(owner, "model_fields", {}) else None
         known = "it is no setting of that policy" if owner is None else f"known here: {', '.join(owner.model_fields)}"
         return f"{path}: unknown key; {known}"
-    message = found["msg"].removeprefix("Value error, ").replace("\n", "\n    ")
+    message = problem["msg"].removeprefix("Value error, ").replace("\n", "\n    ")
     return f"{path}: {message}"
 
 

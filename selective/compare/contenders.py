@@ -62,21 +62,21 @@ class Run:
 
 def contenders(config: CompareConfig) -> list[Contender]:
     """The baseline first, then each policy followed by its control; then the same in each preconditioner's space."""
-    found: list[Contender] = []
+    listed: list[Contender] = []
     rates = {"baseline": config.lr, "policy": config.lr, "control": config.lr, "rotation": config.lr, **config.rates}
     for space in (None, *config.preconditioners):
-        ground, suffix = len(found), "" if space is None else f" in {written(space)}"
+        ground, suffix = len(listed), "" if space is None else f" in {written(space)}"
         role = "baseline" if space is None else "rotation"
-        found.append(Contender(ground, config.base + suffix, role, None, None, space, ground, rates[role]))
+        listed.append(Contender(ground, config.base + suffix, role, None, None, space, ground, rates[role]))
         for policy in config.policies if space is None or config.policies_in_spaces else ():
-            index, label = len(found), written(policy) + suffix
+            index, label = len(listed), written(policy) + suffix
             control = matching(policy) if config.controls else None
             of = None if control is None else index + 1
-            found.append(Contender(index, label, "policy", policy, of, space, ground, rates["policy"]))
+            listed.append(Contender(index, label, "policy", policy, of, space, ground, rates["policy"]))
             if control is not None:
                 name = f"random like {label}"
-                found.append(Contender(index + 1, name, "control", control, index, space, ground, rates["control"]))
-    return found
+                listed.append(Contender(index + 1, name, "control", control, index, space, ground, rates["control"]))
+    return listed
 
 
 def written(policy: Policy | Preconditioner) -> str:
@@ -111,13 +111,13 @@ def base_class(name: str) -> type[torch.optim.Optimizer]:
     looked = []
     for place in places:
         try:
-            found = getattr(importlib.import_module(place), attribute, None)
+            candidate = getattr(importlib.import_module(place), attribute, None)
         except ModuleNotFoundError as error:
             looked.append(f"{place} (cannot be imported: {error})")
             continue
-        if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
-            return found
-        looked.append(f"{place} ({'not there' if found is None else 'not an optimizer class'})")
+        if isinstance(candidate, type) and issubclass(candidate, torch.optim.Optimizer):
+            return candidate
+        looked.append(f"{place} ({'not there' if candidate is None else 'not an optimizer class'})")
     dotted = "." in attribute
     near = [":".join(attribute.rsplit(".", 1))] if dotted else difflib.get_close_matches(attribute, dir(torch.optim), 1)
     meant = f" (did you mean {near[0]!r}?)" if near and not colon else ""
@@ -192,8 +192,8 @@ def wrap(
     try:
         return SelectiveUpdate(base, policy=policy, preconditioner=space, seed=seed, momentum_beta=config.momentum_beta)
     except (TypeError, ValueError) as error:
-        found = " in ".join(written(x) for x in (policy, space) if x is not None)
-        raise ConfigError(f"{found} on {config.base}: {error}") from error
+        tried = " in ".join(written(x) for x in (policy, space) if x is not None)
+        raise ConfigError(f"{tried} on {config.base}: {error}") from error
 
 
 def shares(optimizer: torch.optim.Optimizer, names: Mapping[str, str]) -> dict[str, float]:
@@ -203,7 +203,7 @@ def shares(optimizer: torch.optim.Optimizer, names: Mapping[str, str]) -> dict[s
     """
     if not isinstance(optimizer, SelectiveUpdate):
         return {}
-    found = optimizer.statistics()
-    if any("share" not in entry for entry in found.values()):
+    statistics = optimizer.statistics()
+    if any("share" not in entry for entry in statistics.values()):
         return {}
-    return {names[name]: float(entry["share"]) for name, entry in found.items()}
+    return {names[name]: float(entry["share"]) for name, entry in statistics.items()}

@@ -35,15 +35,15 @@ def measure(config: CompareConfig) -> list[dict[str, int]]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to the terminal each time
     with profile(activities=[ProfilerActivity.CPU]):
         pass  # its first use has to be in the main thread, or it complains on the terminal
-    found = []
+    measured = []
     for contender in contenders(config):
         with ThreadPoolExecutor(max_workers=1) as fresh:
-            found.append(fresh.submit(_measure, config, Run(contender, contender.rates[0], 0)).result())
-    base = found[0]
-    for entry in found:
+            measured.append(fresh.submit(_measure, config, Run(contender, contender.rates[0], 0)).result())
+    base = measured[0]
+    for entry in measured:
         entry["extra_state_bytes"] = entry["state_bytes"] - base["state_bytes"]
         entry["extra_step_bytes"] = entry["peak_bytes"] - base["peak_bytes"] - entry["extra_state_bytes"]
-    return found
+    return measured
 
 
 def _measure(config: CompareConfig, run: Run) -> dict[str, int]:

@@ -143,10 +143,10 @@ def spread(heights: Sequence[float], apart: float) -> list[float]:
         for k in range(len(placed) - 1):
             missing = max(0.0, apart - (placed[k + 1] - placed[k]))
             placed[k], placed[k + 1] = placed[k] - missing / 2, placed[k + 1] + missing / 2
-    found = [0.0] * len(heights)
+    places = [0.0] * len(heights)
     for place, i in zip(placed, order, strict=True):
-        found[i] = place
-    return found
+        places[i] = place
+    return places
 
 
 def _ends(
@@ -160,14 +160,18 @@ def _ends(
     for row, (contender, records) in enumerate(rivals):
         colour = looks[contender.index]["color"]
         apart = [final(a) - final(b) for a, b in zip(records, baseline[1], strict=True)]
-        found = t_interval(apart)
+        interval = t_interval(apart)
         axes.plot(apart, [row] * len(apart), "o", color=colour, alpha=0.45, markersize=6, markeredgewidth=0)
-        if found.half is not None:
-            axes.plot([found.mean], [row], "|", color=colour, markersize=16, markeredgewidth=2)
-            axes.plot([found.mean - found.half, found.mean + found.half], [row, row], color=colour, linewidth=1.6)
-        number = f"{found.mean:+.3f}".replace("-", "−") + ("" if found.half is None else f" ± {found.half:.3f}")
+        if interval.half is not None:
+            axes.plot([interval.mean], [row], "|", color=colour, markersize=16, markeredgewidth=2)
+            axes.plot(
+                [interval.mean - interval.half, interval.mean + interval.half], [row, row], color=colour, linewidth=1.6
+            )
+        number = f"{interval.mean:+.3f}".replace("-", "−") + (
+            "" if interval.half is None else f" ± {interval.half:.3f}"
+        )
         axes.annotate(
-            number, (found.mean, row), (0, 11), textcoords="offset points", color=colour, fontsize=10, ha="center"
+            number, (interval.mean, row), (0, 11), textcoords="offset points", color=colour, fontsize=10, ha="center"
         )
     axes.axvline(0, color="black", linewidth=1.2)
     axes.set_yticks(range(len(rivals)), [_short(contender) for contender, _ in rivals], fontsize=10)

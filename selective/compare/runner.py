@@ -57,13 +57,13 @@ class Comparison:
     def _open(self, resume: bool, overwrite: bool) -> list[dict[str, int]]:
         saved = self.folder / "config.json"
         if resume and saved.exists():
-            found = read_json(saved)
-            self._check_same(found)
+            description = read_json(saved)
+            self._check_same(description)
             for run in self.runs:
                 path = self.folder / "runs" / f"{run.key}.json"
                 if path.exists():
                     self.records[run.key] = read_json(path)
-            return found["bytes"]
+            return description["bytes"]
         if resume:
             raise ConfigError(
                 f"--resume: {self.folder} holds no comparison (no config.json); name its folder with --out"
@@ -92,11 +92,11 @@ class Comparison:
         sizes = {"train_bytes": len(self.text.train), "validation_bytes": len(self.text.validation)}
         return {"source": self.text.source, "sha256": self.text.fingerprint, **sizes}
 
-    def _check_same(self, found: dict[str, Any]) -> None:
+    def _check_same(self, description: dict[str, Any]) -> None:
         free = ("workers", "imports")  # the time, and where names come from; not the numbers
-        before = {**dump(build({})), **found["config"]}  # settings that were not there yet had their defaults
+        before = {**dump(build({})), **description["config"]}  # settings that were not there yet had their defaults
         old, new = ({k: v for k, v in c.items() if k not in free} for c in (before, dump(self.config)))
-        lines = differences(old, new) + differences(found["text"], self._text(), "text.")
+        lines = differences(old, new) + differences(description["text"], self._text(), "text.")
         if lines:
             raise ConfigError(
                 f"--resume: {self.folder} holds another comparison, whose runs cannot be set beside these:\n  "

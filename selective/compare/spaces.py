@@ -41,9 +41,9 @@ def groups_by_kind(model: nn.Module, weight_decay: float, rotated: bool) -> list
     """
     linear = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     joined = {name: count for name, count in JOINED.items() if name in linear}
-    found = param_groups_for(model, weight_decay=weight_decay, parts=joined)
+    groups = param_groups_for(model, weight_decay=weight_decay, parts=joined)
     names = ("weight_decay", "preconditioner", "matrix_view") if rotated else ("weight_decay",)
     return [
         {"params": [p for _, p in group["params"]], **{name: group[name] for name in names if name in group}}
-        for group in found
+        for group in groups
     ]

@@ -35,7 +35,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Found:
+class Effect:
     """Differences in final loss of a policy or a rotation, paired by seed, each side at its own best learning rate.
 
     None where one side diverged at every learning rate.
@@ -57,7 +57,7 @@ class Summary:
 
     seeds: tuple[int, ...]  # that count
     rows: tuple[Row, ...]
-    found: tuple[Found, ...]  # of each policy and each rotation
+    found: tuple[Effect, ...]  # of each policy and each rotation
     verdicts: tuple[tuple[str, str], ...]  # (policy, sentence)
     notes: tuple[str, ...]
 
@@ -75,9 +75,9 @@ def summarise(config: CompareConfig, records: Sequence[Record]) -> Summary:
     rows = tuple(_row(c, lr, cells[c.index, lr], lr == best[c.index], baseline) for c in field for lr in c.rates)
     speeds = {row.contender.index: row.speed for row in rows if row.best}
     asked = [c for c in field if c.role in ("policy", "rotation")]
-    found = tuple(_found(c, field, cells, best, speeds.get(c.index)) for c in asked)
-    verdicts = tuple((one.contender.label, _verdict(one)) for one in found)
-    return Summary(seeds, rows, found, verdicts, tuple(_notes(config, field, best, len(seeds))))
+    effects = tuple(_effect(c, field, cells, best, speeds.get(c.index)) for c in asked)
+    verdicts = tuple((effect.contender.label, _verdict(effect)) for effect in effects)
+    return Summary(seeds, rows, effects, verdicts, tuple(_notes(config, field, best, len(seeds))))
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
@@ -119,7 +119,13 @@ def _row(c: Contender, lr: float, records: Sequence[Record], best: bool, baselin
     speed = None
     if len(there) == len(records) and all(steps > 0 for steps in there):
         taken = [steps_to(final(b), b["validation"]["step"], b["validation"]["loss"]) for b in baseline]
-        speed = t_interval([own / steps for own, steps in zip(taken, there, strict=True) if own is not None])
+        speed = t_interval(
+            [
+                baseline_steps / steps
+                for baseline_steps, steps in zip(taken, there, strict=True)
+                if baseline_steps is not None
+            ]
+        )
     steps = fmean(there) if there else None
     return Row(c, lr, best, 0, loss, paired(records, baseline), steps, speed, len(there), step_ms)
 
@@ -129,36 +135,36 @@ def paired(left: Sequence[Record], right: Sequence[Record]) -> Interval:
     return t_interval([final(a) - final(b) for a, b in zip(left, right, strict=True)])
 
 
-def _found(
+def _effect(
     c: Contender,
     field: Sequence[Contender],
     cells: dict[Any, list[Record]],
     best: dict[int, float | None],
     speed: Interval | None,
-) -> Found:
+) -> Effect:
     """A policy against the base in the same space and against its control; the base in a space against the baseline."""
     base = field[0 if c.role == "rotation" else c.ground]
-    own, swept = best[c.index], base.rates
+    own_lr, swept = best[c.index], base.rates
     n = len(cells[c.index, c.rates[0]])
 
     def against(index: int) -> Interval | None:
         lr = best[index]
-        return None if lr is None or own is None else paired(cells[c.index, own], cells[index, lr])
+        return None if lr is None or own_lr is None else paired(cells[c.index, own_lr], cells[index, lr])
 
     control = None if c.of is None else against(c.of)
     edge = len(swept) > 1 and best[base.index] in (min(swept), max(swept))
-    return Found(c, base, against(base.index), control, own is None, edge, speed, n)
+    return Effect(c, base, against(base.index), control, own_lr is None, edge, speed, n)
 
 
-def _verdict(found: Found) -> str:
+def _verdict(effect: Effect) -> str:
     """One sentence from paired intervals."""
-    if found.diverged:
+    if effect.diverged:
         return "diverged at every learning rate."
-    name = found.base.label
-    rivals = [(name, found.against_base)]
-    if found.contender.of is not None:
-        rivals.append(("its random control", found.against_control))
-    if found.n == 1:
+    name = effect.base.label
+    rivals = [(name, effect.against_base)]
+    if effect.contender.of is not None:
+        rivals.append(("its random control", effect.against_control))
+    if effect.n == 1:
         seen = ", ".join(f"{d.mean:+.4f} against {name}" for name, d in rivals if d is not None)
         return f"no verdict from one seed ({seen}); run at least three."
     signs = [d.sign if d is not None else -1 for _, d in rivals]
@@ -166,8 +172,8 @@ def _verdict(found: Found) -> str:
     if len(rivals) == 2 and signs[1] != -1 and signs[0] == -1:
         text += " So the gain is not shown to come from which coordinates are selected."
     if len(rivals) == 2 and signs == [-1, -1]:
-        text += f" So selection helped here, at n = {found.n}"
-        text += f" and these learning rates ({name} is best at the edge of them)." if found.at_edge else "."
+        text += f" So selection helped here, at n = {effect.n}"
+        text += f" and these learning rates ({name} is best at the edge of them)." if effect.at_edge else "."
     if len(rivals) == 2 and signs[0] == 0 and signs[1] == -1:
         text += f" So which coordinates are selected matters, but a gain over {name} is not shown at this n."
     return text

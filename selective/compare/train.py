@@ -129,10 +129,10 @@ class Trainer:
         self.record["optimizer_ms"].append(round(1e3 * (time.perf_counter() - begun), 4))
 
     def _record_shares(self, step: int) -> None:
-        found = shares(self.optimizer, self.names)
-        if found:
+        by_name = shares(self.optimizer, self.names)
+        if by_name:
             self.record["share"]["step"].append(step)
-            for name, share in found.items():
+            for name, share in by_name.items():
                 self.record["share"]["by_parameter"].setdefault(name, []).append(round(share, 5))
 
     @torch.no_grad()

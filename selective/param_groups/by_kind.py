@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from selective.param_groups.joined_weights import HEAD, Found, hint, taken_apart
+from selective.param_groups.joined_weights import HEAD, NamedParameter, hint, taken_apart
 from selective.parameter import is_lazy
 
 _VIEWS = ("rows:2", "rows:3", "rows:4", "conv", "experts")  # kinds that are called as their `matrix_view`
@@ -87,29 +87,33 @@ def param_groups_for(
             f"param_groups_for: got an object of type {type(model).__name__}, and what a parameter is follows from its "
             f"modules: pass the model itself, not its parameters"
         )
-    found = list(_parameters(model))
-    if not found:
+    parameters = list(_parameters(model))
+    if not parameters:
         raise ValueError("param_groups_for: the model has no parameter that requires a gradient")
-    named = _named(model, found, embeddings, "embeddings") | _named(model, found, head, "head")
+    named = _named(model, parameters, embeddings, "embeddings") | _named(model, parameters, head, "head")
     last = _last_head(model)
-    apart = taken_apart(found, {} if parts is None else parts)
-    by_kind: dict[str, list[Found]] = {kind: [] for kind in KINDS}
+    apart = taken_apart(parameters, {} if parts is None else parts)
+    by_kind: dict[str, list[NamedParameter]] = {kind: [] for kind in KINDS}
     rows: list[tuple[str, str, str, str]] = []
-    for one in found:
-        kind, why = named.get(id(one.tensor)) or _kind(one, last)
-        if id(one.tensor) in apart:
+    for parameter in parameters:
+        kind, why = named.get(id(parameter.tensor)) or _kind(parameter, last)
+        if id(parameter.tensor) in apart:
             if kind not in ("matrices", "experts"):
-                raise ValueError(f"param_groups_for: parts takes {one.name} apart, which belongs to {kind!r} ({why})")
-            kind, why = apart[id(one.tensor)]
-        tied = f"; tied: {' = '.join(one.names)}" if len(one.names) > 1 else ""
-        by_kind[kind].append(one)
-        rows.append((kind, one.name, " x ".join(map(str, one.tensor.shape)) or "-", why + tied))
+                raise ValueError(
+                    f"param_groups_for: parts takes {parameter.name} apart, which belongs to {kind!r} ({why})"
+                )
+            kind, why = apart[id(parameter.tensor)]
+        tied = f"; tied: {' = '.join(parameter.names)}" if len(parameter.names) > 1 else ""
+        by_kind[kind].append(parameter)
+        rows.append((kind, parameter.name, " x ".join(map(str, parameter.tensor.shape)) or "-", why + tied))
     groups = [_group(kind, of_kind, weight_decay, no_decay) for kind, of_kind in by_kind.items() if of_kind]
     return ParamGroups(groups, sorted(rows, key=lambda row: KINDS.index(row[0])))
 
 
-def _group(kind: str, found: list[Found], weight_decay: float | None, no_decay: Collection[str]) -> dict[str, Any]:
-    group: dict[str, Any] = {"name": kind, "params": [(one.name, one.tensor) for one in found]}
+def _group(
+    kind: str, parameters: list[NamedParameter], weight_decay: float | None, no_decay: Collection[str]
+) -> dict[str, Any]:
+    group: dict[str, Any] = {"name": kind, "params": [(p.name, p.tensor) for p in parameters]}
     if weight_decay is not None:
         group["weight_decay"] = 0.0 if kind in no_decay else weight_decay
     if kind in _VIEWS:
@@ -119,9 +123,9 @@ def _group(kind: str, found: list[Found], weight_decay: float | None, no_decay: 
     return group
 
 
-def _parameters(model: nn.Module) -> Iterator[Found]:
+def _parameters(model: nn.Module) -> Iterator[NamedParameter]:
     """Each trainable parameter once, in the model's order, with all of its names and modules."""
-    found: dict[int, Found] = {}
+    parameters: dict[int, NamedParameter] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
             if p.requires_grad:
@@ -130,23 +134,25 @@ def _parameters(model: nn.Module) -> Iterator[Found]:
                         f"param_groups_for: {path or 'the model'} has a parameter {name!r} without a shape yet, and "
                         f"what it is follows from that; run one batch through the model first"
                     )
-                one = found.setdefault(id(p), Found(p, []))
-                one.names.append(f"{path}.{name}" if path else name)
-                one.modules.append(module)
-    yield from found.values()
+                parameter = parameters.setdefault(id(p), NamedParameter(p, []))
+                parameter.names.append(f"{path}.{name}" if path else name)
+                parameter.modules.append(module)
+    yield from parameters.values()
 
 
-def _named(model: nn.Module, found: list[Found], names: Sequence[str], kind: str) -> dict[int, tuple[str, str]]:
+def _named(
+    model: nn.Module, parameters: list[NamedParameter], names: Sequence[str], kind: str
+) -> dict[int, tuple[str, str]]:
     """Those that the caller has named, by parameter or by module."""
     if isinstance(names, str):
         raise ValueError(f"param_groups_for: {kind} is the string {names!r}; write a list: [{names!r}]")
     chosen: dict[int, tuple[str, str]] = {}
     for wanted in names:
-        matching = [f for f in found if any(n == wanted or n.startswith(f"{wanted}.") for n in f.names)]
+        matching = [p for p in parameters if any(n == wanted or n.startswith(f"{wanted}.") for n in p.names)]
         if not matching:
-            known = ", ".join(f.name for f in found)
+            known = ", ".join(p.name for p in parameters)
             raise ValueError(f"param_groups_for: {kind} names {wanted!r}, which trains nothing; there is {known}")
-        chosen.update((id(f.tensor), (kind, "named by you")) for f in matching)
+        chosen.update((id(p.tensor), (kind, "named by you")) for p in matching)
     return chosen
 
 
@@ -157,9 +163,9 @@ def _last_head(model: nn.Module) -> Tensor | None:
     return last.weight if last is not None and last.out_features in rows - {last.in_features} else None
 
 
-def _kind(one: Found, last: Tensor | None) -> tuple[str, str]:
+def _kind(parameter: NamedParameter, last: Tensor | None) -> tuple[str, str]:
     """The kind of one parameter, and why."""
-    p, modules = one.tensor, one.modules
+    p, modules = parameter.tensor, parameter.modules
     if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in modules):
         return "embeddings", "the weight of an embedding"
     if p.dim() < 2:
@@ -170,7 +176,7 @@ def _kind(one: Found, last: Tensor | None) -> tuple[str, str]:
         return "vectors", "all sides but one are 1"
     if any(isinstance(m, _ConvNd) for m in modules):
         return "conv", "the weight of a convolution"
-    parts = [name.split(".") for name in one.names]
+    parts = [name.split(".") for name in parameter.names]
     if p.dim() == 2 and any(any(part in HEAD for part in path[-2:]) or path[-3:-2] in _HEADS_INSIDE for path in parts):
         return "head", "called so"
     if p.dim() == 2 and p is last:
@@ -178,5 +184,5 @@ def _kind(one: Found, last: Tensor | None) -> tuple[str, str]:
     if any(_EMBEDDING.search(path[-1].lower()) for path in parts):
         return "embeddings", "called so"
     if p.dim() > 2:
-        return "experts", f"{p.dim()}-D, read as a stack of matrices{hint(one, parts)}"
-    return "matrices", f"2-D{hint(one, parts)}"
+        return "experts", f"{p.dim()}-D, read as a stack of matrices{hint(parameter, parts)}"
+    return "matrices", f"2-D{hint(parameter, parts)}"

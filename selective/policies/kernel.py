@@ -16,11 +16,11 @@ def take_kernel(cls: type[Any], head: type[Any]) -> tuple[str, ...]:
 
     `head` is the base class of all selections. Errors: TypeError, which says what to write instead.
     """
-    found = inspect.getattr_static(cls, "kernel")
-    kernel = found.__func__ if isinstance(found, staticmethod) else found
+    declared = inspect.getattr_static(cls, "kernel")
+    kernel = declared.__func__ if isinstance(declared, staticmethod) else declared
     if kernel is None:
         return ()
-    if isinstance(found, FunctionType):  # as an attribute of an instance it would take the instance for its gradient
+    if isinstance(declared, FunctionType):  # as an attribute of an instance it would take the instance for its gradient
         cls.kernel = staticmethod(kernel)
     _check_company(cls, head)
     return _numbers(cls, kernel)

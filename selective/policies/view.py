@@ -119,9 +119,12 @@ class StepView:
         """This step in the kernels' terms, with the tensors that are in `needs`; for selections and strengths."""
         param = self._tensors.param
         nothing = param.new_empty(0)  # stands for what is not read
-        got = {what: self._read(what) for what in needs if what != "param"}
+        tensors = {what: self._read(what) for what in needs if what != "param"}
         moved = Advanced(
-            got.get("grad", nothing), got.get("update", nothing), got.get("momentum"), got.get("previous_momentum")
+            tensors.get("grad", nothing),
+            tensors.get("update", nothing),
+            tensors.get("momentum"),
+            tensors.get("previous_momentum"),
         )
         item = spec.Item(param, moved.grad, {}, self.address, dict(self.state))
         return item, spec.GivenRule(momentum_beta=self._tensors.lookahead), moved
@@ -131,8 +134,8 @@ class StepView:
         if self._shard is None:
             return x.mean(dtype=torch.float64).to(self.dtype)
         count = torch.full((), float(x.numel()), dtype=torch.float64, device=x.device)
-        found = self._ask(totals([x.sum(dtype=torch.float64), count], self._shard))
-        return (found[0] / found[1]).to(self.dtype)
+        sums = self._ask(totals([x.sum(dtype=torch.float64), count], self._shard))
+        return (sums[0] / sums[1]).to(self.dtype)
 
     def norm(self, x: Tensor) -> Tensor:
         """L2 norm over the whole tensor, accumulated in float64; a 0-d tensor of the view's dtype."""

@@ -173,16 +173,16 @@ def base_part_loads_into_the_base(subject: Subject) -> None:
 )
 def base_state_is_left_to_the_base(subject: Subject) -> None:
     """After construction and after a step, the base's state is what it is without the wrapper: keys, shapes, counts."""
-    found_model, wrapper = build(subject)
+    wrapped_model, wrapper = build(subject)
     plain_model, plain = build(subject.alone())
-    require_same_values(values(found_model), values(plain_model), "construction moved a parameter")
+    require_same_values(values(wrapped_model), values(plain_model), "construction moved a parameter")
     for age in (0, 1, 2):
         if age > 0:
-            train(found_model, wrapper, [age - 1])
+            train(wrapped_model, wrapper, [age - 1])
             train(plain_model, plain, [age - 1])
-        found, expected = entries(base_of(subject, wrapper)), entries(plain)
+        wrapped, expected = entries(base_of(subject, wrapper)), entries(plain)
         for index in range(len(list(plain_model.parameters()))):
-            ours, theirs = found.get(index, {}), expected.get(index, {})
+            ours, theirs = wrapped.get(index, {}), expected.get(index, {})
             require(set(ours) == set(theirs), f"after {age} steps the base's state of parameter {index} holds "
                     f"{sorted(map(str, ours))}, without the wrapper {sorted(map(str, theirs))}.")  # fmt: skip
             for key, value in theirs.items():
@@ -215,8 +215,8 @@ def nothing_foreign_in_the_base_state(subject: Subject) -> None:
     fresh, resumed = build_over(subject, WatchesState)
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     train(fresh, resumed, range(3, 8))
-    for one, when in ((wrapper, "in training"), (resumed, "after a resume")):
-        base = base_of(subject, one)
+    for optimizer, when in ((wrapper, "in training"), (resumed, "after a resume")):
+        base = base_of(subject, optimizer)
         foreign = getattr(base, "foreign", set()) | {
             k for e in entries(base).values() for k in e if k not in ("step", "exp_avg", "exp_avg_sq")
         }

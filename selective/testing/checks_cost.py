@@ -53,28 +53,28 @@ def _from_here() -> Iterator[None]:
 def _living() -> int:
     """The bytes of all tensors made since `_from_here` that are alive; memory that several share counts once."""
     gc.collect()
-    found: dict[int, int] = {}
-    for one in gc.get_objects():
-        if issubclass(type(one), Tensor) and one.layout == torch.strided and one.device.type == "cpu":
+    sizes: dict[int, int] = {}
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), Tensor) and candidate.layout == torch.strided and candidate.device.type == "cpu":
             try:
-                storage = one.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
+                storage = candidate.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
             except (NotImplementedError, RuntimeError):  # without memory of its own: a compiler's fake one, a subclass
                 continue
-    return sum(found.values())
+    return sum(sizes.values())
 
 
 @conformance_checks.register(23, "memory fills up step by step, and the run ends hours later.")
 def memory_does_not_grow(subject: Subject) -> None:
     """Between steps, as many bytes of tensors are alive after 40 steps as after 10."""
-    found = []
+    alive = []
     with _from_here():
         model, wrapper = build(subject)
         for steps in (range(10), range(10, 40)):
             train(model, wrapper, steps)
             wrapper.zero_grad()
-            found.append(_living())
-    more = found[1] - found[0]
+            alive.append(_living())
+    more = alive[1] - alive[0]
     require(more <= 0, f"after 40 steps, tensors of {more} bytes more are alive than after 10.")
 
 

@@ -94,7 +94,7 @@ def initialisation_step_moves_nothing_of_the_wrapper(subject: Subject) -> None:
     """torch's initialisation step (learning rate 0, zero gradients) leaves parameters and the wrapper's own state."""
     model, wrapper = build(subject, late=False)
     train(model, wrapper, range(3))
-    rate, before, own = float(wrapper.param_groups[0]["lr"]), values(model), own_entries(subject, wrapper)
+    rate, before, wrapper_state = float(wrapper.param_groups[0]["lr"]), values(model), own_entries(subject, wrapper)
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
@@ -103,7 +103,7 @@ def initialisation_step_moves_nothing_of_the_wrapper(subject: Subject) -> None:
     set_learning_rate(wrapper, rate)
     require_same_values(values(model), before, "a step with learning rate 0 and zero gradients moved the model")
     after = own_entries(subject, wrapper)
-    require_same_entries(after, own, "a step with learning rate 0 and zero gradients")
+    require_same_entries(after, wrapper_state, "a step with learning rate 0 and zero gradients")
     _first_entries_are_initial(subject)
 
 

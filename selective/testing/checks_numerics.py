@@ -115,9 +115,9 @@ def bfloat16_updates_do_not_vanish(subject: Subject) -> None:
     rate = 1e-3 * (_STEPS * 2**-8) / probe  # a mean step of one unit in the last place of numbers around 1
     share = _distance(subject.build, torch.float32, rate) / _distance(subject.base, torch.float32, rate)
     expected = _distance(subject.base, torch.bfloat16, rate * share)
-    found = _distance(subject.build, torch.bfloat16, rate)
-    text = f"in 50 steps bfloat16 parameters moved by {found:.3g} on average, the base at the same mean step by"
-    require(found >= 0.7 * expected, f"{text} {expected:.3g}.")
+    distance = _distance(subject.build, torch.bfloat16, rate)
+    text = f"in 50 steps bfloat16 parameters moved by {distance:.3g} on average, the base at the same mean step by"
+    require(distance >= 0.7 * expected, f"{text} {expected:.3g}.")
 
 
 def _directions(make: Callable[[Any], Optimizer]) -> Tensor:
@@ -151,11 +151,11 @@ def inexact_moments_are_understood(subject: Subject) -> None:
     for name, coded, exact in pairs:
         expected = _directions(lambda ps, exact=exact: wrap(exact(ps)))
         try:
-            found = _directions(lambda ps, coded=coded: wrap(coded(ps)))
+            directions = _directions(lambda ps, coded=coded: wrap(coded(ps)))
         except ValueError as refusal:
             require("moment" in str(refusal), f"over {name} it raised {refusal!r}, which does not speak of moments.")
             continue
-        cosine = nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0).item()
+        cosine = nn.functional.cosine_similarity(directions.flatten(), expected.flatten(), dim=0).item()
         require(cosine >= 0.9, f"over {name}, steps have a cosine of {cosine:.2f} to those over the exact base.")
 
 

@@ -24,13 +24,13 @@ _OTHER_RUN = "the same script trains something else there, or does not start."
 
 def _needed(*names: str) -> list[Any]:
     """The modules; Skipped where one can't be imported."""
-    found = []
+    modules = []
     for name in names:
         try:
-            found.append(importlib.import_module(name))
+            modules.append(importlib.import_module(name))
         except ImportError as error:
             raise Skipped(f"{name} can't be imported ({error})") from error
-    return found
+    return modules
 
 
 @contextmanager

@@ -188,17 +188,17 @@ def entries_in(saved: Any) -> Entries:
     as a whole: every number and tensor in it by its path."""
     if "state" in saved:
         return saved["state"]
-    found: dict[Any, Any] = {}
+    by_path: dict[Any, Any] = {}
 
     def walk(value: Any, path: tuple[Any, ...]) -> None:
         if isinstance(value, (dict, list)):
             for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
                 walk(inner, (*path, key))
         else:
-            found[path] = value
+            by_path[path] = value
 
     walk(saved, ())
-    return {"any": found}
+    return {"any": by_path}
 
 
 def entries(optimizer: Optimizer) -> Entries:

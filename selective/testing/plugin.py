@@ -63,8 +63,8 @@ class CheckItem(pytest.Item):
     def runtest(self) -> None:
         assert isinstance(self.parent, Suite)
         outcome = self.check.outcome(self.parent.subject)
-        said = {"row": outcome.row, "check": outcome.check, "verdict": outcome.verdict, "message": outcome.message}
-        self.user_properties.append((_KEY, {"subject": self.parent.subject.name, **said}))
+        summary = {"row": outcome.row, "check": outcome.check, "verdict": outcome.verdict, "message": outcome.message}
+        self.user_properties.append((_KEY, {"subject": self.parent.subject.name, **summary}))
         if outcome.verdict == "failed":
             raise NotConforming(outcome, self.check)
         if outcome.verdict != "passed":
@@ -99,8 +99,8 @@ class Conformance:
             wrapper = Spec(option.wrapper)
             for base in dict.fromkeys(self.bases):
                 with isolated():
-                    one = subject_of(wrapper, Spec(base, "--wrapper-base"), strict=option.wrapper_strict, **claims)
-                self.subjects.append(one)
+                    subject = subject_of(wrapper, Spec(base, "--wrapper-base"), strict=option.wrapper_strict, **claims)
+                self.subjects.append(subject)
         except SpecError as error:
             raise pytest.UsageError(str(error)) from None
 
@@ -110,9 +110,9 @@ class Conformance:
         for subject in self.subjects:
             suite = Suite.from_parent(session, name=subject.name, nodeid=subject.name)
             suite.subject = subject
-            found = suite.collect()
-            items.extend(found)
-            report = pytest.CollectReport(suite.nodeid, "passed", None, found)  # type: ignore[arg-type]  # of all items
+            checks = suite.collect()
+            items.extend(checks)
+            report = pytest.CollectReport(suite.nodeid, "passed", None, checks)  # type: ignore[arg-type]  # of all items
             session.config.hook.pytest_collectreport(report=report)  # the terminal counts by it
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -122,14 +122,14 @@ class Conformance:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Counts and reasons, one part for each base."""
         for subject in dict.fromkeys(o["subject"] for o in self.outcomes):
-            own = [o for o in self.outcomes if o["subject"] == subject]
-            counts = Counter(o["verdict"] for o in own)
+            outcomes = [o for o in self.outcomes if o["subject"] == subject]
+            counts = Counter(o["verdict"] for o in outcomes)
             terminalreporter.section(f"conformance of {subject}")
             verdicts = ("passed", "failed", "not applicable", "skipped")
             terminalreporter.line(
                 ", ".join(f"{counts[v]} {v}" for v in verdicts if counts[v]) + f" (torch {torch.__version__})"
             )
-            for o in sorted(own, key=lambda o: (verdicts.index(o["verdict"]), o["row"])):
+            for o in sorted(outcomes, key=lambda o: (verdicts.index(o["verdict"]), o["row"])):
                 if o["verdict"] != "passed":
                     terminalreporter.line(f"row {o['row']:2}  {o['verdict']:<14}  {o['check']}: {o['message']}")
 

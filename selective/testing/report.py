@@ -57,7 +57,7 @@ def place(error: BaseException) -> str:
     def theirs(name: str) -> bool:
         path = Path(name)
         standard = path.is_relative_to(_STANDARD) and "site-packages" not in path.parts
-        return not (name.startswith("<") or standard or any(path.is_relative_to(own) for own in _NOT_THEIRS))
+        return not (name.startswith("<") or standard or any(path.is_relative_to(folder) for folder in _NOT_THEIRS))
 
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if theirs(frame.filename)]
     return f" ({'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno})" if frames else ""
@@ -92,12 +92,12 @@ class Check:
         if self.name in subject.waives:
             return Outcome(self.name, self.row, "not applicable", f"waived: {subject.waives[self.name]}")
         with isolated():
-            found = self._attempt(subject)
-            if found.verdict != "failed" or (self.mendable and subject.strict):
-                return found
+            outcome = self._attempt(subject)
+            if outcome.verdict != "failed" or (self.mendable and subject.strict):
+                return outcome
             alone = self._attempt(subject.alone())
         if alone.verdict != "failed":
-            return found
+            return outcome
         message = f"the base alone fails it too: {alone.message}"
         return Outcome(self.name, self.row, "not applicable", message)
 

@@ -43,15 +43,15 @@ class Spec:
         try:
             node = ast.parse(rest.strip(), mode="eval").body
             call = node if isinstance(node, ast.Call) else None
-            found = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords} if call else {}
+            arguments = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords} if call else {}
         except (SyntaxError, ValueError) as error:
             raise self.error(f"expected {EXAMPLE}, the values literals of Python") from error
         name = ast.unparse(call.func if call else node)
         named = colon and module and all(part.isidentifier() for part in name.split("."))
-        if not named or (call and (call.args or "None" in found)):  # `**more` has no name
+        if not named or (call and (call.args or "None" in arguments)):  # `**more` has no name
             why = "; arguments are given by name" if call and call.args else ""
             raise self.error(f"expected {EXAMPLE}{why}")
-        for key, value in (("module", module), ("name", name), ("arguments", found)):
+        for key, value in (("module", module), ("name", name), ("arguments", arguments)):
             object.__setattr__(self, key, value)
 
     @property
@@ -77,7 +77,7 @@ def _load(spec: Spec) -> Any:
         sys.path.append(here)  # behind everything: what is installed keeps its name
     importlib.invalidate_caches()
     try:
-        found: Any = importlib.import_module(spec.module)
+        target: Any = importlib.import_module(spec.module)
     except ModuleNotFoundError as error:
         if error.name is not None and (spec.module + ".").startswith(error.name + "."):
             raise spec.error(f"there is no module {error.name!r} in {here}, or installed") from error
@@ -85,14 +85,14 @@ def _load(spec: Spec) -> Any:
     except (Exception, SystemExit) as error:
         raise spec.error(f"importing {spec.module} raised {in_short(error)}{place(error)}") from error
     for part in spec.name.split("."):
-        if not hasattr(found, part):
-            names = [name for name, value in vars(found).items() if callable(value) and not name.startswith("_")]
-            some = f"; it has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
-            raise spec.error(f"{spec.module} has no {part!r}{some}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise spec.error(f"it is of type {type(found).__name__}, and can't be called with an optimizer")
-    return found
+        if not hasattr(target, part):
+            names = [name for name, value in vars(target).items() if callable(value) and not name.startswith("_")]
+            listed = f"; it has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
+            raise spec.error(f"{spec.module} has no {part!r}{listed}")
+        target = getattr(target, part)
+    if not callable(target):
+        raise spec.error(f"it is of type {type(target).__name__}, and can't be called with an optimizer")
+    return target
 
 
 @dataclass(frozen=True)

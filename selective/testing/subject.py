@@ -89,5 +89,5 @@ class Subject:
 
     def alone(self) -> Subject:
         """The base by itself, as a subject: what it fails too is not the wrapper's doing."""
-        own = {"make": self.base, "wrap": itself, "get_base": itself, "copies": None, "config": None}
-        return replace(self, name=f"{self.name}, its base alone", **own)
+        changes = {"make": self.base, "wrap": itself, "get_base": itself, "copies": None, "config": None}
+        return replace(self, name=f"{self.name}, its base alone", **changes)
