@@ -1,4 +1,4 @@
-"""Callbacks that watch a run in Lightning and in Hugging Face's `Trainer`; they are imported when one is made."""
+"""Callbacks that watch a run in Lightning and in Hugging Face's `Trainer`, which are imported when one is made."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from selective.watching import Sample, Watch, Writer, selective_inside, watch
 
 
 def lightning_callback(*writers: Writer, every: int = 100, each: bool = False) -> Any:
-    """A Lightning callback that watches every `SelectiveUpdate` of the run.
+    """A Lightning callback that watches every `SelectiveUpdate` of the run, in every `every`-th step.
 
-    Without `writers`, the trainer's loggers get "selective/share" and the like; with `each` of every parameter, too.
+    `writers` are those of `watch`. Without any, the trainer's loggers get "selective/share" and the like; with `each`,
+    they get the numbers of every parameter, too. A run without a `SelectiveUpdate` raises TypeError when it starts.
     """
-    # both names of the package are in use, and their classes are not each other's
+    # Both names of the package are in use, and each has classes of its own.
     name = "pytorch_lightning" if "pytorch_lightning" in sys.modules else "lightning.pytorch"
     callback: Any = importlib.import_module(name).Callback
 
@@ -52,10 +53,10 @@ def lightning_callback(*writers: Writer, every: int = 100, each: bool = False) -
 
 
 def trainer_callback(*writers: Writer, every: int = 100, each: bool = False) -> Any:
-    """A `transformers.TrainerCallback` that watches the run, on the process that logs.
+    """A `transformers.TrainerCallback` that watches every `every`-th step of the run, on the process that logs.
 
-    Without `writers`, the numbers go into `trainer.state.log_history`, which the Trainer saves with its checkpoints, as
-    "selective/share" and the like; with `each` of every parameter, too.
+    `writers` are those of `watch`. Without any, `trainer.state.log_history`, which the Trainer saves with its
+    checkpoints, gets "selective/share" and the like; with `each`, it gets the numbers of every parameter, too.
     """
     callback: Any = importlib.import_module("transformers").TrainerCallback
 

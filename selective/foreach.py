@@ -1,8 +1,8 @@
-"""Many tensors in few device operations: torch's multi-tensor functions where they apply, one by one where not.
+"""Operations on lists of tensors in few kernel launches: torch's multi-tensor functions where they apply.
 
-A multi-tensor function is fast where all of its tensors have one device, dtype and layout, and falls back to a loop
-for the whole list otherwise: so lists are sorted by those first. Tensor subclasses (DTensor, quantised ones) go
-through their own operations, one tensor after the other. Nothing here waits for a device.
+A multi-tensor function is fast if all of its tensors have one device, dtype and layout, and falls back to a loop over
+the whole list otherwise. So lists are grouped by those first. Tensor subclasses (DTensor, quantised ones) go through
+their own operations, one tensor after the other. Nothing here waits for a device.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 
 from selective.kernels import spec
 
-# Elements of a part: where a copy is needed for a short time only, it is made of so many at once. 256 MiB in float32,
-# which a GPU reads in a fifth of a millisecond, so that the few calls for each part do not count.
+# The elements of a part. A copy that is needed for a short time only is made of one part after the other. A part is
+# 256 MiB in float32, which a GPU reads in a fifth of a millisecond, so that the few calls for each part do not count.
 PART = 2**26
 
-many_of: Any = torch  # where the multi-tensor functions are; torch declares no types of them
+many_of: Any = torch  # the home of the multi-tensor functions, for which torch declares no types
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """The list cut up, in order: at most `PART` elements each, or one tensor that is larger."""
+    """Cut the list up, in order, into slices of at most `PART` elements each, or of one tensor that is larger."""
     start = count = 0
     for index, tensor in enumerate(tensors):
         if index > start and count + tensor.numel() > PART:
@@ -37,12 +37,15 @@ def parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
 
 
 def _kinds(tensors: Sequence[Tensor]) -> list[tuple[object, ...] | None]:
-    """What has to be the same for a multi-tensor function to be fast; None for subclasses."""
+    """The properties that tensors must share for a multi-tensor function to be fast; None for subclasses."""
     return [(t.device, t.dtype, t.is_contiguous()) if type(t) in _PLAIN else None for t in tensors]
 
 
 def _run(many: Callable[..., Any], single: Callable[..., Any], *lists: Sequence[Tensor]) -> list[Tensor]:
-    """`many` of the rows that are alike, `one` of each row with a subclass in it; the results in order, if any."""
+    """Call `many` on the rows that are alike, and `single` on each row with a subclass in it. Returns their results.
+
+    The results are in the order of the rows; they are None if the functions return nothing.
+    """
     alike: dict[tuple[object, ...], list[int]] = {}
     results: list[Any] = [None] * len(lists[0])
     for index, kinds in enumerate(zip(*(_kinds(column) for column in lists), strict=True)):
@@ -68,7 +71,10 @@ def zero_(tensors: Sequence[Tensor]) -> None:
 
 
 def is_plain_and_dense(tensor: Tensor) -> bool:
-    """Whether its memory could be any other: no subclass, without gaps, in the usual order or channels last."""
+    """True if it is no subclass and its memory has no gaps, in the usual order or channels last.
+
+    Any other memory of the same size could then take its place.
+    """
     return type(tensor) in _PLAIN and (
         tensor.is_contiguous()
         or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
@@ -77,7 +83,10 @@ def is_plain_and_dense(tensor: Tensor) -> bool:
 
 
 def zeros_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Zeros of the same sizes and strides for dense tensors, cut out of few allocations; each begins at 512 bytes."""
+    """Zeros of the same sizes and strides as these dense tensors, cut out of few allocations.
+
+    Each begins at a multiple of 512 bytes of its allocation.
+    """
     alike: dict[tuple[object, ...], list[int]] = {}
     for index, t in enumerate(tensors):
         alike.setdefault((t.device, t.dtype), []).append(index)
@@ -104,7 +113,7 @@ def lerp_(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> N
 
 
 def copies(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """A copy of each in the same memory format, in this dtype or its own."""
+    """A copy of each tensor in the same memory format, in `dtype` or its own."""
 
     def many(alike: list[Tensor]) -> list[Tensor]:
         copied = [torch.empty_like(t, dtype=dtype) for t in alike]
@@ -115,7 +124,7 @@ def copies(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[
 
 
 def in_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Each in this dtype: itself where it is, else a copy."""
+    """Each tensor in this dtype: the tensor itself if it has the dtype, else a copy."""
     others = [i for i, t in enumerate(tensors) if t.dtype != dtype]
     converted = list(tensors)
     for index, copy in zip(others, copies([tensors[i] for i in others], dtype), strict=True):
@@ -139,7 +148,7 @@ def differences(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tenso
 
 
 def sums(first: Sequence[Tensor], second: Sequence[Tensor], scale: spec.Scalar, *, wide: bool = False) -> list[Tensor]:
-    """first + scale second; `wide`: in float32, in float64 where the second is. A scale on a GPU stays there."""
+    """first + scale second. With `wide` in float32, or in float64 if the second is. A scale on a GPU stays there."""
 
     def many(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
         dtype = _wide(b[0]) if wide else torch.promote_types(a[0].dtype, b[0].dtype)
@@ -173,7 +182,7 @@ def _add_many(targets: list[Tensor], others: list[Tensor], scale: spec.Scalar) -
     if others[0].dtype == dtype and not isinstance(scale, Tensor):
         many_of._foreach_add_(targets, others, alpha=scale)
         return
-    for part in parts(targets):  # two dtypes would be a loop, and a scale that is a tensor goes into products only
+    for part in parts(targets):  # torch would loop over two dtypes, and takes a tensor as a factor in products only
         chunk = in_dtype(others[part], dtype)
         if isinstance(scale, Tensor):
             many_of._foreach_add_(targets[part], list(many_of._foreach_mul(chunk, scale.to(targets[0].device, dtype))))

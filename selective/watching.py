@@ -1,8 +1,8 @@
-"""Watching a run: `opt.statistics()` of every N-th step, handed to writers without making the host wait for a GPU.
+"""watch: hands `opt.statistics()` of every N-th step to writers, without making the host wait for a GPU.
 
 Note [nobody waits]: on a GPU a sample is copied into pinned memory behind the step's own kernels, and handed out in a
-later step that finds the copy done. So writers are called some steps late there, in order, and `flush()` waits for the
-rest. On a CPU they are called in the step itself.
+later step that finds the copy done. So writers are called some steps late there, but in order, and `flush()` waits for
+the samples that are left. On a CPU writers are called in the step itself.
 """
 
 from __future__ import annotations
@@ -19,24 +19,28 @@ from torch import Tensor, nn
 from selective.optimizer import SelectiveUpdate
 
 OVERVIEW = ("share", "strength_selected", "strength_rest", "cosine", "norm_ratio", "capped")
-FAULTS = ("kept", "skipped", "basis_skipped")  # counters of a preconditioner: docs/preconditioner-eigenbasis.md
+FAULTS = ("kept", "skipped", "basis_skipped")  # a preconditioner's counters: docs/preconditioner-eigenbasis.md
 _AT_CAP = 1 - 1e-6  # strengths are rounded to float32
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one step selected. `step` is how many steps the optimizer had finished: 100 after the hundredth.
+    """The statistics of one step.
 
-    `values` are those of `SelectiveUpdate.statistics()` as floats, by parameter, and beside them `norm_ratio` (of the
-    update's norm after the mask to that before) and, where the policy's strength has a cap, `capped`: 1 where it was
-    reached.
+    `step` is the number of steps that the optimizer had finished: 100 after the hundredth. `values` has, for each
+    parameter by name, the numbers of `SelectiveUpdate.statistics()` as floats. It adds `norm_ratio`, the update's norm
+    after the mask divided by that before, and, if the policy's strength has a cap, `capped`: 1 if it was reached, else
+    0.
     """
 
     step: int
     values: dict[str, dict[str, float]]
 
     def overview(self) -> dict[str, float]:
-        """The mean over the parameters of what is in `OVERVIEW`, the sum of what is in `FAULTS`; of what they have."""
+        """Means over the parameters of the numbers in `OVERVIEW`, and sums of those in `FAULTS`.
+
+        Parameters without a number, or with NaN in a mean, do not count. A name that no parameter has is left out.
+        """
         overview = {}
         for name in OVERVIEW:
             known = [numbers[name] for numbers in self.values.values() if not math.isnan(numbers.get(name, math.nan))]
@@ -49,7 +53,7 @@ class Sample:
         return overview
 
     def scalars(self, each: bool = False) -> dict[str, float]:
-        """The overview; with `each` also every number of every parameter, as "share/PARAMETER"."""
+        """The overview. With `each`, also every number of every parameter, as "share/PARAMETER"."""
         scalars = self.overview()
         if each:
             for parameter, numbers in self.values.items():
@@ -61,9 +65,10 @@ Writer = Callable[[Sample], Any]
 
 
 def tensorboard(writer: Any, *, each: bool = False, prefix: str = "selective") -> Writer:
-    """Hands samples to anything with `add_scalar(tag, value, step)`, such as torch's or tensorboardX's SummaryWriter.
+    """Make a writer for anything with `add_scalar(tag, value, step)`, such as a SummaryWriter of torch or tensorboardX.
 
-    Tags are "selective/share" and the like; with `each` also "selective/share/PARAMETER".
+    The tags are "selective/share" and the like. With `each`, there is also a "selective/share/PARAMETER" for every
+    parameter.
     """
 
     def write(sample: Sample) -> None:
@@ -76,16 +81,26 @@ def tensorboard(writer: Any, *, each: bool = False, prefix: str = "selective") -
 def watch(optimizer: Any, *writers: Writer, every: int = 100, model: nn.Module | None = None) -> Watch:
     """Call `writers` with a `Sample` of every `every`-th step, until `close()`.
 
-    optimizer: a `SelectiveUpdate`, also inside of what accelerate or Lightning put around it.
-    model: names the parameters as it does; without it they are called as in `statistics()`.
-
     In distributed training, call it on the rank that writes.
+
+    Args:
+        optimizer: a `SelectiveUpdate`, or the object that accelerate or Lightning put around one.
+        writers: functions that take a `Sample`.
+        every: the number of steps from one sample to the next.
+        model: gives the parameters its own names. Without it they are called as in `statistics()`.
+
+    Returns:
+        The `Watch`, which also works as a context manager.
+
+    Raises:
+        TypeError: there is no `SelectiveUpdate` in `optimizer`.
+        ValueError: the optimizer has `statistics=False`, or `writers` or `every` can't be used.
     """
     return Watch(optimizer, writers, every, model)
 
 
 class Watch:
-    """A run that is being watched; made by `watch`. Also a context manager, which closes at its end."""
+    """A run that is being watched, made by `watch`. As a context manager it closes at its end."""
 
     def __init__(self, optimizer: Any, writers: tuple[Writer, ...], every: int, model: nn.Module | None) -> None:
         self.optimizer = selective_inside(optimizer)
@@ -110,7 +125,7 @@ class Watch:
         ]
 
     def flush(self) -> None:
-        """Wait for what is still being copied, and hand it out."""
+        """Wait for the samples that are still being copied, and hand them to the writers."""
         self._hand_out(wait=True)
 
     def close(self) -> None:
@@ -132,7 +147,7 @@ class Watch:
     def _look(self, *_: object) -> None:
         self._hand_out(wait=False)
         step = self.optimizer._steps
-        if step != self._before and step % self.every == 0:  # one that was skipped or only made state is not counted
+        if step != self._before and step % self.every == 0:  # skipped steps and torch's initialisation don't count
             self._waiting.append(_Copy(step, self.optimizer.statistics(), self._renamed()))
             self._hand_out(wait=False)
 
@@ -143,7 +158,7 @@ class Watch:
                 write(sample)
 
     def _renamed(self) -> dict[str, tuple[str, float | None]]:
-        """Each parameter's name in `statistics()`: what it is called here, and the cap of its strength."""
+        """By a parameter's name in `statistics()`: its name in the samples, and the cap of its policy's strength."""
         renamed = {}
         for members, group in zip(self.optimizer._members, self.optimizer.policy_groups, strict=True):
             parts = group.policy.parts()
@@ -179,7 +194,7 @@ class _Copy:
         return all(done is None or done.query() for _, _, done in self._parts)
 
     def sample(self) -> Sample:
-        """The numbers, on the host. Waits for them."""
+        """The sample with its numbers on the host. Waits for the copy."""
         values: dict[str, dict[str, float]] = {}
         for keys, host, done in self._parts:
             if done is not None:
@@ -194,7 +209,7 @@ class _Copy:
 
 
 def _with_derived(values: dict[str, float], cap: float | None) -> dict[str, float]:
-    """With the ratio of norms, and whether the cap was reached."""
+    """Add the ratio of the norms, and 1 or 0 for a cap that was reached or not."""
     if values.get("norm_before", 0.0) > 0:
         values["norm_ratio"] = values["norm_after"] / values["norm_before"]
     if cap is not None and "strength_selected" in values:
@@ -203,7 +218,7 @@ def _with_derived(values: dict[str, float], cap: float | None) -> dict[str, floa
 
 
 def selective_inside(optimizer: Any) -> SelectiveUpdate:
-    """The `SelectiveUpdate` in what a training stack has put around it (accelerate and Lightning: `.optimizer`)."""
+    """The `SelectiveUpdate` inside of a training stack's wrappers, which accelerate and Lightning call `.optimizer`."""
     inner = optimizer
     while not isinstance(inner, SelectiveUpdate):
         inner = getattr(inner, "optimizer", None)

@@ -1,4 +1,4 @@
-"""Parameters that are several matrices in one: which are taken apart, and what may be one after all."""
+"""Parameters that hold several matrices: those that the caller takes apart, and hints about further ones."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-# Called so where parts of equal size lie one below the other. Not "query_key_value": there they take turns by heads.
+# Names of weights in which parts of equal size lie one below the other, and the number of parts. "query_key_value" is
+# not among them: there the parts take turns by heads.
 _JOINED = {"qkv": 3, "qkv_proj": 3, "in_proj_weight": 3, "gate_up_proj": 2, "w12": 2}
-_GATES: dict[type, int] = {nn.GRU: 3, nn.LSTM: 4}  # one below the other
+_GATES: dict[type, int] = {nn.GRU: 3, nn.LSTM: 4}  # the gates lie one below the other
 HEAD = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection", "unembed")
 
 
 @dataclass
 class NamedParameter:
-    """One parameter, under all of its names."""
+    """A parameter with all of its names, and the module of each name."""
 
     tensor: Tensor
     names: list[str]
@@ -27,7 +28,7 @@ class NamedParameter:
 
 
 def taken_apart(parameters: list[NamedParameter], parts: Mapping[str, int]) -> dict[int, tuple[str, str]]:
-    """Those that the caller says are several matrices."""
+    """The parameters that `parts` takes apart: by id, their kind ("rows:2" to "rows:4") and the reason."""
     chosen: dict[int, tuple[str, str]] = {}
     if not isinstance(parts, Mapping):
         raise ValueError(f"param_groups_for: parts is {parts!r}; write a mapping from names to counts: {{'qkv': 3}}")
@@ -56,24 +57,24 @@ def taken_apart(parameters: list[NamedParameter], parts: Mapping[str, int]) -> d
 
 
 def _is_called(name: str, wanted: str) -> bool:
-    """A parameter's own name or its module's, in full or the last part of it."""
+    """True if `wanted` is the parameter's name or its module's, in full or the last part."""
     module, _, attribute = name.rpartition(".")
     return wanted in (name, module, attribute, module.rpartition(".")[2])
 
 
 def _is_transposed(parameter: NamedParameter) -> bool:
-    """GPT-2's layers in transformers: [in, out], so that parts lie side by side."""
+    """True for the layers of GPT-2 in transformers, whose weights are [in, out]: parts lie side by side."""
     return any(type(m).__name__ == "Conv1D" for m in parameter.modules)
 
 
 def _may_be_joined(p: Tensor, count: int) -> bool:
-    """With fewer key heads than query heads the parts differ in size: three are square, or not of equal size."""
+    """True if `p` can hold `count` equal parts. Three must be square: with fewer key heads the parts differ in size."""
     rows, columns = p.shape[-2:]
     return rows % count == 0 and (count != 3 or rows == 3 * columns)
 
 
 def hint(parameter: NamedParameter, paths: list[list[str]]) -> str:
-    """What this may be after all, and how to say so."""
+    """A remark for the table on what the parameter may be instead, and how to say so; empty if there is none."""
     p = parameter.tensor
     likely = [(paths[0][-1], _GATES[type(m)]) for m in parameter.modules if type(m) in _GATES]
     called = [part for path in paths for part in path if part in _JOINED]
@@ -83,7 +84,7 @@ def hint(parameter: NamedParameter, paths: list[list[str]]) -> str:
         return f"; several in one? parts={{{joined!r}: {count}}}"
     if _is_transposed(parameter) and p.shape[1] == 3 * p.shape[0]:
         return "; three side by side? parts can't take it apart"
-    for path in paths:  # before any numbered layer: the heads of an attention are inside of one
+    for path in paths:  # only before a numbered layer, because the heads of an attention are inside of one
         before = path[: next((i for i, part in enumerate(path) if part.isdecimal()), 0)]
         if any(part in HEAD for part in before):
             return f"; of the head? head={[parameter.name]!r}"

@@ -99,7 +99,7 @@ class MatchedRandomMask(Policy):
 
 
 def _random_subset(view: StepView, theirs: Tensor, still: Tensor | None) -> Tensor:
-    """Select as many coordinates as `theirs`: those with the largest random numbers. Waits for no device but the CPU.
+    """Select as many coordinates as `theirs`: those with the largest random numbers. Never waits for a GPU.
 
     Coordinates that are multiplied by 0 anyway (`still`) come last, because selecting them has no effect.
     """
