@@ -1,4 +1,4 @@
-"""From runs to what they say: one row for each contender and learning rate, one verdict for each policy.
+"""The summary of all runs: a row for each contender and learning rate, and a verdict for each policy.
 
 Only seeds that *every* contender finished at *every* learning rate count, so that all rows rest on the same batches
 and differences are paired. A contender's learning rate is the one with the lowest mean final loss among those swept.
@@ -20,17 +20,17 @@ from selective.compare.train import Record
 
 @dataclass(frozen=True)
 class Row:
-    """A contender at one learning rate, over the seeds that count. None where nothing can be said."""
+    """A contender at one learning rate, over the seeds that count. Numbers that can't be known are None."""
 
     contender: Contender
     lr: float
-    best: bool  # of its contender's learning rates
+    best: bool  # the best of its contender's learning rates
     diverged: int  # seeds whose loss stopped being finite
     loss: Interval | None  # final held-out loss, nats per byte
-    difference: Interval | None  # to the baseline at its best learning rate, seed by seed
+    difference: Interval | None  # from the baseline's loss at its best learning rate, seed by seed
     steps: float | None  # mean number of steps to the baseline's final loss of the same seed
-    speed: Interval | None  # the baseline's number of steps to it over these, seed by seed; None unless all got there
-    reached: int  # seeds that got there
+    speed: Interval | None  # the baseline's steps to that loss over these, seed by seed; None unless all reached it
+    reached: int  # seeds that reached that loss
     step_ms: float  # median time of one optimizer step
 
 
@@ -38,32 +38,32 @@ class Row:
 class Effect:
     """Differences in final loss of a policy or a rotation, paired by seed, each side at its own best learning rate.
 
-    None where one side diverged at every learning rate.
+    A difference is None if one side diverged at every learning rate.
     """
 
     contender: Contender
-    base: Contender  # what it is set against: the base in the same space; of a rotation, the baseline
+    base: Contender  # its rival: the base in the same space; for a rotation, the baseline
     against_base: Interval | None
     against_control: Interval | None
-    diverged: bool  # at every learning rate, itself
-    at_edge: bool  # whether `base` is best at the lowest or highest of several learning rates
+    diverged: bool  # the contender itself diverged at every learning rate
+    at_edge: bool  # `base` is best at the lowest or highest of several learning rates
     speed: Interval | None  # `Row.speed` at its best learning rate
     n: int  # seeds
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a comparison found: a row for each contender and learning rate, a verdict for each policy."""
+    """The results of a comparison: a row for each contender and learning rate, and a verdict for each policy."""
 
-    seeds: tuple[int, ...]  # that count
+    seeds: tuple[int, ...]  # that count, because every contender finished them
     rows: tuple[Row, ...]
-    found: tuple[Effect, ...]  # of each policy and each rotation
+    found: tuple[Effect, ...]  # the effect of each policy and each rotation
     verdicts: tuple[tuple[str, str], ...]  # (policy, sentence)
     notes: tuple[str, ...]
 
 
 def summarise(config: CompareConfig, records: Sequence[Record]) -> Summary:
-    """The table and the verdicts of what has been run so far. With no complete seed there are no rows."""
+    """Summarise the runs that are done so far. Without a seed that every contender finished there are no rows."""
     table = {(r["contender"], r["lr"], r["seed"]): r for r in records if r["complete"]}
     field = contenders(config)
     seeds = tuple(s for s in config.seeds if all((c.index, lr, s) in table for c in field for lr in c.rates))
@@ -81,7 +81,7 @@ def summarise(config: CompareConfig, records: Sequence[Record]) -> Summary:
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
-    """What the terminal shows, for programs; contenders by their index. None where nothing can be said."""
+    """The summary as plain JSON data. Contenders are given by index; numbers that can't be known are None."""
     rows = []
     for row in summary.rows:
         entry = {**asdict(row), "contender": row.contender.index}
@@ -92,12 +92,12 @@ def as_json(summary: Summary) -> dict[str, Any]:
 
 
 def final(record: Record) -> float:
-    """Last held-out loss; infinite where the run diverged."""
+    """The last held-out loss of a run, or infinity if it diverged."""
     return math.inf if record["diverged"] else record["validation"]["loss"][-1]
 
 
 def _best_lr(swept: Sequence[tuple[float, Sequence[Record]]]) -> float | None:
-    """None if there is no learning rate at which every seed got through."""
+    """The learning rate with the lowest mean final loss; None if every rate has a seed that diverged."""
     mean, lr = min((fmean(final(r) for r in records), lr) for lr, records in swept)
     return lr if math.isfinite(mean) else None
 
@@ -131,7 +131,7 @@ def _row(c: Contender, lr: float, records: Sequence[Record], best: bool, baselin
 
 
 def paired(left: Sequence[Record], right: Sequence[Record]) -> Interval:
-    """Mean over seeds of the difference in final loss: what both owe to the seed cancels."""
+    """The mean over seeds of the difference in final loss. Pairing by seed cancels what both owe to the seed."""
     return t_interval([final(a) - final(b) for a, b in zip(left, right, strict=True)])
 
 
@@ -142,7 +142,7 @@ def _effect(
     best: dict[int, float | None],
     speed: Interval | None,
 ) -> Effect:
-    """A policy against the base in the same space and against its control; the base in a space against the baseline."""
+    """The effect of a policy against the base in its space and its control, or of a rotation against the baseline."""
     base = field[0 if c.role == "rotation" else c.ground]
     own_lr, swept = best[c.index], base.rates
     n = len(cells[c.index, c.rates[0]])
@@ -157,7 +157,7 @@ def _effect(
 
 
 def _verdict(effect: Effect) -> str:
-    """One sentence from paired intervals."""
+    """The verdict on a policy or a rotation, from paired intervals."""
     if effect.diverged:
         return "diverged at every learning rate."
     name = effect.base.label
@@ -207,7 +207,7 @@ def _notes(config: CompareConfig, field: Sequence[Contender], best: dict[int, fl
 
 
 def _notes_on_rates(field: Sequence[Contender], best: dict[int, float | None]) -> list[str]:
-    """Who was best at an end of its sweep, and who had nothing to choose from."""
+    """Notes on contenders that were best at an end of their sweep, or had one learning rate only."""
     notes = []
     swept = [c for c in field if len(c.rates) > 1]
     for word, end in (("lowest", min), ("highest", max)):

@@ -1,4 +1,4 @@
-"""What a comparison found, in words for somebody who has read nothing else. The interval decides what they may say."""
+"""The results of a comparison in plain words, for somebody who has read nothing else. Intervals decide the words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RANDOM = "a random mask of the same share and norm"
 
 
 def so_far(config: CompareConfig, summary: Summary) -> str:
-    """One line while it runs: means over the seeds that are complete."""
+    """A line for the terminal while the comparison runs: the means over the seeds that are complete."""
     parts = []
     for effect in summary.found:
         if effect.diverged or effect.against_base is None:
@@ -24,7 +24,7 @@ def so_far(config: CompareConfig, summary: Summary) -> str:
 
 
 def in_plain_words(summary: Summary) -> list[str]:
-    """A line for each rotation and each policy. The last one is of the first policy."""
+    """A line for each rotation and each policy. The first policy comes last."""
     policies = [effect for effect in summary.found if effect.contender.role == "policy"]
     others = [effect for effect in summary.found if effect.contender.role != "policy"]
     return [_words(effect) for effect in (*others, *reversed(policies))]
@@ -93,7 +93,7 @@ def _loss_over_seeds(effect: Effect) -> str:
 
 
 def _side(difference: Interval) -> str:
-    """`0.156 ± 0.070 lower`, with the 95 % interval where there is one."""
+    """The size and side of a difference, with its 95 % interval if it has one: `0.156 ± 0.070 lower`."""
     size = Interval(abs(difference.mean), difference.half, difference.n)
     return f"{_size(size)} {'lower' if difference.mean < 0 else 'higher'}"
 

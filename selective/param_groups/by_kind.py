@@ -20,7 +20,7 @@ _EMBEDDING = re.compile(r"(^|_)(emb|embed|embedding|embeddings|wte|wpe)(_|$)")
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """A list of parameter groups for a torch optimizer. `table()` and `print` show why each parameter is where it is."""
+    """A list of parameter groups for a torch optimizer. `table()` and `print` show why each parameter is there."""
 
     def __init__(self, groups: list[dict[str, Any]], rows: list[tuple[str, str, str, str]]) -> None:
         super().__init__(groups)

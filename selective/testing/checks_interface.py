@@ -1,4 +1,4 @@
-"""Rows 1, 2, 3, 5 and 17: what schedulers, trainers and hooks see of a wrapper."""
+"""Rows 1, 2, 3, 5 and 17: a wrapper as schedulers, trainers and hooks see it."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def modes_reach_the_base(subject: Subject) -> None:
     for mode in ("eval", "train"):
         method = getattr(plain, mode, None)
         if callable(method):
-            method()  # must not raise where the base has none: trainers call it on whatever has it
+            method()  # must not raise if the base has no modes: trainers call it on any optimizer that has it
 
 
 @conformance_checks.register(17, "it hands GradScaler the base's fused-AMP flag: gradients are then never unscaled.")

@@ -53,7 +53,7 @@ def replicas_stay_identical(subject: Subject) -> None:
 
 
 def _run(folder: Path) -> list[int]:
-    """Both ranks to their end; their exit codes."""
+    """Run both ranks to their end. Returns their exit codes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     script = str(Path(__file__).with_name("replica.py"))
     running: list[subprocess.Popen] = []

@@ -1,4 +1,4 @@
-"""The contract check of a selection's kernel: it selects what its torch twin, `select`, selects."""
+"""The contract check of a selection's kernel: it must select the elements that `select`, its torch twin, selects."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from selective.testing.harness import CheckFailed, NotApplicable, Skipped, requi
 
 Inputs = dict[str, Tensor]
 
-# One element, a few, exactly a block, and more than one.
+# One element, a few, exactly a block, and more than a block.
 _SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (5, 3), (1024,), (1500,), (3, 7, 11))
-# Each with each as gradient, update and momentum, with the selection's own numbers. Products of small ones underflow.
+# These and the selection's own numbers are tried as gradient, update and momentum, each with each. Products of the
+# small ones underflow.
 _SPECIAL = (0.0, -0.0, 1.0, -1.0, 0.3, 1e-30, -1e-30, 1e-40, 3e38, float("inf"), float("-inf"), float("nan"))
 
 
 def require_twins(policy: Policy, ordinary: Callable[..., Inputs], view: Callable[[Policy, Inputs], StepView]) -> None:
-    """Hold the kernel of the policy's selection against its `select`.
+    """Compare the kernel of the policy's selection with its `select`.
 
-    `ordinary(shape)` makes the tensors of a view, and `view` the view. Raises `NotApplicable` where there is no
-    kernel, `Skipped` where none can run.
+    `ordinary(shape)` makes the tensors of a view, and `view` makes the view. Raises `NotApplicable` if there is no
+    kernel, `Skipped` if no kernel can run here.
     """
     parts = policy.parts()
     selection = None if parts is None else parts[0]
@@ -54,12 +55,12 @@ def _special(numbers: tuple[float, ...]) -> Inputs:
 def _by_kernel(described: spec.Selection, tensors: Inputs) -> Tensor:
     try:
         return evaluate_function(described, *(tensors[name] for name in TENSORS))
-    except Exception as error:
+    except Exception as error:  # a stranger's function under Triton's compiler may raise anything
         innermost: BaseException = error  # Triton wraps an error once for each function around it
         while innermost.__cause__ is not None:
             innermost = innermost.__cause__
         reason = " ".join(f"{type(innermost).__name__}: {innermost}".split())
-        if len(reason) > 500:  # Triton shows the source first, and what is wrong with it last
+        if len(reason) > 500:  # Triton shows the source first, and the error last
             reason = f"{reason[:150]} ... {reason[-350:]}"
         raise CheckFailed(f"the kernel does not compile or run: {reason}") from error
 
@@ -87,7 +88,7 @@ def _compare(what: str, tensors: Inputs, by_kernel: Tensor, by_twin: Tensor) -> 
 
 
 def _require_declared(selection: Selection, described: spec.Selection, tensors: Inputs, by_kernel: Tensor) -> None:
-    """What `reads` does not declare holds anything: the kernel must not look at it."""
+    """Require that the kernel's answer does not depend on tensors that `reads` does not declare."""
     for name in TENSORS:
         if name in selection.needs():
             continue

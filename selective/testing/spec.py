@@ -1,4 +1,4 @@
-"""A callable named in text, `module:name` or `module:name(key=value)`, and the subject that two of them make."""
+"""Callables named in text, `module:name` or `module:name(key=value)`, and the subject that a pair of them makes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _ASKED = ("step", "zero_grad", "state_dict", "load_state_dict", "param_groups")
 
 
 class SpecError(Exception):
-    """What is named can't be used; the message is one sentence for the person who named it."""
+    """Raised if the named callable can't be used. The message is one sentence for the person who named it."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """`text` names a callable; calling the spec calls it with one argument and the keyword arguments in the text.
+    """A callable named by `text`. Calling the spec calls it with one argument and the text's keyword arguments.
 
-    The callable is imported when it is needed, so that a spec can be pickled whatever it names.
+    The callable is imported on the first call, so that a spec can be pickled whatever it names.
     """
 
     text: str
@@ -56,14 +56,14 @@ class Spec:
 
     @property
     def label(self) -> str:
-        """The part that tells it from others of its module: the name, and the arguments where there are any."""
+        """The part of the text that tells it from others of its module: the name, and the arguments, if any."""
         return self.text.partition(":")[2].strip() if self.arguments else self.name.rpartition(".")[2]
 
     def error(self, what: str) -> SpecError:
         return SpecError(f"{self.option} {self.text!r}: {what}.")
 
     def load(self) -> Any:
-        """The callable. Raises SpecError where there is none."""
+        """Import the callable. Raises SpecError if there is none."""
         return _load(self)
 
     def __call__(self, argument: Any) -> Any:
@@ -74,7 +74,7 @@ class Spec:
 def _load(spec: Spec) -> Any:
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # behind everything: what is installed keeps its name
+        sys.path.append(here)  # at the end, so that no file here hides an installed module
     importlib.invalidate_caches()
     try:
         target: Any = importlib.import_module(spec.module)
@@ -82,7 +82,7 @@ def _load(spec: Spec) -> Any:
         if error.name is not None and (spec.module + ".").startswith(error.name + "."):
             raise spec.error(f"there is no module {error.name!r} in {here}, or installed") from error
         raise spec.error(f"importing {spec.module} raised {in_short(error)}{place(error)}") from error
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # a stranger's module may raise anything
         raise spec.error(f"importing {spec.module} raised {in_short(error)}{place(error)}") from error
     for part in spec.name.split("."):
         if not hasattr(target, part):
@@ -97,7 +97,7 @@ def _load(spec: Spec) -> Any:
 
 @dataclass(frozen=True)
 class Inside:
-    """A wrapper's base, by the name of the attribute that holds it."""
+    """Returns a wrapper's base, which `attribute` of the wrapper holds."""
 
     attribute: str
 
@@ -106,7 +106,7 @@ class Inside:
 
 
 def _way_in(wrapper: Any, base: Optimizer) -> Any:
-    """How to get from a wrapper to its base; None where no attribute holds it."""
+    """A function from a wrapper to its base; None if no attribute of the wrapper holds it."""
     if wrapper is base:
         return itself
     names = [name for name, value in getattr(wrapper, "__dict__", {}).items() if value is base]
@@ -114,7 +114,7 @@ def _way_in(wrapper: Any, base: Optimizer) -> Any:
 
 
 def subject_of(wrapper: Spec, base: Spec, **claims: Any) -> Subject:
-    """The subject that the two make, after a first plain step of it. Raises SpecError with what is in the way."""
+    """Build the subject of a wrapper and a base, and take a plain step with it. Raises SpecError if that fails."""
     wrapper.load()
     model = ConformanceModel(claims.get("model", "mixed"))
     inner = _tried(base, list(model.parameters()), f"{base.name}(parameters)")
@@ -129,7 +129,7 @@ def subject_of(wrapper: Spec, base: Spec, **claims: Any) -> Subject:
         raise wrapper.error(f"{what}: it has no {', '.join(missing)}")
     try:
         train(model, outer, [0])
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # a stranger's step may raise anything
         what = f"its first plain step over {type(inner).__name__} raised {in_short(error)}{place(error)}"
         raise wrapper.error(f"{what}, so that there is nothing to check") from error
     name = f"{wrapper.label} over {base.label}"
@@ -141,5 +141,5 @@ def _tried(spec: Spec, argument: Any, call: str) -> Any:
         return spec(argument)
     except SpecError:
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # a stranger's constructor may raise anything
         raise spec.error(f"{call} raised {in_short(error)}{place(error)}") from error
