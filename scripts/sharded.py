@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from selective import MGUP, Cautious, CautiousMGUP, Policy, RandomMask, SelectiveUpdate
 from selective.bench.clock import clock_of
-from selective.bench.rotations import Work
+from selective.bench.rotations import TimedCall
 from selective.bench.shapes import SHAPES
 from selective.bench.traffic import all_reduces
 from selective.kernels import use_backend
@@ -97,9 +97,10 @@ def waits(step: Callable[[], Any], device: str) -> str:
 def launched_by(step: Callable[[], Any], device: str) -> str:
     """How much one step puts on the device. Asked only where all ranks can tell: they take the same steps for it."""
     clock = clock_of(device.partition(":")[0])
-    able = torch.tensor(int(clock.launches(Work(lambda: torch.zeros(1, device=device))) is not None), device=device)
+    probe = TimedCall(lambda: torch.zeros(1, device=device))
+    able = torch.tensor(int(clock.launches(probe) is not None), device=device)
     dist.all_reduce(able, op=dist.ReduceOp.MIN)
-    counts = clock.launches(Work(step)) if bool(able) else None
+    counts = clock.launches(TimedCall(step)) if bool(able) else None
     return "-" if counts is None else str(sum(counts.values()))
 
 

@@ -1,4 +1,4 @@
-"""`python -m selective.bench`."""
+"""The command line of `python -m selective.bench` and `selective bench`."""
 
 from __future__ import annotations
 
@@ -29,37 +29,39 @@ ALWAYS = ("torch foreach", "torch fused")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of `selective bench`."""
-    command = argparse.ArgumentParser(prog="selective bench", description="What an optimizer's step costs.")
+    """The parser of the options of `selective bench`."""
+    command = argparse.ArgumentParser(prog="selective bench", description="Measure the cost of an optimizer's step.")
     add = command.add_argument
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of parameters and state")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="dtype of parameters and state")
     add("--shapes", nargs="+", choices=list(SHAPES), metavar="SHAPES", help=f"{', '.join(SHAPES)}; default: "
         "llama-1b on cuda, transformer-30m on a cpu")  # fmt: skip
-    add("--only", metavar="TEXT", action="append", help="only names with a word that begins with TEXT, and torch's; "
-        "repeatable")  # fmt: skip
-    add("--peers", action=argparse.BooleanOptionalAction, help="other people's optimizers that are installed (default: "
-        "on cuda; some of them compile for a minute)")  # fmt: skip
-    add("--controls", action="store_true", help="also each policy's matched random control, on a CPU")
-    add("--rotations", action="store_true", help="what preconditioners cost, instead: products, refreshes, memory")
-    add("--first-step", action="store_true", help="what one waits for before training, instead: the import, "
-        "wrapping a base, the first step, in fresh processes on a CPU")  # fmt: skip
-    add("--cpu-time", action="store_true", help="with --first-step: the processor's seconds, on a busy machine")
-    add("--rounds", type=_positive, default=7, help="timings of each (default: 7)")
-    add("--threads", type=_positive, help="threads of torch; default: its own choice")
-    add("--json", metavar="FILE", type=Path, help="also write everything there")
+    add("--only", metavar="TEXT", action="append", help="time only names with a word that begins with TEXT, and "
+        "torch's; repeatable")  # fmt: skip
+    add("--peers", action=argparse.BooleanOptionalAction, help="also time installed optimizers of other people "
+        "(default: on cuda; some of them compile for a minute)")  # fmt: skip
+    add("--controls", action="store_true", help="also time each policy's matched random control, on a CPU")
+    add("--rotations", action="store_true", help="measure the cost of preconditioners instead: products, refreshes, "
+        "memory")  # fmt: skip
+    add("--first-step", action="store_true", help="measure the wait before training instead: the import, wrapping a "
+        "base and the first step, in fresh processes on a CPU")  # fmt: skip
+    add("--cpu-time", action="store_true", help="with --first-step: count the processor's seconds, for a busy machine")
+    add("--rounds", type=_positive, default=7, help="number of timings of each optimizer (default: 7)")
+    add("--threads", type=_positive, help="threads of torch (default: torch's own choice)")
+    add("--json", metavar="FILE", type=Path, help="also write all measurements to FILE")
     return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Time, print a table, and on request write JSON. 1 where an optimizer that is installed got no time.
+    """Time optimizers, print a table, and on request write JSON. Returns the exit code.
 
-    On Ctrl-C, and when a time limit ends it, there is what has been measured by then, and 130 is returned.
+    The code is 1 if an installed optimizer got no time, and 130 after Ctrl-C or the end of a time limit, with
+    everything printed and written that was measured by then.
     """
     try:
         with Limit() as limit:
             return _main(argv, limit)
-    except KeyboardInterrupt:  # before there was anything to keep, or again
+    except KeyboardInterrupt:  # before there were results to keep, or for the second time
         return said_so()
 
 
@@ -93,7 +95,7 @@ def _main(argv: Sequence[str] | None, limit: Limit) -> int:
         contenders += control_contenders() + control_contenders(statistics=True)
     if options.only:
         contenders = _chosen(command, contenders, options.only)
-    _where(device)
+    _print_machine(device)
     results: list[Result] = []
     left_out = False
     for shapes in options.shapes or [DEFAULT_SHAPES[device]]:
@@ -106,7 +108,7 @@ def _main(argv: Sequence[str] | None, limit: Limit) -> int:
         results.append(result)
         with limit.kept():
             print(f"\n{heading(result)}\n{table(result)}")
-            if options.json:  # after each, so that an interrupted run keeps what it has
+            if options.json:  # after each set of shapes, so that an interrupted run keeps its results
                 options.json.write_text(json.dumps(as_json(results), indent=1))
         if result.interrupted or limit.came:
             return said_so()
@@ -114,13 +116,13 @@ def _main(argv: Sequence[str] | None, limit: Limit) -> int:
     return int(left_out or bool(refused))
 
 
-def _where(device: str) -> None:
+def _print_machine(device: str) -> None:
     facts = environment(device)
     print(f"{facts['gpu'] or facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}")
 
 
 def _rotations(options: argparse.Namespace, device: str, limit: Limit) -> int:
-    _where(device)
+    _print_machine(device)
     precisions: list[Precision] = ["float32", "tf32", "bfloat16"] if device == "cuda" else ["float32"]
     measured = []
     for shapes in options.shapes or [DEFAULT_SHAPES[device]]:
@@ -141,7 +143,7 @@ def _first_step(command: argparse.ArgumentParser, options: argparse.Namespace, l
                       "--dtype, --rotations and --device cuda out")  # fmt: skip
     if options.threads:
         torch.set_num_threads(options.threads)
-    _where("cpu")
+    _print_machine("cpu")
     clock = "process_time" if options.cpu_time else "perf_counter"
     first_steps = measure_first_steps(rounds=options.rounds, threads=options.threads, clock=clock, tell=_tell)
     with limit.kept():
@@ -152,7 +154,7 @@ def _first_step(command: argparse.ArgumentParser, options: argparse.Namespace, l
 
 
 def _chosen(command: argparse.ArgumentParser, contenders: list[Contender], texts: list[str]) -> list[Contender]:
-    """Those with a word that begins with one of the texts, and torch's; all of the name counts as one, too."""
+    """The contenders with a word that begins with one of the texts, and torch's. A whole name counts as a word, too."""
 
     def has(contender: Contender, text: str) -> bool:
         return re.search(rf"(?<!\w){re.escape(text)}", contender.name, re.IGNORECASE) is not None
@@ -170,7 +172,7 @@ def _positive(text: str) -> int:
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr)  # not among the results
+    print(text, file=sys.stderr)  # stdout is for the results
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How long one waits before training begins: `import selective`, wrapping a base, and the first step, on a CPU.
+"""Measures the wait before training: `import selective`, wrapping a base, and the first step, on a CPU.
 
-Everything is measured in processes that were just started, because caches, lazy imports and measurements of a base are
-paid once in each.
+Everything is measured in processes that have just started, because caches, lazy imports and measurements of a base
+cost time once in each process.
 """
 
 from __future__ import annotations
@@ -21,53 +21,53 @@ from selective.bench.first_step_child import NOTHING
 CHILD = Path(__file__).with_name("first_step_child.py")
 MODELS = ("small", "gpt")
 POLICIES = ("Dense", "MGUP", "Cautious", "AlphaConsistency", "Magma", "RandomMask")
-OTHER_BASES = ("NAdam", "Adafactor", "own", "own-norm")  # scratch and delta; the last two are measured when wrapped
+OTHER_BASES = ("NAdam", "Adafactor", "own", "own-norm")  # scratch and delta; wrapping measures the last two
 CASES = [("AdamW", policy) for policy in POLICIES] + [(base, "MGUP") for base in OTHER_BASES]
-MOST = {"import selective": 0.3, "extra": 0.2}  # seconds
+MOST = {"import selective": 0.3, "extra": 0.2}  # the limits, in seconds
 
 
 @dataclass
 class FirstStep:
-    """One base, model and policy. Seconds, by round: of ours, and of the base's own first step in the same round."""
+    """One base, model and policy, with the seconds of each round: ours, and those of the base's own first step."""
 
     base: str
     model: str
     policy: str
     tensors: int = 0
     way: str = ""
-    source: str = ""  # of what is known of the base: a table, or measured
+    source: str = ""  # the source of our knowledge of the base: "table" or "measured"
     construct: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
     base_step: list[float] = field(default_factory=list)
-    triton: bool = False  # whether it was imported by us
+    triton: bool = False  # we imported it
 
     @property
     def extra(self) -> float:
-        """What construction and first step take beyond the base's first step: the median over the rounds."""
+        """The seconds of construction and first step beyond the base's first step, as median over the rounds."""
         rounds = zip(self.construct, self.step, self.base_step, strict=True)
         return statistics.median(construct + step - base_step for construct, step, base_step in rounds)
 
 
 @dataclass
 class FirstSteps:
-    """Everything that was measured; the imports' seconds, one for each process that had them."""
+    """All measurements, with the seconds of the imports in each process that had them."""
 
     rounds: int
     clock: str = "perf_counter"
     imports: dict[str, list[float]] = field(default_factory=lambda: {"import torch": [], "import selective": []})
     lines: list[FirstStep] = field(default_factory=list)
-    interrupted: bool = False  # not all rounds are there
+    interrupted: bool = False  # some rounds are missing
 
 
 def measure_first_steps(
     *, rounds: int = 5, threads: int | None = None, clock: str = "perf_counter", models: Sequence[str] = MODELS,
     cases: Sequence[tuple[str, str]] = tuple(CASES), tell: Callable[[str], None] | None = None,
 ) -> FirstSteps:  # fmt: skip
-    """Time each case in a process of its own, `rounds` times in turns, beside the base alone in another one.
+    """Time each case in a process of its own, `rounds` times in turns, beside the base alone in another process.
 
-    `clock`: of Python's `time`; "process_time" is for a machine that is busy with other things. The first process is
-    thrown away: it compiles Python's files, as an installation does. On Ctrl-C there is what has been measured by then,
-    if that is one round at least.
+    `clock` names a function of Python's `time`; "process_time" is for a machine that is busy with other things. The
+    first process does not count: it compiles Python's files, as an installation does. On Ctrl-C the rounds that are
+    complete are returned, if there is at least one.
     """
     first_steps = FirstSteps(rounds, clock)
     settings = [str(threads or ""), clock]
@@ -105,7 +105,7 @@ def _take(first_steps: FirstSteps, line: FirstStep, child_report: dict[str, Any]
 
 
 def _in_a_fresh_process(base: str, model: str, policy: str, *settings: str) -> dict[str, Any]:
-    """What the child says. It finds what this process finds, and does not look for modules beside its own file."""
+    """The report of a child, which imports from where this process does, and not from beside its own file."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     run = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
@@ -117,7 +117,7 @@ def _in_a_fresh_process(base: str, model: str, policy: str, *settings: str) -> d
 
 
 def first_step_table(first_steps: FirstSteps) -> str:
-    """One line each, in milliseconds."""
+    """A table with a line for each case, in milliseconds."""
     medians = {name: statistics.median(seconds) for name, seconds in first_steps.imports.items()}
     ours, most = medians["import selective"], MOST["import selective"]
     lines = [
@@ -146,7 +146,7 @@ def _missed(seconds: float, most: float) -> str:
 
 
 def first_steps_as_json(first_steps: FirstSteps) -> dict[str, Any]:
-    """All seconds, and what follows from them."""
+    """All seconds and their medians, as plain JSON data."""
     imports = {n: {"median_seconds": statistics.median(s), "seconds": s} for n, s in first_steps.imports.items()}
     lines = [{**vars(line), "extra_seconds": line.extra} for line in first_steps.lines]
     return {

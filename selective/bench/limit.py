@@ -1,4 +1,4 @@
-"""A time limit's SIGTERM as Ctrl-C, so that a run that is ended keeps what it has measured."""
+"""Limit: treats a time limit's SIGTERM as Ctrl-C, so that the run keeps its measurements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INTERRUPTED = 128 + signal.SIGINT  # the exit code
 
 
 class Limit:
-    """Within it SIGTERM raises KeyboardInterrupt; while results are `kept` it waits. In the main thread, or nothing."""
+    """A context in which SIGTERM raises KeyboardInterrupt, but not inside of `kept`. Only in the main thread."""
 
     def __init__(self) -> None:
         self.came = False
@@ -34,7 +34,7 @@ class Limit:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Writing results down, which ends before anything else does."""
+        """A context for writing results, which SIGTERM does not interrupt."""
         self._keeping = True
         try:
             yield

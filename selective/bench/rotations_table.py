@@ -1,4 +1,4 @@
-"""What rotations cost, as a table for the terminal."""
+"""Writes the measurements of rotations as a table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from selective.bench.rotations import Rotations
 
 
 def rotation_table(result: Rotations) -> str:
-    """For the terminal."""
+    """The measurements as a table for the terminal, with a line for each."""
     lines = [
         f"{result.shapes}: {result.matrices} matrices of {result.rotated / 1e6:,.1f} M parameters are rotated on their "
         f"smaller side, of {result.elements / 1e6:,.1f} M; around AdamW(fused=True), float32",

@@ -1,4 +1,4 @@
-"""What a step sends to other processes."""
+"""Measures what a step sends to other processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @contextmanager
 def all_reduces() -> Iterator[list[int]]:
-    """The bytes of every all-reduce of the block, which are all that an optimizer's step sends."""
+    """Record the bytes of every all-reduce in the block. An optimizer's step sends nothing else."""
     sizes: list[int] = []
     real = dist.all_reduce
 

@@ -73,7 +73,8 @@ class Comparison:
                 f"{self.folder} already holds a comparison; --resume goes on with it, --overwrite deletes it, "
                 "--out names another folder"
             )
-        measured = memory.measure(self.config)  # deletes nothing yet: a contender that can't be built fails here
+        # Before anything is deleted, because a contender that can't be built fails here.
+        measured = memory.measure(self.config)
         if saved.exists():
             shutil.rmtree(self.folder / "runs", ignore_errors=True)
             for name in ("results.json", "loss.png", "share.png"):

@@ -119,9 +119,7 @@ class Trainer:
         return value
 
     def _timed_step(self) -> None:
-        cuda = (
-            torch.device(self.config.device).type == "cuda"
-        )  # where a step is only queued, so that the timer has to wait for it
+        cuda = torch.device(self.config.device).type == "cuda"  # which queues steps: the timer has to wait for them
         if cuda:
             torch.cuda.synchronize(self.config.device)
         begun = time.perf_counter()
