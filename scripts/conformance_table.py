@@ -1,11 +1,11 @@
-"""The tables of docs/conformance.md: which wrapper passes which check, and what each check checks.
+"""Writes the tables of docs/conformance.md: the checks that each wrapper passes, and the checks themselves.
 
     pip install --no-deps pytorch_optimizer magma-optimizer schedulefree
     python scripts/conformance_table.py --run      # run the suite on every wrapper that is installed; a few minutes
-    python scripts/conformance_table.py            # only write the page anew from what was found before
+    python scripts/conformance_table.py            # only write the page anew from the results of the last run
 
 Each wrapper runs in a process of its own, by the command that everybody uses: `pytest -p selective.testing --wrapper
-...`, in an empty folder. What was found is kept in docs/measurements/conformance.json.
+...`, in an empty folder. The results are kept in docs/measurements/conformance.json.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ADAMW, SGD = "torch.optim:AdamW(lr=0.01)", "torch.optim:SGD(lr=0.1)"
 
 @dataclass(frozen=True)
 class Column:
-    """A wrapper, as it is named on the command line, and the distribution that it comes from."""
+    """A column of the table: a wrapper, as the command line names it, and its distribution."""
 
     title: str
     wrapper: str
@@ -42,12 +42,12 @@ class Column:
 
 
 def nothing(base: Any) -> Any:
-    """No wrapper at all."""
+    """The wrapper that wraps nothing."""
     return base
 
 
 def schedule_free(base: Any) -> Any:
-    """As its documentation has it: in training mode."""
+    """schedulefree's wrapper in training mode, as its documentation says."""
     wrapper = importlib.import_module("schedulefree").ScheduleFreeWrapper(base)
     wrapper.train()
     return wrapper
@@ -65,7 +65,7 @@ COLUMNS = (
 
 
 def run(column: Column) -> dict[str, Any]:
-    """What the suite finds, as `--wrapper-json` has it. Ends the program where it could not start."""
+    """Run the suite on a wrapper. Returns the content of `--wrapper-json`. Exits if the suite could not start."""
     path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(Path(__file__).parent)])
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "selective.testing"]
@@ -78,7 +78,7 @@ def run(column: Column) -> dict[str, Any]:
 
 
 def run_all() -> dict[str, Any]:
-    """All columns, with versions and date."""
+    """Run the suite on all wrapper columns. Returns the results with versions and date."""
     columns: list[dict[str, Any]] = []
     for column in COLUMNS:
         try:
@@ -94,7 +94,7 @@ def run_all() -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Check × wrapper, and what the columns are."""
+    """The table of checks × wrappers, and a list of the columns' wrappers."""
     columns = results["columns"]
     cells = [{outcome["check"]: _cell(outcome) for outcome in column["outcomes"]} for column in columns]
     lines = ["| row | check | " + " | ".join(column["title"] for column in columns) + " |"]
@@ -124,7 +124,7 @@ def _public(number: str) -> str:
 
 
 def findings(results: dict[str, Any]) -> str:
-    """What was found where a wrapper fails, in the suite's words."""
+    """The failures of each wrapper, in the suite's words."""
     lines = []
     for column in results["columns"]:
         failed = [outcome for outcome in column["outcomes"] if outcome["verdict"] == "failed"]
@@ -137,7 +137,7 @@ def findings(results: dict[str, Any]) -> str:
 
 
 def checks() -> str:
-    """What each check checks, and what comes of it where it fails."""
+    """The table of the checks, with the harm that a failure does."""
     from selective.testing import all_checks
 
     lines = ["| row | check | what is checked | otherwise |", "| --- | --- | --- | --- |"]
@@ -148,7 +148,7 @@ def checks() -> str:
 
 
 def page(text: str, results: dict[str, Any]) -> str:
-    """The page, with what stands between its marks made anew."""
+    """The page's text, with the parts between its marks made anew."""
     for name, part in (("table", table(results)), ("findings", findings(results)), ("checks", checks())):
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)"
         text, count = re.subn(pattern, lambda m, part=part: f"{m[1]}\n{part}\n{m[2]}", text, flags=re.DOTALL)

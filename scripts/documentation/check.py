@@ -1,4 +1,4 @@
-"""A built site as a browser would find it: do links and anchors lead somewhere, does it need anybody else's host?"""
+"""Checks a built site as a browser sees it: dead links and anchors, missing alt texts, files from other hosts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-# What a browser fetches by itself, by tag; <a href> is followed by people.
+# The attribute of each tag whose address a browser fetches by itself. People follow <a href>.
 FETCHED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src", "video": "src"}
-_NOT_FETCHED = {"canonical", "next", "prev", "search", "index", "author"}  # of <link rel=...>
+_NOT_FETCHED = {"canonical", "next", "prev", "search", "index", "author"}  # the `rel` of a <link> that is not fetched
 
 
 class _Page(HTMLParser):
@@ -31,7 +31,7 @@ class _Page(HTMLParser):
 
 
 def problems(site: Path) -> list[str]:
-    """One line for each; empty where all is well."""
+    """A line for each problem; empty if there is none."""
     pages = {file.resolve(): _parsed(file) for file in sorted(site.rglob("*.html"))}
     lines = [] if pages else [f"{site}: there is no page"]
     for file, page in pages.items():

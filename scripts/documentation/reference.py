@@ -1,4 +1,4 @@
-"""The reference pages' text, made from docstrings: what `<!-- reference: selective.MGUP -->` in a page becomes.
+"""Makes the reference pages' text from docstrings, in the place of `<!-- reference: selective.MGUP -->`.
 
 Markdown, in directives of Sphinx's Python domain, so that every name has an anchor and a place in index and search.
 Sphinx's own autodoc reads docstrings as reStructuredText, which ours are not.
@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from .docstrings import field, prose, to_markdown
 from .signatures import bounds, signature
 
-# Packages with an __all__. What is in it has its entry in some page, under one of its names.
+# Packages with an __all__. Each name in it has an entry in some page, under one of its full names.
 PACKAGES = (
     "selective",
     "selective.policies",
@@ -30,24 +30,24 @@ PACKAGES = (
     "selective.bench",
     "selective.kernels",
 )
-# Modules without one, and what of them is for users.
+# Modules without an __all__, and their names that are for users.
 MODULES = {
     "selective.callbacks": ("lightning_callback", "trainer_callback"),
     "selective.param_groups.by_kind": ("ParamGroups",),
     "selective.watching": ("Sample", "Watch", "tensorboard"),
 }
-HANDED_OUT = {"ParamGroups", "StepView", "Watch"}  # nobody calls these: how they are made is left out
+HANDED_OUT = {"ParamGroups", "StepView", "Watch"}  # users don't construct these, so their entries have no signature
 DIRECTIVE = re.compile(r"^<!-- reference:(.+?)-->$", flags=re.MULTILINE | re.DOTALL)
 
 
 def public_names() -> list[str]:
-    """Every public name in full; an object that has several comes as often."""
+    """Every public name in full. An object with several names comes once for each."""
     packages = [f"{package}.{name}" for package in PACKAGES for name in importlib.import_module(package).__all__]
     return packages + [f"{module}.{name}" for module, names in MODULES.items() for name in names]
 
 
 def names_in(page: str) -> list[str]:
-    """The names that a page asks for, in its order."""
+    """The names for which a page has directives, in its order."""
     return [name for listed in DIRECTIVE.findall(page) for name in re.split(r"[\s,]+", listed.strip())]
 
 
@@ -62,7 +62,7 @@ def resolve(name: str) -> Any:
 
 
 def entry(name: str) -> str:
-    """One public name with all that belongs to it, in the scope of its module: some names are in several."""
+    """The entry of a public name with its members, in the scope of its module, because some names are in several."""
     return f"```{{py:currentmodule}} {name.rpartition('.')[0]}\n```\n\n{_entry(name)}"
 
 
@@ -85,7 +85,7 @@ def _entry(name: str) -> str:
 
 
 def summary(name: str) -> str:
-    """The first sentence of what it says of itself."""
+    """The first sentence of its docstring, or of the comment on it."""
     value = resolve(name)
     text = value.__doc__ if inspect.isclass(value) or inspect.isfunction(value) else _comment(*name.rsplit(".", 1))
     first = " ".join(inspect.cleandoc(text or "").partition("\n\n")[0].split())
@@ -111,7 +111,7 @@ def _bases(cls: type[Any]) -> str:
 
 
 def _class_text(cls: type[Any]) -> str:
-    """The docstring, and what the source says of the fields of a model or a dataclass beside them."""
+    """The docstring, and the strings and comments beside the fields of a model or a dataclass."""
     docstring = vars(cls).get("__doc__") or ""
     init = vars(cls).get("__init__")
     declared = vars(cls).get("__annotations__", {})
@@ -132,7 +132,7 @@ def _class_text(cls: type[Any]) -> str:
 
 
 def _said_of_fields(cls: type[Any]) -> dict[str, str]:
-    """By field: the string below it, or the comment behind it."""
+    """By field, the string below it or the comment behind it."""
     source = inspect.cleandoc(f"\n{inspect.getsource(cls)}")
     body = ast.parse(source).body[0]
     assert isinstance(body, ast.ClassDef)
@@ -146,7 +146,7 @@ def _said_of_fields(cls: type[Any]) -> dict[str, str]:
 
 
 def members(cls: type[Any]) -> Iterator[tuple[str, Any]]:
-    """Documented public methods and properties, up to a base class that is public and has an entry of its own."""
+    """Yield documented public methods and properties, up to a public base class, which has its own entry."""
     public = {id(resolve(name)) for name in public_names()}
     seen: set[str] = set(getattr(cls, "__dataclass_fields__", ()))
     for owner in cls.__mro__:
@@ -181,7 +181,7 @@ def _data_text(module: str, short: str) -> str:
 
 
 def _comment(module: str, short: str) -> str:
-    """Behind a constant in its line, or on the lines above it."""
+    """The comment on a constant: behind it, or on the lines above it."""
     where, node = assignment(importlib.import_module(module), short)
     lines = inspect.getsource(where).splitlines()
     above: list[str] = []
@@ -193,13 +193,13 @@ def _comment(module: str, short: str) -> str:
 
 
 def _behind(source: str, node: ast.stmt) -> str:
-    """The comment behind a statement, in its last line."""
+    """The comment behind a statement's last line."""
     line = source.splitlines()[(node.end_lineno or node.lineno) - 1]
     return line.encode()[node.end_col_offset or 0 :].decode().strip().removeprefix("#").strip()
 
 
 def assignment(module: types.ModuleType, name: str) -> tuple[types.ModuleType, ast.stmt]:
-    """Where a constant is assigned, through the imports of our own modules."""
+    """The module and statement that assign a constant, found through our own modules' imports."""
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]

@@ -215,7 +215,7 @@ class _Rig:
         return statistics.median(self.clock.seconds(work, 1) for _ in range(self.rounds))
 
     def products(self, precision: Precision) -> float:
-        """The median time of `torch.mm` of each matrix with a basis of its smaller side, there and back, without allocations."""
+        """The median time of `torch.mm` of each matrix with a basis of its smaller side, there and back."""
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         operands = [_product(p, dtype) for p in self.inside]
 
@@ -233,7 +233,7 @@ class _Rig:
         return statistics.median(times)
 
     def _note_memory(self, stepping: Stepping, space: Preconditioner | None) -> None:
-        """Note the bytes of the bases, and the documented k² float32 numbers a matrix (2 k² with running statistics)."""
+        """Note the bytes of the bases, and those documented: k² float32 numbers a matrix, or 2 k² with statistics."""
         if not isinstance(space, Eigenbasis):
             return
         times = 2 if space.statistic == "ema" else 1
