@@ -119,7 +119,7 @@ class Trainer:
         return value
 
     def _timed_step(self) -> None:
-        cuda = torch.device(self.config.device).type == "cuda"  # which queues steps: the timer has to wait for them
+        cuda = torch.device(self.config.device).type == "cuda"  # CUDA queues steps, so the timer has to wait
         if cuda:
             torch.cuda.synchronize(self.config.device)
         begun = time.perf_counter()

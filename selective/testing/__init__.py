@@ -20,7 +20,7 @@ each with `.row`, `.name`, `.doc` and `.why`; `.outcome(subject)` runs a check a
 """
 
 from selective.testing.harness import CheckFailed, NotApplicable, Skipped
-from selective.testing.options import pytest_addoption as pytest_addoption  # where pytest looks for them
+from selective.testing.options import pytest_addoption as pytest_addoption  # pytest looks for both here
 from selective.testing.options import pytest_configure as pytest_configure
 from selective.testing.policy import check_policy, policy_checks
 from selective.testing.report import Check, Outcome, Report, check_wrapper
