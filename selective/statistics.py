@@ -49,9 +49,9 @@ class StepStatistics:
         by_name: dict[str, dict[str, Tensor]] = {}
         for names, sums in self._sums:
             rows = (
-                _of_table(sums)
+                _statistics_of_table(sums)
                 if isinstance(sums, spec.SumsTable)
-                else [_of(tensor_sums, tensor_sums.numel) for tensor_sums in sums]
+                else [_statistics_of(tensor_sums, tensor_sums.numel) for tensor_sums in sums]
             )
             by_name.update(zip(names, rows, strict=True))
         for names, report in self._bases:
@@ -60,17 +60,17 @@ class StepStatistics:
         return by_name
 
 
-def _of_table(table: spec.SumsTable) -> list[dict[str, Tensor]]:
+def _statistics_of_table(table: spec.SumsTable) -> list[dict[str, Tensor]]:
     """The statistics of all tensors of a table, computed in a few operations on whole columns."""
     numels = torch.tensor([max(numel, 1) for numel in table.numels], dtype=torch.float64, device="cpu")
     if table.values.is_cuda:  # from pinned memory, so that the host does not wait for the copy
         numels = numels.pin_memory().to(table.values.device, non_blocking=True)
-    columns = _of(spec.Sums(1, *table.values.unbind(1)), numels)
+    columns = _statistics_of(spec.Sums(1, *table.values.unbind(1)), numels)
     rows = torch.stack(list(columns.values()), dim=1)
     return [dict(zip(columns, row.unbind(), strict=True)) for row in rows]
 
 
-def _of(sums: spec.Sums, numel: int | Tensor) -> dict[str, Tensor]:
+def _statistics_of(sums: spec.Sums, numel: int | Tensor) -> dict[str, Tensor]:
     """The statistics of these sums, which are 0-d tensors or columns of a table."""
     product = (sums.update_sq * sums.grad_sq).sqrt()
     cosine = torch.where(product > 0, sums.update_grad / torch.where(product > 0, product, 1.0), product)

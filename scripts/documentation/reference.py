@@ -117,7 +117,7 @@ def _class_text(cls: type[Any]) -> str:
     declared = vars(cls).get("__annotations__", {})
     text = to_markdown(docstring, {*declared, *(inspect.signature(init).parameters if init else ())})
     fields = {**vars(cls).get("__dataclass_fields__", {}), **getattr(cls, "model_fields", {})}
-    of_fields = _said_of_fields(cls) if fields or issubclass(cls, BaseModel) else {}
+    of_fields = _texts_of_fields(cls) if fields or issubclass(cls, BaseModel) else {}
     lines = []
     others = [name for name in declared if name not in fields and not name.startswith("_") and of_fields.get(name)]
     for name in declared:
@@ -131,7 +131,7 @@ def _class_text(cls: type[Any]) -> str:
     return "\n\n".join(filter(None, [text, "\n".join(lines), *attributes]))
 
 
-def _said_of_fields(cls: type[Any]) -> dict[str, str]:
+def _texts_of_fields(cls: type[Any]) -> dict[str, str]:
     """By field, the string below it or the comment behind it."""
     source = inspect.cleandoc(f"\n{inspect.getsource(cls)}")
     body = ast.parse(source).body[0]

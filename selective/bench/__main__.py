@@ -15,7 +15,7 @@ import torch
 from selective.bench.contenders import Contender, control_contenders, standard_contenders
 from selective.bench.environment import environment
 from selective.bench.first_step import first_step_table, first_steps_as_json, measure_first_steps
-from selective.bench.limit import Limit, said_so
+from selective.bench.limit import Limit, report_interruption
 from selective.bench.measure import Result, run
 from selective.bench.peers import peer_contenders
 from selective.bench.report import as_json, heading, table
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Limit() as limit:
             return _main(argv, limit)
     except KeyboardInterrupt:  # before there were results to keep, or for the second time
-        return said_so()
+        return report_interruption()
 
 
 def _main(argv: Sequence[str] | None, limit: Limit) -> int:
@@ -106,12 +106,12 @@ def _main(argv: Sequence[str] | None, limit: Limit) -> int:
             left_out = True
             continue
         results.append(result)
-        with limit.kept():
+        with limit.uninterrupted():
             print(f"\n{heading(result)}\n{table(result)}")
             if options.json:  # after each set of shapes, so that an interrupted run keeps its results
                 options.json.write_text(json.dumps(as_json(results), indent=1))
-        if result.interrupted or limit.came:
-            return said_so()
+        if result.interrupted or limit.interrupted:
+            return report_interruption()
     refused = [m for result in results for m in result.measurements if m.outcome not in ("timed", "missing")]
     return int(left_out or bool(refused))
 
@@ -128,12 +128,12 @@ def _rotations(options: argparse.Namespace, device: str, limit: Limit) -> int:
     for shapes in options.shapes or [DEFAULT_SHAPES[device]]:
         result = measure_rotations(shapes, device=device, rounds=options.rounds, precisions=precisions, tell=_tell)
         measured.append(asdict(result))
-        with limit.kept():
+        with limit.uninterrupted():
             print(f"\n{rotation_table(result)}")
             if options.json:
                 options.json.write_text(json.dumps({**environment(device), "rotations": measured}, indent=1))
-        if result.interrupted or limit.came:
-            return said_so()
+        if result.interrupted or limit.interrupted:
+            return report_interruption()
     return 0
 
 
@@ -146,11 +146,11 @@ def _first_step(command: argparse.ArgumentParser, options: argparse.Namespace, l
     _print_machine("cpu")
     clock = "process_time" if options.cpu_time else "perf_counter"
     first_steps = measure_first_steps(rounds=options.rounds, threads=options.threads, clock=clock, tell=_tell)
-    with limit.kept():
+    with limit.uninterrupted():
         print(f"\n{first_step_table(first_steps)}")
         if options.json:
             options.json.write_text(json.dumps({**environment("cpu"), **first_steps_as_json(first_steps)}, indent=1))
-    return said_so() if first_steps.interrupted or limit.came else 0
+    return report_interruption() if first_steps.interrupted or limit.interrupted else 0
 
 
 def _chosen(command: argparse.ArgumentParser, contenders: list[Contender], texts: list[str]) -> list[Contender]:

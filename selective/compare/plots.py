@@ -23,7 +23,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 def write_plots(config: CompareConfig, summary: Summary, records: Sequence[Record], folder: Path) -> list[Path]:
     """Write `loss.png` and, if the share that a policy selected varies, `share.png`. Returns the files written."""
     best = [
-        (row.contender, _of(records, row.contender.index, row.lr, summary.seeds)) for row in summary.rows if row.best
+        (row.contender, _runs_of(records, row.contender.index, row.lr, summary.seeds))
+        for row in summary.rows
+        if row.best
     ]
     if not best:
         return []
@@ -44,7 +46,7 @@ def varies(records: Sequence[Record]) -> bool:
     return max(every) - min(every) > 0.02
 
 
-def _of(records: Sequence[Record], contender: int, lr: float, seeds: Sequence[int]) -> list[Record]:
+def _runs_of(records: Sequence[Record], contender: int, lr: float, seeds: Sequence[int]) -> list[Record]:
     """A contender's runs at one rate, in the order of the seeds."""
     return [r for seed in seeds for r in records if (r["contender"], r["lr"], r["seed"]) == (contender, lr, seed)]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from selective.testing.harness import (
-    Kept,
+    CopiedParts,
     base_of,
     build,
     build_over,
@@ -195,7 +195,7 @@ def _layout(found: Any, expected: Any) -> str | None:
     """The difference in type, shape or dtype, in words; None if there is none."""
     if type(found) is not type(expected):
         return f"is a {type(found).__name__}, alone a {type(expected).__name__}"
-    if isinstance(expected, Kept):
+    if isinstance(expected, CopiedParts):
         return None if found.kind is expected.kind else f"is a {found.kind.__name__}, alone a {expected.kind.__name__}"
     if isinstance(expected, Tensor) and (found.shape != expected.shape or found.dtype != expected.dtype):
         return f"is {found.dtype} {tuple(found.shape)}, alone {expected.dtype} {tuple(expected.shape)}"

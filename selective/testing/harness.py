@@ -120,7 +120,7 @@ def through_a_file(state: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CopiedParts:
     """A copy of a tensor subclass (8-bit states) as the tensors inside of it, because few subclasses have `clone`."""
 
     kind: type
@@ -133,7 +133,7 @@ def keep(value: Any) -> Any:
         return value
     if hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()  # type: ignore[operator]
-        return Kept(type(value), {name: getattr(value, name).clone() for name in names})
+        return CopiedParts(type(value), {name: getattr(value, name).clone() for name in names})
     return value.detach().clone()
 
 
@@ -155,9 +155,9 @@ def _differs(found: Any, expected: Any) -> str | None:
 def difference(found: Any, expected: Any) -> str | None:
     """The difference between two values, which may be tensor subclasses, in words; None if there is none."""
     found, expected = keep(found), keep(expected)
-    if not isinstance(expected, Kept):
+    if not isinstance(expected, CopiedParts):
         return _differs(found, expected)
-    if not isinstance(found, Kept) or found.kind is not expected.kind:
+    if not isinstance(found, CopiedParts) or found.kind is not expected.kind:
         return f"is a {type(found).__name__}, was a {expected.kind.__name__}"
     for name, value in expected.parts.items():
         text = _differs(found.parts[name], value)

@@ -18,7 +18,7 @@ from selective.testing.report import in_short, place
 from selective.testing.subject import Subject, itself
 
 EXAMPLE = 'module:name, or with keyword arguments "module:name(key=value)", such as mypackage:MyWrapper'
-_ASKED = ("step", "zero_grad", "state_dict", "load_state_dict", "param_groups")
+_REQUIRED = ("step", "zero_grad", "state_dict", "load_state_dict", "param_groups")
 
 
 class SpecError(Exception):
@@ -105,7 +105,7 @@ class Inside:
         return getattr(wrapper, self.attribute)
 
 
-def _way_in(wrapper: Any, base: Optimizer) -> Any:
+def _base_getter(wrapper: Any, base: Optimizer) -> Any:
     """A function from a wrapper to its base; None if no attribute of the wrapper holds it."""
     if wrapper is base:
         return itself
@@ -117,13 +117,13 @@ def subject_of(wrapper: Spec, base: Spec, **claims: Any) -> Subject:
     """Build the subject of a wrapper and a base, and take a plain step with it. Raises SpecError if that fails."""
     wrapper.load()
     model = ConformanceModel(claims.get("model", "mixed"))
-    inner = _tried(base, list(model.parameters()), f"{base.name}(parameters)")
+    inner = _called(base, list(model.parameters()), f"{base.name}(parameters)")
     if not isinstance(inner, Optimizer):
         raise base.error(
             f"{base.name}(parameters) returned an object of type {type(inner).__name__}, not a torch.optim.Optimizer"
         )
-    outer = _tried(wrapper, inner, f"{wrapper.name}(base), with {type(inner).__name__} as the base,")
-    missing = [name for name in _ASKED if not hasattr(outer, name)]
+    outer = _called(wrapper, inner, f"{wrapper.name}(base), with {type(inner).__name__} as the base,")
+    missing = [name for name in _REQUIRED if not hasattr(outer, name)]
     if missing:
         what = f"{wrapper.name}(base) returned an object of type {type(outer).__name__}, which is no optimizer"
         raise wrapper.error(f"{what}: it has no {', '.join(missing)}")
@@ -133,10 +133,10 @@ def subject_of(wrapper: Spec, base: Spec, **claims: Any) -> Subject:
         what = f"its first plain step over {type(inner).__name__} raised {in_short(error)}{place(error)}"
         raise wrapper.error(f"{what}, so that there is nothing to check") from error
     name = f"{wrapper.label} over {base.label}"
-    return Subject(name=name, base=base, wrap=wrapper, get_base=_way_in(outer, inner), **claims)
+    return Subject(name=name, base=base, wrap=wrapper, get_base=_base_getter(outer, inner), **claims)
 
 
-def _tried(spec: Spec, argument: Any, call: str) -> Any:
+def _called(spec: Spec, argument: Any, call: str) -> Any:
     try:
         return spec(argument)
     except SpecError:
