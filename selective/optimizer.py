@@ -21,7 +21,7 @@ from selective.policies import Dense, Policy, policy_from
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 from selective.rotation.basis import MaskSpace
 from selective.sharding.dtensor import shard_of
-from selective.statistics import Report
+from selective.statistics import StepStatistics
 from selective.step.gradients import OnNonfinite, any_nonzero_gradient, check_gradients, nonfinite_gradient
 from selective.step.run import Running, Scope
 from selective.step_count import check_recordable, is_recording
@@ -198,7 +198,7 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         if not recording:
             self._settle()
             self._fit_states()
-        report = Report() if self._statistics else None
+        report = StepStatistics() if self._statistics else None
         clocked = self._clocked()
         self._steps = self._clocks.start(clocked, self._seed, self._steps, recording)
         self._run(self._jobs(present, report, recording))  # 3 to 8
@@ -208,7 +208,7 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         return loss
 
     def statistics(self) -> dict[str, dict[str, Tensor]]:
-        """What the last step selected, for each parameter by name; see `selective.statistics.Report.read`.
+        """What the last step selected, for each parameter by name; see `selective.statistics.StepStatistics.read`.
 
         0-d float32 tensors on the parameter's device; reading them on the host is what synchronises. Of groups whose
         policy is `Dense()` there is only what a preconditioner reports, of rotated parameters; before the first step

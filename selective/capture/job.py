@@ -17,7 +17,7 @@ from selective.kernels import Exchange, spec
 from selective.parameter import Parameter
 from selective.policies import Policy
 from selective.policies.kernel_terms import has_own_code
-from selective.statistics import Report
+from selective.statistics import StepStatistics
 
 
 @dataclass
@@ -30,7 +30,7 @@ class StepContext:
     own_residue: Callable[[Parameter, Policy], Tensor]  # what rounding took, for bases that keep it themselves
     own_momentum: Callable[[Parameter, Policy], Tensor] | None  # with `momentum_beta`: the wrapper's own first moment
     momentum_beta: float | None
-    report: Report | None  # where statistics go; None: not wanted
+    report: StepStatistics | None  # where statistics go; None: not wanted
     own_table: object  # what `own_state` reads; another object as soon as a parameter's entries are replaced
     clock: Callable[[torch.device], Tensor | None]  # of a device, for `Draw.clock`
     recording: bool  # into a CUDA graph

@@ -22,7 +22,7 @@ from selective.plan.rotated import Stage
 from selective.rotation.basis import MaskSpace, PreconditionerError
 from selective.rotation.rotation import Rotation
 from selective.state.live import Live
-from selective.statistics import Report
+from selective.statistics import StepStatistics
 
 Scope = Literal["global", "local"]
 
@@ -33,7 +33,7 @@ class Running(Checkpointing):
     _mask_space: MaskSpace
     _stochastic_rounding: bool
     _scope: Scope = "global"
-    _report: Live[Report | None] = Live()
+    _report: Live[StepStatistics | None] = Live()
 
     def _fit_states(self) -> None:
         """The base's state in the precision in which the base will step: Note [whose precision]."""
@@ -51,7 +51,7 @@ class Running(Checkpointing):
                 members.kept.drop()
                 members.kept_rotated.drop()
 
-    def _jobs(self, present: list[list[Parameter]], report: Report | None, recording: bool) -> list[Job]:
+    def _jobs(self, present: list[list[Parameter]], report: StepStatistics | None, recording: bool) -> list[Job]:
         context = StepContext(
             base=self.base, draw=spec.Draw(self._seed, self._steps, self._stochastic_rounding),
             own_state=self._own_state, own_residue=self._own_residue,
