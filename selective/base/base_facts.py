@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from selective.base.clone import COUNTERS, clone_with_stand_ins
 from selective.base.decay import decay_factor
-from selective.base.facts import Anatomy
+from selective.base.facts import BaseFacts
 from selective.base.measure import measure as _measure
 from selective.base.measure_moments import Moments, measure_moments
 from selective.base.state_entries import dequantized, state_entries
@@ -19,8 +19,8 @@ from selective.base.step_base import call_step
 from selective.parameter import initialized
 
 __all__ = [
-    "Anatomy",
-    "anatomy",
+    "BaseFacts",
+    "base_facts",
     "call_step",
     "clone_with_stand_ins",
     "decay_factor",
@@ -30,11 +30,11 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-_cache: dict[tuple, Anatomy] = {}
+_cache: dict[tuple, BaseFacts] = {}
 _moments_cache: dict[tuple, Moments] = {}
 
 
-def anatomy(base: Optimizer, group: Mapping[str, Any], *, measure: bool = False) -> Anatomy:
+def base_facts(base: Optimizer, group: Mapping[str, Any], *, measure: bool = False) -> BaseFacts:
     """What `base` does with the parameters of `group`: from the table of known classes, else measured.
 
     `measure=True` skips the table. A measurement steps a twin of the base some 100 times on 4,096 elements for each
@@ -71,13 +71,13 @@ def _remembered(
     return cache[key]
 
 
-def read_momentum(base: Optimizer, param: Tensor, facts: Anatomy) -> Tensor | None:
+def read_momentum(base: Optimizer, param: Tensor, facts: BaseFacts) -> Tensor | None:
     """The base's first moment of `param` as a float32 tensor (float64 stays), shaped like it; None before its first
     step and where the base has none. Plain float32 moments are returned as they are, not copied."""
     return momentum_entry(base, param, facts)[0]
 
 
-def momentum_entry(base: Optimizer, param: Tensor, facts: Anatomy) -> tuple[Tensor | None, bool]:
+def momentum_entry(base: Optimizer, param: Tensor, facts: BaseFacts) -> tuple[Tensor | None, bool]:
     """What `read_momentum` returns, and whether it is the base's own memory."""
     if facts.momentum_key is None:
         return None, False

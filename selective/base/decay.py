@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.base.clone import COUNTERS, clone_with_stand_ins, reseed, unnoticed
-from selective.base.facts import Anatomy
+from selective.base.facts import BaseFacts
 from selective.base.state_entries import dequantized
 from selective.base.step_base import call_step
 
@@ -84,7 +84,7 @@ RULES: dict[str, Rule] = {
 """Formulas that packages use, by the name that `explain()` prints; asked before the base steps."""
 
 
-def decay_factor(base: Optimizer, group: Mapping[str, Any], facts: Anatomy, param: Tensor | None = None) -> Scalar:
+def decay_factor(base: Optimizer, group: Mapping[str, Any], facts: BaseFacts, param: Tensor | None = None) -> Scalar:
     """The factor that decoupled decay puts on `param` in the step that comes next; 1.0 where decay is not decoupled.
 
     Ask before the base steps, with `param` as it is then. A tensor `lr` gives a tensor, so that nothing waits for

@@ -8,7 +8,7 @@ from typing import Literal
 Decay = Literal["none", "coupled", "decoupled", "inside"]
 
 
-# Formulas of `anatomy_decay.RULES` whose factor is each parameter's own.
+# Formulas of `decay.RULES` whose factor is each parameter's own.
 PER_PARAMETER = frozenset(
     (
         "1 - lr*weight_decay, from the second step on",
@@ -19,7 +19,7 @@ PER_PARAMETER = frozenset(
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class BaseFacts:
     """What one parameter group of a base does with parameters, decay, gradients and state.
 
     Facts hold for the kind of group (class, options, number of dimensions, dtype, device), whatever `lr` and
@@ -35,7 +35,7 @@ class Anatomy:
     decay_sign: float = 1.0
     """Coupled: the base acts as if `decay_sign · weight_decay · p` were added to the raw `p.grad` (−1: `maximize`)."""
     decay_rule: str | None = None
-    """Decoupled: the formula of the factor, a key of `anatomy_decay.RULES`, or "measured" when none of them fits."""
+    """Decoupled: the formula of the factor, a key of `decay.RULES`, or "measured" when none of them fits."""
     momentum_key: str | None = None
     """The state entry that is a first moment of the raw gradient (not rotated, not normalised). Nested: "a.b"."""
     momentum_reader: Literal["plain", "dequantize"] | None = None

@@ -14,10 +14,10 @@ import torch
 from torch.optim import Optimizer
 
 from selective.base.decay import DECAY, FROM_SECOND_STEP, LR_DECAY, RELATIVE_LR, STABLE_ADAMW, TRANSFORMERS_ADAFACTOR
-from selective.base.facts import Anatomy
+from selective.base.facts import BaseFacts
 from selective.base.refusals import refused_seen, refused_unseen, unsteppable
 
-Describe = Callable[[Optimizer, Mapping[str, Any]], Anatomy]
+Describe = Callable[[Optimizer, Mapping[str, Any]], BaseFacts]
 
 # Options that no entry has to name: they don't change the facts, or are anybody's notes on a group.
 _HARMLESS = frozenset(
@@ -42,7 +42,7 @@ def _is_on(value: Any) -> bool:
     return value is not None and value is not False
 
 
-def lookup(base: Optimizer, group: Mapping[str, Any]) -> Anatomy | None:
+def lookup(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts | None:
     """The table's facts for this group of `base`, or None: then it has to be measured."""
     known = KNOWN.get(qualified_name(type(base)))
     if known is None or not known.covers(group) or refused_unseen(base, group) is not None:
@@ -72,71 +72,71 @@ def _moment(key: str | None, reader: str = "plain") -> dict[str, Any]:
 
 
 def _torch(key: str | None = None, *, depends: bool = False, decoupled: bool = False) -> Describe:
-    def describe(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
+    def describe(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
         off = group.get("decoupled_weight_decay", decoupled)
         decay = _decoupled() if off else _coupled(base, group)
-        return Anatomy(depends_on_param=depends, **decay, **_moment(key))
+        return BaseFacts(depends_on_param=depends, **decay, **_moment(key))
 
     return describe
 
 
-def _torch_sgd(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
+def _torch_sgd(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
     moving = group["momentum"] != 0
-    return Anatomy(**_coupled(base, group), **_moment("momentum_buffer" if moving else None), stateless=not moving)
+    return BaseFacts(**_coupled(base, group), **_moment("momentum_buffer" if moving else None), stateless=not moving)
 
 
-def _torch_rmsprop(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
+def _torch_rmsprop(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
     # `momentum_buffer` averages the preconditioned gradient; the mean of `centered` is one of the gradient itself
-    return Anatomy(**_coupled(base, group), **_moment("grad_avg" if group["centered"] else None))
+    return BaseFacts(**_coupled(base, group), **_moment("grad_avg" if group["centered"] else None))
 
 
-def _no_decay(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
-    return Anatomy()
+def _no_decay(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
+    return BaseFacts()
 
 
 def _refused(*embeds: str) -> Describe:
-    def describe(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
-        return Anatomy(depends_on_param=True, embeds_param=embeds, refusal=refused_seen(base, group, embeds))
+    def describe(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
+        return BaseFacts(depends_on_param=True, embeds_param=embeds, refusal=refused_seen(base, group, embeds))
 
     return describe
 
 
-def _sparse_only(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
-    return Anatomy(refusal=unsteppable(base, RuntimeError("SparseAdam does not support dense gradients")))
+def _sparse_only(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
+    return BaseFacts(refusal=unsteppable(base, RuntimeError("SparseAdam does not support dense gradients")))
 
 
 # --- pytorch_optimizer ----------------------------------------------------------------------------------------------
 
 
 def _po(key: str | None = "exp_avg", *, depends: bool = False) -> Describe:
-    def describe(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
+    def describe(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
         decay = _decoupled(DECAY if group.get("fixed_decay") else LR_DECAY)
         if not group["weight_decouple"]:
             decay = _coupled(base, group)
         # both are done on `p.grad` itself
         writes = decay["decay"] == "coupled" or bool(getattr(base, "maximize", False))
-        return Anatomy(depends_on_param=depends, **decay, **_moment(key), writes_grad=writes)
+        return BaseFacts(depends_on_param=depends, **decay, **_moment(key), writes_grad=writes)
 
     return describe
 
 
-def _po_lamb(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
+def _po_lamb(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
     facts = replace(_po(depends=True)(base, group), writes_grad=bool(getattr(base, "maximize", False)))
     if group["weight_decouple"]:
         return facts
     return replace(facts, decay="inside", decay_sign=1.0)  # added to the update before its norm is taken
 
 
-def _po_stable_adamw(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
+def _po_stable_adamw(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
     facts = _po()(base, group)
     if facts.decay == "decoupled":
         facts = replace(facts, decay_rule=STABLE_ADAMW)
     return _with_kahan(facts, group, default=False)
 
 
-def _po_soap(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
+def _po_soap(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
     # this one keeps its moment unrotated; its first step only sets up the basis
-    return Anatomy(
+    return BaseFacts(
         **_decoupled(FROM_SECOND_STEP), **_moment("exp_avg"), writes_grad=bool(getattr(base, "maximize", False))
     )
 
@@ -144,7 +144,7 @@ def _po_soap(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
 # --- torch-optimi ---------------------------------------------------------------------------------------------------
 
 
-def _with_kahan(facts: Anatomy, group: Mapping[str, Any], default: bool = True) -> Anatomy:
+def _with_kahan(facts: BaseFacts, group: Mapping[str, Any], default: bool = True) -> BaseFacts:
     low = any(p.dtype in (torch.float16, torch.bfloat16) for p in group["params"])
     kahan = group.get("kahan_sum")
     if not low or not (default if kahan is None else kahan):
@@ -153,14 +153,14 @@ def _with_kahan(facts: Anatomy, group: Mapping[str, Any], default: bool = True) 
 
 
 def _optimi(decoupled: bool | None = None, rule: str | None = None) -> Describe:
-    def describe(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
+    def describe(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
         off = group.get("decouple_wd", False) if decoupled is None else decoupled
         if off or group["decouple_lr"]:
             decay = _decoupled(rule or (RELATIVE_LR if group["decouple_lr"] else LR_DECAY))
         else:
             decay = _coupled(base, group)
         moving = group.get("momentum", 1) != 0
-        facts = Anatomy(**decay, **_moment("exp_avg" if moving else None), stateless=not moving)
+        facts = BaseFacts(**decay, **_moment("exp_avg" if moving else None), stateless=not moving)
         return _with_kahan(replace(facts, writes_grad=decay["decay"] == "coupled"), group)
 
     return describe
@@ -169,14 +169,14 @@ def _optimi(decoupled: bool | None = None, rule: str | None = None) -> Describe:
 # --- others ---------------------------------------------------------------------------------------------------------
 
 
-def _transformers_adafactor(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
+def _transformers_adafactor(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
     scaled = bool(group["scale_parameter"])
     rule = TRANSFORMERS_ADAFACTOR if scaled or group["relative_step"] else LR_DECAY
-    return Anatomy(depends_on_param=scaled, **_decoupled(rule))  # its exp_avg averages the normalised update
+    return BaseFacts(depends_on_param=scaled, **_decoupled(rule))  # its exp_avg averages the normalised update
 
 
-def _torchao_adamw(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
-    return Anatomy(**_decoupled(), **_moment("exp_avg", "dequantize"))
+def _torchao_adamw(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
+    return BaseFacts(**_decoupled(), **_moment("exp_avg", "dequantize"))
 
 
 def _known(describe: Describe, options: str = "") -> Known:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.base.clone import CannotClone, StepFailed, unnoticed
-from selective.base.facts import Anatomy
+from selective.base.facts import BaseFacts
 from selective.base.measure_decay import with_decay
 from selective.base.measure_moments import momentum_key
 from selective.base.probe import DECAY, LARGE, ROUNDING, SIZABLE, SMALL, Grads, Prober, Run, cosine, largest, values
@@ -21,11 +21,11 @@ from selective.base.refusals import motionless, refused_seen, refused_unseen, un
 State = Mapping[str, Tensor]
 
 
-def measure(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
+def measure(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
     """Step a twin of `base` on stand-ins for `group` and read the facts off; nothing of the base's is touched."""
     refusal = refused_unseen(base, group)
     if refusal is not None:
-        return Anatomy(refusal=refusal)
+        return BaseFacts(refusal=refusal)
     with unnoticed():
         prober = Prober(base, group)
         try:
@@ -34,12 +34,12 @@ def measure(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
             except StepFailed:  # does it take float32 instead?
                 return _facts(prober, torch.float32)
         except CannotClone as reason:
-            return Anatomy(refusal=untriable(base, str(reason)))
+            return BaseFacts(refusal=untriable(base, str(reason)))
         except StepFailed as error:
-            return Anatomy(refusal=unsteppable(base, error.__cause__ or error))
+            return BaseFacts(refusal=unsteppable(base, error.__cause__ or error))
 
 
-def _facts(prober: Prober, dtype: torch.dtype) -> Anatomy:
+def _facts(prober: Prober, dtype: torch.dtype) -> BaseFacts:
     prober.prepare(dtype, SMALL)
     prober.find_who_makes_state()
     # A full preconditioner of a vector (Shampoo) has the square of its size, and its factorisation the cube.
@@ -47,14 +47,14 @@ def _facts(prober: Prober, dtype: torch.dtype) -> Anatomy:
         prober.prepare(dtype, LARGE)
     at_zero, small, large = (prober.run(s) for s in (prober.zeros, prober.small, prober.large))
     if all(torch.equal(run.params[0][i], end) for run in (small, large) for i, end in enumerate(run.params[-1])):
-        return Anatomy(refusal=motionless(prober.base))
+        return BaseFacts(refusal=motionless(prober.base))
     depends = _depends(prober, at_zero, small) or _depends(prober, small, large)
     embeds = tuple(sorted(_embeds(small, large) | (set() if depends else _parting(prober, small, large))))
     refusal = refused_seen(prober.base, prober.group, embeds)
     if refusal is not None:  # the rest would describe a step that is not to be wrapped
-        return Anatomy(depends_on_param=True, embeds_param=embeds, refusal=refusal)
+        return BaseFacts(depends_on_param=True, embeds_param=embeds, refusal=refusal)
     key = momentum_key(small, prober.maximize)
-    facts = Anatomy(
+    facts = BaseFacts(
         depends_on_param=depends,
         momentum_key=key,
         momentum_reader=None if key is None else "dequantize" if key in small.dequantized else "plain",

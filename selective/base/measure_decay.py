@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.base.decay import RULES, measured_factor
-from selective.base.facts import Anatomy
+from selective.base.facts import BaseFacts
 from selective.base.probe import DECAY, LR, ROUNDING, Grads, Prober, Run, largest
 
 
-def with_decay(prober: Prober, facts: Anatomy, without: Run) -> Anatomy:
+def with_decay(prober: Prober, facts: BaseFacts, without: Run) -> BaseFacts:
     """`facts` with what decay does, by comparison with `without`, the run from the large values without any."""
     if not isinstance(prober.group.get("weight_decay"), (int, float, Tensor)):
         return facts

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.base.base_facts import Anatomy, anatomy
+from selective.base.base_facts import BaseFacts, base_facts
 from selective.base.fused_rules import FusedRule, fused_rule
 from selective.base.step_base import replaced_step
 from selective.capture.delta import LOW_PRECISION, DeltaJob
@@ -34,7 +34,7 @@ class Capture:
 
     way: Literal["dense", "fused", "scratch", "delta"]
     reason: str
-    facts: Anatomy
+    facts: BaseFacts
     rule: FusedRule | None = None
 
     def job(
@@ -86,7 +86,7 @@ def choose_capture(
     Raises where the base can't be wrapped, or not in the wanted way, with the reason.
     """
     name = type(base).__name__
-    facts = anatomy(base, group)
+    facts = base_facts(base, group)
     if facts.refusal is not None:
         raise ValueError(f"SelectiveUpdate: {name} can't be wrapped: {facts.refusal}")
     if group.get("differentiable"):
@@ -120,7 +120,7 @@ def _fused(base: Optimizer, group: dict[str, Any], own_momentum: bool) -> tuple[
     return rule, ""
 
 
-def _why_delta(group: dict[str, Any], facts: Anatomy) -> str | None:
+def _why_delta(group: dict[str, Any], facts: BaseFacts) -> str | None:
     if facts.depends_on_param:
         return "its update looks at the parameter's value"
     if facts.decay == "inside":

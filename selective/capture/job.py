@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.base.base_facts import Anatomy
+from selective.base.base_facts import BaseFacts
 from selective.foreach import copies
 from selective.kernels import Exchange, spec
 from selective.parameter import Parameter
@@ -54,7 +54,7 @@ class Job:
     group: dict[str, Any]
     parameters: list[Parameter]
     policy: Policy
-    facts: Anatomy
+    facts: BaseFacts
     saved: list[Tensor] = field(default_factory=list)
 
     steps_base = True  # whether the base's own step has to run for this group

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.base.base_facts import measured_moments
-from selective.base.facts import Anatomy
+from selective.base.facts import BaseFacts
 from selective.base.fused_rules import fused_rule
 from selective.base.measure_moments import Moments
 from selective.base.state_entries import dequantized, state_entries
@@ -18,7 +18,7 @@ from selective.preconditioner import Preconditioner, Shape
 from selective.sharding.dtensor import local_of
 
 
-def moments_of(base: Optimizer, group: Mapping[str, Any], facts: Anatomy) -> Moments:
+def moments_of(base: Optimizer, group: Mapping[str, Any], facts: BaseFacts) -> Moments:
     """The kinds of the base's state entries. Of a base whose rule we know they are the rule's, else they are measured.
 
     Of one that can't be measured the momentum is known; other entries are taken for second moments.
