@@ -13,8 +13,15 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from selective.base.decay import DECAY, FROM_SECOND_STEP, LR_DECAY, RELATIVE_LR, STABLE_ADAMW, TRANSFORMERS_ADAFACTOR
-from selective.base.facts import BaseFacts
+from selective.base.facts import (
+    DECAY,
+    FROM_SECOND_STEP,
+    LR_DECAY,
+    RELATIVE_LR,
+    STABLE_ADAMW,
+    TRANSFORMERS_ADAFACTOR,
+    BaseFacts,
+)
 from selective.base.refusals import refused_seen, refused_unseen, unsteppable
 
 Describe = Callable[[Optimizer, Mapping[str, Any]], BaseFacts]

@@ -1,4 +1,4 @@
-"""From runs of the twin to facts. Every number below separates two populations; the comment says which."""
+"""From runs of the clone to facts. Every number below separates two populations; the comment says which."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ State = Mapping[str, Tensor]
 
 
 def measure(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
-    """Step a twin of `base` on stand-ins for `group` and read the facts off; nothing of the base's is touched."""
+    """Step a clone of `base` on stand-ins for `group` and read the facts off; nothing of the base's is touched."""
     refusal = refused_unseen(base, group)
     if refusal is not None:
         return BaseFacts(refusal=refusal)
@@ -74,7 +74,7 @@ def _facts(prober: Prober, dtype: torch.dtype) -> BaseFacts:
 def _keeps_memory(prober: Prober, usual: Run) -> bool:
     """Whether the run `usual` comes out otherwise where the parameters move to other memory before each step."""
 
-    def exchange(twin: Optimizer, params: list[Tensor]) -> None:
+    def exchange(clone: Optimizer, params: list[Tensor]) -> None:
         for p in params:
             p.data = p.data.clone()
 

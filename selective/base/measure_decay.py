@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.base.decay import RULES, measured_factor
+from selective.base.decay import FORMULAS, measured_factor
 from selective.base.facts import BaseFacts
 from selective.base.probe import DECAY, LR, ROUNDING, Grads, Prober, Run, largest
 
@@ -77,18 +77,18 @@ class Factors:
         """
         if not self.uniform:
             return None
-        found = next((name for name in RULES if _foretells(name, self.rows)), None)
+        found = next((name for name in FORMULAS if _foretells(name, self.rows)), None)
         if found is not None:
             return found
         rows = self._observed(LR, DECAY / 2, self._by_measurement, others=True)
         if self.depends:  # decay by another name (MARS has one for vectors) moves parameters too, and is not measured
-            idle = self._observed(LR, 0.0, lambda twin, p: {}, others=True)
+            idle = self._observed(LR, 0.0, lambda clone, p: {}, others=True)
             rows = [(f - (g - 1), e, said) for (f, e, said), (g, _, _) in zip(rows, idle, strict=True)]
         return "measured" if self.uniform and _foretells("measured", rows) else None
 
-    def _by_measurement(self, twin: Optimizer, param: Tensor) -> Said:
+    def _by_measurement(self, clone: Optimizer, param: Tensor) -> Said:
         try:
-            return {"measured": measured_factor(twin, twin.param_groups[0], param, self.depends)}
+            return {"measured": measured_factor(clone, clone.param_groups[0], param, self.depends)}
         except Exception:  # a foreign step, on a state of a foreign kind; it can't be measured in training either
             return {}
 
@@ -99,8 +99,8 @@ class Factors:
         starts = [*prober.large, *prober.small] if others else prober.large
         usual = len(prober.large)
 
-        def before(twin: Optimizer, params: list[Tensor]) -> None:
-            said.append([ask(twin, p) for p in params])
+        def before(clone: Optimizer, params: list[Tensor]) -> None:
+            said.append([ask(clone, p) for p in params])
 
         grads: Grads = lambda t, i, p: prober.grads(t, i % usual, p) * 8.0 ** (i // usual)  # noqa: E731
         if self.depends:
@@ -127,11 +127,11 @@ def _foretells(name: str, rows: list[Row]) -> bool:
     return all(name in said and abs(f - said[name]) <= 1e-4 * abs(1 - f) + e for f, e, said in rows)
 
 
-def _by_formula(twin: Optimizer, param: Tensor) -> Said:
+def _by_formula(clone: Optimizer, param: Tensor) -> Said:
     said = {}
-    for name, rule in RULES.items():
+    for name, rule in FORMULAS.items():
         try:
-            said[name] = float(rule(twin, twin.param_groups[0], param))
+            said[name] = float(rule(clone, clone.param_groups[0], param))
         except (KeyError, TypeError, AttributeError, ZeroDivisionError):
             continue  # the group has not what this formula asks for (lr is None, no max_lr)
     return said

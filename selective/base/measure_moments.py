@@ -51,7 +51,7 @@ update is a vector of the rotated space as a gradient is, so that its squares fo
 
 
 def measure_moments(base: Optimizer, group: Mapping[str, Any]) -> Moments:
-    """The kinds of `base`'s entries, by four runs of a twin; no names where it can't be stepped."""
+    """The kinds of `base`'s entries, by four runs of a clone; no names where it can't be stepped."""
     with unnoticed():
         prober = Prober(base, group)
         for dtype in (torch.float64, torch.float32):

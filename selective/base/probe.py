@@ -1,4 +1,4 @@
-"""Runs of a twin from chosen values on chosen gradients, recorded in float64."""
+"""Runs of a clone from chosen values on chosen gradients, recorded in float64."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ def run(
     before: Callable[[Optimizer, list[Tensor]], None] | None = None,
     construct: bool = False,
 ) -> Run:
-    """Step a twin `steps` times and record everything. Inside `unnoticed()`.
+    """Step a clone `steps` times and record everything. Inside `unnoticed()`.
 
     Raises `StepFailed` where the step of the base does.
     """
     params: list[Tensor] = [torch.nn.Parameter(s.to(device, dtype, copy=True)) for s in starts]
-    twin = clone_with_stand_ins(base, [params], overrides, groups=[group])
+    clone = clone_with_stand_ins(base, [params], overrides, groups=[group])
     if construct:
-        twin.state.update(constructed_state(twin))
+        clone.state.update(constructed_state(clone))
     record = Run(params=[[_flat(p) for p in params]])
     reseed(0)
     for t in range(steps):
@@ -89,9 +89,9 @@ def run(
         given = [(p.grad, p.grad.clone()) for p in params if p.grad is not None]
         record.grads.append([_flat(g) for _, g in given])
         if before is not None:
-            before(twin, params)
+            before(clone, params)
         try:
-            call_step(twin)
+            call_step(clone)
         except Exception as error:  # a foreign step may raise anything
             raise StepFailed from error
         for p, (same, content) in zip(params, given, strict=True):
@@ -99,16 +99,16 @@ def run(
             written = not torch.equal(same, content) or (p.grad is not None and p.grad is not same)
             record.writes_grad |= written
         record.params.append([_flat(p) for p in params])
-        record.states.append([_snapshot(twin.state.get(p, {}), p, record) for p in params])
+        record.states.append([_snapshot(clone.state.get(p, {}), p, record) for p in params])
     return record
 
 
-def constructed_state(twin: Optimizer) -> Mapping[Any, Any]:
+def constructed_state(clone: Optimizer) -> Mapping[Any, Any]:
     """The state that the class fills in its constructor (torch's Adagrad, in some versions only there)."""
-    group = twin.param_groups[0]
-    accepted = inspect.signature(type(twin).__init__).parameters
+    group = clone.param_groups[0]
+    accepted = inspect.signature(type(clone).__init__).parameters
     try:
-        return type(twin)([group], **{k: v for k, v in group.items() if k in accepted and k != "params"}).state
+        return type(clone)([group], **{k: v for k, v in group.items() if k in accepted and k != "params"}).state
     except Exception as error:  # a foreign constructor may raise anything
         raise StepFailed from error
 
@@ -153,7 +153,7 @@ ROUNDING = 256.0
 
 
 class Prober:
-    """Steps twins of `base` on stand-ins for the parameters of `group`. Used inside `unnoticed()`."""
+    """Steps clones of `base` on stand-ins for the parameters of `group`. Used inside `unnoticed()`."""
 
     def __init__(self, base: Optimizer, group: Mapping[str, Any]) -> None:
         params = initialized(group["params"])
@@ -185,7 +185,7 @@ class Prober:
         return record
 
     def find_who_makes_state(self) -> None:
-        """Step a twin once; where an entry is missing, have the constructor make the state from now on."""
+        """Step a clone once; where an entry is missing, have the constructor make the state from now on."""
         try:
             self.run(self.small, steps=1)
         except StepFailed as error:

@@ -33,12 +33,12 @@ def refused_unseen(base: Optimizer, group: Mapping[str, Any]) -> str | None:
 
 
 def untriable(base: Optimizer, reason: str) -> str:
-    """A twin cannot be made."""
+    """A clone cannot be made."""
     return f"{type(base).__name__} cannot be tried out: {reason}; use a base that keeps its state in `state`."
 
 
 def unsteppable(base: Optimizer, error: BaseException) -> str:
-    """The twin's step raised `error`."""
+    """The clone's step raised `error`."""
     name, text = type(base).__name__, f"{type(error).__name__}: {error}".splitlines()[0]
     if "closure" in text.lower() or "backward" in text.lower():
         return _several_evaluations(name, f"without a closure: {text}")
@@ -56,7 +56,7 @@ def unsteppable(base: Optimizer, error: BaseException) -> str:
 
 
 def motionless(base: Optimizer) -> str:
-    """The twin stepped, on gradients that are not zero, and its parameters stood still."""
+    """The clone stepped, on gradients that are not zero, and its parameters stood still."""
     name = type(base).__name__
     return (
         f"{name} did not move the tensors that stand in for its parameters, so what its update does is not known: it "

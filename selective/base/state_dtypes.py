@@ -5,7 +5,7 @@ the base then keeps of them is float32, Adafactor's factors as well as what is s
 steps the parameter itself, under `Dense()` and in scratch capture, it expects what it would have made of that one:
 torch's multi-tensor operations refuse a bfloat16 gradient beside a float32 moment. So when a group's capture changes,
 or its state came from elsewhere (a checkpoint, a base that was wrapped before), every entry is brought to the dtype
-that the base itself gives it. That is seen on a twin and not guessed, because some bases keep float32 moments of any
+that the base itself gives it. That is seen on a clone and not guessed, because some bases keep float32 moments of any
 parameter. It is what torch does when the plain base loads such a checkpoint, and it happens before the next step and
 not when somebody looks, so that reading a state changes nothing.
 
@@ -40,7 +40,7 @@ def fit_states(
         return False
     changed = False
     with unnoticed():
-        for p, dtype in unfit.items():  # one after the other: a twin has all that the base keeps of it, once more
+        for p, dtype in unfit.items():  # one after the other: a clone has all that the base keeps of it, once more
             wanted = first_state(base, group, p, dtype)
             if wanted is None:
                 continue

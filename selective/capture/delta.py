@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective import foreach as lists
+from selective import foreach
 from selective.base.hyperparameters import LOW_PRECISION
 from selective.capture.generic import Captured, GenericJob, by_value
 from selective.capture.stand_ins import StandIns
@@ -45,11 +45,11 @@ class DeltaJob(GenericJob):
     def _stand_in(self, low: list[int]) -> None:
         """Float32 copies of these parameters, which the base steps instead, with their gradients and their state."""
         raw = self.raw_grads()
-        values = lists.copies([self.saved[i] for i in low], torch.float32)
+        values = foreach.copies([self.saved[i] for i in low], torch.float32)
         if self.facts.residue:  # otherwise the value before the step is the saved one
-            lists.add_(values, self._residues(low))
-            self.started = dict(zip(low, lists.copies(values), strict=True))
-        grads = lists.in_dtype([raw[i] for i in low], torch.float32)
+            foreach.add_(values, self._residues(low))
+            self.started = dict(zip(low, foreach.copies(values), strict=True))
+        grads = foreach.in_dtype([raw[i] for i in low], torch.float32)
         for index, value, grad in zip(low, values, grads, strict=True):
             self.stand_ins.put(self.parameters[index].tensor, value, grad)
         self.stand_ins.enter()
@@ -67,11 +67,11 @@ class DeltaJob(GenericJob):
     def captured(self, indices: Sequence[int]) -> list[Captured]:
         before = self._before(indices)
         after = [self._after(i) for i in indices]
-        updates = lists.differences(before, after)
+        updates = foreach.differences(before, after)
         if self.facts.decay == "decoupled":  # what decay has taken is no part of the update
             for factor, where in by_value([self.factors[i] for i in indices]):
                 if isinstance(factor, Tensor) or factor != 1.0:
-                    lists.add_([updates[i] for i in where], [before[i] for i in where], factor - 1.0)
+                    foreach.add_([updates[i] for i in where], [before[i] for i in where], factor - 1.0)
         tensors = [self.parameters[i].tensor for i in indices]
         keeps = [self._keeps_residue(i) for i in indices]  # the exact result is read once more, for the residue
         targets = [a if keep else p for a, keep, p in zip(after, keeps, tensors, strict=True)]
@@ -81,7 +81,7 @@ class DeltaJob(GenericJob):
         """The values from which the base's step began, in the precision in which it was taken."""
         found = [self.started.get(i, self.saved[i]) for i in indices]
         low = [place for place, value in enumerate(found) if value.dtype in LOW_PRECISION]
-        for place, value in zip(low, lists.copies([found[p] for p in low], torch.float32), strict=True):
+        for place, value in zip(low, foreach.copies([found[p] for p in low], torch.float32), strict=True):
             found[place] = value
         return found
 
@@ -97,9 +97,9 @@ class DeltaJob(GenericJob):
     def _round_and_keep(self, indices: list[int]) -> None:
         """Round the float32 results into the parameters, and keep what that took."""
         exact, tensors = [self._after(i) for i in indices], [self.parameters[i].tensor for i in indices]
-        lists.copy_(tensors, exact)
-        lists.add_(exact, tensors, -1.0)
-        lists.copy_(self._residues(indices), exact)
+        foreach.copy_(tensors, exact)
+        foreach.add_(exact, tensors, -1.0)
+        foreach.copy_(self._residues(indices), exact)
 
     def _keeps_residue(self, index: int) -> bool:
         return self.parameters[index].tensor in self.left and bool(self.facts.residue)

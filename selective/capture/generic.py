@@ -2,7 +2,7 @@
 
 The kernels get a group's parameters together, in one call for each factor of decay, so that the number of device
 operations does not grow with the number of tensors. Where that would keep short-lived copies of all of them (delta's
-update, a momentum in float32), a call takes a part: `lists.PART` elements.
+update, a momentum in float32), a call takes a part: `foreach.PART` elements.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selective import foreach as lists
+from selective import foreach
 from selective.base.hyperparameters import LOW_PRECISION, lookahead
 from selective.capture.items import KeptItems
 from selective.capture.own_code import masked_step
@@ -64,7 +64,7 @@ class GenericJob(RememberingJob):
             return
         for factor, indices in by_value(self.rule_factors()):
             if self._makes_copies():
-                yield from ((factor, indices[part]) for part in lists.parts([self.saved[i] for i in indices]))
+                yield from ((factor, indices[part]) for part in foreach.parts([self.saved[i] for i in indices]))
             else:
                 yield factor, indices
 

@@ -19,7 +19,7 @@ from selective.capture.job import StepContext
 from selective.kernels import Backend, backend_in_use, spec
 from selective.parameter import Parameter
 from selective.policies import Policy
-from selective.policies.kernel_terms import Described, Specs, specs_of, why_twin
+from selective.policies.kernel_terms import Described, Specs, specs_of, why_not_in_kernel
 from selective.sharding.dtensor import is_dtensor, local_like, local_of, shard_of, wrapped_like
 
 
@@ -143,7 +143,7 @@ class KeptItems:
         backend, asked = backend_in_use(), self._asked
         if asked is None or asked[0] is not parameters or asked[1] != backend:
             assert described.specs is not None
-            runs = why_twin(described.specs[0], (parameter.tensor for parameter in parameters)) is None
+            runs = why_not_in_kernel(described.specs[0], (parameter.tensor for parameter in parameters)) is None
             asked = self._asked = (parameters, backend, runs)
         return described.specs if asked[2] else None
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective import foreach as lists
+from selective import foreach
 from selective.base.base_facts import decay_factor, momentum_entry
 from selective.base.hyperparameters import plain_number, sign_of, sign_of_rate
 from selective.capture.job import Job
@@ -55,7 +55,7 @@ class RememberingJob(Job):
 
     def keep_parameters(self) -> list[Tensor]:
         """The parameters' values, which are put back when something raises."""
-        return lists.copies(self.tensors())
+        return foreach.copies(self.tensors())
 
     def _factors(self) -> list[spec.Scalar]:
         base, group, facts = self.context.base, self.group, self.facts
@@ -72,13 +72,13 @@ class RememberingJob(Job):
     def _gradients(self) -> list[Tensor]:
         raw = self.raw_grads()
         if self.is_coupled:
-            made = lists.sums(raw, self.saved, self.coupled, wide=True)
+            made = foreach.sums(raw, self.saved, self.coupled, wide=True)
             if self.sign < 0:
-                lists.neg_(made)
+                foreach.neg_(made)
             return made
         if self.sign < 0:
-            return lists.negated(raw)
-        return lists.copies(raw) if self.facts.writes_grad else raw
+            return foreach.negated(raw)
+        return foreach.copies(raw) if self.facts.writes_grad else raw
 
     def _own_momenta(self, indices: Sequence[int]) -> list[Tensor]:
         assert self.context.own_momentum is not None
@@ -92,9 +92,9 @@ class RememberingJob(Job):
     def _momenta_kept(self) -> list[Tensor]:
         """Copies of the first moments as they are now."""
         if self.context.own_momentum is not None:
-            return lists.copies(self._own_momenta(range(len(self.parameters))))
+            return foreach.copies(self._own_momenta(range(len(self.parameters))))
         found = [self._stored_momentum(p) for p in self.tensors()]
-        kept = iter(lists.copies([value for value, is_stored in found if is_stored]))
+        kept = iter(foreach.copies([value for value, is_stored in found if is_stored]))
         return [next(kept) if is_stored else value for value, is_stored in found]
 
     def momenta_now(self, indices: Sequence[int]) -> Sequence[Tensor | None]:
@@ -103,7 +103,7 @@ class RememberingJob(Job):
             assert self.context.momentum_beta is not None
             momenta = self._own_momenta(indices)
             grads = [grad for grad in (self.grads[i] for i in indices) if grad is not None]
-            lists.lerp_(momenta, grads, 1.0 - self.context.momentum_beta)
+            foreach.lerp_(momenta, grads, 1.0 - self.context.momentum_beta)
             return momenta
         if not self.wants_momentum:
             return [None] * len(indices)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective import foreach as lists
+from selective import foreach
 from selective.base.fused_rules import fused_rule
 from selective.capture.generic import Captured, GenericJob, by_value
 from selective.kernels import selective_step, spec
@@ -50,7 +50,7 @@ class RotatedJob(GenericJob):
     def prepare(self) -> None:
         """Steps 3 and 4."""
         if self.own_code:
-            self.saved = lists.copies(self.tensors())
+            self.saved = foreach.copies(self.tensors())
         self.gradients = self._effective_gradients()
         for carried in self.rotation.renew(self._matrices):
             self._carry(carried)
@@ -63,10 +63,10 @@ class RotatedJob(GenericJob):
     def _effective_gradients(self) -> list[Tensor]:
         raw = self.raw_grads()
         if not self.is_coupled:
-            return lists.negated(raw) if self.sign < 0 else raw
-        made = lists.sums(raw, [local_of(p) for p in self.tensors()], self.coupled, wide=True)
+            return foreach.negated(raw) if self.sign < 0 else raw
+        made = foreach.sums(raw, [local_of(p) for p in self.tensors()], self.coupled, wide=True)
         if self.sign < 0:
-            lists.neg_(made)
+            foreach.neg_(made)
         return made
 
     def base_dtype(self, index: int) -> torch.dtype:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective import foreach as lists
+from selective import foreach
 from selective.base.hyperparameters import LOW_PRECISION
 from selective.base.lent_gradients import LentGradients
 from selective.capture.rotated import RotatedJob
@@ -114,7 +114,7 @@ class RotatedDeltaJob(SwappedJob):
             if self.is_coupled or self.sign < 0:  # as they are: the base does what it does to them
                 grads = self.rotation.gradients_in(indices, [self.raw[i] for i in indices])
             else:
-                grads = lists.copies([self.rotated[i] for i in indices])
+                grads = foreach.copies([self.rotated[i] for i in indices])
             for i, value, grad in zip(indices, values, grads, strict=True):
                 p, self.before[i] = self.parameters[i].tensor, value.clone()
                 if p.dtype in LOW_PRECISION:
@@ -141,7 +141,7 @@ class RotatedDeltaJob(SwappedJob):
 
     def updates(self, indices: list[int], left: list[Tensor]) -> tuple[list[Tensor], bool]:
         before = [self.before.pop(i) for i in indices]
-        made = lists.differences(before, left)
+        made = foreach.differences(before, left)
         if self.facts.decay == "decoupled":  # what decay has taken is no part of the update
             for u, value, i in zip(made, before, indices, strict=True):
                 u.add_(value * (self.factors[i] - 1.0))

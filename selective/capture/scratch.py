@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from selective import foreach as lists
+from selective import foreach
 from selective.base.lent_gradients import LentGradients
 from selective.capture.generic import Captured, GenericJob
 
@@ -39,9 +39,9 @@ class ScratchJob(GenericJob):
         """The values, where they lie: Note [whose memory]."""
         tensors = self.tensors()
         can = not (self.facts.keeps_memory or self.own_code)
-        own = {i: p.data for i, p in enumerate(tensors) if can and lists.is_plain_and_dense(p)}
+        own = {i: p.data for i, p in enumerate(tensors) if can and foreach.is_plain_and_dense(p)}
         self.copied = [i for i in range(len(tensors)) if i not in own]
-        kept = {**own, **dict(zip(self.copied, lists.copies([tensors[i] for i in self.copied]), strict=True))}
+        kept = {**own, **dict(zip(self.copied, foreach.copies([tensors[i] for i in self.copied]), strict=True))}
         self.exchanged = own
         return [kept[i] for i in range(len(tensors))]
 
@@ -51,8 +51,8 @@ class ScratchJob(GenericJob):
         if self.is_coupled:  # decay vanishes on zeros: give the base the gradient that it would have made
             for p, stand_in in zip(tensors, self._decayed_gradients(), strict=True):
                 self.lent.lend(p, stand_in)
-        lists.zero_([p for i, p in enumerate(tensors) if i not in self.exchanged])
-        for index, zeros in zip(self.exchanged, lists.zeros_like(list(self.exchanged.values())), strict=True):
+        foreach.zero_([p for i, p in enumerate(tensors) if i not in self.exchanged])
+        for index, zeros in zip(self.exchanged, foreach.zeros_like(list(self.exchanged.values())), strict=True):
             tensors[index].data = zeros
 
     def _decayed_gradients(self) -> list[Tensor]:
@@ -62,7 +62,7 @@ class ScratchJob(GenericJob):
         if self.sign > 0 and not self.facts.writes_grad:
             found = {i: g for i, g in enumerate(self.grads) if g is not None and g.dtype == raw[i].dtype}
         others = [i for i in range(len(raw)) if i not in found]
-        made = lists.sums([raw[i] for i in others], [self.saved[i] for i in others], self.coupled)
+        made = foreach.sums([raw[i] for i in others], [self.saved[i] for i in others], self.coupled)
         found.update(zip(others, made, strict=True))
         return [found[i] for i in range(len(raw))]
 

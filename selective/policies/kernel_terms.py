@@ -42,7 +42,7 @@ def _has_a_place(selection: spec.Selection) -> bool:
     return selection.kind == "function" or selection.control is not None
 
 
-def why_twin(selection: spec.Selection, tensors: Iterable[Tensor]) -> str | None:
+def why_not_in_kernel(selection: spec.Selection, tensors: Iterable[Tensor]) -> str | None:
     """Why a selection that the kernels know runs as torch code of its own on these parameters; None where they run it.
 
     All of a group go one way: its own code is called before anything is written.
@@ -61,7 +61,7 @@ def why_twin(selection: spec.Selection, tensors: Iterable[Tensor]) -> str | None
 def specs_on(policy: Policy, tensors: Iterable[Tensor]) -> Specs | None:
     """The policy in the kernels' terms, where they can step these parameters by it; None: its own code has to."""
     specs = specs_of(policy)
-    return None if specs is None or why_twin(specs[0], tensors) is not None else specs
+    return None if specs is None or why_not_in_kernel(specs[0], tensors) is not None else specs
 
 
 def has_own_code(policy: Policy, tensors: Iterable[Tensor]) -> bool:

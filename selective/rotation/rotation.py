@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from selective import foreach as lists
+from selective import foreach
 from selective.preconditioner import Carry, Preconditioner, State, as_matrix
 from selective.preconditioner.linalg import batches
 from selective.rotation.basis import Basis, Carried, MaskSpace, Matrices, PreconditionerError
@@ -126,11 +126,11 @@ class Rotation:
     def _look_at(self, indices: list[int], grads: list[Tensor]) -> None:
         """Which gradients are finite; the others are counted."""
         grads = [grad if grad.numel() else grad.new_zeros(1) for grad in grads]  # a shard may be empty
-        largest = lists.many_of._foreach_norm(grads, float("inf"))
+        largest = foreach.many_of._foreach_norm(grads, float("inf"))
         finite = torch.stack(list(largest)).isfinite()
         self._finite.update(zip(indices, finite.unbind(), strict=True))
         missing = list((~finite).to(torch.int64).unbind())
-        lists.many_of._foreach_add_([self.bases[i].skipped for i in indices], missing)
+        foreach.many_of._foreach_add_([self.bases[i].skipped for i in indices], missing)
 
     def _clean(self, indices: list[int], grads: list[Tensor]) -> list[Tensor]:
         """The gradients, zeros for those that are not finite."""
@@ -165,7 +165,7 @@ class Rotation:
     def _copy_of(self, state: State) -> State:
         """Of what a refresh may write."""
         names = [name for name in state if self.preconditioner.refresh_writes(name)]
-        return dict(zip(names, lists.copies([state[name] for name in names]), strict=True))
+        return dict(zip(names, foreach.copies([state[name] for name in names]), strict=True))
 
     def _finite_on_host(self, due: list[int], states: list[State]) -> dict[int, bool]:
         """Where a state has counters on the host: which gradients are finite, for one wait. Otherwise nothing."""
@@ -208,11 +208,11 @@ class Rotation:
 
     def count_steps(self) -> None:
         if self.bases:
-            lists.many_of._foreach_add_([basis.steps for basis in self.bases], 1)
+            foreach.many_of._foreach_add_([basis.steps for basis in self.bases], 1)
 
     def project_in(self, indices: list[int], xs: Sequence[Tensor]) -> list[Tensor]:
         """Each x, shaped like its parameter, in the rotated space: float32 of the same shape. Alike ones only."""
-        return lists.in_dtype(self._project("project_in", indices, xs), torch.float32)
+        return foreach.in_dtype(self._project("project_in", indices, xs), torch.float32)
 
     def gradients_in(self, indices: list[int], grads: Sequence[Tensor], *, narrow: bool = False) -> list[Tensor]:
         """Gradients in the rotated space, without what is only rounding. `narrow`: in the dtype that they come in."""
@@ -221,7 +221,7 @@ class Rotation:
         if fresh:
             for k, made in zip(fresh, self._denoised(indices, fresh, rotated), strict=True):
                 rotated[k] = made
-        return rotated if narrow else lists.in_dtype(rotated, torch.float32)
+        return rotated if narrow else foreach.in_dtype(rotated, torch.float32)
 
     def _denoised(self, indices: list[int], fresh: list[int], rotated: Sequence[Tensor]) -> list[Tensor]:
         shape = self.bases[indices[0]].shape
@@ -234,7 +234,7 @@ class Rotation:
     def project_out(self, indices: list[int], xs: Sequence[Tensor], *, narrow: bool = False) -> list[Tensor]:
         """Each x back in the parameter's own space; `narrow` as in `gradients_in`, for x too."""
         moved = self._project("project_out", indices, xs, narrow=narrow)
-        return moved if narrow else lists.in_dtype(moved, torch.float32)
+        return moved if narrow else foreach.in_dtype(moved, torch.float32)
 
     def _project(self, what: str, indices: list[int], xs: Sequence[Tensor], *, narrow: bool = False) -> list[Tensor]:
         shape = self.bases[indices[0]].shape

@@ -413,7 +413,7 @@ def test_momentum_is_read_in_float32_and_in_the_parameters_shape() -> None:
 
 
 def test_every_formula_of_a_parameters_own_is_a_rule():
-    from selective.base.decay import RULES
+    from selective.base.decay import FORMULAS
     from selective.base.facts import PER_PARAMETER
 
-    assert set(RULES) > PER_PARAMETER
+    assert set(FORMULAS) > PER_PARAMETER
