@@ -25,7 +25,7 @@ def moments_of(base: Optimizer, group: Mapping[str, Any], facts: BaseFacts) -> M
     """
     rule = fused_rule(base)
     if rule is not None:
-        return rule.kinds
+        return rule.moment_kinds
     measured = measured_moments(base, group)
     if facts.momentum_key is None or facts.momentum_key in measured.first:
         return measured
