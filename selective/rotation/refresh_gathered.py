@@ -19,7 +19,7 @@ from torch import Tensor
 from selective.kernels import spec
 from selective.preconditioner import Carry, Preconditioner, Shape, State
 from selective.rotation.contract import check_refreshed, check_states
-from selective.rotation.refresh_sharded import Sharded, cut_into_lots, nothing_of
+from selective.rotation.refresh_sharded import Sharded, cut_into_buckets, unread_gradient
 from selective.sharding.collectives import bits_of, owners, sums, write_bits
 
 Change = Callable[[Tensor], Tensor]
@@ -66,9 +66,9 @@ def refresh_gathered(
     `gradients`: the wholes, asked for where the preconditioner reads them.
     """
     reads = preconditioner.refreshes_from_gradients()
-    for group, indices in cut_into_lots(due, lambda basis: basis.whole[1] * basis.whole[2] if reads else 0):
+    for group, indices in cut_into_buckets(due, lambda basis: basis.whole[1] * basis.whole[2] if reads else 0):
         bases = [due[i] for i in indices]
-        grads = gradients(indices) if reads else [nothing_of(basis, basis.whole) for basis in bases]
+        grads = gradients(indices) if reads else [unread_gradient(basis, basis.whole) for basis in bases]
         solvers = owners([max(b.whole[1:]) for b in bases], torch.distributed.get_world_size(group))
         here = [k for k, owner in enumerate(solvers) if owner == torch.distributed.get_rank(group)]
         made = _Made(preconditioner, bases, grads, here)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selective.kernels import spec
 from selective.preconditioner import Carry, Preconditioner, Refreshed, Shape, State
-from selective.sharding.collectives import SENT, _counted, _summed, bits_of, owners, sums, write_bits
+from selective.sharding.collectives import SENT, all_reduced, bits_of, counts_in_sums, owners, sums, write_bits
 
 
 class Sharded(Protocol):
@@ -46,15 +46,15 @@ def refresh_shards(
     `finite`: whether the parts of the gradients that are here are, where they were looked at. `matrices`: the parts.
     """
     found: dict[int, Carry | None] = {}
-    for group, indices in cut_into_lots(due):
-        grads = {i: nothing_of(due[i], due[i].shape) for i in indices}
+    for group, indices in cut_into_buckets(due):
+        grads = {i: unread_gradient(due[i], due[i].shape) for i in indices}
         if preconditioner.refreshes_from_gradients():
             grads = dict(zip(indices, matrices(indices), strict=True))
         states = [due[i].state for i in indices]
         parts = preconditioner.refresh_parts(states, [grads[i] for i in indices])
-        counted = [_counted(due[i].shard) for i in indices]
+        counted = [counts_in_sums(due[i].shard) for i in indices]
         missing = [_missing(finite[i], due[i].device) for i in indices]
-        sums = _summed([torch.cat([p.reshape(-1), m]) for p, m in zip(parts, missing, strict=True)], counted, group)
+        sums = all_reduced([torch.cat([p.reshape(-1), m]) for p, m in zip(parts, missing, strict=True)], counted, group)
         spoilt = torch.stack([one[-1] for one in sums]).tolist()  # waits for the device, as a refresh does
         good = [k for k, flag in enumerate(spoilt) if not flag]
         wholes = [sums[k][:-1].view(parts[k].shape) for k in good]
@@ -64,7 +64,7 @@ def refresh_shards(
     return found
 
 
-def cut_into_lots(
+def cut_into_buckets(
     due: Mapping[int, Sharded], more: Callable[[Sharded], int] = lambda basis: 0
 ) -> Iterator[tuple[Any, list[int]]]:
     """Those of one group of processes and device, as many as are sent at once: cut by what all ranks know.
@@ -93,7 +93,7 @@ def _group(basis: Sharded) -> Any:
     return basis.shard.group
 
 
-def nothing_of(basis: Sharded, shape: Shape) -> Tensor:
+def unread_gradient(basis: Sharded, shape: Shape) -> Tensor:
     """A gradient that nobody reads."""
     return torch.zeros((), dtype=torch.float32, device=basis.device).expand(shape)
 

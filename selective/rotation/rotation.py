@@ -53,7 +53,7 @@ class Rotation:
     def stands_still(self, index: int) -> bool:
         return self._ask("stands_still", self.steps[index])
 
-    def alike(self, indices: Sequence[int], limit: int | None = None) -> Iterator[list[int]]:
+    def buckets(self, indices: Sequence[int], limit: int | None = None) -> Iterator[list[int]]:
         """Those of equal shape and device together, at most `limit` elements at a time (`ROTATED`, if not said).
 
         Of shards the wholes are looked at, and how they are cut: the same on all ranks, which ask each other together.
@@ -75,7 +75,7 @@ class Rotation:
         """Refresh the bases that are due; what has to be carried along, batch by batch."""
         everything = list(range(len(self.bases)))
         observes, reads = self._ask("observes"), self._ask("refreshes_from_gradients")
-        for indices in self.alike(everything):
+        for indices in self.buckets(everything):
             due = [i for i in indices if self.is_due(i)]
             looked = indices if observes else due
             if looked:
@@ -85,7 +85,7 @@ class Rotation:
                 yield from self._refresh(due, self._clean(due, [grads[i] for i in due]))
         if not reads:
             whole = [i for i in everything if self.bases[i].shard is None]
-            for due in self.alike([i for i in whole if self.is_due(i)], BASES):
+            for due in self.buckets([i for i in whole if self.is_due(i)], BASES):
                 basis = self.bases[due[0]]
                 nothing = torch.zeros((), dtype=torch.float32, device=basis.device).expand(basis.shape)
                 yield from self._refresh(due, [nothing] * len(due))
@@ -184,7 +184,7 @@ class Rotation:
         if type(self.preconditioner).observe is Preconditioner.observe:
             return
         reads = self._ask("observes")
-        for indices in self.alike(list(range(len(self.bases)))):
+        for indices in self.buckets(list(range(len(self.bases)))):
             states, grads = self._states(indices), matrices(indices)
             if self.bases[indices[0]].gathers and reads:
                 grads = [x.masked_fill(~x.isfinite().all(), 0.0) for x in self._gathered(indices, grads)]
@@ -197,7 +197,7 @@ class Rotation:
     def report(self) -> list[dict[str, Tensor]]:
         """What there is to know of each basis now: what the preconditioner says, and how many gradients it missed."""
         found: list[dict[str, Tensor]] = [{}] * len(self.bases)
-        for indices in self.alike(list(range(len(self.bases)))):
+        for indices in self.buckets(list(range(len(self.bases)))):
             with self._named("report"):
                 said = self.preconditioner.report(self._states(indices))
                 check_report(said, len(indices))
@@ -255,7 +255,7 @@ class Rotation:
         """The wholes of these, float32, by one all-reduce for each of those that are cut alike."""
         found: dict[int, Tensor] = {}
         place = {index: k for k, index in enumerate(indices)}
-        for same in self.alike(indices):
+        for same in self.buckets(indices):
             shard, whole = self.bases[same[0]].shard, self.bases[same[0]].whole
             assert shard is not None
             found.update(zip(same, wholes([parts[place[i]] for i in same], shard, whole), strict=True))

@@ -12,7 +12,7 @@ from selective.kernels import spec
 from selective.sharding.dtensor import shard_of
 
 
-def seen_by_all(flags: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[bool]:
+def seen_by_any_rank(flags: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[bool]:
     """What any rank has seen of each tensor, and one flag more: what was seen of tensors that are on others only.
 
     `flags`: 0-d bool, of this rank's part of each of `tensors`. One all-reduce for each mesh, of smaller ones first,
