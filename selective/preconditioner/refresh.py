@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selective.preconditioner.base import Carry, State
-from selective.preconditioner.fallbacks import Basis, Job, solve_all, stand_in
+from selective.preconditioner.fallbacks import NewBasis, Problem, solve_all, stand_in
 from selective.preconditioner.gram import Side, gram
 from selective.preconditioner.linalg import (
     REFRESHED,
@@ -81,9 +81,9 @@ def _refresh(
     options: Options, solver: SolverName, sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor]
 ) -> list[Carry | None]:
     old: dict[Side, Tensor] = {side: stack([state[f"{side}_basis"] for state in states]) for side in sides}
-    jobs, inputs = _jobs(options, solver, sides, old, states, grads)
-    solved, everything = solve_all(jobs)
-    bases: dict[Side, Basis] = dict(zip(sides, [basis for job in solved for basis in job], strict=True))
+    problems, inputs = _problems(options, solver, sides, old, states, grads)
+    solved, everything = solve_all(problems)
+    bases: dict[Side, NewBasis] = dict(zip(sides, [basis for problem in solved for basis in problem], strict=True))
     batch = len(grads[0])
     _count(states, batch, list(bases.values()), inputs)
     if "noise" in states[0]:
@@ -98,30 +98,30 @@ def _refresh(
     return carries
 
 
-def _jobs(
+def _problems(
     options: Options,
     solver: SolverName,
     sides: Sequence[Side],
     old: dict[Side, Tensor],
     states: Sequence[State],
     grads: Sequence[Tensor],
-) -> tuple[list[Job], list[Input]]:
-    """One job a side; both sides in one where the SVD of the gradient gives both."""
+) -> tuple[list[Problem], list[Input]]:
+    """One problem a side; both sides in one where the SVD of the gradient gives both."""
     if options.statistic == "gradient":
         grad = _scaled(stack(grads))
         if solver == "svd":
             vectors = partial(singular_vectors, rows="rows" in sides, columns="columns" in sides)
             last = partial(_by_grams, sides=sides)
-            job = Job(grad.matrix, [old[s] for s in sides], grad.usable, lambda g, _: vectors(g), last)
-            return [job], [grad]
+            problem = Problem(grad.matrix, [old[s] for s in sides], grad.usable, lambda g, _: vectors(g), last)
+            return [problem], [grad]
         inputs = [_normalised(gram(grad.matrix, side), grad) for side in sides]
     else:
         inputs = [_normalised(stack([state[f"{side}_gram"] for state in states])) for side in sides]
     sort = options.carry != "keep"
     solve = partial(_one_side, SOLVERS[solver], sort)
     last = partial(_one_side, eigh, sort)
-    jobs = [Job(i.matrix, [old[s]], i.usable, solve, last) for i, s in zip(inputs, sides, strict=True)]
-    return jobs, inputs
+    problems = [Problem(i.matrix, [old[s]], i.usable, solve, last) for i, s in zip(inputs, sides, strict=True)]
+    return problems, inputs
 
 
 def _one_side(solver: Solver, sort: bool, matrix: Tensor, old: list[Tensor]) -> list[Solved]:
@@ -152,7 +152,7 @@ def _normalised(grams: Tensor, grad: Input | None = None) -> Input:
     return Input(matrix, scale, good, usable)
 
 
-def _count(states: Sequence[State], batch: int, bases: Sequence[Basis], inputs: Sequence[Input]) -> None:
+def _count(states: Sequence[State], batch: int, bases: Sequence[NewBasis], inputs: Sequence[Input]) -> None:
     """A matrix counts once, whichever of its sides it was."""
     counts = {
         "skipped": torch.stack([~i.finite for i in inputs]).any(0),
@@ -164,14 +164,19 @@ def _count(states: Sequence[State], batch: int, bases: Sequence[Basis], inputs: 
         add_to([state[name] for state in states], which.view(-1, batch).sum(1))
 
 
-def _set_noise(states: Sequence[State], batch: int, matrix: Input, basis: Basis, floor: float) -> None:
+def _set_noise(states: Sequence[State], batch: int, matrix: Input, basis: NewBasis, floor: float) -> None:
     largest = matrix.scale * basis.values.amax(-1).clamp(min=0).sqrt()  # σ₁ of the gradient
     noise = torch.where(basis.changed, floor * torch.finfo(torch.float32).eps * largest, 0.0)
     copy_to([state["noise"] for state in states], noise.split(batch))
 
 
 def _carries(
-    options: Options, bases: dict[Side, Basis], old: dict[Side, Tensor], news: list[bool], batch: int, everything: bool
+    options: Options,
+    bases: dict[Side, NewBasis],
+    old: dict[Side, Tensor],
+    news: list[bool],
+    batch: int,
+    everything: bool,
 ) -> list[Carry | None]:
     if options.carry == "keep":
         return [Carry() if new else None for new in news]
