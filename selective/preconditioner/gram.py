@@ -47,15 +47,15 @@ def observe(sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tens
     batch, rows, columns = grads[0].shape
     if not sides or not batch:
         return
-    for some in batches(len(grads), batch * max(rows, columns) ** 2, REFRESHED):
-        grad, group = stack(grads[some]), states[some]
+    for part in batches(len(grads), batch * max(rows, columns) ** 2, REFRESHED):
+        grad, group = stack(grads[part]), states[part]
         old = {side: stack([state[f"{side}_gram"] for state in group]) for side in sides}
         new = {side: _averaged(old[side], grad, side, beta) for side in sides}
-        good = torch.stack([_diagonal_is_finite(average) for average in new.values()]).all(0)
+        is_finite = torch.stack([_diagonal_is_finite(average) for average in new.values()]).all(0)
         for side in sides:
-            chosen = torch.where(per_matrix(good), new[side], old[side])
+            chosen = torch.where(per_matrix(is_finite), new[side], old[side])
             copy_to([state[f"{side}_gram"] for state in group], chosen.split(batch))
-        add_to([state["skipped"] for state in group], (~good).view(-1, batch).sum(1))
+        add_to([state["skipped"] for state in group], (~is_finite).view(-1, batch).sum(1))
 
 
 @float32_products()
