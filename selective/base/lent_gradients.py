@@ -19,8 +19,8 @@ class Lent(NamedTuple):
     """A parameter, its own gradient, the lent one, and the dtype that the parameter prescribes for its gradients."""
 
     param: Tensor
-    own: Tensor | None
-    given: Tensor | None
+    own_grad: Tensor | None
+    lent_grad: Tensor | None
     allowed: torch.dtype | None
 
 
@@ -42,12 +42,12 @@ class LentGradients:
 
     def give_back(self) -> None:
         """Give each parameter its own gradient back; if the base has cleared the lent one, the gradient is None."""
-        for param, own, given, allowed in reversed(self._lent):
-            cleared = given is not None and param.grad is None
+        for param, own_grad, lent_grad, allowed in reversed(self._lent):
+            cleared = lent_grad is not None and param.grad is None
             param.grad = None
             if gradient_dtype(param) != allowed and has_own_grad_dtype(param):
                 param.grad_dtype = allowed
-            set_gradient(param, None if cleared else own)
+            set_gradient(param, None if cleared else own_grad)
         self._lent = []
 
 

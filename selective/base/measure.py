@@ -18,7 +18,19 @@ from selective.base.clone import CannotClone, StepFailed, unnoticed
 from selective.base.facts import BaseFacts
 from selective.base.measure_decay import with_decay
 from selective.base.measure_moments import momentum_key
-from selective.base.probe import DECAY, LARGE, ROUNDING, SIZABLE, SMALL, Grads, Prober, Run, cosine, largest, values
+from selective.base.probe import (
+    DECAY,
+    LARGE,
+    ROUNDING,
+    SIZABLE,
+    SMALL,
+    Grads,
+    Prober,
+    Recording,
+    cosine,
+    largest,
+    values,
+)
 from selective.base.refusals import motionless, refused_seen, refused_unseen, unsteppable, untriable
 
 
@@ -69,11 +81,11 @@ def _facts(prober: Prober, dtype: torch.dtype) -> BaseFacts:
         writes_grad=prober.writes_grad,
         clears_grad=prober.clears_grad,
         keeps_memory=_keeps_memory(prober, small),
-        stateless=not small.kept and not residue,
+        stateless=not small.entry_names and not residue,
     )
 
 
-def _keeps_memory(prober: Prober, usual: Run) -> bool:
+def _keeps_memory(prober: Prober, usual: Recording) -> bool:
     """Return True if the run `usual` ends otherwise when the parameters move to new memory before each step."""
 
     def move_to_new_memory(clone: Optimizer, params: list[Tensor]) -> None:
@@ -88,35 +100,35 @@ def _keeps_memory(prober: Prober, usual: Run) -> bool:
     )
 
 
-def _updates(record: Run) -> list[list[Tensor]]:
+def _updates(record: Recording) -> list[list[Tensor]]:
     """Return parameter before minus parameter after, by step and stand-in."""
     return [[a - b for a, b in zip(*pair, strict=True)] for pair in pairwise(record.params)]
 
 
-def _depends(prober: Prober, one: Run, other: Run) -> bool:
+def _depends(prober: Prober, first: Recording, second: Recording) -> bool:
     """Return True if two runs from different starts with the same gradients have different updates, beyond rounding."""
-    eps = max(prober.eps(one), prober.eps(other))
-    for t, (us, vs) in enumerate(zip(_updates(one), _updates(other), strict=True)):
+    eps = max(prober.eps(first), prober.eps(second))
+    for t, (us, vs) in enumerate(zip(_updates(first), _updates(second), strict=True)):
         for i, (u, v) in enumerate(zip(us, vs, strict=True)):
-            size = max(largest(x) for x in (u, v, one.params[t][i], other.params[t][i]))
+            size = max(largest(x) for x in (u, v, first.params[t][i], second.params[t][i]))
             if not largest(u - v) <= ROUNDING * eps * size:  # NaN counts as different
                 return True
     return False
 
 
-def _embeds(one: Run, other: Run) -> set[str]:
+def _embeds(first: Recording, second: Recording) -> set[str]:
     """Return the entries whose difference between two runs has the direction of the parameters' difference.
 
     The cosine is near 1 for entries that follow the iterates. For others it is 1/64 by chance, and 1/8 with the small
     stand-ins.
     """
     names: set[str] = set()
-    for ours, theirs, p, q in _side_by_side(one, other):
-        names |= {k for k in ours if k in theirs and abs(cosine(ours[k] - theirs[k], p - q)) > 0.7}
+    for state, other_state, p, q in _side_by_side(first, second):
+        names |= {k for k in state if k in other_state and abs(cosine(state[k] - other_state[k], p - q)) > 0.7}
     return names
 
 
-def _follows_by_size(prober: Prober, one: Run, other: Run) -> set[str]:
+def _follows_by_size(prober: Prober, first: Recording, second: Recording) -> set[str]:
     """Return the entries that differ between two starts, beyond rounding, though the updates are the same.
 
     Such an entry follows the iterates, but in another direction than they have. FTRL's z has each coordinate of the
@@ -124,21 +136,23 @@ def _follows_by_size(prober: Prober, one: Run, other: Run) -> set[str]:
     as parameter and entry move together, which a mask or a start from zeros would prevent. FTRL is the only class found
     that has such an entry.
     """
-    eps, names = max(prober.eps(one), prober.eps(other)), set()
-    for ours, theirs, p, q in _side_by_side(one, other):
+    eps, names = max(prober.eps(first), prober.eps(second)), set()
+    for state, other_state, p, q in _side_by_side(first, second):
         param_size = max(largest(p), largest(q))  # rounding is relative to this: a residue consists of rounding alone
-        for k in ours.keys() & theirs.keys():
-            size = max(largest(ours[k]), largest(theirs[k]), param_size)
-            if largest(ours[k] - theirs[k]) > ROUNDING * eps * size:
+        for k in state.keys() & other_state.keys():
+            size = max(largest(state[k]), largest(other_state[k]), param_size)
+            if largest(state[k] - other_state[k]) > ROUNDING * eps * size:
                 names.add(k)
     return names
 
 
-def _side_by_side(one: Run, other: Run) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor], Tensor, Tensor]]:
+def _side_by_side(
+    first: Recording, second: Recording
+) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor], Tensor, Tensor]]:
     """Iterate over all steps and stand-ins: both runs' states after the step, and both runs' parameters."""
-    for t, states in enumerate(one.states):
+    for t, states in enumerate(first.states):
         for i, state in enumerate(states):
-            yield state, other.states[t][i], one.params[t + 1][i], other.params[t + 1][i]
+            yield state, second.states[t][i], first.params[t + 1][i], second.params[t + 1][i]
 
 
 def _residue(prober: Prober, dtype: torch.dtype) -> set[str]:

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from selective.base.decay import FORMULAS, measured_factor
 from selective.base.facts import BaseFacts
-from selective.base.probe import DECAY, LR, ROUNDING, Grads, Prober, Run, largest
+from selective.base.probe import DECAY, LR, ROUNDING, Grads, Prober, Recording, largest
 
 
-def with_decay(prober: Prober, facts: BaseFacts, without: Run) -> BaseFacts:
+def with_decay(prober: Prober, facts: BaseFacts, without: Recording) -> BaseFacts:
     """Return `facts` with those about decay, which are found by comparison with `without`: the run from the large
     values without decay."""
     if not isinstance(prober.group.get("weight_decay"), (int, float, Tensor)):
@@ -35,9 +35,9 @@ def with_decay(prober: Prober, facts: BaseFacts, without: Run) -> BaseFacts:
     return replace(facts, decay="decoupled", decay_rule=rule)
 
 
-def _apart(one: Run, other: Run) -> float:
+def _apart(first: Recording, second: Recording) -> float:
     """Return the norm, over all stand-ins and steps, of the difference of two runs; infinity if it is NaN."""
-    total = sum(float((a - b).square().sum()) for a, b in zip(chain(*one.params), chain(*other.params), strict=True))
+    total = sum(float((a - b).square().sum()) for a, b in zip(chain(*first.params), chain(*second.params), strict=True))
     return float("inf") if total != total else total**0.5
 
 
@@ -111,7 +111,7 @@ class Factors:
         if self.depends:
             nothing: Grads = lambda t, i, p: torch.zeros_like(p)  # noqa: E731
             decayed = prober.run(starts, nothing, decay=decay, lr=lr, steps=4, before=before)
-            from_zeros = Run(params=[[torch.zeros_like(p) for p in ps] for ps in decayed.params])
+            from_zeros = Recording(params=[[torch.zeros_like(p) for p in ps] for ps in decayed.params])
         else:
             decayed = prober.run(starts, grads, decay=decay, lr=lr, steps=4, before=before)
             from_zeros = prober.run([torch.zeros_like(p) for p in starts], grads, decay=decay, lr=lr, steps=4)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from selective.base.clone import CannotClone, StepFailed, unnoticed
 from selective.base.known import qualified_name
-from selective.base.probe import SMALL, STEPS, Prober, Run, cosine
+from selective.base.probe import SMALL, STEPS, Prober, Recording, cosine
 
 # The learning rate is small so that the parameters stay nearly the same in all runs: some updates depend on their
 # values. 12 steps, because AdaShift's second moment is made of the gradients ten steps ago.
@@ -69,8 +69,9 @@ def measure_moments(base: Optimizer, group: Mapping[str, Any]) -> Moments:
     return Moments()
 
 
-def _run(prober: Prober, change: Callable[[Tensor, Tensor], Tensor], few: Sequence[Tensor]) -> Run:
-    """Run a clone on gradients that `change` makes of the usual ones; `few` marks coordinates of each stand-in."""
+def _run(prober: Prober, change: Callable[[Tensor, Tensor], Tensor], few: Sequence[Tensor]) -> Recording:
+    """Run a clone on gradients that `change` makes of the usual ones; `few` marks coordinates of each
+    stand-in."""
 
     def grads(step: int, index: int, p: Tensor) -> Tensor:
         return change(prober.grads(step % STEPS, index, p), few[index])
@@ -106,7 +107,12 @@ class _Observation(NamedTuple):
 
 
 def _observations(
-    prober: Prober, few_coordinates: Sequence[Tensor], usual: Run, opposite: Run, all_larger: Run, few_larger: Run
+    prober: Prober,
+    few_coordinates: Sequence[Tensor],
+    usual: Recording,
+    opposite: Recording,
+    all_larger: Recording,
+    few_larger: Recording,
 ) -> dict[str, list[_Observation]]:
     """Return the observations of each entry, one for each stand-in that has it; entries of zeros are left out."""
     observations: dict[str, list[_Observation]] = {}
@@ -154,7 +160,7 @@ def _is_near(degree: float, whole: int) -> bool:
 PREFERRED = ("exp_avg", "momentum_buffer", "momentum")
 
 
-def momentum_key(record: Run, maximize: bool) -> str | None:
+def momentum_key(record: Recording, maximize: bool) -> str | None:
     """Return the name of the entry that is a first moment of the gradient for every stand-in; None if there is none.
 
     Of several, the first in `PREFERRED` is taken, else the first by name.
@@ -165,7 +171,7 @@ def momentum_key(record: Run, maximize: bool) -> str | None:
     return min(moments, key=lambda k: (order.get(k, len(order)), k), default=None)
 
 
-def _is_moment(record: Run, i: int, key: str, maximize: bool) -> bool:
+def _is_moment(record: Recording, i: int, key: str, maximize: bool) -> bool:
     """Return True if e_t = a·e_{t-1} + b·g_t, with two numbers for each step, and b or a + b the same in all steps.
 
     The coordinates of the gradients differ in size by a factor of e, and their norm differs from step to step. So a

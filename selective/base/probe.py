@@ -53,7 +53,7 @@ def values(shapes: Sequence[tuple[int, ...]], seed: int, scale: float = 1.0, spr
 
 
 @dataclass
-class Run:
+class Recording:
     """The record of some steps of a clone: parameters, gradients and states, as flat float64 tensors.
 
     `params[t][i]` is stand-in i after t steps. `grads[t][i]` and `states[t][i]` are of step t + 1.
@@ -63,7 +63,7 @@ class Run:
     states: list[list[dict[str, Tensor]]] = field(default_factory=list)
     grads: list[list[Tensor]] = field(default_factory=list)
     dequantized: set[str] = field(default_factory=set)
-    kept: set[str] = field(default_factory=set)  # all state entries that are not None
+    entry_names: set[str] = field(default_factory=set)  # all state entries that are not None
     largest_state: int = 0  # elements of the largest tensor in the state
     writes_grad: bool = False
     clears_grad: bool = False
@@ -81,7 +81,7 @@ def run(
     steps: int = STEPS,
     before: Callable[[Optimizer, list[Tensor]], None] | None = None,
     construct: bool = False,
-) -> Run:
+) -> Recording:
     """Step a clone `steps` times, and record everything. Call it inside `unnoticed()`.
 
     Raises:
@@ -92,20 +92,20 @@ def run(
     clone = clone_with_stand_ins(base, [params], overrides, groups=[group])
     if construct:
         clone.state.update(constructed_state(clone))
-    record = Run(params=[[_flat(p) for p in params]])
+    record = Recording(params=[[_flat(p) for p in params]])
     reseed(0)
     for t in range(steps):
         for i, p in enumerate(params):
             p.grad = grads(t, i, p.detach().to("cpu", torch.float64)).to(device, dtype, copy=True)
-        given = [(p.grad, p.grad.clone()) for p in params if p.grad is not None]
-        record.grads.append([_flat(g) for _, g in given])
+        given_grads = [(p.grad, p.grad.clone()) for p in params if p.grad is not None]
+        record.grads.append([_flat(g) for _, g in given_grads])
         if before is not None:
             before(clone, params)
         try:
             call_step(clone)
         except Exception as error:  # broad: the step of an unknown class may raise anything
             raise StepFailed from error
-        for p, (grad, before_step) in zip(params, given, strict=True):
+        for p, (grad, before_step) in zip(params, given_grads, strict=True):
             record.clears_grad |= p.grad is None
             written = not torch.equal(grad, before_step) or (p.grad is not None and p.grad is not grad)
             record.writes_grad |= written
@@ -125,13 +125,13 @@ def constructed_state(clone: Optimizer) -> Mapping[Any, Any]:
         raise StepFailed from error
 
 
-def _snapshot(state: Mapping[str, Any], param: Tensor, record: Run) -> dict[str, Tensor]:
+def _snapshot(state: Mapping[str, Any], param: Tensor, record: Recording) -> dict[str, Tensor]:
     """Return flat copies of the entries with as many elements as `param`; note in `record` what else there is."""
     out = {}
     for key, value in state_entries(state):
         if value is None:
             continue
-        record.kept.add(key)
+        record.entry_names.add(key)
         record.largest_state = max([record.largest_state, *(x.numel() for x in _tensors(value))])
         if not isinstance(value, Tensor) or value.numel() != param.numel() or value.dtype == torch.bool:
             continue
@@ -187,7 +187,7 @@ class Prober:
         series = [values(self.shapes, 10 + t, 0.1 * (1 + t % 3), spread=1.0) for t in range(STEPS)]
         self.grads: Grads = lambda t, i, p: series[t][i]
 
-    def run(self, starts: list[Tensor], grads: Grads | None = None, *, decay: float = 0.0, **options: Any) -> Run:
+    def run(self, starts: list[Tensor], grads: Grads | None = None, *, decay: float = 0.0, **options: Any) -> Recording:
         overrides = {"lr": options.pop("lr", LR), "weight_decay": decay}
         options = {"dtype": self.dtype, "construct": self.construct, **options}
         record = run(
@@ -206,7 +206,7 @@ class Prober:
                 raise
             self.construct = True
 
-    def eps(self, record: Run) -> float:
+    def eps(self, record: Recording) -> float:
         """Return the machine epsilon of the base's arithmetic: some classes compute in float32 for any dtype."""
         last = record.params[-1]
         coarse = self.dtype != torch.float64 or all(torch.equal(p, p.float().double()) for p in last)

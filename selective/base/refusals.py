@@ -65,17 +65,17 @@ def motionless(base: Optimizer) -> str:
     )
 
 
-def _several_evaluations(name: str, found: str) -> str:
+def _several_evaluations(name: str, cause: str) -> str:
     return (
-        f"{name} evaluates the loss several times in a step ({found}), so there is no one gradient to select by; use a "
+        f"{name} evaluates the loss several times in a step ({cause}), so there is no one gradient to select by; use a "
         "base that steps from p.grad alone."
     )
 
 
-def _second_derivatives(name: str, found: str) -> str:
+def _second_derivatives(name: str, cause: str) -> str:
     return (
         f"{name} takes second derivatives of the loss in its step, through gradients made with create_graph=True "
-        f"({found}), and gradients that are handed to it here have no graph. Use a base that steps from the values of "
+        f"({cause}), and gradients that are handed to it here have no graph. Use a base that steps from the values of "
         "p.grad alone, for instance AdamW with preconditioner=Soap() for curvature."
     )
 

@@ -39,11 +39,11 @@ def check_class(saved: str, base: Optimizer) -> bool:
     Raises:
         ValueError: the saved class is an unrelated one.
     """
-    saved_names, base_names = saved.split(), class_names(base).split()
-    first, ours = saved_names[0], base_names[0]
+    theirs, own = saved.split(), class_names(base).split()
+    first, ours = theirs[0], own[0]
     if first == ours:
         return True
-    if _name(first) not in map(_name, base_names) and _name(ours) not in map(_name, saved_names):
+    if _name(first) not in map(_name, own) and _name(ours) not in map(_name, theirs):
         raise ValueError(
             f"SelectiveUpdate: the checkpoint is not of {_name(ours)}: it was made with {first}, the base here is "
             f"{ours}; nothing was loaded. Construct the optimizer with that base; or, if this one can go on from what "
@@ -86,8 +86,8 @@ def check_first_state(
         return
     with unnoticed():
         first = first_state(base, {**group, **saved_options, "params": group["params"]}, param, param.dtype)
-    allowed_or_saved = {*residue, *_names(states[param])}
-    missing = [key for key in ({} if first is None else first.entries) if key not in allowed_or_saved]
+    saved = {*residue, *_names(states[param])}
+    missing = [key for key in ({} if first is None else first.entries) if key not in saved]
     if missing:
         raise ValueError(
             f"SelectiveUpdate: the checkpoint is not of {type(base).__name__}: a parameter's state has "

@@ -127,11 +127,11 @@ class GenericJob(RememberingJob):
             state["momentum"] = momentum
         if previous is not None:
             state["previous_momentum"] = previous
-        own, p = self.context.own_state(parameter, self.policy), parameter.tensor
+        policy_state, p = self.context.own_state(parameter, self.policy), parameter.tensor
         shard = None if self.context.local_scope else shard_of(p)
         state = {key: local_like(value, p) for key, value in state.items()}
         gradient = local_like(captured.update if grad is None else grad, p)
-        return spec.Item(local_of(captured.target), gradient, state, parameter.address, own, shard)
+        return spec.Item(local_of(captured.target), gradient, state, parameter.address, policy_state, shard)
 
     def _apply_own_code(self, index: int, item: spec.Item, rule: spec.GivenRule) -> None:
         parameter, grad = self.parameters[index], self.grads[index]
@@ -150,8 +150,8 @@ class GenericJob(RememberingJob):
         GPU."""
         if self.specs is not None and self.specs[0].score != "nesterov":
             return 0.0
-        own = self.context.momentum_beta
-        return lookahead(self.context.base, self.group) if own is None else own
+        beta = self.context.momentum_beta
+        return lookahead(self.context.base, self.group) if beta is None else beta
 
 
 def by_value(factors: Sequence[spec.Scalar]) -> list[tuple[spec.Scalar, list[int]]]:

@@ -176,10 +176,10 @@ def _build(
                 p.device, [], [], spec.ItemList(), type(policy), dtensors=key[1], is_sharded=key[2]
             )
             by_kind[key] = device_items
-        own = context.own_state(parameter, policy)
+        policy_state = context.own_state(parameter, policy)
         device_items.parameters.append(parameter)
         device_items.names.append(parameter.name)
         device_items.states.append(state)
         # the parameter stands in for the gradient, which `take` puts in
-        device_items.items.append(spec.Item(local_of(p), local_of(p), state, parameter.address, own, shard))
+        device_items.items.append(spec.Item(local_of(p), local_of(p), state, parameter.address, policy_state, shard))
     return list(by_kind.values())

@@ -75,8 +75,8 @@ class RotatedFusedJob(RotatedJob):
         buffers = self.zeros(indices, torch.float32 if without_buffer else rotated[0].dtype)
         items = []
         for i, buffer, grad, state in zip(indices, buffers, rotated, states, strict=True):
-            own = self.context.own_state(self.parameters[i], self.policy)
-            items.append(spec.Item(buffer, grad, state, self._address(i), own, self.shard(i)))
+            policy_state = self.context.own_state(self.parameters[i], self.policy)
+            items.append(spec.Item(buffer, grad, state, self._address(i), policy_state, self.shard(i)))
         if in_kernel:
             self.waiting.update(zip(indices, buffers, strict=True))
             self._step_in_kernel(indices, items, rule)

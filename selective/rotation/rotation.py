@@ -272,11 +272,11 @@ class Rotation:
     def _states(self, indices: list[int]) -> list[State]:
         return [dict(self.bases[i].state) for i in indices]
 
-    def _ask(self, what: str, *given: Any) -> Any:
+    def _ask(self, what: str, *arguments: Any) -> Any:
         """Return the preconditioner's answer to a question; cheaper than `_named`, for every parameter in every
         step."""
         try:
-            return getattr(self.preconditioner, what)(*given)
+            return getattr(self.preconditioner, what)(*arguments)
         except Exception as error:  # broad: a user's preconditioner may raise anything
             raise self._failure(what, error) from error
 

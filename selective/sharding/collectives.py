@@ -12,7 +12,7 @@ from selective.kernels import spec
 from selective.sharding.dtensor import shard_of
 
 
-def seen_by_any_rank(flags: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[bool]:
+def seen_by_all(flags: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[bool]:
     """Return for each tensor if its flag is True on any rank, and one more flag for tensors on other ranks only.
 
     `flags` are 0-d bool, one for this rank's part of each of `tensors`. There is one all-reduce for each mesh. Smaller

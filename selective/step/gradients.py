@@ -11,7 +11,7 @@ from selective.plan.group_params import Members
 from selective.plan.policy_groups import PolicyGroup
 from selective.plan.rotated import Stage
 from selective.policies import Dense
-from selective.sharding.collectives import seen_by_any_rank
+from selective.sharding.collectives import seen_by_all
 from selective.sharding.dtensor import local_like, local_of
 
 OnNonfinite = Literal["ignore", "skip", "raise"]
@@ -56,14 +56,14 @@ def nonfinite_gradient(groups: list[list[Parameter]]) -> str | None:
         return None
     # the largest |g| is finite where all are: one number a tensor, without a mask of the tensor's size
     flags = [~torch.linalg.vector_norm(_values(p), ord=float("inf")).isfinite() for p in present]
-    bad = seen_by_any_rank(flags, [p.tensor for p in present])
+    bad = seen_by_all(flags, [p.tensor for p in present])
     return next((name for name, found in zip([*(p.name for p in present), ELSEWHERE], bad, strict=True) if found), None)
 
 
 def any_nonzero_gradient(tensors: list[torch.Tensor]) -> bool:
     """Whether any of their gradients has an element that is not 0, here or on a rank that shares tensors with this."""
     flags = [local_of(p.grad).any() for p in tensors if p.grad is not None]
-    return any(seen_by_any_rank(flags, [p for p in tensors if p.grad is not None]))
+    return any(seen_by_all(flags, [p for p in tensors if p.grad is not None]))
 
 
 def _values(parameter: Parameter) -> torch.Tensor:
