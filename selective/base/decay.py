@@ -140,6 +140,7 @@ def _measured_in(dtype: torch.dtype, base: Optimizer, group: Mapping[str, Any], 
 
 
 def _one_step(base: Optimizer, group: Mapping[str, Any], param: Tensor, start: Tensor, overrides: dict) -> Tensor:
+    """Return the result of a clone's step from `start`, with the gradient and a copy of the state of `param`."""
     clone_param = torch.nn.Parameter(start.clone(), requires_grad=param.requires_grad)
     clone_param.grad = torch.zeros_like(start) if param.grad is None else param.grad.detach().to(start.dtype, copy=True)
     clone = clone_with_stand_ins(base, [[clone_param]], overrides, groups=[group])

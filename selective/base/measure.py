@@ -53,6 +53,7 @@ def measure(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
 
 
 def _facts(prober: Prober, dtype: torch.dtype) -> BaseFacts:
+    """Derive the facts from runs in `dtype`, inside of `unnoticed()`."""
     prober.prepare(dtype, SMALL)
     prober.find_who_makes_state()
     # Larger stand-ins, unless the state grows too fast: a full preconditioner of a vector (Shampoo) has the square of

@@ -50,6 +50,7 @@ class FusedJob(Job):
     def _step_in_kernel(
         self, device_items: DeviceItems, rule: spec.Rule, selection: spec.Selection, strength: spec.Strength
     ) -> None:
+        """Let one kernel compute rule and mask on one device. A sharded step is only begun: the exchange goes on."""
         context = self.context
         how: dict[str, Any] = {
             "rule": rule, "selection": selection, "strength": strength, "draw": context.draw_on(device_items.device),
@@ -67,6 +68,7 @@ class FusedJob(Job):
             done(selective_step(device_items.items, **how))
 
     def _step_with_own_code(self, parameter: Parameter, item: spec.Item, rule: spec.Rule) -> None:
+        """Compute the rule of one parameter, and mask its update by the policy's own code."""
         moved = advance(item, rule, keep_previous="previous_momentum" in self.policy.needs())
         seen = as_seen(rule, moved)
         tensors = Tensors(

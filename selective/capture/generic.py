@@ -83,6 +83,7 @@ class GenericJob(RememberingJob):
         self.apply(indices, self.captured(indices), rule)
 
     def apply(self, indices: Sequence[int], captured: Sequence[Captured], rule: spec.GivenRule) -> None:
+        """Mask these captured updates, and apply them."""
         momenta = self.momenta_now(indices)
         items = [self._item(i, c, m) for i, c, m in zip(indices, captured, momenta, strict=True)]
         if self.specs is None:
@@ -121,6 +122,7 @@ class GenericJob(RememberingJob):
             done(selective_step(passing, **how))
 
     def _item(self, index: int, captured: Captured, momentum: Tensor | None) -> spec.Item:
+        """Return the kernels' item of one parameter, with this rank's parts of all tensors."""
         parameter, grad, previous = self.parameters[index], self.grads[index], self.previous[index]
         state = {"update": captured.update, "start": captured.start}
         if momentum is not None:
@@ -134,6 +136,7 @@ class GenericJob(RememberingJob):
         return spec.Item(local_of(captured.target), gradient, state, parameter.address, policy_state, shard)
 
     def _apply_own_code(self, index: int, item: spec.Item, rule: spec.GivenRule) -> None:
+        """Mask one parameter's update by the policy's own code, and apply it."""
         parameter, grad = self.parameters[index], self.grads[index]
         dtype = torch.float64 if item.param.dtype == torch.float64 else torch.float32
         update = item.state["update"].to(dtype) * (-1.0 if rule.negated else 1.0)

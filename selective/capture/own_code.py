@@ -129,6 +129,7 @@ def run_mask(
 
 
 def _checked_mask(policy: Policy, parameter: Parameter, mask: object, view: StepView) -> Tensor:
+    """Return a policy's mask in the dtype of the view; refuse it if it is no bool or float tensor that broadcasts."""
     who, where = type(policy).__name__, f"parameter {parameter.name!r}"
     if not isinstance(mask, Tensor):
         raise TypeError(f"{who}: mask() returned {type(mask).__name__} for {where}; return a bool or float tensor")
@@ -150,6 +151,7 @@ def _checked_mask(policy: Policy, parameter: Parameter, mask: object, view: Step
 
 
 def _check_state(policy: Policy, parameter: Parameter, state: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    """Refuse a policy's new state if its names, shapes or dtypes differ from those of the old one."""
     who = type(policy).__name__
     if new.keys() != state.keys():
         raise ValueError(

@@ -55,6 +55,7 @@ class RotatedFusedJob(RotatedJob):
         super().restore()
 
     def _step(self, indices: list[int], rotated: list[Tensor], in_kernel: bool) -> None:
+        """Step one bucket on its rotated gradients; with `in_kernel` the kernel of the rule also masks."""
         rule = self.fused.rule(self.context.base, self.group)
         # Coupled decay and `maximize` are in the gradient already, decoupled decay is a factor on the parameter.
         undecayed: Any = {"decay_factor": 1.0} if isinstance(rule, spec.LionRule) else {}
@@ -90,6 +91,7 @@ class RotatedFusedJob(RotatedJob):
             _cast_momentum_buffer(dtype, state)
 
     def _step_in_kernel(self, indices: list[int], items: list[spec.Item], rule: spec.Rule) -> None:
+        """Let one kernel compute the rule and the mask. A sharded step is only begun, as in `GenericJob`."""
         assert self.specs is not None
         report = self.context.report
         passing = self.kept_items.passing(self.calls, items, self.policy, self.context.recording)

@@ -85,6 +85,7 @@ class MomentCarrier:
     def _carry_second(
         self, entry: Entry, maps: Carry, valid: Tensor | None, limits: list[tuple[Entry, spec.Scalar]], around: Around
     ) -> None:
+        """Carry one second moment or norm, and raise it to the floors that follow from `limits`."""
         change = second_by(maps, self.precision, squared=not entry.is_norm)
         if change is None:
             return

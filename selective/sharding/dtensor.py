@@ -110,6 +110,7 @@ def shard_of(tensor: Tensor) -> spec.Shard | None:
 
 
 def _new_shard(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> spec.Shard | None:
+    """Make the shard of this rank for `shard_of`, which keeps it."""
     unsupported = [p for p in placements if not (p.is_replicate() or _is_shard(p))]
     if unsupported:
         raise ValueError(
