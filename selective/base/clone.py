@@ -25,8 +25,7 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 
 class CannotClone(Exception):
-    """Raised if the clone would share something with the base that a step may change. The message is the end of a
-    sentence."""
+    """Raised if the clone would share something with the base that a step may change. The message ends a sentence."""
 
 
 class StepFailed(Exception):

@@ -62,8 +62,7 @@ class FusedRule:
         return None
 
     def names(self, group: Group) -> tuple[list[str], list[str]]:
-        """Return the names that a state must have if it is not empty, and the names of entries shaped like the
-        parameter."""
+        """Return the names that a state must have if not empty, and those of entries shaped like the parameter."""
         needed, optional = self._saved_names(group)
         return needed, [name for name in (*needed, *optional) if name != "step"]
 

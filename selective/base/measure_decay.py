@@ -16,8 +16,10 @@ from selective.base.probe import DECAY, LR, ROUNDING, Grads, Prober, Recording, 
 
 
 def with_decay(prober: Prober, facts: BaseFacts, without: Recording) -> BaseFacts:
-    """Return `facts` with those about decay, which are found by comparison with `without`: the run from the large
-    values without decay."""
+    """Return `facts` with those about decay.
+
+    They are found by comparison with `without`, the run from the large values without decay.
+    """
     if not isinstance(prober.group.get("weight_decay"), (int, float, Tensor)):
         return facts
     decayed = prober.run(prober.large, decay=DECAY)
@@ -47,8 +49,7 @@ Row = tuple[float, float, Predictions]  # a factor as observed, its error, and t
 
 
 class Factors:
-    """The factors observed at each step and stand-in, over a grid of lr and weight_decay, and the formulas'
-    predictions.
+    """The observed factors by step and stand-in, over a grid of lr and weight_decay, with the formulas' predictions.
 
     If the update does not depend on the parameter, a factor is observed with gradients: decayed runs from p and from 0
     differ by factor·p. If it does, gradients are zero, so that a step consists of decay alone.

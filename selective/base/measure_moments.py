@@ -70,8 +70,7 @@ def measure_moments(base: Optimizer, group: Mapping[str, Any]) -> Moments:
 
 
 def _run(prober: Prober, change: Callable[[Tensor, Tensor], Tensor], few: Sequence[Tensor]) -> Recording:
-    """Run a clone on gradients that `change` makes of the usual ones; `few` marks coordinates of each
-    stand-in."""
+    """Run a clone on changed gradients. `change` gets a gradient and the marked coordinates of its stand-in, `few`."""
 
     def grads(step: int, index: int, p: Tensor) -> Tensor:
         return change(prober.grads(step % STEPS, index, p), few[index])

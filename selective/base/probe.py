@@ -115,8 +115,7 @@ def run(
 
 
 def constructed_state(clone: Optimizer) -> Mapping[Any, Any]:
-    """Return the state that the constructor of the class makes (in some versions torch's Adagrad makes it only
-    there)."""
+    """Return the state that the constructor makes (some versions of torch's Adagrad make it only there)."""
     group = clone.param_groups[0]
     accepted = inspect.signature(type(clone).__init__).parameters
     try:

@@ -18,8 +18,7 @@ def state_entries(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
 
 
 def dequantized(value: Tensor) -> Tensor:
-    """Return a tensor subclass with a `dequantize()` method (torchao's 8-bit states) as a plain tensor, others as they
-    are."""
+    """Return a tensor with a `dequantize()` method (torchao's 8-bit states) as a plain one; others as they are."""
     if type(value) is not Tensor and hasattr(value, "dequantize"):
         return value.dequantize()
     return value

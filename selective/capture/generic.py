@@ -72,8 +72,7 @@ class GenericJob(RememberingJob):
                 yield factor, indices
 
     def _makes_copies(self) -> bool:
-        """True if each call makes tensors of its own, so that one large call would need another copy of the
-        parameters."""
+        """True if a call makes tensors, so that one call for all would need another copy of the parameters."""
         if self.makes_updates or not self.wants_momentum:
             return self.makes_updates
         return self.facts.momentum_reader == "dequantize" or any(p.dtype in LOW_PRECISION for p in self.tensors())
@@ -149,8 +148,7 @@ class GenericJob(RememberingJob):
             apply_mask(item, rule, update, mask, self.context.draw_on(item.param.device))
 
     def _lookahead(self) -> float:
-        """Return the coefficient of the Nesterov score; 0 if nothing reads it, since reading `betas` may wait for a
-        GPU."""
+        """Return the coefficient of the Nesterov score; 0 if nobody needs it: reading `betas` may wait for a GPU."""
         if self.specs is not None and self.specs[0].score != "nesterov":
             return 0.0
         beta = self.context.momentum_beta
@@ -158,8 +156,10 @@ class GenericJob(RememberingJob):
 
 
 def by_value(factors: Sequence[spec.Scalar]) -> list[tuple[spec.Scalar, list[int]]]:
-    """Return each distinct factor with its places. Tensors are compared by identity: reading values may wait for a
-    GPU."""
+    """Return each distinct factor with its places.
+
+    Tensors are compared by identity, because reading their values may wait for a GPU.
+    """
     by_key: dict[object, tuple[spec.Scalar, list[int]]] = {}
     for place, factor in enumerate(factors):
         key = id(factor) if isinstance(factor, Tensor) else factor

@@ -60,8 +60,7 @@ class DeviceItems:
 
 
 class KeptItems:
-    """The items of one group, kept from step to step. They belong to one optimizer and are neither copied nor
-    pickled."""
+    """The items of one group, kept from step to step. They are neither copied nor pickled with the optimizer."""
 
     def __init__(self) -> None:
         self._lists: list[DeviceItems] = []
@@ -135,8 +134,7 @@ class KeptItems:
         return self._described
 
     def specs(self, policy: Policy, parameters: list[Parameter]) -> Specs | None:
-        """Return `policy` in the kernels' terms; None if its own code has to run, because no kernel takes these
-        parameters.
+        """Return `policy` in the kernels' terms; None if its own code has to run on these parameters.
 
         `parameters` is compared by identity, as in `of`.
         """
@@ -151,8 +149,7 @@ class KeptItems:
         return described.specs if asked[2] else None
 
     def policy_changed(self, policy: Policy) -> None:
-        """Write the policy's hyper-parameters into the tables on the device, where replays of a CUDA graph read
-        them."""
+        """Write the policy's numbers into the tables on the device, from which replays of a CUDA graph read them."""
         for device_items in (*self.recorded, *self._lists):
             refresh = device_items.items.cache.get("refresh")
             if refresh is None or device_items.policy_class is not type(policy):

@@ -98,8 +98,7 @@ class RememberingJob(Job):
         return [next(copies) if is_stored else value for value, is_stored in momenta]
 
     def momenta_now(self, indices: Sequence[int]) -> Sequence[Tensor | None]:
-        """Return the first moments after this step's gradient has entered them; None if the policy does not read
-        them."""
+        """Return the first moments with this step's gradient in them; None if the policy does not read them."""
         if self.context.own_momentum is not None:
             assert self.context.momentum_beta is not None
             momenta = self._own_momenta(indices)

@@ -43,8 +43,7 @@ class SwappedJob(RotatedJob):
         self.swap()
 
     def swap(self) -> None:
-        """Give the parameters other data and gradients, and compute the factors of decay, some of which depend on
-        these."""
+        """Give the parameters other data and gradients, and compute the factors of decay, which may depend on them."""
         raise NotImplementedError
 
     def give(self, index: int, grad: Tensor) -> None:

@@ -36,8 +36,7 @@ class ScratchJob(GenericJob):
         self.left: dict[int, Tensor] = {}  # index of a parameter -> its zeros, which the base has stepped
 
     def keep_parameters(self) -> list[Tensor]:
-        """Return the values: the parameters' own memory, or copies where it cannot be exchanged. Note [whose
-        memory]."""
+        """Return the values: the parameters' own memory, or copies of it. Note [whose memory]."""
         tensors = self.tensors()
         can_exchange = not (self.facts.keeps_memory or self.own_code)
         memory = {i: p.data for i, p in enumerate(tensors) if can_exchange and foreach.is_plain_and_dense(p)}

@@ -1,5 +1,4 @@
-"""Preconditioners: they rotate gradients into a space where their covariance is nearly diagonal, before the base
-step."""
+"""Preconditioners: they rotate gradients into a space where their covariance is nearly diagonal."""
 
 from selective.preconditioner.base import Carry, Preconditioner, Refreshed, Shape, Side, State, preconditioner_from
 from selective.preconditioner.eigenbasis import Eigenbasis

@@ -125,8 +125,7 @@ class Preconditioner(Configured):
         return type(self).observe is not Preconditioner.observe
 
     def refreshes_from_gradients(self) -> bool:
-        """Return True if `refresh` reads the gradients. If it does not, it gets zeros, and more parameters at a
-        time."""
+        """Return True if `refresh` reads the gradients. If not, it gets zeros, and more parameters at a time."""
         return True
 
     def refresh_writes(self, name: str) -> bool:
@@ -181,7 +180,7 @@ class Preconditioner(Configured):
         return "float32"
 
     def itemsize(self) -> int:
-        """Return the bytes of an element of the results of `project_in`; more small ones are rotated at a time."""
+        """Return the bytes of an element that `project_in` returns. With fewer, more are rotated at a time."""
         return 4
 
     def denoise(self, states: Sequence[State], rotated: Sequence[Tensor]) -> list[Tensor]:
@@ -228,14 +227,12 @@ class Preconditioner(Configured):
             whole: the sides that are whole on each rank.
 
         Returns:
-            This preconditioner, with the side named that it rotates; or the reason in words, which continues a
-                sentence.
+            This preconditioner with the name of the side that it rotates, or the reason as part of a sentence.
         """
         return f"sharded, and {type(self).__name__} does not say how shards are rotated"
 
     def gathers(self, shape: Shape) -> bool:
-        """Return True if a sharded matrix [1, rows, columns] that `on_shards` refuses is gathered and rotated as a
-        whole.
+        """Return True if a sharded matrix [1, rows, columns] that `on_shards` refuses is gathered to be rotated.
 
         It is gathered for every call of this preconditioner, so in every step. All methods get whole matrices as on one
         device, except `denoise`, which gets each rank's part.
@@ -271,6 +268,9 @@ class Preconditioner(Configured):
             states: the states, which are written in place.
             sums: the sums over ranks of the results of `refresh_parts`.
 
+        Returns:
+            For each matrix if its basis is new, and the order of its columns.
+
         Raises:
             NotImplementedError: the class does not define it.
         """
@@ -292,8 +292,7 @@ class Preconditioner(Configured):
         raise NotImplementedError(f"{type(self).__name__} must define carries_from")
 
     def on_load(self, replaced: Preconditioner) -> str | None:
-        """Return a warning for a checkpoint that replaces the preconditioner `replaced` by this one; None if none is
-        due.
+        """Return a warning for a checkpoint that replaces `replaced` by this preconditioner; None if none is due.
 
         The text is a sentence without its subject ("has ..."), and ends with an assignment to
         `opt.preconditioner_groups[{number}]`.

@@ -136,8 +136,9 @@ def identity_like(x: Tensor) -> Tensor:
 
 @float32_products()
 def settle(basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Take one Newton-Schulz step to the nearest orthogonal matrix; return it, and bool [batch]: True where it is
-    trusted.
+    """Take one Newton-Schulz step to the nearest orthogonal matrix.
+
+    Return the result, and bool [batch]: True where it is trusted.
 
     The step Q (3I − QᵀQ)/2 takes E = QᵀQ − I to −¾E² − ¼E³. So the spectral norm of E is below 1e-5 for a trusted
     result, whatever solver it came from. A basis that is not finite, or not nearly orthogonal, is not trusted.

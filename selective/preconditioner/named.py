@@ -36,8 +36,7 @@ class AdaDiag(Eigenbasis):
 
 
 class Soap(Eigenbasis):
-    """SOAP: rotate into the eigenvectors of running Gram matrices of both sides, by a power step and a QR every ten
-    steps.
+    """SOAP: rotate both sides into eigenvectors of running Gram matrices, by a power step and a QR every ten steps.
 
     Source: arXiv 2409.11321, algorithms 3 and 4. There β is 0.95, and the first basis is made by eigh. Columns are
     sorted by their estimated eigenvalues. First moments are projected into the new basis, and second moments are

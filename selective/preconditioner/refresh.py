@@ -107,8 +107,7 @@ def _problems(
     states: Sequence[State],
     grads: Sequence[Tensor],
 ) -> tuple[list[Problem], list[Input]]:
-    """Return a problem for each side, or one for both if the SVD of the gradient gives both; and the solvers'
-    inputs."""
+    """Return a problem for each side, or one if the SVD of the gradient gives both; and the inputs of the solvers."""
     if options.statistic == "gradient":
         grad = _scaled(stack(grads))
         if solver == "svd":

@@ -143,8 +143,10 @@ def _columns(whole: Tensor) -> int:
 
 
 def _encoded(state: State, refreshed: Refreshed, whole: Tensor) -> Tensor:
-    """Return state, order and a flag as 1-d int32. The flag is 0 if the basis is not new, 1 without an order, 2 with
-    it."""
+    """Return state, order and a flag as 1-d int32.
+
+    The flag is 0 if the basis is not new, 1 if it is new without an order, 2 if it is new with an order.
+    """
     order = torch.zeros(_columns(whole), dtype=torch.int32, device=whole.device)
     if refreshed.order is not None:
         order = refreshed.order.to(torch.int32).reshape(-1)

@@ -172,8 +172,10 @@ class Rotation:
         return dict(zip(names, foreach.copies([state[name] for name in names]), strict=True))
 
     def _finite_on_host(self, due: list[int], states: list[State]) -> dict[int, bool]:
-        """Return by index which gradients are finite, which waits for the device; {} if no state has an entry on the
-        host."""
+        """Return by index True if a gradient is finite, which waits for the device.
+
+        {} if no state has an entry on the host: then nobody has to wait.
+        """
         if all(value.device == self.bases[due[0]].device for state in states for value in state.values()):
             return {}
         finite = torch.stack([self._finite[i] for i in due]).tolist()
@@ -273,8 +275,7 @@ class Rotation:
         return [dict(self.bases[i].state) for i in indices]
 
     def _ask(self, what: str, *arguments: Any) -> Any:
-        """Return the preconditioner's answer to a question; cheaper than `_named`, for every parameter in every
-        step."""
+        """Return the preconditioner's answer. Unlike `_named`, it is cheap enough for every parameter in every step."""
         try:
             return getattr(self.preconditioner, what)(*arguments)
         except Exception as error:  # broad: a user's preconditioner may raise anything
