@@ -144,8 +144,8 @@ class KeptItems:
         backend, asked = backend_in_use(), self._asked
         if asked is None or asked[0] is not parameters or asked[1] != backend:
             assert described.specs is not None
-            reason = why_not_in_kernel(described.specs[0], (parameter.tensor for parameter in parameters))
-            asked = self._asked = (parameters, backend, reason is None)
+            runs = why_not_in_kernel(described.specs[0], (parameter.tensor for parameter in parameters)) is None
+            asked = self._asked = (parameters, backend, runs)
         return described.specs if asked[2] else None
 
     def policy_changed(self, policy: Policy) -> None:

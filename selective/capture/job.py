@@ -30,8 +30,8 @@ class StepContext:
     own_residue: Callable[[Parameter, Policy], Tensor]  # our rounding residue, for bases that would keep one
     own_momentum: Callable[[Parameter, Policy], Tensor] | None  # with `momentum_beta`: our own first moment
     momentum_beta: float | None
-    report: Report | None  # collects the statistics; None if they are switched off
-    own_table: object  # the table that `own_state` reads; a new object whenever a parameter's entries are replaced
+    report: Report | None  # where statistics go; None: not wanted
+    own_table: object  # what `own_state` reads; another object as soon as a parameter's entries are replaced
     clock: Callable[[torch.device], Tensor | None]  # the step count on a device, for `Draw.clock`
     recording: bool  # True while a CUDA graph is recorded
     exchange: Exchange = field(default_factory=Exchange)  # the sums over ranks of all groups, made together
