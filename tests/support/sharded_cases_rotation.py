@@ -153,11 +153,11 @@ def from_its_own_bases(world: World) -> None:
 
 def parts_that_are_not_summed_differ(world: World) -> None:
     """The failing twin: ranks that don't sum get different bases."""
-    real = rotation_shards._summed
+    real = rotation_shards.all_reduced
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             rotation_shards,
-            "_summed",
+            "all_reduced",
             lambda v, c, g: real(v, c, g) if v[0].dtype == torch.int32 else [torch.clone(x) for x in v],
         )
         how = options(Dense(), Eigenbasis(**EVERY))
