@@ -61,8 +61,11 @@ class Environment:
         subprocess.run([self.python, "-m", "pip", "--quiet", *arguments], check=True)
 
     def torch_version(self) -> str | None:
-        """The version of torch in the environment, or None if it can't be imported."""
-        code = "import torch; print(torch.__version__)"
+        """The version of torch that pip has installed, or None if torch can't be imported.
+
+        Not `torch.__version__`: that of PyPI's CUDA builds is "2.13.0+cu130", which pip has no file of.
+        """
+        code = "import torch; from importlib.metadata import version; print(version('torch'))"
         answer = subprocess.run([self.python, "-c", code], capture_output=True, text=True)
         return answer.stdout.strip() if answer.returncode == 0 else None
 

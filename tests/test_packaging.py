@@ -168,6 +168,23 @@ def test_an_environment_says_what_it_is_ready_for(what, stamps, tmp_path, monkey
     assert sorted(p.name for p in (tmp_path / "env").iterdir()) == stamps
 
 
+def test_torch_is_pinned_by_the_version_that_pip_knows(tmp_path, monkeypatch):
+    """PyPI's CUDA builds say "+cu130" of themselves, and are called otherwise there."""
+    files = {
+        "torch/__init__.py": "__version__ = '2.13.0+cu130'",
+        "torch-2.13.0.dist-info/METADATA": "Version: 2.13.0\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("TORCH_SPEC", raising=False)
+    environment = setup_env.Environment(tmp_path)
+    environment.python = sys.executable
+    environment.install_torch()
+    assert environment.constraints.read_text() == "torch==2.13.0\n"
+
+
 def test_the_makefile_asks_for_it():
     """`make demo` stands on the small environment, everything that tests or checks on the whole one."""
     rules = re.findall(r"^([a-z-]+): (\$\(VENV\)/\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
