@@ -15,7 +15,7 @@ from .configure import BLOCK
 from .device import config
 from .device.config import DTYPES, FIRST, Config
 from .device.elements import read
-from .device.keys import key_of
+from .device.scores import key_of
 from .device.selections import by_rank
 from .launch import Step, on, run
 from .tables import STATE, cdiv

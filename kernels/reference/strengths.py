@@ -1,4 +1,4 @@
-"""From which coordinates are selected to the two multipliers, whole tensors at a time."""
+"""Strengths of one whole tensor: from the selected coordinates to the multipliers of the selected and of the rest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..spec import Strength, refuse_kind
+from ..spec import Draw, Item, Strength, refuse_kind
+from .random import sample_positions
+from .rules import Advanced
 
 Pair = tuple[Tensor, Tensor]  # the multipliers of the selected and of the rest, 0-d float64
 
@@ -28,6 +30,34 @@ class Parts:
 def total(x: Tensor) -> Tensor:
     """The sum in float64, 0-d."""
     return x.sum(dtype=torch.float64)
+
+
+def parts_of(strength: Strength, selected: Tensor, item: Item, moved: Advanced, draw: Draw) -> Parts:
+    """The sums that this strength is made of: over the sample where its estimate is sampled, else over the tensor."""
+    if strength.kind == "fixed":
+        return Parts(selected.numel())
+    if strength.kind == "alignment":
+        m, g = moved.momentum, moved.grad
+        assert m is not None
+        return Parts(m.numel(), dot=total(m * g), momentum_sq=total(m * m), grad_sq=total(g * g))
+    if strength.kind not in ("mean_preserving", "norm_preserving"):
+        refuse_kind("the reference", "strength", strength.kind)
+    x = {"update": moved.update, "momentum": moved.momentum, "gradient": moved.grad}[strength.of]
+    assert x is not None or strength.kind == "mean_preserving"
+    if strength.estimate == "sampled":
+        positions = sample_positions(draw, item.address, selected.numel(), selected.device)
+        if positions is not None:
+            selected = selected.reshape(-1)[positions]
+            x = None if x is None else x.reshape(-1)[positions]
+    if strength.kind == "mean_preserving":
+        return Parts(selected.numel(), selected=total(selected))
+    assert x is not None
+    squares = x * x
+    return Parts(
+        selected.numel(),
+        selected_sq=total(torch.where(selected, squares, 0.0)),
+        rest_sq=total(torch.where(selected, 0.0, squares)),
+    )
 
 
 def _need(x: Tensor | None) -> Tensor:
@@ -78,3 +108,16 @@ def multipliers(strength: Strength, parts: Parts, state: dict[str, Tensor], devi
     if strength.kind == "alignment":
         return _alignment(strength, parts, state), rest
     refuse_kind("the reference", "strength", strength.kind)
+
+
+def strength_of(
+    strength: Strength, selected: Tensor, item: Item, moved: Advanced, draw: Draw
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The two multipliers (0-d float64) and the new state; `item.policy_state` itself is not changed.
+
+    For a policy's own `mask`, whose step is already known.
+    """
+    state = {key: value.clone() for key, value in item.policy_state.items()}
+    parts = parts_of(strength, selected, item, moved, draw)
+    above, below = multipliers(strength, parts, state, selected.device)
+    return above, below, state

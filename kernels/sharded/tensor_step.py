@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..reference.random import sample_positions
 from ..reference.rules import Advanced, apply_mask
-from ..reference.selective_step import score_of
+from ..reference.selections import score_of
 from ..reference.shard_indices import bits_at, element_bits, local_places
 from ..reference.strengths import Parts, multipliers, total
 from ..spec import Item, Shard, Sums, refuse_kind

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selective.configured import Configured
 from selective.kernels import spec, top_k
-from selective.kernels.reference.masks import score_of, select
+from selective.kernels.reference.selections import score_of, select
 from selective.policies.kernel import take_kernel
 from selective.policies.view import StepView
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selective.configured import Configured
 from selective.kernels import spec
-from selective.kernels.reference.masks import strength_of
+from selective.kernels.reference.strengths import strength_of
 from selective.policies.view import StepView
 
 

@@ -17,11 +17,18 @@ import triton.language as tl
 
 from .config import COUNTED, HIGH, LOW
 from .elements import load_moved
-from .keys import key_of
 from .rules import score_of
 
 DIGIT = tl.constexpr(2048)  # `repair.py` ranks a key's 32 bits as digits of 11, 11 and 10 bits
 LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # a cutoff behind every index
+
+
+@triton.jit
+def key_of(score):
+    """uint32, larger where the score is: +0 and -0 are equal, every NaN is 0 and below everything else."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 is +0
+    key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+    return tl.where(score == score, key, 0)
 
 
 @triton.jit

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 
 from .config import BEGINS, BRACKET, CUTOFF, DENSE, HIGH, LOW, MODE, RATE, ROW_LENGTH, SEEN, USER
-from .keys import key_of
 from .random import random_bits
 from .rules import score_of
+from .scores import key_of
 
 
 @triton.jit
