@@ -1,4 +1,4 @@
-"""A user's own function of (gradient, update, momentum) as a selection: jitted once, and evaluated by itself."""
+"""A user's own function of (gradient, update, momentum) as a selection: compiled once, and evaluated by itself."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ BLOCK = 1024
 
 @functools.cache  # one for each function, so that what was compiled of it is found again
 def jitted(function: Callable[..., Any]) -> Any:
-    """The function as Triton's; the same one for the same function. Those that are Triton's already stay.
+    """The function as a Triton function, always the same object; a Triton function is returned as it is.
 
-    Interpreted, a plain one stays what it is: the interpreter asks for `triton.language` in a function's module.
+    In the interpreter a plain function is returned as it is, too: the interpreter needs `triton.language` in the
+    function's module.
+
+    Raises a ValueError if the function's source can't be read.
     """
     if INTERPRETED or hasattr(function, "fn"):
         return function
@@ -61,7 +64,10 @@ INTERPRETED = not isinstance(_evaluate_kernel, triton.JITFunction)  # TRITON_INT
 
 
 def evaluate(selection: Selection, grad: Tensor, update: Tensor, momentum: Tensor) -> Tensor:
-    """Which elements of these float32 tensors the selection's function selects; a bool tensor shaped like them."""
+    """Call the selection's function on float32 tensors of one shape: a bool tensor of that shape, true where selected.
+
+    Raises a ValueError for tensors of other dtypes or of several shapes.
+    """
     tensors = (grad, update, momentum)
     if {(x.shape, x.dtype) for x in tensors} != {(grad.shape, torch.float32)}:
         found = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)

@@ -41,22 +41,22 @@ def _top_k(selection: Selection, item: Item, rule: Rule, moved: Advanced, draw: 
     score, d = score_of(selection, rule, moved), item.param.numel()
     positions = sample_positions(draw, item.address, d, score.device) if selection.quantile == "sampled" else None
     if positions is None:
-        return top_k(score, int(selection.fraction * d))
+        return top_k(score, selection.k_of(d))
     sample = score.reshape(-1)[positions]
     sample = torch.where(torch.isnan(sample), -torch.inf, sample)
-    rank = max(int(selection.fraction * sample.numel()), 1)
+    rank = max(selection.k_of(sample.numel()), 1)
     return score >= sample.sort(descending=True).values[rank - 1]  # NaN >= x is false
 
 
 def _bernoulli(selection: Selection, item: Item, draw: Draw) -> Tensor:
-    param, limit = item.param, round(selection.probability * 2**24)
+    param = item.param
     shape = list(param.shape) if selection.unit == "element" else [1] * param.dim()
     if selection.unit == "row" and param.dim():
         shape[0] = param.shape[0]
     first = 0 if item.shard is None else item.shard.first(selection.unit)
     assert first is not None, "a shard whose random numbers do not follow each other is stepped by kernels/sharded"
     numbers = uniform_bits(draw, item.address, math.prod(shape), offset=first, device=param.device)
-    return (numbers < limit).reshape(shape).expand(param.shape)
+    return (numbers < selection.random_limit).reshape(shape).expand(param.shape)
 
 
 def select(selection: Selection, item: Item, rule: Rule, moved: Advanced, draw: Draw) -> Tensor:

@@ -16,9 +16,9 @@ Pair = tuple[Tensor, Tensor]  # the multipliers of the selected and of the rest,
 
 @dataclass
 class Parts:
-    """The sums that a strength is made of. 0-d float64 tensors; None where the strength does not ask."""
+    """The sums that a strength is made of: 0-d float64 tensors; None for those that the strength does not ask for."""
 
-    numel: int | Tensor  # of the sample where the estimate is sampled; a tensor where the others are of many tensors
+    numel: int | Tensor  # of the sample if the estimate is sampled; a tensor if these are the sums of many tensors
     selected: Tensor | None = None
     selected_sq: Tensor | None = None  # sum of x^2 over the selected
     rest_sq: Tensor | None = None  # sum of x^2 over the others
@@ -75,12 +75,12 @@ def _mean_preserving(strength: Strength, parts: Parts) -> Tensor:
 
 
 def _norm_preserving(strength: Strength, parts: Parts) -> Tensor:
-    chosen, others = _need(parts.selected_sq), _need(parts.rest_sq)
-    wanted = (chosen + others - strength.rest**2 * others).clamp(min=0)
-    nothing = chosen == 0
-    value = (wanted / torch.where(nothing, 1.0, chosen)).sqrt().clamp(max=strength.cap)
+    selected_sq, rest_sq = _need(parts.selected_sq), _need(parts.rest_sq)
+    wanted = (selected_sq + rest_sq - strength.rest**2 * rest_sq).clamp(min=0)
+    nothing = selected_sq == 0
+    value = (wanted / torch.where(nothing, 1.0, selected_sq)).sqrt().clamp(max=strength.cap)
     # A square that overflows, or one NaN, would otherwise reach every coordinate of the tensor.
-    return torch.where(nothing | ~torch.isfinite(chosen + others), 1.0, value)
+    return torch.where(nothing | ~torch.isfinite(selected_sq + rest_sq), 1.0, value)
 
 
 def _alignment(strength: Strength, parts: Parts, state: dict[str, Tensor]) -> Tensor:
@@ -97,7 +97,7 @@ def _alignment(strength: Strength, parts: Parts, state: dict[str, Tensor]) -> Te
 
 
 def multipliers(strength: Strength, parts: Parts, state: dict[str, Tensor], device: torch.device) -> Pair:
-    """The two multipliers, 0-d float64 on `device`. Alignment moves its average in `state`."""
+    """The multipliers of the selected and the rest, 0-d float64 on `device`. Alignment moves its average in `state`."""
     rest = torch.full((), strength.rest, dtype=torch.float64, device=device)
     if strength.kind == "fixed":
         return torch.full((), strength.selected, dtype=torch.float64, device=device), rest
@@ -119,5 +119,4 @@ def strength_of(
     """
     state = {key: value.clone() for key, value in item.policy_state.items()}
     parts = parts_of(strength, selected, item, moved, draw)
-    above, below = multipliers(strength, parts, state, selected.device)
-    return above, below, state
+    return *multipliers(strength, parts, state, selected.device), state
