@@ -44,7 +44,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rule that says which coordinates of a tensor are selected."""
+    """The description of which coordinates of a tensor are selected."""
 
     kind: SelectionKind
     product: Literal["update", "momentum", "previous_momentum"] = "update"  # agreement: this times g
@@ -75,7 +75,7 @@ class Selection:
         return int(self.fraction * numel)
 
     def leaves_dense(self, numel: int) -> bool:
-        """Whether this is a top-K whose K is 0: then every multiplier of the tensor is 1, whatever the strength."""
+        """True if this is a top-K whose K is 0: then every multiplier of the tensor is 1, whatever the strength."""
         return self.kind == "top_k" and self.k_of(numel) == 0
 
     @property
@@ -86,7 +86,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Strength:
-    """The rule for the two multipliers: of the selected coordinates, and of the rest."""
+    """The description of the two multipliers: of the selected coordinates, and of the rest."""
 
     kind: StrengthKind
     selected: float = 1.0  # fixed
@@ -109,7 +109,7 @@ class Strength:
 
     @property
     def is_sampled(self) -> bool:
-        """Whether the multipliers are estimated from a sample of a large tensor."""
+        """True if the multipliers are estimated from a sample of a large tensor."""
         return self.estimate == "sampled" and self.kind in ("mean_preserving", "norm_preserving")
 
 
@@ -147,7 +147,7 @@ class AdamRule:
 
     @property
     def decay_is_coupled(self) -> bool:
-        """Whether weight decay is added to the gradient."""
+        """True if weight decay is added to the gradient."""
         return not self.decoupled
 
     @property
@@ -157,7 +157,7 @@ class AdamRule:
 
     @property
     def has_decay_factor(self) -> bool:
-        """Whether the parameter is multiplied by a factor (decoupled decay)."""
+        """True if the parameter is multiplied by a factor (decoupled decay)."""
         return self.decoupled and self.weight_decay != 0
 
 
@@ -244,7 +244,7 @@ class GivenRule:
     has_decay_factor: ClassVar[bool] = True
 
 
-Rule = AdamRule | SGDRule | LionRule | GivenRule  # How the moments of a parameter group move.
+Rule = AdamRule | SGDRule | LionRule | GivenRule  # The rule by which the moments of a parameter group move.
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class StepSpec:
 
     @property
     def keeps_previous(self) -> bool:
-        """Whether the momentum before the step is read after the moments have moved."""
+        """True if the momentum before the step is read after the moments have moved."""
         return "previous_momentum" in self.selection.reads
 
 
@@ -290,20 +290,20 @@ def check_kinds(device: str, spec: StepSpec) -> None:
 
 @dataclass
 class Item:
-    """One parameter's share of a step. `param`, `state` and `policy_state` are changed in place."""
+    """One parameter's tensors in a step. `param`, `state` and `policy_state` are changed in place."""
 
     param: Tensor
     grad: Tensor  # same shape; its dtype may differ from the parameter's
     state: dict[str, Tensor]
     address: int  # the parameter's index in the optimizer: the third coordinate of randomness
     policy_state: dict[str, Tensor] = field(default_factory=dict)  # "average" (0-d float32) for alignment
-    shard: Shard | None = None  # what of a whole tensor `param` (and `grad`, and `state`) is; None: all of it
+    shard: Shard | None = None  # the place of `param` (and `grad`, and `state`) in a whole tensor; None: it is whole
 
 
 class ItemList(list[Item]):
-    """Items that are handed in again in every step: the GPU path keeps its tables in `cache`.
+    """A list of items that is given to every step again: the GPU path keeps its tables in `cache`.
 
-    The list may change from step to step (gradients, state, even members); what is cached is checked against it.
+    The list may change from step to step (gradients, state, even members); the cache is checked against it.
     """
 
     def __init__(self, items: Iterable[Item] = ()) -> None:
@@ -313,10 +313,10 @@ class ItemList(list[Item]):
 
 @dataclass
 class Sums:
-    """What a tensor's step reports: 0-d float64 tensors on the tensor's device (numel: an int); no synchronisation."""
+    """The report of a tensor's step: 0-d float64 tensors on the tensor's device (numel: an int); no synchronisation."""
 
     numel: int
-    selected: Tensor  # how many coordinates
+    selected: Tensor  # number of selected coordinates
     strength_selected: Tensor
     strength_rest: Tensor
     update_sq: Tensor  # sum of u^2
@@ -331,7 +331,7 @@ SUM_NAMES = (
 
 
 class SumsTable(Sequence[Sums]):
-    """The sums of many tensors as the rows of one float64 table, columns as in `SUM_NAMES`; cut up when looked at."""
+    """The sums of many tensors as the rows of one float64 table, with the columns `SUM_NAMES`."""
 
     def __init__(self, values: Tensor, numels: Sequence[int]) -> None:
         self.values, self.numels = values, numels

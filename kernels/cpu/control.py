@@ -105,7 +105,7 @@ class Matched:
             upper = numbers.upper(hashes, buffer("upper", n, torch.uint8))
             part = torch.gt(upper, high, out=marks[start:end])
             direction, grad = again(start, end) if self.control.norm or self.still else (None, None)
-            inside = upper.sub_(low).le_(high - low)  # uint8: what is below `low` wraps around
+            inside = upper.sub_(low).le_(high - low)  # uint8: numbers below `low` wrap around
             if self.still:
                 assert direction is not None
                 assert grad is not None

@@ -71,7 +71,7 @@ def _example(rule: Rule) -> Item:
 
 @functools.cache
 def _trusted(rule: Rule) -> bool:
-    """Whether torch has the fused CPU kernel and it agrees with our rule. Tried once for each kind of rule.
+    """True if torch has the fused CPU kernel and it agrees with our rule. Tried once for each kind of rule.
 
     It is tried on 83 elements, and must agree to 4 eps (the identity test).
     """

@@ -55,7 +55,7 @@ class _Step:
                 selection.control, strength.rest, self.numel, self.dtype, spec.draw, item.address, strength.still
             )
         self.threshold: ranking.Threshold | None = None
-        # Whether a chunk is marked as soon as it has moved: that is, if nothing is ranked, or only a sample was.
+        # True if a chunk is selected in as soon as it has moved, because nothing is ranked or only a sample was.
         self.at_once = True
         self.scores: Tensor | None = None  # -score of the whole tensor, if it cannot be formed again
         self.x: Tensor | None = None  # likewise the x of norm_preserving

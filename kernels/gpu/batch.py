@@ -177,7 +177,7 @@ class Batch:
         return table
 
     def fits(self, items: Sequence[Item]) -> bool:
-        """Whether the tables can be made to fit these items: the same tensors, except those that are new in every step.
+        """True if the tables can be made to fit these items: the same tensors, except those that are new in every step.
 
         New in every step may be a given update, and the buffer that a rule leaves its update in.
         """

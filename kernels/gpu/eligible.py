@@ -13,7 +13,7 @@ from .tables import is_dense, state_columns
 
 
 def unsupported(item: Item, rule: Rule, selection: Selection | None = None) -> str | None:
-    """Why the kernels can't step this item, in words; None if they can."""
+    """The reason why the kernels can't step this item, in words; None if they can."""
     param = item.param
     if type(param) not in (Tensor, torch.nn.Parameter):
         return f"the parameter is a {type(param).__name__}"
@@ -44,7 +44,7 @@ def unsupported(item: Item, rule: Rule, selection: Selection | None = None) -> s
 
 
 def order_matters(spec: StepSpec, item: Item) -> bool:
-    """Whether a coordinate's flat index decides over it: then memory has to be in row-major order."""
+    """True if a coordinate's flat index decides over it: then memory has to be in row-major order."""
     selection = spec.selection
     if selection.kind == "bernoulli" and selection.unit != "tensor":
         return True

@@ -70,8 +70,8 @@ def evaluate(selection: Selection, grad: Tensor, update: Tensor, momentum: Tenso
     """
     tensors = (grad, update, momentum)
     if {(x.shape, x.dtype) for x in tensors} != {(grad.shape, torch.float32)}:
-        found = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
-        raise ValueError(f"a function is evaluated on float32 tensors of one shape; found {found}")
+        given = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
+        raise ValueError(f"a function is evaluated on float32 tensors of one shape; found {given}")
     cfg = Config(
         rule="given", param=None, grad=tl.float32, first=tl.float32, second=None, third=tl.float32, fourth=None,
         block=BLOCK, selection="function", arguments=len(selection.numbers),
@@ -83,7 +83,7 @@ def evaluate(selection: Selection, grad: Tensor, update: Tensor, momentum: Tenso
     chosen = torch.empty(grad.shape, dtype=torch.int8, device=grad.device)
     assert selection.function is not None
     with on(grad.device), warnings.catch_warnings():
-        if INTERPRETED:  # numpy warns of what is no error: NaN, infinities
+        if INTERPRETED:  # numpy warns of NaN and infinities, which are no error
             warnings.simplefilter("ignore", RuntimeWarning)
         run(_evaluate_kernel, cdiv(grad.numel(), BLOCK), *(x.contiguous() for x in tensors), row.to(grad.device),
             chosen, grad.numel(), FUNCTION=jitted(selection.function), CFG=cfg, BLOCK=BLOCK)  # fmt: skip

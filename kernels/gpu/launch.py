@@ -66,7 +66,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _can_settle(cfg: Config) -> bool:
-    """Whether elements that a pass leaves undecided can be stepped after it, which takes exactly the same update.
+    """True if elements that a pass leaves undecided can be stepped after it, which takes exactly the same update.
 
     Adam's update can be formed from the stored moments, if these were not rounded. A given update is still there, if
     the pass does not write over it. Only for float32 parameters, because a miss is corrected in the stored parameter.

@@ -39,7 +39,7 @@ class Plan:
         self.numels = [item.param.numel() for item in items]
 
     def fits(self, items: Sequence[Item], spec: StepSpec) -> bool:
-        """Whether the batches are still right. Gradients may be elsewhere, and numbers may have changed."""
+        """True if the batches are still right. Gradients may be elsewhere, and numbers may have changed."""
         if len(items) != len(self.numels) or static_key(spec) != self.key:
             return False
         return all(batch.fits(items) for batch in self.batches)

@@ -54,7 +54,7 @@ def state_columns(item: Item, rule: Rule) -> list[Tensor | None]:
 
 
 def is_in_place(item: Item, rule: Rule) -> bool:
-    """Whether an update is given that starts from the parameter's own memory and outlives a write to it."""
+    """True if an update is given that starts from the parameter's own memory and outlives a write to it."""
     if not isinstance(rule, GivenRule):
         return False
     at, given = item.param.data_ptr(), item.state["update"].data_ptr()
@@ -63,7 +63,7 @@ def is_in_place(item: Item, rule: Rule) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor fills its memory without gaps and overlaps, in some order of its dimensions."""
+    """True if a tensor fills its memory without gaps and overlaps, in some order of its dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:

@@ -32,7 +32,7 @@ class ScoreRule:
 
 
 def ranks(score: Tensor) -> bool:
-    """Whether the kernels can rank this tensor."""
+    """True if the kernels can rank this tensor."""
     return type(score) in (Tensor, torch.nn.Parameter) and score.dtype in DTYPES and score.numel() < 1 << 31
 
 

@@ -62,7 +62,7 @@ def decay_factor(rule: Rule) -> Scalar:
 
 
 def has_momentum(item: Item, rule: Rule) -> bool:
-    """Whether `move` returns a momentum for this tensor."""
+    """True if `move` returns a momentum for this tensor."""
     name = rule.first_moment  # SGD makes its own in the first step
     return name is not None and not (isinstance(rule, GivenRule) and item.state.get(name) is None)
 
@@ -109,7 +109,7 @@ def _adam(rule: AdamRule, n: Numbers, param: Tensor, grad: Tensor, state: dict[s
     previous = old.clone() if keep else None
     state["exp_avg"].copy_(m)
     state["exp_avg_sq"].copy_(v)
-    if rule.amsgrad:  # torch keeps the maximum of what is not bias-corrected
+    if rule.amsgrad:  # torch keeps the maximum before bias correction
         v = torch.maximum(state["max_exp_avg_sq"].to(dtype), v)
         state["max_exp_avg_sq"].copy_(v)
     update = m / (v.sqrt() / n.root + rule.eps) * n.rate

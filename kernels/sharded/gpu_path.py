@@ -12,7 +12,7 @@ from .ties import ONE_ROUND
 
 
 def can_be(item: Item, spec: StepSpec) -> bool:
-    """Whether the Triton kernels can step this shard, if they can take its dtypes and device."""
+    """True if the Triton kernels can step this shard, provided that they can take its dtypes and device."""
     selection, strength, shard = spec.selection, spec.strength, item.shard
     assert shard is not None
     if isinstance(spec.rule, GivenRule) or spec.draw.stochastic or strength.still or strength.estimate == "sampled":

@@ -72,7 +72,7 @@ class ShardSelection:
         self.score_key = key_of(score)
         some = score[places] if score.numel() else score.new_zeros(places.numel())
         key = key_of(torch.where(torch.isnan(some), -torch.inf, some))
-        key = torch.where(here, key, torch.iinfo(key.dtype).min)  # what is on another rank is counted there
+        key = torch.where(here, key, torch.iinfo(key.dtype).min)  # a score on another rank is counted there
         self.ranked = Ranked(key, max(selection.k_of(size), 1), self.shard, ties=False)
 
     def after_ranking(self, settled: bool) -> None:
@@ -95,10 +95,10 @@ class ShardSelection:
 
     @property
     def has_ties(self) -> bool:
-        """Whether scores equal to the K-th are told apart by index, after all others."""
+        """True if scores that equal the K-th are told apart by index."""
         return self.ranked is not None and self.ranked.ties
 
     @property
     def ties_are_open(self) -> bool:
-        """Whether it is not known yet which of the scores that equal the K-th are selected."""
+        """True as long as it is not known which of the scores that equal the K-th are selected."""
         return self.ranked is not None and self.ranked.ties and self.ranked.taken is None

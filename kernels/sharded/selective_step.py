@@ -124,7 +124,7 @@ def _cache(items: Sequence[Item], places: list[int]) -> dict[Any, Any]:
 
 
 def is_local(spec: StepSpec) -> bool:
-    """Whether the kernels for whole tensors do the same on shards: nothing but single coordinates is looked at.
+    """True if the kernels for whole tensors do the same on shards: nothing but single coordinates is looked at.
 
     For masks they draw random numbers from a place in the whole tensor on; for rounding they do not have that place.
     """

@@ -26,17 +26,17 @@ Named = dict[str, Tensor]
 
 
 def waits_for_selection(strength: Strength) -> bool:
-    """Whether the strength's sums are of the selected coordinates themselves, and not only of their number."""
+    """True if the strength's sums are of the selected coordinates themselves, and not only of their number."""
     return strength.kind == "norm_preserving" or (strength.kind == "mean_preserving" and strength.is_sampled)
 
 
 def needs_sums(spec: StepSpec) -> bool:
-    """Whether the ranks have to add up anything besides what a top-K is ranked by."""
+    """True if the ranks have to add up sums, besides the counts of a top-K."""
     return spec.statistics or spec.keeps_previous or spec.strength.kind != "fixed"
 
 
 def sums_with_ties(spec: StepSpec) -> bool:
-    """Whether the sums of a top-K are sent together with its ties, instead of in a round after them."""
+    """True if the sums of a top-K are sent together with its ties, instead of in a round after them."""
     return needs_sums(spec) and not waits_for_selection(spec.strength)
 
 

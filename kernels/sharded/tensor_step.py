@@ -28,7 +28,7 @@ class ShardedTensorStep:
         if spec.keeps_previous:
             assert moved.previous_momentum is not None
             self.moving = total(moved.previous_momentum != 0)
-        # The steps of all tensors are kept until the sums are there, so what is not read again is freed.
+        # The steps of all tensors are kept until the sums are there, so tensors that are not read again are freed.
         momentum = moved.momentum if "momentum" in spec.strength.reads else None
         self.moved = Advanced(moved.grad, moved.update, momentum, None)
 

@@ -80,7 +80,7 @@ def find(tensors: Sequence[Ranked]) -> Asking:
         base = prefix << 8
         for index, one in enumerate(tensors):
             high = one.key >> shift
-            # minus what is known of the K-th: 0 to 255 where that is the same, also where the difference overflows
+            # minus the known bytes of the K-th: 0 to 255 where these are the same, even if the difference overflows
             digit = torch.where(one.key == nothing, -1, high + 128) if first else high - base[index]
             counts = counts_of(digit, BINS)
             rows.append(counts if one.shard.counted else torch.zeros_like(counts))

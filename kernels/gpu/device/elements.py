@@ -34,7 +34,7 @@ def column(pointers, COLUMN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constex
 
 @triton.jit
 def is_aligned(pointers):
-    """Whether all addresses of a row are multiples of 16; absent tensors are 0."""
+    """True if all addresses of a row are multiples of 16. Those of absent tensors are 0."""
     together = tl.load(pointers + PARAM) | tl.load(pointers + GRAD) | tl.load(pointers + FIRST)
     together = together | tl.load(pointers + SECOND) | tl.load(pointers + THIRD) | tl.load(pointers + FOURTH)
     return (together & 15) == 0

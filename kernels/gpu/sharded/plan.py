@@ -45,7 +45,7 @@ class ShardPlan:
         self.columns = upload(columns, torch.int64, self.device)
 
     def fits(self, items: Sequence[Item], spec: StepSpec) -> bool:
-        """Whether the plan is right for these items: gradients may be elsewhere, and numbers may have changed."""
+        """True if the plan is right for these items. Gradients may be elsewhere, and numbers may have changed."""
         shards = [item.shard.numel for item in items if item.shard is not None]
         return static_key(spec) == self.key and shards == self.numels and self.batch.fits(items)
 

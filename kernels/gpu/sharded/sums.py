@@ -146,15 +146,15 @@ def numbers_of_kernel(out_ptr, found_ptr, count, BLOCK: tl.constexpr, SLOTS: tl.
 def as_digits(table: Tensor, columns: Tensor) -> Tensor:
     """`sharded.exact_sums.digits` of these columns of a contiguous float64 [rows, width]: int32, 1-d. One launch."""
     count = len(table) * len(columns)
-    found = torch.empty(count * PLACES.value, dtype=torch.int32, device=table.device)
-    run(digits_kernel, cdiv(count, BLOCK), found, table, columns, len(columns), table.shape[1], count, BLOCK=BLOCK,
+    digits = torch.empty(count * PLACES.value, dtype=torch.int32, device=table.device)
+    run(digits_kernel, cdiv(count, BLOCK), digits, table, columns, len(columns), table.shape[1], count, BLOCK=BLOCK,
         SLOTS=power_of_two(PLACES.value))  # fmt: skip
-    return found
+    return digits
 
 
 def as_numbers(digits: Tensor, rows: int) -> Tensor:
     """`sharded.exact_sums.number` of the digits of `as_digits`, summed over the ranks: float64 [rows, columns]."""
     count = digits.numel() // PLACES.value
-    found = torch.empty(count, dtype=torch.float64, device=digits.device)
-    run(numbers_of_kernel, cdiv(count, BLOCK), found, digits, count, BLOCK=BLOCK, SLOTS=power_of_two(PLACES.value))
-    return found.view(rows, -1)
+    numbers = torch.empty(count, dtype=torch.float64, device=digits.device)
+    run(numbers_of_kernel, cdiv(count, BLOCK), numbers, digits, count, BLOCK=BLOCK, SLOTS=power_of_two(PLACES.value))
+    return numbers.view(rows, -1)
