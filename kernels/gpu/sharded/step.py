@@ -22,7 +22,7 @@ from ..device.config import derived
 from ..launch import Step, on, run
 from ..tables import power_of_two
 from . import sums as shard_sums
-from . import top_k as counting
+from . import top_k as ranking
 from .plan import ShardPlan, planned
 
 BLOCK = 1024  # elements that a program works on at a time
@@ -55,18 +55,18 @@ class ShardStep:
     def count_first(self) -> Tensor:
         """Keep the keys, and count their highest bytes: int32, 1-d."""
         plan, tables = self.plan, self.tables
-        bins = counting.BINS.value
+        bins = ranking.BINS.value
         self.counts = torch.zeros(4, self.tensors * bins, dtype=torch.int32, device=plan.device)
         self.keys = self.empty(plan.programs * plan.span, torch.int32)
-        run(counting.keys_kernel, plan.programs, self.keys, self.counts[0], plan.work, tables.pointers, tables.numbers,
+        run(ranking.keys_kernel, plan.programs, self.keys, self.counts[0], plan.work, tables.pointers, tables.numbers,
             tables.facts, SPAN=plan.span, BLOCK=BLOCK, CFG=self.looks)  # fmt: skip
         return self._of_counted_shards(self.counts[0])
 
     def count_next(self, level: int, answer: Tensor) -> Tensor:
         """Take the next byte of the K-th key from everybody's counts, and count the byte after it: int32, 1-d."""
         plan = self.plan
-        run(counting.narrow_kernel, self.tensors, self.ranks, answer, FIRST=level == 1, FINAL=False)
-        run(counting.count_kernel, plan.programs, self.counts[level], self.keys, plan.work, self.ranks,
+        run(ranking.narrow_kernel, self.tensors, self.ranks, answer, FIRST=level == 1, FINAL=False)
+        run(ranking.count_kernel, plan.programs, self.counts[level], self.keys, plan.work, self.ranks,
             SHIFT=24 - 8 * level, SPAN=plan.span, BLOCK=BLOCK)  # fmt: skip
         return self._of_counted_shards(self.counts[level])
 
@@ -78,18 +78,18 @@ class ShardStep:
     def count_ties(self, answer: Tensor) -> Tensor:
         """Take the last byte of the K-th key, and count the keys equal to it in each tensor's cell here: int32, 1-d."""
         plan = self.plan
-        run(counting.narrow_kernel, self.tensors, self.ranks, answer, FIRST=False, FINAL=True)
+        run(ranking.narrow_kernel, self.tensors, self.ranks, answer, FIRST=False, FINAL=True)
         self.equals = self.empty(plan.programs, torch.int32)
-        run(counting.equals_kernel, plan.programs, self.equals, self.keys, plan.work, self.ranks, SPAN=plan.span,
+        run(ranking.equals_kernel, plan.programs, self.equals, self.keys, plan.work, self.ranks, SPAN=plan.span,
             BLOCK=BLOCK)  # fmt: skip
         table = torch.zeros(self.tensors * plan.cells, dtype=torch.int32, device=plan.device)
-        run(counting.cells_kernel, self.tensors, table, self.equals, plan.spans, plan.cells, BLOCK=TABLE_BLOCK)
+        run(ranking.cells_kernel, self.tensors, table, self.equals, plan.spans, plan.cells, BLOCK=TABLE_BLOCK)
         return table
 
     def cut_ties(self, answer: Tensor) -> None:
         """Find the index up to which keys that equal the K-th are selected."""
         plan = self.plan
-        run(counting.cutoff_kernel, self.tensors, self.ranks, answer, self.equals, self.keys, plan.spans, plan.cells,
+        run(ranking.cutoff_kernel, self.tensors, self.ranks, answer, self.equals, self.keys, plan.spans, plan.cells,
             CELLS=power_of_two(plan.cells), SPAN=plan.span, BLOCK=BLOCK)  # fmt: skip
 
     # --- sums ---
