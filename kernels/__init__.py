@@ -1,4 +1,4 @@
-"""Everything that touches every element: the selective step, exact top-K, sums, counter-based random numbers.
+"""The functions that touch every element: the selective step, exact top-K, sums, counter-based random numbers.
 
 This folder is installed as `selective.kernels`. The import name `kernels` belongs to Hugging Face's kernels.
 """
@@ -26,6 +26,7 @@ from ._dispatch import (
 from ._functions import evaluate_function, function_device
 from .reference.random import sample_positions, uniform, uniform_bits
 from .reference.rules import Advanced, as_seen, decay_factor, turned
+from .shard import Shard
 from .sharded import Exchange
 from .spec import (
     AdamRule,
@@ -39,7 +40,6 @@ from .spec import (
     Scalar,
     Selection,
     SGDRule,
-    Shard,
     Strength,
     Sums,
     SumsTable,

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from . import cpu, reference, sharded
 from .reference.rules import Advanced, has_momentum
-from .spec import Draw, GivenRule, Item, ItemList, Rule, Selection, Strength, Sums
+from .spec import Draw, GivenRule, Item, ItemList, Rule, Selection, StepSpec, Strength, Sums, check_kinds
 
-Backend = Literal["auto", "reference", "cpu", "gpu"]  # Which implementation; "auto" picks by device.
+Backend = Literal["auto", "reference", "cpu", "gpu"]  # The implementation; "auto" picks by device.
 _standard: ContextVar[Backend] = ContextVar("standard", default="auto")
-_triton_missing: list[str] = []  # why ("" where it is there), once it was looked for; "said", once the user was told
+_triton_missing: list[str] = []  # once looked for: why it is missing ("" if it is not); "said", once the user was told
 NO_CONTROL = "there is no Triton kernel for a matched random control"
 
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """What `backend="auto"` means inside of the block (in this thread): for checks of whole optimizers."""
+    """Let `backend="auto"` mean `backend` inside of the block (in this thread): for checks of whole optimizers."""
     token = _standard.set(backend)
     try:
         yield
@@ -35,7 +35,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 
 def backend_in_use() -> Backend:
-    """What `backend="auto"` means here and now."""
+    """The implementation that `backend="auto"` means here and now."""
     return _standard.get()
 
 
@@ -47,7 +47,7 @@ def _gpu() -> ModuleType:
 
 
 def why_no_triton() -> str | None:
-    """Why the GPU path cannot be imported; None where it can."""
+    """The reason why the GPU path can't be imported; None if it can."""
     if not _triton_missing:
         try:
             _gpu()
@@ -58,7 +58,7 @@ def why_no_triton() -> str | None:
 
 
 def _warn_without_triton() -> None:
-    """Say once that tensors on a GPU are stepped without kernels, where that is for want of Triton."""
+    """Warn, once, that tensors on a GPU are stepped without kernels because Triton is missing."""
     why = why_no_triton()
     if why is not None and len(_triton_missing) == 1:
         _triton_missing.append("said")
@@ -70,17 +70,17 @@ def _warn_without_triton() -> None:
 
 
 def why_reference(item: Item, rule: Rule, selection: Selection | None = None) -> str | None:
-    """Why a tensor on a GPU is stepped by the reference instead of by a kernel, in words; None where it is not."""
+    """The reason why a tensor on a GPU is stepped by the reference, in words; None if a kernel steps it."""
     if selection is not None and selection.control is not None:
         return NO_CONTROL
     return why_no_triton() or _gpu().unsupported(item, rule, selection)
 
 
 def why_own_code(selection: Selection, param: Tensor) -> str | None:
-    """Why this parameter can't be stepped by this selection here, but its policy's own code has to; None where it can.
+    """The reason why no kernel has this selection for this parameter, in words; None if one has it.
 
-    For the two kinds that have no implementation everywhere, in words: a user's Triton function, which only the Triton
-    kernels can call, and a matched control, which they don't have.
+    If there is a reason, the policy's own code has to run. There is one for two kinds only: a user's Triton function,
+    which only Triton kernels can call, and a matched control, which these don't have.
     """
     if selection.control is not None and _path_of(param) == "gpu":
         return NO_CONTROL
@@ -88,7 +88,7 @@ def why_own_code(selection: Selection, param: Tensor) -> str | None:
 
 
 def _path_of(param: Tensor) -> Backend:
-    """Where a step of this parameter goes, as far as its device and the backend say."""
+    """The implementation for this parameter, as far as its device and the backend say."""
     path = _standard.get()
     if path != "auto":
         return path
@@ -96,7 +96,7 @@ def _path_of(param: Tensor) -> Backend:
 
 
 def why_no_function(param: Tensor) -> str | None:
-    """Why a Triton function can't select in this parameter's step, in words; None where it can."""
+    """The reason why a Triton function can't select in this parameter's step, in words; None if it can."""
     path = _standard.get()
     if path in ("reference", "cpu"):
         return f"the backend is {path!r}"
@@ -113,7 +113,7 @@ def _chosen(backend: Backend) -> Backend:
 
 
 def _implementation(item: Item, rule: Rule, selection: Selection, backend: Backend) -> Backend:
-    """Which path takes this item: the kernels of its device, the reference where there are none."""
+    """The implementation for this item: the kernels of its device, or the reference if there are none for it."""
     backend, device = _chosen(backend), item.param.device
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' got a tensor on {device}; pass backend='auto'")
@@ -132,23 +132,21 @@ def _implementation(item: Item, rule: Rule, selection: Selection, backend: Backe
 
 
 def _momentum_wanted(selection: Selection, strength: Strength) -> str | None:
-    """What asks for a momentum, in words; None if nothing does."""
-    if selection.kind == "agreement" and selection.product != "update":
-        return f"agreement of the {selection.product}"
-    if selection.kind == "top_k" and selection.score != "update":
-        return f"top-K by the {selection.score} score"
-    if selection.kind == "function" and selection.reads_momentum:
-        return "the selection's function"
-    if strength.kind == "alignment":
-        return "the alignment strength"
-    if strength.kind == "norm_preserving" and strength.of == "momentum":
-        return "preserving the norm of the momentum"
+    """The part of a policy that reads a momentum, in words; None if none does."""
+    if selection.reads & {"momentum", "previous_momentum"}:
+        if selection.kind == "agreement":
+            return f"agreement of the {selection.product}"
+        return f"top-K by the {selection.score} score" if selection.kind == "top_k" else "the selection's function"
+    if "momentum" in strength.reads:
+        return "the alignment strength" if strength.kind == "alignment" else "preserving the norm of the momentum"
     return None
 
 
-def _check(items: Sequence[Item], rule: Rule, selection: Selection, strength: Strength) -> None:
+def _check(items: Sequence[Item], spec: StepSpec) -> None:
     """Refuse what cannot work, before anything moves."""
-    wanted = _momentum_wanted(selection, strength)
+    check_kinds("selective.kernels", spec)
+    wanted = _momentum_wanted(spec.selection, spec.strength)
+    by_strength = "momentum" in spec.strength.reads
     for item in items:
         if item.grad.shape != item.param.shape:
             raise ValueError(
@@ -160,21 +158,19 @@ def _check(items: Sequence[Item], rule: Rule, selection: Selection, strength: St
                             "only real floating point tensors can be stepped")  # fmt: skip
         if wanted is None:
             continue
-        previous = selection.kind == "agreement" and selection.product == "previous_momentum"
-        by_strength = strength.kind == "alignment" or (strength.kind == "norm_preserving" and strength.of == "momentum")
-        if previous and not by_strength and item.state.get("previous_momentum") is not None:
+        if spec.keeps_previous and not by_strength and item.state.get("previous_momentum") is not None:
             continue  # a capture that kept only what is read
-        if not has_momentum(item, rule):
+        if not has_momentum(item, spec.rule):
             raise ValueError(
-                f"{wanted} needs a momentum, and {type(rule).__name__} has none for parameter {item.address}: "
+                f"{wanted} needs a momentum, and {type(spec.rule).__name__} has none for parameter {item.address}: "
                 "use a base with momentum, or a policy that reads the update"
             )
-        if previous and hasattr(rule, "negated") and item.state.get("previous_momentum") is None:
+        if spec.keeps_previous and isinstance(spec.rule, GivenRule) and item.state.get("previous_momentum") is None:
             raise ValueError(f"{wanted} needs state['previous_momentum'] of parameter {item.address}; it was not kept")
 
 
 def _check_function(items: Sequence[Item], paths: dict[Backend, list[int]], rule: Rule) -> None:
-    """Refuse a selection by a function where it can't run. Elsewhere there is its twin, but not in the kernels."""
+    """Refuse a selection by a Triton function for items that are not stepped by Triton kernels."""
     for path, chosen in paths.items():
         if path != "gpu":
             item = items[chosen[0]]
@@ -203,24 +199,24 @@ def selective_step(
             included. The gradient has the parameter's shape; its dtype and layout may differ. `item.state` has the
             base's own entries as `rule` names them; SGD's `momentum_buffer` is made in its first step.
         rule: how the moments move; its hyper-parameters hold for all items.
-        selection, strength: which coordinates, and the two multipliers.
-        draw: where random selections and samples take their numbers from.
+        selection, strength: which coordinates are selected, and the two multipliers.
+        draw: the source of the random numbers of selections, samples and rounding.
         statistics: also return one `Sums` for each item, in order, on the item's device.
         backend: "auto" picks by device; the others are for tests.
 
     Raises:
-        ValueError, TypeError: before anything has moved, where a gradient does not fit, where the selection or
-            the strength needs a momentum that the rule does not have, or where the selection is a Triton function and
-            a tensor is not stepped by Triton kernels.
+        ValueError, TypeError: before anything has moved, if a gradient does not fit, if the selection or the strength
+            needs a momentum that the rule does not have, or if the selection is a Triton function and a tensor is not
+            stepped by Triton kernels.
 
     On a CPU, tensor hyper-parameters are read; elsewhere the host never waits for the device. Arithmetic is float32
-    (float64 for float64 parameters), state and parameter are rounded once. Agrees with torch's Adam, AdamW and SGD,
-    where the mask is 1, to rounding (not bit for bit: torch fuses multiply-adds that are separate here).
+    (float64 for float64 parameters), state and parameter are rounded once. Where the mask is 1, the step agrees with
+    torch's Adam, AdamW and SGD to rounding (not bit for bit: torch fuses multiply-adds that are separate here).
     """
-    how: Any = {"rule": rule, "selection": selection, "strength": strength, "draw": draw, "statistics": statistics}
+    spec = StepSpec(rule, selection, strength, draw, statistics)
     if any(item.shard is not None for item in items):
-        return _with_shards(items, how, backend)
-    return _step_here(items, how, backend)
+        return _with_shards(items, spec, backend)
+    return _step_here(items, spec, backend)
 
 
 def begin_sharded(
@@ -233,73 +229,76 @@ def begin_sharded(
     statistics: bool = False,
     backend: Backend = "auto",
 ) -> list[sharded.Steps]:
-    """`selective_step` of items that are all shards, not yet run: for an `Exchange` with those of other calls."""
-    how: Any = {"rule": rule, "selection": selection, "strength": strength, "draw": draw, "statistics": statistics}
-    _check(items, rule, selection, strength)
+    """`selective_step` of items that are all shards, not yet run.
+
+    Takes and refuses the same as `selective_step`. Give the result to an `Exchange`, so that these items share their
+    collectives with those of other calls.
+    """
+    return _begin_sharded(items, StepSpec(rule, selection, strength, draw, statistics), backend)
+
+
+def _begin_sharded(items: Sequence[Item], spec: StepSpec, backend: Backend) -> list[sharded.Steps]:
+    _check(items, spec)
 
     def kernels(item: Item) -> Any:
-        return _gpu().ShardKernels if _implementation(item, rule, selection, backend) == "gpu" else None
+        return _gpu().ShardKernels if _implementation(item, spec.rule, spec.selection, backend) == "gpu" else None
 
-    return sharded.sharded_step(items, **how, local_step=partial(_local, backend=backend), kernels=kernels)
-
-
-def _local(items: Sequence[Item], *, backend: Backend, **how: Any) -> Sequence[Sums] | None:
-    return _step_here(items, how, backend)
+    return sharded.sharded_step(items, spec, local_step=partial(_step_here, backend=backend), kernels=kernels)
 
 
-def _with_shards(items: Sequence[Item], how: Any, backend: Backend) -> Sequence[Sums] | None:
-    """Shards and whole tensors in one list."""
+def _with_shards(items: Sequence[Item], spec: StepSpec, backend: Backend) -> Sequence[Sums] | None:
+    """The step of a list that has both shards and whole tensors."""
     shards = [i for i, item in enumerate(items) if item.shard is not None]
     others = [i for i, item in enumerate(items) if item.shard is None]
-    steps = begin_sharded([items[i] for i in shards], **how, backend=backend)
+    steps = _begin_sharded([items[i] for i in shards], spec, backend)
     for one in steps:
         one.go_on()
-    found: dict[int, Sums] = {}
+    sums: dict[int, Sums] = {}
     if others:
-        found.update(zip(others, _step_here([items[i] for i in others], how, backend) or (), strict=False))
+        sums.update(zip(others, _step_here([items[i] for i in others], spec, backend) or (), strict=False))
     sharded.run(steps)
-    found.update(zip(shards, sharded.in_order(steps, len(shards)) or (), strict=False))
-    return [found[i] for i in range(len(items))] if how["statistics"] else None
+    sums.update(zip(shards, sharded.in_order(steps, len(shards)) or (), strict=False))
+    return [sums[i] for i in range(len(items))] if spec.statistics else None
 
 
 @torch.no_grad()
-def _step_here(items: Sequence[Item], how: Any, backend: Backend) -> Sequence[Sums] | None:
-    """The step of tensors as they are, or of shards of which no more than that is asked."""
-    rule, selection, strength, statistics = how["rule"], how["selection"], how["strength"], how["statistics"]
+def _step_here(items: Sequence[Item], spec: StepSpec, backend: Backend) -> Sequence[Sums] | None:
+    """The step of whole tensors, or of shards that can be stepped as if they were whole."""
+    selection, statistics = spec.selection, spec.statistics
     if selection.kind == "function" and why_no_triton() is None:
         selection = replace(selection, function=_gpu().jitted(selection.function))
-        how = {**how, "selection": selection}
+        spec = replace(spec, selection=selection)
     planned = isinstance(items, ItemList) and bool(items.cache) and bool(items)
     asked = _chosen(backend)
     if planned and (asked == "gpu" or (asked == "auto" and items[0].param.is_cuda)):
-        again = _gpu().step_again(items, **how)  # everything below was found out in an earlier step
+        again = _gpu().step_again(items, spec)  # all that follows below was settled in an earlier step
         if again is not None:
             return again if statistics else None
-    _check(items, rule, selection, strength)
+    _check(items, spec)
     paths: dict[Backend, list[int]] = {}
     for i, item in enumerate(items):
-        paths.setdefault(_implementation(item, rule, selection, backend), []).append(i)
+        paths.setdefault(_implementation(item, spec.rule, selection, backend), []).append(i)
     if selection.kind == "function":
-        _check_function(items, paths, rule)
+        _check_function(items, paths, spec.rule)
     results: list[Sums | None] = [None] * len(items)
-    for path, chosen in paths.items():
+    for path, places in paths.items():
         module = {"cpu": cpu, "reference": reference}[path] if path != "gpu" else _gpu()
-        part = items if len(paths) == 1 else [items[i] for i in chosen]
-        sums = module.selective_step(part, **how)
+        part = items if len(paths) == 1 else [items[i] for i in places]
+        sums = module.selective_step(part, spec)
         if len(paths) == 1:
             return sums if statistics else None
-        for i, s in zip(chosen, sums or [], strict=bool(sums)):
+        for i, s in zip(places, sums or [], strict=bool(sums)):
             results[i] = s
     return [s for s in results if s is not None] if statistics else None
 
 
 def advance(item: Item, rule: Rule, *, keep_previous: bool = False) -> Advanced:
-    """Move the moments of one tensor, in place, and return what a custom policy reads.
+    """Move the moments of one tensor, in place, and return the tensors that a custom policy reads.
 
-    Gradient (after `maximize` and coupled decay), update, momentum, and with `keep_previous` the momentum before it
-    moved: whole tensors shaped like the parameter, float32 (float64 for float64 parameters), None where the rule has
-    none. They may share memory with the gradient or the state: read only. The parameter is not touched;
-    `apply_mask` does that.
+    These are the gradient (after `maximize` and coupled decay), the update, the momentum, and with `keep_previous` the
+    momentum before it moved: whole tensors shaped like the parameter, float32 (float64 for float64 parameters). The
+    momenta are None if the rule has none. They may share memory with the gradient or the state: read them, don't
+    write. The parameter is not changed; `apply_mask` does that.
     """
     return reference.advance(item, rule, keep_previous=keep_previous)
 
@@ -307,8 +306,8 @@ def advance(item: Item, rule: Rule, *, keep_previous: bool = False) -> Advanced:
 def apply_mask(item: Item, rule: Rule, update: Tensor, mask: Tensor, draw: Draw | None = None) -> None:
     """Step 7, in place: `p <- factor p - mask u` (GivenRule: `factor start + (offset - mask) u`), rounded once.
 
-    `update` is what `advance` returned; `mask` any tensor that broadcasts to it (bool counts as 0 and 1). `draw` is
-    read where it asks for stochastic rounding.
+    `update` is the update that `advance` returned; `mask` any tensor that broadcasts to it (bool counts as 0 and 1).
+    `draw` is read if it asks for stochastic rounding.
     """
     reference.apply_mask(item, rule, update, mask, draw)
 
@@ -316,8 +315,10 @@ def apply_mask(item: Item, rule: Rule, update: Tensor, mask: Tensor, draw: Draw 
 def top_k(score: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:
     """A bool tensor shaped like `score`, true at exactly its `k` largest elements.
 
-    +0 and -0 are equal; equal scores go to the lower flat (row-major) index; NaN is never selected, so that fewer
-    than `k` are true only where fewer than `k` scores are not NaN. `score` is real floating point of any shape.
+    +0 and -0 are equal. Equal scores go to the lower flat (row-major) index. NaN is never selected, so that fewer than
+    `k` are true only if fewer than `k` scores are not NaN. `score` is real floating point of any shape.
+
+    Raises a ValueError for backend "cpu" and a tensor on another device.
     """
     path = _chosen(backend)
     if path == "cpu" and score.device.type != "cpu":

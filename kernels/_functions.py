@@ -1,4 +1,4 @@
-"""A Triton function that selects, outside of a step: where it can run, and what it says by itself."""
+"""A Triton function that selects, called outside of a step."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from .spec import Selection
 
 
 def evaluate_function(selection: Selection, grad: Tensor, update: Tensor, momentum: Tensor | None = None) -> Tensor:
-    """What a selection's Triton function says of these float32 elements, by itself: a bool tensor shaped like them.
+    """Call a selection's Triton function on these elements: float32 tensors of one shape.
 
-    On a GPU it is compiled as it is in a step. Raises what Triton raises where it can't be.
+    Returns a bool tensor of that shape, true where the function selects. On a GPU it is compiled as in a step. Without
+    a `momentum` the function gets the update in its place.
+
+    Raises a ValueError for tensors of other dtypes or of several shapes, and Triton's own errors if the function does
+    not compile.
     """
     return _gpu().evaluate(selection, grad, update, update if momentum is None else momentum)
 
 
 def function_device() -> tuple[torch.device | None, str]:
-    """Where `evaluate_function` can run here; or None, and why it can't."""
+    """The device that `evaluate_function` can run on here, and ""; None and the reason if there is none."""
     missing = why_no_triton()
     if missing is not None:
         return None, missing

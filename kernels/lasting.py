@@ -10,9 +10,10 @@ import torch
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """What is made here can be written to after `torch.inference_mode()`, too: torch refuses it for what is made there.
+    """A context that leaves `torch.inference_mode()`: tensors made in it can be written to after that mode, too.
 
-    Buffers, tables and state that are kept are made so. Otherwise one step in that mode would spoil all later ones.
+    torch refuses to write to tensors that were made in inference mode. Buffers, tables and state that are kept are made
+    in this context, because otherwise one step in that mode would spoil all later ones.
     """
     if not torch.is_inference_mode_enabled():
         yield

@@ -1,17 +1,18 @@
-"""The plain data that goes into a kernel: which rule, which selection, which strength, on which tensors.
+"""The plain data of the kernels: how to step (`StepSpec`), the tensors (`Item`), and the report (`Sums`).
 
-Kernels know nothing of policies or optimizers; policies describe themselves in these terms
-(`Selection`, `Strength`), captures do so for the base's rule. docs/design.md, "Kernels", has the semantics.
+Kernels know nothing of policies and optimizers. Policies describe themselves as a `Selection` and a `Strength`,
+captures describe the base's rule. docs/design.md, "Kernels", has the semantics.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NoReturn, get_args, overload
 
 from torch import Tensor
+
+from .shard import Shard
 
 Scalar = float | Tensor  # a Python number, or a 0-d tensor (torch allows `lr` to be one)
 SelectionKind = Literal["everything", "agreement", "top_k", "bernoulli", "function"]
@@ -21,12 +22,12 @@ STRENGTH_KINDS = frozenset(get_args(StrengthKind))
 
 
 def refuse_kind(device: str, part: Literal["selection", "strength"], kind: str) -> NoReturn:
-    """The end of every dispatch on a kind: a ValueError that names the device and the kind it has no code for."""
+    """End a dispatch on a kind: raise a ValueError that names the device and the kind it has no code for."""
     raise ValueError(f"{device} has no {part} of the kind {kind!r}")
 
 
 def refuse_rule(device: str, rule: object) -> NoReturn:
-    """The end of every dispatch on a rule: a ValueError that names the device and the rule it has no code for."""
+    """End a dispatch on a rule: raise a ValueError that names the device and the rule it has no code for."""
     raise ValueError(f"{device} has no rule {type(rule).__name__}")
 
 
@@ -43,7 +44,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which coordinates of a tensor are selected."""
+    """The description of which coordinates of a tensor are selected."""
 
     kind: SelectionKind
     product: Literal["update", "momentum", "previous_momentum"] = "update"  # agreement: this times g
@@ -58,10 +59,34 @@ class Selection:
     reads_momentum: bool = False  # function: whether it needs a momentum (it is handed the update where there is none)
     control: Control | None = None  # select as many at random instead, once it is known how many are selected
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The tensors that a coordinate is selected by, of "grad", "update", "momentum" and "previous_momentum"."""
+        if self.kind == "agreement":
+            return frozenset({"grad", self.product})
+        if self.kind == "top_k":
+            return frozenset({"grad", "update" if self.score == "update" else "momentum"})
+        if self.kind == "function":
+            return frozenset({"grad", "update", "momentum"} if self.reads_momentum else {"grad", "update"})
+        return frozenset()
+
+    def k_of(self, numel: int) -> int:
+        """top_k: K, the number of coordinates that are selected of a tensor or a sample of `numel`."""
+        return int(self.fraction * numel)
+
+    def leaves_dense(self, numel: int) -> bool:
+        """True if this is a top-K whose K is 0: then every multiplier of the tensor is 1, whatever the strength."""
+        return self.kind == "top_k" and self.k_of(numel) == 0
+
+    @property
+    def random_limit(self) -> int:
+        """bernoulli: a unit is selected where its random number of 24 bits is below this."""
+        return round(self.probability * 2**24)
+
 
 @dataclass(frozen=True)
 class Strength:
-    """The two multipliers: of the selected coordinates, and of the rest."""
+    """The description of the two multipliers: of the selected coordinates, and of the rest."""
 
     kind: StrengthKind
     selected: float = 1.0  # fixed
@@ -72,6 +97,31 @@ class Strength:
     temperature: float = 2.0  # alignment
     smoothing: float = 0.9  # alignment
     still: bool = False  # fixed: × 0 where the update times the gradient is exactly 0
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The tensors that the multipliers are made from besides the selection, by the names of `Selection.reads`."""
+        if self.kind == "norm_preserving":
+            return frozenset({"grad" if self.of == "gradient" else self.of})
+        if self.kind == "alignment":
+            return frozenset({"grad", "momentum"})
+        return frozenset({"grad", "update"} if self.still else ())
+
+    @property
+    def is_sampled(self) -> bool:
+        """True if the multipliers are estimated from a sample of a large tensor."""
+        return self.estimate == "sampled" and self.kind in ("mean_preserving", "norm_preserving")
+
+
+# Each rule knows these facts about itself:
+#   state_names        the state entries that it reads and that are shaped like the parameter
+#   first_moment       the state entry that holds the momentum after the step; None if there is no momentum
+#   previous_momentum  the state entry that holds the momentum before the step, until the rule moves it
+#   counts_steps       whether its state has a step counter, `step` (0-d), which it counts up
+#   decay_is_coupled   whether weight decay is added to the gradient, and not a factor on the parameter
+#   coupled_decay      the weight decay that is added to the gradient
+#   has_decay_factor   whether the parameter is multiplied by a factor. For Lion and a given update this is always True:
+#                      otherwise a factor that a schedule takes through 1 would compile another kernel
 
 
 @dataclass(frozen=True)
@@ -86,11 +136,29 @@ class AdamRule:
     decoupled: bool = True
     amsgrad: bool = False
     maximize: bool = False
+    first_moment: ClassVar[str] = "exp_avg"
+    previous_momentum: ClassVar[str] = "exp_avg"
+    counts_steps: ClassVar[bool] = True
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The state entries that the rule reads and that are shaped like the parameter."""
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if self.amsgrad else ("exp_avg", "exp_avg_sq")
+
+    @property
+    def decay_is_coupled(self) -> bool:
+        """True if weight decay is added to the gradient."""
+        return not self.decoupled
 
     @property
     def coupled_decay(self) -> float:
         """The weight decay that is added to the gradient."""
         return 0.0 if self.decoupled else self.weight_decay
+
+    @property
+    def has_decay_factor(self) -> bool:
+        """True if the parameter is multiplied by a factor (decoupled decay)."""
+        return self.decoupled and self.weight_decay != 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +171,24 @@ class SGDRule:
     nesterov: bool = False
     weight_decay: float = 0.0  # coupled, as torch has it
     maximize: bool = False
+    counts_steps: ClassVar[bool] = False
+    decay_is_coupled: ClassVar[bool] = True
+    has_decay_factor: ClassVar[bool] = False
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The state entries that the rule reads and that are shaped like the parameter."""
+        return () if self.momentum == 0 else ("momentum_buffer",)
+
+    @property
+    def first_moment(self) -> str | None:
+        """The state entry that holds the momentum after the step; None if there is no momentum."""
+        return None if self.momentum == 0 else "momentum_buffer"
+
+    @property
+    def previous_momentum(self) -> str | None:
+        """The state entry that holds the momentum until the rule moves it; None if there is no momentum."""
+        return self.first_moment
 
     @property
     def coupled_decay(self) -> float:
@@ -120,6 +206,12 @@ class LionRule:
     decay_factor: Scalar = 1.0  # the parameter is multiplied by it (decoupled decay)
     weight_decay: float = 0.0  # coupled: added to the gradient
     maximize: bool = False
+    state_names: ClassVar[tuple[str, ...]] = ("exp_avg",)
+    first_moment: ClassVar[str] = "exp_avg"
+    previous_momentum: ClassVar[str] = "exp_avg"
+    counts_steps: ClassVar[bool] = False
+    decay_is_coupled: ClassVar[bool] = True
+    has_decay_factor: ClassVar[bool] = True
 
     @property
     def coupled_decay(self) -> float:
@@ -144,111 +236,20 @@ class GivenRule:
     rate: Scalar = 1.0  # the base's learning rate, of which only the sign is read: Note [a negative learning rate]
     maximize: ClassVar[bool] = False  # the gradient is taken as it is given,
     coupled_decay: ClassVar[float] = 0.0  # and nothing is added to it
+    state_names: ClassVar[tuple[str, ...]] = ("update", "start", "momentum", "previous_momentum")
+    first_moment: ClassVar[str] = "momentum"
+    previous_momentum: ClassVar[str] = "previous_momentum"
+    counts_steps: ClassVar[bool] = False
+    decay_is_coupled: ClassVar[bool] = False
+    has_decay_factor: ClassVar[bool] = True
 
 
-Rule = AdamRule | SGDRule | LionRule | GivenRule  # How the moments of a parameter group move.
-
-
-def check_kinds(device: str, rule: Rule, selection: Selection, strength: Strength) -> None:
-    """Refuse a rule, a selection or a strength of no kind that is defined here, before anything moves.
-
-    Raises a ValueError with the device's name. A kind that is defined here and that a device has no code for ends in
-    `refuse_kind` or `refuse_rule` there.
-    """
-    if not isinstance(rule, (AdamRule, SGDRule, LionRule, GivenRule)):
-        refuse_rule(device, rule)
-    if selection.kind not in SELECTION_KINDS:
-        refuse_kind(device, "selection", selection.kind)
-    if strength.kind not in STRENGTH_KINDS:
-        refuse_kind(device, "strength", strength.kind)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What of a whole tensor is here, where the rest is elsewhere: plain numbers and a process group.
-
-    In each dimension the local indices stand for `runs` of the whole tensor's, ascending: (start, length) each. So
-    local flat (row-major) order is the whole's order, but what is here need not lie in one piece: columns, strided
-    shards.
-
-    Ties go to the lower index of the whole tensor, which several ranks have between them. For those the whole is cut
-    into `cells`, numbered in its order, each on one rank (and its replicas): every index of the dimensions before the
-    last sharded one, times that one's pieces; `places` says which piece each local run of it is.
-    """
-
-    shape: tuple[int, ...]  # of the whole tensor
-    runs: tuple[tuple[tuple[int, int], ...], ...]
-    group: Any  # of processes: a sum over it is a sum over the whole tensor, if only those count that are `counted`
-    counted: bool = True  # False on all replicas but one, which add zeros
-    cut: int = 0  # the last sharded dimension
-    pieces: int = 1  # that it is cut into
-    places: tuple[int, ...] = (0,)
-    # Whether, on every rank, what is there is one stretch of the whole's flat order; ... and its rows one of its rows.
-    # (Ranks have to know the same of each other: they ask together for what they step in the same way.)
-    stretches: bool = False
-    row_stretches: bool = False
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def cells(self) -> int:
-        return math.prod(self.shape[: self.cut]) * self.pieces
-
-    @property
-    def offset(self) -> int | None:
-        """The whole's flat index of the first local element where all others follow it; None where they don't.
-
-        0 where there are none.
-        """
-        if not all(self.runs):
-            return 0
-        stride, offset, whole = 1, 0, True  # whole: the dimensions after this one are complete here
-        for size, runs in zip(reversed(self.shape), reversed(self.runs), strict=True):
-            if len(runs) != 1 or not (whole or runs[0][1] == 1):
-                return None
-            whole = whole and runs[0] == (0, size)
-            offset, stride = offset + runs[0][0] * stride, stride * size
-        return offset
-
-    def first(self, unit: Literal["element", "row", "tensor"]) -> int | None:
-        """The whole's number of the first element or row here, where all others follow it, on every rank; else None."""
-        if unit == "tensor":
-            return 0
-        if self.numel > 1 << 32 or not (self.stretches if unit == "element" else self.row_stretches):
-            return None
-        if unit == "element":
-            return self.offset
-        return self.runs[0][0][0] if self.runs[0] else 0
-
-
-@dataclass
-class Item:
-    """One parameter's share of a step. `param`, `state` and `policy_state` are changed in place."""
-
-    param: Tensor
-    grad: Tensor  # same shape; its dtype may differ from the parameter's
-    state: dict[str, Tensor]
-    address: int  # the parameter's index in the optimizer: the third coordinate of randomness
-    policy_state: dict[str, Tensor] = field(default_factory=dict)  # "average" (0-d float32) for alignment
-    shard: Shard | None = None  # what of a whole tensor `param` (and `grad`, and `state`) is; None: all of it
-
-
-class ItemList(list[Item]):
-    """Items that are handed in again in every step: the GPU path keeps its tables in `cache`.
-
-    The list may change from step to step (gradients, state, even members); what is cached is checked against it.
-    """
-
-    def __init__(self, items: Iterable[Item] = ()) -> None:
-        super().__init__(items)
-        self.cache: dict[Any, Any] = {}
+Rule = AdamRule | SGDRule | LionRule | GivenRule  # The rule by which the moments of a parameter group move.
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Where the counter-based random numbers of this step come from."""
+    """The source of this step's random numbers, which are counter-based."""
 
     seed: int
     step: int
@@ -257,12 +258,65 @@ class Draw:
     clock: Tensor | None = field(default=None, compare=False)
 
 
+@dataclass(frozen=True, eq=False)  # compared by identity: a rule may hold tensors
+class StepSpec:
+    """Everything about a step but the tensors: one of these holds for all items of a call."""
+
+    rule: Rule
+    selection: Selection
+    strength: Strength
+    draw: Draw
+    statistics: bool = False  # whether a `Sums` is returned for each item
+
+    @property
+    def keeps_previous(self) -> bool:
+        """True if the momentum before the step is read after the moments have moved."""
+        return "previous_momentum" in self.selection.reads
+
+
+def check_kinds(device: str, spec: StepSpec) -> None:
+    """Refuse a rule, a selection or a strength of no kind that is defined here, before anything moves.
+
+    Raises a ValueError with the device's name. A kind that is defined here and that a device has no code for ends in
+    `refuse_kind` or `refuse_rule` there.
+    """
+    if not isinstance(spec.rule, (AdamRule, SGDRule, LionRule, GivenRule)):
+        refuse_rule(device, spec.rule)
+    if spec.selection.kind not in SELECTION_KINDS:
+        refuse_kind(device, "selection", spec.selection.kind)
+    if spec.strength.kind not in STRENGTH_KINDS:
+        refuse_kind(device, "strength", spec.strength.kind)
+
+
+@dataclass
+class Item:
+    """One parameter's tensors in a step. `param`, `state` and `policy_state` are changed in place."""
+
+    param: Tensor
+    grad: Tensor  # same shape; its dtype may differ from the parameter's
+    state: dict[str, Tensor]
+    address: int  # the parameter's index in the optimizer: the third coordinate of randomness
+    policy_state: dict[str, Tensor] = field(default_factory=dict)  # "average" (0-d float32) for alignment
+    shard: Shard | None = None  # the place of `param` (and `grad`, and `state`) in a whole tensor; None: it is whole
+
+
+class ItemList(list[Item]):
+    """A list of items that is given to every step again: the GPU path keeps its tables in `cache`.
+
+    The list may change from step to step (gradients, state, even members); the cache is checked against it.
+    """
+
+    def __init__(self, items: Iterable[Item] = ()) -> None:
+        super().__init__(items)
+        self.cache: dict[Any, Any] = {}
+
+
 @dataclass
 class Sums:
-    """What a tensor's step reports: 0-d float64 tensors on the tensor's device (numel: an int); no synchronisation."""
+    """The report of a tensor's step: 0-d float64 tensors on the tensor's device (numel: an int); no synchronisation."""
 
     numel: int
-    selected: Tensor  # how many coordinates
+    selected: Tensor  # number of selected coordinates
     strength_selected: Tensor
     strength_rest: Tensor
     update_sq: Tensor  # sum of u^2
@@ -277,7 +331,7 @@ SUM_NAMES = (
 
 
 class SumsTable(Sequence[Sums]):
-    """The sums of many tensors as the rows of one float64 table, columns as in `SUM_NAMES`; cut up when looked at."""
+    """The sums of many tensors as the rows of one float64 table, with the columns `SUM_NAMES`."""
 
     def __init__(self, values: Tensor, numels: Sequence[int]) -> None:
         self.values, self.numels = values, numels

@@ -10,17 +10,18 @@ from torch import Tensor
 
 from ..reference.rounding import store
 from ..reference.rules import decay_factor, number
-from ..spec import Draw, GivenRule, Rule, Sums
+from ..spec import GivenRule, StepSpec, Sums
 from .chunks import Flat, buffer
 
 
 def _single(x: float) -> float:
+    """`x` rounded to float32, if it is in float32's range."""
     return struct.unpack("f", struct.pack("f", x))[0] if abs(x) < 3e38 else x
 
 
 @dataclass
 class Totals:
-    """The sums of statistics: dot products of float32 chunks (a relative error of about 1e-6), float64 across them."""
+    """The sums of statistics: float32 dot products within a chunk (a relative error of about 1e-6), float64 across."""
 
     selected: float = 0.0
     update_sq: float = 0.0
@@ -28,9 +29,10 @@ class Totals:
     update_grad: float = 0.0
     masked_sq: float = 0.0
 
-    def sums(self, numel: int, above: float, below: float) -> Sums:
+    def sums(self, numel: int, selected: float, rest: float) -> Sums:
+        """The report of a tensor of `numel` elements with these two multipliers."""
         row = torch.tensor(
-            [self.selected, above, below, self.update_sq, self.grad_sq, self.update_grad, self.masked_sq],
+            [self.selected, selected, rest, self.update_sq, self.grad_sq, self.update_grad, self.masked_sq],
             dtype=torch.float64,
             device="cpu",
         )
@@ -38,49 +40,44 @@ class Totals:
 
 
 class Applier:
-    """Writes the parameter of one tensor, with two multipliers that are known."""
+    """Writes the parameter of one tensor, whose two multipliers are known."""
 
     def __init__(
-        self,
-        rule: Rule,
-        flat: Flat,
-        dtype: torch.dtype,
-        above: float,
-        below: float,
-        *,
-        still: bool,
-        draw: Draw,
-        address: int,
+        self, spec: StepSpec, flat: Flat, dtype: torch.dtype, pair: tuple[float, float], *, still: bool, address: int
     ) -> None:
-        self.flat, self.dtype, self.still, self.draw, self.address = flat, dtype, still, draw, address
-        self.above, self.below = (above, below) if dtype == torch.float64 else (_single(above), _single(below))
+        rule = spec.rule
+        self.flat, self.dtype, self.still, self.draw, self.address = flat, dtype, still, spec.draw, address
+        self.selected, self.rest = pair if dtype == torch.float64 else (_single(pair[0]), _single(pair[1]))
         self.factor = float(number(decay_factor(rule)))
         self.offset = rule.offset if isinstance(rule, GivenRule) else 0.0
         self.start = flat.state["start"] if isinstance(rule, GivenRule) else flat.param
-        self.difference = self.above - self.below
+        self.difference = self.selected - self.rest
         if dtype != torch.float64:
             self.difference = _single(self.difference)
-            together = _single(self.difference + self.below)
+            together = _single(self.difference + self.rest)
         else:
-            together = self.difference + self.below
-        self.two_operations = together == self.above  # else the selected would be multiplied by a neighbour of `above`
+            together = self.difference + self.rest
+        self.two_operations = together == self.selected  # else the selected would get a neighbour of their multiplier
 
-    def _mask(self, selected: Tensor) -> Tensor:
-        """From 1.0 and 0.0 to the two multipliers, in place and exactly those two."""
+    def _mask(self, chosen: Tensor) -> Tensor:
+        """Turn 1.0 and 0.0 into the two multipliers, in place and exactly those two."""
         if self.two_operations:
-            selected.mul_(self.difference)
-            return selected.add_(self.below) if self.below != 0 else selected
-        others = torch.neg(selected, out=buffer("masked", selected.numel(), self.dtype)).add_(1.0)
-        return selected.mul_(self.above).add_(others, alpha=self.below)
+            chosen.mul_(self.difference)
+            return chosen.add_(self.rest) if self.rest != 0 else chosen
+        others = torch.neg(chosen, out=buffer("masked", chosen.numel(), self.dtype)).add_(1.0)
+        return chosen.mul_(self.selected).add_(others, alpha=self.rest)
 
     def __call__(
-        self, start: int, end: int, direction: Tensor, grad: Tensor, selected: Tensor | None, totals: Totals | None
+        self, start: int, end: int, direction: Tensor, grad: Tensor, chosen: Tensor | None, totals: Totals | None
     ) -> None:
-        """`selected` (1.0 and 0.0, overwritten) or None where everything is."""
+        """Step the elements of `[start, end)` and add them to `totals`.
+
+        `chosen` is 1.0 where selected, else 0.0, and is overwritten; None if everything is selected.
+        """
         count = end - start
         if totals is not None:
-            totals.selected += count if selected is None else float(selected.sum())
-        mask = self.above if selected is None else self._mask(selected)
+            totals.selected += count if chosen is None else float(chosen.sum())
+        mask = self.selected if chosen is None else self._mask(chosen)
         masked = buffer("masked", count, self.dtype)
         if self.still:
             mask = torch.mul(direction, grad, out=masked).ne_(0).mul_(mask)

@@ -37,7 +37,7 @@ _buffers = _Buffers()
 
 
 def buffer(name: str, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The first `count` elements of this thread's buffer of that name. Holds anything: write before reading."""
+    """The first `count` elements of this thread's buffer of that name. It may hold anything: write before reading."""
     return _buffers.get(name, count, dtype)
 
 
@@ -48,16 +48,16 @@ def spans(numel: int) -> Iterator[tuple[int, int]]:
 
 
 def keep_marks(selected: Tensor, marks: Tensor) -> None:
-    """1.0 and 0.0 of a chunk as uint8. By way of int32: a third of the time of a conversion at once."""
+    """Write 1.0 and 0.0 of a chunk to `marks` as uint8, by way of int32: a third of the time of a direct conversion."""
     marks.copy_(buffer("wide marks", selected.numel(), torch.int32).copy_(selected))
 
 
 class Scratch:
-    """Tensor-sized memory of one call of `selective_step`, reused from tensor to tensor and freed at its end."""
+    """Tensor-sized memory for one call of `selective_step`, reused from tensor to tensor and freed at its end."""
 
     def __init__(self) -> None:
         self.held: dict[tuple[str, torch.dtype], Tensor] = {}
-        self.largest = 0  # elements of the call's largest tensor: allocated once, at that size
+        self.largest = 0  # elements of the call's largest tensor: memory is allocated once, at that size
 
     def get(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
         held = self.held.get((name, dtype))
@@ -67,9 +67,9 @@ class Scratch:
 
 
 class Flat:
-    """One item's tensors as flat, row-major ones: views where they are contiguous, else copies.
+    """One item's tensors as flat, row-major tensors: views of those that are contiguous, copies of the others.
 
-    `write_back` puts what has changed in a copy where it belongs. A copy costs the tensor's size while it is stepped.
+    `write_back` puts a copy that was written back where it belongs. A copy costs the tensor's size while it is stepped.
     """
 
     def __init__(self, item: Item, writes_state: bool) -> None:
@@ -92,5 +92,6 @@ class Flat:
         return copy.view(-1)
 
     def write_back(self) -> None:
+        """Write the copies of the parameter, and of state that the rule moves, back to the tensors."""
         for tensor, copy in self._copies:
             tensor.copy_(copy)

@@ -1,9 +1,9 @@
 """A matched random control of one tensor: the sums of the policy's selection, then as many others, at random.
 
-Once it is known how many are to be chosen, the place of the last of them among the random numbers is known as well, up
-to a few standard deviations, because the numbers are uniform. So one pass marks everything above that bracket by the
-upper 8 bits of its number, and collects what lies inside of it, which alone is ranked. Small tensors, and those whose
-bracket has missed, are ranked as a whole: slower, the same answer.
+The control takes the coordinates with the largest random numbers, as many as the policy selects. As the numbers are
+uniform, the last one that is taken lies within a few standard deviations of a known value. So one pass marks every
+number above that bracket by its upper 8 bits, and collects the few numbers inside of it; only those are ranked. Small
+tensors, and tensors whose bracket has missed, are ranked as a whole: slower, with the same answer.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ class Matched:
     ) -> None:
         self.control, self.rest, self.numel, self.dtype = control, rest, numel, dtype
         self.address, self.still, self.random = address, still, draw
-        self.count = 0  # how many the policy selects
-        self.moving = 0 if still else numel  # how many do not stand still
+        self.count = 0  # the number that the policy selects
+        self.moving = 0 if still else numel  # the number that do not stand still
         self.theirs_sq = self.ours_sq = self.all_sq = 0.0
 
     def add(self, direction: Tensor, grad: Tensor, selected: Tensor | None) -> None:
-        """One chunk of the policy's selection: 1.0 and 0.0, None where everything is selected."""
+        """Add one chunk of the policy's selection: 1.0 and 0.0, None if everything is selected."""
         n = direction.numel()
         self.count += n if selected is None else _ones(selected)
         if self.still:
             moves = self._moves(direction, grad)
             moving = _ones(moves)
             self.moving += moving
-            if moving < n:  # the others have no part in a norm
+            if moving < n:  # those that stand still have no part in a norm
                 direction = moves.mul_(direction)
         if not self.control.norm:
             return
@@ -60,44 +60,44 @@ class Matched:
             self.theirs_sq += float(torch.dot(chosen, direction))
 
     def _moves(self, direction: Tensor, grad: Tensor) -> Tensor:
-        """1.0 where a coordinate moves whatever is selected, 0.0 where it stands still."""
+        """1.0 where a coordinate moves if its multiplier is not 0, 0.0 where it stands still anyhow."""
         return torch.mul(direction, grad, out=buffer("moves", direction.numel(), self.dtype)).ne_(0)
 
-    def draw(self, again: Again, marks: Tensor, above: float, below: float) -> float:
+    def draw(self, again: Again, marks: Tensor, selected: float, rest: float) -> float:
         """Fill `marks` (uint8, of the whole tensor) with 1 where the control selects, else 0.
 
-        Returns what both multipliers, of the selected and of the rest, are to be scaled by.
+        Returns the factor on both multipliers, `selected` and `rest`.
         """
         if self.count <= 0 or self.count >= self.numel:  # the same coordinates
             marks.fill_(int(self.count > 0))
             return 1.0
-        self.still = self.moving < self.numel  # else nobody has to be left out
+        self.still = self.moving < self.numel  # else nothing has to be left out
         if self.numel <= SMALL or self.count >= self.moving or not self._by_bracket(again, marks):
             self._as_a_whole(again, marks)
-        return self._scale(above, below) if self.control.norm else 1.0
+        return self._scale(selected, rest) if self.control.norm else 1.0
 
-    def _scale(self, above: float, below: float) -> float:
+    def _scale(self, selected: float, rest: float) -> float:
         sums = torch.tensor([self.theirs_sq, self.ours_sq, self.all_sq], dtype=torch.float64, device="cpu")
         theirs, ours, every = sums.unbind()
-        if below == 0:  # then `all_sq` was not asked for
+        if rest == 0:  # then `all_sq` was not added up
             every = torch.maximum(theirs, ours)
-        wanted = above * above * theirs + below * below * (every - theirs).clamp(min=0)
-        have = above * above * ours + below * below * (every - ours).clamp(min=0)
+        wanted = selected * selected * theirs + rest * rest * (every - theirs).clamp(min=0)
+        have = selected * selected * ours + rest * rest * (every - ours).clamp(min=0)
         return float(scale_of(self.control, wanted, have))
 
-    # --- which ones ---
+    # --- the selection ---
 
     def _bracket(self) -> tuple[int, int]:
-        """Upper 8 bits of a number between which the last one that is selected lies, most likely."""
+        """The upper 8 bits, lowest and highest, that the last number which is selected most likely has."""
         share = 1 - self.count / self.moving
         half = WIDTH * math.sqrt(share * (1 - share) / self.moving) + 1 / self.moving
         low, high = math.floor(256 * (share - half)), math.floor(256 * (share + half))
         return max(low, 0), min(high, 255)
 
     def _by_bracket(self, again: Again, marks: Tensor) -> bool:
-        """Whether the bracket has hit: then everything is done."""
+        """Select by a bracket. False if the bracket has missed: then `marks` are not right."""
         low, high = self._bracket()
-        above, found, places, squares = 0, [], [], []
+        count_above, inner, places, squares = 0, [], [], []
         self.ours_sq = 0.0
         for start, end in spans(self.numel):
             n = end - start
@@ -105,7 +105,7 @@ class Matched:
             upper = numbers.upper(hashes, buffer("upper", n, torch.uint8))
             part = torch.gt(upper, high, out=marks[start:end])
             direction, grad = again(start, end) if self.control.norm or self.still else (None, None)
-            inside = upper.sub_(low).le_(high - low)  # uint8: what is below `low` wraps around
+            inside = upper.sub_(low).le_(high - low)  # uint8: numbers below `low` wrap around
             if self.still:
                 assert direction is not None
                 assert grad is not None
@@ -113,20 +113,20 @@ class Matched:
                 part.mul_(moves)
                 inside.mul_(moves)
             chosen = buffer("selected", n, self.dtype).copy_(part)
-            above += _ones(chosen)
+            count_above += _ones(chosen)
             place = ones_of(inside)
-            found.append(hashes.index_select(0, place))
+            inner.append(hashes.index_select(0, place))
             if self.control.norm:
                 assert direction is not None
                 self.ours_sq += float(torch.dot(chosen.mul_(direction), direction))
                 squares.append(direction.index_select(0, place))
             places.append(place.add_(start))
-        missing = self.count - above
+        missing = self.count - count_above
         index = _joined(places)
         if not 0 <= missing <= index.numel():
             return False
         if missing > 0:
-            taken = self._first(_joined(found), index, missing)
+            taken = self._first(_joined(inner), index, missing)
             marks.index_fill_(0, index.index_select(0, taken), 1)
             if self.control.norm:
                 some = _joined(squares).index_select(0, taken)
@@ -134,13 +134,14 @@ class Matched:
         return True
 
     def _first(self, hashes: Tensor, index: Tensor, count: int) -> Tensor:
-        """Places of the `count` largest numbers in a list of hashes, the lower index first among equals."""
-        found = numbers.finish_(hashes)
-        if found.numel() <= SORTED:
-            return found.sort(descending=True, stable=True).indices[:count]
-        return ranking.first(found.to(torch.float32).neg_(), index, count, self.numel)
+        """The places in the list of the `count` largest numbers, the lower index first among equals."""
+        random = numbers.finish_(hashes)
+        if random.numel() <= SORTED:
+            return random.sort(descending=True, stable=True).indices[:count]
+        return ranking.first(random.to(torch.float32).neg_(), index, count, self.numel)
 
     def _as_a_whole(self, again: Again, marks: Tensor) -> None:
+        """Select by ranking the random numbers of the whole tensor."""
         t = torch.empty(self.numel, dtype=torch.float32, device="cpu")
         for start, end in spans(self.numel):
             t[start:end].copy_(numbers.finish_(numbers.unfinished(self.random, self.address, start, end - start)))
@@ -161,7 +162,7 @@ class Matched:
 
 
 def _ones(marks: Tensor) -> int:
-    """How many of a chunk's marks are 1.0, the others being 0.0: half the time of a sum."""
+    """The number of 1.0 among marks of 1.0 and 0.0, in half the time of a sum."""
     return int(torch.dot(marks, marks))
 
 
@@ -170,9 +171,9 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def ones_of(marks: Tensor) -> Tensor:
-    """Where uint8 marks are not 0, for marks that are few: eight of them are looked at together."""
+    """The indices at which uint8 marks are not 0. Fast where few are not: eight marks are looked at together."""
     whole = marks.numel() // 8 * 8
     words = torch.nonzero(marks[:whole].view(torch.int64)).view(-1)
     inside = torch.nonzero(marks[:whole].view(-1, 8).index_select(0, words))
-    found = words.index_select(0, inside[:, 0]).mul_(8).add_(inside[:, 1])
-    return found if whole == marks.numel() else torch.cat([found, torch.nonzero(marks[whole:]).view(-1) + whole])
+    ones = words.index_select(0, inside[:, 0]).mul_(8).add_(inside[:, 1])
+    return ones if whole == marks.numel() else torch.cat([ones, torch.nonzero(marks[whole:]).view(-1) + whole])

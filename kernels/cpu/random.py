@@ -1,14 +1,14 @@
-"""The random numbers of a chunk, by the definition's hash in fewer operations (`kernels/reference/random.py`).
+"""The random numbers of a chunk: the hash of `kernels/reference/random.py` in fewer operations.
 
 The hash xors a key, then runs "x ^= x >> 16, x *= A, x ^= x >> 15, x *= B, x ^= x >> 16", and does both again with
 another key. Written as operations on whole chunks that is 27; 12 of them are enough, for three reasons:
 
-- Indices of one block of 65,536 have the same upper half, so that the first key and the first shift are one xor of the
-  lower half with one constant.
-- The last shift of the first round and the first one of the second cancel, but for the key between them:
+- The indices of one block of 65,536 have the same upper half, so that the first key and the first shift are one xor of
+  the lower half with one constant.
+- The last shift of the first round and the first shift of the second cancel, but for the key between them:
   y = x ^ (x >> 16) ^ k, and y ^ (y >> 16) = x ^ k ^ (k >> 16), as a shift by 16 leaves the upper half alone.
-- The last shift leaves the upper half alone as well. So what a comparison needs first, the number's upper bits, is
-  there before it (`upper`); only those near a limit are finished (`finish_`).
+- The last shift leaves the upper half alone as well. So the upper bits, which a comparison needs first, are known
+  before it (`upper`), and only numbers near a limit have to be finished (`finish_`).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def unfinished(draw: Draw, address: int, start: int, count: int) -> Tensor:
 
 
 def _first_xor(x: Tensor, start: int, key: int) -> None:
-    """index ^ key, and that ^ (that >> 16), for the 32-bit indices from `start` on."""
+    """Write y ^ (y >> 16) to `x`, where y = index ^ key, for the 32-bit indices from `start` on."""
     done, count = 0, x.numel()
     while done < count:
         upper, lower = (start + done) >> 16, (start + done) & (BLOCK - 1)
@@ -74,12 +74,12 @@ def _first_xor(x: Tensor, start: int, key: int) -> None:
 
 
 def finish_(x: Tensor) -> Tensor:
-    """From hashes before the last shift to the 24-bit numbers, in place. Overwrites the buffer "shifted"."""
+    """Turn hashes before the last shift into the 24-bit numbers, in place. Overwrites the buffer "shifted"."""
     scratch = torch.bitwise_right_shift(x, number(24), out=buffer("shifted", x.numel(), torch.int32))
     scratch.bitwise_and_(number(0xFF))
     return x.bitwise_right_shift_(number(8)).bitwise_and_(number(0xFFFFFF)).bitwise_xor_(scratch)
 
 
 def upper(x: Tensor, out: Tensor) -> Tensor:
-    """The upper 8 of the 24 bits, as uint8, from hashes before the last shift. Overwrites the buffer "shifted"."""
+    """The upper 8 of the 24 bits of hashes before the last shift, as uint8. Overwrites the buffer "shifted"."""
     return out.copy_(torch.bitwise_right_shift(x, number(24), out=buffer("shifted", x.numel(), torch.int32)))

@@ -1,7 +1,7 @@
 """Step 5 over one chunk: torch's own fused CPU kernels where they fit, the reference's rules elsewhere.
 
-The direction `d = -u` is what comes out, because that is what a fused optimizer kernel leaves in a parameter of
-zeros: one pass over gradient and moments does all of the base's arithmetic, and the rest happens in the cache.
+The result is the direction `d = -u`, because a fused optimizer kernel leaves that in a parameter of zeros. So one pass
+over gradient and moments does all of the base's arithmetic, and the rest happens in the cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Run = Callable[["Mover", int, int, Tensor, Tensor], None]  # (mover, start, end,
 
 @dataclass
 class Slice:
-    """One chunk of the moved moments, as selections and strengths read it. Nothing of it may be written."""
+    """One chunk after the rule, as selections and strengths read it. Its tensors must not be written to."""
 
     direction: Tensor  # -u
     grad: Tensor
@@ -71,9 +71,9 @@ def _example(rule: Rule) -> Item:
 
 @functools.cache
 def _trusted(rule: Rule) -> bool:
-    """True if torch has the fused CPU kernel and it agrees with our rule; tried once for each kind of rule.
+    """True if torch has the fused CPU kernel and it agrees with our rule. Tried once for each kind of rule.
 
-    Tried out on 83 elements (the identity test, 4 eps).
+    It is tried on 83 elements, and must agree to 4 eps (the identity test).
     """
     theirs, ours = _example(rule), _example(rule)
     run = _run_adam if isinstance(rule, AdamRule) else _run_sgd
@@ -97,39 +97,37 @@ def _trusted(rule: Rule) -> bool:
 
 
 def _fused(item: Item, rule: Rule, flat: Flat, numbers: Numbers) -> Run | None:
-    """The fused kernel for this tensor, if it is all float32 and has been seen to agree."""
+    """torch's fused kernel for this tensor; None unless all is float32 and the kernel has been seen to agree."""
     if isinstance(rule, AdamRule):
-        names, run = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if rule.amsgrad else [])], _run_adam
-        plain: Rule = AdamRule(1e-2, 0.9, 0.99, 1e-8, amsgrad=rule.amsgrad)
+        run, plain = _run_adam, AdamRule(1e-2, 0.9, 0.99, 1e-8, amsgrad=rule.amsgrad)
     elif isinstance(rule, SGDRule) and rule.momentum != 0:
-        names, run = ["momentum_buffer"], _run_sgd
-        plain = SGDRule(0.1, 0.9, 0.0 if rule.nesterov else 0.3, rule.nesterov)
+        run, plain = _run_sgd, SGDRule(0.1, 0.9, 0.0 if rule.nesterov else 0.3, rule.nesterov)
     else:
         return None
-    tensors = [flat.param, flat.grad, *(flat.state[name] for name in names)]
+    tensors = [flat.param, flat.grad, *(flat.state[name] for name in rule.state_names)]
     if any(t.dtype != torch.float32 for t in tensors) or isinstance(numbers.rate, Tensor):
         return None
     return run if _trusted(plain) else None
 
 
 class Mover:
-    """Advances one tensor chunk by chunk. Each chunk is to be advanced once.
+    """Moves the moments of one tensor, chunk by chunk. Each chunk is to be moved once.
 
-    What it hands on is as selections see it: `as_seen` of the reference.
+    Its results are as selections read them: `as_seen` of the reference.
     """
 
     def __init__(self, item: Item, rule: Rule, numbers: Numbers, flat: Flat, run: Run | None = None) -> None:
         self.rule, self.flat, self.numbers = rule, flat, numbers
         self.dtype, self.climbs = compute_dtype(flat.param), float(rate_of(rule)) < 0
         self.run = run or _fused(item, rule, flat, numbers)
-        self.first_moment = {"momentum_buffer", "exp_avg"} & flat.state.keys()
         if self.run is not None:
             assert isinstance(rule, (AdamRule, SGDRule))
             self.lr = float(number(rule.lr))
             self.beta1, self.beta2 = float(numbers.beta1), float(numbers.beta2)
-            count = item.state["step"] if isinstance(rule, AdamRule) else torch.zeros((), device="cpu")
+            assert rule.first_moment is not None
+            count = item.state["step"] if rule.counts_steps else torch.zeros((), device="cpu")
             self.step = count.to(torch.float32)
-            self.moment = flat.state["exp_avg" if isinstance(rule, AdamRule) else "momentum_buffer"]
+            self.moment = flat.state[rule.first_moment]
 
     def gradient(self, start: int, end: int) -> Tensor:
         """The gradient as the base sees it; the same bits before and after the moments have moved."""
@@ -147,12 +145,12 @@ class Mover:
         return out
 
     def seen_gradient(self, start: int, end: int) -> Tensor:
-        """`gradient`, turned round where the base climbs by a negative learning rate."""
+        """`gradient`, negated if the base climbs by a negative learning rate."""
         grad = self.gradient(start, end)
         return -grad if self.climbs else grad
 
     def __call__(self, start: int, end: int, out: Tensor, keep_previous: bool = False) -> Slice:
-        """Move the moments of `[start, end)`; d goes to `out`, and the momentum may be a view of the state."""
+        """Move the moments of `[start, end)`. d is written to `out`; the momentum may be a view of the state."""
         piece = self._moved(start, end, out, keep_previous)
         if not self.climbs:
             return piece
@@ -185,16 +183,15 @@ class Mover:
         """The reference's rule on a gradient that `maximize` and coupled decay have already been through."""
         rule = self.rule
         if not isinstance(rule, GivenRule):
-            decay = rule.weight_decay if isinstance(rule, AdamRule) and rule.decoupled else 0.0
-            rule = replace(rule, maximize=False, weight_decay=decay)
+            rule = replace(rule, maximize=False, weight_decay=0.0 if rule.decay_is_coupled else rule.weight_decay)
         return move(rule, self.numbers, param, grad, state, keep)
 
     def peek(self, positions: Tensor) -> Advanced:
-        """The rule's results at these flat positions, computed before the moments move; nothing is written."""
+        """The rule's results at these flat positions, computed before the moments move. Nothing is written."""
         return self._peek(lambda t: t.index_select(0, positions))  # a third of the time of t[positions]
 
     def peek_runs(self, runs: Tensor, length: int) -> Advanced:
-        """The same at whole aligned runs of `length` neighbours: ten times faster to gather than single elements."""
+        """`peek` at whole aligned runs of `length` neighbours, which are gathered ten times faster than elements."""
         return self._peek(lambda t: t[: t.numel() // length * length].view(-1, length).index_select(0, runs).view(-1))
 
     def _peek(self, gather: Callable[[Tensor], Tensor]) -> Advanced:

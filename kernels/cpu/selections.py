@@ -1,6 +1,6 @@
 """Selections of one chunk, as 1.0 and 0.0: all kinds but top-K, which needs the whole tensor.
 
-Results stay floats in the cache: operations whose result is bool are five times slower (torch 2.13).
+Results are floats, because operations whose result is bool are five times slower (torch 2.13).
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ..reference.random import uniform_bits
 from ..reference.rules import nesterov
-from ..spec import Draw, Item, Rule, Selection, refuse_kind
+from ..spec import Item, Rule, Selection, StepSpec, refuse_kind
 from . import random as numbers
 from .chunks import Flat, spans
 from .rules import Slice
 
 
 def negated_score(selection: Selection, rule: Rule, piece: Slice, out: Tensor) -> Tensor:
-    """t = -score of a chunk, for the thresholds."""
+    """Write t = -score of a chunk to `out`, for the thresholds."""
     if selection.score == "update":
         return torch.mul(piece.direction, piece.grad, out=out)
     assert piece.momentum is not None
@@ -30,17 +30,18 @@ def _anything(tensor: Tensor | None) -> bool:
 
 
 class Selector:
-    """Marks the chunks of one tensor. Made before the moments move: it looks at the momentum before the step."""
+    """Selects in the chunks of one tensor. Made before the moments move: it looks at the momentum before the step."""
 
-    def __init__(self, selection: Selection, item: Item, flat: Flat, draw: Draw) -> None:
+    def __init__(self, spec: StepSpec, item: Item, flat: Flat) -> None:
+        selection, draw = spec.selection, spec.draw
         self.selection, self.item, self.draw = selection, item, draw
-        self.keep_previous = selection.kind == "agreement" and selection.product == "previous_momentum"
+        self.keep_previous = spec.keeps_previous
         self.everything = selection.kind == "everything"
         if self.keep_previous:
-            names = ("previous_momentum", "momentum_buffer", "exp_avg")
-            self.everything = not _anything(next((flat.state[n] for n in names if n in flat.state), None))
-        self.limit = round(selection.probability * 2**24)
-        self.first = 0  # number of the first element or row in the whole tensor
+            name = spec.rule.previous_momentum
+            self.everything = not _anything(None if name is None else flat.state.get(name))
+        self.limit = selection.random_limit
+        self.first = 0  # the number of the first element or row in the whole tensor
         if selection.kind == "bernoulli" and item.shard is not None:
             first = item.shard.first(selection.unit)
             assert first is not None, "a shard whose random numbers do not follow each other goes to kernels/sharded"
@@ -51,7 +52,7 @@ class Selector:
             self.units = (uniform_bits(draw, item.address, rows, offset=self.first) < self.limit).float()
 
     def __call__(self, start: int, end: int, piece: Slice, out: Tensor) -> Tensor | None:
-        """1.0 where selected, in `out`; None where everything is."""
+        """Write 1.0 where selected, else 0.0, to `out` and return it; return None if everything is selected."""
         if self.everything:
             return None
         if self.selection.kind == "bernoulli":

@@ -1,14 +1,19 @@
-"""The step over chunks that stay in the cache: one pass over the memory where the mask is local, two where it is not.
+"""The step over chunks that stay in the cache: one pass over the memory if the mask is local, two if it is not.
 
 One pass (everything, agreement, Bernoulli or a sampled threshold, with fixed strengths): moments, mask and parameter
-of a chunk while it is in the cache. Extra memory: the chunk buffers, at most 12 of 0.5 MiB for each thread, kept.
+of a chunk are done while it is in the cache. Extra memory: the chunk buffers, at most 12 of 0.5 MiB for each thread,
+which are kept.
 
 Two passes (exact top-K; strengths that need a sum): the first moves the moments, leaves d = -u in a scratch tensor
-and counts, the second applies. A matched control draws between the two. Extra memory, of the call's largest tensor,
-freed when the call ends: 4 bytes an element for d (8 in float64; none where a capture already holds it as float32), 1
-for marks where a strength needs them again or a control draws, 4 for top-K by a momentum score, 4 for top-K that keeps
-the norm of the momentum; about 5 % for the list inside the bracket, and 4 to 12 bytes an element more where a bracket
-has missed or where ties are massive. Non-contiguous tensors are copied while they are stepped.
+and counts; the second applies the mask. A matched control draws between the two. Extra memory, freed when the call
+ends, is that of the call's largest tensor, in bytes an element:
+
+- 4 for d (8 in float64; 0 if a capture already holds d as float32);
+- 1 for marks, if a strength reads them again or a control draws;
+- 4 for top-K by a momentum score, and 4 for top-K that keeps the norm of the momentum;
+- about 5 % for the list inside the bracket, and 4 to 12 more if a bracket has missed or there are very many ties.
+
+Non-contiguous tensors are copied while they are stepped.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from torch import Tensor
 
 from ..reference.random import sample_positions
 from ..reference.rules import Advanced, begin
-from ..spec import Draw, GivenRule, Item, Rule, Selection, Strength, Sums, check_kinds
+from ..spec import GivenRule, Item, StepSpec, Sums, check_kinds
 from . import top_k as ranking
 from .apply import Applier, Totals
 from .chunks import Flat, Scratch, buffer, keep_marks, spans
@@ -33,62 +38,61 @@ from .strengths import Gatherer
 class _Step:
     """One tensor's step."""
 
-    def __init__(
-        self, item: Item, rule: Rule, selection: Selection, strength: Strength, draw: Draw, scratch: Scratch
-    ) -> None:
-        self.item, self.rule, self.selection, self.strength, self.draw = item, rule, selection, strength, draw
+    def __init__(self, item: Item, spec: StepSpec, scratch: Scratch) -> None:
+        rule, selection, strength = spec.rule, spec.selection, spec.strength
+        self.item, self.spec, self.rule, self.selection, self.strength = item, spec, rule, selection, strength
         self.scratch = scratch
         numbers = begin(item, rule)
         self.flat = Flat(item, writes_state=not isinstance(rule, GivenRule))
         self.numel = item.param.numel()
         self.mover = Mover(item, rule, numbers, self.flat)
         self.dtype = self.mover.dtype
-        self.k = int(selection.fraction * self.numel) if selection.kind == "top_k" else -1
-        self.selector = Selector(selection, item, self.flat, draw)
-        self.matched: Matched | None = None  # its control, where there is a choice to be controlled for
+        self.k = selection.k_of(self.numel) if selection.kind == "top_k" else -1
+        self.selector = Selector(spec, item, self.flat)
+        self.matched: Matched | None = None  # its control, if there is a choice to be controlled for
         if selection.control is not None and self.k != 0 and not self.selector.everything:
             self.matched = Matched(
-                selection.control, strength.rest, self.numel, self.dtype, draw, item.address, strength.still
+                selection.control, strength.rest, self.numel, self.dtype, spec.draw, item.address, strength.still
             )
         self.threshold: ranking.Threshold | None = None
-        self.at_once = (
-            True  # whether a chunk is marked as soon as it has moved: nothing is ranked, or only a sample was
-        )
-        self.scores: Tensor | None = None  # -score of the whole tensor, where it cannot be formed again
+        # True if a chunk is selected in as soon as it has moved, because nothing is ranked or only a sample was.
+        self.at_once = True
+        self.scores: Tensor | None = None  # -score of the whole tensor, if it cannot be formed again
         self.x: Tensor | None = None  # likewise the x of norm_preserving
 
-    def run(self, statistics: bool) -> Sums | None:
-        totals = Totals() if statistics else None
+    def run(self) -> Sums | None:
+        """Step the tensor; its report, if statistics are asked for."""
+        totals = Totals() if self.spec.statistics else None
         self._sample()
         self.at_once = self.k <= 0 or self.threshold is not None
         if self.strength.kind == "fixed" and self.at_once and self.matched is None:
-            above, below = self._one_pass(totals)
+            pair = self._one_pass(totals)
         else:
-            above, below = self._two_passes(totals)
+            pair = self._two_passes(totals)
         self.flat.write_back()
-        return totals.sums(self.numel, above, below) if totals is not None else None
+        return totals.sums(self.numel, *pair) if totals is not None else None
 
     def _sample(self) -> None:
-        """Read what a sampled estimate needs, before the moments move."""
-        wanted = self.strength.estimate == "sampled" and self.strength.kind in ("mean_preserving", "norm_preserving")
+        """Compute what a sampled estimate needs, before the moments move."""
+        wanted = self.strength.is_sampled
         by_sample = self.k > 0 and self.selection.quantile == "sampled"
         positions = None
         if wanted or by_sample:
-            positions = sample_positions(self.draw, self.item.address, self.numel, "cpu")
+            positions = sample_positions(self.spec.draw, self.item.address, self.numel, "cpu")
         peeked = None if positions is None else self.mover.peek(positions)
         self.gatherer = Gatherer(self.strength, positions if wanted else None, peeked)
         if by_sample and peeked is not None:
             t = self._peeked_scores(peeked)
             t = torch.where(torch.isnan(t), torch.inf, t)
-            rank = max(int(self.selection.fraction * t.numel()), 1)
+            rank = max(self.selection.k_of(t.numel()), 1)
             self.threshold = ranking.Threshold(ranking.smallest(t, (rank,))[0], self.numel)
 
     def _peeked_scores(self, peeked: Advanced) -> Tensor:
         piece = Slice(-peeked.update, peeked.grad, peeked.momentum, None)
         return negated_score(self.selection, self.rule, piece, torch.empty_like(peeked.update))
 
-    def _mark(self, start: int, end: int, piece: Slice) -> Tensor | None:
-        """1.0 and 0.0 of a chunk; None where everything is selected."""
+    def _select(self, start: int, end: int, piece: Slice) -> Tensor | None:
+        """1.0 where a chunk is selected, else 0.0; None if everything is selected."""
         out = buffer("selected", end - start, self.dtype)
         if self.k < 0:
             return self.selector(start, end, piece, out)
@@ -98,19 +102,17 @@ class _Step:
         t = negated_score(self.selection, self.rule, piece, out) if self.scores is None else self.scores[start:end]
         return self.threshold.mark(t, start, out)
 
-    def _applier(self, above: float, below: float) -> Applier:
-        return Applier(
-            self.rule, self.flat, self.dtype, above, below,
-            still=self.strength.still and self.k != 0, draw=self.draw, address=self.item.address,
-        )  # fmt: skip
+    def _applier(self, pair: tuple[float, float]) -> Applier:
+        still = self.strength.still and self.k != 0
+        return Applier(self.spec, self.flat, self.dtype, pair, still=still, address=self.item.address)
 
     def _one_pass(self, totals: Totals | None) -> tuple[float, float]:
         pair = (1.0, 1.0) if self.k == 0 else (self.strength.selected, self.strength.rest)
-        apply = self._applier(*pair)
+        apply = self._applier(pair)
         for start, end in spans(self.numel):
             out = buffer("direction", end - start, self.dtype)
             piece = self.mover(start, end, out, self.selector.keep_previous)
-            apply(start, end, piece.direction, piece.grad, self._mark(start, end, piece), totals)
+            apply(start, end, piece.direction, piece.grad, self._select(start, end, piece), totals)
         return pair
 
     def _two_passes(self, totals: Totals | None) -> tuple[float, float]:
@@ -123,21 +125,20 @@ class _Step:
             self._first_pass(start, end, piece, marks, collector)
         if collector is not None:
             marks = self._rank(directions, collector)
-        above, below = self.gatherer.multipliers(self.item, marks) if self.strength.kind != "fixed" else self._fixed()
+        selected, rest = self.strength.selected, self.strength.rest
+        if self.strength.kind != "fixed":
+            selected, rest = self.gatherer.multipliers(self.item, marks)
         if self.k == 0:
-            above = below = 1.0
+            selected = rest = 1.0
         if self.matched is not None:
             marks = self.scratch.get("marks", self.numel, torch.uint8)
-            scale = self.matched.draw(lambda a, b: (directions[a:b], self.mover.gradient(a, b)), marks, above, below)
-            above, below = above * scale, below * scale
-        self._second_pass(directions, marks, self._applier(above, below), totals)
-        return above, below
-
-    def _fixed(self) -> tuple[float, float]:
-        return self.strength.selected, self.strength.rest
+            scale = self.matched.draw(lambda a, b: (directions[a:b], self.mover.gradient(a, b)), marks, selected, rest)
+            selected, rest = selected * scale, rest * scale
+        self._second_pass(directions, marks, self._applier((selected, rest)), totals)
+        return selected, rest
 
     def _marks(self) -> Tensor | None:
-        """Where it is remembered what is selected; None where nobody asks again, or can say it again as fast."""
+        """Memory for what is selected (uint8); None if nothing reads it again, or if to select again is as fast."""
         by_update = self.k > 0 and self.selection.score == "update" and self.strength.kind in ("fixed", "alignment")
         if self.selector.everything or self.k == 0 or (by_update and not self.gatherer.sampled):
             return None
@@ -146,13 +147,13 @@ class _Step:
         return self.scratch.get("marks", self.numel, torch.uint8)
 
     def _directions(self) -> Tensor:
-        """Where d of the whole tensor goes, or already is."""
+        """Memory for d of the whole tensor; if a capture has left d in float32, the tensor that holds it."""
         if isinstance(self.rule, GivenRule) and self.rule.negated and self.flat.state["update"].dtype == self.dtype:
             return self.flat.state["update"]
         return self.scratch.get("directions", self.numel, self.dtype)
 
     def _keep_whole(self) -> None:
-        """Memory for what the second pass cannot form again from d and g: anything with the momentum in it."""
+        """Allocate memory for what the second pass cannot form from d and g: anything with the momentum in it."""
         if self.at_once:
             return
         if self.selection.score != "update":
@@ -181,8 +182,8 @@ class _Step:
         self._note(start, end, piece, marks)
 
     def _note(self, start: int, end: int, piece: Slice, marks: Tensor | None) -> None:
-        """Mark a chunk, and add it to what is asked of the marked."""
-        selected = self._mark(start, end, piece)
+        """Select in a chunk, remember it in `marks`, and add it to the sums of the strength and of the control."""
+        selected = self._select(start, end, piece)
         if self.at_once or self.strength.kind != "alignment":  # else it was added before anything was ranked
             self.gatherer.add(piece, selected)
         if self.matched is not None:
@@ -197,7 +198,7 @@ class _Step:
         return Slice(directions[start:end], self.mover.seen_gradient(start, end), x, None)
 
     def _rank(self, directions: Tensor, collector: ranking.Collector) -> Tensor | None:
-        """Settle the threshold; mark the tensor where a strength or a control depends on what is selected."""
+        """Settle the threshold; mark the tensor if a strength or a control depends on what is selected."""
         self.threshold = collector.settle()
         if self.threshold is None:  # the bracket has missed
             whole = self.scores
@@ -219,24 +220,16 @@ class _Step:
             if marks is not None:
                 selected: Tensor | None = buffer("selected", end - start, self.dtype).copy_(marks[start:end])
             elif self.k > 0:
-                selected = self._mark(start, end, piece)
+                selected = self._select(start, end, piece)
             else:
                 selected = None
             apply(start, end, piece.direction, piece.grad, selected, totals)
 
 
-def selective_step(
-    items: Sequence[Item],
-    *,
-    rule: Rule,
-    selection: Selection,
-    strength: Strength,
-    draw: Draw,
-    statistics: bool = False,
-) -> list[Sums] | None:
+def selective_step(items: Sequence[Item], spec: StepSpec) -> list[Sums] | None:
     """Steps 5 to 7 of these tensors, in place. See `selective.kernels.selective_step`."""
-    check_kinds("the CPU", rule, selection, strength)
+    check_kinds("the CPU", spec)
     scratch = Scratch()
     scratch.largest = max((item.param.numel() for item in items), default=0)
-    sums = [_Step(item, rule, selection, strength, draw, scratch).run(statistics) for item in items]
-    return [s for s in sums if s is not None] if statistics else None
+    sums = [_Step(item, spec, scratch).run() for item in items]
+    return [s for s in sums if s is not None] if spec.statistics else None

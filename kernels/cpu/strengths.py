@@ -17,7 +17,7 @@ class Gatherer:
 
     def __init__(self, strength: Strength, positions: Tensor | None, peeked: Advanced | None) -> None:
         self.strength = strength
-        self.positions, self.peeked = positions, peeked  # of the sample, where the estimate is sampled
+        self.positions, self.peeked = positions, peeked  # of the sample; None if the estimate is not sampled
         self.selected = self.first = self.second = self.third = 0.0
 
     @property
@@ -31,7 +31,7 @@ class Gatherer:
         return x
 
     def add(self, piece: Slice, selected: Tensor | None) -> None:
-        """One chunk; `selected` (1.0 and 0.0) or None where everything is."""
+        """Add one chunk. `selected` is 1.0 where selected, else 0.0; None if everything is selected."""
         count, kind = piece.grad.numel(), self.strength.kind
         products = buffer("products", count, piece.grad.dtype)
 
@@ -79,7 +79,10 @@ class Gatherer:
         )
 
     def multipliers(self, item: Item, marks: Tensor | None) -> tuple[float, float]:
-        """The two multipliers. `marks`: 1 where selected, whole; read only where the estimate is sampled."""
+        """The multipliers of the selected and of the rest.
+
+        `marks` (uint8) is 1 where selected, of the whole tensor; it is read only if the estimate is sampled.
+        """
         if self.sampled:
             parts = self._sample_parts(marks)
         else:
@@ -90,5 +93,5 @@ class Gatherer:
                 item.param.numel(), selected=count, selected_sq=first, rest_sq=second,
                 dot=first, momentum_sq=second, grad_sq=third,
             )  # fmt: skip
-        above, below = multipliers(self.strength, parts, item.policy_state, item.param.device)
-        return float(above), float(below)
+        selected, rest = multipliers(self.strength, parts, item.policy_state, item.param.device)
+        return float(selected), float(rest)

@@ -1,12 +1,12 @@
 """The exact K-th score without sorting the tensor: bracket, collect, settle.
 
 Scores are ranked by `t = -score`, so that the K largest scores are the K smallest t, and NaN stays out of every
-comparison. A `Threshold(value, cutoff)` says which are selected: `t < value`, and of those that are equal to it the
-ones at flat indices up to `cutoff`; as +0 equals -0 in a comparison, ties are what docs/design.md calls ties.
+comparison. A `Threshold(value, cutoff)` selects `t < value`, and those equal to it at flat indices up to `cutoff`. As
++0 equals -0 in a comparison, ties are what docs/design.md calls ties.
 
-A sample gives two quantiles about the wanted rank; one pass counts what lies below the lower and collects what lies
-between; the K-th is then found among those few. If it is not between them (the bracket missed), the whole tensor is
-ranked instead: slower, the same answer.
+A sample gives two quantiles around the wanted rank: the bracket. One pass counts the t below the bracket and collects
+those inside; the K-th is then found among these few. If it is not one of them (the bracket missed), the whole tensor
+is ranked instead: slower, with the same answer.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ RUN = 16  # neighbours taken together: one cache line of float32
 
 @dataclass(frozen=True)
 class Threshold:
+    """The selected of a tensor: `t < value`, and `t == value` at flat indices up to `cutoff`."""
+
     value: float
     cutoff: int  # ties at this flat index and before are selected
 
     def mark(self, t: Tensor, start: int, out: Tensor) -> Tensor:
-        """1.0 where selected, else 0.0, for the elements from `start` on; `out` may be `t`."""
+        """Write 1.0 where selected, else 0.0, to `out`, for the elements from `start` on. `out` may be `t`."""
         split = min(max(self.cutoff + 1 - start, 0), t.numel())
         torch.le(t[:split], self.value, out=out[:split])
         torch.lt(t[split:], self.value, out=out[split:])
@@ -42,8 +44,8 @@ class Threshold:
 def smallest(t: Tensor, ranks: tuple[int, ...]) -> list[float]:
     """The values at these ranks of `t` (from 1, ascending; NaN is the largest), as `kthvalue` has them.
 
-    By a bracket once more: torch's kthvalue takes 8 ns an element (0.18 ms for 16k, 1.1 ms for 126k), which was a
-    third of a step; comparing and keeping what lies in a bracket takes a fifth of that.
+    Found by a bracket once more: torch's kthvalue takes 8 ns an element (0.18 ms for 16k, 1.1 ms for 126k), which was a
+    third of a step. To compare, and to keep the values inside of a bracket, takes a fifth of that.
     """
     n = t.numel()
     if n >= 4 * INNER:
@@ -61,7 +63,7 @@ def smallest(t: Tensor, ranks: tuple[int, ...]) -> list[float]:
 
 
 def _settle(t: Tensor, indices: Tensor | None, rank: int, numel: int) -> Threshold:
-    """The threshold that takes the `rank` smallest of `t` (1 <= rank <= how many are not NaN)."""
+    """The threshold that selects the `rank` smallest of `t` (1 <= rank <= the number that are not NaN)."""
     value = smallest(t, (rank,))[0]
     ties = torch.nonzero(t == value).view(-1)
     wanted = rank - int((t < value).sum())
@@ -72,16 +74,17 @@ def _settle(t: Tensor, indices: Tensor | None, rank: int, numel: int) -> Thresho
 
 
 def first(t: Tensor, indices: Tensor, k: int, numel: int) -> Tensor:
-    """Places in `t` of its `k` smallest (1 <= k <= how many there are), the lower index first among equals.
+    """The places in `t` of its `k` smallest values (1 <= k <= len(t)), the lower index first among equals.
 
-    `indices`: where each lies in a tensor of `numel` elements, ascending.
+    `indices` has the index of each value in a tensor of `numel` elements, ascending.
     """
-    found = _settle(t, indices, k, numel)
-    return torch.nonzero((t < found.value) | ((t == found.value) & (indices <= found.cutoff))).view(-1)
+    threshold = _settle(t, indices, k, numel)
+    equal = (t == threshold.value) & (indices <= threshold.cutoff)
+    return torch.nonzero((t < threshold.value) | equal).view(-1)
 
 
 def exact(t: Tensor, k: int) -> Threshold:
-    """The threshold of a whole tensor of t, 1-d."""
+    """The threshold that selects the `k` smallest of `t`, a whole tensor, 1-d."""
     valid = t.numel() - int(torch.isnan(t).sum())
     if k <= 0:
         return Threshold(-math.inf, -1)
@@ -91,19 +94,19 @@ def exact(t: Tensor, k: int) -> Threshold:
 
 
 def bracket(sample: Tensor, k: int, numel: int) -> tuple[float, float]:
-    """Two values of t that the K-th lies between, most likely. `sample` is t at some positions."""
+    """Two values between which the K-th smallest t most likely lies. `sample` is t at some positions."""
     n = sample.numel()
     share = k / numel
     margin = WIDTH * SPREAD * math.sqrt(n * share * (1 - share)) + 1
     sample = torch.where(torch.isnan(sample), math.inf, sample)
     low, high = math.floor(share * n - margin), math.ceil(share * n + margin)
     inner = tuple(rank for rank in (low, high) if 1 <= rank <= n)
-    found = iter(smallest(sample, inner)) if inner else iter(())
-    return next(found) if low >= 1 else -math.inf, next(found) if high <= n else math.inf
+    values = iter(smallest(sample, inner)) if inner else iter(())
+    return next(values) if low >= 1 else -math.inf, next(values) if high <= n else math.inf
 
 
 class Collector:
-    """Counts, chunk by chunk, what lies below the bracket, and collects what lies in it."""
+    """Counts, chunk by chunk, the t below the bracket, and collects those inside."""
 
     def __init__(self, k: int, numel: int, lower: float, upper: float) -> None:
         self.k, self.numel, self.lower, self.upper = k, numel, lower, upper
@@ -112,6 +115,7 @@ class Collector:
         self.indices: list[Tensor] = []
 
     def add(self, t: Tensor, start: int) -> None:
+        """Add one chunk, whose first element is element `start`."""
         out = buffer("collect", t.numel(), t.dtype)
         if self.lower > -math.inf:
             self.below += int(torch.lt(t, self.lower, out=out).sum())  # at most CHUNK: exact in float32
@@ -124,7 +128,7 @@ class Collector:
         self.indices.append(places.add_(start))
 
     def settle(self) -> Threshold | None:
-        """The threshold, or None where the bracket has missed."""
+        """The threshold; None if the bracket has missed."""
         values = torch.cat(self.values)
         rank = self.k - self.below
         if not 1 <= rank <= values.numel():
@@ -133,7 +137,7 @@ class Collector:
 
 
 def bracket_runs(numel: int) -> Tensor:
-    """Which of the tensor's aligned runs of `RUN` neighbours the bracket is made of: spread evenly."""
+    """The numbers of the aligned runs of `RUN` neighbours that the bracket is made from: spread evenly, int64."""
     runs, available = SAMPLE // RUN, numel // RUN
     return torch.arange(runs, device="cpu") * (available - 1) // (runs - 1)
 

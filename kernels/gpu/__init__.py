@@ -1,10 +1,22 @@
 """The GPU path: the same functions as `kernels/reference`, as Triton kernels. Importing this imports Triton.
 
-`plan.py` finds what can be launched together, `batch.py` and `tables.py` keep its tables, `launch.py` has the launches
-of a step in order. The kernels: `numbers.py`, `selective_step.py`, `sample.py`, `whole.py`, `settle.py`, `repair.py`,
-`statistics.py`, `strengths.py`; what they share: `elements.py`, `selecting.py`, `rules.py`, `top_k.py`, `keys.py`,
-`random.py`, `rounding.py`. `shards.py` and `shard_plan.py` step parts of tensors that are shared out over processes,
-with two files of kernels more: `counting.py`, `shard_sums.py`.
+The code that runs on the host is here:
+
+- `plan.py` finds the tensors that can be launched together. `batch.py` and `tables.py` keep their tables, and
+  `configure.py` makes the constants that are compiled in. `eligible.py` says which tensors the kernels can take.
+- `launch.py` has the launches of a step in order.
+- `top_k.py` ranks the scores of one tensor; `functions.py` compiles and evaluates a user's own function.
+
+The code that runs on the GPU is in `device/`, a file for each row of the reference:
+
+- `selective_step.py` has the pass over everything; `rules.py`, `selections.py` and `strengths.py` are its parts.
+- `numbers.py` fills in each tensor's numbers, `sums.py` adds up what strengths and statistics need.
+- `scores.py` and `top_k/` find the K-th score: `bracket.py` from a sample, `settle.py`, `repair.py`, and `small.py` for
+  small tensors.
+- `config.py`, `elements.py`, `random.py` and `rounding.py` are shared by all.
+
+`sharded/` steps parts of tensors that other ranks have the rest of: `plan.py` and `step.py` on the host, and the
+kernels in `top_k.py` and `sums.py`.
 """
 
 from .eligible import unsupported

@@ -1,4 +1,4 @@
-"""Tensors that one kernel steps together, with their tables, which are brought up to date in every step."""
+"""A batch: the tensors that one launch steps together, with their tables, which every step brings up to date."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch.nn import Parameter
 
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
 from ..reference.rules import number
-from ..spec import Draw, Item, Rule, Scalar, Selection, Strength
+from ..spec import Item, Scalar, Selection, StepSpec, Strength
 from .configure import hyper_parameters, samples_of
 from .device import config
 from .device.config import Config
-from .tables import STATE, Tables, cdiv, is_in_place, refill, state_columns, upload, work
+from .tables import Tables, cdiv, is_in_place, refill, state_columns, upload, work
 
 SUM_BLOCK = 2048  # elements of a program that sums
 SAMPLE_BLOCK = 1024  # scores of a program that samples or ranks
 SETTLE_WORDS = 1024  # words of 32 elements that a settling program looks at
-SEEN_BLOCK, SEEN_PARTS = 2048, 32  # a program that looks for the first momentum that is not zero
+SEEN_BLOCK, SEEN_PARTS = 2048, 32  # elements, and blocks of them, of a program that looks for a momentum that is not 0
 
 
 class TopKPlan:
-    """Which tensors of a batch are ranked and how: sampled scores, brackets, and the programs of each launch."""
+    """The ranking of a batch's tensors: their samples, which of them have brackets, and the programs of each launch."""
 
     def __init__(self, numels: list[int], selection: Selection, cfg: Config, device: torch.device) -> None:
         self.sampled = selection.quantile == "sampled"
@@ -47,14 +47,14 @@ class TopKPlan:
         self.settle_work, self.settle_at = work(self.settles, device)
 
     def rank_rows(self, numels: list[int], selection: Selection) -> list[list[int]]:
-        """The rank table as a step begins with it: which rank is wanted, and which tensors are dense."""
+        """The rank table as a step begins with it: the wanted rank of each tensor, and the mode, exact or dense."""
         rows = []
         for numel, (count, shift) in zip(numels, self.samples, strict=True):
             row = [0] * config.RANKS.value
-            wanted = int(selection.fraction * numel)
+            wanted = selection.k_of(numel)
             row[config.MODE.value] = (config.EXACT if wanted else config.DENSE).value
             if self.sampled and shift >= 0:
-                wanted = max(int(selection.fraction * count), 1)
+                wanted = max(selection.k_of(count), 1)
             row[config.WANTED.value] = wanted
             rows.append(row)
         return rows
@@ -63,12 +63,9 @@ class TopKPlan:
 class Batch:
     """The items of a list that share a `Config`, with their tables. `members` are their indices in the list."""
 
-    def __init__(
-        self, cfg: Config, items: Sequence[Item], members: list[int], rule: Rule, selection: Selection,
-        strength: Strength,
-    ) -> None:  # fmt: skip
+    def __init__(self, cfg: Config, items: Sequence[Item], members: list[int], spec: StepSpec) -> None:
         self.cfg, self.members, self.device = cfg, members, items[members[0]].param.device
-        self.rule = rule
+        self.rule, selection, strength = spec.rule, spec.selection, spec.strength
         self.tables = Tables(len(members), self.device)
         self.numels = [items[i].param.numel() for i in members]
         self.chunks, self.chunk_at = work([cdiv(n, cfg.block) for n in self.numels], self.device)
@@ -81,13 +78,15 @@ class Batch:
             self.peek_work, _ = work([min(n, 1) for n in self.numels], self.device)
         self.tables.keep(refill(self.tables.facts, self._facts(items)))
         mine = [items[i] for i in members]
-        columns = state_columns(mine[0], rule)
-        # names of the state that the kernels read, and its column
-        self.state = [(n, 2 + i) for i, n in enumerate(STATE[type(rule)]) if i < 4 and columns[i] is not None]
+        columns = state_columns(mine[0], self.rule)
+        # the names of the state that the kernels read, and their columns in the pointer table
+        self.state = [
+            (n, config.FIRST.value + i) for i, n in enumerate(self.rule.state_names) if columns[i] is not None
+        ]
         self.averages = strength.kind == "alignment"
         self.layouts = self._layouts(mine)
-        self.counters: Tensor | None = None  # on the device, for step counters that live on the host
-        self.counted: list[float] = []  # what those say
+        self.counters: Tensor | None = None  # on the device, in place of step counters that live on the host
+        self.counted: list[float] = []  # the counts of those on the host
         if cfg.rule == "adam" and not (mine[0].state["step"].device.type == self.device.type == "cuda"):
             self.counters = torch.zeros(len(mine), dtype=torch.float32, device=self.device)
         self.entries = self._entries(mine)
@@ -108,7 +107,7 @@ class Batch:
         self.sum_work, self.sum_at = work(self.sums, self.device)
 
     def _first(self, item: Item) -> int:
-        """Where the random numbers of a shard begin."""
+        """The element or row of the whole tensor at which a shard's random numbers begin."""
         unit = "row" if self.cfg.selection == "row" else "element"
         return 0 if item.shard is None else item.shard.first(unit) or 0
 
@@ -139,7 +138,7 @@ class Batch:
         return items if len(self.members) == len(items) else [items[i] for i in self.members]
 
     def _layouts(self, items: Sequence[Item]) -> list[list[object]]:
-        """What the tables say of the tensors, as far as it can change where the address does not."""
+        """The facts in the tables that can change although the tensors' addresses do not."""
         return [
             [i.address for i in items], [i.param.dtype for i in items], [i.param.shape for i in items],
             [i.param.stride() for i in items], [i.grad.dtype for i in items], [i.grad.shape for i in items],
@@ -148,19 +147,19 @@ class Batch:
         ]  # fmt: skip
 
     def _entries(self, items: Sequence[Item]) -> list[list[object]]:
-        """Which tensors the state is: another one at the same address may have another dtype."""
-        found: list[list[object]] = [[id(i.state[name]) for i in items] for name, _ in self.state]
-        return found + [[i.state[name].dtype for i in items] for name, _ in self.state]
+        """The identities and dtypes of the state: another tensor at the same address may have another dtype."""
+        identities: list[list[object]] = [[id(i.state[name]) for i in items] for name, _ in self.state]
+        return identities + [[i.state[name].dtype for i in items] for name, _ in self.state]
 
     def _fixed_addresses(self, items: Sequence[Item]) -> list[list[int]]:
-        """Those that only change when somebody replaces a parameter or its state."""
-        found = [[i.param.data_ptr() for i in items]]
-        found += [[i.state[name].data_ptr() for i in items] for name, _ in self.state]
+        """The addresses that only change when somebody replaces a parameter or its state."""
+        addresses = [[i.param.data_ptr() for i in items]]
+        addresses += [[i.state[name].data_ptr() for i in items] for name, _ in self.state]
         if self.cfg.rule == "adam":
-            found.append([i.state["step"].data_ptr() for i in items])
+            addresses.append([i.state["step"].data_ptr() for i in items])
         if self.averages:
-            found.append([i.policy_state["average"].data_ptr() for i in items])
-        return found
+            addresses.append([i.policy_state["average"].data_ptr() for i in items])
+        return addresses
 
     def _address_table(self) -> Tensor:
         """The pointer table, on the host, without the gradients."""
@@ -178,9 +177,9 @@ class Batch:
         return table
 
     def fits(self, items: Sequence[Item]) -> bool:
-        """Whether the tables can be made to fit: of the same tensors, but what is new in every step may be elsewhere.
+        """True if the tables can be made to fit these items: the same tensors, except those that are new in every step.
 
-        That is a given update, and the buffer that a rule leaves its update in.
+        New in every step may be a given update, and the buffer that a rule leaves its update in.
         """
         mine = self._mine(items)
         try:
@@ -204,12 +203,13 @@ class Batch:
             self.addresses = self._address_table()
         return True
 
-    def update(
-        self, items: Sequence[Item], rule: Rule, selection: Selection, strength: Strength, draw: Draw, own_clock: bool
-    ) -> None:
-        """Bring the tables up to date for this step. Uploads nothing that has not changed."""
+    def update(self, items: Sequence[Item], spec: StepSpec, own_clock: bool) -> None:
+        """Bring the tables up to date for this step; only what has changed is uploaded.
+
+        `own_clock`: seed and step are uploaded, because the wrapper has no clock on this device.
+        """
         tables, mine = self.tables, self._mine(items)
-        self.refresh(hyper_parameters(rule, selection, strength), selection)
+        self.refresh(hyper_parameters(spec), spec.selection)
         self._upload_steps(mine)
         gradients = [item.grad.data_ptr() for item in mine]
         if gradients != self.gradients:
@@ -217,28 +217,28 @@ class Batch:
             tables.keep(refill(tables.pointers, self.addresses.clone()))
             self.gradients = gradients
         if own_clock:
-            tables.say("clock", tables.clock, [_signed64(draw.seed), draw.step])
+            tables.fill("clock", tables.clock, [_signed64(spec.draw.seed), spec.draw.step])
 
     def refresh(self, hyper: list[Scalar], selection: Selection) -> None:
-        """New hyper-parameters. Those that are tensors on the device are copied there, in every step."""
+        """Upload changed hyper-parameters. Those that are tensors on the device are copied there in every step."""
         tables = self.tables
         on_device = {i: v for i, v in enumerate(hyper) if isinstance(v, Tensor) and v.device.type != "cpu"}
         known = [None if i in on_device else number(v) for i, v in enumerate(hyper)]
-        tables.say("hyper", tables.hyper, [0.0 if v is None else v for v in known], known)
+        tables.fill("hyper", tables.hyper, [0.0 if v is None else v for v in known], known)
         for i, value in on_device.items():
             tables.hyper[i : i + 1].copy_(value.detach().reshape(1), non_blocking=True)
-        if self.top_k is not None and tables.said.get("fraction") != selection.fraction:
-            tables.say("ranks", tables.ranks, self.top_k.rank_rows(self.numels, selection))
-            tables.said["fraction"] = selection.fraction
+        if self.top_k is not None and tables.uploaded.get("fraction") != selection.fraction:
+            tables.fill("ranks", tables.ranks, self.top_k.rank_rows(self.numels, selection))
+            tables.uploaded["fraction"] = selection.fraction
 
     def _upload_steps(self, items: Sequence[Item]) -> None:
-        """Tell the device the step counts that the host keeps, where they are not what it has counted to."""
+        """Upload the step counts that the host keeps, if they are not those that the device has counted to."""
         if self.counters is None:
             return
         now = [float(item.state["step"]) for item in items]
         if now != self.counted:
             self.tables.keep(refill(self.counters, now))
-        self.counted = []  # until the step is done: whatever goes wrong in it, the next one asks again
+        self.counted = []  # until the step is done: if it fails, the next one uploads the counts again
 
     def stepped(self, items: Sequence[Item]) -> None:
         """Count the step on the host as well, after the launches that count it on the device."""
@@ -251,13 +251,14 @@ class Batch:
 
 
 def _described(state: dict[str, Tensor], names: Sequence[tuple[str, int]]) -> list[object]:
-    """The layout of these entries, and whether others have joined them."""
-    found: list[object] = [len(state)]
+    """The number of entries of a state, and the layouts of these."""
+    facts: list[object] = [len(state)]
     for name, _ in names:
         x = state[name]
-        found += [x.dtype, x.shape, x.stride()]
-    return found
+        facts += [x.dtype, x.shape, x.stride()]
+    return facts
 
 
 def _signed64(x: int) -> int:
+    """The int64 with the same 64 bits."""
     return x - (1 << 64) if x >= 1 << 63 else x

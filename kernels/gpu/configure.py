@@ -1,4 +1,4 @@
-"""From rule, selection and strength to what a kernel is compiled with, and to the numbers that it reads."""
+"""From a `StepSpec` to the constants that a kernel is compiled with, and to the numbers that it reads."""
 
 from __future__ import annotations
 
@@ -7,36 +7,32 @@ from typing import Any
 import torch
 
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
-from ..spec import AdamRule, Draw, GivenRule, Item, LionRule, Rule, Scalar, Selection, SGDRule, Strength
+from ..spec import AdamRule, GivenRule, Item, LionRule, Scalar, Selection, SGDRule, StepSpec
 from .device import numbers
 from .device.config import BRACKET_RUN, DTYPES, Config
 from .tables import is_in_place, state_columns
 
 # Elements of a program. docs/kernels.md has the measurements behind these.
 BLOCK = 1024
-# How many scores a bracket is made of: one in 32, within these bounds; smaller tensors are ranked as a whole.
+# The number of scores that a bracket is made of: one in 32, within these bounds. Smaller tensors are ranked as a whole.
 FEWEST_SAMPLES, MOST_SAMPLES, ONE_IN = 8_192, 262_144, 32
 
 
-# As the Triton functions call them.
+# The rules by the names that the Triton functions know them by.
 RULES: dict[type, str] = {AdamRule: "adam", SGDRule: "sgd", LionRule: "lion", GivenRule: "given"}
 
 
-def configure(
-    item: Item, rule: Rule, selection: Selection, strength: Strength, draw: Draw, statistics: bool, begins: bool = False
-) -> Config:
+def configure(item: Item, spec: StepSpec, begins: bool = False) -> Config:
     """The constants that are compiled into this item's step. `begins`: this gradient is the first of SGD's momentum."""
+    rule, selection, strength = spec.rule, spec.selection, spec.strength
     columns = [None if c is None else DTYPES[c.dtype] for c in state_columns(item, rule)]
-    decoupled = isinstance(rule, AdamRule) and rule.decoupled
     kind = selection.unit if selection.kind == "bernoulli" else selection.kind
     return Config(
         rule=RULES[type(rule)],
         param=DTYPES[item.param.dtype], grad=DTYPES[item.grad.dtype],
         first=columns[0], second=columns[1], third=columns[2], fourth=columns[3], block=BLOCK,
         amsgrad=getattr(rule, "amsgrad", False), coupled=rule.coupled_decay != 0,
-        maximize=rule.maximize,
-        # of Lion and a given update always: a factor that a schedule takes through 1 would compile another kernel
-        decays=(decoupled and getattr(rule, "weight_decay", 0.0) != 0) or isinstance(rule, (LionRule, GivenRule)),
+        maximize=rule.maximize, decays=rule.has_decay_factor,
         moves=getattr(rule, "momentum", 0.0) != 0,
         begins=begins,
         nesterov=getattr(rule, "nesterov", False), negated=getattr(rule, "negated", False),
@@ -44,16 +40,15 @@ def configure(
         product=selection.product if kind == "agreement" else "update", strict=selection.strict, score=selection.score,
         arguments=len(selection.numbers) if kind == "function" else 0,
         quantile=selection.quantile if kind == "top_k" else "exact",
-        estimate=strength.estimate if strength.kind in ("mean_preserving", "norm_preserving") else "exact",
-        strength=strength.kind, of=strength.of, still=strength.still, statistics=statistics,
-        stochastic=draw.stochastic and item.param.dtype in (torch.bfloat16, torch.float16),
+        estimate="sampled" if strength.is_sampled else "exact",
+        strength=strength.kind, of=strength.of, still=strength.still, statistics=spec.statistics,
+        stochastic=spec.draw.stochastic and item.param.dtype in (torch.bfloat16, torch.float16),
     )  # fmt: skip
 
 
-def static_key(
-    rule: Rule, selection: Selection, strength: Strength, draw: Draw, statistics: bool
-) -> tuple[object, ...]:
+def static_key(spec: StepSpec) -> tuple[object, ...]:
     """A key of all that `configure` and the plans depend on, except tensors and the numbers that a schedule moves."""
+    rule, selection, strength = spec.rule, spec.selection, spec.strength
     flags = [
         getattr(rule, name, None) for name in ("amsgrad", "decoupled", "maximize", "nesterov", "negated", "offset")
     ]
@@ -61,12 +56,13 @@ def static_key(
     return (
         type(rule), *flags, *decays, selection.kind, selection.product, selection.strict, selection.score,
         selection.quantile, selection.unit, selection.function, len(selection.numbers), selection.control is None,
-        strength.kind, strength.of, strength.estimate, strength.still, draw.stochastic, statistics,
+        strength.kind, strength.of, strength.estimate, strength.still, spec.draw.stochastic, spec.statistics,
     )  # fmt: skip
 
 
-def hyper_parameters(rule: Rule, selection: Selection, strength: Strength) -> list[Scalar]:
-    """The numbers of a group, in the order of `numbers.py`."""
+def hyper_parameters(spec: StepSpec) -> list[Scalar]:
+    """The numbers of a group, in the order of `device/numbers.py`."""
+    rule, selection, strength = spec.rule, spec.selection, spec.strength
     values: list[Scalar] = [0.0] * numbers.HYPER
     values[numbers.DECAY_FACTOR.value] = 1.0
 
@@ -97,14 +93,17 @@ def hyper_parameters(rule: Rule, selection: Selection, strength: Strength) -> li
         put(place, value)
     further = selection.numbers
     if selection.kind == "bernoulli":
-        further = (float(round(selection.probability * 2**24)),)
+        further = (float(selection.random_limit),)
     for i, value in enumerate(further):
         values[numbers.ARGUMENT.value + i] = value
     return values
 
 
 def samples_of(numel: int, selection: Selection) -> tuple[int, int]:
-    """Number of sampled scores of a tensor, and the logarithm of the number of runs; a small tensor: all, and -1."""
+    """The number of a tensor's scores that are sampled, and the binary logarithm of the number of runs.
+
+    A small tensor is its own sample: its size, and -1.
+    """
     if selection.quantile == "sampled":
         return (numel, -1) if numel <= SAMPLE_SIZE else (SAMPLE_SIZE, (SAMPLE_SIZE // SAMPLE_RUN).bit_length() - 1)
     if numel <= FEWEST_SAMPLES:

@@ -1,4 +1,4 @@
-"""Which tensors the kernels take as they are, which as copies, and which not at all."""
+"""Says which tensors the kernels can step, and makes contiguous copies of those that need it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..spec import AdamRule, Draw, GivenRule, Item, Rule, Selection, Strength
+from ..spec import GivenRule, Item, Rule, Selection, StepSpec
 from .device.config import DTYPES
 from .tables import is_dense, state_columns
 
 
 def unsupported(item: Item, rule: Rule, selection: Selection | None = None) -> str | None:
-    """Why the kernels can't step this item, in words; None if they can."""
+    """The reason why the kernels can't step this item, in words; None if they can."""
     param = item.param
     if type(param) not in (Tensor, torch.nn.Parameter):
         return f"the parameter is a {type(param).__name__}"
@@ -26,7 +26,7 @@ def unsupported(item: Item, rule: Rule, selection: Selection | None = None) -> s
             return f"the {what} is on {tensor.device}"
         if tensor.shape != param.shape:
             return f"the {what} has shape {tuple(tensor.shape)}"
-    step = item.state.get("step") if isinstance(rule, AdamRule) else None
+    step = item.state.get("step") if rule.counts_steps else None
     if step is not None and step.device.type != "cpu" and step.dtype != torch.float32:
         return f"the step counter is {str(step.dtype).removeprefix('torch.')}"
     average = item.policy_state.get("average")
@@ -34,7 +34,7 @@ def unsupported(item: Item, rule: Rule, selection: Selection | None = None) -> s
         average.dtype != torch.float32 or average.numel() != 1 or average.device != param.device
     ):
         return "its average is not one float32 number on the same device"
-    if isinstance(rule, AdamRule) and rule.amsgrad and item.state and "max_exp_avg_sq" not in item.state:
+    if "max_exp_avg_sq" in rule.state_names and item.state and "max_exp_avg_sq" not in item.state:
         return "its state has no max_exp_avg_sq"
     if param.numel() >= 1 << 32:
         return "the parameter has 2^32 elements or more"
@@ -43,19 +43,21 @@ def unsupported(item: Item, rule: Rule, selection: Selection | None = None) -> s
     return None
 
 
-def order_matters(selection: Selection, strength: Strength, draw: Draw, item: Item) -> bool:
-    """Whether a coordinate's flat index decides over it: then memory has to be in row-major order."""
+def order_matters(spec: StepSpec, item: Item) -> bool:
+    """True if a coordinate's flat index decides over it: then memory has to be in row-major order."""
+    selection = spec.selection
     if selection.kind == "bernoulli" and selection.unit != "tensor":
         return True
-    if strength.kind in ("mean_preserving", "norm_preserving") and strength.estimate == "sampled":
+    if spec.strength.is_sampled:
         return True
-    return selection.kind == "top_k" or (draw.stochastic and item.param.dtype != torch.float32)
+    return selection.kind == "top_k" or (spec.draw.stochastic and item.param.dtype != torch.float32)
 
 
 def arrange(item: Item, rule: Rule, ordered: bool) -> tuple[Item, list[tuple[Tensor, Tensor]]]:
     """The item with contiguous tensors, and the (tensor, copy) pairs to write back after the step.
 
-    Tensors of one dense layout (channels last, say) stay as they are where the order of elements means nothing.
+    Tensors of one dense layout (channels last, say) stay as they are if the order of elements means nothing, that is
+    if `ordered` is False.
     """
     columns = [c for c in state_columns(item, rule) if c is not None]
     tensors = [item.param, item.grad, *columns]
@@ -69,7 +71,7 @@ def arrange(item: Item, rule: Rule, ordered: bool) -> tuple[Item, list[tuple[Ten
     for x in tensors:
         if not x.is_contiguous() and id(x) not in copies:
             copies[id(x)] = x.detach().contiguous()
-            given = isinstance(rule, GivenRule)  # what is given is only read, and may lie in the parameter's memory
+            given = isinstance(rule, GivenRule)  # its state is only read, and may lie in the parameter's memory
             if x is item.param or (x is not item.grad and not given):
                 back.append((x, copies[id(x)]))
     state = {k: copies.get(id(v), v) if isinstance(v, Tensor) else v for k, v in item.state.items()}

@@ -1,4 +1,4 @@
-"""A user's own function of (gradient, update, momentum) as a selection: jitted once, and evaluated by itself."""
+"""A user's own function of (gradient, update, momentum) as a selection: compiled once, and evaluated by itself."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ BLOCK = 1024
 
 @functools.cache  # one for each function, so that what was compiled of it is found again
 def jitted(function: Callable[..., Any]) -> Any:
-    """The function as Triton's; the same one for the same function. Those that are Triton's already stay.
+    """The function as a Triton function, always the same object; a Triton function is returned as it is.
 
-    Interpreted, a plain one stays what it is: the interpreter asks for `triton.language` in a function's module.
+    In the interpreter a plain function is returned as it is, too: the interpreter needs `triton.language` in the
+    function's module.
+
+    Raises a ValueError if the function's source can't be read.
     """
     if INTERPRETED or hasattr(function, "fn"):
         return function
@@ -61,11 +64,14 @@ INTERPRETED = not isinstance(_evaluate_kernel, triton.JITFunction)  # TRITON_INT
 
 
 def evaluate(selection: Selection, grad: Tensor, update: Tensor, momentum: Tensor) -> Tensor:
-    """Which elements of these float32 tensors the selection's function selects; a bool tensor shaped like them."""
+    """Call the selection's function on float32 tensors of one shape: a bool tensor of that shape, true where selected.
+
+    Raises a ValueError for tensors of other dtypes or of several shapes.
+    """
     tensors = (grad, update, momentum)
     if {(x.shape, x.dtype) for x in tensors} != {(grad.shape, torch.float32)}:
-        found = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
-        raise ValueError(f"a function is evaluated on float32 tensors of one shape; found {found}")
+        given = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
+        raise ValueError(f"a function is evaluated on float32 tensors of one shape; found {given}")
     cfg = Config(
         rule="given", param=None, grad=tl.float32, first=tl.float32, second=None, third=tl.float32, fourth=None,
         block=BLOCK, selection="function", arguments=len(selection.numbers),
@@ -77,7 +83,7 @@ def evaluate(selection: Selection, grad: Tensor, update: Tensor, momentum: Tenso
     chosen = torch.empty(grad.shape, dtype=torch.int8, device=grad.device)
     assert selection.function is not None
     with on(grad.device), warnings.catch_warnings():
-        if INTERPRETED:  # numpy warns of what is no error: NaN, infinities
+        if INTERPRETED:  # numpy warns of NaN and infinities, which are no error
             warnings.simplefilter("ignore", RuntimeWarning)
         run(_evaluate_kernel, cdiv(grad.numel(), BLOCK), *(x.contiguous() for x in tensors), row.to(grad.device),
             chosen, grad.numel(), FUNCTION=jitted(selection.function), CFG=cfg, BLOCK=BLOCK)  # fmt: skip

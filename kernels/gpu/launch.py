@@ -1,4 +1,4 @@
-"""The launches of a step: a fixed number, in one order, for any number of tensors. Never waits for the device."""
+"""The launches of a step: a fixed number, in one order, for any number of tensors. The host never waits."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ STEP_WARPS = 4  # of a program of `BLOCK` elements
 # Registers of a thread in passes with brackets or statistics, which would take up to 140: seven programs on a
 # multiprocessor instead of four or five, for some spilling. docs/kernels.md has the measurements.
 STEP_REGISTERS = 72
-BINS = 2048  # parts of a bracket's histogram: see `bin_of`
-WHOLE_BLOCK = 4096  # scores that a program which ranks a small tensor looks at at a time
-SETTLE_ROOM, SETTLE_BLOCK = 1024, 128  # undecided elements that a settling program writes down, works on at a time
+BINS = 2048  # of a bracket's histogram: see `bin_of`
+WHOLE_BLOCK = 4096  # scores that are looked at together by the program that ranks a small tensor
+SETTLE_ROOM, SETTLE_BLOCK = (
+    1024,
+    128,
+)  # undecided elements whose indices a settling program stores, and works on, together
 REPAIR_BLOCK = 1024  # of 4 warps
-# Rows of sums that one program adds up at a time: the largest tensor has tens of thousands, and everybody waits for it.
+# Rows of sums that one program adds up together: the largest tensor has tens of thousands, and all others wait for it.
 TABLE_BLOCK, TABLE_WARPS = 4096, 16
-REPAIR_PROGRAMS = 2  # on each multiprocessor at the same time: as many as fit whatever their registers (255 at most)
-# Programs that wait for each other have to run at the same time: the driver refuses a launch that can't.
+REPAIR_PROGRAMS = 2  # on each multiprocessor: as many as fit with any number of registers a thread (255 at most)
+# Programs that wait for each other have to run at the same time: the driver refuses a cooperative launch that can't.
 TOGETHER: dict[str, dict[str, Any]] = {"cuda": {"launch_cooperative_grid": True}, "cpu": {}}
 WIDTH = 3.75  # half the bracket, in standard deviations of the sampled rank
 
@@ -47,9 +50,9 @@ def _nothing(*arguments: Any) -> bool:
 def run(
     kernel: Any, programs: int, *arguments: Any, warps: int = 4, registers: int | None = None, **constants: Any
 ) -> None:
-    """One launch. No contraction to fused multiply-adds: it would depend on the kernel that a score is formed in.
+    """Launch a kernel, without contraction to fused multiply-adds: that would differ between kernels that form scores.
 
-    `registers`: of a thread, at most; where the compiler knows such a limit (NVIDIA's).
+    `registers` limits those of a thread, if the compiler knows such a limit (NVIDIA's does).
     """
     if registers is not None and torch.version.cuda is not None:
         constants["maxnreg"] = registers
@@ -58,15 +61,15 @@ def run(
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels are launched on the current device, which need not be the tensors'."""
+    """A context that makes the tensors' device the current one, on which kernels are launched."""
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
 def _can_settle(cfg: Config) -> bool:
-    """Whether what a pass leaves undecided can be stepped after it: the update has to be there again, exactly.
+    """True if elements that a pass leaves undecided can be stepped after it, which takes exactly the same update.
 
-    Adam's can be formed from the moments that were stored, where these were not rounded; a given one is still there
-    where the pass does not write over it. Float32 parameters, because a miss is corrected in what was stored.
+    Adam's update can be formed from the stored moments, if these were not rounded. A given update is still there, if
+    the pass does not write over it. Only for float32 parameters, because a miss is corrected in the stored parameter.
     """
     whole = all(d is None or d == tl.float32 for d in (cfg.param, cfg.first, cfg.second, cfg.third))
     return (cfg.rule == "adam" and whole and not cfg.coupled) or (cfg.in_place and cfg.param == tl.float32)
@@ -89,7 +92,7 @@ class Step:
         return torch.empty(count, dtype=dtype, device=self.batch.device)
 
     def __call__(self) -> Tensor | None:
-        """Everything; the sums of `spec.Sums` by tensor, float64 [tensors, 7], where statistics are wanted."""
+        """Step the batch. Returns the sums of `spec.Sums`, float64 [tensors, 7], if statistics are asked for."""
         cfg, batch = self.cfg, self.batch
         if cfg.statistics:
             self.partials = self.empty(batch.programs * PARTIALS)
@@ -103,9 +106,9 @@ class Step:
         return self._report() if cfg.statistics else None
 
     def find_thresholds(self) -> None:
-        """All that comes before the moments move, but the strengths: afterwards it is known what is selected.
+        """Launch all that comes before the moments move, except the strengths. Afterwards the thresholds are known.
 
-        Except where one pass does all: there, only the brackets are known.
+        If one pass does everything, only the brackets are known.
         """
         self.begin()
         if self.batch.top_k is not None:
@@ -114,7 +117,7 @@ class Step:
             self._count_and_settle(derived(self.cfg, bracketed=True, writes=False, statistics=False))
 
     def begin(self) -> None:
-        """Each tensor's numbers, and whether its momentum has ever moved, where that is asked."""
+        """Fill in each tensor's numbers and, if the selection reads it, whether its previous momentum is all zero."""
         batch, tables = self.batch, self.tables
         run(numbers_kernel, cdiv(tables.tensors, 128), tables.numbers, tables.keys, tables.hyper, self.clock,
             tables.pointers, tables.facts, tables.ranks, tables.tensors, FIXED=self.fixed, CFG=self.cfg,
@@ -125,7 +128,7 @@ class Step:
                     BLOCK=sizes.SEEN_BLOCK, PARTS=parts, CFG=self.cfg)  # fmt: skip
 
     def finish(self) -> None:
-        """The pass over everything, where thresholds and strengths stand in the tables."""
+        """Launch the pass over everything, once thresholds and strengths are in the tables."""
         self._pass(self.cfg, self.nothing, self.nothing)
 
     def _pass(self, cfg: Config, marks: Tensor, histograms: Tensor) -> None:
@@ -136,7 +139,7 @@ class Step:
             CFG=cfg, warps=STEP_WARPS, registers=registers)  # fmt: skip
 
     def _rank(self) -> None:
-        """From samples to thresholds (small tensors, and sampled quantiles) or brackets."""
+        """Sample scores, and rank them: to thresholds (small tensors, sampled quantiles) or brackets."""
         top_k, tables = self.batch.top_k, self.tables
         assert top_k is not None
         cfg = derived(self.cfg, bracketed=False, writes=False, statistics=False)
@@ -164,7 +167,7 @@ class Step:
             SAMPLED=sampled)  # fmt: skip
 
     def _count_and_settle(self, cfg: Config) -> None:
-        """The pass over everything, then the undecided elements. Without `cfg.writes` only thresholds are found."""
+        """Launch the pass over everything, then settle the undecided. Without `cfg.writes` only find thresholds."""
         batch, tables, top_k = self.batch, self.tables, self.batch.top_k
         assert top_k is not None
         assert top_k.large is not None

@@ -1,31 +1,24 @@
-"""What the kernels look up: addresses, sizes and numbers of many tensors, kept on the device between steps.
+"""The tables that the kernels look up: addresses, sizes and numbers of many tensors, kept on the device between steps.
 
-A table is uploaded when what it says has changed, from pinned memory, so that the host never waits. Whether it has is
-seen by the tensors' identities and addresses in every step.
+A table is uploaded when its content has changed, from pinned memory, so that the host never waits. In every step the
+tensors' identities and addresses are compared, to see whether it has.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..spec import AdamRule, GivenRule, Item, LionRule, Rule, SGDRule
+from ..spec import GivenRule, Item, Rule
 from .device import config
 
-STATE: dict[type, tuple[str, ...]] = {
-    AdamRule: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    SGDRule: ("momentum_buffer",),
-    LionRule: ("exp_avg",),
-    GivenRule: ("update", "start", "momentum", "previous_momentum"),
-}
-
-
-_RECORDED: list[Tensor] = []  # what the graphs of this process upload from at every replay: they may live as long
+# Sources of the uploads that CUDA graphs repeat at every replay. Graphs may live as long as the process.
+_RECORDED: list[Tensor] = []
 
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -40,9 +33,9 @@ def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def refill(target: Tensor, values: Any) -> Tensor:
-    """Write numbers over a tensor on the device, which keeps its address; returns what it was copied from.
+    """Write numbers over a tensor on the device, which keeps its address. Returns the source of the copy.
 
-    While a CUDA graph is captured, the copy becomes part of it and reads that source at every replay: keep it alive.
+    While a CUDA graph is captured, the copy becomes part of it and reads the source at every replay: keep it alive.
     """
     if isinstance(values, Tensor):
         host = values
@@ -55,18 +48,13 @@ def refill(target: Tensor, values: Any) -> Tensor:
 
 
 def state_columns(item: Item, rule: Rule) -> list[Tensor | None]:
-    """The tensors of an item's state that the rule reads, in the order of the pointer table's columns; four of them."""
-    names: Iterable[str] = STATE[type(rule)]
-    if isinstance(rule, AdamRule) and not rule.amsgrad:
-        names = ("exp_avg", "exp_avg_sq")
-    if isinstance(rule, SGDRule) and rule.momentum == 0:
-        names = ()
-    found = [item.state.get(name) for name in names]
-    return found + [None] * (4 - len(found))
+    """The four state columns of the pointer table: the tensors that the rule reads, in its order, then None."""
+    columns = [item.state.get(name) for name in rule.state_names]
+    return columns + [None] * (4 - len(columns))
 
 
 def is_in_place(item: Item, rule: Rule) -> bool:
-    """Whether a given update starts from the parameter's own memory, and outlives a write to it."""
+    """True if an update is given that starts from the parameter's own memory and outlives a write to it."""
     if not isinstance(rule, GivenRule):
         return False
     at, given = item.param.data_ptr(), item.state["update"].data_ptr()
@@ -75,7 +63,7 @@ def is_in_place(item: Item, rule: Rule) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor fills its memory without gaps and overlaps, in some order of its dimensions."""
+    """True if a tensor fills its memory without gaps and overlaps, in some order of its dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
@@ -87,13 +75,16 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def work(counts: Sequence[int], device: torch.device) -> tuple[Tensor, list[int]]:
-    """(tensor, part) for each of a launch's programs, int32 [programs, 2]; and where each tensor's programs begin."""
+    """(tensor, part) for each of a launch's programs, int32 [programs, 2], and each tensor's first program.
+
+    `counts` has the number of programs of each tensor.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _work.__wrapped__(tuple(counts), device)  # filled by a graph's replays only: nobody else's
+        return _work.__wrapped__(tuple(counts), device)  # a graph's replays fill it, so nothing else may share it
     return _work(tuple(counts), device)
 
 
-@functools.lru_cache(maxsize=64)  # captures that make their items anew in every step ask for the same again
+@functools.lru_cache(maxsize=64)  # because captures that make their items anew in every step ask for the same again
 def _work(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[int]]:
     sizes = torch.tensor(counts, dtype=torch.int64, device="cpu")
     ends = sizes.cumsum(0)
@@ -119,22 +110,22 @@ class Tables:
         self.keys = empty(config.KEYS.value, torch.int32)
         self.hyper = torch.zeros(20, dtype=torch.float64, device=device)
         self.clock = torch.zeros(2, dtype=torch.int64, device=device)
-        self.said: dict[str, Any] = {}  # what was uploaded last, by table
+        self.uploaded: dict[str, Any] = {}  # the content of each table that was uploaded last
         self.kept: list[Tensor] = []  # sources of copies that became part of a CUDA graph
-        self.recorded: dict[str, Tensor] = {}  # ... by the table that `say` filled from them
+        self.recorded: dict[str, Tensor] = {}  # the same by the name of the table that `fill` filled from them
 
-    def say(self, name: str, table: Tensor, values: Any, key: Any = None) -> None:
-        """Upload a whole table, unless it says so already: `key`, or else `values`, is compared with ==."""
+    def fill(self, name: str, table: Tensor, values: Any, key: Any = None) -> None:
+        """Upload a whole table, unless its content is the same already: `key`, or else `values`, is compared by ==."""
         key = values if key is None else key
-        if self.said.get(name) == key:
+        if self.uploaded.get(name) == key:
             return
         source = self.keep(refill(table, values), name)
-        self.said[name] = key
+        self.uploaded[name] = key
         if name in self.recorded and self.recorded[name] is not source:
-            self.recorded[name].copy_(source)  # what a graph uploads at every replay: numbers that were scheduled since
+            self.recorded[name].copy_(source)  # a graph uploads from there: it gets numbers that were scheduled since
 
     def keep(self, source: Tensor, name: str | None = None) -> Tensor:
-        """Keep what a copy that became part of a CUDA graph will be read from again; returns it."""
+        """Keep the source of a copy alive if it became part of a CUDA graph. Returns the source."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self.kept.append(source)
             if name is not None:
@@ -143,6 +134,7 @@ class Tables:
 
 
 def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 

@@ -11,10 +11,10 @@ from .strengths import Pair, total
 
 
 def random_subset(selected: Tensor, still: Tensor | None, draw: Draw, address: int) -> Tensor:
-    """As many coordinates as `selected` has, a bool tensor of its shape: those with the largest random numbers.
+    """Select as many coordinates as `selected` has: those with the largest random numbers. Bool, of the same shape.
 
-    Equal numbers go to the lower flat (row-major) index. Coordinates that stand still come after all others: chosen,
-    they would be a choice without effect. A stable sort: nothing waits for the device.
+    Equal numbers go to the lower flat (row-major) index. Coordinates that stand still come after all others, because
+    to select one has no effect. The sort is stable and never waits for the device.
     """
     numbers = uniform_bits(draw, address, selected.numel(), device=selected.device)
     if still is not None:
@@ -26,10 +26,10 @@ def random_subset(selected: Tensor, still: Tensor | None, draw: Draw, address: i
 
 
 def scale_of(control: Control, wanted: Tensor, have: Tensor) -> Tensor:
-    """What both multipliers are scaled by, 0-d float64, from the sums of (mask u)^2 of the policy and of the control.
+    """The factor on both multipliers, 0-d float64, that makes the control's norm that of its policy.
 
-    1 where the control's sum is 0, and where a sum is not finite: one NaN, or a square that overflows, must not reach
-    every coordinate.
+    `wanted` and `have` are the sums of (mask u)^2 of the policy and of the control. The factor is 1 if the control's
+    sum is 0 or a sum is not finite: one NaN, or a square that overflows, must not reach every coordinate.
     """
     possible = (have > 0) & torch.isfinite(wanted + have)
     ratio = (wanted / torch.where(possible, have, 1.0)).sqrt().clamp(max=control.cap)
@@ -39,21 +39,21 @@ def scale_of(control: Control, wanted: Tensor, have: Tensor) -> Tensor:
 def matched(
     control: Control, selected: Tensor, pair: Pair, update: Tensor, still: Tensor | None, draw: Draw, address: int
 ) -> tuple[Tensor, Pair]:
-    """The control's selection and multipliers, from those of the policy that it controls."""
+    """The control's selection and multipliers, from those (`selected`, `pair`) of the policy that it controls."""
     ours = random_subset(selected, still, draw, address)
     return ours, scaled(control, selected, ours, pair, update, still)
 
 
 def scaled(control: Control, selected: Tensor, ours: Tensor, pair: Pair, update: Tensor, still: Tensor | None) -> Pair:
-    """The multipliers of the control, which selects `ours`, from those of its policy, which selects `selected`."""
+    """The multipliers of a control that selects `ours`, from those (`pair`) of its policy, which selects `selected`."""
     if not control.norm:
         return pair
-    above, below = pair
+    on_selected, on_rest = pair
     squares = update * update if still is None else torch.where(still, 0.0, update * update)
 
     def masked_sq(chosen: Tensor) -> Tensor:
         inside = total(torch.where(chosen, squares, 0.0))
-        return above * above * inside + below * below * total(torch.where(chosen, 0.0, squares))
+        return on_selected * on_selected * inside + on_rest * on_rest * total(torch.where(chosen, 0.0, squares))
 
     scale = scale_of(control, masked_sq(selected), masked_sq(ours))
-    return above * scale, below * scale
+    return on_selected * scale, on_rest * scale

@@ -1,7 +1,7 @@
 """Random numbers by address: a hash of (seed, step, address, index), and the stratified sample drawn with it.
 
-The same address gives the same number on every device, in every chunking and after a resume, and torch's generators
-are never touched. Integer operations of 32 bits only, so that a GPU kernel computes the same bits.
+The same address gives the same number on every device, in every chunking and after a resume. torch's generators are
+never touched. All operations are on integers of 32 bits, so that a GPU kernel computes the same bits.
 
 The hash: x = index mod 2^32, then twice "xor a key, finalise". The finaliser is Chris Wellons' `lowbias32`
 (https://nullprogram.com/blog/2018/07/31/, public domain); keys come from splitmix64 (Steele, Lea, Flood 2014) chained
@@ -40,7 +40,7 @@ A, B = 0x7FEB352D, signed32(0x846CA68B)  # lowbias32's factors
 
 
 def keys(draw: Draw, address: int, high: int = 0, stream: int = STREAM_MASK) -> tuple[int, int]:
-    """The two 32-bit keys (as int32 values) of the indices whose upper half is `high`."""
+    """The two 32-bit keys (as int32 values) for the indices whose upper half is `high`."""
     state = 0
     for word in (draw.seed, draw.step, address, stream, high):
         state = _splitmix64(state ^ (word & _MASK64))
@@ -74,9 +74,9 @@ def uniform_bits(
     device: torch.device | str = "cpu",
     stream: int = STREAM_MASK,
 ) -> Tensor:
-    """`count` integers in [0, 2^24) (int32, 1-d): those of the elements `offset`, `offset + 1`, ...
+    """The random integers of `count` elements, from element `offset` on: in [0, 2^24), int32, 1-d.
 
-    An element is selected with probability q where its integer is below `round(q * 2**24)`.
+    An element that is selected where its integer is below `round(q * 2**24)` is selected with probability q.
     """
     pieces = []
     while count > 0:
@@ -90,14 +90,17 @@ def uniform_bits(
 
 
 def uniform(draw: Draw, address: int, count: int, *, offset: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """`count` float32 numbers in [0, 1), multiples of 2^-24: `uniform_bits` divided by 2^24, exactly."""
+    """The random numbers of `count` elements, from element `offset` on: float32, 1-d, in [0, 1).
+
+    They are `uniform_bits` divided by 2^24, exactly.
+    """
     return uniform_bits(draw, address, count, offset=offset, device=device).to(torch.float32) * 2.0**-24
 
 
 def sample_positions(draw: Draw, address: int, numel: int, device: torch.device | str) -> Tensor | None:
-    """Flat indices (int64, ascending) of the sample of a tensor; None where the sample is the whole tensor.
+    """The flat indices (int64, ascending) of a tensor's sample; None if the sample is the whole tensor.
 
-    One run of `SAMPLE_RUN` neighbours at a drawn place in each of `SAMPLE_SIZE / SAMPLE_RUN` equal strata.
+    It is one run of `SAMPLE_RUN` neighbours at a drawn place in each of `SAMPLE_SIZE / SAMPLE_RUN` equal strata.
     """
     if numel <= SAMPLE_SIZE:
         return None

@@ -1,8 +1,8 @@
 """The one rounding of a step: to nearest, or stochastically by address.
 
-Stochastic: of the two neighbours of x in the parameter's dtype, the further one is taken with the probability
-|x - nearest| / |further - nearest|, so that the expected value is x and an update far below the spacing is not lost
-but taken now and then. The random number is that of the element's address in a stream of its own.
+Stochastic rounding takes, of the two neighbours of x in the parameter's dtype, the further one with the probability
+|x - nearest| / |further - nearest|. So the expected value is x, and an update far below the spacing is not lost but
+taken now and then. The random number is that of the element's address, in a stream of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import Draw, Shard
+from ..shard import Shard
+from ..spec import Draw
 from .random import STREAM_ROUNDING, uniform_bits
 from .shard_indices import element_bits
 
@@ -20,9 +21,9 @@ LOW = (torch.bfloat16, torch.float16)
 def store(
     param: Tensor, exact: Tensor, draw: Draw | None, address: int, offset: int = 0, shard: Shard | None = None
 ) -> None:
-    """Write `exact` (float32 or float64, shaped like it) to `param`, whose first element is element `offset`.
+    """Round `exact` (float32 or float64, shaped like `param`) and write it to `param`.
 
-    Of a shard, elements have the numbers of their places in the whole tensor.
+    The random numbers are those of the elements from `offset` on; those of a `shard` are of the places in the whole.
     """
     if draw is None or not draw.stochastic or param.dtype not in LOW:
         param.copy_(exact)

@@ -1,7 +1,7 @@
-"""The rules: what moves the moments, and which update comes out.
+"""The rules: they move the moments and compute the update.
 
-A rule works in two parts, so that it can run over whole tensors (the reference) or over slices (the CPU path):
-`begin` counts the step and computes what is one number a tensor, `move` does what is one number an element.
+A rule works in two parts, so that it can run over whole tensors (the reference) or over slices (the CPU path). `begin`
+counts the step and computes the numbers that a tensor has one of; `move` computes those that each element has.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from .rounding import store
 
 @dataclass
 class Advanced:
-    """What a rule hands on: tensors shaped like the parameter, float32 (float64 for float64 parameters).
+    """The results of a rule: tensors shaped like the parameter, float32 (float64 for float64 parameters).
 
     They may share memory with the gradient or with the state: read them, don't write.
     """
 
     grad: Tensor
     update: Tensor
-    momentum: Tensor | None  # None where the rule has none
-    previous_momentum: Tensor | None  # None where the rule has none, or where it was not asked for
+    momentum: Tensor | None  # None if the rule has none
+    previous_momentum: Tensor | None  # None if the rule has none, or if it was not asked for
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What is one number a tensor. Python floats, or 0-d float64 tensors where a hyper-parameter lives on a GPU."""
+    """The numbers that a tensor has one of: Python floats, or 0-d float64 tensors if a hyper-parameter is on a GPU."""
 
     rate: Scalar  # Adam: lr / (1 - beta1^t); otherwise lr
     beta1: Scalar = 0.0
@@ -46,14 +46,14 @@ def compute_dtype(param: Tensor) -> torch.dtype:
 
 
 def number(value: Scalar) -> Scalar:
-    """A Python float where that needs no synchronisation, else a 0-d float64 tensor."""
+    """`value` as a Python float if that needs no synchronisation, else as a 0-d float64 tensor."""
     if isinstance(value, Tensor):
         return float(value) if value.device.type == "cpu" else value.detach().to(torch.float64)
     return value
 
 
 def decay_factor(rule: Rule) -> Scalar:
-    """What the parameter is multiplied by (decoupled decay), never masked. 1.0 where the rule has none."""
+    """The factor on the parameter (decoupled decay), which is never masked. 1.0 if the rule has none."""
     if isinstance(rule, AdamRule):
         return 1 - number(rule.lr) * rule.weight_decay if rule.decoupled and rule.weight_decay != 0 else 1.0
     if isinstance(rule, (LionRule, GivenRule)):
@@ -62,14 +62,13 @@ def decay_factor(rule: Rule) -> Scalar:
 
 
 def has_momentum(item: Item, rule: Rule) -> bool:
-    """Whether `move` hands out a momentum for this tensor."""
-    if isinstance(rule, SGDRule):
-        return rule.momentum != 0
-    return not isinstance(rule, GivenRule) or item.state.get("momentum") is not None
+    """True if `move` returns a momentum for this tensor."""
+    name = rule.first_moment  # SGD makes its own in the first step
+    return name is not None and not (isinstance(rule, GivenRule) and item.state.get(name) is None)
 
 
 def begin(item: Item, rule: Rule) -> Numbers:
-    """Count the step, make the state that is missing, and compute what is one number a tensor."""
+    """Count the step, make the state that is missing, and compute the numbers that the tensor has one of."""
     if isinstance(rule, AdamRule):
         step = item.state["step"]
         step += 1
@@ -110,7 +109,7 @@ def _adam(rule: AdamRule, n: Numbers, param: Tensor, grad: Tensor, state: dict[s
     previous = old.clone() if keep else None
     state["exp_avg"].copy_(m)
     state["exp_avg_sq"].copy_(v)
-    if rule.amsgrad:  # torch keeps the maximum of what is not bias-corrected
+    if rule.amsgrad:  # torch keeps the maximum before bias correction
         v = torch.maximum(state["max_exp_avg_sq"].to(dtype), v)
         state["max_exp_avg_sq"].copy_(v)
     update = m / (v.sqrt() / n.root + rule.eps) * n.rate
@@ -156,7 +155,10 @@ def _given(rule: GivenRule, param: Tensor, grad: Tensor, state: dict[str, Tensor
 def move(
     rule: Rule, numbers: Numbers, param: Tensor, grad: Tensor, state: dict[str, Tensor], keep_previous: bool
 ) -> Advanced:
-    """Step 5 on these elements: the moments move, stored once; `update` comes from the unrounded ones."""
+    """Step 5 on these elements: the moments move and are stored once; `update` comes from the unrounded ones.
+
+    Raises a ValueError for a rule that the reference has no code for.
+    """
     if isinstance(rule, AdamRule):
         return _adam(rule, numbers, param, grad, state, keep_previous)
     if isinstance(rule, SGDRule):
@@ -175,12 +177,12 @@ def advance(item: Item, rule: Rule, *, keep_previous: bool = False) -> Advanced:
 
 
 def rate_of(rule: Rule) -> Scalar:
-    """The learning rate, whose sign says which way the base goes."""
+    """The learning rate, whose sign is the direction in which the base goes."""
     return rule.rate if isinstance(rule, GivenRule) else rule.lr
 
 
 def turned(x: Tensor | None, rate: Scalar) -> Tensor | None:
-    """-x where the rate is negative. One on a GPU stays there: then a copy is made in any case."""
+    """-x if the rate is negative, else x. A rate on a GPU is not read by the host: then the result is always a copy."""
     if x is None:
         return None
     if isinstance(rate, Tensor) and rate.device.type != "cpu":
@@ -189,7 +191,7 @@ def turned(x: Tensor | None, rate: Scalar) -> Tensor | None:
 
 
 def as_seen(rule: Rule, moved: Advanced) -> Advanced:
-    """What selections, strengths and statistics read of a step.
+    """The results of a rule as selections, strengths and statistics read them.
 
     Note [a negative learning rate]: a base with a negative learning rate climbs. So it does with a positive one and
     `maximize`, which has the same update and the opposite gradient and momentum. Those are turned round here, after the
@@ -216,7 +218,7 @@ def apply_mask(item: Item, rule: Rule, update: Tensor, mask: Tensor, draw: Draw 
 
 
 def nesterov(rule: Rule, momentum: Tensor, grad: Tensor) -> Tensor:
-    """The momentum one step ahead, up to a positive factor: what the `nesterov` score multiplies with g."""
+    """The momentum one step ahead, up to a positive factor: the `nesterov` score is this times g."""
     if isinstance(rule, SGDRule):
         return grad.add(momentum, alpha=rule.momentum)
     if isinstance(rule, GivenRule):

@@ -1,4 +1,4 @@
-"""Where the elements of a shard lie in the whole tensor, and random numbers by that place."""
+"""The places of a shard's elements in the whole tensor, and their random numbers, which go by that place."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from ..spec import Draw, Shard
-from .random import STREAM_MASK, hash_, keys, uniform_bits
+from ..shard import Shard
+from ..spec import Draw
+from .random import STREAM_MASK, hash_, keys, sample_positions, uniform_bits
 
 
 def along(shard: Shard, dim: int, device: torch.device) -> Tensor:
-    """The whole tensor's indices along one dimension, of the local ones: int64, 1-d."""
+    """The whole tensor's index of every local index of one dimension: int64, 1-d."""
     parts = [torch.arange(start, start + count, device=device) for start, count in shard.runs[dim]]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=device)
 
@@ -23,18 +24,18 @@ def flat_indices(shard: Shard, device: torch.device) -> Tensor:
     offset = shard.offset
     if offset is not None:
         return torch.arange(offset, offset + math.prod(lengths), device=device)
-    found, stride = torch.zeros((), dtype=torch.int64, device=device), 1
+    indices, stride = torch.zeros((), dtype=torch.int64, device=device), 1
     for dim in reversed(range(len(shard.shape))):
         place = along(shard, dim, device) * stride
-        found = found + place.reshape([-1 if d == dim else 1 for d in range(len(shard.shape))])
+        indices = indices + place.reshape([-1 if d == dim else 1 for d in range(len(shard.shape))])
         stride *= shard.shape[dim]
-    return found.expand(lengths).reshape(-1)
+    return indices.expand(lengths).reshape(-1)
 
 
 def local_places(shard: Shard, flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Local flat indices of elements of the whole, by their flat indices there; and which of them are here at all.
+    """The local flat index of each of these flat indices of the whole, and a bool for each: is it in this shard?
 
-    What is not here has the place 0, or any other. Nothing waits for the device.
+    The local index of one that is not in this shard is 0. Nothing waits for the device.
     """
     place = torch.zeros_like(flat)
     here = torch.ones_like(flat, dtype=torch.bool)
@@ -65,25 +66,34 @@ def cells(shard: Shard, device: torch.device) -> Tensor:
         stride *= shard.shape[dim]
     lengths = [sum(count for _, count in runs) for runs in shard.runs]
     inner = math.prod(lengths[shard.cut + 1 :])
-    found = outer.reshape(-1, 1, 1) + piece.reshape(1, -1, 1)
-    return found.expand(-1, -1, inner).reshape(-1)
+    cell = outer.reshape(-1, 1, 1) + piece.reshape(1, -1, 1)
+    return cell.expand(-1, -1, inner).reshape(-1)
 
 
 def bits_at(draw: Draw, address: int, indices: Tensor, numel: int, stream: int = STREAM_MASK) -> Tensor:
-    """`uniform_bits` of these indices of a tensor with `numel` elements: int32, shaped like them."""
-    found: Tensor | None = None
+    """The numbers of `uniform_bits` at these indices of a tensor of `numel` elements: int32, shaped like `indices`."""
+    numbers: Tensor | None = None
     for high in range(max((numel - 1) >> 32, 0) + 1):
         x = (indices & 0xFFFFFFFF).to(torch.int32)
         some = hash_(x, keys(draw, address, high, stream), torch.empty_like(x))
-        found = some if found is None else torch.where(indices >> 32 == high, some, found)
-    assert found is not None
-    return found
+        numbers = some if numbers is None else torch.where(indices >> 32 == high, some, numbers)
+    assert numbers is not None
+    return numbers
 
 
 def element_bits(shard: Shard, draw: Draw, address: int, device: torch.device, stream: int = STREAM_MASK) -> Tensor:
-    """The numbers of all local elements, by their place in the whole: int32, 1-d."""
+    """The random numbers of all local elements, by their places in the whole: int32, 1-d."""
     offset = shard.offset
     if offset is not None:
         count = math.prod(sum(length for _, length in runs) for runs in shard.runs)
         return uniform_bits(draw, address, count, offset=offset, device=device, stream=stream)
     return bits_at(draw, address, flat_indices(shard, device), shard.numel, stream)
+
+
+def local_sample(shard: Shard, draw: Draw, address: int, device: torch.device) -> tuple[Tensor, Tensor, int] | None:
+    """The sample of the whole tensor (`sample_positions`), seen from this shard; None if the sample is everything.
+
+    Returns `local_places` of the sample's positions, and the number of positions.
+    """
+    positions = sample_positions(draw, address, shard.numel, device)
+    return None if positions is None else (*local_places(shard, positions), positions.numel())

@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def top_k(score: Tensor, k: int) -> Tensor:
-    """A boolean tensor shaped like `score` that is true at its `k` largest elements.
+    """A bool tensor shaped like `score` that is true at its `k` largest elements.
 
-    +0 and -0 are equal, equal scores go to the lower flat (row-major) index, NaN is never selected: fewer than `k` are
-    selected only where fewer than `k` scores are not NaN. `k <= 0` selects nothing, `k >= numel` all but NaN.
-    A stable sort: no host synchronisation, but the slowest way there is.
+    +0 and -0 are equal. Equal scores go to the lower flat (row-major) index. NaN is never selected, so that fewer than
+    `k` are selected only if fewer than `k` scores are not NaN. `k <= 0` selects nothing, `k >= numel` all but NaN.
+    A stable sort: the host never waits for the device, but it is the slowest way there is.
     """
     flat = score.detach().reshape(-1)
     unordered = torch.isnan(flat)

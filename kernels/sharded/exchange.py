@@ -1,14 +1,15 @@
-"""The collectives of a step: what all tensors ask for goes over the wire together.
+"""The collectives of a step: all tensors' sums are made together.
 
-A part of a step that needs numbers of other processes is a generator: it yields int32 tensors with what it adds to a
-sum, and is sent the sums. `run` takes many of them on in lockstep, one all-reduce a process group, device and round.
+A part of a step that needs numbers of other processes is a generator: it yields int32 tensors, its addends of a sum,
+and is sent the sums. `run` takes many generators on in lockstep, with one all-reduce for each process group, device and
+round.
 
-Note [collectives]: how often a generator asks follows from shapes, layouts, policy and options alone, which are the
-same on all ranks, and never from values. So ranks meet in the same collectives in the same order, those with empty
-shards too, as long as the ranks of a mesh give the same parameters a gradient. Checks of ours that may raise come
-before a step's first collective, and look at what is the same everywhere (shapes, dtypes, groups, policies) or was
-agreed on (`capture/agree.py`). An error that only one rank runs into, in a policy of the user's own or for want of
-memory, leaves the others waiting until torch's timeout ends them.
+Note [collectives]: the number of times that a generator asks follows from shapes, layouts, policy and options alone,
+which are the same on all ranks, and never from values. So all ranks, also those with empty shards, meet in the same
+collectives in the same order, as long as the ranks of a mesh give the same parameters a gradient. Checks of ours that
+may raise come before a step's first collective, and look at what is the same on all ranks (shapes, dtypes, groups,
+policies) or was agreed on (`selective/sharding/collectives.py`). An error that only one rank runs into, in a policy of
+the user's own or for want of memory, leaves the others waiting until torch's timeout ends them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Part = Generator[Tensor, Tensor, Sequence[Sums] | None]  # yields a 1-d int32 te
 
 @dataclass
 class Steps:
-    """A part of a step and the processes that it has to be taken with."""
+    """A part of a step, and the process group whose ranks have to take it together."""
 
     group: Any
     device: torch.device
@@ -37,7 +38,7 @@ class Steps:
     result: Sequence[Sums] | None = None
 
     def go_on(self, answer: Tensor | None = None) -> None:
-        """Until it asks again, or is done."""
+        """Run the part until it asks again or is done. `answer` is the sum that it asked for last."""
         try:
             self.asked = next(self.part) if answer is None else self.part.send(answer)
         except StopIteration as end:
@@ -45,7 +46,7 @@ class Steps:
 
 
 def run(steps: Sequence[Steps]) -> None:
-    """Take all parts, which have been started, to their ends."""
+    """Run all parts, which have been started, to their ends."""
     asking = [one for one in steps if one.asked is not None]
     while asking:
         for one, answer in _summed(asking):
@@ -54,17 +55,17 @@ def run(steps: Sequence[Steps]) -> None:
 
 
 def _summed(asking: Sequence[Steps]) -> list[tuple[Steps, Tensor]]:
-    """One all-reduce for each group and device, in the order of the first part that has it."""
-    together: dict[tuple[int, torch.device], list[Steps]] = {}
+    """Every part with its sum: one all-reduce for each group and device, in the order of the first part that has it."""
+    buckets: dict[tuple[int, torch.device], list[Steps]] = {}
     for one in asking:
-        together.setdefault((id(one.group), one.device), []).append(one)
-    found: list[tuple[Steps, Tensor]] = []
-    for some in together.values():
-        questions = [one.asked for one in some if one.asked is not None]
+        buckets.setdefault((id(one.group), one.device), []).append(one)
+    answers: list[tuple[Steps, Tensor]] = []
+    for bucket in buckets.values():
+        questions = [one.asked for one in bucket if one.asked is not None]
         buffer = torch.cat(questions)
-        torch.distributed.all_reduce(buffer, group=some[0].group)
-        found += zip(some, buffer.split([question.numel() for question in questions]), strict=True)
-    return found
+        torch.distributed.all_reduce(buffer, group=bucket[0].group)
+        answers += zip(bucket, buffer.split([question.numel() for question in questions]), strict=True)
+    return answers
 
 
 class Exchange:
@@ -75,17 +76,17 @@ class Exchange:
         self._then: list[tuple[list[Steps], Callable[[Sequence[Sums] | None], None]]] = []
 
     def add(self, steps: list[Steps], count: int, then: Callable[[Sequence[Sums] | None], None]) -> None:
-        """Start these parts; `then` gets the sums of their `count` items, in the items' order, when all is done."""
+        """Start these parts. When all is done, `then` is called with the sums of their `count` items, in order."""
         for one in steps:
             one.go_on()
         self._steps += steps
         if any(one.asked is not None for one in steps):
             self._then.append((steps, then))
-        else:  # nothing is asked of others: done, and memory is free
+        else:  # nothing is asked of other ranks: done, so that memory is freed now
             then(in_order(steps, count))
 
     def run(self) -> None:
-        """All collectives of the step."""
+        """Run all collectives of the step."""
         run(self._steps)
         for steps, then in self._then:
             then(in_order(steps, sum(len(one.places) for one in steps)))
@@ -93,10 +94,10 @@ class Exchange:
 
 
 def in_order(steps: Sequence[Steps], count: int) -> Sequence[Sums] | None:
-    """The sums of all parts, by the places of their items."""
+    """The sums of all parts in the order of their `count` items; None if nothing was reported."""
     if len(steps) == 1 and steps[0].places == list(range(count)):
         return steps[0].result
-    found: dict[int, Sums] = {}
+    by_place: dict[int, Sums] = {}
     for one in steps:
-        found.update(zip(one.places, one.result or (), strict=one.result is not None))
-    return [found[place] for place in range(count)] if len(found) == count else None
+        by_place.update(zip(one.places, one.result or (), strict=one.result is not None))
+    return [by_place[place] for place in range(count)] if len(by_place) == count else None

@@ -1,4 +1,4 @@
-"""What a policy's own code needs of the other shards: means, norms, quantiles; and what is reported of its mask."""
+"""Sums and quantiles over all shards of a tensor for a policy's own code, and the report of its mask."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from ..reference.strengths import total
-from ..spec import Shard, Sums
+from ..shard import Shard
+from ..spec import Sums
 from .exact_sums import WIDTH, digits, number
 from .exchange import Part
 from .top_k import Ranked, find, key_of
 
 
 def alone(part: Generator[Tensor, Tensor, Any], group: Any) -> Any:
-    """Take one part to its end by itself: a collective for each of its rounds."""
+    """Run one part to its end by itself, with a collective for each of its rounds. Returns its result."""
     answer: Tensor | None = None
     while True:
         try:
@@ -35,24 +36,23 @@ def totals(values: Sequence[Tensor], shard: Shard) -> Generator[Tensor, Tensor, 
 
 
 def value_of(key: Tensor) -> Tensor:
-    """The score that `key_of` made this of."""
+    """The score whose key this is: the inverse of `key_of`."""
     bits = torch.where(key < 0, key ^ torch.iinfo(key.dtype).max, key)
     return bits.view(torch.float64 if key.dtype == torch.int64 else torch.float32)
 
 
 def smallest(x: Tensor, rank: int, shard: Shard) -> Generator[Tensor, Tensor, Tensor]:
-    """The value at place `rank`, from 0 in ascending order, of the whole tensor; NaN is larger than everything."""
+    """The value of the whole tensor at place `rank`, from 0, in ascending order. NaN is larger than everything."""
     key = key_of(x)
     key = torch.where(torch.isnan(x.reshape(-1)), torch.iinfo(key.dtype).max, key)
-    one = Ranked(key, shard.numel - rank, shard, ties=False)
-    yield from find([one])
-    assert one.prefix is not None
-    found = value_of(one.prefix)
-    return torch.where(one.prefix == torch.iinfo(key.dtype).max, torch.nan, found)
+    ranked = Ranked(key, shard.numel - rank, shard, ties=False)
+    yield from find([ranked])
+    assert ranked.prefix is not None
+    return torch.where(ranked.prefix == torch.iinfo(key.dtype).max, torch.nan, value_of(ranked.prefix))
 
 
 def mask_report(mask: Tensor, update: Tensor, grad: Tensor | None, shard: Shard) -> Part:
-    """`selective.statistics.sums_of_mask` of a whole tensor, from its shards."""
+    """The report of a policy's own mask, from all shards: `selective.statistics.sums_of_mask` of the whole tensor."""
     multiplier = mask.to(update.dtype).expand(update.shape)
     largest = yield from smallest(multiplier, shard.numel - 1, shard)
     masked = multiplier * update
@@ -61,10 +61,10 @@ def mask_report(mask: Tensor, update: Tensor, grad: Tensor | None, shard: Shard)
         total(masked * masked),
     ]  # fmt: skip
     wanted += [] if grad is None else [total(grad * grad), total(update * grad)]
-    found = yield from totals(wanted, shard)
-    count, summed, moving, update_sq, masked_sq = found[:5].unbind()
+    sums = yield from totals(wanted, shard)
+    count, summed, moving, update_sq, masked_sq = sums[:5].unbind()
     nothing = torch.full_like(count, torch.nan)
-    grad_sq, update_grad = (nothing, nothing) if grad is None else found[5:].unbind()
+    grad_sq, update_grad = (nothing, nothing) if grad is None else sums[5:].unbind()
     double, numel = largest.to(torch.float64), shard.numel
     count = torch.where(moving > 0, count, 0.0)
     rest = (summed - double * count) / (numel - count).clamp(min=1)

@@ -1,8 +1,11 @@
-"""The step of shards: which parts of it need other processes, and in which order they are asked.
+"""The step of shards: the parts of it that need other ranks, and the order in which these are asked.
 
-Rounds for tensors of one policy (`docs/sharded.md` has the table): none where neither the selection nor the strength
-looks at more than single coordinates; one where sums are needed; for exact top-K four for the K-th score (eight in
-float64) and one to three for ties, sums travelling with the last of them, but for those of the selected themselves.
+The rounds of tensors of one policy (`docs/sharded.md` has the table):
+
+- none, if neither the selection nor the strength looks at more than single coordinates;
+- one, if sums are needed;
+- for exact top-K four for the K-th score (eight in float64), and one to three for ties. Sums travel with the last of
+  these, unless they are sums of the selected coordinates themselves.
 """
 
 from __future__ import annotations
@@ -15,23 +18,24 @@ from torch import Tensor
 
 from ..reference.random import SAMPLE_SIZE
 from ..reference.rules import advance, as_seen
-from ..spec import SUM_NAMES, Draw, Item, ItemList, Rule, Selection, Shard, Strength, Sums, SumsTable, check_kinds
+from ..shard import Shard
+from ..spec import SUM_NAMES, Item, ItemList, StepSpec, Sums, SumsTable, check_kinds
 from . import ties
 from . import top_k as ranking
 from .exact_sums import WIDTH, digits, number
 from .exchange import Part, Steps
-from .gpu_path import can_be, kind_of, wanted
-from .how import How
-from .tensor_step import Work
+from .gpu_path import can_be, kind_of
+from .strengths import names_of_sums, needs_sums, sums_with_ties
+from .tensor_step import ShardedTensorStep
 
-LocalStep = Callable[..., Sequence[Sums] | None]  # `selective_step` of whole tensors
+LocalStep = Callable[[Sequence[Item], StepSpec], Sequence[Sums] | None]  # `selective_step` of whole tensors
 
 
 class Kernels(Protocol):
-    """`kernels.gpu.ShardKernels`."""
+    """The interface of `kernels.gpu.ShardKernels`."""
 
     @staticmethod
-    def step(items: Sequence[Item], how: How, cache: dict[Any, Any]) -> Part: ...
+    def step(items: Sequence[Item], spec: StepSpec, cache: dict[Any, Any]) -> Part: ...
     @staticmethod
     def digits(table: Tensor) -> Tensor: ...
     @staticmethod
@@ -40,102 +44,120 @@ class Kernels(Protocol):
 
 def sharded_step(
     items: Sequence[Item],
+    spec: StepSpec,
     *,
-    rule: Rule,
-    selection: Selection,
-    strength: Strength,
-    draw: Draw,
-    statistics: bool,
     local_step: LocalStep,
     kernels: Callable[[Item], type[Kernels] | None] = lambda item: None,
 ) -> list[Steps]:
-    """What has to be run (`exchange.run`) to step these; each part's sums come in the order of its `places`.
+    """The parts of the step of these shards, not yet run: `exchange.run` runs them.
 
-    `kernels`: what steps shards of this dtype and device by Triton kernels, if there is anything.
+    Args:
+        items: all of them shards (`Item.shard`).
+        spec: holds for all items.
+        local_step: the step of whole tensors, for shards that can be stepped as if they were whole.
+        kernels: the Triton kernels that step shards of an item's dtype and device; None if there are none.
+
+    Returns:
+        One part for each bucket of items that go together. A part's sums come in the order of its `places`.
+
+    Raises:
+        ValueError: before anything has moved, for a selection that looks at whole tensors and has no code for shards.
     """
-    check_kinds("the sharded step", rule, selection, strength)
-    how = How(rule, selection, strength, draw, statistics)
-    if selection.control is not None:
+    check_kinds("the sharded step", spec)
+    _refuse_whole(spec)
+    steps, used = [], set()
+    for (_, _, _, here, step_kernels, *_), places in _buckets(items, spec, kernels).items():
+        mine = items if len(places) == len(items) else [items[place] for place in places]
+        theirs = cast("type[Kernels] | None", step_kernels)
+        if here:
+            part = _local(mine, spec, local_step, theirs)
+        else:
+            part = _whole(mine, spec) if theirs is None else theirs.step(mine, spec, _cache(items, places))
+            used.add(("shards", *places))
+        shard = mine[0].shard
+        assert shard is not None
+        steps.append(Steps(shard.group, mine[0].param.device, part, places))
+    if isinstance(items, ItemList):  # forget the buckets of earlier steps: a schedule of the fraction makes others
+        for key in [key for key in items.cache if key[0] == "shards" and key not in used]:
+            del items.cache[key]
+    return steps
+
+
+def _refuse_whole(spec: StepSpec) -> None:
+    if spec.selection.control is not None:
         raise ValueError(
             "the selection has a matched control, which looks at the whole of tensors, and these are sharded: advance "
             "the moments, select in torch and apply the mask instead"
         )
-    if selection.kind == "function" and not is_local(how):
+    if spec.selection.kind == "function" and not is_local(spec):
         raise ValueError(
             "the selection is a Triton function, and the strength or the rounding looks at the whole of tensors that "
             "are sharded: advance the moments, select in torch and apply the mask instead"
         )
-    alike: dict[tuple[object, ...], list[int]] = {}
+
+
+def _buckets(
+    items: Sequence[Item], spec: StepSpec, kernels: Callable[[Item], type[Kernels] | None]
+) -> dict[tuple[object, ...], list[int]]:
+    """The places of the items that go together, by what they have in common.
+
+    All ranks have to build the same buckets, so these do not depend on how much of a tensor is here. A key is: process
+    group, device, is a float64 top-K, is stepped like a whole tensor, the Triton kernels, and what one kernel can take.
+    """
+    selection = spec.selection
+    buckets: dict[tuple[object, ...], list[int]] = {}
     for place, item in enumerate(items):
         assert item.shard is not None
         double = item.param.dtype == torch.float64 and selection.kind == "top_k"
-        here = is_local(how) and not (selection.kind == "bernoulli" and item.shard.first(selection.unit) is None)
-        # what ranks ask together must not go by how much of a tensor is here
-        able = statistics and item.shard.numel < 1 << 31 if here else can_be(item, how)
-        by_kernels = kernels(item) if able else None
-        same = () if here or by_kernels is None else kind_of(item, how)
-        alike.setdefault((id(item.shard.group), item.param.device, double, here, by_kernels, *same), []).append(place)
-    found, used = [], set()
-    for (_, _, _, here, by_kernels, *_), places in alike.items():
-        mine = items if len(places) == len(items) else [items[place] for place in places]
-        theirs = cast("type[Kernels] | None", by_kernels)
-        if here:
-            part = _local(mine, how, local_step, theirs)
-        else:
-            part = _whole(mine, how) if theirs is None else theirs.step(mine, how, _cache(items, places))
-            used.add(("shards", *places))
-        shard = mine[0].shard
-        assert shard is not None
-        found.append(Steps(shard.group, mine[0].param.device, part, places))
-    if isinstance(items, ItemList):  # of tensors that went together once: a schedule of the fraction parts them
-        for key in [key for key in items.cache if key[0] == "shards" and key not in used]:
-            del items.cache[key]
-    return found
+        here = is_local(spec) and not (selection.kind == "bernoulli" and item.shard.first(selection.unit) is None)
+        able = spec.statistics and item.shard.numel < 1 << 31 if here else can_be(item, spec)
+        step_kernels = kernels(item) if able else None
+        same = () if here or step_kernels is None else kind_of(item, spec)
+        key = (id(item.shard.group), item.param.device, double, here, step_kernels, *same)
+        buckets.setdefault(key, []).append(place)
+    return buckets
 
 
 def _cache(items: Sequence[Item], places: list[int]) -> dict[Any, Any]:
-    """What is remembered from step to step of these of the items."""
+    """The dictionary that is kept from step to step for the items at these places."""
     return items.cache.setdefault(("shards", *places), {}) if isinstance(items, ItemList) else {}
 
 
-def is_local(how: How) -> bool:
-    """Whether the kernels for whole tensors do the same on shards: nothing but single coordinates is looked at.
+def is_local(spec: StepSpec) -> bool:
+    """True if the kernels for whole tensors do the same on shards: nothing but single coordinates is looked at.
 
-    They draw random numbers from a place in the whole tensor on, for masks; rounding does not have that place.
+    For masks they draw random numbers from a place in the whole tensor on; for rounding they do not have that place.
     """
-    if how.selection.kind == "top_k" or how.by_previous or how.strength.kind != "fixed":
+    if spec.selection.kind == "top_k" or spec.keeps_previous or spec.strength.kind != "fixed":
         return False
-    return not how.draw.stochastic
+    return not spec.draw.stochastic
 
 
-def count_rounds(how: How, shards: Sequence[Shard], dtype: torch.dtype) -> int:
-    """How many collectives a step of these tensors takes part in: all of one group of processes, of this dtype."""
-    if is_local(how):
-        return int(how.statistics)
-    selection = how.selection
-    ranked = [s for s in shards if selection.kind == "top_k" and wanted(selection, s.numel) > 0]
+def count_rounds(spec: StepSpec, shards: Sequence[Shard], dtype: torch.dtype) -> int:
+    """The number of collectives that a step of these shards takes: all of one process group, and of this dtype."""
+    if is_local(spec):
+        return int(spec.statistics)
+    selection = spec.selection
+    ranked = [s for s in shards if selection.kind == "top_k" and selection.k_of(s.numel) > 0]
     if not ranked:
-        return int(how.needs_sums)
+        return int(needs_sums(spec))
     exact = [s for s in ranked if selection.quantile == "exact" or s.numel <= SAMPLE_SIZE]
-    rides = how.needs_sums and not how.strength_waits
-    rounds = max(ties.tie_rounds(exact), int(rides))
-    return (8 if dtype == torch.float64 else 4) + rounds + int(how.needs_sums and not rides)
+    together = sums_with_ties(spec)
+    rounds = max(ties.tie_rounds(exact), int(together))
+    return (8 if dtype == torch.float64 else 4) + rounds + int(needs_sums(spec) and not together)
 
 
 def _summed(rows: Sequence[Tensor] | Tensor) -> Generator[Tensor, Tensor, Tensor]:
-    """Ask for the sums of these float64 rows: [rows, columns]."""
+    """Ask for the sums over the ranks of these float64 rows: [rows, columns]."""
     table = rows if isinstance(rows, Tensor) else torch.stack(list(rows))
     answer = yield digits(table).reshape(-1)
     return number(answer.reshape(*table.shape, WIDTH))
 
 
-def _local(items: Sequence[Item], how: How, local_step: LocalStep, kernels: type[Kernels] | None) -> Part:
-    """The kernels for whole tensors, and the sums of what they report."""
-    arguments: dict[str, Any] = {
-        "rule": how.rule, "selection": how.selection, "strength": how.strength, "draw": how.draw,
-    }  # fmt: skip
+def _local(items: Sequence[Item], spec: StepSpec, local_step: LocalStep, kernels: type[Kernels] | None) -> Part:
+    """Step these by the kernels for whole tensors, and add up what those report."""
     shards = [item.shard for item in items]
-    sums = local_step(items, **arguments, statistics=how.statistics)
+    sums = local_step(items, spec)
     if sums is None:
         return None
     table = sums.values if isinstance(sums, SumsTable) else torch.stack([_row(one) for one in sums])
@@ -143,45 +165,42 @@ def _local(items: Sequence[Item], how: How, local_step: LocalStep, kernels: type
     rows = [row if s is not None and s.counted else torch.zeros_like(row) for row, s in zip(own, shards, strict=True)]
     mine = own if all(s is not None and s.counted for s in shards) else torch.stack(rows)
     if kernels is None:
-        found = yield from _summed(mine)
+        everybody = yield from _summed(mine)
     else:
         answer = yield kernels.digits(mine)
-        found = kernels.number(answer, len(items))
-    values = torch.cat([found[:, :1], strengths, found[:, 1:]], 1)
+        everybody = kernels.number(answer, len(items))
+    values = torch.cat([everybody[:, :1], strengths, everybody[:, 1:]], 1)
     return SumsTable(values, [0 if shard is None else shard.numel for shard in shards])
 
 
 def _row(sums: Sums) -> Tensor:
-    """As a row of a `SumsTable`."""
+    """`sums` as a row of a `SumsTable`."""
     return torch.stack([getattr(sums, name) for name in SUM_NAMES])
 
 
-def _whole(items: Sequence[Item], how: How) -> Part:
-    """Everything else, by itself: all tensors' updates first, then the rounds, then the parameters."""
-    moved = [as_seen(how.rule, advance(item, how.rule, keep_previous=how.by_previous)) for item in items]
-    works = [Work(item, how, one) for item, one in zip(items, moved, strict=True)]
-    ranked = [work.ranked for work in works if work.ranked is not None]
-    found: Tensor | None = None
+def _whole(items: Sequence[Item], spec: StepSpec) -> Part:
+    """Step these in plain torch: first the updates of all tensors, then the rounds, then the parameters."""
+    moved = [as_seen(spec.rule, advance(item, spec.rule, keep_previous=spec.keeps_previous)) for item in items]
+    steps = [ShardedTensorStep(item, spec, one) for item, one in zip(items, moved, strict=True)]
+    ranked = [step.selection.ranked for step in steps if step.selection.ranked is not None]
+    names = names_of_sums(spec)
+    table: Tensor | None = None
     if ranked:
         yield from ranking.find(ranked)
-        rides = how.needs_sums and not how.strength_waits
+        for step in steps:
+            step.selection.after_ranking(settled=False)
         extra = torch.zeros(0, dtype=torch.int32, device=ranked[0].key.device)
-        for work in works:
-            work.after_ranking(settled=False)
-        if rides:
-            table = torch.stack([work.sums() for work in works])
-            extra = digits(table).reshape(-1)
+        if sums_with_ties(spec):
+            extra = digits(torch.stack([step.sums() for step in steps])).reshape(-1)
         extra = yield from ties.settle(ranked, extra)
-        for work in works:
-            work.after_ranking(settled=True)
-        if rides:
-            found = number(extra.reshape(len(works), len(how.columns), WIDTH))
-    if found is None and how.needs_sums:
-        found = yield from _summed([work.sums() for work in works])
-    result = []
-    for index, work in enumerate(works):
-        row: dict[str, Tensor] | None = None
-        if found is not None:
-            row = dict(zip(how.columns, found[index].unbind(), strict=True))
-        result.append(work.finish(row))
-    return [one for one in result if one is not None] if how.statistics else None
+        for step in steps:
+            step.selection.after_ranking(settled=True)
+        if sums_with_ties(spec):
+            table = number(extra.reshape(len(steps), len(names), WIDTH))
+    if table is None and needs_sums(spec):
+        table = yield from _summed([step.sums() for step in steps])
+    reports = []
+    for index, step in enumerate(steps):
+        sums = None if table is None else dict(zip(names, table[index].unbind(), strict=True))
+        reports.append(step.finish(sums))
+    return [report for report in reports if report is not None] if spec.statistics else None

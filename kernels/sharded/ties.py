@@ -1,8 +1,9 @@
-"""Which of the scores that equal the K-th are taken: those at the lowest indices of the whole tensor.
+"""Ties of a top-K over shards: those at the lowest indices of the whole tensor are selected.
 
 The whole is cut into `cells` (`Shard.cells`), numbered in its order, each on one process. Every process counts its ties
-by cell, the counts are added, and the cell is found in which the last one is taken: in one round where cells are few,
-else cells are counted in lots, and the lot in which it is in smaller ones. That cell's process knows the order in it.
+by cell, and the counts are added. So the cell of the last tie that is selected is found; its process knows the order in
+it. One round is enough if there are few cells. Otherwise the first round counts buckets of neighbouring cells, and the
+next counts the cells, or smaller buckets, of the bucket that has the last tie.
 """
 
 from __future__ import annotations
@@ -14,24 +15,25 @@ import torch
 from torch import Tensor
 
 from ..reference.shard_indices import cells
-from ..spec import Shard
+from ..shard import Shard
 from .top_k import Ranked, counts_of
 
 ONE_ROUND = 720
-"""Cells of which the ties are found in one round: counters of less than 3 KiB, a tensor has less than 8 in all."""
+"""Up to so many cells, ties take one round: its counters have less than 3 KiB, a tensor's less than 8 KiB in all."""
 TWO_ROUNDS = 2**22
-"""... and in two. Their counters have less than 3 KiB for up to 129,600 cells, 8 for a million (a vocabulary of 128k by
-columns over eight ranks), 16 at most: of tensors that large a model has one or two, and rounds are what costs."""
+"""Up to so many cells, ties take two rounds. Their counters have less than 3 KiB for up to 129,600 cells, 8 KiB for a
+million (a vocabulary of 128k by columns over eight ranks), and 16 KiB at most. A model has one or two tensors that
+large, and rounds cost more than bytes."""
 
 
 def tie_rounds(shards: Iterable[Shard]) -> int:
-    """How many rounds the ties of these take."""
+    """The number of rounds that the ties of these shards take."""
     most = max((shard.cells for shard in shards), default=0)
     return 0 if most == 0 else 1 if most <= ONE_ROUND else 2 if most <= TWO_ROUNDS else 3
 
 
-def _lots(count: int) -> list[tuple[int, int]]:
-    """For each round how many cells a counter stands for, and how many counters there are."""
+def _bucket_sizes(count: int) -> list[tuple[int, int]]:
+    """For each round, the number of cells in a bucket and the number of buckets."""
     many = tie_rounds([Shard((count,), (), None, cut=0, pieces=count)])
     base = count if many == 1 else math.ceil(count ** (1 / many))
     while base**many < count:
@@ -41,32 +43,32 @@ def _lots(count: int) -> list[tuple[int, int]]:
 
 
 class _Search:
-    """One tensor's. Where its process has one cell alone, as by rows, no element's cell has to be looked up."""
+    """The search for one tensor's last tie. If its process has one cell alone, as with rows, no cells are looked up."""
 
     def __init__(self, one: Ranked) -> None:
         assert one.need is not None
         self.one, self.shard, self.device = one, one.shard, one.key.device
-        self.lots = _lots(self.shard.cells)
-        self.start = torch.zeros((), dtype=torch.int64, device=self.device)  # the cells that are left begin here
-        self.left = one.need  # how many ties are taken of them
+        self.rounds = _bucket_sizes(self.shard.cells)
+        self.start = torch.zeros((), dtype=torch.int64, device=self.device)  # the first cell that may have the last tie
+        self.left = one.need  # the number of ties that are selected from there on
         runs = self.shard.runs
         self.single = self.shard.places[0] if self.shard.cut == 0 and len(runs[0]) == 1 else None
 
     def counts(self, number: int) -> Tensor:
-        """How many ties are in each lot of this round, here."""
-        size, many = self.lots[number]
+        """The number of local ties in each bucket of round `number`: int32, 1-d."""
+        size, many = self.rounds[number]
         equal = self.one.key == self.one.prefix
         if not self.shard.counted:
             return torch.zeros(many, dtype=torch.int32, device=self.device)
-        if self.single is not None and size == 1 and len(self.lots) == 1:
+        if self.single is not None and size == 1 and len(self.rounds) == 1:
             counts = torch.zeros(many, dtype=torch.int32, device=self.device)
             counts[self.single] = equal.sum()
             return counts
-        lot = torch.div(cells(self.shard, self.device) - self.start, size, rounding_mode="floor")
-        return counts_of(torch.where(equal, lot, -1), many)
+        bucket = torch.div(cells(self.shard, self.device) - self.start, size, rounding_mode="floor")
+        return counts_of(torch.where(equal, bucket, -1), many)
 
     def mark(self) -> None:
-        """Taken are all ties of the cells before, and the first `left` of this one."""
+        """Set `Ranked.taken`: all ties of the cells before `start`, and the first `left` of that cell."""
         equal = self.one.key == self.one.prefix
         if self.single is not None:
             everything = torch.where(self.start > self.single, equal.numel(), 0)
@@ -79,7 +81,7 @@ class _Search:
 
 
 def _narrow(searches: Sequence[_Search], counts: Sequence[Tensor], size: int) -> None:
-    """Go on in the lot in which each one's last tie is taken; all have equally many, of equally many cells."""
+    """Go on in the bucket that has each one's last tie. All have equally many buckets, of `size` cells each."""
     table = torch.stack(list(counts)).to(torch.int64)
     left = torch.stack([search.left for search in searches])[:, None]
     upto = table.cumsum(1)
@@ -93,23 +95,24 @@ def _narrow(searches: Sequence[_Search], counts: Sequence[Tensor], size: int) ->
 
 
 def settle(tensors: Sequence[Ranked], extra: Tensor) -> Generator[Tensor, Tensor, Tensor]:
-    """Say which ties are taken (`Ranked.taken`). `extra` (int32, 1-d) is summed along in the last round; returned.
+    """Find the ties that are selected (`Ranked.taken`), in as many rounds as the tensor with the most cells takes.
 
-    In as many rounds as the tensor with the most cells takes; those that are done before send nothing.
+    `extra` (int32, 1-d) is summed along in the last round; its sum is returned. Tensors that are done before the last
+    round send nothing in it.
     """
     searches = [_Search(one) for one in tensors if one.ties]
-    rounds = max([1 if extra.numel() else 0, *(len(search.lots) for search in searches)])
+    rounds = max([1 if extra.numel() else 0, *(len(search.rounds) for search in searches)])
     for number in range(rounds):
-        asking = [search for search in searches if number < len(search.lots)]
+        asking = [search for search in searches if number < len(search.rounds)]
         also = [extra] if number == rounds - 1 else []
         mine = [search.counts(number) for search in asking]
-        found = (yield torch.cat([*mine, *also])).split([x.numel() for x in (*mine, *also)])
-        alike: dict[tuple[int, int], list[int]] = {}
+        summed = (yield torch.cat([*mine, *also])).split([x.numel() for x in (*mine, *also)])
+        by_size: dict[tuple[int, int], list[int]] = {}
         for place, search in enumerate(asking):
-            alike.setdefault(search.lots[number], []).append(place)
-        for (size, _), places in alike.items():
-            _narrow([asking[place] for place in places], [found[place] for place in places], size)
-        extra = found[-1] if also else extra
+            by_size.setdefault(search.rounds[number], []).append(place)
+        for (size, _), places in by_size.items():
+            _narrow([asking[place] for place in places], [summed[place] for place in places], size)
+        extra = summed[-1] if also else extra
     for search in searches:
         search.mark()
     return extra

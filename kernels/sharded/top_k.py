@@ -1,8 +1,8 @@
 """The K-th largest score of tensors that several processes have parts of, by a radix search.
 
-A score is ranked by an integer image of its bits, eight of them a round from the highest: every process counts the
-bytes of what is still undecided, the counts are added, and all go on in the byte that holds the K-th. After four rounds
-(eight for float64) the K-th score is known; `ties.py` then finds which of those that are equal to it are taken.
+A score is ranked by an integer, its key, whose bytes are looked at one a round, from the highest. Every process counts
+that byte of its keys that are still undecided, the counts are added, and all go on with the byte that holds the K-th.
+After four rounds (eight for float64) the K-th key is known; `ties.py` then finds which of the equal ones are selected.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..spec import Shard
+from ..shard import Shard
 
 BINS = 256
 Asking = Generator[Tensor, Tensor, None]
 
 
 def key_of(score: Tensor) -> Tensor:
-    """int32 (int64 for float64) in the order of the scores; the smallest integer for NaN. 1-d."""
+    """The scores as integers of the same order: int32 (int64 for float64), 1-d. NaN is the smallest integer."""
     bits = torch.int64 if score.dtype == torch.float64 else torch.int32
     info = torch.iinfo(bits)
     flat = score.reshape(-1)
@@ -29,7 +29,7 @@ def key_of(score: Tensor) -> Tensor:
 
 
 def counts_of(digit: Tensor, bins: int) -> Tensor:
-    """How many of each integer in [0, bins) there are; others don't count. int32; a GPU is not waited for."""
+    """The number of each integer in [0, bins): int32, 1-d. Other integers don't count. A GPU is not waited for."""
     if digit.is_cuda:  # integers out of range are left out, but for the end of the range itself: one bin more
         return torch.histc(digit.to(torch.int32), bins=bins + 1, min=0, max=bins + 1)[:bins].to(torch.int32)
     digit = torch.where((digit >= 0) & (digit < bins), digit, bins)
@@ -37,27 +37,27 @@ def counts_of(digit: Tensor, bins: int) -> Tensor:
 
 
 def upload(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64, 1-d; a GPU is not waited for."""
-    found = torch.tensor(values, dtype=torch.int64, device="cpu")
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+    """These numbers on the device: int64, 1-d. A GPU is not waited for."""
+    host = torch.tensor(values, dtype=torch.int64, device="cpu")
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 @dataclass
 class Ranked:
-    """One tensor's search. `selected` at the end."""
+    """One tensor's search for its K-th score. At the end, `selected` says which coordinates it selects."""
 
     key: Tensor
     k: int  # of the whole tensor, at least 1
     shard: Shard
-    ties: bool = True  # False: all that are equal to the K-th are selected, as a threshold of a sample does
-    prefix: Tensor | None = None  # the K-th key, as far as it is known, shifted to the right
-    need: Tensor | None = None  # how many of what is undecided are taken: int64, 0-d
-    among: Tensor | None = None  # ... and how many are equal to the K-th, at the end
-    taken: Tensor | None = None  # the selected among the equal, at the end
+    ties: bool = True  # False: all that equal the K-th are selected, as by a threshold from a sample
+    prefix: Tensor | None = None  # the known upper bits of the K-th key, shifted to the right; at the end, the key
+    need: Tensor | None = None  # the number of keys that begin with `prefix` and are selected: int64, 0-d
+    among: Tensor | None = None  # at the end, the number of keys that equal the K-th: int64, 0-d
+    taken: Tensor | None = None  # at the end, which of them are selected: bool, 1-d
 
 
 def largest_first(counts: Tensor, need: Tensor) -> tuple[Tensor, Tensor]:
-    """The bin that holds number `need` from above, and how many are needed of it. counts [T, bins], need [T]."""
+    """For each row of counts [T, bins], the bin that has number `need` [T] from above, and its number in that bin."""
     above = counts.flip(1).cumsum(1).flip(1) - counts
     inside = (above < need[:, None]) & (need[:, None] <= above + counts)
     place = torch.arange(counts.shape[1], device=counts.device)
@@ -66,10 +66,10 @@ def largest_first(counts: Tensor, need: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def find(tensors: Sequence[Ranked]) -> Asking:
-    """Find the K-th key of each: `prefix`, `need` and `among` are set. All of one key dtype and device.
+    """Find the K-th key of each tensor: set `prefix`, `need` and `among`. All have one key dtype and device.
 
-    NaN has the smallest key of all. It is left out of the first count, which says how many scores there are; later it
-    can only be below the K-th, wherever it is counted.
+    NaN has the smallest key. It is left out of the first count, which says how many scores there are; later it is below
+    the K-th wherever it is counted.
     """
     dtype, device = tensors[0].key.dtype, tensors[0].key.device
     nothing = torch.iinfo(dtype).min
@@ -80,7 +80,7 @@ def find(tensors: Sequence[Ranked]) -> Asking:
         base = prefix << 8
         for index, one in enumerate(tensors):
             high = one.key >> shift
-            # minus what is known of the K-th: 0 to 255 where that is the same, also where the difference overflows
+            # minus the known bytes of the K-th: 0 to 255 where these are the same, even if the difference overflows
             digit = torch.where(one.key == nothing, -1, high + 128) if first else high - base[index]
             counts = counts_of(digit, BINS)
             rows.append(counts if one.shard.counted else torch.zeros_like(counts))
@@ -95,7 +95,7 @@ def find(tensors: Sequence[Ranked]) -> Asking:
 
 
 def selected(one: Ranked) -> Tensor:
-    """The selected, 1-d bool. After `find`, and `settle` where ties are told apart."""
+    """The selected coordinates, bool, 1-d: after `find`, and after `ties.settle` if ties are told apart."""
     assert one.prefix is not None and one.need is not None
     equal = one.taken if one.ties else one.key == one.prefix
     assert equal is not None

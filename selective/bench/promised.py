@@ -53,19 +53,21 @@ def second_read(policy: Policy | None) -> frozenset[str]:
     if selection is None or strength is None or strength.estimate == "sampled":
         return frozenset()
     if strength.kind == "alignment":
-        return frozenset("gm")
+        return _columns_of(strength.reads)
     if strength.kind == "mean_preserving":  # the share of top-K and "everything" is known beforehand
         return _read_by(selection) if selection.kind in ("agreement", "function") else frozenset()
     if strength.kind == "norm_preserving" and selection.kind != "everything":
-        return _read_by(selection) | {"gradient": frozenset("g"), "momentum": frozenset("gm")}.get(
-            strength.of, frozenset("gmv")
-        )
+        return _read_by(selection) | _columns_of(strength.reads)
     return frozenset()
 
 
 def _read_by(selection: spec.Selection) -> frozenset[str]:
     if selection.kind == "agreement":  # the sign of AdamW's update is that of its momentum
         return frozenset("gm")
-    if selection.kind == "function" or (selection.kind == "top_k" and selection.score == "update"):
-        return frozenset("gmv")
-    return frozenset("gm") if selection.kind == "top_k" else frozenset()
+    return _columns_of(selection.reads)
+
+
+def _columns_of(reads: frozenset[str]) -> frozenset[str]:
+    """The columns of memory that these tensors are formed from before the moments move."""
+    formed_from = {"grad": "g", "momentum": "gm", "previous_momentum": "m", "update": "gmv"}
+    return frozenset("".join(formed_from[name] for name in reads))

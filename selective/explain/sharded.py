@@ -9,7 +9,7 @@ from torch import Tensor
 from selective.capture.choose import Capture
 from selective.capture.own_code import sees_whole
 from selective.kernels import GivenRule, spec
-from selective.kernels.sharded import How, can_be, count_rounds, is_local
+from selective.kernels.sharded import can_be, count_rounds, is_local
 from selective.policies import Dense, Policy
 from selective.policies.kernel_terms import specs_on
 from selective.sharding.dtensor import is_dtensor, local_of, shard_of
@@ -36,7 +36,7 @@ def in_plain_torch(policy: Policy, params: list[Tensor], rule: spec.Rule, stocha
     specs = specs_on(policy, params)
     if specs is None:
         return False
-    how = How(rule, *specs, spec.Draw(0, 0, stochastic), False)
+    how = spec.StepSpec(rule, *specs, spec.Draw(0, 0, stochastic))
     shards = [(local_of(p), shard) for p in params if (shard := shard_of(p)) is not None]
     return not is_local(how) and any(not can_be(spec.Item(p, p, {}, 0, shard=shard), how) for p, shard in shards)
 
@@ -56,7 +56,7 @@ def _own_code(policy: Policy, found: list[tuple[Tensor, spec.Shard]], statistics
 def _collectives(policy: Policy, found: list[tuple[Tensor, spec.Shard]], statistics: bool) -> str:
     specs = specs_on(policy, [p for p, _ in found])
     assert specs is not None
-    how = How(GivenRule(), *specs, spec.Draw(0, 0), statistics)
+    how = spec.StepSpec(GivenRule(), *specs, spec.Draw(0, 0), statistics)
     groups: dict[int, list[tuple[Tensor, spec.Shard]]] = {}
     for p, shard in found:
         groups.setdefault(id(shard.group), []).append((p, shard))

@@ -104,7 +104,7 @@ class Policy(Configured):
 def is_dense_top_k(selection: Selection, numel: int) -> bool:
     """True if `selection` is a top-K whose K is 0 on a tensor of `numel` elements: such a tensor is left dense."""
     described = selection.spec()
-    return described is not None and described.kind == "top_k" and int(described.fraction * numel) == 0
+    return described is not None and described.leaves_dense(numel)
 
 
 def stands_still(strength: Strength, view: StepView) -> Tensor | None:

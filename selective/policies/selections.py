@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selective.configured import Configured
 from selective.kernels import spec, top_k
-from selective.kernels.reference.masks import score_of, select
+from selective.kernels.reference.selections import score_of, select
 from selective.policies.kernel import take_kernel
 from selective.policies.view import StepView
 
@@ -101,7 +101,7 @@ class Agreement(Selection):
         return "previous_momentum" if self.momentum == "previous" else "momentum"
 
     def needs(self) -> frozenset[str]:
-        return frozenset({"grad", self._product()})
+        return Agreement.spec(self).reads
 
     def spec(self) -> spec.Selection:
         return spec.Selection("agreement", product=self._product(), strict=self.strict)
@@ -123,14 +123,15 @@ class TopK(Selection):
     """"sampled" takes the threshold from a sample of up to 64k elements, and selects about K, not exactly K."""
 
     def needs(self) -> frozenset[str]:
-        return frozenset({"grad", "update" if self.score == "update" else "momentum"})
+        return TopK.spec(self).reads
 
     def select(self, view: StepView) -> Tensor:
         if self.quantile == "sampled":
             return super().select(view)
         _, rule, moved = view.kernel_inputs(self.needs())  # the same selection, with the device's own top-K
-        score = score_of(self.spec(), rule, moved)
-        return top_k(score, int(self.fraction * score.numel()))
+        described = self.spec()
+        score = score_of(described, rule, moved)
+        return top_k(score, described.k_of(score.numel()))
 
     def spec(self) -> spec.Selection:
         return spec.Selection("top_k", score=self.score, fraction=self.fraction, quantile=self.quantile)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selective.configured import Configured
 from selective.kernels import spec
-from selective.kernels.reference.masks import strength_of
+from selective.kernels.reference.strengths import strength_of
 from selective.policies.view import StepView
 
 
@@ -59,7 +59,7 @@ class Fixed(Strength):
     """True: multiply coordinates whose u ⊙ g is exactly 0 by 0."""
 
     def needs(self) -> frozenset[str]:
-        return frozenset({"update", "grad"}) if self.still else frozenset()
+        return Fixed.spec(self).reads
 
     def spec(self) -> spec.Strength:
         return spec.Strength("fixed", selected=self.selected, rest=self.rest, still=self.still)
@@ -103,7 +103,7 @@ class NormPreserving(Strength):
     """"sampled" estimates the sums from a sample of up to 64k elements."""
 
     def needs(self) -> frozenset[str]:
-        return frozenset({"grad" if self.of == "gradient" else self.of})
+        return NormPreserving.spec(self).reads
 
     def spec(self) -> spec.Strength:
         return spec.Strength("norm_preserving", rest=self.rest, cap=self.cap, of=self.of, estimate=self.estimate)
@@ -125,7 +125,7 @@ class Alignment(Strength):
     """The multiplier of the rest."""
 
     def needs(self) -> frozenset[str]:
-        return frozenset({"grad", "momentum"})
+        return Alignment.spec(self).reads
 
     def spec(self) -> spec.Strength:
         return spec.Strength("alignment", rest=self.rest, temperature=self.temperature, smoothing=self.smoothing)

@@ -138,7 +138,9 @@ def test_zero_is_not_the_number_on_the_device(device):
     selective_step(kept, backend="gpu", rule=ADAM, selection=Selection("agreement"), strength=Strength("fixed"),
                    draw=Draw(0, 0))  # fmt: skip
     tables = kept.cache["plan"].batches[0].tables
-    tables.said["hyper"] = [None if i == 0 else v for i, v in enumerate(tables.said["hyper"])]  # as a tensor leaves it
+    tables.uploaded["hyper"] = [
+        None if i == 0 else v for i, v in enumerate(tables.uploaded["hyper"])
+    ]  # as a tensor leaves it
     before = kept[0].param.clone()
     selective_step(kept, backend="gpu", rule=replace(ADAM, lr=0.0), selection=Selection("agreement"),
                    strength=Strength("fixed"), draw=Draw(0, 1))  # fmt: skip

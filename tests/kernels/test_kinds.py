@@ -14,6 +14,7 @@ from sharded_pieces import shards
 from selective.kernels import AdamRule, Draw, Item, Selection, Strength, cpu, gpu, reference, spec
 from selective.kernels.sharded import run
 from selective.kernels.sharded.selective_step import sharded_step
+from selective.kernels.spec import StepSpec
 
 RULE = AdamRule(1e-2, 0.9, 0.99, 1e-8)
 AGREEMENT, NORM = Selection("agreement"), Strength("norm_preserving")  # a norm is summed over the shards
@@ -28,11 +29,11 @@ class SignumRule:
     maximize: bool = False
 
 
-def sharded(items: Sequence[Item], **how: Any) -> None:
+def sharded(items: Sequence[Item], how: StepSpec) -> None:
     """One process that has all of each tensor."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        steps = sharded_step(items, **how, statistics=False, local_step=_never)
+        steps = sharded_step(items, how, local_step=_never)
         for one in steps:
             one.go_on()
         run(steps)
@@ -40,7 +41,7 @@ def sharded(items: Sequence[Item], **how: Any) -> None:
         dist.destroy_process_group()
 
 
-def _never(items: Sequence[Item], **how: Any) -> None:
+def _never(items: Sequence[Item], how: StepSpec) -> None:
     raise AssertionError("this step is to be made by the sharded code")
 
 
@@ -75,7 +76,7 @@ def test_a_kind_that_is_none_is_refused_before_anything_moves(device: str, what:
     items = items_for(device)
     before = tensors(items)
     with pytest.raises(ValueError, match=f"^{device} has no {what}$"):
-        DEVICES[device](items, **HOW | MADE_UP[what])
+        DEVICES[device](items, StepSpec(**HOW | MADE_UP[what]))
     assert all(torch.equal(a, b) for a, b in zip(before, tensors(items), strict=True))
 
 
@@ -90,7 +91,7 @@ def test_a_kind_that_a_device_has_forgotten_is_no_other_kind(
     new: Any = NEW_SELECTION if part == "selection" else NEW_STRENGTH
     says = f"has no {part} of this kind" if device == "the GPU" else f"has no {part} of the kind '{new.kind}'"
     with pytest.raises(Exception, match=says):  # of Triton's own class on a GPU
-        DEVICES[device](items_for(device), **HOW | {part: new})
+        DEVICES[device](items_for(device), StepSpec(**HOW | {part: new}))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -98,5 +99,5 @@ def test_what_there_is_is_stepped(device: str) -> None:
     """The twin: the same items and the same call, with kinds that exist."""
     items = items_for(device)
     before = tensors(items)
-    DEVICES[device](items, **HOW)
+    DEVICES[device](items, StepSpec(**HOW))
     assert not all(torch.equal(a, b) for a, b in zip(before, tensors(items), strict=True))

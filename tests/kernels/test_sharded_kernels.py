@@ -26,9 +26,8 @@ from selective.kernels.gpu.sharded import sums as shard_sums
 from selective.kernels.reference.selective_step import selective_step as reference_step
 from selective.kernels.sharded import exact_sums as sums
 from selective.kernels.sharded.gpu_path import can_be, kind_of
-from selective.kernels.sharded.how import How
 from selective.kernels.sharded.selective_step import sharded_step
-from selective.kernels.spec import Rule, Sums
+from selective.kernels.spec import Rule, StepSpec, Sums
 
 ADAM = AdamRule(1e-2, 0.9, 0.99, 1e-8, weight_decay=0.1)
 RULES: dict[str, Rule] = {
@@ -61,10 +60,7 @@ def shards(rule: Rule, ranks: int, kind: str, dtype: torch.dtype, seed: int = 0,
 
 def run(ranks: list[ItemList], kernels: Any, **how: Any) -> tuple[list[list[Sums]], list[int]]:
     """All ranks' sums, and how much each round sends."""
-    parts = [
-        sharded_step(items, draw=DRAW, local_step=reference_step, kernels=lambda item: kernels, **how)
-        for items in ranks
-    ]
+    parts = [sharded_step(items, _how(how), local_step=reference_step, kernels=lambda item: kernels) for items in ranks]
     assert all(len(part) == 1 for part in parts)
     steps, sent = [part[0] for part in parts], []
     for one in steps:
@@ -90,11 +86,11 @@ def whole(ranks: list[ItemList], **how: Any) -> tuple[ItemList, list[Sums]]:
         state |= {"step": state["step"].clone()} if "step" in state else {}
         param, grad = (torch.cat([getattr(piece, name) for piece in pieces]) for name in ("param", "grad"))
         items.append(Item(param, grad, state, pieces[0].address))
-    return items, list(whole_step(items, draw=DRAW, **how) or [])
+    return items, list(whole_step(items, _how(how)) or [])
 
 
-def _how(how: dict[str, Any]) -> How:
-    return How(draw=DRAW, **how)
+def _how(how: dict[str, Any]) -> StepSpec:
+    return StepSpec(draw=DRAW, **how)
 
 
 def assert_close(ours: list[ItemList], theirs: list[ItemList], rtol: float, atol: float) -> None:
@@ -278,8 +274,8 @@ def test_tensors_that_part_leave_no_plans_behind() -> None:
     items = shards(ADAM, 1, "plain", torch.float32)[0]
     for fraction in (0.9, 0.2, 0.05, 0.03):
         one = sharded_step(
-            items, rule=ADAM, selection=Selection("top_k", fraction=fraction), strength=FIXED, statistics=False,
-            draw=DRAW, local_step=reference_step, kernels=lambda item: by_kernels.ShardKernels,
+            items, StepSpec(ADAM, Selection("top_k", fraction=fraction), FIXED, DRAW), local_step=reference_step,
+            kernels=lambda item: by_kernels.ShardKernels,
         )  # fmt: skip
         for part in one:
             part.go_on()
@@ -327,16 +323,16 @@ def test_the_first_step_of_sgd_makes_its_momentum() -> None:
 def test_what_is_left_to_the_other_way(change: dict[str, Any]) -> None:
     how = {"rule": ADAM, "selection": TOP_K, "strength": MEAN, "statistics": False, "draw": DRAW}
     item = shards(ADAM, 2, "plain", torch.float32)[0][0]
-    assert can_be(item, How(**how))
-    assert not can_be(item, How(**how | change))
+    assert can_be(item, StepSpec(**how))
+    assert not can_be(item, StepSpec(**how | change))
     assert item.shard is not None
     for shard in (replace(item.shard, stretches=False), replace(item.shard, cut=1), replace(item.shard, pieces=10**6)):
-        assert not can_be(replace(item, shard=shard), How(**how))
-        assert can_be(replace(item, shard=shard), How(**how | {"selection": LOOSE}))  # no order is asked for
+        assert not can_be(replace(item, shard=shard), StepSpec(**how))
+        assert can_be(replace(item, shard=shard), StepSpec(**how | {"selection": LOOSE}))  # no order is asked for
 
 
 def test_what_one_kernel_can_step_together() -> None:
-    how = How(ADAM, TOP_K, MEAN, DRAW, False)
+    how = StepSpec(ADAM, TOP_K, MEAN, DRAW)
     item = shards(ADAM, 2, "plain", torch.float32)[0][0]
     narrow = replace(item, state={name: x.bfloat16() for name, x in item.state.items()})
     others = [narrow, replace(item, grad=item.grad.bfloat16()), replace(item, param=item.param.half())]

@@ -25,6 +25,7 @@ from selective.kernels.gpu import launch, plan
 from selective.kernels.gpu.sharded import step as by_kernels
 from selective.kernels.gpu.sharded import sums as shard_sums
 from selective.kernels.sharded.selective_step import sharded_step
+from selective.kernels.spec import StepSpec
 
 TARGET = GPUTarget("cuda", 90, 32)  # a Hopper
 TYPES = {
@@ -87,9 +88,7 @@ def whole_tensors(kinds: list[str], rules: list[str]) -> None:
                 p = torch.randn(300_000)  # drawn from, bracketed and settled
                 state = {"step": torch.tensor(3.0), "exp_avg": p.clone(), "exp_avg_sq": p.square()}
                 item = Item(p, torch.randn(300_000), state, 0)
-                plan.selective_step(
-                    [item], rule=rule, selection=selection, strength=strength, draw=Draw(1, 2), statistics=statistics
-                )
+                plan.selective_step([item], StepSpec(rule, selection, strength, Draw(1, 2), statistics))
 
 
 def parts_of_tensors(kinds: list[str], rules: list[str]) -> None:
@@ -98,8 +97,8 @@ def parts_of_tensors(kinds: list[str], rules: list[str]) -> None:
             for statistics in (False, True):
                 (items,) = shards(rule, 1, "plain", torch.float32)
                 (one,) = sharded_step(
-                    items, rule=rule, selection=selection, strength=strength, draw=Draw(1, 2), statistics=statistics,
-                    local_step=plan.selective_step, kernels=lambda item: by_kernels.ShardKernels,
+                    items, StepSpec(rule, selection, strength, Draw(1, 2), statistics), local_step=plan.selective_step,
+                    kernels=lambda item: by_kernels.ShardKernels,
                 )  # fmt: skip
                 one.go_on()
                 while one.asked is not None:

@@ -1,1 +1,1 @@
-"""Triton code: what runs on the GPU, one file for each row that kernels/reference has."""
+"""Triton code, which runs on the GPU: a file for each row that kernels/reference has, and what these share."""

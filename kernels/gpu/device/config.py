@@ -1,4 +1,4 @@
-"""What is compiled into a kernel: one hashable description of rule, tensors, selection and strength."""
+"""The constants that are compiled into a kernel, and the columns of the tables that kernels read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton.language as tl
 
 DTYPES: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# Columns of the pointer table, in elements of int64. What the state columns hold depends on the rule:
+# Columns of the pointer table, in elements of int64. The state columns hold, by rule:
 #   adam   first exp_avg, second exp_avg_sq, third max_exp_avg_sq     lion   first exp_avg
 #   sgd    first momentum_buffer                                      score  first the score
 #   given  first update, second start, third momentum, fourth previous_momentum
@@ -20,25 +20,29 @@ PARAM, GRAD, FIRST, SECOND, THIRD, FOURTH, STEP, AVERAGE = (tl.constexpr(i) for 
 
 # Columns of a tensor's row of float32 numbers, which `numbers.py` fills in.
 NUMBERS = tl.constexpr(20)
-(RATE, UNBIAS, W1, B2, W2, EPS, FACTOR, DECAY, MOMENTUM, UNDAMPED, LOOKAHEAD, ABOVE, BELOW, USER) = (
-    tl.constexpr(i) for i in range(14)
-)  # USER is the first of four
+(RATE, UNBIAS, W1, B2, W2, EPS, FACTOR, DECAY, MOMENTUM, UNDAMPED, LOOKAHEAD, STRENGTH_SELECTED, STRENGTH_REST,
+ USER) = (tl.constexpr(i) for i in range(14))  # fmt: skip
+# (USER is the first of four)
 
-# Columns of a tensor's row of int64 ranks: the bracket or the threshold of its scores, as keys (`keys.py`).
+# Columns of a tensor's row of int64 ranks: the bracket or the threshold of its scores, as keys (`key_of`).
 RANKS = tl.constexpr(12)
 LOW, HIGH, CUTOFF, MODE, WANTED, COUNTED, CRITICAL, LEFT, TIED, SEEN = (tl.constexpr(i) for i in range(10))
 EXACT, BRACKET, DENSE = (tl.constexpr(i) for i in range(3))  # values of MODE
 
-# Columns of a tensor's row of int64 facts, which the host knows: its size, the length of a row of it, its index in the
-# optimizer; how many scores are sampled (`2**SHIFT` runs of neighbours, or all where SHIFT is -1) and where in the
-# buffer they begin; its first chunk, and how many there are; the same of programs that sum (SUM_SHIFT: as SHIFT, of
-# their own sample) and settle; which of the tensors with a drawn sample it is; of a shard, the number of its first
-# element or row in the whole.
+# Columns of a tensor's row of int64 facts, which the host knows:
+#   NUMEL, ROW_LENGTH, ADDRESS   its size, the length of one of its rows, its index in the optimizer
+#   SAMPLES, SHIFT, SAMPLES_AT   the number of sampled scores, `2**SHIFT` runs of neighbours (SHIFT is -1: all scores),
+#                                and their first place in the buffer
+#   CHUNK_AT, CHUNKS             its first chunk, and the number of its chunks
+#   SUM_AT, SUMS, SUM_SHIFT      the same of programs that sum; SUM_SHIFT is as SHIFT, of their own sample
+#   SETTLE_AT, SETTLES           the same of programs that settle
+#   LARGE                        its number among the tensors with a drawn sample
+#   BEGINS                       of a shard, the number of its first element or row in the whole
 FACTS = tl.constexpr(16)
 (NUMEL, ROW_LENGTH, ADDRESS, SAMPLES, SHIFT, SAMPLES_AT, CHUNK_AT, CHUNKS, SUM_AT, SUMS, SUM_SHIFT, SETTLE_AT,
  SETTLES, LARGE, BEGINS) = (tl.constexpr(i) for i in range(15))  # fmt: skip
 
-BRACKET_RUN = tl.constexpr(16)  # neighbours that are sampled together for a bracket: a burst of memory of float32
+BRACKET_RUN = tl.constexpr(16)  # neighbours sampled together for a bracket: one burst of memory in float32
 KEYS = tl.constexpr(6)  # columns of a tensor's row of random keys: two each for masks, samples, rounding
 SUM_COLUMNS = tl.constexpr(4)  # columns of a program's row of sums that a strength needs
 PARTIALS = 5  # columns of a program's statistics: selected, u^2, g^2, u g, (mask u)^2
@@ -46,9 +50,9 @@ PARTIALS = 5  # columns of a program's statistics: selected, u^2, g^2, u g, (mas
 
 @dataclass(frozen=True, repr=False)
 class Config:
-    """Everything that decides what code a kernel is. Its fields are read inside of kernels, as constants.
+    """The constants of a kernel's code, which reads them as `CFG`.
 
-    Triton hashes and prints it at every launch, so both are done once.
+    Triton hashes and prints a Config at every launch, so both are done once, when it is made.
     """
 
     rule: str  # "adam", "sgd", "lion", "given" or "score"
@@ -60,15 +64,15 @@ class Config:
     fourth: Any
     block: int  # elements of a program
     amsgrad: bool = False
-    coupled: bool = False  # the gradient has weight decay in it, so that it takes the parameter to know it
+    coupled: bool = False  # weight decay is added to the gradient, so that the parameter has to be read first
     maximize: bool = False
     decays: bool = False  # the parameter is multiplied by a factor
     moves: bool = False  # sgd: there is a momentum
-    begins: bool = False  # sgd: this step makes it
+    begins: bool = False  # sgd: this step makes the momentum
     nesterov: bool = False
     negated: bool = False  # given: the column holds -u
     offset: float = 0.0  # given
-    in_place: bool = False  # given: it starts from the parameter's memory, and the update lies elsewhere
+    in_place: bool = False  # given: the start is the parameter's memory, and the update lies elsewhere
     selection: str = "everything"  # or "agreement", "top_k", "element", "row", "tensor", "function"
     product: str = "update"
     strict: bool = True
@@ -83,7 +87,7 @@ class Config:
     statistics: bool = False
     stochastic: bool = False
     writes: bool = True  # False: look at the scores, change nothing
-    recomputed: bool = False  # the moments have moved already: what is stored is what the update is made of
+    recomputed: bool = False  # the moments have moved already: the update is made from the stored ones as they are
 
     def __post_init__(self) -> None:
         values = tuple(getattr(self, field.name) for field in fields(self))
@@ -99,5 +103,5 @@ class Config:
 
 @functools.lru_cache(maxsize=256)
 def derived(cfg: Config, **changes: Any) -> Config:
-    """`dataclasses.replace`, made once."""
+    """`dataclasses.replace`, cached."""
     return replace(cfg, **changes)

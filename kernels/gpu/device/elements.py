@@ -1,11 +1,24 @@
-"""A block of elements of one tensor: loaded, stepped, stored. What the kernels have in common."""
+"""A block of elements of one tensor: loading, stepping and storing it, for all kernels."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .config import ABOVE, BELOW, COLUMNS, FACTOR, FIRST, FOURTH, GRAD, PARAM, RATE, SECOND, THIRD, USER
+from .config import (
+    COLUMNS,
+    FACTOR,
+    FIRST,
+    FOURTH,
+    GRAD,
+    PARAM,
+    RATE,
+    SECOND,
+    STRENGTH_REST,
+    STRENGTH_SELECTED,
+    THIRD,
+    USER,
+)
 from .rounding import narrow, store, widen
 from .rules import gradient, moved
 
@@ -21,7 +34,7 @@ def column(pointers, COLUMN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constex
 
 @triton.jit
 def is_aligned(pointers):
-    """Whether all addresses of a row are multiples of 16; absent tensors are 0."""
+    """True if all addresses of a row are multiples of 16. Those of absent tensors are 0."""
     together = tl.load(pointers + PARAM) | tl.load(pointers + GRAD) | tl.load(pointers + FIRST)
     together = together | tl.load(pointers + SECOND) | tl.load(pointers + THIRD) | tl.load(pointers + FOURTH)
     return (together & 15) == 0
@@ -29,7 +42,7 @@ def is_aligned(pointers):
 
 @triton.jit
 def read(pointers, offs, mask, COLUMN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
-    """These elements of one column as float32; 0 where masked off, and where there is no such column."""
+    """These elements of one column as float32; 0 where masked off, and 0 everywhere if there is no such column."""
     if DTYPE is None:
         x = tl.zeros(offs.shape, tl.float32)
     elif FAST:
@@ -51,7 +64,7 @@ def write(pointers, offs, x, mask, COLUMN: tl.constexpr, DTYPE: tl.constexpr, FA
 @triton.jit
 def multiplier(chosen, u, g, row, CFG: tl.constexpr):
     """The mask of these elements."""
-    mask = tl.where(chosen, tl.load(row + ABOVE), tl.load(row + BELOW))
+    mask = tl.where(chosen, tl.load(row + STRENGTH_SELECTED), tl.load(row + STRENGTH_REST))
     if CFG.still:
         zero = 0.0
         if CFG.selection == "top_k":
@@ -77,7 +90,10 @@ def stepped(p, start, u, mask, row, CFG: tl.constexpr):
 
 @triton.jit
 def load_moved(pointers, offs, mask, row, NEEDS_PARAM: tl.constexpr, FAST: tl.constexpr, CFG: tl.constexpr):
-    """(p, g, u, m, previous, state columns to store, start) of these elements; p is 0 where nobody needs it."""
+    """(p, g, u, m, previous momentum, three state columns to store) of these elements.
+
+    p is 0 unless NEEDS_PARAM or decay is coupled. The second state column of a given update is its start.
+    """
     p = tl.zeros(offs.shape, tl.float32)
     if NEEDS_PARAM or CFG.coupled:
         p = read(pointers, offs, mask, PARAM, CFG.param, FAST)
@@ -121,4 +137,5 @@ def row_of(table, t, WIDTH: tl.constexpr):
 
 @triton.jit
 def pointers_of(table, t):
+    """The row of tensor `t` in the pointer table."""
     return row_of(table, t, COLUMNS)

@@ -1,4 +1,4 @@
-"""What is one number a tensor: step counts, bias corrections, random keys. In float64 on the device, once a step."""
+"""The numbers that a tensor has one of: step counts, bias corrections, random keys. In float64, once a step."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import triton
 import triton.language as tl
 
 from .config import (
-    ABOVE,
     ADDRESS,
     B2,
-    BELOW,
     COLUMNS,
     DECAY,
     EPS,
@@ -23,6 +21,8 @@ from .config import (
     RATE,
     SEEN,
     STEP,
+    STRENGTH_REST,
+    STRENGTH_SELECTED,
     UNBIAS,
     UNDAMPED,
     USER,
@@ -60,7 +60,7 @@ def _random(keys_ptr, facts_ptr, clock_ptr, t, mask, FACTS_: tl.constexpr):
 
 @triton.jit
 def _adam(out, pointers, hyper_ptr, mask):
-    """Count the step of each tensor; its learning rate over 1 - beta1^t, and 1 over the root of 1 - beta2^t."""
+    """Count each tensor's step; store its rate lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), and the decay factor."""
     counter = tl.load(pointers + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
     count = tl.load(counter, mask=mask, other=0.0) + 1.0
     tl.store(counter, count, mask=mask)
@@ -76,7 +76,7 @@ def _adam(out, pointers, hyper_ptr, mask):
 
 @triton.jit
 def _put(out, value, like, mask):
-    """One number for all tensors, rounded to float32."""
+    """Store one number for all tensors, rounded to float32."""
     tl.store(out, (like * 0.0 + value).to(tl.float32), mask=mask)
 
 
@@ -87,8 +87,8 @@ def numbers_kernel(
 ):  # fmt: skip
     """Fill in each tensor's row of numbers and of random keys, and count Adam's steps. A few hundred bytes a tensor.
 
-    `hyper_ptr`: the group's hyper-parameters, float64. `clock_ptr`: seed and step, int64. FIXED: the strengths are the
-    two constants (1 and 1 for a tensor that is dense); otherwise another kernel will fill them in.
+    `hyper_ptr` has the group's hyper-parameters, float64; `clock_ptr` seed and step, int64. FIXED: the strengths are
+    the two constants (1 and 1 for a tensor that is dense); otherwise another kernel fills them in later.
     """
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = t < tensors
@@ -117,6 +117,6 @@ def numbers_kernel(
     if CFG.product == "previous_momentum":
         tl.store(ranks_ptr + t * RANKS + SEEN, tl.zeros(t.shape, tl.int64), mask=mask)
     if FIXED:
-        above, below = tl.load(hyper_ptr + SELECTED), tl.load(hyper_ptr + REST)
-        tl.store(out + ABOVE, tl.where(dense, 1.0, above).to(tl.float32), mask=mask)
-        tl.store(out + BELOW, tl.where(dense, 1.0, below).to(tl.float32), mask=mask)
+        selected, rest = tl.load(hyper_ptr + SELECTED), tl.load(hyper_ptr + REST)
+        tl.store(out + STRENGTH_SELECTED, tl.where(dense, 1.0, selected).to(tl.float32), mask=mask)
+        tl.store(out + STRENGTH_REST, tl.where(dense, 1.0, rest).to(tl.float32), mask=mask)

@@ -34,9 +34,9 @@ def random_bits(index, first_key, second_key):
 
 @triton.jit
 def sample_position(i, numel, shift, first_key, second_key):
-    """The flat index of sample `i`: runs of 8 neighbours, one in each of `2**shift` equal strata.
+    """The flat index of sample `i`: a run of 8 neighbours in each of `2**shift` equal strata.
 
-    All but the keys are int64, and so is the result: as `sample_positions` of the reference.
+    The same as `sample_positions` of the reference. All but the keys are int64, and so is the result.
     """
     run = i >> 3
     left = run * numel >> shift  # the product stays below 2^63: at most 2^15 runs of tensors below 2^32 elements
@@ -47,11 +47,10 @@ def sample_position(i, numel, shift, first_key, second_key):
 
 @triton.jit
 def bracket_position(i, numel, shift, first_key, second_key):
-    """The flat index of sample `i` for a bracket: groups of BRACKET_RUN elements, one in each of `2**shift` equal
-    strata.
+    """The flat index of sample `i` for a bracket: a group of BRACKET_RUN elements in each of `2**shift` equal strata.
 
-    Groups begin at multiples of that, so that each is as few bursts of memory as it can be; the elements after the last
-    whole group are not drawn. At least `2**shift` groups, and int64 as above.
+    Groups begin at multiples of BRACKET_RUN, so that each takes as few bursts of memory as possible. The elements after
+    the last whole group are never drawn. There have to be `2**shift` groups or more. Types as for `sample_position`.
     """
     group = i // BRACKET_RUN
     groups = numel // BRACKET_RUN

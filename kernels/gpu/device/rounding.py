@@ -1,7 +1,7 @@
 """The one rounding of a step on the device: as `kernels/reference/rounding.py`, bit for bit.
 
-Note [bfloat16 in the interpreter]: Triton's interpreter cuts float32 to bfloat16 off instead of rounding it (seen in
-3.6 to 3.9), so there the conversions are done on the bits.
+Note [bfloat16 in the interpreter]: from float32 to bfloat16 Triton's interpreter cuts off the lower bits instead of
+rounding (seen in 3.6 to 3.9), so there the conversions are done on the bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 @triton.jit
 def widen(x):
-    """As float32, exactly."""
+    """`x` as float32, exactly."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         wide = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -27,7 +27,7 @@ def widen(x):
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
-    """From float32 to DTYPE, to the nearest, ties to even."""
+    """`x` (float32) rounded to DTYPE: to the nearest, ties to even."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -40,7 +40,10 @@ def narrow(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def store(exact, offs, keys, CFG: tl.constexpr):
-    """`exact` (float32) in the parameter's dtype. `keys` has the two keys of the rounding stream at 4 and 5."""
+    """`exact` (float32) rounded to the parameter's dtype, to nearest or stochastically (`CFG.stochastic`).
+
+    `keys` has the two keys of the rounding stream in its columns 4 and 5.
+    """
     nearest = narrow(exact, CFG.param)
     if CFG.stochastic and (CFG.param == tl.bfloat16 or CFG.param == tl.float16):
         first = tl.load(keys + 4).to(tl.uint32, bitcast=True)

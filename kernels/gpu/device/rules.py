@@ -1,9 +1,9 @@
 """The rules on a block of elements, in registers: gradient, update, momentum, and the state that is to be stored.
 
-The same rules as `kernels/reference/rules.py`. The kernels are compiled without contracting products and sums to fused
-multiply-adds: those that are wanted are written, so that a score is the same bits in every kernel that forms it.
-Division and root are the GPU's fast ones, off by two units in the last place at most: docs/kernels.md says what the
-correctly rounded ones cost.
+The same rules as `kernels/reference/rules.py`. Kernels are compiled without contracting products and sums to fused
+multiply-adds; those that are wanted are written out. So a score is the same bits in every kernel that forms it.
+Division and root are the GPU's fast ones, off by two units in the last place at most; docs/kernels.md has the cost of
+the correctly rounded ones.
 """
 
 from __future__ import annotations
@@ -75,9 +75,10 @@ def _lion(g, a, row, CFG: tl.constexpr):
 
 @triton.jit
 def moved(g, a, b, c, d, row, CFG: tl.constexpr):
-    """(update, momentum, momentum before, and the first, second and third state column as they are to be stored).
+    """(update, momentum, previous momentum, and the first, second and third state column as they are to be stored).
 
-    `g` is what `gradient` returned; the state columns are float32; those that the rule does not have are ignored.
+    `g` is the result of `gradient`. The state columns a, b, c and d are float32; those that the rule does not have are
+    ignored.
     """
     if CFG.rule == "adam":
         u, m, v, largest = _adam(g, a, b, c, row, CFG)

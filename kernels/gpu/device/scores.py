@@ -1,13 +1,16 @@
 """Exactly the K largest scores of each tensor, without sorting: sample, count, settle, ties.
 
-1. `sample_kernel` (sample.py) forms the scores at drawn positions; from their ranks come two keys which the K-th most
-   likely lies between (a small tensor is its own sample: there the K-th itself is found).
-2. The pass over everything (`selective_step_kernel`) counts what is above the bracket, and leaves what is inside of it
+1. `sample_kernel` (`top_k/bracket.py`) forms the scores at drawn positions. Their ranks give two keys between which the
+   K-th most likely lies: the bracket. A small tensor is its own sample, which gives the K-th itself (`top_k/small.py`).
+2. The pass over everything (`selective_step_kernel`) counts the keys above the bracket, and leaves those inside
    undecided: one bit an element, and a histogram.
-3. `find_kernel` finds the histogram's bin that holds the K-th; `settle_kernel` decides every other bin, and lists the
-   few elements of this one.
-4. `ties_kernel` ranks those, equal scores by their index.
-A bracket that missed and a list that overflowed are noted on the device, and mended there by `repair.py`.
+3. `find_kernel` finds the bin of the histogram that holds the K-th; `settle_kernel` decides every other bin, and lists
+   the few elements of this one (`top_k/settle.py`).
+4. `ties_kernel` ranks the listed elements, equal scores by their index.
+
+A bracket that missed and a list that overflowed are noted on the device, and mended there by `top_k/repair.py`.
+
+Scores are ranked as unsigned integers of the same order, keys, which are the same bits in every kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import triton.language as tl
 
 from .config import COUNTED, HIGH, LOW
 from .elements import load_moved
-from .keys import key_of
 from .rules import score_of
 
 DIGIT = tl.constexpr(2048)  # `repair.py` ranks a key's 32 bits as digits of 11, 11 and 10 bits
@@ -25,8 +27,16 @@ LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # a cutoff behind every index
 
 
 @triton.jit
+def key_of(score):
+    """The key of a score, uint32: larger where the score is larger. +0 and -0 are equal; every NaN is 0, the least."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 is +0
+    key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+    return tl.where(score == score, key, 0)
+
+
+@triton.jit
 def bin_of(key, low, high):
-    """Which part of the bracket a key lies in, of 2,048 at most: the same, and monotone, wherever it is computed."""
+    """The bin of the bracket that a key lies in, of 2,048 bins at most: monotone, and the same in every kernel."""
     size = (high - low).to(tl.float32).to(tl.uint32, bitcast=True) >> 23  # 127 + its binary logarithm
     shift = tl.maximum(size.to(tl.int32) - 127 + 1 - 11, 0)
     return ((key - low) >> shift.to(tl.uint32)).to(tl.int32)
@@ -34,11 +44,11 @@ def bin_of(key, low, high):
 
 @triton.jit
 def count_scores(chosen, undecided, key, ranks, marks_ptr, histogram_ptr, CFG: tl.constexpr):
-    """Note of a block how many are above the bracket, and which are undecided (a bit each, and a histogram).
+    """Count the elements of a block above the bracket, and mark the undecided ones (a bit each, and a histogram).
 
-    Made for few meetings of the block's warps. One sum has both: 32 elements lie within a warp, their bits in the lower
-    half of a word and their count in the upper one. And atomics want another layout than vector loads: what goes
-    through shared memory for that are 16 bits an element, not a pointer and a flag.
+    Made so that the block's warps meet as rarely as possible. One sum yields bits and count: 32 elements lie within a
+    warp, their bits in the lower half of a word and their count in the upper half. Atomics want another layout than
+    vector loads; to change it, 16 bits an element go through shared memory, and not a pointer and a flag.
     """
     WORDS: tl.constexpr = CFG.block // 32
     place = tl.arange(0, 32).to(tl.uint32)[None, :]
@@ -53,7 +63,7 @@ def count_scores(chosen, undecided, key, ranks, marks_ptr, histogram_ptr, CFG: t
 
 @triton.jit
 def keys_at(pointers, row, offs, mask, FAST: tl.constexpr, CFG: tl.constexpr):
-    """(key, update, gradient, parameter) of elements at any indices; of a given update, what it starts from."""
+    """(key, update, gradient, parameter) of elements at any indices; for a given update, its start as the parameter."""
     p, g, u, m, _, _, start, _ = load_moved(pointers, offs, mask, row, CFG.writes and CFG.rule != "given", FAST, CFG)
     if CFG.rule == "given":
         p = start
@@ -62,7 +72,7 @@ def keys_at(pointers, row, offs, mask, FAST: tl.constexpr, CFG: tl.constexpr):
 
 @triton.jit
 def descend(histogram, rank):
-    """(digit that holds the rank-th largest, its rank among the equal ones, how many those are)."""
+    """(the digit that has the rank-th largest, its rank among the keys with that digit, the number of those)."""
     BINS: tl.constexpr = histogram.shape[0]
     from_here = tl.sum(histogram) - tl.cumsum(histogram, 0) + histogram
     places = tl.arange(0, BINS)

@@ -1,4 +1,4 @@
-"""Which elements of a block are selected."""
+"""Selections of a block of elements."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import triton
 import triton.language as tl
 
 from .config import BEGINS, BRACKET, CUTOFF, DENSE, HIGH, LOW, MODE, RATE, ROW_LENGTH, SEEN, USER
-from .keys import key_of
 from .random import random_bits
 from .rules import score_of
+from .scores import key_of
 
 
 @triton.jit
 def agrees(x, g, CFG: tl.constexpr):
-    """Whether x g > 0 (>= 0 where not strict), by the signs: a product that underflows in float32 is still not 0."""
+    """x g > 0 (or >= 0 if not `CFG.strict`), judged by the signs: a product that underflows in float32 is not 0."""
     agree = ((x > 0) & (g > 0)) | ((x < 0) & (g < 0))
     if not CFG.strict:
         agree = agree | ((x == 0) & (g == g)) | ((g == 0) & (x == x))
@@ -22,11 +22,11 @@ def agrees(x, g, CFG: tl.constexpr):
 
 @triton.jit
 def agreement(g, u, m, previous, row, ranks, CFG: tl.constexpr):
-    """Selected by the sign of a product.
+    """Select by the sign of a product.
 
-    Before anything is written, in the sums of a strength, Adam's update goes by its momentum, which has the same sign
-    wherever the second moment is a number and the rate is not 0: so the second moment is not read. (Of a negative rate
-    as well: the momentum that is handed in is turned round then.)
+    A kernel that writes nothing (the sums of a strength) takes the sign of Adam's update from its momentum. Both signs
+    are the same wherever the second moment is a number and the rate is not 0, so the second moment is not read. With a
+    negative rate too: then `m` is already negated.
     """
     if CFG.product == "previous_momentum":
         unseen = (previous * 0.0 + tl.load(ranks + SEEN)) == 0
@@ -43,7 +43,7 @@ def agreement(g, u, m, previous, row, ranks, CFG: tl.constexpr):
 
 @triton.jit
 def coin(offs, row, facts, keys, CFG: tl.constexpr):
-    """Selected where the 24-bit number of the element, of its row, or of the tensor is below a limit."""
+    """Select where the 24-bit random number of the element, of its row, or of the tensor is below a limit."""
     index = offs.to(tl.uint32)
     if CFG.selection == "row":
         index = index // tl.load(facts + ROW_LENGTH).to(tl.uint32)
@@ -58,13 +58,16 @@ def coin(offs, row, facts, keys, CFG: tl.constexpr):
 
 @triton.jit
 def _number(like, row, INDEX: tl.constexpr):
-    """One of the function's numbers, a block of it: the interpreter can't combine blocks and single bools."""
+    """One of the function's numbers as a block, because the interpreter can't combine blocks and single bools."""
     return tl.zeros(like.shape, tl.float32) + tl.load(row + USER + INDEX)
 
 
 @triton.jit
 def by_function(g, u, m, row, FUNCTION: tl.constexpr, CFG: tl.constexpr):
-    """Selected by a user's function of (gradient, update, momentum) and up to four numbers; no momentum: the update."""
+    """Select by a user's function of (gradient, update, momentum) and up to four numbers.
+
+    If there is no momentum, the function gets the update in its place.
+    """
     if (CFG.rule == "given" and CFG.third is None) or (CFG.rule == "sgd" and not CFG.moves):
         m = u
     if CFG.arguments == 0:
@@ -83,21 +86,21 @@ def by_function(g, u, m, row, FUNCTION: tl.constexpr, CFG: tl.constexpr):
 
 @triton.jit
 def by_rank(offs, key, ranks):
-    """(selected, undecided) by the bracket or the threshold of the tensor's keys.
+    """(selected, undecided) by the tensor's threshold or bracket.
 
     EXACT: above HIGH, or equal to it up to flat index CUTOFF. BRACKET: above HIGH; undecided from LOW to HIGH.
     DENSE: everything. A key of 0 is a NaN, which is not selected.
     """
     mode = offs * 0 + tl.load(ranks + MODE)  # a block, because the interpreter can't combine blocks and single bools
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
-    above = (key > high) | ((key == high) & (offs <= tl.load(ranks + CUTOFF)) & (key != 0))
-    above = above | (mode == DENSE)
-    return above, (key >= low) & (key <= high) & (mode == BRACKET)
+    chosen = (key > high) | ((key == high) & (offs <= tl.load(ranks + CUTOFF)) & (key != 0))
+    chosen = chosen | (mode == DENSE)
+    return chosen, (key >= low) & (key <= high) & (mode == BRACKET)
 
 
 @triton.jit
 def by_bracket(key, ranks):
-    """`by_rank` of a tensor that has a bracket."""
+    """(selected, undecided) of a tensor that has a bracket."""
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
     return key > high, key - low <= high - low
 

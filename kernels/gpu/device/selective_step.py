@@ -19,7 +19,7 @@ def _add_five(a, b, c, d, e, f, g, h, i, j):
 
 @triton.jit
 def _report(partial_ptr, rows, chosen, undecided, g, u, masked):
-    """One program's row of partial statistics, float32, in a table of columns; the undecided come by a later kernel."""
+    """Store one program's partial statistics, float32, in a table of columns. A later kernel adds the undecided."""
     masked = tl.where(undecided, 0.0, masked * masked)
     count = chosen.to(tl.float32)
     if INTERPRETED:  # one element after the other there
@@ -40,6 +40,7 @@ def _block(
     offs, mask, pointers, row, ranks, facts, keys, marks_ptr, histogram_ptr, partial_ptr, rows,
     FUNCTION: tl.constexpr, FAST: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
+    """Step one block. FAST promises that it is whole, aligned and, if `CFG.bracketed`, of a tensor with a bracket."""
     p, g, u, m, previous, x, y, z = load_moved(pointers, offs, mask, row, CFG.writes and CFG.rule != "given", FAST, CFG)
     chosen, undecided, key = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION,
                                     CFG.bracketed and FAST, CFG)  # fmt: skip
@@ -70,18 +71,18 @@ def selective_step_kernel(
     chunks_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr, rows,
     FUNCTION: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
-    """One block of `CFG.block` elements of one tensor a program; `chunks_ptr` says which.
+    """Step one block of `CFG.block` elements of one tensor a program: `chunks_ptr` has its tensor and its place in it.
 
-        moments <- rule(g);  u <- rule(moments);  mask <- where(selected, above, below);  p <- factor p - mask u
+        moments <- rule(g);  u <- rule(moments);  mask <- where(selected, a, b);  p <- factor p - mask u
 
     Reads p, g and the rule's state once, writes p and the state that moves once: AdamW in float32 reads 16 and writes
-    12 bytes an element. Besides, a few hundred bytes a program: its row of each table. `CFG.bracketed` adds one bit an
-    element (marks) and an atomic addition for each of the few scores inside of the bracket; `CFG.statistics` 20 bytes
-    a program. Arithmetic in float32, one rounding at each store. In place: every element is read and written by the
-    one program that owns it; a given update may lie in the parameter's memory.
+    12 bytes an element. Besides, each program reads its row of each table, a few hundred bytes. `CFG.bracketed` adds
+    one bit an element (marks) and an atomic addition for each of the few scores inside of the bracket; `CFG.statistics`
+    adds 20 bytes a program. Arithmetic is float32, with one rounding at each store. In place: every element is read and
+    written by the one program that owns it; a given update may lie in the parameter's memory.
 
-    Blocks that are complete, of tensors whose addresses are all multiples of 16 (and that have a bracket, where some
-    do), take vector loads; the others masked ones.
+    Whole blocks of tensors whose addresses are all multiples of 16 take vector loads, the others masked loads; if
+    `CFG.bracketed`, tensors without a bracket take masked loads as well.
     """
     BLOCK: tl.constexpr = CFG.block
     program = tl.program_id(0)

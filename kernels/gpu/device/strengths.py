@@ -1,4 +1,4 @@
-"""From the sums of a tensor to its two multipliers: as `kernels/reference/strengths.py`, float64 rounded once."""
+"""Strengths: from the sums of a tensor to its two multipliers, as `kernels/reference/strengths.py`, in float64."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import triton
 import triton.language as tl
 
 from .config import (
-    ABOVE,
     AVERAGE,
-    BELOW,
     DENSE,
     FACTS,
     MODE,
     NUMBERS,
     NUMEL,
     RANKS,
+    STRENGTH_REST,
+    STRENGTH_SELECTED,
     SUM_AT,
     SUM_COLUMNS,
     SUM_SHIFT,
@@ -47,10 +47,10 @@ def _mean_preserving(count, numel, rest, cap):
 
 
 @triton.jit
-def _norm_preserving(chosen, others, rest, cap):
-    wanted = tl.maximum(chosen + others - rest * rest * others, 0.0)
-    value = tl.minimum(tl.sqrt(wanted / tl.where(chosen == 0, 1.0, chosen)), cap)
-    return tl.where((chosen != 0) & _is_finite(chosen + others), value, 1.0)
+def _norm_preserving(selected_sq, rest_sq, rest, cap):
+    wanted = tl.maximum(selected_sq + rest_sq - rest * rest * rest_sq, 0.0)
+    value = tl.minimum(tl.sqrt(wanted / tl.where(selected_sq == 0, 1.0, selected_sq)), cap)
+    return tl.where((selected_sq != 0) & _is_finite(selected_sq + rest_sq), value, 1.0)
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def _alignment(average_ptr, dot, momentum_sq, grad_sq, temperature, smoothing):
 def strengths_kernel(
     numbers_ptr, sums_ptr, hyper_ptr, pointers_ptr, ranks_ptr, facts_ptr, CFG: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One tensor a program: from its rows of sums to the two numbers of its row. Moves the average of an alignment."""
+    """Add up one tensor's rows of sums a program, and store its two multipliers. Moves the average of an alignment."""
     t = tl.program_id(0)
     facts, row = row_of(facts_ptr, t, FACTS), row_of(numbers_ptr, t, NUMBERS)
     at, rows = tl.load(facts + SUM_AT), tl.load(facts + SUMS).to(tl.int32)
@@ -77,16 +77,17 @@ def strengths_kernel(
     if CFG.strength == "mean_preserving":
         shift = tl.load(facts + SUM_SHIFT)
         sampled = tl.full((), 8, tl.int64) << tl.maximum(shift, 0)
-        above = _mean_preserving(first, tl.where(shift < 0, tl.load(facts + NUMEL), sampled).to(tl.float64), rest, cap)
+        numel = tl.where(shift < 0, tl.load(facts + NUMEL), sampled).to(tl.float64)
+        selected = _mean_preserving(first, numel, rest, cap)
     elif CFG.strength == "norm_preserving":
-        above = _norm_preserving(first, column_sum(sums_ptr, at, rows, 1, SUM_COLUMNS, BLOCK), rest, cap)
+        selected = _norm_preserving(first, column_sum(sums_ptr, at, rows, 1, SUM_COLUMNS, BLOCK), rest, cap)
     else:
         tl.static_assert(CFG.strength == "alignment", "the GPU has no strength of this kind")
         average_ptr = tl.load(pointers_of(pointers_ptr, t) + AVERAGE).to(tl.pointer_type(tl.float32))
         second = column_sum(sums_ptr, at, rows, 1, SUM_COLUMNS, BLOCK)
         third = column_sum(sums_ptr, at, rows, 2, SUM_COLUMNS, BLOCK)
-        above = _alignment(average_ptr, first, second, third, tl.load(hyper_ptr + TEMPERATURE),
-                           tl.load(hyper_ptr + SMOOTHING))  # fmt: skip
+        selected = _alignment(average_ptr, first, second, third, tl.load(hyper_ptr + TEMPERATURE),
+                              tl.load(hyper_ptr + SMOOTHING))  # fmt: skip
     dense = tl.load(row_of(ranks_ptr, t, RANKS) + MODE) == DENSE
-    tl.store(row + ABOVE, tl.where(dense, 1.0, above).to(tl.float32))
-    tl.store(row + BELOW, tl.where(dense, 1.0, rest).to(tl.float32))
+    tl.store(row + STRENGTH_SELECTED, tl.where(dense, 1.0, selected).to(tl.float32))
+    tl.store(row + STRENGTH_REST, tl.where(dense, 1.0, rest).to(tl.float32))

@@ -1,4 +1,4 @@
-"""Sums over tensors, deterministic: what strengths are made of before the step, and what a step reports after it.
+"""Sums over tensors, deterministic: those that strengths are made of, before the step, and statistics, after it.
 
 Each program adds up its elements in float32 in a fixed order and writes one row; one program a tensor then adds up the
 rows in float64, also in a fixed order. No atomics, so the same bits in every run.
@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 
 from .config import (
-    ABOVE,
-    BELOW,
     CHUNK_AT,
     CHUNKS,
     DENSE,
@@ -26,6 +24,8 @@ from .config import (
     SEEN,
     SETTLE_AT,
     SETTLES,
+    STRENGTH_REST,
+    STRENGTH_SELECTED,
     SUM_AT,
     SUM_COLUMNS,
     SUM_SHIFT,
@@ -40,7 +40,7 @@ from .strengths import column_sum
 
 @triton.jit
 def normed(g, u, m, CFG: tl.constexpr):
-    """What the norm that a strength keeps is of."""
+    """x: the quantity whose norm a strength keeps."""
     x = u
     if CFG.of == "momentum":
         x = m
@@ -74,11 +74,11 @@ def sums_kernel(
     sums_ptr, work_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr,
     FUNCTION: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK elements of one tensor a program: what the strength needs of them, before anything moves.
+    """Add up the sums of a strength over BLOCK elements of one tensor a program, before anything moves.
 
-    Reads what selection and norm are made of (agreement and mean, or norm of the momentum: gradient and first moment, 8
-    bytes an element of AdamW in float32), at drawn places where the estimate is sampled and the tensor is larger than
-    the sample. Writes 16 bytes a program.
+    Reads the tensors that selection and norm are made of: for agreement with a mean, or with the norm of the momentum,
+    gradient and first moment, 8 bytes an element of AdamW in float32. If the estimate is sampled and the tensor is
+    larger than the sample, it reads at drawn places only. Writes 16 bytes a program.
     """
     program = tl.program_id(0)
     t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
@@ -102,10 +102,10 @@ def sums_kernel(
 @triton.jit
 def seen_kernel(ranks_ptr, work_ptr, pointers_ptr, facts_ptr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
                 CFG: tl.constexpr):  # fmt: skip
-    """Sets SEEN where a tensor's momentum before the step is anything but zero; a program looks at PARTS blocks.
+    """Set SEEN of a tensor if its momentum before the step is not zero everywhere. A program looks at PARTS blocks.
 
-    Not at all where it is seen already: launched over one block of each tensor first and then over all, little more
-    than one block of each is read.
+    A program reads nothing if SEEN is set already. As one block of each tensor is looked at in a launch before, little
+    more than that is read of most tensors.
     """
     program = tl.program_id(0)
     t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
@@ -145,7 +145,7 @@ def report_kernel(
     out_ptr, partials_ptr, settled_ptr, tied_ptr, repaired_ptr, numbers_ptr, hyper_ptr, ranks_ptr, facts_ptr, programs,
     rows, FIXED: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One tensor a program: the seven sums of `spec.Sums`, float64, from all programs' rows."""
+    """Add up one tensor's statistics a program: the seven sums of `spec.Sums`, float64, from all launches' rows."""
     t = tl.program_id(0)
     facts, ranks = row_of(facts_ptr, t, FACTS), row_of(ranks_ptr, t, RANKS)
     row, out = row_of(numbers_ptr, t, NUMBERS), out_ptr + t * 7
@@ -160,14 +160,14 @@ def report_kernel(
             tied = tied_ptr + t.to(tl.int64) * 2
             selected += column_sum(settled_ptr, first, settles, 0, 2, BLOCK) + tl.load(tied)
             masked += column_sum(settled_ptr, first, settles, 1, 2, BLOCK) + tl.load(tied + 1)
-    above, below = tl.load(row + ABOVE).to(tl.float64), tl.load(row + BELOW).to(tl.float64)
-    if FIXED:  # as they are written, not as they were rounded to be multiplied with
+    on_selected, on_rest = tl.load(row + STRENGTH_SELECTED).to(tl.float64), tl.load(row + STRENGTH_REST).to(tl.float64)
+    if FIXED:  # the user's numbers, and not these as they were rounded to be multiplied with
         dense = tl.load(ranks + MODE) == DENSE
-        above = tl.where(dense, 1.0, tl.load(hyper_ptr + SELECTED))
-        below = tl.where(dense, 1.0, tl.load(hyper_ptr + REST))
+        on_selected = tl.where(dense, 1.0, tl.load(hyper_ptr + SELECTED))
+        on_rest = tl.where(dense, 1.0, tl.load(hyper_ptr + REST))
     tl.store(out + 0, selected)
-    tl.store(out + 1, above)
-    tl.store(out + 2, below)
+    tl.store(out + 1, on_selected)
+    tl.store(out + 2, on_rest)
     tl.store(out + 3, update_sq)
     tl.store(out + 4, grad_sq)
     tl.store(out + 5, update_grad)

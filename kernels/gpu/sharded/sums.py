@@ -1,6 +1,6 @@
-"""The sums that a step of shards asks other processes for, in one launch for all tensors; deterministic.
+"""The sums that a step of shards asks other ranks for, in one launch for all tensors; deterministic.
 
-As in `statistics.py`: a program adds up in float32 and writes a row, one program a tensor adds the rows in float64.
+As in `device/sums.py`, a program adds up in float32 and writes a row; one program a tensor adds the rows in float64.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from ..device.sums import normed
 from ..launch import run
 from ..tables import cdiv, power_of_two
 
-NAMES = ("selected", "chosen_sq", "others_sq", "update_sq", "grad_sq", "update_grad", "chosen_u", "equal_u", "moving")
+NAMES = (
+    "selected", "selected_sq", "rest_sq", "update_sq", "grad_sq", "update_grad", "selected_update_sq", "tied_update_sq",
+    "moving",
+)  # fmt: skip
 WIDTH = tl.constexpr(8)  # of a program's row: a column for each but the last, which is no sum of programs
-TOTALS = tl.constexpr(9)  # of a tensor's; what is not wanted is not written
+TOTALS = tl.constexpr(9)  # of a tensor's row; columns that are not wanted are not written
 DIGITS, LOWEST = tl.constexpr(sums.DIGITS), tl.constexpr(sums.LOWEST)
-PLACES = tl.constexpr(sums.WIDTH)  # int32 numbers that stand for one of float64
+PLACES = tl.constexpr(sums.WIDTH)  # int32 numbers in place of one float64 number
 BLOCK = 16  # sums that a program takes apart, or puts together
 
 
 @triton.jit
 def _terms(i, mask, pointers, row, ranks, facts, keys, FAST: tl.constexpr, STATISTICS: tl.constexpr,
            CFG: tl.constexpr):  # fmt: skip
-    """What each of a block's elements adds to the columns."""
+    """The addends of each element of a block to the columns."""
     _, g, u, m, previous, _, _, _ = load_moved(pointers, i, mask, row, False, FAST, CFG)
     chosen, _, key = select(i, g, u, m, previous, row, ranks, facts, keys, None, False, CFG)
     zero = tl.zeros(i.shape, tl.float32)
@@ -89,7 +92,7 @@ def shard_sums_kernel(
 
 @triton.jit
 def totals_kernel(out_ptr, sums_ptr, spans_ptr, STATISTICS: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr):
-    """One tensor a program: its rows of sums as one, float64 [tensors, 9]; zeros where it does not count here.
+    """One tensor a program: its rows of sums added up, float64 [tensors, 9]; zeros if the shard is not counted.
 
     `spans_ptr` as for `cells_kernel`.
     """
@@ -105,9 +108,10 @@ def totals_kernel(out_ptr, sums_ptr, spans_ptr, STATISTICS: tl.constexpr, NORM: 
 def digits_kernel(
     out_ptr, table_ptr, columns_ptr, wanted, width, count, BLOCK: tl.constexpr, SLOTS: tl.constexpr
 ):  # fmt: skip
-    """`sharded.sums.digits` of the `wanted` columns of a float64 table of `width`, bit for bit: int32 [count, 40].
+    """`sharded.exact_sums.digits` of the `wanted` columns of a float64 table of `width`, bit for bit.
 
-    x = whole * 2^(place + LOWEST) with an integer of 53 bits, of which each digit takes those that are in its place.
+    Writes int32 [count, 40]. x = whole * 2^(place + LOWEST) with an integer of 53 bits, of which each digit takes the
+    bits that are in its place.
     """
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.load(columns_ptr + n % wanted, mask=n < count, other=0)
@@ -128,7 +132,7 @@ def digits_kernel(
 
 @triton.jit
 def numbers_of_kernel(out_ptr, found_ptr, count, BLOCK: tl.constexpr, SLOTS: tl.constexpr):
-    """`sharded.sums.number`: int32 [count, 40], summed over processes, to float64 [count], to rounding."""
+    """`sharded.exact_sums.number`: int32 [count, 40], summed over processes, to float64 [count], to rounding."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     digit = tl.arange(0, SLOTS)[None, :]
     inside = (n[:, None] < count) & (digit < DIGITS)
@@ -140,17 +144,17 @@ def numbers_of_kernel(out_ptr, found_ptr, count, BLOCK: tl.constexpr, SLOTS: tl.
 
 
 def as_digits(table: Tensor, columns: Tensor) -> Tensor:
-    """`sharded.sums.digits` of these columns of a contiguous float64 [rows, width], in one launch; int32, flat."""
+    """`sharded.exact_sums.digits` of these columns of a contiguous float64 [rows, width]: int32, 1-d. One launch."""
     count = len(table) * len(columns)
-    found = torch.empty(count * PLACES.value, dtype=torch.int32, device=table.device)
-    run(digits_kernel, cdiv(count, BLOCK), found, table, columns, len(columns), table.shape[1], count, BLOCK=BLOCK,
+    digits = torch.empty(count * PLACES.value, dtype=torch.int32, device=table.device)
+    run(digits_kernel, cdiv(count, BLOCK), digits, table, columns, len(columns), table.shape[1], count, BLOCK=BLOCK,
         SLOTS=power_of_two(PLACES.value))  # fmt: skip
-    return found
+    return digits
 
 
 def as_numbers(digits: Tensor, rows: int) -> Tensor:
-    """`sharded.sums.number` of what `as_digits` has made and others have added to: float64 [rows, columns]."""
+    """`sharded.exact_sums.number` of the digits of `as_digits`, summed over the ranks: float64 [rows, columns]."""
     count = digits.numel() // PLACES.value
-    found = torch.empty(count, dtype=torch.float64, device=digits.device)
-    run(numbers_of_kernel, cdiv(count, BLOCK), found, digits, count, BLOCK=BLOCK, SLOTS=power_of_two(PLACES.value))
-    return found.view(rows, -1)
+    numbers = torch.empty(count, dtype=torch.float64, device=digits.device)
+    run(numbers_of_kernel, cdiv(count, BLOCK), numbers, digits, count, BLOCK=BLOCK, SLOTS=power_of_two(PLACES.value))
+    return numbers.view(rows, -1)

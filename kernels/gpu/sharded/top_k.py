@@ -1,8 +1,8 @@
-"""Exactly the K largest scores of tensors that are shared out over processes: what each does between the collectives.
+"""Exactly the K largest scores of sharded tensors: the kernels that each rank runs between the collectives.
 
-A radix search over the keys, eight bits a round (`kernels/sharded/top_k.py` says why, and is the reference). A
-program works on a *span*, SPAN neighbours of one shard; its keys are kept from round to round, SPAN for each program,
-0 (which is also NaN's key) behind the shard's end.
+A radix search over the keys, eight bits a round; `kernels/sharded/top_k.py` is the definition and says why. A program
+works on a *span*, SPAN neighbours of one shard. Its keys are kept from round to round, SPAN for each program; those
+behind the shard's end are 0, which is also NaN's key.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def keys_kernel(
     keys_ptr, counts_ptr, work_ptr, pointers_ptr, numbers_ptr, facts_ptr,
     SPAN: tl.constexpr, BLOCK: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
-    """Keeps a span's keys, and counts their highest byte: int32 [tensors, 256], zeros before.
+    """Store a span's keys, and count their highest bytes: int32 [tensors, 256], which has to be zero before.
 
-    Reads what a score is made of (12 bytes an element of AdamW in float32), writes 4.
+    Reads the tensors that a score is made of (12 bytes an element of AdamW in float32), writes 4.
     """
     program = tl.program_id(0)
     t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
@@ -62,7 +62,7 @@ def keys_kernel(
 @triton.jit
 def count_kernel(counts_ptr, keys_ptr, work_ptr, ranks_ptr, SHIFT: tl.constexpr, SPAN: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
-    """Counts the byte from bit SHIFT on, of keys that begin with what is known of the K-th. Reads 4 bytes a key."""
+    """Count the bytes at bit SHIFT of the keys that begin with the known bytes of the K-th. Reads 4 bytes a key."""
     program = tl.program_id(0)
     t = tl.load(work_ptr + 2 * program)
     prefix = tl.load(row_of(ranks_ptr, t, RANKS) + HIGH).to(tl.uint32)
@@ -76,10 +76,10 @@ def count_kernel(counts_ptr, keys_ptr, work_ptr, ranks_ptr, SHIFT: tl.constexpr,
 
 @triton.jit
 def narrow_kernel(ranks_ptr, counts_ptr, FIRST: tl.constexpr, FINAL: tl.constexpr):
-    """One tensor a program: from everybody's counts to the next byte of the K-th key (HIGH), and its rank there (LEFT).
+    """From all ranks' counts of one tensor a program, find its K-th key's next byte (HIGH), and its rank there (LEFT).
 
-    FINAL: everything above it is selected, and of those that equal it (TIED of them) nothing yet. Where no score is a
-    number nothing is.
+    FINAL: keys above the K-th are selected, and none yet of those that equal it (TIED is their number). If no score is
+    a number, nothing is selected.
     """
     t = tl.program_id(0)
     ranks = row_of(ranks_ptr, t, RANKS)
@@ -101,7 +101,7 @@ def narrow_kernel(ranks_ptr, counts_ptr, FIRST: tl.constexpr, FINAL: tl.constexp
 
 @triton.jit
 def equals_kernel(equals_ptr, keys_ptr, work_ptr, ranks_ptr, SPAN: tl.constexpr, BLOCK: tl.constexpr):
-    """How many keys of each span equal the K-th: int32 [programs]. Reads 4 bytes a key."""
+    """Count the keys of each span that equal the K-th: int32 [programs]. Reads 4 bytes a key."""
     program = tl.program_id(0)
     wanted = tl.load(row_of(ranks_ptr, tl.load(work_ptr + 2 * program), RANKS) + HIGH).to(tl.uint32)
     found = tl.zeros([BLOCK], tl.int32)
@@ -112,9 +112,9 @@ def equals_kernel(equals_ptr, keys_ptr, work_ptr, ranks_ptr, SPAN: tl.constexpr,
 
 @triton.jit
 def cells_kernel(table_ptr, equals_ptr, spans_ptr, cells, BLOCK: tl.constexpr):
-    """One tensor a program: how many equal the K-th in its cell here, in that cell's column of int32 [tensors, cells].
+    """Store one tensor's number of keys equal to the K-th a program, in the column of its cell: int32 [tensors, cells].
 
-    `spans_ptr`: int64 [tensors, 4]: where a tensor's spans begin, how many they are, its cell, whether it counts.
+    `spans_ptr` is int64 [tensors, 4]: a tensor's first span, the number of its spans, its cell, whether it is counted.
     """
     t = tl.program_id(0)
     spans = spans_ptr + t * 4
@@ -129,8 +129,9 @@ def cells_kernel(table_ptr, equals_ptr, spans_ptr, cells, BLOCK: tl.constexpr):
 @triton.jit
 def cutoff_kernel(ranks_ptr, table_ptr, equals_ptr, keys_ptr, spans_ptr, cells, CELLS: tl.constexpr,
                   SPAN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """One tensor a program: from everybody's cells to the last flat index here at which a key that equals the K-th is
-    selected (CUTOFF). Reads a shard's numbers of equal keys, and one span of its keys. CELLS: a power of two >= cells.
+    """From all ranks' cells of one tensor a program, find the last flat index here that a tie is selected at (CUTOFF).
+
+    Reads a shard's numbers of equal keys, and one span of its keys. CELLS is a power of two, not less than `cells`.
     """
     t = tl.program_id(0)
     spans, ranks = spans_ptr + t * 4, row_of(ranks_ptr, t, RANKS)

@@ -1,1 +1,1 @@
-"""The K-th largest score without sorting: bracket from a sample, settle, repair; small tensors at once."""
+"""Exact top-K without sorting: a bracket from a sample, settling, repair; small tensors in one program."""

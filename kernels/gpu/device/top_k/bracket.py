@@ -1,9 +1,9 @@
 """From a sample of its scores to a tensor's threshold or bracket.
 
-Tensors with a drawn sample (up to 262,144 scores) are ranked by many programs in a few launches, digit by digit of the
-key (9, 12 and 11 bits): the histogram of the first digit, sign and exponent, comes with the sample, from it
-`spread_kernel` finds how far the sample's rank may be off, `digits_kernel` counts the next digit, `bracket_kernel`
-reads off the result. A small tensor is its own sample, and `whole_kernel` does all of it in one program.
+A drawn sample (up to 262,144 scores) is ranked by many programs in a few launches, digit by digit of the key (9, 12
+and 11 bits). The histogram of the first digit, sign and exponent, comes with the sample. From it, `spread_kernel` finds
+how far the sample's rank may be off, `digits_kernel` counts the next digit, and `bracket_kernel` reads off the result.
+A small tensor is its own sample, and `whole_kernel` (`small.py`) does all of this in one program.
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ def sample_kernel(
     samples_ptr, histograms_ptr, work_ptr, pointers_ptr, numbers_ptr, facts_ptr, keys_ptr,
     SAMPLED: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The keys of up to BLOCK sampled scores of one tensor a program: reads what a score is made of at those places.
+    """Store the keys of up to BLOCK sampled scores of one tensor a program, and count their first digits.
 
-    Four bytes are written a sample; of float32 read are whole bursts of 64 bytes for 16 neighbours (SAMPLED, whose
-    places everybody draws alike: one or two for 8). Counts the keys' first digits.
+    Reads the tensors that a score is made of at the drawn places. For a bracket, these are whole bursts of 64 bytes of
+    float32, 16 neighbours each. For a sampled quantile (SAMPLED), whose places are drawn as on the CPU, they are one
+    or two bursts for 8 neighbours. Writes 4 bytes a sample.
     """
     program = tl.program_id(0)
     t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
@@ -96,21 +97,23 @@ def sample_kernel(
 
 @triton.jit
 def load_keys(samples, i, count):
+    """The keys at these places of a sample of `count` keys, uint32; 0 behind its end."""
     return tl.load(samples + i, mask=i < count, other=0).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _place(ranks, facts):
-    """Where in the sample, counted from its largest, the wanted rank of the tensor is expected; float64."""
+    """The rank in the sample, from its largest, at which the wanted rank of the tensor is expected; float64."""
     count = tl.load(facts + SAMPLES).to(tl.float64)
     return tl.load(ranks + WANTED).to(tl.float64) / tl.load(facts + NUMEL).to(tl.float64) * count
 
 
 @triton.jit
 def spread_kernel(spreads_ptr, samples_ptr, histograms_ptr, work_ptr, ranks_ptr, facts_ptr, BLOCK: tl.constexpr):
-    """For each run of BRACKET_RUN neighbours, how many of its keys are about the wanted rank or above: adds up the
-    numbers and their squares. What was drawn are runs, and neighbours are alike, so their variance says how far the
-    rank is off.
+    """Count the keys about the wanted rank or above in each run of BRACKET_RUN neighbours; add up counts and squares.
+
+    Their variance says how far the sample's rank may be off. It is taken of runs, because runs were drawn, and
+    neighbours are alike.
     """
     program = tl.program_id(0)
     t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
@@ -127,9 +130,9 @@ def spread_kernel(spreads_ptr, samples_ptr, histograms_ptr, work_ptr, ranks_ptr,
 
 @triton.jit
 def _targets(spreads_ptr, ranks, facts, width, SAMPLED: tl.constexpr):
-    """The two ranks of the sample that the bracket ends at; below 1 or above the count where it is open.
+    """The two ranks of the sample at which the bracket ends: below 1, or above the count, if it has no end there.
 
-    SAMPLED: the one rank that is wanted, twice.
+    SAMPLED: the wanted rank, twice.
     """
     if SAMPLED:
         above = tl.load(ranks + WANTED).to(tl.int32)
@@ -139,7 +142,7 @@ def _targets(spreads_ptr, ranks, facts, width, SAMPLED: tl.constexpr):
         samples = tl.load(facts + SAMPLES).to(tl.float64)
         total = tl.load(spreads_ptr + 2 * large).to(tl.float64)
         variance = tl.load(spreads_ptr + 2 * large + 1).to(tl.float64) - total * total * BRACKET_RUN / samples
-        # near the wanted rank, not at it: how much larger it is than that of single draws carries over
+        # This is the variance near the wanted rank. Its ratio to that of single draws is the same at the rank itself.
         alone, wanted = total * (1.0 - total / samples), place * (1.0 - place / samples)
         larger = tl.where(alone > 0, variance / tl.where(alone > 0, alone, 1.0), 1.0)
         margin = width * tl.sqrt(tl.maximum(larger, 0.125) * tl.maximum(wanted, 0.0)) + 2.0
@@ -152,7 +155,7 @@ def digits_kernel(
     histograms_ptr, spreads_ptr, samples_ptr, work_ptr, ranks_ptr, facts_ptr, width,
     SAMPLED: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Count the second (LEVEL 1) or third (2) digit of the keys that share the digits before it with the wanted one."""
+    """Count the second (LEVEL 1) or third (2) digit of the keys that share the earlier digits with the wanted key."""
     program = tl.program_id(0)
     t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
     facts, ranks = row_of(facts_ptr, t, FACTS), row_of(ranks_ptr, t, RANKS)
@@ -179,9 +182,9 @@ def digits_kernel(
 def bracket_kernel(
     ranks_ptr, histograms_ptr, spreads_ptr, facts_ptr, tensors_ptr, width, SAMPLED: tl.constexpr
 ):  # fmt: skip
-    """One tensor a program: its bracket, rounded outwards to 21 bits; SAMPLED: its threshold, the sample's quantile.
+    """Store the bracket of one tensor a program, rounded outwards to 21 bits. SAMPLED: its threshold, a quantile.
 
-    `width`: half the bracket in standard deviations.
+    `width` is half the bracket in standard deviations.
     """
     t = tl.load(tensors_ptr + tl.program_id(0))
     facts, ranks = row_of(facts_ptr, t, FACTS), row_of(ranks_ptr, t, RANKS)
@@ -210,6 +213,7 @@ def bracket_kernel(
 
 @triton.jit
 def keep(ranks, low, high, cutoff, mode):
+    """Store a tensor's bracket or threshold, and reset its counts."""
     tl.store(ranks + LOW, low)
     tl.store(ranks + HIGH, high)
     tl.store(ranks + CUTOFF, cutoff)

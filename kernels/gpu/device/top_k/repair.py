@@ -1,8 +1,8 @@
-"""Exact ranking of whole tensors, whatever their scores look like: where a bracket missed or a list overflowed.
+"""Exact ranking of whole tensors, whatever their scores look like: for those whose bracket missed or list overflowed.
 
-A launch of as many programs as the device has multiprocessors, which wait for each other: a radix select over the keys
-(11, 11 and 10 bits), then the index that splits the equal ones, then the step of what is still undecided. Nothing
-happens, in a few microseconds, when no tensor needs it; the host never learns.
+One launch, whose programs run at the same time and wait for each other: a radix select over the keys (11, 11 and 10
+bits), then the index that splits the equal ones, then the step of the elements that are still undecided. If no tensor
+needs it, the launch ends after a few microseconds. The host never learns which it was.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..scores import DIGIT, bin_of, descend, keys_at
 
 @triton.jit
 def _meet(counter_ptr, target):
-    """Wait until all programs are here; what they stored before is seen after, by loads that go past the L1."""
+    """Wait until all programs are here. Loads that go past the L1 then see the stores that came before."""
     tl.debug_barrier()
     tl.atomic_add(counter_ptr, 1, sem="acq_rel")
     while tl.atomic_add(counter_ptr, 0, sem="acquire") < target:
@@ -29,7 +29,7 @@ def _meet(counter_ptr, target):
 @triton.jit
 def _count_digits(histogram_ptr, pointers, row, start, end, numel, prefix, taken, to, BLOCK: tl.constexpr,
                   CFG: tl.constexpr):  # fmt: skip
-    """Count the key digits that begin at bit `to`, of the keys that begin with `prefix` (`taken` bits)."""
+    """Count the digits that begin at bit `to`, of the keys whose first `taken` bits are `prefix`."""
     for at in range(start, end, BLOCK):
         offs = at + tl.arange(0, BLOCK)
         key, _, _, _ = keys_at(pointers, row, offs, offs < numel, False, CFG)
@@ -40,7 +40,7 @@ def _count_digits(histogram_ptr, pointers, row, start, end, numel, prefix, taken
 
 @triton.jit
 def _equal(pointers, row, start, end, numel, wanted, BLOCK: tl.constexpr, CFG: tl.constexpr):
-    """How many keys of this range are equal to `wanted`."""
+    """The number of keys of this range that are equal to `wanted`."""
     count = tl.zeros([BLOCK], tl.int32)
     for at in range(start, end, BLOCK):
         offs = at + tl.arange(0, BLOCK)
@@ -66,10 +66,10 @@ def _place(pointers, row, start, end, numel, wanted, left, BLOCK: tl.constexpr, 
 @triton.jit
 def _finish(pointers, row, ranks, start, end, numel, wanted, cutoff, BINS: tl.constexpr, BLOCK: tl.constexpr,
             CFG: tl.constexpr):  # fmt: skip
-    """Step what is undecided, and correct what was decided wrongly; (how many are selected, sum of (mask u)^2).
+    """Step the undecided elements and correct those decided wrongly. Returns (number selected, sum of (mask u)^2).
 
-    A coordinate that was decided has been rounded already, so its correction rounds a second time: off by two units in
-    the last place of the largest number at most. Undecided ones are rounded once.
+    An element that was decided has been rounded already, so its correction rounds a second time: it is off by two units
+    in the last place of the largest number at most. Undecided elements are rounded once.
     """
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
     critical = tl.arange(0, BLOCK) * 0 + tl.load(ranks + CRITICAL)
@@ -102,9 +102,9 @@ def repair_kernel(
 ):  # fmt: skip
     """Rank the tensors on the list `broken_ptr` exactly, and finish their step. Reads a tensor's scores six times.
 
-    All `programs` of the launch have to run at the same time. `meeting_ptr` is zero before, as are `histograms_ptr`
-    (twice three histograms); PROGRAMS is a power of two that is large enough. Without `CFG.writes` only the threshold
-    is kept.
+    All `programs` of the launch have to run at the same time. `meeting_ptr` and `histograms_ptr` (twice three
+    histograms) have to be zero before. PROGRAMS is a power of two, not less than `programs`. Without `CFG.writes` only
+    the threshold is kept.
     """
     pid = tl.program_id(0)
     met = 0

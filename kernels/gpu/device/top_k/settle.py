@@ -29,21 +29,21 @@ from ..elements import column, multiplier, pointers_of, row_of, stepped
 from ..rounding import narrow
 from ..scores import bin_of, keys_at
 
-TINY = 1024  # how many elements of the one bin can be listed; more are ranked by repair.py
+TINY = 1024  # elements of the critical bin that can be listed; if there are more, repair.py ranks the tensor
 
 
 @triton.jit
 def _note(broken_ptr, t):
-    """Put a tensor on the list of those that need repair; the order is whoever comes first, the result is not."""
+    """Put a tensor on the list of those that need repair. The list's order is arbitrary; the results are not."""
     place = tl.atomic_add(broken_ptr, 1, sem="relaxed")
     tl.store(broken_ptr + 1 + place, t)
 
 
 @triton.jit
 def find_kernel(ranks_ptr, histograms_ptr, broken_ptr, tensors_ptr, facts_ptr, BINS: tl.constexpr):
-    """One tensor a program: the histogram's bin that holds the K-th score, and the rank inside of it.
+    """Find the bin of one tensor's histogram a program that holds the K-th score, and the rank inside of it (LEFT).
 
-    CRITICAL becomes that bin, BINS where nothing of the bracket is selected, -1 where the bracket has missed.
+    CRITICAL becomes that bin; BINS if nothing in the bracket is selected; -1 if the bracket has missed.
     """
     t = tl.load(tensors_ptr + tl.program_id(0))
     ranks, large = row_of(ranks_ptr, t, RANKS), tl.load(row_of(facts_ptr, t, FACTS) + LARGE)
@@ -64,7 +64,7 @@ def find_kernel(ranks_ptr, histograms_ptr, broken_ptr, tensors_ptr, facts_ptr, B
 
 @triton.jit
 def decide(pointers, row, offs, todo, chosen, u, g, p, CFG: tl.constexpr):
-    """Step the elements in `todo` that are now decided (float32 parameters); (mask u)^2 of these, 0 elsewhere."""
+    """Step the elements in `todo`, which are decided now (float32 parameters). Returns their (mask u)^2, else 0."""
     multiples = multiplier(chosen, u, g, row, CFG)
     new = stepped(p, p, u, multiples, row, CFG)
     tl.store(column(pointers, PARAM, CFG.param, False) + offs, narrow(new, CFG.param), mask=todo)
@@ -74,14 +74,14 @@ def decide(pointers, row, offs, todo, chosen, u, g, p, CFG: tl.constexpr):
 
 @triton.jit
 def _lowest(bits):
-    """The place (0 to 31) of the lowest bit that is set in each uint32; anything where none is."""
+    """The place (0 to 31) of the lowest bit that is set in each uint32; undefined for 0."""
     lowest = bits & ((bits ^ 0xFFFFFFFF) + 1)
     return (lowest.to(tl.float32).to(tl.uint32, bitcast=True) >> 23).to(tl.int32) - 127
 
 
 @triton.jit
 def _list(tiny_ptr, ranks, offs, key, listed, TINY: tl.constexpr):
-    """Append elements to a tensor's list; those that do not fit are only counted."""
+    """Append elements to a tensor's list. Those that do not fit are only counted."""
     index = tl.atomic_add(ranks + TIED + offs * 0, tl.full(offs.shape, 1, tl.int64), mask=listed, sem="relaxed")
     fits = listed & (index < TINY)
     tl.store(tiny_ptr + index, offs.to(tl.uint32).to(tl.int32, bitcast=True), mask=fits)
@@ -90,7 +90,7 @@ def _list(tiny_ptr, ranks, offs, key, listed, TINY: tl.constexpr):
 
 @triton.jit
 def _population(bits):
-    """How many bits are set in each uint32."""
+    """The number of bits that are set in each uint32."""
     bits = bits - ((bits >> 1) & 0x55555555)
     bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
     bits = (bits + (bits >> 4)) & 0x0F0F0F0F
@@ -99,9 +99,9 @@ def _population(bits):
 
 @triton.jit
 def _gather(todo_ptr, word, bits, place, first, ROOM: tl.constexpr):
-    """Write down the flat indices of the set bits whose number is from `first` on, as many as there is room for.
+    """Store the flat indices of the set bits from number `first` on, as many as there is room for.
 
-    `place`: the number of each word's first one.
+    `place` is the number of each word's first set bit.
     """
     rounds = tl.max(_population(bits))
     for _ in range(rounds):
@@ -118,11 +118,12 @@ def settle_kernel(
     TINY: tl.constexpr, BINS: tl.constexpr, WORDS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
     CFG: tl.constexpr,
 ):  # fmt: skip
-    """Decide what lies in other bins than the critical one, and list the elements of that one.
+    """Decide the undecided elements of all bins but the critical one, and list the elements of that.
 
-    WORDS words of 32 elements of one tensor a program. Few bits are set, so their indices are written down first, ROOM
-    at a time, and then worked on side by side. Reads a bit for each element, and for each undecided one what its score
-    is made of; writes its parameter (where `CFG.writes`). `tiny_ptr`: for each tensor TINY indices, then TINY keys.
+    A program has WORDS words of 32 elements of one tensor. Few bits are set, so the indices of the set ones are stored
+    first, ROOM at a time, and these elements are then worked on side by side. Reads a bit for each element, and for
+    each undecided one the tensors that its score is made of; writes its parameter (if `CFG.writes`). `tiny_ptr` has
+    TINY indices, then TINY keys for each tensor.
     """
     program = tl.program_id(0)
     t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
@@ -168,9 +169,9 @@ def ties_kernel(
     partials_ptr, tiny_ptr, broken_ptr, tensors_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
     TINY: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
-    """One tensor a program: rank the listed elements, equal scores by index, step them, and keep the threshold.
+    """Rank the listed elements of one tensor a program, equal scores by index; step them, and keep the threshold.
 
-    What was listed depends on the order of atomics, the ranks and so the result do not.
+    The order of the list depends on the order of atomics; the ranks, and so the results, do not.
     """
     t = tl.load(tensors_ptr + tl.program_id(0))
     ranks = row_of(ranks_ptr, t, RANKS)
@@ -197,7 +198,8 @@ def ties_kernel(
                 key, u, g, p = keys_at(pointers, row, index, todo, False, CFG)
                 each = decide(pointers, row, index, todo, chosen, u, g, p, CFG)
                 count = tl.sum((todo & chosen).to(tl.float32))
-                # added up in the order of the ranks, which the list is not in: over the keys, which are done with
+                # Added up in the order of the ranks, because the list's order is arbitrary. Stored over the keys, which
+                # are not needed any more.
                 tl.debug_barrier()
                 tl.store(tiny + TINY + place, each.to(tl.int32, bitcast=True), mask=todo)
                 tl.debug_barrier()

@@ -1,4 +1,4 @@
-"""A small tensor is its own sample: its K-th largest score by bisection, in one program."""
+"""The K-th largest score of a small tensor, which is its own sample: by bisection, in one program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .bracket import keep, load_keys
 
 @triton.jit
 def _count(samples, count, least, BLOCK: tl.constexpr):
-    """How many keys are `least` or more."""
+    """The number of keys that are `least` or more."""
     found = tl.zeros([BLOCK], tl.int32)
     for at in range(0, count, BLOCK):
         i = at + tl.arange(0, BLOCK)
@@ -37,9 +37,9 @@ def _cutoff(samples, count, key, left, BLOCK: tl.constexpr):
 
 @triton.jit
 def whole_kernel(ranks_ptr, samples_ptr, facts_ptr, tensors_ptr, BLOCK: tl.constexpr):
-    """One small tensor a program: its K-th largest key, and the index that splits those equal to it.
+    """Find the K-th largest key of one small tensor a program, and the index that splits those equal to it.
 
-    By bisection: the largest key that K keys reach, bit by bit. Reads the keys 33 times, from the cache.
+    Found bit by bit: the largest key that K keys reach. Reads the keys 33 times, from the cache.
     """
     t = tl.load(tensors_ptr + tl.program_id(0))
     facts, ranks = row_of(facts_ptr, t, FACTS), row_of(ranks_ptr, t, RANKS)
@@ -50,7 +50,7 @@ def whole_kernel(ranks_ptr, samples_ptr, facts_ptr, tensors_ptr, BLOCK: tl.const
         for _ in range(32):
             key = tl.where(_count(samples, count, key | bit, BLOCK) >= wanted, key | bit, key)
             bit = bit >> 1
-        # the keys above it; no key is above the largest there is
+        # the number of keys above it; none is above the largest uint32
         more = tl.where(key == 0xFFFFFFFF, 0, _count(samples, count, key + 1, BLOCK))
         cutoff = tl.full((), LAST, tl.int64)
         if _count(samples, count, key, BLOCK) > wanted:
