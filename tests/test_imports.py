@@ -21,6 +21,7 @@ STAIRS = [
         "selective.class_annotations",
         "selective.configured",
         "selective.foreach",
+        "selective.mismatch",
         "selective.parameter",
         "selective.sharding",
         "selective.statistics",

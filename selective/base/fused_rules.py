@@ -14,6 +14,7 @@ from torch.optim.optimizer import _get_scalar_dtype
 from selective.base.hyperparameters import plain_number, sign_of
 from selective.base.measure_moments import Moments
 from selective.kernels import spec
+from selective.mismatch import CheckpointMismatch
 
 Group = dict[str, Any]
 
@@ -32,7 +33,7 @@ class FusedRule:
         return True
 
     def moments(self, group: Group, entries: dict[str, Any], who: str) -> list[str]:
-        """Which entries of a saved state are shaped like the parameter; a ValueError where it is not this base's.
+        """Which entries of a saved state are shaped like the parameter; an error where it is not this base's.
 
         `group` is the saved one: its flags say what has to be there.
         """
@@ -40,9 +41,9 @@ class FusedRule:
         missing = [name for name in names if name not in entries]
         foreign = [name for name in entries if name not in names and name not in optional]
         if missing or foreign:
-            raise ValueError(
-                f"SelectiveUpdate: the checkpoint is not of {who}: a parameter's state has "
-                f"{sorted(map(str, entries))}, expected {sorted(names)}; nothing was loaded"
+            raise CheckpointMismatch(
+                f"the checkpoint is not of {who}: a parameter's state has {sorted(map(str, entries))}, expected "
+                f"{sorted(names)}"
             )
         return [name for name in (*names, *optional) if name != "step" and name in entries]
 

@@ -13,6 +13,7 @@ from selective.checkpoint.frame import check_entries, check_layout, checked_fram
 from selective.checkpoint.matches_basis import advice
 from selective.checkpoint.matches_policies import own_tensors
 from selective.kernels.lasting import lasting
+from selective.mismatch import CheckpointMismatch
 from selective.parameter import Parameter
 from selective.policies import Policy
 from selective.preconditioner import Preconditioner
@@ -108,9 +109,9 @@ class Checkpointing(Writing):
         for number, (old, new) in enumerate(zip(before, self.base.param_groups, strict=True)):
             missing = [key for key in old if key in self.base.defaults and key not in new]
             if missing:  # only now: the base may know how to read older checkpoints of its own
-                raise ValueError(
-                    f"SelectiveUpdate: the checkpoint is not of {type(self.base).__name__}: its param_groups[{number}] "
-                    f"has no {', '.join(map(repr, missing))}; nothing was loaded"
+                raise CheckpointMismatch(
+                    f"the checkpoint is not of {type(self.base).__name__}: its param_groups[{number}] has no "
+                    f"{', '.join(map(repr, missing))}"
                 )
         params = [p for group in self.base.param_groups for p in group["params"]]
         for index, p in zip(order, params, strict=True):

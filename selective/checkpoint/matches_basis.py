@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from selective.configured import Configured
+from selective.mismatch import CheckpointMismatch
 from selective.parameter import Parameter
 from selective.plan.policy_groups import PreconditionerGroup
 from selective.plan.rotated import Stage, layout_of
@@ -25,9 +26,7 @@ def first_saved(entries: Sequence[dict[str, Tensor]], key: str, family: type[C],
         return None
     where = f"param_groups[{number}]"
     if not all(torch.equal(one.cpu(), having[0].cpu()) for one in having[1:] if one is not having[0]):
-        raise ValueError(
-            f"SelectiveUpdate: {where}: the checkpoint's parameters differ in their {key!r}; nothing was loaded"
-        )
+        raise CheckpointMismatch(f"{where}: the checkpoint's parameters differ in their {key!r}")
     return decode_model(having[0], family, where)
 
 
@@ -45,11 +44,12 @@ def check_basis(
         return
     why = _difference(entries, saved, stage, shape, member)
     if why is not None:
-        raise ValueError(
-            f"SelectiveUpdate: param_groups[{member.group}] has the preconditioner {ours!r} and "
-            f"matrix_view={group.matrix_view!r}, the checkpoint was made with {saved!r}: {why}. Nothing was loaded; "
-            f"construct the optimizer with that preconditioner, or load only the base's part "
-            f"(selective.base_part(state_dict)), whose moments are of that basis"
+        raise CheckpointMismatch(
+            f"param_groups[{member.group}] has the preconditioner {ours!r} and matrix_view={group.matrix_view!r}, the "
+            f"checkpoint was made with {saved!r}: {why}",
+            "construct the optimizer with that preconditioner, or load only the base's part "
+            "(selective.base_part(state_dict)), whose moments are of that basis",
+            long=True,
         )
 
 

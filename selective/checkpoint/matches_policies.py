@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from selective.base.fused_rules import fused_rule
 from selective.base.same_class import check_class, check_first_state, check_options
 from selective.checkpoint.matches_basis import check_basis, first_saved
 from selective.kernels.lasting import lasting
+from selective.mismatch import CheckpointMismatch
 from selective.parameter import Parameter, is_lazy
 from selective.policies import Dense, Policy
 from selective.preconditioner import Preconditioner
@@ -21,16 +22,19 @@ from selective.state.fits import Settling
 from selective.state.parameter_state import ON_THE_HOST, Own, is_kept, is_of_basis
 
 
+def cant_be_loaded(reason: str) -> CheckpointMismatch:
+    """The error for a checkpoint that looked right, and that failed while it was loaded."""
+    return CheckpointMismatch(f"the checkpoint can't be loaded ({reason})")
+
+
 class Checking(Settling):
     """The part of `SelectiveUpdate` that refuses checkpoints."""
 
     _live: dict[str, Any]
 
     @contextmanager
-    def _all_or_nothing(
-        self, failed: str = "the checkpoint can't be loaded", after: str = "nothing was loaded"
-    ) -> Iterator[None]:
-        """Put base and wrapper back as they were if loading fails half-way, and say why it failed."""
+    def _all_or_nothing(self, failed: Callable[[str], ValueError] = cant_be_loaded) -> Iterator[None]:
+        """Put base and wrapper back as they were if loading fails half-way; `failed` makes the error of the reason."""
         base, own = vars(self.base), ("_own", "_steps", "_seed", "_captures", "_stages", "_places")
         theirs, ours = dict(base), {name: getattr(self, name) for name in own}
         # torch's load replaces these; a base with one of its own may write into them
@@ -57,10 +61,10 @@ class Checking(Settling):
                 members.kept.drop()
                 members.kept_rotated.drop()
                 members.fits = members.settled = False
-            if not isinstance(error, Exception) or after in str(error):
+            if not isinstance(error, Exception) or isinstance(error, CheckpointMismatch):
                 raise
             reason = str(error).removeprefix("SelectiveUpdate: ")
-            raise ValueError(f"SelectiveUpdate: {failed} ({type(error).__name__}: {reason}); {after}") from error
+            raise failed(f"{type(error).__name__}: {reason}") from error
 
     def _checked_preconditioners(
         self, order: list[Any], ours: dict[Any, dict[str, Tensor]]
@@ -123,10 +127,10 @@ class Checking(Settling):
             lacking = [index for index in stepped if index not in ours]
             dense = isinstance(self.policy_groups[number].policy, Dense)  # then only what is rotated has entries
             if not dense and 0 < len(lacking) < len(stepped):
-                raise ValueError(
-                    f"SelectiveUpdate: the checkpoint has entries of ours for {len(stepped) - len(lacking)} of the "
-                    f"{len(stepped)} parameters of param_groups[{number}] that have stepped, and none for parameter "
-                    f"{lacking[0]}; nothing was loaded. To load the base's part alone: selective.base_part(state_dict)"
+                raise CheckpointMismatch(
+                    f"the checkpoint has entries of ours for {len(stepped) - len(lacking)} of the {len(stepped)} "
+                    f"parameters of param_groups[{number}] that have stepped, and none for parameter {lacking[0]}",
+                    "To load the base's part alone: selective.base_part(state_dict)",
                 )
             found = zip(group["params"], members, strict=True)
             found = [(index, member) for index, member in found if not is_lazy(member.tensor)]
@@ -139,9 +143,9 @@ class Checking(Settling):
                 for key in keys:
                     shape = getattr(entries.get(key), "shape", member.tensor.shape)
                     if shape != member.tensor.shape:
-                        raise ValueError(
-                            f"SelectiveUpdate: the checkpoint's {key!r} of parameter {member.name!r} has shape "
-                            f"{tuple(shape)}, the parameter {tuple(member.tensor.shape)}; nothing was loaded"
+                        raise CheckpointMismatch(
+                            f"the checkpoint's {key!r} of parameter {member.name!r} has shape {tuple(shape)}, the "
+                            f"parameter {tuple(member.tensor.shape)}"
                         )
             if saved and known is None and not (same and all(same)):
                 residue = self._captures[saved[0][0].group][1].facts.residue
@@ -154,16 +158,15 @@ class Checking(Settling):
         wanted = self._fresh_own(member, policy)
         if (MOMENTUM in found) != (MOMENTUM in wanted):
             had = "was" if MOMENTUM in found else "was not"
-            raise ValueError(
-                f"SelectiveUpdate: the checkpoint {had} made with momentum_beta; construct the optimizer the same "
-                f"way; nothing was loaded"
+            raise CheckpointMismatch(
+                f"the checkpoint {had} made with momentum_beta; construct the optimizer the same way"
             )
         theirs = {key: (tuple(value.shape), value.dtype) for key, value in found.items()}
         ours = {key: (tuple(value.shape), value.dtype) for key, value in wanted.items()}
         if theirs != ours:
-            raise ValueError(
-                f"SelectiveUpdate: the checkpoint's state of parameter {member.name!r} does not fit {policy!r}: found "
-                f"{theirs}, expected {ours}; nothing was loaded"
+            raise CheckpointMismatch(
+                f"the checkpoint's state of parameter {member.name!r} does not fit {policy!r}: found {theirs}, "
+                f"expected {ours}"
             )
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from selective.base.same_class import class_names
-from selective.checkpoint.frame import check_known, number_of
 from selective.checkpoint.matches_policies import Checking, kinds_of
 from selective.parameter import is_lazy
 from selective.plan.policy_groups import PolicyGroup
@@ -24,10 +23,24 @@ from selective.policies import Policy
 from selective.preconditioner import Preconditioner
 from selective.state.entries import BASIS_STEPS, POLICY, PRECONDITIONER, SEED, STEP, decode_model, encode_model
 from selective.state.merged_view import Home, Made, MergedEntry, MergedState, apart, shapes_of
+from selective.state.one_entry import check_known, number_of
 from selective.state.parameter_state import COUNTS, ON_THE_HOST, Own, in_dtype, is_kept, is_of_basis
 from selective.state.undivided import Undivided
 
-_NOT = "it was not taken"
+
+def not_taken(found: str) -> ValueError:
+    """The error for an entry that was written and can't be kept."""
+    return ValueError(f"SelectiveUpdate: {found}; it was not taken")
+
+
+def not_a(where: str, value: object, kind: str) -> TypeError:
+    """The error for something of another type than is kept there."""
+    return TypeError(f"SelectiveUpdate: {where} is a {type(value).__name__}, must be {kind}; it was not taken")
+
+
+def not_set(reason: str) -> ValueError:
+    """The error for a `__setstate__` that failed."""
+    return ValueError(f"SelectiveUpdate: __setstate__ failed ({reason}); nothing was set")
 
 
 class Writing(Checking):
@@ -52,7 +65,7 @@ class Writing(Checking):
                 f"SelectiveUpdate: __setstate__ got {', '.join(map(repr, unknown))}, and takes 'state', 'param_groups' "
                 f"and 'defaults', or what __getstate__ returns; nothing was set"
             )
-        with self._all_or_nothing("__setstate__ failed", "nothing was set"):
+        with self._all_or_nothing(not_set):
             for number, group in enumerate(state.get("param_groups", ())):
                 if not all(isinstance(p, Tensor) for p in group["params"]):
                     raise TypeError(
@@ -116,22 +129,22 @@ class _Made(Made):
 
     def judge(self, key: str, value: Any) -> Callable[[], None]:
         """What takes it; a ValueError or a TypeError with the reason where it can't be taken."""
-        where = f"SelectiveUpdate: {key!r} of a parameter's state"
-        check_known(key, "a parameter's state", _NOT)
+        where = f"{key!r} of a parameter's state"
+        check_known(key, "a parameter's state", not_taken)
         if key in (STEP, SEED):
-            number = number_of(key, value, where, _NOT)
+            number = number_of(key, value, where, not_taken)
             if isinstance(value, Tensor) and value.is_floating_point() and number > 2 / torch.finfo(value.dtype).eps:
-                raise ValueError(f"{where} is {number} in {value.dtype}, which may have rounded it; {_NOT}")
+                raise not_taken(f"{where} is {number} in {value.dtype}, which may have rounded it")
             return partial(self._count, key, number)
         if not isinstance(value, Tensor):
-            raise TypeError(f"{where} is a {type(value).__name__}, must be a tensor of bytes; {_NOT}")
+            raise not_a(where, value, "a tensor of bytes")
         family: Any = Policy if key == POLICY else Preconditioner
-        found = decode_model(in_dtype(value, torch.uint8), family, "a parameter's state", _NOT)
+        found = decode_model(in_dtype(value, torch.uint8), family, "a parameter's state", not_taken)
         if self.group is None:  # a parameter that comes into a group is under what that one says
             return lambda: None
         now = self.group.policy if key == POLICY else self.group.preconditioning.preconditioner
         if now is None or kinds_of(found.model_dump()) != kinds_of(now.model_dump()):
-            raise ValueError(f"{where} is {found!r}, and its group has {now!r}: another kind; {_NOT}")
+            raise not_taken(f"{where} is {found!r}, and its group has {now!r}: another kind")
         if found == now:
             return lambda: None
         if key == POLICY:
@@ -193,18 +206,18 @@ class _Home(Home):
     @staticmethod
     def _checked(key: str, value: Any, now: Tensor | None) -> Tensor:
         """What is written, as it is kept."""
-        where = f"SelectiveUpdate: {key!r} of a parameter's state"
+        where = f"{key!r} of a parameter's state"
         if not isinstance(value, Tensor):
-            raise TypeError(f"{where} is a {type(value).__name__}, must be a tensor; {_NOT}")
+            raise not_a(where, value, "a tensor")
         if value.layout != torch.strided:
-            raise ValueError(f"{where} is a {value.layout} tensor, must be a dense one; {_NOT}")
+            raise not_taken(f"{where} is a {value.layout} tensor, must be a dense one")
         if key in COUNTS or (is_of_basis(key) and now is not None):
             value = in_dtype(value, torch.int64 if now is None else now.dtype)
         if is_of_basis(key) and now is not None and (value.shape, value.dtype) != (now.shape, now.dtype):
-            raise ValueError(
+            raise not_taken(
                 f"{where} is {value.dtype} of shape {tuple(value.shape)}, must be {now.dtype} of {tuple(now.shape)}: "
                 f"a basis is not cut with its parameter, whose rows it mixes. It starts anew where the parameter got "
-                f"another shape; {_NOT}"
+                f"another shape"
             )
         return value.detach().to("cpu") if key in ON_THE_HOST else value.detach()
 
@@ -220,9 +233,7 @@ class _Home(Home):
                 taken[param] = entries, None
                 continue
             if not isinstance(entries, Mapping):
-                raise TypeError(
-                    f"SelectiveUpdate: a parameter's state is a {type(entries).__name__}, must be a mapping; {_NOT}"
-                )
+                raise not_a("a parameter's state", entries, "a mapping")
             if isinstance(entries, MergedEntry) and not self._is_ours(entries):
                 entries = dict(entries)  # another optimizer's: what it says is judged, and that one keeps what it has
             theirs, ours = apart(entries)
