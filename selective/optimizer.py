@@ -16,8 +16,8 @@ from selective.capture.choose import CaptureName
 from selective.explain.groups import explain
 from selective.plan.policy_groups import KEYS, PolicyGroup, PreconditionerGroup
 from selective.plan.refusals import check_arguments
-from selective.plan.rotated import warn_of_two_rotations
-from selective.policies import Dense, Policy, policy_from
+from selective.plan.rotation_plan import warn_of_two_rotations
+from selective.policies import Policy, policy_from
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 from selective.rotation.basis import MaskSpace
 from selective.sharding.dtensor import shard_of
@@ -96,7 +96,7 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         self._scope: Scope = scope
         self._report, self._own = None, {}
         self.policy_groups: list[PolicyGroup] = []
-        self._captures = []
+        self._choices = {}
         self._start_planning()
         self._constructing = True  # torch's constructor would build groups of its own; ours are the base's
         Optimizer.__init__(self, base.param_groups, base.defaults)
@@ -178,8 +178,8 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
             with torch.enable_grad():
                 loss = closure()  # 1
         self._plan()
-        present = [members.with_gradient() for members in self._members]
-        check_gradients(self.policy_groups, self._members, self._stages, present)  # 2
+        present = [plan.params.with_gradient() for plan in self._plans]
+        check_gradients(self._plans, present)  # 2
         recording = self._is_recorded()
         if not recording and self._is_initialisation():
             with base_hooks(self.base):
@@ -221,23 +221,22 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
     def explain(self) -> str:
         """For each parameter group: its policy, how the update is captured and why, decay, momentum, extra memory."""
         self._plan()
-        captures = [capture for _, capture in self._captures]
         return explain(
-            self.base, self.policy_groups, captures, self._momentum_beta, self._stages, self._mask_space, self._scope,
-            self._statistics, self._stochastic_rounding,
+            self.base, self._plans, self._momentum_beta, self._mask_space, self._scope, self._statistics,
+            self._stochastic_rounding,
         )  # fmt: skip
 
     def _is_recorded(self) -> bool:
         """Whether this step goes into a CUDA graph; an error where its replays would not be steps."""
-        if not any(members.cuda_devices for members in self._members) or not is_recording():
+        if not any(plan.params.cuda_devices for plan in self._plans) or not is_recording():
             return False
         check_recordable(self.base, self.param_groups, self._on_nonfinite, bool(self._places), self._asks_others())
         return True
 
     def _asks_others(self) -> bool:
         """Whether any parameter that is masked has parts on other ranks, whom a step has to ask."""
-        masked = (m for m, g in zip(self._members, self.policy_groups, strict=True) if not isinstance(g.policy, Dense))
-        return self._scope == "global" and any(shard_of(p) is not None for m in masked for p in m.tensors)
+        masked = (p for plan in self._plans if not plan.is_dense for p in plan.params.tensors)
+        return self._scope == "global" and any(shard_of(p) is not None for p in masked)
 
     def _is_initialisation(self) -> bool:
         """Whether this is torch.distributed.checkpoint's way to make state: learning rate 0 and zero gradients."""

@@ -142,10 +142,10 @@ class Watch:
     def _renamed(self) -> dict[str, tuple[str, float | None]]:
         """Each parameter's name in `statistics()`: what it is called here, and the cap of its strength."""
         found = {}
-        for members, group in zip(self.optimizer._members, self.optimizer.policy_groups, strict=True):
-            parts = group.policy.parts()
+        for plan in self.optimizer._plans:
+            parts = plan.policy.parts()
             cap = None if parts is None else getattr(parts[1], "cap", None)
-            for one in members.parameters:
+            for one in plan.params.parameters:
                 found[one.name] = self._names.get(id(one.tensor), one.name), cap
         return found
 

@@ -40,12 +40,10 @@ class Checkpointing(Writing):
         found = dict(self.base.state_dict())
         state = {index: dict(entries) for index, entries in found["state"].items()}
         wholes = self._summed_entries()
-        for saved, group, policy_group in zip(
-            found["param_groups"], self.base.param_groups, self.policy_groups, strict=True
-        ):
-            for index, p in zip(saved["params"], group["params"], strict=True):
+        for saved, plan in zip(found["param_groups"], self._plans, strict=True):
+            for index, p in zip(saved["params"], plan.group["params"], strict=True):
                 if p in self._own:
-                    ours = {**self._saved_entries(self._own[p], policy_group), **wholes.get(p, {})}
+                    ours = {**self._saved_entries(self._own[p], plan.policy_group), **wholes.get(p, {})}
                     state.setdefault(index, {}).update(ours)
         found["state"] = state
         for hook in self._optimizer_state_dict_post_hooks.values():
@@ -76,14 +74,14 @@ class Checkpointing(Writing):
         theirs = self._cut(order, base_part(found))
         names = {decode_note(entries[POLICY]) for entries in ours.values()} - {""}
         self._check_base(found["param_groups"], theirs["state"], names, ours)
-        to_say = advice(preconditioners, [group.preconditioning for group in self.policy_groups])
+        to_say = advice(preconditioners, [plan.preconditioning for plan in self._plans])
         with self._all_or_nothing():
             self._load_base(order, theirs)
             self._load_own(order, ours, policies, preconditioners)
             self._steps, self._seed = counted.get(STEP, 0), counted.get(SEED, self._seed)
             self._clocks.set(self._seed, self._steps)
             self._plan()
-            parameters = [parameter for members in self._parameters() for parameter in members]
+            parameters = [parameter for plan in self._plans for parameter in plan.params.parameters]
             self._bring_home(parameters)
             self._make_missing_bases(parameters)
         if to_say is not None:
@@ -125,14 +123,11 @@ class Checkpointing(Writing):
         policies: list[Policy],
         preconditioners: list[Preconditioner | None],
     ) -> None:
-        for number, (policy_group, members) in enumerate(zip(self.policy_groups, self._members, strict=True)):
-            policy_group.policy = policies[number]
-            found_there = preconditioners[number]
-            if found_there is not None:
-                policy_group.preconditioning.load(found_there)
-            members.kept.drop()
-            members.kept_rotated.drop()
-            members.fits = members.settled = False
+        for plan, policy, preconditioner in zip(self._plans, policies, preconditioners, strict=True):
+            plan.policy_group.policy = policy
+            if preconditioner is not None:
+                plan.preconditioning.load(preconditioner)
+            plan.look_anew()
         params = [p for group in self.base.param_groups for p in group["params"]]
         self._own = {p: own_tensors(ours[i], p) for i, p in zip(order, params, strict=True) if i in ours}
 
@@ -140,7 +135,7 @@ class Checkpointing(Writing):
         """Bases of parameters that were saved without: they start afresh."""
         for parameter in parameters:
             own = self._own.get(parameter.tensor)
-            if own is not None and BASIS_STEPS not in own and self._stage_of(parameter) is not None:
+            if own is not None and BASIS_STEPS not in own and self._rotated_as(parameter) is not None:
                 with lasting():
                     own.update(self._fresh_basis(parameter))
                 self._enter_basis([parameter])
@@ -149,7 +144,8 @@ class Checkpointing(Writing):
         self._count_steps()
         found = {**self.__dict__, **self._live}
         left_out = {name for name in found if name.endswith("_hooks")} | {"_live"}
-        left_out |= {"step", "_report", "defaults", "_members", "_recorded", "_clocks", "_stages", "_places", "_edited"}
+        left_out |= {"step", "_report", "defaults", "_plans", "_recorded", "_clocks", "_places", "_edited"}
+        found["_choices"] = {plan.number: plan.choice for plan in self._plans if plan.choice is not None}
         return {key: value for key, value in found.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from selective.configured import Configured
 from selective.mismatch import CheckpointMismatch
 from selective.parameter import Parameter
 from selective.plan.policy_groups import PreconditionerGroup
-from selective.plan.rotated import Stage, layout_of
+from selective.plan.rotation_plan import RotationPlan, layout_of
 from selective.preconditioner import Preconditioner
 from selective.state.entries import BASIS, BASIS_SHAPE, BASIS_STEPS, decode_model
 
@@ -33,16 +33,16 @@ def first_saved(entries: Sequence[dict[str, Tensor]], key: str, family: type[C],
 def check_basis(
     entries: dict[str, Tensor],
     saved: Preconditioner,
-    stage: Stage | None,
+    rotation: RotationPlan | None,
     group: PreconditionerGroup,
     member: Parameter,
 ) -> None:
     """Refuse the basis of another preconditioner, of other sides, or of another view of this parameter."""
     ours = group.preconditioner
-    shape = None if stage is None else stage.shapes.get(member.tensor)
+    shape = None if rotation is None else rotation.shapes.get(member.tensor)
     if not entries or (shape is None and BASIS_STEPS not in entries):
         return
-    why = _difference(entries, saved, stage, shape, member)
+    why = _difference(entries, saved, rotation, shape, member)
     if why is not None:
         raise CheckpointMismatch(
             f"param_groups[{member.group}] has the preconditioner {ours!r} and matrix_view={group.matrix_view!r}, the "
@@ -65,18 +65,18 @@ def advice(preconditioners: Sequence[Preconditioner | None], groups: Sequence[Pr
 def _difference(
     entries: dict[str, Tensor],
     saved: Preconditioner,
-    stage: Stage | None,
+    rotation: RotationPlan | None,
     shape: tuple[int, int, int] | None,
     member: Parameter,
 ) -> str | None:
     """What is different, in words; None where the basis is ours."""
     who = f"parameter {member.name!r}"
-    if stage is None:
+    if rotation is None:
         return f"{who} was rotated"
-    if type(saved) is not type(stage.preconditioner):
-        return f"{saved.kind} is another kind than {stage.preconditioner.kind}"
+    if type(saved) is not type(rotation.preconditioner):
+        return f"{saved.kind} is another kind than {rotation.preconditioner.kind}"
     if shape is None:
-        return f"{who} was rotated, and is left alone here ({stage.left[member.name]})"
+        return f"{who} was rotated, and is left alone here ({rotation.left[member.name]})"
     if BASIS_STEPS not in entries:
         return f"{who} was not rotated"
     there = tuple(entries[BASIS_SHAPE].tolist()) if BASIS_SHAPE in entries else None
@@ -84,7 +84,7 @@ def _difference(
         return f"{who} was rotated as {there}, here it would be {shape}"
     kept = {key[len(BASIS) :]: value for key, value in entries.items() if key.startswith(BASIS)}
     found = {key: (tuple(value.shape), value.dtype) for key, value in kept.items()}
-    wanted = layout_of(stage.of(member.tensor), shape, member.tensor.device)
+    wanted = layout_of(rotation.of(member.tensor), shape, member.tensor.device)
     names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     differing = "; ".join(f"{name}: {_said(found.get(name))}, here {_said(wanted.get(name))}" for name in names)
     return f"of {who} it has {differing}" if names else None

@@ -14,7 +14,7 @@ from selective.checkpoint.matches_basis import check_basis, first_saved
 from selective.kernels.lasting import lasting
 from selective.mismatch import CheckpointMismatch
 from selective.parameter import Parameter, is_lazy
-from selective.policies import Dense, Policy
+from selective.policies import Policy
 from selective.preconditioner import Preconditioner
 from selective.sharding.gathering import cut_like
 from selective.state.entries import MOMENTUM, POLICY, PRECONDITIONER
@@ -35,7 +35,7 @@ class Checking(Settling):
     @contextmanager
     def _all_or_nothing(self, failed: Callable[[str], ValueError] = cant_be_loaded) -> Iterator[None]:
         """Put base and wrapper back as they were if loading fails half-way; `failed` makes the error of the reason."""
-        base, own = vars(self.base), ("_own", "_steps", "_seed", "_captures", "_stages", "_places")
+        base, own = vars(self.base), ("_own", "_steps", "_seed", "_places")
         theirs, ours = dict(base), {name: getattr(self, name) for name in own}
         # torch's load replaces these; a base with one of its own may write into them
         contents = [(group, dict(group)) for group in self.base.param_groups]
@@ -44,6 +44,7 @@ class Checking(Settling):
             (group, group.policy, group.preconditioning, dict(vars(group.preconditioning)))
             for group in self.policy_groups
         ]
+        plans = [(plan, plan.choice, plan.rotation) for plan in self._plans]
         try:
             yield
         except BaseException as error:
@@ -52,15 +53,15 @@ class Checking(Settling):
             for dictionary, before in contents:
                 dictionary.clear()
                 dictionary.update(before)
-            self._live.update(ours)
+            self._live.update(ours, _plans=[plan for plan, _, _ in plans])
+            for plan, choice, rotation in plans:
+                plan.choice, plan.rotation = choice, rotation
             for group, policy, preconditioning, before in groups:
                 group.policy = policy
                 vars(preconditioning).update(before)
             self._clocks.set(self._seed, self._steps)
-            for members in self._look():
-                members.kept.drop()
-                members.kept_rotated.drop()
-                members.fits = members.settled = False
+            for plan in self._look():
+                plan.look_anew()
             if not isinstance(error, Exception) or isinstance(error, CheckpointMismatch):
                 raise
             reason = str(error).removeprefix("SelectiveUpdate: ")
@@ -72,24 +73,24 @@ class Checking(Settling):
         """What a group's bases were saved with, None where nothing was; a ValueError where they are not this one's."""
         found: list[Preconditioner | None] = []
         indices = iter(order)
-        for number, (group, members) in enumerate(zip(self.policy_groups, self._parameters(), strict=True)):
-            entries = [ours.get(next(indices), {}) for _ in members]
-            saved = first_saved(entries, PRECONDITIONER, Preconditioner, number)
+        for plan in self._plans:
+            entries = [ours.get(next(indices), {}) for _ in plan.params.parameters]
+            saved = first_saved(entries, PRECONDITIONER, Preconditioner, plan.number)
             found.append(saved)
             if saved is None:
                 continue
-            for member, one in zip(members, entries, strict=True):
+            for member, one in zip(plan.params.parameters, entries, strict=True):
                 if is_lazy(member.tensor):
                     continue  # looked at when it has a shape
-                check_basis(one, saved, self._stages[number], group.preconditioning, member)
+                check_basis(one, saved, plan.rotation, plan.preconditioning, member)
         return found
 
     def _checked_policies(self, order: list[Any], ours: dict[Any, dict[str, Tensor]]) -> list[Policy]:
         """The policies after loading, by group; a ValueError where the checkpoint's is of another kind."""
         policies: list[Policy] = []
         position = 0
-        for number, (policy_group, members) in enumerate(zip(self.policy_groups, self._parameters(), strict=True)):
-            policy = policy_group.policy
+        for number, plan in enumerate(self._plans):
+            policy, members = plan.policy, plan.params.parameters
             indices = order[position : position + len(members)]
             position += len(members)
             saved = first_saved([ours.get(index, {}) for index in indices], POLICY, Policy, number)
@@ -119,24 +120,22 @@ class Checking(Settling):
         """
         same = [check_class(one, self.base) for one in sorted(names)]
         known = fused_rule(self.base)
-        for number, (group, live, members) in enumerate(
-            zip(groups, self.base.param_groups, self._parameters(), strict=True)
-        ):
+        for group, plan in zip(groups, self._plans, strict=True):
             check_options(self.base, group)
             stepped = [index for index in group["params"] if states.get(index)]
             lacking = [index for index in stepped if index not in ours]
-            dense = isinstance(self.policy_groups[number].policy, Dense)  # then only what is rotated has entries
-            if not dense and 0 < len(lacking) < len(stepped):
+            # of a dense group only what is rotated has entries
+            if not plan.is_dense and 0 < len(lacking) < len(stepped):
                 raise CheckpointMismatch(
                     f"the checkpoint has entries of ours for {len(stepped) - len(lacking)} of the {len(stepped)} "
-                    f"parameters of param_groups[{number}] that have stepped, and none for parameter {lacking[0]}",
+                    f"parameters of param_groups[{plan.number}] that have stepped, and none for parameter {lacking[0]}",
                     "To load the base's part alone: selective.base_part(state_dict)",
                 )
-            found = zip(group["params"], members, strict=True)
+            found = zip(group["params"], plan.params.parameters, strict=True)
             found = [(index, member) for index, member in found if not is_lazy(member.tensor)]
             saved = [(member, entries) for index, member in found if (entries := states.get(index))]
             for member, entries in saved:
-                facts = self._captures[member.group][1].facts
+                facts = plan.capture.facts
                 keys = [facts.momentum_key] if facts.momentum_key is not None else []
                 if known is not None:
                     keys = known.moments(group, entries, type(self.base).__name__)
@@ -148,9 +147,8 @@ class Checking(Settling):
                             f"parameter {tuple(member.tensor.shape)}"
                         )
             if saved and known is None and not (same and all(same)):
-                residue = self._captures[saved[0][0].group][1].facts.residue
                 by_param = {member.tensor: entries for member, entries in saved}
-                check_first_state(self.base, group, live, by_param, residue)
+                check_first_state(self.base, group, plan.group, by_param, plan.capture.facts.residue)
 
     def _check_own_shapes(self, entries: dict[str, Tensor], member: Parameter, policy: Policy) -> None:
         """Refuse entries that this optimizer would not have made."""

@@ -14,9 +14,9 @@ from torch import Tensor
 from selective.base.fused_rules import fused_rule
 from selective.base.state_entries import state_entries
 from selective.parameter import Parameter, is_lazy
-from selective.plan.group_params import Members
+from selective.plan.group_plan import GroupPlan
 from selective.plan.groups import Planning
-from selective.plan.rotated import layout_of
+from selective.plan.rotation_plan import layout_of
 from selective.policies import Policy
 from selective.state.entries import BASIS, BASIS_SHAPE, BASIS_SKIPPED, BASIS_STEPS
 from selective.state.parameter_state import Own, in_dtype, is_of_basis
@@ -32,36 +32,34 @@ class Settling(Planning):
 
     def _settle(self) -> None:
         """Make all state fit; a ValueError, and nothing has changed, where the base's does not."""
-        unsettled = [(n, members) for n, members in enumerate(self._members) if not members.settled]
-        for number, members in unsettled:
-            for parameter in _there(members):
+        unsettled = [plan for plan in self._plans if not plan.params.settled]
+        for plan in unsettled:
+            for parameter in _there(plan):
                 _check_gradient(parameter)
-                if self._keeps_own(parameter, self.policy_groups[number].policy):  # else its step is the base's alone
-                    self._check_base_entries(parameter, members)
+                if self._keeps_own(parameter, plan.policy):  # else its step is the base's alone
+                    self._check_base_entries(parameter, plan)
         if unsettled:
             self._complete_own()
-        for _, members in unsettled:
-            members.settled = True
-            members.were.clear()
+        for plan in unsettled:
+            plan.params.settled = True
+            plan.params.were.clear()
 
     def _complete_own(self) -> None:
         """Make what is missing of ours, and anew what does not fit its parameter any more."""
-        for number, members in enumerate(self._members):
-            if members.settled:
+        for plan in self._plans:
+            if plan.params.settled:
                 continue
-            for parameter in _there(members):
+            for parameter in _there(plan):
                 own = self._own.get(parameter.tensor)
                 if own is not None:
-                    self._complete(parameter, self.policy_groups[number].policy, own)
+                    self._complete(parameter, plan.policy, own)
 
-    def _check_base_entries(self, parameter: Parameter, members: Members) -> None:
+    def _check_base_entries(self, parameter: Parameter, plan: GroupPlan) -> None:
         """Refuse moments of another shape, by the parameter's name."""
         p, state = parameter.tensor, self.base.state.get(parameter.tensor)
         if not state:
             return
-        group = self.base.param_groups[parameter.group]
-        stage = self._stage_of(parameter)
-        capture = self._captures[parameter.group][1] if stage is None else stage[0].capture
+        group, capture = plan.group, plan.capture_of(parameter)
         rule = fused_rule(self.base) if capture.way == "fused" else None
         shaped: list[str] = []
         if rule is not None:
@@ -74,7 +72,7 @@ class Settling(Planning):
                     f"...), or delete all of the parameter's state (del opt.state[p]), and it starts anew"
                 )
             rule.convert(group, p, state)
-        was = members.were.get(p)
+        was = plan.params.were.get(p)
         for name, value in state_entries(state):
             if not isinstance(value, Tensor):
                 continue
@@ -112,7 +110,7 @@ class Settling(Planning):
 
     def _complete_basis(self, parameter: Parameter, own: Own) -> None:
         """Its basis. One of another shape, or of which something is missing, starts anew."""
-        found = self._stage_of(parameter)
+        found = self._rotated_as(parameter)
         if found is not None and self._has_whole_basis(parameter, own):
             return
         there = [key for key in own if is_of_basis(key)]
@@ -134,8 +132,8 @@ class Settling(Planning):
                 raise
 
     def _has_whole_basis(self, parameter: Parameter, own: Own) -> bool:
-        stage, shape = self._stage_of(parameter) or (None, None)
-        if stage is None or shape is None or any(k not in own for k in (BASIS_STEPS, BASIS_SKIPPED, BASIS_SHAPE)):
+        rotation, shape = self._rotated_as(parameter) or (None, None)
+        if rotation is None or shape is None or any(k not in own for k in (BASIS_STEPS, BASIS_SKIPPED, BASIS_SHAPE)):
             return False
         if _shape_in(own) != tuple(shape):
             return False
@@ -143,15 +141,15 @@ class Settling(Planning):
         if not any(map(is_of_basis, touched)):
             return True  # as we made or loaded it
         kept: dict[str, Any] = {k[len(BASIS) :]: v for k, v in own.items() if k.startswith(BASIS)}
-        wanted: Any = layout_of(stage.of(parameter.tensor), shape, parameter.tensor.device)
+        wanted: Any = layout_of(rotation.of(parameter.tensor), shape, parameter.tensor.device)
         for name in kept.keys() & wanted.keys():
             kept[name] = own[BASIS + name] = in_dtype(kept[name], wanted[name][1])
         found = own.layout_of_basis()
         return found in (own.layout, {BASIS + name: one for name, one in wanted.items()})
 
 
-def _there(members: Members) -> list[Parameter]:
-    return [parameter for parameter in members.parameters if not is_lazy(parameter.tensor)]
+def _there(plan: GroupPlan) -> list[Parameter]:
+    return [parameter for parameter in plan.params.parameters if not is_lazy(parameter.tensor)]
 
 
 def _is_of(shape: torch.Size, was: torch.Size | None, now: torch.Size) -> bool:

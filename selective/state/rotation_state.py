@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.parameter import Parameter
-from selective.plan.rotated import Stage
+from selective.plan.group_plan import GroupPlan
+from selective.plan.rotation_plan import RotationPlan
 from selective.preconditioner import Shape, State
 from selective.rotation.basis import Basis
 from selective.rotation.carry import enter
@@ -28,36 +29,34 @@ class OwnBasis(Optimizer):
 
     base: Optimizer
     _own: Live[dict[Tensor, Own]] = Live()  # Note [stand-ins]
-    _stages: Live[list[Stage | None]] = Live()
+    _plans: Live[list[GroupPlan]] = Live()
     _places: Live[dict[Tensor, int]] = Live()  # the number of each rotated parameter among all of them
 
-    def _stage_of(self, parameter: Parameter) -> tuple[Stage, Shape] | None:
-        """The stage that rotates this parameter, and as what; None where it is left alone."""
-        stage = self._stages[parameter.group] if parameter.group < len(self._stages) else None
-        shape = None if stage is None else stage.shapes.get(parameter.tensor)
-        return None if stage is None or shape is None else (stage, shape)
+    def _rotated_as(self, parameter: Parameter) -> tuple[RotationPlan, Shape] | None:
+        """The rotation that takes this parameter, and as what; None where it is left alone."""
+        return self._plans[parameter.group].rotated_as(parameter)
 
-    def _has_bases(self, stage: Stage) -> bool:
+    def _has_bases(self, rotation: RotationPlan) -> bool:
         """Whether any of its parameters has one: before the first step everything may still be changed."""
-        return any(BASIS_STEPS in self._own.get(p, {}) for p in stage.shapes)
+        return any(BASIS_STEPS in self._own.get(p, {}) for p in rotation.shapes)
 
     def _fresh_basis(self, parameter: Parameter) -> dict[str, Tensor]:
         """What we keep of its basis before its first step; nothing of parameters that are not rotated."""
-        found = self._stage_of(parameter)
+        found = self._rotated_as(parameter)
         if found is None:
             return {}
-        stage, shape = found
-        made = stage.fresh(parameter.tensor)
+        rotation, shape = found
+        made = rotation.fresh(parameter.tensor)
         if not isinstance(made, dict):
             raise TypeError(
-                f"SelectiveUpdate: {type(stage.preconditioner).__name__}.init_state returned {made!r} for parameter "
+                f"SelectiveUpdate: {type(rotation.preconditioner).__name__}.init_state returned {made!r} for parameter "
                 f"{parameter.name!r}, must be a dictionary of tensors; an empty one where nothing is kept"
             )
         for key, value in made.items():
             here = isinstance(value, Tensor) and value.device == parameter.tensor.device
             if not here and not (isinstance(value, Tensor) and value.device.type == "cpu" and value.dim() == 0):
                 raise TypeError(
-                    f"SelectiveUpdate: {type(stage.preconditioner).__name__}.init_state: {key!r} of parameter "
+                    f"SelectiveUpdate: {type(rotation.preconditioner).__name__}.init_state: {key!r} of parameter "
                     f"{parameter.name!r} must be a tensor on {parameter.tensor.device}, or a 0-d one on the CPU"
                 )
         own = {BASIS + key: value.detach() for key, value in made.items()}
@@ -70,20 +69,20 @@ class OwnBasis(Optimizer):
         """After a load: what a preconditioner keeps goes to the device on which it keeps it."""
         homes: dict[tuple[object, ...], dict[str, torch.device]] = {}
         for parameter in parameters:
-            found, own = self._stage_of(parameter), self._own.get(parameter.tensor, {})
+            found, own = self._rotated_as(parameter), self._own.get(parameter.tensor, {})
             if found is None or BASIS_STEPS not in own:
                 continue
-            stage, shape = found
-            self._keep_part(parameter, stage)
-            key = (id(stage.of(parameter.tensor)), shape, parameter.tensor.device)
+            rotation, shape = found
+            self._keep_part(parameter, rotation)
+            key = (id(rotation.of(parameter.tensor)), shape, parameter.tensor.device)
             if key not in homes:
-                made = stage.fresh(parameter.tensor)
+                made = rotation.fresh(parameter.tensor)
                 homes[key] = {BASIS + name: value.device for name, value in made.items()}
             own.update({name: own[name].to(device) for name, device in homes[key].items() if name in own})
 
     def _basis(self, parameter: Parameter) -> Basis:
         """The stored tensors of a rotated parameter."""
-        found = self._stage_of(parameter)
+        found = self._rotated_as(parameter)
         assert found is not None
         own = self._own[parameter.tensor]
         state = {key[len(BASIS) :]: value for key, value in own.items() if key.startswith(BASIS)}
@@ -92,20 +91,20 @@ class OwnBasis(Optimizer):
         gathers = parameter.tensor in found[0].gathered
         return Basis(here, device, state, own[BASIS_STEPS], own[BASIS_SKIPPED], place, found[1], shard, gathers)
 
-    def _keep_part(self, parameter: Parameter, stage: Stage) -> None:
+    def _keep_part(self, parameter: Parameter, rotation: RotationPlan) -> None:
         """After a load: of what is a sum over ranks, a checkpoint has the whole, and one rank keeps it."""
         own = self._own[parameter.tensor]
         if shard_of(parameter.tensor) is not None and not is_first(parameter.tensor):
-            own.update({key: torch.zeros_like(own[key]) for key in _parts_in(own, stage, parameter.tensor)})
+            own.update({key: torch.zeros_like(own[key]) for key in _parts_in(own, rotation, parameter.tensor)})
 
     def _summed_entries(self) -> dict[Tensor, dict[str, Tensor]]:
         """The wholes of what each rank has a part of. All ranks of a mesh have to ask for them together."""
         parts: list[tuple[Tensor, str, Tensor]] = []
-        for stage in self._stages:
-            for p in () if stage is None else stage.shapes:
+        for rotation in (plan.rotation for plan in self._plans if plan.rotation is not None):
+            for p in rotation.shapes:
                 own = self._own.get(p, {})
-                if stage is not None and shard_of(p) is not None and BASIS_STEPS in own:
-                    parts += [(p, key, own[key]) for key in _parts_in(own, stage, p)]
+                if shard_of(p) is not None and BASIS_STEPS in own:
+                    parts += [(p, key, own[key]) for key in _parts_in(own, rotation, p)]
         found: dict[Tensor, dict[str, Tensor]] = {}
         sums = sums_over_ranks([value for _, _, value in parts], [shard_of(p) for p, _, _ in parts])
         for (p, key, _), value in zip(parts, sums, strict=True):
@@ -118,12 +117,12 @@ class OwnBasis(Optimizer):
         They are of the parameter's own space where the base has trained alone, or a plain checkpoint was loaded.
         """
         for parameter in parameters:
-            found = self._stage_of(parameter)
+            found = self._rotated_as(parameter)
             if found is None or parameter.tensor not in self.base.state:
                 continue
-            stage, shape = found[0], found[0].local_shape(parameter.tensor)
-            moments = moments_of(self.base, self.base.param_groups[parameter.group], stage.capture.facts)
-            basis, preconditioner = self._basis(parameter), stage.preconditioner
+            rotation, shape = found[0], found[0].local_shape(parameter.tensor)
+            moments = moments_of(self.base, self.base.param_groups[parameter.group], rotation.capture.facts)
+            basis, preconditioner = self._basis(parameter), rotation.preconditioner
 
             def change(x: Tensor, state: State = basis.state, project: Any = preconditioner.project_in) -> Tensor:
                 return project([state], [x])[0]
@@ -134,9 +133,9 @@ class OwnBasis(Optimizer):
                 enter(self.base, parameter.tensor, moments, shape, entered)
 
 
-def _parts_in(own: dict[str, Tensor], stage: Stage, param: Tensor) -> list[str]:
+def _parts_in(own: dict[str, Tensor], rotation: RotationPlan, param: Tensor) -> list[str]:
     """Names of the entries of a sharded matrix that are parts of sums over ranks."""
-    if param in stage.gathered:
+    if param in rotation.gathered:
         return [BASIS_SKIPPED]
-    names = [key for key in own if key.startswith(BASIS) and stage.preconditioner.is_part(key[len(BASIS) :])]
+    names = [key for key in own if key.startswith(BASIS) and rotation.preconditioner.is_part(key[len(BASIS) :])]
     return [BASIS_SKIPPED, *names]

@@ -13,10 +13,10 @@ from selective.base.fused_rules import FusedRule, fused_rule
 from selective.base.lent_gradients import LentGradients, gradient_dtype
 from selective.base.same_class import class_names
 from selective.base.step_base import run_step_on
-from selective.capture.choose import Capture
 from selective.kernels import spec
 from selective.kernels.lasting import lasting
 from selective.parameter import Parameter, initialized, is_lazy
+from selective.plan.group_plan import GroupPlan
 from selective.plan.policy_groups import PolicyGroup
 from selective.policies import Dense, Policy
 from selective.policies.view import StepView, Tensors
@@ -45,7 +45,6 @@ class OwnState(OwnBasis):
     _seed: Live[int] = Live()
     _steps: Live[int] = Live()
     _momentum_beta: float | None
-    _captures: Live[list[tuple[tuple[object, ...], Capture]]] = Live()
     _constructing: bool
     _clocks: Live[Clocks] = Live()
 
@@ -97,9 +96,7 @@ class OwnState(OwnBasis):
         if self._momentum_beta is not None and not isinstance(policy, Dense):
             dtype = torch.float64 if parameter.tensor.dtype == torch.float64 else torch.float32
             own[MOMENTUM] = torch.zeros_like(parameter.tensor, dtype=dtype)
-        stage = self._stage_of(parameter)
-        capture = self._captures[parameter.group][1] if stage is None else stage[0].capture
-        if capture.keeps_residue(parameter.tensor):
+        if self._plans[parameter.group].capture_of(parameter).keeps_residue(parameter.tensor):
             own[RESIDUE] = torch.zeros_like(parameter.tensor)
         return own
 
@@ -111,21 +108,21 @@ class OwnState(OwnBasis):
 
     def _make_own_state(self, wanted: Callable[[Parameter], bool]) -> None:
         """Our state for the wanted parameters, unless their step is the base's alone."""
-        for policy_group, members in zip(self.policy_groups, self._parameters(), strict=True):
-            for parameter in members:
-                if wanted(parameter) and self._keeps_own(parameter, policy_group.policy):
-                    self._own_of(parameter, policy_group.policy)
+        for plan in self._plans:
+            for parameter in plan.params.parameters:
+                if wanted(parameter) and self._keeps_own(parameter, plan.policy):
+                    self._own_of(parameter, plan.policy)
 
     def _keeps_own(self, parameter: Parameter, policy: Policy) -> bool:
         """Whether we keep anything of it: not where its step is the base's alone, or where it has no shape yet."""
-        masked = not isinstance(policy, Dense) or self._stage_of(parameter) is not None
+        masked = not isinstance(policy, Dense) or self._rotated_as(parameter) is not None
         return masked and not is_lazy(parameter.tensor)
 
-    def _renew_own_state(self, number: int) -> None:
+    def _renew_own_state(self, plan: GroupPlan) -> None:
         """After a switch of a group's policy: the new one's state, with the momentum and residue that we keep."""
-        policy = self.policy_groups[number].policy
+        policy = plan.policy
         self._own = dict(self._own)  # another object says that entries were replaced
-        for parameter in self._parameters()[number]:
+        for parameter in plan.params.parameters:
             kept = self._own.pop(parameter.tensor, Own())
             if self._keeps_own(parameter, policy) and (kept or self._has_base_state(parameter)):
                 with lasting():
@@ -143,9 +140,6 @@ class OwnState(OwnBasis):
         """
         return bool(self.base.state.get(parameter.tensor))
 
-    def _parameters(self) -> list[list[Parameter]]:
-        raise TypeError("OwnState is a part of SelectiveUpdate; it is not used alone")
-
     def _plan(self) -> None:
         raise TypeError("OwnState is a part of SelectiveUpdate; it is not used alone")
 
@@ -158,19 +152,18 @@ class OwnState(OwnBasis):
         """
         self._plan()
         known = fused_rule(self.base)
-        for number, (group, members) in enumerate(zip(self.base.param_groups, self._parameters(), strict=True)):
+        for plan in self._plans:
+            group, members = plan.group, [p for p in plan.params.parameters if not is_lazy(p.tensor)]
             rule: FusedRule | None = None if known is None or known.supports(group) else known
-            members = [member for member in members if not is_lazy(member.tensor)]
             todo = [m for m in members if m.tensor.requires_grad and not self.base.state.get(m.tensor)]
             if rule is not None:
                 for member in todo:
                     rule.init_state(group, member.tensor, self.base.state[member.tensor])
             elif todo:
                 _step_on_nothing(self.base, group, [member.tensor for member in todo])
-            policy = self.policy_groups[number].policy
             for member in members:
-                if member.tensor.requires_grad and self._keeps_own(member, policy):
-                    self._own_of(member, policy)
+                if member.tensor.requires_grad and self._keeps_own(member, plan.policy):
+                    self._own_of(member, plan.policy)
 
 
 def _step_on_nothing(base: Optimizer, group: dict[str, Any], params: list[Tensor]) -> None:

@@ -1,7 +1,7 @@
 """State that is written from outside: taken, entries of ours included, or refused with the reason.
 
 What is written is looked at as far as it can be judged alone. Whether it fits its parameter is seen before the next
-step (settling.py): code that prunes a parameter writes its state first, or its memory first, as it likes.
+step (state/fits.py): code that prunes a parameter writes its state first, or its memory first, as it likes.
 """
 
 from __future__ import annotations
@@ -94,10 +94,8 @@ class Writing(Checking):
     def _rewritten(self) -> None:
         """Whole states came or went: hold on to nothing of the old ones."""
         self._own = dict(self._own)  # another object says that entries were replaced
-        for members in self._look():
-            members.kept.drop()
-            members.kept_rotated.drop()
-            members.fits = members.settled = False
+        for plan in self._look():
+            plan.look_anew()
         self._forget_those_gone()
 
 
@@ -184,8 +182,8 @@ class _Home(Home):
         if not self._looked:  # once for each view: reading all of a state stays linear
             self.optimizer._look()
             self._looked = True
-        places = zip(self.optimizer._members, self.optimizer.policy_groups, strict=False)
-        return _Made(self.optimizer, next((group for members, group in places if members.has(param)), None))
+        plans = self.optimizer._plans
+        return _Made(self.optimizer, next((plan.policy_group for plan in plans if plan.params.has(param)), None))
 
     def accept(self, own: Own, key: str, value: Any) -> None:
         """Take one entry; None where it was removed."""
@@ -196,8 +194,8 @@ class _Home(Home):
         self._changed()
 
     def touched(self) -> None:
-        for members in self.optimizer._members:
-            members.settled = False
+        for plan in self.optimizer._plans:
+            plan.params.settled = False
 
     def _changed(self) -> None:
         self.optimizer._own = dict(self.optimizer._own)  # another object says that entries were replaced

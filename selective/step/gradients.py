@@ -7,10 +7,7 @@ from typing import Literal
 import torch
 
 from selective.parameter import Parameter
-from selective.plan.group_params import Members
-from selective.plan.policy_groups import PolicyGroup
-from selective.plan.rotated import Stage
-from selective.policies import Dense
+from selective.plan.group_plan import GroupPlan
 from selective.sharding.collectives import seen_by_all
 from selective.sharding.dtensor import local_like, local_of
 
@@ -18,17 +15,14 @@ OnNonfinite = Literal["ignore", "skip", "raise"]
 ELSEWHERE = "(of another rank)"
 
 
-def check_gradients(
-    policy_groups: list[PolicyGroup], groups: list[Members], stages: list[Stage | None], present: list[list[Parameter]]
-) -> None:
+def check_gradients(plans: list[GroupPlan], present: list[list[Parameter]]) -> None:
     """Refuse sparse and complex gradients where a policy or a rotation has to look at them, by the parameter's name."""
-    for policy_group, members, stage, parameters in zip(policy_groups, groups, stages, present, strict=True):
-        if not (members.has_sparse or members.has_complex):
+    for plan, parameters in zip(plans, present, strict=True):
+        if not (plan.params.has_sparse or plan.params.has_complex):
             continue
-        dense = isinstance(policy_group.policy, Dense)  # handed to the base as they are
         for parameter in parameters:
-            rotated = stage is not None and parameter.tensor in stage.shapes
-            if rotated or not dense:
+            if plan.masks_or_rotates(parameter):  # others are handed to the base as they are
+                rotated = plan.rotated_as(parameter) is not None
                 _check_gradient(parameter, "policy and preconditioner" if rotated else "policy")
 
 

@@ -18,7 +18,7 @@ from selective.capture.rotated import RotatedJob
 from selective.checkpoint.load import Checkpointing
 from selective.kernels import spec
 from selective.parameter import Parameter
-from selective.plan.rotated import Stage
+from selective.plan.rotation_plan import RotationPlan
 from selective.rotation.basis import MaskSpace, PreconditionerError
 from selective.rotation.rotation import Rotation
 from selective.state.live import Live
@@ -37,19 +37,17 @@ class Running(Checkpointing):
 
     def _fit_states(self) -> None:
         """The base's state in the precision in which the base will step: Note [whose precision]."""
-        plan = zip(self.param_groups, self._captures, self._members, self._stages, strict=True)
-        for group, (_, capture), members, stage in plan:
-            if members.fits:
+        for plan in self._plans:
+            if plan.params.fits:
                 continue
-            members.fits, inside = True, () if stage is None else stage.shapes
+            plan.params.fits = True
             steps: dict[Tensor, torch.dtype] = {}
-            for p in members.tensors:
-                way = capture.way if stage is None or p not in inside else stage.capture.way
+            for parameter in plan.params.parameters:
+                p, way = parameter.tensor, plan.capture_of(parameter).way
                 if p.dtype in LOW_PRECISION and way != "fused":  # our own kernels take any
                     steps[p] = torch.float32 if way == "delta" else p.dtype
-            if steps and fit_states(self.base, group, steps, capture.facts.residue):
-                members.kept.drop()
-                members.kept_rotated.drop()
+            if steps and fit_states(self.base, plan.group, steps, plan.capture.facts.residue):
+                plan.forget_items()
 
     def _jobs(self, present: list[list[Parameter]], report: Report | None, recording: bool) -> list[Job]:
         context = StepContext(
@@ -63,29 +61,30 @@ class Running(Checkpointing):
         for device in self._clocks.devices():
             contexts[device] = replace(context, draw=context.draw_on(device))
         jobs = []
-        plan = zip(self.param_groups, self.policy_groups, self._captures, self._members, present, strict=True)
-        for (group, policy_group, (_, capture), members, parameters), stage in zip(plan, self._stages, strict=True):
-            here = contexts.get(members.device, context)
-            rest, rotated = (parameters, []) if stage is None else stage.split(parameters)
-            job = capture.job(here, group, rest, policy_group.policy, members.kept)
-            if stage is None or not rotated:
+        for plan, parameters in zip(self._plans, present, strict=True):
+            here, rotates = contexts.get(plan.params.device, context), plan.rotation
+            rest, rotated = (parameters, []) if rotates is None else rotates.split(parameters)
+            job = plan.capture.job(here, plan.group, rest, plan.policy, plan.kept)
+            if rotates is None or not rotated:
                 jobs.append(job)
                 continue
             # Nothing is left for the base in a dense group that is rotated as a whole, by a rule of ours.
-            alone = not rest and isinstance(job, DenseJob) and stage.capture.way == "fused"
+            alone = not rest and isinstance(job, DenseJob) and rotates.capture.way == "fused"
             jobs += [] if alone else [job]
-            jobs.append(self._rotated_job(job, stage, rotated, members.kept_rotated, alone))
+            jobs.append(self._rotated_job(job, rotates, rotated, plan.kept_rotated, alone))
         return jobs
 
-    def _rotated_job(self, beside: Job, stage: Stage, rotated: list[Parameter], kept: KeptItems, alone: bool) -> Job:
+    def _rotated_job(
+        self, beside: Job, plan: RotationPlan, rotated: list[Parameter], kept: KeptItems, alone: bool
+    ) -> Job:
         bases = []
         for parameter in rotated:
             self._own_of(parameter, beside.policy)
             bases.append(self._basis(parameter))
-        rotation = Rotation(stage.preconditioner, bases, len(self._places), self._mask_space)
+        rotation = Rotation(plan.preconditioner, bases, len(self._places), self._mask_space)
         if beside.context.report is not None:
             beside.context.report.add_bases([p.name for p in rotated], rotation.report)
-        return stage.capture.rotated_job(beside, rotated, rotation, kept, alone)
+        return plan.capture.rotated_job(beside, rotated, rotation, kept, alone)
 
     def _run(self, jobs: list[Job]) -> None:
         """Steps 3 to 8. When anything raises, the parameters are put back."""

@@ -33,7 +33,7 @@ from changes import (
 from selective import MGUP, Magma, SelectiveUpdate
 from selective.capture import fused, items
 from selective.kernels import spec
-from selective.plan.group_params import Members
+from selective.plan.group_params import GroupParams
 
 STEPS = 6
 CHANGE_AT = 3
@@ -71,7 +71,7 @@ def blind_to_states(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def blind_to_edits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Members, "are_of", lambda self, group, address: len(self.tensors) == len(group["params"]))
+    monkeypatch.setattr(GroupParams, "are_of", lambda self, group, address: len(self.tensors) == len(group["params"]))
 
 
 def blind_to_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import selective.optimizer
 import selective.step_count
 from selective import MGUP, Dense, RandomMask, SelectiveUpdate
 from selective.capture import fused
-from selective.plan.group_params import Members
+from selective.plan.group_params import GroupParams
 from selective.state.entries import STEP
 from selective.step_count import Clocks, DeviceClock
 
@@ -67,7 +67,7 @@ def built(capturable: bool | None = None, **options) -> SelectiveUpdate:
 def record(monkeypatch: pytest.MonkeyPatch):
     """Steps an optimizer as inside of a graph: nothing runs on the device."""
     flag = {"recording": False}
-    monkeypatch.setattr(Members, "cuda_devices", property(lambda self: self.devices))
+    monkeypatch.setattr(GroupParams, "cuda_devices", property(lambda self: self.devices))
     for module in (selective.step_count, selective.optimizer):
         monkeypatch.setattr(module, "is_recording", lambda: flag["recording"])
     real = fused.selective_step
@@ -143,12 +143,12 @@ def test_a_loaded_checkpoint_sets_the_clock_that_the_graph_reads(record) -> None
 def test_recorded_items_are_kept_and_not_used_again(record) -> None:
     optimizer = built()
     optimizer.step()
-    (members,) = optimizer._members
-    given = members.kept._lists[0].items
+    (plan,) = optimizer._plans
+    given = plan.kept._lists[0].items
     record(optimizer)
-    assert [one.items for one in members.kept.recorded] == [given]
+    assert [one.items for one in plan.kept.recorded] == [given]
     optimizer.step()
-    assert members.kept._lists[0].items is not given
+    assert plan.kept._lists[0].items is not given
     optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.zeros(2))]
     optimizer.explain()
     assert optimizer._recorded[0].items is given  # a graph of the old group may still be replayed
