@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class CheckpointMismatch(ValueError):
     """A checkpoint that is not of this optimizer, or is broken. When it is raised, nothing was loaded.
@@ -13,10 +15,9 @@ class CheckpointMismatch(ValueError):
     """
 
     def __init__(self, found: str, advice: str = "", long: bool = False) -> None:
-        super().__init__(found, advice, long)  # as they came: copies of an exception are made from its arguments
-        self.found, self.advice, self.long = found, advice, long
+        self.said = found, advice, long
+        text = f"SelectiveUpdate: {found}; nothing was loaded" + (f". {advice}" if advice else "")
+        super().__init__(f"SelectiveUpdate: {found}. Nothing was loaded; {advice}" if long else text)
 
-    def __str__(self) -> str:
-        if self.long:
-            return f"SelectiveUpdate: {self.found}. Nothing was loaded; {self.advice}"
-        return f"SelectiveUpdate: {self.found}; nothing was loaded" + (f". {self.advice}" if self.advice else "")
+    def __reduce__(self) -> Any:
+        return type(self), self.said

@@ -82,7 +82,7 @@ def main(
     found["step"] = clock() - start
     found.update(tensors=len(params), triton="triton" in sys.modules and not had_triton)
     if policy != NOTHING:
-        capture = optimizer._plans[0].capture
+        capture = optimizer.groups.plans[0].capture
         found.update(way=capture.way, source=capture.facts.source)
     return found
 

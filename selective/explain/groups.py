@@ -15,6 +15,7 @@ from selective.explain.sharded import explain_shards, in_plain_torch
 from selective.kernels import backend_in_use, spec, why_reference
 from selective.parameter import initialized
 from selective.plan.group_plan import GroupPlan
+from selective.plan.options import Options
 from selective.policies import Policy
 from selective.policies.kernel_terms import has_own_code, specs_of, why_twin
 from selective.sharding.dtensor import local_of, shard_of
@@ -27,15 +28,7 @@ _MEMORY = {
 }
 
 
-def explain(
-    base: Optimizer,
-    plans: Sequence[GroupPlan],
-    momentum_beta: float | None,
-    mask_space: str,
-    scope: str,
-    statistics: bool,
-    stochastic: bool,
-) -> str:
+def explain(base: Optimizer, plans: Sequence[GroupPlan], options: Options) -> str:
     """One paragraph a parameter group, in plain words."""
     lines = [f"SelectiveUpdate over {type(base).__module__}.{type(base).__name__}"]
     for plan in plans:
@@ -47,16 +40,16 @@ def explain(
             f"  policy    {policy!r}",
             f"  capture   {capture.way}: {capture.reason}",
             f"  decay     {_decay(capture)}",
-            f"  momentum  {_momentum(capture, group, momentum_beta)}",
+            f"  momentum  {_momentum(capture, group, options.momentum_beta)}",
             f"  memory    {_memory(policy, capture, group)}",
         ]
         selection = _selection(policy, group)
-        kernels = _kernels(base, group, policy, capture, scope, stochastic)
+        kernels = _kernels(base, group, policy, capture, options.scope, options.rounding)
         lines += [f"  selection {selection}"] if selection else []
         lines += [f"  kernels   {kernels}"] if kernels else []
-        shards = explain_shards(group, policy, capture, scope, statistics)
+        shards = explain_shards(group, policy, capture, options.scope, options.statistics)
         lines += [f"  sharded   {shards}"] if shards else []
-        lines += [] if plan.rotation is None else explain_rotation(plan.rotation, policy, mask_space)
+        lines += [] if plan.rotation is None else explain_rotation(plan.rotation, policy, options.mask_space)
         notes = _notes(capture)
         if notes:
             lines.append(f"  note      {notes}")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from selective.parameter import Parameter
 from selective.plan.group_plan import GroupPlan
+from selective.plan.options import OnNonfinite
 from selective.sharding.collectives import seen_by_all
 from selective.sharding.dtensor import local_like, local_of
 
-OnNonfinite = Literal["ignore", "skip", "raise"]
 ELSEWHERE = "(of another rank)"
 
 
@@ -38,6 +36,17 @@ def _check_gradient(parameter: Parameter, key: str) -> None:
             f"SelectiveUpdate: parameter {parameter.name!r} is complex; a mask by sign or rank has no meaning "
             f"there. Train torch.view_as_real of it, or put it into a parameter group with policy None"
         )
+
+
+def has_nonfinite(present: list[list[Parameter]], on_nonfinite: OnNonfinite, step: int) -> bool:
+    """Whether a gradient is not finite, where that is asked; a FloatingPointError where it is to be one."""
+    where = None if on_nonfinite == "ignore" else nonfinite_gradient(present)
+    if where is not None and on_nonfinite == "raise":
+        raise FloatingPointError(
+            f"SelectiveUpdate: the gradient of parameter {where!r} is not finite in step {step}; nothing has moved. "
+            f"Clip or skip (on_nonfinite='skip')"
+        )
+    return where is not None
 
 
 def nonfinite_gradient(groups: list[list[Parameter]]) -> str | None:

@@ -34,6 +34,7 @@ from selective import MGUP, Magma, SelectiveUpdate
 from selective.capture import fused, items
 from selective.kernels import spec
 from selective.plan.group_params import GroupParams
+from selective.plan.groups import Groups
 
 STEPS = 6
 CHANGE_AT = 3
@@ -46,7 +47,8 @@ def trained(change: Callable[[SelectiveUpdate], None], forgetful: bool) -> dict[
         if number == CHANGE_AT:
             change(optimizer)
         if forgetful:
-            optimizer._start_planning()
+            known = optimizer.groups
+            optimizer.groups = Groups(known.base, known.options, known.default, known.policies, known.choices())
         step(optimizer, number)
     params = members(optimizer)
     states = [dict(optimizer.state[p]) for p in params]  # state_dict() refuses what a removed parameter leaves behind

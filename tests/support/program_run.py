@@ -110,7 +110,7 @@ class Program:
 
         Nor any where all groups were dense until now: nothing of ours was saved then, the count of steps neither.
         """
-        if not self.all[0].optimizer._own and len(self.all) > 1:
+        if not self.all[0].optimizer.store.table and len(self.all) > 1:
             return False
         return not policy.needs() & {"momentum", "previous_momentum"} or "momentum_beta" in self.made.options
 
