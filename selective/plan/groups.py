@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ class Groups:
     """A plan for each of the base's parameter groups.
 
     `policies` are the public `policy_groups`. `places` numbers all rotated parameters. A copy of an optimizer is given
-    the `choices` of the original, by which it notices that a policy was switched.
+    the `choices` of the original, one for each policy, by which it notices that a policy was switched.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Groups:
         options: Options,
         default: PolicyGroup,
         policies: list[PolicyGroup] | None = None,
-        choices: Mapping[int, Choice] | None = None,
+        choices: Sequence[Choice | None] = (),
     ) -> None:
         self.base, self.options, self.default = base, options, default
         self.policies = [] if policies is None else policies
@@ -50,7 +50,7 @@ class Groups:
         self.places: dict[Tensor, int] = {}
         self.recorded: list[DeviceItems] = []  # of groups that were edited since: CUDA graphs read their tables
         self._edited = False  # whether parameters have left a group, and may have left all
-        self._choices = dict(choices or {})
+        self._choices = list(zip(self.policies, choices, strict=False))  # of plans that are still to be made
 
     def refresh(self, with_basis: Container[Tensor] = frozenset()) -> Changes:
         """Notice what was changed in the base's groups and in the policies; an error where it can't be followed.
@@ -76,15 +76,20 @@ class Groups:
         """The plans, with the parameters that the groups have now. Groups that were not taken in yet have none."""
         address = 0
         groups = self.base.param_groups
+        if len(self.policies) > len(groups):  # a group was removed; its plan is known as soon as its policy is, too
+            return self.plans
         for number, (group, policy_group) in enumerate(zip(groups, self.policies, strict=False)):
             if number == len(self.plans):
-                params, choice = GroupParams(group, number, address), self._choices.pop(number, None)
+                params, choice = GroupParams(group, number, address), self._choice_of(policy_group)
                 self.plans.append(GroupPlan(number, group, policy_group, params, choice))
+            elif self.plans[number].policy_group is not policy_group:
+                self._drop_removed(number, policy_group)
             plan = self.plans[number]
             plan.group, plan.policy_group = group, policy_group
-            if not plan.params.are_of(group, address):
+            if plan.number != number or not plan.params.are_of(group, address):
                 self._set_aside(plan)
                 plan.replace_params(GroupParams(group, number, address, plan.params))
+                plan.number = number
             address += len(group["params"])
         for removed in self.plans[len(groups) :]:
             self._set_aside(removed)
@@ -113,9 +118,9 @@ class Groups:
         masked = (plan for plan in self.plans if plan.rotation is not None or not plan.is_dense)
         return {device for plan in masked for device in plan.params.cuda_devices}
 
-    def choices(self) -> dict[int, Choice]:
-        """The captures that were chosen, by the number of the group."""
-        return {plan.number: plan.choice for plan in self.plans if plan.choice is not None}
+    def choices(self) -> list[Choice | None]:
+        """The captures that were chosen, for each policy; None where none was chosen yet."""
+        return [self._choice_of(policy_group) for policy_group in self.policies]
 
     def plan_of(self, param: object) -> GroupPlan | None:
         """The plan of the group that has this parameter; None where none has it."""
@@ -148,6 +153,18 @@ class Groups:
         known = self.base.defaults
         policy = take_policy(group, self.default.policy, known)
         return PolicyGroup(policy, take_preconditioner(group, self.default.preconditioning, known))
+
+    def _choice_of(self, policy_group: PolicyGroup) -> Choice | None:
+        chosen = [(plan.policy_group, plan.choice) for plan in self.plans] + self._choices
+        return next((choice for other, choice in chosen if other is policy_group), None)
+
+    def _drop_removed(self, number: int, policy_group: PolicyGroup) -> None:
+        """Drop the plans between `number` and that of `policy_group`, which has moved up; none if it has no plan."""
+        later = (place for place, plan in enumerate(self.plans) if place > number and plan.policy_group is policy_group)
+        end = next(later, number)
+        for removed in self.plans[number:end]:
+            self._set_aside(removed)
+        del self.plans[number:end]
 
     def _set_aside(self, plan: GroupPlan) -> None:
         self.recorded += plan.kept.recorded

@@ -41,6 +41,25 @@ def test_a_switched_policy_is_said_once() -> None:
     assert groups.refresh().switched == []
 
 
+@pytest.mark.parametrize("looked", [False, True], ids=["at once", "looked at in between"])
+def test_a_group_that_is_removed_is_no_switch_of_the_next_one(looked: bool) -> None:
+    """As it was: the next one stood at the place of the removed one, under a policy of another class."""
+    base = two_groups()
+    groups = groups_of(base, Soap())
+    groups.policies += [groups.take_in(group) for group in [{"policy": Cautious()}, {}]]
+    groups.refresh()
+    plan, (vector,) = groups.plans[1], base.param_groups[1]["params"]
+    del base.param_groups[0]
+    if looked:
+        groups.look()
+    del groups.policies[0]
+    changes = groups.refresh()
+    assert changes.switched == [] and changes.there == {vector}
+    assert groups.plans == [plan] and plan.number == 0
+    (parameter,) = plan.params.parameters
+    assert (parameter.group, parameter.address, parameter.name) == (0, 0, "param_groups[0][0]")
+
+
 def test_copies_know_what_was_switched_before_them() -> None:
     groups = groups_of(two_groups())
     groups.refresh()
