@@ -311,7 +311,7 @@ class SelectiveUpdate(Optimizer):
         return f"{type(self).__name__}({self.base!r}, policy={policies}{rotated})"
 
     def _is_recorded(self) -> bool:
-        """Whether this step goes into a CUDA graph; an error where its replays would not be steps."""
+        """True if this step goes into a CUDA graph; an error if its replays would not be steps."""
         if not any(plan.params.cuda_devices for plan in self.groups.plans) or not is_recording():
             return False
         rotates, asks = bool(self.groups.places), self._asks_others()
@@ -319,12 +319,12 @@ class SelectiveUpdate(Optimizer):
         return True
 
     def _asks_others(self) -> bool:
-        """Whether any parameter that is masked has parts on other ranks, whom a step has to ask."""
+        """True if a parameter that is masked has parts on other ranks, which a step has to ask."""
         masked = (p for plan in self.groups.plans if not plan.is_dense for p in plan.params.tensors)
         return self.options.scope == "global" and any(shard_of(p) is not None for p in masked)
 
     def _is_initialisation(self) -> bool:
-        """Whether this is torch.distributed.checkpoint's way to make state: learning rate 0 and zero gradients."""
+        """True for torch.distributed.checkpoint's way to make state: learning rate 0 and zero gradients."""
         rates = [group.get("lr") for group in self.param_groups]
         if any(r is None or (isinstance(r, Tensor) and r.device.type != "cpu") or scalar(r) != 0.0 for r in rates):
             return False

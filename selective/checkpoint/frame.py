@@ -1,4 +1,4 @@
-"""Whether a checkpoint is made as ours are, whatever policies and preconditioners there are."""
+"""Checks that a checkpoint is made as ours are, whatever policies and preconditioners there are."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from selective.state.entries import BASIS, BASIS_SHAPE, BASIS_STEPS, PRECONDITIO
 def checked_preconditioners(
     plans: Sequence[GroupPlan], order: Sequence[Any], ours: Mapping[Any, dict[str, Tensor]]
 ) -> list[Preconditioner | None]:
-    """What the bases of each group were saved with, None where there were none; an error where it is not ours."""
+    """The preconditioners of the groups' saved bases, None for a group without; an error if a basis is not ours."""
     preconditioners: list[Preconditioner | None] = []
     indices = iter(order)
     for plan in plans:
@@ -67,7 +67,7 @@ def _difference(
     shape: tuple[int, int, int] | None,
     member: Parameter,
 ) -> str | None:
-    """What is different, in words; None where the basis is ours."""
+    """The difference in words; None if the basis is ours."""
     who = f"parameter {member.name!r}"
     if rotation is None:
         return f"{who} was rotated"

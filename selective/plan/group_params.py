@@ -46,7 +46,7 @@ class GroupParams:
         self.moved = True  # whether their memory is another, since it was looked at who shares it
 
     def are_of(self, group: dict[str, Any], address: int) -> bool:
-        """Whether the group still has these parameters, under these names and addresses."""
+        """True if the group still has these parameters, under these names and addresses."""
         params = group["params"]
         return (
             address == self.address
@@ -56,7 +56,7 @@ class GroupParams:
         )
 
     def has(self, param: object) -> bool:
-        """Whether it is one of them."""
+        """True if it is one of them."""
         return id(param) in self._ids
 
     def look(self) -> None:

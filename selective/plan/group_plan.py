@@ -47,17 +47,17 @@ class GroupPlan:
 
     @property
     def is_dense(self) -> bool:
-        """Whether no coordinate is masked."""
+        """True if no coordinate is masked."""
         return isinstance(self.policy_group.policy, Dense)
 
     @property
     def capture(self) -> Capture:
-        """How the updates of parameters that are not rotated are obtained, and why so."""
+        """The capture of the parameters that are not rotated, and the reason for it."""
         assert self.choice is not None  # a plan is used after a refresh
         return self.choice.capture
 
     def capture_of(self, parameter: Parameter) -> Capture:
-        """How the update of this parameter is obtained."""
+        """The capture of this parameter."""
         rotates = self.rotation is not None and parameter.tensor in self.rotation.shapes
         return self.rotation.capture if self.rotation is not None and rotates else self.capture
 
@@ -67,7 +67,7 @@ class GroupPlan:
         return None if self.rotation is None or shape is None else (self.rotation, shape)
 
     def masks_or_rotates(self, parameter: Parameter) -> bool:
-        """Whether anything is done to this parameter's step, which is the base's alone otherwise."""
+        """True if this parameter is masked or rotated. Otherwise its step is the base's alone."""
         return not self.is_dense or self.rotated_as(parameter) is not None
 
     def replace_params(self, params: GroupParams) -> None:

@@ -23,7 +23,7 @@ from selective.rotation.moments import check_moments, moments_of
 
 
 class Changes(NamedTuple):
-    """What a refresh of the groups has found, and what kept state has to follow."""
+    """The result of a refresh of the groups, for kept state to follow."""
 
     switched: list[GroupPlan]  # whose policy is of another class than before
     there: set[Tensor] | None  # the parameters that are left, if any has gone
@@ -82,7 +82,7 @@ class Groups:
             if number == len(self.plans):
                 params, choice = GroupParams(group, number, address), self._choice_of(policy_group)
                 self.plans.append(GroupPlan(number, group, policy_group, params, choice))
-            elif self.plans[number].policy_group is not policy_group:
+            elif len(self.plans) > len(groups) and self.plans[number].policy_group is not policy_group:
                 self._drop_removed(number, policy_group)
             plan = self.plans[number]
             plan.group, plan.policy_group = group, policy_group
@@ -149,7 +149,7 @@ class Groups:
         return undo
 
     def take_in(self, group: dict[str, Any]) -> PolicyGroup:
-        """What a group says to the wrapper, moved out of it."""
+        """Move what a group says to the wrapper out of it."""
         known = self.base.defaults
         policy = take_policy(group, self.default.policy, known)
         return PolicyGroup(policy, take_preconditioner(group, self.default.preconditioning, known))
@@ -207,7 +207,7 @@ class Groups:
             plan.params.moved = False
 
     def _plan_rotations(self, with_basis: Container[Tensor]) -> None:
-        """What is rotated, of every group. Looked at anew where a preconditioner, a capture or a parameter changed."""
+        """Plan the rotation of every group, anew where a preconditioner, a capture or a parameter changed."""
         rotations = [self._rotation_of(plan, with_basis) for plan in self.plans]
         if rotations != [plan.rotation for plan in self.plans]:
             tensors = [p for rotation in rotations if rotation is not None for p in rotation.shapes]

@@ -1,4 +1,4 @@
-"""What an optimizer was constructed with, beside its base, its policy and its preconditioner."""
+"""The options of an optimizer: its arguments beside base, policy, preconditioner and seed."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ class Options:
 
     @property
     def keeps_momentum(self) -> bool:
-        """Whether the wrapper keeps a momentum of its own."""
+        """True if the wrapper keeps a momentum of its own."""
         return self.momentum_beta is not None

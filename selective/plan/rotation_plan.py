@@ -1,4 +1,4 @@
-"""Which parameters of every group are rotated, which are not and why: kept from step to step, as captures are."""
+"""The rotation of one group: which parameters are rotated, as what, and why others are not; kept from step to step."""
 
 from __future__ import annotations
 

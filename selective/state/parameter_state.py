@@ -1,4 +1,4 @@
-"""What we keep of one parameter: tensors by name, and which of them are cut with it."""
+"""The entries of ours of one parameter: tensors by name, and which of them are cut with it."""
 
 from __future__ import annotations
 

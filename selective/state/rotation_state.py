@@ -1,4 +1,4 @@
-"""What we keep of rotated parameters: the preconditioner's tensors, a count of steps, a count of gradients left out."""
+"""The entries of rotated parameters: the preconditioner's tensors, a count of steps, a count of gradients left out."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _rotated(plans: Sequence[GroupPlan], table: Mapping[Tensor, Own]) -> Iterato
 
 
 def _state_in(entries: Mapping[str, Tensor]) -> State:
-    """What the preconditioner itself keeps."""
+    """The preconditioner's own tensors, by its names."""
     return {key[len(BASIS) :]: value for key, value in entries.items() if key.startswith(BASIS)}
 
 

@@ -1,4 +1,4 @@
-"""What we keep of each parameter beside the base: Note [our state entries]."""
+"""The entries of ours of each parameter, beside the base's: Note [our state entries]."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StateStore:
         return _WithBasis(self.table)
 
     def of(self, plan: GroupPlan, parameter: Parameter) -> Own:
-        """What is kept of a parameter, made on first use. The tensors are the stored ones."""
+        """The entries of a parameter, made on first use. The tensors are the stored ones."""
         own = self.table.get(parameter.tensor)
         if own is None:
             with lasting():
@@ -64,14 +64,14 @@ class StateStore:
         return {key[len(POLICY_STATE) :]: value for key, value in own.items() if key.startswith(POLICY_STATE)}
 
     def make(self, plans: Iterable[GroupPlan], wanted: Callable[[Parameter], bool]) -> None:
-        """Make what is kept of the wanted parameters, unless their step is the base's alone."""
+        """Make the entries of the wanted parameters, unless their step is the base's alone."""
         for plan in plans:
             for parameter in plan.params.parameters:
                 if wanted(parameter) and self.keeps(plan, parameter):
                     self.of(plan, parameter)
 
     def join_base(self, plans: Iterable[GroupPlan]) -> None:
-        """Make what is kept of parameters of which the base holds state already.
+        """Make the entries of parameters of which the base holds state already.
 
         torch.distributed.checkpoint reads the names of entries off live state. Bases that make theirs in the
         constructor (Adagrad), or that have trained before they were wrapped, have it from the start.
@@ -79,18 +79,18 @@ class StateStore:
         self.make(plans, self._has_base_state)
 
     def keeps(self, plan: GroupPlan, parameter: Parameter) -> bool:
-        """Whether anything is kept of it: not where its step is the base's alone, or where it has no shape yet."""
+        """True if entries are kept of it: not if its step is the base's alone, or if it has no shape yet."""
         return plan.masks_or_rotates(parameter) and not is_lazy(parameter.tensor)
 
     def fresh(self, plan: GroupPlan, parameter: Parameter) -> Own:
-        """All that is kept of a parameter before its first step."""
+        """All entries of a parameter before its first step."""
         entries = {**self.fresh_entries(plan, parameter, plan.policy), **fresh_basis(plan, parameter)}
         own = Own(entries, [parameter.tensor.shape])
         own.fits()
         return own
 
     def fresh_entries(self, plan: GroupPlan, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
-        """What is kept of a parameter under `policy` before its first step, its basis aside."""
+        """The entries of a parameter under `policy` before its first step, its basis aside."""
         p = parameter.tensor
         view = StepView(
             Tensors(p), reads=frozenset({"param"}), who=type(policy).__name__, name=parameter.name,
@@ -136,7 +136,7 @@ class StateStore:
         self.table = {p: own for p, own in self.table.items() if p in there or p in self.base.state}
 
     def snapshot(self) -> Callable[[], None]:
-        """A function that puts the table of now back. What is in it is never changed while a checkpoint is loaded."""
+        """A function that puts the table of now back. A load makes another one, and leaves these entries alone."""
         table = self.table
 
         def undo() -> None:

@@ -70,7 +70,7 @@ class _Made(Made):
         self.judge(key, value)()
 
     def judge(self, key: str, value: Any) -> Callable[[], None]:
-        """What takes it; a ValueError or a TypeError with the reason where it can't be taken."""
+        """A function that takes the value; a ValueError or a TypeError with the reason if it can't be taken."""
         where = f"{key!r} of a parameter's state"
         check_known(key, "a parameter's state", not_taken)
         if key in (STEP, SEED):
@@ -102,7 +102,7 @@ class _Made(Made):
 
 
 class StateHome(Home):
-    """Where the state of one optimizer is kept: the base's in the base, and ours in the store."""
+    """The home of one optimizer's state: the base's is in the base, ours is in the store."""
 
     def __init__(self, base: Optimizer, groups: Groups, store: StateStore, count: StepCount) -> None:
         self.base, self.groups, self.store, self.count = base, groups, store, count
@@ -146,7 +146,7 @@ class StateHome(Home):
 
     @staticmethod
     def _checked(key: str, value: Any, now: Tensor | None) -> Tensor:
-        """What is written, as it is kept."""
+        """The value in the form in which it is kept."""
         where = f"{key!r} of a parameter's state"
         if not isinstance(value, Tensor):
             raise not_a(where, value, "a tensor")

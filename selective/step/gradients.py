@@ -39,7 +39,7 @@ def _check_gradient(parameter: Parameter, key: str) -> None:
 
 
 def has_nonfinite(present: list[list[Parameter]], on_nonfinite: OnNonfinite, step: int) -> bool:
-    """Whether a gradient is not finite, where that is asked; a FloatingPointError where it is to be one."""
+    """True if a gradient is not finite and `on_nonfinite` is "skip"; a FloatingPointError if it is "raise"."""
     where = None if on_nonfinite == "ignore" else nonfinite_gradient(present)
     if where is not None and on_nonfinite == "raise":
         raise FloatingPointError(

@@ -62,7 +62,7 @@ class StepRunner:
         return jobs
 
     def _context(self, plans: Sequence[GroupPlan], report: Report | None, recording: bool) -> StepContext:
-        """What all jobs of a step share."""
+        """The context that all jobs of a step share."""
         store, options, clocks = self.store, self.options, self.count.clocks
 
         def entries(parameter: Parameter) -> Own:

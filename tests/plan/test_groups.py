@@ -60,6 +60,14 @@ def test_a_group_that_is_removed_is_no_switch_of_the_next_one(looked: bool) -> N
     assert (parameter.group, parameter.address, parameter.name) == (0, 0, "param_groups[0][0]")
 
 
+def test_policies_that_change_places_are_switched() -> None:
+    groups = groups_of(two_groups())
+    groups.policies += [groups.take_in(group) for group in [{"policy": Cautious()}, {}]]
+    groups.refresh()
+    groups.policies.reverse()
+    assert groups.refresh().switched == groups.plans
+
+
 def test_copies_know_what_was_switched_before_them() -> None:
     groups = groups_of(two_groups())
     groups.refresh()

@@ -1,4 +1,4 @@
-"""What is kept of parameters, without an optimizer around it."""
+"""The entries that are kept of parameters, without an optimizer around them."""
 
 from __future__ import annotations
 
