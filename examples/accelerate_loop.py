@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from selective import MGUP, SelectiveUpdate, Soap
 
-STEPS, BATCH, CONTEXT = 60, 64, 8  # steps an epoch, of two batches each
+STEPS, BATCH, CONTEXT = 60, 64, 8  # steps in an epoch, with two batches each
 
 
 def characters() -> TensorDataset:
-    """Windows of the text, mixed once and for all."""
+    """Windows of the text, shuffled once."""
     text = torch.tensor([min(ord(c), 127) for c in inspect.getsource(textwrap)])
     windows = text.unfold(0, CONTEXT + 1, 1)
     mixed = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
@@ -31,7 +31,7 @@ def characters() -> TensorDataset:
 
 
 def build(accelerator: Accelerator) -> tuple[Any, ...]:
-    """Prepared model, optimizer, loader and schedule. Selective in the line that makes the optimizer, nowhere else."""
+    """Prepared model, optimizer, loader and schedule. Only the line that makes the optimizer knows of `selective`."""
     set_seed(0)
     model = nn.Sequential(nn.Embedding(128, 16), nn.Flatten(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 128))
     base = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
@@ -41,7 +41,7 @@ def build(accelerator: Accelerator) -> tuple[Any, ...]:
 
 
 def train_epoch(accelerator: Accelerator, parts: tuple[Any, ...]) -> float:
-    """One epoch. The mean loss over it."""
+    """Train one epoch. Returns its mean loss."""
     model, optimizer, loader, schedule = parts
     losses = []
     for x, y in loader:

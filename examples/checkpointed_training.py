@@ -1,6 +1,6 @@
-"""Training that can be killed at any moment and goes on bit for bit: checkpoints that are whole or not there.
+"""Training that can be killed at any moment and goes on bit for bit, because its checkpoints are whole or absent.
 
-Run twice with the same folder, the second run finds the end of the first. Copy `save`, `load` and `write_atomically`.
+A second run with the same folder finds the end of the first. Copy `save`, `load` and `write_atomically`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STEPS, EVERY = 60, 2
 
 
 class Run:
-    """All that a run is: what is not in here is not resumed."""
+    """The whole state of a run. Anything outside of it is not resumed."""
 
     def __init__(self) -> None:
         with torch.random.fork_rng():
@@ -32,7 +32,7 @@ class Run:
         self.done = 0
 
     def step(self) -> None:
-        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(self.done))  # the data of step number `done`
+        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(self.done))  # the data of step `done`
         self.optimizer.zero_grad()
         (self.model(x) - x.roll(1, 1)).square().mean().backward()
         self.optimizer.step()
@@ -49,17 +49,17 @@ class Run:
         saved = torch.load(path, weights_only=True)
         for name in ("model", "optimizer", "scheduler"):
             getattr(self, name).load_state_dict(saved[name])
-        torch.set_rng_state(saved["random"])  # for dropout and the like; policies have no part in it
+        torch.set_rng_state(saved["random"])  # for dropout and the like; policies don't use it
         self.done = saved["done"]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """A reader finds the old file or the new one, whole, even where the process or the machine stops in between."""
-    beside = path.with_name(path.name + ".tmp")  # on the same disk; one that a killed run has left is written over
+    """Write a file so that readers find the whole old file or the whole new one, even if the machine stops."""
+    beside = path.with_name(path.name + ".tmp")  # on the same disk; overwrites the file of a killed run
     with open(beside, "wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())  # the bytes are on the disk before the name is
+        os.fsync(file.fileno())  # the bytes reach the disk before the name does
     os.replace(beside, path)
 
 

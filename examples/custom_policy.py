@@ -13,7 +13,7 @@ from selective.testing import check_policy
 
 
 class Sticky(Policy):
-    """Full step where update and gradient have mostly agreed in the last steps, `rest` elsewhere. Has a state."""
+    """A full step where update and gradient have mostly agreed in the last steps, `rest` elsewhere. It keeps state."""
 
     smoothing: float = Field(0.9, ge=0, lt=1)
     rest: float = Field(0.25, ge=0, le=1)
@@ -28,7 +28,7 @@ class Sticky(Policy):
 
 
 class LargeUpdates(Selection):
-    """The largest updates of each tensor. As a selection it goes with every strength, and has a matched control."""
+    """The largest updates of each tensor. A selection goes with every strength, and has a matched control."""
 
     fraction: float = Field(0.5, gt=0, le=1)
     reads: ClassVar[frozenset[str]] = frozenset({"update"})

@@ -14,7 +14,7 @@ STEPS, HALF = 60, 30
 
 
 def build() -> tuple[nn.Module, SelectiveUpdate, Any]:
-    """Model, optimizer, scheduler. Matrices: decay and MGUP. Vectors: neither. Embedding: a gentler MGUP."""
+    """Model, optimizer, scheduler. Matrices have decay and MGUP, vectors neither, the embedding a gentler MGUP."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(32, 16), nn.Flatten(), nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 32))
     named = dict(model.named_parameters())
@@ -31,7 +31,7 @@ def build() -> tuple[nn.Module, SelectiveUpdate, Any]:
 
 
 def train(model: nn.Module, opt: SelectiveUpdate, schedule: Any, first: int, last: int) -> float:
-    """The loop that you have already. The task: find the largest of four numbers."""
+    """The usual training loop. The task is to find the largest of four numbers."""
     value = 0.0
     for step in range(first, last):
         x = torch.randint(32, (128, 4), generator=torch.Generator().manual_seed(step))

@@ -1,7 +1,7 @@
 """Adafactor with and without a rotation, on a problem whose rows are entangled: a small net behind a mixing of inputs.
 
-AdaDiag turns the gradient of each hidden matrix into singular vectors on its smaller side, Adafactor keeps its factored
-moments in that space, and what it makes of them is turned back. Nothing else in the loop changes.
+AdaDiag rotates the gradient of each hidden matrix into singular vectors on its smaller side, Adafactor keeps its
+factored moments in that space, and its update is rotated back. Nothing else in the loop changes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ STEPS, BATCH, WIDTH = 200, 64, 32
 
 
 def problem(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs with a covariance far from diagonal, targets of a fixed net."""
+    """Inputs whose covariance is far from diagonal, and targets from a fixed net."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(WIDTH, WIDTH, generator=generator) * torch.logspace(0, -1.5, WIDTH)
     x = torch.randn(2048, WIDTH, generator=generator) @ mixing
@@ -24,7 +24,7 @@ def problem(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(preconditioner: Preconditioner | None, lr: float, seed: int = 0) -> float:
-    """Mean squared error over the last 20 of 200 steps."""
+    """The mean squared error over the last 20 of 200 steps."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(WIDTH, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
     x, y = problem(seed)

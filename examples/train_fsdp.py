@@ -1,8 +1,8 @@
 """FSDP2: a GPT of any size under `fully_shard`, with checkpoints that go on on another number of ranks.
 
-Alone, or `torchrun --nproc-per-node N train_fsdp.py --steps 400 --width 512 ...`: NCCL on GPUs, else gloo. Run again
-with the same folder, on any number of ranks, it goes on from its last whole checkpoint. The data are real: the source
-of Python's standard library, the same batches for any number of ranks.
+Run it alone, or with `torchrun --nproc-per-node N train_fsdp.py --steps 400 --width 512 ...`. It uses NCCL on GPUs,
+else gloo. A second run with the same folder, on any number of ranks, goes on from the last whole checkpoint. The data
+are real: the source of Python's standard library, in the same batches for any number of ranks.
 """
 
 from __future__ import annotations
@@ -36,9 +36,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--policy", default="MGUP", help="a kind's name, or JSON")
     parser.add_argument("--rotate", action="store_true", help="precondition matrices, on the side that is not sharded")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16, reduce and step in float32")
-    parser.add_argument("--recompute", action="store_true", help="activations of blocks, in the backward pass")
-    parser.add_argument("--compile", action="store_true", help="each block")
-    parser.add_argument("--folder", type=Path, help="of checkpoints; all ranks see it. Default: a new one, alone")
+    parser.add_argument(
+        "--recompute", action="store_true", help="recompute the activations of blocks in the backward pass"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile each block")
+    parser.add_argument(
+        "--folder", type=Path, help="folder of checkpoints, which all ranks see; default for a single rank: a new one"
+    )
     return parser.parse_args()
 
 
@@ -54,7 +58,7 @@ def start() -> torch.device:
 
 
 def sharded(model: GPT, args: argparse.Namespace, device: torch.device) -> GPT:
-    """Blocks first, then the rest, as FSDP2 wants it; what a block recomputes or compiles is inside of its shards."""
+    """Shard the blocks first, then the rest, as FSDP2 requires. Recomputing and compiling are inside of the shards."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     dtype = torch.bfloat16 if args.bfloat16 else None
     within = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -74,15 +78,15 @@ def save(folder: Path, step: int, model: GPT, optimizer: SelectiveUpdate) -> Non
 
 
 def resume(folder: Path, model: GPT, optimizer: SelectiveUpdate) -> int:
-    """Load the last checkpoint that is whole: `.metadata` is written last. Returns its step, 0 where there is none."""
-    found = [int(file.parent.name.removeprefix("step-")) for file in folder.glob("step-*/.metadata")]
-    if not found:
+    """Load the last whole checkpoint, which has `.metadata`, written last. Returns its step; 0 if there is none."""
+    saved_steps = [int(file.parent.name.removeprefix("step-")) for file in folder.glob("step-*/.metadata")]
+    if not saved_steps:
         return 0
-    optimizer.init_state()  # so that there is something to load into
+    optimizer.init_state()  # because loading needs state to load into
     parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.load(parts, checkpoint_id=folder / f"step-{max(found)}")
+    dcp.load(parts, checkpoint_id=folder / f"step-{max(saved_steps)}")
     set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
-    return max(found)
+    return max(saved_steps)
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""The tables of docs/conformance.md: which wrapper passes which check, and what each check checks.
+"""Writes the tables of docs/conformance.md: the checks that each wrapper passes, and the checks themselves.
 
     pip install --no-deps pytorch_optimizer magma-optimizer schedulefree
     python scripts/conformance_table.py --run      # run the suite on every wrapper that is installed; a few minutes
-    python scripts/conformance_table.py            # only write the page anew from what was found before
+    python scripts/conformance_table.py            # only write the page anew from the results of the last run
 
 Each wrapper runs in a process of its own, by the command that everybody uses: `pytest -p selective.testing --wrapper
-...`, in an empty folder. What was found is kept in docs/measurements/conformance.json.
+...`, in an empty folder. The results are kept in docs/measurements/conformance.json.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "conformance.md"
-FOUND = ROOT / "docs" / "measurements" / "conformance.json"
+RESULTS = ROOT / "docs" / "measurements" / "conformance.json"
 SIGNS = {"passed": "yes", "failed": "**no**", "not applicable": "–", "skipped": "?"}
 ADAMW, SGD = "torch.optim:AdamW(lr=0.01)", "torch.optim:SGD(lr=0.1)"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A wrapper, as it is named on the command line, and the distribution that it comes from."""
+    """A column of the table: a wrapper, as the command line names it, and its distribution."""
 
     title: str
     wrapper: str
@@ -42,12 +42,12 @@ class Column:
 
 
 def nothing(base: Any) -> Any:
-    """No wrapper at all."""
+    """The wrapper that wraps nothing."""
     return base
 
 
 def schedule_free(base: Any) -> Any:
-    """As its documentation has it: in training mode."""
+    """schedulefree's wrapper in training mode, as its documentation says."""
     wrapper = importlib.import_module("schedulefree").ScheduleFreeWrapper(base)
     wrapper.train()
     return wrapper
@@ -65,7 +65,7 @@ COLUMNS = (
 
 
 def run(column: Column) -> dict[str, Any]:
-    """What the suite finds, as `--wrapper-json` has it. Ends the program where it could not start."""
+    """Run the suite on a wrapper. Returns the content of `--wrapper-json`. Exits if the suite could not start."""
     path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(Path(__file__).parent)])
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "selective.testing"]
@@ -78,37 +78,39 @@ def run(column: Column) -> dict[str, Any]:
 
 
 def run_all() -> dict[str, Any]:
-    """All columns, with versions and date."""
-    found: list[dict[str, Any]] = []
+    """Run the suite on all wrapper columns. Returns the results with versions and date."""
+    columns: list[dict[str, Any]] = []
     for column in COLUMNS:
         try:
             number = version(column.distribution)
         except PackageNotFoundError:
             sys.exit(f"{column.distribution} is not installed; the docstring of this script has the command")
         print(f"{column.distribution} {number}: {column.wrapper}", flush=True)
-        said = {"title": column.title, "distribution": column.distribution, "version": number, "base": column.base}
-        found.append({**said, **run(column)})
+        described = {"title": column.title, "distribution": column.distribution, "version": number, "base": column.base}
+        columns.append({**described, **run(column)})
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     stacks = {name: version(name) for name in ("accelerate", "lightning", "transformers")}
-    return {"date": today, "stacks": stacks, "columns": found}
+    return {"date": today, "stacks": stacks, "columns": columns}
 
 
-def table(found: dict[str, Any]) -> str:
-    """Check × wrapper, and what the columns are."""
-    columns = found["columns"]
-    cells = [{one["check"]: _cell(one) for one in column["outcomes"]} for column in columns]
+def table(results: dict[str, Any]) -> str:
+    """The table of checks × wrappers, and a list of the columns' wrappers."""
+    columns = results["columns"]
+    cells = [{outcome["check"]: _cell(outcome) for outcome in column["outcomes"]} for column in columns]
     lines = ["| row | check | " + " | ".join(column["title"] for column in columns) + " |"]
     lines.append("| --- | --- |" + " --- |" * len(columns))
-    for one in columns[0]["outcomes"]:
-        lines.append(f"| {one['row']} | `{one['check']}` | " + " | ".join(c[one["check"]] for c in cells) + " |")
-    totals = [str(sum(one["verdict"] == "failed" for one in column["outcomes"])) for column in columns]
+    for outcome in columns[0]["outcomes"]:
+        lines.append(
+            f"| {outcome['row']} | `{outcome['check']}` | " + " | ".join(c[outcome["check"]] for c in cells) + " |"
+        )
+    totals = [str(sum(outcome["verdict"] == "failed" for outcome in column["outcomes"])) for column in columns]
     lines += ["| | **no**, in all | " + " | ".join(totals) + " |", ""]
     for column in columns:
         named = f'`--wrapper "{column["wrapper"]}"` over `{column["base"].partition(":")[2]}`'
         lines.append(f"- {column['title']}: {column['distribution']} {_public(column['version'])}, {named}")
-    stacks = ", ".join(f"{name} {number}" for name, number in found["stacks"].items())
+    stacks = ", ".join(f"{name} {number}" for name, number in results["stacks"].items())
     with_ = f"torch {_public(columns[0]['torch'])}, Python {columns[0]['python']}, {stacks}"
-    return "\n".join([*lines, "", f"{found['date']}, on a CPU, with {with_}."])
+    return "\n".join([*lines, "", f"{results['date']}, on a CPU, with {with_}."])
 
 
 def _cell(outcome: dict[str, Any]) -> str:
@@ -121,19 +123,21 @@ def _public(number: str) -> str:
     return number.partition("+")[0]
 
 
-def findings(found: dict[str, Any]) -> str:
-    """What was found where a wrapper fails, in the suite's words."""
+def findings(results: dict[str, Any]) -> str:
+    """The failures of each wrapper, in the suite's words."""
     lines = []
-    for column in found["columns"]:
-        failed = [one for one in column["outcomes"] if one["verdict"] == "failed"]
+    for column in results["columns"]:
+        failed = [outcome for outcome in column["outcomes"] if outcome["verdict"] == "failed"]
         if failed:
             lines += [f"**{column['title']}**", ""]
-            lines += [f"- row {one['row']}, `{one['check']}`: {one['message']}" for one in failed] + [""]
+            lines += [f"- row {outcome['row']}, `{outcome['check']}`: {outcome['message']}" for outcome in failed] + [
+                ""
+            ]
     return "\n".join(lines).rstrip()
 
 
 def checks() -> str:
-    """What each check checks, and what comes of it where it fails."""
+    """The table of the checks, with the harm that a failure does."""
     from selective.testing import all_checks
 
     lines = ["| row | check | what is checked | otherwise |", "| --- | --- | --- | --- |"]
@@ -143,9 +147,9 @@ def checks() -> str:
     return "\n".join(lines)
 
 
-def page(text: str, found: dict[str, Any]) -> str:
-    """The page, with what stands between its marks made anew."""
-    for name, part in (("table", table(found)), ("findings", findings(found)), ("checks", checks())):
+def page(text: str, results: dict[str, Any]) -> str:
+    """The page's text, with the parts between its marks made anew."""
+    for name, part in (("table", table(results)), ("findings", findings(results)), ("checks", checks())):
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)"
         text, count = re.subn(pattern, lambda m, part=part: f"{m[1]}\n{part}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
@@ -157,8 +161,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--run", action="store_true", help="run the suite on every wrapper first")
     if parser.parse_args().run:
-        FOUND.write_text(json.dumps(run_all(), indent=1) + "\n")
-    PAGE.write_text(page(PAGE.read_text(), json.loads(FOUND.read_text())))
+        RESULTS.write_text(json.dumps(run_all(), indent=1) + "\n")
+    PAGE.write_text(page(PAGE.read_text(), json.loads(RESULTS.read_text())))
     return 0
 
 

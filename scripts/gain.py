@@ -1,14 +1,16 @@
-"""What rotations and selection gain where a model is worth a GPU: the runs behind "What it gains" in the docs.
+"""Measures the gain of rotations and selection on a model that is worth a GPU, for "What it gains" in the docs.
 
     python scripts/gain.py --out docs/measurements/gain --seconds 550
     python scripts/gain.py --out docs/measurements/gain --table
 
-A LLaMA-style model (by default 33.6M parameters) on the source of the installed Python packages, cut into 8,192 tokens
-by a byte-level BPE that is trained here; 600 steps of 65,536 tokens, cosine with warm-up, clipping, bfloat16 autocast.
-Everyone is swept over learning rates; the runs come in the order of `plan`, each is written to a file of its own, and
-what is there is not run again: so it can be done in several sittings, each ended by `--seconds`, and by several
-processes with the same `--out`, on one machine: each takes the first run that is neither done nor being done.
-Needs the packages tokenizers and, for one rival, pytorch_optimizer.
+It trains a LLaMA-style model (by default 33.6M parameters) on the source of the installed Python packages, cut into
+tokens by a byte-level BPE of 8,192 tokens that is trained here. A run has 600 steps of 65,536 tokens, a cosine schedule
+with warm-up, clipping, and bfloat16 autocast. Every setup is swept over learning rates.
+
+The runs come in the order of `plan`. Each is written to a file of its own, and a run that has its file is not repeated.
+So the work can be done in several sittings, each ended by `--seconds`, and by several processes with the same `--out`
+on one machine: each takes the first run that is neither done nor claimed. It needs the packages tokenizers and, for
+one rival, pytorch_optimizer.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the results")
-    add("--table", action="store_true", help="only print what there is")
-    add("--carries", action="store_true", help="the runs that compare how second moments are carried")
-    add("--seconds", type=float, default=math.inf, help="begin no run that would not end in time")
+    add("--table", action="store_true", help="only print the tables of the runs that are done")
+    add("--carries", action="store_true", help="make the runs that compare ways to carry second moments")
+    add("--seconds", type=float, default=math.inf, help="begin no run that would not end within so many seconds")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--fused", action="store_true", help="queries, keys and values in one matrix, gate and value in another")
     add("--text", type=Path, default=Path(sysconfig.get_path("purelib")), help="folder with Python sources")
-    add("--characters", type=int, default=200_000_000, help="of the text")
+    add("--characters", type=int, default=200_000_000, help="number of characters of the text")
     for name, value in {"steps": 600, "batch": 128, "micro-batch": 32, "context": 512, "layers": 8, "width": 512,
                         "heads": 8, "vocabulary": 8192, "evaluate-every": 25}.items():  # fmt: skip
         add(f"--{name}", type=int, default=value)

@@ -1,4 +1,4 @@
-"""Which runs `gain.py` makes, in what order, which of them are done, and whose turn the next one is."""
+"""The plan of `gain.py`: its runs in their order, the results of those that are done, and claims on the next."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from typing import Any
 from selective import AdaDiag, Preconditioner, Soap
 
 MASKS = ("MGUP", "Cautious")
-HALF = 0.5  # of the steps: where the paper's "twice as fast" would be
+HALF = 0.5  # the share of the steps that the paper's "twice as fast" would take
 SHORTER = (HALF, 0.6)
-# carry="rotate", because the runs that are there were made so, before there was another.
+# carry="rotate", because the stored runs were made with it, before there was another.
 SPACES: dict[str, Preconditioner] = {
-    "Soap": Soap(solver="cholesky", carry="rotate"),  # the space that its QR spans, in less time
+    "Soap": Soap(solver="cholesky", carry="rotate"),  # spans the same space as its QR, in less time
     "AdaDiag++": AdaDiag(sides="two", refresh_every=50, carry="rotate"),
     "AdaDiag": AdaDiag(sides="one", refresh_every=50, carry="rotate"),
 }
-# ... and the same with second moments that follow by the squared maps; AdaDiag++ with bases that move further, too.
+# The same with second moments that follow by the squared maps, and AdaDiag++ with bases that move further.
 SQUARED: dict[str, Preconditioner] = {
     "Soap squared": Soap(solver="cholesky"),
     "AdaDiag++ squared": AdaDiag(sides="two", refresh_every=50),
@@ -47,7 +47,7 @@ RATES: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: `part` of the steps, with a schedule that ends there."""
+    """One training run. `part` is its share of the steps, at whose end the schedule ends, too."""
 
     setup: str
     lr: float
@@ -61,14 +61,14 @@ class Run:
 
 
 def plan(done: Callable[[], list[dict[str, Any]]]) -> Iterator[Run]:
-    """The runs in their order; those that depend on what the others have found, as soon as all of that is there."""
+    """Yield the runs in their order. Runs that depend on the results of others come once all of those are done."""
     sweeps = ("AdamW", "Soap", "AdaDiag++", "AdaDiag", "Muon", "pytorch_optimizer SOAP")
     for setup in sweeps:
         yield from (Run(setup, lr) for lr in RATES[setup])
-    found = done()
-    swept = {(r["setup"], r["lr"]) for r in found if r["seed"] == 0 and r["part"] == 1}
-    space = min(SPACES, key=lambda name: best(found, name)[1])
-    lr = best(found, space)[0]
+    records = done()
+    swept = {(r["setup"], r["lr"]) for r in records if r["seed"] == 0 and r["part"] == 1}
+    space = min(SPACES, key=lambda name: best(records, name)[1])
+    lr = best(records, space)[0]
 
     def all_swept(setups: Iterable[str]) -> bool:
         return all((setup, lr) in swept for setup in setups for lr in RATES[setup])
@@ -79,23 +79,23 @@ def plan(done: Callable[[], list[dict[str, Any]]]) -> Iterator[Run]:
             yield Run(f"{policy} in {space}", lr)
             yield Run(f"random like {policy} in {space}", lr)
     masked = known and all((f"{policy} in {space}", lr) in swept for policy in MASKS)
-    mask = min(MASKS, key=lambda policy: best(found, f"{policy} in {space}")[1])
+    mask = min(MASKS, key=lambda policy: best(records, f"{policy} in {space}")[1])
     for seed in (1, 2) if masked else ():
-        yield Run("AdamW", best(found, "AdamW")[0], seed)
+        yield Run("AdamW", best(records, "AdamW")[0], seed)
         for setup in (space, f"{mask} in {space}", f"random like {mask} in {space}"):
             yield Run(setup, lr, seed)
     for setup in ("Adafactor", "Adafactor in AdaDiag", "Adafactor in AdaDiag++"):
         yield from (Run(setup, lr) for lr in RATES[setup])
     for setup in ("AdamW", "Muon", "pytorch_optimizer SOAP"):
         if all_swept([setup]):
-            yield Run(setup, best(found, setup)[0], part=HALF)
+            yield Run(setup, best(records, setup)[0], part=HALF)
     for part in SHORTER if masked else ():
         for seed in (0, 1, 2):
             yield from (Run(setup, lr, seed, part) for setup in (space, f"{mask} in {space}"))
 
 
 def carries() -> Iterator[Run]:
-    """What second moments that follow by the squared maps change: at the rates that were best without."""
+    """Yield runs with second moments that follow by the squared maps, at the rates that were best without."""
     for seed in (0, 1, 2):
         for setup in ("Soap squared", "Cautious in Soap squared"):
             yield Run(setup, 6e-3, seed)
@@ -108,7 +108,7 @@ def carries() -> Iterator[Run]:
 
 @contextmanager
 def claimed(out: Path, run: Run) -> Iterator[bool]:
-    """Whether this process is the one that does the run: until it is done, or the process is no more."""
+    """Yield True if this process may do the run. The claim ends with the context, or with the process."""
     folder = Path(tempfile.gettempdir(), f"gain-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}")
     folder.mkdir(exist_ok=True)
     with (folder / run.file).open("w") as file:
@@ -121,9 +121,9 @@ def claimed(out: Path, run: Run) -> Iterator[bool]:
 
 
 def next_run(out: Path, deadline: float, only_carries: bool = False) -> Iterator[Run]:
-    """One run after the other, of the plan or of `carries`, each claimed while it is worked on.
+    """Yield one run after the other, of `plan` or of `carries`, and hold a claim on it meanwhile.
 
-    Where all that is left is claimed, it waits until something is free, or until the deadline (`time.perf_counter`).
+    If all runs that are left are claimed, it waits until one is free, or until the deadline (`time.perf_counter`).
     """
     while True:
         wanted = carries() if only_carries else plan(lambda: results(out))
@@ -142,15 +142,15 @@ def next_run(out: Path, deadline: float, only_carries: bool = False) -> Iterator
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """All records; those that say no `part` are of whole runs."""
+    """Read all records. A record without `part` is that of a whole run."""
     return [{"part": 1.0} | json.loads(file.read_text()) for file in sorted(folder.glob("*-seed*.json"))]
 
 
 def best(done: list[dict[str, Any]], setup: str) -> tuple[float, float]:
-    """Learning rate and final loss of a setup's best whole run with seed 0."""
+    """The learning rate and final loss of a setup's best whole run with seed 0."""
     mine = [r for r in done if r["setup"] == setup and r["seed"] == 0 and r["part"] == 1]
-    found = [(final(r) if math.isfinite(final(r)) else math.inf, r["lr"]) for r in mine]
-    loss, lr = min(found, default=(math.inf, math.nan))
+    losses = [(final(r) if math.isfinite(final(r)) else math.inf, r["lr"]) for r in mine]
+    loss, lr = min(losses, default=(math.inf, math.nan))
     return lr, loss
 
 

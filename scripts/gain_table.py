@@ -1,4 +1,4 @@
-"""What the runs of `gain.py` have shown, as tables."""
+"""Writes the results of `gain.py` as tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BASES = ("AdamW", "Adafactor")
 
 
 def table(folder: Path) -> str:
-    """All tables that there is something for."""
+    """All tables for which there are runs."""
     everything = results(folder)
     done = [r for r in everything if r["part"] == 1]
     lines: list[str] = []
@@ -26,7 +26,7 @@ def table(folder: Path) -> str:
 
 
 def _base(setup: str) -> str:
-    """Whose final loss a setup is held to."""
+    """The setup with whose final loss `setup` is compared."""
     return "Adafactor" if setup.startswith("Adafactor") else "AdamW"
 
 
@@ -35,7 +35,7 @@ def _head(*columns: str) -> list[str]:
 
 
 def _at_best_rates(done: Records, setups: list[str], base: str) -> list[str]:
-    """Every setup at its best rate: final loss, steps to the base's final loss, time; then its other rates."""
+    """A table of setups at their best rates, with final loss, steps to the base's final loss, time and other rates."""
     _, wanted = best(done, base)
     lines = []
     for setup in setups:
@@ -53,8 +53,11 @@ def _at_best_rates(done: Records, setups: list[str], base: str) -> list[str]:
 
 
 def _over_seeds(done: Records) -> list[str]:
-    """Setups with several seeds, paired by seed with others: mean and 95 % interval of the loss, of differences, of how
-    many times fewer steps it took to the same seed's AdamW's final loss."""
+    """A table of the setups that have several seeds, paired by seed with others.
+
+    It has means and 95 % intervals of the loss, of the differences, and of the factor by which fewer steps were needed
+    to the final loss of AdamW with the same seed.
+    """
     adamw = _adamw(done)
     lines = []
     for setup in dict.fromkeys(r["setup"] for r in done):
@@ -81,7 +84,7 @@ def _over_seeds(done: Records) -> list[str]:
 
 
 def _shorter(done: Records, shorter: Records) -> list[str]:
-    """Runs whose schedule ends earlier, against the whole run of the same seed's AdamW, which had all the steps."""
+    """A table of runs whose schedule ends earlier, against the whole run of AdamW with the same seed."""
     adamw = _adamw(done)
     lines = []
     for setup, lr, part in dict.fromkeys((r["setup"], r["lr"], r["part"]) for r in shorter):
@@ -96,7 +99,7 @@ def _shorter(done: Records, shorter: Records) -> list[str]:
 
 
 def _adamw(done: Records) -> dict[int, dict[str, Any]]:
-    """AdamW's runs at its best rate, by seed."""
+    """The runs of AdamW at its best rate, by seed."""
     return _by_seed(done, "AdamW", best(done, "AdamW")[0])
 
 
@@ -105,7 +108,7 @@ def _by_seed(done: Records, setup: str, lr: float) -> dict[int, dict[str, Any]]:
 
 
 def _differences(mine: Records, theirs: dict[int, dict[str, Any]]) -> list[str] | None:
-    """Final losses, and their differences from those of the same seed: mean and interval; None if one diverged."""
+    """The mean final loss and the mean difference, paired by seed, with intervals. None if a run diverged."""
     ours, others = [final(r) for r in mine], [final(theirs[r["seed"]]) for r in mine]
     if not all(map(math.isfinite, [*ours, *others])):
         return None
@@ -113,5 +116,5 @@ def _differences(mine: Records, theirs: dict[int, dict[str, Any]]) -> list[str] 
 
 
 def _steps(run: dict[str, Any], loss: float) -> float | None:
-    """Steps that it took to this loss."""
+    """The number of steps until this loss was reached."""
     return steps_to(loss, run["validation"]["step"], run["validation"]["loss"])

@@ -1,4 +1,4 @@
-"""The runs of `gain.py`: text, model, what trains it, and the loop."""
+"""Trainer, which does the runs of `gain.py`: text, model, optimizers and the loop."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ MGUP_MILD = MGUP(alpha=1.5, gamma=0.5)  # the paper's advice for bases whose lea
 
 
 class Apart(nn.Module):
-    """Linear layers that read the same input, as matrices of their own, as LLaMA has them: a rotation of queries, keys
-    and values together would be another one."""
+    """Linear layers that read the same input, each with a matrix of its own, as in LLaMA.
+
+    Queries, keys and values in one matrix would be rotated together, which is another rotation.
+    """
 
     def __init__(self, together: nn.Linear, count: int) -> None:
         super().__init__()
@@ -39,7 +41,7 @@ class Apart(nn.Module):
 
 
 def llama(config: ModelConfig, seed: int, vocabulary: int, fused: bool = False) -> GPT:
-    """The model of `selective compare`, its projections apart unless `fused`: the same function at the start."""
+    """The model of `selective compare`, with separate projections unless `fused`. Both start as the same function."""
     model = GPT(config, seed, vocabulary)
     if not fused:
         for block in model.blocks:
@@ -51,7 +53,7 @@ def llama(config: ModelConfig, seed: int, vocabulary: int, fused: bool = False) 
 
 
 class Both(Optimizer):
-    """Two optimizers as one: Muon takes matrices only."""
+    """Two optimizers as one, for Muon, which takes matrices only."""
 
     def __init__(self, first: Optimizer, second: Optimizer) -> None:
         self.parts = (first, second)
@@ -65,7 +67,7 @@ class Both(Optimizer):
 
 
 def optimizer_of(run: Run, model: nn.Module) -> Optimizer:
-    """What a run trains with."""
+    """Build the optimizer of a run."""
     groups, plain = (groups_by_kind(model, DECAY, rotated) for rotated in (True, False))
     fused = next(model.parameters()).is_cuda
     name, _, space_name = run.setup.rpartition(" in ")
@@ -91,7 +93,7 @@ def optimizer_of(run: Run, model: nn.Module) -> Optimizer:
 
 
 def text_of(root: Path, most: int) -> Iterator[str]:
-    """The Python sources under a folder, whole files in the order of their names' hashes, up to so many characters."""
+    """Python sources under a folder: whole files in the order of their names' hashes, up to so many characters."""
     files = sorted(root.rglob("*.py"), key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest())
     size = 0
     for file in files:
@@ -103,7 +105,7 @@ def text_of(root: Path, most: int) -> Iterator[str]:
 
 
 def tokens_of(root: Path, vocabulary: int, most: int) -> Tensor:
-    """The text as tokens, int32, of a byte-level BPE that is trained on a part of it."""
+    """The text as int32 tokens of a byte-level BPE, which is trained on a part of it."""
     from tokenizers import ByteLevelBPETokenizer
 
     texts = list(text_of(root, most))
@@ -114,7 +116,7 @@ def tokens_of(root: Path, vocabulary: int, most: int) -> Tensor:
 
 
 class Trainer:
-    """Model and text, which stay from run to run: the model is compiled once."""
+    """The model and the text, which all runs share, so that the model is compiled once."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, options.device
@@ -144,13 +146,13 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """On the same windows each time."""
+        """The mean held-out loss, on the same windows each time."""
         room, count = len(self.held_out) - self.options.context - 1, 8
         starts = torch.linspace(0, room, self.options.batch * count).long().split(self.options.batch)
         return sum(float(self.loss(self.windows(self.held_out, part))) for part in starts) / count
 
     def go(self, run: Run) -> dict[str, Any]:
-        """Train from the seed's start on the seed's batches."""
+        """Do a run: train from its seed's start on its seed's batches. Returns the record."""
         options, steps = self.options, round(self.options.steps * run.part)
         self.model.load_state_dict(self.start(run.seed).state_dict())
         optimizer = optimizer_of(run, self.model)

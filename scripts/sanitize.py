@@ -1,11 +1,11 @@
-"""The GPU tests under NVIDIA's compute-sanitizer: accesses out of bounds, races, memory that nobody wrote.
+"""Runs the GPU tests under NVIDIA's compute-sanitizer: accesses out of bounds, races, uninitialised memory.
 
     python scripts/sanitize.py --jobs 12 tests/kernels/test_gpu_top_k.py -k "not large"
 
-Everything after the options goes to pytest. The tests are split over as many processes as `--jobs` says, each under a
-sanitizer of its own: pytest-xdist would have it follow every compiler that Triton starts. torch's caching allocator is
-off, since an access beyond a tensor is otherwise inside of a larger block. Run the same tests without a sanitizer
-before: kernels come from Triton's cache then, and compiling is not slowed down.
+Everything after the options goes to pytest. The tests are split over `--jobs` processes, each under a sanitizer of its
+own; with pytest-xdist the sanitizer would follow every compiler that Triton starts. torch's caching allocator is off,
+because an access beyond a tensor could otherwise hit the same larger block. Run the same tests without a sanitizer
+first: kernels then come from Triton's cache, and their compilation is not slowed down.
 
 Exit code 0: every process ran at least one test, no test failed, no error was found.
 """
@@ -25,16 +25,16 @@ PASSED = re.compile(r"(\d+) passed")
 
 
 def collected(arguments: list[str]) -> list[str]:
-    """The names of the tests that pytest would run."""
+    """The ids of the tests that pytest would run."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--no-header", "--no-summary", *arguments]
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode != 0:
-        sys.exit(f"pytest collects nothing:\n{found.stdout}{found.stderr}")
-    return [line for line in found.stdout.splitlines() if "::" in line]
+    listing = subprocess.run(command, capture_output=True, text=True)
+    if listing.returncode != 0:
+        sys.exit(f"pytest collects nothing:\n{listing.stdout}{listing.stderr}")
+    return [line for line in listing.stdout.splitlines() if "::" in line]
 
 
 def verdict(log: str, output: str, code: int) -> str | None:
-    """What is wrong with one process's run; None where nothing is."""
+    """The fault of one process's run, in words; None if there is none."""
     errors = [int(n) for n in SUMMARY.findall(log)]
     if not errors:
         return "the sanitizer said nothing"

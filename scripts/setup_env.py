@@ -1,13 +1,13 @@
-"""Make the virtual environment that `make demo`, `make test` and .ci/run work in. Standard library only.
+"""Makes the virtual environment of `make demo`, `make test` and .ci/run. Standard library only.
 
     python3 scripts/setup_env.py --venv .venv [--for demo] [--installed]
 
-`--for demo` installs what `make demo` needs and no more; without it everything is there, tests and tools included. One
-environment serves both: the whole completes the small one.
+`--for demo` installs only the requirements of `make demo`. Without it everything is installed, for tests and tools,
+too. One environment serves both: a second run completes it.
 
-Safe to run again: what is there is kept. TORCH_SPEC (a requirement such as "torch==2.11.0") overrides the choice of
-torch. Without it, and without an NVIDIA GPU, a CPU build is looked for, because the default build for Linux brings
-gigabytes of CUDA libraries. "Looked for" is a dry run of pip, which downloads no wheel.
+It is safe to run again, and keeps all packages that are installed. TORCH_SPEC (a requirement such as "torch==2.11.0")
+overrides the choice of torch. Without it, and without an NVIDIA GPU, the script looks for a CPU build by a dry run of
+pip, which downloads no wheel, because the default build for Linux brings gigabytes of CUDA libraries.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTED_TORCH = "torch>=2.9,<2.14"  # the package asks for >=2.9; this is the range that the tests have seen
-EXTRAS = {"all": "test,test-stacks,docs,dev", "demo": "compare"}  # by what the environment is for
+TESTED_TORCH = "torch>=2.9,<2.14"  # the package requires >=2.9; the tests have run on this range
+EXTRAS = {"all": "test,test-stacks,docs,dev", "demo": "compare"}  # by the environment's purpose
 # The Makefile's stamps, written last, so that a half-made environment is finished.
 STAMPS = {"all": (".ready", ".ready-demo"), "demo": (".ready-demo",)}
-# Packages whose newest release can't be imported beside an older torch: by torch's version, what goes with it.
+# Packages whose newest release can't be imported beside an older torch: by torch's version, the releases that can.
 COMPANIONS = {"2.9": ["torchao==0.15.0"]}  # 0.18 imports `ScalingType` from torch.nn.functional, which 2.9 lacks
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# Where a CPU build may be, cheapest first: pip options for the dry run, options for the installation.
+# Places that may have a CPU build, cheapest first: pip's options for the dry run, and those for the installation.
 CPU_SOURCES = {
     "folders that pip is configured with (find-links)": (["--no-index"], []),
     "the configured package index": ([], []),
@@ -42,7 +42,7 @@ def say(message: str) -> None:
 
 
 class Environment:
-    """A virtual environment in `path`, and what is done in it."""
+    """A virtual environment in `path`, with the commands that run in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
@@ -54,20 +54,20 @@ class Environment:
             return
         say(f"making {self.path} with Python {sys.version.split()[0]}")
         subprocess.run([sys.executable, "-m", "venv", str(self.path)], check=True)
-        # `pip install --dry-run --report` is what the search for torch stands on. No download where pip is newer.
+        # The search for torch needs `pip install --dry-run --report`. A newer pip is not replaced.
         self.pip("install", "pip>=23.1")
 
     def pip(self, *arguments: str) -> None:
         subprocess.run([self.python, "-m", "pip", "--quiet", *arguments], check=True)
 
     def torch_version(self) -> str | None:
-        """The version of torch that can be imported, or None."""
+        """The version of torch in the environment, or None if it can't be imported."""
         code = "import torch; print(torch.__version__)"
-        found = subprocess.run([self.python, "-c", code], capture_output=True, text=True)
-        return found.stdout.strip() if found.returncode == 0 else None
+        answer = subprocess.run([self.python, "-c", code], capture_output=True, text=True)
+        return answer.stdout.strip() if answer.returncode == 0 else None
 
     def resolve(self, requirement: str, options: list[str]) -> str | None:
-        """The version that pip would install, or None where it finds none. Downloads metadata at most."""
+        """The version that pip would install, or None if it finds none. Downloads metadata at most."""
         dry_run = ["install", "--dry-run", "--no-deps", "--ignore-installed", "--only-binary", ":all:", "--quiet"]
         patience = ["--retries", "0", "--timeout", "20"]
         with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ class Environment:
         version = self.torch_version()
         if version is None:
             raise SystemExit(f"setup_env: torch cannot be imported; see `{self.python} -c 'import torch'`")
-        # Later installations may not replace it by another build.
+        # A constraint, so that later installations don't replace it by another build.
         companions = COMPANIONS.get(".".join(version.split(".")[:2]), [])
         self.constraints.write_text("\n".join([f"torch=={version}", *companions]) + "\n")
 
@@ -109,9 +109,9 @@ class Environment:
         self.pip("install", TESTED_TORCH)
 
     def refuse_another_checkout(self) -> None:
-        """An editable install of another checkout would be turned to this one, under whoever works there."""
-        for found in self.path.glob("lib/python*/site-packages/selective_update-*.dist-info/direct_url.json"):
-            origin = json.loads(found.read_text())
+        """Exit if the environment has an editable install of another checkout, which somebody else may be using."""
+        for record in self.path.glob("lib/python*/site-packages/selective_update-*.dist-info/direct_url.json"):
+            origin = json.loads(record.read_text())
             if origin.get("dir_info", {}).get("editable") and origin["url"] != ROOT.as_uri():
                 raise SystemExit(f"setup_env: {self.path} belongs to {origin['url']}; give this checkout its own VENV")
 
@@ -133,7 +133,7 @@ class Environment:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the driver lists a GPU."""
+    """True if the driver lists a GPU."""
     if shutil.which("nvidia-smi") is None:
         return False
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)

@@ -1,13 +1,13 @@
-"""A sharded step against the step of whole tensors: the same bits, its time, what it sends.
+"""Compares a sharded step with the step of whole tensors: the same bits, its time, its collectives.
 
     torchrun --standalone --nproc-per-node 2 scripts/sharded.py --shapes llama-60m
 
-NCCL where there are GPUs, gloo elsewhere. Every rank keeps one set of parameters whole and one by rows over all ranks,
-gives both the same gradients, and compares them after a few steps (`same bits`, on the shapes of `--check`; on a CPU
-with the reference on both sides, since the CPU's kernels of whole tensors round otherwise). Then it times steps on
-shards alone, in turns, against torch's fused AdamW on the same shards: the slowest rank counts, of the median of
-`--rounds`. `host waits`: whether a step makes the host wait for the GPU. `launches`: kernels, copies and fills that a
-step puts on the GPU, the collectives' own included.
+It uses NCCL on GPUs and gloo elsewhere. Every rank keeps one set of parameters whole and one cut by rows over all
+ranks, gives both the same gradients, and compares them after a few steps (`same bits`, on the shapes of `--check`). On
+a CPU both sides use the reference, because the CPU's kernels for whole tensors round differently. Then it times steps
+on shards, in turns, against torch's fused AdamW on the same shards. The time is the median of `--rounds` on the
+slowest rank. `host waits` says if a step makes the host wait for the GPU. `launches` counts the kernels, copies and
+fills that a step puts on the GPU, those of the collectives included.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from selective import MGUP, Cautious, CautiousMGUP, Policy, RandomMask, SelectiveUpdate
 from selective.bench.clock import clock_of
-from selective.bench.rotations import Work
+from selective.bench.rotations import TimedCall
 from selective.bench.shapes import SHAPES
 from selective.bench.traffic import all_reduces
 from selective.kernels import use_backend
@@ -39,13 +39,13 @@ POLICIES: dict[str, Policy] = {
 
 
 def parameters(shapes: list[tuple[int, ...]], mesh: Any, device: str, cut: bool) -> list[nn.Parameter]:
-    """The same values on every rank, whole or by rows."""
+    """Parameters with the same values on every rank, whole or cut by rows."""
     values = torch.Generator(device).manual_seed(0)
-    found = []
+    params = []
     for shape in shapes:
         whole = torch.randn(shape, generator=values, device=device) * 0.02
-        found.append(nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None) if cut else whole))
-    return found
+        params.append(nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None) if cut else whole))
+    return params
 
 
 def give_gradients(params: list[nn.Parameter], step: int, device: str) -> None:
@@ -58,7 +58,7 @@ def give_gradients(params: list[nn.Parameter], step: int, device: str) -> None:
 
 
 def same_bits(policy: Policy, shapes: list[tuple[int, ...]], mesh: Any, device: str) -> bool:
-    """Whether shards and whole tensors are the same after three steps, on every rank."""
+    """True if shards and whole tensors are the same after three steps, on every rank."""
     runs: list[list[Tensor]] = []
     for cut in (False, True):
         params = parameters(shapes, mesh, device, cut)
@@ -74,14 +74,14 @@ def same_bits(policy: Policy, shapes: list[tuple[int, ...]], mesh: Any, device: 
 
 
 def sent_by(step: Callable[[], Any]) -> tuple[int, int]:
-    """All-reduces of one step, and their bytes."""
-    with all_reduces() as found:
+    """The number of all-reduces of one step, and their bytes."""
+    with all_reduces() as sizes:
         step()
-    return len(found), sum(found)
+    return len(sizes), sum(sizes)
 
 
 def waits(step: Callable[[], Any], device: str) -> str:
-    """Whether a step makes the host wait for the GPU."""
+    """ "yes" with the reason, or "no": does a step make the host wait for the GPU?"""
     if device == "cpu":
         return "-"
     torch.cuda.set_sync_debug_mode("error")
@@ -95,17 +95,18 @@ def waits(step: Callable[[], Any], device: str) -> str:
 
 
 def launched_by(step: Callable[[], Any], device: str) -> str:
-    """How much one step puts on the device. Asked only where all ranks can tell: they take the same steps for it."""
+    """The number of launches of one step, or "-" if a rank can't count: all ranks must take the same steps."""
     clock = clock_of(device.partition(":")[0])
-    able = torch.tensor(int(clock.launches(Work(lambda: torch.zeros(1, device=device))) is not None), device=device)
+    probe = TimedCall(lambda: torch.zeros(1, device=device))
+    able = torch.tensor(int(clock.launches(probe) is not None), device=device)
     dist.all_reduce(able, op=dist.ReduceOp.MIN)
-    found = clock.launches(Work(step)) if bool(able) else None
-    return "-" if found is None else str(sum(found.values()))
+    counts = clock.launches(TimedCall(step)) if bool(able) else None
+    return "-" if counts is None else str(sum(counts.values()))
 
 
 def timed(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
-    """Milliseconds of each, in turns: the median of each rank, of the slowest."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    """The milliseconds of each step function, called in turns: the median of the rounds on the slowest rank."""
+    milliseconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             dist.barrier()
@@ -115,8 +116,8 @@ def timed(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict
             step()
             if device != "cpu":
                 torch.cuda.synchronize()
-            found[name].append((time.perf_counter() - start) * 1e3)
-    medians = torch.tensor([statistics.median(times) for times in found.values()], device=device)
+            milliseconds[name].append((time.perf_counter() - start) * 1e3)
+    medians = torch.tensor([statistics.median(times) for times in milliseconds.values()], device=device)
     dist.all_reduce(medians, op=dist.ReduceOp.MAX)
     return dict(zip(steps, medians.tolist(), strict=True))
 
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--shapes", choices=sorted(SHAPES), default="llama-60m")
     parser.add_argument("--check", choices=sorted(SHAPES), default="transformer-30m")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--tensors", type=int, default=None, help="only so many of the shapes")
+    parser.add_argument("--tensors", type=int, default=None, help="number of tensors to take of the shapes")
     options = parser.parse_args()
     gpu = torch.cuda.is_available()
     dist.init_process_group("nccl" if gpu else "gloo")
@@ -146,10 +147,10 @@ def main() -> None:
 
     steps: dict[str, Any] = {"AdamW fused": over(lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True))}
     for name, policy in POLICIES.items():
-        for said, told in (("", False), (", statistics", True)):
-            steps[name + said] = over(
-                lambda p, policy=policy, told=told: SelectiveUpdate(
-                    torch.optim.AdamW(p, lr=1e-3), policy=policy, statistics=told
+        for suffix, collected in (("", False), (", statistics", True)):
+            steps[name + suffix] = over(
+                lambda p, policy=policy, collected=collected: SelectiveUpdate(
+                    torch.optim.AdamW(p, lr=1e-3), policy=policy, statistics=collected
                 )
             )
     sent, waited = {n: sent_by(s) for n, s in steps.items()}, {n: waits(s, device) for n, s in steps.items()}
@@ -176,4 +177,4 @@ def main() -> None:
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads, at the interpreter's end, have been seen to abort a process that had all results
+    os._exit(0)  # when the interpreter ends, gloo's threads have aborted processes that had all results

@@ -1,9 +1,10 @@
-"""Step time under FSDP2: torch's fused AdamW, and `SelectiveUpdate` around it, in turns in one run.
+"""Times steps under FSDP2: torch's fused AdamW, and `SelectiveUpdate` around it, in turns in one run.
 
 torchrun --nproc-per-node N scripts/sharded_bench.py [--layers 12 --width 1024 ...]
 
-Rank 0 prints a line of JSON for each contender: median milliseconds of a whole training step (forward, backward,
-optimizer) and of the optimizer's own, as ratios to AdamW too, and the collectives and bytes of an optimizer's step.
+Rank 0 prints a line of JSON for each contender: the median milliseconds of a whole training step (forward, backward,
+optimizer) and of the optimizer's step alone, their ratios to AdamW's, and the collectives and bytes of an optimizer's
+step.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ CONTENDERS: dict[str, Make] = {
 
 
 class Contender:
-    """A model of its own, sharded, and its optimizer."""
+    """A sharded model and its optimizer."""
 
     def __init__(self, make: Make, config: ModelConfig, device: torch.device) -> None:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -74,19 +75,21 @@ def measured(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
     draws = torch.Generator().manual_seed(dist.get_rank())
     for _ in range(args.warmup + args.steps):
         windows = torch.randint(256, (args.batch, args.context + 1), generator=draws).to(device)
-        for contender in contenders.values():  # in turns, so that all see the same machine
+        for contender in contenders.values():  # in turns, so that all meet the same conditions
             contender.step(windows)
     rows = []
     plain = contenders["torch AdamW"]
     for name, contender in contenders.items():
         with all_reduces() as sent:
             contender.step(windows)
-        whole, own = (statistics.median(times[args.warmup : -1]) for times in (contender.whole, contender.own))
+        whole, optimizer_only = (
+            statistics.median(times[args.warmup : -1]) for times in (contender.whole, contender.own)
+        )
         ratios = [
             statistics.median(a / b for a, b in zip(mine[args.warmup : -1], theirs[args.warmup :], strict=False))
             for mine, theirs in ((contender.whole, plain.whole), (contender.own, plain.own))
         ]
-        row = {"contender": name, "step_ms": whole, "optimizer_ms": own, "step_ratio": ratios[0]}
+        row = {"contender": name, "step_ms": whole, "optimizer_ms": optimizer_only, "step_ratio": ratios[0]}
         rows.append({**row, "optimizer_ratio": ratios[1], "collectives": len(sent), "bytes": sum(sent)})
     return rows
 
@@ -115,4 +118,4 @@ def main() -> None:
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads, at the interpreter's end, have been seen to abort a process that had all results
+    os._exit(0)  # when the interpreter ends, gloo's threads have aborted processes that had all results

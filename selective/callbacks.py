@@ -1,4 +1,4 @@
-"""Callbacks that watch a run in Lightning and in Hugging Face's `Trainer`; they are imported when one is made."""
+"""Callbacks that watch a run in Lightning and in Hugging Face's `Trainer`, which are imported when one is made."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from selective.watching import Sample, Watch, Writer, selective_inside, watch
 
 
 def lightning_callback(*writers: Writer, every: int = 100, each: bool = False) -> Any:
-    """A Lightning callback that watches every `SelectiveUpdate` of the run.
+    """A Lightning callback that watches every `SelectiveUpdate` of the run, in every `every`-th step.
 
-    Without `writers`, the trainer's loggers get "selective/share" and the like; with `each` of every parameter, too.
+    `writers` are those of `watch`. Without any, the trainer's loggers get "selective/share" and the like; with `each`,
+    they get the numbers of every parameter, too. A run without a `SelectiveUpdate` raises TypeError when it starts.
     """
-    # both names of the package are in use, and their classes are not each other's
+    # Both names of the package are in use, and each has classes of its own.
     name = "pytorch_lightning" if "pytorch_lightning" in sys.modules else "lightning.pytorch"
     callback: Any = importlib.import_module(name).Callback
 
@@ -29,11 +30,13 @@ def lightning_callback(*writers: Writer, every: int = 100, each: bool = False) -
                 for logger in trainer.loggers:
                     logger.log_metrics(metrics, step=sample.step)
 
-            wrapped = [one for one in trainer.optimizers if _is_selective(one)]
+            wrapped = [optimizer for optimizer in trainer.optimizers if _is_selective(optimizer)]
             if not wrapped:
-                kinds = ", ".join(type(one).__name__ for one in trainer.optimizers) or "none"
+                kinds = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
                 raise TypeError(f"lightning_callback: no optimizer of this run is a SelectiveUpdate; found {kinds}")
-            self.watches = [watch(one, *(writers or (log,)), every=every, model=pl_module) for one in wrapped]
+            self.watches = [
+                watch(optimizer, *(writers or (log,)), every=every, model=pl_module) for optimizer in wrapped
+            ]
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             self._close()
@@ -42,18 +45,18 @@ def lightning_callback(*writers: Writer, every: int = 100, each: bool = False) -
             self._close()
 
         def _close(self) -> None:
-            for one in self.watches:
-                one.close()
+            for watched in self.watches:
+                watched.close()
             self.watches = []
 
     return WatchSelection()
 
 
 def trainer_callback(*writers: Writer, every: int = 100, each: bool = False) -> Any:
-    """A `transformers.TrainerCallback` that watches the run, on the process that logs.
+    """A `transformers.TrainerCallback` that watches every `every`-th step of the run, on the process that logs.
 
-    Without `writers`, the numbers go into `trainer.state.log_history`, which the Trainer saves with its checkpoints, as
-    "selective/share" and the like; with `each` of every parameter, too.
+    `writers` are those of `watch`. Without any, `trainer.state.log_history`, which the Trainer saves with its
+    checkpoints, gets "selective/share" and the like; with `each`, it gets the numbers of every parameter, too.
     """
     callback: Any = importlib.import_module("transformers").TrainerCallback
 

@@ -1,8 +1,8 @@
-"""Lets `reads: ClassVar = ...` be written without brackets in a file that postpones its annotations.
+"""A metaclass that allows `reads: ClassVar = ...`, without brackets, in a file that postpones its annotations.
 
 `from __future__ import annotations` turns the annotation into the text "ClassVar". Python 3.10 refuses to evaluate that
 on behalf of pydantic ("Unable to evaluate type annotation"). So the text is replaced as soon as the class body has
-written it, before pydantic reads it. Later versions of Python would evaluate it; they get the same, up to 3.13.
+written it, before pydantic reads it. Python 3.11 to 3.13 would evaluate the text, and get the same treatment.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
-# Python 3.14 keeps annotations elsewhere where they are not postponed, and evaluates the text without brackets.
+# Python 3.14 keeps annotations that are not postponed elsewhere, and evaluates the text without brackets.
 _TEXT_IS_EVALUATED = sys.version_info >= (3, 14)
 _DOTTED_NAME = re.compile(r"\s*[^\W\d]\w*(\s*\.\s*[^\W\d]\w*)*\s*")
 
@@ -29,7 +29,7 @@ class _Annotations(dict[str, Any]):
 
 
 def _is_class_var(text: str, body: FrameType) -> bool:
-    """Say whether `text` names `typing.ClassVar` in the class body: imported, renamed, dotted, or for type checkers."""
+    """True if `text` names `typing.ClassVar` in the class body: imported, renamed, dotted, for type checkers."""
     if _DOTTED_NAME.fullmatch(text) is None:
         return False
     first, *attributes = (part.strip() for part in text.split("."))
@@ -37,10 +37,10 @@ def _is_class_var(text: str, body: FrameType) -> bool:
     known = next((names for names in (body.f_locals, around, body.f_globals) if first in names), None)
     if known is None:
         return [first, *attributes][-1] == "ClassVar"
-    found = known[first]
+    value = known[first]
     for attribute in attributes:
-        found = getattr(found, attribute, None)
-    return found is ClassVar
+        value = getattr(value, attribute, None)
+    return value is ClassVar
 
 
 if TYPE_CHECKING:
@@ -48,10 +48,10 @@ if TYPE_CHECKING:
 else:
 
     class ConfiguredMeta(type(BaseModel)):
-        """pydantic's metaclass, with class bodies whose annotations are read as they are written.
+        """pydantic's metaclass, with a namespace for class bodies that reads each annotation as it is written.
 
-        Only `__prepare__` is ours: pydantic looks up names in the frame that called its `__new__`, and a `__new__` of
-        ours would stand in between.
+        Only `__prepare__` is ours. A `__new__` of ours would hide the frame that called it, in which pydantic looks up
+        names.
         """
 
         @classmethod

@@ -1,7 +1,7 @@
-"""The command `selective`: compare, bench, explain. What a subcommand needs is imported when it runs.
+"""The command `selective` with its subcommands compare, bench and explain, which are imported when they run.
 
-Exit codes: 0 done; 1 a run failed; 2 what was asked for cannot be done (the message says why); 130 interrupted, with
-what was finished kept.
+Exit codes: 0 done; 1 a run failed; 2 the request can't be met (the message says why); 130 interrupted, with the
+finished results kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line. Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["bench"]:  # it has a parser of its own, help included
         from selective.bench.__main__ import main as bench
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="selective", description="Selective updates for PyTorch optimizers.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="compare | bench | explain")
     compare = commands.add_parser(
         "compare",
@@ -44,19 +44,23 @@ def _parser() -> argparse.ArgumentParser:
         help="say how a base's update is obtained, and what a policy does with it",
         description="Build a base over a small GPT and print what SelectiveUpdate found out about it.",
     )
-    explain.add_argument("--base", default="AdamW", help="as in compare")
+    explain.add_argument("--base", default="AdamW", help="class of the base, as in compare (default: AdamW)")
     explain.add_argument("--base-options", type=_json, default={}, metavar="JSON", help="keyword arguments of the base")
-    explain.add_argument("--policy", type=_policy, default="MGUP", help="name or JSON")
-    explain.add_argument("--preconditioner", type=_policy, help="as in compare")
+    explain.add_argument("--policy", type=_policy, default="MGUP", help="name or JSON (default: MGUP)")
+    explain.add_argument("--preconditioner", type=_policy, help="name or JSON, as in compare (default: none)")
     explain.set_defaults(run=_explain)
     return parser
 
 
 def _compare_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--config", metavar="FILE", help="YAML or JSON; examples/demo.yaml shows every setting")
+    add("--config", metavar="FILE", help="configuration, YAML or JSON; examples/demo.yaml shows every setting")
     add(
-        "--import", action="append", dest="imports", metavar="MODULE", help="first: where your own policies are defined"
+        "--import",
+        action="append",
+        dest="imports",
+        metavar="MODULE",
+        help="module to import first, which defines your own policies; repeatable",
     )
     add("--policy", action="append", type=_policy, metavar="POLICY", help='name or JSON ({"kind": "MGUP"}); repeatable')
     add(
@@ -64,19 +68,37 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=_policy,
         metavar="NAME",
-        help="adadiag, adadiag++, soap, a kind's name or JSON: the base and each policy in its space too; repeatable",
+        help="adadiag, adadiag++, soap, a kind's name or JSON; also runs the base and each policy in its space; "
+        "repeatable",
     )
     add("--base", help="class of torch.optim or pytorch_optimizer, or module:Class (default: AdamW)")
     add("--base-options", type=_json, metavar="JSON", help="keyword arguments of the base")
-    add("--lr", nargs="+", type=float, metavar="LR", help="swept by every contender (default: 1e-3 3e-3)")
-    add("--seeds", type=_seeds, metavar="N|A,B,C", help="a count, or a list with commas (default: 3)")
-    add("--first-seed", type=int, metavar="N", help="of a count of seeds (default: 0)")
-    add("--steps", type=int, help="of each run (default: 400)")
-    add("--data", metavar="FILE", help="any text (default: the Python standard library's own source)")
-    add("--controls", action=argparse.BooleanOptionalAction, help="each policy beside its matched random mask")
-    add("--set", action="append", type=_setting, default=[], metavar="KEY=VALUE", help="any other: model.width=192")
-    add("--threads", type=int, help="of torch, in each run (default: 1)")
-    add("--workers", type=int, help="runs at the same time (default: as many as cores allow)")
+    add(
+        "--lr",
+        nargs="+",
+        type=float,
+        metavar="LR",
+        help="learning rates that every contender is trained at (default: 1e-3 3e-3)",
+    )
+    add("--seeds", type=_seeds, metavar="N|A,B,C", help="number of seeds, or a list with commas (default: 3)")
+    add("--first-seed", type=int, metavar="N", help="first seed where --seeds is a number (default: 0)")
+    add("--steps", type=int, help="steps of each run (default: 400)")
+    add("--data", metavar="FILE", help="any text file (default: the Python standard library's own source)")
+    add(
+        "--controls",
+        action=argparse.BooleanOptionalAction,
+        help="also train each policy's matched random control (default: yes)",
+    )
+    add(
+        "--set",
+        action="append",
+        type=_setting,
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other setting, such as model.width=192",
+    )
+    add("--threads", type=int, help="threads of torch in each run (default: 1)")
+    add("--workers", type=int, help="number of runs at the same time (default: as many as the cores allow)")
     add("--out", metavar="DIR", help="folder of the results (default: results/compare-DATE)")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="go on with the comparison in --out")
@@ -85,23 +107,23 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says, as configuration data."""
-    found: dict[str, Any] = {}
+    """The options of the command line as configuration data; those that were not given are left out."""
+    data: dict[str, Any] = {}
     plural = {"policy": "policies", "preconditioner": "preconditioners"}
     names = ("imports", "policy", "preconditioner", "base", "base_options", "lr", "seeds", "steps", "controls")
     for name in (*names, "threads", "workers"):
         value = getattr(options, name)
         if value is not None:
-            found[plural.get(name, name)] = value
+            data[plural.get(name, name)] = value
     if options.data is not None:
-        found["data"] = {"file": options.data}
+        data["data"] = {"file": options.data}
     for path, value in options.set:
-        nested: Any = found
+        nested: Any = data
         *above, last = path.split(".")
         for part in above:
             nested = nested.setdefault(part, {})
         nested[last] = value
-    return found
+    return data
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -117,7 +139,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 class _Version(argparse.Action):
-    """Looks the version up only when it is asked for."""
+    """Prints the version, which is looked up only then."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from selective import __version__

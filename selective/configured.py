@@ -1,7 +1,7 @@
-"""What policies, selections and strengths have in common: frozen pydantic models with a `kind`.
+"""Configured: the base class of policies, selections, strengths and preconditioners, a frozen model with a `kind`.
 
-They are validated where they are written, print as they were written, and go to JSON and back. The `kind` tags the JSON
-form; a subclass registers itself under its class name, so a user's own policy is saved and loaded like ours.
+Instances are validated at construction, print as they were written, and go to JSON and back. The `kind` tags the JSON
+form. A subclass registers itself under its class name, so a user's own policy is saved and loaded like ours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ C = TypeVar("C", bound="Configured")
 
 
 class Configured(BaseModel, metaclass=ConfiguredMeta):
-    """A frozen, keyword-only model with a `kind` (its class name unless said otherwise)."""
+    """A frozen model with keyword arguments only and a `kind`, which is its class name unless it says otherwise."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -32,7 +32,7 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        if "_registry" in cls.__dict__:  # the head of a family: Policy, Selection, Strength
+        if "_registry" in cls.__dict__:  # the head of a family (Policy, Selection, Strength), which has no kind
             return
         if "kind" not in cls.__dict__:
             cls.kind = cls.__name__
@@ -78,7 +78,7 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
         return {"kind": self.kind, **handler(self)}
 
     def as_if_written(self) -> None:
-        """Print only what differs from the defaults from now on, after all fields were filled in from data."""
+        """Print only what differs from the defaults from now on. For an instance whose fields all came from data."""
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if isinstance(value, Configured):
@@ -96,8 +96,8 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
     def from_data(cls: type[C], data: Any) -> C:
         """Build a member of this family from a kind's name, a dict with a `kind`, or JSON text of such a dict.
 
-        Errors: `pydantic.ValidationError` for values and keys, with their path; `ValueError` for an unknown kind,
-        with the kinds there are.
+        An instance of the family is returned as it is. Raises `pydantic.ValidationError` for a wrong value or key, with
+        its path, and `ValueError` for an unknown kind, with the kinds that exist.
         """
         if isinstance(data, str) and data.lstrip().startswith("{"):
             try:
@@ -110,14 +110,14 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
 
 
 def _short(data: Any) -> str:
-    """As it is written, but for what is nested too deep for Python or too long to be read."""
+    """The repr of `data`, shortened where it is nested too deeply for Python or too long to be read."""
     shortened = reprlib.Repr()
     shortened.maxstring = shortened.maxother = shortened.maxlong = 80
     return shortened.repr(data)
 
 
 def _build(family: type[C], data: Any) -> C:
-    """One member from already parsed data, with an error that a surrounding model reports with its path."""
+    """Build one member from parsed data. A surrounding pydantic model adds the path to its errors."""
     if isinstance(data, str):
         data = {"kind": data}
     known = ", ".join(repr(kind) for kind in sorted(family._registry))

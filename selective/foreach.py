@@ -1,8 +1,8 @@
-"""Many tensors in few device operations: torch's multi-tensor functions where they apply, one by one where not.
+"""Operations on lists of tensors in few kernel launches: torch's multi-tensor functions where they apply.
 
-A multi-tensor function is fast where all of its tensors have one device, dtype and layout, and falls back to a loop
-for the whole list otherwise: so lists are sorted by those first. Tensor subclasses (DTensor, quantised ones) go
-through their own operations, one tensor after the other. Nothing here waits for a device.
+A multi-tensor function is fast if all of its tensors have one device, dtype and layout, and falls back to a loop over
+the whole list otherwise. So lists are grouped by those first. Tensor subclasses (DTensor, quantised ones) go through
+their own operations, one tensor after the other. Nothing here waits for a device.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 
 from selective.kernels import spec
 
-# Elements of a part: where a copy is needed for a short time only, it is made of so many at once. 256 MiB in float32,
-# which a GPU reads in a fifth of a millisecond, so that the few calls for each part do not count.
+# The elements of a part. A copy that is needed for a short time only is made of one part after the other. A part is
+# 256 MiB in float32, which a GPU reads in a fifth of a millisecond, so that the few calls for each part do not count.
 PART = 2**26
 
-many_of: Any = torch  # where the multi-tensor functions are; torch declares no types of them
+many_of: Any = torch  # the home of the multi-tensor functions, for which torch declares no types
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """The list cut up, in order: at most `PART` elements each, or one tensor that is larger."""
+    """Cut the list up, in order, into slices of at most `PART` elements each, or of one tensor that is larger."""
     start = count = 0
     for index, tensor in enumerate(tensors):
         if index > start and count + tensor.numel() > PART:
@@ -37,22 +37,25 @@ def parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
 
 
 def _kinds(tensors: Sequence[Tensor]) -> list[tuple[object, ...] | None]:
-    """What has to be the same for a multi-tensor function to be fast; None for subclasses."""
+    """The properties that tensors must share for a multi-tensor function to be fast; None for subclasses."""
     return [(t.device, t.dtype, t.is_contiguous()) if type(t) in _PLAIN else None for t in tensors]
 
 
-def _run(many: Callable[..., Any], one: Callable[..., Any], *lists: Sequence[Tensor]) -> list[Tensor]:
-    """`many` of the rows that are alike, `one` of each row with a subclass in it; the results in order, if any."""
+def _run(many: Callable[..., Any], single: Callable[..., Any], *lists: Sequence[Tensor]) -> list[Tensor]:
+    """Call `many` on the rows that are alike, and `single` on each row with a subclass in it. Returns their results.
+
+    The results are in the order of the rows; they are None if the functions return nothing.
+    """
     alike: dict[tuple[object, ...], list[int]] = {}
     results: list[Any] = [None] * len(lists[0])
     for index, kinds in enumerate(zip(*(_kinds(column) for column in lists), strict=True)):
         if None in kinds:
-            results[index] = one(*(column[index] for column in lists))
+            results[index] = single(*(column[index] for column in lists))
         else:
             alike.setdefault(kinds, []).append(index)
     for indices in alike.values():
-        made = many(*([column[i] for i in indices] for column in lists))
-        for index, result in zip(indices, made or (), strict=made is not None):
+        outputs = many(*([column[i] for i in indices] for column in lists))
+        for index, result in zip(indices, outputs or (), strict=outputs is not None):
             results[index] = result
     return results
 
@@ -68,7 +71,10 @@ def zero_(tensors: Sequence[Tensor]) -> None:
 
 
 def is_plain_and_dense(tensor: Tensor) -> bool:
-    """Whether its memory could be any other: no subclass, without gaps, in the usual order or channels last."""
+    """True if it is no subclass and its memory has no gaps, in the usual order or channels last.
+
+    Any other memory of the same size could then take its place.
+    """
     return type(tensor) in _PLAIN and (
         tensor.is_contiguous()
         or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
@@ -77,21 +83,24 @@ def is_plain_and_dense(tensor: Tensor) -> bool:
 
 
 def zeros_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Zeros of the same sizes and strides for dense tensors, cut out of few allocations; each begins at 512 bytes."""
+    """Zeros of the same sizes and strides as these dense tensors, cut out of few allocations.
+
+    Each begins at a multiple of 512 bytes of its allocation.
+    """
     alike: dict[tuple[object, ...], list[int]] = {}
     for index, t in enumerate(tensors):
         alike.setdefault((t.device, t.dtype), []).append(index)
-    found: dict[int, Tensor] = {}
+    zeros: dict[int, Tensor] = {}
     for indices in alike.values():
         unit = max(512 // tensors[indices[0]].element_size(), 1)
         for part in parts([tensors[i] for i in indices]):
-            some = indices[part]
-            ends = list(accumulate(-(-tensors[i].numel() // unit) * unit for i in some))
-            flat = tensors[some[0]].new_zeros(ends[-1])
-            for index, start in zip(some, [0, *ends], strict=False):
+            chunk = indices[part]
+            ends = list(accumulate(-(-tensors[i].numel() // unit) * unit for i in chunk))
+            flat = tensors[chunk[0]].new_zeros(ends[-1])
+            for index, start in zip(chunk, [0, *ends], strict=False):
                 t = tensors[index]
-                found[index] = flat.as_strided(t.size(), t.stride(), start)
-    return [found[i] for i in range(len(tensors))]
+                zeros[index] = flat.as_strided(t.size(), t.stride(), start)
+    return [zeros[i] for i in range(len(tensors))]
 
 
 def lerp_(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
@@ -104,23 +113,23 @@ def lerp_(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> N
 
 
 def copies(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """A copy of each in the same memory format, in this dtype or its own."""
+    """A copy of each tensor in the same memory format, in `dtype` or its own."""
 
     def many(alike: list[Tensor]) -> list[Tensor]:
-        made = [torch.empty_like(t, dtype=dtype) for t in alike]
-        many_of._foreach_copy_(made, alike)
-        return made
+        copied = [torch.empty_like(t, dtype=dtype) for t in alike]
+        many_of._foreach_copy_(copied, alike)
+        return copied
 
     return _run(many, lambda t: t.clone() if dtype is None else t.to(dtype, copy=True), tensors)
 
 
 def in_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Each in this dtype: itself where it is, else a copy."""
+    """Each tensor in this dtype: the tensor itself if it has the dtype, else a copy."""
     others = [i for i, t in enumerate(tensors) if t.dtype != dtype]
-    made = list(tensors)
+    converted = list(tensors)
     for index, copy in zip(others, copies([tensors[i] for i in others], dtype), strict=True):
-        made[index] = copy
-    return made
+        converted[index] = copy
+    return converted
 
 
 def negated(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -139,20 +148,20 @@ def differences(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tenso
 
 
 def sums(first: Sequence[Tensor], second: Sequence[Tensor], scale: spec.Scalar, *, wide: bool = False) -> list[Tensor]:
-    """first + scale second; `wide`: in float32, in float64 where the second is. A scale on a GPU stays there."""
+    """first + scale second. With `wide` in float32, or in float64 if the second is. A scale on a GPU stays there."""
 
     def many(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
         dtype = _wide(b[0]) if wide else torch.promote_types(a[0].dtype, b[0].dtype)
         if a[0].dtype == b[0].dtype == dtype and not isinstance(scale, Tensor):
             return list(many_of._foreach_add(a, b, alpha=scale))
-        made = copies(a, dtype)
-        _add_many(made, b, scale)
-        return made
+        totals = copies(a, dtype)
+        _add_many(totals, b, scale)
+        return totals
 
-    def one(a: Tensor, b: Tensor) -> Tensor:
+    def single(a: Tensor, b: Tensor) -> Tensor:
         return _sum_of(a.to(_wide(b)), b.to(_wide(b)), scale) if wide else _sum_of(a, b, scale)
 
-    return _run(many, one, first, second)
+    return _run(many, single, first, second)
 
 
 def add_(targets: Sequence[Tensor], others: Sequence[Tensor], scale: spec.Scalar = 1.0) -> None:
@@ -173,9 +182,9 @@ def _add_many(targets: list[Tensor], others: list[Tensor], scale: spec.Scalar) -
     if others[0].dtype == dtype and not isinstance(scale, Tensor):
         many_of._foreach_add_(targets, others, alpha=scale)
         return
-    for part in parts(targets):  # two dtypes would be a loop, and a scale that is a tensor goes into products only
-        some = in_dtype(others[part], dtype)
+    for part in parts(targets):  # torch would loop over two dtypes, and takes a tensor as a factor in products only
+        chunk = in_dtype(others[part], dtype)
         if isinstance(scale, Tensor):
-            many_of._foreach_add_(targets[part], list(many_of._foreach_mul(some, scale.to(targets[0].device, dtype))))
+            many_of._foreach_add_(targets[part], list(many_of._foreach_mul(chunk, scale.to(targets[0].device, dtype))))
         else:
-            many_of._foreach_add_(targets[part], some, alpha=scale)
+            many_of._foreach_add_(targets[part], chunk, alpha=scale)

@@ -34,7 +34,7 @@ from selective.state.init_state import make_all_state
 from selective.state.merged_view import MergedState
 from selective.state.store import StateStore, refresh
 from selective.state.writing import StateHome
-from selective.statistics import Report
+from selective.statistics import StepStatistics
 from selective.step.gradients import any_nonzero_gradient, check_gradients, has_nonfinite
 from selective.step.run import StepRunner, fit_base_states
 from selective.step_count import StepCount, check_recordable, is_recording
@@ -228,7 +228,7 @@ class SelectiveUpdate(Optimizer):
         if not recording:
             settle(plans, self.store)
             fit_base_states(self.base, plans)
-        report = Report() if self.options.statistics else None
+        report = StepStatistics() if self.options.statistics else None
         clocked = self.groups.clocked()
         self.count.start(clocked, recording)
         self.runner.run(self.runner.jobs(self.groups, present, report, recording))  # 3 to 8
@@ -237,7 +237,7 @@ class SelectiveUpdate(Optimizer):
         return loss
 
     def statistics(self) -> dict[str, dict[str, Tensor]]:
-        """What the last step selected, for each parameter by name; see `selective.statistics.Report.read`.
+        """What the last step selected, for each parameter by name; see `selective.statistics.StepStatistics.read`.
 
         0-d float32 tensors on the parameter's device; reading them on the host is what synchronises. Of groups whose
         policy is `Dense()` there is only what a preconditioner reports, of rotated parameters; before the first step

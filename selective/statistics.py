@@ -1,4 +1,4 @@
-"""What a step reports for each parameter: share selected, strengths, cosine, norms. Stays on the device until asked."""
+"""Statistics of a step for each parameter: share selected, strengths, cosine, norms. They stay on the device."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from selective.kernels import spec
 NAMES = ("share", "strength_selected", "strength_rest", "cosine", "norm_before", "norm_after")
 
 
-class Report:
-    """Collects one step's sums and turns them into statistics when somebody looks."""
+class StepStatistics:
+    """Collects the sums of one step, and computes the statistics when `read` is called."""
 
     def __init__(self) -> None:
         self._sums: list[tuple[Sequence[str], Sequence[spec.Sums]]] = []
@@ -23,50 +23,55 @@ class Report:
         self._sums.append(([name], [sums]))
 
     def add_all(self, names: Sequence[str], sums: Sequence[spec.Sums]) -> None:
-        """Many tensors' sums in the order of their names. They are kept as they are: a step has no time to look."""
+        """Add many tensors' sums, in the order of their names. They are kept as they are, to save time in the step."""
         self._sums.append((names, sums))
 
     def add_masked(self, name: str, mask: Tensor, update: Tensor, grad: Tensor | None) -> None:
-        """The sums of a mask that a policy returned: its largest multiplier counts as the selected one."""
+        """Add the sums of a mask that a policy returned. Its largest multiplier counts as that of the selected."""
         self.add(name, sums_of_mask(mask, update, grad))
 
     def add_bases(self, names: Sequence[str], report: Callable[[], list[dict[str, Tensor]]]) -> None:
-        """Rotated parameters, whose `report` is asked when somebody looks: of the bases as they are then."""
+        """Add rotated parameters. `read` calls their `report`, which describes the bases as they are then."""
         self._bases.append((names, report))
 
     def read(self) -> dict[str, dict[str, Tensor]]:
-        """For each parameter by name, 0-d float32 tensors on its device:
+        """The statistics of each parameter by name, as 0-d float32 tensors on its device:
 
-        - `share`: of the coordinates, how many were selected (0 to 1);
+        - `share`: the share of its coordinates that was selected (0 to 1);
         - `strength_selected`, `strength_rest`: the two multipliers;
         - `cosine`: of update and gradient (0 where either is zero; NaN where the policy does not read the gradient);
-        - `norm_before`, `norm_after`: L2 norms of the update before and after the mask.
+        - `norm_before`, `norm_after`: the L2 norms of the update before and after the mask.
 
-        All in the space where the mask was made. Of rotated parameters also what their preconditioner reports, and
-        `basis_skipped`: how many gradients were not finite, and were kept from the basis, since training began.
+        They refer to the space in which the mask was made. Rotated parameters also have the numbers that their
+        preconditioner reports, and `basis_skipped`: the number of gradients since training began that were not finite
+        and were kept out of the basis.
         """
-        found: dict[str, dict[str, Tensor]] = {}
+        by_name: dict[str, dict[str, Tensor]] = {}
         for names, sums in self._sums:
-            each = _of_table(sums) if isinstance(sums, spec.SumsTable) else [_of(one, one.numel) for one in sums]
-            found.update(zip(names, each, strict=True))
+            rows = (
+                _statistics_of_table(sums)
+                if isinstance(sums, spec.SumsTable)
+                else [_statistics_of(tensor_sums, tensor_sums.numel) for tensor_sums in sums]
+            )
+            by_name.update(zip(names, rows, strict=True))
         for names, report in self._bases:
-            for name, said in zip(names, report(), strict=True):
-                found.setdefault(name, {}).update(said)
-        return found
+            for name, reported in zip(names, report(), strict=True):
+                by_name.setdefault(name, {}).update(reported)
+        return by_name
 
 
-def _of_table(table: spec.SumsTable) -> list[dict[str, Tensor]]:
-    """The statistics of all its tensors, in a few operations on whole columns."""
+def _statistics_of_table(table: spec.SumsTable) -> list[dict[str, Tensor]]:
+    """The statistics of all tensors of a table, computed in a few operations on whole columns."""
     numels = torch.tensor([max(numel, 1) for numel in table.numels], dtype=torch.float64, device="cpu")
-    if table.values.is_cuda:  # from pinned memory, which nobody waits for
+    if table.values.is_cuda:  # from pinned memory, so that the host does not wait for the copy
         numels = numels.pin_memory().to(table.values.device, non_blocking=True)
-    columns = _of(spec.Sums(1, *table.values.unbind(1)), numels)
+    columns = _statistics_of(spec.Sums(1, *table.values.unbind(1)), numels)
     rows = torch.stack(list(columns.values()), dim=1)
     return [dict(zip(columns, row.unbind(), strict=True)) for row in rows]
 
 
-def _of(sums: spec.Sums, numel: int | Tensor) -> dict[str, Tensor]:
-    """The statistics of these sums: 0-d, or columns of a table."""
+def _statistics_of(sums: spec.Sums, numel: int | Tensor) -> dict[str, Tensor]:
+    """The statistics of these sums, which are 0-d tensors or columns of a table."""
     product = (sums.update_sq * sums.grad_sq).sqrt()
     cosine = torch.where(product > 0, sums.update_grad / torch.where(product > 0, product, 1.0), product)
     values = (
@@ -81,9 +86,9 @@ def _of(sums: spec.Sums, numel: int | Tensor) -> dict[str, Tensor]:
 
 
 def sums_of_mask(mask: Tensor, update: Tensor, grad: Tensor | None) -> spec.Sums:
-    """The sums that a fused kernel would report, of an arbitrary mask. No host synchronisation.
+    """The sums of an arbitrary mask, in the form that a fused kernel reports. Never waits for a GPU.
 
-    Selected are the coordinates with the largest multiplier; none, where every multiplier is 0.
+    The coordinates with the largest multiplier count as selected; if every multiplier is 0, none does.
     """
     numel = update.numel()
     multiplier = mask.to(update.dtype).expand(update.shape)

@@ -1,8 +1,8 @@
-"""Watching a run: `opt.statistics()` of every N-th step, handed to writers without making the host wait for a GPU.
+"""watch: hands `opt.statistics()` of every N-th step to writers, without making the host wait for a GPU.
 
 Note [nobody waits]: on a GPU a sample is copied into pinned memory behind the step's own kernels, and handed out in a
-later step that finds the copy done. So writers are called some steps late there, in order, and `flush()` waits for the
-rest. On a CPU they are called in the step itself.
+later step that finds the copy done. So writers are called some steps late there, but in order, and `flush()` waits for
+the samples that are left. On a CPU writers are called in the step itself.
 """
 
 from __future__ import annotations
@@ -19,50 +19,56 @@ from torch import Tensor, nn
 from selective.optimizer import SelectiveUpdate
 
 OVERVIEW = ("share", "strength_selected", "strength_rest", "cosine", "norm_ratio", "capped")
-FAULTS = ("kept", "skipped", "basis_skipped")  # counters of a preconditioner: docs/preconditioner-eigenbasis.md
+FAULTS = ("kept", "skipped", "basis_skipped")  # a preconditioner's counters: docs/preconditioner-eigenbasis.md
 _AT_CAP = 1 - 1e-6  # strengths are rounded to float32
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one step selected. `step` is how many steps the optimizer had finished: 100 after the hundredth.
+    """The statistics of one step.
 
-    `values` are those of `SelectiveUpdate.statistics()` as floats, by parameter, and beside them `norm_ratio` (of the
-    update's norm after the mask to that before) and, where the policy's strength has a cap, `capped`: 1 where it was
-    reached.
+    `step` is the number of steps that the optimizer had finished: 100 after the hundredth. `values` has, for each
+    parameter by name, the numbers of `SelectiveUpdate.statistics()` as floats. It adds `norm_ratio`, the update's norm
+    after the mask divided by that before, and, if the policy's strength has a cap, `capped`: 1 if it was reached, else
+    0.
     """
 
     step: int
     values: dict[str, dict[str, float]]
 
     def overview(self) -> dict[str, float]:
-        """The mean over the parameters of what is in `OVERVIEW`, the sum of what is in `FAULTS`; of what they have."""
-        found = {}
+        """Means over the parameters of the numbers in `OVERVIEW`, and sums of those in `FAULTS`.
+
+        Parameters without a number, or with NaN in a mean, do not count. A name that no parameter has is left out.
+        """
+        overview = {}
         for name in OVERVIEW:
-            known = [one[name] for one in self.values.values() if not math.isnan(one.get(name, math.nan))]
+            known = [numbers[name] for numbers in self.values.values() if not math.isnan(numbers.get(name, math.nan))]
             if known:
-                found[name] = sum(known) / len(known)
+                overview[name] = sum(known) / len(known)
         for name in FAULTS:
-            counted = [one[name] for one in self.values.values() if name in one]
+            counted = [numbers[name] for numbers in self.values.values() if name in numbers]
             if counted:
-                found[name] = sum(counted)
-        return found
+                overview[name] = sum(counted)
+        return overview
 
     def scalars(self, each: bool = False) -> dict[str, float]:
-        """The overview; with `each` also every number of every parameter, as "share/PARAMETER"."""
-        found = self.overview()
+        """The overview. With `each`, also every number of every parameter, as "share/PARAMETER"."""
+        scalars = self.overview()
         if each:
-            found |= {f"{name}/{who}": value for who, one in self.values.items() for name, value in one.items()}
-        return found
+            for parameter, numbers in self.values.items():
+                scalars |= {f"{name}/{parameter}": value for name, value in numbers.items()}
+        return scalars
 
 
 Writer = Callable[[Sample], Any]
 
 
 def tensorboard(writer: Any, *, each: bool = False, prefix: str = "selective") -> Writer:
-    """Hands samples to anything with `add_scalar(tag, value, step)`, such as torch's or tensorboardX's SummaryWriter.
+    """Make a writer for anything with `add_scalar(tag, value, step)`, such as a SummaryWriter of torch or tensorboardX.
 
-    Tags are "selective/share" and the like; with `each` also "selective/share/PARAMETER".
+    The tags are "selective/share" and the like. With `each`, there is also a "selective/share/PARAMETER" for every
+    parameter.
     """
 
     def write(sample: Sample) -> None:
@@ -75,16 +81,26 @@ def tensorboard(writer: Any, *, each: bool = False, prefix: str = "selective") -
 def watch(optimizer: Any, *writers: Writer, every: int = 100, model: nn.Module | None = None) -> Watch:
     """Call `writers` with a `Sample` of every `every`-th step, until `close()`.
 
-    optimizer: a `SelectiveUpdate`, also inside of what accelerate or Lightning put around it.
-    model: names the parameters as it does; without it they are called as in `statistics()`.
-
     In distributed training, call it on the rank that writes.
+
+    Args:
+        optimizer: a `SelectiveUpdate`, or the object that accelerate or Lightning put around one.
+        writers: functions that take a `Sample`.
+        every: the number of steps from one sample to the next.
+        model: gives the parameters its own names. Without it they are called as in `statistics()`.
+
+    Returns:
+        The `Watch`, which also works as a context manager.
+
+    Raises:
+        TypeError: there is no `SelectiveUpdate` in `optimizer`.
+        ValueError: the optimizer has `statistics=False`, or `writers` or `every` can't be used.
     """
     return Watch(optimizer, writers, every, model)
 
 
 class Watch:
-    """A run that is being watched; made by `watch`. Also a context manager, which closes at its end."""
+    """A run that is being watched, made by `watch`. As a context manager it closes at its end."""
 
     def __init__(self, optimizer: Any, writers: tuple[Writer, ...], every: int, model: nn.Module | None) -> None:
         self.optimizer = selective_inside(optimizer)
@@ -92,9 +108,11 @@ class Watch:
             raise ValueError("watch: the optimizer collects nothing to watch; construct it with statistics=True")
         if not writers:
             raise ValueError("watch: no writer was given; pass a function that takes a selective.watching.Sample")
-        odd = [writer for writer in writers if not callable(writer)]
-        if odd:
-            raise ValueError(f"watch: {odd[0]!r} is no writer, which is a function of a Sample; steps go in every=")
+        not_callable = [writer for writer in writers if not callable(writer)]
+        if not_callable:
+            raise ValueError(
+                f"watch: {not_callable[0]!r} is no writer, which is a function of a Sample; steps go in every="
+            )
         if type(every) is not int or every < 1:
             raise ValueError(f"watch: every is {every!r}, must be an integer of at least 1")
         self.writers, self.every = writers, every
@@ -107,7 +125,7 @@ class Watch:
         ]
 
     def flush(self) -> None:
-        """Wait for what is still being copied, and hand it out."""
+        """Wait for the samples that are still being copied, and hand them to the writers."""
         self._hand_out(wait=True)
 
     def close(self) -> None:
@@ -129,7 +147,7 @@ class Watch:
     def _look(self, *_: object) -> None:
         self._hand_out(wait=False)
         step = self.optimizer.count.steps
-        if step != self._before and step % self.every == 0:  # one that was skipped or only made state is not counted
+        if step != self._before and step % self.every == 0:  # skipped steps and torch's initialisation don't count
             self._waiting.append(_Copy(step, self.optimizer.statistics(), self._renamed()))
             self._hand_out(wait=False)
 
@@ -140,27 +158,27 @@ class Watch:
                 write(sample)
 
     def _renamed(self) -> dict[str, tuple[str, float | None]]:
-        """Each parameter's name in `statistics()`: what it is called here, and the cap of its strength."""
-        found = {}
+        """By a parameter's name in `statistics()`: its name in the samples, and the cap of its policy's strength."""
+        renamed = {}
         for plan in self.optimizer.groups.plans:
             parts = plan.policy.parts()
             cap = None if parts is None else getattr(parts[1], "cap", None)
-            for one in plan.params.parameters:
-                found[one.name] = self._names.get(id(one.tensor), one.name), cap
-        return found
+            for parameter in plan.params.parameters:
+                renamed[parameter.name] = self._names.get(id(parameter.tensor), parameter.name), cap
+        return renamed
 
 
 class _Copy:
     """Statistics on their way to the host: Note [nobody waits]."""
 
     def __init__(
-        self, step: int, found: dict[str, dict[str, Tensor]], known: dict[str, tuple[str, float | None]]
+        self, step: int, statistics: dict[str, dict[str, Tensor]], known: dict[str, tuple[str, float | None]]
     ) -> None:
         self.step, self._known = step, known
         by_device: dict[torch.device, list[tuple[str, str, Tensor]]] = {}
-        for who, values in found.items():
+        for parameter, values in statistics.items():
             for name, value in values.items():
-                by_device.setdefault(value.device, []).append((who, name, value.float()))
+                by_device.setdefault(value.device, []).append((parameter, name, value.float()))
         self._parts: list[tuple[list[tuple[str, str]], Tensor, torch.cuda.Event | None]] = []
         for device, entries in by_device.items():
             values = torch.stack([value for _, _, value in entries])
@@ -170,28 +188,28 @@ class _Copy:
                 values = host.copy_(values, non_blocking=True)
                 done = torch.cuda.Event()
                 done.record(torch.cuda.current_stream(device))
-            self._parts.append(([(who, name) for who, name, _ in entries], values, done))
+            self._parts.append(([(parameter, name) for parameter, name, _ in entries], values, done))
 
     def is_done(self) -> bool:
         return all(done is None or done.query() for _, _, done in self._parts)
 
     def sample(self) -> Sample:
-        """The numbers, on the host. Waits for them."""
+        """The sample with its numbers on the host. Waits for the copy."""
         values: dict[str, dict[str, float]] = {}
         for keys, host, done in self._parts:
             if done is not None:
                 done.synchronize()
-            for (who, name), value in zip(keys, host.tolist(), strict=True):
-                values.setdefault(who, {})[name] = value
+            for (parameter, name), value in zip(keys, host.tolist(), strict=True):
+                values.setdefault(parameter, {})[name] = value
         named = {}
-        for who, one in values.items():
-            called, cap = self._known[who]
-            named[called] = _with_derived(one, cap)
+        for parameter, numbers in values.items():
+            called, cap = self._known[parameter]
+            named[called] = _with_derived(numbers, cap)
         return Sample(self.step, named)
 
 
 def _with_derived(values: dict[str, float], cap: float | None) -> dict[str, float]:
-    """With the ratio of norms, and whether the cap was reached."""
+    """Add the ratio of the norms, and 1 or 0 for a cap that was reached or not."""
     if values.get("norm_before", 0.0) > 0:
         values["norm_ratio"] = values["norm_after"] / values["norm_before"]
     if cap is not None and "strength_selected" in values:
@@ -200,10 +218,10 @@ def _with_derived(values: dict[str, float], cap: float | None) -> dict[str, floa
 
 
 def selective_inside(optimizer: Any) -> SelectiveUpdate:
-    """The `SelectiveUpdate` in what a training stack has put around it (accelerate and Lightning: `.optimizer`)."""
-    found = optimizer
-    while not isinstance(found, SelectiveUpdate):
-        found = getattr(found, "optimizer", None)
-        if found is None:
+    """The `SelectiveUpdate` inside of a training stack's wrappers, which accelerate and Lightning call `.optimizer`."""
+    inner = optimizer
+    while not isinstance(inner, SelectiveUpdate):
+        inner = getattr(inner, "optimizer", None)
+        if inner is None:
             raise TypeError(f"watch: found no SelectiveUpdate in {type(optimizer).__name__}; pass the wrapper itself")
-    return found
+    return inner

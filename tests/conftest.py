@@ -1,8 +1,10 @@
 """GPU tests run where there is a GPU and are reported as skipped elsewhere; there, Triton kernels are interpreted."""
 
 import os
+import sys
 
 import pytest
+import quick_interpreter
 import torch
 
 if not torch.cuda.is_available():
@@ -12,6 +14,8 @@ if not torch.cuda.is_available():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
+    if "triton" in sys.modules:
+        quick_interpreter.install()
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if "gpu" in item.keywords:

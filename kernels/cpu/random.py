@@ -26,16 +26,22 @@ BLOCK = 1 << 16
 
 
 @functools.cache
+def number(value: int) -> Tensor:
+    """An int32 number as a 0-d tensor. As a Python number it would be made and converted in every operation: 5 us."""
+    return torch.tensor(value, dtype=torch.int32, device="cpu")
+
+
+@functools.cache
 def _lower_halves() -> Tensor:
     return torch.arange(BLOCK, dtype=torch.int32, device="cpu")
 
 
 def _mix_(x: Tensor, scratch: Tensor) -> None:
     """x *= A, x ^= x >> 15, x *= B, in place on int32. torch shifts arithmetically: sign bits are masked off."""
-    x.mul_(A)
-    torch.bitwise_right_shift(x, 15, out=scratch)
-    x.bitwise_xor_(scratch.bitwise_and_((1 << 17) - 1))
-    x.mul_(B)
+    x.mul_(number(A))
+    torch.bitwise_right_shift(x, number(15), out=scratch)
+    x.bitwise_xor_(scratch.bitwise_and_(number((1 << 17) - 1)))
+    x.mul_(number(B))
 
 
 def unfinished(draw: Draw, address: int, start: int, count: int) -> Tensor:
@@ -69,10 +75,11 @@ def _first_xor(x: Tensor, start: int, key: int) -> None:
 
 def finish_(x: Tensor) -> Tensor:
     """From hashes before the last shift to the 24-bit numbers, in place. Overwrites the buffer "shifted"."""
-    scratch = torch.bitwise_right_shift(x, 24, out=buffer("shifted", x.numel(), torch.int32)).bitwise_and_(0xFF)
-    return x.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).bitwise_xor_(scratch)
+    scratch = torch.bitwise_right_shift(x, number(24), out=buffer("shifted", x.numel(), torch.int32))
+    scratch.bitwise_and_(number(0xFF))
+    return x.bitwise_right_shift_(number(8)).bitwise_and_(number(0xFFFFFF)).bitwise_xor_(scratch)
 
 
 def upper(x: Tensor, out: Tensor) -> Tensor:
     """The upper 8 of the 24 bits, as uint8, from hashes before the last shift. Overwrites the buffer "shifted"."""
-    return out.copy_(torch.bitwise_right_shift(x, 24, out=buffer("shifted", x.numel(), torch.int32)))
+    return out.copy_(torch.bitwise_right_shift(x, number(24), out=buffer("shifted", x.numel(), torch.int32)))

@@ -1,1 +1,1 @@
-"""What docs/conf.py builds the site with: the reference from docstrings, and a check of the pages that came out."""
+"""Parts of docs/conf.py, which builds the site: the reference from docstrings, and a check of the built pages."""

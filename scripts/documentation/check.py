@@ -1,4 +1,4 @@
-"""A built site as a browser would find it: do links and anchors lead somewhere, does it need anybody else's host?"""
+"""Checks a built site as a browser sees it: dead links and anchors, missing alt texts, files from other hosts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-# What a browser fetches by itself, by tag; <a href> is followed by people.
+# The attribute of each tag whose address a browser fetches by itself. People follow <a href>.
 FETCHED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src", "video": "src"}
-_NOT_FETCHED = {"canonical", "next", "prev", "search", "index", "author"}  # of <link rel=...>
+_NOT_FETCHED = {"canonical", "next", "prev", "search", "index", "author"}  # the `rel` of a <link> that is not fetched
 
 
 class _Page(HTMLParser):
@@ -20,31 +20,31 @@ class _Page(HTMLParser):
         self.without_alt: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = {name: value or "" for name, value in attrs}
-        self.anchors |= {found[name] for name in ("id", "name") if name in found}
-        if tag == "a" and "href" in found:
-            self.links.append(found["href"])
-        if tag in FETCHED and FETCHED[tag] in found and not set(found.get("rel", "").split()) & _NOT_FETCHED:
-            self.fetched.append(found[FETCHED[tag]])
-        if tag == "img" and not found.get("alt"):
-            self.without_alt.append(found.get("src", ""))
+        attributes = {name: value or "" for name, value in attrs}
+        self.anchors |= {attributes[name] for name in ("id", "name") if name in attributes}
+        if tag == "a" and "href" in attributes:
+            self.links.append(attributes["href"])
+        if tag in FETCHED and FETCHED[tag] in attributes and not set(attributes.get("rel", "").split()) & _NOT_FETCHED:
+            self.fetched.append(attributes[FETCHED[tag]])
+        if tag == "img" and not attributes.get("alt"):
+            self.without_alt.append(attributes.get("src", ""))
 
 
 def problems(site: Path) -> list[str]:
-    """One line for each; empty where all is well."""
+    """A line for each problem; empty if there is none."""
     pages = {file.resolve(): _parsed(file) for file in sorted(site.rglob("*.html"))}
-    found = [] if pages else [f"{site}: there is no page"]
+    lines = [] if pages else [f"{site}: there is no page"]
     for file, page in pages.items():
         where = file.relative_to(site.resolve())
-        found += [f"{where}: a picture without alt text: {source}" for source in page.without_alt]
-        found += [f"{where}: fetched from another host: {url}" for url in page.fetched if _is_remote(url)]
+        lines += [f"{where}: a picture without alt text: {source}" for source in page.without_alt]
+        lines += [f"{where}: fetched from another host: {url}" for url in page.fetched if _is_remote(url)]
         local = [link for link in page.links + page.fetched if not _is_remote(link)]
-        found += [f"{where}: {link} leads nowhere" for link in local if not _leads_somewhere(link, file, pages)]
+        lines += [f"{where}: {link} leads nowhere" for link in local if not _leads_somewhere(link, file, pages)]
     for sheet in sorted(site.rglob("*.css")):
         text = sheet.read_text()
         if any(f"url({quote}{scheme}" in text for quote in ("", "'", '"') for scheme in ("http", "//")):
-            found.append(f"{sheet.relative_to(site)}: fetches from another host")
-    return found
+            lines.append(f"{sheet.relative_to(site)}: fetches from another host")
+    return lines
 
 
 def _parsed(file: Path) -> _Page:

@@ -1,4 +1,4 @@
-"""A docstring as Markdown for MyST.
+"""Turns a docstring into Markdown for MyST.
 
 Ours are Markdown already, except for their sections (Args, Returns, Raises) and for signs that are arithmetic in prose
 and markup to a parser (`*`, `<`). The sections become field lists, which Sphinx sets as tables of parameters.
@@ -20,7 +20,10 @@ _ARXIV = re.compile(r"\barXiv (\d{4}\.\d{4,5})")
 
 
 def to_markdown(docstring: str | None, names: Collection[str] = ()) -> str:
-    """`names`: parameters or fields; a paragraph of lines "name: what it is" is a list of them wherever it stands."""
+    """The docstring as Markdown. Any paragraph of lines "name: text" becomes a list if the names are in `names`.
+
+    `names` are the parameters or fields of the object.
+    """
     paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring or "").strip("\n"))
     return "\n\n".join(_paragraph(paragraph, names) for paragraph in paragraphs if paragraph.strip())
 
@@ -41,16 +44,16 @@ def _paragraph(text: str, names: Collection[str]) -> str:
 
 
 def _items(text: str, section: str) -> Iterator[str]:
-    """A field for each line "name: what"; lines that are indented go on from the one before."""
-    found: list[list[str]] = []
+    """Yield a field for each line "name: text". Indented lines continue the line before."""
+    items: list[list[str]] = []
     for line in text.splitlines():
         if _ITEM.match(line):
-            found.append([line])
-        elif found:
-            found[-1].append(line.strip())
+            items.append([line])
+        elif items:
+            items[-1].append(line.strip())
         else:
             raise ValueError(f"{line!r}: a section begins with a line `name: what it is`")
-    for lines in found:
+    for lines in items:
         names, _, what = " ".join(lines).partition(": ")
         first, *others = names.split(", ")
         yield field(f"{section} {first}", what)
@@ -58,25 +61,25 @@ def _items(text: str, section: str) -> Iterator[str]:
 
 
 def field(name: str, what: str) -> str:
-    """A line of a field list: what is said, in one paragraph whatever sign it begins with."""
+    """A line of a field list, with the text in one paragraph whatever sign it begins with."""
     text = _MARKUP.sub(r"\\", prose(" ".join(what.split())))
     return f":{name}: {text}"
 
 
 def prose(text: str) -> str:
-    """Outside of `code`: no HTML, no emphasis by arithmetic, papers linked."""
+    """Escape HTML and arithmetic that looks like emphasis, and link papers, outside of `code`."""
     parts = _CODE.split(text)
     return "".join(part if part.startswith("`") else _escaped(part) for part in parts)
 
 
 def _escaped(text: str) -> str:
-    kept: list[str] = []
+    codes: list[str] = []
 
-    def keep(found: re.Match[str]) -> str:
-        kept.append(found[0])
-        return f"\0{len(kept) - 1}\0"
+    def keep(match: re.Match[str]) -> str:
+        codes.append(match[0])
+        return f"\0{len(codes) - 1}\0"
 
     text = _EMPHASIS.sub(keep, text)
     text = _STAR.sub(r"\\*", text).replace("<", "&lt;")
-    text = re.sub(r"\0(\d+)\0", lambda found: kept[int(found[1])], text)
+    text = re.sub(r"\0(\d+)\0", lambda match: codes[int(match[1])], text)
     return _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", text)

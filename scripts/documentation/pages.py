@@ -1,7 +1,7 @@
-"""The pages: their order, and what is put into them on their way to Sphinx.
+"""The order of the pages, and the parts that are put into them on their way to Sphinx.
 
-The Markdown under docs/ is also read where it lies, in an editor or on a forge. So nothing of Sphinx stands in it: the
-nav is here, generated parts are comments, and links to files beside docs/ lead to a page that shows them.
+The Markdown under docs/ is also read as it is, in an editor or on a forge. So it contains no syntax of Sphinx: the nav
+is here, generated parts are comments, and links to files beside docs/ lead to a page that shows them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _LANGUAGES = {".py": "python", ".yaml": "yaml"}
 
 
 def prepared(docs: Path, name: str, text: str) -> str:
-    """A page as Sphinx gets it."""
+    """A page's text in the form that Sphinx gets."""
     text = reference.expand(text)
     text = _EXAMPLE.sub(lambda found: f"]({'../' * name.count('/')}examples.md#{_slug(found[1])})", text)
     if name == "index":
@@ -64,7 +64,7 @@ def _toctree(part: str, pages: list[str]) -> str:
 
 
 def _index(docs: Path) -> str:
-    """Every name that has an entry, by page."""
+    """A list of all names that have an entry, by page."""
     parts = []
     for page in NAV["Reference"]:
         text = (docs / f"{page}.md").read_text()

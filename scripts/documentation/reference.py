@@ -1,4 +1,4 @@
-"""The reference pages' text, made from docstrings: what `<!-- reference: selective.MGUP -->` in a page becomes.
+"""Makes the reference pages' text from docstrings, in the place of `<!-- reference: selective.MGUP -->`.
 
 Markdown, in directives of Sphinx's Python domain, so that every name has an anchor and a place in index and search.
 Sphinx's own autodoc reads docstrings as reStructuredText, which ours are not.
@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from .docstrings import field, prose, to_markdown
 from .signatures import bounds, signature
 
-# Packages with an __all__. What is in it has its entry in some page, under one of its names.
+# Packages with an __all__. Each name in it has an entry in some page, under one of its full names.
 PACKAGES = (
     "selective",
     "selective.policies",
@@ -30,25 +30,25 @@ PACKAGES = (
     "selective.bench",
     "selective.kernels",
 )
-# Modules without one, and what of them is for users.
+# Modules without an __all__, and their names that are for users.
 MODULES = {
     "selective.callbacks": ("lightning_callback", "trainer_callback"),
     "selective.param_groups.by_kind": ("ParamGroups",),
     "selective.watching": ("Sample", "Watch", "tensorboard"),
 }
-HANDED_OUT = {"ParamGroups", "StepView", "Watch"}  # nobody calls these: how they are made is left out
+HANDED_OUT = {"ParamGroups", "StepView", "Watch"}  # users don't construct these, so their entries have no signature
 DIRECTIVE = re.compile(r"^<!-- reference:(.+?)-->$", flags=re.MULTILINE | re.DOTALL)
 
 
 def public_names() -> list[str]:
-    """Every public name in full; an object that has several comes as often."""
+    """Every public name in full. An object with several names comes once for each."""
     packages = [f"{package}.{name}" for package in PACKAGES for name in importlib.import_module(package).__all__]
     return packages + [f"{module}.{name}" for module, names in MODULES.items() for name in names]
 
 
 def names_in(page: str) -> list[str]:
-    """The names that a page asks for, in its order."""
-    return [name for found in DIRECTIVE.findall(page) for name in re.split(r"[\s,]+", found.strip())]
+    """The names for which a page has directives, in its order."""
+    return [name for listed in DIRECTIVE.findall(page) for name in re.split(r"[\s,]+", listed.strip())]
 
 
 def expand(page: str) -> str:
@@ -62,7 +62,7 @@ def resolve(name: str) -> Any:
 
 
 def entry(name: str) -> str:
-    """One public name with all that belongs to it, in the scope of its module: some names are in several."""
+    """The entry of a public name with its members, in the scope of its module, because some names are in several."""
     return f"```{{py:currentmodule}} {name.rpartition('.')[0]}\n```\n\n{_entry(name)}"
 
 
@@ -71,7 +71,11 @@ def _entry(name: str) -> str:
     module, _, short = name.rpartition(".")
     if inspect.isclass(value):
         kind = "exception" if issubclass(value, BaseException) else "class"
-        parts = [_bases(value), _class_text(value), *(_member(one, found) for one, found in members(value))]
+        parts = [
+            _bases(value),
+            _class_text(value),
+            *(_member(attribute, member) for attribute, member in members(value)),
+        ]
         called = "" if short in HANDED_OUT else signature(value)
         return _directive(f"{{py:{kind}}} {short}{called}", "\n\n".join(filter(None, parts)), module)
     if inspect.isfunction(value):
@@ -81,7 +85,7 @@ def _entry(name: str) -> str:
 
 
 def summary(name: str) -> str:
-    """The first sentence of what it says of itself."""
+    """The first sentence of its docstring, or of the comment on it."""
     value = resolve(name)
     text = value.__doc__ if inspect.isclass(value) or inspect.isfunction(value) else _comment(*name.rsplit(".", 1))
     first = " ".join(inspect.cleandoc(text or "").partition("\n\n")[0].split())
@@ -107,50 +111,50 @@ def _bases(cls: type[Any]) -> str:
 
 
 def _class_text(cls: type[Any]) -> str:
-    """The docstring, and what the source says of the fields of a model or a dataclass beside them."""
-    own = vars(cls).get("__doc__") or ""
+    """The docstring, and the strings and comments beside the fields of a model or a dataclass."""
+    docstring = vars(cls).get("__doc__") or ""
     init = vars(cls).get("__init__")
     declared = vars(cls).get("__annotations__", {})
-    text = to_markdown(own, {*declared, *(inspect.signature(init).parameters if init else ())})
+    text = to_markdown(docstring, {*declared, *(inspect.signature(init).parameters if init else ())})
     fields = {**vars(cls).get("__dataclass_fields__", {}), **getattr(cls, "model_fields", {})}
-    said = _said_of_fields(cls) if fields or issubclass(cls, BaseModel) else {}
+    of_fields = _texts_of_fields(cls) if fields or issubclass(cls, BaseModel) else {}
     lines = []
-    others = [name for name in declared if name not in fields and not name.startswith("_") and said.get(name)]
+    others = [name for name in declared if name not in fields and not name.startswith("_") and of_fields.get(name)]
     for name in declared:
         if name in fields and f":param {name}:" not in text:
             limits = bounds(fields[name]) if issubclass(cls, BaseModel) else ""
             allowed = f"Allowed: {limits}" if limits else ""
-            what = ". ".join(filter(None, [said.get(name, "").strip().removesuffix("."), allowed]))
+            what = ". ".join(filter(None, [of_fields.get(name, "").strip().removesuffix("."), allowed]))
             if what:
                 lines.append(field(f"param {name}", what))
-    attributes = [_directive(f"{{py:attribute}} {name}", to_markdown(said[name])) for name in others]
+    attributes = [_directive(f"{{py:attribute}} {name}", to_markdown(of_fields[name])) for name in others]
     return "\n\n".join(filter(None, [text, "\n".join(lines), *attributes]))
 
 
-def _said_of_fields(cls: type[Any]) -> dict[str, str]:
-    """By field: the string below it, or the comment behind it."""
+def _texts_of_fields(cls: type[Any]) -> dict[str, str]:
+    """By field, the string below it or the comment behind it."""
     source = inspect.cleandoc(f"\n{inspect.getsource(cls)}")
     body = ast.parse(source).body[0]
     assert isinstance(body, ast.ClassDef)
-    found = {}
+    texts = {}
     for node, below in zip_longest(body.body, body.body[1:]):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
         text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
-        found[node.target.id] = text if isinstance(text, str) else _behind(source, node)
-    return found
+        texts[node.target.id] = text if isinstance(text, str) else _behind(source, node)
+    return texts
 
 
 def members(cls: type[Any]) -> Iterator[tuple[str, Any]]:
-    """Documented public methods and properties, up to a base class that is public and has an entry of its own."""
+    """Yield documented public methods and properties, up to a public base class, which has its own entry."""
     public = {id(resolve(name)) for name in public_names()}
     seen: set[str] = set(getattr(cls, "__dataclass_fields__", ()))
-    for one in cls.__mro__:
-        if one is not cls and id(one) in public:
+    for owner in cls.__mro__:
+        if owner is not cls and id(owner) in public:
             return
-        if not one.__module__.startswith("selective"):
+        if not owner.__module__.startswith("selective"):
             continue
-        for name, value in vars(one).items():
+        for name, value in vars(owner).items():
             plain = value.__func__ if isinstance(value, classmethod | staticmethod) else value
             if name.startswith("_") or name in seen or not (inspect.isfunction(plain) or isinstance(plain, property)):
                 continue
@@ -177,7 +181,7 @@ def _data_text(module: str, short: str) -> str:
 
 
 def _comment(module: str, short: str) -> str:
-    """Behind a constant in its line, or on the lines above it."""
+    """The comment on a constant: behind it, or on the lines above it."""
     where, node = assignment(importlib.import_module(module), short)
     lines = inspect.getsource(where).splitlines()
     above: list[str] = []
@@ -189,13 +193,13 @@ def _comment(module: str, short: str) -> str:
 
 
 def _behind(source: str, node: ast.stmt) -> str:
-    """The comment behind a statement, in its last line."""
+    """The comment behind a statement's last line."""
     line = source.splitlines()[(node.end_lineno or node.lineno) - 1]
     return line.encode()[node.end_col_offset or 0 :].decode().strip().removeprefix("#").strip()
 
 
 def assignment(module: types.ModuleType, name: str) -> tuple[types.ModuleType, ast.stmt]:
-    """Where a constant is assigned, through the imports of our own modules."""
+    """The module and statement that assign a constant, found through our own modules' imports."""
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]

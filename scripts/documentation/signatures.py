@@ -1,4 +1,4 @@
-"""How a public name is called, as text: defaults as they are at run time, annotations as the source writes them."""
+"""Signatures as text, with defaults as they are at run time and annotations as the source writes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
 class _Text:
-    """What `inspect.Signature` prints as it stands, where a string would get quotes."""
+    """A text that `inspect.Signature` prints without the quotes that a string would get."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -27,15 +27,15 @@ def _annotation(value: Any) -> _Text:
 
 
 def signature(value: Any, *, bound: bool = False) -> str:
-    """In parentheses; empty where it is not for users to make one. `bound`: a method, without its first parameter."""
+    """The signature in parentheses; empty if users don't call it. `bound` drops a method's first parameter."""
     if inspect.isclass(value) and issubclass(value, BaseModel):
         return of_fields(value)
     if inspect.isclass(value) and not (is_dataclass(value) or hasattr(value, "_fields") or "__init__" in vars(value)):
         return ""
-    found = inspect.signature(value)
-    parameters = [_written(p) for p in list(found.parameters.values())[bound:] if not p.name.startswith("_")]
-    returns = found.return_annotation
-    returns = found.empty if returns is found.empty or inspect.isclass(value) else _annotation(returns)
+    inspected = inspect.signature(value)
+    parameters = [_written(p) for p in list(inspected.parameters.values())[bound:] if not p.name.startswith("_")]
+    returns = inspected.return_annotation
+    returns = inspected.empty if returns is inspected.empty or inspect.isclass(value) else _annotation(returns)
     return str(inspect.Signature(parameters, return_annotation=returns))
 
 
@@ -44,19 +44,19 @@ def _written(parameter: inspect.Parameter) -> inspect.Parameter:
         parameter = parameter.replace(annotation=_annotation(parameter.annotation))
     if inspect.isroutine(parameter.default):
         return parameter.replace(default=_Text(parameter.default.__name__))
-    if repr(parameter.default) == "<factory>":  # dataclasses': an empty container, made for each
+    if repr(parameter.default) == "<factory>":  # how dataclasses mark an empty container that is made for each instance
         return parameter.replace(default=_Text("..."))
     return parameter
 
 
 def of_fields(model: type[BaseModel]) -> str:
-    """Fields of a pydantic model are keyword arguments."""
+    """The fields of a pydantic model, as keyword arguments."""
     written = [f"{name}: {annotation(model, name)}{_default(field)}" for name, field in model.model_fields.items()]
     return f"({', '.join(['*', *written])})" if written else "()"
 
 
 def annotation(model: type[BaseModel], name: str) -> str:
-    """Of a field, as the class that declares it says."""
+    """A field's annotation, as the class that declares it writes it."""
     for cls in model.__mro__:
         if name in vars(cls).get("__annotations__", {}):
             return repr(_annotation(vars(cls)["__annotations__"][name]))
@@ -68,8 +68,11 @@ def _default(field: FieldInfo) -> str:
 
 
 def bounds(field: FieldInfo) -> str:
-    """What is allowed, such as "> 0, ≤ 1"."""
-    found = [
-        (sign, getattr(one, name)) for one in field.metadata for name, sign in BOUNDS.items() if hasattr(one, name)
+    """The allowed values of a field, such as "> 0, ≤ 1"."""
+    limits = [
+        (sign, getattr(constraint, name))
+        for constraint in field.metadata
+        for name, sign in BOUNDS.items()
+        if hasattr(constraint, name)
     ]
-    return ", ".join(f"{sign} {number:g}" for sign, number in found)
+    return ", ".join(f"{sign} {number:g}" for sign, number in limits)

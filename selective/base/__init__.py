@@ -1,1 +1,1 @@
-"""Base: what is known or measured of the wrapped optimizer, and running its own step."""
+"""Base: facts about the wrapped optimizer, from a table or from a measurement, and calls of its own step."""

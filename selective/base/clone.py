@@ -1,4 +1,4 @@
-"""A twin of an optimizer on tensors that stand in for its parameters, and a way to step it that nobody notices."""
+"""A clone of an optimizer on tensors that stand in for its parameters, and a context that hides its steps."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from torch.optim import Optimizer
 
 from selective.base.process_settings import settings_of_torch
 
-# Counters that some packages keep in the group; the twin starts at its first step, as its (empty) state does.
+# Step counters that some packages keep in the group. They are 0 in a clone, whose state is empty.
 COUNTERS = ("step", "k")
 _SHARED = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, types.ModuleType)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 
 class CannotClone(Exception):
-    """The twin would share something with the original that a step may change. The message ends a sentence."""
+    """Raised if the clone would share something with the base that a step may change. The message ends a sentence."""
 
 
 class StepFailed(Exception):
-    """The base's own step raised; its error is the `__cause__`."""
+    """Raised if the base's own step raises; its error is the `__cause__`."""
 
 
 def clone_with_stand_ins(
@@ -39,41 +39,42 @@ def clone_with_stand_ins(
     *,
     groups: Sequence[Mapping[str, Any]] | None = None,
 ) -> Optimizer:
-    """A fresh twin of `base` (no state, no hooks) whose parameters are `stand_ins`, one list for each group.
+    """Return a clone of `base` without state and hooks, whose parameters are `stand_ins`, one list for each group.
 
-    `groups` are the groups whose options it takes, `base.param_groups` unless given. `overrides` replaces options
-    that the groups have; a tensor stays a tensor (of its own dtype and device), None stays None. Nothing is
-    constructed: passing `defaults` to the constructor fails already for AdamW. Whatever a step could change is copied.
+    The options are those of `groups`, by default of `base.param_groups`. `overrides` replaces options that the groups
+    have. An option that is a tensor stays one of the same dtype and device, and None stays None. The constructor is not
+    called: passing `defaults` to it fails already for AdamW. Everything that a step could change is copied.
 
-    Raises `CannotClone` where that is not possible: the base holds another optimizer or a model.
+    Raises:
+        CannotClone: the base holds another optimizer, a model, or an object that cannot be copied.
     """
     groups = base.param_groups if groups is None else groups
-    twin = object.__new__(type(base))
-    # A scheduler puts a `step` of its own on the instance, bound to the original: it must not come along.
-    kept = {k: v for k, v in vars(base).items() if k not in ("state", "param_groups", "step")}
-    for name, value in kept.items():
+    clone = object.__new__(type(base))
+    # A scheduler puts a `step` of its own on the instance, which is bound to the base. The clone must not get that.
+    attributes = {k: v for k, v in vars(base).items() if k not in ("state", "param_groups", "step")}
+    for name, value in attributes.items():
         hooks = name.endswith("_hooks") and isinstance(value, OrderedDict)
-        vars(twin)[name] = OrderedDict() if hooks else _copied(value, f"its attribute '{name}'", base, twin)
-    vars(twin)["state"] = defaultdict(dict)
-    vars(twin)["param_groups"] = [
-        _twin_group(g, ps, base, overrides or {}) for g, ps in zip(groups, stand_ins, strict=True)
+        vars(clone)[name] = OrderedDict() if hooks else _copied(value, f"its attribute '{name}'", base, clone)
+    vars(clone)["state"] = defaultdict(dict)
+    vars(clone)["param_groups"] = [
+        _cloned_group(g, ps, base, overrides or {}) for g, ps in zip(groups, stand_ins, strict=True)
     ]
     for name, value in (overrides or {}).items():
-        if name in twin.defaults:
-            twin.defaults[name] = _like(twin.defaults[name], value)
-    return twin
+        if name in clone.defaults:
+            clone.defaults[name] = _like(clone.defaults[name], value)
+    return clone
 
 
-def _twin_group(group: Mapping[str, Any], params: Sequence[Tensor], base: Optimizer, overrides: Mapping[str, Any]):
+def _cloned_group(group: Mapping[str, Any], params: Sequence[Tensor], base: Optimizer, overrides: Mapping[str, Any]):
     options = {k: v for k, v in group.items() if k != "params"}
-    fresh = {k: _copied(v, f"'{k}' of a parameter group", base, None) for k, v in options.items()}
+    copies = {k: _copied(v, f"'{k}' of a parameter group", base, None) for k, v in options.items()}
     for name in COUNTERS:
-        if name in fresh and isinstance(fresh[name], (int, float, Tensor)):
-            fresh[name] = fresh[name] * 0
+        if name in copies and isinstance(copies[name], (int, float, Tensor)):
+            copies[name] = copies[name] * 0
     for name, value in overrides.items():
-        if name in fresh:
-            fresh[name] = _like(fresh[name], value)
-    return {"params": list(params), **fresh}
+        if name in copies:
+            copies[name] = _like(copies[name], value)
+    return {"params": list(params), **copies}
 
 
 def _like(old: Any, new: Any) -> Any:
@@ -82,8 +83,8 @@ def _like(old: Any, new: Any) -> Any:
     return torch.full_like(old, new) if isinstance(old, Tensor) else new
 
 
-def _copied(value: Any, where: str, base: Optimizer, twin: Optimizer | None) -> Any:
-    """`value` for the twin: containers and tensors copied, plain values and functions shared."""
+def _copied(value: Any, where: str, base: Optimizer, clone: Optimizer | None) -> Any:
+    """Return `value` for the clone: containers and tensors are copied, plain values and functions are shared."""
     if isinstance(value, _SHARED) or isinstance(value, _FUNCTIONS):
         return value
     if isinstance(value, (Optimizer, torch.nn.Module)):
@@ -94,30 +95,32 @@ def _copied(value: Any, where: str, base: Optimizer, twin: Optimizer | None) -> 
     if isinstance(value, torch.Generator):
         return torch.Generator(device=value.device).set_state(value.get_state())
     if isinstance(value, types.MethodType):
-        return types.MethodType(value.__func__, twin) if value.__self__ is base and twin is not None else value
+        return types.MethodType(value.__func__, clone) if value.__self__ is base and clone is not None else value
     kind: Any = type(value)
     if kind in (list, tuple, set, frozenset):
-        return kind(_copied(v, where, base, twin) for v in value)
+        return kind(_copied(v, where, base, clone) for v in value)
     if kind in (dict, OrderedDict):
-        return kind((k, _copied(v, where, base, twin)) for k, v in value.items())
+        return kind((k, _copied(v, where, base, clone)) for k, v in value.items())
     if isinstance(value, defaultdict):
-        return defaultdict(value.default_factory, {k: _copied(v, where, base, twin) for k, v in value.items()})
+        return defaultdict(value.default_factory, {k: _copied(v, where, base, clone) for k, v in value.items()})
     if kind.__module__.startswith("torch.distributed") or "ProcessGroup" in kind.__name__:
-        return value  # meshes and process groups are the same for everybody
+        return value  # meshes and process groups are shared
     try:
         return copy.deepcopy(value)
-    except Exception as error:  # an arbitrary object: we cannot know what its copying raises
+    except Exception as error:  # broad: an object of an unknown class may raise anything when it is copied
         raise CannotClone(f"{where} ({type(value).__name__}) cannot be copied: {error}") from error
 
 
 @contextmanager
 def unnoticed() -> Iterator[None]:
-    """Random generators are put back, warnings stay here, `torch.compile` in a step does not compile, one thread works.
+    """Hide steps of clones: restore the random generators, silence warnings, and run eagerly on one thread.
 
-    What is found out here is remembered, so that it is found out under torch's own settings: `settings_of_torch`.
+    Measurements are remembered. So they are made under torch's own settings and not under the user's
+    (`settings_of_torch`).
 
-    torchao compiles its step for each shape: minutes on a CPU, for tensors that nobody trains. And two threads on 4,096
-    elements wait for each other: on a busy machine of two cores a measurement took 4 s rather than 0.05.
+    `torch.compile` is off because torchao compiles its step for each shape, which takes minutes on a CPU. One thread is
+    used because two threads on 4,096 elements wait for each other: on a busy machine of two cores a measurement took 4
+    s instead of 0.05 s.
     """
     threads = torch.get_num_threads()
     cpu = torch.get_rng_state()
@@ -142,9 +145,9 @@ def unnoticed() -> Iterator[None]:
 
 
 def reseed(seed: int) -> None:
-    """Inside `unnoticed`: every run meets the same random numbers.
+    """Seed all random generators, so that every run gets the same random numbers. Call it inside `unnoticed()`.
 
-    Not `torch.manual_seed`: where CUDA has not started, that leaves a seed behind for when it does.
+    `torch.manual_seed` is not used: if CUDA has not been initialized, it leaves a seed behind that takes effect later.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""Decoupled decay: the factor on the parameter, by formula or by measurement."""
+"""The factor that decoupled decay puts on a parameter, by a formula or by a measurement."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.base.clone import COUNTERS, clone_with_stand_ins, reseed, unnoticed
-from selective.base.facts import Anatomy
+from selective.base.facts import (
+    DECAY,
+    FROM_SECOND_STEP,
+    LR_DECAY,
+    PROXIMAL,
+    RELATIVE_LR,
+    STABLE_ADAMW,
+    TRANSFORMERS_ADAFACTOR,
+    BaseFacts,
+)
 from selective.base.state_entries import dequantized
 from selective.base.step_base import call_step
 
 Scalar = float | Tensor
-Rule = Callable[[Optimizer, Mapping[str, Any], Tensor], Scalar]
+DecayFormula = Callable[[Optimizer, Mapping[str, Any], Tensor], Scalar]
 
 
 def _lr_times_decay(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> Scalar:
@@ -49,7 +58,10 @@ def _transformers_adafactor(base: Optimizer, group: Mapping[str, Any], param: Te
 
 
 def _stable_adamw(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> Scalar:
-    """StableAdamW (arXiv 2304.13013) divides lr by the RMS of g/sqrt(v), where that is above 1; v has this g in it."""
+    """Return StableAdamW's factor (arXiv 2304.13013): lr is divided by the RMS of g/sqrt(v) if that is above 1.
+
+    `v` already contains the present gradient.
+    """
     if param.grad is None:
         return 1.0
     beta = group["betas"][1] if "betas" in group else group["beta2"]
@@ -64,15 +76,7 @@ def _stable_adamw(base: Optimizer, group: Mapping[str, Any], param: Tensor) -> S
     return 1 - lr / rms.clamp(min=1.0) * group["weight_decay"]
 
 
-LR_DECAY = "1 - lr*weight_decay"
-DECAY = "1 - weight_decay"
-RELATIVE_LR = "1 - lr/max_lr*weight_decay"
-PROXIMAL = "1 / (1 + lr*weight_decay)"
-FROM_SECOND_STEP = "1 - lr*weight_decay, from the second step on"
-TRANSFORMERS_ADAFACTOR = "1 - weight_decay*base._get_lr(group, state)"
-STABLE_ADAMW = "1 - lr/max(1, RMS of g/sqrt(v))*weight_decay"
-
-RULES: dict[str, Rule] = {
+FORMULAS: dict[str, DecayFormula] = {
     LR_DECAY: _lr_times_decay,
     DECAY: _decay_alone,
     RELATIVE_LR: _relative_lr,
@@ -81,23 +85,26 @@ RULES: dict[str, Rule] = {
     TRANSFORMERS_ADAFACTOR: _transformers_adafactor,
     STABLE_ADAMW: _stable_adamw,
 }
-"""Formulas that packages use, by the name that `explain()` prints; asked before the base steps."""
+"""The formulas that packages use, by the name that `explain()` prints. They are evaluated before the base steps."""
 
 
-def decay_factor(base: Optimizer, group: Mapping[str, Any], facts: Anatomy, param: Tensor | None = None) -> Scalar:
-    """The factor that decoupled decay puts on `param` in the step that comes next; 1.0 where decay is not decoupled.
+def decay_factor(base: Optimizer, group: Mapping[str, Any], facts: BaseFacts, param: Tensor | None = None) -> Scalar:
+    """Return the factor that decoupled decay puts on `param` in the next step; 1.0 if decay is not decoupled.
 
-    Ask before the base steps, with `param` as it is then. A tensor `lr` gives a tensor, so that nothing waits for
-    the device. `param` may be left out where `facts.decay_per_parameter` is false. The rule "measured" steps a
-    twin of the parameter with a copy of its state: the price of two more steps.
+    Call it before the base steps. If `lr` is a tensor, so is the factor, and nothing waits for the device. `param` may
+    be left out if `facts.decay_per_parameter` is False. With the formula "measured", a clone of the base steps a copy
+    of the parameter and its state, which costs two more steps.
+
+    Raises:
+        ValueError: `param` is missing, and the factor differs between parameters.
     """
     if facts.decay != "decoupled" or facts.decay_rule is None or not _positive(group["weight_decay"]):
         return 1.0
-    if facts.decay_rule not in RULES:
+    if facts.decay_rule not in FORMULAS:
         return measured_factor(base, group, group["params"][0] if param is None else param, facts.depends_on_param)
     if facts.decay_per_parameter and param is None:
         raise ValueError(f"decay_factor: '{facts.decay_rule}' differs between parameters; pass the parameter")
-    return RULES[facts.decay_rule](base, group, group["params"][0] if param is None else param)
+    return FORMULAS[facts.decay_rule](base, group, group["params"][0] if param is None else param)
 
 
 def _positive(weight_decay: Scalar) -> bool:
@@ -105,12 +112,13 @@ def _positive(weight_decay: Scalar) -> bool:
 
 
 def measured_factor(base: Optimizer, group: Mapping[str, Any], param: Tensor, depends: bool) -> float:
-    """The factor read off a twin that steps twice from the state of `param`, on its gradient.
+    """Measure the factor with two steps of a clone from the state and the gradient of `param`.
 
-    On its gradient, because a factor can depend on it (StableAdamW divides its learning rate by the update's size).
-    From `param` and from zeros, whose difference is factor·param exactly, whether decay comes before the update or
-    after it (APOLLO); where the update `depends` on the parameter's value, with and without decay.
-    In float64, so that 1e-6 of decay is not lost in rounding; in float32 where the class does not take float64.
+    The gradient is the real one because a factor can depend on it (StableAdamW divides its learning rate by the
+    update's size). One step starts from `param` and one from zeros. The results differ by exactly factor·param, no
+    matter whether decay comes before the update or after it (APOLLO). If the update `depends` on the parameter's value,
+    both steps start from `param`, one with decay and one without. The steps are in float64, so that 1e-6 of decay is
+    not lost in rounding, and in float32 if the class does not accept float64.
     """
     with unnoticed():
         try:
@@ -120,7 +128,7 @@ def measured_factor(base: Optimizer, group: Mapping[str, Any], param: Tensor, de
 
 
 def _measured_in(dtype: torch.dtype, base: Optimizer, group: Mapping[str, Any], param: Tensor, depends: bool) -> float:
-    # A parameter of zeros shows no factor; its decay is that of any other value (the factor is uniform).
+    # A parameter of zeros shows no factor. Ones show the same one, because it does not depend on the value.
     start = param.detach().to(dtype, copy=True)
     start = start if bool(start.any()) else torch.ones_like(start)
     with_decay = _one_step(base, group, param, start, {})
@@ -132,15 +140,16 @@ def _measured_in(dtype: torch.dtype, base: Optimizer, group: Mapping[str, Any], 
 
 
 def _one_step(base: Optimizer, group: Mapping[str, Any], param: Tensor, start: Tensor, overrides: dict) -> Tensor:
-    twin_param = torch.nn.Parameter(start.clone(), requires_grad=param.requires_grad)
-    twin_param.grad = torch.zeros_like(start) if param.grad is None else param.grad.detach().to(start.dtype, copy=True)
-    twin = clone_with_stand_ins(base, [[twin_param]], overrides, groups=[group])
+    """Return the result of a clone's step from `start`, with the gradient and a copy of the state of `param`."""
+    clone_param = torch.nn.Parameter(start.clone(), requires_grad=param.requires_grad)
+    clone_param.grad = torch.zeros_like(start) if param.grad is None else param.grad.detach().to(start.dtype, copy=True)
+    clone = clone_with_stand_ins(base, [[clone_param]], overrides, groups=[group])
     for name in COUNTERS:
         if name in group:
-            twin.param_groups[0][name] = copy.deepcopy(group[name])
+            clone.param_groups[0][name] = copy.deepcopy(group[name])
     for key, value in base.state.get(param, {}).items():
-        own = isinstance(value, Tensor) and value.dtype == param.dtype and value.shape == param.shape
-        twin.state[twin_param][key] = value.detach().to(start.dtype, copy=True) if own else copy.deepcopy(value)
+        is_shaped = isinstance(value, Tensor) and value.dtype == param.dtype and value.shape == param.shape
+        clone.state[clone_param][key] = value.detach().to(start.dtype, copy=True) if is_shaped else copy.deepcopy(value)
     reseed(0)
-    call_step(twin)
-    return twin_param.detach()
+    call_step(clone)
+    return clone_param.detach()

@@ -1,4 +1,4 @@
-"""What a base keeps of a parameter after its first step, seen on a twin: names, dtypes, and options that it decided."""
+"""The state that a base makes of a parameter in its first step, found with a clone."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ from selective.base.step_base import call_step
 
 
 class FirstState(NamedTuple):
-    """A twin's state of one parameter, and the options of its group."""
+    """The state of one parameter after a clone's first step, and the options of the clone's group."""
 
     entries: Mapping[str, Any]
     options: Mapping[str, Any]
 
 
 def first_state(base: Optimizer, group: Mapping[str, Any], param: Tensor, dtype: torch.dtype) -> FirstState | None:
-    """What `base` makes of a copy of `param` in `dtype`, with the options of `group`, in a step on a gradient of zeros.
+    """Step a clone of `base` on a copy of `param` in `dtype` with a gradient of zeros, and return the state it makes.
 
-    None where the base can't be tried. Inside `unnoticed()`.
+    The options are those of `group`. None if the base cannot be cloned or stepped. Call it inside `unnoticed()`.
     """
-    stand_in = torch.nn.Parameter(param.detach().to(dtype, copy=True))  # its value, for bases that keep a copy of it
+    stand_in = torch.nn.Parameter(param.detach().to(dtype, copy=True))  # with its value: some bases keep a copy of it
     grad_dtype = _gradient_dtype(param, dtype)
     try:
-        twin = clone_with_stand_ins(base, [[stand_in]], {"lr": 0.0, "weight_decay": 0.0}, groups=[group])
+        clone = clone_with_stand_ins(base, [[stand_in]], {"lr": 0.0, "weight_decay": 0.0}, groups=[group])
         try:
-            _step_on_nothing(twin, stand_in, grad_dtype)
-        except StepFailed as error:  # an entry missing: does the constructor fill the state?
+            _step_on_zeros(clone, stand_in, grad_dtype)
+        except StepFailed as error:  # a KeyError: some constructors make the state, and a clone has none
             if not isinstance(error.__cause__, KeyError):
                 raise
-            twin.state.update(constructed_state(twin))
-            _step_on_nothing(twin, stand_in, grad_dtype)
+            clone.state.update(constructed_state(clone))
+            _step_on_zeros(clone, stand_in, grad_dtype)
     except (CannotClone, StepFailed):
         return None
-    return FirstState(next(iter(twin.state.values()), {}), twin.param_groups[0])
+    return FirstState(next(iter(clone.state.values()), {}), clone.param_groups[0])
 
 
 def _gradient_dtype(param: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the gradients from which `param` is stepped in `dtype`: Note [gradients of another dtype].
+    """Return the dtype of the gradient with which `param` is stepped in `dtype`: Note [gradients of another dtype].
 
-    Where it is stepped as a copy in another dtype, its gradients are made in that, too.
+    If a copy in another dtype is stepped, its gradient is in that dtype too.
     """
     if dtype != param.dtype:
         return dtype
     return param.grad.dtype if param.grad is not None else gradient_dtype(param) or dtype
 
 
-def _step_on_nothing(twin: Optimizer, param: torch.nn.Parameter, grad_dtype: torch.dtype) -> None:
+def _step_on_zeros(clone: Optimizer, param: torch.nn.Parameter, grad_dtype: torch.dtype) -> None:
     set_gradient(param, torch.zeros_like(param, dtype=grad_dtype))
     try:
-        call_step(twin)
-    except Exception as error:  # a foreign step may raise anything
+        call_step(clone)
+    except Exception as error:  # broad: the step of an unknown class may raise anything
         raise StepFailed from error

@@ -1,4 +1,4 @@
-"""The rules that our kernels know, by the base's exact class: their hyper-parameters, state and moments."""
+"""The bases whose step our kernels compute, by exact class: their hyper-parameters, state and moments."""
 
 from __future__ import annotations
 
@@ -20,22 +20,26 @@ Group = dict[str, Any]
 
 
 class FusedRule:
-    """How to run one known class: its hyper-parameters as a rule, and its lazily made state."""
+    """A class whose step our kernels compute: its hyper-parameters as a rule, and its state, which is made lazily."""
 
-    kinds = Moments(first=frozenset({"exp_avg"}), of_gradient=frozenset({"exp_avg"}))
-    """What its state entries become in another basis."""
+    moment_kinds = Moments(first=frozenset({"exp_avg"}), of_gradient=frozenset({"exp_avg"}))
+    """The names of its state entries, by the way in which they are carried into another basis."""
 
     def supports(self, group: Group) -> str | None:
-        """Why a group with these flags can't be fused; None when it can."""
+        """Return the option of `group` that the rule does not cover ("flag=value"); None if it covers all."""
         return None
 
     def has_momentum(self, group: Group) -> bool:
+        """Return True if the state has a first moment of the gradient."""
         return True
 
     def moments(self, group: Group, entries: dict[str, Any], who: str) -> list[str]:
-        """Which entries of a saved state are shaped like the parameter; an error where it is not this base's.
+        """Return the names of the saved `entries` that are shaped like the parameter.
 
-        `group` is the saved one: its flags say what has to be there.
+        `group` is the saved one, whose flags decide which entries there have to be; `who` is the name of the base.
+
+        Raises:
+            CheckpointMismatch: an entry is missing, or there is one that this base does not make.
         """
         names, optional = self._saved_names(group)
         missing = [name for name in names if name not in entries]
@@ -48,44 +52,50 @@ class FusedRule:
         return [name for name in (*names, *optional) if name != "step" and name in entries]
 
     def _saved_names(self, group: Group) -> tuple[list[str], list[str]]:
-        """Names that a saved state of this base must have, and those that it may have."""
+        """Return the names that a state of this base must have, and those that it may have."""
         return ["exp_avg"], []
 
     def bound(self, group: Group) -> spec.Scalar | None:
-        """The largest c in |m| <= c √v that the rule can lead to; None where it divides by no second moment, or where
-        there is none: Note [moments of one space] in carry.py."""
+        """Return the smallest c with |m| <= c √v after any gradients: Note [moments of one space] in rotation/carry.py.
+
+        None if the rule does not divide by a second moment, or no such c exists.
+        """
         return None
 
     def names(self, group: Group) -> tuple[list[str], list[str]]:
-        """What a state that is not empty must have; what of all its entries is shaped like the parameter."""
+        """Return the names that a state must have if not empty, and those of entries shaped like the parameter."""
         needed, optional = self._saved_names(group)
         return needed, [name for name in (*needed, *optional) if name != "step"]
 
     def convert(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:
-        """Give an entry that was written as a number the form that the base itself gives it."""
+        """Turn an entry that a user has set to a number into the tensor that the base itself would have made."""
 
     def rule(self, base: Optimizer, group: Group) -> spec.Rule:
+        """Return the hyper-parameters of `group` as a rule of the kernels."""
         raise TypeError(f"{type(self).__name__} must say how its rule is read off a group")
 
     def init_state(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:
-        """Make the state as the base's own first step would."""
+        """Fill `state` as the base's own first step would."""
 
     def after(self, group: Group) -> None:
-        """What the base does to the group once a step."""
+        """Change the group as the base does once a step."""
 
 
 class FusedAdam(FusedRule):
     """torch.optim.Adam and AdamW, with every flag but `differentiable`."""
 
-    kinds = Moments(
+    moment_kinds = Moments(
         first=frozenset({"exp_avg"}), of_gradient=frozenset({"exp_avg"}),
         second=frozenset({"exp_avg_sq", "max_exp_avg_sq"}),
     )  # fmt: skip
 
     def bound(self, group: Group) -> spec.Scalar | None:
-        """c² = (1 − β₁)²/(1 − β₂) / (1 − β₁²/β₂), from m = Σ w₁(k) g_k, v = Σ w₂(k) g_k² and Cauchy-Schwarz."""
+        """Return c, with c² = (1 − β₁)²/(1 − β₂) / (1 − β₁²/β₂).
+
+        It follows from m = Σ w₁(k) g_k and v = Σ w₂(k) g_k² by the inequality of Cauchy and Schwarz.
+        """
         beta1, beta2 = (plain_number(beta) for beta in group["betas"])
-        if isinstance(beta1, Tensor) or isinstance(beta2, Tensor):  # on a GPU: nobody reads it on the host
+        if isinstance(beta1, Tensor) or isinstance(beta2, Tensor):  # on a GPU: the host must not wait for it
             squared = (1 - beta1) ** 2 / ((1 - beta2) * (1 - beta1**2 / beta2))
             return torch.where(torch.as_tensor(squared > 0), squared, torch.inf).sqrt()
         if beta1**2 >= beta2:
@@ -115,15 +125,15 @@ class FusedAdam(FusedRule):
 
     def convert(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:
         if not isinstance(state["step"], Tensor):
-            made: dict[str, Any] = {}
-            self.init_state(group, p, made)
-            state["step"] = made["step"].fill_(float(state["step"]))
+            fresh: dict[str, Any] = {}
+            self.init_state(group, p, fresh)
+            state["step"] = fresh["step"].fill_(float(state["step"]))
 
 
 class FusedSGD(FusedRule):
     """torch.optim.SGD with momentum, dampening, Nesterov, weight decay and maximize."""
 
-    kinds = Moments(first=frozenset({"momentum_buffer"}), of_gradient=frozenset({"momentum_buffer"}))
+    moment_kinds = Moments(first=frozenset({"momentum_buffer"}), of_gradient=frozenset({"momentum_buffer"}))
 
     def _saved_names(self, group: Group) -> tuple[list[str], list[str]]:
         return [], ["momentum_buffer"]
@@ -173,7 +183,7 @@ _RULES: dict[str, Callable[[], FusedRule]] = {
 
 
 def fused_rule(base: Optimizer) -> FusedRule | None:
-    """The rule of a base that we know, by its exact class (a subclass may have changed the step); None otherwise."""
+    """Return the fused rule of a base; None if there is none for its exact class (a subclass may change the step)."""
     cls = type(base)
     make = _RULES.get(f"{cls.__module__}.{cls.__qualname__}")
     return None if make is None else make()

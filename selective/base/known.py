@@ -1,7 +1,7 @@
-"""What is known about the classes that most people use, so that wrapping them steps nothing.
+"""A table of the facts about widely used classes, so that wrapping them needs no measurement.
 
-Only a cache of `measure=True`: a test holds every entry against a measurement. An entry describes the options that it
-names; a group with another option switched on (a newer version, gradient centralisation) is measured.
+Every entry says the same as a measurement; a test compares them. An entry is right for the options that it names. A
+group with another option switched on (of a newer version, or gradient centralisation) is measured.
 """
 
 from __future__ import annotations
@@ -13,13 +13,20 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from selective.base.decay import DECAY, FROM_SECOND_STEP, LR_DECAY, RELATIVE_LR, STABLE_ADAMW, TRANSFORMERS_ADAFACTOR
-from selective.base.facts import Anatomy
+from selective.base.facts import (
+    DECAY,
+    FROM_SECOND_STEP,
+    LR_DECAY,
+    RELATIVE_LR,
+    STABLE_ADAMW,
+    TRANSFORMERS_ADAFACTOR,
+    BaseFacts,
+)
 from selective.base.refusals import refused_seen, refused_unseen, unsteppable
 
-Describe = Callable[[Optimizer, Mapping[str, Any]], Anatomy]
+Describe = Callable[[Optimizer, Mapping[str, Any]], BaseFacts]
 
-# Options that no entry has to name: they don't change the facts, or are anybody's notes on a group.
+# Options that no entry has to name: they do not change the facts, or the class does not read them.
 _HARMLESS = frozenset(
     "params param_names name lr initial_lr max_lr min_lr max_momentum base_momentum swa_lr weight_decay eps betas beta "
     "beta1 beta2 foreach fused capturable maximize step setup kahan_sum triton".split()
@@ -28,13 +35,13 @@ _HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class Known:
-    """One class: its facts as a function of base and group, and the further options that the function covers."""
+    """The entry of a class: its facts as a function of base and group, and the options that the function covers."""
 
     describe: Describe
     options: frozenset[str]
 
     def covers(self, group: Mapping[str, Any]) -> bool:
-        """Whether every option that is switched on is one that the entry knows."""
+        """Return True if the entry knows every option that is switched on."""
         return all(k in _HARMLESS or k in self.options or not _is_on(v) for k, v in group.items())
 
 
@@ -42,8 +49,8 @@ def _is_on(value: Any) -> bool:
     return value is not None and value is not False
 
 
-def lookup(base: Optimizer, group: Mapping[str, Any]) -> Anatomy | None:
-    """The table's facts for this group of `base`, or None: then it has to be measured."""
+def lookup(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts | None:
+    """Return the table's facts for this group of `base`; None if they have to be measured."""
     known = KNOWN.get(qualified_name(type(base)))
     if known is None or not known.covers(group) or refused_unseen(base, group) is not None:
         return None
@@ -51,7 +58,7 @@ def lookup(base: Optimizer, group: Mapping[str, Any]) -> Anatomy | None:
 
 
 def qualified_name(cls: type) -> str:
-    """Distribution and class, "torch.AdamW": the modules between move from version to version."""
+    """Return top-level package and class, "torch.AdamW": the modules between them move from version to version."""
     return f"{cls.__module__.split('.')[0]}.{cls.__qualname__}"
 
 
@@ -72,71 +79,72 @@ def _moment(key: str | None, reader: str = "plain") -> dict[str, Any]:
 
 
 def _torch(key: str | None = None, *, depends: bool = False, decoupled: bool = False) -> Describe:
-    def describe(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
-        off = group.get("decoupled_weight_decay", decoupled)
-        decay = _decoupled() if off else _coupled(base, group)
-        return Anatomy(depends_on_param=depends, **decay, **_moment(key))
+    def describe(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
+        is_decoupled = group.get("decoupled_weight_decay", decoupled)
+        decay = _decoupled() if is_decoupled else _coupled(base, group)
+        return BaseFacts(depends_on_param=depends, **decay, **_moment(key))
 
     return describe
 
 
-def _torch_sgd(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
-    moving = group["momentum"] != 0
-    return Anatomy(**_coupled(base, group), **_moment("momentum_buffer" if moving else None), stateless=not moving)
+def _torch_sgd(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
+    has_momentum = group["momentum"] != 0
+    momentum = _moment("momentum_buffer" if has_momentum else None)
+    return BaseFacts(**_coupled(base, group), **momentum, stateless=not has_momentum)
 
 
-def _torch_rmsprop(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
-    # `momentum_buffer` averages the preconditioned gradient; the mean of `centered` is one of the gradient itself
-    return Anatomy(**_coupled(base, group), **_moment("grad_avg" if group["centered"] else None))
+def _torch_rmsprop(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
+    # `momentum_buffer` is an average of the normalised gradient. `grad_avg` is one of the gradient itself.
+    return BaseFacts(**_coupled(base, group), **_moment("grad_avg" if group["centered"] else None))
 
 
-def _no_decay(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
-    return Anatomy()
+def _no_decay(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
+    return BaseFacts()
 
 
 def _refused(*embeds: str) -> Describe:
-    def describe(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
-        return Anatomy(depends_on_param=True, embeds_param=embeds, refusal=refused_seen(base, group, embeds))
+    def describe(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
+        return BaseFacts(depends_on_param=True, embeds_param=embeds, refusal=refused_seen(base, group, embeds))
 
     return describe
 
 
-def _sparse_only(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
-    return Anatomy(refusal=unsteppable(base, RuntimeError("SparseAdam does not support dense gradients")))
+def _sparse_only(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
+    return BaseFacts(refusal=unsteppable(base, RuntimeError("SparseAdam does not support dense gradients")))
 
 
 # --- pytorch_optimizer ----------------------------------------------------------------------------------------------
 
 
 def _po(key: str | None = "exp_avg", *, depends: bool = False) -> Describe:
-    def describe(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
+    def describe(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
         decay = _decoupled(DECAY if group.get("fixed_decay") else LR_DECAY)
         if not group["weight_decouple"]:
             decay = _coupled(base, group)
-        # both are done on `p.grad` itself
+        # it adds the decay to `p.grad` in place, and negates it there to maximize
         writes = decay["decay"] == "coupled" or bool(getattr(base, "maximize", False))
-        return Anatomy(depends_on_param=depends, **decay, **_moment(key), writes_grad=writes)
+        return BaseFacts(depends_on_param=depends, **decay, **_moment(key), writes_grad=writes)
 
     return describe
 
 
-def _po_lamb(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
+def _po_lamb(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
     facts = replace(_po(depends=True)(base, group), writes_grad=bool(getattr(base, "maximize", False)))
     if group["weight_decouple"]:
         return facts
-    return replace(facts, decay="inside", decay_sign=1.0)  # added to the update before its norm is taken
+    return replace(facts, decay="inside", decay_sign=1.0)  # decay is added to the update before its norm is taken
 
 
-def _po_stable_adamw(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
+def _po_stable_adamw(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
     facts = _po()(base, group)
     if facts.decay == "decoupled":
         facts = replace(facts, decay_rule=STABLE_ADAMW)
     return _with_kahan(facts, group, default=False)
 
 
-def _po_soap(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
-    # this one keeps its moment unrotated; its first step only sets up the basis
-    return Anatomy(
+def _po_soap(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
+    # This SOAP keeps its first moment unrotated. Its first step only initialises the basis.
+    return BaseFacts(
         **_decoupled(FROM_SECOND_STEP), **_moment("exp_avg"), writes_grad=bool(getattr(base, "maximize", False))
     )
 
@@ -144,7 +152,7 @@ def _po_soap(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
 # --- torch-optimi ---------------------------------------------------------------------------------------------------
 
 
-def _with_kahan(facts: Anatomy, group: Mapping[str, Any], default: bool = True) -> Anatomy:
+def _with_kahan(facts: BaseFacts, group: Mapping[str, Any], default: bool = True) -> BaseFacts:
     low = any(p.dtype in (torch.float16, torch.bfloat16) for p in group["params"])
     kahan = group.get("kahan_sum")
     if not low or not (default if kahan is None else kahan):
@@ -153,14 +161,14 @@ def _with_kahan(facts: Anatomy, group: Mapping[str, Any], default: bool = True) 
 
 
 def _optimi(decoupled: bool | None = None, rule: str | None = None) -> Describe:
-    def describe(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
-        off = group.get("decouple_wd", False) if decoupled is None else decoupled
-        if off or group["decouple_lr"]:
+    def describe(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
+        is_decoupled = group.get("decouple_wd", False) if decoupled is None else decoupled
+        if is_decoupled or group["decouple_lr"]:
             decay = _decoupled(rule or (RELATIVE_LR if group["decouple_lr"] else LR_DECAY))
         else:
             decay = _coupled(base, group)
-        moving = group.get("momentum", 1) != 0
-        facts = Anatomy(**decay, **_moment("exp_avg" if moving else None), stateless=not moving)
+        has_momentum = group.get("momentum", 1) != 0
+        facts = BaseFacts(**decay, **_moment("exp_avg" if has_momentum else None), stateless=not has_momentum)
         return _with_kahan(replace(facts, writes_grad=decay["decay"] == "coupled"), group)
 
     return describe
@@ -169,14 +177,14 @@ def _optimi(decoupled: bool | None = None, rule: str | None = None) -> Describe:
 # --- others ---------------------------------------------------------------------------------------------------------
 
 
-def _transformers_adafactor(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
+def _transformers_adafactor(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
     scaled = bool(group["scale_parameter"])
     rule = TRANSFORMERS_ADAFACTOR if scaled or group["relative_step"] else LR_DECAY
-    return Anatomy(depends_on_param=scaled, **_decoupled(rule))  # its exp_avg averages the normalised update
+    return BaseFacts(depends_on_param=scaled, **_decoupled(rule))  # its exp_avg is an average of the normalised update
 
 
-def _torchao_adamw(base: Optimizer, group: Mapping[str, Any]) -> Anatomy:
-    return Anatomy(**_decoupled(), **_moment("exp_avg", "dequantize"))
+def _torchao_adamw(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts:
+    return BaseFacts(**_decoupled(), **_moment("exp_avg", "dequantize"))
 
 
 def _known(describe: Describe, options: str = "") -> Known:
@@ -223,4 +231,4 @@ KNOWN: dict[str, Known] = {
     ),
     "torchao.AdamW8bit": _known(_torchao_adamw, "amsgrad"),
 }
-"""By `qualified_name`. LBFGS and wrappers are refused before any table; Prodigy and schedule-free are measured."""
+"""The entries by `qualified_name`. LBFGS and wrappers are refused before; Prodigy and schedule-free are measured."""

@@ -1,7 +1,7 @@
-"""What a user sets for the whole process, where it must not reach what we make for ourselves.
+"""A context without the user's process-wide torch settings, for measurements that are remembered.
 
-A base's own step and a policy's own code run under the user's settings, as they do without us. Everything of ours names
-its device and its dtype, and nothing has to be set back for it.
+A base's own step and a policy's own code run under the user's settings, as they do without us. Our own code names its
+device and dtype everywhere, and does not need this context.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from selective.kernels.lasting import lasting
 
 @contextmanager
 def settings_of_torch() -> Iterator[None]:
-    """For what is remembered of a class of optimizers, and holds after the user's region as well.
-
-    No inference mode, no autocast, and a default device that holds numbers.
-    """
+    """Leave inference mode and autocast, and replace a default device "meta", which holds no numbers, by the CPU."""
     with ExitStack() as stack:
         stack.enter_context(lasting())
         for kind in ("cpu", "cuda"):

@@ -1,4 +1,4 @@
-"""Why a base cannot be wrapped, in a sentence that says what was found and what to do."""
+"""The reasons why a base cannot be wrapped: each is a sentence with what was found and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 
 def refused_unseen(base: Optimizer, group: Mapping[str, Any]) -> str | None:
-    """What can be said without a step."""
+    """Return the reason to refuse `base` that shows without a step; None if there is none."""
     name = type(base).__name__
     for attribute, value in vars(base).items():
         if isinstance(value, Optimizer):
@@ -33,12 +33,12 @@ def refused_unseen(base: Optimizer, group: Mapping[str, Any]) -> str | None:
 
 
 def untriable(base: Optimizer, reason: str) -> str:
-    """A twin cannot be made."""
+    """Return the reason to refuse a base that cannot be cloned; `reason` is the message of `CannotClone`."""
     return f"{type(base).__name__} cannot be tried out: {reason}; use a base that keeps its state in `state`."
 
 
 def unsteppable(base: Optimizer, error: BaseException) -> str:
-    """The twin's step raised `error`."""
+    """Return the reason to refuse a base whose clone raised `error` in its step."""
     name, text = type(base).__name__, f"{type(error).__name__}: {error}".splitlines()[0]
     if "closure" in text.lower() or "backward" in text.lower():
         return _several_evaluations(name, f"without a closure: {text}")
@@ -56,7 +56,7 @@ def unsteppable(base: Optimizer, error: BaseException) -> str:
 
 
 def motionless(base: Optimizer) -> str:
-    """The twin stepped, on gradients that are not zero, and its parameters stood still."""
+    """Return the reason to refuse a base whose clone did not move its parameters on gradients that are not zero."""
     name = type(base).__name__
     return (
         f"{name} did not move the tensors that stand in for its parameters, so what its update does is not known: it "
@@ -65,23 +65,26 @@ def motionless(base: Optimizer) -> str:
     )
 
 
-def _several_evaluations(name: str, found: str) -> str:
+def _several_evaluations(name: str, cause: str) -> str:
     return (
-        f"{name} evaluates the loss several times in a step ({found}), so there is no one gradient to select by; use a "
+        f"{name} evaluates the loss several times in a step ({cause}), so there is no one gradient to select by; use a "
         "base that steps from p.grad alone."
     )
 
 
-def _second_derivatives(name: str, found: str) -> str:
+def _second_derivatives(name: str, cause: str) -> str:
     return (
         f"{name} takes second derivatives of the loss in its step, through gradients made with create_graph=True "
-        f"({found}), and gradients that are handed to it here have no graph. Use a base that steps from the values of "
+        f"({cause}), and gradients that are handed to it here have no graph. Use a base that steps from the values of "
         "p.grad alone, for instance AdamW with preconditioner=Soap() for curvature."
     )
 
 
 def refused_seen(base: Optimizer, group: Mapping[str, Any], embeds: tuple[str, ...]) -> str | None:
-    """What the state, or the group, gives away once the base has stepped."""
+    """Return the reason to refuse `base` that shows in its state or its group after a step; None if there is none.
+
+    `embeds` are the names of state entries that follow the iterates.
+    """
     name = type(base).__name__
     if embeds:
         entries = " and ".join(f"'{k}'" for k in embeds)
@@ -89,7 +92,7 @@ def refused_seen(base: Optimizer, group: Mapping[str, Any], embeds: tuple[str, .
             f"{name} keeps iterates in its state ({entries}), and parameters that a mask moves would part from them; "
             "use a base whose state comes from gradients alone."
         )
-    if {"d", "d0"} <= set(group):  # Prodigy and D-Adaptation carry this pair in the group
+    if {"d", "d0"} <= set(group):  # Prodigy and D-Adaptation keep this pair in the group
         return (
             f"{name} estimates the distance to the solution ('d' and 'd0' in its group) from the steps it believes to "
             "have taken, and masked steps are others; use AdamW with a learning rate."

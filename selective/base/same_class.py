@@ -1,9 +1,9 @@
-"""Whether a checkpoint was made with a base of this class.
+"""The check that a checkpoint was made with a base of the same class.
 
-Two things tell. The names of the class and of those that it inherits from stand with the policy (Note [our state
-entries]), so that Adam's checkpoint is told apart from RAdam's, whose entries have the same names. And what the base
-keeps of a parameter after its first step has to be in the checkpoint: that is all there is to go by where nothing of
-ours was saved, and it tells two classes of one name apart that keep different things.
+Two things are compared. First the names of the class and of its parents, which are saved with the policy (Note [our
+state entries]). They distinguish Adam's checkpoint from RAdam's, whose entries have the same names. Second the entries
+that the base makes of a parameter in its first step, which have to be in the checkpoint. They distinguish classes of
+one name with different states, and there is nothing else to compare if the checkpoint has no entries of ours.
 """
 
 from __future__ import annotations
@@ -21,20 +21,24 @@ from selective.mismatch import CheckpointMismatch
 
 
 def class_names(base: Optimizer) -> str:
-    """The base's class and what it inherits from, with the distribution of each: "torch.AdamW torch.Adam".
+    """Return the names of the base's class and its parents below `Optimizer`: "torch.AdamW torch.Adam".
 
-    The modules between move from version to version, and a class of one's own from file to file.
+    Each has the name of its top-level package alone, because modules move from version to version and a user's class
+    from file to file.
     """
     chain = type(base).__mro__
-    own = chain[: chain.index(Optimizer)]
-    return " ".join(f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in own)
+    classes = chain[: chain.index(Optimizer)]
+    return " ".join(f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in classes)
 
 
 def check_class(saved: str, base: Optimizer) -> bool:
-    """Refuse the `class_names` of another class; whether they are of the very same one.
+    """Refuse the saved `class_names` of an unrelated class, and return True if they are of the base's very class.
 
-    One that inherits from the other is none, nor is one of the same name in another package: `check_first_state` looks
-    at those.
+    A class that inherits from the other, or has its name in another package, is not refused and returns False. Such
+    bases are compared by `check_first_state`.
+
+    Raises:
+        ValueError: the saved class is an unrelated one.
     """
     theirs, own = saved.split(), class_names(base).split()
     first, ours = theirs[0], own[0]
@@ -54,7 +58,7 @@ def _name(qualified: str) -> str:
 
 
 def check_options(base: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Refuse options that this class would not keep: torch's AdamW decouples its decay whatever was saved."""
+    """Refuse saved options that this class ignores: torch's AdamW decouples its decay whatever was saved."""
     coupled = saved.get("decoupled_weight_decay") is False and saved.get("weight_decay", 0) != 0
     if isinstance(base, torch.optim.AdamW) and coupled:
         raise CheckpointMismatch(
@@ -70,9 +74,13 @@ def check_first_state(
     states: Mapping[Tensor, Mapping[str, Any]],
     residue: Collection[str],
 ) -> None:
-    """Refuse a checkpoint that lacks what the base's first step makes, under the options that were saved.
+    """Refuse a checkpoint that lacks an entry which the base makes in its first step with the saved options.
 
-    `states` are the saved entries by parameter; one of them is looked at, a small one. `residue` may be there or not.
+    `states` are the saved entries by parameter; those of the smallest parameter are compared. The entries named in
+    `residue` may be missing.
+
+    Raises:
+        ValueError: an entry is missing.
     """
     param = min((p for p in states if p.numel()), key=lambda p: p.numel(), default=None)
     if param is None:
@@ -89,6 +97,6 @@ def check_first_state(
 
 
 def _names(entries: Mapping[str, Any]) -> list[str]:
-    """Of the entries, and of those that a base packs into one when it saves (bitsandbytes: what is quantised)."""
+    """Return the names of the entries, and of those inside of an entry (bitsandbytes packs quantised ones to save)."""
     packed = (name for value in entries.values() if isinstance(value, Mapping) for name in value)
     return [*entries, *packed]

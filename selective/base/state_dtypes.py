@@ -1,15 +1,15 @@
-"""The base's state in the precision in which the base would have made it.
+"""Casts of the base's state to the dtypes that the base itself would have given it.
 
-Note [whose precision]: delta capture lets the base step float32 copies of bfloat16 and float16 parameters, and all that
-the base then keeps of them is float32, Adafactor's factors as well as what is shaped like the parameter. Where the base
-steps the parameter itself, under `Dense()` and in scratch capture, it expects what it would have made of that one:
-torch's multi-tensor operations refuse a bfloat16 gradient beside a float32 moment. So when a group's capture changes,
-or its state came from elsewhere (a checkpoint, a base that was wrapped before), every entry is brought to the dtype
-that the base itself gives it. That is seen on a twin and not guessed, because some bases keep float32 moments of any
-parameter. It is what torch does when the plain base loads such a checkpoint, and it happens before the next step and
-not when somebody looks, so that reading a state changes nothing.
+Note [whose precision]: in delta capture the base steps float32 copies of bfloat16 and float16 parameters. Its state of
+them is then float32, both entries shaped like the parameter and others (Adafactor's factors). Under `Dense()` and in
+scratch capture the base steps the parameter itself and expects state of the dtypes that it makes for it: torch's
+multi-tensor operations refuse a bfloat16 gradient beside a float32 moment. So when a group's capture changes, or its
+state came from elsewhere (a checkpoint, a base that was wrapped before), every entry is cast to the dtype that the base
+itself gives it. A clone shows this dtype, because some bases keep float32 moments of any parameter. torch does the same
+when the plain base loads such a checkpoint. It happens before the next step, so that reading a state changes nothing.
 
-Buffers of rounding residue come and go with it: under delta capture the wrapper keeps its own.
+The base's buffers of rounding residue are added and removed at the same time: in delta capture the wrapper keeps its
+own.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from selective.base.state_entries import dequantized, state_entries
 
 
 def fit_states(
-    base: Optimizer, group: dict[str, Any], steps: Mapping[Tensor, torch.dtype], residue: Collection[str]
+    base: Optimizer, group: dict[str, Any], step_dtypes: Mapping[Tensor, torch.dtype], residue: Collection[str]
 ) -> bool:
-    """Bring the base's state of a group's parameters to the dtypes that it has for what the base steps.
+    """Cast the base's state of a group's parameters to the dtypes that the base makes for the tensors it steps.
 
-    `steps` has the dtype in which the base steps each parameter, `residue` the names of entries that keep what rounding
-    takes. Entries that change are replaced in the base's own dictionaries. Returns whether anything changed. A base
-    that can't be tried is left as it is; its step will say so if it minds.
+    `step_dtypes` has the dtype in which the base steps each parameter, `residue` the names of the base's entries with
+    rounding residue. Entries that change are replaced in the base's own dictionaries. Return True if anything changed.
+    The state of a base that cannot be cloned or stepped stays as it is; if it does not fit, the base's step raises.
     """
-    unfit = {p: dtype for p, dtype in steps.items() if _may_not_fit(base.state.get(p), p, dtype)}
+    unfit = {p: dtype for p, dtype in step_dtypes.items() if _may_not_fit(base.state.get(p), p, dtype)}
     if not unfit:
         return False
     changed = False
     with unnoticed():
-        for p, dtype in unfit.items():  # one after the other: a twin has all that the base keeps of it, once more
+        for p, dtype in unfit.items():  # one by one, because a clone makes a second copy of the parameter's state
             wanted = first_state(base, group, p, dtype)
             if wanted is None:
                 continue
             changed |= _fit(base.state[p], wanted.entries, residue)
-            for name, option in wanted.options.items():  # None: the base decides when it makes its state
+            for name, option in wanted.options.items():  # None: the base sets it in its first step
                 if name in group and group[name] is None and option is not None:
                     group[name], changed = option, True
     return changed
 
 
 def _may_not_fit(state: Mapping[str, Any] | None, param: Tensor, dtype: torch.dtype) -> bool:
-    """Whether there is an entry of another precision. Counts and other single numbers don't count."""
+    """Return True if an entry has another dtype than `dtype`. Counters and other 0-d entries are ignored."""
     return any(
         isinstance(value, Tensor)
         and value.is_floating_point()
@@ -63,11 +63,14 @@ def _may_not_fit(state: Mapping[str, Any] | None, param: Tensor, dtype: torch.dt
 
 
 def _fit(state: MutableMapping[str, Any], wanted: Mapping[str, Any], residue: Collection[str]) -> bool:
-    """Give the entries of `state` the dtypes of those of `wanted`, and of `residue` those that `wanted` has."""
+    """Cast the entries of `state` to the dtypes of those in `wanted`, and take the `residue` entries of `wanted`.
+
+    Return True if anything changed.
+    """
     changed = False
     for key in residue:
         shapes = [getattr(entries.get(key), "shape", None) for entries in (state, wanted)]
-        if shapes[0] != shapes[1]:  # there is none, or a placeholder, where nothing is rounded
+        if shapes[0] != shapes[1]:  # without rounding the entry is missing, or is a placeholder
             state[key], changed = wanted.get(key), True
     for key, like in wanted.items():
         now = state.get(key)
@@ -79,6 +82,6 @@ def _fit(state: MutableMapping[str, Any], wanted: Mapping[str, Any], residue: Co
 
 
 def _is_cast(now: Tensor, like: Tensor) -> bool:
-    """Whether one has to be cast to the other's dtype; quantised states have a precision of their own."""
+    """Return True if `now` has to be cast to the dtype of `like`; quantised entries are never cast."""
     plain = dequantized(now) is now and dequantized(like) is like
     return plain and now.is_floating_point() and like.is_floating_point() and now.dtype != like.dtype

@@ -1,4 +1,4 @@
-"""Entries of a base's state, nested ones included, read as plain numbers."""
+"""Iteration over the entries of a base's state, nested ones included, and reading of quantised entries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def state_entries(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All entries, those in nested dictionaries as "outer.inner"."""
+    """Iterate over names and values of all entries; those in nested dictionaries are named "outer.inner"."""
     for key, value in state.items():
         if isinstance(value, dict):
             yield from state_entries(value, f"{prefix}{key}.")
@@ -18,7 +18,7 @@ def state_entries(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
 
 
 def dequantized(value: Tensor) -> Tensor:
-    """A tensor subclass with a `dequantize()` of its own (torchao's 8-bit states) as a plain tensor."""
+    """Return a tensor with a `dequantize()` method (torchao's 8-bit states) as a plain one; others as they are."""
     if type(value) is not Tensor and hasattr(value, "dequantize"):
         return value.dequantize()
     return value

@@ -1,8 +1,8 @@
-"""Running a base's own step, with each hook fired as often as it should be.
+"""Calls of a base's own step that fire each hook exactly once.
 
-torch wraps `step` once a class to fire hooks around it, the optimizer's own and the global ones. The global ones fire
-around the whole of the wrapper's step, so the base must not fire them a second time; the base's own fire around its
-part, also where that runs in our kernels.
+torch patches the `step` of each class, so that it fires the optimizer's own hooks and the global ones. The global hooks
+fire around the wrapper's whole step, and the base must not fire them a second time. The base's own hooks fire around
+its part of the step, even if our kernels compute that.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ from torch.optim import Optimizer
 
 @contextmanager
 def base_hooks(base: Optimizer) -> Iterator[None]:
-    """Fire the hooks registered on the base around its part of a step, however that part is computed.
-
-    A scheduler that was built on the base learns that a step was taken.
-    """
+    """Fire the hooks registered on the base around its part of a step, and tell its scheduler that it stepped."""
     for hook in list(base._optimizer_step_pre_hooks.values()):
         hook(base, (), {})
     yield
@@ -31,13 +28,13 @@ def base_hooks(base: Optimizer) -> Iterator[None]:
 
 
 def replaced_step(base: Optimizer) -> Callable[[], Any] | None:
-    """Somebody's own step on the instance, which is to run instead of the class's; a scheduler's counter is none."""
-    replaced = vars(base).get("step")
-    return None if hasattr(replaced, "_wrapped_by_lr_sched") else replaced
+    """Return the `step` that a user has set on the instance; None if there is none, or only a scheduler's counter."""
+    step = vars(base).get("step")
+    return None if hasattr(step, "_wrapped_by_lr_sched") else step
 
 
 def run_step(base: Optimizer) -> None:
-    """The base's step without any hooks, its own included."""
+    """Run the base's step without any hooks, not even its own."""
     step = type(base).step
     replaced = replaced_step(base)
     if replaced is not None:
@@ -48,25 +45,25 @@ def run_step(base: Optimizer) -> None:
     if len(patched) == 1 and hasattr(step, "__wrapped__"):
         step.__wrapped__(base)
         return
-    with _no_hooks(base):  # not patched, or a step that calls its parent's: torch has patched both
+    with _no_hooks(base):  # the class is not patched, or its step calls a parent's and both are patched
         step(base)
 
 
 def call_step(base: Optimizer) -> None:
-    """`base.step()` with the base's own step hooks, without torch's global ones."""
+    """Run `base.step()` with the base's own step hooks, without torch's global ones."""
     with base_hooks(base):
         run_step(base)
 
 
 def run_step_on(base: Optimizer, groups: list[dict[str, Any]]) -> None:
-    """`run_step` on these of the base's groups."""
-    everything = base.param_groups
-    if len(groups) < len(everything):
+    """Run the base's step, without hooks, on some of its groups."""
+    all_groups = base.param_groups
+    if len(groups) < len(all_groups):
         base.param_groups = groups
     try:
         run_step(base)
     finally:
-        base.param_groups = everything
+        base.param_groups = all_groups
 
 
 @contextmanager
@@ -77,11 +74,11 @@ def _no_hooks(base: Optimizer) -> Iterator[None]:
         base._optimizer_step_pre_hooks,
         base._optimizer_step_post_hooks,
     ]
-    kept = [dict(table) for table in tables]
+    saved_hooks = [dict(table) for table in tables]
     for table in tables:
         table.clear()
     try:
         yield
     finally:
-        for table, hooks in zip(tables, kept, strict=True):
+        for table, hooks in zip(tables, saved_hooks, strict=True):
             table.update(hooks)

@@ -1,9 +1,9 @@
-"""What a step costs: time, bandwidth, memory and launches of optimizers, each beside torch's fused AdamW.
+"""Measures the cost of a step: time, bandwidth, memory and launches of optimizers, beside torch's fused AdamW.
 
     python -m selective.bench --shapes transformer-30m
     python -m selective.bench --device cuda --shapes llama-1b many-small --only MGUP --json out.json
 
-An optimizer whose result differs from its reference is refused a time.
+An optimizer whose result differs from its reference gets no time.
 """
 
 from selective.bench.check import Mismatch

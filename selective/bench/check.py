@@ -1,4 +1,4 @@
-"""Whether a contender does what its time would be taken for."""
+"""Checks that a contender's step gives the right result, before its time means anything."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from selective.kernels import use_backend
 
 CHECKED: list[Shape] = [(), (1,), (63,), (37, 61), (3, 5, 3, 3)]
 UNALIGNED: list[Shape] = [(129,), (65, 67)]
-LARGE: dict[str, list[Shape]] = {"cpu": [(300_007,)], "cuda": [(1_000_003,)]}  # many chunks, and a sampled bracket
-PEERS_CHECKED: list[Shape] = [(63,), (64, 128), (256, 64), (3, 5, 3, 3)]  # scalars and views are not all of theirs
+LARGE: dict[str, list[Shape]] = {"cpu": [(300_007,)], "cuda": [(1_000_003,)]}  # for many chunks and sampled brackets
+PEERS_CHECKED: list[Shape] = [(63,), (64, 128), (256, 64), (3, 5, 3, 3)]  # not all of them take scalars and views
 CHECK_STEPS = 3
-# Two ways to round one update differ by some eps of it; a product or a score on the border may then fall to the other
-# side, which moves that coordinate by a whole update. More than this share of them is another rule.
+# Two ways to round one update differ by a few eps of it. A product or a score on the border may then fall to the other
+# side, which moves that coordinate by a whole update. If more than this share of coordinates differs, so does the rule.
 ON_THE_BORDER = 1e-4
-NEAR = 1e-3  # of how far the parameters moved: where eps is added, how moments are debiased
+NEAR = 1e-3  # share of the parameters' movement that the place of eps and the debiasing of moments may change
 
 
 class Mismatch(RuntimeError):
-    """A contender's result is not what its reference says."""
+    """Raised if a contender's result is not its reference's."""
 
 
 def check(contender: Contender, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-    """Three steps from the same start by the contender and by its reference, on other gradients in each.
+    """Take three steps with the contender and with its reference, from one start, on new gradients in each step.
 
     Raises:
-        Mismatch: with the parameter's shape and how much of it differs.
+        Mismatch: the results differ. The message has the parameter's shape and the number of differing elements.
     """
     ours, theirs = _workload(contender, device, dtype), _workload(contender, device, dtype)
     start = [p.detach().clone() for p in ours.params]
@@ -64,7 +64,7 @@ def _workload(contender: Contender, device: str, dtype: torch.dtype) -> Workload
 
 
 def _problem(contender: Contender, start: Tensor, ours: Tensor, theirs: Tensor) -> str | None:
-    """What is wrong with one parameter, in the words before "of a parameter of shape"; None where nothing is."""
+    """The fault of one parameter, in words that go before "of a parameter of shape"; None if there is none."""
     infinite = int((~torch.isfinite(ours)).sum())
     if infinite:
         return f"{infinite} of {ours.numel()} elements are not finite"
@@ -74,7 +74,7 @@ def _problem(contender: Contender, start: Tensor, ours: Tensor, theirs: Tensor) 
         eps = torch.finfo(start.dtype).eps
         start, ours, theirs = start.double(), ours.double(), theirs.double()
         moved, apart = float((theirs - start).norm()), float((ours - theirs).norm())
-        # Low precision: moments are rounded in each step, and parameters by as much as an ulp.
+        # In low precision, each step rounds the moments, and the parameters by as much as an ulp.
         allowed = (NEAR + 8 * eps) * moved + CHECK_STEPS * eps * float(start.norm())
         return None if apart <= allowed else f"elements differ from AdamW by {apart / moved:.1e} of the movement"
     differing = int(((ours - theirs).abs() > _rounding(ours, theirs)).sum())
@@ -84,8 +84,8 @@ def _problem(contender: Contender, start: Tensor, ours: Tensor, theirs: Tensor) 
 
 
 def _rounding(ours: Tensor, theirs: Tensor) -> Tensor:
-    """How far two ways to round the same steps may be apart, for each element."""
-    size = torch.maximum(ours.abs(), theirs.abs()) + 4e-3  # parameter, and updates of lr × 2 a step
+    """The largest distance between two ways to round the same steps, for each element."""
+    size = torch.maximum(ours.abs(), theirs.abs()) + 4e-3  # the parameter, and updates of at most lr × 2 in a step
     if ours.dtype == torch.float32:
         return 16 * CHECK_STEPS * torch.finfo(ours.dtype).eps * size
     return torch.finfo(ours.dtype).eps * size  # both compute in float32, and round to a neighbour at most

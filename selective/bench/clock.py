@@ -1,4 +1,4 @@
-"""Clocks: what a step takes, in time, memory and launches, on a CPU and on a CUDA device."""
+"""Clocks, which measure the time, memory and launches of a step, on a CPU and on a CUDA device."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ HOST_SAMPLES = 5
 
 
 class HostClock:
-    """Steps on a CPU, where `step()` comes back when it is done."""
+    """Measures steps on a CPU, where `step()` returns when it is done."""
 
-    most_steps = 1  # in one timing: the second in a row would find in a large cache what no training step finds there
+    most_steps = 1  # in one timing: a second step in a row would find data in a large cache, unlike in training
 
     def seconds(self, stepping: Stepping, count: int) -> float:
-        """Seconds a step, over `count` steps; what `prepare()` does is left out."""
+        """Seconds for each of `count` steps, without the time of `prepare()`."""
         taken = 0.0
         for _ in range(count):
             stepping.prepare()
@@ -39,18 +39,18 @@ class HostClock:
         return taken / count
 
     def host_seconds(self, stepping: Stepping) -> float | None:
-        """The host's own part of a step: on a CPU it is the step."""
+        """Seconds for which a step keeps the host; None on a CPU, where that is the whole step."""
         return None
 
     def extra_bytes(self, stepping: Stepping) -> int:
-        """The most memory that one step held beyond what was there before it (by torch's allocator)."""
+        """The most bytes that one step held at a time beyond those from before, by torch's allocator."""
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to the terminal each time
         stepping.prepare()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
             stepping.step()
         results: Any = recorded.profiler.kineto_results if recorded.profiler is not None else None  # not typed by torch
-        found = results.events() if results else []
-        events = sorted((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]")
+        recorded_events = results.events() if results else []
+        events = sorted((e.start_ns(), e.nbytes()) for e in recorded_events if e.name() == "[memory]")
         held = most = 0
         for _, size in events:
             held += size
@@ -58,26 +58,26 @@ class HostClock:
         return most
 
     def held_bytes(self) -> int | None:
-        """What tensors hold now; not known on a CPU."""
+        """The bytes that tensors hold now; None on a CPU, where that is not known."""
         return None
 
     def launches(self, stepping: Stepping) -> dict[str, int] | None:
-        """Kernels, copies and fills that a step puts on the device."""
+        """The numbers of kernels, copies and fills that a step puts on the device; None if they are not known."""
         return None
 
     def settle(self) -> None:
-        """Give back what the last contender held."""
+        """Free the memory of the last contender."""
         gc.collect()
 
     def copy_seconds(self, copy: Callable[[], object]) -> float:
-        """Seconds of one call."""
+        """Seconds that one call takes."""
         begun = time.perf_counter()
         copy()
         return time.perf_counter() - begun
 
 
 class CudaClock(HostClock):
-    """Steps on the current CUDA device, timed by its own events."""
+    """Measures steps on the current CUDA device, by the device's own events."""
 
     most_steps = 20
 
@@ -91,7 +91,7 @@ class CudaClock(HostClock):
         return begun.elapsed_time(ended) / 1e3
 
     def seconds(self, stepping: Stepping, count: int) -> float:
-        """Seconds a step, over `count` steps in a row: of the device or of the host, whichever is the slower."""
+        """Seconds for each of `count` steps in a row: the device's or the host's, whichever is slower."""
 
         def steps() -> None:
             for _ in range(count):
@@ -101,16 +101,16 @@ class CudaClock(HostClock):
         return self._between_events(steps) / count
 
     def host_seconds(self, stepping: Stepping) -> float | None:
-        """How long `step()` keeps the host, with the device idle before and not waited for (median)."""
-        found = []
+        """The median time until `step()` returns. The device is idle before, and is not waited for."""
+        samples = []
         for _ in range(HOST_SAMPLES):
             stepping.prepare()
             torch.cuda.synchronize()
             begun = time.perf_counter()
             stepping.step()
-            found.append(time.perf_counter() - begun)
+            samples.append(time.perf_counter() - begun)
         torch.cuda.synchronize()
-        return statistics.median(found)
+        return statistics.median(samples)
 
     def extra_bytes(self, stepping: Stepping) -> int:
         stepping.prepare()
@@ -126,19 +126,19 @@ class CudaClock(HostClock):
         return torch.cuda.memory_allocated()
 
     def launches(self, stepping: Stepping) -> dict[str, int] | None:
-        """Counted by the profiler; None where it is not to be had (no CUPTI, no permission)."""
+        """The profiler's counts; None if the profiler is not available (no CUPTI, no permission)."""
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        found: dict[str, int] | None = None
-        for _ in range(2):  # the first time, the profiler itself starts up while the step runs
+        counts: dict[str, int] | None = None
+        for _ in range(2):  # in the first round, the profiler itself starts up while the step runs
             stepping.prepare()
             torch.cuda.synchronize()
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of the profiler, where it is not to be had
-                    found = self._profiled(stepping)
+                    warnings.simplefilter("ignore")  # the profiler warns if it is not available
+                    counts = self._profiled(stepping)
             except (RuntimeError, OSError, ValueError, AssertionError):
                 return None
-        return found
+        return counts
 
     def _profiled(self, stepping: Stepping) -> dict[str, int] | None:
         with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
@@ -158,7 +158,7 @@ class CudaClock(HostClock):
 
 
 def count_launches(trace: dict[str, Any]) -> dict[str, int] | None:
-    """Kernels, copies and fills in a Chrome trace of the profiler; None where it saw none."""
+    """Count kernels, copies and fills in a Chrome trace of the profiler. None if it has no kernel."""
     kinds = Counter(event.get("cat") for event in trace.get("traceEvents", []))
     if not kinds["kernel"]:
         return None
@@ -170,11 +170,11 @@ def clock_of(device: str) -> HostClock:
 
 
 def copy_bandwidth(device: str, elements: int | None = None) -> float:
-    """Bytes a second that a large `copy_` on the device reads and writes (median of ten)."""
+    """The bytes per second that a large `copy_` on the device reads and writes (median of ten)."""
     clock = clock_of(device)
     source = torch.ones(elements or COPY_ELEMENTS[device], device=device)
     target = torch.empty_like(source)
-    in_a_row = 1 if device == "cpu" else 8  # a launch takes some 1 % of one copy
+    in_a_row = 1 if device == "cpu" else 8  # a launch takes about 1 % of one copy
 
     def copies() -> None:
         for _ in range(in_a_row):

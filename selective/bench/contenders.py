@@ -1,4 +1,4 @@
-"""What is timed: optimizers, each with the one that says what its result has to be."""
+"""The optimizers that are timed, each with a reference for its result."""
 
 from __future__ import annotations
 
@@ -36,16 +36,17 @@ ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight
 
 @dataclass(frozen=True)
 class Contender:
-    """One optimizer to time. Its `step()` is what is timed, wrapper and all.
+    """One optimizer to time. The time is that of its whole `step()`, wrapper included.
 
     make_optimizer: takes the parameters.
-    make_reference: an optimizer that must come to the same result. None: the same optimizer, with everything in
-        `selective.kernels` done by the reference implementation.
-    agrees: how far it has to: "same" is to rounding; "near" to a thousandth of how far the parameters moved, for
-        other people's AdamW; "own" is a rule of its own, which only has to move every parameter and stay finite.
-    policy: which bytes are promised; None for AdamW's.
-    state_bytes: of one element of a moment, where it is not in the parameters' dtype.
-    missing: why it can't be made here.
+    make_reference: makes an optimizer that must give the same result. None: the same optimizer, on the reference
+        implementation of `selective.kernels`.
+    agrees: the required agreement. "same" is up to rounding. "near" is up to a thousandth of the parameters'
+        movement, for other people's AdamW. "own" is a rule of its own, which only has to move every parameter and to
+        stay finite.
+    policy: the policy whose bytes are promised; None for AdamW's.
+    state_bytes: the bytes of one element of a moment, if it is not in the parameters' dtype.
+    missing: the reason why it can't be made here.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Contender:
 
 
 def adamw(**form: Any) -> MakeOptimizer:
-    """torch's AdamW in one of its forms."""
+    """A function that makes torch's AdamW in one of its forms."""
     return lambda params: torch.optim.AdamW(params, **ADAMW, **form)
 
 
@@ -104,9 +105,9 @@ def _selective(name: str, policy: Policy, base: MakeOptimizer, **options: Any) -
 
 
 def selective_contenders(device: str = "cpu", statistics: bool = False) -> list[Contender]:
-    """AdamW wrapped, for selections × strengths: the default AdamW on a CPU, the fused one on CUDA.
+    """Wrapped AdamW, for selections × strengths: the default AdamW on a CPU, the fused one on CUDA.
 
-    There the fused one counts its steps on the device, as its kernels do.
+    On CUDA the fused one counts its steps on the device, as its kernels do.
     """
     ending = " + statistics" if statistics else ""
     base = adamw(fused=True) if device == "cuda" else adamw()
@@ -124,23 +125,25 @@ def control_contenders(statistics: bool = False) -> list[Contender]:
 
 
 def other_bases(device: str = "cpu") -> list[Contender]:
-    """Scratch capture around torch's fused step, which is what a base without a rule of ours pays.
+    """Scratch capture around torch's fused step: the cost for a base whose rule our kernels don't have.
 
     On CUDA also the default AdamW, which counts its steps on the host.
     """
-    found = [
+    contenders = [
         _selective(
             f"{name}, scratch around fused", POLICIES[name], adamw(fused=True), capture="scratch", statistics=False
         )
         for name in ("CautiousMGUP", "MGUP")
     ]
     if device == "cuda":
-        found.append(_selective("CautiousMGUP, default AdamW", POLICIES["CautiousMGUP"], adamw(), statistics=False))
-    return found
+        contenders.append(
+            _selective("CautiousMGUP, default AdamW", POLICIES["CautiousMGUP"], adamw(), statistics=False)
+        )
+    return contenders
 
 
 def standard_contenders(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Contender]:
-    """What the command line times: torch's forms, every policy without and with statistics, then other bases."""
+    """The contenders of the command line: torch's forms, every policy without and with statistics, other bases."""
     return [
         *torch_contenders(dtype),
         *selective_contenders(device),

@@ -1,4 +1,4 @@
-"""What has to be known to read a measurement later."""
+"""The facts about machine and versions without which a measurement can't be read later."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def commit(folder: Path = HERE) -> str | None:
-    """The commit that `folder` is checked out from, with "+" where files differ from it; None outside of one.
+    """The commit of the checkout `folder`, with "+" if files differ from it; None if it is no checkout.
 
-    An environment inside somebody's checkout is not part of it: git has to know this very folder.
+    git has to know this very folder: an environment inside of somebody's checkout is not part of it.
     """
 
     def git(*arguments: str) -> str | None:
@@ -49,7 +49,7 @@ def commit(folder: Path = HERE) -> str | None:
 
 
 def small_for_cache(device: str, bytes_touched: float) -> bool:
-    """Whether what a step touches stays in the device's cache from one step to the next (only known for CUDA)."""
+    """True if a step's data stays in the device's cache until the next step. Known for CUDA only."""
     if device != "cuda":
         return False
     return bytes_touched < 4 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size

@@ -1,7 +1,7 @@
-"""How long one waits before training begins: `import selective`, wrapping a base, and the first step, on a CPU.
+"""Measures the wait before training: `import selective`, wrapping a base, and the first step, on a CPU.
 
-Everything is measured in processes that were just started, because caches, lazy imports and measurements of a base are
-paid once in each.
+Everything is measured in processes that have just started, because caches, lazy imports and measurements of a base
+cost time once in each process.
 """
 
 from __future__ import annotations
@@ -21,91 +21,91 @@ from selective.bench.first_step_child import NOTHING
 CHILD = Path(__file__).with_name("first_step_child.py")
 MODELS = ("small", "gpt")
 POLICIES = ("Dense", "MGUP", "Cautious", "AlphaConsistency", "Magma", "RandomMask")
-OTHER_BASES = ("NAdam", "Adafactor", "own", "own-norm")  # scratch and delta; the last two are measured when wrapped
+OTHER_BASES = ("NAdam", "Adafactor", "own", "own-norm")  # scratch and delta; wrapping measures the last two
 CASES = [("AdamW", policy) for policy in POLICIES] + [(base, "MGUP") for base in OTHER_BASES]
-MOST = {"import selective": 0.3, "extra": 0.2}  # seconds
+MOST = {"import selective": 0.3, "extra": 0.2}  # the limits, in seconds
 
 
 @dataclass
 class FirstStep:
-    """One base, model and policy. Seconds, by round: of ours, and of the base's own first step in the same round."""
+    """One base, model and policy, with the seconds of each round: ours, and those of the base's own first step."""
 
     base: str
     model: str
     policy: str
     tensors: int = 0
     way: str = ""
-    source: str = ""  # of what is known of the base: a table, or measured
+    source: str = ""  # the source of our knowledge of the base: "table" or "measured"
     construct: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
     base_step: list[float] = field(default_factory=list)
-    triton: bool = False  # whether it was imported by us
+    triton: bool = False  # we imported it
 
     @property
     def extra(self) -> float:
-        """What construction and first step take beyond the base's first step: the median over the rounds."""
+        """The seconds of construction and first step beyond the base's first step, as median over the rounds."""
         rounds = zip(self.construct, self.step, self.base_step, strict=True)
-        return statistics.median(made + stepped - base for made, stepped, base in rounds)
+        return statistics.median(construct + step - base_step for construct, step, base_step in rounds)
 
 
 @dataclass
 class FirstSteps:
-    """Everything that was measured; the imports' seconds, one for each process that had them."""
+    """All measurements, with the seconds of the imports in each process that had them."""
 
     rounds: int
     clock: str = "perf_counter"
     imports: dict[str, list[float]] = field(default_factory=lambda: {"import torch": [], "import selective": []})
     lines: list[FirstStep] = field(default_factory=list)
-    interrupted: bool = False  # not all rounds are there
+    interrupted: bool = False  # some rounds are missing
 
 
 def measure_first_steps(
     *, rounds: int = 5, threads: int | None = None, clock: str = "perf_counter", models: Sequence[str] = MODELS,
     cases: Sequence[tuple[str, str]] = tuple(CASES), tell: Callable[[str], None] | None = None,
 ) -> FirstSteps:  # fmt: skip
-    """Time each case in a process of its own, `rounds` times in turns, beside the base alone in another one.
+    """Time each case in a process of its own, `rounds` times in turns, beside the base alone in another process.
 
-    `clock`: of Python's `time`; "process_time" is for a machine that is busy with other things. The first process is
-    thrown away: it compiles Python's files, as an installation does. On Ctrl-C there is what has been measured by then,
-    if that is one round at least.
+    `clock` names a function of Python's `time`; "process_time" is for a machine that is busy with other things. The
+    first process does not count: it compiles Python's files, as an installation does. On Ctrl-C the rounds that are
+    complete are returned, if there is at least one.
     """
-    found = FirstSteps(rounds, clock)
+    first_steps = FirstSteps(rounds, clock)
     settings = [str(threads or ""), clock]
-    found.lines = [FirstStep(base, model, policy) for model in models for base, policy in cases]
+    first_steps.lines = [FirstStep(base, model, policy) for model in models for base, policy in cases]
     _in_a_fresh_process("AdamW", "small", "MGUP", *settings)
     try:
         for number in range(rounds):
-            _one_round(found, settings)
+            _one_round(first_steps, settings)
             if tell is not None:
                 tell(f"round {number + 1} of {rounds}")
     except KeyboardInterrupt:
-        if not all(line.step for line in found.lines):
+        if not all(line.step for line in first_steps.lines):
             raise
-        found.interrupted = True
-    return found
+        first_steps.interrupted = True
+    return first_steps
 
 
-def _one_round(found: FirstSteps, settings: Sequence[str]) -> None:
+def _one_round(first_steps: FirstSteps, settings: Sequence[str]) -> None:
     alone: dict[tuple[str, str], float] = {}
-    for line in found.lines:
+    for line in first_steps.lines:
         which = line.base, line.model
         if which not in alone:
             alone[which] = _in_a_fresh_process(*which, NOTHING, *settings)["step"]
-        _take(found, line, _in_a_fresh_process(*which, line.policy, *settings), alone[which])
+        _take(first_steps, line, _in_a_fresh_process(*which, line.policy, *settings), alone[which])
 
 
-def _take(found: FirstSteps, line: FirstStep, said: dict[str, Any], base_step: float) -> None:
-    for name, seconds in found.imports.items():
-        seconds.append(said[name])
-    line.tensors, line.way, line.source = said["tensors"], said["way"], said["source"]
-    line.construct.append(said["construct"])
-    line.step.append(said["step"])
+def _take(first_steps: FirstSteps, line: FirstStep, child_report: dict[str, Any], base_step: float) -> None:
+    for name, seconds in first_steps.imports.items():
+        seconds.append(child_report[name])
+    line.tensors, line.way, line.source = child_report["tensors"], child_report["way"], child_report["source"]
+    line.construct.append(child_report["construct"])
+    line.step.append(child_report["step"])
     line.base_step.append(base_step)
-    line.triton |= said["triton"]
+    line.triton |= child_report["triton"]
 
 
 def _in_a_fresh_process(base: str, model: str, policy: str, *settings: str) -> dict[str, Any]:
-    """What the child says. It finds what this process finds, and does not look for modules beside its own file."""
+    """The report of a child, which imports from where this process does, and not from beside its own file."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     run = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
@@ -116,9 +116,9 @@ def _in_a_fresh_process(base: str, model: str, policy: str, *settings: str) -> d
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def first_step_table(found: FirstSteps) -> str:
-    """One line each, in milliseconds."""
-    medians = {name: statistics.median(seconds) for name, seconds in found.imports.items()}
+def first_step_table(first_steps: FirstSteps) -> str:
+    """A table with a line for each case, in milliseconds."""
+    medians = {name: statistics.median(seconds) for name, seconds in first_steps.imports.items()}
     ours, most = medians["import selective"], MOST["import selective"]
     lines = [
         f"import torch {1e3 * medians['import torch']:.0f} ms; import selective {1e3 * ours:.0f} ms more"
@@ -126,17 +126,17 @@ def first_step_table(found: FirstSteps) -> str:
         f"{'base':10} {'model':>5} {'tensors':>7}  {'policy':17} {'captured':18} {'base ms':>7} {'construct':>9} "
         f"{'step':>6} {'extra':>6}",
     ]
-    for one in found.lines:
-        base, made, step = (1e3 * statistics.median(s) for s in (one.base_step, one.construct, one.step))
-        way = one.way if one.source == "table" else f"{one.way}, {one.source}"
+    for line in first_steps.lines:
+        base, construct, step = (1e3 * statistics.median(s) for s in (line.base_step, line.construct, line.step))
+        way = line.way if line.source == "table" else f"{line.way}, {line.source}"
         lines.append(
-            f"{one.base:10} {one.model:>5} {one.tensors:7}  {one.policy:17} {way:18} {base:7.1f} {made:9.1f} "
-            f"{step:6.1f} {1e3 * one.extra:6.1f}{_missed(one.extra, MOST['extra'])}"
-            f"{'  imports triton' if one.triton else ''}"
+            f"{line.base:10} {line.model:>5} {line.tensors:7}  {line.policy:17} {way:18} {base:7.1f} {construct:9.1f} "
+            f"{step:6.1f} {1e3 * line.extra:6.1f}{_missed(line.extra, MOST['extra'])}"
+            f"{'  imports triton' if line.triton else ''}"
         )
     lines.append(
-        f"medians of {found.rounds} fresh processes, by {found.clock}; extra: construct + step beyond the base's own "
-        f"first step (must be under {1e3 * MOST['extra']:.0f} ms)"
+        f"medians of {first_steps.rounds} fresh processes, by {first_steps.clock}; extra: construct + step beyond the "
+        f"base's own first step (must be under {1e3 * MOST['extra']:.0f} ms)"
     )
     return "\n".join(lines)
 
@@ -145,14 +145,14 @@ def _missed(seconds: float, most: float) -> str:
     return "" if seconds < most else " MISSED"
 
 
-def first_steps_as_json(found: FirstSteps) -> dict[str, Any]:
-    """All seconds, and what follows from them."""
-    imports = {n: {"median_seconds": statistics.median(s), "seconds": s} for n, s in found.imports.items()}
-    lines = [{**vars(one), "extra_seconds": one.extra} for one in found.lines]
+def first_steps_as_json(first_steps: FirstSteps) -> dict[str, Any]:
+    """All seconds and their medians, as plain JSON data."""
+    imports = {n: {"median_seconds": statistics.median(s), "seconds": s} for n, s in first_steps.imports.items()}
+    lines = [{**vars(line), "extra_seconds": line.extra} for line in first_steps.lines]
     return {
-        "rounds": found.rounds,
-        "clock": found.clock,
-        "interrupted": found.interrupted,
+        "rounds": first_steps.rounds,
+        "clock": first_steps.clock,
+        "interrupted": first_steps.interrupted,
         "most_seconds": MOST,
         "imports": imports,
         "first_steps": lines,

@@ -1,10 +1,10 @@
-"""One fresh process of the first-step benchmark: run as a script, so that nothing is imported before it is timed.
+"""One fresh process of the first-step benchmark, run as a script so that nothing is imported before it is timed.
 
     python first_step_child.py BASE MODEL POLICY [THREADS [CLOCK]]
 
-POLICY is a kind's name, or "none": the base by itself, without `import selective`. CLOCK is
-a function of Python's `time`. Prints one line of JSON. Parameters
-are random, gradients too; building the base is not timed (torch imports much of its compiler there).
+POLICY is a kind's name, or "none" for the base by itself, without `import selective`. CLOCK is the name of a function
+of Python's `time`. It prints one line of JSON. Parameters and gradients are random. Building the base is not timed,
+because torch imports much of its compiler there.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ NOTHING = "none"
 
 
 def shapes_of(model: str) -> list[tuple[int, ...]]:
-    """`small`: two linear layers. `gpt`: the 148 tensors of GPT-2, narrow, so that a step's arithmetic is little."""
+    """The shapes of `small`, two linear layers, or `gpt`, the 148 tensors of GPT-2, narrow to keep arithmetic short."""
     if model == "small":
         return [(16, 8), (16,), (4, 16), (4,)]
     width = 128
     layer = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
-    each = [shape for rows, columns in layer for shape in ((rows, columns), (rows,))] + [(width,)] * 4
-    return [(512, width), (128, width), *each * 12, (width,), (width,)]
+    block = [shape for rows, columns in layer for shape in ((rows, columns), (rows,))] + [(width,)] * 4
+    return [(512, width), (128, width), *block * 12, (width,), (width,)]
 
 
 def base_of(name: str, params: list[Any]) -> Any:
-    """Of torch, or `own` and `own-norm`: unknown classes, which are tried out. The second takes delta capture."""
+    """A base of torch, or one of the unknown classes `own` and `own-norm`, which wrapping has to try out.
+
+    `own-norm` takes delta capture.
+    """
     import torch
 
     if hasattr(torch.optim, name):
@@ -54,17 +57,17 @@ def base_of(name: str, params: list[Any]) -> Any:
 def main(
     base_name: str, model: str, policy: str, threads: str = "", clock_name: str = "perf_counter"
 ) -> dict[str, Any]:
-    """Time the imports, the construction and the first step, in seconds."""
-    clock, found = getattr(time, clock_name), {}
+    """Time the imports, the construction and the first step. Returns seconds and facts about the base."""
+    clock, report = getattr(time, clock_name), {}
     start = clock()
     import torch
 
-    found["import torch"] = clock() - start
+    report["import torch"] = clock() - start
     if policy != NOTHING:
         start = clock()
         import selective
 
-        found["import selective"] = clock() - start
+        report["import selective"] = clock() - start
     if threads:
         torch.set_num_threads(int(threads))
     generator = torch.Generator().manual_seed(0)
@@ -76,15 +79,15 @@ def main(
     start = clock()
     if policy != NOTHING:
         optimizer = selective.SelectiveUpdate(optimizer, policy=policy)
-    found["construct"] = clock() - start
+    report["construct"] = clock() - start
     start = clock()
     optimizer.step()
-    found["step"] = clock() - start
-    found.update(tensors=len(params), triton="triton" in sys.modules and not had_triton)
+    report["step"] = clock() - start
+    report.update(tensors=len(params), triton="triton" in sys.modules and not had_triton)
     if policy != NOTHING:
         capture = optimizer.groups.plans[0].capture
-        found.update(way=capture.way, source=capture.facts.source)
-    return found
+        report.update(way=capture.way, source=capture.facts.source)
+    return report
 
 
 if __name__ == "__main__":

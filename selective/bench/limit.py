@@ -1,4 +1,4 @@
-"""A time limit's SIGTERM as Ctrl-C, so that a run that is ended keeps what it has measured."""
+"""Limit: treats a time limit's SIGTERM as Ctrl-C, so that the run keeps its measurements."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ INTERRUPTED = 128 + signal.SIGINT  # the exit code
 
 
 class Limit:
-    """Within it SIGTERM raises KeyboardInterrupt; while results are `kept` it waits. In the main thread, or nothing."""
+    """A context in which SIGTERM raises KeyboardInterrupt, except in `uninterrupted`. Only in the main thread."""
 
     def __init__(self) -> None:
-        self.came = False
-        self._keeping = False
+        self.interrupted = False
+        self._writing = False
 
     def __enter__(self) -> Limit:
         self._main = threading.current_thread() is threading.main_thread()
@@ -28,20 +28,21 @@ class Limit:
             signal.signal(signal.SIGTERM, self._before)
 
     def _interrupt(self, *_: object) -> None:
-        self.came = True
-        if not self._keeping:
+        self.interrupted = True
+        if not self._writing:
             raise KeyboardInterrupt
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Writing results down, which ends before anything else does."""
-        self._keeping = True
+    def uninterrupted(self) -> Iterator[None]:
+        """A context for writing results, which SIGTERM does not interrupt."""
+        self._writing = True
         try:
             yield
         finally:
-            self._keeping = False
+            self._writing = False
 
 
-def said_so() -> int:
+def report_interruption() -> int:
+    """Print that the run was interrupted. Returns the exit code."""
     print("interrupted: the rest has not been measured")
     return INTERRUPTED

@@ -1,4 +1,4 @@
-"""Check, warm up, then time each contender in rounds beside torch's fused step."""
+"""Checks each contender, warms it up, and times it in rounds beside torch's fused step."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from selective.bench.promised import Promise, promised_bytes
 from selective.bench.shapes import SHAPES
 from selective.bench.workload import Stepping, Workload
 
-ENOUGH_SECONDS = 0.06  # one timing takes as many steps as fit in it, up to the clock's most
+ENOUGH_SECONDS = 0.06  # the length of a timing, which has as many steps as fit, up to the clock's `most_steps`
 Outcome = Literal["timed", "mismatch", "missing", "out of memory", "failed"]
 
 
 @dataclass
 class Measurement:
-    """What one contender took. Times in seconds a step, one for each round; the ratio is the median of the rounds'."""
+    """The measurements of one contender. Times are seconds per step, by round; the ratio is the median over rounds."""
 
     name: str
     promise: Promise
     elements: int
     bandwidth: float
     outcome: Outcome = "timed"
-    refused: str | None = None  # why there is no time
+    refused: str | None = None  # the reason why there is no time
     seconds: list[float] = field(default_factory=list)
     fused_seconds: list[float] = field(default_factory=list)  # torch's fused step, in the same rounds
     host_seconds: float | None = None
-    extra_bytes: int | None = None  # the most that a step held at one time, after warming up
-    kept_bytes: int | None = None  # what it holds between steps beyond what torch's fused AdamW does
+    extra_bytes: int | None = None  # the most bytes that a step held at one time, after warming up
+    kept_bytes: int | None = None  # the bytes that it holds between steps beyond those of torch's fused AdamW
     launches: dict[str, int] | None = None
     versus_fused: float | None = None
     versus_foreach: float | None = None
@@ -45,7 +45,7 @@ class Measurement:
 
     @property
     def floor_seconds(self) -> float:
-        """Its promised bytes at the bandwidth of a copy."""
+        """The time of its promised bytes at the bandwidth of a copy."""
         return self.promise.floor * self.elements / self.bandwidth
 
     @property
@@ -64,13 +64,13 @@ class Result:
     tensors: int
     elements: int
     rounds: int
-    bandwidth: float  # bytes a second that a large copy reads and writes
+    bandwidth: float  # bytes per second that a large copy reads and writes
     measurements: list[Measurement] = field(default_factory=list)
-    interrupted: bool = False  # not all of them are there
+    interrupted: bool = False  # some contenders are missing
 
     @property
     def floor_seconds(self) -> float:
-        """Of AdamW: its promised bytes at the bandwidth of a copy."""
+        """The time of AdamW's promised bytes at the bandwidth of a copy."""
         return promised_bytes(dtype=self.dtype).floor * self.elements / self.bandwidth
 
 
@@ -86,23 +86,23 @@ def run(
 ) -> Result:
     """Time `step()` of each contender on one set of shapes.
 
-    All step the same parameters with the same gradients, which are other ones in each round. Only the contender's own
-    state and that of a baseline, torch's fused AdamW, are there at a time; in each round both are timed, one right
-    after the other, in turns. "torch fused" itself is timed against another of its kind: how far its ratio is from 1
-    is how well this can tell two steps apart.
+    All contenders step the same parameters with the same gradients, which are new in each round. At any time only the
+    contender's state and that of a baseline, torch's fused AdamW, exist. In each round both are timed, one right after
+    the other, and the order alternates. "torch fused" itself is timed against a second instance: the distance of its
+    ratio from 1 shows how well the benchmark can tell two steps apart.
 
     Args:
         shapes: a key of `SHAPES`.
-        contenders: those to time; None for `standard_contenders(...)`. `versus_foreach` needs "torch foreach".
+        contenders: the contenders to time; None for `standard_contenders(...)`. `versus_foreach` needs "torch foreach".
         device: "cpu" or "cuda" (the current device).
-        dtype: of parameters, gradients and state.
-        rounds: medians are over these.
-        warm_up: steps before, not timed (state and buffers are made there, kernels compiled).
-        tell: called with a line of text as things go on, which takes minutes on the larger shapes.
+        dtype: the dtype of parameters, gradients and state.
+        rounds: the number of rounds, over which medians are taken.
+        warm_up: the number of steps before the first timing, in which state is made and kernels are compiled.
+        tell: is called with a line of text now and then, because the larger shapes take minutes.
 
     Returns:
-        One measurement each, in order. What fails, does not fit, is not installed, or does not match its reference has
-        no times, but a reason. On Ctrl-C those that are done by then.
+        A measurement for each contender, in order. One that fails, does not fit, is not installed, or does not match
+        its reference has a reason instead of times. After Ctrl-C, the measurements that were done by then.
     """
     if shapes not in SHAPES:
         raise ValueError(f"shapes is {shapes!r}, must be one of {', '.join(SHAPES)}")
@@ -131,7 +131,7 @@ def run(
 
 
 class Rig:
-    """What stays while contenders come and go: parameters, gradients, and torch's fused AdamW over them."""
+    """The parts that all contenders share: parameters, gradients, and torch's fused AdamW over them."""
 
     def __init__(self, clock: HostClock, workload: Workload, rounds: int, warm_up: int) -> None:
         self.clock, self.workload, self.rounds, self.warm_up = clock, workload, rounds, warm_up
@@ -139,7 +139,7 @@ class Rig:
         self.baseline_count = self.count(self.baseline)
 
     def warmed(self, contender: Contender) -> tuple[Stepping, int | None]:
-        """The contender's optimizer after a few steps, and what it holds."""
+        """The contender's optimizer after a few steps, and the bytes that it holds."""
         before = self.clock.held_bytes()
         stepping = Stepping(contender.make_optimizer(self.workload.params), self.workload)
         stepping.warm_up(self.warm_up)
@@ -147,12 +147,12 @@ class Rig:
         return stepping, None if before is None or after is None else after - before
 
     def count(self, stepping: Stepping) -> int:
-        """How many steps make one timing."""
+        """The number of steps of one timing."""
         return max(1, min(self.clock.most_steps, int(ENOUGH_SECONDS / self.clock.seconds(stepping, 1))))
 
 
 def _measure(contender: Contender, measurement: Measurement, rig: Rig) -> None:
-    """Fill in the measurement; whatever goes wrong is this contender's reason, and no end of the run."""
+    """Fill in the measurement. Any error becomes this contender's reason, and does not end the run."""
     if contender.missing is not None:
         measurement.outcome, measurement.refused = "missing", contender.missing
         return
@@ -165,8 +165,8 @@ def _measure(contender: Contender, measurement: Measurement, rig: Rig) -> None:
         measurement.outcome, measurement.refused = "mismatch", str(wrong)
     except torch.OutOfMemoryError as wrong:
         measurement.outcome, measurement.refused = "out of memory", str(wrong).split(". ")[0]
-    except Exception as wrong:
-        missing = isinstance(wrong, ImportError) and contender.agrees != "same"  # a peer lacks something itself
+    except Exception as wrong:  # other people's optimizers may raise anything
+        missing = isinstance(wrong, ImportError) and contender.agrees != "same"  # a package that the peer itself needs
         measurement.outcome = "missing" if missing else "failed"
         measurement.refused = f"{type(wrong).__name__}: {wrong}"
     if measurement.refused is not None:
@@ -189,9 +189,9 @@ def _time(contender: Contender, measurement: Measurement, rig: Rig) -> None:
     ]
     for _ in range(rig.rounds):
         rig.workload.fresh_gradients()
-        for one, count, times in pair:
-            one.workload.hand_out()
-            times.append(clock.seconds(one, count))
-        pair.reverse()  # the next round begins with the other
+        for turn, count, times in pair:
+            turn.workload.hand_out()
+            times.append(clock.seconds(turn, count))
+        pair.reverse()  # the next round begins with the other optimizer
     ratios = [a / b for a, b in zip(measurement.seconds, measurement.fused_seconds, strict=True)]
     measurement.versus_fused = statistics.median(ratios)

@@ -1,4 +1,4 @@
-"""Optimizers of other people, timed where they are installed. None of them is a dependency."""
+"""Optimizers of other people, which are timed if they are installed. None of them is a dependency."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from selective.bench.contenders import ADAMW, Contender, adamw
 
 
 def peer_contenders() -> list[Contender]:
-    """Everyone's AdamW, their cautious forms, and 8-bit states. pytorch_optimizer's AdamW is torch's own.
+    """Other people's AdamW, its cautious forms, and 8-bit states. pytorch_optimizer's AdamW is torch's own.
 
-    A plain AdamW has to come near torch's; the others have rules of their own, of which only is checked that they move
-    every parameter, and that nothing becomes infinite. Time and bytes of those are of another step than AdamW's.
-    HeavyBall keeps its state in float32 whatever the parameters are.
+    A plain AdamW has to come near torch's. The others have rules of their own: the check only requires that they move
+    every parameter and that nothing becomes infinite, and their time and bytes are not those of an AdamW step.
+    HeavyBall keeps its state in float32 whatever the parameters' dtype is.
     """
     return [
         _peer("timm AdamW", "timm.optim", "AdamWLegacy"),

@@ -1,4 +1,4 @@
-"""How many bytes a step of AdamW has to move: what the achieved bandwidth is held against."""
+"""The bytes that a step of AdamW has to move, with which the achieved bandwidth is compared."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from selective.policies import Policy
 
 @dataclass(frozen=True)
 class Promise:
-    """Bytes a parameter (a scalar, not a tensor).
+    """The bytes that a step moves for each parameter (a scalar, not a tensor).
 
-    floor: gradient, moments and parameter read once, moments and parameter written once.
-    plain: the same, and what a strength that needs a sum over the tensor reads a second time. Caches and samples can
-        come under it, nothing comes under the floor.
+    floor: gradient, moments and parameter are read once, and moments and parameter are written once.
+    plain: the floor, and the bytes that a strength that needs a sum over the tensor reads a second time. Caches and
+        samples can avoid those; nothing can do with less than the floor.
     """
 
     floor: float
@@ -26,16 +26,16 @@ class Promise:
 def promised_bytes(
     policy: Policy | None = None, dtype: torch.dtype = torch.float32, state_bytes: float | None = None
 ) -> Promise:
-    """What a step of AdamW under `policy` promises to move, for each parameter.
+    """The bytes that a step of AdamW under `policy` promises to move, for each parameter.
 
-    In float32: 28 for every policy, as the floor. Its plain way is 28 as well for selections that look at one
-    coordinate, for fixed strengths, for top-K and for sampled estimates; 36 where gradient and momentum are read again
-    (Cautious, AlphaConsistency, Magma), 40 where all of the update is (the norm of the update).
+    In float32 the floor is 28 for every policy. Plain is 28, too, for selections that look at one coordinate at a time,
+    fixed strengths, top-K and sampled estimates. It is 36 if gradient and momentum are read again (Cautious,
+    AlphaConsistency, Magma), and 40 if the whole update is (the norm of the update).
 
     Args:
-        policy: None for AdamW itself.
-        dtype: of parameters, gradients and moments.
-        state_bytes: of one moment's element, where it is stored in another form (8 bits: 1, scales not counted).
+        policy: the policy; None for AdamW itself.
+        dtype: the dtype of parameters, gradients and moments.
+        state_bytes: the bytes of one element of a moment that is stored in another form (1 for 8 bits, without scales).
     """
     size = dtype.itemsize
     state = size if state_bytes is None else state_bytes
@@ -45,7 +45,7 @@ def promised_bytes(
 
 
 def second_read(policy: Policy | None) -> frozenset[str]:
-    """Which of gradient, first and second moment ("g", "m", "v") the plain way reads twice."""
+    """The tensors that the plain way reads twice: of gradient, first and second moment ("g", "m", "v")."""
     parts = None if policy is None else policy.parts()
     if parts is None:
         return frozenset()
@@ -54,7 +54,7 @@ def second_read(policy: Policy | None) -> frozenset[str]:
         return frozenset()
     if strength.kind == "alignment":
         return frozenset("gm")
-    if strength.kind == "mean_preserving":  # of top-K and "everything" the share is known beforehand
+    if strength.kind == "mean_preserving":  # the share of top-K and "everything" is known beforehand
         return _read_by(selection) if selection.kind in ("agreement", "function") else frozenset()
     if strength.kind == "norm_preserving" and selection.kind != "everything":
         return _read_by(selection) | {"gradient": frozenset("g"), "momentum": frozenset("gm")}.get(

@@ -1,4 +1,4 @@
-"""Measurements as a table and as JSON."""
+"""Writes measurements as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ CUDA_LEGEND = (
 
 
 def heading(result: Result) -> str:
-    """What was measured, and the floor."""
+    """The lines above the table: shapes, dtype, bandwidth of a copy, and the floor that follows from it."""
     lines = [
         f"{result.shapes}: {result.elements / 1e6:,.1f} M parameters in {result.tensors} tensors, "
         f"{str(result.dtype).removeprefix('torch.')}, {result.rounds} rounds",
@@ -70,7 +70,7 @@ def heading(result: Result) -> str:
 
 
 def table(result: Result) -> str:
-    """One line each; a contender without a time with its reason."""
+    """A table with a line for each contender. One without a time has the reason."""
     columns = {name: cell for name, cell in COLUMNS.items() if result.device == "cuda" or name not in ON_CUDA}
     timed = [m for m in result.measurements if m.refused is None]
     rows: list[Sequence[str]] = [list(columns)]
@@ -96,7 +96,7 @@ def _no_time(m: Measurement) -> str:
 
 
 def as_json(results: Sequence[Result]) -> dict[str, Any]:
-    """All of it, with what is needed to read it later."""
+    """All results as plain JSON data, with the facts about machine and versions."""
     device = results[0].device if results else "cpu"
     return {**environment(device), "results": [_result(result) for result in results]}
 
@@ -116,12 +116,12 @@ def _result(result: Result) -> dict[str, Any]:
 
 
 def _measurement(m: Measurement) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": m.name, "outcome": m.outcome, "refused": m.refused}
-    found["promised_bytes"] = {"floor": m.promise.floor, "plain": m.promise.plain}  # a parameter
+    entry: dict[str, Any] = {"name": m.name, "outcome": m.outcome, "refused": m.refused}
+    entry["promised_bytes"] = {"floor": m.promise.floor, "plain": m.promise.plain}  # for each parameter
     if m.refused is not None:
-        return found
+        return entry
     return {
-        **found,
+        **entry,
         "median_seconds": m.median,
         "percentiles_seconds": {f"p{q}": percentile(m.seconds, q) for q in (20, 50, 80)},
         "seconds": m.seconds,
@@ -139,7 +139,7 @@ def _measurement(m: Measurement) -> dict[str, Any]:
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile, between neighbours in proportion."""
+    """The q-th percentile, interpolated between neighbours."""
     ordered = sorted(values)
     at = (len(ordered) - 1) * q / 100
     below = int(at)

@@ -1,4 +1,4 @@
-"""What a rotation costs: steps beside their products, refreshes by solver, how evenly they are spread, memory."""
+"""Measures the cost of a rotation: steps beside their products, refreshes by solver and when staggered, memory."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from selective.preconditioner.solvers import WARM, SolverName
 from selective.rotation.rotation import BASES
 from selective.state.entries import BASIS
 
-LONGEST_SIDE = 10_000  # of what is rotated: embeddings and heads are not
+LONGEST_SIDE = 10_000  # the longest side of a matrix that is rotated, which leaves out embeddings and heads
 REFRESH_EVERY = 10
 SOLVERS: tuple[SolverName, ...] = ("cholesky", "qr", "eigh")
-NEVER = 10**9  # steps
+NEVER = 10**9  # a number of steps that no benchmark takes
 
 
 @dataclass
 class Line:
-    """One measurement, in seconds a step, with what its parts say."""
+    """One measurement, in seconds per step, with further numbers about it."""
 
     name: str
     seconds: float
@@ -42,22 +42,22 @@ class Line:
 
 @dataclass
 class Rotations:
-    """Everything that was measured on one set of shapes."""
+    """All measurements on one set of shapes."""
 
     shapes: str
     device: str
     elements: int
     matrices: int
-    rotated: int  # elements of them
+    rotated: int  # the elements of these matrices
     lines: list[Line] = field(default_factory=list)
-    interrupted: bool = False  # not all of them are there
+    interrupted: bool = False  # some measurements are missing
 
     def line(self, name: str) -> Line:
         return next(line for line in self.lines if line.name == name)
 
 
-class Work(Stepping):
-    """Something else than an optimizer's step, for the clocks."""
+class TimedCall(Stepping):
+    """A function that the clocks can time in the place of an optimizer's step."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         self.work = work
@@ -76,19 +76,20 @@ def measure_rotations(
     shapes: str, *, device: str, rounds: int = 5, precisions: Sequence[Precision] = ("float32",),
     tell: Callable[[str], None] | None = None,
 ) -> Rotations:  # fmt: skip
-    """Time AdamW's steps in rotated spaces, around torch's fused AdamW, everything in float32 but the products.
+    """Time AdamW's steps in rotated spaces, around torch's fused AdamW, with everything but the products in float32.
 
-    - "dense": the fused step without a rotation, by our kernel. "products X": `torch.mm` of a one-sided rotation's
-      products, there and back, in that precision and nothing else. "one-sided X": a step of `AdaDiag` between two
-      refreshes; its `ratio` is to the sum of the two.
-    - "refresh SOLVER": what a refresh of running statistics every ten steps adds to a step on average, moments carried
-      along, in float32 or, where products are made in it, "refresh SOLVER tf32"; `step` is a step without one,
-      `at_once` the step that has it. `bases` is the part of `Eigenbasis.refresh`: new bases and the maps between the
-      old ones and them. With "rotate" or "keep" behind it moments are carried so: what the squared maps add.
-    - "staggered": the median step where refreshes take turns; `worst` is the longest over it.
-    - `bytes` and `documented`: what lasts of the bases, and what the documentation says.
+    - "dense": the fused step without a rotation, by our kernel. "products X": only the `torch.mm` products of a
+      one-sided rotation, there and back, in precision X. "one-sided X": a step of `AdaDiag` between two refreshes; its
+      `ratio` is the time over the sum of the other two.
+    - "refresh SOLVER": the average cost for each step of a refresh of running statistics every ten steps, carrying the
+      moments included, in float32; "refresh SOLVER tf32" has products in tf32. `step` is the time of a step without a
+      refresh, `at_once` that of a step with one. `bases` is the share of `Eigenbasis.refresh`: new bases, and the maps
+      from the old ones to them. A name that ends in "rotate" or "keep" carries moments in that way: the difference is
+      the cost of the squared maps.
+    - "staggered": the median step when refreshes take turns; `worst` is the longest step over the median.
+    - `bytes` and `documented`: the memory that bases keep between steps, as measured and as the documentation says.
 
-    On Ctrl-C there is what has been measured by then.
+    After Ctrl-C, the measurements that were done by then are returned.
     """
     rig = _Rig(shapes, device, rounds, tell)
     try:
@@ -141,7 +142,7 @@ class _Rig:
             self.tell(f"{self.result.shapes}: {name} {1e3 * seconds:.2f} ms")
 
     def stepping(self, space: Preconditioner | None) -> Stepping:
-        """Torch's fused AdamW, dense, in this space; embeddings, heads and vectors as they are."""
+        """torch's fused AdamW, dense, in this space. Embeddings, heads and vectors are not rotated."""
         self.workload.refill()
         inside = {id(p) for p in self.inside}
         outside = [p for p in self.workload.params if id(p) not in inside]
@@ -152,10 +153,10 @@ class _Rig:
         return Stepping(optimizer, self.workload)
 
     def steady(self, space: Preconditioner | None) -> float:
-        """A step's median time after the first basis."""
+        """The median time of a step after the first basis."""
         stepping = self.stepping(space)
         stepping.warm_up(3)
-        self._weigh(stepping, space)
+        self._note_memory(stepping, space)
         times = []
         for _ in range(self.rounds):
             self.workload.fresh_gradients()
@@ -165,11 +166,11 @@ class _Rig:
         return statistics.median(times)
 
     def series(self, space: Eigenbasis) -> tuple[list[float], list[float]]:
-        """The times of single steps without a refresh, and of those with one, after the first round of bases."""
+        """The times of single steps without and with a refresh, after the first round of bases."""
         stepping = self.stepping(space)
         begin = 2 * REFRESH_EVERY
         stepping.warm_up(begin)
-        self._weigh(stepping, space)
+        self._note_memory(stepping, space)
         plain: list[float] = []
         with_refresh: list[float] = []
         for step in range(begin, begin + self.rounds * REFRESH_EVERY):
@@ -196,50 +197,50 @@ class _Rig:
         self.add(" ".join(words), (at_once - step) / REFRESH_EVERY, **facts)
 
     def _refresh_alone(self, stepping: Stepping, space: Eigenbasis) -> float:
-        """New bases from copies of what is kept, in the lots in which a step makes them."""
-        alike: dict[Shape, list[State]] = {}
+        """The median time to make new bases from copies of the state, in batches of the size that a step uses."""
+        by_shape: dict[Shape, list[State]] = {}
         for p in self.inside:
-            kept = stepping.optimizer.state[p].items()
-            state = {k.removeprefix(BASIS): v.clone() for k, v in kept if k.startswith(BASIS)}
-            alike.setdefault((1, p.shape[0], p.shape[1]), []).append(state)
+            entries = stepping.optimizer.state[p].items()
+            state = {k.removeprefix(BASIS): v.clone() for k, v in entries if k.startswith(BASIS)}
+            by_shape.setdefault((1, p.shape[0], p.shape[1]), []).append(state)
 
         def run() -> None:
-            for shape, states in alike.items():
+            for shape, states in by_shape.items():
                 nothing = torch.zeros((), device=self.inside[0].device).expand(shape)
-                for some in batches(len(states), math.prod(shape), BASES):
-                    space.refresh(states[some], [nothing] * len(states[some]))
+                for batch in batches(len(states), math.prod(shape), BASES):
+                    space.refresh(states[batch], [nothing] * len(states[batch]))
 
-        work = Work(run)
+        work = TimedCall(run)
         work.step()
         return statistics.median(self.clock.seconds(work, 1) for _ in range(self.rounds))
 
     def products(self, precision: Precision) -> float:
-        """`torch.mm` of each matrix with a basis of its smaller side, there and back, into memory that is there."""
+        """The median time of `torch.mm` of each matrix with a basis of its smaller side, there and back."""
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        made = [_product(p, dtype) for p in self.inside]
+        operands = [_product(p, dtype) for p in self.inside]
 
         def run() -> None:
             with float32_products("tf32" if precision == "tf32" else "ieee"):
-                for left, right, out in made:
+                for left, right, out in operands:
                     torch.mm(left, right, out=out)
                     torch.mm(left, right, out=out)
 
-        work = Work(run)
+        work = TimedCall(run)
         work.step()
         times = [self.clock.seconds(work, 1) for _ in range(self.rounds)]
-        made.clear()
+        operands.clear()
         self.clock.settle()
         return statistics.median(times)
 
-    def _weigh(self, stepping: Stepping, space: Preconditioner | None) -> None:
-        """What lasts of the bases, against k² float32 numbers a matrix, twice that with running statistics."""
+    def _note_memory(self, stepping: Stepping, space: Preconditioner | None) -> None:
+        """Note the bytes of the bases, and those documented: k² float32 numbers a matrix, or 2 k² with statistics."""
         if not isinstance(space, Eigenbasis):
             return
         times = 2 if space.statistic == "ema" else 1
         state = stepping.optimizer.state
-        kept = (v for p in self.inside for k, v in state[p].items() if k.startswith(BASIS))
+        tensors = (v for p in self.inside for k, v in state[p].items() if k.startswith(BASIS))
         documented = sum(4 * times * min(p.shape) ** 2 for p in self.inside)
-        self.memory = {"bytes": sum(value.nbytes for value in kept), "documented": documented}
+        self.memory = {"bytes": sum(value.nbytes for value in tensors), "documented": documented}
 
     def _drop(self, stepping: Stepping) -> None:
         del stepping.optimizer

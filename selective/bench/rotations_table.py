@@ -1,4 +1,4 @@
-"""What rotations cost, as a table for the terminal."""
+"""Writes the measurements of rotations as a table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from selective.bench.rotations import Rotations
 
 
 def rotation_table(result: Rotations) -> str:
-    """For the terminal."""
+    """The measurements as a table for the terminal, with a line for each."""
     lines = [
         f"{result.shapes}: {result.matrices} matrices of {result.rotated / 1e6:,.1f} M parameters are rotated on their "
         f"smaller side, of {result.elements / 1e6:,.1f} M; around AdamW(fused=True), float32",
@@ -14,13 +14,13 @@ def rotation_table(result: Rotations) -> str:
     ]
     named = {line.name: line for line in result.lines}
     for line in result.lines:
-        said = [f"{name} {_fact(name, value)}" for name, value in line.facts.items()]
+        remarks = [f"{name} {_fact(name, value)}" for name, value in line.facts.items()]
         kind, *rest = line.name.split(" ")
         cholesky = named.get(" ".join(["refresh", "cholesky", *rest[1:]])) if kind == "refresh" else None
         if cholesky not in (None, line):
-            said.append(f"{line.seconds / cholesky.seconds:.1f} × cholesky's")
-            said.append(f"its bases {line.facts['bases'] / cholesky.facts['bases']:.1f} ×")
-        lines.append(f"{line.name:24}{1e3 * line.seconds:10.2f}  {', '.join(said)}".rstrip())
+            remarks.append(f"{line.seconds / cholesky.seconds:.1f} × cholesky's")
+            remarks.append(f"its bases {line.facts['bases'] / cholesky.facts['bases']:.1f} ×")
+        lines.append(f"{line.name:24}{1e3 * line.seconds:10.2f}  {', '.join(remarks)}".rstrip())
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Sets of parameter shapes that steps are timed on."""
+"""The sets of parameter shapes on which steps are timed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _transformer(vocabulary: int, width: int, layers: int, positions: int, biase
 
 
 def _llama(vocabulary: int, width: int, layers: int, mlp: int, key_value: int) -> list[Shape]:
-    """No biases; q, k, v, o, then gate, up and down, and two norms a layer; the head is not tied to the embedding."""
+    """A Llama without biases. A layer has q, k, v, o, gate, up, down and two norms; the head is not tied."""
     square, key, wide = (width, width), (key_value, width), (mlp, width)
     layer: list[Shape] = [square, key, key, square, wide, wide, (width, mlp), (width,), (width,)]
     return [(vocabulary, width), *layer * layers, (width,), (vocabulary, width)]
@@ -48,7 +48,7 @@ def _conv() -> list[Shape]:
     return shapes + [(1000, before), (1000,)]
 
 
-# The shapes of the parameters of models that are timed, by name.
+# The shapes of each model's parameters, by the model's name.
 SHAPES: dict[str, list[Shape]] = {
     "transformer-30m": _transformer(8192, 512, 8, 0, False),  # 29.4M
     "gpt2": _transformer(50257, 768, 12, 1024, True),  # 124M

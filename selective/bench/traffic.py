@@ -1,4 +1,4 @@
-"""What a step sends to other processes."""
+"""Measures what a step sends to other processes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 @contextmanager
 def all_reduces() -> Iterator[list[int]]:
-    """The bytes of every all-reduce of the block, which are all that an optimizer's step sends."""
-    found: list[int] = []
+    """Record the bytes of every all-reduce in the block. An optimizer's step sends nothing else."""
+    sizes: list[int] = []
     real = dist.all_reduce
 
     def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(tensor.numel() * tensor.element_size())
+        sizes.append(tensor.numel() * tensor.element_size())
         return real(tensor, *args, **kwargs)
 
     dist.all_reduce = all_reduce
     try:
-        yield found
+        yield sizes
     finally:
         dist.all_reduce = real

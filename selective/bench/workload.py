@@ -13,17 +13,18 @@ from torch.optim import Optimizer
 
 from selective.bench.shapes import Shape
 
-SHIFTS = 1_000_003  # a tensor's numbers are a window of one long row of them, at one of so many places
-AWAY_FROM_ZERO = 0.05  # float16: its smallest number is 6e-8, and a thousandth of a small gradient's square vanishes
+SHIFTS = 1_000_003  # a tensor's numbers are a window of one long row of numbers, at one of so many places
+AWAY_FROM_ZERO = 0.05  # in float16, whose smallest number is 6e-8, a thousandth of a small gradient's square vanishes
 
 
 class Workload:
-    """Random parameters and gradients, made on their device; the same ones for the same seed.
+    """Random parameters and gradients, made on their device. The same seed gives the same ones.
 
     Args:
-        shapes: of the parameters.
-        unaligned: of further ones, whose storage (and their gradients') begins one element into an allocation.
-        dtype: of both.
+        shapes: the parameters' shapes.
+        unaligned: the shapes of further parameters whose storage (and their gradients') begins one element into an
+            allocation.
+        dtype: the dtype of both.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Workload:
         return sum(p.numel() for p in self.params)
 
     def refill(self) -> None:
-        """Parameters and gradients as they were at first, each where its parameter has it."""
+        """Restore the first parameters and gradients, and set every `.grad`."""
         self._shift = random.Random(self.seed)
         with torch.no_grad():
             for p in self.params:
@@ -61,7 +62,7 @@ class Workload:
         self.hand_out()
 
     def fresh_gradients(self) -> None:
-        """Other gradients, in the same place: under constant ones momentum and gradient would come to agree."""
+        """Draw new gradients in place, because under constant ones momentum and gradient would come to agree."""
         for g in self.grads:
             self._draw(g)
 
@@ -90,7 +91,7 @@ class Stepping:
         self.clears_grad = False
 
     def prepare(self) -> None:
-        """What has to be done before each step, and is not part of it."""
+        """Prepare a step. The time of this is not part of the step."""
         if self.clears_grad:
             self.workload.hand_out()
 
@@ -98,7 +99,7 @@ class Stepping:
         self.optimizer.step()
 
     def warm_up(self, steps: int) -> None:
-        """Steps on gradients of their own: state and buffers are made, kernels compiled."""
+        """Take steps on new gradients, so that state and buffers are made and kernels compiled."""
         for _ in range(steps):
             self.workload.fresh_gradients()
             self.prepare()

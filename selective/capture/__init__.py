@@ -1,1 +1,1 @@
-"""Capture: how the update of any base is obtained before it reaches the parameter."""
+"""Capture: obtaining the update of any base before it reaches the parameter."""

@@ -1,4 +1,4 @@
-"""Which capture a parameter group gets, and why."""
+"""The choice of a capture for each parameter group, with the reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.base.base_facts import Anatomy, anatomy
+from selective.base.base_facts import BaseFacts, base_facts
 from selective.base.fused_rules import FusedRule, fused_rule
 from selective.base.step_base import replaced_step
 from selective.capture.delta import LOW_PRECISION, DeltaJob
@@ -25,49 +25,61 @@ from selective.policies import Dense, Policy
 from selective.rotation.rotation import Rotation
 
 CaptureName = Literal["auto", "fused", "scratch", "delta"]
-Layout = frozenset[tuple[torch.dtype, str, int]]  # dtype, type of device and number of dimensions of parameters
+Layout = frozenset[tuple[torch.dtype, str, int]]  # of a group's parameters: dtype, device type, number of dimensions
 
 
 @dataclass(frozen=True)
 class Capture:
-    """How one group's update is obtained: the way, the reason in one sentence, and what is known of the base."""
+    """The capture of one group: the way in which its update is obtained, the reason in words, and the base's facts."""
 
     way: Literal["dense", "fused", "scratch", "delta"]
     reason: str
-    facts: Anatomy
+    facts: BaseFacts
     rule: FusedRule | None = None
 
     def job(
-        self, context: StepContext, group: dict[str, Any], parameters: list[Parameter], policy: Policy, kept: KeptItems
+        self,
+        context: StepContext,
+        group: dict[str, Any],
+        parameters: list[Parameter],
+        policy: Policy,
+        kept_items: KeptItems,
     ) -> Job:
-        """This group's part of a step."""
+        """Make the job of this group in one step."""
         if self.way == "fused":
             assert self.rule is not None
-            return FusedJob(context, group, parameters, policy, self.facts, rule=self.rule, kept=kept)
+            return FusedJob(context, group, parameters, policy, self.facts, rule=self.rule, kept_items=kept_items)
         if self.way == "dense":
             return DenseJob(context, group, parameters, policy, self.facts)
         cls = ScratchJob if self.way == "scratch" else DeltaJob
-        return cls(context, group, parameters, policy, self.facts, kept=kept)
+        return cls(context, group, parameters, policy, self.facts, kept_items=kept_items)
 
     def rotated_job(
-        self, beside: Job, parameters: list[Parameter], rotation: Rotation, kept: KeptItems, alone: bool
+        self, beside: Job, parameters: list[Parameter], rotation: Rotation, kept_items: KeptItems, alone: bool
     ) -> RotatedJob:
-        """The job of a group's rotated parameters, next to that of its others; `alone`: which has nothing to do."""
+        """Make the job of a group's rotated parameters.
+
+        `beside` is the job of the group's other parameters. `alone` is True if there are none, so that it does nothing.
+        """
         context, policy = beside.context, beside.policy
-        if isinstance(policy, Dense):  # it has no statistics elsewhere either, and nobody reads a momentum of ours
+        if isinstance(policy, Dense):  # it has no statistics without a rotation either, and reads no momentum of ours
             context = replace(context, report=None, own_momentum=None, momentum_beta=None)
-        common: Any = {"rotation": rotation, "kept": kept}
+        options: Any = {"rotation": rotation, "kept_items": kept_items}
         if self.way == "fused":
-            common |= {"rule": self.rule, "hides": isinstance(beside, DenseJob) and not alone, "alone": alone}
+            options |= {
+                "rule": self.rule,
+                "hides_gradients": isinstance(beside, DenseJob) and not alone,
+                "alone": alone,
+            }
         cls = {"fused": RotatedFusedJob, "scratch": RotatedScratchJob, "delta": RotatedDeltaJob}[self.way]
-        return cls(context, beside.group, parameters, policy, self.facts, **common)
+        return cls(context, beside.group, parameters, policy, self.facts, **options)
 
     def keeps_residue(self, param: Tensor) -> bool:
-        """Whether we keep what rounding takes from this parameter, as the base would without us."""
+        """True if we keep the rounding residue of this parameter, as the base would have done without us."""
         return self.way == "delta" and bool(self.facts.residue) and param.dtype in LOW_PRECISION
 
     def has_momentum(self, group: dict[str, Any]) -> bool:
-        """Whether the base offers a first moment of the gradient."""
+        """True if the base has a first moment of the gradient."""
         if self.rule is not None:
             return self.rule.has_momentum(group)
         return self.facts.momentum_key is not None
@@ -81,12 +93,15 @@ def choose_capture(
     own_momentum: bool,
     rotated: bool = False,
 ) -> Capture:
-    """The capture of one group; of its `rotated` parameters, whose update is needed whatever the policy.
+    """Choose the capture of one group, or of its `rotated` parameters.
 
-    Raises where the base can't be wrapped, or not in the wanted way, with the reason.
+    The update of rotated parameters is needed with any policy, so that `Dense()` is no exception there.
+
+    Raises:
+        ValueError: the base cannot be wrapped, or not in the `wanted` way. The message has the reason.
     """
     name = type(base).__name__
-    facts = anatomy(base, group)
+    facts = base_facts(base, group)
     if facts.refusal is not None:
         raise ValueError(f"SelectiveUpdate: {name} can't be wrapped: {facts.refusal}")
     if group.get("differentiable"):
@@ -107,6 +122,7 @@ def choose_capture(
 
 
 def _fused(base: Optimizer, group: dict[str, Any], own_momentum: bool) -> tuple[FusedRule | None, str]:
+    """Return the fused rule for this group, or None and the reason why there is none."""
     rule = fused_rule(base)
     if rule is None:
         return None, f"there is no fused rule for {type(base).__name__}"
@@ -120,7 +136,8 @@ def _fused(base: Optimizer, group: dict[str, Any], own_momentum: bool) -> tuple[
     return rule, ""
 
 
-def _why_delta(group: dict[str, Any], facts: Anatomy) -> str | None:
+def _why_delta(group: dict[str, Any], facts: BaseFacts) -> str | None:
+    """Return the reason why scratch capture would be wrong and delta capture is needed; None if scratch is right."""
     if facts.depends_on_param:
         return "its update looks at the parameter's value"
     if facts.decay == "inside":
@@ -133,12 +150,13 @@ def _why_delta(group: dict[str, Any], facts: Anatomy) -> str | None:
 def capture_key(
     base: Optimizer, group: dict[str, Any], layout: Layout, policy: Policy, needs: frozenset[str]
 ) -> tuple[object, ...]:
-    """What the choice of a capture depends on; nothing is asked again while it is the same. Last: the policy's class.
+    """Return everything that the choice of a capture depends on; the last entry is the policy's class.
 
-    `layout` and `needs` are the group's and the policy's, looked up by whoever keeps them.
+    While the key is the same, the choice is not made again. `layout` is the group's, and `needs` is what the policy
+    reads; the caller has both at hand.
     """
     skip = ("params", "lr", "step", "initial_lr", "param_names")
-    # Of numbers only whether they are 0: some bases count their steps in the group, schedulers move betas and decay.
+    # A number counts only as zero or not: some bases count their steps in the group, schedulers change betas and decay.
     flags = tuple(
         (k, v if isinstance(v, (bool, str)) else v != 0)
         for k, v in group.items()

@@ -1,6 +1,6 @@
-"""Fused capture: bases whose rule we know. One kernel reads and writes the base's own state, under its own keys.
+"""Fused capture: one kernel computes the rule and the mask on the base's own state, for bases whose rule we know.
 
-The base's `step()` is not called, so nothing has to be copied; its checkpoints stay its own.
+The base's `step()` is not called, so that nothing has to be copied. The state stays under the base's own keys.
 """
 
 from __future__ import annotations
@@ -20,55 +20,56 @@ from selective.policies.view import Tensors
 
 
 class FusedJob(Job):
-    """A group whose rule runs in our kernels."""
+    """The job of a group whose rule our kernels compute."""
 
     steps_base = False
 
-    def __init__(self, *args: Any, rule: FusedRule, kept: KeptItems, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rule: FusedRule, kept_items: KeptItems, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.fused, self.kept = rule, kept
-        self.specs = kept.specs(self.policy, self.parameters)
+        self.fused, self.kept_items = rule, kept_items
+        self.specs = kept_items.specs(self.policy, self.parameters)
         self.own_code = self.specs is None
 
     def prepare(self) -> None:
-        if self.own_code:  # may raise half-way through the group: keep what it takes to put it back
+        if self.own_code:  # it may raise half-way through the group, which is restored then
             self.saved = [parameter.tensor.clone() for parameter in self.parameters]
 
     def finish(self) -> None:
         rule = self.fused.rule(self.context.base, self.group)
         make_state = partial(self.fused.init_state, self.group)
-        with self.kept.of(self.context, self.parameters, self.policy, make_state) as lists:
-            for one in lists:
+        with self.kept_items.of(self.context, self.parameters, self.policy, make_state) as all_items:
+            for device_items in all_items:
                 if self.specs is None:
-                    for parameter, item in zip(one.parameters, one.items, strict=True):
+                    for parameter, item in zip(device_items.parameters, device_items.items, strict=True):
                         self._step_with_own_code(parameter, item, rule)
-                    one.let_go()
+                    device_items.let_go()
                 else:
-                    self._step_in_kernel(one, rule, *self.specs)
+                    self._step_in_kernel(device_items, rule, *self.specs)
         self.fused.after(self.group)
 
     def _step_in_kernel(
-        self, one: DeviceItems, rule: spec.Rule, selection: spec.Selection, strength: spec.Strength
+        self, device_items: DeviceItems, rule: spec.Rule, selection: spec.Selection, strength: spec.Strength
     ) -> None:
+        """Let one kernel compute rule and mask on one device. A sharded step is only begun: the exchange goes on."""
         context = self.context
         how: dict[str, Any] = {
-            "rule": rule, "selection": selection, "strength": strength, "draw": context.draw_on(one.device),
+            "rule": rule, "selection": selection, "strength": strength, "draw": context.draw_on(device_items.device),
             "statistics": context.report is not None,
         }  # fmt: skip
 
         def done(sums: Sequence[spec.Sums] | None) -> None:
-            one.let_go()
+            device_items.let_go()
             if sums is not None and context.report is not None:
-                context.report.add_all(one.names, sums)
+                context.report.add_all(device_items.names, sums)
 
-        if one.asks:
-            context.exchange.add(begin_sharded(one.items, **how), len(one.items), done)
+        if device_items.is_sharded:
+            context.exchange.add(begin_sharded(device_items.items, **how), len(device_items.items), done)
         else:
-            done(selective_step(one.items, **how))
+            done(selective_step(device_items.items, **how))
 
     def _step_with_own_code(self, parameter: Parameter, item: spec.Item, rule: spec.Rule) -> None:
-        keep = "previous_momentum" in self.policy.needs()
-        moved = advance(item, rule, keep_previous=keep)
+        """Compute the rule of one parameter, and mask its update by the policy's own code."""
+        moved = advance(item, rule, keep_previous="previous_momentum" in self.policy.needs())
         seen = as_seen(rule, moved)
         tensors = Tensors(
             item.param, seen.update, seen.grad, seen.momentum, seen.previous_momentum,

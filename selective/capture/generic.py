@@ -1,8 +1,8 @@
-"""What scratch and delta share: the base steps by itself, and what it did to the parameters goes on as `given`.
+"""GenericJob: the base steps by itself, and the kernels mask the update that it made. Scratch and delta share it.
 
 The kernels get a group's parameters together, in one call for each factor of decay, so that the number of device
-operations does not grow with the number of tensors. Where that would keep short-lived copies of all of them (delta's
-update, a momentum in float32), a call takes a part: `lists.PART` elements.
+operations does not grow with the number of tensors. If a call would need copies of all its parameters (delta's update,
+a momentum in float32), it takes `foreach.PART` elements at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selective import foreach as lists
+from selective import foreach
 from selective.base.hyperparameters import LOW_PRECISION, lookahead
 from selective.capture.items import KeptItems
 from selective.capture.own_code import masked_step
@@ -25,7 +25,7 @@ from selective.sharding.dtensor import local_like, local_of, shard_of
 
 
 class Captured(NamedTuple):
-    """One parameter's step, as the base has left it; the kernels read `update` and `start` and write `target`."""
+    """The base's step of one parameter; the kernels read `update` and `start`, and write `target`."""
 
     update: Tensor
     start: Tensor
@@ -33,23 +33,23 @@ class Captured(NamedTuple):
 
 
 class GenericJob(RememberingJob):
-    """The mask on an update that the base's own step has left."""
+    """The job of a group whose base steps by itself: its update is masked and applied afterwards."""
 
     offset, negated = 0.0, False  # of the GivenRule
-    makes_updates = False  # whether `captured` makes tensors, and not only hands out what is there
+    makes_updates = False  # True if `captured` makes new tensors
 
-    def __init__(self, *args: Any, kept: KeptItems, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, kept_items: KeptItems, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.kept, self.calls = kept, 0
+        self.kept_items, self.calls = kept_items, 0
         self.specs = specs_on(self.policy, self.tensors())
         self.own_code = self.specs is None
 
     def captured(self, indices: Sequence[int]) -> list[Captured]:
-        """What the base's step has made of these parameters."""
+        """Return the base's step of these parameters."""
         raise NotImplementedError
 
     def rule_factors(self) -> Sequence[spec.Scalar]:
-        """What each parameter's `start` is multiplied by."""
+        """Return the factor on each parameter's `start`."""
         return self.factors
 
     def finish(self) -> None:
@@ -58,27 +58,31 @@ class GenericJob(RememberingJob):
             self.step(indices, spec.GivenRule(factor, self.offset, self.negated, beta, self.rate))
 
     def _calls(self) -> Iterator[tuple[spec.Scalar, list[int]]]:
-        """Which parameters go into one call, with their factor. A policy's own code gets one by one, in their order."""
+        """Iterate over the kernel calls: a factor and the indices of the parameters that share it.
+
+        A policy's own code gets the parameters one by one, in their order.
+        """
         if self.own_code:
             yield from ((factor, [index]) for index, factor in enumerate(self.rule_factors()))
             return
         for factor, indices in by_value(self.rule_factors()):
             if self._makes_copies():
-                yield from ((factor, indices[part]) for part in lists.parts([self.saved[i] for i in indices]))
+                yield from ((factor, indices[part]) for part in foreach.parts([self.saved[i] for i in indices]))
             else:
                 yield factor, indices
 
     def _makes_copies(self) -> bool:
-        """Whether a call's tensors are made for it, so that many at once would be one more copy of the parameters."""
+        """True if a call makes tensors, so that one call for all would need another copy of the parameters."""
         if self.makes_updates or not self.wants_momentum:
             return self.makes_updates
         return self.facts.momentum_reader == "dequantize" or any(p.dtype in LOW_PRECISION for p in self.tensors())
 
     def step(self, indices: Sequence[int], rule: spec.GivenRule) -> None:
-        """Steps 6 and 7 of these parameters."""
+        """Take steps 6 and 7 for these parameters."""
         self.apply(indices, self.captured(indices), rule)
 
     def apply(self, indices: Sequence[int], captured: Sequence[Captured], rule: spec.GivenRule) -> None:
+        """Mask these captured updates, and apply them."""
         momenta = self.momenta_now(indices)
         items = [self._item(i, c, m) for i, c, m in zip(indices, captured, momenta, strict=True)]
         if self.specs is None:
@@ -86,16 +90,17 @@ class GenericJob(RememberingJob):
                 self._apply_own_code(index, item, rule)
             self.stepped(indices)
             return
-        for asks in (False, True):
-            some = [place for place, item in enumerate(items) if (item.shard is not None) == asks]
-            if some:
-                self._step_items([items[place] for place in some], [indices[place] for place in some], rule, asks)
+        for is_sharded in (False, True):
+            places = [place for place, item in enumerate(items) if (item.shard is not None) == is_sharded]
+            if places:
+                part, part_indices = [items[place] for place in places], [indices[place] for place in places]
+                self._step_items(part, part_indices, rule, is_sharded)
 
     def stepped(self, indices: Sequence[int]) -> None:
-        """What is left to do when these parameters are written."""
+        """Called when these parameters are written."""
 
-    def _step_items(self, items: list[spec.Item], indices: list[int], rule: spec.GivenRule, asks: bool) -> None:
-        """The kernels' step of these; `asks`: together with other ranks, when all groups have got so far."""
+    def _step_items(self, items: list[spec.Item], indices: list[int], rule: spec.GivenRule, is_sharded: bool) -> None:
+        """Let the kernels step these items. A sharded step is only begun: it goes on in the exchange of all groups."""
         assert self.specs is not None
         report, device = self.context.report, items[0].param.device
         how: dict[str, Any] = {
@@ -108,27 +113,29 @@ class GenericJob(RememberingJob):
                 report.add_all([self.parameters[i].name for i in indices], sums)
             self.stepped(indices)
 
-        passing = self.kept.passing(self.calls, items, self.policy, self.context.recording)
+        passing = self.kept_items.passing(self.calls, items, self.policy, self.context.recording)
         self.calls += 1
-        if asks:
+        if is_sharded:
             self.context.exchange.add(begin_sharded(passing, **how), len(items), done)
         else:
             done(selective_step(passing, **how))
 
     def _item(self, index: int, captured: Captured, momentum: Tensor | None) -> spec.Item:
+        """Return the kernels' item of one parameter, with this rank's parts of all tensors."""
         parameter, grad, previous = self.parameters[index], self.grads[index], self.previous[index]
         state = {"update": captured.update, "start": captured.start}
         if momentum is not None:
             state["momentum"] = momentum
         if previous is not None:
             state["previous_momentum"] = previous
-        own, p = self.context.own_state(parameter, self.policy), parameter.tensor
+        policy_state, p = self.context.own_state(parameter, self.policy), parameter.tensor
         shard = None if self.context.local_scope else shard_of(p)
         state = {key: local_like(value, p) for key, value in state.items()}
         gradient = local_like(captured.update if grad is None else grad, p)
-        return spec.Item(local_of(captured.target), gradient, state, parameter.address, own, shard)
+        return spec.Item(local_of(captured.target), gradient, state, parameter.address, policy_state, shard)
 
     def _apply_own_code(self, index: int, item: spec.Item, rule: spec.GivenRule) -> None:
+        """Mask one parameter's update by the policy's own code, and apply it."""
         parameter, grad = self.parameters[index], self.grads[index]
         dtype = torch.float64 if item.param.dtype == torch.float64 else torch.float32
         update = item.state["update"].to(dtype) * (-1.0 if rule.negated else 1.0)
@@ -141,17 +148,20 @@ class GenericJob(RememberingJob):
             apply_mask(item, rule, update, mask, self.context.draw_on(item.param.device))
 
     def _lookahead(self) -> float:
-        """For the Nesterov score; asked for where it may be read, since a GPU's `betas` would be waited for."""
+        """Return the coefficient of the Nesterov score; 0 if nobody needs it: reading `betas` may wait for a GPU."""
         if self.specs is not None and self.specs[0].score != "nesterov":
             return 0.0
-        own = self.context.momentum_beta
-        return lookahead(self.context.base, self.group) if own is None else own
+        beta = self.context.momentum_beta
+        return lookahead(self.context.base, self.group) if beta is None else beta
 
 
 def by_value(factors: Sequence[spec.Scalar]) -> list[tuple[spec.Scalar, list[int]]]:
-    """The places of each distinct factor. Tensors count by identity: their values would have to be waited for."""
-    found: dict[object, tuple[spec.Scalar, list[int]]] = {}
+    """Return each distinct factor with its places.
+
+    Tensors are compared by identity, because reading their values may wait for a GPU.
+    """
+    by_key: dict[object, tuple[spec.Scalar, list[int]]] = {}
     for place, factor in enumerate(factors):
         key = id(factor) if isinstance(factor, Tensor) else factor
-        found.setdefault(key, (factor, []))[1].append(place)
-    return list(found.values())
+        by_key.setdefault(key, (factor, []))[1].append(place)
+    return list(by_key.values())

@@ -1,7 +1,7 @@
-"""The items of one parameter group, handed to the kernels again in every step.
+"""The kernels' items of one parameter group, which are kept from step to step.
 
-Making a thousand of them costs more than a GPU's whole step, and the GPU path keeps tables of addresses beside the
-list. So they are kept while they hold; what they are made of is looked at in every step, by identity.
+Making a thousand items takes longer than a GPU's whole step, and the GPU path keeps tables of addresses beside them. So
+they are made anew only if something they are made of was replaced. Every step compares that by identity.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from selective.capture.job import StepContext
 from selective.kernels import Backend, backend_in_use, spec
 from selective.parameter import Parameter
 from selective.policies import Policy
-from selective.policies.kernel_terms import Described, Specs, specs_of, why_twin
+from selective.policies.kernel_terms import Described, Specs, specs_of, why_not_in_kernel
 from selective.sharding.dtensor import is_dtensor, local_like, local_of, shard_of, wrapped_like
 
 
 @dataclass
 class DeviceItems:
-    """The items on one device, with what belongs to them in the same order."""
+    """The items on one device; all lists are in the same order."""
 
     device: torch.device
     parameters: list[Parameter]
     names: list[str]
     items: spec.ItemList
     policy_class: type[Policy]
-    dtensors: bool = False  # of local parts, which are looked up in every step ...
-    asks: bool = False  # ... and selected from together with other ranks
-    states: list[dict[str, Any]] = field(default_factory=list)  # the base's
+    dtensors: bool = False  # True: the items are of local parts, which are looked up in every step
+    is_sharded: bool = False  # True: the kernels select from the whole tensors, together with other ranks
+    states: list[dict[str, Any]] = field(default_factory=list)  # the base's state of each parameter
 
     def take(self) -> None:
-        """The gradients and the state of now."""
+        """Put the present gradients into the items, and the present state into those of DTensors."""
         if not self.dtensors:
             for item in self.items:
                 item.grad = item.param.grad  # type: ignore[assignment]
@@ -49,7 +49,7 @@ class DeviceItems:
             item.state = {key: local_like(value, p) for key, value in state.items()}
 
     def let_go(self) -> None:
-        """Between steps `zero_grad` is to free gradients; state that the rule has made becomes the base's."""
+        """Drop the gradients, so that `zero_grad` frees them, and give the base the state that the rule has made."""
         for item in self.items:
             item.grad = None  # type: ignore[assignment]
         if self.dtensors:
@@ -60,7 +60,7 @@ class DeviceItems:
 
 
 class KeptItems:
-    """The items of one group from step to step. Belongs to one optimizer: copies and pickles make their own."""
+    """The items of one group, kept from step to step. They are neither copied nor pickled with the optimizer."""
 
     def __init__(self) -> None:
         self._lists: list[DeviceItems] = []
@@ -69,22 +69,23 @@ class KeptItems:
         self._states: list[dict[str, Any]] = []
         self._own: object = None
         self._described: Described | None = None
-        self._asked: tuple[list[Parameter], Backend, bool] | None = None  # whether a selection's kernel runs on these
-        # What a CUDA graph has recorded: replays read its tables, so they live on, and no later step may change them.
+        # The last answer of `specs`: True if the selection's kernel runs on these parameters with this backend.
+        self._asked: tuple[list[Parameter], Backend, bool] | None = None
+        # The items that a CUDA graph has recorded. Its replays read their tables, which no later step may change.
         self.recorded: list[DeviceItems] = []
-        self._tables: dict[int, dict[Any, Any]] = {}  # of the lists of `passing`, by their number in a step
+        self._tables: dict[int, dict[Any, Any]] = {}  # the caches of `passing` lists, by the number of the call
 
     def passing(self, number: int, items: list[spec.Item], policy: Policy, recording: bool) -> spec.ItemList:
-        """The items of a captured update, which is new in every step; what stays are its tables.
+        """Return an `ItemList` of items that are made in every step, with the tables of the step before.
 
-        `number`: which call of the group's step it is.
+        `number` is that of the kernel call in the group's step.
         """
-        made = spec.ItemList(items)
+        item_list = spec.ItemList(items)
         if recording:
-            self.recorded.append(DeviceItems(items[0].param.device, [], [], made, type(policy)))
+            self.recorded.append(DeviceItems(items[0].param.device, [], [], item_list, type(policy)))
         else:
-            made.cache = self._tables.setdefault(number, made.cache)
-        return made
+            item_list.cache = self._tables.setdefault(number, item_list.cache)
+        return item_list
 
     def drop(self) -> None:
         """Forget the items, so that state which was replaced is not kept in memory until the next step."""
@@ -96,10 +97,10 @@ class KeptItems:
     def of(
         self, context: StepContext, parameters: list[Parameter], policy: Policy, make_state: Callable[..., None]
     ) -> Iterator[list[DeviceItems]]:
-        """The items of these parameters, by device, with the gradients and the state of now.
+        """Hand out the items of these parameters by device, with the present gradients and state.
 
-        `make_state(p, state)` fills a state that is still empty. `parameters` is known by identity: a list of its own
-        for each set of them, and for each dtype and device that they have had.
+        `make_state(p, state)` fills an empty state. `parameters` is compared by identity: the caller makes a new list
+        whenever the set of parameters changes, or the dtype or device of one.
         """
         known = parameters is self._parameters
         tensors = self._tensors if known else [parameter.tensor for parameter in parameters]
@@ -113,29 +114,29 @@ class KeptItems:
             self._lists = _build(context, parameters, states, policy)
             self._parameters, self._tensors, self._states = parameters, tensors, states
             self._own = context.own_table
-        lists = self._lists
+        all_items = self._lists
         try:
-            for one in lists:
-                one.take()
-            yield lists
+            for device_items in all_items:
+                device_items.take()
+            yield all_items
         finally:
-            for one in lists:
-                if not one.asks:
-                    one.let_go()
+            for device_items in all_items:
+                if not device_items.is_sharded:
+                    device_items.let_go()
             if context.recording:
-                self.recorded += lists
+                self.recorded += all_items
                 self.drop()
 
     def describe(self, policy: Policy) -> Described:
-        """What `policy` says of itself."""
+        """Return what the policy reads, and its terms for the kernels; computed once for each policy object."""
         if self._described is None or self._described.policy is not policy:
             self._described = Described(policy, policy.needs(), specs_of(policy))
         return self._described
 
     def specs(self, policy: Policy, parameters: list[Parameter]) -> Specs | None:
-        """`policy` in the kernels' terms, where they can step these parameters by it; None: its own code has to.
+        """Return `policy` in the kernels' terms; None if its own code has to run on these parameters.
 
-        `parameters` is known by identity, as in `of`.
+        `parameters` is compared by identity, as in `of`.
         """
         described = self.describe(policy)
         if described.is_anywhere:
@@ -143,16 +144,16 @@ class KeptItems:
         backend, asked = backend_in_use(), self._asked
         if asked is None or asked[0] is not parameters or asked[1] != backend:
             assert described.specs is not None
-            runs = why_twin(described.specs[0], (parameter.tensor for parameter in parameters)) is None
+            runs = why_not_in_kernel(described.specs[0], (parameter.tensor for parameter in parameters)) is None
             asked = self._asked = (parameters, backend, runs)
         return described.specs if asked[2] else None
 
     def policy_changed(self, policy: Policy) -> None:
-        """Tell the tables on the device: the replays of a graph take a scheduled hyper-parameter from there."""
-        for one in (*self.recorded, *self._lists):
-            refresh = one.items.cache.get("refresh")
-            if refresh is None or one.policy_class is not type(policy):
-                continue  # of another kind: a graph goes on as it was recorded
+        """Write the policy's numbers into the tables on the device, from which replays of a CUDA graph read them."""
+        for device_items in (*self.recorded, *self._lists):
+            refresh = device_items.items.cache.get("refresh")
+            if refresh is None or device_items.policy_class is not type(policy):
+                continue  # a policy of another class: the graph goes on as it was recorded
             specs = specs_of(policy)
             if specs is not None:
                 refresh(*specs)
@@ -161,19 +162,21 @@ class KeptItems:
 def _build(
     context: StepContext, parameters: list[Parameter], states: list[dict[str, Any]], policy: Policy
 ) -> list[DeviceItems]:
-    found: dict[tuple[torch.device, bool, bool], DeviceItems] = {}
+    by_kind: dict[tuple[torch.device, bool, bool], DeviceItems] = {}
     for parameter, state in zip(parameters, states, strict=True):
         p = parameter.tensor
         shard = None if context.local_scope else shard_of(p)
         key = p.device, is_dtensor(p), shard is not None
-        one = found.get(key)
-        if one is None:
-            one = DeviceItems(p.device, [], [], spec.ItemList(), type(policy), dtensors=key[1], asks=key[2])
-            found[key] = one
-        own = context.own_state(parameter, policy)
-        one.parameters.append(parameter)
-        one.names.append(parameter.name)
-        one.states.append(state)
-        # the gradient comes in every step
-        one.items.append(spec.Item(local_of(p), local_of(p), state, parameter.address, own, shard))
-    return list(found.values())
+        device_items = by_kind.get(key)
+        if device_items is None:
+            device_items = DeviceItems(
+                p.device, [], [], spec.ItemList(), type(policy), dtensors=key[1], is_sharded=key[2]
+            )
+            by_kind[key] = device_items
+        policy_state = context.own_state(parameter, policy)
+        device_items.parameters.append(parameter)
+        device_items.names.append(parameter.name)
+        device_items.states.append(state)
+        # the parameter stands in for the gradient, which `take` puts in
+        device_items.items.append(spec.Item(local_of(p), local_of(p), state, parameter.address, policy_state, shard))
+    return list(by_kind.values())

@@ -1,4 +1,4 @@
-"""What the captures share: the context of a step, one group's job in it, and running the base."""
+"""The context of one step, and the job of one parameter group in it."""
 
 from __future__ import annotations
 
@@ -11,57 +11,58 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.base.base_facts import Anatomy
+from selective.base.base_facts import BaseFacts
 from selective.foreach import copies
 from selective.kernels import Exchange, spec
 from selective.parameter import Parameter
 from selective.policies import Policy
 from selective.policies.kernel_terms import has_own_code
-from selective.statistics import Report
+from selective.statistics import StepStatistics
 
 
 @dataclass
 class StepContext:
-    """What one step of the wrapper gives to every group's job."""
+    """The settings and services of one step of the wrapper, which all groups' jobs share."""
 
     base: Optimizer
     draw: spec.Draw
     own_state: Callable[[Parameter, Policy], dict[str, Tensor]]  # the policy's state of a parameter, made if missing
-    own_residue: Callable[[Parameter, Policy], Tensor]  # what rounding took, for bases that keep it themselves
-    own_momentum: Callable[[Parameter, Policy], Tensor] | None  # with `momentum_beta`: the wrapper's own first moment
+    own_residue: Callable[[Parameter, Policy], Tensor]  # our rounding residue, for bases that would keep one
+    own_momentum: Callable[[Parameter, Policy], Tensor] | None  # with `momentum_beta`: our own first moment
     momentum_beta: float | None
-    report: Report | None  # where statistics go; None: not wanted
+    report: StepStatistics | None  # where statistics go; None: not wanted
     own_table: object  # what `own_state` reads; another object as soon as a parameter's entries are replaced
-    clock: Callable[[torch.device], Tensor | None]  # of a device, for `Draw.clock`
-    recording: bool  # into a CUDA graph
-    exchange: Exchange = field(default_factory=Exchange)  # what shards ask of other ranks, for all groups together
-    local_scope: bool = False  # select in each shard as if it were the whole tensor
+    clock: Callable[[torch.device], Tensor | None]  # the step count on a device, for `Draw.clock`
+    recording: bool  # True while a CUDA graph is recorded
+    exchange: Exchange = field(default_factory=Exchange)  # the sums over ranks of all groups, made together
+    local_scope: bool = False  # True: select in each shard as if it were the whole tensor
 
     def draw_on(self, device: torch.device) -> spec.Draw:
-        """`draw` with the clock of this device."""
+        """Return `draw` with the clock of this device."""
         clock = self.clock(device)
         return self.draw if clock is self.draw.clock else replace(self.draw, clock=clock)
 
 
 @dataclass
 class Job:
-    """One parameter group's part of a step. `prepare` runs before the base steps, `finish` after it.
+    """One parameter group's part of a step. `prepare` runs before the base's step, `finish` after it.
 
-    Nothing but memory moves in `prepare`; `restore` puts the parameters back to what they were before `prepare`.
+    `prepare` changes no parameter, but may exchange its memory. `restore` puts the parameters back to their values
+    before `prepare`.
     """
 
     context: StepContext
     group: dict[str, Any]
     parameters: list[Parameter]
     policy: Policy
-    facts: Anatomy
+    facts: BaseFacts
     saved: list[Tensor] = field(default_factory=list)
 
-    steps_base = True  # whether the base's own step has to run for this group
+    steps_base = True  # True if the base's own step has to run for this group
 
     @cached_property
     def own_code(self) -> bool:
-        """Whether the policy has code of its own, which may raise."""
+        """True if the policy runs code of its own, which may raise."""
         return has_own_code(self.policy, [parameter.tensor for parameter in self.parameters])
 
     def prepare(self) -> None: ...
@@ -74,9 +75,9 @@ class Job:
 
 
 class DenseJob(Job):
-    """A group that is handed to the base as it is. Keeps a copy only when somebody else's code runs in the step."""
+    """The job of a group that the base steps without us."""
 
-    keep_copy = False
+    keep_copy = False  # True if other groups run a policy's own code, which may raise: then there is a copy to restore
 
     def prepare(self) -> None:
         if self.keep_copy:

@@ -1,4 +1,4 @@
-"""Running a policy's own `mask`: the view it gets, what it may return, and how that reaches the parameter."""
+"""Calls of a policy's own `mask`: making its view, checking its result, and keeping its state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from selective.sharding.gathering import part_of, whole_like, whole_of
 
 
 class PolicyError(RuntimeError):
-    """A policy raised, or returned something that is no mask. Parameters are as they were; moments have moved."""
+    """Raised if a policy raises, or returns something that is not a mask.
+
+    The parameters have their values from before the step; the base's moments have moved.
+    """
 
 
 def make_view(
@@ -27,7 +30,7 @@ def make_view(
     state: dict[str, Tensor],
     shard: spec.Shard | None = None,
 ) -> StepView:
-    """The view of one parameter's step for `policy`."""
+    """Return the view of one parameter's step for `policy`."""
     return StepView(
         tensors,
         reads=policy.needs(),
@@ -41,9 +44,9 @@ def make_view(
 
 
 def sees_whole(policy: Policy, shard: spec.Shard | None) -> bool:
-    """Whether the policy's own code has to see the whole of a parameter of which this shard is here.
+    """True if the policy's own code has to see the whole parameter, of which `shard` is this rank's part.
 
-    The same on all ranks: by which dimensions are sharded, not by what happens to be here.
+    The answer is the same on all ranks: it depends on the dimensions that are sharded, not on this rank's part.
     """
     return shard is None or policy.scope == "tensor" or (policy.scope == "row" and shard.cut > 0)
 
@@ -51,10 +54,10 @@ def sees_whole(policy: Policy, shard: spec.Shard | None) -> bool:
 def masked_step(
     context: StepContext, policy: Policy, parameter: Parameter, tensors: Tensors, shard: spec.Shard | None
 ) -> Tensor | None:
-    """The mask of one parameter, or of the part of it that is here; None where the parameter is empty.
+    """Return the mask of this rank's part of a parameter; None if the whole parameter is empty.
 
-    `tensors` are what is here. Where the policy has to see more, they are gathered, as far as it reads them. On shards
-    it is called where they are empty, too: it may ask for means, which take all ranks.
+    `tensors` are this rank's parts. If the policy has to see whole tensors, those that it reads are gathered. The
+    policy is called even if this rank's part is empty: it may ask for means, to which all ranks contribute.
     """
     if shard is not None and not sees_whole(policy, shard):
         return _masked_shard(context, policy, parameter, tensors, shard)
@@ -72,7 +75,7 @@ def masked_step(
 def _masked_shard(
     context: StepContext, policy: Policy, parameter: Parameter, tensors: Tensors, shard: spec.Shard
 ) -> Tensor | None:
-    """The mask of a shard by itself; what is reported of it takes all of them."""
+    """Return the mask of this shard alone, and add its part of the statistics to the exchange between ranks."""
     if shard.numel == 0:
         return None
     mask, report, update = run_mask(context, policy, parameter, tensors, None, shard), context.report, tensors.update
@@ -85,8 +88,8 @@ def _masked_shard(
 
 
 def _gathered(tensors: Tensors, needs: frozenset[str], param: Tensor, reported: bool) -> Tensors:
-    """The whole tensors of those that are read, and of the update and the gradient where a report is made of them."""
-    found = {
+    """Gather the tensors that the policy reads, and with `reported` also the update and the gradient."""
+    gathered = {
         name: whole_like(getattr(tensors, name), param)
         for name in ("update", "grad", "momentum", "previous_momentum")
         if name in needs or (reported and name in ("update", "grad"))
@@ -94,7 +97,7 @@ def _gathered(tensors: Tensors, needs: frozenset[str], param: Tensor, reported: 
     start = tensors.param
     whole = whole_like(start, param) if "param" in needs else start.new_empty(()).expand(param.shape)
     assert whole is not None
-    return Tensors(whole, **found, lookahead=tensors.lookahead)
+    return Tensors(whole, **gathered, lookahead=tensors.lookahead)
 
 
 def run_mask(
@@ -105,9 +108,10 @@ def run_mask(
     gathered: spec.Shard | None = None,
     shard: spec.Shard | None = None,
 ) -> Tensor:
-    """Call the policy, check what it returns, keep its state; the mask as a float tensor that broadcasts to it.
+    """Call the policy, check its result and keep its state; return the mask as a float tensor that broadcasts.
 
-    `gathered`: the tensors are the whole of what this shard is a part of; `shard`: they are this part.
+    With `gathered`, `tensors` are whole tensors, and `gathered` is this rank's shard of them. With `shard`, `tensors`
+    are this shard.
     """
     state = context.own_state(parameter, policy)
     seen = {key: local_of(value) if gathered is None else whole_of(value) for key, value in state.items()}
@@ -125,6 +129,7 @@ def run_mask(
 
 
 def _checked_mask(policy: Policy, parameter: Parameter, mask: object, view: StepView) -> Tensor:
+    """Return a policy's mask in the dtype of the view; refuse it if it is no bool or float tensor that broadcasts."""
     who, where = type(policy).__name__, f"parameter {parameter.name!r}"
     if not isinstance(mask, Tensor):
         raise TypeError(f"{who}: mask() returned {type(mask).__name__} for {where}; return a bool or float tensor")
@@ -146,6 +151,7 @@ def _checked_mask(policy: Policy, parameter: Parameter, mask: object, view: Step
 
 
 def _check_state(policy: Policy, parameter: Parameter, state: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    """Refuse a policy's new state if its names, shapes or dtypes differ from those of the old one."""
     who = type(policy).__name__
     if new.keys() != state.keys():
         raise ValueError(

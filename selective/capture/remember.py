@@ -1,4 +1,4 @@
-"""What the base's step will overwrite, kept before it runs: parameters, gradients, momenta, the factor of decay."""
+"""RememberingJob: saves what the base's step will overwrite: parameters, gradients, momenta and factors of decay."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective import foreach as lists
+from selective import foreach
 from selective.base.base_facts import decay_factor, momentum_entry
 from selective.base.hyperparameters import plain_number, sign_of, sign_of_rate
 from selective.capture.job import Job
@@ -16,7 +16,7 @@ from selective.kernels import spec
 
 
 class RememberingJob(Job):
-    """A group whose base steps by itself, with gradients and momenta as a policy reads them."""
+    """The job of a group whose base steps by itself; it has the gradients and momenta as a policy reads them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -26,17 +26,17 @@ class RememberingJob(Job):
             "grad" in self.reads or self.context.own_momentum is not None or self.context.report is not None
         )
         self.wants_momentum = "momentum" in self.reads or self.context.own_momentum is not None
-        self.grads: Sequence[Tensor | None] = ()  # the view's gradient: after maximize and coupled decay
+        self.grads: Sequence[Tensor | None] = ()  # as in the policy's view: after maximize and coupled decay
         self.previous: Sequence[Tensor | None] = ()
-        self.factors: list[spec.Scalar] = []  # of the parameter, where decay is decoupled
+        self.factors: list[spec.Scalar] = []  # on each parameter, from decoupled decay
         self.rate = sign_of_rate(self.group)
-        self.coupled: spec.Scalar = 0.0  # what of the parameter the base adds to the raw gradient
+        self.coupled: spec.Scalar = 0.0  # times the parameter, this is what the base adds to the raw gradient
         if self.facts.decay == "coupled":
             self.coupled = self.facts.decay_sign * plain_number(self.group.get("weight_decay", 0.0))
 
     @property
     def is_coupled(self) -> bool:
-        return isinstance(self.coupled, Tensor) or self.coupled != 0  # a tensor's value would have to be waited for
+        return isinstance(self.coupled, Tensor) or self.coupled != 0  # reading a tensor's value may wait for a GPU
 
     def tensors(self) -> list[Tensor]:
         return [parameter.tensor for parameter in self.parameters]
@@ -45,8 +45,8 @@ class RememberingJob(Job):
         return [p.grad for p in self.tensors() if p.grad is not None]
 
     def remember(self) -> None:
-        """Keep what the base's step will overwrite."""
-        # asked before the base steps: some factors depend on the parameter's size or on the base's count
+        """Save everything that the base's step will overwrite and that is needed afterwards."""
+        # before the base steps, because some factors depend on the parameter's norm or on the base's step count
         self.factors = self._factors()
         self.saved = self.keep_parameters()
         nothing = [None] * len(self.parameters)
@@ -54,8 +54,8 @@ class RememberingJob(Job):
         self.grads = self._gradients() if self.wants_grad else nothing
 
     def keep_parameters(self) -> list[Tensor]:
-        """The parameters' values, which are put back when something raises."""
-        return lists.copies(self.tensors())
+        """Return the parameters' values, from which they are restored if something raises."""
+        return foreach.copies(self.tensors())
 
     def _factors(self) -> list[spec.Scalar]:
         base, group, facts = self.context.base, self.group, self.facts
@@ -66,44 +66,44 @@ class RememberingJob(Job):
         return [plain_number(decay_factor(base, group, facts))] * len(self.parameters)
 
     def asked_for_decay(self) -> list[Tensor]:
-        """What the base steps, on which a factor of its own may depend."""
+        """Return the tensors that the base will step: a factor of decay may depend on them."""
         return self.tensors()
 
     def _gradients(self) -> list[Tensor]:
         raw = self.raw_grads()
         if self.is_coupled:
-            made = lists.sums(raw, self.saved, self.coupled, wide=True)
+            decayed = foreach.sums(raw, self.saved, self.coupled, wide=True)
             if self.sign < 0:
-                lists.neg_(made)
-            return made
+                foreach.neg_(decayed)
+            return decayed
         if self.sign < 0:
-            return lists.negated(raw)
-        return lists.copies(raw) if self.facts.writes_grad else raw
+            return foreach.negated(raw)
+        return foreach.copies(raw) if self.facts.writes_grad else raw
 
     def _own_momenta(self, indices: Sequence[int]) -> list[Tensor]:
         assert self.context.own_momentum is not None
         return [self.context.own_momentum(self.parameters[i], self.policy) for i in indices]
 
     def _stored_momentum(self, p: Tensor) -> tuple[Tensor, bool]:
-        """The base's first moment, zeros before there is one; and whether it is the base's own memory."""
+        """Return the base's first moment, or zeros if there is none yet, and True if it shares the base's memory."""
         value, is_stored = momentum_entry(self.context.base, p, self.facts)
         return (torch.zeros_like(p), False) if value is None else (value, is_stored)
 
     def _momenta_kept(self) -> list[Tensor]:
-        """Copies of the first moments as they are now."""
+        """Return copies of the present first moments."""
         if self.context.own_momentum is not None:
-            return lists.copies(self._own_momenta(range(len(self.parameters))))
-        found = [self._stored_momentum(p) for p in self.tensors()]
-        kept = iter(lists.copies([value for value, is_stored in found if is_stored]))
-        return [next(kept) if is_stored else value for value, is_stored in found]
+            return foreach.copies(self._own_momenta(range(len(self.parameters))))
+        momenta = [self._stored_momentum(p) for p in self.tensors()]
+        copies = iter(foreach.copies([value for value, is_stored in momenta if is_stored]))
+        return [next(copies) if is_stored else value for value, is_stored in momenta]
 
     def momenta_now(self, indices: Sequence[int]) -> Sequence[Tensor | None]:
-        """The first moments after this gradient was mixed in, where the policy reads them."""
+        """Return the first moments with this step's gradient in them; None if the policy does not read them."""
         if self.context.own_momentum is not None:
             assert self.context.momentum_beta is not None
             momenta = self._own_momenta(indices)
             grads = [grad for grad in (self.grads[i] for i in indices) if grad is not None]
-            lists.lerp_(momenta, grads, 1.0 - self.context.momentum_beta)
+            foreach.lerp_(momenta, grads, 1.0 - self.context.momentum_beta)
             return momenta
         if not self.wants_momentum:
             return [None] * len(indices)

@@ -1,10 +1,10 @@
-"""Parameters that are rotated: the base's rule and the policy work in the rotated space, the parameter stays outside.
+"""RotatedJob: the base's rule and the policy work in the rotated space, the parameter itself is not rotated.
 
     refresh, carry -> P^T g Q -> the base's rule -> mask -> P (mask u) Q^T -> p <- factor p - that, rounded once
 
-How the update is obtained is the matter of rotated_fused.py and rotated_swapped.py; here is what they share. The base's
-state lives in the rotated space, under its own keys and in the parameter's shape. Coupled decay and `maximize` are in
-the gradient before it is rotated; decoupled decay is a factor on the parameter itself.
+rotated_fused.py and rotated_stepped.py obtain the update; their common part is here. The base's state is in the rotated
+space, under its own keys and in the parameter's shape. Coupled decay and `maximize` enter the gradient before it is
+rotated. Decoupled decay is a factor on the parameter itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective import foreach as lists
+from selective import foreach
 from selective.base.fused_rules import fused_rule
 from selective.capture.generic import Captured, GenericJob, by_value
 from selective.kernels import selective_step, spec
@@ -33,7 +33,7 @@ from selective.sharding.dtensor import local_like, local_of, shard_of
 
 
 class RotatedJob(GenericJob):
-    """One group's rotated parameters that have a gradient."""
+    """The job of one group's rotated parameters that have a gradient."""
 
     def __init__(self, *args: Any, rotation: Rotation, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,38 +41,38 @@ class RotatedJob(GenericJob):
         self.own_code = self.specs is None or is_foreign(rotation.preconditioner)
         self.in_original = rotation.mask_space == "original"
         self.gradients: list[Tensor] = []  # not rotated, after `maximize` and coupled decay
-        self.moving: list[int] = []  # those that step: not the ones that stand still
-        self.momenta: dict[int, Tensor | None] = {}  # in the space of the mask, of what is being masked now
-        self.waiting: dict[int, Tensor] = {}  # -mask u of the rotated space, as soon as the mask is known
+        self.moving: list[int] = []  # those that step now: the preconditioner may hold others still
+        self.momenta: dict[int, Tensor | None] = {}  # of the parameters that are being masked, in the space of the mask
+        self.waiting: dict[int, Tensor] = {}  # -mask u in the rotated space, until it is applied
         self.count = len(self.parameters)
         self.grads, self.previous = [None] * self.count, [None] * self.count
 
     def prepare(self) -> None:
-        """Steps 3 and 4."""
+        """Take step 3, refresh and carry, and get the gradients of step 4."""
         if self.own_code:
-            self.saved = lists.copies(self.tensors())
+            self.saved = foreach.copies(self.tensors())
         self.gradients = self._effective_gradients()
         for carried in self.rotation.renew(self._matrices):
             self._carry(carried)
         self.moving = [i for i in range(self.count) if not self.rotation.stands_still(i)]
 
     def raw_grads(self) -> list[Tensor]:
-        """Of sharded parameters, what is here of them; so are all tensors of a job but the parameters themselves."""
+        """Return this rank's parts of the gradients. All tensors of a job but the parameters themselves are parts."""
         return [local_like(p.grad, p) for p in self.tensors() if p.grad is not None]
 
     def _effective_gradients(self) -> list[Tensor]:
         raw = self.raw_grads()
         if not self.is_coupled:
-            return lists.negated(raw) if self.sign < 0 else raw
-        made = lists.sums(raw, [local_of(p) for p in self.tensors()], self.coupled, wide=True)
+            return foreach.negated(raw) if self.sign < 0 else raw
+        decayed = foreach.sums(raw, [local_of(p) for p in self.tensors()], self.coupled, wide=True)
         if self.sign < 0:
-            lists.neg_(made)
-        return made
+            foreach.neg_(decayed)
+        return decayed
 
     def base_dtype(self, index: int) -> torch.dtype:
-        """The dtype of the gradient from which the base would step this parameter: Note [gradients of another dtype].
+        """Return the dtype of the gradient with which the base would step: Note [gradients of another dtype].
 
-        torch's `grad.add(param, alpha=weight_decay)` promotes where decay is coupled.
+        With coupled decay, torch's `grad.add(param, alpha=weight_decay)` promotes the gradient.
         """
         p = self.parameters[index].tensor
         assert p.grad is not None
@@ -82,13 +82,13 @@ class RotatedJob(GenericJob):
         return [as_matrix(self.gradients[i], self.rotation.bases[i].shape) for i in indices]
 
     def _carry(self, carried: Carried) -> None:
-        """The moments into the new space."""
+        """Carry the moments of one parameter into the new space."""
         parameter, basis = self.parameters[carried.index], self.rotation.bases[carried.index]
         around = as_it_is
         if basis.gathers and basis.shard is not None:
             around = partial(on_wholes, basis.shard, basis.whole)
-        own = [] if self.context.own_momentum is None else [self.context.own_momentum(parameter, self.policy)]
-        self._carrier.carry(parameter.tensor, basis.shape, carried, own, around)
+        own_momenta = [] if self.context.own_momentum is None else [self.context.own_momentum(parameter, self.policy)]
+        self._carrier.carry(parameter.tensor, basis.shape, carried, own_momenta, around)
 
     @cached_property
     def _carrier(self) -> MomentCarrier:
@@ -98,11 +98,11 @@ class RotatedJob(GenericJob):
         return MomentCarrier(base, moments, bound, rule is not None, self.rotation.carries_in())
 
     def rotated_gradients(self, indices: list[int]) -> list[Tensor]:
-        """Step 4 of alike parameters: float32, shaped like them."""
+        """Take step 4: return the rotated gradients of one bucket, float32, each shaped like its parameter."""
         return self.rotation.gradients_in(indices, [self.gradients[i] for i in indices])
 
     def close(self) -> None:
-        """Step 8."""
+        """Take step 8: let the preconditioner observe, and count the step."""
         self.rotation.observe(self._matrices)
         self.rotation.count_steps()
 
@@ -115,7 +115,7 @@ class RotatedJob(GenericJob):
         momenta: Sequence[Tensor | None],
         previous: Sequence[Tensor | None],
     ) -> None:
-        """Lay out what the policy will read of these, in the space of the mask."""
+        """Set the gradients and momenta that the policy will read, in the space of the mask."""
         grads = list(rotated)
         if self.in_original:
             momenta, previous = self._out(indices, momenta), self._out(indices, previous)
@@ -132,26 +132,26 @@ class RotatedJob(GenericJob):
         return [self.momenta.pop(i) for i in indices]
 
     def momenta_of_base(self, indices: Sequence[int]) -> Sequence[Tensor | None]:
-        """Those of the rotated space, after this gradient was mixed in."""
+        """Return the first moments in the rotated space, after this step's gradient has entered them."""
         return super().momenta_now(indices)
 
-    def mask_and_land(self, indices: list[int], updates: Sequence[Tensor], *, negated: bool) -> None:
-        """Mask these updates (or their negatives) of the rotated space, and step the parameters."""
+    def mask_and_apply(self, indices: list[int], updates: Sequence[Tensor], *, negated: bool) -> None:
+        """Mask these updates of the rotated space (or their negatives), and apply them to the parameters."""
         if self.in_original:
             updates = self.rotation.project_out(indices, updates)
             starts = self._starts(indices)
             self._call(indices, updates, starts, [self.factors[i] for i in indices], negated)
             self._keep_residue(indices, starts)
             return
-        left = self.nothing(indices)
-        self.waiting.update(zip(indices, left, strict=True))
-        self._call(indices, updates, left, [1.0] * len(indices), negated)
+        masked = self.zeros(indices)
+        self.waiting.update(zip(indices, masked, strict=True))
+        self._call(indices, updates, masked, [1.0] * len(indices), negated)
 
     def stepped(self, indices: Sequence[int]) -> None:
-        """Masked in the rotated space: at once, or when other ranks have said what they know."""
+        """Apply the updates that are masked by now: at once, or after the exchange with other ranks."""
         waiting = [i for i in indices if i in self.waiting]
         if waiting:
-            self.land(waiting, [self.waiting.pop(i) for i in waiting])
+            self.apply_masked(waiting, [self.waiting.pop(i) for i in waiting])
 
     def _call(
         self,
@@ -161,24 +161,27 @@ class RotatedJob(GenericJob):
         factors: Sequence[spec.Scalar],
         negated: bool,
     ) -> None:
-        """target <- factor target - mask u."""
+        """Let the kernels compute target <- factor target - mask u."""
         beta = self._lookahead()
         for factor, places in by_value(factors):
             captured = [Captured(updates[k], targets[k], targets[k]) for k in places]
             self.apply([indices[k] for k in places], captured, spec.GivenRule(factor, 0.0, negated, beta, self.rate))
-        for i in indices:  # not needed any more
+        for i in indices:  # frees their memory
             self.grads[i] = self.previous[i] = None  # type: ignore[index]
 
-    def nothing(self, indices: list[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """Zeros shaped like these parameters, which a kernel turns into -mask u."""
+    def zeros(self, indices: list[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """Return zeros shaped like these parameters; a kernel turns them into -mask u."""
         tensors = [local_of(self.parameters[i].tensor) for i in indices]
         if all(p.is_contiguous() for p in tensors) and len({p.shape for p in tensors}) == 1:
             shape = (len(indices), *tensors[0].shape)
             return list(torch.zeros(shape, dtype=dtype, device=tensors[0].device).unbind())
         return [torch.zeros_like(p, dtype=dtype) for p in tensors]
 
-    def land(self, indices: list[int], masked: Sequence[Tensor]) -> None:
-        """Step 7: project `masked`, which is -mask u, out; p <- factor p + that, rounded once."""
+    def apply_masked(self, indices: list[int], masked: Sequence[Tensor]) -> None:
+        """Take step 7: project `masked`, which is -mask u, out of the rotated space, and add it to factor p.
+
+        The sum is rounded once.
+        """
         moved = self.rotation.project_out(indices, masked, narrow=True)
         starts = self._starts(indices)
         described = specs_of(Dense())
@@ -194,7 +197,7 @@ class RotatedJob(GenericJob):
                 )
                 for k in places
             ]
-            passing = self.kept.passing(self.calls, items, self.policy, self.context.recording)
+            passing = self.kept_items.passing(self.calls, items, self.policy, self.context.recording)
             self.calls += 1
             selective_step(
                 passing, rule=spec.GivenRule(factor, 0.0, negated=True), selection=described[0],
@@ -209,8 +212,8 @@ class RotatedJob(GenericJob):
         return None if self.context.local_scope else shard_of(self.parameters[index].tensor)
 
     def _starts(self, indices: Sequence[int]) -> list[Tensor]:
-        """The parameters, which are stepped in place; what stands in for those that keep a rounding residue."""
+        """Return the tensors to which updates are applied: the parameters, or float32 sums with their residue."""
         return [local_of(self.parameters[i].tensor) for i in indices]
 
     def _keep_residue(self, indices: list[int], exact: Sequence[Tensor]) -> None:
-        """Where something stood in for the parameter: round it, and keep what that takes."""
+        """Round float32 results into their parameters, and keep the residue; here there are none."""

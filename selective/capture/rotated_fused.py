@@ -1,6 +1,6 @@
-"""Fused capture of rotated parameters: the known rule runs on zeros and leaves -mask u there, in the rotated space.
+"""Fused capture of rotated parameters: the known rule steps zeros in the rotated space, which become -mask u.
 
-So nothing but the products, and the buffer that they are made from, is added to a fused step.
+Compared with a fused step without rotation, only the products are added, and the buffer of zeros.
 """
 
 from __future__ import annotations
@@ -20,29 +20,33 @@ from selective.sharding.dtensor import is_dtensor, local_like, wrapped_like
 
 
 class RotatedFusedJob(RotatedJob):
-    """The rule of a known base, on its own state."""
+    """The job of rotated parameters whose rule our kernels compute on the base's own state.
+
+    `hides_gradients`: True if the base steps the rest of the group, and must not step these. `alone`: True if the group
+    has no other parameters.
+    """
 
     steps_base = False
 
-    def __init__(self, *args: Any, rule: FusedRule, hides: bool, alone: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rule: FusedRule, hides_gradients: bool, alone: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.fused, self.hides, self.alone = rule, hides, alone
+        self.fused, self.hides_gradients, self.alone = rule, hides_gradients, alone
         self.hidden = LentGradients()
 
     def prepare(self) -> None:
         super().prepare()
         self.factors = self._factors()
-        if self.hides:  # the base steps the rest of the group, and skips what has no gradient
+        if self.hides_gradients:  # the base skips parameters without a gradient
             for p in self.tensors():
                 self.hidden.lend(p, None)
 
     def finish(self) -> None:
         self.hidden.give_back()
         in_kernel = self.specs is not None and not self.in_original
-        for indices in self.rotation.alike(self.moving, self.rotation.at_once(narrow=in_kernel)):
+        for indices in self.rotation.buckets(self.moving, self.rotation.at_once(narrow=in_kernel)):
             grads = [self.gradients[i] for i in indices]
             self._step(indices, self.rotation.gradients_in(indices, grads, narrow=in_kernel), in_kernel)
-        if self.alone:  # else the other job of the group does it
+        if self.alone:  # otherwise the group's other job does it
             self.fused.after(self.group)
         self.close()
 
@@ -51,48 +55,51 @@ class RotatedFusedJob(RotatedJob):
         super().restore()
 
     def _step(self, indices: list[int], rotated: list[Tensor], in_kernel: bool) -> None:
+        """Step one bucket on its rotated gradients; with `in_kernel` the kernel of the rule also masks."""
         rule = self.fused.rule(self.context.base, self.group)
-        # Decay and `maximize` are in the gradient already, or a factor on the parameter.
+        # Coupled decay and `maximize` are in the gradient already, decoupled decay is a factor on the parameter.
         undecayed: Any = {"decay_factor": 1.0} if isinstance(rule, spec.LionRule) else {}
         rule = replace(rule, weight_decay=0.0, maximize=False, **undecayed)
-        states, fresh = [], []
-        kept: list[dict[str, Any]] = []  # the base's own dictionaries, of which shards get a copy with what is here
+        states: list[dict[str, Any]] = []  # with this rank's parts of sharded entries
+        base_states: list[dict[str, Any]] = []  # the base's own dictionaries
+        without_buffer = []  # SGD: state and dtype of parameters whose momentum the rule is about to make
         for i in indices:
             p = self.parameters[i].tensor
             state = self.context.base.state[p]
             if not state:
                 self.fused.init_state(self.group, p, state)
             if isinstance(rule, spec.SGDRule) and state.get("momentum_buffer") is None:
-                fresh.append((self.base_dtype(i), state))
-            kept.append(state)
+                without_buffer.append((self.base_dtype(i), state))
+            base_states.append(state)
             states.append({k: local_like(v, p) for k, v in state.items()} if is_dtensor(p) else state)
-        # SGD's momentum is made in the dtype of what is stepped.
-        left = self.nothing(indices, torch.float32 if fresh else rotated[0].dtype)
+        # The rule makes SGD's momentum in the dtype of the buffer.
+        buffers = self.zeros(indices, torch.float32 if without_buffer else rotated[0].dtype)
         items = []
-        for i, buffer, grad, state in zip(indices, left, rotated, states, strict=True):
-            own = self.context.own_state(self.parameters[i], self.policy)
-            items.append(spec.Item(buffer, grad, state, self._address(i), own, self.shard(i)))
+        for i, buffer, grad, state in zip(indices, buffers, rotated, states, strict=True):
+            policy_state = self.context.own_state(self.parameters[i], self.policy)
+            items.append(spec.Item(buffer, grad, state, self._address(i), policy_state, self.shard(i)))
         if in_kernel:
-            self.waiting.update(zip(indices, left, strict=True))
+            self.waiting.update(zip(indices, buffers, strict=True))
             self._step_in_kernel(indices, items, rule)
         else:
             self._step_outside(indices, items, rule)
-        for i, mine, theirs in zip(indices, states, kept, strict=True):
-            if mine is not theirs:
+        for i, state, base_state in zip(indices, states, base_states, strict=True):
+            if state is not base_state:
                 p = self.parameters[i].tensor
-                theirs.update({k: wrapped_like(v, p) for k, v in mine.items() if theirs.get(k) is None})
-        for dtype, state in fresh:
-            _in_dtype(dtype, state)
+                base_state.update({k: wrapped_like(v, p) for k, v in state.items() if base_state.get(k) is None})
+        for dtype, state in without_buffer:
+            _cast_momentum_buffer(dtype, state)
 
     def _step_in_kernel(self, indices: list[int], items: list[spec.Item], rule: spec.Rule) -> None:
+        """Let one kernel compute the rule and the mask. A sharded step is only begun, as in `GenericJob`."""
         assert self.specs is not None
         report = self.context.report
-        passing = self.kept.passing(self.calls, items, self.policy, self.context.recording)
+        passing = self.kept_items.passing(self.calls, items, self.policy, self.context.recording)
         self.calls += 1
         draw = self.context.draw_on(items[0].param.device)
         how: dict[str, Any] = {
             "rule": rule, "selection": self.specs[0], "strength": self.specs[1],
-            "draw": replace(draw, stochastic=False),  # the parameter is rounded later, in `land`
+            "draw": replace(draw, stochastic=False),  # `apply_masked` rounds, when it writes the parameter
             "statistics": report is not None,
         }  # fmt: skip
 
@@ -107,15 +114,15 @@ class RotatedFusedJob(RotatedJob):
             self.context.exchange.add(begin_sharded(passing, **how), len(items), done)
 
     def _step_outside(self, indices: list[int], items: list[spec.Item], rule: spec.Rule) -> None:
-        """The rule alone, and then the mask: where it is a policy's own code, or not of the rotated space."""
+        """Compute the rule alone, and mask afterwards: by a policy's own code, or in the original space."""
         moved = [advance(item, rule, keep_previous="previous_momentum" in self.reads) for item in items]
-        momenta = [one.momentum if "momentum" in self.reads else None for one in moved]
-        self.take(indices, [one.grad for one in moved], momenta, [one.previous_momentum for one in moved])
-        self.mask_and_land(indices, [one.update for one in moved], negated=False)
+        momenta = [step.momentum if "momentum" in self.reads else None for step in moved]
+        self.take(indices, [step.grad for step in moved], momenta, [step.previous_momentum for step in moved])
+        self.mask_and_apply(indices, [step.update for step in moved], negated=False)
 
 
-def _in_dtype(dtype: torch.dtype, state: dict[str, Any]) -> None:
-    """SGD's buffer, which the rule makes in its first step, in the dtype in which the base would have made it."""
+def _cast_momentum_buffer(dtype: torch.dtype, state: dict[str, Any]) -> None:
+    """Cast SGD's buffer, which the rule makes in its first step, to the dtype that the base would have given it."""
     buffer = state.get("momentum_buffer")
     if buffer is not None:
         state["momentum_buffer"] = buffer.to(dtype)

@@ -1,6 +1,7 @@
-"""Train the same small GPT from the same start on the same batches under several optimizers: did selection help?
+"""Trains the same small GPT from the same start on the same batches under several optimizers: did selection help?
 
-`selective compare` on the command line. From Python (under `if __name__ == "__main__":`, for it starts processes)::
+On the command line it is `selective compare`. From Python, under `if __name__ == "__main__":` because it starts
+processes::
 
     from pathlib import Path
     from selective.compare import Comparison, build, summarise

@@ -1,4 +1,4 @@
-"""`selective compare` and `selective explain`: from what the user asked for to what stands in the terminal."""
+"""The commands `selective compare` and `selective explain`: they read the options and write to the terminal."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def _compare(options: argparse.Namespace, given: dict[str, Any]) -> int:
     console = require("rich.console").Console()
     if not console.is_terminal:
         console.width = 120  # a log file has no width; rich would take 80
-    require("matplotlib.figure")  # now, and not after the training
+    require("matplotlib.figure")  # a missing package is an error before the training, not after it
     folder = Path(options.out) if options.out else Path("results") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     config = resolve(options, given, folder)
-    # With a description at hand --resume also begins, so that one command line serves until the end.
+    # With a configuration, --resume also begins a comparison, so that one command line serves from start to end.
     begin = not (folder / "config.json").exists() and bool(options.config or given)
     comparison = Comparison(config, folder, options.resume and not begin, options.overwrite)
     parameters = sum(p.numel() for p in GPT(config.model, 0).parameters())
@@ -66,7 +66,7 @@ def _compare(options: argparse.Namespace, given: dict[str, Any]) -> int:
 
 
 def resolve(options: argparse.Namespace, given: dict[str, Any], folder: Path) -> CompareConfig:
-    """Defaults, under what a resumed folder holds, under the file, under the command line."""
+    """The configuration: the command line over the file, over a resumed folder's own, over the defaults."""
     from selective.compare.runner import read_json
 
     data: dict[str, Any] = {}
@@ -87,7 +87,7 @@ def resolve(options: argparse.Namespace, given: dict[str, Any], folder: Path) ->
 
 
 def _seeds_from(first: int, seeds: Any) -> Any:
-    """As many seeds as were asked for, from `first` on."""
+    """The seeds from `first` on, as many as the count `seeds`. Raises ConfigError if `seeds` is a list."""
     if isinstance(seeds, (list, tuple)):
         raise ConfigError(
             f"--first-seed {first}: the seeds are a list ({', '.join(map(str, seeds))}); give a count with --seeds, or "
@@ -97,7 +97,7 @@ def _seeds_from(first: int, seeds: Any) -> Any:
 
 
 def explain(base: str, base_options: dict[str, Any], policy: Any, preconditioner: Any = None) -> int:
-    """Print what SelectiveUpdate finds out about a base."""
+    """Print the `explain()` of a base under a policy and a preconditioner. Returns the exit code."""
     from selective.compare.contenders import make_base, wrap
     from selective.compare.model import GPT
 

@@ -1,7 +1,7 @@
-"""What a comparison is: one frozen, validated description of the model, the text, the loop and the contenders.
+"""The configuration of a comparison: one frozen, validated description of model, text, loop and contenders.
 
-A YAML or JSON file and the command line both end here; unknown keys are errors that name their path. What is not
-written has a default that stands below with its reason.
+A YAML or JSON file and the command line both end here. Unknown keys are errors that name their path. Settings that are
+not written have the defaults below.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from selective.policies.policy import AnyPolicy
 
 
 class ConfigError(ValueError):
-    """A comparison that cannot be run as it is described. The message says what, where and what to do."""
+    """Raised if a comparison can't be run as it is described. The message says what is wrong, where, and what to do."""
 
 
 class _Config(BaseModel):
@@ -79,11 +79,11 @@ MOST_SEEDS = 10_000
 
 
 def _seeds(value: Any) -> Any:
-    """A count means 0 .. count - 1; a list is taken as it is."""
+    """Turn a count into the seeds 0 to count - 1. A list stays as it is."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
             raise ValueError(f"{value} seeds; at least one is needed, and three for a useful interval")
-        if value > MOST_SEEDS:  # a seed that was meant to be one of a list, say
+        if value > MOST_SEEDS:  # for example a seed that was meant to be in a list
             raise ValueError(
                 f"{value} seeds, and each trains every contender; at most {MOST_SEEDS}, or a list of seeds"
             )
@@ -96,7 +96,7 @@ Rate = Annotated[float, Field(gt=0)]
 
 
 class CompareConfig(_Config):
-    """The whole comparison. `threads` changes the rounding of sums, `workers` changes nothing but the time."""
+    """The whole comparison. `threads` changes the rounding of sums; `workers` changes the time only."""
 
     base: str = Field("AdamW", min_length=1, description="name in torch.optim or pytorch_optimizer, or module:Class")
     base_options: dict[str, JsonValue] = Field(default_factory=dict, description="keyword arguments of the base")
@@ -112,7 +112,7 @@ class CompareConfig(_Config):
     preconditioners: tuple[AnyPreconditioner, ...] = Field(
         (), description="the base and every policy in the space of each, too: adadiag, adadiag++, soap, or a `kind`"
     )
-    policies_in_spaces: bool = Field(True, description="whether policies run in each preconditioner's space as well")
+    policies_in_spaces: bool = Field(True, description="also run the policies in each preconditioner's space")
     controls: bool = Field(True, description="each policy beside a random mask of the same share and norm")
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds)] = Field((0, 1, 2), min_length=1)
     steps: int = Field(400, ge=2)
@@ -126,7 +126,7 @@ class CompareConfig(_Config):
     @field_validator("imports")
     @classmethod
     def _import(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
-        """Fields are validated in the order in which they stand, so a policy's class is known before its name is."""
+        """Import the modules. Fields are validated in their order, so this comes before the policies' names."""
         for module in modules:
             try:
                 importlib.import_module(module)
@@ -154,43 +154,43 @@ class CompareConfig(_Config):
 
 
 def dump(config: CompareConfig) -> dict[str, Any]:
-    """The configuration as plain JSON data; `build(dump(c)) == c`."""
+    """The configuration as plain JSON data, so that `build(dump(c)) == c`."""
     return config.model_dump(mode="json")
 
 
 def build(data: Mapping[str, Any], source: str = "the configuration") -> CompareConfig:
-    """Validate plain data. Raises ConfigError with one line for each mistake: its path, and what is allowed."""
+    """Validate plain data. Raises ConfigError with a line for each mistake: its path, and what is allowed there."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"{source} is not a comparison that can be run: it is a {type(data).__name__}, not a mapping")
     try:
         return CompareConfig.model_validate(dict(data))
     except ValidationError as error:
         lines = [f"{source} is not a comparison that can be run:"]
-        lines += [f"  {_line(found)}" for found in error.errors()]
+        lines += [f"  {_line(problem)}" for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from error
 
 
-def _line(found: Any) -> str:
-    path = ".".join(str(part) for part in found["loc"]) or "(whole)"
-    if found["type"] == "extra_forbidden":
+def _line(problem: Any) -> str:
+    path = ".".join(str(part) for part in problem["loc"]) or "(whole)"
+    if problem["type"] == "extra_forbidden":
         owner: Any = CompareConfig
-        for part in found["loc"][:-1]:
+        for part in problem["loc"][:-1]:
             owner = owner.model_fields[part].annotation if part in getattr(owner, "model_fields", {}) else None
         known = "it is no setting of that policy" if owner is None else f"known here: {', '.join(owner.model_fields)}"
         return f"{path}: unknown key; {known}"
-    message = found["msg"].removeprefix("Value error, ").replace("\n", "\n    ")
+    message = problem["msg"].removeprefix("Value error, ").replace("\n", "\n    ")
     return f"{path}: {message}"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A configuration file as plain data, YAML or JSON by its suffix. Raises ConfigError."""
+    """Read a configuration file, YAML or JSON by its suffix, as plain data. Raises ConfigError if it can't."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); name a YAML or JSON file") from error
     form = "JSON" if path.suffix.lower() == ".json" else "YAML"
     yaml = require("yaml") if form == "YAML" else None
-    unreadable: tuple[type[Exception], ...] = (ValueError, RecursionError)  # a date that is none; nested without end
+    unreadable: tuple[type[Exception], ...] = (ValueError, RecursionError)  # an impossible date; endless nesting
     if yaml is not None:
         unreadable = (*unreadable, yaml.YAMLError)
     try:
@@ -205,7 +205,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, nested mappings merged (the options of a base are replaced as a whole)."""
+    """Merge `above` over `below`, nested mappings included. The options of a base are replaced as a whole."""
     merged = dict(below)
     for key, value in above.items():
         nested = key != "base_options" and isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -214,7 +214,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """Where two dumped configurations differ, one line each: `model.width: 128 before, 192 now`."""
+    """A line for each difference of two dumped configurations: `model.width: 128 before, 192 now`."""
     lines = []
     for key in [*old, *(key for key in new if key not in old)]:
         before, now = old.get(key), new.get(key)

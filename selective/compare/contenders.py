@@ -1,6 +1,6 @@
-"""Who is compared: a base optimizer, alone and under each policy, each policy beside its matched random control.
+"""The contenders: a base optimizer alone and under each policy, and each policy's matched random control.
 
-With preconditioners all of them once more in the space of each.
+With preconditioners, all of them come once more in the space of each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from selective.compare.config import CompareConfig, ConfigError
 from selective.compare.spaces import groups_by_kind
 from selective.policies import MatchedRandomMask
 
-# What a user would write for a transformer. A base that is not here keeps its own defaults.
+# Options that a user would write for a transformer. A base that is not in this table keeps its own defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"betas": (0.9, 0.95)} for name in ("Adam", "AdamW", "NAdam", "RAdam")},
     "SGD": {"momentum": 0.9, "nesterov": True},
@@ -30,26 +30,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Contender:
-    """One side of the comparison, before its learning rate and seed. `policy` None: the base as it is."""
+    """One side of the comparison, without learning rate and seed. `policy` is None for the base as it is."""
 
     index: int
     label: str
     role: str  # "baseline", "rotation" (the base in a preconditioner's space), "policy" or "control"
     policy: Policy | None
-    of: int | None = None  # a control: index of its policy; a policy: index of its control, where it has one
+    of: int | None = None  # of a control, the index of its policy; of a policy, that of its control, if it has one
     preconditioner: Preconditioner | None = None
     ground: int = 0  # index of the base in the same space
-    rates: tuple[float, ...] = ()  # the learning rates at which it runs
+    rates: tuple[float, ...] = ()  # the learning rates of its runs
 
     @property
     def slug(self) -> str:
-        """For file names; of the kind only, for it must not depend on how the policy was written."""
+        """A name for files, from the policy's kind only, so that it does not depend on how the policy was written."""
         return f"{self.index:02d}-{re.sub('[^A-Za-z0-9]+', '-', self.label.partition('(')[0]).strip('-')}"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run."""
+    """One training run: a contender at a learning rate and a seed."""
 
     contender: Contender
     lr: float
@@ -61,26 +61,26 @@ class Run:
 
 
 def contenders(config: CompareConfig) -> list[Contender]:
-    """The baseline first, then each policy followed by its control; then the same in each preconditioner's space."""
-    found: list[Contender] = []
+    """List the baseline, then each policy followed by its control, and the same in each preconditioner's space."""
+    listed: list[Contender] = []
     rates = {"baseline": config.lr, "policy": config.lr, "control": config.lr, "rotation": config.lr, **config.rates}
     for space in (None, *config.preconditioners):
-        ground, suffix = len(found), "" if space is None else f" in {written(space)}"
+        ground, suffix = len(listed), "" if space is None else f" in {written(space)}"
         role = "baseline" if space is None else "rotation"
-        found.append(Contender(ground, config.base + suffix, role, None, None, space, ground, rates[role]))
+        listed.append(Contender(ground, config.base + suffix, role, None, None, space, ground, rates[role]))
         for policy in config.policies if space is None or config.policies_in_spaces else ():
-            index, label = len(found), written(policy) + suffix
+            index, label = len(listed), written(policy) + suffix
             control = matching(policy) if config.controls else None
             of = None if control is None else index + 1
-            found.append(Contender(index, label, "policy", policy, of, space, ground, rates["policy"]))
+            listed.append(Contender(index, label, "policy", policy, of, space, ground, rates["policy"]))
             if control is not None:
                 name = f"random like {label}"
-                found.append(Contender(index + 1, name, "control", control, index, space, ground, rates["control"]))
-    return found
+                listed.append(Contender(index + 1, name, "control", control, index, space, ground, rates["control"]))
+    return listed
 
 
 def written(policy: Policy | Preconditioner) -> str:
-    """`MGUP(tau=0.3)`: what differs from the defaults. The same after JSON too, unlike repr."""
+    """The kind and the fields that differ from their defaults: `MGUP(tau=0.3)`. Unlike repr the same after JSON."""
     fields = type(policy).model_fields
     values = {name: getattr(policy, name) for name in fields}
     changed = [f"{name}={value!r}" for name, value in values.items() if value != fields[name].default]
@@ -88,7 +88,7 @@ def written(policy: Policy | Preconditioner) -> str:
 
 
 def matching(policy: Policy) -> Policy | None:
-    """The control of a policy; None where there is nothing to control for: no selection, or a random one already."""
+    """The control of a policy; None if the policy selects everything or at random already."""
     parts = policy.parts()
     if isinstance(policy, MatchedRandomMask) or (parts is not None and isinstance(parts[0], Everything | Bernoulli)):
         return None
@@ -99,25 +99,25 @@ def matching(policy: Policy) -> Policy | None:
 
 
 def runs(config: CompareConfig) -> list[Run]:
-    """Seeds outermost: a comparison that is cut short has every contender for the seeds that it finished."""
+    """List all runs, seed by seed: an interrupted comparison has every contender for the seeds that it finished."""
     field = contenders(config)
     return [Run(contender, lr, seed) for seed in config.seeds for contender in field for lr in contender.rates]
 
 
 def base_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class behind `name`: in torch.optim, in pytorch_optimizer, or `module:Class`. Raises ConfigError."""
+    """The optimizer class `name`: of torch.optim, of pytorch_optimizer, or `module:Class`. Raises ConfigError."""
     module, colon, attribute = name.rpartition(":")
     places = [module] if colon else ["torch.optim", "pytorch_optimizer"]
     looked = []
     for place in places:
         try:
-            found = getattr(importlib.import_module(place), attribute, None)
+            candidate = getattr(importlib.import_module(place), attribute, None)
         except ModuleNotFoundError as error:
             looked.append(f"{place} (cannot be imported: {error})")
             continue
-        if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
-            return found
-        looked.append(f"{place} ({'not there' if found is None else 'not an optimizer class'})")
+        if isinstance(candidate, type) and issubclass(candidate, torch.optim.Optimizer):
+            return candidate
+        looked.append(f"{place} ({'not there' if candidate is None else 'not an optimizer class'})")
     dotted = "." in attribute
     near = [":".join(attribute.rsplit(".", 1))] if dotted else difflib.get_close_matches(attribute, dir(torch.optim), 1)
     meant = f" (did you mean {near[0]!r}?)" if near and not colon else ""
@@ -128,16 +128,16 @@ def base_class(name: str) -> type[torch.optim.Optimizer]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decayed, vectors not."""
+    """Two parameter groups: matrices with weight decay, vectors without."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """The model's name for each of the optimizer's, which are by group and place.
+    """The model's name of each parameter, by the optimizer's name, which is made of group and place.
 
-    Groups of (name, parameter) pairs would carry names, but only torch's own constructors are sure to take them.
+    Groups of (name, parameter) pairs would carry the names, but only torch's own constructors are sure to take them.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
@@ -148,9 +148,9 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def make_base(config: CompareConfig, model: nn.Module, lr: float, rotated: bool = False) -> torch.optim.Optimizer:
-    """The base over the model's parameters; `rotated`: its groups say what a preconditioner leaves alone.
+    """Build the base over the model's parameters. If `rotated`, its groups say which a preconditioner leaves alone.
 
-    Raises ConfigError where its constructor refuses.
+    Raises ConfigError if the base's constructor refuses them.
     """
     cls = base_class(config.base)
     options = {**OPTIONS.get(cls.__name__, {}), **config.base_options}
@@ -175,7 +175,7 @@ def make_base(config: CompareConfig, model: nn.Module, lr: float, rotated: bool 
 
 
 def make(config: CompareConfig, run: Run, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a run: the base itself for the baseline, wrapped for the others."""
+    """Build the optimizer of a run: the base itself for the baseline, a wrapped base for the others."""
     policy, space = run.contender.policy, run.contender.preconditioner
     base = make_base(config, model, run.lr, space is not None)
     return base if policy is None and space is None else wrap(config, base, policy, run.seed, space)
@@ -185,25 +185,25 @@ def wrap(
     config: CompareConfig, base: torch.optim.Optimizer, policy: Policy | None, seed: int,
     space: Preconditioner | None = None,
 ) -> SelectiveUpdate:  # fmt: skip
-    """The base under a policy, in a space; random policies draw from the run's seed.
+    """Wrap the base under a policy, in the space of a preconditioner. Random policies draw from `seed`.
 
-    Raises ConfigError where it is refused.
+    Raises ConfigError if the wrapper refuses them.
     """
     try:
         return SelectiveUpdate(base, policy=policy, preconditioner=space, seed=seed, momentum_beta=config.momentum_beta)
     except (TypeError, ValueError) as error:
-        found = " in ".join(written(x) for x in (policy, space) if x is not None)
-        raise ConfigError(f"{found} on {config.base}: {error}") from error
+        tried = " in ".join(written(x) for x in (policy, space) if x is not None)
+        raise ConfigError(f"{tried} on {config.base}: {error}") from error
 
 
 def shares(optimizer: torch.optim.Optimizer, names: Mapping[str, str]) -> dict[str, float]:
-    """Share selected by parameter name. Waits for the device.
+    """The share selected, by parameter name. Waits for the device.
 
-    Empty for a plain base, for `Dense()`, and in a step in which a preconditioner lets its parameters stand still.
+    Empty for a plain base, for `Dense()`, and in a step in which a preconditioner does not move its parameters.
     """
     if not isinstance(optimizer, SelectiveUpdate):
         return {}
-    found = optimizer.statistics()
-    if any("share" not in entry for entry in found.values()):
+    statistics = optimizer.statistics()
+    if any("share" not in entry for entry in statistics.values()):
         return {}
-    return {names[name]: float(entry["share"]) for name, entry in found.items()}
+    return {names[name]: float(entry["share"]) for name, entry in statistics.items()}

@@ -19,7 +19,7 @@ SEPARATOR = b"\x00"  # between files; does not occur in Python source
 
 @dataclass(frozen=True)
 class Text:
-    """Training and held-out bytes, each a 1-d uint8 tensor, and where they come from."""
+    """Training and held-out bytes, each a 1-d uint8 tensor, and the name of their source."""
 
     train: Tensor
     validation: Tensor
@@ -27,7 +27,7 @@ class Text:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of both parts: what a resumed comparison checks."""
+        """The SHA-256 of both parts, which a resumed comparison checks."""
         digest = hashlib.sha256()
         for part in (self.train, self.validation):
             digest.update(len(part).to_bytes(8, "little"))
@@ -57,7 +57,7 @@ def _tensor(text: bytes) -> Tensor:
 
 
 def _file(config: DataConfig) -> tuple[bytes, bytes]:
-    """The last share of the file is held out: a random cut would leak, neighbouring lines are alike."""
+    """Read the file and hold out its last share. A random cut would leak, because neighbouring lines are alike."""
     assert config.file is not None
     try:
         text = config.file.read_bytes()
@@ -73,7 +73,10 @@ def _file(config: DataConfig) -> tuple[bytes, bytes]:
 
 
 def _standard_library(config: DataConfig) -> tuple[bytes, bytes]:
-    """Whole files, each to one side by the hash of its name; under a cap, the files whose hash comes first."""
+    """Read the standard library's files, and put each whole on one side by the hash of its name.
+
+    If they exceed `max_bytes`, the files whose hash comes first are taken.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     train, validation, size = [], [], 0
     for share, path in sorted((_share(path, root), path) for path in source_files(root)):

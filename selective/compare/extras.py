@@ -1,4 +1,4 @@
-"""Packages that only the comparison needs, imported when they are needed."""
+"""Imports packages that only the comparison needs, on first use."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ NEEDED_FOR = {
 
 
 class MissingExtra(ImportError):
-    """A package of the extra `compare` is not installed. The message says how to get it."""
+    """Raised if a package of the extra `compare` is not installed. The message says how to install it."""
 
 
 def require(module: str) -> Any:
-    """Import `module`, or raise MissingExtra that says what it is for and how to install it."""
+    """Import `module`. Raises MissingExtra, which says what the package is for and how to install it."""
     top = module.partition(".")[0]
     try:
         return importlib.import_module(module)

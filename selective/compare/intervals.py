@@ -1,4 +1,4 @@
-"""Means with intervals over seeds, and where a curve reaches a loss. Plain numbers in, plain numbers out."""
+"""Means with intervals over seeds, and the step at which a curve reaches a loss, in plain numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `n` values and the half-width of its 95 % interval; None where n is 1."""
+    """A mean over `n` values and the half-width of its 95 % interval, which is None if n is 1."""
 
     mean: float
     half: float | None
@@ -17,7 +17,7 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """-1 or 1 where the whole interval lies on that side of 0, else 0."""
+        """-1 or 1 if the whole interval lies on that side of 0, else 0."""
         if self.half is None or abs(self.mean) <= self.half:
             return 0
         return -1 if self.mean < 0 else 1
@@ -69,7 +69,7 @@ def t_cdf(t: float, degrees: int) -> float:
 
 
 def steps_to(target: float, steps: Sequence[float], losses: Sequence[float]) -> float | None:
-    """First step at which the curve, straight between its points, is at `target` or below; None if never."""
+    """The first step at which the curve, straight between its points, is at or below `target`; None if never."""
     for index, (step, loss) in enumerate(zip(steps, losses, strict=True)):
         if loss <= target:
             if index == 0:

@@ -1,4 +1,4 @@
-"""How many bytes an optimizer keeps and how many it needs for a moment, read from the allocator."""
+"""Measures the bytes that an optimizer keeps, and those that it needs during a step, from the allocator's events."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ HOW = (
 
 
 def measure(config: CompareConfig) -> list[dict[str, int]]:
-    """`state_bytes`, `peak_bytes` and what they exceed the base's by, for each contender in order.
+    """`state_bytes`, `peak_bytes` and their excess over the base's, for each contender in order.
 
-    It builds and steps every contender once, so that one that cannot be built fails here, before any run. Each in a
-    thread of its own: the kernels keep small buffers for each thread, which the first contender would pay for all.
+    It builds and steps every contender, so that one that can't be built fails here, before any run. Each gets a thread
+    of its own: the kernels keep small buffers for each thread, and the first contender would pay for all.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to the terminal each time
     with profile(activities=[ProfilerActivity.CPU]):
-        pass  # its first use has to be in the main thread, or it complains on the terminal
-    found = []
+        pass  # if its first use is in another thread, it complains on the terminal
+    measured = []
     for contender in contenders(config):
         with ThreadPoolExecutor(max_workers=1) as fresh:
-            found.append(fresh.submit(_measure, config, Run(contender, contender.rates[0], 0)).result())
-    base = found[0]
-    for entry in found:
+            measured.append(fresh.submit(_measure, config, Run(contender, contender.rates[0], 0)).result())
+    base = measured[0]
+    for entry in measured:
         entry["extra_state_bytes"] = entry["state_bytes"] - base["state_bytes"]
         entry["extra_step_bytes"] = entry["peak_bytes"] - base["peak_bytes"] - entry["extra_state_bytes"]
-    return found
+    return measured
 
 
 def _measure(config: CompareConfig, run: Run) -> dict[str, int]:
@@ -70,7 +70,7 @@ def _tensors(state: Any) -> Iterator[Tensor]:
 
 
 def _peak(profiler: profile, device: str) -> int:
-    """The most bytes alive at one time on the device, from the trace: the only public form that lists each event."""
+    """The most bytes alive at one time on the device. The trace is the only public form that lists each event."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))

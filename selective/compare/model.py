@@ -17,7 +17,10 @@ VOCABULARY = 256  # bytes
 
 
 def hidden_width(width: int) -> int:
-    """Of the SwiGLU MLP: 8/3 of the width, so that its three matrices weigh what a 4x MLP's two do; up to a full 32."""
+    """The SwiGLU MLP's inner width: 8/3 of `width`, rounded up to a multiple of 32.
+
+    Its three matrices then have about as many parameters as the two of an MLP with 4 times the width.
+    """
     return -(-8 * width // 96) * 32
 
 
@@ -46,17 +49,17 @@ class Block(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864), first half of the features paired with the second."""
+    """Apply rotary positions (arXiv 2104.09864). The first half of the features is paired with the second."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 class GPT(nn.Module):
-    """Logits for the next token: int64 (batch, tokens) in, float32 (batch, tokens, vocabulary) out. Tokens are bytes
-    unless another `vocabulary` is given.
+    """Predicts the next token: int64 (batch, tokens) in, float32 logits (batch, tokens, vocabulary) out.
 
-    The weights depend on `seed` alone; the global generators are not touched. Matrices are normal with deviation
-    0.02, those that write into the residual stream divided by sqrt(2 * layers) (as in GPT-2).
+    Tokens are bytes unless another `vocabulary` is given. The weights depend on `seed` alone; the global generators are
+    not touched. Matrices are normal with a deviation of 0.02, which is divided by sqrt(2 * layers) for those that write
+    into the residual stream (as in GPT-2).
     """
 
     def __init__(self, config: ModelConfig, seed: int, vocabulary: int = VOCABULARY) -> None:

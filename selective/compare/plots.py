@@ -1,4 +1,4 @@
-"""The two pictures: how the losses fall and where they end, and what share of each parameter was selected when."""
+"""The two pictures: the curves and ends of the losses, and the share of each parameter selected over the steps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from selective.compare.summary import Summary, final
 from selective.compare.train import Record, write_atomically
 
 LABEL = 0.24  # inches from one label of a curve to the next
-# Distinguishable with colour-blind eyes (Okabe and Ito's palette, yellow left out: it vanishes on white).
+# Okabe and Ito's palette, which colour-blind eyes can tell apart, without yellow, which vanishes on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def write_plots(config: CompareConfig, summary: Summary, records: Sequence[Record], folder: Path) -> list[Path]:
-    """Write `loss.png` and, where a policy selected anything, `share.png`. Returns what was written."""
+    """Write `loss.png` and, if the share that a policy selected varies, `share.png`. Returns the files written."""
     best = [
-        (row.contender, _of(records, row.contender.index, row.lr, summary.seeds)) for row in summary.rows if row.best
+        (row.contender, _runs_of(records, row.contender.index, row.lr, summary.seeds))
+        for row in summary.rows
+        if row.best
     ]
     if not best:
         return []
@@ -36,21 +38,21 @@ def write_plots(config: CompareConfig, summary: Summary, records: Sequence[Recor
 
 
 def varies(records: Sequence[Record]) -> bool:
-    """Whether the share selected is anything but one number: a panel of one colour shows nothing.
+    """True if the share selected is not practically constant: a panel of one colour shows nothing.
 
-    Top-K rounds its number down, so that the shares of small tensors differ, but by less than this.
+    Top-K rounds K down, so that the shares of small tensors differ, but by less than the threshold.
     """
     every = [share for r in records for line in r["share"]["by_parameter"].values() for share in line]
     return max(every) - min(every) > 0.02
 
 
-def _of(records: Sequence[Record], contender: int, lr: float, seeds: Sequence[int]) -> list[Record]:
+def _runs_of(records: Sequence[Record], contender: int, lr: float, seeds: Sequence[int]) -> list[Record]:
     """A contender's runs at one rate, in the order of the seeds."""
     return [r for seed in seeds for r in records if (r["contender"], r["lr"], r["seed"]) == (contender, lr, seed)]
 
 
 def _figure(width: float, height: float) -> Any:
-    """Without pyplot and its global state: works in threads and without a display."""
+    """A figure without pyplot and its global state, so that it works in threads and without a display."""
     figure = require("matplotlib.figure").Figure(figsize=(width, height), dpi=130, layout="constrained")
     require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure
@@ -64,7 +66,10 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _looks(field: Sequence[Contender]) -> dict[int, dict[str, Any]]:
-    """Black for the baseline; a colour for each policy and each space, controls in their policy's, dashed. By index."""
+    """Colour and line style of each contender, by its index.
+
+    The baseline is black; each policy and each space has a colour; controls have their policy's colour, dashed.
+    """
     looks: dict[int, dict[str, Any]] = {}
     policies = [contender for contender in field if contender.role in ("policy", "rotation")]
     for contender in field:
@@ -79,9 +84,9 @@ def _looks(field: Sequence[Contender]) -> dict[int, dict[str, Any]]:
 
 
 def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]], summary: Summary) -> Any:
-    """Above: held-out loss. Below: how far the final losses are from the baseline's, a dot for each seed.
+    """Plot the held-out loss above, and the final losses minus the baseline's below, with a dot for each seed.
 
-    One above the other, and narrow for its type, so that a phone shows it in full width and it can be read there.
+    The panels are stacked, and narrow for the size of their type, so that they can be read on a phone.
     """
     rivals = [pair for pair in best if pair[0].role != "baseline"]
     baseline = next((pair for pair in best if pair[0].role == "baseline"), None)
@@ -89,7 +94,7 @@ def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]
     curves = max(3.6, 0.9 + LABEL * len(best))
     heights = [curves, 0.9 + 0.5 * len(rivals)] if compared else [curves]
     figure = _figure(_width([contender.label for contender, _ in best]), 0.4 + sum(heights))
-    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]  # each as wide as it can be
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]  # each in full width
     panels = [part.subplots() for part in parts]
     looks = _looks(contenders(config))
     _curves(panels[0], best, looks, len(summary.seeds), LABEL / (curves - 0.9))
@@ -102,7 +107,7 @@ def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]
 
 
 def _width(labels: Sequence[str]) -> float:
-    """Inches of the picture. Labels stand beside the panels, so those that are long need a wider one."""
+    """The picture's width in inches. Labels stand beside the panels, so long ones need a wider picture."""
     return 6.2 + 0.085 * max(0, max(map(len, labels)) - 22)
 
 
@@ -113,7 +118,7 @@ def _curves(
     seeds: int,
     label: float,
 ) -> None:
-    """The mean over the seeds, labelled at its end. `label` is a label's part of the panel's height."""
+    """Plot each mean over the seeds, with a label at its end. `label` is a label's share of the panel's height."""
     ends = []
     for contender, records in best:
         look = looks[contender.index]
@@ -136,17 +141,17 @@ def _curves(
 
 
 def spread(heights: Sequence[float], apart: float) -> list[float]:
-    """Heights for labels near these, none nearer than `apart` to another, in the same order."""
+    """Heights near these, in the same order, of which no two are nearer than `apart`. For labels."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     placed = [heights[i] for i in order]
     for _ in range(200):  # push neighbours apart, half each: settles in far fewer rounds for some ten labels
         for k in range(len(placed) - 1):
             missing = max(0.0, apart - (placed[k + 1] - placed[k]))
             placed[k], placed[k + 1] = placed[k] - missing / 2, placed[k + 1] + missing / 2
-    found = [0.0] * len(heights)
+    places = [0.0] * len(heights)
     for place, i in zip(placed, order, strict=True):
-        found[i] = place
-    return found
+        places[i] = place
+    return places
 
 
 def _ends(
@@ -155,19 +160,23 @@ def _ends(
     baseline: tuple[Contender, list[Record]],
     looks: dict[int, dict[str, Any]],
 ) -> None:
-    """A row for each contender: its final loss minus the baseline's at each seed, their mean and its interval."""
+    """Plot a row for each contender: its final loss minus the baseline's at each seed, the mean and its interval."""
     one_seed = len(baseline[1]) == 1
     for row, (contender, records) in enumerate(rivals):
         colour = looks[contender.index]["color"]
         apart = [final(a) - final(b) for a, b in zip(records, baseline[1], strict=True)]
-        found = t_interval(apart)
+        interval = t_interval(apart)
         axes.plot(apart, [row] * len(apart), "o", color=colour, alpha=0.45, markersize=6, markeredgewidth=0)
-        if found.half is not None:
-            axes.plot([found.mean], [row], "|", color=colour, markersize=16, markeredgewidth=2)
-            axes.plot([found.mean - found.half, found.mean + found.half], [row, row], color=colour, linewidth=1.6)
-        number = f"{found.mean:+.3f}".replace("-", "−") + ("" if found.half is None else f" ± {found.half:.3f}")
+        if interval.half is not None:
+            axes.plot([interval.mean], [row], "|", color=colour, markersize=16, markeredgewidth=2)
+            axes.plot(
+                [interval.mean - interval.half, interval.mean + interval.half], [row, row], color=colour, linewidth=1.6
+            )
+        number = f"{interval.mean:+.3f}".replace("-", "−") + (
+            "" if interval.half is None else f" ± {interval.half:.3f}"
+        )
         axes.annotate(
-            number, (found.mean, row), (0, 11), textcoords="offset points", color=colour, fontsize=10, ha="center"
+            number, (interval.mean, row), (0, 11), textcoords="offset points", color=colour, fontsize=10, ha="center"
         )
     axes.axvline(0, color="black", linewidth=1.2)
     axes.set_yticks(range(len(rivals)), [_short(contender) for contender, _ in rivals], fontsize=10)
@@ -179,18 +188,21 @@ def _ends(
 
 
 def _short(contender: Contender) -> str:
-    """For a label beside others: a control follows its policy."""
+    """A contender's label in a list in which a control follows its policy."""
     return "its random control" if contender.role == "control" else contender.label
 
 
 def _ceiling(best: Sequence[tuple[Contender, list[Record]]]) -> float:
-    """The first evaluations are near log 256 for everyone and would press the rest together: start a sixth in."""
+    """The top of the loss axis: the largest loss after the first sixth of the evaluations.
+
+    The first evaluations are near log 256 for everyone, and would press the rest together.
+    """
     late = [r["validation"]["loss"][len(r["validation"]["loss"]) // 6 :] for _, records in best for r in records]
     return max(max(curve) for curve in late) * 1.02
 
 
 def _heatmap(config: CompareConfig, shares: Sequence[tuple[Contender, list[Record]]]) -> Any:
-    """Parameters down, steps across, one panel for each policy, one scale of colours for all."""
+    """Plot shares with parameters down and steps across: a panel for each policy, one scale of colours for all."""
     names = _order(list(shares[0][1][0]["share"]["by_parameter"]))
     tables = [[_mean([r["share"]["by_parameter"][name] for r in records]) for name in names] for _, records in shares]
     low = min(min(min(line) for line in table) for table in tables)
@@ -212,7 +224,7 @@ def _heatmap(config: CompareConfig, shares: Sequence[tuple[Contender, list[Recor
 
 
 def _order(names: list[str]) -> list[str]:
-    """As data flows through the model (groups list matrices first): embedding, blocks, last norm, head."""
+    """Sort names by the flow of data: embedding, blocks, last norm, head. (Groups list matrices first.)"""
     ends = {"embedding": 0, "blocks": 1, "norm": 2, "head": 3}
 
     def place(name: str) -> tuple[int, int, int]:

@@ -1,9 +1,9 @@
-"""The whole comparison: what is to be run, what is already there, and the folder that keeps it.
+"""Comparison: runs all that is not done yet, and keeps the results in a folder.
 
 OUT/config.json     the configuration as it was resolved, the fingerprint of the text, the measured bytes
 OUT/runs/KEY.json   the record of each finished run
 OUT/runs/KEY.pt     the checkpoint of each run that was interrupted
-OUT/results.json    all of it together, rewritten whenever a run ends
+OUT/results.json    everything together, rewritten whenever a run ends
 OUT/loss.png, OUT/share.png
 """
 
@@ -27,16 +27,16 @@ from selective.compare.contenders import Run, contenders, runs
 from selective.compare.summary import as_json, summarise
 from selective.compare.train import Record, write_atomically
 
-SCHEMA = 1  # of results.json
+SCHEMA = 1  # the version of the form of results.json
 
 
 def cores() -> int:
-    """That this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def worker_count(config: CompareConfig) -> int:
-    """As asked for; else one for each `threads` cores, and one on an accelerator."""
+    """The configured number of workers; without one, the cores divided by `threads`, or 1 on an accelerator."""
     if config.workers is not None:
         return config.workers
     return max(1, cores() // config.threads) if torch.device(config.device).type == "cpu" else 1
@@ -57,13 +57,13 @@ class Comparison:
     def _open(self, resume: bool, overwrite: bool) -> list[dict[str, int]]:
         saved = self.folder / "config.json"
         if resume and saved.exists():
-            found = read_json(saved)
-            self._check_same(found)
+            description = read_json(saved)
+            self._check_same(description)
             for run in self.runs:
                 path = self.folder / "runs" / f"{run.key}.json"
                 if path.exists():
                     self.records[run.key] = read_json(path)
-            return found["bytes"]
+            return description["bytes"]
         if resume:
             raise ConfigError(
                 f"--resume: {self.folder} holds no comparison (no config.json); name its folder with --out"
@@ -73,7 +73,8 @@ class Comparison:
                 f"{self.folder} already holds a comparison; --resume goes on with it, --overwrite deletes it, "
                 "--out names another folder"
             )
-        measured = memory.measure(self.config)  # before anything is deleted: a contender that cannot be built ends here
+        # Before anything is deleted, because a contender that can't be built fails here.
+        measured = memory.measure(self.config)
         if saved.exists():
             shutil.rmtree(self.folder / "runs", ignore_errors=True)
             for name in ("results.json", "loss.png", "share.png"):
@@ -92,11 +93,11 @@ class Comparison:
         sizes = {"train_bytes": len(self.text.train), "validation_bytes": len(self.text.validation)}
         return {"source": self.text.source, "sha256": self.text.fingerprint, **sizes}
 
-    def _check_same(self, found: dict[str, Any]) -> None:
-        free = ("workers", "imports")  # the time, and where names come from; not the numbers
-        before = {**dump(build({})), **found["config"]}  # settings that were not there yet had their defaults
+    def _check_same(self, description: dict[str, Any]) -> None:
+        free = ("workers", "imports")  # settings that don't change the numbers
+        before = {**dump(build({})), **description["config"]}  # settings that did not exist then had their defaults
         old, new = ({k: v for k, v in c.items() if k not in free} for c in (before, dump(self.config)))
-        lines = differences(old, new) + differences(found["text"], self._text(), "text.")
+        lines = differences(old, new) + differences(description["text"], self._text(), "text.")
         if lines:
             raise ConfigError(
                 f"--resume: {self.folder} holds another comparison, whose runs cannot be set beside these:\n  "
@@ -112,7 +113,7 @@ class Comparison:
         return not self.todo()
 
     def run(self, handle: Callable[[workers.Progress | Record], None]) -> bool:
-        """Run what is not done. False where it was interrupted; what there is is written in either case."""
+        """Run what is not done, and write the results. Returns False if it was interrupted."""
         stop = workers.Stop()
         checkpoints = self.folder / "runs"
 
@@ -141,7 +142,7 @@ class Comparison:
             self.write()
 
     def results(self) -> dict[str, Any]:
-        """The content of results.json."""
+        """The content of results.json, as plain JSON data."""
         return {
             "schema": SCHEMA,
             "config": dump(self.config),
@@ -166,7 +167,7 @@ class Comparison:
 
 
 def _check_device(name: str) -> None:
-    """Before anything is built on it: torch's own errors come late and speak of other things."""
+    """Refuse a device that can't be used. torch's own errors would come late and speak of other things."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -184,7 +185,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def environment(config: CompareConfig) -> dict[str, Any]:
-    """Where the numbers were taken."""
+    """The versions and the machine that the numbers come from."""
     try:
         version = metadata.version("selective-update")
     except metadata.PackageNotFoundError:
@@ -204,7 +205,7 @@ def environment(config: CompareConfig) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name, where the system tells."""
+    """The processor's name, as far as the system tells it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""The preconditioners of a comparison: how they are named, and which parameters they rotate."""
+"""The preconditioners of a comparison: their names, and the parameter groups that they rotate."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ AnyPreconditioner = Annotated[SerializeAsAny[Preconditioner], BeforeValidator(_s
 
 
 def groups_by_kind(model: nn.Module, weight_decay: float, rotated: bool) -> list[dict[str, Any]]:
-    """Matrices of the model's inside, then embeddings, head and vectors, the first three decayed.
+    """Groups for the model's inner matrices, embeddings, head and vectors; the first three have weight decay.
 
-    Everyone in a comparison with preconditioners gets these groups, so that random policies number parameters alike;
-    with `rotated` all but matrices say that they are not. The model's joined projections are rotated apart.
+    Every contender of a comparison with preconditioners gets these groups, so that random policies number parameters
+    alike. If `rotated`, all groups but the matrices have the preconditioner None. The model's joined projections are
+    taken apart.
     """
     linear = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     joined = {name: count for name, count in JOINED.items() if name in linear}
-    found = param_groups_for(model, weight_decay=weight_decay, parts=joined)
+    groups = param_groups_for(model, weight_decay=weight_decay, parts=joined)
     names = ("weight_decay", "preconditioner", "matrix_view") if rotated else ("weight_decay",)
     return [
         {"params": [p for _, p in group["params"]], **{name: group[name] for name in names if name in group}}
-        for group in found
+        for group in groups
     ]

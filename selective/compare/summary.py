@@ -1,4 +1,4 @@
-"""From runs to what they say: one row for each contender and learning rate, one verdict for each policy.
+"""The summary of all runs: a row for each contender and learning rate, and a verdict for each policy.
 
 Only seeds that *every* contender finished at *every* learning rate count, so that all rows rest on the same batches
 and differences are paired. A contender's learning rate is the one with the lowest mean final loss among those swept.
@@ -20,50 +20,50 @@ from selective.compare.train import Record
 
 @dataclass(frozen=True)
 class Row:
-    """A contender at one learning rate, over the seeds that count. None where nothing can be said."""
+    """A contender at one learning rate, over the seeds that count. Numbers that can't be known are None."""
 
     contender: Contender
     lr: float
-    best: bool  # of its contender's learning rates
+    best: bool  # the best of its contender's learning rates
     diverged: int  # seeds whose loss stopped being finite
     loss: Interval | None  # final held-out loss, nats per byte
-    difference: Interval | None  # to the baseline at its best learning rate, seed by seed
+    difference: Interval | None  # from the baseline's loss at its best learning rate, seed by seed
     steps: float | None  # mean number of steps to the baseline's final loss of the same seed
-    speed: Interval | None  # the baseline's number of steps to it over these, seed by seed; None unless all got there
-    reached: int  # seeds that got there
+    speed: Interval | None  # the baseline's steps to that loss over these, seed by seed; None unless all reached it
+    reached: int  # seeds that reached that loss
     step_ms: float  # median time of one optimizer step
 
 
 @dataclass(frozen=True)
-class Found:
+class Effect:
     """Differences in final loss of a policy or a rotation, paired by seed, each side at its own best learning rate.
 
-    None where one side diverged at every learning rate.
+    A difference is None if one side diverged at every learning rate.
     """
 
     contender: Contender
-    base: Contender  # what it is set against: the base in the same space; of a rotation, the baseline
+    base: Contender  # its rival: the base in the same space; for a rotation, the baseline
     against_base: Interval | None
     against_control: Interval | None
-    diverged: bool  # at every learning rate, itself
-    at_edge: bool  # whether `base` is best at the lowest or highest of several learning rates
+    diverged: bool  # the contender itself diverged at every learning rate
+    at_edge: bool  # `base` is best at the lowest or highest of several learning rates
     speed: Interval | None  # `Row.speed` at its best learning rate
     n: int  # seeds
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a comparison found: a row for each contender and learning rate, a verdict for each policy."""
+    """The results of a comparison: a row for each contender and learning rate, and a verdict for each policy."""
 
-    seeds: tuple[int, ...]  # that count
+    seeds: tuple[int, ...]  # that count, because every contender finished them
     rows: tuple[Row, ...]
-    found: tuple[Found, ...]  # of each policy and each rotation
+    found: tuple[Effect, ...]  # the effect of each policy and each rotation
     verdicts: tuple[tuple[str, str], ...]  # (policy, sentence)
     notes: tuple[str, ...]
 
 
 def summarise(config: CompareConfig, records: Sequence[Record]) -> Summary:
-    """The table and the verdicts of what has been run so far. With no complete seed there are no rows."""
+    """Summarise the runs that are done so far. Without a seed that every contender finished there are no rows."""
     table = {(r["contender"], r["lr"], r["seed"]): r for r in records if r["complete"]}
     field = contenders(config)
     seeds = tuple(s for s in config.seeds if all((c.index, lr, s) in table for c in field for lr in c.rates))
@@ -75,13 +75,13 @@ def summarise(config: CompareConfig, records: Sequence[Record]) -> Summary:
     rows = tuple(_row(c, lr, cells[c.index, lr], lr == best[c.index], baseline) for c in field for lr in c.rates)
     speeds = {row.contender.index: row.speed for row in rows if row.best}
     asked = [c for c in field if c.role in ("policy", "rotation")]
-    found = tuple(_found(c, field, cells, best, speeds.get(c.index)) for c in asked)
-    verdicts = tuple((one.contender.label, _verdict(one)) for one in found)
-    return Summary(seeds, rows, found, verdicts, tuple(_notes(config, field, best, len(seeds))))
+    effects = tuple(_effect(c, field, cells, best, speeds.get(c.index)) for c in asked)
+    verdicts = tuple((effect.contender.label, _verdict(effect)) for effect in effects)
+    return Summary(seeds, rows, effects, verdicts, tuple(_notes(config, field, best, len(seeds))))
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
-    """What the terminal shows, for programs; contenders by their index. None where nothing can be said."""
+    """The summary as plain JSON data. Contenders are given by index; numbers that can't be known are None."""
     rows = []
     for row in summary.rows:
         entry = {**asdict(row), "contender": row.contender.index}
@@ -92,12 +92,12 @@ def as_json(summary: Summary) -> dict[str, Any]:
 
 
 def final(record: Record) -> float:
-    """Last held-out loss; infinite where the run diverged."""
+    """The last held-out loss of a run, or infinity if it diverged."""
     return math.inf if record["diverged"] else record["validation"]["loss"][-1]
 
 
 def _best_lr(swept: Sequence[tuple[float, Sequence[Record]]]) -> float | None:
-    """None if there is no learning rate at which every seed got through."""
+    """The learning rate with the lowest mean final loss; None if every rate has a seed that diverged."""
     mean, lr = min((fmean(final(r) for r in records), lr) for lr, records in swept)
     return lr if math.isfinite(mean) else None
 
@@ -119,46 +119,52 @@ def _row(c: Contender, lr: float, records: Sequence[Record], best: bool, baselin
     speed = None
     if len(there) == len(records) and all(steps > 0 for steps in there):
         taken = [steps_to(final(b), b["validation"]["step"], b["validation"]["loss"]) for b in baseline]
-        speed = t_interval([own / steps for own, steps in zip(taken, there, strict=True) if own is not None])
+        speed = t_interval(
+            [
+                baseline_steps / steps
+                for baseline_steps, steps in zip(taken, there, strict=True)
+                if baseline_steps is not None
+            ]
+        )
     steps = fmean(there) if there else None
     return Row(c, lr, best, 0, loss, paired(records, baseline), steps, speed, len(there), step_ms)
 
 
 def paired(left: Sequence[Record], right: Sequence[Record]) -> Interval:
-    """Mean over seeds of the difference in final loss: what both owe to the seed cancels."""
+    """The mean over seeds of the difference in final loss. Pairing by seed cancels what both owe to the seed."""
     return t_interval([final(a) - final(b) for a, b in zip(left, right, strict=True)])
 
 
-def _found(
+def _effect(
     c: Contender,
     field: Sequence[Contender],
     cells: dict[Any, list[Record]],
     best: dict[int, float | None],
     speed: Interval | None,
-) -> Found:
-    """A policy against the base in the same space and against its control; the base in a space against the baseline."""
+) -> Effect:
+    """The effect of a policy against the base in its space and its control, or of a rotation against the baseline."""
     base = field[0 if c.role == "rotation" else c.ground]
-    own, swept = best[c.index], base.rates
+    own_lr, swept = best[c.index], base.rates
     n = len(cells[c.index, c.rates[0]])
 
     def against(index: int) -> Interval | None:
         lr = best[index]
-        return None if lr is None or own is None else paired(cells[c.index, own], cells[index, lr])
+        return None if lr is None or own_lr is None else paired(cells[c.index, own_lr], cells[index, lr])
 
     control = None if c.of is None else against(c.of)
     edge = len(swept) > 1 and best[base.index] in (min(swept), max(swept))
-    return Found(c, base, against(base.index), control, own is None, edge, speed, n)
+    return Effect(c, base, against(base.index), control, own_lr is None, edge, speed, n)
 
 
-def _verdict(found: Found) -> str:
-    """One sentence from paired intervals."""
-    if found.diverged:
+def _verdict(effect: Effect) -> str:
+    """The verdict on a policy or a rotation, from paired intervals."""
+    if effect.diverged:
         return "diverged at every learning rate."
-    name = found.base.label
-    rivals = [(name, found.against_base)]
-    if found.contender.of is not None:
-        rivals.append(("its random control", found.against_control))
-    if found.n == 1:
+    name = effect.base.label
+    rivals = [(name, effect.against_base)]
+    if effect.contender.of is not None:
+        rivals.append(("its random control", effect.against_control))
+    if effect.n == 1:
         seen = ", ".join(f"{d.mean:+.4f} against {name}" for name, d in rivals if d is not None)
         return f"no verdict from one seed ({seen}); run at least three."
     signs = [d.sign if d is not None else -1 for _, d in rivals]
@@ -166,8 +172,8 @@ def _verdict(found: Found) -> str:
     if len(rivals) == 2 and signs[1] != -1 and signs[0] == -1:
         text += " So the gain is not shown to come from which coordinates are selected."
     if len(rivals) == 2 and signs == [-1, -1]:
-        text += f" So selection helped here, at n = {found.n}"
-        text += f" and these learning rates ({name} is best at the edge of them)." if found.at_edge else "."
+        text += f" So selection helped here, at n = {effect.n}"
+        text += f" and these learning rates ({name} is best at the edge of them)." if effect.at_edge else "."
     if len(rivals) == 2 and signs[0] == 0 and signs[1] == -1:
         text += f" So which coordinates are selected matters, but a gain over {name} is not shown at this n."
     return text
@@ -201,7 +207,7 @@ def _notes(config: CompareConfig, field: Sequence[Contender], best: dict[int, fl
 
 
 def _notes_on_rates(field: Sequence[Contender], best: dict[int, float | None]) -> list[str]:
-    """Who was best at an end of its sweep, and who had nothing to choose from."""
+    """Notes on contenders that were best at an end of their sweep, or had one learning rate only."""
     notes = []
     swept = [c for c in field if len(c.rates) > 1]
     for word, end in (("lowest", min), ("highest", max)):

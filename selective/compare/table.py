@@ -1,4 +1,4 @@
-"""What stands in the terminal: progress bars while it runs, the table and the verdicts at the end."""
+"""The comparison in the terminal: progress bars while it runs, the table and the verdicts at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selective.compare.workers import Progress
 
 @contextmanager
 def progress_bars(comparison: Comparison, console: Any) -> Iterator[Callable[[Progress | Record], None]]:
-    """A bar for all steps and one for each worker's run; a line for each finished run where there is no terminal."""
+    """Show a bar for all steps and one for each worker's run; without a terminal, a line for each finished run."""
     bars = require("rich.progress")
     columns = (
         bars.TextColumn("{task.description}", markup=False),
@@ -50,7 +50,7 @@ def progress_bars(comparison: Comparison, console: Any) -> Iterator[Callable[[Pr
                         f"{finished}/{len(comparison.runs)} {finished_line(message)}", markup=False, highlight=False
                     )
                 now = _summary(comparison)
-                if told < len(now.seeds) < len(comparison.config.seeds):  # of the last one the table speaks
+                if told < len(now.seeds) < len(comparison.config.seeds):  # after the last seed the table says it
                     console.print(so_far(comparison.config, now), markup=False, highlight=False, soft_wrap=True)
                 told = len(now.seeds)
 
@@ -85,7 +85,7 @@ def headline(config: CompareConfig, comparison: Comparison, parameters: int) -> 
 
 
 def results_table(summary: Summary, memory: list[dict[str, int]]) -> Any:
-    """The table (a rich renderable): a row for each contender and learning rate, the best of each in bold."""
+    """The table, for rich: a row for each contender and learning rate, and the best rate of each in bold."""
     title = f"Mean and 95 % interval over {len(summary.seeds)} seed(s); bold: the contender's best learning rate"
     simple = require("rich.box").SIMPLE
     table = require("rich.table").Table(title=title, title_justify="left", box=simple, padding=(0, 1, 0, 0))
@@ -103,7 +103,7 @@ def results_table(summary: Summary, memory: list[dict[str, int]]) -> Any:
 
 
 def cells(row: Row, summary: Summary, memory: dict[str, int]) -> list[str]:
-    """One row as text."""
+    """The cells of a row, as text."""
     baseline = row.contender.role == "baseline"
     label = row.contender.label if row.contender.role != "control" else "  its random control"
     if row.loss is None:
@@ -117,7 +117,7 @@ def cells(row: Row, summary: Summary, memory: dict[str, int]) -> list[str]:
 
 
 def size(count: int) -> str:
-    """Bytes, for people: 1.2 MB is 1.2 million bytes."""
+    """A number of bytes as text. 1.2 MB is 1.2 million bytes."""
     for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if abs(count) >= unit:
             return f"{count / unit:.1f} {name}"
@@ -138,7 +138,7 @@ def steps_text(row: Row, seeds: int) -> str:
 
 
 def show(summary: Summary, comparison: Comparison, console: Any) -> None:
-    """Table, verdicts and notes; without a complete seed, what there is of each run."""
+    """Print table, verdicts and notes. Without a complete seed, print the state of each run."""
     if not summary.rows:
         done = sum(record["complete"] for record in comparison.records.values())
         console.print(f"No seed is complete for every contender yet: {done} of {len(comparison.runs)} runs are done.")

@@ -1,4 +1,4 @@
-"""One training run, which can be stopped after any step and goes on from there bit for bit."""
+"""Trainer: one training run, which can be stopped after any step and then goes on bit for bit."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from selective.compare import data, model
 from selective.compare.config import CompareConfig, LoopConfig
 from selective.compare.contenders import Run, make, parameter_names, shares
 
-Record = dict[str, Any]  # plain JSON data; docs: `new_record`
-SHARES_IN_A_RUN = 60  # columns of the heatmap
+Record = dict[str, Any]  # plain JSON data, as `new_record` makes it
+SHARES_IN_A_RUN = 60  # the columns of the heatmap
 
 
 def schedule(loop: LoopConfig, steps: int) -> Callable[[int], float]:
-    """Multiplier of the learning rate at step t = 0 .. steps - 1: up in a line, down along a cosine."""
+    """The multiplier of the learning rate at step t = 0 .. steps - 1: a linear rise, then the fall of a cosine."""
     warmup = round(loop.warmup * steps)
 
     def multiplier(step: int) -> float:
@@ -38,7 +38,7 @@ def schedule(loop: LoopConfig, steps: int) -> Callable[[int], float]:
 
 
 def new_record(run: Run) -> Record:
-    """What a run leaves behind. Steps count those done; losses in nats per byte, times in milliseconds."""
+    """An empty record of a run. A step is the number of steps done; losses are in nats per byte, times in ms."""
     return {
         "key": run.key,
         "contender": run.contender.index,
@@ -57,7 +57,7 @@ def new_record(run: Run) -> Record:
 
 
 class Trainer:
-    """Everything that one run needs. `go` trains to the end or until it is told to stop."""
+    """The model, optimizer and record of one run. `go` trains to the end or until it is told to stop."""
 
     def __init__(self, config: CompareConfig, run: Run, text: data.Text) -> None:
         self.config, self.run, self.text = config, run, text
@@ -75,7 +75,7 @@ class Trainer:
     def go(
         self, stop: Callable[[], bool], report: Callable[[int, float], None], checkpoint: Path | None = None
     ) -> Record:
-        """Train until the last step, a loss that is not finite, or `stop()`; `report(steps done, loss)` each step."""
+        """Train until the last step, a loss that is not finite, or `stop()`. Each step calls `report(step, loss)`."""
         before, begun = self.record["seconds"], time.perf_counter()
         if not self.record["validation"]["step"]:
             self.evaluate()
@@ -95,7 +95,7 @@ class Trainer:
         return self.record
 
     def step(self) -> float:
-        """One batch. Returns its loss, before the step."""
+        """Train on one batch. Returns its loss before the step."""
         config, step = self.config, self.done
         windows = data.batch(self.text.train, self.run.seed, step, config.loop.batch, config.model.context)
         loss = model.loss(self.model, windows.to(config.device))
@@ -119,7 +119,7 @@ class Trainer:
         return value
 
     def _timed_step(self) -> None:
-        cuda = torch.device(self.config.device).type == "cuda"  # there a step is only queued: wait for it
+        cuda = torch.device(self.config.device).type == "cuda"  # CUDA queues steps, so the timer has to wait
         if cuda:
             torch.cuda.synchronize(self.config.device)
         begun = time.perf_counter()
@@ -129,15 +129,15 @@ class Trainer:
         self.record["optimizer_ms"].append(round(1e3 * (time.perf_counter() - begun), 4))
 
     def _record_shares(self, step: int) -> None:
-        found = shares(self.optimizer, self.names)
-        if found:
+        by_name = shares(self.optimizer, self.names)
+        if by_name:
             self.record["share"]["step"].append(step)
-            for name, share in found.items():
+            for name, share in by_name.items():
                 self.record["share"]["by_parameter"].setdefault(name, []).append(round(share, 5))
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Mean loss of the held-out windows, always in the same chunks: the same number after a resume."""
+        """The mean loss of the held-out windows, always in the same chunks, so that a resumed run gets the same."""
         chunks = self.windows.split(self.config.loop.batch)
         total = sum(model.loss(self.model, chunk.to(self.config.device)).item() * len(chunk) for chunk in chunks)
         value = total / len(self.windows)
@@ -163,7 +163,7 @@ class Trainer:
         write_atomically(path, buffer.getvalue())
 
     def load(self, path: Path) -> None:
-        """Go on where `save` was called."""
+        """Load what `save` wrote, to go on from there."""
         saved = torch.load(path, map_location=self.config.device, weights_only=True)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -173,7 +173,7 @@ class Trainer:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """SHA-256 of all parameters: equal for runs that are bit-identical."""
+    """The SHA-256 of all parameters, which is equal for bit-identical runs."""
     digest = hashlib.sha256()
     for name, parameter in network.named_parameters():
         digest.update(name.encode())
@@ -182,7 +182,7 @@ def fingerprint(network: nn.Module) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """A reader sees the old file or the new one, whole; also when the machine stops in between."""
+    """Write a file so that readers see the whole old file or the whole new one, even if the machine stops meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,97 +1,99 @@
-"""What a comparison found, in words for somebody who has read nothing else. The interval decides what they may say."""
+"""The results of a comparison in plain words, for somebody who has read nothing else. Intervals decide the words."""
 
 from __future__ import annotations
 
 from selective.compare.config import CompareConfig
 from selective.compare.intervals import Interval
-from selective.compare.summary import Found, Summary
+from selective.compare.summary import Effect, Summary
 
 RANDOM = "a random mask of the same share and norm"
 
 
 def so_far(config: CompareConfig, summary: Summary) -> str:
-    """One line while it runs: means over the seeds that are complete."""
+    """A line for the terminal while the comparison runs: the means over the seeds that are complete."""
     parts = []
-    for one in summary.found:
-        if one.diverged or one.against_base is None:
-            parts.append(f"{one.contender.label} has nothing to be compared with")
+    for effect in summary.found:
+        if effect.diverged or effect.against_base is None:
+            parts.append(f"{effect.contender.label} has nothing to be compared with")
             continue
-        control = one.against_control
+        control = effect.against_control
         beside = "" if control is None else f" and {control.mean:+.3f} against its random control"
-        parts.append(f"{one.contender.label} {one.against_base.mean:+.3f} against {one.base.label}{beside}")
-    found = "; ".join(parts) or "the baseline alone"
-    return f"seed {len(summary.seeds)} of {len(config.seeds)}: so far {found} (held-out loss; below 0 is better)"
+        parts.append(f"{effect.contender.label} {effect.against_base.mean:+.3f} against {effect.base.label}{beside}")
+    text = "; ".join(parts) or "the baseline alone"
+    return f"seed {len(summary.seeds)} of {len(config.seeds)}: so far {text} (held-out loss; below 0 is better)"
 
 
 def in_plain_words(summary: Summary) -> list[str]:
-    """A line for each rotation and each policy. The last one is of the first policy."""
-    policies = [one for one in summary.found if one.contender.role == "policy"]
-    others = [one for one in summary.found if one.contender.role != "policy"]
-    return [_words(one) for one in (*others, *reversed(policies))]
+    """A line for each rotation and each policy. The first policy comes last."""
+    policies = [effect for effect in summary.found if effect.contender.role == "policy"]
+    others = [effect for effect in summary.found if effect.contender.role != "policy"]
+    return [_words(effect) for effect in (*others, *reversed(policies))]
 
 
-def _words(found: Found) -> str:
-    name, base = found.contender.label, found.base.label
-    if found.diverged:
+def _words(effect: Effect) -> str:
+    name, base = effect.contender.label, effect.base.label
+    if effect.diverged:
         return f"{name} diverged: at every learning rate its loss stopped being a number."
-    if found.against_base is None:
+    if effect.against_base is None:
         return f"{name}: nothing can be said, because {base} diverged at every learning rate."
-    if found.n == 1:
-        return _one_seed(found, found.against_base)
-    said = {-1: _helped, 0: _not_shown, 1: _hurt}[found.against_base.sign](found, found.against_base)
-    if found.at_edge:
-        said += f" {base} is best at the edge of its learning rates: a better one may lie beyond."
-    return said
+    if effect.n == 1:
+        return _one_seed(effect, effect.against_base)
+    text = {-1: _helped, 0: _not_shown, 1: _hurt}[effect.against_base.sign](effect, effect.against_base)
+    if effect.at_edge:
+        text += f" {base} is best at the edge of its learning rates: a better one may lie beyond."
+    return text
 
 
-def _one_seed(found: Found, difference: Interval) -> str:
-    control = found.against_control
+def _one_seed(effect: Effect, difference: Interval) -> str:
+    control = effect.against_control
     beside = "" if control is None else f", {_side(control)} than that of {RANDOM}"
     return (
-        f"One seed is no evidence: here the held-out loss of {found.contender.label} is {_side(difference)} than that "
-        f"of {found.base.label}{beside}. Run five."
+        f"One seed is no evidence: here the held-out loss of {effect.contender.label} is {_side(difference)} than that "
+        f"of {effect.base.label}{beside}. Run five."
     )
 
 
-def _helped(found: Found, difference: Interval) -> str:
-    said = f"{found.contender.label} helped: {_held(found)} {_side(difference)} than that of {found.base.label}"
-    if found.speed is not None and found.base.role == "baseline":
-        said += f", which takes {_size(found.speed)} times as many steps to its own final loss"
-    control = found.against_control
-    if found.contender.of is None:
-        return f"{said}."
+def _helped(effect: Effect, difference: Interval) -> str:
+    name, base = effect.contender.label, effect.base.label
+    text = f"{name} helped: {_loss_over_seeds(effect)} {_side(difference)} than that of {base}"
+    if effect.speed is not None and effect.base.role == "baseline":
+        text += f", which takes {_size(effect.speed)} times as many steps to its own final loss"
+    control = effect.against_control
+    if effect.contender.of is None:
+        return f"{text}."
     if control is None:
-        return f"{said}. Its random control diverged."
+        return f"{text}. Its random control diverged."
     if control.sign == -1:
-        return f"{said}. It is {_side(control)} than that of {RANDOM}: it matters which coordinates are selected."
+        return f"{text}. It is {_side(control)} than that of {RANDOM}: it matters which coordinates are selected."
     if control.sign == 1:
-        return f"{said}. But it is {_side(control)} than that of {RANDOM}: the choice of coordinates did not help."
+        return f"{text}. But it is {_side(control)} than that of {RANDOM}: the choice of coordinates did not help."
     return (
-        f"{said}. Against {RANDOM} it is {_signed(control)}: it is not shown to matter which coordinates are selected."
+        f"{text}. Against {RANDOM} it is {_signed(control)}: it is not shown to matter which coordinates are selected."
     )
 
 
-def _not_shown(found: Found, difference: Interval) -> str:
-    said = (
-        f"{found.contender.label}: no difference shown. Over {found.n} seeds, with 95 % intervals, its held-out loss "
-        f"differs by {_signed(difference)} from that of {found.base.label}, which may as well be 0."
+def _not_shown(effect: Effect, difference: Interval) -> str:
+    text = (
+        f"{effect.contender.label}: no difference shown. Over {effect.n} seeds, with 95 % intervals, its held-out loss "
+        f"differs by {_signed(difference)} from that of {effect.base.label}, which may as well be 0."
     )
-    control = found.against_control
+    control = effect.against_control
     if control is not None and control.sign == -1:
-        said += f" It is {_side(control)} than that of {RANDOM}: it matters which coordinates are selected."
-    return said
+        text += f" It is {_side(control)} than that of {RANDOM}: it matters which coordinates are selected."
+    return text
 
 
-def _hurt(found: Found, difference: Interval) -> str:
-    return f"{found.contender.label} hurt: {_held(found)} {_side(difference)} than that of {found.base.label}."
+def _hurt(effect: Effect, difference: Interval) -> str:
+    name, base = effect.contender.label, effect.base.label
+    return f"{name} hurt: {_loss_over_seeds(effect)} {_side(difference)} than that of {base}."
 
 
-def _held(found: Found) -> str:
-    return f"over {found.n} seeds, with 95 % intervals, its held-out loss is"
+def _loss_over_seeds(effect: Effect) -> str:
+    return f"over {effect.n} seeds, with 95 % intervals, its held-out loss is"
 
 
 def _side(difference: Interval) -> str:
-    """`0.156 ± 0.070 lower`, with the 95 % interval where there is one."""
+    """The size and side of a difference, with its 95 % interval if it has one: `0.156 ± 0.070 lower`."""
     size = Interval(abs(difference.mean), difference.half, difference.n)
     return f"{_size(size)} {'lower' if difference.mean < 0 else 'higher'}"
 

@@ -1,4 +1,4 @@
-"""Training runs one after another in this process, or several at a time in processes of their own.
+"""Executes training runs one after another in this process, or several at a time in processes of their own.
 
 Small models use one core well and two cores badly (a step of 0.9M parameters: 79 ms of one core, 105 ms of two cores
 together), so runs are spread over processes of one thread each. Processes are spawned, talk through pipes, and ignore
@@ -31,7 +31,7 @@ from selective.compare.train import Record, Trainer
 
 @dataclass(frozen=True)
 class Progress:
-    """A run has taken one more step (or will go on after `done` of them)."""
+    """The message that a run has taken a step, or goes on from a checkpoint after `done` steps."""
 
     slot: int
     key: str
@@ -43,7 +43,7 @@ Handler = Callable[[Progress | Record], None]
 
 
 class WorkerFailed(RuntimeError):
-    """A run raised, or its process died. The message holds the run and what is known."""
+    """Raised if a run fails or its process dies. The message names the run, and says what is known."""
 
 
 def train(
@@ -54,7 +54,7 @@ def train(
     stop: Callable[[], bool],
     tell: Callable[[Any], None],
 ) -> Record:
-    """One run, from its checkpoint where there is one."""
+    """Train one run, from its checkpoint if there is one. `tell` gets (key, steps done, loss) for each step."""
     trainer = Trainer(config, run, text)
     if checkpoint.exists():
         trainer.load(checkpoint)
@@ -63,9 +63,10 @@ def train(
 
 
 class Stop:
-    """Turned on by Ctrl-C (or SIGTERM) inside `listening`; a second one, later, raises KeyboardInterrupt.
+    """A flag that Ctrl-C or SIGTERM sets inside of `listening`. A second one raises KeyboardInterrupt.
 
-    Within a second it is the same one: `timeout`, and programs that pass signals on, deliver a Ctrl-C twice.
+    A second signal within a second of the first is ignored, because `timeout`, and programs that pass signals on,
+    deliver a Ctrl-C twice.
     """
 
     def __init__(self) -> None:
@@ -77,7 +78,7 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may set handlers; elsewhere Ctrl-C is the caller's business
+            yield  # only the main thread may set handlers; in other threads the caller handles Ctrl-C
             return
         old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -96,7 +97,7 @@ class Stop:
 def here(
     config: CompareConfig, todo: Sequence[Run], text: data.Text, checkpoints: Path, stop: Stop, handle: Handler
 ) -> None:
-    """All runs in this process. `handle` gets a Progress for each step and the record of each run."""
+    """Execute all runs in this process. `handle` gets a Progress for each step and the record of each run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
@@ -118,7 +119,7 @@ def apart(
     stop: Stop,
     handle: Handler,
 ) -> None:
-    """The same in `workers` processes, each taking the next run when it is free. Raises WorkerFailed."""
+    """Execute all runs in `workers` processes; each takes the next run when it is free. Raises WorkerFailed."""
     place = {run.key: index for index, run in enumerate(runs(config))}
     waiting = [place[run.key] for run in todo]
     pipes = _start(config, min(workers, len(todo)), text.fingerprint, checkpoints)
@@ -126,7 +127,7 @@ def apart(
     try:
         for connection in pipes:
             connection.send(waiting.pop(0))
-        while pipes:  # each is taken out when its process has ended
+        while pipes:  # a pipe is removed when its process has ended
             if stop() and not told_to_stop:
                 told_to_stop = True
                 for connection in pipes:
@@ -143,13 +144,13 @@ def apart(
                     if not told_to_stop:
                         _send(connection, waiting.pop(0) if waiting else None)
                     handle(message)
-    except KeyboardInterrupt:  # the second Ctrl-C: at once, from the last checkpoints
+    except KeyboardInterrupt:  # the second Ctrl-C: end at once; the last checkpoints remain
         for _, process in pipes.values():
             process.kill()
         raise
     finally:
         for connection in pipes:
-            connection.close()  # a process that still trains sees this as the word to stop, saves and ends
+            connection.close()  # a process that still trains takes this as the signal to stop: it saves and ends
         for _, process in pipes.values():
             process.join()
 
@@ -158,7 +159,7 @@ def _start(config: CompareConfig, count: int, fingerprint: str, checkpoints: Pat
     context = multiprocessing.get_context("spawn")
     started: dict[Connection, tuple[int, Any]] = {}
     main = threading.current_thread() is threading.main_thread()
-    old = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None  # inherited, from a process's first moment on
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None  # inherited by processes from their start
     try:
         for slot in range(count):
             ours, theirs = context.Pipe()
@@ -177,11 +178,11 @@ def _send(connection: Connection, message: Any) -> None:
     try:
         connection.send(message)
     except (BrokenPipeError, ConnectionResetError):
-        return  # it has ended; what it said last is still to be received, and says why
+        return  # the process has ended; its last message, still to be received, says why
 
 
 def _receive(connection: Connection, process: Any) -> Any:
-    """The next message; None when the process has ended as it should. Raises WorkerFailed."""
+    """The next message of a process; None if it has ended regularly. Raises WorkerFailed if it failed."""
     try:
         message = connection.recv()
     except (EOFError, ConnectionResetError):
@@ -199,7 +200,7 @@ def _receive(connection: Connection, process: Any) -> Any:
 
 
 def _work(connection: Connection, config_json: str, fingerprint: str, checkpoints: str) -> None:
-    """A worker: receives indices into `runs(config)`, sends progress and records, ends at None."""
+    """The main function of a worker: receives indices into `runs(config)`, sends progress and records, ends at None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     key = "before its first run"
     try:
@@ -208,13 +209,14 @@ def _work(connection: Connection, config_json: str, fingerprint: str, checkpoint
         text = data.load(config.data, config.model.context, config.loop.batch)
         if text.fingerprint != fingerprint:
             raise RuntimeError(f"{text.source} has changed since the comparison started")
-        every = runs(config)
+        all_runs = runs(config)
         while (index := connection.recv()) is not None:
-            key = every[index].key
+            run = all_runs[index]
+            key = run.key
             path = Path(checkpoints) / f"{key}.pt"
-            # Whatever arrives during a run is the word to stop, the closing of the other end included.
-            _send(connection, train(config, every[index], text, path, connection.poll, lambda t: _send(connection, t)))
+            # Anything that arrives during a run means stop, and so does the closing of the other end.
+            _send(connection, train(config, run, text, path, connection.poll, lambda told: _send(connection, told)))
     except EOFError:
-        return  # whoever started this is gone, and the run it was in is saved
-    except Exception:
+        return  # the parent process is gone, and the run is saved
+    except Exception:  # bases and policies may raise anything; the parent gets the traceback as a WorkerFailed
         _send(connection, f"run {key} failed:\n{traceback.format_exc()}")

@@ -17,7 +17,7 @@ from selective.parameter import initialized
 from selective.plan.group_plan import GroupPlan
 from selective.plan.options import Options
 from selective.policies import Policy
-from selective.policies.kernel_terms import has_own_code, specs_of, why_twin
+from selective.policies.kernel_terms import has_own_code, specs_of, why_not_in_kernel
 from selective.sharding.dtensor import local_of, shard_of
 
 _MEMORY = {
@@ -107,7 +107,7 @@ def _selection(policy: Policy, group: dict[str, Any]) -> str | None:
     specs = specs_of(policy)
     if specs is None or specs[0].kind != "function":
         return None
-    why = why_twin(specs[0], group["params"])
+    why = why_not_in_kernel(specs[0], group["params"])
     if why is not None:
         return f"its select() runs, the torch twin of its kernel, because {why}"
     return "its kernel, a Triton function, is inlined into the step"
@@ -136,7 +136,7 @@ def _kernels(
 
 def _why_own_code(policy: Policy, params: list[Tensor]) -> str:
     specs = specs_of(policy)
-    why = None if specs is None or specs[0].control is None else why_twin(specs[0], params)
+    why = None if specs is None or specs[0].control is None else why_not_in_kernel(specs[0], params)
     return why or "the policy is your own code"
 
 

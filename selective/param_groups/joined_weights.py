@@ -1,4 +1,4 @@
-"""Parameters that are several matrices in one: which are taken apart, and what may be one after all."""
+"""Parameters that hold several matrices: those that the caller takes apart, and hints about further ones."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-# Called so where parts of equal size lie one below the other. Not "query_key_value": there they take turns by heads.
+# Names of weights in which parts of equal size lie one below the other, and the number of parts. "query_key_value" is
+# not among them: there the parts take turns by heads.
 _JOINED = {"qkv": 3, "qkv_proj": 3, "in_proj_weight": 3, "gate_up_proj": 2, "w12": 2}
-_GATES: dict[type, int] = {nn.GRU: 3, nn.LSTM: 4}  # one below the other
+_GATES: dict[type, int] = {nn.GRU: 3, nn.LSTM: 4}  # the gates lie one below the other
 HEAD = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection", "unembed")
 
 
 @dataclass
-class Found:
-    """One parameter, under all of its names."""
+class NamedParameter:
+    """A parameter with all of its names, and the module of each name."""
 
     tensor: Tensor
     names: list[str]
@@ -26,64 +27,65 @@ class Found:
         return self.names[0]
 
 
-def taken_apart(found: list[Found], parts: Mapping[str, int]) -> dict[int, tuple[str, str]]:
-    """Those that the caller says are several matrices."""
+def taken_apart(parameters: list[NamedParameter], parts: Mapping[str, int]) -> dict[int, tuple[str, str]]:
+    """The parameters that `parts` takes apart: by id, their kind ("rows:2" to "rows:4") and the reason."""
     chosen: dict[int, tuple[str, str]] = {}
     if not isinstance(parts, Mapping):
         raise ValueError(f"param_groups_for: parts is {parts!r}; write a mapping from names to counts: {{'qkv': 3}}")
     for wanted, count in parts.items():
         if type(count) is not int or count not in (2, 3, 4):
             raise ValueError(f"param_groups_for: parts has {wanted!r}: {count!r}; it can be 2, 3 or 4 matrices")
-        matching = [f for f in found if f.tensor.dim() in (2, 3) and any(_is_called(n, wanted) for n in f.names)]
+        matching = [p for p in parameters if p.tensor.dim() in (2, 3) and any(_is_called(n, wanted) for n in p.names)]
         if not matching:
-            matrices = ", ".join(f.name for f in found if f.tensor.dim() in (2, 3))
+            matrices = ", ".join(p.name for p in parameters if p.tensor.dim() in (2, 3))
             raise ValueError(f"param_groups_for: parts names {wanted!r}, and no matrix is called so: {matrices}")
-        for one in matching:
-            if _is_transposed(one):
+        for parameter in matching:
+            if _is_transposed(parameter):
                 raise ValueError(
-                    f"param_groups_for: parts has {wanted!r}, and {one.name} is transposed (Conv1D): its parts lie "
-                    "side by side, and only those one below the other can be taken apart"
+                    f"param_groups_for: parts has {wanted!r}, and {parameter.name} is transposed (Conv1D): its parts "
+                    "lie side by side, and only those one below the other can be taken apart"
                 )
-            if chosen.get(id(one.tensor), (f"rows:{count}",))[0] != f"rows:{count}":
-                raise ValueError(f"param_groups_for: parts has two counts for {one.name}")
-            if one.tensor.shape[-2] % count:
+            if chosen.get(id(parameter.tensor), (f"rows:{count}",))[0] != f"rows:{count}":
+                raise ValueError(f"param_groups_for: parts has two counts for {parameter.name}")
+            rows = parameter.tensor.shape[-2]
+            if rows % count:
                 raise ValueError(
-                    f"param_groups_for: parts has {wanted!r}: {count}, and {one.name} has {one.tensor.shape[-2]} rows"
+                    f"param_groups_for: parts has {wanted!r}: {count}, and {parameter.name} has {rows} rows"
                 )
-            chosen[id(one.tensor)] = (f"rows:{count}", f"named by you: {count} matrices in one")
+            chosen[id(parameter.tensor)] = (f"rows:{count}", f"named by you: {count} matrices in one")
     return chosen
 
 
 def _is_called(name: str, wanted: str) -> bool:
-    """A parameter's own name or its module's, in full or the last part of it."""
-    module, _, own = name.rpartition(".")
-    return wanted in (name, module, own, module.rpartition(".")[2])
+    """True if `wanted` is the parameter's name or its module's, in full or the last part."""
+    module, _, attribute = name.rpartition(".")
+    return wanted in (name, module, attribute, module.rpartition(".")[2])
 
 
-def _is_transposed(one: Found) -> bool:
-    """GPT-2's layers in transformers: [in, out], so that parts lie side by side."""
-    return any(type(m).__name__ == "Conv1D" for m in one.modules)
+def _is_transposed(parameter: NamedParameter) -> bool:
+    """True for the layers of GPT-2 in transformers, whose weights are [in, out]: parts lie side by side."""
+    return any(type(m).__name__ == "Conv1D" for m in parameter.modules)
 
 
 def _may_be_joined(p: Tensor, count: int) -> bool:
-    """With fewer key heads than query heads the parts differ in size: three are square, or not of equal size."""
+    """True if `p` can hold `count` equal parts. Three must be square: with fewer key heads the parts differ in size."""
     rows, columns = p.shape[-2:]
     return rows % count == 0 and (count != 3 or rows == 3 * columns)
 
 
-def hint(one: Found, paths: list[list[str]]) -> str:
-    """What this may be after all, and how to say so."""
-    p = one.tensor
-    likely = [(paths[0][-1], _GATES[type(m)]) for m in one.modules if type(m) in _GATES]
+def hint(parameter: NamedParameter, paths: list[list[str]]) -> str:
+    """A remark for the table on what the parameter may be instead, and how to say so; empty if there is none."""
+    p = parameter.tensor
+    likely = [(paths[0][-1], _GATES[type(m)]) for m in parameter.modules if type(m) in _GATES]
     called = [part for path in paths for part in path if part in _JOINED]
     likely += [(part, _JOINED[part]) for part in called if _may_be_joined(p, _JOINED[part])]
     if likely:
         joined, count = likely[0]
         return f"; several in one? parts={{{joined!r}: {count}}}"
-    if _is_transposed(one) and p.shape[1] == 3 * p.shape[0]:
+    if _is_transposed(parameter) and p.shape[1] == 3 * p.shape[0]:
         return "; three side by side? parts can't take it apart"
-    for path in paths:  # before any numbered layer: the heads of an attention are inside of one
+    for path in paths:  # only before a numbered layer, because the heads of an attention are inside of one
         before = path[: next((i for i, part in enumerate(path) if part.isdecimal()), 0)]
         if any(part in HEAD for part in before):
-            return f"; of the head? head={[one.name]!r}"
+            return f"; of the head? head={[parameter.name]!r}"
     return ""

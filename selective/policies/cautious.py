@@ -1,4 +1,4 @@
-"""Cautious and Grams: what to do where the step and the gradient disagree in sign."""
+"""Cautious and Grams: policies for coordinates where the step and the gradient disagree in sign."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from selective.policies.strengths import Fixed, MeanPreserving, Strength
 class Cautious(Policy):
     """Step only where u ⊙ g > 0, scaled so that the mean multiplier is 1.
 
-    Source: Cautious Optimizers, arXiv 2411.16085: u ⊙ phi / mean(phi). Their code clamps mean(phi) at 1e-3, so that a
-    single aligned coordinate in a million is scaled by 1,000; here the scale is at most `cap`. `rest` > 0 attenuates
-    instead of zeroing.
+    Source: Cautious Optimizers, arXiv 2411.16085: u ⊙ phi / mean(phi), with phi = 1 where u ⊙ g > 0 and 0 elsewhere.
+    Their code clamps mean(phi) at 1e-3, so that a single aligned coordinate in a million is scaled by 1,000; here the
+    scale is at most `cap`. `rest` > 0 attenuates instead of zeroing.
     """
 
     rest: float = Field(default=0.0, ge=-1, le=1)
@@ -24,17 +24,17 @@ class Cautious(Policy):
     cap: float = Field(default=10.0, gt=0)
     """The largest multiplier of the selected."""
     estimate: Literal["exact", "sampled"] = "exact"
-    """"sampled" takes the share that is selected from a sample, as in `MeanPreserving`."""
+    """"sampled" estimates the share that is selected from a sample, as in `MeanPreserving`."""
 
     def parts(self) -> tuple[Selection, Strength]:
         return Agreement(of="update"), MeanPreserving(rest=self.rest, cap=self.cap, estimate=self.estimate)
 
 
 class Grams(Policy):
-    """The sign of the gradient, the magnitude of the update: × 1 where they agree, × -1 where not.
+    """Step by the update's magnitude in the gradient's direction: × 1 where their signs agree, × -1 where not.
 
-    Source: Grams, arXiv 2412.17107: sign(g) ⊙ |u|. Where g is exactly 0 (untouched embedding rows) that does not move,
-    and neither does this.
+    Source: Grams, arXiv 2412.17107: sign(g) ⊙ |u|. Where g is exactly 0 (untouched embedding rows) that does not move
+    the coordinate; the multiplier there is 0.
     """
 
     def parts(self) -> tuple[Selection, Strength]:

@@ -8,7 +8,7 @@ from selective.policies.strengths import Fixed, Strength
 
 
 class Dense(Policy):
-    """Every coordinate × 1. The step is handed to the base, so the result is the base's bit for bit."""
+    """Step every coordinate × 1. The base takes the step itself, so the result is the base's bit for bit."""
 
     def parts(self) -> tuple[Selection, Strength]:
         return Everything(), Fixed(selected=1.0, rest=1.0)

@@ -1,4 +1,4 @@
-"""A selection's own Triton function, as far as it can be looked at without Triton: what it may be, and its numbers."""
+"""Checks of a selection's own Triton function that need no Triton: its signature, its `select`, its numbers."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import inspect
 from types import FunctionType
 from typing import Any
 
-TENSORS = ("grad", "update", "momentum")  # the first parameters; what a kernel can see
+TENSORS = ("grad", "update", "momentum")  # a kernel's first parameters: the tensors that it can see
 MOST_NUMBERS = 4
 HEAD = f"kernel({', '.join(TENSORS)}, ...)"
 
 
 def take_kernel(cls: type[Any], head: type[Any]) -> tuple[str, ...]:
-    """Check the `kernel` of a selection's class, keep it from being bound as a method; the names of its numbers.
+    """Check the `kernel` of a selection's class, and make it a static method. Returns the names of its numbers.
 
-    `head` is the base class of all selections. Errors: TypeError, which says what to write instead.
+    `head` is the base class of all selections. Raises TypeError, which says what to write instead.
     """
-    found = inspect.getattr_static(cls, "kernel")
-    kernel = found.__func__ if isinstance(found, staticmethod) else found
+    declared = inspect.getattr_static(cls, "kernel")
+    kernel = declared.__func__ if isinstance(declared, staticmethod) else declared
     if kernel is None:
         return ()
-    if isinstance(found, FunctionType):  # as an attribute of an instance it would take the instance for its gradient
+    if isinstance(declared, FunctionType):  # as an attribute of an instance it would take the instance for its gradient
         cls.kernel = staticmethod(kernel)
     _check_company(cls, head)
     return _numbers(cls, kernel)
@@ -54,9 +54,9 @@ def _check_company(cls: type[Any], head: type[Any]) -> None:
 
 
 def _numbers(cls: type[Any], kernel: Any) -> tuple[str, ...]:
-    """The kernel's parameters after the tensors. Each is to be a field that holds a number."""
+    """The kernel's parameters after the tensors. Each has to be a field that holds a number."""
     who = cls.__name__
-    function = getattr(kernel, "fn", kernel)  # of `triton.jit`
+    function = getattr(kernel, "fn", kernel)  # the plain function inside of what `triton.jit` returns
     if not isinstance(function, FunctionType) or function.__name__ == "<lambda>":
         raise TypeError(
             f"{who}: kernel is {kernel!r}; write it with `def {HEAD}`, with or without @triton.jit: Triton compiles "
@@ -88,5 +88,5 @@ def _numbers(cls: type[Any], kernel: Any) -> tuple[str, ...]:
 
 
 def _defined_in(cls: type[Any], name: str) -> type[Any]:
-    """The class from which `cls` has this attribute."""
+    """The class from which `cls` inherits this attribute."""
     return next(c for c in cls.__mro__ if name in c.__dict__)

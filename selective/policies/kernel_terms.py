@@ -1,4 +1,4 @@
-"""A policy in the kernels' terms, where it has no code of its own."""
+"""Translates a policy into the kernels' terms, and says when its own code has to run instead."""
 
 from __future__ import annotations
 
@@ -16,38 +16,39 @@ Specs = tuple[spec.Selection, spec.Strength]
 
 @dataclass(frozen=True)
 class Described:
-    """A policy and what it says of itself. Policies are frozen, so that it is asked once."""
+    """A policy with its needs and its kernel terms. Policies are frozen, so these are read once."""
 
     policy: Policy
     needs: frozenset[str]
-    specs: Specs | None  # None: it has code of its own
+    specs: Specs | None  # None: the policy has code of its own
 
     @property
     def is_anywhere(self) -> bool:
-        """Whether it runs in the kernels, or as code of its own, whatever the parameters are."""
-        return self.specs is None or not _has_a_place(self.specs[0])
+        """True if the choice between kernels and own code is the same for every parameter."""
+        return self.specs is None or not _depends_on_the_parameter(self.specs[0])
 
 
 def specs_of(policy: Policy) -> Specs | None:
-    """The policy in the kernels' terms; None for one with code of its own.
+    """The policy in the kernels' terms; None for a policy with code of its own.
 
-    A class that overrides `mask` and not `specs` has another mask than its `specs` say.
+    A class that overrides `mask` but not `specs` has code of its own: its inherited `specs` describe another mask.
     """
     owner = {name: next(c for c in type(policy).__mro__ if name in c.__dict__) for name in ("mask", "specs")}
     return policy.specs() if issubclass(owner["specs"], owner["mask"]) else None
 
 
-def _has_a_place(selection: spec.Selection) -> bool:
-    """Whether the kernels take this selection on some parameters, and its own code runs on others."""
+def _depends_on_the_parameter(selection: spec.Selection) -> bool:
+    """True if the kernels take this selection on some parameters only, and its own code runs on the others."""
     return selection.kind == "function" or selection.control is not None
 
 
-def why_twin(selection: spec.Selection, tensors: Iterable[Tensor]) -> str | None:
-    """Why a selection that the kernels know runs as torch code of its own on these parameters; None where they run it.
+def why_not_in_kernel(selection: spec.Selection, tensors: Iterable[Tensor]) -> str | None:
+    """The reason why the kernels can't run a selection that they know on these parameters; None if they can.
 
-    All of a group go one way: its own code is called before anything is written.
+    Its own torch code runs then. All parameters of a group go one way, because own code is called before anything is
+    written.
     """
-    if not _has_a_place(selection):
+    if not _depends_on_the_parameter(selection):
         return None
     for tensor in tensors:
         if selection.control is not None and is_dtensor(tensor):
@@ -59,11 +60,11 @@ def why_twin(selection: spec.Selection, tensors: Iterable[Tensor]) -> str | None
 
 
 def specs_on(policy: Policy, tensors: Iterable[Tensor]) -> Specs | None:
-    """The policy in the kernels' terms, where they can step these parameters by it; None: its own code has to."""
+    """The policy in the kernels' terms; None if its own code has to run on these parameters."""
     specs = specs_of(policy)
-    return None if specs is None or why_twin(specs[0], tensors) is not None else specs
+    return None if specs is None or why_not_in_kernel(specs[0], tensors) is not None else specs
 
 
 def has_own_code(policy: Policy, tensors: Iterable[Tensor]) -> bool:
-    """Whether a step of this policy calls Python for each of these parameters, instead of running inside a kernel."""
+    """True if a step of this policy calls Python code for each of these parameters instead of a kernel."""
     return specs_on(policy, tensors) is None

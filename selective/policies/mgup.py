@@ -1,4 +1,4 @@
-"""MGUP: momentum-gradient alignment, by rank or by sign (NeurIPS 2025, arXiv 2606.17526)."""
+"""MGUP and CautiousMGUP: momentum-gradient alignment by rank or by sign (NeurIPS 2025, arXiv 2606.17526)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from selective.policies.strengths import Fixed, Strength
 
 
 class MGUP(Policy):
-    """The K = int(tau d) coordinates with the largest signed score u ⊙ g get × alpha, the rest × gamma.
+    """Step the K = int(tau d) coordinates of a tensor with the largest signed score u ⊙ g × alpha, the rest × gamma.
 
-    Source: arXiv 2606.17526; alpha = 1/tau and gamma = tau unless given. How the official code differs: its gamma is
-    0.1, and a tensor with K = 0 (one element) stays at × gamma for ever, where we leave it dense.
-    `MGUP(alpha=2, gamma=0.1)` follows its AdamW and Lion, with `score="nesterov"` its Muon. For large models the
-    authors advise alpha in [1, 1.5] and gamma in [0.5, 1]. gamma > 0 is what their convergence proof needs.
+    d is the tensor's number of elements. alpha = 1/tau and gamma = tau unless given.
+
+    Source: arXiv 2606.17526. The official code differs in two points: its gamma is 0.1, and a tensor with K = 0 (one
+    element) stays at × gamma for ever, where we leave it dense. `MGUP(alpha=2, gamma=0.1)` follows its AdamW and Lion;
+    with `score="nesterov"` it follows its Muon. For large models the authors advise alpha in [1, 1.5] and gamma in
+    [0.5, 1]. Their convergence proof needs gamma > 0.
     """
 
     tau: float = Field(default=0.5, gt=0, le=1)
@@ -27,9 +29,9 @@ class MGUP(Policy):
     gamma: float | None = Field(default=None, ge=0)
     """The multiplier of the rest; None is tau."""
     score: Literal["update", "momentum", "nesterov"] = "update"
-    """What is ranked, as in `TopK`."""
+    """The score that is ranked, as in `TopK`."""
     quantile: Literal["exact", "sampled"] = "exact"
-    """How the threshold is found, as in `TopK`."""
+    """"exact" or "sampled" threshold, as in `TopK`."""
 
     def parts(self) -> tuple[Selection, Strength]:
         return (
@@ -41,17 +43,18 @@ class MGUP(Policy):
 class CautiousMGUP(Policy):
     """MGUP without the ranking: × alpha where u ⊙ g ≥ 0, × gamma elsewhere.
 
-    Source: arXiv 2606.17526; ≥ as in the official code, the paper has > (`strict=True`). alpha and gamma as in `MGUP`.
+    Source: arXiv 2606.17526. The official code has ≥; the paper has >, which is `strict=True`. alpha and gamma are
+    those of `MGUP`.
     """
 
     tau: float = Field(default=0.5, gt=0, le=1)
-    """Only what alpha and gamma follow from; the share is what it is."""
+    """Sets the defaults of alpha and gamma. The share that is selected follows from the signs."""
     alpha: float | None = Field(default=None, ge=0)
     """The multiplier of the selected; None is 1/tau."""
     gamma: float | None = Field(default=None, ge=0)
     """The multiplier of the rest; None is tau."""
     strict: bool = False
-    """> in the place of ≥."""
+    """True: select where u ⊙ g > 0, not where it is ≥ 0."""
 
     def parts(self) -> tuple[Selection, Strength]:
         return Agreement(of="update", strict=self.strict), _two_constants(self.tau, self.alpha, self.gamma)

@@ -16,24 +16,25 @@ from selective.policies.view import TENSORS, StepView
 
 
 class Policy(Configured):
-    """Says by how much each coordinate of an update is multiplied.
+    """Decides by how much each coordinate of an update is multiplied.
 
-    Three ways to have one:
+    There are three ways to get a policy:
 
-    - combine: `Policy(selection=TopK(fraction=0.3), strength=Fixed(selected=2, rest=0.5))`;
-    - take a named one (`MGUP()`, `Cautious()`, ...), which is a subclass with its paper's symbols as fields;
-    - subclass with a `mask(view)` of your own, and pydantic fields as hyper-parameters.
+    - combine a selection and a strength: `Policy(selection=TopK(fraction=0.3), strength=Fixed(selected=2, rest=0.5))`;
+    - take a named one (`MGUP()`, `Cautious()`, ...), a subclass whose fields are its paper's symbols;
+    - write a subclass with your own `mask(view)`, and pydantic fields as hyper-parameters.
 
-    A policy never writes; state lives in the optimizer (`init_state`).
+    A policy never writes. Its state lives in the optimizer (`init_state`). A subclass whose `reads` names something
+    that a `StepView` does not have raises TypeError where it is defined.
     """
 
     _family: ClassVar[str] = "policy"
     _registry: ClassVar[dict[str, type[Configured]]] = {}
 
     reads: ClassVar[frozenset[str]] = frozenset({"update", "grad"})
-    """Which of update, grad, momentum, previous_momentum, param a custom `mask` reads."""
+    """The tensors of the view that a custom `mask` reads: any of update, grad, momentum, previous_momentum, param."""
     scope: ClassVar[Literal["tensor", "row", "element"]] = "tensor"
-    """What of a parameter `mask` has to see at once: all of it, whole rows, or any shard there is."""
+    """The part of a parameter that `mask` has to see at once: the whole tensor, whole rows, or any shard of it."""
 
     if TYPE_CHECKING:
 
@@ -55,11 +56,11 @@ class Policy(Configured):
         return object.__new__(Combined if cls is Policy else cls)
 
     def parts(self) -> tuple[Selection, Strength] | None:
-        """The selection and strength this policy stands for; None where it only has a `mask`."""
+        """The selection and the strength that this policy stands for; None if it only has a `mask`."""
         return None
 
     def specs(self) -> tuple[spec.Selection, spec.Strength] | None:
-        """This policy in the kernels' terms; None where it, its selection or its strength exists in Python only."""
+        """This policy in the kernels' terms; None if it, its selection or its strength exists in Python only."""
         parts = self.parts()
         if parts is None:
             return None
@@ -67,21 +68,25 @@ class Policy(Configured):
         return None if selection is None or strength is None else (selection, strength)
 
     def needs(self) -> frozenset[str]:
-        """Which tensors of the view this policy reads."""
+        """The names of the view's tensors that this policy reads."""
         parts = self.parts()
         if parts is None:
             return self.reads
         return parts[0].needs() | parts[1].needs()
 
     def init_state(self, view: StepView) -> dict[str, Tensor]:
-        """State to keep for one parameter: tensors, 0-d or shaped like it. Called once, before its first step."""
+        """The initial state of one parameter: tensors, each 0-d or shaped like the parameter.
+
+        Called once, before the parameter's first step. Empty unless a strength or a subclass keeps state.
+        """
         parts = self.parts()
         return {} if parts is None else parts[1].init_state(view)
 
     def mask(self, view: StepView) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The multiplier per coordinate: a bool or float tensor that broadcasts to the parameter.
+        """The multiplier of each coordinate: a bool or float tensor that broadcasts to the parameter's shape.
 
-        Return `(mask, state)` to update the state. Not called on empty tensors.
+        Return `(mask, state)` to update the state as well. Not called on empty tensors. Raises TypeError in a policy
+        that overrides neither this nor `parts`.
         """
         parts = self.parts()
         if parts is None:
@@ -92,33 +97,33 @@ class Policy(Configured):
         selected = selection.select(view)
         if is_dense_top_k(selection, selected.numel()):
             return torch.ones((), dtype=view.dtype, device=view.device), dict(view.state)
-        above, below, state = strength.multipliers(view, selected)
-        return two_multipliers(view, selected, above, below, stands_still(strength, view)), state
+        of_selected, of_rest, state = strength.multipliers(view, selected)
+        return two_multipliers(view, selected, of_selected, of_rest, stands_still(strength, view)), state
 
 
 def is_dense_top_k(selection: Selection, numel: int) -> bool:
-    """Whether this is a top-K whose K is 0 on a tensor of so many elements: such a tensor is left dense."""
+    """True if `selection` is a top-K whose K is 0 on a tensor of `numel` elements: such a tensor is left dense."""
     described = selection.spec()
     return described is not None and described.kind == "top_k" and int(described.fraction * numel) == 0
 
 
 def stands_still(strength: Strength, view: StepView) -> Tensor | None:
-    """Which coordinates are × 0 whatever is selected; None where the strength has no such thing."""
+    """True at coordinates that the strength multiplies by 0 whatever is selected; None if there are none."""
     described = strength.spec()
     return view.update * view.grad == 0 if described is not None and described.still else None
 
 
 def two_multipliers(
-    view: StepView, selected: Tensor, above: Tensor | float, below: Tensor | float, still: Tensor | None
+    view: StepView, selected: Tensor, of_selected: Tensor | float, of_rest: Tensor | float, still: Tensor | None
 ) -> Tensor:
-    """The mask of a selection and a strength, in the view's dtype; 0 where it stands still."""
+    """The mask of a selection and a strength, in the view's dtype; 0 where `still` is true."""
     one = torch.ones((), dtype=view.dtype, device=view.device)
-    mask = torch.where(selected, one * above, one * below)
+    mask = torch.where(selected, one * of_selected, one * of_rest)
     return mask if still is None else torch.where(still, 0.0, mask)
 
 
 class Combined(Policy):
-    """What `Policy(selection=..., strength=...)` makes."""
+    """The class of `Policy(selection=..., strength=...)`."""
 
     model_config = ConfigDict(title="Policy")
     kind: ClassVar[str] = "Policy"
@@ -133,9 +138,10 @@ class Combined(Policy):
 
 
 def policy_from(data: Any) -> Policy:
-    """A policy from a `Policy`, a kind's name ("MGUP"), a dict with a `kind`, or JSON text; None is `Dense()`.
+    """Make a policy of a `Policy`, a kind's name ("MGUP"), a dict with a `kind`, or JSON text; None is `Dense()`.
 
-    Errors: `pydantic.ValidationError` for keys and values, with path and bound; `ValueError` for an unknown kind.
+    Raises `pydantic.ValidationError` for a wrong key or value, with its path and bound, and `ValueError` for an
+    unknown kind.
     """
     return Policy.from_data("Dense" if data is None else data)
 

@@ -1,4 +1,4 @@
-"""RandomMask: the baseline, and the matched control of another policy."""
+"""RandomMask, a random baseline, and MatchedRandomMask, the random control of another policy."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from selective.policies.view import StepView
 
 
 class RandomMask(Policy):
-    """A fair coin for each coordinate, by address: × 1/probability or × 0, or as `selected` and `rest` say."""
+    """Flip a coin for each coordinate: step it × 1/probability or × 0, or as `selected` and `rest` say.
+
+    The coins are those of `Bernoulli`: they follow from the seed, the step and the coordinate's place alone.
+    """
 
     probability: float = Field(default=0.5, gt=0, le=1)
-    """Of each unit to be selected."""
+    """The probability that a unit is selected."""
     unit: Literal["element", "row", "tensor"] = "element"
-    """What a coin is thrown for."""
+    """The unit that gets a coin of its own."""
     selected: float | None = None
     """The multiplier of the selected; None is 1/probability."""
     rest: float = 0.0
@@ -35,21 +38,24 @@ class RandomMask(Policy):
 
     @staticmethod
     def matching(policy: Policy, norm: bool = True, cap: float = 10.0) -> MatchedRandomMask:
-        """The control of `policy`: as many coordinates of each tensor at the same strengths, but random ones."""
+        """The control of `policy`: as many coordinates of each tensor at the same strengths, chosen at random."""
         return MatchedRandomMask(policy=policy, norm=norm, cap=cap)
 
 
 class MatchedRandomMask(Policy):
-    """Selects as many coordinates of each tensor as `policy` does in that step, at random, at the same strengths.
+    """Select as many coordinates of each tensor as `policy` does in that step, at random, at the same strengths.
 
-    With `norm` the mask is scaled, by at most `cap`, so that ‖mask ⊙ u‖ of each tensor is that policy's: the only
-    difference left is *which* coordinates. The random subset has exactly the policy's size. `policy` must have a
-    selection and a strength; what it keeps as state (Magma's average) the control keeps too.
+    The random subset has exactly the policy's size. With `norm` the mask is scaled so that ‖mask ⊙ u‖ of each tensor
+    is the policy's; the only difference left is *which* coordinates are selected. The control keeps the state that
+    `policy` keeps (Magma's average). A `policy` without a selection and a strength raises `pydantic.ValidationError`.
     """
 
     policy: AnyPolicy
+    """The policy that is matched."""
     norm: bool = True
+    """True: scale the mask so that each tensor's update has the norm that `policy` would give it."""
     cap: float = Field(default=10.0, gt=0)
+    """The largest factor of that scaling."""
 
     def needs(self) -> frozenset[str]:
         return self.policy.needs() | {"update"}
@@ -74,7 +80,7 @@ class MatchedRandomMask(Policy):
 
     @model_validator(mode="after")
     def _has_parts(self) -> MatchedRandomMask:
-        self._matched_parts()  # refuse where it is written, not in the first step
+        self._matched_parts()  # refuse at construction, not in the first step
         return self
 
     def mask(self, view: StepView) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,23 +89,23 @@ class MatchedRandomMask(Policy):
         one = torch.ones((), dtype=view.dtype, device=view.device)
         if is_dense_top_k(selection, theirs.numel()):
             return one, dict(view.state)
-        a, b, state = strength.multipliers(view, theirs)
+        multiplier, rest, state = strength.multipliers(view, theirs)
         still = stands_still(strength, view)
         ours = _random_subset(view, theirs, still)
-        pair = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+        pair = torch.as_tensor(multiplier, dtype=torch.float64), torch.as_tensor(rest, dtype=torch.float64)
         control = spec.Control(norm=self.norm, cap=self.cap)
-        above, below = scaled(control, theirs, ours, pair, view.update, still)
-        return two_multipliers(view, ours, above, below, still), state
+        of_selected, of_rest = scaled(control, theirs, ours, pair, view.update, still)
+        return two_multipliers(view, ours, of_selected, of_rest, still), state
 
 
 def _random_subset(view: StepView, theirs: Tensor, still: Tensor | None) -> Tensor:
-    """As many coordinates as `theirs` selects, the ones with the largest random numbers; without a host sync.
+    """Select as many coordinates as `theirs`: those with the largest random numbers. Never waits for a GPU.
 
-    Those that stand still come last: chosen, they would be a choice without effect.
+    Coordinates that are multiplied by 0 anyway (`still`) come last, because selecting them has no effect.
     """
     if view.device.type != "cpu":
         return random_subset(theirs, still, view.draw, view.address)
-    numbers = view.random().to(view.dtype)  # the same by a bracket, which has to know on the host how many there are
+    numbers = view.random().to(view.dtype)  # the same subset, by a top-K whose K is read on the host
     if still is not None:
         numbers = torch.where(still, -1.0, numbers)
     return top_k(numbers, int(theirs.sum()))

@@ -1,4 +1,4 @@
-"""Selections: *which* coordinates of a tensor are selected. How much they get is a strength's business."""
+"""Selections, which say *which* coordinates of a tensor are selected. Strengths say by how much they are multiplied."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from selective.policies.view import StepView
 
 
 class Selection(Configured):
-    """A boolean for each coordinate. Subclass it and override `select` for one of your own.
+    """Selects coordinates of a tensor: a boolean for each. Subclass it and override `select` to write your own.
 
-    With a `kernel` beside `select`, a GPU runs that inside of the step, and calls nothing from Python.
+    With a `kernel` beside `select`, a GPU runs the kernel inside of the step, and no Python code is called for each
+    parameter. A class whose `kernel` can't be used raises TypeError where it is defined.
     """
 
     _family: ClassVar[str] = "selection"
     _registry: ClassVar[dict[str, type[Configured]]] = {}
     reads: ClassVar[frozenset[str]] = frozenset({"update", "grad"})
-    """Which of update, grad, momentum, previous_momentum, param `select` reads (a `kernel`: of the first three)."""
+    """The tensors of the view that `select` reads: any of update, grad, momentum, previous_momentum, param. A `kernel`
+    can read the first three only."""
     kernel: ClassVar[Callable[..., Any] | None] = None
-    """`select` as a function of single elements: `kernel(grad, update, momentum, ...)`, which returns whether they are
-    selected; what follows are up to four fields (float, int, bool) by name, handed in as float32. A `triton.jit`
-    function, or a plain one that Triton can compile. `momentum` means something where `reads` has it."""
+    """`select` as a function of single elements: `kernel(grad, update, momentum, ...)` returns True where an element is
+    selected. The further parameters are up to four fields (float, int, bool) by name, handed in as float32. It is a
+    `triton.jit` function, or a plain one that Triton can compile. `momentum` holds the momentum only if `reads` has
+    it."""
     _numbers: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -38,11 +41,11 @@ class Selection(Configured):
         super().__pydantic_init_subclass__(**kwargs)
 
     def needs(self) -> frozenset[str]:
-        """Which tensors of the view `select` reads."""
+        """The names of the view's tensors that `select` reads."""
         return self.reads
 
     def spec(self) -> spec.Selection | None:
-        """This selection in the kernels' terms; None for one that only exists in Python."""
+        """This selection in the kernels' terms; None for one that exists in Python only."""
         if self.kernel is None:
             return None
         numbers = tuple(float(getattr(self, name)) for name in self._numbers)
@@ -51,7 +54,7 @@ class Selection(Configured):
         )
 
     def select(self, view: StepView) -> Tensor:
-        """The selected coordinates: a bool tensor shaped like the parameter."""
+        """True at the selected coordinates: a bool tensor shaped like the parameter."""
         described = self.spec()
         assert described is not None, f"{type(self).__name__} must override select(view)"
         item, rule, moved = view.kernel_inputs(self.needs())
@@ -59,7 +62,7 @@ class Selection(Configured):
 
 
 class Everything(Selection):
-    """Every coordinate."""
+    """Select every coordinate."""
 
     def needs(self) -> frozenset[str]:
         return frozenset()
@@ -69,16 +72,19 @@ class Everything(Selection):
 
 
 class Agreement(Selection):
-    """Where the step and the gradient agree in sign: their product is > 0 (>= 0 when not `strict`).
+    """Select where the step and the gradient agree in sign: their product is > 0 (≥ 0 if not `strict`).
 
-    `of="update"` multiplies g with the base's update, `of="momentum"` with its first moment, `current` or `previous`
-    (before g was mixed in; there is no previous update, so `momentum="previous"` implies `of="momentum"`). A tensor
-    whose previous momentum is zero everywhere, as in the first step, is selected everywhere. NaN is never selected.
+    `of="update"` multiplies g by the base's update, `of="momentum"` by its first moment. There is no previous update,
+    so `momentum="previous"` implies `of="momentum"`. With it, a tensor whose previous momentum is zero everywhere, as
+    in the first step, is selected everywhere. A NaN product is never selected.
     """
 
     momentum: Literal["current", "previous"] = "current"
+    """"previous" is the first moment before g was mixed in, "current" the one after."""
     of: Literal["update", "momentum"] = "update"
+    """The tensor that g is multiplied by."""
     strict: bool = True
+    """True: a product of exactly 0 is not selected."""
 
     @model_validator(mode="before")
     @classmethod
@@ -102,18 +108,19 @@ class Agreement(Selection):
 
 
 class TopK(Selection):
-    """The K = int(fraction * d) largest *signed* scores of each tensor, ties to the lower index (MGUP).
+    """Select the K = int(fraction * d) largest *signed* scores of each tensor of d elements (MGUP's selection).
 
-    K = 0 (a tensor of one element at fraction < 1) leaves the tensor dense. NaN is never selected.
+    Of equal scores the one with the lower index is selected first. NaN is never selected. K = 0 (a tensor of one
+    element at fraction < 1) leaves the tensor dense.
     """
 
     fraction: float = Field(default=0.5, gt=0, le=1)
     """The share of each tensor that is selected."""
     score: Literal["update", "momentum", "nesterov"] = "update"
-    """"update" is u ⊙ g, "momentum" m ⊙ g, "nesterov" (beta m + (1 - beta) g) ⊙ g with the base's own beta, the score
-    of the official Muon variant."""
+    """"update" is u ⊙ g, "momentum" is m ⊙ g. "nesterov" is (beta m + (1 - beta) g) ⊙ g with the base's own beta, the
+    score of MGUP's official Muon variant."""
     quantile: Literal["exact", "sampled"] = "exact"
-    """"sampled" takes the threshold from a sample of up to 64k elements: not exactly K."""
+    """"sampled" takes the threshold from a sample of up to 64k elements, and selects about K, not exactly K."""
 
     def needs(self) -> frozenset[str]:
         return frozenset({"grad", "update" if self.score == "update" else "momentum"})
@@ -121,7 +128,7 @@ class TopK(Selection):
     def select(self, view: StepView) -> Tensor:
         if self.quantile == "sampled":
             return super().select(view)
-        _, rule, moved = view.kernel_inputs(self.needs())  # the same, but the ranking is picked by device
+        _, rule, moved = view.kernel_inputs(self.needs())  # the same selection, with the device's own top-K
         score = score_of(self.spec(), rule, moved)
         return top_k(score, int(self.fraction * score.numel()))
 
@@ -130,12 +137,16 @@ class TopK(Selection):
 
 
 class Bernoulli(Selection):
-    """A coin for each element, row (first dimension) or tensor, by address: f(seed, step, parameter, element)."""
+    """Flip a coin for each element, row (first dimension) or tensor.
+
+    A coin is a function of seed, step, parameter index and unit index alone: it is the same on every rank, after a
+    resume, and on every device. A vector's rows are its elements.
+    """
 
     probability: float = Field(default=0.5, ge=0, le=1)
-    """Of each unit to be selected."""
+    """The probability that a unit is selected."""
     unit: Literal["element", "row", "tensor"] = "element"
-    """What a coin is thrown for."""
+    """The unit that gets a coin of its own."""
 
     def needs(self) -> frozenset[str]:
         return frozenset()

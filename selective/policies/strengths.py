@@ -1,4 +1,4 @@
-"""Strengths: *how much* of the update the selected coordinates get, and the rest."""
+"""Strengths, which say by *how much* the selected coordinates are multiplied, and the rest."""
 
 from __future__ import annotations
 
@@ -15,26 +15,30 @@ from selective.policies.view import StepView
 
 
 class Strength(Configured):
-    """The two multipliers of a tensor. Subclass it and override `multipliers` for one of your own."""
+    """Makes the two multipliers of a tensor. Subclass it and override `multipliers` to write your own."""
 
     _family: ClassVar[str] = "strength"
     _registry: ClassVar[dict[str, type[Configured]]] = {}
     reads: ClassVar[frozenset[str]] = frozenset({"update", "grad"})
+    """The tensors of the view that `multipliers` reads: any of update, grad, momentum, previous_momentum, param."""
 
     def needs(self) -> frozenset[str]:
-        """Which tensors of the view `multipliers` reads."""
+        """The names of the view's tensors that `multipliers` reads."""
         return self.reads
 
     def spec(self) -> spec.Strength | None:
-        """This strength in the kernels' terms; None for one that only exists in Python."""
+        """This strength in the kernels' terms; None for one that exists in Python only."""
         return None
 
     def init_state(self, view: StepView) -> dict[str, Tensor]:
-        """State to keep for each parameter between steps; none unless overridden."""
+        """The initial state of one parameter: tensors, each 0-d or shaped like it. Empty unless overridden."""
         return {}
 
     def multipliers(self, view: StepView, selected: Tensor) -> tuple[Tensor | float, Tensor | float, dict[str, Tensor]]:
-        """(multiplier of the selected, of the rest, the new state)."""
+        """The multiplier of the selected, the multiplier of the rest, and the new state.
+
+        `selected` is a bool tensor shaped like the parameter. A multiplier is a number or a 0-d tensor.
+        """
         described = self.spec()
         assert described is not None, f"{type(self).__name__} must override multipliers(view, selected)"
         item, _, moved = view.kernel_inputs(self.needs())
@@ -42,7 +46,7 @@ class Strength(Configured):
 
 
 class Fixed(Strength):
-    """Two constants; `still` makes coordinates stand still whose u ⊙ g is exactly 0.
+    """Multiply by two constants.
 
     `Fixed(selected=1, rest=-1, still=True)` on `Agreement` is Grams.
     """
@@ -52,7 +56,7 @@ class Fixed(Strength):
     rest: float = 0.0
     """The multiplier of the rest."""
     still: bool = False
-    """Whether coordinates with u ⊙ g = 0 get 0."""
+    """True: multiply coordinates whose u ⊙ g is exactly 0 by 0."""
 
     def needs(self) -> frozenset[str]:
         return frozenset({"update", "grad"}) if self.still else frozenset()
@@ -62,10 +66,10 @@ class Fixed(Strength):
 
 
 class MeanPreserving(Strength):
-    """The selected get what makes the mean multiplier 1: (1 - rest (1 - share)) / share, at most `cap`.
+    """Multiply the selected by (1 - rest (1 - share)) / share, at most `cap`, so that the mean multiplier is 1.
 
-    The default cap of 10 is reached when less than a tenth is selected. 1 where nothing is selected.
-    `estimate="sampled"` takes the share from a sample of up to 64k elements.
+    `share` is the share of the tensor that is selected. The multiplier is 1 if nothing is selected. The default cap
+    of 10 is reached when less than a tenth is selected.
     """
 
     rest: float = Field(default=0.0, ge=-1, le=1)
@@ -73,6 +77,7 @@ class MeanPreserving(Strength):
     cap: float = Field(default=10.0, gt=0)
     """The largest multiplier of the selected."""
     estimate: Literal["exact", "sampled"] = "exact"
+    """"sampled" estimates the share from a sample of up to 64k elements."""
 
     def needs(self) -> frozenset[str]:
         return frozenset()
@@ -82,10 +87,10 @@ class MeanPreserving(Strength):
 
 
 class NormPreserving(Strength):
-    """The selected get what keeps the L2 norm of x (the update, the momentum or the gradient), at most `cap`.
+    """Multiply the selected by the a that keeps the L2 norm of x (the update, the momentum or the gradient).
 
-    a^2 * sum_selected x^2 + rest^2 * sum_rest x^2 = sum x^2. The default cap of 10 is reached when the selected hold
-    less than a hundredth of the squares. 1 where the selected hold none.
+    a² · sum_selected x² + rest² · sum_rest x² = sum x², with a at most `cap`, which is reached by default (10) when the
+    selected hold less than a hundredth of the squares. a is 1 if they hold none, or if the sum is not finite.
     """
 
     rest: float = Field(default=0.0, ge=-1, le=1)
@@ -93,8 +98,9 @@ class NormPreserving(Strength):
     cap: float = Field(default=10.0, gt=0)
     """The largest multiplier of the selected."""
     of: Literal["update", "momentum", "gradient"] = "update"
-    """What x is."""
+    """The tensor x whose norm is kept."""
     estimate: Literal["exact", "sampled"] = "exact"
+    """"sampled" estimates the sums from a sample of up to 64k elements."""
 
     def needs(self) -> frozenset[str]:
         return frozenset({"grad" if self.of == "gradient" else self.of})
@@ -104,14 +110,15 @@ class NormPreserving(Strength):
 
 
 class Alignment(Strength):
-    """The selected get the smoothed cosine of momentum and gradient, one number a tensor (Magma); the rest get `rest`.
+    """Multiply the selected by s, a smoothed cosine of momentum and gradient, one number a tensor (Magma's strength).
 
-    s <- smoothing * s + (1 - smoothing) * sigmoid(cos(m, g) / temperature), from s = 1 [ours: the paper's start could
-    not be read; the public implementations that could be start from 1].
+    s <- smoothing * s + (1 - smoothing) * sigmoid(cos(m, g) / temperature), from s = 1. The start is ours: the paper's
+    could not be read, and the public implementations that could be read start from 1. s is kept in the policy's state
+    (`average`, float32).
     """
 
     temperature: float = Field(default=2.0, gt=0)
-    """What the cosine is divided by."""
+    """The divisor of the cosine of momentum and gradient."""
     smoothing: float = Field(default=0.9, ge=0, lt=1)
     """The share of s that stays in each step."""
     rest: float = 0.0

@@ -1,4 +1,4 @@
-"""StepView: what a policy sees of one parameter's step. Read-only by contract: a policy returns, it never writes."""
+"""StepView: one parameter in one step, as a policy sees it. A policy must not write on it."""
 
 from __future__ import annotations
 
@@ -18,30 +18,37 @@ TENSORS = ("update", "grad", "momentum", "previous_momentum", "param")
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors of a view, by name; None where the base has none or nobody asked. `param` keeps its own dtype."""
+    """The tensors of a view. None: the base has no such tensor, or the policy does not read it.
+
+    `param` keeps its own dtype.
+    """
 
     param: Tensor
     update: Tensor | None = None
     grad: Tensor | None = None
     momentum: Tensor | None = None
     previous_momentum: Tensor | None = None
-    lookahead: float = 0.9  # w of the Nesterov score ((1 - w) g + w m) g: the base's momentum coefficient, as a share
+    lookahead: float = 0.9  # w of the Nesterov score ((1 - w) g + w m) g: the share that the base gives to momentum
 
 
 class StepView:
-    """One parameter in one step.
+    """One parameter in one step, as a policy sees it. Read only.
 
-    Tensors are float32 (float64 for float64 parameters) and shaped like the parameter:
+    The tensors are float32 (float64 for float64 parameters) and shaped like the parameter:
 
-    - `update`: what the base would subtract now, without decoupled decay.
-    - `grad`: as the base sees it, after `maximize` and coupled decay.
+    - `update`: the amount that the base would subtract in this step, without decoupled decay.
+    - `grad`: the gradient as the base sees it, after `maximize` and coupled decay.
     - `momentum`, `previous_momentum`: the base's first moment after and before this gradient was mixed in.
     - `param`: the parameter before the step.
 
-    Reading one that the policy's `reads` does not declare is an error: what the base overwrites has to be kept before
-    it steps. Also here: `state` (this parameter's policy state), `name`, `step` (0 in the first), `shape`, `device`,
-    `mean`, `norm`, `quantile` over the whole tensor, and `random` (by address). Of a policy whose `scope` says that
-    shards are enough, tensors are this rank's shard of a sharded parameter, and those four still mean the whole.
+    Reading a tensor that the policy's `reads` does not declare raises AttributeError, because the tensors that the
+    base overwrites are kept only if they are declared. A tensor that the base does not have raises it too.
+
+    The view also has `state` (this parameter's policy state), `name`, `step` (0 in the first), `shape`, `device` and
+    `dtype`; `mean`, `norm` and `quantile`, which reduce over the whole tensor; and `random`.
+
+    If the policy's `scope` says that rows or shards are enough, the tensors of a sharded parameter are this rank's
+    shard. `mean`, `norm`, `quantile` and `random` still refer to the whole parameter.
     """
 
     def __init__(
@@ -63,11 +70,11 @@ class StepView:
         self.draw = draw
         self.address = address
         self.state: Mapping[str, Tensor] = {} if state is None else state
-        self._shard = shard  # what of the parameter the tensors are; None: all of it
+        self._shard = shard  # the part of the parameter that the tensors hold; None: all of it
 
     @property
     def step(self) -> int:
-        """How many steps the wrapper has finished: 0 in the first."""
+        """The number of steps that the wrapper has finished: 0 in the first."""
         return self.draw.step
 
     @property
@@ -116,35 +123,38 @@ class StepView:
         return self._read("param")
 
     def kernel_inputs(self, needs: frozenset[str]) -> tuple[spec.Item, spec.Rule, Advanced]:
-        """This step in the kernels' terms, with the tensors that are in `needs`; for selections and strengths."""
+        """This step in the kernels' terms, with the tensors that `needs` names. For selections and strengths."""
         param = self._tensors.param
-        nothing = param.new_empty(0)  # stands for what is not read
-        got = {what: self._read(what) for what in needs if what != "param"}
+        nothing = param.new_empty(0)  # in the place of a tensor that is not read
+        tensors = {what: self._read(what) for what in needs if what != "param"}
         moved = Advanced(
-            got.get("grad", nothing), got.get("update", nothing), got.get("momentum"), got.get("previous_momentum")
+            tensors.get("grad", nothing),
+            tensors.get("update", nothing),
+            tensors.get("momentum"),
+            tensors.get("previous_momentum"),
         )
         item = spec.Item(param, moved.grad, {}, self.address, dict(self.state))
         return item, spec.GivenRule(momentum_beta=self._tensors.lookahead), moved
 
     def mean(self, x: Tensor) -> Tensor:
-        """Mean over the whole tensor, accumulated in float64; a 0-d tensor of the view's dtype."""
+        """The mean over the whole tensor: a 0-d tensor of the view's dtype, accumulated in float64."""
         if self._shard is None:
             return x.mean(dtype=torch.float64).to(self.dtype)
         count = torch.full((), float(x.numel()), dtype=torch.float64, device=x.device)
-        found = self._ask(totals([x.sum(dtype=torch.float64), count], self._shard))
-        return (found[0] / found[1]).to(self.dtype)
+        sums = self._ask(totals([x.sum(dtype=torch.float64), count], self._shard))
+        return (sums[0] / sums[1]).to(self.dtype)
 
     def norm(self, x: Tensor) -> Tensor:
-        """L2 norm over the whole tensor, accumulated in float64; a 0-d tensor of the view's dtype."""
+        """The L2 norm over the whole tensor: a 0-d tensor of the view's dtype, accumulated in float64."""
         if self._shard is None:
             return torch.linalg.vector_norm(x, dtype=torch.float64).to(self.dtype)
         squares = x.to(torch.float64).square().sum()
         return self._ask(totals([squares], self._shard))[0].sqrt().to(self.dtype)
 
     def quantile(self, x: Tensor, q: float) -> Tensor:
-        """The value at place int(q * numel) in ascending order (at most the largest): about a share `q` lies below it.
+        """The value at place int(q * numel) in ascending order, at most the last: about a share `q` lies below it.
 
-        No interpolation; a 0-d tensor. NaN counts as larger than everything.
+        A 0-d tensor of the view's dtype, without interpolation. NaN counts as larger than everything.
         """
         numel = x.numel() if self._shard is None else self._shard.numel
         index = min(max(int(q * numel), 0), numel - 1)
@@ -153,15 +163,16 @@ class StepView:
         return self._ask(smallest(x.to(self.dtype), index, self._shard)).to(self.dtype)
 
     def _ask(self, part: Any) -> Tensor:
-        """A helper's sums over the other shards, one small collective after the other."""
+        """Run `part` to its end, with a small collective over the shards for each sum that it asks for."""
         assert self._shard is not None
         return alone(part, self._shard.group)
 
     def random(self, unit: str = "element") -> Tensor:
-        """Uniform numbers in [0, 1), float32, by address: the same on every rank, after a resume, for any chunking.
+        """Uniform float32 numbers in [0, 1), by address: the same on every rank and after a resume.
 
-        unit: "element" gives the parameter's shape, "row" (n, 1, ...) over the first dimension, "tensor" one number.
-        They are the numbers that `Bernoulli` of the same unit draws in this step.
+        unit: "element" returns the parameter's shape, "row" the shape (n, 1, ...) for n rows (the first dimension),
+        "tensor" a 0-d tensor. Another unit raises ValueError. `Bernoulli` of the same unit draws these numbers in this
+        step.
         """
         shape, shard = self.shape, self._shard
         if unit not in ("element", "row", "tensor"):

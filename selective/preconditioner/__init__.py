@@ -1,4 +1,4 @@
-"""The stage before: rotate the gradients into a space where their covariance is nearly diagonal."""
+"""Preconditioners: they rotate gradients into a space where their covariance is nearly diagonal."""
 
 from selective.preconditioner.base import Carry, Preconditioner, Refreshed, Shape, Side, State, preconditioner_from
 from selective.preconditioner.eigenbasis import Eigenbasis

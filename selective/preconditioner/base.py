@@ -1,9 +1,9 @@
-"""The contract between a preconditioner and the wrapper: rotate the gradient before the base sees it.
+"""Preconditioner: the contract between the wrapper and a class that rotates gradients before the base steps.
 
-A preconditioner knows nothing of policies, bases and parameter groups. It sees matrices: a parameter comes as a
-float32 tensor [batch, rows, columns] (`matrix_view` says how; one plain matrix is a batch of 1), and all tensors of
-one call have the same shape and device, so that they can be worked on together. What it has to remember of a parameter
-is a dictionary of tensors, which lives in the wrapper: it is saved, loaded and moved with all other state.
+A preconditioner knows nothing of policies, base optimizers and parameter groups. It gets a parameter as a float32
+tensor [batch, rows, columns]. `matrix_view` says how the parameter is read like that; a plain matrix is a batch of 1.
+All tensors of one call have the same shape and device, so that they can be stacked. The state of a parameter is a
+dictionary of tensors. The wrapper keeps it, and saves, loads and moves it with all other state.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor
 
 from selective.configured import Configured
 
-State = dict[str, Tensor]  # what is remembered of one parameter, by name
+State = dict[str, Tensor]  # a preconditioner's state of one parameter, by name
 Shape = tuple[int, int, int]  # batch, rows, columns
-Side = Literal["rows", "columns"]  # which sides of a matrix a basis is of
+Side = Literal["rows", "columns"]  # a side of a matrix: the one that a basis rotates
 
 
 class Carry(NamedTuple):
-    """What a refresh did to the rotated space of one parameter: the linear maps from the old one to the new one.
+    """The linear maps from the old rotated space of one parameter to the new one, which a refresh returns.
 
-    A first moment follows as m <- left @ m @ right; None is the identity. `left`: [batch, rows, rows], `right`: [batch,
-    columns, columns], float32. A second moment follows by the squares of the same maps, v <- left² @ v @ right²
-    (elementwise squares), so that it stays as large as its first moment asks for.
+    `left` [batch, rows, rows] and `right` [batch, columns, columns] are float32; None is the identity. The wrapper
+    carries a first moment by m <- left @ m @ right, and a second moment by the elementwise squares of these maps,
+    v <- left² @ v @ right². So a second moment does not become too small for its first moment.
 
-    `rows` [batch, rows] and `columns` [batch, columns] (int64), where one of them is given, take the place of the
-    squares: they say which old row or column each new one was, and second moments are put in that order. They stay
-    below first moments that are rotated by more than an order, and an Adam-like base that divides by them can diverge.
+    If `rows` [batch, rows] or `columns` [batch, columns] is given (int64), second moments are permuted instead: the
+    numbers are the old row or column at each new place. This is SOAP's way (arXiv 2409.11321). First moments are still
+    rotated, so that a second moment may become too small for its first moment, and an Adam-like base can diverge.
     """
 
     left: Tensor | None = None
@@ -39,165 +39,274 @@ class Carry(NamedTuple):
 
 
 class Refreshed(NamedTuple):
-    """What became of one matrix that is sharded: whether its basis is new, and which old column each new one was."""
+    """The result of refreshing one sharded matrix: True in `new` if its basis is new, and the order of its columns.
+
+    `order` has the old place of each new column, int64 [batch, n], where n is the length of the rotated side.
+    """
 
     new: bool
-    order: Tensor | None = None  # int64 [batch, n] of the rotated side; None: they stay where they are
+    order: Tensor | None = None  # None: all columns stay at their places
 
 
 class Preconditioner(Configured):
-    """The head of the family. Frozen, keyword arguments only, to JSON and back by its `kind`, as policies are.
+    """The base class of preconditioners.
 
-    The wrapper calls, in a step: `is_due`, `refresh` of those that are, `project_in` of gradients, `denoise` of those
-    whose basis is new, then base and policy, `project_out` of the masked update, `observe`. Nothing is written on what
-    is passed in but the tensors of `states`, in place.
+    An instance is frozen, takes keyword arguments only, and can be turned into JSON and back by its `kind`, as policies
+    can. In a step the wrapper calls `is_due`, `refresh` for parameters that are due, `project_in` for gradients,
+    `denoise` for gradients whose basis is new, then the base and the policy, `project_out` for the masked update, and
+    `observe`. A method may write into the tensors of `states`, in place, and into the gradients that `denoise` gets,
+    but into no other argument.
+
+    Arguments have these shapes: `states` is a list of states, `grads` and `xs` are lists of as many float32 tensors
+    [batch, rows, columns], all of one shape and on one device.
+
+    An error that a method raises in a step, or a result of a wrong shape or dtype, becomes a `PreconditionerError` with
+    the name of the method.
     """
 
     _family: ClassVar[str] = "preconditioner"
     _registry: ClassVar[dict[str, type[Any]]] = {}
 
     def takes(self, shape: Shape) -> bool:
-        """Whether matrices of this shape are rotated; others are left to the base as they are."""
+        """Return True if matrices of this shape are rotated; others are left to the base.
+
+        Args:
+            shape: (batch, rows, columns).
+        """
         return True
 
     def init_state(self, like: Tensor) -> State:
-        """What is remembered of a parameter that looks like this ([batch, rows, columns]); float32, counters int64.
+        """Make the state of a parameter.
 
-        On the parameter's device. A counter that the host has to read may be on the CPU, 0-d.
+        Args:
+            like: a tensor of the parameter's shape [batch, rows, columns], and on its device.
+
+        Returns:
+            Tensors by name: float32, and counters int64, on the device of `like`. A counter that the host has to read
+            may be on the CPU, 0-d. {} if nothing has to be remembered.
         """
         return {}
 
     def is_due(self, steps: int, place: int, count: int) -> bool:
-        """Whether the basis is refreshed in the step before which `steps` were taken.
+        """Return True if a parameter's basis is refreshed in this step.
 
-        `steps` counts those in which this parameter had a gradient: one whose first gradient comes late starts at 0.
-        `place`: the number of the parameter among the `count` rotated ones, to spread refreshes over steps.
+        Args:
+            steps: the number of earlier steps in which this parameter had a gradient. A parameter whose first gradient
+                comes late starts at 0.
+            place: the number of the parameter among the rotated ones, by which refreshes can be spread over steps.
+            count: the number of rotated parameters.
         """
         return False
 
     def is_overdue(self, state: State, steps: int) -> bool:
-        """Whether this parameter is refreshed out of its turn, because its turn has given it nothing.
+        """Return True if a parameter that is not due is refreshed all the same, because it got no basis when it was.
 
-        Looks at what the state keeps on the CPU only: it is asked in every step, of every parameter that is not due.
+        It is called in every step for every parameter that is not due. So it should read only tensors of `state` that
+        are on the CPU.
+
+        Args:
+            state: the parameter's state.
+            steps: as for `is_due`.
         """
         return False
 
     def stands_still(self, steps: int) -> bool:
-        """Whether rotated parameters do not step at all now: they get no gradient, and nothing of the base moves.
+        """Return True if a rotated parameter skips this step: the base gets no gradient of it, and it does not move.
 
-        `steps` is counted as for `is_due`.
+        It is refreshed and observed all the same.
+
+        Args:
+            steps: as for `is_due`.
         """
         return False
 
     def observes(self) -> bool:
-        """Whether `observe` reads the gradients. Where not, they are not looked through for NaN in every step."""
+        """Return True if `observe` reads the gradients. If it does not, they are not searched for NaN in every step."""
         return type(self).observe is not Preconditioner.observe
 
     def refreshes_from_gradients(self) -> bool:
-        """Whether `refresh` reads the gradients. Where not, it gets zeros for them, and more parameters at a time."""
+        """Return True if `refresh` reads the gradients. If not, it gets zeros, and more parameters at a time."""
         return True
 
     def refresh_writes(self, name: str) -> bool:
-        """Whether `refresh` may write this entry of a state. The others are not copied, to be put back."""
+        """Return True if `refresh` may write the entry `name` of a state.
+
+        These entries are copied before a refresh, and restored if it fails or the gradient is not finite.
+        """
         return True
 
     def moves_moments(self) -> bool:
-        """Whether a refresh may return a `Carry` with maps. Then a base is refused that keeps what can't follow."""
-        mine, ours = type(self), Preconditioner
-        return mine.refresh is not ours.refresh or mine.carries_from is not ours.carries_from
+        """Return True if a refresh may return a `Carry` with maps.
+
+        Then the wrapper refuses a base whose state cannot be carried into another basis.
+        """
+        cls = type(self)
+        return cls.refresh is not Preconditioner.refresh or cls.carries_from is not Preconditioner.carries_from
 
     def refresh(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Carry | None]:
-        """New bases, from what was observed or from these gradients (not rotated); None where nothing changed."""
+        """Make new bases, from what was observed or from these gradients.
+
+        Args:
+            states: the states, which are written in place.
+            grads: the gradients, not rotated; zeros if `refreshes_from_gradients` returns False. A gradient that is not
+                finite is replaced by zeros, and its refresh is undone.
+
+        Returns:
+            A `Carry` for each state; None if its basis did not change.
+        """
         return [None] * len(states)
 
     def observe(self, states: Sequence[State], grads: Sequence[Tensor]) -> None:
-        """Take note of this step's gradients (not rotated), after the parameters have moved."""
+        """Collect statistics of this step's gradients, after the parameters have moved.
+
+        Args:
+            states: the states, which are written in place.
+            grads: the gradients, not rotated. If `observes` returns True, one that is not finite is replaced by zeros.
+        """
 
     def project_in(self, states: Sequence[State], xs: Sequence[Tensor]) -> list[Tensor]:
-        """Each x in its parameter's rotated space, P^T x Q: new tensors of the same shape.
+        """Rotate each x into its parameter's space, P^T x Q.
 
-        In float32, or in the bfloat16 or float16 that they have been rounded to.
+        Returns:
+            New tensors of the shape of `xs`, in float32, bfloat16 or float16.
+
+        Raises:
+            NotImplementedError: the class does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define project_in")
 
     def carries_in(self) -> Literal["float32", "tf32"]:
-        """In what precision float32 first moments are multiplied with the maps of a `Carry`, on devices that tell."""
+        """Return the precision of the products of moments with the maps of a `Carry`; only some devices have TF32."""
         return "float32"
 
     def itemsize(self) -> int:
-        """Bytes of an element of what `project_in` returns: how many are worked on at a time goes by it."""
+        """Return the bytes of an element that `project_in` returns. With fewer, more are rotated at a time."""
         return 4
 
     def denoise(self, states: Sequence[State], rotated: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients that `project_in` has rotated (nothing else is handed in), without what is only rounding in them.
+        """Set elements of rotated gradients to 0 that are nothing but rounding noise.
 
-        Asked in the step of a refresh only, of the parameters that were refreshed: where a basis comes from the
-        gradient itself, the rotated one is zero up to rounding in most places. These tensors, written in place, or
-        others of the same shape and dtype.
+        It is called only for parameters that were refreshed in this step. If a basis was made from the gradient itself,
+        most elements of the rotated gradient are 0 but for rounding.
+
+        Args:
+            states: the states.
+            rotated: gradients as `project_in` has returned them.
+
+        Returns:
+            These tensors, written in place, or others of the same shape and dtype.
         """
         return list(rotated)
 
     def project_out(self, states: Sequence[State], xs: Sequence[Tensor]) -> list[Tensor]:
-        """Each x back in the parameter's own space, P x Q^T.
+        """Rotate each x back into its parameter's own space, P x Q^T.
 
-        x is float32, or of the dtype that `project_in` gave the gradient; so is what is returned.
+        Args:
+            states: the states.
+            xs: tensors in float32, or in the dtype that `project_in` returns.
+
+        Returns:
+            New tensors of the shape of `xs`, in float32, bfloat16 or float16.
+
+        Raises:
+            NotImplementedError: the class does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define project_out")
 
     # --- matrices of which each rank has some rows, or some columns ---
 
     def on_shards(self, shape: Shape, whole: frozenset[Side]) -> Preconditioner | str:
-        """What makes the state of a matrix [1, rows, columns], of which only these sides are whole on each rank.
+        """Return the preconditioner for a sharded matrix [1, rows, columns], or the reason why it is not rotated.
 
-        That is this preconditioner with the side that it rotates spelled out. Or, in words, why such a matrix is left
-        alone. Of a matrix that is taken, `project_in`, `project_out`, `denoise` and `observe` get each rank's part,
-        which may be empty, and must not ask other ranks for anything. A refresh is `refresh_parts`, a sum over ranks,
-        `refresh_from` on one of them, and `carries_from` on all.
+        If the matrix is rotated, `project_in`, `project_out`, `denoise` and `observe` get each rank's part, which may
+        be empty, and must not communicate with other ranks. A refresh calls `refresh_parts` on all ranks, adds up the
+        results, calls `refresh_from` on one rank, and `carries_from` on all.
+
+        Args:
+            shape: of the whole matrix.
+            whole: the sides that are whole on each rank.
+
+        Returns:
+            This preconditioner with the name of the side that it rotates, or the reason as part of a sentence.
         """
         return f"sharded, and {type(self).__name__} does not say how shards are rotated"
 
     def gathers(self, shape: Shape) -> bool:
-        """Whether a sharded matrix [1, rows, columns] that `on_shards` leaves alone is rotated as a whole all the same.
+        """Return True if a sharded matrix [1, rows, columns] that `on_shards` refuses is gathered to be rotated.
 
-        Then it is gathered wherever this preconditioner is called, in every step, and everything is as on one device,
-        but that `denoise` gets each rank's part.
+        It is gathered for every call of this preconditioner, so in every step. All methods get whole matrices as on one
+        device, except `denoise`, which gets each rank's part.
         """
         return False
 
     def is_part(self, name: str) -> bool:
-        """Whether this entry of a sharded matrix's state is a part, and the sum over ranks the whole. Checkpoints have
-        the whole."""
+        """Return True if the entry `name` of a sharded matrix's state has to be added up over ranks.
+
+        Checkpoints have the sum.
+        """
         return False
 
     def refresh_parts(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Tensor]:
-        """What of each the ranks have to add up for a refresh: float32, of the same shape on all of them.
+        """Return this rank's part of the sums over ranks that a refresh needs.
 
-        `grads` are zeros where `refreshes_from_gradients` says that they are not read.
+        Args:
+            states: the states of sharded matrices.
+            grads: this rank's parts of the gradients; zeros if `refreshes_from_gradients` returns False.
+
+        Returns:
+            A float32 tensor for each, of the same shape on all ranks.
+
+        Raises:
+            NotImplementedError: the class does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define refresh_parts")
 
     def refresh_from(self, states: Sequence[State], sums: Sequence[Tensor]) -> list[Refreshed]:
-        """New bases in the `states`, in place, from the sums. One rank does it; the others get what it has written."""
+        """Make new bases from the sums over ranks. One rank calls it; the others get the states that it writes.
+
+        Args:
+            states: the states, which are written in place.
+            sums: the sums over ranks of the results of `refresh_parts`.
+
+        Returns:
+            For each matrix if its basis is new, and the order of its columns.
+
+        Raises:
+            NotImplementedError: the class does not define it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define refresh_from")
 
     def carries_from(
         self, old: Sequence[State], new: Sequence[State], refreshed: Sequence[Refreshed]
     ) -> list[Carry | None]:
-        """What `refresh` would have returned, from the states before and after; None where nothing is new."""
+        """Return what `refresh` would have returned: a `Carry` for each matrix, None if its basis is not new.
+
+        Args:
+            old: the states before the refresh.
+            new: the states after it.
+            refreshed: the results of `refresh_from`.
+
+        Raises:
+            NotImplementedError: the class does not define it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define carries_from")
 
     def on_load(self, replaced: Preconditioner) -> str | None:
-        """What to tell the user whose checkpoint brings this preconditioner in the place of `replaced`; None: nothing.
+        """Return a warning for a checkpoint that replaces `replaced` by this preconditioner; None if none is due.
 
-        A sentence without its subject ("has ...") that ends in what to write, `opt.preconditioner_groups[{number}]`.
+        The text is a sentence without its subject ("has ..."), and ends with an assignment to
+        `opt.preconditioner_groups[{number}]`.
         """
         return None
 
     def report(self, states: Sequence[State]) -> list[dict[str, Tensor]]:
-        """What `statistics()` shows of each parameter: 0-d tensors on its device."""
+        """Return the numbers that `statistics()` shows of each parameter, by name: 0-d tensors on its device."""
         return [{} for _ in states]
 
 
 def preconditioner_from(data: Any) -> Preconditioner | None:
-    """A preconditioner as it is, or from a kind's name, a dict with a `kind` or JSON of one; None stays None."""
+    """Return a preconditioner as it is, or make one of a kind's name, a dictionary with a `kind`, or JSON of that.
+
+    None stays None.
+    """
     return None if data is None else Preconditioner.from_data(data)

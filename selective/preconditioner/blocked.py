@@ -1,9 +1,9 @@
-"""Symmetric products and Cholesky factors made block by block, so that what is known is not computed.
+"""Symmetric products, triangular products and Cholesky factors, computed block by block to save work.
 
-A product that is symmetric, or of triangular factors, costs a general one half or more of its time in vain, and
-factoring a stack of large matrices is slow: on an H100 `linalg.cholesky_ex` reaches 6 of the 50 TFLOP/s that products
-have. Blocks of `BLOCK` rows leave nearly everything to products; matrices of less than two blocks go to torch as they
-are. All functions take and return [batch, ., .].
+A general product wastes half of its time or more if the result is symmetric or a factor is triangular. Factoring a
+stack of large matrices is slow: on an H100 `linalg.cholesky_ex` reaches 6 TFLOP/s, while products reach 50. With blocks
+of `BLOCK` rows, nearly all work is products. Matrices of less than two blocks go to torch as they are. All functions
+take and return [batch, ., .].
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-"""Rows. On an H100, 2,048 rows, stacks of 16 and 32: 2.13 and 1.81 ms a matrix for all of `solvers.cholesky` with
-blocks of 256, 2.20 and 1.94 with 512, 2.63 and 2.38 with 1,024."""
+"""Rows of a block. All of `solvers.cholesky` on an H100, for stacks of 16 and 32 matrices of 2,048 rows, takes 2.13 and
+1.81 ms a matrix with blocks of 256 rows, 2.20 and 1.94 with 512, 2.63 and 2.38 with 1,024."""
 FEW = 8
-"""Smaller stacks are factored whole on a GPU, one after the other: 0.82 ms a matrix of 2,048 rows, and 0.90 to solve
-with it, where blocks take 1.46 and 0.26 in a stack of 4, but 0.40 and 0.24 in one of 16."""
+"""A stack of fewer matrices is factored without blocks on a GPU, one matrix after the other. With 2,048 rows that takes
+0.82 ms a matrix, and solving with it 0.90. Blocks take 1.46 and 0.26 ms in a stack of 4, and 0.40 and 0.24 in one of
+16."""
 
 
 def _blocks(n: int) -> Iterator[slice]:
@@ -28,7 +29,7 @@ def _blocks(n: int) -> Iterator[slice]:
 
 
 def lower_product(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀ b on and below the diagonal; above, only what is in a block with it."""
+    """Return aᵀ b, right on and below the diagonal; above it, only blocks on the diagonal are set."""
     n = a.shape[-1]
     if n < 2 * BLOCK:
         return a.mT @ b
@@ -39,7 +40,7 @@ def lower_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def squared(root: Tensor) -> Tensor:
-    """rootᵀ root of lower triangular ones, on and below the diagonal, as in `lower_product`."""
+    """Return rootᵀ root for lower triangular `root`, right on and below the diagonal as in `lower_product`."""
     n = root.shape[-1]
     if n < 2 * BLOCK:
         return root.mT @ root
@@ -51,7 +52,7 @@ def squared(root: Tensor) -> Tensor:
 
 
 def times_lower(x: Tensor, lower: Tensor) -> Tensor:
-    """x lower, of a lower triangular one."""
+    """Return the product x lower, where `lower` is lower triangular."""
     n = lower.shape[-1]
     if n < 2 * BLOCK:
         return x @ lower
@@ -62,7 +63,7 @@ def times_lower(x: Tensor, lower: Tensor) -> Tensor:
 
 
 def mirrored(lower: Tensor) -> Tensor:
-    """The symmetric matrix of which this is the lower half, in its memory."""
+    """Copy the lower half of a symmetric matrix to its upper half, in place, and return it."""
     if lower.shape[-1] >= 2 * BLOCK:
         for rows in _blocks(lower.shape[-1]):
             lower[:, : rows.start, rows] = lower[:, rows, : rows.start].mT
@@ -70,20 +71,21 @@ def mirrored(lower: Tensor) -> Tensor:
 
 
 class Factor(NamedTuple):
-    """Lower Cholesky factors, and the inverses of the blocks on their diagonals, where they were made in blocks."""
+    """Lower Cholesky factors, and the inverses of the blocks on their diagonals; no inverses without blocks."""
 
     lower: Tensor
     inverses: list[Tensor]
 
 
 def factor(matrix: Tensor) -> Factor:
-    """Of what is on and below the diagonal. It never waits for the device, as `linalg.cholesky` does.
+    """Return the Cholesky factors of symmetric matrices, of which only the lower half is read.
 
-    Where a matrix is not positive definite, what is returned of it is no factor: look at what you make of it.
+    It does not wait for the device, unlike `linalg.cholesky`. If a matrix is not positive definite, the result is not a
+    factor, and the caller has to check what is computed with it.
     """
     n = matrix.shape[-1]
     if n >= 2 * BLOCK and matrix.is_cuda and len(matrix) < FEW:
-        return Factor(torch.stack([torch.linalg.cholesky_ex(one)[0] for one in matrix]), [])
+        return Factor(torch.stack([torch.linalg.cholesky_ex(single)[0] for single in matrix]), [])
     if n < 2 * BLOCK:
         return Factor(torch.linalg.cholesky_ex(matrix)[0], [])
     result = torch.zeros_like(matrix)
@@ -94,10 +96,10 @@ def factor(matrix: Tensor) -> Factor:
             done = result[:, rows.start :, : rows.start]
             panel = torch.baddbmm(panel, done, result[:, rows, : rows.start].mT, alpha=-1)
         size = rows.stop - rows.start
-        own = torch.linalg.cholesky_ex(panel[:, :size])[0]
-        one = torch.eye(size, dtype=own.dtype, device=own.device).expand_as(own)
-        inverse = torch.linalg.solve_triangular(own, one, upper=False)
-        result[:, rows, rows] = own
+        diagonal = torch.linalg.cholesky_ex(panel[:, :size])[0]
+        identity = torch.eye(size, dtype=diagonal.dtype, device=diagonal.device).expand_as(diagonal)
+        inverse = torch.linalg.solve_triangular(diagonal, identity, upper=False)
+        result[:, rows, rows] = diagonal
         if rows.stop < n:
             torch.bmm(panel[:, size:], inverse.mT, out=result[:, rows.stop :, rows])
         inverses.append(inverse)
@@ -105,7 +107,7 @@ def factor(matrix: Tensor) -> Factor:
 
 
 def over(x: Tensor, factored: Factor) -> Tensor:
-    """x (lowerᵀ)⁻¹."""
+    """Return x (lowerᵀ)⁻¹ for a Cholesky factor."""
     lower, inverses = factored
     if not inverses:
         return torch.linalg.solve_triangular(lower.mT, x, upper=True, left=False)

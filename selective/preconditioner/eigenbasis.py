@@ -1,4 +1,4 @@
-"""Eigenbasis: rotate gradients into the eigenvectors of their Gram matrices, on one side or on both."""
+"""Eigenbasis: rotates gradients into the eigenvectors of their Gram matrices, on one side or on both."""
 
 from __future__ import annotations
 
@@ -19,71 +19,80 @@ from selective.preconditioner.solvers import SolverName
 
 
 class Eigenbasis(Preconditioner):
-    """Gradients G become PᵀG, GQ or PᵀGQ; P and Q are eigenvectors of Gram matrices of the rows and columns.
+    """Rotate gradients G to PᵀG, GQ or PᵀGQ, where P and Q are eigenvectors of Gram matrices of the rows and columns.
 
-    Sources: SOAP, arXiv 2409.11321; AdaDiag, arXiv 2502.07488. `Soap` and `AdaDiag` are this with the papers' settings.
-    Matrices with less than two rows or columns have no space to rotate and are left to the base. Each default is
-    explained beside its field. Until a parameter's first basis, P and Q are the identity.
+    Sources: SOAP, arXiv 2409.11321; AdaDiag, arXiv 2502.07488. `Soap` and `AdaDiag` are this class with the papers'
+    settings, and say how they differ from the papers. Matrices with less than two rows or columns are not rotated. Each
+    default is explained beside its field. Before a parameter's first refresh, P and Q are the identity.
 
-    State of a matrix, float32: n² elements for each rotated side of length n, twice that with `statistic="ema"`.
-    A refresh costs O(n³), more or less by the `solver`; a step one product of the gradient's size for each side, and
-    the same again on the way back.
+    The state of a matrix is float32, and has n² elements for each rotated side of length n, or twice that with
+    `statistic="ema"`. A refresh takes O(n³) operations, with a factor that depends on the `solver`. A step takes a
+    product with an n × n matrix for each side, for the gradient and again for the update.
 
-    Faults: a Gram matrix with NaN or infinities reaches no solver, and leaves statistics and basis as they are
-    (`skipped`). A solver that raises, or whose result is not orthogonal, is tried again in float64 (`float64`), then
-    eigh in float64 on the CPU (`cpu`); then the old basis stays, bit for bit, with a warning (`kept`). `report()` has
-    these counts.
+    Faults: a Gram matrix with NaN or infinity reaches no solver, and its statistics and basis stay as they are
+    (`skipped`). If a solver raises, or its result is not orthogonal, it is tried again in float64 (`float64`), and then
+    eigh in float64 on the CPU (`cpu`). If that fails too, the old basis stays, bit for bit, with a warning (`kept`).
+    `report()` has these counts.
 
     Only `refresh` waits for the device: once in 512 MiB of matrices, and inside torch's eigh and svd.
+
+    Raises:
+        ValueError: a field is out of its range, or `skip_first_step` has no effect with the other fields.
     """
 
     sides: Sides = "two"
-    """Which sides are rotated: the gradient's "rows" (P), "columns" (Q), both ("two"), the smaller "one" (by the shape
-    alone; columns where they are equal), or the one that is whole on each rank ("unsharded": columns, unless those are
-    sharded). Both, because that has measured better than one; one side costs half in time, less in memory."""
+    """The sides that are rotated: the gradient's "rows" (P), its "columns" (Q), both ("two"), the smaller "one" (by the
+    shape alone; of a square matrix the columns), or the one that is whole on each rank ("unsharded": the columns,
+    unless they are sharded). Both is the default because it has measured better than one. One side takes half the time
+    and less memory."""
     statistic: Literal["gradient", "ema"] = "ema"
-    """What is diagonalised: the Gram matrices of the "gradient" of the step of the refresh, or their running averages
-    ("ema") up to the step before. Running averages, because one gradient is a noisy and often low-rank guess at the
-    covariance, and measured worse."""
+    """The matrices that are diagonalised: Gram matrices of the "gradient" in the step of the refresh, or their running
+    averages ("ema") up to the step before. Running averages are the default because one gradient is a noisy estimate of
+    the covariance, often of low rank, and has measured worse."""
     beta: float = Field(default=0.95, ge=0, lt=1)
-    """Of the running averages: A ← β A + (1 − β) GGᵀ after each step. SOAP's 0.95, a memory of 20 steps."""
+    """Of the running averages: A ← β A + (1 − β) GGᵀ after each step. The default is SOAP's 0.95, a memory of 20
+    steps."""
     refresh_every: int = Field(default=10, ge=1)
-    """Steps from one refresh to the next. SOAP's 10; with "eigh" or "svd" 50 to 500 keep the cost small."""
+    """Steps from one refresh to the next. The default is SOAP's 10. With "eigh" or "svd", 50 to 500 keep the cost
+    small."""
     start_step: int = Field(default=0, ge=0)
-    """Steps before the first basis. 0: as soon as possible, which with "ema" is after the first gradient."""
+    """Steps before the first refresh. 0 is as soon as possible, which with "ema" is after the first gradient."""
     skip_first_step: bool = False
-    """Rotated parameters do not move in the first step, so that nothing is done in an unrotated space (SOAP). Off,
-    because a step in the unrotated space is a good step of the base."""
+    """True: rotated parameters do not move in the first step, so that no step is taken in an unrotated space, as in
+    SOAP. It is off by default because a step in the unrotated space is a good step of the base."""
     stagger: bool = True
-    """Parameters take turns, evenly over `refresh_every` steps, first bases over the first ten: no step pays for
-    all. They are counted, not weighed: one that is much larger than the others makes its step longer."""
+    """True: refreshes are spread evenly over `refresh_every` steps, and the first ones over ten steps, so that no step
+    pays for all. Parameters are counted and not weighed by size: a much larger one makes its step longer."""
     solver: SolverName = "cholesky"
-    """How. "eigh" and "svd" (of the gradient itself where it is the statistic) start from scratch and are exact. "qr"
-    and "cholesky" go on from the old basis by one step of subspace iteration, which is right for averages that move
-    slowly; the first basis is eigh's. "cholesky" spans what "qr" does with more arithmetic, but of the kind that GPUs
-    are fast at; on a CPU "eigh" takes no longer than either."""
+    """The method. "eigh" and "svd" start from scratch and are exact; with the statistic "gradient", "svd" is that of
+    the gradient itself. "qr" and "cholesky" take one step of subspace iteration from the old basis, which is enough for
+    averages that move slowly; the first basis is made by eigh. "cholesky" spans the same spaces as "qr" with more
+    arithmetic, but of a kind that is fast on GPUs. On a CPU "eigh" takes no longer than either."""
     carry: CarryName = "squared"
-    """What follows into the new basis. "squared": first moments by the maps from basis to basis, exactly but for
-    rounding (`precision`), and second moments by the squares of these maps. So no second moment is too small for its
-    first moment, and no step is larger than the base's own could be, on sparse gradients too. "rotate": first moments
-    by the maps; second moments stay with their column, which "qr" and "cholesky" may move, sorting by eigenvalue. That
-    is what SOAP does, and it diverges on one-hot inputs. "keep": nothing follows, and no column is moved."""
+    """The way in which the base's moments are carried into the new basis. "squared": first moments by the maps from
+    basis to basis, exactly but for rounding (`precision`), and second moments by the squares of these maps. So no
+    second moment is too small for its first moment, and no step is larger than the base's own could be, also on sparse
+    gradients. "rotate": first moments by the maps, while second moments stay with their columns, which "qr" and
+    "cholesky" sort by eigenvalue. This is SOAP's way, and it diverges on one-hot inputs. "keep": moments are not
+    carried, and columns are not sorted."""
     max_dim: int = Field(default=10_000, ge=2)
-    """A longer side is not rotated (the smaller side of "one": then none is). SOAP's; 10,000 are 400 MB a basis."""
+    """A longer side is not rotated; with "one", no side is if the smaller one is longer. The default is SOAP's, with
+    which a basis has at most 400 MB."""
     precision: Precision = "float32"
-    """Of the products with gradients and updates in each step: "float32", or on a GPU 4 to 8 times faster "tf32" or
-    "bfloat16" (factors and results rounded to 8 bits). With either of these, moments are carried in TF32. Statistics
-    and factorisations are never below float32, whatever torch's flags say. Exact unless asked, as everything here."""
+    """The precision of the products with gradients and updates in each step: "float32", or "tf32" or "bfloat16"
+    (factors and results are rounded to 8 bits), which are 4 to 8 times faster on a GPU. With these two, moments are
+    carried in TF32. Statistics and factorisations are in float32 or better, whatever torch's flags say."""
     floor: float = Field(default=16.0, ge=0)
-    """With the "gradient" statistic, in the step of a refresh: rotated elements below floor · eps · σ₁ are set to 0.
-    There the gradient is diagonal up to rounding (its rows orthogonal, with one side), and Adam's normalisation would
-    blow the rounding up to full steps. Measured, 16 to 512 rows: without it, products in float32 and float64 lead to
-    steps that differ by 30 to 95%, with 8 by up to 20%, with 16 by up to 6%. 0 turns it off."""
+    """With the statistic "gradient", in the step of a refresh: elements of the rotated gradient below floor · eps · σ₁
+    are set to 0. There the gradient is diagonal but for rounding (or has orthogonal rows, if one side is rotated), and
+    Adam's normalisation would turn rounding noise into full steps. For 16 to 512 rows, steps from products in float32
+    and in float64 differed by 30 to 95% without a floor, by up to 20% with 8, and by up to 6% with 16. 0 turns it
+    off."""
 
     gather_up_to: int = Field(default=2**26, ge=0)
-    """Of a sharded matrix (DTensor), where a side is rotated that is not whole on each rank: it is gathered in every
-    step if it has so many elements at most, and is left to the base if it has more. 0: never. With sides="unsharded"
-    nothing is. 2**26 are 256 MiB that are sent two or three times a step, and a matrix of 8,192 rows and columns."""
+    """The most elements of a sharded matrix (DTensor) that is gathered in every step, because a side is rotated that is
+    not whole on each rank. Larger ones are left to the base. With 0, or with sides="unsharded", no matrix is gathered.
+    2**26 is a matrix of 8,192 rows and columns, 256 MiB that are sent two or three times a step."""
 
     @model_validator(mode="after")
     def _first_step_has_a_reason(self) -> Eigenbasis:
@@ -100,7 +109,7 @@ class Eigenbasis(Preconditioner):
         return self
 
     def sides_of(self, shape: Shape) -> tuple[Side, ...]:
-        """Which sides of matrices of this shape are rotated."""
+        """Return the sides that are rotated of matrices of this shape (batch, rows, columns)."""
         return rotated_sides(self.sides, shape, self.max_dim)
 
     def takes(self, shape: Shape) -> bool:
@@ -116,9 +125,10 @@ class Eigenbasis(Preconditioner):
             state[f"{side}_basis"] = torch.eye(n, dtype=torch.float32, device=like.device).repeat(batch, 1, 1)
             if self.statistic == "ema":
                 state[f"{side}_gram"] = torch.zeros(batch, n, n, dtype=torch.float32, device=like.device)
-        if sides and self.statistic == "gradient":  # what is set to 0 until the next observe(); also without a floor,
-            state["noise"] = torch.zeros(batch, dtype=torch.float32, device=like.device)  # which may be set in training
-        # On the CPU, because the host has to know which bases are the first, and should not wait for the device.
+        if sides and self.statistic == "gradient":
+            # elements of a rotated gradient below it are set to 0; made without a floor too, which a user may set later
+            state["noise"] = torch.zeros(batch, dtype=torch.float32, device=like.device)
+        # On the CPU, because the host has to know if a basis is the first one, without waiting for the device.
         state["refreshes"] = torch.zeros((), dtype=torch.int64, device="cpu")
         for name in COUNTS:
             state[name] = torch.zeros((), dtype=torch.int64, device=like.device)
@@ -130,8 +140,9 @@ class Eigenbasis(Preconditioner):
         return schedule.is_due(steps, place, count, start=start, every=every, stagger=stagger)
 
     def is_overdue(self, state: State, steps: int) -> bool:
-        # A first gradient of zeros (LoRA's A, an expert that nothing was routed to) or one that is not finite leaves no
-        # basis; with 200 steps to the next turn that is long. In steps that double, for some never get one.
+        # A first gradient of zeros (LoRA's A, an expert without tokens) or one that is not finite gives no basis, and
+        # the next refresh may be 200 steps away. It is tried again after 1, 2, 4, 8, ... steps: some gradients stay
+        # zeros.
         late = self.statistic == "gradient" and steps > self.start_step and steps & (steps - 1) == 0
         return late and not int(state["refreshes"])
 
@@ -201,7 +212,7 @@ class Eigenbasis(Preconditioner):
     def carries_from(
         self, old: Sequence[State], new: Sequence[State], refreshed: Sequence[Refreshed]
     ) -> list[Carry | None]:
-        return [shards.carry_from(self.carry, *one) for one in zip(old, new, refreshed, strict=True)]
+        return [shards.carry_from(self.carry, *triple) for triple in zip(old, new, refreshed, strict=True)]
 
     def on_load(self, replaced: Preconditioner) -> str | None:
         if self.carry != "rotate" or getattr(replaced, "carry", "rotate") == "rotate":
@@ -213,7 +224,7 @@ class Eigenbasis(Preconditioner):
         )
 
     def report(self, states: Sequence[State]) -> list[dict[str, Tensor]]:
-        """How many refreshes gave a new basis, and how many matrices took each of the ways round it (see `Faults`)."""
+        """Return the counts of refreshes that gave a new basis, and of matrices with each of the faults above."""
         return [
             {name: state[name].to(state[COUNTS[0]].device, copy=True) for name in ("refreshes", *COUNTS)}
             for state in states
@@ -222,18 +233,18 @@ class Eigenbasis(Preconditioner):
     def _project(self, states: Sequence[State], xs: Sequence[Tensor], *, into: bool) -> list[Tensor]:
         if not states:
             return []
-        sides = shards.side_of(states[0])  # what was made for it: of a shard, the shape does not tell
+        sides = shards.side_of(states[0])  # by the state, because the shape of a shard does not tell its sides
         if not sides or not xs[0].numel():
             return [x.clone() for x in xs]
         batch = len(xs[0])
-        ways = [(f"{side}_basis", side == "rows", into is (side == "rows")) for side in sides]
-        largest = max(xs[0].numel(), *(states[0][name].numel() for name, _, _ in ways))
+        products = [(f"{side}_basis", side == "rows", into is (side == "rows")) for side in sides]
+        largest = max(xs[0].numel(), *(states[0][name].numel() for name, _, _ in products))
         results: list[Tensor] = []
         with in_precision(self.precision):
-            for some in batches(len(xs), largest, stacked_at_once(self.precision)):
-                x = stack(xs[some], self.precision)
-                for name, left, transposed in ways:
-                    basis = stack([state[name] for state in states[some]], self.precision)
+            for part in batches(len(xs), largest, stacked_at_once(self.precision)):
+                x = stack(xs[part], self.precision)
+                for name, left, transposed in products:
+                    basis = stack([state[name] for state in states[part]], self.precision)
                     basis = basis.mT if transposed else basis
                     x = torch.bmm(basis, x) if left else torch.bmm(x, basis)
                 results += x.split(batch) if len(x) > batch else [x]

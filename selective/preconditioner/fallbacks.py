@@ -1,7 +1,7 @@
-"""Solving with a way back: float32, then float64, then eigh in float64 on the CPU, then the old basis.
+"""Solving with fallbacks: the solver in float32, then in float64, then eigh in float64 on the CPU, then the old basis.
 
-All work is launched before anything is looked at; then one small transfer tells the host whether any matrix needs more.
-Only that, and what torch's eigh and svd do themselves, waits for the device.
+All work is launched first. Then one small transfer tells the host if any matrix needs a fallback. Only this transfer
+waits for the device, and torch's eigh and svd by themselves.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ from selective.preconditioner.linalg import align, float32_products, identity_li
 from selective.preconditioner.solvers import Solved
 
 
-class Job(NamedTuple):
-    """What has to be solved for some matrices, one result for each side in `old`."""
+class Problem(NamedTuple):
+    """A stack of matrices to be solved, with one result for each side in `old`."""
 
     matrix: Tensor  # [batch, ., .], finite
     old: list[Tensor]  # [batch, n, n] each
-    usable: Tensor  # [batch]: False where the matrix only stands in for one that cannot be solved
+    usable: Tensor  # bool [batch]: False where `matrix` is the identity in place of one that cannot be solved
     solve: Callable[[Tensor, list[Tensor]], list[Solved]]
-    last: Callable[[Tensor, list[Tensor]], list[Solved]]
+    last: Callable[[Tensor, list[Tensor]], list[Solved]]  # the solver of the last fallback
 
 
-class Basis(NamedTuple):
-    """One side's new basis: the old one's bits where nothing `changed`. The counts say what it took, [batch]."""
+class NewBasis(NamedTuple):
+    """One side's new bases, with the fallbacks that they needed. All flags are bool [batch]."""
 
-    basis: Tensor
-    values: Tensor
-    order: Tensor | None
+    basis: Tensor  # [batch, n, n]; the old basis, bit for bit, where `changed` is False
+    values: Tensor  # [batch, n]
+    order: Tensor | None  # int64 [batch, n], the old column at each new place
     changed: Tensor
-    float64: Tensor
-    cpu: Tensor
-    kept: Tensor
+    float64: Tensor  # True: solved in float64
+    cpu: Tensor  # True: solved on the CPU
+    kept: Tensor  # True: could not be solved
 
 
-def solve_all(jobs: Sequence[Job]) -> tuple[list[list[Basis]], bool]:
-    """The new bases of each job; and whether every matrix got one, which spares the host a look at each."""
-    done = [_attempt(job, job.solve, torch.float32, job.matrix.device) for job in jobs]
+def solve_all(problems: Sequence[Problem]) -> tuple[list[list[NewBasis]], bool]:
+    """Return the new bases of each problem, and True if every matrix got one: then the host need not check each."""
+    done = [_attempt(problem, problem.solve, torch.float32, problem.matrix.device) for problem in problems]
     bad = [~_all_trusted(sides) for sides in done]
-    flags = torch.stack([torch.stack((b & j.usable, ~j.usable)).any(1) for b, j in zip(bad, jobs, strict=True)])
+    flags = torch.stack([torch.stack((b & j.usable, ~j.usable)).any(1) for b, j in zip(bad, problems, strict=True)])
     failed, unusable = flags.any(0).tolist()  # the one place that waits for the device
     results = []
-    for job, sides in zip(jobs, done, strict=True):
-        nothing = torch.zeros_like(job.usable)
-        tries = _try_again(job, sides) if failed else (sides, nothing, nothing)
-        results.append(_select(job, *tries, everything=not (failed or unusable)))
+    for problem, sides in zip(problems, done, strict=True):
+        nothing = torch.zeros_like(problem.usable)
+        tries = _try_again(problem, sides) if failed else (sides, nothing, nothing)
+        results.append(_select(problem, *tries, everything=not (failed or unusable)))
     if failed:
         _warn(sum(int(side.kept.sum()) for sides in results for side in sides))  # waits, as each further try has
     return results, not (failed or unusable)
 
 
 def _warn(kept: int) -> None:
-    """Python shows the same one once; each is counted."""
+    """Warn that bases are kept. Python shows an equal warning only once; `statistics()` counts all."""
     if kept:
         warnings.warn(
             f"selective: {kept} bases were to be renewed and stay as they are: neither the solver in float32 and "
@@ -71,23 +71,23 @@ class _Try(NamedTuple):
     trusted: Tensor
 
 
-def _attempt(job: Job, solve: Callable, dtype: torch.dtype, device: torch.device) -> list[_Try]:
-    """One attempt at all matrices; if it raises, at each alone, so that one cannot spoil the others."""
+def _attempt(problem: Problem, solve: Callable, dtype: torch.dtype, device: torch.device) -> list[_Try]:
+    """Solve all matrices together; if that raises, one by one, so that a bad matrix does not affect the others."""
     try:
         with float32_products():
-            old = [basis.to(device, dtype) for basis in job.old]
-            solved = solve(job.matrix.to(device, dtype), old)
-    except torch.OutOfMemoryError:  # no matter of this matrix: smaller or more precise attempts won't help
+            old = [basis.to(device, dtype) for basis in problem.old]
+            solved = solve(problem.matrix.to(device, dtype), old)
+    except torch.OutOfMemoryError:  # a fallback needs no less memory
         raise
-    except RuntimeError:  # LinAlgError is one; so are the errors of the libraries underneath
-        count = len(job.matrix)
+    except RuntimeError:  # LinAlgError is a RuntimeError, and so are errors of the linear algebra libraries
+        count = len(problem.matrix)
         if count == 1:
-            return [_Try(Solved(o, torch.zeros_like(o[:, 0])), torch.zeros_like(job.usable)) for o in job.old]
-        alone = [_attempt(_part(job, torch.tensor([i], device="cpu")), solve, dtype, device) for i in range(count)]
+            return [_Try(Solved(o, torch.zeros_like(o[:, 0])), torch.zeros_like(problem.usable)) for o in problem.old]
+        alone = [_attempt(_part(problem, torch.tensor([i], device="cpu")), solve, dtype, device) for i in range(count)]
         return [_joined(tries) for tries in zip(*alone, strict=True)]
-    home = job.matrix.device
+    home = problem.matrix.device
     tries = []
-    for old, (basis, values, order) in zip(job.old, solved, strict=True):
+    for old, (basis, values, order) in zip(problem.old, solved, strict=True):
         basis, trusted = settle(basis.to(home, torch.float32))
         order = None if order is None else order.to(home)
         values = values.to(home, torch.float32)
@@ -95,27 +95,30 @@ def _attempt(job: Job, solve: Callable, dtype: torch.dtype, device: torch.device
     return tries
 
 
-def _try_again(job: Job, sides: list[_Try]) -> tuple[list[_Try], Tensor, Tensor]:
-    """What failed once more in float64, what failed again on the CPU; and which [batch] got through where."""
-    through = []
-    for solve, device in ((job.solve, job.matrix.device), (job.last, torch.device("cpu"))):
+def _try_again(problem: Problem, sides: list[_Try]) -> tuple[list[_Try], Tensor, Tensor]:
+    """Solve failed matrices in float64, and those that fail again on the CPU.
+
+    Return the results, and bool [batch] twice: True where float64 helped, True where the CPU helped.
+    """
+    helped = []
+    for solve, device in ((problem.solve, problem.matrix.device), (problem.last, torch.device("cpu"))):
         before = _all_trusted(sides)
-        where = (job.usable & ~before).nonzero().flatten()
+        where = (problem.usable & ~before).nonzero().flatten()
         if len(where):
-            again = _attempt(_part(job, where), solve, torch.float64, device)
+            again = _attempt(_part(problem, where), solve, torch.float64, device)
             sides = [_put(side, where, new) for side, new in zip(sides, again, strict=True)]
-        through.append(_all_trusted(sides) & ~before & job.usable)
-    return sides, through[0], through[1]
+        helped.append(_all_trusted(sides) & ~before & problem.usable)
+    return sides, helped[0], helped[1]
 
 
-def _select(job: Job, sides: list[_Try], float64: Tensor, cpu: Tensor, *, everything: bool) -> list[Basis]:
+def _select(problem: Problem, sides: list[_Try], float64: Tensor, cpu: Tensor, *, everything: bool) -> list[NewBasis]:
     trusted = _all_trusted(sides)
-    changed, kept = trusted & job.usable, job.usable & ~trusted
-    found = []
-    for old, ((basis, values, order), _) in zip(job.old, sides, strict=True):
+    changed, kept = trusted & problem.usable, problem.usable & ~trusted
+    bases = []
+    for old, ((basis, values, order), _) in zip(problem.old, sides, strict=True):
         basis = basis if everything else torch.where(per_matrix(changed), basis, old)
-        found.append(Basis(basis, values, order, changed, float64, cpu, kept))
-    return found
+        bases.append(NewBasis(basis, values, order, changed, float64, cpu, kept))
+    return bases
 
 
 def _all_trusted(sides: list[_Try]) -> Tensor:
@@ -125,9 +128,11 @@ def _all_trusted(sides: list[_Try]) -> Tensor:
     return trusted
 
 
-def _part(job: Job, where: Tensor) -> Job:
-    where = where.to(job.matrix.device)
-    return job._replace(matrix=job.matrix[where], old=[o[where] for o in job.old], usable=job.usable[where])
+def _part(problem: Problem, where: Tensor) -> Problem:
+    where = where.to(problem.matrix.device)
+    return problem._replace(
+        matrix=problem.matrix[where], old=[o[where] for o in problem.old], usable=problem.usable[where]
+    )
 
 
 def _in_order(old: Tensor, order: Tensor | None) -> Tensor:
@@ -135,7 +140,7 @@ def _in_order(old: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _orders(tries: Sequence[_Try]) -> list[Tensor] | None:
-    """Of all, where one has an order: those without keep their places."""
+    """Return the orders of all tries, where columns without an order stay at their places; None if no try has one."""
     if all(t.solved.order is None for t in tries):
         return None
     places = [torch.arange(t.solved.basis.shape[-1], device=t.trusted.device).expand_as(t.solved.values) for t in tries]
@@ -150,7 +155,7 @@ def _joined(tries: Sequence[_Try]) -> _Try:
 
 
 def _put(side: _Try, where: Tensor, new: _Try) -> _Try:
-    """`side` with the matrices at `where` replaced."""
+    """Return `side` with the results at `where` replaced by `new`."""
     orders = _orders([side, new])
 
     def put(into: Tensor, values: Tensor) -> Tensor:
@@ -162,5 +167,5 @@ def _put(side: _Try, where: Tensor, new: _Try) -> _Try:
 
 
 def stand_in(matrix: Tensor, usable: Tensor) -> Tensor:
-    """The identity in place of what cannot be solved: nothing that is not finite reaches a solver."""
+    """Replace matrices that are not usable by the identity, so that no NaN or infinity reaches a solver."""
     return torch.where(per_matrix(usable), matrix, identity_like(matrix))

@@ -1,4 +1,4 @@
-"""Which sides of a matrix are rotated, by its shape alone."""
+"""Gram matrices of gradients, their running averages, and the choice of the sides that are rotated."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ Sides = Literal["one", "two", "rows", "columns", "unsharded"]
 
 
 def rotated_sides(sides: Sides, shape: Shape, max_dim: int) -> tuple[Side, ...]:
-    """None of vectors and empty tensors, and no side longer than `max_dim`.
+    """Return the sides that are rotated, by the shape alone; never one that is longer than `max_dim`.
 
-    "one" is the smaller side; of a square matrix the columns, which is what "unsharded" means without a layout: of a
-    matrix that is sharded by rows, each rank has whole rows, so that x Q needs no communication (`shards.py`).
+    Vectors and empty tensors have none. "one" is the smaller side, and the columns of a square matrix. "unsharded" is
+    the columns if the matrix is not sharded: most are sharded by rows, and then x Q needs no communication
+    (`shards.py`).
     """
     batch, rows, columns = shape
     if batch == 0 or min(rows, columns) < 2:
@@ -37,24 +38,24 @@ def rotated_sides(sides: Sides, shape: Shape, max_dim: int) -> tuple[Side, ...]:
 
 @float32_products()
 def gram(grad: Tensor, side: Side) -> Tensor:
-    """G Gᵀ for the rows, Gᵀ G for the columns: [batch, n, n], in the gradient's own dtype."""
+    """Return G Gᵀ for the rows, Gᵀ G for the columns, [batch, n, n] in the gradient's dtype."""
     return grad @ grad.mT if side == "rows" else grad.mT @ grad
 
 
 def observe(sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor], beta: float) -> None:
-    """A ← β A + (1 − β) GGᵀ for each side, in place; nothing of a matrix where the result would not be finite."""
+    """Update A ← β A + (1 − β) GGᵀ for each side, in place; a matrix stays as it is if the result is not finite."""
     batch, rows, columns = grads[0].shape
     if not sides or not batch:
         return
-    for some in batches(len(grads), batch * max(rows, columns) ** 2, REFRESHED):
-        grad, group = stack(grads[some]), states[some]
+    for part in batches(len(grads), batch * max(rows, columns) ** 2, REFRESHED):
+        grad, group = stack(grads[part]), states[part]
         old = {side: stack([state[f"{side}_gram"] for state in group]) for side in sides}
         new = {side: _averaged(old[side], grad, side, beta) for side in sides}
-        good = torch.stack([_diagonal_is_finite(average) for average in new.values()]).all(0)
+        is_finite = torch.stack([_diagonal_is_finite(average) for average in new.values()]).all(0)
         for side in sides:
-            chosen = torch.where(per_matrix(good), new[side], old[side])
+            chosen = torch.where(per_matrix(is_finite), new[side], old[side])
             copy_to([state[f"{side}_gram"] for state in group], chosen.split(batch))
-        add_to([state["skipped"] for state in group], (~good).view(-1, batch).sum(1))
+        add_to([state["skipped"] for state in group], (~is_finite).view(-1, batch).sum(1))
 
 
 @float32_products()
@@ -64,8 +65,9 @@ def _averaged(old: Tensor, grad: Tensor, side: Side, beta: float) -> Tensor:
 
 
 def _diagonal_is_finite(average: Tensor) -> Tensor:
-    """Whether all of a positive semi-definite matrix is finite [batch]: no element exceeds the largest on the diagonal.
+    """Return bool [batch]: True where a positive semi-definite matrix is finite.
 
-    Cauchy-Schwarz; and a NaN in a gradient's row or column is in that one's sum of squares.
+    It is enough to look at the diagonal. By the inequality of Cauchy and Schwarz no element exceeds the largest on the
+    diagonal, and a NaN in a row or column of a gradient is in the diagonal's sum of squares.
     """
     return average.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)

@@ -1,4 +1,4 @@
-"""How a parameter becomes matrices: [batch, rows, columns], a view of it wherever its memory allows."""
+"""Matrix views: reading a parameter as matrices [batch, rows, columns]."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from torch import Tensor
 
 from selective.preconditioner.base import Shape
 
-MatrixView = Literal[
-    "matrices", "conv", "experts", "rows:2", "rows:3", "rows:4"
-]  # How parameters are read as matrices.
+MatrixView = Literal["matrices", "conv", "experts", "rows:2", "rows:3", "rows:4"]  # The ways to read a parameter
 VIEWS: tuple[str, ...] = get_args(MatrixView)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def check_matrix_view(view: object, where: str) -> MatrixView:
-    """`view` as it is, if it is one; a ValueError that says what there is."""
+    """Return `view` if it is a matrix view.
+
+    Args:
+        view: the value to be checked.
+        where: the beginning of the message, which says where the value was given.
+
+    Raises:
+        ValueError: it is none; the message lists all views.
+    """
     if view not in VIEWS:
         raise ValueError(
             f"SelectiveUpdate: {where}matrix_view is {view!r}, must be 'matrices' (2-D parameters only), 'conv' "
@@ -29,13 +35,13 @@ def check_matrix_view(view: object, where: str) -> MatrixView:
 
 
 def matrix_shape(param: Tensor, view: MatrixView) -> Shape | str:
-    """[batch, rows, columns] of a parameter; where it is none, the reason in words.
+    """Return the shape (batch, rows, columns) of a parameter as matrices, or the reason in words why it has none.
 
-    2-D parameters are one matrix in every view but "rows:k", where [k * m, n] is a batch of k matrices [m, n], and
-    [e, k * m, n] one of e * k: queries, keys and values of a joined projection, gates and values of stacked experts.
-    "conv": [out, in, ...] is one matrix [out, in * ...]. "experts": [..., m, n] is a batch of matrices [m, n]. Others
-    are left alone, and so are dtypes and classes of tensor in which a product with a float32 basis is not to be had:
-    float64, complex, DTensor, quantised parameters.
+    A 2-D parameter is one matrix in every view but "rows:k". There [k * m, n] is a batch of k matrices [m, n], and
+    [e, k * m, n] a batch of e * k: the queries, keys and values of a joined projection, or the gates and values of
+    stacked experts. "conv" reads [out, in, ...] as one matrix [out, in * ...], and "experts" reads [..., m, n] as a
+    batch of matrices [m, n]. Parameters of other numbers of dimensions have no matrices. Neither have those of other
+    dtypes than float32, bfloat16 and float16, nor tensor subclasses such as DTensor and quantised parameters.
     """
     if type(param) not in _PLAIN:
         return f"a {type(param).__name__}, and only plain tensors are rotated"
@@ -62,6 +68,6 @@ def matrix_shape(param: Tensor, view: MatrixView) -> Shape | str:
 
 
 def as_matrix(x: Tensor, shape: Shape) -> Tensor:
-    """`x` as float32 [batch, rows, columns]: itself where its dtype and memory allow, else a copy."""
+    """Return `x` as float32 [batch, rows, columns]: a view if its dtype and memory allow, else a copy."""
     x = (x.detach() if x.requires_grad else x).reshape(shape)
     return x if x.dtype == torch.float32 else x.to(torch.float32)

@@ -1,4 +1,4 @@
-"""The papers' settings of `Eigenbasis`, by name. All of its options can be given here, too."""
+"""Soap and AdaDiag: `Eigenbasis` with the settings of their papers. All of its options can be given."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from selective.preconditioner.solvers import SolverName
 
 
 class AdaDiag(Eigenbasis):
-    """AdaDiag: the space of the current gradient's singular vectors. AdaDiag++ is `AdaDiag(sides="two")`.
+    """AdaDiag: rotate into the singular vectors of the current gradient. AdaDiag++ is `AdaDiag(sides="two")`.
 
-    Source: arXiv 2502.07488, as others restate it: every T steps G = P Σ Qᵀ of that step's gradient, then the base on
-    PᵀG (AdaDiag) or PᵀGQ (AdaDiag++). T is 200 to 500 there. How we differ:
+    Source: arXiv 2502.07488, as other papers restate it. Every T steps, G = P Σ Qᵀ is the SVD of the gradient of that
+    step. The base then steps on PᵀG (AdaDiag) or PᵀGQ (AdaDiag++). T is 200 to 500 there. We differ from it in these
+    points:
 
-    - moments: the paper keeps them as they are (`carry="keep"`); ours follow into the new basis, which measured better;
-    - one side is the smaller one, not always the rows;
-    - "eigh" of the Gram matrix instead of an SVD, which takes ten times as long on a GPU: the same vectors, but those
-      with singular values below 3e-4 of the largest are mixed among themselves (`solver="svd"` is the paper's);
-    - what is rounding noise right after a refresh is set to 0 (`floor=0` leaves it);
-    - embeddings, heads and vectors are the base's alone.
+    - The paper leaves moments as they are (`carry="keep"`). We carry them into the new basis, which measured better.
+    - With one side, we rotate the smaller one, and not always the rows.
+    - We use "eigh" of the Gram matrix, because an SVD takes ten times as long on a GPU (`solver="svd"` is the paper's).
+      The vectors are the same, but those with singular values below 3e-4 of the largest are mixed with each other.
+    - Rounding noise right after a refresh is set to 0 (`floor=0` leaves it).
+    - Embeddings, heads and vectors are not rotated.
 
     All parameters are refreshed in the same step, unless `stagger=True`.
     """
@@ -35,21 +36,22 @@ class AdaDiag(Eigenbasis):
 
 
 class Soap(Eigenbasis):
-    """SOAP's space: both sides' running Gram matrices, one power step and a QR every ten steps.
+    """SOAP: rotate both sides into eigenvectors of running Gram matrices, by a power step and a QR every ten steps.
 
-    Source: arXiv 2409.11321: β = 0.95; first basis by eigh; columns sorted by the estimated eigenvalue, first moment
-    re-projected, second moment permuted along; statistics after the weights have moved; the first step only initialises
-    the statistics, nothing moves. Around AdamW with betas=(0.95, 0.95) and with carry="rotate" this is SOAP. How we
-    differ:
+    Source: arXiv 2409.11321, algorithms 3 and 4. There β is 0.95, and the first basis is made by eigh. Columns are
+    sorted by their estimated eigenvalues. First moments are projected into the new basis, and second moments are
+    permuted with the columns. Statistics are updated after the weights have moved. The first step only initialises the
+    statistics, and no weight moves. Around AdamW with betas=(0.95, 0.95) and with carry="rotate" this class is SOAP. By
+    default we differ from it in these points:
 
-    - second moments follow by the squared maps. Permuted along, as SOAP's are, one can be 0 under a first moment that
-      is not: on one-hot inputs SOAP's steps grow to 10⁴ learning rates and its loss rises;
-    - one gradient's Gram matrix is of low rank; in its null space the power step leaves columns as they are, where a
-      QR of rounding errors would make some;
-    - a side longer than `max_dim` is not rotated (theirs too), and vectors are the base's alone (theirs: by default).
+    - Second moments are carried by the squared maps. If they are permuted, a second moment can be 0 under a first
+      moment that is not: on one-hot inputs, SOAP's steps grow to 10⁴ learning rates, and its loss rises.
+    - The Gram matrix of one gradient has a low rank. The power step leaves columns in its null space as they are; a QR
+      of the product alone would make columns from rounding errors.
+    - A side longer than `max_dim` is not rotated, as in SOAP. Vectors are never rotated; in SOAP this is the default.
 
-    All parameters are refreshed in the same step, unless `stagger=True`; `solver="cholesky"` spans the same
-    space with operations that a GPU is faster at.
+    All parameters are refreshed in the same step, unless `stagger=True`. `solver="cholesky"` spans the same space with
+    operations that are faster on a GPU.
     """
 
     skip_first_step: bool = True

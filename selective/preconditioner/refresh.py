@@ -1,4 +1,4 @@
-"""A refresh: from Gram matrices to new bases, and to what carries the moments over."""
+"""The refresh of eigenbases: from Gram matrices to new bases, and to the maps that carry the moments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selective.preconditioner.base import Carry, State
-from selective.preconditioner.fallbacks import Basis, Job, solve_all, stand_in
+from selective.preconditioner.fallbacks import NewBasis, Problem, solve_all, stand_in
 from selective.preconditioner.gram import Side, gram
 from selective.preconditioner.linalg import (
     REFRESHED,
@@ -26,11 +26,12 @@ from selective.preconditioner.linalg import (
 from selective.preconditioner.solvers import SOLVERS, WARM, Solved, Solver, SolverName, eigh, singular_vectors
 
 COUNTS = ("skipped", "float64", "cpu", "kept")
-"""What became of single matrices: input not finite, solved in float64, solved on the CPU, old basis kept."""
+"""Names of counters in a state: of matrices whose input was not finite, that were solved in float64, that were solved
+on the CPU, and whose old basis was kept."""
 
 
 class Options(Protocol):
-    """What of an `Eigenbasis` a refresh goes by."""
+    """The options of an `Eigenbasis` that a refresh reads."""
 
     @property
     def solver(self) -> SolverName: ...
@@ -43,18 +44,18 @@ class Options(Protocol):
 
 
 class Input(NamedTuple):
-    """What a side's solver gets, scaled to a largest element of 1; σ₁ = scale · √(largest eigenvalue)."""
+    """The matrices that a side's solver gets, scaled to a largest element of 1."""
 
     matrix: Tensor
-    scale: Tensor  # [batch]
-    finite: Tensor
-    usable: Tensor  # finite and not zero
+    scale: Tensor  # [batch]; the gradient's σ₁ is scale · √(largest eigenvalue)
+    finite: Tensor  # bool [batch]
+    usable: Tensor  # bool [batch]: True where the matrix is finite and not zero
 
 
 def refresh(
     options: Options, sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor]
 ) -> list[Carry | None]:
-    """New bases in `states`, in place; what was refreshed for the first time goes by eigh, the rest by the solver."""
+    """Write new bases into `states`, and return their carries. The first basis of a matrix is made by eigh."""
     carries: list[Carry | None] = [None] * len(states)
     if not sides or not grads[0].numel():
         return carries
@@ -64,11 +65,11 @@ def refresh(
         numel = max(numel, batch * rows * columns)
     solvers = [_solver_for(options.solver, state) for state in states]
     for solver in SOLVERS:
-        mine = [i for i, own in enumerate(solvers) if own == solver]
-        for some in batches(len(mine), numel, REFRESHED):
-            part = mine[some]
-            found = _refresh(options, solver, sides, [states[i] for i in part], [grads[i] for i in part])
-            for i, carry in zip(part, found, strict=True):
+        indices = [i for i, chosen in enumerate(solvers) if chosen == solver]
+        for bucket in batches(len(indices), numel, REFRESHED):
+            part = indices[bucket]
+            part_carries = _refresh(options, solver, sides, [states[i] for i in part], [grads[i] for i in part])
+            for i, carry in zip(part, part_carries, strict=True):
                 carries[i] = carry
     return carries
 
@@ -81,47 +82,47 @@ def _refresh(
     options: Options, solver: SolverName, sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor]
 ) -> list[Carry | None]:
     old: dict[Side, Tensor] = {side: stack([state[f"{side}_basis"] for state in states]) for side in sides}
-    jobs, inputs = _jobs(options, solver, sides, old, states, grads)
-    solved, everything = solve_all(jobs)
-    bases: dict[Side, Basis] = dict(zip(sides, [basis for job in solved for basis in job], strict=True))
+    problems, inputs = _problems(options, solver, sides, old, states, grads)
+    solved, everything = solve_all(problems)
+    bases: dict[Side, NewBasis] = dict(zip(sides, [basis for problem in solved for basis in problem], strict=True))
     batch = len(grads[0])
     _count(states, batch, list(bases.values()), inputs)
     if "noise" in states[0]:
         _set_noise(states, batch, inputs[0], next(iter(bases.values())), options.floor)
-    changed = torch.stack([found.changed for found in bases.values()]).any(0)
+    changed = torch.stack([new_basis.changed for new_basis in bases.values()]).any(0)
     news = [True] * len(states) if everything else [bool(part.any()) for part in changed.split(batch)]
     for state, new in zip(states, news, strict=True):
         state["refreshes"].add_(int(new))
     carries = _carries(options, bases, old, news, batch, everything)
-    for side, found in bases.items():  # last: `old` may be the tensor in the state itself
-        copy_to([state[f"{side}_basis"] for state in states], found.basis.split(batch))
+    for side, new_basis in bases.items():  # last, because `old` may be a view of the bases in the states
+        copy_to([state[f"{side}_basis"] for state in states], new_basis.basis.split(batch))
     return carries
 
 
-def _jobs(
+def _problems(
     options: Options,
     solver: SolverName,
     sides: Sequence[Side],
     old: dict[Side, Tensor],
     states: Sequence[State],
     grads: Sequence[Tensor],
-) -> tuple[list[Job], list[Input]]:
-    """One job a side; both sides in one where the SVD of the gradient gives both."""
+) -> tuple[list[Problem], list[Input]]:
+    """Return a problem for each side, or one if the SVD of the gradient gives both; and the inputs of the solvers."""
     if options.statistic == "gradient":
         grad = _scaled(stack(grads))
         if solver == "svd":
             vectors = partial(singular_vectors, rows="rows" in sides, columns="columns" in sides)
             last = partial(_by_grams, sides=sides)
-            job = Job(grad.matrix, [old[s] for s in sides], grad.usable, lambda g, _: vectors(g), last)
-            return [job], [grad]
+            problem = Problem(grad.matrix, [old[s] for s in sides], grad.usable, lambda g, _: vectors(g), last)
+            return [problem], [grad]
         inputs = [_normalised(gram(grad.matrix, side), grad) for side in sides]
     else:
         inputs = [_normalised(stack([state[f"{side}_gram"] for state in states])) for side in sides]
     sort = options.carry != "keep"
     solve = partial(_one_side, SOLVERS[solver], sort)
     last = partial(_one_side, eigh, sort)
-    jobs = [Job(i.matrix, [old[s]], i.usable, solve, last) for i, s in zip(inputs, sides, strict=True)]
-    return jobs, inputs
+    problems = [Problem(i.matrix, [old[s]], i.usable, solve, last) for i, s in zip(inputs, sides, strict=True)]
+    return problems, inputs
 
 
 def _one_side(solver: Solver, sort: bool, matrix: Tensor, old: list[Tensor]) -> list[Solved]:
@@ -129,31 +130,34 @@ def _one_side(solver: Solver, sort: bool, matrix: Tensor, old: list[Tensor]) -> 
 
 
 def _by_grams(grad: Tensor, old: list[Tensor], sides: Sequence[Side]) -> list[Solved]:
-    """The last resort for singular vectors."""
+    """Return singular vectors by eigh of the Gram matrices: the last fallback for an SVD."""
     return [eigh(gram(grad, side), basis) for side, basis in zip(sides, old, strict=True)]
 
 
 def _scaled(grad: Tensor) -> Input:
-    """Gradients with a largest element of 1, so that their squares neither overflow nor vanish."""
-    good = finite(grad)
+    """Scale gradients to a largest element of 1, so that their squares neither overflow nor vanish."""
+    is_finite = finite(grad)
     largest = grad.abs().amax((-2, -1))
-    usable = good & (largest > 0)
+    usable = is_finite & (largest > 0)
     scaled = stand_in(grad / per_matrix(largest), usable)
-    return Input(scaled, torch.where(usable, largest, 1.0), good, usable)
+    return Input(scaled, torch.where(usable, largest, 1.0), is_finite, usable)
 
 
 def _normalised(grams: Tensor, grad: Input | None = None) -> Input:
-    """Gram matrices with a largest element of 1, which is on the diagonal."""
+    """Scale Gram matrices to a largest element of 1, which is on the diagonal.
+
+    `grad` are the scaled gradients that they were made of, if they are not running averages.
+    """
     largest = grams.diagonal(dim1=-2, dim2=-1).amax(-1)
-    good = finite(grams) if grad is None else grad.finite
-    usable = (good & (largest > 0)) if grad is None else grad.usable
+    is_finite = finite(grams) if grad is None else grad.finite
+    usable = (is_finite & (largest > 0)) if grad is None else grad.usable
     matrix = stand_in(grams / per_matrix(largest), usable)
     scale = torch.where(usable, largest, 1.0).sqrt() * (1.0 if grad is None else grad.scale)
-    return Input(matrix, scale, good, usable)
+    return Input(matrix, scale, is_finite, usable)
 
 
-def _count(states: Sequence[State], batch: int, bases: Sequence[Basis], inputs: Sequence[Input]) -> None:
-    """A matrix counts once, whichever of its sides it was."""
+def _count(states: Sequence[State], batch: int, bases: Sequence[NewBasis], inputs: Sequence[Input]) -> None:
+    """Add to the counters of the states; a matrix counts once, even if several of its sides are concerned."""
     counts = {
         "skipped": torch.stack([~i.finite for i in inputs]).any(0),
         "float64": torch.stack([b.float64 for b in bases]).any(0),
@@ -164,24 +168,29 @@ def _count(states: Sequence[State], batch: int, bases: Sequence[Basis], inputs: 
         add_to([state[name] for state in states], which.view(-1, batch).sum(1))
 
 
-def _set_noise(states: Sequence[State], batch: int, matrix: Input, basis: Basis, floor: float) -> None:
-    largest = matrix.scale * basis.values.amax(-1).clamp(min=0).sqrt()  # σ₁ of the gradient
+def _set_noise(states: Sequence[State], batch: int, matrix: Input, basis: NewBasis, floor: float) -> None:
+    largest = matrix.scale * basis.values.amax(-1).clamp(min=0).sqrt()  # the gradient's σ₁
     noise = torch.where(basis.changed, floor * torch.finfo(torch.float32).eps * largest, 0.0)
     copy_to([state["noise"] for state in states], noise.split(batch))
 
 
 def _carries(
-    options: Options, bases: dict[Side, Basis], old: dict[Side, Tensor], news: list[bool], batch: int, everything: bool
+    options: Options,
+    bases: dict[Side, NewBasis],
+    old: dict[Side, Tensor],
+    news: list[bool],
+    batch: int,
+    everything: bool,
 ) -> list[Carry | None]:
     if options.carry == "keep":
         return [Carry() if new else None for new in news]
     parts: dict[str, Sequence[Tensor | None]] = {}
     nothing: list[Tensor | None] = [None] * len(news)
-    for side, found in bases.items():
-        map_ = turn(found.basis, old[side], None if everything else found.changed)  # newᵀ old
+    for side, new_basis in bases.items():
+        map_ = turn(new_basis.basis, old[side], None if everything else new_basis.changed)
         parts[side] = (map_ if side == "rows" else map_.mT).split(batch)
         if options.carry == "rotate":
-            parts[f"{side}_order"] = order_of(found.order, found.changed, found.basis).split(batch)
+            parts[f"{side}_order"] = order_of(new_basis.order, new_basis.changed, new_basis.basis).split(batch)
     columns = (parts.get(name, nothing) for name in ("rows", "columns", "rows_order", "columns_order"))
     return [Carry(*maps) if new else None for *maps, new in zip(*columns, news, strict=True)]
 
@@ -191,16 +200,16 @@ CarryName = Literal["squared", "rotate", "keep"]
 
 @float32_products()
 def turn(new: Tensor, old: Tensor, changed: Tensor | None) -> Tensor:
-    """newᵀ old, [batch, n, n]: takes coordinates in the old basis to those in the new one.
+    """Return the map newᵀ old [batch, n, n], which takes coordinates in the old basis to those in the new one.
 
-    Both are orthogonal, so m = old m̃ = new (newᵀ old) m̃ is the same tensor before and after. Where nothing `changed`
-    ([batch]; None: all has) it is exactly the identity, so that what is carried keeps its bits.
+    Both bases are orthogonal, so that m = old m̃ = new (newᵀ old) m̃. Where `changed` (bool [batch]; None: everywhere)
+    is False, the map is exactly the identity, so that moments keep their bits.
     """
     product = new.mT @ old
     return product if changed is None else torch.where(per_matrix(changed), product, identity_like(product))
 
 
 def order_of(order: Tensor | None, changed: Tensor, basis: Tensor) -> Tensor:
-    """Which old column each new one was, [batch, n]; in their places where nothing changed, or nothing was sorted."""
+    """Return the old column at each new place, [batch, n]: the same place if nothing changed or nothing was sorted."""
     places = torch.arange(basis.shape[-1], device=basis.device).expand(basis.shape[0], -1)
     return places if order is None else torch.where(changed[:, None], order, places)

@@ -1,17 +1,18 @@
-"""When a basis is refreshed: a pure function of the step and of the parameter's place."""
+"""The schedule of refreshes, as a function of a parameter's step count and its place."""
 
 from __future__ import annotations
 
 FIRST_ROUND = 10
-"""Steps within which staggered parameters get their first basis. It is made by the dearest solver, so not all in one
-step; but a parameter should not go without one for all of a long interval either."""
+"""Number of steps in which staggered parameters get their first basis. It is made by the slowest solver, so not all in
+one step. But no parameter should wait for all of a long interval."""
 
 
 def is_due(steps: int, place: int, count: int, *, start: int, every: int, stagger: bool) -> bool:
-    """Whether parameter `place` of `count` is refreshed in the step before which `steps` were taken.
+    """Return True if parameter `place` of `count` is refreshed after it has taken `steps` steps.
 
-    All together in the steps `start`, `start + every`, ...; staggered, each once in any `every` steps in a row, after
-    a first round of its own. In no step are more than ⌈count / every⌉ due then, in the first round ⌈count / 10⌉ more.
+    Without `stagger`, all are refreshed in steps `start`, `start + every`, and so on. With it, each is refreshed once
+    in a first round, and then once in any `every` steps in a row. Then at most ⌈count / every⌉ are due in a step, and
+    in the first round at most ⌈count / 10⌉ more.
     """
     since = steps - start
     if not stagger:

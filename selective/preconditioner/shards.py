@@ -1,7 +1,8 @@
-"""Eigenbases of matrices that are sharded: the side that is whole on each rank is rotated, with sums over ranks.
+"""Eigenbases of sharded matrices: the side that is whole on each rank is rotated, and a refresh adds up over ranks.
 
-Of a matrix cut by rows, G = [G₁; G₂; ...], each rank has whole rows: GᵢQ is its part of GQ, and GᵀG = Σ GᵢᵀGᵢ. So a
-step needs nothing of other ranks. A running average of sums is the sum of running averages: each rank keeps its own.
+If a matrix is sharded by rows, G = [G₁; G₂; ...], each rank has whole rows. GᵢQ is its part of GQ, and GᵀG = Σ GᵢᵀGᵢ.
+So a step needs no communication. The running average of a sum is the sum of running averages, so that each rank keeps
+that of its own part.
 """
 
 from __future__ import annotations
@@ -19,43 +20,43 @@ from selective.preconditioner.solvers import SolverName
 
 
 def sides_on_shards(sides: Sides, whole: frozenset[Side]) -> Sides:
-    """`sides`, with "unsharded" spelled out."""
+    """Return `sides`, with "unsharded" replaced by the name of the side; of both, the columns."""
     if sides != "unsharded" or not whole:
         return sides
     return "columns" if "columns" in whole else "rows"
 
 
 def why_not(sides: Sides, shape: Shape, max_dim: int, whole: frozenset[Side]) -> str | None:
-    """Why a matrix is left alone of which only these sides are whole on each rank; None where it is not."""
+    """Return the reason why a matrix with these `whole` sides cannot be rotated without gathering; None if it can."""
     if not whole:
         return "sharded by rows and by columns, so that no side of it is whole on a rank"
     cut = [side for side in rotated_sides(sides, shape, max_dim) if side not in whole]
     if not cut:
         return None
-    some = " and ".join(cut)
+    names = " and ".join(cut)
     return (
-        f"sharded, and rotating its {some} would gather it in every step, which gather_up_to does not allow; "
+        f"sharded, and rotating its {names} would gather it in every step, which gather_up_to does not allow; "
         "sides='unsharded' takes the other side"
     )
 
 
 def side_of(state: State) -> tuple[Side, ...]:
-    """Which sides a state has bases of."""
+    """Return the sides of which a state has bases."""
     names: tuple[Side, ...] = ("rows", "columns")
     return tuple(side for side in names if f"{side}_basis" in state)
 
 
 def parts(statistic: Literal["gradient", "ema"], states: Sequence[State], grads: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's part of each Gram matrix, [1, n, n]."""
-    found = []
+    """Return this rank's part of each Gram matrix, [1, n, n]."""
+    grams = []
     for state, grad in zip(states, grads, strict=True):
         (side,) = side_of(state)
-        found.append(state[f"{side}_gram"] if statistic == "ema" else gram(grad, side))
-    return found
+        grams.append(state[f"{side}_gram"] if statistic == "ema" else gram(grad, side))
+    return grams
 
 
 class FromGrams:
-    """What a refresh goes by, where Gram matrices are given, whatever they are of."""
+    """The options of a refresh from given Gram matrices, whatever they were made of."""
 
     statistic: Literal["gradient", "ema"] = "ema"
 
@@ -66,22 +67,23 @@ class FromGrams:
 
 
 def refresh_from(options: FromGrams, states: Sequence[State], grams: Sequence[Tensor]) -> list[Refreshed]:
-    """New bases, in place, of matrices of any sizes: alike ones are solved together."""
-    alike: dict[tuple[Side, torch.Size], list[int]] = {}
-    for index, (state, one) in enumerate(zip(states, grams, strict=True)):
-        alike.setdefault((side_of(state)[0], one.shape), []).append(index)
-    found = [Refreshed(False)] * len(states)
-    for (side, shape), indices in alike.items():
-        given = [{**states[i], f"{side}_gram": grams[i]} for i in indices]
-        nothing = grams[indices[0]].new_zeros(()).expand(shape)
-        for i, carry in zip(indices, refresh(options, (side,), given, [nothing] * len(given)), strict=True):
+    """Write new bases into `states`. Matrices may have any sizes; those of one size and side are solved together."""
+    buckets: dict[tuple[Side, torch.Size], list[int]] = {}
+    for index, (state, matrix) in enumerate(zip(states, grams, strict=True)):
+        buckets.setdefault((side_of(state)[0], matrix.shape), []).append(index)
+    refreshed = [Refreshed(False)] * len(states)
+    for (side, shape), indices in buckets.items():
+        with_grams = [{**states[i], f"{side}_gram": grams[i]} for i in indices]
+        unread = grams[indices[0]].new_zeros(()).expand(shape)
+        carries = refresh(options, (side,), with_grams, [unread] * len(with_grams))
+        for i, carry in zip(indices, carries, strict=True):
             if carry is not None:
-                found[i] = Refreshed(True, carry.rows if side == "rows" else carry.columns)
-    return found
+                refreshed[i] = Refreshed(True, carry.rows if side == "rows" else carry.columns)
+    return refreshed
 
 
 def carry_from(carry: CarryName, old: State, new: State, refreshed: Refreshed) -> Carry | None:
-    """The map from one basis to the next; an empty one where moments stay as they are ("keep")."""
+    """Return the map from one basis to the next: empty if moments are not carried ("keep"), None if nothing is new."""
     if not refreshed.new:
         return None
     if carry == "keep":

@@ -1,1 +1,1 @@
-"""Rotation: a group's parameters taken into the space of their preconditioner, and their moments carried along."""
+"""Rotation: taking a group's gradients into the space of their preconditioner, and carrying the base's moments."""

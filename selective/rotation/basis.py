@@ -1,4 +1,4 @@
-"""What a rotation has of one parameter, and what it says of a refresh."""
+"""Basis and Carried: the data of one rotated parameter, and the result of one refresh of it."""
 
 from __future__ import annotations
 
@@ -13,32 +13,37 @@ from selective.kernels import spec
 from selective.preconditioner import Carry, Shape, State
 
 MaskSpace = Literal["rotated", "original"]
-Matrices = Callable[[list[int]], list[Tensor]]  # the gradients of these parameters, not rotated, as matrices
+Matrices = Callable[
+    [list[int]], list[Tensor]
+]  # gets indices of parameters, returns their gradients as matrices, not rotated
 
 
 class PreconditionerError(RuntimeError):
-    """A preconditioner raised, or returned what does not fit. The message says what is as it was before the step."""
+    """Raised if a preconditioner raises, or returns something that does not fit its contract.
+
+    The message says which values are those from before the step.
+    """
 
 
 @dataclass(frozen=True)
 class Basis:
-    """What is kept of one rotated parameter, and where it stands among them."""
+    """The preconditioner's state of one rotated parameter, and the parameter's place among the rotated ones."""
 
-    shape: Shape
+    shape: Shape  # of this rank's part
     device: torch.device
     state: State
-    steps: Tensor  # int64 on the CPU: steps in which it had a gradient
-    skipped: Tensor  # int64 on its device: gradients that were not finite
+    steps: Tensor  # int64 on the CPU: number of steps with a gradient
+    skipped: Tensor  # int64 on its device: number of gradients that were not finite
     place: int
-    whole: Shape  # ... and `shape` what of it is on this rank
+    whole: Shape  # of the whole matrix, over all ranks
     shard: spec.Shard | None = None
-    gathers: bool = False  # a shard that is rotated as a whole: then what `state` has is whole on each rank
+    gathers: bool = False  # True: the matrix is gathered to be rotated, and `state` is that of the whole on each rank
 
 
 @dataclass
 class Carried:
-    """One refresh, for the moments that follow it: the maps, and whether they count (0-d bool; None: they do)."""
+    """The result of refreshing one parameter's basis: the maps by which the base's moments are carried."""
 
     index: int
     maps: Carry
-    valid: Tensor | None = None
+    valid: Tensor | None = None  # 0-d bool, False if the refresh was undone; None: it was not

@@ -1,15 +1,15 @@
-"""A refresh takes the base's moments along: first moments by the maps, second moments by the squares of the maps.
+"""Carrying the base's moments into a new basis: first moments by the maps, second moments by their squares.
 
 Note [moments of one space]: an Adam-like base divides a first moment m by the root of a second moment v. While both are
-averages of the same gradients, |m| <= c √v in each coordinate; c follows from the decay rates (`FusedRule.bound`). A
-new basis takes the first moment along exactly, m' = L m R, and the second by the squares of these maps,
-v' = (L∘L) v (R∘R): exact for the diagonal of a covariance that was diagonal before (SOAP's authors mention it; the
-bounds are ours). Since L and R are orthogonal, v' >= 0, Σ v' = Σ v and Σ m'² <= c² Σ v'. In a single coordinate only
-|m'| <= c √(N v') follows, with N coordinates that are mixed: m = √v everywhere, turned by a Hadamard matrix of 64 rows,
-goes from 1 to 64. So a second moment is raised to m'²/c² where it is below: then |m'| <= c √v' holds in each
-coordinate, and goes on holding in the steps that follow. No update is clipped for that.
+averages of the same gradients, |m| <= c √v in each coordinate; c follows from the decay rates (`FusedRule.bound`). The
+first moment is carried exactly into a new basis, m' = L m R. The second is carried by the squares of these maps,
+v' = (L∘L) v (R∘R), which is exact for the diagonal of a covariance that was diagonal before. (SOAP's authors mention
+this; the bounds are ours.) Since L and R are orthogonal, v' >= 0, Σ v' = Σ v and Σ m'² <= c² Σ v'. For a single
+coordinate only |m'| <= c √(N v') follows, where N is the number of coordinates that are mixed: if m = √v everywhere, a
+rotation by a Hadamard matrix of 64 rows takes the ratio from 1 to 64. So a second moment below m'²/c² is raised to it.
+Then |m'| <= c √v' holds in each coordinate, also after the steps that follow. No update is clipped for that.
 
-Where c is not known it is the largest |m|/√v of the tensor before the refresh. There is no floor for a rule with
+If c is not known, the largest |m|/√v of the tensor before the refresh is used. There is no floor for a rule with
 β₁² >= β₂, which has no bound without a rotation either, and none for factored second moments.
 """
 
@@ -30,17 +30,21 @@ from selective.rotation.basis import Carried
 from selective.rotation.contract import exact_products
 from selective.rotation.moments import Entry, entries_of
 
-Change = Callable[[Tensor], Tensor]  # of float32 [batch, rows, columns]
-Around = Callable[[Change], Change]
-MOST_RAISES = 64  # each by 16: from the smallest float32 to the largest and back
+Change = Callable[[Tensor], Tensor]  # takes and returns float32 [batch, rows, columns]
+Around = Callable[[Change], Change]  # adapts a change of whole matrices to this rank's parts
+MOST_RAISES = 64  # times a floor is multiplied by 16: enough for the whole range of float32, twice
 
 
 def as_it_is(change: Change) -> Change:
+    """Return `change`, for matrices that are not gathered."""
     return change
 
 
 class MomentCarrier:
-    """Carries the moments of a group's parameters. `bound`: c where the base's rule has one."""
+    """Carries the moments of a group's parameters.
+
+    `bound` is the c of the base's fused rule; None if it has none. Without a fused rule (`has_rule`), c is measured.
+    """
 
     def __init__(
         self, base: Optimizer, moments: Moments, bound: spec.Scalar | None, has_rule: bool, precision: Precision
@@ -49,11 +53,16 @@ class MomentCarrier:
         self.precision: Precision = precision
 
     def carry(
-        self, param: Tensor, shape: Shape, carried: Carried, own: Sequence[Tensor] = (), around: Around = as_it_is
+        self,
+        param: Tensor,
+        shape: Shape,
+        carried: Carried,
+        own_momenta: Sequence[Tensor] = (),
+        around: Around = as_it_is,
     ) -> None:
-        """All moments of one parameter into its new basis; `own`: first moments that are not the base's.
+        """Carry all moments of one parameter into its new basis, and `own_momenta`, which are the wrapper's.
 
-        `around` makes a change of a whole matrix one of the part that is here, of a matrix that is gathered.
+        `around` turns a change of whole matrices into one of this rank's part, if the matrix is gathered.
         """
         maps, valid = carried.maps, carried.valid
         entries = entries_of(self.base, param, self.moments, shape)
@@ -62,27 +71,26 @@ class MomentCarrier:
         divided = [entry for entry in firsts if entry.name in self.moments.of_gradient]
         bounds = [self._bounds(entry, divided) if _squares(maps) else [] for entry in others]
         if maps.left is not None or maps.right is not None:
-            for tensor in (*(entry.tensor for entry in firsts), *own):
+            for tensor in (*(entry.tensor for entry in firsts), *own_momenta):
                 rewrite(tensor, shape, around(first_by(maps, self.precision)), valid, self.precision)
         for entry, limits in zip(others, bounds, strict=True):
             self._carry_second(entry, maps, valid, limits, around)
 
     def _bounds(self, entry: Entry, divided: Sequence[Entry]) -> list[tuple[Entry, spec.Scalar]]:
-        """The first moments that this entry divides, and the most that each may be of it."""
-        squared = entry.name not in self.moments.norms
+        """Return the first moments that are divided by the root of `entry`, each with the bound c on the ratio."""
         if not self.measures:
             return [] if self.bound is None else [(m, self.bound) for m in divided if m.shape == entry.shape]
-        return [(m, _largest_ratio(m, entry, squared)) for m in divided if m.shape == entry.shape]
+        return [(m, _largest_ratio(m, entry)) for m in divided if m.shape == entry.shape]
 
     def _carry_second(
         self, entry: Entry, maps: Carry, valid: Tensor | None, limits: list[tuple[Entry, spec.Scalar]], around: Around
     ) -> None:
-        change = second_by(maps, self.precision, squared=entry.name not in self.moments.norms)
+        """Carry one second moment or norm, and raise it to the floors that follow from `limits`."""
+        change = second_by(maps, self.precision, squared=not entry.is_norm)
         if change is None:
             return
         linear = around(change)
-        squared = entry.name not in self.moments.norms
-        floors = [_floor(m, bound, squared) for m, bound in limits]
+        floors = [_floor(m, bound, entry) for m, bound in limits]
 
         def raised(x: Tensor) -> Tensor:
             y = linear(x)
@@ -96,19 +104,20 @@ class MomentCarrier:
 
 
 def _squares(maps: Carry) -> bool:
-    """Whether second moments follow by the squares of the maps, and not in another order."""
+    """True if second moments are carried by the squares of the maps, and not by a permutation."""
     return maps.rows is None and maps.columns is None
 
 
 def first_by(maps: Carry, precision: Precision) -> Change:
-    """x <- left x right."""
+    """Return the change x -> left x right."""
     return _linear(maps.left, maps.right, precision)
 
 
 def second_by(maps: Carry, precision: Precision, *, squared: bool = True) -> Change | None:
-    """x <- (left∘left) x (right∘right), or in another order where the maps have one; None where x stays.
+    """Return the change x -> (left∘left) x (right∘right), or the permutation of `maps` if they have one.
 
-    A factor has no columns, or no rows, to be mapped: a side of length 1 is left out. `squared` False: of the roots.
+    None if x stays as it is. A side of length 1 is not mapped: it is that of a factored statistic. With
+    `squared=False`, x holds roots: they are squared, carried, and the root is taken again.
     """
     if not _squares(maps):
         return _ordered(maps)
@@ -117,13 +126,13 @@ def second_by(maps: Carry, precision: Precision, *, squared: bool = True) -> Cha
     left, right = (None if side is None else side.square() for side in (maps.left, maps.right))
 
     def change(x: Tensor) -> Tensor:
-        mine = left if x.shape[1] > 1 else None, right if x.shape[2] > 1 else None
-        linear = _linear(*mine, precision)
+        sides = left if x.shape[1] > 1 else None, right if x.shape[2] > 1 else None
+        linear = _linear(*sides, precision)
         if squared:
             return linear(x)
-        size = per_matrix(x.abs().amax((1, 2)).clamp(min=torch.finfo(x.dtype).tiny))  # the square keeps its range
+        size = per_matrix(x.abs().amax((1, 2)).clamp(min=torch.finfo(x.dtype).tiny))  # avoids overflow of the squares
         y = linear((x / size).square()).sqrt() * size
-        return torch.where(per_matrix(_stays(mine, x)), x, y)
+        return torch.where(per_matrix(_is_identity(sides, x)), x, y)
 
     return change
 
@@ -146,42 +155,43 @@ def _linear(left: Tensor | None, right: Tensor | None, precision: Precision) -> 
         y = y if right is None else y @ right
         if y is x or precision == "float32" or len(x) == 1:
             return y
-        return torch.where(per_matrix(_stays((left, right), x)), x, y)  # the identity, too, would round it in TF32
+        return torch.where(per_matrix(_is_identity((left, right), x)), x, y)  # in TF32 even the identity would round x
 
     return change
 
 
-def _stays(maps: Sequence[Tensor | None], x: Tensor) -> Tensor:
-    """Which matrices [batch] these maps leave alone."""
+def _is_identity(maps: Sequence[Tensor | None], x: Tensor) -> Tensor:
+    """Return bool [batch]: True where all maps are the identity."""
     same = [(side == identity_like(side)).flatten(1).all(1) for side in maps if side is not None]
     return torch.stack(same).all(0) if same else torch.ones(len(x), dtype=torch.bool, device=x.device)
 
 
-def _largest_ratio(first: Entry, second: Entry, squared: bool) -> Tensor:
-    """The largest |m|/√v (of a norm: |m|/n) of one tensor where both are positive and finite; 0-d, 0 where none is."""
+def _largest_ratio(first: Entry, second: Entry) -> Tensor:
+    """Return the largest finite |m|/√v (for a norm n: |m|/n) of one tensor, 0-d; 0 if there is none."""
     m, v = (as_matrix(dequantized(entry.tensor), entry.shape) for entry in (first, second))
-    ratio = m.abs() / (v.sqrt() if squared else v)
+    ratio = m.abs() / (v if second.is_norm else v.sqrt())
     return torch.where(ratio.isfinite(), ratio, 0.0).max() if ratio.numel() else ratio.new_zeros(())
 
 
-def _floor(first: Entry, bound: spec.Scalar, squared: bool) -> Tensor:
-    """m²/c² (of a norm: |m|/c), which a second moment may not be below; 0 where there is no c, or no m.
+def _floor(first: Entry, bound: spec.Scalar, second: Entry) -> Tensor:
+    """Return the lower bound of a second moment, m²/c² (for a norm: |m|/c); 0 if c or m is 0.
 
-    At least the smallest normal number: the square of a smaller m is 0 in float32, and m is not.
+    It is at least the smallest normal number, because in float32 the square of a tiny m is 0.
     """
     ratio = as_matrix(dequantized(first.tensor), first.shape).abs() / bound
     if isinstance(bound, Tensor):
         ratio = torch.where(bound > 0, ratio, 0.0)
-    floor = (ratio.square() if squared else ratio).clamp(min=torch.finfo(ratio.dtype).tiny)
+    floor = (ratio if second.is_norm else ratio.square()).clamp(min=torch.finfo(ratio.dtype).tiny)
     return torch.where(ratio == 0, 0.0, floor)
 
 
 def rewrite(
     moment: Tensor, shape: Shape, change: Change, valid: Tensor | None = None, precision: Precision = "float32"
 ) -> None:
-    """moment <- change(moment), where `change` gets and returns float32 [batch, rows, columns]; rounded once.
+    """Replace `moment` by `change(moment)` in place. `change` takes and returns float32 [batch, rows, columns].
 
-    Nothing where `valid` (0-d bool) says no. `precision`: of the products that `change` makes.
+    The result is rounded once. The moment stays as it is if `valid` (0-d bool) is False. `precision` is that of the
+    products in `change`.
     """
     plain = dequantized(moment)
     before = as_matrix(plain, shape)
@@ -197,11 +207,11 @@ def rewrite(
 
 
 def keep_above_zero(entry: Entry, floor: Tensor, valid: Tensor | None = None) -> None:
-    """Where rounding made 0 of a second moment with a floor above 0: the smallest number that is stored as another.
+    """Raise elements of a second moment that were rounded to 0 though their floor is above 0.
 
-    bfloat16 and float32 hold any number that matters. float16 has its smallest one at 6e-8, which is that of a moment
-    of 2.4e-4. Eight bits have a smallest one for each block, which nobody tells: what is written is raised until it is
-    not 0 when it is read (which waits for the device).
+    They become the smallest number that the storage does not round to 0. bfloat16 and float32 need nothing: their range
+    is large enough. The smallest float16 is 6e-8, the square of 2.4e-4. Eight-bit storage has an unknown smallest
+    number for each block, so the written value is raised until 0 is not read back, which waits for the device.
     """
     tensor = entry.tensor
     wanted = floor > 0 if valid is None else (floor > 0) & valid
@@ -221,33 +231,38 @@ def keep_above_zero(entry: Entry, floor: Tensor, valid: Tensor | None = None) ->
 
 
 def enter(base: Optimizer, param: Tensor, moments: Moments, shape: Shape, project: Change) -> None:
-    """The moments that a base has collected in the parameter's own space into the one that `project` leads to.
+    """Carry moments that a base has collected in the parameter's own space into the space of `project`.
 
-    The space of a transform that somebody wrote, which may be another one from the first step on; that of our own
-    begins as the parameter's, and moves nothing here. The squares of the maps are not known, so that the squares of
-    `project` of √v with random signs are averaged, which is what they give on average. Floors as in a refresh.
+    This matters for a user's preconditioner, whose space may differ from the parameter's before the first refresh. Ours
+    begin with the identity, which changes nothing here. The maps are not known, and neither are their squares. So
+    `project` is applied to √v with random signs, and the squares of the results are averaged; their expectation is v
+    carried by the squared maps. The floors are those of a refresh.
     """
     entries = entries_of(base, param, moments, shape)
     whole = [entry for entry in entries if entry.shape == shape]
     firsts = [entry for entry in whole if entry.name in moments.first]
     divided = [entry for entry in firsts if entry.name in moments.of_gradient]
     seconds = [entry for entry in whole if entry not in firsts]
-    limits = [[(m, _largest_ratio(m, e, e.name not in moments.norms)) for m in divided] for e in seconds]
+    limits = [[(m, _largest_ratio(m, entry)) for m in divided] for entry in seconds]
     for entry in firsts:
         rewrite(entry.tensor, shape, project)
     for entry, bounds in zip(seconds, limits, strict=True):
-        squared = entry.name not in moments.norms
-        floors = [_floor(m, bound, squared) for m, bound in bounds]
-        rewrite(entry.tensor, shape, _estimated(project, floors, squared))
+        floors = [_floor(m, bound, entry) for m, bound in bounds]
+        rewrite(entry.tensor, shape, _estimated(project, floors, squared=not entry.is_norm))
         if floors:
             keep_above_zero(entry, torch.stack(floors).amax(0))
 
 
-DRAWS = 16  # of signs: what is estimated is right within 35 %, as 16 squares of normal numbers average
-ROUNDED = 2**-7  # an identity whose products are in bfloat16 changes no number by more
+DRAWS = 16  # draws of signs: the average of 16 squares of normal numbers has a relative error of 35 %
+ROUNDED = 2**-7  # largest relative change of a number by an identity whose products are in bfloat16
 
 
-def _estimated(project: Change, floors: Sequence[Tensor], squared: bool) -> Change:
+def _estimated(project: Change, floors: Sequence[Tensor], *, squared: bool) -> Change:
+    """Return the change that averages the squares of `project` of the root of x with random signs.
+
+    With `squared=False`, x holds roots. x stays as it is if `project` is the identity but for rounding.
+    """
+
     def change(x: Tensor) -> Tensor:
         root = x.clamp(min=0).sqrt() if squared else x
         generator = torch.Generator(device="cpu").manual_seed(0)

@@ -1,4 +1,4 @@
-"""What a preconditioner has returned, held against its contract: with a user's own code the message is what helps."""
+"""Checks of a preconditioner's results against its contract, with messages for the authors of preconditioners."""
 
 from __future__ import annotations
 
@@ -11,43 +11,45 @@ from selective.preconditioner import Carry, Preconditioner, Shape, State
 from selective.preconditioner.matrices import DTYPES
 
 
-def check_projected(made: Sequence[Tensor], shape: Shape, count: int) -> list[Tensor]:
-    """What a projection has returned, as a list."""
-    made = list(made)
-    if len(made) != count or any(y.shape != shape or y.dtype not in DTYPES for y in made):
-        found = [(tuple(y.shape), y.dtype) for y in made]
-        raise ValueError(f"it returned {found} for {count} float32 matrices of shape {shape}")
-    return made
+def check_projected(results: Sequence[Tensor], shape: Shape, count: int) -> list[Tensor]:
+    """Return the results of a projection as a list; refuse them unless there are `count` tensors of this shape."""
+    tensors = list(results)
+    if len(tensors) != count or any(y.shape != shape or y.dtype not in DTYPES for y in tensors):
+        returned = [(tuple(y.shape), y.dtype) for y in tensors]
+        raise ValueError(f"it returned {returned} for {count} float32 matrices of shape {shape}")
+    return tensors
 
 
-def check_states(kept: Sequence[State], states: Sequence[State]) -> None:
-    """The tensors that were handed in are written in place, and no others stand for them."""
-    for ours, theirs in zip(kept, states, strict=True):
-        if theirs.keys() != ours.keys() or any(theirs[key] is not ours[key] for key in ours):
+def check_states(before: Sequence[State], after: Sequence[State]) -> None:
+    """Refuse states in which a tensor was replaced instead of being written in place."""
+    for old, new in zip(before, after, strict=True):
+        if new.keys() != old.keys() or any(new[key] is not old[key] for key in old):
             raise ValueError("it put another tensor into a state, which is lost: write into the tensors in place")
 
 
-def check_report(said: object, count: int) -> None:
-    """For each of these, 0-d tensors by name."""
-    found = list(said) if isinstance(said, (list, tuple)) else []
-    named = [one for one in found if isinstance(one, dict)]
-    if len(named) != count or not all(isinstance(x, Tensor) and x.dim() == 0 for one in named for x in one.values()):
+def check_report(report: object, count: int) -> None:
+    """Refuse a report that is not a list of `count` dictionaries of 0-d tensors."""
+    rows = list(report) if isinstance(report, (list, tuple)) else []
+    tables = [row for row in rows if isinstance(row, dict)]
+    if len(tables) != count or not all(
+        isinstance(x, Tensor) and x.dim() == 0 for table in tables for x in table.values()
+    ):
         raise ValueError(f"it has to return a list with a dictionary of 0-d tensors for each of {count} states")
 
 
-def check_refreshed(made: object, shapes: Sequence[Shape]) -> None:
-    """A carry, or None, for each of these."""
-    if not isinstance(made, list) or len(made) != len(shapes):
+def check_refreshed(carries: object, shapes: Sequence[Shape]) -> None:
+    """Refuse the result of a refresh unless it has a `Carry` or None for each of these shapes."""
+    if not isinstance(carries, list) or len(carries) != len(shapes):
         raise ValueError(f"it has to return a list with one entry for each of {len(shapes)} states: a Carry or None")
-    if any(maps is not None and not isinstance(maps, Carry) for maps in made):
+    if any(maps is not None and not isinstance(maps, Carry) for maps in carries):
         raise ValueError("it has to return a Carry or None for each state")
-    for maps, shape in zip(made, shapes, strict=True):
+    for maps, shape in zip(carries, shapes, strict=True):
         if maps is not None:
             _check_carry(maps, shape)
 
 
 def _check_carry(maps: Carry, shape: Shape) -> None:
-    """Shapes and dtypes, which say on the host what would otherwise fail half-way through the moments."""
+    """Refuse maps of wrong shapes or dtypes, which would otherwise fail when half of the moments are carried."""
     batch, rows, columns = shape
     wanted = {
         "left": ((batch, rows, rows), torch.float32), "right": ((batch, columns, columns), torch.float32),
@@ -60,15 +62,15 @@ def _check_carry(maps: Carry, shape: Shape) -> None:
 
 
 def exact_products(device: torch.device) -> torch.autocast:
-    """Outside of a user's autocast region, where products of float32 matrices would be made in bfloat16."""
+    """Return a context without autocast, under which products of float32 matrices would be made in bfloat16."""
     return torch.autocast(device.type, enabled=False)
 
 
 def is_foreign(preconditioner: Preconditioner) -> bool:
-    """Whether it is somebody's own code, which may raise: then parameters are kept to be put back."""
+    """True if the class is a user's, whose code may raise: then the parameters are copied, to be restored."""
     return not type(preconditioner).__module__.startswith("selective.")
 
 
 def is_memory_of(y: Tensor, x: Tensor) -> bool:
-    """Whether a projection has handed back its argument, which may be the parameter itself."""
+    """True if `y` shares the memory of `x`: a projection may return its argument, which may be the parameter."""
     return y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()

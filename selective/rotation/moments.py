@@ -1,4 +1,4 @@
-"""The moments of a base: which entries of its state are carried into a new basis, how, and which can't be."""
+"""The state entries of a base that are carried into a new basis, and the refusal of those that cannot be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.base.base_facts import measured_moments
-from selective.base.facts import Anatomy
+from selective.base.facts import BaseFacts
 from selective.base.fused_rules import fused_rule
 from selective.base.measure_moments import Moments
 from selective.base.state_entries import dequantized, state_entries
@@ -18,14 +18,14 @@ from selective.preconditioner import Preconditioner, Shape
 from selective.sharding.dtensor import local_of
 
 
-def moments_of(base: Optimizer, group: Mapping[str, Any], facts: Anatomy) -> Moments:
-    """The kinds of the base's state entries. Of a base whose rule we know they are the rule's, else they are measured.
+def moments_of(base: Optimizer, group: Mapping[str, Any], facts: BaseFacts) -> Moments:
+    """Return the kinds of the base's state entries: those of its fused rule, or else the measured ones.
 
-    Of one that can't be measured the momentum is known; other entries are taken for second moments.
+    If the measurement does not find the momentum that is known from `facts`, it is added to the first moments.
     """
     rule = fused_rule(base)
     if rule is not None:
-        return rule.kinds
+        return rule.moment_kinds
     measured = measured_moments(base, group)
     if facts.momentum_key is None or facts.momentum_key in measured.first:
         return measured
@@ -35,7 +35,11 @@ def moments_of(base: Optimizer, group: Mapping[str, Any], facts: Anatomy) -> Mom
 def check_moments(
     base: Optimizer, group: Mapping[str, Any], number: int, moments: Moments, preconditioner: Preconditioner
 ) -> None:
-    """Refuse a base with a state entry that can't follow its parameter into a new basis."""
+    """Refuse a base with a state entry that cannot be carried into a new basis.
+
+    Raises:
+        ValueError: the base has such an entry, and the preconditioner changes the basis of moments.
+    """
     if group.get("centered"):
         raise ValueError(
             f"SelectiveUpdate: {type(base).__name__} has centered=True: its variance is the difference of two "
@@ -54,27 +58,28 @@ def check_moments(
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A state entry in the rotated space, of one parameter: the base's own tensor, and as which matrices it is read."""
+    """A state entry of one parameter in the rotated space: the base's own tensor, and its shape as matrices."""
 
     name: str
     tensor: Tensor
     shape: Shape
+    is_norm: bool = False  # True: it grows with the gradient, and is carried as the root of a second moment
 
 
 def entries_of(base: Optimizer, param: Tensor, moments: Moments, shape: Shape) -> list[Entry]:
-    """The entries that follow their parameter into a new basis; none where one of them can't be read.
+    """Return the entries that are carried into a new basis; none if one of them cannot be read.
 
-    Entries shaped like the parameter, and factors: statistics of its rows or of its columns (Adafactor's), with 1
-    column or 1 row. A factor that is named after neither, and square enough to be either, is left alone. Codes that
-    nobody can read (bitsandbytes) can't be carried; then the others stay as well, since moments of one coordinate
-    belong together.
+    These are the entries shaped like the parameter, and factors: statistics of the rows or of the columns
+    (Adafactor's), which have 1 column or 1 row. A factor that could be of either side by its size is taken for one only
+    if its name says which; otherwise it is not carried. Integer codes without a `dequantize()` (bitsandbytes) cannot be
+    read. Then no entry is carried, since the moments of one coordinate belong together.
     """
     if param not in base.state:
         return []
     batch, rows, columns = shape
     local = local_of(param)
     named = moments.first | moments.second | moments.norms
-    found: list[Entry] = []
+    entries: list[Entry] = []
     for name, stored in state_entries(base.state[param]):
         value = local_of(stored)
         if not isinstance(value, Tensor) or value.dim() == 0:
@@ -83,12 +88,13 @@ def entries_of(base: Optimizer, param: Tensor, moments: Moments, shape: Shape) -
             if name in named and value.numel() == local.numel():
                 return []
             continue
+        is_norm = name in moments.norms
         if value.shape == local.shape:
-            found.append(Entry(name, value, shape))
-        elif tuple(local.shape[-2:]) == (rows, columns):  # as the base sees it; not a convolution read as one matrix
+            entries.append(Entry(name, value, shape, is_norm))
+        elif tuple(local.shape[-2:]) == (rows, columns):  # the base sees this matrix too, unlike that of a convolution
             by_row, by_column = value.numel() == batch * rows, value.numel() == batch * columns
             if by_row and (not by_column or "row" in name):
-                found.append(Entry(name, value, (batch, rows, 1)))
+                entries.append(Entry(name, value, (batch, rows, 1), is_norm))
             elif by_column and (not by_row or "col" in name):
-                found.append(Entry(name, value, (batch, 1, columns)))
-    return found
+                entries.append(Entry(name, value, (batch, 1, columns), is_norm))
+    return entries

@@ -1,12 +1,13 @@
-"""Sharded matrices that are rotated on a side which is cut: gathered, rotated as on one device, cut up again.
+"""The refresh of sharded matrices that are gathered because a side is rotated which is not whole on each rank.
 
-A matrix is gathered by an all-reduce of zeros with each rank's part in its place. That sends twice what an all-gather
-would, and needs to know nothing of how the others' parts lie: rows, columns, both, strided shards, replicas. Every rank
-then makes the whole product and keeps its part, and the running averages are whole on each.
+A matrix is gathered by an all-reduce of zeros with each rank's part in its place. That sends twice the bytes of an
+all-gather, but a rank need not know how the other parts lie: rows, columns, both, strided shards, replicas. Every rank
+computes the whole product and keeps its part. Running averages are whole on each rank.
 
-Note [gathered refresh]: what a refresh makes on one rank goes to all, as integers, with the maps for the moments. So
-the ranks can't come to differ in a basis, as in Note [sharded refresh]. Before that goes a word for each matrix: which
-maps there are, whether any part of its gradient was not finite, whether a rank has failed; then all raise.
+Note [gathered refresh]: each basis is computed on one rank, and its state and the maps for the moments go to all ranks
+as integers. So the bases cannot differ between ranks, as in Note [sharded refresh]. Before that, an integer for each
+matrix is exchanged: it says which maps there are, if part of the gradient was not finite, and if a rank has failed. If
+one has, all raise.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from torch import Tensor
 from selective.kernels import spec
 from selective.preconditioner import Carry, Preconditioner, Shape, State
 from selective.rotation.contract import check_refreshed, check_states
-from selective.rotation.refresh_sharded import Sharded, cut_into_lots, nothing_of
-from selective.sharding.collectives import bits_of, owners, sums, write_bits
+from selective.rotation.refresh_sharded import Sharded, cut_into_buckets, unread_gradient
+from selective.sharding.collectives import bits_of, from_owners, owners, write_bits
 
-Change = Callable[[Tensor], Tensor]
+Change = Callable[[Tensor], Tensor]  # takes and returns float32 [1, rows, columns]
 
 
 def wholes(parts: Sequence[Tensor], shard: spec.Shard, shape: Shape) -> list[Tensor]:
-    """The whole matrices [1, m, n], float32, of which these [1, ., .] are this rank's parts; all cut alike."""
+    """All-reduce the parts [1, ., .] of this rank to whole matrices [1, m, n] in float32; all have the same `shard`."""
     buffer = torch.zeros((len(parts), *shape[1:]), dtype=torch.float32, device=parts[0].device)
     if shard.counted:
-        mine = torch.cat([part.to(torch.float32) for part in parts])
+        stacked = torch.cat([part.to(torch.float32) for part in parts])
         row = 0
         for first, count in shard.runs[0]:
             column = 0
             for left, width in shard.runs[1]:
-                here = mine[:, row : row + count, column : column + width]
+                here = stacked[:, row : row + count, column : column + width]
                 buffer[:, first : first + count, left : left + width] = here
                 column += width
             row += count
@@ -43,16 +44,16 @@ def wholes(parts: Sequence[Tensor], shard: spec.Shard, shape: Shape) -> list[Ten
 
 
 def part_of(whole: Tensor, shard: spec.Shard) -> Tensor:
-    """This rank's part [1, ., .] of a whole [1, m, n]; contiguous."""
-    found = whole
+    """Return this rank's part [1, ., .] of a whole matrix [1, m, n]; contiguous."""
+    part = whole
     for dim, runs in ((1, shard.runs[0]), (2, shard.runs[1])):
-        pieces = [found.narrow(dim, first, count) for first, count in runs]
-        found = torch.cat(pieces, dim) if pieces else found.narrow(dim, 0, 0)
-    return found.contiguous()
+        pieces = [part.narrow(dim, first, count) for first, count in runs]
+        part = torch.cat(pieces, dim) if pieces else part.narrow(dim, 0, 0)
+    return part.contiguous()
 
 
 def on_wholes(shard: spec.Shard, shape: Shape, change: Change) -> Change:
-    """`change` of a whole matrix, as one of this rank's part."""
+    """Turn a change of a whole matrix into one of this rank's part, which gathers the matrix."""
     return lambda x: part_of(change(wholes([x], shard, shape)[0]), shard)
 
 
@@ -60,38 +61,38 @@ def refresh_gathered(
     preconditioner: Preconditioner, due: Mapping[int, Sharded], missing: Mapping[int, Tensor],
     gradients: Callable[[list[int]], list[Tensor]],
 ) -> Iterator[dict[int, Carry | None]]:  # fmt: skip
-    """New bases of these in their states, each made on one rank: lot by lot, the carries by index, alike on all ranks.
+    """Refresh the bases in their states, bucket by bucket, and yield the carries by index, the same on all ranks.
 
-    `missing`: whether this rank's part of the gradient is not finite (0-d bool); then nothing is new anywhere.
-    `gradients`: the wholes, asked for where the preconditioner reads them.
+    `missing` is 0-d bool for each: True if this rank's part of the gradient is not finite. Then no rank gets a new
+    basis. `gradients` returns whole gradients; it is called only if the preconditioner reads them.
     """
     reads = preconditioner.refreshes_from_gradients()
-    for group, indices in cut_into_lots(due, lambda basis: basis.whole[1] * basis.whole[2] if reads else 0):
+    for group, indices in cut_into_buckets(due, lambda basis: basis.whole[1] * basis.whole[2] if reads else 0):
         bases = [due[i] for i in indices]
-        grads = gradients(indices) if reads else [nothing_of(basis, basis.whole) for basis in bases]
+        grads = gradients(indices) if reads else [unread_gradient(basis, basis.whole) for basis in bases]
         solvers = owners([max(b.whole[1:]) for b in bases], torch.distributed.get_world_size(group))
         here = [k for k, owner in enumerate(solvers) if owner == torch.distributed.get_rank(group)]
-        made = _Made(preconditioner, bases, grads, here)
-        flags = torch.tensor([[flag, 0] for flag in made.flags], dtype=torch.int32, device="cpu").to(bases[0].device)
+        solved = _Solved(preconditioner, bases, grads, here)
+        flags = torch.tensor([[flag, 0] for flag in solved.flags], dtype=torch.int32, device="cpu").to(bases[0].device)
         flags[:, 1] = torch.stack([missing[i] for i in indices]).to(torch.int32)
-        (both,) = sums([flags.view(-1)], group)
-        said = both.view(-1, 2).tolist()  # waits for the device, as a refresh does
-        if any(flag & FAILED for flag, _ in said):
-            raise made.error or RuntimeError("it failed on another rank, whose error says how")
-        rows = sums([made.row(k, flag) for k, (flag, _) in enumerate(said)], group)
-        found: dict[int, Carry | None] = dict.fromkeys(indices)
-        for k, (flag, spoilt) in enumerate(said):
+        (all_flags,) = from_owners([flags.view(-1)], group)
+        agreed = all_flags.view(-1, 2).tolist()  # waits for the device, as a refresh does
+        if any(flag & FAILED for flag, _ in agreed):
+            raise solved.error or RuntimeError("it failed on another rank, whose error says how")
+        rows = from_owners([solved.row(k, flag) for k, (flag, _) in enumerate(agreed)], group)
+        carries: dict[int, Carry | None] = dict.fromkeys(indices)
+        for k, (flag, spoilt) in enumerate(agreed):
             if not spoilt:
-                found[indices[k]] = made.decoded(rows[k], k, flag)
-        yield found
+                carries[indices[k]] = solved.decoded(rows[k], k, flag)
+        yield carries
 
 
-FAILED = 32  # in a flag; 1: there is a carry; 2, 4, 8, 16: it has this map
+FAILED = 32  # a bit of a flag; 1: there is a carry; 2, 4, 8, 16: the carry has this field
 _FIELDS = ("left", "right", "rows", "columns")
 
 
-class _Made:
-    """What this rank has made of a lot, as the others get it."""
+class _Solved:
+    """The new states and carries that this rank has computed for a bucket, and their form for the other ranks."""
 
     def __init__(
         self, preconditioner: Preconditioner, bases: Sequence[Sharded], grads: Sequence[Tensor], here: Sequence[int]
@@ -104,31 +105,31 @@ class _Made:
         for k in here:
             by_shape.setdefault(bases[k].whole, []).append(k)
         try:
-            for same in by_shape.values():
-                self._solve(preconditioner, same, [grads[k] for k in same])
-        except Exception as error:  # the others are waiting: they are told, and all raise
+            for bucket in by_shape.values():
+                self._solve(preconditioner, bucket, [grads[k] for k in bucket])
+        except Exception as error:  # broad: the other ranks wait in a collective. They are told, and all raise
             self.error: Exception | None = error
             for k in here:
                 self.flags[k] = FAILED
 
-    def _solve(self, preconditioner: Preconditioner, same: list[int], grads: list[Tensor]) -> None:
-        """Of copies, so that nothing has changed where an error or a gradient that is not finite undoes it."""
+    def _solve(self, preconditioner: Preconditioner, bucket: list[int], grads: list[Tensor]) -> None:
+        """Refresh copies of the states: an error, or a gradient that is not finite, may undo the refresh."""
         states = []
-        for k in same:
+        for k in bucket:
             state = self.bases[k].state
             states.append({**state, **{name: state[name].clone() for name in self.names[k]}})
-        given = [dict(state) for state in states]
+        before = [dict(state) for state in states]
         clean = [grad.masked_fill(~grad.isfinite().all(), 0.0) for grad in grads]
-        made = preconditioner.refresh(states, clean)
-        check_refreshed(made, [self.bases[k].whole for k in same])
-        check_states(given, states)
-        for k, state, carry in zip(same, states, made, strict=True):
+        carries = preconditioner.refresh(states, clean)
+        check_refreshed(carries, [self.bases[k].whole for k in bucket])
+        check_states(before, states)
+        for k, state, carry in zip(bucket, states, carries, strict=True):
             self.states[k], self.carries[k] = state, carry
             if carry is not None:
                 self.flags[k] = 1 + sum(2 << place for place, x in enumerate(carry) if x is not None)
 
     def _targets(self, k: int, flag: int) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The entries of a state that a refresh writes, and maps as this flag says, of the right sizes."""
+        """Return the state entries that a refresh writes, and zeros for the maps of this flag."""
         (_, m, n), device = self.bases[k].whole, self.bases[k].device
         sizes = {"left": (1, m, m), "right": (1, n, n), "rows": (1, m), "columns": (1, n)}
         kinds = {"left": torch.float32, "right": torch.float32, "rows": torch.int64, "columns": torch.int64}
@@ -137,7 +138,7 @@ class _Made:
         return [self.bases[k].state[name] for name in self.names[k]], maps
 
     def row(self, k: int, flag: int) -> Tensor:
-        """int32, 1-d: what was made of one matrix here, or as many zeros."""
+        """Return the state and maps of one matrix as 1-d int32; zeros if it was not solved on this rank."""
         device = self.bases[k].device
         if k not in self.states:
             state, maps = self._targets(k, flag)
@@ -148,7 +149,7 @@ class _Made:
         return torch.cat([bits_of(x, device) for x in (*(self.states[k][name] for name in self.names[k]), *maps)])
 
     def decoded(self, row: Tensor, k: int, flag: int) -> Carry | None:
-        """Write the state; the carry."""
+        """Write the state of `row` in place, and return its carry."""
         state, maps = self._targets(k, flag)
         write_bits(row, (*state, *maps.values()))
         return Carry(**maps) if flag else None

@@ -1,10 +1,10 @@
-"""A refresh of bases whose matrices are sharded: two collectives for all that are due, and nothing in other steps.
+"""The refresh of bases whose matrices are sharded: two collectives for all that are due, and none in other steps.
 
-Note [sharded refresh]: parts of Gram matrices are added up over the ranks, with a flag for each matrix that says
-whether any part of its gradient was not finite. Then every matrix is solved on one rank, the largest first and each on
-the one that has least to do so far; and what that has written, all states of bases, goes to all ranks bit for bit: as
-integers, to which the others add zeros. So the ranks can't come to differ in a basis, whatever a solver does on each of
-them. How much there is to send follows from shapes, and from the flags, which all have seen.
+Note [sharded refresh]: parts of Gram matrices are added up over the ranks, with a flag for each matrix if any part of
+its gradient was not finite. Then every matrix is solved on one rank; the largest are assigned first, each to the rank
+with the least work so far. The new states of bases go to all ranks bit for bit: as integers, to which the other ranks
+add zeros. So the bases cannot differ between ranks, even if a solver gives different results on them. The sizes of what
+is sent follow from shapes and from the flags, which are the same on all ranks.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from selective.kernels import spec
 from selective.preconditioner import Carry, Preconditioner, Refreshed, Shape, State
-from selective.sharding.collectives import SENT, _counted, _summed, bits_of, owners, sums, write_bits
+from selective.sharding.collectives import SENT, all_reduced, bits_of, counts_in_sums, from_owners, owners, write_bits
 
 
 class Sharded(Protocol):
-    """What is looked at of a `rotation.Basis`."""
+    """The attributes of a `rotation.Basis` that a refresh reads."""
 
     @property
     def shape(self) -> Shape: ...
@@ -41,51 +41,55 @@ def refresh_shards(
     finite: Mapping[int, Tensor | None],
     matrices: Callable[[list[int]], list[Tensor]],
 ) -> dict[int, Carry | None]:
-    """New bases of these in their states; the carries by index, in the same order on all ranks.
+    """Refresh the bases in their states, and return the carries by index, in the same order on all ranks.
 
-    `finite`: whether the parts of the gradients that are here are, where they were looked at. `matrices`: the parts.
+    `finite` is 0-d bool for each: True if this rank's part of the gradient is finite; None if nobody looked. `matrices`
+    returns this rank's parts of gradients.
     """
-    found: dict[int, Carry | None] = {}
-    for group, indices in cut_into_lots(due):
-        grads = {i: nothing_of(due[i], due[i].shape) for i in indices}
+    carries: dict[int, Carry | None] = {}
+    for group, indices in cut_into_buckets(due):
+        grads = {i: unread_gradient(due[i], due[i].shape) for i in indices}
         if preconditioner.refreshes_from_gradients():
             grads = dict(zip(indices, matrices(indices), strict=True))
         states = [due[i].state for i in indices]
         parts = preconditioner.refresh_parts(states, [grads[i] for i in indices])
-        counted = [_counted(due[i].shard) for i in indices]
+        counted = [counts_in_sums(due[i].shard) for i in indices]
         missing = [_missing(finite[i], due[i].device) for i in indices]
-        sums = _summed([torch.cat([p.reshape(-1), m]) for p, m in zip(parts, missing, strict=True)], counted, group)
-        spoilt = torch.stack([one[-1] for one in sums]).tolist()  # waits for the device, as a refresh does
+        sums_and_flags = all_reduced(
+            [torch.cat([p.reshape(-1), m]) for p, m in zip(parts, missing, strict=True)], counted, group
+        )
+        spoilt = torch.stack([row[-1] for row in sums_and_flags]).tolist()  # waits for the device, as a refresh does
         good = [k for k, flag in enumerate(spoilt) if not flag]
-        wholes = [sums[k][:-1].view(parts[k].shape) for k in good]
-        made = _shared_out(preconditioner, [states[k] for k in good], wholes, group)
-        found.update(dict.fromkeys(indices))
-        found.update(zip([indices[k] for k in good], made, strict=True))
-    return found
+        wholes = [sums_and_flags[k][:-1].view(parts[k].shape) for k in good]
+        good_carries = _solve_shared(preconditioner, [states[k] for k in good], wholes, group)
+        carries.update(dict.fromkeys(indices))
+        carries.update(zip([indices[k] for k in good], good_carries, strict=True))
+    return carries
 
 
-def cut_into_lots(
+def cut_into_buckets(
     due: Mapping[int, Sharded], more: Callable[[Sharded], int] = lambda basis: 0
 ) -> Iterator[tuple[Any, list[int]]]:
-    """Those of one group of processes and device, as many as are sent at once: cut by what all ranks know.
+    """Iterate over process groups and the indices of bases that are sent together: at most `SENT` elements at a time.
 
-    `more`: elements that are needed of each besides its state.
+    All on one device. The sizes are the same on all ranks, and so are the buckets. `more` returns the number of
+    elements that are sent of each basis besides its state.
     """
-    alike: dict[tuple[int, torch.device], list[int]] = {}
+    by_group: dict[tuple[int, torch.device], list[int]] = {}
     for index, basis in due.items():
         assert basis.shard is not None
-        alike.setdefault((id(basis.shard.group), basis.device), []).append(index)
-    for indices in alike.values():
-        some: list[int] = []
+        by_group.setdefault((id(basis.shard.group), basis.device), []).append(index)
+    for indices in by_group.values():
+        bucket: list[int] = []
         count = 0
         for index in indices:
             size = sum(value.numel() for value in due[index].state.values()) + more(due[index])
-            if some and count + size > SENT:
-                yield _group(due[some[0]]), some
-                some, count = [], 0
-            some.append(index)
+            if bucket and count + size > SENT:
+                yield _group(due[bucket[0]]), bucket
+                bucket, count = [], 0
+            bucket.append(index)
             count += size
-        yield _group(due[some[0]]), some
+        yield _group(due[bucket[0]]), bucket
 
 
 def _group(basis: Sharded) -> Any:
@@ -93,38 +97,38 @@ def _group(basis: Sharded) -> Any:
     return basis.shard.group
 
 
-def nothing_of(basis: Sharded, shape: Shape) -> Tensor:
-    """A gradient that nobody reads."""
+def unread_gradient(basis: Sharded, shape: Shape) -> Tensor:
+    """Return a gradient of zeros for a preconditioner that does not read it."""
     return torch.zeros((), dtype=torch.float32, device=basis.device).expand(shape)
 
 
 def _missing(finite: Tensor | None, device: torch.device) -> Tensor:
-    """[1]: 1 where this part of the gradient is known not to be finite."""
+    """Return a float32 tensor [1]: 1 if this part of the gradient is known not to be finite, else 0."""
     if finite is None:
         return torch.zeros(1, dtype=torch.float32, device=device)
     return (~finite).to(torch.float32).reshape(1)
 
 
-def _shared_out(
+def _solve_shared(
     preconditioner: Preconditioner, states: Sequence[State], wholes: Sequence[Tensor], group: Any
 ) -> list[Carry | None]:
-    """Solve each on one rank, give all of them its new state: one all-reduce."""
+    """Solve each matrix on one rank, and send its new state to all in one all-reduce; return the carries."""
     if not states:
         return []
     solvers = owners([whole.shape[-1] for whole in wholes], torch.distributed.get_world_size(group))
-    mine = [k for k, owner in enumerate(solvers) if owner == torch.distributed.get_rank(group)]
+    here = [k for k, owner in enumerate(solvers) if owner == torch.distributed.get_rank(group)]
     names = [sorted(name for name in state if not preconditioner.is_part(name)) for state in states]
-    old = [{name: state[name].clone() for name in kept} for state, kept in zip(states, names, strict=True)]
+    old = [{name: state[name].clone() for name in replicated} for state, replicated in zip(states, names, strict=True)]
     written = [{**state, **{name: value.clone() for name, value in old[k].items()}} for k, state in enumerate(states)]
-    solved = preconditioner.refresh_from([written[k] for k in mine], [wholes[k] for k in mine])
+    solved = preconditioner.refresh_from([written[k] for k in here], [wholes[k] for k in here])
     rows = [_zeros(old[k], wholes[k]) for k in range(len(states))]
-    for k, one in zip(mine, solved, strict=True):
-        rows[k] = _encoded({name: written[k][name] for name in names[k]}, one, wholes[k])
-    rows = sums(rows, group)
+    for k, refreshed_here in zip(here, solved, strict=True):
+        rows[k] = _encoded({name: written[k][name] for name in names[k]}, refreshed_here, wholes[k])
+    rows = from_owners(rows, group)
     flags = torch.stack([row[-1] for row in rows]).tolist()
     refreshed = [
-        _decoded(row, flag, {name: state[name] for name in kept}, whole)
-        for row, flag, state, kept, whole in zip(rows, flags, states, names, wholes, strict=True)
+        _decoded(row, flag, {name: state[name] for name in replicated}, whole)
+        for row, flag, state, replicated, whole in zip(rows, flags, states, names, wholes, strict=True)
     ]
     return preconditioner.carries_from(old, states, refreshed)
 
@@ -139,7 +143,10 @@ def _columns(whole: Tensor) -> int:
 
 
 def _encoded(state: State, refreshed: Refreshed, whole: Tensor) -> Tensor:
-    """The state, the order, and 0 where nothing is new, 1 without an order, 2 with one."""
+    """Return state, order and a flag as 1-d int32.
+
+    The flag is 0 if the basis is not new, 1 if it is new without an order, 2 if it is new with an order.
+    """
     order = torch.zeros(_columns(whole), dtype=torch.int32, device=whole.device)
     if refreshed.order is not None:
         order = refreshed.order.to(torch.int32).reshape(-1)
@@ -148,7 +155,7 @@ def _encoded(state: State, refreshed: Refreshed, whole: Tensor) -> Tensor:
 
 
 def _decoded(row: Tensor, flag: int, state: State, whole: Tensor) -> Refreshed:
-    """Write the state; what became of the matrix."""
+    """Write the state of `row` in place, and return the rest of it as `Refreshed`."""
     start = write_bits(row, state.values())
     if flag < 2:
         return Refreshed(flag > 0)

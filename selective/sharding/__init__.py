@@ -1,1 +1,1 @@
-"""Sharding: which part of a tensor is on this rank, and what ranks tell each other."""
+"""Sharding: this rank's part of a sharded tensor, and collectives between the ranks that share it."""

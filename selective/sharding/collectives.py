@@ -1,4 +1,4 @@
-"""What ranks that share tensors have to decide alike, or some would step and others not."""
+"""Collectives between ranks that share tensors: flags that all agree on, sums, and results of single ranks."""
 
 from __future__ import annotations
 
@@ -13,71 +13,75 @@ from selective.sharding.dtensor import shard_of
 
 
 def seen_by_all(flags: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[bool]:
-    """What any rank has seen of each tensor, and one flag more: what was seen of tensors that are on others only.
+    """Return for each tensor if its flag is True on any rank, and one more flag for tensors on other ranks only.
 
-    `flags`: 0-d bool, of this rank's part of each of `tensors`. One all-reduce for each mesh, of smaller ones first,
-    with what was seen before: so where meshes lie within each other, as those of a model do, all ranks of the largest
-    know all. Waits for the device.
+    `flags` are 0-d bool, one for this rank's part of each of `tensors`. There is one all-reduce for each mesh. Smaller
+    meshes come first, and their results take part in the next. So if meshes are nested, as those of a model are, all
+    ranks of the largest learn everything. Waits for the device.
     """
     if not flags:
         return []
     shards = [shard_of(tensor) for tensor in tensors]
-    found = torch.stack([flag.to(flags[0].device) for flag in flags]).to(torch.int32)
-    seen = torch.cat([found, found.new_zeros(1)])
+    own_flags = torch.stack([flag.to(flags[0].device) for flag in flags]).to(torch.int32)
+    seen = torch.cat([own_flags, own_flags.new_zeros(1)])
     for group, places in _by_group(shards):
-        here = torch.tensor([*places, len(flags)], dtype=torch.int64, device=found.device)
+        here = torch.tensor([*places, len(flags)], dtype=torch.int64, device=own_flags.device)
         seen[-1] = seen.max()
-        some = seen[here]
-        torch.distributed.all_reduce(some, op=torch.distributed.ReduceOp.MAX, group=group)
-        seen[here] = some
+        of_group = seen[here]
+        torch.distributed.all_reduce(of_group, op=torch.distributed.ReduceOp.MAX, group=group)
+        seen[here] = of_group
     return [bool(value) for value in seen.tolist()]
 
 
 def _by_group(shards: Sequence[Any]) -> list[tuple[Any, list[int]]]:
-    """The process groups, small ones first, with the places of their tensors."""
-    together: dict[int, tuple[Any, list[int]]] = {}
+    """Return the process groups, small ones first, each with the places of its tensors."""
+    by_group: dict[int, tuple[Any, list[int]]] = {}
     for place, shard in enumerate(shards):
         if shard is not None:
-            together.setdefault(id(shard.group), (shard.group, []))[1].append(place)
-    return sorted(together.values(), key=lambda one: torch.distributed.get_world_size(one[0]))
+            by_group.setdefault(id(shard.group), (shard.group, []))[1].append(place)
+    return sorted(by_group.values(), key=lambda pair: torch.distributed.get_world_size(pair[0]))
 
 
-# Elements that go over the wire at once, 256 MiB: a refresh needs as much memory for each of its two collectives.
+# Elements that are sent at once, 256 MiB. A refresh needs this much memory for each of its two collectives.
 SENT = 2**26
 
 
-def _counted(shard: spec.Shard | None) -> bool:
+def counts_in_sums(shard: spec.Shard | None) -> bool:
+    """True if this rank's part counts in sums over ranks; False on further replicas, which add zeros."""
     return shard is None or shard.counted
 
 
-def _summed(vectors: Sequence[Tensor], counted: Sequence[bool], group: Any) -> list[Tensor]:
-    """The sum over ranks of each of these 1-d tensors: one all-reduce."""
+def all_reduced(vectors: Sequence[Tensor], counted: Sequence[bool], group: Any) -> list[Tensor]:
+    """Return the sum over ranks of each of these 1-d tensors, by one all-reduce. Those not `counted` add zeros."""
     buffer = torch.cat([v if counts else torch.zeros_like(v) for v, counts in zip(vectors, counted, strict=True)])
     torch.distributed.all_reduce(buffer, group=group)
     return list(buffer.split([v.numel() for v in vectors]))
 
 
-def sums(rows: Sequence[Tensor], group: Any) -> list[Tensor]:
-    """Of what one rank has of each, and the others zeros: what it has."""
-    return _summed(rows, [True] * len(rows), group)
+def from_owners(rows: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """Return each row as its owner has it, by one all-reduce; on all other ranks the row has to be zeros."""
+    return all_reduced(rows, [True] * len(rows), group)
 
 
 def owners(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Which rank solves which: the dearest first (n³), each to the rank with the least; the same on all ranks."""
-    load, found = [0] * ranks, [0] * len(sizes)
+    """Return the rank that solves each matrix of these sizes; the same on all ranks.
+
+    The largest matrices are assigned first, each to the rank with the least work (n³) so far.
+    """
+    load, owner = [0] * ranks, [0] * len(sizes)
     for k in sorted(range(len(sizes)), key=lambda k: -sizes[k]):
-        found[k] = load.index(min(load))
-        load[found[k]] += sizes[k] ** 3
-    return found
+        owner[k] = load.index(min(load))
+        load[owner[k]] += sizes[k] ** 3
+    return owner
 
 
 def bits_of(value: Tensor, device: torch.device) -> Tensor:
-    """Of float32 and int64 alike: int32, 1-d."""
+    """Return the bits of a float32 or int64 tensor as 1-d int32, on `device`."""
     return value.to(device).reshape(-1).contiguous().view(torch.int32)
 
 
 def write_bits(row: Tensor, values: Iterable[Tensor]) -> int:
-    """Back into these, in place, from the row's beginning; where they end in it."""
+    """Write the bits at the beginning of `row` into these tensors in place, and return the number of elements read."""
     start = 0
     for value in values:
         end = start + value.numel() * value.element_size() // 4
@@ -87,27 +91,28 @@ def write_bits(row: Tensor, values: Iterable[Tensor]) -> int:
 
 
 def sums_over_ranks(parts: Sequence[Tensor], shards: Sequence[spec.Shard | None]) -> list[Tensor]:
-    """The whole of each, of which every rank has a part: an all-reduce for each group, device, dtype and 256 MiB."""
-    alike: dict[tuple[object, ...], list[int]] = {}
+    """Return the sum over ranks of each part, by an all-reduce for each group, device, dtype and `SENT` elements."""
+    by_kind: dict[tuple[object, ...], list[int]] = {}
     for index, (part, shard) in enumerate(zip(parts, shards, strict=True)):
         assert shard is not None
-        alike.setdefault((id(shard.group), part.device, part.dtype), []).append(index)
-    found: list[Tensor] = list(parts)
-    for indices in alike.values():
-        some: list[int] = []
+        by_kind.setdefault((id(shard.group), part.device, part.dtype), []).append(index)
+    totals: list[Tensor] = list(parts)
+    for indices in by_kind.values():
+        bucket: list[int] = []
         for index in indices:
-            if some and sum(parts[i].numel() for i in (*some, index)) > SENT:
-                _sum_into(found, some, shards)
-                some = []
-            some.append(index)
-        _sum_into(found, some, shards)
-    return found
+            if bucket and sum(parts[i].numel() for i in (*bucket, index)) > SENT:
+                _sum_bucket(totals, bucket, shards)
+                bucket = []
+            bucket.append(index)
+        _sum_bucket(totals, bucket, shards)
+    return totals
 
 
-def _sum_into(found: list[Tensor], indices: list[int], shards: Sequence[spec.Shard | None]) -> None:
+def _sum_bucket(tensors: list[Tensor], indices: list[int], shards: Sequence[spec.Shard | None]) -> None:
+    """Replace these of the `tensors` by their sums over ranks, by one all-reduce."""
     first = shards[indices[0]]
     assert first is not None
-    vectors = [found[i].reshape(-1) for i in indices]
-    sums = _summed(vectors, [_counted(shards[i]) for i in indices], first.group)
-    for i, one in zip(indices, sums, strict=True):
-        found[i] = one.view(found[i].shape).clone()
+    vectors = [tensors[i].reshape(-1) for i in indices]
+    sums = all_reduced(vectors, [counts_in_sums(shards[i]) for i in indices], first.group)
+    for i, total in zip(indices, sums, strict=True):
+        tensors[i] = total.view(tensors[i].shape).clone()

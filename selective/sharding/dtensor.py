@@ -1,9 +1,10 @@
-"""What of a DTensor is on this rank, as plain data: the one place that knows how tensors are cut up.
+"""DTensors as plain data: this rank's part, and its place in the whole. No other module knows how tensors are sharded.
 
-Note [layouts]: a parameter of FSDP2 or of tensor parallelism is a DTensor: a local tensor, and a placement for each
-dimension of a mesh of ranks. Kernels get the local tensor and a `spec.Shard`, which says where in the whole it lies,
-and over which processes a sum is a sum of the whole. That group is all ranks of the mesh, further replicas included:
-they add zeros, so that nothing counts twice, and one group is enough for all placements on a mesh.
+Note [layouts]: a parameter of FSDP2 or of tensor parallelism is a DTensor, which has a local tensor, and a placement
+for each dimension of a mesh of ranks. Kernels get the local tensor and a `spec.Shard`. The shard says where in the
+whole the local tensor lies, and over which process group a sum is a sum over the whole. That group has all ranks of the
+mesh, also further replicas. These add zeros, so that nothing counts twice, and one group is enough for all placements
+on a mesh.
 """
 
 from __future__ import annotations
@@ -22,37 +23,41 @@ from selective.kernels import spec
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-Runs = tuple[tuple[int, int], ...]
-# By the world that they are of, and their ranks. Meshes of two worlds are equal where their ranks are, so that those
-# are told apart by identity, and kept as long as they are known here.
+Runs = tuple[tuple[int, int], ...]  # first index and length of each run of indices
+# Process groups by world and ranks.
 _groups: dict[tuple[Any, tuple[int, ...]], Any] = {}
+# Meshes and shards by the mesh's identity, placements and shape. Meshes of two worlds compare equal if their ranks do,
+# so identity is used; the mesh is stored, so that no other object gets its id.
 _shards: dict[Any, tuple[Any, spec.Shard | None]] = {}
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether it is a DTensor; there are none where nobody has imported them."""
+    """True if `tensor` is a DTensor; there are none if nobody has imported the module."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_of(tensor: Any) -> Any:
-    """The local tensor of a DTensor, sharing its memory; anything else as it is."""
+    """Return the local tensor of a DTensor, which shares its memory, and anything else as it is."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def local_like(tensor: Tensor, param: Tensor) -> Tensor:
-    """The local part of `tensor`, cut as `param` is: a gradient may come as sums that are still to be made."""
+    """Return the local part of `tensor`, sharded like `param`.
+
+    A tensor with other placements is redistributed: a gradient may consist of partial sums, which are added up then.
+    """
     if not is_dtensor(tensor) or not is_dtensor(param):
         return local_of(tensor)
-    theirs: DTensor = tensor  # type: ignore[assignment]
-    ours: DTensor = param  # type: ignore[assignment]
-    if theirs.placements != ours.placements or theirs.device_mesh != ours.device_mesh:
-        theirs = theirs.redistribute(ours.device_mesh, ours.placements)
-    return theirs._local_tensor
+    dtensor: DTensor = tensor  # type: ignore[assignment]
+    like: DTensor = param  # type: ignore[assignment]
+    if dtensor.placements != like.placements or dtensor.device_mesh != like.device_mesh:
+        dtensor = dtensor.redistribute(like.device_mesh, like.placements)
+    return dtensor._local_tensor
 
 
 def wrapped_like(local: Tensor, param: Tensor) -> Tensor:
-    """A DTensor of `local`, cut as `param` is; a parameter that is no DTensor: `local` itself."""
+    """Return a DTensor with the local part `local`, sharded like `param`; `local` itself if `param` is no DTensor."""
     if not is_dtensor(param):
         return local
     from torch.distributed.tensor import DTensor
@@ -64,9 +69,9 @@ def wrapped_like(local: Tensor, param: Tensor) -> Tensor:
 
 
 def whole_sides(param: Tensor) -> frozenset[Literal["rows", "columns"]]:
-    """Which sides of a 2-D DTensor are whole on each rank: of one that is sharded by rows, its columns.
+    """Return the sides of a 2-D DTensor that are whole on each rank: the columns, if it is sharded by rows.
 
-    A mesh of one rank cuts nothing. Then its placements are asked, so that the answer is that of more ranks.
+    On a mesh of one rank the placements decide, so that the answer is the same as on more ranks.
     """
     like: Any = param
     cuts = [(like.device_mesh.size(dim), p.dim) for dim, p in enumerate(like.placements) if _is_shard(p)]
@@ -76,16 +81,16 @@ def whole_sides(param: Tensor) -> frozenset[Literal["rows", "columns"]]:
 
 
 def is_first(param: Tensor) -> bool:
-    """Whether this rank is the first of the parameter's mesh: one of those that count, and one only."""
+    """True on exactly one rank of the parameter's mesh, whose part counts in sums."""
     return not is_dtensor(param) or not any(param.device_mesh.get_coordinate() or ())  # type: ignore[attr-defined]
 
 
 def shard_of(tensor: Tensor) -> spec.Shard | None:
-    """Where the local part of a DTensor lies; None where all of it is here (replicated, or no DTensor at all).
+    """Return the place of a DTensor's local part in the whole; None if it is the whole (replicated, or no DTensor).
 
     Raises:
-        ValueError: the placements are not such that each element is on one rank and its replicas. The message goes on
-            after the parameter's name.
+        ValueError: the placements do not put each element on one rank and its replicas. The message continues a
+            sentence that begins with the parameter's name.
     """
     if not is_dtensor(tensor):
         return None
@@ -93,7 +98,7 @@ def shard_of(tensor: Tensor) -> spec.Shard | None:
     mesh, placements = param.device_mesh, tuple(param.placements)
     key = id(mesh), placements, tuple(param.shape)
     if key not in _shards:
-        _shards[key] = mesh, _made(mesh, placements, tuple(param.shape))
+        _shards[key] = mesh, _new_shard(mesh, placements, tuple(param.shape))
     shard = _shards[key][1]
     here = tuple(param._local_tensor.shape)
     if shard is not None and here != tuple(sum(length for _, length in runs) for runs in shard.runs):
@@ -104,10 +109,13 @@ def shard_of(tensor: Tensor) -> spec.Shard | None:
     return shard
 
 
-def _made(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> spec.Shard | None:
-    odd = [p for p in placements if not (p.is_replicate() or _is_shard(p))]
-    if odd:
-        raise ValueError(f"has the placement {odd[0]}; a parameter must be sharded or replicated on each dimension")
+def _new_shard(mesh: Any, placements: Sequence[Any], shape: tuple[int, ...]) -> spec.Shard | None:
+    """Make the shard of this rank for `shard_of`, which keeps it."""
+    unsupported = [p for p in placements if not (p.is_replicate() or _is_shard(p))]
+    if unsupported:
+        raise ValueError(
+            f"has the placement {unsupported[0]}; a parameter must be sharded or replicated on each dimension"
+        )
     cuts = [(dim, p) for dim, p in enumerate(placements) if _is_shard(p) and mesh.size(dim) > 1]
     if not cuts:
         return None
@@ -140,61 +148,66 @@ def _is_shard(placement: Any) -> bool:
 
 
 def _coordinates(mesh: Any, cuts: Sequence[tuple[int, Any]]) -> Iterator[list[int]]:
-    """The coordinates of all ranks that have different parts."""
+    """Iterate over the mesh coordinates of ranks with different parts, one for each part."""
     sharding = {dim for dim, _ in cuts}
     ranges = [range(mesh.size(dim)) if dim in sharding else range(1) for dim in range(mesh.ndim)]
     return (list(at) for at in itertools.product(*ranges))
 
 
 def _runs(mesh: Any, cuts: Sequence[tuple[int, Any]], dim: int, size: int, coordinate: Sequence[int]) -> Runs:
-    """Which indices of this dimension the rank at this coordinate has: cut from the mesh's first dimension on."""
+    """Return the indices of dimension `dim` that the rank at this coordinate has.
+
+    The dimensions of the mesh cut it one after the other, the first one first.
+    """
     runs: Runs = ((0, size),) if size else ()
     for mesh_dim, placement in cuts:
         if placement.dim != dim:
             continue
-        many, which = mesh.size(mesh_dim), coordinate[mesh_dim]
-        factor = getattr(placement, "split_factor", 1)  # of a strided shard: parts of which each is cut
+        count, number = mesh.size(mesh_dim), coordinate[mesh_dim]
+        factor = getattr(placement, "split_factor", 1)  # a strided shard has this many parts, each of which is cut
         parts = [_chunk(runs, factor, part) for part in range(factor)]
-        runs = _joined(run for part in parts for run in _chunk(part, many, which))
+        runs = _joined(run for part in parts for run in _chunk(part, count, number))
     return runs
 
 
-def _chunk(runs: Runs, many: int, which: int) -> Runs:
-    """The part number `which` of `torch.chunk(..., many)`, the last ones short or empty."""
+def _chunk(runs: Runs, chunks: int, number: int) -> Runs:
+    """Return chunk `number` as `torch.chunk(..., chunks)` cuts: the last chunks are shorter or empty."""
     length = sum(count for _, count in runs)
-    size = -(-length // many)
-    first, last = min(which * size, length), min((which + 1) * size, length)
-    found, passed = [], 0
+    size = -(-length // chunks)
+    first, last = min(number * size, length), min((number + 1) * size, length)
+    chunk, passed = [], 0
     for start, count in runs:
         low, high = max(first - passed, 0), min(last - passed, count)
         if low < high:
-            found.append((start + low, high - low))
+            chunk.append((start + low, high - low))
         passed += count
-    return tuple(found)
+    return tuple(chunk)
 
 
 def _joined(runs: Iterator[tuple[int, int]]) -> Runs:
-    """Runs that follow each other become one."""
-    found: list[tuple[int, int]] = []
+    """Join runs that follow each other without a gap."""
+    joined: list[tuple[int, int]] = []
     for start, count in runs:
-        if found and sum(found[-1]) == start:
-            found[-1] = found[-1][0], found[-1][1] + count
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = joined[-1][0], joined[-1][1] + count
         else:
-            found.append((start, count))
-    return tuple(found)
+            joined.append((start, count))
+    return tuple(joined)
 
 
 def group_of(mesh: Any) -> Any:
-    """The process group of all ranks of a mesh: one for each set of ranks, whatever meshes and groups there are of it.
+    """Return the process group of all ranks of a mesh: the same one for all meshes of these ranks.
 
-    Made where there is none, for meshes of several dimensions: all their ranks have to ask for it then.
+    For a mesh of several dimensions it is created by the first call, which all ranks of the mesh have to make.
     """
     ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
     world = torch.distributed.group.WORLD
     if len(ranks) == torch.distributed.get_world_size():
         return world
     if (world, ranks) not in _groups:
-        made = mesh.ndim > 1
-        group = torch.distributed.new_group(list(ranks), use_local_synchronization=True) if made else mesh.get_group()
+        if mesh.ndim > 1:
+            group = torch.distributed.new_group(list(ranks), use_local_synchronization=True)
+        else:
+            group = mesh.get_group()
         _groups[world, ranks] = group
     return _groups[world, ranks]

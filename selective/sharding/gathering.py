@@ -1,6 +1,6 @@
-"""Whole tensors where a policy's own code has to see them, and the part of its answer that is this rank's.
+"""Gathering of whole tensors for a policy's own code, and cutting of whole tensors into this rank's part.
 
-`full_tensor` is an all-gather of the tensor's size: all ranks of its mesh call it for the same tensors in one order.
+`full_tensor` is an all-gather: all ranks of the mesh have to call it for the same tensors in the same order.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from selective.sharding.dtensor import is_dtensor, shard_of, wrapped_like
 
 
 def whole_like(local: Tensor | None, param: Tensor) -> Tensor | None:
-    """The whole of what `local` is this rank's part of, cut as `param` is."""
+    """All-gather `local`, which is sharded like `param`; None stays None."""
     return None if local is None else whole_of(wrapped_like(local, param))
 
 
 def whole_of(tensor: Any) -> Tensor:
-    """A DTensor's whole; anything else as it is."""
+    """All-gather a DTensor; return anything else as it is."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def part_of(whole: Tensor, shard: spec.Shard | None) -> Tensor:
-    """This rank's part of a tensor that broadcasts to the whole one; dimensions of size 1 stay."""
+    """Return this rank's part of a tensor that broadcasts to the whole; dimensions of size 1 stay."""
     if shard is None:
         return whole
     part = whole
@@ -40,7 +40,7 @@ def part_of(whole: Tensor, shard: spec.Shard | None) -> Tensor:
 
 
 def cut_like(value: Tensor, param: Tensor) -> Tensor:
-    """State shaped like a sharded parameter, cut as that is, so that checkpoints can reshard it; others as they are."""
+    """Shard `value` like `param` if it has its shape, so that checkpoints can reshard it; others stay as they are."""
     if is_dtensor(value) or not is_dtensor(param) or value.dim() == 0 or value.shape != param.shape:
         return value
     return wrapped_like(part_of(value, shard_of(param)).clone(), param)

@@ -27,7 +27,7 @@ from selective.state.entries import MOMENTUM, RESIDUE
 from selective.state.parameter_state import Own
 from selective.state.rotation_state import stored_basis
 from selective.state.store import StateStore
-from selective.statistics import Report
+from selective.statistics import StepStatistics
 from selective.step_count import StepCount
 
 
@@ -36,10 +36,10 @@ class StepRunner:
 
     def __init__(self, options: Options, count: StepCount, store: StateStore) -> None:
         self.options, self.count, self.store = options, count, store
-        self.report: Report | None = None
+        self.report: StepStatistics | None = None
 
     def jobs(
-        self, groups: Groups, present: Sequence[list[Parameter]], report: Report | None, recording: bool
+        self, groups: Groups, present: Sequence[list[Parameter]], report: StepStatistics | None, recording: bool
     ) -> list[Job]:
         """The jobs of all groups. `present` are the parameters that have a gradient, by group."""
         context = self._context(groups.plans, report, recording)
@@ -61,7 +61,7 @@ class StepRunner:
             jobs.append(rotates.capture.rotated_job(job, rotated, rotation, plan.kept_rotated, alone))
         return jobs
 
-    def _context(self, plans: Sequence[GroupPlan], report: Report | None, recording: bool) -> StepContext:
+    def _context(self, plans: Sequence[GroupPlan], report: StepStatistics | None, recording: bool) -> StepContext:
         """The context that all jobs of a step share."""
         store, options, clocks = self.store, self.options, self.count.clocks
 
@@ -78,7 +78,12 @@ class StepRunner:
         )  # fmt: skip
 
     def _rotation(
-        self, groups: Groups, plan: GroupPlan, rotates: RotationPlan, rotated: list[Parameter], report: Report | None
+        self,
+        groups: Groups,
+        plan: GroupPlan,
+        rotates: RotationPlan,
+        rotated: list[Parameter],
+        report: StepStatistics | None,
     ) -> Rotation:
         """The rotation of these parameters of one group."""
         bases = [

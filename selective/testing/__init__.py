@@ -1,6 +1,6 @@
-"""A public suite for wrappers of optimizers, anybody's, and contract checks for authors of policies.
+"""A public suite that checks anybody's wrapper of optimizers, and contract checks for authors of policies.
 
-From a shell, anywhere, with nothing but the name of what takes an optimizer and returns it wrapped:
+From a shell in any folder, with the name of a callable that takes an optimizer and returns it wrapped:
 
     pytest -p selective.testing --wrapper mypackage:MyWrapper
 
@@ -15,12 +15,12 @@ print(report)
 report.raise_if_failed()
 ```
 
-`check_policy(policy)` does the same for a policy. To parametrise a test of your own, `all_checks()` has each check with
-`.row`, `.name`, `.doc` and `.why`; `.outcome(subject)` says what came of it.
+`check_policy(policy)` does the same for a policy. To parametrise a test of your own, `all_checks()` returns the checks,
+each with `.row`, `.name`, `.doc` and `.why`; `.outcome(subject)` runs a check and returns its verdict.
 """
 
 from selective.testing.harness import CheckFailed, NotApplicable, Skipped
-from selective.testing.options import pytest_addoption as pytest_addoption  # where pytest looks for them
+from selective.testing.options import pytest_addoption as pytest_addoption  # pytest looks for both here
 from selective.testing.options import pytest_configure as pytest_configure
 from selective.testing.policy import check_policy, policy_checks
 from selective.testing.report import Check, Outcome, Report, check_wrapper

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from selective.testing.harness import (
-    Kept,
+    CopiedParts,
     base_of,
     build,
     build_over,
@@ -157,7 +157,7 @@ def base_part_loads_into_the_base(subject: Subject) -> None:
     if "state" in whole:
         require_same_entries(whole["state"], saved["base"]["state"], "the wrapper's state against its base's")
     plain_model, plain = build(subject.alone())
-    train(plain_model, plain, range(3))  # some bases note the step in their groups
+    train(plain_model, plain, range(3))  # because some bases write the step into their groups
     extra = set(saved["base"]["param_groups"][0]) - set(plain.state_dict()["param_groups"][0])
     require(not extra, f"the base's groups hold {sorted(extra)}, which the base does not know.")
     plain_model.load_state_dict(saved["model"])
@@ -173,16 +173,16 @@ def base_part_loads_into_the_base(subject: Subject) -> None:
 )
 def base_state_is_left_to_the_base(subject: Subject) -> None:
     """After construction and after a step, the base's state is what it is without the wrapper: keys, shapes, counts."""
-    found_model, wrapper = build(subject)
+    wrapped_model, wrapper = build(subject)
     plain_model, plain = build(subject.alone())
-    require_same_values(values(found_model), values(plain_model), "construction moved a parameter")
+    require_same_values(values(wrapped_model), values(plain_model), "construction moved a parameter")
     for age in (0, 1, 2):
         if age > 0:
-            train(found_model, wrapper, [age - 1])
+            train(wrapped_model, wrapper, [age - 1])
             train(plain_model, plain, [age - 1])
-        found, expected = entries(base_of(subject, wrapper)), entries(plain)
+        wrapped, expected = entries(base_of(subject, wrapper)), entries(plain)
         for index in range(len(list(plain_model.parameters()))):
-            ours, theirs = found.get(index, {}), expected.get(index, {})
+            ours, theirs = wrapped.get(index, {}), expected.get(index, {})
             require(set(ours) == set(theirs), f"after {age} steps the base's state of parameter {index} holds "
                     f"{sorted(map(str, ours))}, without the wrapper {sorted(map(str, theirs))}.")  # fmt: skip
             for key, value in theirs.items():
@@ -192,10 +192,10 @@ def base_state_is_left_to_the_base(subject: Subject) -> None:
 
 
 def _layout(found: Any, expected: Any) -> str | None:
-    """What differs in type, shape or dtype."""
+    """The difference in type, shape or dtype, in words; None if there is none."""
     if type(found) is not type(expected):
         return f"is a {type(found).__name__}, alone a {type(expected).__name__}"
-    if isinstance(expected, Kept):
+    if isinstance(expected, CopiedParts):
         return None if found.kind is expected.kind else f"is a {found.kind.__name__}, alone a {expected.kind.__name__}"
     if isinstance(expected, Tensor) and (found.shape != expected.shape or found.dtype != expected.dtype):
         return f"is {found.dtype} {tuple(found.shape)}, alone {expected.dtype} {tuple(expected.shape)}"
@@ -215,8 +215,8 @@ def nothing_foreign_in_the_base_state(subject: Subject) -> None:
     fresh, resumed = build_over(subject, WatchesState)
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     train(fresh, resumed, range(3, 8))
-    for one, when in ((wrapper, "in training"), (resumed, "after a resume")):
-        base = base_of(subject, one)
+    for optimizer, when in ((wrapper, "in training"), (resumed, "after a resume")):
+        base = base_of(subject, optimizer)
         foreign = getattr(base, "foreign", set()) | {
             k for e in entries(base).values() for k in e if k not in ("step", "exp_avg", "exp_avg_sq")
         }

@@ -1,4 +1,4 @@
-"""Rows 20 and 23: what a step must not cost again and again: compilations, memory."""
+"""Rows 20 and 23: costs that must not come back in every step, namely compilations and memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from selective.testing.harness import NotApplicable, build, require, set_learnin
 from selective.testing.report import conformance_checks
 from selective.testing.subject import Subject
 
-_WARM = 4  # steps in which things may be compiled: for a first learning rate, and once more for any other
+_WARM = 4  # steps that may compile: once for the first learning rate, and once more for any other
 
 
 @conformance_checks.register(
@@ -23,14 +23,14 @@ _WARM = 4  # steps in which things may be compiled: for a first learning rate, a
 )
 def schedules_do_not_recompile(subject: Subject) -> None:
     """A learning rate that is another in every step compiles nothing any more after the first 4 of 20 steps."""
-    compiled: list[int] = []  # in which step
+    compiled: list[int] = []  # the step of each compilation
 
     def note(graph: Any, _: Any) -> Any:
-        """A backend that makes no kernels: those need a compiler of C++, and time."""
+        """A backend that makes no kernels, because kernels need a C++ compiler, and time."""
         compiled.append(step)
         return graph.forward
 
-    torch.compiler.reset()  # what was compiled again too often before is not compiled any more
+    torch.compiler.reset()  # else torch no longer compiles functions that it has recompiled too often before
     model, wrapper = build(subject, late=False)
     with torch.compiler.set_stance("default", force_backend=note):
         for step in range(20):
@@ -41,8 +41,8 @@ def schedules_do_not_recompile(subject: Subject) -> None:
 
 
 @contextmanager
-def _from_here() -> Iterator[None]:
-    """What is there already is left out of the garbage collector's lists, which are long in a large process."""
+def _new_objects_only() -> Iterator[None]:
+    """Leave existing objects out of the garbage collector's lists, which are long in a large process."""
     gc.freeze()
     try:
         yield
@@ -50,55 +50,58 @@ def _from_here() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _living() -> int:
-    """The bytes of all tensors made since `_from_here` that are alive; memory that several share counts once."""
+def _living_bytes() -> int:
+    """The bytes of all living tensors that were made since `_new_objects_only`. Shared memory counts once."""
     gc.collect()
-    found: dict[int, int] = {}
-    for one in gc.get_objects():
-        if issubclass(type(one), Tensor) and one.layout == torch.strided and one.device.type == "cpu":
+    sizes: dict[int, int] = {}
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), Tensor) and candidate.layout == torch.strided and candidate.device.type == "cpu":
             try:
-                storage = one.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
-            except (NotImplementedError, RuntimeError):  # without memory of its own: a compiler's fake one, a subclass
+                storage = candidate.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+            except (
+                NotImplementedError,
+                RuntimeError,
+            ):  # a fake tensor or a subclass, without own memory
                 continue
-    return sum(found.values())
+    return sum(sizes.values())
 
 
 @conformance_checks.register(23, "memory fills up step by step, and the run ends hours later.")
 def memory_does_not_grow(subject: Subject) -> None:
     """Between steps, as many bytes of tensors are alive after 40 steps as after 10."""
-    found = []
-    with _from_here():
+    alive = []
+    with _new_objects_only():
         model, wrapper = build(subject)
         for steps in (range(10), range(10, 40)):
             train(model, wrapper, steps)
             wrapper.zero_grad()
-            found.append(_living())
-    more = found[1] - found[0]
+            alive.append(_living_bytes())
+    more = alive[1] - alive[0]
     require(more <= 0, f"after 40 steps, tensors of {more} bytes more are alive than after 10.")
 
 
-def _kept(make: Callable[[Any], Optimizer]) -> float:
-    """What is alive after three steps on a matrix, in copies of the matrix."""
-    with _from_here():
+def _kept_copies(make: Callable[[Any], Optimizer]) -> float:
+    """The bytes that are alive after three steps on a matrix, in copies of the matrix."""
+    with _new_objects_only():
         p = nn.Parameter(torch.ones(256, 256))
         optimizer = make([p])
         for step in range(3):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
             optimizer.step()
         optimizer.zero_grad()
-        return _living() / (p.numel() * p.element_size())
+        return _living_bytes() / (p.numel() * p.element_size())
 
 
 @conformance_checks.register(23, "a model that just fits with the base is out of memory with the wrapper.")
 def memory_is_as_claimed(subject: Subject) -> None:
     """Between steps, the wrapper keeps no more beside its base than `Subject.copies` copies of the parameters.
 
-    What it needs during a step is not seen here. Without a claim, what was measured is said.
+    Memory that it needs during a step is not seen here. Without a claim, the check reports the measured number.
     """
-    extra = _kept(subject.build) - _kept(subject.base)
+    extra = _kept_copies(subject.build) - _kept_copies(subject.base)
     text = f"beside the base it keeps {extra:.2f} copies of the parameters"
     if subject.copies is None:
         raise NotApplicable(f"nothing is claimed; {text}")
-    # A hundredth: counters, averages and coins of one number each.
+    # The hundredth allows for counters, averages and coins of one number each.
     require(extra <= subject.copies + 0.01, f"{text}, and claims {subject.copies:g}.")

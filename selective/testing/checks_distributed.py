@@ -37,7 +37,7 @@ _MOMENTS = "large runs are saved this way; a moment that does not come back is a
 
 
 def _round_trip(subject: Subject, steps: int, flatten: bool, cleared: bool) -> None:
-    """Train `steps`, get, set into a fresh wrapper, and let both go on."""
+    """Train `steps` steps, get the state, set it into a fresh wrapper, and train both further."""
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model, wrapper = build(subject, late=False)
     train(model, wrapper, range(steps))
@@ -53,7 +53,7 @@ def _round_trip(subject: Subject, steps: int, flatten: bool, cleared: bool) -> N
     fresh.load_state_dict(model.state_dict())
     set_optimizer_state_dict(fresh, loaded, saved, options=options)
     require_same_values(values(fresh), before, f"loading the checkpoint ({context}) moved the model")
-    trained = {i: e for i, e in entries(wrapper).items() if _parameters(wrapper)[i].requires_grad}  # as torch has it
+    trained = {i: e for i, e in entries(wrapper).items() if _parameters(wrapper)[i].requires_grad}  # as torch does
     require_same_entries(entries(loaded), trained, f"loaded through DCP ({context})")
     after = range(steps, steps + 4)
     require_same_path(trajectory(fresh, loaded, after), trajectory(model, wrapper, after), f"after DCP ({context})")
@@ -94,7 +94,7 @@ def initialisation_step_moves_nothing_of_the_wrapper(subject: Subject) -> None:
     """torch's initialisation step (learning rate 0, zero gradients) leaves parameters and the wrapper's own state."""
     model, wrapper = build(subject, late=False)
     train(model, wrapper, range(3))
-    rate, before, own = float(wrapper.param_groups[0]["lr"]), values(model), own_entries(subject, wrapper)
+    rate, before, wrapper_state = float(wrapper.param_groups[0]["lr"]), values(model), own_entries(subject, wrapper)
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
@@ -103,7 +103,7 @@ def initialisation_step_moves_nothing_of_the_wrapper(subject: Subject) -> None:
     set_learning_rate(wrapper, rate)
     require_same_values(values(model), before, "a step with learning rate 0 and zero gradients moved the model")
     after = own_entries(subject, wrapper)
-    require_same_entries(after, own, "a step with learning rate 0 and zero gradients")
+    require_same_entries(after, wrapper_state, "a step with learning rate 0 and zero gradients")
     _first_entries_are_initial(subject)
 
 

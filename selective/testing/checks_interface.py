@@ -1,4 +1,4 @@
-"""Rows 1, 2, 3, 5 and 17: what schedulers, trainers and hooks see of a wrapper."""
+"""Rows 1, 2, 3, 5 and 17: a wrapper as schedulers, trainers and hooks see it."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def has_the_signatures_of_torch(subject: Subject) -> None:
     _, wrapper = build(subject)
     for method in _METHODS:
         require(hasattr(wrapper, method), f"it has no method {method}.")
-        found = list(inspect.signature(getattr(wrapper, method)).parameters.values())
+        parameters = list(inspect.signature(getattr(wrapper, method)).parameters.values())
         expected = list(inspect.signature(getattr(Optimizer, method)).parameters.values())[1:]
-        pairs = zip(found, expected, strict=False)  # the lengths are compared next
-        same = len(found) >= len(expected) and all(a.name == b.name and a.kind == b.kind for a, b in pairs)
+        pairs = zip(parameters, expected, strict=False)  # the lengths are compared next
+        same = len(parameters) >= len(expected) and all(a.name == b.name and a.kind == b.kind for a, b in pairs)
         optional = all(p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-                       for p in found[len(expected) :])  # fmt: skip
-        shown = ", ".join(str(p) for p in found)
+                       for p in parameters[len(expected) :])  # fmt: skip
+        shown = ", ".join(str(p) for p in parameters)
         require(same and optional, f"{method}({shown}), where torch has ({', '.join(str(p) for p in expected)}).")
     default = inspect.signature(wrapper.step).parameters["closure"].default
     require(default is None, "step() needs a closure.")
@@ -85,8 +85,8 @@ def schedulers_reach_the_base(subject: Subject) -> None:
     defaults = build(subject.alone())[1].defaults
     for name, attach in _schedules("betas" in defaults or "momentum" in defaults).items():
         seen = []
-        for one in (subject, subject.alone()):
-            model, optimizer = build(one)
+        for stepped in (subject, subject.alone()):
+            model, optimizer = build(stepped)
             with warnings.catch_warnings():
                 warnings.simplefilter("error", UserWarning)  # torch warns where it cannot see `step` being called
                 schedule = attach(optimizer)
@@ -94,7 +94,7 @@ def schedulers_reach_the_base(subject: Subject) -> None:
                 for step in range(6):
                     train(model, optimizer, [step])
                     schedule.step(1.0) if name == "ReduceLROnPlateau" else schedule.step()
-                    group = (one.get_base(optimizer) if one.get_base else optimizer).param_groups[0]
+                    group = (stepped.get_base(optimizer) if stepped.get_base else optimizer).param_groups[0]
                     rates.append({k: str(group[k]) for k in ("lr", "betas", "momentum") if k in group})
                     require(str(optimizer.param_groups[0]["lr"]) == rates[-1]["lr"],
                             f"{name}: the wrapper shows lr {optimizer.param_groups[0]['lr']}, the base uses "
@@ -236,7 +236,7 @@ def modes_reach_the_base(subject: Subject) -> None:
     for mode in ("eval", "train"):
         method = getattr(plain, mode, None)
         if callable(method):
-            method()  # must not raise where the base has none: trainers call it on whatever has it
+            method()  # must not raise if the base has no modes: trainers call it on any optimizer that has it
 
 
 @conformance_checks.register(17, "it hands GradScaler the base's fused-AMP flag: gradients are then never unscaled.")

@@ -36,7 +36,7 @@ _OVERFLOW = 3  # the step whose loss is infinite
 
 
 def _scaled(make: Callable[[], tuple[ConformanceModel, Optimizer]], steps: int) -> list[Bits]:
-    """Train with a GradScaler; the step that overflows must leave parameters and state alone."""
+    """Train with a GradScaler, and check that the step that overflows leaves parameters and state alone."""
     model, wrapper = make()
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1_000)
     path = []
@@ -75,7 +75,7 @@ def _decay_free(optimizer: Optimizer) -> Optimizer:
 
 
 def _step_with(optimizer: Optimizer, p: nn.Parameter, grad: Tensor) -> Tensor:
-    """One step with a given gradient; what was added to the parameter, in float32."""
+    """Take one step with a given gradient. Returns the change of the parameter, in float32."""
     before = p.detach().clone()
     p.grad = grad.to(p.dtype)
     optimizer.step()
@@ -86,7 +86,7 @@ _STEPS = 50
 
 
 def _distance(make: Callable[[Any], Optimizer], dtype: torch.dtype, rate: float) -> float:
-    """The mean distance that elements of many magnitudes are from their start, after `_STEPS` noisy steps."""
+    """The mean distance of elements of many magnitudes from their start, after `_STEPS` noisy steps."""
     generator = torch.Generator().manual_seed(3)
     sign = torch.randint(0, 2, (16, 24), generator=generator) * 2.0 - 1.0
     magnitude = 2.0 ** torch.linspace(-3, 3, 16 * 24).reshape(16, 24)
@@ -104,10 +104,10 @@ def _distance(make: Callable[[Any], Optimizer], dtype: torch.dtype, rate: float)
 def bfloat16_updates_do_not_vanish(subject: Subject) -> None:
     """Over 50 small steps on bfloat16 parameters, the wrapper gets as far as its base does at the same mean step.
 
-    The wrapper's mean step, relative to the base's, is measured in float32; the base is then given that learning rate.
-    The steps are from 1/8 to 8 units in the last place of the parameters. At least 0.7 of the base's way: a policy that
-    keeps some coordinates back gives larger steps to others, which rounding favours; rounding an update in four parts
-    loses more than 0.4 of it.
+    The wrapper's mean step, relative to the base's, is measured in float32; the base is then given the learning rate
+    that makes its mean step as large. Steps are between 1/8 and 8 units in the last place of the parameters. The
+    wrapper has to cover at least 0.7 of the base's distance: a policy that holds some coordinates back makes larger
+    steps on others, which rounding favours. Rounding an update in four parts loses more than 0.4 of the distance.
     """
     probe = _distance(subject.base, torch.float32, 1e-3)
     if not probe > 0:
@@ -115,13 +115,13 @@ def bfloat16_updates_do_not_vanish(subject: Subject) -> None:
     rate = 1e-3 * (_STEPS * 2**-8) / probe  # a mean step of one unit in the last place of numbers around 1
     share = _distance(subject.build, torch.float32, rate) / _distance(subject.base, torch.float32, rate)
     expected = _distance(subject.base, torch.bfloat16, rate * share)
-    found = _distance(subject.build, torch.bfloat16, rate)
-    text = f"in 50 steps bfloat16 parameters moved by {found:.3g} on average, the base at the same mean step by"
-    require(found >= 0.7 * expected, f"{text} {expected:.3g}.")
+    distance = _distance(subject.build, torch.bfloat16, rate)
+    text = f"in 50 steps bfloat16 parameters moved by {distance:.3g} on average, the base at the same mean step by"
+    require(distance >= 0.7 * expected, f"{text} {expected:.3g}.")
 
 
 def _directions(make: Callable[[Any], Optimizer]) -> Tensor:
-    """What a wrapper added to a matrix of 4,096 elements over steps 4 to 8, with gradients of a persistent part."""
+    """The change of a matrix of 4,096 elements over steps 4 to 8, with gradients that have a persistent part."""
     generator = torch.Generator().manual_seed(5)
     p = nn.Parameter(torch.randn(64, 64, generator=generator))
     drift = torch.randn(64, 64, generator=generator)
@@ -151,11 +151,11 @@ def inexact_moments_are_understood(subject: Subject) -> None:
     for name, coded, exact in pairs:
         expected = _directions(lambda ps, exact=exact: wrap(exact(ps)))
         try:
-            found = _directions(lambda ps, coded=coded: wrap(coded(ps)))
+            directions = _directions(lambda ps, coded=coded: wrap(coded(ps)))
         except ValueError as refusal:
             require("moment" in str(refusal), f"over {name} it raised {refusal!r}, which does not speak of moments.")
             continue
-        cosine = nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0).item()
+        cosine = nn.functional.cosine_similarity(directions.flatten(), expected.flatten(), dim=0).item()
         require(cosine >= 0.9, f"over {name}, steps have a cosine of {cosine:.2f} to those over the exact base.")
 
 
@@ -194,7 +194,7 @@ def nothing_aligned_stays_finite(subject: Subject) -> None:
 
 
 def _generators() -> dict[str, Any]:
-    """The state of every global generator that is there."""
+    """The state of every global generator of the process."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "random": random.getstate()}
     if "numpy" in sys.modules:
         name, keys, *rest = sys.modules["numpy"].random.get_state()
@@ -241,7 +241,7 @@ def global_generators_are_not_read(subject: Subject) -> None:
 
 
 def _refusal(subject: Subject, config: dict[str, Any], what: str) -> str:
-    """The text of the error that `config` is refused with."""
+    """The text of the error that refuses `config`."""
     assert subject.config is not None
     try:
         built = subject.config.build(config)

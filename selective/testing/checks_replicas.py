@@ -39,8 +39,8 @@ def replicas_stay_identical(subject: Subject) -> None:
         (folder / "path.json").write_text(json.dumps([str(Path(entry or ".").resolve()) for entry in sys.path]))
         codes = _run(folder)
         if any(codes):
-            said = [(folder / f"{rank}.log").read_text().strip().splitlines() for rank in range(_WORLD)]
-            last = next((lines[-1] for lines, code in zip(said, codes, strict=True) if code and lines), "nothing")
+            logs = [(folder / f"{rank}.log").read_text().strip().splitlines() for rank in range(_WORLD)]
+            last = next((lines[-1] for lines, code in zip(logs, codes, strict=True) if code and lines), "nothing")
             if UNKNOWN_HERE in codes:
                 raise NotApplicable(f"the subject can't be built in another process ({last})")
             raise CheckFailed(f"a replica failed: {last}")
@@ -53,7 +53,7 @@ def replicas_stay_identical(subject: Subject) -> None:
 
 
 def _run(folder: Path) -> list[int]:
-    """Both ranks to their end; their exit codes."""
+    """Run both ranks to their end. Returns their exit codes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     script = str(Path(__file__).with_name("replica.py"))
     running: list[subprocess.Popen] = []

@@ -23,19 +23,19 @@ _OTHER_RUN = "the same script trains something else there, or does not start."
 
 
 def _needed(*names: str) -> list[Any]:
-    """The modules; Skipped where one can't be imported."""
-    found = []
+    """Import the modules. Raises Skipped if one can't be imported."""
+    modules = []
     for name in names:
         try:
-            found.append(importlib.import_module(name))
+            modules.append(importlib.import_module(name))
         except ImportError as error:
             raise Skipped(f"{name} can't be imported ({error})") from error
-    return found
+    return modules
 
 
 @contextmanager
 def _quiet() -> Iterator[str]:
-    """A folder to write to; the stacks' warnings and hints are not the wrapper's."""
+    """Silence the stacks' own warnings and hints. Yields a folder that they can write to."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning", "transformers")]
     levels = [logger.level for logger in loggers]
     try:
@@ -70,7 +70,7 @@ def accelerate_prepares_it(subject: Subject) -> None:
                 optimizer.zero_grad()
                 accelerator.backward(prepared(step))
                 optimizer.step()
-        finally:  # accelerate keeps one state a process
+        finally:  # accelerate keeps one state for each process
             state.AcceleratorState._reset_state(reset_partial_state=True)
             state.GradientState._reset_state()
     require_same_values(values(model), expected, f"under accelerate, after {_STEPS} steps")
@@ -120,7 +120,7 @@ def huggingface_trainer_trains_with_it(subject: Subject) -> None:
     transformers, _ = _needed("transformers", "accelerate")
     try:
         kind, arguments = transformers.Trainer, transformers.TrainingArguments
-    except ImportError as error:  # transformers imports it where it is asked for
+    except ImportError as error:  # transformers imports its Trainer on first use
         raise Skipped(f"transformers.Trainer can't be imported ({error})") from error
 
     class InOrder(kind):

@@ -35,7 +35,7 @@ def closure_equals_manual_step(subject: Subject) -> None:
     model, wrapper = build(subject)
     expected = trajectory(model, wrapper, range(7))
     model, wrapper = build(subject)
-    found = []
+    path = []
     for step in range(7):
         losses: list[Tensor] = []
 
@@ -49,8 +49,8 @@ def closure_equals_manual_step(subject: Subject) -> None:
         require(len(losses) > 0, "the closure was not called.")
         same = returned is not None and torch.equal(torch.as_tensor(returned).detach(), losses[0].detach())
         require(same, f"step(closure) returned {returned!r}, the closure {losses[0]!r}.")
-        found.append(values(model))
-    require_same_path(found, expected, "step(closure) against backward() and step()")
+        path.append(values(model))
+    require_same_path(path, expected, "step(closure) against backward() and step()")
 
 
 @conformance_checks.register(4, "a second evaluation doubles the cost, and one without gradients trains on nothing.")

@@ -1,4 +1,4 @@
-"""Building, training and comparing: what the checks have in common."""
+"""Helpers that the checks share: they build, train and compare wrappers."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Bits = dict[str, Tensor]
 
 
 class CheckFailed(AssertionError):
-    """A wrapper does not do what a check asks for; the message says what was found and why it matters."""
+    """Raised if a wrapper does not do what a check asks for. The message says what it did, and why that matters."""
 
 
 class NotApplicable(Exception):
-    """A check has nothing to say about this subject; the message says why."""
+    """Raised if a check does not apply to this subject. The message says why."""
 
 
 class Skipped(Exception):
-    """A check would have something to say, but can't be run here; the message says why."""
+    """Raised if a check applies, but can't be run here. The message says why."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -39,7 +39,7 @@ def require(condition: bool, message: str) -> None:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """One thread, and every global generator back where it was: trainers seed them."""
+    """Run with one thread, and restore every global generator afterwards, because trainers seed them."""
     threads, python = torch.get_num_threads(), random.getstate()
     numpy = sys.modules.get("numpy")
     theirs = numpy.random.get_state() if numpy is not None else None
@@ -57,7 +57,7 @@ def isolated() -> Iterator[None]:
 def build(
     subject: Subject, *, dtype: torch.dtype = torch.float32, late: bool = True, seed: int = 0
 ) -> tuple[ConformanceModel, Optimizer]:
-    """A fresh model and wrapper. The global generator is set, so that only the generator's own checks see its users."""
+    """A fresh model and wrapper. Seeds the global generator, so that only the checks of row 30 notice its users."""
     model = ConformanceModel(subject.model, dtype=dtype, late=late, seed=seed)
     torch.manual_seed(0)
     return model, subject.build(list(model.parameters()))
@@ -81,7 +81,7 @@ def base_of(subject: Subject, wrapper: Optimizer) -> Optimizer:
 
 
 def train(model: ConformanceModel, optimizer: Optimizer, steps: Iterable[int]) -> None:
-    """The loop that everybody writes."""
+    """The usual training loop, over the batches `steps`."""
     for step in steps:
         optimizer.zero_grad()
         model.loss(step).backward()
@@ -89,7 +89,7 @@ def train(model: ConformanceModel, optimizer: Optimizer, steps: Iterable[int]) -
 
 
 def step_alike(*optimizers: Optimizer) -> None:
-    """Step each with the global generator in the same state: who draws from it is found by the checks of row 30."""
+    """Step each with the global generator in the same state. The checks of row 30 find wrappers that draw from it."""
     with torch.random.fork_rng(devices=[]):
         state = torch.get_rng_state()
         for optimizer in optimizers:
@@ -112,7 +112,7 @@ def trajectory(model: ConformanceModel, optimizer: Optimizer, steps: Iterable[in
 
 
 def through_a_file(state: Any) -> Any:
-    """Saved and loaded the way a checkpoint is, without running code from the file."""
+    """Save and load `state` as a checkpoint is, without running code from the file."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
@@ -120,8 +120,8 @@ def through_a_file(state: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A copy of a tensor subclass (8-bit states), as the tensors that it is made of: few implement `clone`."""
+class CopiedParts:
+    """A copy of a tensor subclass (8-bit states) as the tensors inside of it, because few subclasses have `clone`."""
 
     kind: type
     parts: dict[str, Any]
@@ -133,12 +133,12 @@ def keep(value: Any) -> Any:
         return value
     if hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()  # type: ignore[operator]
-        return Kept(type(value), {name: getattr(value, name).clone() for name in names})
+        return CopiedParts(type(value), {name: getattr(value, name).clone() for name in names})
     return value.detach().clone()
 
 
 def _differs(found: Any, expected: Any) -> str | None:
-    """What is different between two plain values, in words; None where nothing is."""
+    """The difference between two plain values, in words; None if there is none."""
     if isinstance(expected, Tensor) != isinstance(found, Tensor):
         return f"is a {type(found).__name__}, was a {type(expected).__name__}"
     if not isinstance(expected, Tensor):
@@ -153,11 +153,11 @@ def _differs(found: Any, expected: Any) -> str | None:
 
 
 def difference(found: Any, expected: Any) -> str | None:
-    """What differs between two values, tensor subclasses included."""
+    """The difference between two values, which may be tensor subclasses, in words; None if there is none."""
     found, expected = keep(found), keep(expected)
-    if not isinstance(expected, Kept):
+    if not isinstance(expected, CopiedParts):
         return _differs(found, expected)
-    if not isinstance(found, Kept) or found.kind is not expected.kind:
+    if not isinstance(found, CopiedParts) or found.kind is not expected.kind:
         return f"is a {type(found).__name__}, was a {expected.kind.__name__}"
     for name, value in expected.parts.items():
         text = _differs(found.parts[name], value)
@@ -167,14 +167,14 @@ def difference(found: Any, expected: Any) -> str | None:
 
 
 def require_same_values(found: Bits, expected: Bits, context: str) -> None:
-    """Bit for bit; the message names the first parameter that differs."""
+    """Require the same bits. The message names the first parameter that differs."""
     for name, value in expected.items():
         text = _differs(found[name], value)
         require(text is None, f"{context}: parameter {name!r} {text}.")
 
 
 def require_same_path(found: list[Bits], expected: list[Bits], context: str) -> None:
-    """Bit for bit at every step; the message names the first step that differs."""
+    """Require the same bits after every step. The message names the first step that differs."""
     require(len(found) == len(expected), f"{context}: {len(found)} steps, expected {len(expected)}.")
     for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         require_same_values(ours, theirs, f"{context}, step {index + 1} after the fork")
@@ -184,30 +184,32 @@ Entries = dict[Any, dict[Any, Any]]
 
 
 def entries_in(saved: Any) -> Entries:
-    """What a `state_dict` holds of each parameter. One that is not of torch's form, which is row 7's matter, is taken
-    as a whole: every number and tensor in it by its path."""
+    """The entries of each parameter in a `state_dict`.
+
+    Of a dict that does not have torch's form, which row 7 checks, it returns every number and tensor by its path.
+    """
     if "state" in saved:
         return saved["state"]
-    found: dict[Any, Any] = {}
+    by_path: dict[Any, Any] = {}
 
     def walk(value: Any, path: tuple[Any, ...]) -> None:
         if isinstance(value, (dict, list)):
             for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
                 walk(inner, (*path, key))
         else:
-            found[path] = value
+            by_path[path] = value
 
     walk(saved, ())
-    return {"any": found}
+    return {"any": by_path}
 
 
 def entries(optimizer: Optimizer) -> Entries:
-    """A copy of what `state_dict()` holds of each parameter."""
+    """A copy of the entries of each parameter in `state_dict()`."""
     return {i: {k: keep(v) for k, v in entry.items()} for i, entry in entries_in(optimizer.state_dict()).items()}
 
 
 def require_same_entries(found: Entries, expected: Entries, context: str) -> None:
-    """Every entry of `expected` is in `found`, bit for bit; more in `found` is allowed."""
+    """Require every entry of `expected` in `found`, bit for bit. `found` may have further entries."""
     for index, entry in expected.items():
         for key, value in entry.items():
             require(key in found.get(index, {}), f"{context}: state entry {key!r} of parameter {index} is missing.")
@@ -216,7 +218,7 @@ def require_same_entries(found: Entries, expected: Entries, context: str) -> Non
 
 
 def own_entries(subject: Subject, wrapper: Optimizer) -> Entries:
-    """What stands in the wrapper's state and not in its base's."""
+    """The entries of the wrapper's state that are not in its base's."""
     if "state" not in wrapper.state_dict():
         raise NotApplicable("its state_dict is not of torch's form (row 7): its own part can't be told from the base's")
     theirs = entries(base_of(subject, wrapper))
@@ -224,7 +226,7 @@ def own_entries(subject: Subject, wrapper: Optimizer) -> Entries:
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """In place where the rate is a tensor: some bases refuse a number there."""
+    """Set the rate of all groups; in place if it is a tensor, because some bases refuse a number then."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)

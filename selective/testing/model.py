@@ -1,4 +1,4 @@
-"""The small model that the conformance suite trains: every kind of parameter that has tripped a wrapper."""
+"""The small model that the conformance suite trains, with every kind of parameter that has tripped up a wrapper."""
 
 from __future__ import annotations
 
@@ -60,5 +60,5 @@ class ConformanceModel(nn.Module):
         return ((h * (1 + self.one.sum()) - target) ** 2).mean()
 
     def forward(self, step: int | Tensor) -> Tensor:
-        """`loss`, for trainers, which call a model with a batch: here the batch's number, alone or in a tensor."""
+        """`loss` for trainers, which call a model with a batch. Here the batch is its number, alone or in a tensor."""
         return self.loss(int(step))

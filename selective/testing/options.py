@@ -1,6 +1,6 @@
-"""The command line of the suite under pytest: what `-p selective.testing` adds. pytest itself is imported when it asks.
+"""The options that `-p selective.testing` adds to pytest. Nothing here imports pytest: it calls these hooks itself.
 
-The package re-exports both hooks: pytest looks for them in the module that `-p` names.
+The package re-exports both hooks, because pytest looks for them in the module that `-p` names.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ def _file(text: str) -> str:
 
 
 def pytest_addoption(parser: Any) -> None:
-    """pytest's hook: the options."""
+    """pytest's hook that adds the options."""
     group = parser.getgroup("conformance", "conformance of optimizer wrappers (selective.testing)")
     group.addoption(
         "--wrapper", metavar="SPEC",
-        help='what to check: module:name, or "module:name(key=value)", called with a base optimizer and the keyword '
-        "arguments; returns the wrapped one. Checks are run instead of tests, or after those of paths that are given",
+        help='wrapper to check: module:name, or "module:name(key=value)"; it is called with a base optimizer and the '
+        "keyword arguments, and returns the wrapped one. The checks run instead of tests, or after the tests of paths "
+        "that are given",
     )  # fmt: skip
     group.addoption(
         "--wrapper-base", metavar="SPEC", action="append", default=None,
-        help=f'what to wrap: module:name or "module:name(key=value)", called with the parameters; may be repeated '
+        help=f'base to wrap: module:name or "module:name(key=value)", called with the parameters; may be repeated '
         f"(default: {AN_OPTIMIZER})",
     )  # fmt: skip
     group.addoption(
         "--wrapper-model", choices=["mixed", "matrices"], default="mixed",
-        help="what is trained: parameters of all kinds (the default), or only matrices, for bases such as Muon",
+        help="model to train: parameters of all kinds (the default), or only matrices, for bases such as Muon",
     )  # fmt: skip
     group.addoption(
         "--wrapper-cap", metavar="FACTOR", type=_factor, default=10.0,
@@ -53,13 +54,13 @@ def pytest_addoption(parser: Any) -> None:
     )  # fmt: skip
     group.addoption(
         "--wrapper-strict", action="store_true",
-        help="hold it also to what the base alone gets wrong, where a wrapper can do better (exact dtypes of state)",
+        help="also fail the wrapper for faults of the base that a wrapper can mend (exact dtypes of state)",
     )  # fmt: skip
     group.addoption("--wrapper-json", metavar="FILE", type=_file, help="write all outcomes to this file")
 
 
 def pytest_configure(config: Any) -> None:
-    """pytest's hook: where a wrapper is named, the checks become its items."""
+    """pytest's hook that makes the checks its items, if a wrapper is named."""
     if config.option.wrapper is not None:
         from selective.testing.plugin import Conformance
 

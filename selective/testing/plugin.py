@@ -1,4 +1,4 @@
-"""The checks as items of pytest, one each, and what they come to at the end."""
+"""The pytest plugin: makes each check an item, and prints a summary at the end."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from selective.testing.rows import all_checks
 from selective.testing.spec import Spec, SpecError, subject_of
 from selective.testing.subject import Subject
 
-_KEY = "conformance"  # of what a report carries from an item, from worker processes too
+_KEY = "conformance"  # the property of a report that carries a check's outcome, also from worker processes
 
 
 class NotConforming(Exception):
-    """A check failed: told from the outcome, without a traceback of the suite."""
+    """Raised for a failed check. pytest prints its outcome, without a traceback of the suite."""
 
     def __init__(self, outcome: Outcome, check: Check) -> None:
         super().__init__(outcome.message)
@@ -50,7 +50,7 @@ class Suite(pytest.Collector):
 
 
 class CheckItem(pytest.Item):
-    """One check, named by what it checks and by its row."""
+    """One check, with the check's name and its row as name."""
 
     check: Check
 
@@ -63,8 +63,8 @@ class CheckItem(pytest.Item):
     def runtest(self) -> None:
         assert isinstance(self.parent, Suite)
         outcome = self.check.outcome(self.parent.subject)
-        said = {"row": outcome.row, "check": outcome.check, "verdict": outcome.verdict, "message": outcome.message}
-        self.user_properties.append((_KEY, {"subject": self.parent.subject.name, **said}))
+        summary = {"row": outcome.row, "check": outcome.check, "verdict": outcome.verdict, "message": outcome.message}
+        self.user_properties.append((_KEY, {"subject": self.parent.subject.name, **summary}))
         if outcome.verdict == "failed":
             raise NotConforming(outcome, self.check)
         if outcome.verdict != "passed":
@@ -81,61 +81,61 @@ class CheckItem(pytest.Item):
 
 
 class Conformance:
-    """What pytest calls where `--wrapper` is given."""
+    """The hooks that pytest calls if `--wrapper` is given."""
 
     def __init__(self, config: pytest.Config, bases: list[str]) -> None:
         self.config, self.bases = config, bases
         self.subjects: list[Subject] = []
         self.outcomes: list[dict[str, Any]] = []
         if config.args_source is not pytest.Config.ArgsSource.ARGS:
-            config.args = []  # no paths on the command line: the checks, and not the tests of this folder
+            config.args = []  # without paths on the command line, run the checks and no tests of this folder
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self) -> None:
-        """A wrapper that can't be used is one error, before anything is collected."""
+        """Build every subject. A wrapper that can't be used is one error, before anything is collected."""
         option = self.config.option
         claims = {"model": option.wrapper_model, "cap": option.wrapper_cap, "copies": option.wrapper_copies}
         try:
             wrapper = Spec(option.wrapper)
             for base in dict.fromkeys(self.bases):
                 with isolated():
-                    one = subject_of(wrapper, Spec(base, "--wrapper-base"), strict=option.wrapper_strict, **claims)
-                self.subjects.append(one)
+                    subject = subject_of(wrapper, Spec(base, "--wrapper-base"), strict=option.wrapper_strict, **claims)
+                self.subjects.append(subject)
         except SpecError as error:
             raise pytest.UsageError(str(error)) from None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:
-        """First of all plugins, so that `-k` and `--deselect` see the checks."""
+        """Add the checks, first of all plugins, so that `-k` and `--deselect` see them."""
         for subject in self.subjects:
             suite = Suite.from_parent(session, name=subject.name, nodeid=subject.name)
             suite.subject = subject
-            found = suite.collect()
-            items.extend(found)
-            report = pytest.CollectReport(suite.nodeid, "passed", None, found)  # type: ignore[arg-type]  # of all items
-            session.config.hook.pytest_collectreport(report=report)  # the terminal counts by it
+            checks = suite.collect()
+            items.extend(checks)
+            report = pytest.CollectReport(suite.nodeid, "passed", None, checks)  # type: ignore[arg-type]  # of all items
+            session.config.hook.pytest_collectreport(report=report)  # the terminal takes its count from this
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
             self.outcomes += [dict(value) for key, value in report.user_properties if key == _KEY]  # type: ignore[call-overload]
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Counts and reasons, one part for each base."""
+        """Print counts and reasons, in a section for each base."""
         for subject in dict.fromkeys(o["subject"] for o in self.outcomes):
-            own = [o for o in self.outcomes if o["subject"] == subject]
-            counts = Counter(o["verdict"] for o in own)
+            outcomes = [o for o in self.outcomes if o["subject"] == subject]
+            counts = Counter(o["verdict"] for o in outcomes)
             terminalreporter.section(f"conformance of {subject}")
             verdicts = ("passed", "failed", "not applicable", "skipped")
             terminalreporter.line(
                 ", ".join(f"{counts[v]} {v}" for v in verdicts if counts[v]) + f" (torch {torch.__version__})"
             )
-            for o in sorted(own, key=lambda o: (verdicts.index(o["verdict"]), o["row"])):
+            for o in sorted(outcomes, key=lambda o: (verdicts.index(o["verdict"]), o["row"])):
                 if o["verdict"] != "passed":
                     terminalreporter.line(f"row {o['row']:2}  {o['verdict']:<14}  {o['check']}: {o['message']}")
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         path = self.config.option.wrapper_json
-        if path is not None and not hasattr(self.config, "workerinput"):  # of pytest-xdist, only the first process
+        if path is not None and not hasattr(self.config, "workerinput"):  # under pytest-xdist, only the main process
             versions = {"python": platform.python_version(), "torch": torch.__version__}
             told = {
                 "wrapper": self.config.option.wrapper,

@@ -1,4 +1,4 @@
-"""Contract checks for authors of policies: what a `mask` may and may not do, on ordinary and on degenerate tensors."""
+"""Contract checks for authors of policies: the rules for a `mask`, on ordinary and on degenerate tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import pickle
 import random
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,12 @@ from selective.kernels import spec
 from selective.optimizer import SelectiveUpdate
 from selective.policies import Policy, policy_from
 from selective.policies.view import TENSORS, StepView, Tensors
-from selective.testing.harness import CheckFailed, NotApplicable, Skipped, difference, require
+from selective.testing.harness import difference, require
 from selective.testing.kernel import require_twins
-from selective.testing.report import Outcome, Report, in_short
+from selective.testing.report import Report, in_short, outcome_of
 
 policy_checks: dict[str, Callable[[Policy], None]] = {}  # The checks of `check_policy`, by name.
-"""The checks by name; each is called with a policy and returns, or raises `CheckFailed`, `NotApplicable`, `Skipped`."""
+"""The checks by name. Each takes a policy, and returns or raises `CheckFailed`, `NotApplicable` or `Skipped`."""
 
 _SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (5, 3), (1, 6), (4, 3, 2, 2))
 _SCOPES = ("tensor", "row", "element")
@@ -45,7 +46,7 @@ def _tensors(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: i
 
 
 def _view(policy: Policy, tensors: dict[str, Tensor], *, every: bool = True) -> StepView:
-    """A view of `tensors`. With `every`, reading what is not declared is allowed: one check looks at that alone."""
+    """A view of `tensors`. With `every`, it allows reads that are not declared: only one check is about those."""
     view = StepView(
         Tensors(**tensors),  # type: ignore[arg-type]
         reads=frozenset(TENSORS) if every else policy.needs(),
@@ -59,7 +60,7 @@ def _view(policy: Policy, tensors: dict[str, Tensor], *, every: bool = True) -> 
 
 
 def _mask(policy: Policy, view: StepView) -> Tensor:
-    """What the policy returns, without its state."""
+    """The policy's mask, without its state."""
     result = policy.mask(view)
     mask = result[0] if isinstance(result, tuple) else result
     require(isinstance(mask, Tensor), f"mask() returned a {type(mask).__name__}, not a tensor.")
@@ -68,7 +69,7 @@ def _mask(policy: Policy, view: StepView) -> Tensor:
 
 @_register
 def mask_is_a_multiplier(policy: Policy) -> None:
-    """A bool or floating tensor that broadcasts to the parameter and is finite on ordinary inputs."""
+    """The mask is a bool or floating tensor that broadcasts to the parameter and is finite on ordinary inputs."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for shape in _SHAPES:
             mask = _mask(policy, _view(policy, _tensors(shape, dtype)))
@@ -85,7 +86,7 @@ def mask_is_a_multiplier(policy: Policy) -> None:
 
 @_register
 def mask_is_deterministic(policy: Policy) -> None:
-    """The same view gives the same mask, whatever was seen in between: what a policy remembers belongs in its state."""
+    """The same view gives the same mask, whatever came in between. A policy's memory belongs in its state."""
     first = _mask(policy, _view(policy, _tensors((5, 3)))).clone()
     _mask(policy, _view(policy, _tensors((4, 3), seed=9)))
     text = difference(_mask(policy, _view(policy, _tensors((5, 3)))), first)
@@ -94,7 +95,7 @@ def mask_is_deterministic(policy: Policy) -> None:
 
 @_register
 def view_is_not_written(policy: Policy) -> None:
-    """The tensors of the view and its state are as before: they are the base's, and a write changes the moments."""
+    """`mask` does not write on the view's tensors or its state. They are the base's: a write changes its moments."""
     tensors = _tensors((5, 3))
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     view = _view(policy, tensors)
@@ -111,7 +112,7 @@ def view_is_not_written(policy: Policy) -> None:
 
 @_register
 def global_generators_are_left_alone(policy: Policy) -> None:
-    """Randomness comes from `view.random`: replicas with other global seeds must select the same."""
+    """Randomness comes from `view.random`, so that replicas with other global seeds select the same coordinates."""
     python = random.getstate()
     masks = []
     with torch.random.fork_rng(devices=[]):
@@ -131,7 +132,7 @@ def global_generators_are_left_alone(policy: Policy) -> None:
 
 @_register
 def declared_reads_suffice(policy: Policy) -> None:
-    """`mask` and `init_state` read nothing that `reads` does not declare; `reads` and `scope` name what there is."""
+    """`mask` and `init_state` read only what `reads` declares, and `reads` and `scope` have allowed values."""
     unknown = policy.needs() - set(TENSORS)
     require(not unknown, f"reads declares {sorted(unknown)}; there are {', '.join(TENSORS)}.")
     require(policy.scope in _SCOPES, f"scope is {policy.scope!r}; there are {', '.join(_SCOPES)}.")
@@ -140,7 +141,7 @@ def declared_reads_suffice(policy: Policy) -> None:
 
 @_register
 def copies_are_equal(policy: Policy) -> None:
-    """pickle and deepcopy give an equal policy: it travels with the optimizer."""
+    """pickle and deepcopy give an equal policy, because it is copied with the optimizer."""
     for how, twin in (("pickle", pickle.loads(pickle.dumps(policy))), ("deepcopy", copy.deepcopy(policy))):
         require(twin == policy, f"{how} gave {twin!r} for {policy!r}.")
         text = difference(_mask(twin, _view(twin, _tensors((5, 3)))), _mask(policy, _view(policy, _tensors((5, 3)))))
@@ -149,7 +150,7 @@ def copies_are_equal(policy: Policy) -> None:
 
 @_register
 def json_round_trip(policy: Policy) -> None:
-    """To JSON and back it is the same: configs and checkpoints hold it in this form."""
+    """A policy that goes to JSON and back is the same. Configs and checkpoints hold it in this form."""
     twin = policy_from(policy.model_dump_json())
     require(type(twin) is type(policy) and twin == policy, f"through JSON, {policy!r} came back as {twin!r}.")
 
@@ -175,7 +176,7 @@ def state_keeps_its_form(policy: Policy) -> None:
 
 
 def _degenerate() -> dict[str, dict[str, Tensor]]:
-    """Inputs on which masks have been seen to divide by zero, or to select nothing or NaN."""
+    """Inputs on which masks have divided by zero, or selected nothing or NaN."""
     zeros, ones = torch.zeros(6, 4), torch.ones(6, 4)
     tied = {"grad": ones, "update": 0.01 * ones, "momentum": ones, "previous_momentum": ones, "param": ones}
     still = {**_tensors((6, 4)), "grad": zeros}
@@ -189,9 +190,9 @@ def _degenerate() -> dict[str, dict[str, Tensor]]:
 
 @_register
 def degenerate_tensors_are_defined(policy: Policy) -> None:
-    """Ties, zeros, one element, nothing aligned, a first step: the mask is finite. The sign of a zero does not matter.
+    """The mask is finite for ties, zeros, one element, nothing aligned and a first step. The sign of 0 is ignored.
 
-    Untouched embedding rows have gradients of either zero; their coordinates must be treated alike.
+    Untouched embedding rows have gradients of +0 or -0. The mask must treat both alike.
     """
     for what, tensors in _degenerate().items():
         mask = _mask(policy, _view(policy, tensors))
@@ -204,7 +205,7 @@ def degenerate_tensors_are_defined(policy: Policy) -> None:
 
 @_register
 def nan_stays_where_it_is(policy: Policy) -> None:
-    """A NaN in one tensor's gradient: the step runs, and no other tensor becomes NaN."""
+    """With a NaN in one tensor's gradient, the step runs and no other tensor becomes NaN."""
     healthy, sick = nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(6, 4))
     optimizer = SelectiveUpdate(torch.optim.AdamW([healthy, sick], lr=1e-2), policy=policy)
     for step in range(3):
@@ -231,33 +232,22 @@ def steps_in_an_optimizer(policy: Policy) -> None:
 
 @_register
 def kernel_agrees_with_its_twin(policy: Policy) -> None:
-    """A selection's kernel selects what `select` selects, in float32, element by element, and reads what it declares.
+    """A selection's kernel selects the elements that `select` selects, in float32, and reads only what it declares.
 
-    Compiled where there is a GPU; interpreted where TRITON_INTERPRET is set; else skipped.
+    The kernel is compiled on a machine with a GPU, and interpreted if TRITON_INTERPRET is set; else this is skipped.
     """
     require_twins(policy, _tensors, _view)
 
 
 def check_policy(policy: Policy) -> Report:
-    """Run every contract check on a policy and report, as `check_wrapper` does for wrappers.
+    """Run every contract check on a policy. Returns a `Report`, as `check_wrapper` does for wrappers.
 
-    Deterministic, a few hundredths of a second on the CPU; a selection's kernel is compiled for the GPU, where there is
-    one, or interpreted, and skipped where neither can be. Raises TypeError if `policy` is no `Policy`.
+    It is deterministic and takes a few hundredths of a second on the CPU. A selection's kernel is compiled on a machine
+    with a GPU, else interpreted; if it can't be, its check is skipped. Raises TypeError if `policy` is no `Policy`.
     """
     if not isinstance(policy, Policy):
         raise TypeError(f"check_policy: expected a Policy, found a {type(policy).__name__}; build it first")
     outcomes = []
     for name, check in policy_checks.items():
-        try:
-            check(policy)
-        except NotApplicable as reason:
-            outcomes.append(Outcome(name, 0, "not applicable", str(reason)))
-        except Skipped as reason:
-            outcomes.append(Outcome(name, 0, "skipped", str(reason)))
-        except CheckFailed as failure:
-            outcomes.append(Outcome(name, 0, "failed", str(failure)))
-        except Exception as error:
-            outcomes.append(Outcome(name, 0, "failed", f"raised {in_short(error)}"))
-        else:
-            outcomes.append(Outcome(name, 0, "passed"))
+        outcomes.append(outcome_of(name, 0, partial(check, policy), lambda error: f"raised {in_short(error)}"))
     return Report(repr(policy), tuple(outcomes))

@@ -1,4 +1,4 @@
-"""Bases that misbehave in one known way each, for the suite to wrap. All compute the same Adam."""
+"""Bases for the suite to wrap. Each misbehaves in one known way, and all compute the same Adam."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 
 class ProbeAdam(Optimizer):
-    """Adam in its plainest form; the others change one thing."""
+    """Adam in its plainest form. Each other probe changes one thing."""
 
     def __init__(self, params: Any, lr: float = 1e-2, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
@@ -19,10 +19,10 @@ class ProbeAdam(Optimizer):
         return {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     def before(self, p: Tensor, state: dict[str, Any]) -> None:
-        """Called before a parameter moves, with its state as it was found."""
+        """Called before a parameter moves, with its state before the base touches it."""
 
     def after(self, p: Tensor, state: dict[str, Any]) -> None:
-        """Called when a parameter has moved."""
+        """Called after a parameter has moved."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -55,7 +55,7 @@ class ProbeAdam(Optimizer):
 
 
 class WritesOnGradients(ProbeAdam):
-    """Uses `p.grad` as scratch space: what is there after the step is not the gradient."""
+    """Uses `p.grad` as scratch space: after the step it no longer holds the gradient."""
 
     def after(self, p: Tensor, state: dict[str, Any]) -> None:
         assert p.grad is not None
@@ -82,7 +82,7 @@ class HasModes(ProbeAdam):
 
 
 class WatchesState(ProbeAdam):
-    """Remembers every state entry that it finds and did not make."""
+    """Remembers every state entry that it did not make itself."""
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
@@ -103,7 +103,7 @@ class ExactStates(ProbeAdam):
 
 
 class CodedMoment(ProbeAdam):
-    """Keeps its first moment as unsigned 8-bit codes with a scale: as stored, `exp_avg` is not a moment at all."""
+    """Keeps its first moment as unsigned 8-bit codes with a scale: `exp_avg` as stored is no moment at all."""
 
     def new_state(self, p: Tensor) -> dict[str, Any]:
         codes = torch.full(p.shape, 128, dtype=torch.uint8)

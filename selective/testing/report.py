@@ -1,4 +1,4 @@
-"""Checks, how they are registered and run, and the report that comes of it."""
+"""Checks, their registration, and the report of their outcomes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +20,13 @@ Verdict = Literal["passed", "failed", "not applicable", "skipped"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one check said: `message` is empty where it passed, else what was found, or why it does not apply.
+    """The result of one check.
 
-    "skipped": it applies, and could not be run here; nothing is known.
+    `message` is empty if the check passed; else it says what the wrapper did, or why the check does not apply.
+    "skipped" means that the check applies but could not be run here, so that nothing is known.
 
-    `row` is the check's place in the list of what a wrapper has to survive; 0 for a policy's checks. `error` is what
-    the wrapper itself raised, if it did.
+    `row` is the number of the check's row in the conformance table, and 0 for a policy's checks. `error` is the
+    exception that the wrapper or policy itself raised, if any.
     """
 
     check: str
@@ -39,7 +41,7 @@ class Outcome:
 
 
 def in_short(error: BaseException) -> str:
-    """Kind and text of an error in one line: some print whole tensors."""
+    """The type and text of an error in one line of at most 300 characters, because some print whole tensors."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 300 else text[:300] + " ..."
 
@@ -49,28 +51,42 @@ _STANDARD = Path(sysconfig.get_path("stdlib"))
 
 
 def place(error: BaseException) -> str:
-    """Where an error came from, as " (file.py:12)": the innermost line that is not the suite's, torch's or Python's.
+    """The origin of an error, as " (file.py:12)": the innermost line outside of the suite, torch and Python.
 
-    Empty where there is none: then the suite's call itself was refused.
+    Empty if there is none: then the suite's call itself was refused.
     """
 
     def theirs(name: str) -> bool:
         path = Path(name)
         standard = path.is_relative_to(_STANDARD) and "site-packages" not in path.parts
-        return not (name.startswith("<") or standard or any(path.is_relative_to(own) for own in _NOT_THEIRS))
+        return not (name.startswith("<") or standard or any(path.is_relative_to(folder) for folder in _NOT_THEIRS))
 
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if theirs(frame.filename)]
     return f" ({'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno})" if frames else ""
 
 
+def outcome_of(name: str, row: int, run: Callable[[], None], describe: Callable[[Exception], str]) -> Outcome:
+    """Run a check once. Any exception but the checks' own is a failure, too, with `describe(error)` as message."""
+    try:
+        run()
+    except NotApplicable as reason:
+        return Outcome(name, row, "not applicable", str(reason))
+    except Skipped as reason:
+        return Outcome(name, row, "skipped", str(reason))
+    except CheckFailed as failure:
+        return Outcome(name, row, "failed", str(failure), failure.__cause__)
+    except Exception as error:  # a stranger's code may raise anything
+        return Outcome(name, row, "failed", describe(error), error)
+    return Outcome(name, row, "passed")
+
+
 @dataclass(frozen=True)
 class Check:
-    """One thing that a wrapper of an optimizer has to survive. Call it with a subject: it returns, or raises
-    `CheckFailed`, or `NotApplicable`.
+    """A check of wrappers. Call it with a subject: it returns, or raises `CheckFailed`, `NotApplicable` or `Skipped`.
 
-    `doc` says what is checked, `why` what a user suffers where it fails. A failure counts only if the base alone does
-    not fail in the same check; with `mendable`, where a wrapper can do better than its base, and `Subject.strict`, it
-    counts in any case.
+    `doc` says what is checked, and `why` says what a user suffers if the check fails. A failure does not count if the
+    base alone fails the same check. It counts in any case if `mendable` says that a wrapper can do better than its
+    base, and `Subject.strict` is set.
     """
 
     row: int
@@ -88,42 +104,33 @@ class Check:
             raise (Skipped if outcome.verdict == "skipped" else NotApplicable)(outcome.message)
 
     def outcome(self, subject: Subject) -> Outcome:
-        """Run, and say what came of it instead of raising."""
+        """Run the check, and return the outcome instead of raising."""
         if self.name in subject.waives:
             return Outcome(self.name, self.row, "not applicable", f"waived: {subject.waives[self.name]}")
         with isolated():
-            found = self._attempt(subject)
-            if found.verdict != "failed" or (self.mendable and subject.strict):
-                return found
+            outcome = self._attempt(subject)
+            if outcome.verdict != "failed" or (self.mendable and subject.strict):
+                return outcome
             alone = self._attempt(subject.alone())
         if alone.verdict != "failed":
-            return found
+            return outcome
         message = f"the base alone fails it too: {alone.message}"
         return Outcome(self.name, self.row, "not applicable", message)
 
     def _attempt(self, subject: Subject) -> Outcome:
-        """Run once; whatever else is raised is a failure too."""
-        try:
-            self.run(subject)
-        except NotApplicable as reason:
-            return Outcome(self.name, self.row, "not applicable", str(reason))
-        except Skipped as reason:
-            return Outcome(self.name, self.row, "skipped", str(reason))
-        except CheckFailed as failure:
-            return Outcome(self.name, self.row, "failed", str(failure), failure.__cause__)
-        except Exception as error:
-            return Outcome(self.name, self.row, "failed", f"it raised {in_short(error)}{place(error)}.", error)
-        return Outcome(self.name, self.row, "passed")
+        return outcome_of(
+            self.name, self.row, partial(self.run, subject), lambda error: f"it raised {in_short(error)}{place(error)}."
+        )
 
 
 class Checks(Sequence[Check]):
-    """The registered checks, in the order of their rows; iterate, or look one up by name."""
+    """The registered checks, in the order of their rows. Iterate over them, or look one up by its name."""
 
     def __init__(self) -> None:
         self._checks: list[Check] = []
 
     def register(self, row: int, why: str, mendable: bool = False) -> Callable[[Callable[[Subject], None]], Check]:
-        """A decorator; the check's name is the function's, its `doc` the function's docstring."""
+        """Return a decorator that makes a check of a function: its name, and its docstring as `doc`."""
 
         def add(function: Callable[[Subject], None]) -> Check:
             check = Check(row, function.__name__, (function.__doc__ or "").strip(), why, function, mendable)
@@ -149,13 +156,13 @@ class Checks(Sequence[Check]):
         return [check.name for check in self._checks]
 
 
-conformance_checks = Checks()  # Those that need nothing but torch: in one process, a fraction of a second each.
-stack_checks = Checks()  # Those that need a training stack, or processes: seconds each.
+conformance_checks = Checks()  # The checks that need nothing but torch: a fraction of a second each, in one process.
+stack_checks = Checks()  # The checks that need a training stack or several processes: seconds each.
 
 
 @dataclass(frozen=True)
 class Report:
-    """What all checks said about one subject. `str(report)` is a table."""
+    """The outcomes of all checks of one subject. `str(report)` is a table."""
 
     subject: str
     outcomes: tuple[Outcome, ...]
@@ -194,11 +201,11 @@ class Report:
 
 
 def check_wrapper(subject: Subject, only: Sequence[str] | None = None, stacks: bool = False) -> Report:
-    """Run every check that applies to `subject` (or those named in `only`) and report.
+    """Run every check of `conformance_checks`, or those that `only` names, on `subject`, and return a `Report`.
 
-    Deterministic, on the CPU, about a second for a small wrapper; leaves the global generators as they were. With
-    `stacks`, also those of `stack_checks`, which take seconds each. Raises ValueError where `only` or `subject.waives`
-    names a check that does not exist.
+    It is deterministic, runs on the CPU, takes about a second for a small wrapper, and leaves the global generators as
+    they were. With `stacks` it also runs `stack_checks`, which take seconds each. Raises TypeError if `subject` is no
+    `Subject`, and ValueError if `only` or `subject.waives` names a check that does not exist.
     """
     if not isinstance(subject, Subject):
         raise TypeError(

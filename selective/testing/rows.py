@@ -1,4 +1,4 @@
-"""All checks, registered: importing their modules does it."""
+"""Registers all checks, by importing their modules."""
 
 from selective.testing import (
     checks_checkpoint,
@@ -21,5 +21,5 @@ __all__ = ["MODULES", "all_checks", "conformance_checks", "stack_checks"]
 
 
 def all_checks() -> list[Check]:
-    """Those of `conformance_checks` and of `stack_checks`, in the order of their rows."""
+    """All of `conformance_checks` and `stack_checks`, in the order of their rows."""
     return sorted([*conformance_checks, *stack_checks], key=lambda check: check.row)

@@ -1,4 +1,4 @@
-"""What the suite needs to know about somebody's wrapper: how to build it, and what it does not claim."""
+"""Subject: tells the suite how to build somebody's wrapper, and what the wrapper does not claim."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 def base_attribute(wrapper: Optimizer) -> Optimizer:
-    """Where most wrappers keep what they wrap."""
+    """The `base` of a wrapper, where most wrappers keep the optimizer that they wrap."""
     return wrapper.base  # type: ignore[attr-defined]
 
 
@@ -24,10 +24,10 @@ def itself(wrapper: Optimizer) -> Optimizer:
 
 @dataclass(frozen=True)
 class ConfigClaims:
-    """How a policy is built from data, and one value of it that must be refused.
+    """Tells the suite how to build a policy from data, and a value that must be refused.
 
-    `good` is a config that builds; its `tag` entry names the kind. `out_of_range` is (key, value, bound): the error for
-    `good | {key: value}` has to name the key and the bound, as text.
+    `build` takes a config. `good` is a config that it accepts, whose `tag` entry names the kind. `out_of_range` is
+    (key, value, bound): the error for `good | {key: value}` has to name the key and the bound, as text.
     """
 
     build: Callable[[Mapping[str, Any]], Any]
@@ -40,24 +40,25 @@ class ConfigClaims:
 class Subject:
     """One wrapper around one base, as the conformance suite sees it.
 
-    Give `wrap` (base optimizer -> wrapper) where the wrapper takes an optimizer; the suite then also wraps bases of its
-    own that misbehave in known ways. Give `make` (parameters -> wrapper) where it is built in some other manner; then
-    the checks that need such a base are reported as not applicable.
+    Give `wrap` (base optimizer -> wrapper) if the wrapper takes an optimizer; the suite then also wraps bases of its
+    own that misbehave in known ways. Give `make` (parameters -> wrapper) if it is built in some other way; the checks
+    that need such a base are then reported as not applicable. Without either, ValueError is raised.
 
     Args:
-        name: what the report calls it.
+        name: its name in the report.
         base: parameters -> the base alone, with the same hyper-parameters as inside the wrapper.
-        get_base: wrapper -> its base; None where there is no way in (checks that compare with the base are then
-            skipped).
+        get_base: wrapper -> its base; None if the base can't be reached (checks that compare with it are then reported
+            as not applicable).
         model: "mixed" trains a matrix, a vector, an embedding, a convolution, one element, a parameter that gets no
             gradient until step 5 and a frozen one; "matrices" only 2-D parameters, for bases such as Muon.
         cap: the largest factor by which the wrapper may enlarge a coordinate's step (row 29).
         copies: how much memory the wrapper claims to keep between steps beside its base, in copies of the parameters
-            (row 23); None where it claims nothing.
-        strict: hold it also to what the base alone gets wrong, where a wrapper can do better: exact dtypes of state.
-        exact_base: where `base` keeps inexact moments (8-bit), the same rule with exact ones (row 25).
-        config: how its policies are built from data (row 32).
-        waives: check name -> reason. What the wrapper does not claim; reported as not applicable, with the reason.
+            (row 23); None if it claims nothing.
+        strict: also fail it for faults of the base that a wrapper can mend: exact dtypes of state.
+        exact_base: if `base` keeps inexact moments (8-bit), the same rule with exact ones (row 25).
+        config: tells how its policies are built from data (row 32).
+        waives: check name -> reason, for checks that the wrapper does not claim to pass. They are reported as not
+            applicable, with the reason.
 
     A wrapper that draws random numbers is held to the same bits as any other: its draws have to follow from its own
     seed and state.
@@ -88,6 +89,6 @@ class Subject:
         return self.wrap(self.base(params))
 
     def alone(self) -> Subject:
-        """The base by itself, as a subject: what it fails too is not the wrapper's doing."""
-        own = {"make": self.base, "wrap": itself, "get_base": itself, "copies": None, "config": None}
-        return replace(self, name=f"{self.name}, its base alone", **own)
+        """The base by itself, as a subject. A check that it fails, too, is not the wrapper's fault."""
+        changes = {"make": self.base, "wrap": itself, "get_base": itself, "copies": None, "config": None}
+        return replace(self, name=f"{self.name}, its base alone", **changes)

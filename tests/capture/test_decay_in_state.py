@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective import Eigenbasis, Policy, SelectiveUpdate
-from selective.base.base_facts import anatomy
+from selective.base.base_facts import base_facts
 
 STEPS = 20
 Make = Callable[[list[Tensor]], Optimizer]
@@ -134,7 +134,7 @@ def _train(params: list[Tensor], optimizer: Any, steps: int = STEPS) -> None:
 def test_it_is_no_decoupled_decay(make: Make, shapes: list[tuple[int, ...]]) -> None:
     """ "inside", with stand-ins of one number of dimensions (hence one of them) as with several."""
     base = make(_params(shapes))
-    facts = anatomy(base, base.param_groups[0], measure=True)
+    facts = base_facts(base, base.param_groups[0], measure=True)
     assert (facts.decay, facts.decay_rule) == ("inside", None)
 
 
@@ -142,7 +142,7 @@ def test_it_is_no_decoupled_decay(make: Make, shapes: list[tuple[int, ...]]) -> 
 @pytest.mark.parametrize("shapes", [SHAPES, [(6, 9), (7,)]], ids=["matrices", "mixed"])
 def test_a_factor_that_the_parameter_alone_tells_is_decoupled(make: Make, shapes: list[tuple[int, ...]]) -> None:
     base = make(_params(shapes))
-    facts = anatomy(base, base.param_groups[0], measure=True)
+    facts = base_facts(base, base.param_groups[0], measure=True)
     assert (facts.depends_on_param, facts.decay, facts.decay_rule) == (False, "decoupled", "measured")
 
 
@@ -162,7 +162,7 @@ def test_decay_by_another_name_does_not_make_the_known_one_part_of_the_update() 
     """MARS decays vectors by `weight_decay_1d`: matrices beside them keep their factor."""
     po = pytest.importorskip("pytorch_optimizer")
     base = po.MARS(_params([(6, 9), (7,)]), lr=1e-2, weight_decay=0.1)
-    facts = anatomy(base, base.param_groups[0], measure=True)
+    facts = base_facts(base, base.param_groups[0], measure=True)
     assert (facts.depends_on_param, facts.decay, facts.decay_rule) == (True, "decoupled", "measured")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from selective import MGUP, SelectiveUpdate
-from selective.base import base_facts as anatomy_module
+from selective.base import base_facts as base_facts_module
 
 
 class Sums(torch.optim.Optimizer):
@@ -46,8 +46,8 @@ def test_a_base_that_steps_a_list_of_its_own_is_refused() -> None:
 
 def test_a_counter_in_the_group_is_not_measured_again_in_every_step(monkeypatch) -> None:
     measured = []
-    real = anatomy_module._measure
-    monkeypatch.setattr(anatomy_module, "_measure", lambda *a: measured.append(1) or real(*a))
+    real = base_facts_module._measure
+    monkeypatch.setattr(base_facts_module, "_measure", lambda *a: measured.append(1) or real(*a))
     p = torch.nn.Parameter(torch.zeros(4))
     optimizer = SelectiveUpdate(Sums([p]), policy=MGUP())
     for _ in range(12):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selective import MGUP, CautiousMGUP, Policy, SelectiveUpdate
 from selective import foreach as lists
-from selective.base.base_facts import anatomy
+from selective.base.base_facts import base_facts
 from tests.support.base_optimizers import give_grads
 
 
@@ -66,7 +66,7 @@ def make_params() -> list[torch.nn.Parameter]:
 
 
 def test_who_keeps_memory_is_found_out() -> None:
-    kept, looked = (anatomy(cls(p), {"params": p, "lr": 0.1, "weight_decay": 0.0})
+    kept, looked = (base_facts(cls(p), {"params": p, "lr": 0.1, "weight_decay": 0.0})
                     for cls, p in ((HoldsMemory, make_params()), (LooksAgain, make_params())))  # fmt: skip
     assert (kept.keeps_memory, looked.keeps_memory) == (True, False)
 

@@ -27,7 +27,7 @@ def script() -> Any:
 
 @pytest.fixture
 def found(script: Any) -> Any:
-    return json.loads(script.FOUND.read_text())
+    return json.loads(script.RESULTS.read_text())
 
 
 def test_the_page_is_what_the_script_makes(script: Any, found: Any) -> None:

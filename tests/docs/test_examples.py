@@ -42,7 +42,9 @@ def test_example(path: Path, tmp_path: Path) -> None:
     assert printed.strip().endswith("ok"), printed
 
 
-@pytest.mark.parametrize("path", PICTURES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=[] if p.name == "demo.py" else pytest.mark.slow, id=p.name) for p in PICTURES]
+)
 def test_picture_can_be_drawn_again(path: Path, tmp_path: Path) -> None:
     assert path.with_suffix(".png").exists()
     run(path, tmp_path, "again.png")

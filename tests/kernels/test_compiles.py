@@ -29,13 +29,21 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ("whole", "agreement,top_k,top_k_mean", "adamw", {"selective_step_kernel", "settle_kernel", "repair_kernel"}),
         ("whole", "previous,sampled,element", "adamw", {"seen_kernel", "digits_kernel", "strengths_kernel"}),
-        ("whole", "agreement,top_k", "adam_coupled,sgd_nesterov,lion", {"selective_step_kernel", "ties_kernel"}),
+        ("whole", "top_k", "lion", {"selective_step_kernel", "ties_kernel"}),
+        pytest.param(
+            "whole",
+            "agreement,top_k",
+            "adam_coupled,sgd_nesterov",
+            {"selective_step_kernel", "ties_kernel"},
+            marks=pytest.mark.slow,
+        ),
         ("parts", "top_k,mean,norm,previous", "adamw", {"keys_kernel", "cutoff_kernel", "shard_sums_kernel"}),
-        (
+        pytest.param(
             "parts",
             "top_k",
             "adam_amsgrad_maximize,sgd_nesterov,lion",
             {"keys_kernel", "digits_kernel", "numbers_of_kernel"},
+            marks=pytest.mark.slow,
         ),
     ],
 )

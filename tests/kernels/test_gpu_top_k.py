@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -98,17 +99,27 @@ def start_of(rule, dtype, like: str, device: str, shape=(30, 50)) -> Item:
     return copied(item, device)
 
 
-@pytest.mark.parametrize(
-    "like, trouble",
-    [(like, "none") for like in LIKE]
-    + [
-        ("normal", "missed"),
-        ("untouched rows", "missed"),
-        ("untouched rows", "overflow"),
-        ("NaN and infinity", "both"),
-    ],
-)
-@pytest.mark.parametrize("way", WAYS)
+SCORES = [(like, "none") for like in LIKE] + [
+    ("normal", "missed"),
+    ("untouched rows", "missed"),
+    ("untouched rows", "overflow"),
+    ("NaN and infinity", "both"),
+]
+IN_FULL = ("one pass", "two passes, Lion")  # both ways through the kernels; the others rank by the same code
+
+
+def scores_of_ways() -> list[Any]:
+    """Each way with all scores; all but two of them in the slow lane where the way is not tried in full."""
+    return [
+        pytest.param(
+            way, like, trouble,
+            marks=[] if way in IN_FULL or (like, trouble) in SCORES[0:4:3] else pytest.mark.slow,
+        )
+        for way in WAYS for like, trouble in SCORES
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("way, like, trouble", scores_of_ways())
 def test_a_step_selects_exactly_k(way, like, trouble, device, monkeypatch):
     """The coordinates of a stable sort of the kernels' own scores, in every way there is to them."""
     few_samples(monkeypatch)

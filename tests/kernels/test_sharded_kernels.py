@@ -145,8 +145,13 @@ CHECKED += [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("statistics", [False, True])
-@pytest.mark.parametrize("case, kind, rule", CHECKED)
+@pytest.mark.parametrize(
+    "case, kind, rule, statistics",
+    [  # in turns with statistics and without; the other half is slow
+        pytest.param(*checked, statistics, marks=[] if statistics == bool(place % 2) else pytest.mark.slow)
+        for place, checked in enumerate(CHECKED) for statistics in (False, True)
+    ],
+)  # fmt: skip
 def test_what_whole_tensors_become(case: str, kind: str, rule: str, statistics: bool) -> None:
     """By the kernels, bit for bit, but where a norm is kept: it is added up in other pieces, and may be a rounding off.
 

@@ -23,7 +23,7 @@ from selective import (
 )
 from selective.kernels import use_backend
 from selective.policies import MatchedRandomMask
-from selective.policies.kernel_terms import specs_of, specs_on, why_twin
+from selective.policies.kernel_terms import specs_of, specs_on, why_not_in_kernel
 
 SHAPES = ((20, 10), (31,), (4, 5, 6), (1,))
 POLICIES = [Cautious(), MGUP(), MGUP(tau=0.2, alpha=1.5, gamma=0.5), CautiousMGUP(), AlphaConsistency(), Grams()]
@@ -196,7 +196,7 @@ def test_where_it_runs_as_code_of_its_own() -> None:
     assert specs == specs_on(control, p)
     with use_backend("gpu"):  # as on a CUDA tensor
         assert specs_on(control, p) is None
-        assert why_twin(specs[0], p) == "there is no Triton kernel for a matched random control"
+        assert why_not_in_kernel(specs[0], p) == "there is no Triton kernel for a matched random control"
     assert specs_of(RandomMask.matching(Policy(selection=Larger(), strength=MeanPreserving()))) is None
     assert specs_of(Doubled(policy=Cautious())) is None  # its mask is not what the kernels would do
 

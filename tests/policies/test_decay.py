@@ -10,7 +10,7 @@ import torch
 from base_optimizers import BASES, build, give_grads, make_params
 
 from selective import Policy, SelectiveUpdate
-from selective.base.base_facts import anatomy, decay_factor
+from selective.base.base_facts import base_facts, decay_factor
 
 DECAYS = {
     "decoupled": ["adamw-foreach", "adamw-fused", "adamw-plain", "nadam", "muon", "adafactor", "po-lion", "po-lamb",
@@ -165,12 +165,12 @@ def test_coupled_decay_is_masked_with_the_update(name: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("kind,name", [(kind, name) for kind, names in DECAYS.items() for name in names])
-def test_anatomy_says_which_it_is(kind: str, name: str) -> None:
+def test_facts_say_which_it_is(kind: str, name: str) -> None:
     """Both ways to know: the table, where the class is in it, and the measurement."""
     params = make_params(BASES[name])
     base = build(BASES[name], params)
     for measure in (False, True):
-        facts = anatomy(base, base.param_groups[0], measure=measure)
+        facts = base_facts(base, base.param_groups[0], measure=measure)
         assert facts.refusal is None
         assert facts.decay == kind
     if kind == "coupled":

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchao.optim import AdamW8bit
 
 from selective import MGUP, AdaDiag, Cautious, Eigenbasis, SelectiveUpdate, Soap
-from selective.base.base_facts import anatomy, measured_moments
+from selective.base.base_facts import base_facts, measured_moments
 from selective.base.fused_rules import fused_rule
 from selective.preconditioner import Carry, Preconditioner
 from selective.rotation import carry as carry_module
@@ -129,7 +129,7 @@ def carrier_of(base: torch.optim.Optimizer) -> MomentCarrier:
     group = base.param_groups[0]
     rule = fused_rule(base)
     assert rule is not None
-    return MomentCarrier(base, moments_of(base, group, anatomy(base, group)), 1.0, True, "float32")
+    return MomentCarrier(base, moments_of(base, group, base_facts(base, group)), 1.0, True, "float32")
 
 
 def test_the_bound_of_adam_is_the_papers_sum() -> None:

@@ -47,7 +47,9 @@ BASES: dict[str, Any] = {
     "torchao-8bit": lambda ps: AdamW8bit(ps, lr=0.01),
 }
 CROSS: list[Any] = [("adamw", policy) for policy in POLICIES]
-CROSS += [(base, "mgup-momentum") for base in BASES if base != "adamw"]
+TWICE = ("adamw-fused",)  # steps by the same code as another one here
+CROSS += [(base, "mgup-momentum") for base in BASES if base not in ("adamw", *TWICE)]
+CROSS += [pytest.param(base, "mgup-momentum", marks=pytest.mark.slow) for base in TWICE]
 CROSS += [pytest.param(base, "dense", marks=pytest.mark.slow) for base in BASES if base != "adamw"]
 FAULTS_OF_BASES = {
     # A copy of it can't step by itself, which it does for what is not rotated in a dense group.
@@ -101,12 +103,15 @@ def test_conformance(base: str, policy: str) -> None:
     check(subject(base, policy), f"{base} {policy}" if base == "lion" else base)
 
 
-@pytest.mark.parametrize("base", ["adamw", "nadam", "adafactor"])
+EVERY_CAPTURE = ["adamw", pytest.param("nadam", marks=pytest.mark.slow), "adafactor"]
+
+
+@pytest.mark.parametrize("base", EVERY_CAPTURE)
 def test_conformance_with_the_mask_in_the_original_space(base: str) -> None:
     check(subject(base, "mgup", mask_space="original"), base)
 
 
-@pytest.mark.parametrize("base", ["adamw", "nadam", "adafactor"])
+@pytest.mark.parametrize("base", EVERY_CAPTURE)
 def test_conformance_with_a_first_step_that_only_makes_bases(base: str) -> None:
     waiting = subject(base, "dense", preconditioner=Turning(every=2, waits=True))
     reason = "after one step the base has made nothing yet of those that stood still"

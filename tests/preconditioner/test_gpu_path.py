@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -30,10 +32,21 @@ def run(name: str, backend: Any, dtype: torch.dtype, **options: Any) -> list[tor
     return [p.detach().float().cpu() for p in params]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("policy", [Dense(), CautiousMGUP(), Cautious(), MGUP()], ids=str)
-@pytest.mark.parametrize("name", ["adamw-foreach", "sgd-momentum", "adafactor"])
-@pytest.mark.parametrize("space", [Turning(every=2), Narrow()], ids=["turning", "narrow"])
+SPACES = {"turning": Turning(every=2), "narrow": Narrow()}
+NAMES = ["adamw-foreach", "sgd-momentum", "adafactor"]
+POLICIES = [Dense(), CautiousMGUP(), Cautious(), MGUP()]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def combinations() -> Iterator[Any]:
+    """All of them; half is slow, and what is not has every pair of two properties."""
+    for places in product(*map(range, (len(SPACES), len(NAMES), len(POLICIES), len(DTYPES)))):
+        space, name, policy, dtype = list(SPACES)[places[0]], NAMES[places[1]], POLICIES[places[2]], DTYPES[places[3]]
+        marks = [pytest.mark.slow] if sum(places) % 2 else []
+        yield pytest.param(SPACES[space], name, policy, dtype, marks=marks, id=f"{space}-{name}-{policy}-{dtype}")
+
+
+@pytest.mark.parametrize("space, name, policy, dtype", list(combinations()))
 def test_the_kernels_step_rotated_parameters_as_the_reference_does(
     space: Any, name: str, policy: Any, dtype: torch.dtype
 ) -> None:

@@ -352,7 +352,7 @@ def test_gradients_that_nobody_reads_are_not_looked_through(monkeypatch: pytest.
     params, optimizer = wrapped(preconditioner=Unread())
     give_grads(params, 0)
     with monkeypatch.context() as patch:
-        patch.setattr("selective.rotation.rotation.Rotation._look_at", looks)
+        patch.setattr("selective.rotation.rotation.Rotation._check_finite", looks)
         optimizer.step()
     assert int(optimizer.state[params[0]]["selective/basis/count"]) == 100
 

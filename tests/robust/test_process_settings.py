@@ -20,8 +20,8 @@ from torch.utils._device import _device_constructors
 
 import selective
 from selective import AdaDiag, CautiousMGUP, Eigenbasis, Magma, RandomMask, SelectiveUpdate, Soap
-from selective.base import clone as anatomy_clone
-from selective.base.base_facts import anatomy
+from selective.base import clone as clone_module
+from selective.base.base_facts import base_facts
 from selective.base.fused_rules import FusedAdam
 from selective.kernels import lasting as kernels_lasting
 from selective.kernels.cpu import chunks
@@ -283,15 +283,15 @@ class Plain(t.Optimizer):
 @pytest.mark.parametrize("setting", ["default device", "inference mode", "autocast", "float64"])
 def test_facts_are_measured_under_torchs_own_settings(setting: str, monkeypatch: Any) -> None:
     p = torch.nn.Parameter(torch.ones(4, 6))
-    usual = anatomy(Plain([p]), {"params": [p], "lr": 1e-2, "weight_decay": 0.1}, measure=True)
+    usual = base_facts(Plain([p]), {"params": [p], "lr": 1e-2, "weight_decay": 0.1}, measure=True)
     assert usual.decay == "decoupled"
     assert usual.momentum_key == "moment"
     monkeypatch.setattr("selective.base.base_facts._cache", {})
     with SETTINGS[setting]():
-        found = anatomy(Plain([p]), {"params": [p], "lr": 1e-2, "weight_decay": 0.1}, measure=True)
+        found = base_facts(Plain([p]), {"params": [p], "lr": 1e-2, "weight_decay": 0.1}, measure=True)
     assert found == usual
     if setting == "default device":  # the fault as it was
         monkeypatch.setattr("selective.base.base_facts._cache", {})
-        monkeypatch.setattr(anatomy_clone, "settings_of_torch", nullcontext)
+        monkeypatch.setattr(clone_module, "settings_of_torch", nullcontext)
         with SETTINGS[setting]():
-            assert anatomy(Plain([p]), {"params": [p], "lr": 1e-2, "weight_decay": 0.1}, measure=True) != usual
+            assert base_facts(Plain([p]), {"params": [p], "lr": 1e-2, "weight_decay": 0.1}, measure=True) != usual

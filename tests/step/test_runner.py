@@ -12,7 +12,7 @@ from torch import Tensor
 from selective import MGUP, Policy, PolicyError, SelectiveUpdate, Soap
 from selective.state.entries import BASIS_STEPS
 from selective.state.store import refresh
-from selective.statistics import Report
+from selective.statistics import StepStatistics
 from selective.step.run import StepRunner
 
 
@@ -21,7 +21,7 @@ class Fails(Policy):
         raise ZeroDivisionError("not this one")
 
 
-def jobs_of(runner: StepRunner, parts: Parts, report: Report | None = None) -> Any:
+def jobs_of(runner: StepRunner, parts: Parts, report: StepStatistics | None = None) -> Any:
     present = [plan.params.with_gradient() for plan in parts.groups.plans]
     return runner.jobs(parts.groups, present, report, recording=False)
 
@@ -49,7 +49,7 @@ def test_what_was_selected_is_reported() -> None:
     parts = parts_of(two_groups())
     refresh(parts.groups, parts.store)
     give_gradients(parts.base)
-    runner, report = StepRunner(parts.groups.options, parts.count, parts.store), Report()
+    runner, report = StepRunner(parts.groups.options, parts.count, parts.store), StepStatistics()
     with torch.no_grad():
         runner.run(jobs_of(runner, parts, report))
     assert report.read().keys() == {"param_groups[0][0]", "param_groups[1][0]"}

@@ -1,4 +1,4 @@
-"""The bases that tests wrap, by name: how to build each, what shapes and dtypes it takes, what it keeps."""
+"""The bases that tests wrap, by name, each with its constructor, the shapes and dtypes it takes, and its state."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LARGE = ((64, 64), (8,), (5000,))  # 8-bit states start at 4,096 elements
 
 @dataclass(frozen=True)
 class Base:
-    """One base: `make(params)`; the shapes it takes; whether it runs in low precision and in float64."""
+    """A base: `make(params)` builds it; the other fields say which shapes and dtypes it takes."""
 
     make: Callable[[list[Tensor]], Optimizer]
     shapes: tuple[tuple[int, ...], ...] = MIXED
     low: bool = True
     double: bool = True
     momentum: bool = True
-    residue: bool = False  # keeps what rounding takes from low-precision parameters
+    residue: bool = False  # it keeps the part that rounding takes from low-precision parameters
     way: str = "scratch"  # the capture that "auto" should take in float32
 
 
@@ -80,7 +80,7 @@ BASES: dict[str, Base] = {
 
 
 def build(base: Base, params: list[torch.nn.Parameter]) -> Optimizer:
-    """The optimizer; in float16 with an eps that does not round to zero there (torch's own default does)."""
+    """Build the optimizer. In float16 its eps does not round to zero, as torch's default would."""
     optimizer = base.make(params)
     for group in optimizer.param_groups:
         if params[0].dtype == torch.float16 and isinstance(group.get("eps"), float):
@@ -89,13 +89,13 @@ def build(base: Base, params: list[torch.nn.Parameter]) -> Optimizer:
 
 
 def make_params(base: Base, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.nn.Parameter]:
-    """Parameters of the base's shapes with standard normal values of that dtype."""
+    """Parameters of the base's shapes, with standard normal values in `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in base.shapes]
 
 
 def give_grads(params: list[torch.nn.Parameter], step: int, seed: int = 1, dtype: torch.dtype | None = None) -> None:
-    """The gradients of a step: correlated over steps, as real ones are, and representable in bfloat16."""
+    """Set the gradients of a step. They are correlated over steps, as real ones are, and exact in bfloat16."""
     for index, p in enumerate(params):
         mean = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed * 1000 + index))
         noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed * 1000 + 100 * (step + 1) + index))

@@ -1,4 +1,4 @@
-"""An optimizer of two groups, and everything that somebody may change in it between two steps."""
+"""An optimizer with two groups, and all changes that somebody may make to it between two steps."""
 
 from __future__ import annotations
 

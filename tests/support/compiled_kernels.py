@@ -1,7 +1,8 @@
-"""Every launch of some steps, compiled for a GPU that is not there, instead of being launched. Run as a program.
+"""A program that compiles every launch of some steps for a GPU that need not exist, instead of launching it.
 
-The interpreter takes what Triton's compiler refuses (a name that changes its type in a loop). Steps are taken on CPU
-tensors; no launch happens, and no step of ours looks at what one would have written. One line for each kernel.
+Triton's compiler refuses code that the interpreter accepts (a name that changes its type in a loop). The steps are
+taken on CPU tensors. No launch happens, and our steps do not read what one would have written. It prints a line for
+each kernel.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SHARDED = {
 
 
 class Compiler:
-    """Stands in for `launch.run`."""
+    """Takes the place of `launch.run`."""
 
     def __init__(self) -> None:
         self.done: set[Any] = set()

@@ -1,4 +1,4 @@
-"""Shards of a tensor without processes: what every rank has, and a sum over them."""
+"""Shards of a tensor without processes: every rank's part, and a sum over them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Cuts = Sequence[tuple[tuple[int, int], ...]]  # for each part of a dimension, it
 
 
 def parts(size: int, many: int) -> list[tuple[tuple[int, int], ...]]:
-    """torch.chunk: the last ones short or empty."""
+    """The parts that torch.chunk makes, of which the last are short or empty."""
     step = -(-size // many)
     edges = [(min(i * step, size), min((i + 1) * step, size)) for i in range(many)]
     return [((low, high - low),) if high > low else () for low, high in edges]
 
 
 def interleaved(size: int, many: int) -> list[tuple[tuple[int, int], ...]]:
-    """Strided: every part has some of the first half and some of the second."""
+    """Strided parts: each has some of the first half and some of the second."""
     half = size // 2
     first, second = parts(half, many), parts(size - half, many)
     found = []
@@ -35,7 +35,7 @@ def interleaved(size: int, many: int) -> list[tuple[tuple[int, int], ...]]:
 
 
 def cut(whole: Tensor, dim: int, many: int, how: Callable[[int, int], Any] = parts) -> list[tuple[Tensor, Shard]]:
-    """The parts along one dimension, with where they lie."""
+    """The parts along one dimension, each with its place."""
     runs = how(whole.shape[dim], many)
     pieces = sorted(run for some in runs for run in some)
     found = []
@@ -53,7 +53,7 @@ def cut(whole: Tensor, dim: int, many: int, how: Callable[[int, int], Any] = par
 
 
 def together(generators: Sequence[Any]) -> list[Any]:
-    """Take one generator a rank to their ends in lockstep; their results. All have to ask equally often."""
+    """Run a generator for each rank to its end, in lockstep. Returns their results. All must ask equally often."""
     results: list[Any] = [None] * len(generators)
     asked = [next(one, None) for one in generators]
     while asked[0] is not None:

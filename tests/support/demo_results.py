@@ -1,4 +1,4 @@
-"""What the files of `make demo` say, computed from the runs in them."""
+"""Results that the files of `make demo` state, computed from the runs in them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def best_rows(summary: Summary) -> dict[int, Any]:
 
 
 def less_time(result: dict[str, Any], contender: int) -> Interval:
-    """How many times as long AdamW took to its own final loss, paired by seed, both at their best rates."""
+    """The factor by which AdamW took longer to its own final loss, paired by seed, both at their best rates."""
     summary = summary_of(result)
     rows = best_rows(summary)
     run = {(r["contender"], r["lr"], r["seed"]): r for r in result["runs"]}

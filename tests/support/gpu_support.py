@@ -1,4 +1,4 @@
-"""What the tests of the GPU path share: steps by it and by the reference from one start, and what may differ."""
+"""Helpers for tests of the GPU path: steps by it and by the reference from one start, and their tolerances."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = {
 
 
 def few_samples(patch: pytest.MonkeyPatch) -> None:
-    """Brackets for tensors of more than 256 elements, so that small ones take every launch that large ones do."""
+    """Use brackets for tensors of more than 256 elements, so that small ones take every launch that large ones do."""
     from selective.kernels.gpu import configure
 
     patch.setattr(configure, "FEWEST_SAMPLES", 256)
@@ -31,14 +31,14 @@ def few_samples(patch: pytest.MonkeyPatch) -> None:
 
 
 def missing_brackets(patch: pytest.MonkeyPatch, width: float = -4.0) -> None:
-    """Brackets that are turned inside out, and so hold nothing."""
+    """Make brackets inside out, so that they hold nothing."""
     from selective.kernels.gpu import launch
 
     patch.setattr(launch, "WIDTH", width)
 
 
 def short_lists(patch: pytest.MonkeyPatch, capacity: int = 16) -> None:
-    """Lists of ties that overflow soon."""
+    """Make lists of ties overflow early."""
     from selective.kernels.gpu import launch
     from selective.kernels.gpu.device.top_k import settle
 
@@ -47,20 +47,20 @@ def short_lists(patch: pytest.MonkeyPatch, capacity: int = 16) -> None:
 
 
 def no_repair(patch: pytest.MonkeyPatch) -> None:
-    """Nobody mends what missed or overflowed: for the failing twins."""
+    """Skip the repair of brackets that missed and lists that overflowed, for the failing twins."""
     from selective.kernels.gpu.launch import Step
 
     patch.setattr(Step, "_repair", lambda self, *arguments, **named: None)
 
 
 def rule_on(rule: Rule, device: str) -> Any:
-    """The rule with its hyper-parameters that are tensors on this device."""
+    """The rule, with those hyper-parameters that are tensors moved to this device."""
     values = {f.name: getattr(rule, f.name) for f in fields(rule)}
     return replace(rule, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)})
 
 
 def copied(item: Item, device: torch.device | str | None = None) -> Item:
-    """An item with memory of its own; what was shared is shared again. Step counters of Adam stay on the host."""
+    """A copy of an item in memory of its own, with the same sharing. Step counters of Adam stay on the host."""
     seen: dict[int, Tensor] = {}
 
     def copy(x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def copied(item: Item, device: torch.device | str | None = None) -> Item:
 
 
 def made(rule: Rule, shape: Any, dtypes: Any = (F32, F32, F32), seed: int = 0, address: int = 5) -> Item:
-    """An item in mid-training, on the CPU (SGD with an even seed: before its first step)."""
+    """An item in mid-training, on the CPU. SGD with an even seed is before its first step."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(scale: float, dtype: torch.dtype) -> Tensor:
@@ -99,8 +99,10 @@ def made(rule: Rule, shape: Any, dtypes: Any = (F32, F32, F32), seed: int = 0, a
 
 
 def _off_the_border(param: Tensor, grad: Tensor, momentum: Tensor) -> None:
-    """Halve the momenta (in place) that would cancel against the gradient to something that only rounding decides the
-    sign of: with numbers of few digits, that happens."""
+    """Halve, in place, momenta that would cancel against the gradient so far that rounding decides the sign.
+
+    With numbers of few digits, that happens.
+    """
     p, g = param.double() / 8, grad.double()
     sums = [(0.9, 0.1), (0.99, 0.01), (0.9, 0.7), (0.9, 1.0), (0.81, 1.9)]  # weights of momentum and gradient
     for _ in range(20):
@@ -116,28 +118,28 @@ def _off_the_border(param: Tensor, grad: Tensor, momentum: Tensor) -> None:
 
 
 def gpu(item: Item, rule: Rule, **how: Any) -> Sums:
-    """One tensor's step by the GPU path."""
+    """Step one tensor by the GPU path."""
     how = {"draw": Draw(7, 3), "backend": "gpu", **how}
     (sums,) = selective_step([item], rule=rule_on(rule, str(item.param.device)), statistics=True, **how)
     return sums
 
 
 def reference(item: Item, rule: Rule, **how: Any) -> tuple[Item, Sums]:
-    """The same step of a copy on the CPU, by the reference."""
+    """Take the same step on a CPU copy, by the reference."""
     twin, how = copied(item, "cpu"), {"draw": Draw(7, 3), **how}
     (sums,) = selective_step([twin], rule=rule_on(rule, "cpu"), statistics=True, backend="reference", **how)
     return twin, sums
 
 
 def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance of neighbouring numbers of a dtype at x, float64."""
+    """The distance between neighbouring numbers of a dtype at x, in float64."""
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(x.abs().double().clamp(min=info.tiny))
     return info.eps * torch.exp2(exponent.double() - 1)
 
 
 def apart(a: Tensor, b: Tensor, size: Tensor) -> Tensor:
-    """How far two tensors of one dtype are apart, in spacings at `size`; 0 where both are NaN or the same infinity."""
+    """The distance of two tensors of one dtype, in spacings at `size`; 0 where both are NaN or the same infinity."""
     a, b, size = a.detach().cpu(), b.detach().cpu(), size.detach().cpu()
     assert a.dtype == b.dtype and a.shape == b.shape
     same = (a == b) | (a.isnan() & b.isnan())
@@ -145,7 +147,7 @@ def apart(a: Tensor, b: Tensor, size: Tensor) -> Tensor:
 
 
 def assert_same_sums(got: Sums, wanted: Sums, what: str = "") -> None:
-    """To 1e-5: float32 sums of some thousand squares, pairwise, each element some eps off. Counts exactly."""
+    """Require equal counts, and sums to 1e-5: pairwise float32 sums of some thousand squares, each a few eps off."""
     size = (float(wanted.update_sq) * float(wanted.grad_sq)) ** 0.5
     assert got.numel == wanted.numel, what
     for name in SUM_NAMES:
@@ -155,11 +157,11 @@ def assert_same_sums(got: Sums, wanted: Sums, what: str = "") -> None:
 
 
 def bound_of(start: Item, wanted: Item, rule: Rule | None = None) -> Tensor:
-    """How far two parameters may be apart, by rounding alone, float64.
+    """The largest distance of two parameters that rounding alone can make, in float64.
 
-    One spacing from the last two operations, which round alike but for what comes into them: an update, relative to
-    what its momentum was summed from (which may cancel). Six roundings of half an eps by the reference; by the kernels
-    four, and a root and a division that are one and two units off at most: together 8 eps.
+    One spacing is due to the last two operations, which round alike but have different inputs. The rest is due to the
+    update, relative to the terms of its momentum's sum (which may cancel). The reference has six roundings of half an
+    eps. The kernels have four, and a root and a division that are off by one and two units at most. Together: 8 eps.
     """
     before, after = start.param.detach().cpu().double(), wanted.param.double()
     first = next((k for k in ("exp_avg", "momentum_buffer") if k in wanted.state), None)
@@ -176,10 +178,10 @@ def bound_of(start: Item, wanted: Item, rule: Rule | None = None) -> Tensor:
 
 
 def assert_same_step(start: Item, got: Item, wanted: Item, what: str = "") -> None:
-    """Parameter, state and average of one step by two implementations.
+    """Compare parameter, state and average after one step by two implementations.
 
-    State is one spacing of what it is stored in apart at most, in float32 two: of two products and their sum, each
-    rounds one of the products and the sum, but not the same product. Spacings of the largest of the terms.
+    State differs by at most one spacing of its dtype, or two in float32: of two products and their sum, each side
+    rounds the sum and one of the products, but not the same product. Spacings are those of the largest term.
     """
     a, b = got.param.detach().cpu().double(), wanted.param.double()
     off = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs() / bound_of(start, wanted))
@@ -199,7 +201,7 @@ def assert_same_step(start: Item, got: Item, wanted: Item, what: str = "") -> No
 
 
 def assert_equal_items(a: list[Item], b: list[Item], what: str = "") -> None:
-    """Bit for bit."""
+    """Require the same bits in everything."""
     for x, y in zip(a, b, strict=True):
         assert torch.equal(x.param, y.param), what
         for mine, theirs in ((x.state, y.state), (x.policy_state, y.policy_state)):

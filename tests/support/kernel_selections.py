@@ -1,4 +1,4 @@
-"""Selections with a kernel of their own, and where their tests run it.
+"""Selections with a kernel of their own, and the device on which their tests run it.
 
 Without a CUDA device the kernels are interpreted on CPU tensors; with one, they are compiled.
 """
@@ -20,9 +20,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class FarUpdates(Selection):
-    """A plain function."""
+    """A selection whose kernel is a plain function."""
 
-    threshold: float = Field(6e-4, gt=0)  # not the learning rate, which is what all first updates of Adam are
+    threshold: float = Field(6e-4, gt=0)  # not the learning rate, which all first updates of Adam are
     reads: ClassVar = frozenset({"update"})
 
     @staticmethod
@@ -34,7 +34,7 @@ class FarUpdates(Selection):
 
 
 class AlongTheMomentum(Selection):
-    """Four numbers, all three tensors, in another order than the fields."""
+    """A selection whose kernel takes all three tensors and four numbers, in another order than the fields."""
 
     least: float = 0.01
     most: int = 4

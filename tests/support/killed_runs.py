@@ -1,7 +1,7 @@
-"""examples/checkpointed_training.py in processes that get SIGKILL at a moment of our choice.
+"""Runs examples/checkpointed_training.py in processes that get SIGKILL at a moment of our choice.
 
-They are forked off a nursery: a fresh interpreter that has trained two steps, so that torch and everything that a first
-step imports is there, and a process takes milliseconds, not seconds.
+They are forked off a nursery: a fresh interpreter that has trained two steps, so that torch and all imports of a first
+step are loaded, and a process starts in milliseconds, not seconds.
 """
 
 from __future__ import annotations
@@ -21,11 +21,18 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "checkpointed_training.py"
-MOMENTS = ("step", "open", "half written", "fsync", "replace", "replaced")  # all but the first: inside of a checkpoint
+MOMENTS = (
+    "step",
+    "open",
+    "half written",
+    "fsync",
+    "replace",
+    "replaced",
+)  # all but the first are inside of a checkpoint
 
 
 class Countdown:
-    """Kills its own process at one moment of a kind: the `number`-th that comes by."""
+    """Kills its own process at the `number`-th moment of one kind."""
 
     def __init__(self, moment: str | None, number: int) -> None:
         self.moment, self.left = moment, number
@@ -38,7 +45,7 @@ class Countdown:
 
 
 class HalfWritten:
-    """A file that is written in two parts, with a moment in between."""
+    """A file that is written in two parts, with a moment between them."""
 
     def __init__(self, file: Any, countdown: Countdown) -> None:
         self.file, self.countdown = file, countdown
@@ -60,7 +67,7 @@ class HalfWritten:
 
 
 def watched(example: ModuleType, countdown: Countdown) -> None:
-    """Have the example pass by the moments, without another line of its own."""
+    """Let the example pass the moments, without a change of its code."""
 
     def opened(*args: Any) -> HalfWritten:
         file = HalfWritten(open(*args), countdown)
@@ -68,7 +75,7 @@ def watched(example: ModuleType, countdown: Countdown) -> None:
         return file
 
     def fsync(number: int) -> None:
-        countdown.at("fsync")  # what it does about a machine that stops no test can see, and it takes its time
+        countdown.at("fsync")  # no test can see its effect on a machine that stops, and it is slow
 
     def replace(old: Path, new: Path) -> None:
         countdown.at("replace")
@@ -86,7 +93,7 @@ def watched(example: ModuleType, countdown: Countdown) -> None:
 
 
 def not_atomic(example: ModuleType) -> None:
-    """The obvious way: write over the old checkpoint."""
+    """Write over the old checkpoint, which is the obvious way, and wrong."""
 
     def write(path: Path, content: bytes) -> None:
         with example.open(path, "wb") as file:  # type: ignore[attr-defined]
@@ -96,7 +103,7 @@ def not_atomic(example: ModuleType) -> None:
 
 
 def go(folder: str, steps: int, atomic: bool = True, moment: str | None = None, number: int = 1) -> None:
-    """What a process does: train on from the last checkpoint."""
+    """The work of a process: train on from the last checkpoint."""
     spec = importlib.util.spec_from_file_location("checkpointed_training", EXAMPLE)
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
@@ -109,10 +116,10 @@ def go(folder: str, steps: int, atomic: bool = True, moment: str | None = None, 
 
 
 def nursery() -> None:
-    """For each line of JSON, arguments of `go`, fork a process; say its number, and what became of it."""
+    """Fork a process for each line of JSON, which has arguments of `go`. Print its number, and its end."""
     import torch
 
-    torch.set_num_threads(1)  # a process must not be forked off others' threads
+    torch.set_num_threads(1)  # a process with threads must not be forked
     with tempfile.TemporaryDirectory() as folder:
         go(folder, 2)
     for line in sys.stdin:
@@ -129,7 +136,7 @@ def nursery() -> None:
 
 
 class Nursery:
-    """Starts processes one after the other."""
+    """The parent's side of a nursery: starts processes one after the other."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -141,7 +148,7 @@ class Nursery:
         )
 
     def attempt(self, folder: Path, steps: int, *, seconds: float | None = None, **options: Any) -> int:
-        """Its exit code (-9: killed), after a kill from within at a moment, from without after some time, or none."""
+        """The exit code (-9: killed) of a process that is killed from within, from outside, or not at all."""
         folder.mkdir(exist_ok=True)
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps({"folder": str(folder), "steps": steps, **options}) + "\n")
@@ -149,7 +156,7 @@ class Nursery:
         child = int(self.process.stdout.readline())
         if seconds is not None:
             time.sleep(seconds)
-            with contextlib.suppress(ProcessLookupError):  # it has ended
+            with contextlib.suppress(ProcessLookupError):  # the process has ended
                 os.kill(child, signal.SIGKILL)
         return int(self.process.stdout.readline())
 

@@ -1,4 +1,4 @@
-"""Matrices that are hard on factorisations, and how far a basis is from orthogonal."""
+"""Matrices that are hard for factorisations, and measures of a basis."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def with_eigenvalues(values: Tensor, seed: int) -> Tensor:
 
 
 def hard_grams(n: int, seed: int = 0) -> dict[str, Tensor]:
-    """[n, n] each: condition 1e12, rank one, zero, repeated eigenvalues, the identity, tiny and huge numbers."""
+    """[n, n] matrices: condition 1e12, rank one, zero, repeated eigenvalues, the identity, tiny and huge numbers."""
     spread = torch.logspace(0, -12, n, dtype=F64)
     first, pairs = torch.zeros(n), torch.ones(n)
     first[0], pairs[n // 2 :] = 1, 0.25
@@ -44,6 +44,6 @@ def orthogonality(basis: Tensor) -> float:
 
 
 def apart(first: Tensor, second: Tensor) -> float:
-    """The largest distance of two bases' columns, as unit vectors and whatever their signs, in float64."""
+    """The largest distance of two bases' columns as unit vectors, whatever their signs, in float64."""
     a, b = (torch.nn.functional.normalize(x.to(F64), dim=-2) for x in (first, second))
     return float(torch.minimum((a - b).norm(dim=-2), (a + b).norm(dim=-2)).max())

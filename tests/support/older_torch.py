@@ -1,4 +1,4 @@
-"""What bases got wrong in versions of torch that we support, and in the versions of torchao that go with those."""
+"""Faults of bases in versions of torch that we support, and in the versions of torchao that go with those."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import torch
 
-# Seen with torch 2.11, mended by 2.13: Adagrad made its state in the constructor only, Adafactor's copies lacked a key.
+# Seen with torch 2.11, mended in 2.13: Adagrad made its state in the constructor only, Adafactor's copies lacked a key.
 FAULTS_OF_OLDER_TORCH = {
     "adagrad": {"add_param_group_reaches_the_base", "parameters_may_be_swapped"},
     "adafactor": {"copies_step_as_the_original"},
@@ -14,7 +14,7 @@ FAULTS_OF_OLDER_TORCH = {
 
 
 def faults_of_older_torch(base: str) -> set[str]:
-    """Conformance checks that this base fails by itself with what is installed."""
+    """The conformance checks that this base fails by itself in the installed versions."""
     if base == "torchao-8bit":  # 0.15, which goes with torch 2.9, steps with a tensor as `lr` only
         return {"schedulers_reach_the_base"} if _numbers(version("torchao")) <= (0, 15) else set()
     older = _numbers(torch.__version__) < (2, 13)

@@ -1,4 +1,4 @@
-"""Which packages of other people are missing here, and what they warn of by themselves."""
+"""Packages of other people: those that are missing here, and warnings that they raise themselves."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# Beginnings of messages, all of Lightning's. `python -W` compares them as they stand.
+# Beginnings of messages, all of Lightning's. `python -W` compares them literally.
 THEIR_WARNINGS = (
     "`isinstance(treespec, LeafSpec)`",
     "The 'train_dataloader' does not have many workers",
-    "Checkpoint directory",  # exists and is not empty: that of the run that is resumed
+    "Checkpoint directory",  # exists and is not empty: the directory of the run that is resumed
 )
 
 
 def missing(names: Iterable[str]) -> list[str]:
-    """Those that can't be imported: not installed, or shadowed.
+    """The packages that can't be imported, because they are not installed or shadowed.
 
     transformers takes our folder `kernels/` for the package of that name where the repository is on `sys.path`.
     """

@@ -1,4 +1,4 @@
-"""Runs random programs, and holds an optimizer to its promises after each step of them."""
+"""Runs random programs, and checks an optimizer's promises after each of their steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def globals_of_torch() -> Any:
 
 
 class Program:
-    """Runs the operations on the optimizer, its twins that were loaded or copied on the way, and a plain base."""
+    """Runs the operations on the optimizer, on twins that were loaded or copied meanwhile, and on a plain base."""
 
     def __init__(self, made: Made) -> None:
         self.made, self.steps = made, 0
@@ -58,7 +58,7 @@ class Program:
             self.check_top_k(optimizer)
 
     def check_top_k(self, optimizer: SelectiveUpdate) -> None:
-        """K = int(fraction · n) coordinates of every tensor that stepped, to the element, where K is not 0."""
+        """Require exactly K = int(fraction · n) selected coordinates of every tensor that stepped, if K is not 0."""
         found = optimizer.statistics()
         for number, (group, policy) in enumerate(zip(optimizer.param_groups, optimizer.policy_groups, strict=True)):
             selection = (policy.policy.parts() or (None,))[0]
@@ -86,7 +86,7 @@ class Program:
         self.join(self.all[-1].copied(way))
 
     def join(self, twin: Running) -> None:
-        """The twin goes on beside the original; its state is the same, to the byte."""
+        """Let the twin go on beside the original. Its state must be the same, to the byte."""
         ours, theirs = (bytes_of(one.optimizer.state_dict()) for one in (self.all[-1], twin))
         found = difference(ours, theirs)
         assert found is None, found
@@ -106,9 +106,10 @@ class Program:
             self.plain = None
 
     def takes(self, policy: Any) -> bool:
-        """Not one that reads a momentum, where there is no `momentum_beta`: the base may have none.
+        """True if the policy can be set now.
 
-        Nor any where all groups were dense until now: nothing of ours was saved then, the count of steps neither.
+        It can't if it reads a momentum without `momentum_beta`, because the base may have none; nor if all groups were
+        dense until now, because then nothing of ours was saved, not even the count of steps.
         """
         if not self.all[0].optimizer.store.table and len(self.all) > 1:
             return False
@@ -130,7 +131,7 @@ class Program:
             one.zero_grad(set_to_none=to_none)
 
     def read(self) -> None:
-        """What only looks changes nothing: the comparison with twins and base goes on."""
+        """Read what can be read. That changes nothing: the comparison with twins and base goes on."""
         optimizer = self.all[0].optimizer
         optimizer.explain()
         optimizer.state_dict()

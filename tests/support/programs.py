@@ -1,4 +1,4 @@
-"""Random programs over an optimizer, for hypothesis: what it is made of, and what is done with it in which order."""
+"""Random programs over an optimizer, for hypothesis: its parts, and a sequence of operations on it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ BASES: dict[str, tuple[Callable[..., Any], bool]] = {
     "rmsprop": (lambda g: t.RMSprop(g, lr=1e-3, eps=1e-4), False),
     "optimi-adamw": (lambda g: optimi.AdamW(g, lr=1e-2, eps=1e-4), True),
 }
-NOT_COPIED = ("lion",)  # plain ones can't step either after deepcopy or pickle: an attribute is lost
+NOT_COPIED = ("lion",)  # after deepcopy or pickle, a plain one can't step either: it loses an attribute
 POLICIES: list[Policy] = [
     Dense(), MGUP(), CautiousMGUP(), Cautious(), Grams(), Magma(), SkipUpdate(), RandomMask(), AlphaConsistency(),
     Policy(selection=TopK(fraction=0.3), strength=Fixed()),
@@ -67,14 +67,14 @@ PRECONDITIONERS: list[Any] = [
 
 @dataclass
 class Made:
-    """What a program begins with. `make()` builds the same again."""
+    """The optimizer that a program begins with. `make()` builds the same again."""
 
     shapes: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
     transposed: list[bool]
     base: str
-    policies: list[Policy]  # of two groups
-    cut: int  # so many parameters are in the first
+    policies: list[Policy]  # those of two groups
+    cut: int  # the number of parameters in the first group
     preconditioner: Any
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -86,7 +86,7 @@ class Made:
         return SelectiveUpdate(self.plain(params, selective=True), policy=self.policies[0], **options)
 
     def capture_is_right(self) -> bool:
-        """Whether the drawn capture goes with the base; it is refused at once else, or when a dense group is not."""
+        """True if the drawn capture suits the base. Another is refused at once, or when a dense group is masked."""
         try:
             SelectiveUpdate(self.plain(), policy=RandomMask(), preconditioner=self.preconditioner, **self.options)
         except ValueError as error:
@@ -114,7 +114,7 @@ def values(shape: tuple[int, ...], seed: int) -> Tensor:
 def beginnings(draw: st.DrawFn) -> Made:
     base = draw(st.sampled_from(sorted(BASES)))
     shapes = draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4))
-    if base == "adafactor":  # torch's own makes NaN of an empty one's mean, and refuses 0-d ones
+    if base == "adafactor":  # torch's own makes NaN of an empty tensor's mean, and refuses 0-d tensors
         shapes = [shape if shape and 0 not in shape else (4, 3) for shape in shapes]
     one = draw(st.sampled_from(DTYPES))
     dtypes = [draw(st.sampled_from(DTYPES)) for _ in shapes] if draw(st.booleans()) else [one] * len(shapes)
@@ -139,14 +139,14 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 
 
 def give(optimizer: torch.optim.Optimizer, step: int, missing: int) -> None:
-    """The gradients of a step; bit i of `missing`: the i-th parameter has none."""
+    """Set the gradients of a step. If bit i of `missing` is set, the i-th parameter gets none."""
     for index, p in enumerate(params_of(optimizer)):
         p.grad = None if missing >> index & 1 else values(tuple(p.shape), 1000 * step + index).to(p.dtype)
 
 
 @dataclass
 class Running:
-    """An optimizer in mid-program, and what has to be done to a fresh one to make it load this one's checkpoint."""
+    """An optimizer in mid-program, and the changes that let a fresh one load its checkpoint."""
 
     made: Made
     optimizer: SelectiveUpdate
@@ -157,7 +157,7 @@ class Running:
         self.structure.append(change)
 
     def reloaded(self) -> Running:
-        """A fresh one, with parameters and checkpoint as they come out of a file. Gradients are not in it."""
+        """A fresh one, with parameters and checkpoint as they come out of a file. It has no gradients."""
         params, state = through_a_file(([p.detach() for p in params_of(self.optimizer)], self.optimizer.state_dict()))
         fresh = self.made.make()
         for change in self.structure:

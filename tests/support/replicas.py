@@ -1,6 +1,6 @@
-"""Replicas over gloo: a process for each rank, which trains every configuration that it is given, one after the other.
+"""Replicas over gloo: a process for each rank, which trains all configurations one after the other.
 
-Run as a script, one for each rank: torch is imported once for all configurations. What it finds goes to a file.
+It runs as a script for each rank, so that torch is imported once for all configurations, and writes to a file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 def digest(optimizer: SelectiveUpdate) -> str:
-    """Of parameters and all state but the seed, which one of the twins has of each rank's own."""
+    """A digest of parameters and all state but the seed, which differs between the ranks of one of the twins."""
     found = hashlib.sha256()
     state = optimizer.state_dict()["state"]
     for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
@@ -48,10 +48,10 @@ def digest(optimizer: SelectiveUpdate) -> str:
 
 
 def trained(rank: int, how: Configuration) -> list[str]:
-    """The digests after a few of the steps: the same on all ranks."""
+    """The digests after some of the steps, which must be the same on all ranks."""
     torch.manual_seed(0)
     model = Net()
-    torch.manual_seed(1000 + rank)  # each rank's own: policies must not draw from it
+    torch.manual_seed(1000 + rank)  # a seed for each rank: policies must not draw from it
     ours: nn.Module = model
     if how.get("ddp", True):
         ours = DistributedDataParallel(model, static_graph=how.get("static_graph", False))
@@ -59,7 +59,7 @@ def trained(rank: int, how: Configuration) -> list[str]:
     seed = rank if how.get("seed_of_rank") else 0
     optimizer = SelectiveUpdate(base, policy=how["policy"], preconditioner=how.get("preconditioner"), seed=seed)
     found = []
-    steps = STEPS + (3 * rank if how.get("join") else 0)  # uneven: the others shadow what is left
+    steps = STEPS + (3 * rank if how.get("join") else 0)  # uneven: ranks that are done shadow the others' steps
     with ours.join() if how.get("join") else nullcontext():  # type: ignore[operator]
         for step in range(steps):
             torch.rand(1 + rank)  # the global generators drift apart
@@ -82,11 +82,11 @@ def main(rank: int, world: int, folder: Path) -> None:
     found = {name: trained(rank, how) for name, how in configurations.items()}
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
-    os._exit(0)  # gloo's threads, at the interpreter's end, have been seen to abort a process that had all results
+    os._exit(0)  # when the interpreter ends, gloo's threads have aborted processes that had all results
 
 
 def train_replicas(world: int, configurations: dict[str, Configuration], folder: Path) -> dict[str, list[list[str]]]:
-    """For each configuration, every rank's digests."""
+    """The digests of every rank, for each configuration."""
     (folder / "configurations.json").write_text(json.dumps(configurations))
     commands = [[sys.executable, __file__, str(rank), str(world), str(folder)] for rank in range(world)]
     logs = [(folder / f"{rank}.log") for rank in range(world)]

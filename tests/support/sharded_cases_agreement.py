@@ -1,4 +1,4 @@
-"""What ranks have to decide alike: steps that are skipped, errors, what is refused before anything has moved."""
+"""Decisions that all ranks have to make alike: skipped steps, errors, refusals before anything has moved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selective import MGUP, Cautious, SelectiveUpdate, Soap
 
 
 def _spoil(run: Run, rank: int, world: World) -> None:
-    """NaN in one element of the second parameter's gradient, on one rank only."""
+    """Put NaN in one element of the second parameter's gradient, on one rank only."""
     grad = run.params[1].grad
     assert isinstance(grad, DTensor)
     if world.rank == rank:
@@ -26,7 +26,7 @@ def _given(run: Run) -> None:
 
 
 def skipped_by_all(world: World) -> None:
-    """NaN on one rank: with "skip" no rank steps, and the next step is the first; with "raise" all raise by name."""
+    """With a NaN on one rank, "skip" lets no rank step, and the next step is the first; "raise" names it on all."""
     mesh = world.mesh(world.size)
     for rank in range(world.size):
         run = Run(adamw, {"policy": MGUP(), "on_nonfinite": "skip"}, mesh)
@@ -46,13 +46,13 @@ def skipped_by_all(world: World) -> None:
 
 
 def learning_rate_zero(world: World) -> None:
-    """A warm-up begins at 0: no rank takes it for torch's initialisation step, if only one has a gradient there."""
+    """No rank takes a warm-up's rate of 0 for torch's initialisation step if one rank has a gradient."""
     run = Run(sgd, {"policy": Cautious()}, world.mesh(world.size))
     run.optimizer.param_groups[0]["lr"] = 0.0
     for p in run.params:
         whole = torch.zeros(p.shape)
         if p.dim() and p.shape[0] == 24:
-            whole[0] = 1.0  # on the first rank alone
+            whole[0] = 1.0  # on the first rank only
         p.grad = run.cut(whole)
     run.optimizer.step()
     assert run.optimizer.count.steps == 1
@@ -63,7 +63,7 @@ def learning_rate_zero(world: World) -> None:
 
 
 def partial_gradients_are_summed(world: World) -> None:
-    """A gradient that is still to be summed over ranks, as tensor parallelism may leave it."""
+    """A gradient that is not summed over ranks yet, as tensor parallelism may leave it, is summed."""
     mesh = world.mesh(world.size)
     whole = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     single, ours = nn.Parameter(whole.clone()), nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
@@ -75,7 +75,7 @@ def partial_gradients_are_summed(world: World) -> None:
 
 
 def preconditioners_leave_shards_alone(world: World) -> None:
-    """... with the reason, and the selection goes on as without."""
+    """Preconditioners leave shards alone and say why, and the selection goes on as without them."""
     mesh = world.mesh(world.size)
     run = Run(adamw, {"policy": MGUP(), "preconditioner": Soap(gather_up_to=0)}, mesh).train(range(2))
     single = Run(adamw, {"policy": MGUP()}).train(range(2))
@@ -84,7 +84,7 @@ def preconditioners_leave_shards_alone(world: World) -> None:
 
 
 def refused_where_it_is_wrapped(world: World) -> None:
-    """A placement that is no cut: an error on every rank, no one waits."""
+    """A placement that cuts nothing is an error on every rank, and no rank waits."""
     mesh = world.mesh(world.size)
     p = nn.Parameter(DTensor.from_local(torch.ones(4, 3), mesh, [Partial()]))
     with pytest.raises(ValueError, match=r"param_groups\[0\]\[0\]' has the placement P"):

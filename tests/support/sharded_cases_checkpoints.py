@@ -1,4 +1,4 @@
-"""Saved on n ranks, loaded on m: the run goes on as if nothing had been, bit for bit, with gradients that are given."""
+"""Checkpoints saved on n ranks and loaded on m: with given gradients, the run goes on bit for bit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CONFIGURATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 class Training:
-    """The model and its optimizer: unwrapped where there is no mesh, else cut over it."""
+    """The model and its optimizer: in one process without a mesh, else cut over it."""
 
     def __init__(self, name: str, mesh: Any = None, cut: Any = by_rows) -> None:
         base, options = CONFIGURATIONS[name]
@@ -92,7 +92,7 @@ def _same(found: list[Tensor], wanted: list[Tensor], what: str) -> None:
 
 
 def resharded_in_a_run(world: World) -> None:
-    """1, 2, 4 ranks, 1 again, each from the files of the one before; and by columns."""
+    """A run on 1, 2, 4 and 1 ranks in turn, each from the files of the one before; and by columns."""
     for number, name in enumerate(CONFIGURATIONS):
         flatten = number % 2 == 1
         undisturbed = Training(name).train(range(8)).values()
@@ -110,7 +110,7 @@ def resharded_in_a_run(world: World) -> None:
 
 
 def full_state_goes_both_ways(world: World) -> None:
-    """The full state dict of a sharded run in a single-device run, and back."""
+    """The full state dict of a sharded run loads in a single-device run, and the other way round."""
     mesh = world.mesh(world.size)
     full = StateDictOptions(full_state_dict=True)
     for name in CONFIGURATIONS:
@@ -137,7 +137,7 @@ def full_state_goes_both_ways(world: World) -> None:
 
 
 def state_dict_of_torch(world: World) -> None:
-    """`state_dict()` and `load_state_dict()` on one layout; every tensor shaped like the parameter is cut as it is."""
+    """On one layout, tensors shaped like the parameter are cut as it is, in `state_dict()` and after a load."""
     mesh = world.mesh(world.size)
     for name in CONFIGURATIONS:
         undisturbed = Training(name).train(range(4)).values()
@@ -155,7 +155,7 @@ def state_dict_of_torch(world: World) -> None:
 
 
 def state_made_early(world: World) -> None:
-    """`init_state()` makes what the first step would, cut as the parameters are, and moves nothing."""
+    """`init_state()` makes the state that the first step would make, cut as the parameters, and moves nothing."""
     mesh = world.mesh(world.size)
     for name in CONFIGURATIONS:
         if "NAdam" in name:
@@ -171,9 +171,9 @@ def state_made_early(world: World) -> None:
 
 
 def read_before_the_first_step(world: World) -> None:
-    """torch makes state with a step of its own then: nothing moves, and the run goes on as one on one device does.
+    """Before the first step torch makes state with a step of its own: nothing moves, and the run is one device's.
 
-    (There, too, the base counts that step.)
+    (On one device, too, the base counts that step.)
     """
     mesh = world.mesh(world.size)
     for name in ("MGUP, AdamW", "Magma, Lion"):
@@ -193,7 +193,7 @@ def read_before_the_first_step(world: World) -> None:
 
 
 def zero_redundancy(world: World) -> None:
-    """Each rank wraps its share of the parameters; what was consolidated on one resumes on all, bit for bit."""
+    """Each rank wraps its share of the parameters. A state consolidated on one resumes on all, bit for bit."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     def build() -> Any:

@@ -1,4 +1,4 @@
-"""FSDP1 joins parameters into flat ones: selection on those is refused, and a dense group is the base's alone."""
+"""FSDP1, which joins parameters into flat ones: selection on those is refused, and dense groups are the base's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _wrapped(model: torch.nn.Module, original: bool) -> Any:
 
 
 def _said(call: Callable[[], Any]) -> str:
-    """The message of the ValueError that `call` raises; empty where it raises none."""
+    """The message of the ValueError that `call` raises; empty if it raises none."""
     try:
         call()
     except ValueError as error:
@@ -43,7 +43,7 @@ def refused_where_it_is_made(world: World) -> None:
 
 
 def refused_when_the_model_is_wrapped_later(world: World) -> None:
-    """Named by the first thing that is done with the optimizer, whichever that is; nothing has moved."""
+    """The first use of the optimizer, whatever it is, refuses by name, and nothing has moved."""
     found = []
     for use in ("explain", "state_dict", "step", "optim_state_dict", "add_param_group"):
         model = _model()
@@ -61,7 +61,7 @@ def refused_when_the_model_is_wrapped_later(world: World) -> None:
 
 
 def dense_groups_are_the_bases(world: World) -> None:
-    """Without selection and rotation a step is the base's own, and torch saves its state."""
+    """Without selection and rotation a step is the base's own, and torch can save its state."""
     runs = []
     for wrap in (False, True):
         sharded = _wrapped(_model(), original=True)
@@ -80,7 +80,7 @@ def dense_groups_are_the_bases(world: World) -> None:
 
 
 def unrefused_it_fails_late(world: World) -> None:
-    """The twin: without the check a step goes through, and what cannot be saved is noticed by torch, much later."""
+    """The failing twin: without the check a step goes through, and much later torch finds that it can't save."""
     real, arguments._FLATTENED = arguments._FLATTENED, "_no_such_mark"
     said = ""
     try:
@@ -90,7 +90,7 @@ def unrefused_it_fails_late(world: World) -> None:
         optimizer.step()
         try:
             FSDP.optim_state_dict(sharded, optimizer)
-        except Exception as error:  # whatever it is: an assertion, or a size that does not fit
+        except Exception as error:  # torch raises an assertion, or an error about sizes, by version
             said = f"{type(error).__name__}: {error}"
     finally:
         arguments._FLATTENED = real

@@ -1,4 +1,4 @@
-"""Policies with code of their own on shards: what they see, what they are told of the whole, what they keep."""
+"""Policies with code of their own on shards: the tensors and whole-tensor numbers they see, and their state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selective.policies.view import StepView
 
 
 class Whole(Policy):
-    """Sees whole tensors, as policies do unless they say otherwise; keeps state of both kinds."""
+    """Sees whole tensors, as policies do by default, and keeps state of both kinds."""
 
     def init_state(self, view: StepView) -> dict[str, Tensor]:
         return {"seen": torch.zeros((), device=view.device), "last": torch.zeros(view.shape, device=view.device)}
@@ -54,7 +54,7 @@ class ByRow(Policy):
 
 
 def own_code_in_every_layout(world: World) -> None:
-    """The same bits as on one device, fused and through scratch."""
+    """Own code gives the same bits as on one device, fused and through scratch."""
     for policy in (Whole(), Elementwise(), ByRow()):
         for base in (adamw, nadam) if isinstance(policy, Whole) else (adamw,):
             single = Run(base, {"policy": policy}).train(range(2))
@@ -79,7 +79,7 @@ def state_is_cut_as_the_parameter(world: World) -> None:
 
 
 def what_is_gathered(world: World) -> None:
-    """Whole tensors are gathered, and `explain()` says so; shards by element, or of whole rows, are not."""
+    """Whole tensors are gathered, and `explain()` says so; shards for scope element, or of whole rows, are not."""
     mesh = world.mesh(world.size)
     for policy, place, gathers in ((Whole(), rows, True), (ByRow(), rows, False), (ByRow(), columns, True)):
         run = Run(adamw, {"policy": policy, "statistics": False}, mesh, place, shapes=[(8, 6), (12, 4)])
@@ -95,7 +95,7 @@ def what_is_gathered(world: World) -> None:
 
 
 def an_error_puts_parameters_back(world: World) -> None:
-    """A policy that raises, on all ranks: parameters are as they were, and training goes on."""
+    """After a policy has raised on all ranks, parameters are as before, and training goes on."""
     run = Run(adamw, {"policy": Raises()}, world.mesh(world.size))
     before = run.values()
     with pytest.raises(RuntimeError, match="Raises failed in step 0"):

@@ -1,11 +1,11 @@
-"""Rotated matrices whose rows, or whose columns, are shared out: the same basis on every rank, the step of one device.
+"""Rotated matrices whose rows or columns are cut over ranks: the same basis on every rank, the step of one device.
 
-Tolerances. From one stored basis, products are made of other numbers of rows, float32: some 1e-7 of the largest element
-in each step, which a learning rate of 1e-2 turns into far less than CLOSE; one coordinate that is selected otherwise
-makes 1e-3 and more. Where the run computes its bases, Gram matrices are sums in another order, and eigenvectors differ
-by that over the distance of their eigenvalues; for full-rank gradients (as many rows as columns at least) that is less
-than NEAR. Of gradients with a null space any basis of that is right, and which one it is hangs on the last bit: there
-only the loss is compared.
+Tolerances. From one stored basis, products have other numbers of rows, in float32: they differ by about 1e-7 of the
+largest element in each step, which a learning rate of 1e-2 turns into far less than CLOSE. One coordinate that is
+selected differently makes 1e-3 and more. If the run computes its bases, Gram matrices are summed in another order, and
+eigenvectors differ by that over the distance of their eigenvalues. For full-rank gradients (at least as many rows as
+columns) that is less than NEAR. If gradients have a null space, any basis of it is right, and the last bit decides
+which one comes out: then only the loss is compared.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def options(policy: Policy, preconditioner: Preconditioner, **more: Any) -> dict
 
 
 def layouts(world: World, everywhere: bool = True) -> Iterator[tuple[str, Any, Place, Any]]:
-    """Name, mesh, placement, and the side that is whole."""
+    """Yield name, mesh, placement and whole side of each layout."""
     for size in range(1, world.size + 1):
         mesh = world.mesh(size)
         if mesh is not None and (everywhere or size == 3):
@@ -68,7 +68,7 @@ def layouts(world: World, everywhere: bool = True) -> Iterator[tuple[str, Any, P
 
 
 def load(into: Run, saved: dict[str, Any]) -> Run:
-    """A whole checkpoint: what is shaped like the parameter is cut as that is."""
+    """Load a whole checkpoint. Tensors shaped like the parameter are cut as it is."""
     state = {}
     for (index, entries), p in zip(sorted(saved["state"].items()), into.params, strict=True):
         state[index] = {k: into.cut(whole(v)) if v.shape == p.shape else v for k, v in entries.items()}
@@ -80,7 +80,7 @@ def load(into: Run, saved: dict[str, Any]) -> Run:
 
 
 def saved(run: Run) -> dict[str, Any]:
-    """A copy: torch's checkpoints share the tensors of the run."""
+    """A copy of the run's checkpoint, because torch's checkpoints share the tensors of the run."""
     return copy.deepcopy({**run.optimizer.state_dict(), "values": run.values()})
 
 
@@ -105,7 +105,7 @@ CASES: dict[str, tuple[Make, Policy, dict[str, Any]]] = {
 
 
 def from_a_stored_basis(world: World, everywhere: bool = False) -> None:
-    """Checkpoints of one device go on in every layout, to rounding; no basis is made there."""
+    """Checkpoints of one device go on in every layout, up to rounding, without new bases."""
     wrong, cuts = [], list(layouts(world, everywhere))
     for name, (base, policy, more) in CASES.items():
         for layout, mesh, place, side in cuts:
@@ -125,7 +125,7 @@ def from_a_stored_basis_everywhere(world: World) -> None:
 
 
 def low_precision(world: World) -> None:
-    """bfloat16, rounded stochastically by the element's place in the whole: all but a few round the same way."""
+    """In bfloat16, rounded stochastically by the element's place in the whole, all but a few round the same way."""
     more = {"stochastic_rounding": True}
     for _, mesh, place, side in layouts(world, everywhere=False):
         fixed: dict[str, Any] = {**EVERY, "refresh_every": 1000}
@@ -139,7 +139,7 @@ def low_precision(world: World) -> None:
 
 
 def from_its_own_bases(world: World) -> None:
-    """... and where it makes them: with averages and from the gradient itself, with every solver."""
+    """A run that makes its bases, from averages or the gradient, with every solver, ends as on one device."""
     wrong, everywhere = [], list(layouts(world))
     for solver, statistic in (("eigh", "ema"), ("cholesky", "ema"), ("qr", "ema"), ("svd", "gradient")):
         for layout, mesh, place, side in everywhere:
@@ -153,12 +153,12 @@ def from_its_own_bases(world: World) -> None:
 
 
 def parts_that_are_not_summed_differ(world: World) -> None:
-    """The failing twin: each rank for itself gives other bases."""
-    real = rotation_shards._summed
+    """The failing twin: ranks that don't sum get different bases."""
+    real = rotation_shards.all_reduced
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             rotation_shards,
-            "_summed",
+            "all_reduced",
             lambda v, c, g: real(v, c, g) if v[0].dtype == torch.int32 else [torch.clone(x) for x in v],
         )
         how = options(Dense(), Eigenbasis(**EVERY))
@@ -168,7 +168,7 @@ def parts_that_are_not_summed_differ(world: World) -> None:
 
 
 def the_same_bits_on_all_ranks(world: World) -> None:
-    """Bases and what is counted, with replicas too; also with bases that are warm."""
+    """Bases and counts are the same bits on all ranks, with replicas, too, and with warm bases."""
     for layout, mesh, place, _ in layouts(world):
         if mesh.size() < world.size:
             continue
@@ -182,7 +182,7 @@ def the_same_bits_on_all_ranks(world: World) -> None:
 
 
 def what_is_sent(world: World) -> None:
-    """Nothing in a step without a refresh; else two all-reduces, of as many bytes as docs/sharded.md says."""
+    """A step without a refresh sends nothing; one with a refresh sends two all-reduces of the documented bytes."""
     mesh = world.mesh(world.size)
     for statistic in ("ema", "gradient"):
         for place, shapes in ((rows, TALL), (columns, WIDE)):
@@ -204,7 +204,7 @@ def what_is_sent(world: World) -> None:
 
 
 def taking_turns(world: World) -> None:
-    """Staggered, with statistics and top-K: refreshes add two to what the policy sends."""
+    """With staggered refreshes, statistics and top-K, refreshes add two all-reduces to those of the policy."""
     how = options(MGUP(), Eigenbasis(sides="unsharded", refresh_every=5))
     run = Run(adamw, how, world.mesh(world.size)).train(range(12))
     with counted() as found:
@@ -218,7 +218,7 @@ def taking_turns(world: World) -> None:
 
 
 def not_finite_on_one_rank(world: World) -> None:
-    """In the step of a refresh no rank gets a new basis; in another one, that part of the gradient is not counted."""
+    """After NaN in a refresh's step no rank gets a new basis; in other steps, that part of the gradient is left out."""
     mesh = world.mesh(world.size)
     for statistic in ("ema", "gradient"):
         how = Eigenbasis(**{**EVERY, "statistic": statistic})
@@ -245,7 +245,7 @@ def not_finite_on_one_rank(world: World) -> None:
 
 
 def saved_between_refreshes(world: World) -> None:
-    """On 2, 4, 1 and 4 ranks in turn, each from the one before; ends where the undisturbed run does."""
+    """A run on 2, 4, 1 and 4 ranks in turn, each from the one before, ends where the undisturbed run does."""
     wrong = []
     for policy, base in ((Dense(), adamw), (Cautious(), BASES["Lion"])):
         for place, shapes, side in ((rows, TALL, "columns"), (columns, WIDE, "rows")):
@@ -280,7 +280,7 @@ class Rotated(Training):
 
 
 def saved_by_torch(world: World) -> None:
-    """Files of 4 ranks, read on 2 and on one: whole averages, and the run goes on, flattened or not."""
+    """Files of 4 ranks, read on 2 and on one, have whole averages, and the run goes on, flattened or not."""
     mesh, pair = world.mesh(world.size), world.mesh(2)
     for flatten in (False, True):
         run, folder = Rotated(mesh).train(range(12)), world.folder / f"rotated {flatten}"
@@ -303,7 +303,7 @@ def saved_by_torch(world: World) -> None:
 
 
 def what_is_left_alone(world: World) -> None:
-    """... and the reason: other sides, two dimensions, bases that step by themselves, somebody's own code."""
+    """Some parameters are left alone, with a reason: other sides, two dimensions, unusual bases, foreign code."""
     mesh, square = world.mesh(world.size), world.mesh(2, 2, names=("a", "b"))
 
     def said(base: Make, how: Preconditioner, mesh: Any = mesh, place: Place = rows) -> str:
@@ -324,7 +324,7 @@ def what_is_left_alone(world: World) -> None:
     joined = Run(adamw, options(MGUP(), Eigenbasis(sides="unsharded"), matrix_view="rows:2"), mesh, shapes=TALL[:1])
     assert "makes 2 matrices of it" in joined.optimizer.explain()
     one = Run(adamw, options(MGUP(), Soap(gather_up_to=0)), world.mesh(1) or mesh, shapes=TALL)
-    assert ("none of them" in one.optimizer.explain()) == (world.rank > 0)  # one rank alone cuts nothing
+    assert ("none of them" in one.optimizer.explain()) == (world.rank > 0)  # a single rank cuts nothing
 
 
 GATHERED: dict[str, tuple[Make, Policy, Preconditioner, dict[str, Any]]] = {
@@ -337,11 +337,11 @@ GATHERED: dict[str, tuple[Make, Policy, Preconditioner, dict[str, Any]]] = {
 
 
 def other_sides_are_gathered(world: World) -> None:
-    """... in every layout, cut both ways too, and are what they are on one device: from the same Gram matrices.
+    """Other sides are gathered in every layout, and are as on one device, from the same Gram matrices.
 
-    Tall matrices and wide ones, rows and columns: one of the two is the cut side. A checkpoint goes on on one device.
-    One gradient as the statistic only around SGD: where it leaves nothing, Adam divides a momentum of rounding errors
-    by the root of 0.
+    The cases have tall matrices and wide ones, cut by rows, by columns, and both. A checkpoint goes on on one device.
+    One gradient is the statistic only around SGD: where it leaves nothing, Adam would divide a momentum of rounding
+    errors by the root of 0.
     """
     square = world.mesh(2, 2, names=("a", "b"))
     cuts = [(name, mesh, place) for name, mesh, place, _ in layouts(world, everywhere=False)]
@@ -367,7 +367,7 @@ def other_sides_are_gathered(world: World) -> None:
 
 
 def gathering_is_said_and_counted(world: World) -> None:
-    """Three times a matrix's numbers with averages, twice without; a side that is whole is not gathered."""
+    """`explain()` counts three times a matrix's numbers with averages, two without, none for a whole side."""
     mesh = world.mesh(world.size)
     shapes = [(24, 6), (24, 6), (8, 17)]
     seldom: dict[str, Any] = {"refresh_every": 50, "stagger": False}
@@ -384,7 +384,7 @@ def gathering_is_said_and_counted(world: World) -> None:
 
 
 def nan_in_one_rank_s_part(world: World) -> None:
-    """Of a gathered matrix nothing of that gradient enters averages or bases, as on one device: in any step."""
+    """In any step, no part of a gathered gradient with NaN enters averages or bases, as on one device."""
     mesh = world.mesh(world.size)
     spaces = (Soap(refresh_every=2), AdaDiag(sides="two", refresh_every=3))  # due before steps 1, 3, 5 and 0, 3, 6
     for space, when in ((space, when) for space in spaces for when in (2, 3)):
@@ -403,7 +403,7 @@ def nan_in_one_rank_s_part(world: World) -> None:
 
 
 class Failing(Eigenbasis):
-    """Its second refresh fails, on the rank that makes it."""
+    """A preconditioner whose second refresh fails, on the rank that makes it."""
 
     def refresh(self, states: Sequence[State], grads: Sequence[Tensor]) -> list[Carry | None]:
         if int(states[0]["refreshes"]):
@@ -412,7 +412,7 @@ class Failing(Eigenbasis):
 
 
 def a_failing_refresh_ends_the_step_everywhere(world: World) -> None:
-    """... at once, and bases and parameters are as they were."""
+    """A failing refresh ends the step on every rank at once, and bases and parameters are as before."""
     space = Failing(refresh_every=2, stagger=False)
     run = Run(adamw, options(MGUP(), space), world.mesh(world.size), rows, shapes=[(12, 12)]).train(range(3))
     before, values = {k: v.clone() for k, v in bases(run)[0].items()}, run.values()
@@ -423,7 +423,7 @@ def a_failing_refresh_ends_the_step_everywhere(world: World) -> None:
 
 
 def a_refresh_sends_what_is_rotated(world: World) -> None:
-    """Of a wide matrix whose short side is: nothing of the length of the other."""
+    """A refresh of a wide matrix that is rotated on its short side sends nothing of the long side's length."""
     space = AdaDiag(sides="rows", refresh_every=50)
     run = Run(adamw, options(CautiousMGUP(), space, statistics=False), world.mesh(world.size), rows, shapes=[(8, 4000)])
     with counted() as sent:
@@ -433,9 +433,9 @@ def a_refresh_sends_what_is_rotated(world: World) -> None:
 
 
 def the_loss_of_a_small_llama(world: World) -> None:
-    """30 steps, bases made by the run: the loss falls to a sixth, and ends within 5% of that of one device.
+    """In 30 steps with bases of its own, the loss falls to a sixth, and ends within 5% of one device's.
 
-    The first gradients of `down` have a null space, so that bases do differ; 0.5% and 3% were measured.
+    The first gradients of `down` have a null space, so that bases differ; 0.5% and 3% were measured.
     """
     mesh = world.mesh(world.size)
     losses: list[list[float]] = []

@@ -46,7 +46,7 @@ BASES = {"AdamW": adamw, "SGD": sgd, "Lion": lion}
 
 
 def _all_layouts(world: World, base: Any, options: dict[str, Any], steps: int, what: str, **how: Any) -> None:
-    """One single-process run, and one for each layout."""
+    """A single-process run, and one for each layout."""
     nan, everywhere = how.pop("nan", False), how.pop("everywhere", False)
     single = Run(base, options, **how).train(range(steps), nan)
     for name, (mesh, place) in layouts(world, everywhere).items():
@@ -55,36 +55,36 @@ def _all_layouts(world: World, base: Any, options: dict[str, Any], steps: int, w
 
 
 def every_policy(world: World) -> None:
-    """... over AdamW, a few steps."""
+    """Every policy over AdamW, a few steps."""
     for name, policy in POLICIES.items():
         _all_layouts(world, adamw, {"policy": policy}, 2, name)
 
 
 def every_policy_and_base(world: World) -> None:
-    """The whole matrix, 10 steps; for the slow lane."""
+    """Every policy with every base, 10 steps; for the slow lane."""
     for name, policy in POLICIES.items():
         for base, make in BASES.items():
             _all_layouts(world, make, {"policy": policy}, 10, f"{name}, {base}", everywhere=True)
 
 
 def other_bases(world: World) -> None:
-    """SGD and Lion fused, NAdam through scratch, a momentum of our own."""
+    """SGD and Lion fused, NAdam through scratch, and a momentum of our own."""
     for base in (sgd, lion, nadam):
         _all_layouts(world, base, {"policy": MGUP()}, 3, base.__name__)
     _all_layouts(world, nadam, {"policy": AlphaConsistency(), "momentum_beta": 0.9}, 3, "momentum_beta")
 
 
 def delta_capture(world: World) -> None:
-    """... before minus after, in float32 and of float32 copies of bfloat16 parameters."""
+    """Delta capture, in float32 and with float32 copies of bfloat16 parameters."""
     options = {"policy": MGUP(), "capture": "delta"}
     _all_layouts(world, nadam, options, 2, "delta")
     _all_layouts(world, nadam, options, 2, "delta, bfloat16", dtype=torch.bfloat16)
 
 
 def kernels_of_whole_tensors(world: World) -> None:
-    """Where nothing is asked of others, shards take the fast path: up to its rounding, what one device does with it.
+    """Shards that need no other rank take the fast path, and agree with one device up to its rounding.
 
-    A coordinate that is selected otherwise is the learning rate times 1 and more away, 1e-2.
+    A coordinate that is selected differently is at least the learning rate, 1e-2, away.
     """
     for name in ("CautiousMGUP", "Grams", "RandomMask", "RandomMask of rows", "SkipUpdate"):
         options = {"policy": POLICIES[name], "statistics": False}
@@ -96,7 +96,7 @@ def kernels_of_whole_tensors(world: World) -> None:
 
 
 def few_blocks() -> None:
-    """Programs of the interpreter that look at 64 elements, not eight times at 1,024."""
+    """Let the interpreter's programs cover 64 elements, not eight times 1,024."""
     from selective.kernels.gpu.sharded import plan as shard_plan
     from selective.kernels.gpu.sharded import step as shards
 
@@ -104,12 +104,12 @@ def few_blocks() -> None:
 
 
 def triton_kernels(world: World) -> None:
-    """... and Triton's, interpreted, which also step what is asked of others; plans are kept from step to step."""
+    """Triton's kernels, interpreted, also step shards that need other ranks. Plans are kept from step to step."""
     _triton_kernels(world, {"CautiousMGUP": adamw, "RandomMask": sgd, "MGUP": adamw, "Cautious": adamw})
 
 
 def triton_kernels_everywhere(world: World) -> None:
-    """The others: what asks other ranks goes by the kernels over AdamW and SGD, what does not over every base."""
+    """All other policies: those that need other ranks use kernels over AdamW and SGD, the rest over every base."""
     _triton_kernels(world, {"AlphaConsistency": adamw, "RandomMask": nadam, "CautiousMGUP": sgd})
     _triton_kernels(world, {"RandomMask": adamw, "CautiousMGUP": nadam})
 
@@ -136,7 +136,7 @@ def _triton_kernels(world: World, bases: dict[str, Make]) -> None:
 
 
 def what_one_rank_notes(world: World) -> None:
-    """An entry of somebody's in a state of one rank: ranks go on asking for the same, in the same order."""
+    """A foreign entry in one rank's state does not change the ranks' collectives or their order."""
     few_blocks()
     run = Run(adamw, {"policy": MGUP()}, world.mesh(world.size), rows, backend="gpu", shapes=[(8, 6)] * 3)
     run.train(range(1))
@@ -148,13 +148,13 @@ def what_one_rank_notes(world: World) -> None:
 
 
 def not_finite(world: World) -> None:
-    """NaN is never selected, wherever it is; a norm over it multiplies by 1."""
+    """NaN is never selected, wherever it is; a strength whose norm has NaN multiplies by 1."""
     for name in ("MGUP", "top 20 % by momentum", "Cautious", "Magma"):
         _all_layouts(world, sgd, {"policy": POLICIES[name], "statistics": False}, 2, name, nan=True)
 
 
 def other_dtypes(world: World) -> None:
-    """float64 ranks by 64 bits; bfloat16 with stochastic rounding draws by the whole tensor's index."""
+    """float64 is ranked by 64 bits; stochastic rounding of bfloat16 draws by the whole tensor's index."""
     _all_layouts(world, adamw, {"policy": MGUP()}, 2, "float64", dtype=torch.float64)
     rounded = {"policy": MGUP(), "stochastic_rounding": True}
     _all_layouts(world, adamw, rounded, 2, "bfloat16", dtype=torch.bfloat16)
@@ -175,7 +175,7 @@ def samples(world: World) -> None:
 
 
 def massive_ties(world: World) -> None:
-    """All scores equal, and two values only: K elements, the lowest indices, over many cells."""
+    """With equal scores, or only two values, the K elements with the lowest indices are selected, over many cells."""
     for value in (0.0, 1.0):
         runs = []
         for mesh, place in [(None, None), *layouts(world).values()]:
@@ -194,7 +194,7 @@ def massive_ties(world: World) -> None:
 
 
 def local_scope_differs(world: World) -> None:
-    """The failing twin: what each shard selects by itself is something else, and `compare` notices."""
+    """The failing twin: each shard by itself selects other elements, and `compare` notices."""
     mesh, single = world.mesh(world.size), Run(adamw, {"policy": MGUP()}).train(range(3))
     ours = Run(adamw, {"policy": MGUP(), "scope": "local"}, mesh).train(range(3))
     try:

@@ -1,4 +1,4 @@
-"""What a step sends: counted, and as docs/sharded.md has it."""
+"""The traffic of a step, counted and compared with docs/sharded.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KIB = 1024
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """The bytes of every all-reduce of the block; a collective of any other kind is an error."""
+    """Record the bytes of every all-reduce in the block. Any other collective is an error."""
     with all_reduces() as found, CommDebugMode() as mode:
         yield found
     assert mode.get_total_counts() == len(found), f"{mode.get_comm_counts()}, {len(found)} of which are ours"
@@ -35,8 +35,8 @@ def traffic(run: Run) -> list[int]:
     return found
 
 
-# As in docs/sharded.md: collectives of a step with statistics and without, by rows and by columns; and the bytes of one
-# tensor by rows over 4 ranks, with statistics and without.
+# The numbers of docs/sharded.md: collectives of a step with statistics and without, by rows and by columns; and the
+# bytes of a tensor cut by rows over 4 ranks, with statistics and without.
 TABLE = {
     "CautiousMGUP": ((1, 0), (1, 0), (800, 0)),
     "Grams": ((1, 0), (1, 0), (800, 0)),
@@ -51,12 +51,12 @@ TABLE = {
     "top 30 % Nesterov": ((5, 5), (6, 6), (4 * KIB + 16 + 960, 4 * KIB + 16 + 160)),
     "top 20 % by momentum": ((6, 6), (7, 7), (4 * KIB + 16 + 1120, 4 * KIB + 16 + 480)),
 }
-LARGE = [(900, 12), (40, 30), (17,)]  # 900 rows: more cells by column than one round tells apart
+LARGE = [(900, 12), (40, 30), (17,)]  # 900 rows, cut by column: more cells than one round tells apart
 LARGER = [(9000, 12), (400, 30), (17,)]
 
 
 def numbers_are_the_table(world: World) -> None:
-    """... whatever the tensors' sizes, and within 64 KiB + 8 KiB a tensor."""
+    """The counts are those of the table, whatever the tensors' sizes, and within 64 KiB + 8 KiB a tensor."""
     mesh, wrong = world.mesh(world.size), []
     for name, (by_rows, by_columns, sizes) in TABLE.items():
         for place, expected in ((rows, by_rows), (columns, by_columns)):
@@ -72,7 +72,7 @@ def numbers_are_the_table(world: World) -> None:
 
 
 def bytes_of_a_tensor(world: World) -> None:
-    """Of exact top-K: 4 KiB of counters for the K-th score, the ties', 480 sums of digits; at most 8 KiB."""
+    """Exact top-K sends 4 KiB of counters for the K-th score, the ties', and 480 sums of digits: at most 8 KiB."""
     mesh, wrong = world.mesh(world.size), []
     for shape, place in (((900, 12), rows), ((900, 12), columns), ((36_800, 4), columns), ((3_000_000,), rows)):
         found = traffic(Run(adamw, {"policy": MGUP()}, mesh, place, shapes=[shape]))
@@ -82,7 +82,7 @@ def bytes_of_a_tensor(world: World) -> None:
 
 
 def explain_says_it(world: World) -> None:
-    """`explain()` has the number that is counted."""
+    """`explain()` states the number that is counted."""
     mesh, wrong = world.mesh(world.size), []
     for name, (expected, _, _) in TABLE.items():
         run = Run(adamw, {"policy": POLICIES[name], "statistics": False}, mesh, rows)

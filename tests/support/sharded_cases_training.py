@@ -1,9 +1,9 @@
 """A small Llama, trained in every layout, against one process with an unwrapped model.
 
-Tolerance: gradients are sums over ranks in another order, in float64, so that they are some 1e-16 apart. Adam's
-division and 30 steps at a learning rate of 1e-2 may make a thousand times that of the parameters, 1e-13. 1e-9 is far
-above that, and far below what one coordinate that is selected otherwise makes: the learning rate times the difference
-of the strengths, 1e-3 and more.
+Tolerance: gradients are summed over ranks in another order, in float64, so that they are about 1e-16 apart. Adam's
+division and 30 steps at a learning rate of 1e-2 may turn that into a thousand times as much in the parameters, 1e-13.
+1e-9 is far above that, and far below the effect of one coordinate that is selected differently, which is the learning
+rate times the difference of the strengths: 1e-3 and more.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def by_columns(model: SmallLlama, mesh: Any) -> None:
 
 
 def tensor_parallel(model: SmallLlama, mesh: Any) -> None:
-    """Columns and rows of matrices over the mesh's last dimension; norms, embedding and head stay whole."""
+    """Cut matrices by columns or rows over the mesh's last dimension; norms, embedding and head stay whole."""
     plan: dict[str, Any] = {"attention." + name: ColwiseParallel() for name in "qkv"}
     plan |= {"mlp.gate": ColwiseParallel(), "mlp.up": ColwiseParallel()}
     plan |= {"attention.o": RowwiseParallel(), "mlp.down": RowwiseParallel()}
@@ -60,7 +60,7 @@ def both(model: SmallLlama, mesh: Any) -> None:
 def trained(
     base: Any, options: dict[str, Any], steps: int, cut: Cut | None = None, mesh: Any = None, data: Any = None
 ) -> tuple[list[Tensor], list[float]]:
-    """Parameters and losses. `data`: the dimension of the mesh over which the batch is shared out."""
+    """Train, and return parameters and losses. `data` is the mesh dimension over which the batch is divided."""
     model = small_llama()
     if cut is not None:
         cut(model, mesh)
@@ -104,7 +104,7 @@ def one_policy_everywhere(world: World) -> None:
 
 
 def _every_policy(world: World, base: str) -> None:
-    """30 steps on 1 to 4 processes, rows and columns; for the slow lane."""
+    """Train 30 steps on 1 to 4 processes, by rows and columns; for the slow lane."""
     for name, policy in POLICIES.items():
         wanted = trained(BASES[base], {"policy": policy}, 30)
         for layout, (cut, mesh, data) in _layouts(world, everywhere=True).items():
@@ -125,7 +125,7 @@ def every_policy_over_lion(world: World) -> None:
 
 
 def local_scope_goes_elsewhere(world: World) -> None:
-    """The failing twin."""
+    """The failing twin: with scope local, shards select other elements."""
     mesh = world.mesh(world.size)
     wanted = trained(BASES["AdamW"], {"policy": MGUP()}, 4)
     found = trained(BASES["AdamW"], {"policy": MGUP(), "scope": "local"}, 4, by_rows, mesh, mesh)
@@ -133,7 +133,7 @@ def local_scope_goes_elsewhere(world: World) -> None:
 
 
 def replicas_stay_together(world: World) -> None:
-    """HSDP: both replicas of every shard have the same bits, statistics included."""
+    """Under HSDP, both replicas of every shard have the same bits, statistics included."""
     mesh = world.mesh(2, 2, names=("replicate", "shard"))
     model = small_llama().float()
     by_rows(model, mesh)

@@ -1,4 +1,4 @@
-"""Runs that end badly, each in a start of its own."""
+"""Runs that end badly, each in a set of processes of its own."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from selective.kernels import AdamRule, Item, ItemList, LionRule, Rule, SGDRule
 from selective.kernels.spec import Shard
 
-SHAPES = [(7, 5), (2, 3), (12,), (1, 4), (9, 2, 2)]  # on four ranks some have nothing of the second and fourth
+SHAPES = [(7, 5), (2, 3), (12,), (1, 4), (9, 2, 2)]  # on four ranks, some have no part of the second and fourth
 
 
 def values(shape: tuple[int, ...], seed: int, kind: str) -> Tensor:
@@ -41,7 +41,7 @@ def shards(
     rule: Rule, ranks: int, kind: str, dtype: torch.dtype, seed: int = 0,
     shapes: Sequence[tuple[int, ...]] = SHAPES, device: str = "cpu",
 ) -> list[ItemList]:  # fmt: skip
-    """For each rank its rows of all tensors, as `fully_shard` cuts them."""
+    """The rows of all tensors on each rank, as `fully_shard` cuts them."""
     found = [ItemList() for _ in range(ranks)]
     for address, shape in enumerate(shapes):
         whole = {"param": values(shape, seed, "plain").to(dtype), "grad": values(shape, seed + 50, kind).to(dtype)}

@@ -1,7 +1,7 @@
-"""The same run twice: whole tensors in one process, and shards of them; gradients are given, so that bits compare.
+"""The same run twice, on whole tensors in one process and on their shards. Gradients are given, so bits compare.
 
-Whole tensors are stepped by the reference kernels, whose operations the sharded step is made of: on the CPU the fast
-path leaves the arithmetic to torch's fused optimizers, which round differently in the last bit.
+Whole tensors are stepped by the reference kernels, whose operations the sharded step uses, too. The CPU's fast path
+leaves the arithmetic to torch's fused optimizers, which round differently in the last bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from selective import SelectiveUpdate
 from selective.kernels import Backend, use_backend
 
-# 7 rows over 4 ranks; rows without a gradient (massive ties); vectors; fewer rows than ranks, so that shards are empty
+# 7 rows over 4 ranks; rows without a gradient (massive ties); vectors; fewer rows than ranks, for empty shards
 SHAPES = [(7, 5), (24, 6), (5,), (1,), (4, 1), (2, 9), (3, 4, 2)]
 Make = Callable[[list[nn.Parameter]], Optimizer]
 Place = Callable[[Tensor], list[Any]]
@@ -37,7 +37,7 @@ def sgd(params: list[nn.Parameter]) -> Optimizer:
 def lion(params: list[nn.Parameter]) -> Optimizer:
     from pytorch_optimizer import Lion
 
-    # its own step, which dense groups take, can't mix tensors and DTensors in one foreach operation
+    # the base's own step, which dense groups take, can't mix tensors and DTensors in one foreach operation
     return Lion(params, lr=1e-3, weight_decay=0.1, foreach=False)
 
 
@@ -50,13 +50,13 @@ def rows(tensor: Tensor) -> list[Any]:
 
 
 def columns(tensor: Tensor) -> list[Any]:
-    """The last dimension."""
+    """The placement that cuts the last dimension."""
     return [Shard(tensor.dim() - 1)]
 
 
 @dataclass
 class Run:
-    """A list of parameters and the optimizer over them; `mesh` None: whole, in this process alone."""
+    """A list of parameters and the optimizer over them. Without a `mesh`, they are whole, in this process alone."""
 
     base: Make
     options: dict[str, Any]
@@ -75,18 +75,18 @@ class Run:
         self.optimizer = SelectiveUpdate(self.base(self.params), **self.options)
 
     def cut(self, whole: Tensor) -> Tensor:
-        """A DTensor; the 0-d parameter stays whole on every rank, as one that FSDP ignores does."""
+        """Make a DTensor. The 0-d parameter stays whole on every rank, like one that FSDP ignores."""
         if self.mesh is None or whole.dim() == 0:
             return whole
         return distribute_tensor(whole.clone(), self.mesh, self.place(whole), src_data_rank=None)
 
     def step(self, number: int, nan: bool = False) -> None:
-        """One step with the gradients of that number."""
+        """Take one step with the gradients of that number."""
         values = torch.Generator().manual_seed(100 + number)
         for p in self.params:
             grad = torch.randn(p.shape, generator=values, dtype=torch.float64).to(self.dtype)
             if p.dim() > 1 and p.shape[0] == 24:
-                grad[3:20] = 0  # as in an embedding: rows that no token of the batch has touched
+                grad[3:20] = 0  # as in an embedding, rows of tokens that are not in the batch
             if nan and p.dim() > 1:
                 grad.view(-1)[::3] = float("nan")
             p.grad = self.cut(grad)
@@ -110,10 +110,10 @@ def whole(tensor: Any) -> Tensor:
 
 
 def compare(ours: Run, single: Run, what: str) -> None:
-    """The same bits of every parameter; statistics to the rounding of their sums.
+    """Require the same bits of every parameter, and the same statistics up to the rounding of their sums.
 
-    Sums are made in float64 of float32 products in another order, and come out as float32: two roundings of 2^-24, and
-    the norm after the mask is made of two sums.
+    Float32 products are summed in float64 in another order, and rounded to float32: two roundings of 2^-24. The norm
+    after the mask comes from two sums.
     """
     for index, (mine, theirs) in enumerate(zip(ours.values(), single.values(), strict=True)):
         assert torch.equal(mine.nan_to_num(7.5), theirs.nan_to_num(7.5)), f"{what}: parameter {index}"
@@ -126,7 +126,7 @@ def compare(ours: Run, single: Run, what: str) -> None:
 
 
 def layouts(world: World, everywhere: bool = True) -> dict[str, tuple[Any, Place]]:
-    """Ways of cutting: rows and columns over 1 to 4 ranks (without `everywhere` only some), two-dimensional meshes."""
+    """Yield layouts: rows and columns over 1 to 4 ranks (only some without `everywhere`), two-dimensional meshes."""
     found: dict[str, tuple[Any, Place]] = {}
     for size in range(1, world.size + 1):
         mesh = world.mesh(size)

@@ -1,8 +1,8 @@
-"""Processes over gloo that run cases together: one start of Python and torch for all of them.
+"""Processes over gloo that run all cases together, with one start of Python and torch.
 
-A case is a function of a `World`; it is called on every rank, and raises where something is wrong. It does all that it
-does together first and compares afterwards, so that a failure on one rank leaves no other waiting. Run as a script, one
-for each rank: `python sharded_world.py RANK WORLD FOLDER MEETING CASE...`, a case being `module:function`.
+A case is a function of a `World`. It is called on every rank, and raises if something is wrong. It does all collective
+work first and compares afterwards, so that a failure on one rank leaves no other rank waiting. Each rank runs this as
+a script: `python sharded_world.py RANK WORLD FOLDER MEETING CASE...`, with cases as `module:function`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import quick_interpreter
 import torch
 import torch.distributed as dist
 
@@ -31,7 +32,7 @@ class World:
     folder: Path
 
     def mesh(self, *shape: int, names: tuple[str, ...] | None = None) -> Any:
-        """A mesh of the first ranks, made by all of them; None on ranks that are not in it."""
+        """A mesh of the first ranks, which all ranks make together; None on ranks outside of it."""
         from torch.distributed.device_mesh import DeviceMesh
 
         count = 1
@@ -59,14 +60,14 @@ def main(rank: int, size: int, folder: Path, meeting: str, names: Sequence[str])
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
         (folder / f"{rank}.json").write_text(json.dumps(found))
         if found[name]:
-            os._exit(1)  # which the others notice at once, instead of after a timeout
-    os._exit(0)  # gloo's threads, at the interpreter's end, have been seen to abort a process that had all results
+            os._exit(1)  # so that the others notice at once, not after a timeout
+    os._exit(0)  # when the interpreter ends, gloo's threads have aborted processes that had all results
 
 
 def run_cases(names: Sequence[str], size: int, folder: Path, seconds: float = 280) -> None:
-    """Run these cases on `size` processes; an AssertionError with every failure."""
+    """Run these cases on `size` processes. Raises AssertionError with every failure."""
     folder.mkdir(parents=True, exist_ok=True)
-    meeting = f"meeting-{time.monotonic_ns()}"  # of this start alone
+    meeting = f"meeting-{time.monotonic_ns()}"  # unique to this start
     running = []
     for rank in range(size):
         with open(folder / f"{rank}.log", "w") as log:
@@ -87,9 +88,10 @@ def run_cases(names: Sequence[str], size: int, folder: Path, seconds: float = 28
             failures.append(
                 f"rank {rank} has ended after {list(found)}:\n{(folder / f'{rank}.log').read_text()[-3000:]}"
             )
-    failures.sort(key=lambda text: "gloo" in text)  # ranks that were left waiting come last
+    failures.sort(key=lambda text: "gloo" in text)  # failures of ranks that were left waiting come last
     assert not failures and codes == [0] * size, "\n".join([*failures, str(codes)])
 
 
 if __name__ == "__main__":
+    quick_interpreter.install()
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5:])

@@ -66,14 +66,14 @@ class SmallLlama(nn.Module):
 
 
 def small_llama() -> SmallLlama:
-    """In float64, with the same weights whoever asks; the global generator is left as it was."""
+    """The model in float64, with the same weights in every call. Leaves the global generator as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return SmallLlama().double()
 
 
 def batch(step: int) -> Tensor:
-    """Tokens of a step: [BATCH, LENGTH + 1]. A third of the vocabulary is never there, so that scores tie at 0."""
+    """The tokens of a step, [BATCH, LENGTH + 1]. A third of the vocabulary never occurs, so that scores tie at 0."""
     return torch.randint(VOCABULARY * 2 // 3, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
 
 

@@ -1,4 +1,4 @@
-"""Small regressions whose gradients are sparse in one way each: what rotations and moments have to get along with."""
+"""Small regressions whose gradients are sparse, each in another way, as trials for rotations and moments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 KINDS = ("one-hot", "bags", "dead rows and columns", "masked blocks", "rank one")
 OUT, IN, BATCH = 6, 16, 4
-NOISE = 0.2  # in the targets: without it a loss falls to any power of 10, and a ratio of two says nothing
+NOISE = 0.2  # in the targets; without it losses fall to arbitrary powers of 10, and their ratio says nothing
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Outcome:
 
 
 def batch(kind: str, step: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Inputs [BATCH, IN] of one step, and which outputs count [OUT]."""
+    """The inputs [BATCH, IN] of one step, and the outputs that count [OUT]."""
     generator = torch.Generator().manual_seed(1000 * seed + step)
     counts = torch.ones(OUT)
     if kind == "one-hot":
@@ -33,7 +33,7 @@ def batch(kind: str, step: int, seed: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(BATCH, IN, generator=generator)
         x[:, ::3] = 0.0
         counts[1::2] = 0.0
-    elif kind == "masked blocks":  # an expert in turn, and a stretch of its inputs
+    elif kind == "masked blocks":  # one expert after the other, and a stretch of its inputs
         x = torch.zeros(BATCH, IN)
         turn = int(torch.randint(3, (), generator=generator))
         x[:, 5 * turn : 5 * turn + 6] = torch.randn(BATCH, 6, generator=generator)
@@ -47,7 +47,7 @@ def batch(kind: str, step: int, seed: int) -> tuple[Tensor, Tensor]:
 def train(
     kind: str, make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], steps: int, seed: int
 ) -> Outcome:
-    """One weight [OUT, IN], trained to a linear map that it can reach."""
+    """Train one weight [OUT, IN] to a linear map that it can reach."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.nn.Parameter(0.1 * torch.randn(OUT, IN, generator=generator))
     wanted = torch.randn(OUT, IN, generator=generator)

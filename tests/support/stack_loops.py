@@ -1,6 +1,6 @@
-"""What the tests of training stacks share: a small model, its data, the optimizers that are tried, the plain loop.
+"""Helpers for tests of training stacks: a small model, its data, the optimizers to try, the plain loop.
 
-Every stack is held against `train`, the loop that everybody writes, bit for bit: parameters and all optimizer state.
+Every stack is compared with `train`, the usual loop, bit for bit: parameters and all optimizer state.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def net(seed: int = 0) -> nn.Sequential:
-    """Two matrices and two vectors. The global generator is left as it was."""
+    """A net of two matrices and two vectors. Leaves the global generator as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
@@ -67,7 +67,7 @@ def train(
     clip: float | None = None,
     schedule: Any = None,
 ) -> None:
-    """The loop that everybody writes. Step s takes the batches s * accumulate and the ones after it."""
+    """The usual training loop. Step s takes the `accumulate` batches from s * accumulate on."""
     for step in steps:
         for part in range(accumulate):
             (loss_of(model, step * accumulate + part) / accumulate).backward()
@@ -88,14 +88,14 @@ def by_hand(case: str, steps: int, **how: Any) -> tuple[nn.Sequential, Selective
 
 
 def plain(optimizer: Any) -> Any:
-    """The optimizer inside of what stacks put around it."""
+    """The optimizer inside of a stack's wrappers."""
     while not isinstance(optimizer, SelectiveUpdate):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def differences(found: tuple[nn.Module, Any], expected: tuple[nn.Module, Any]) -> list[str]:
-    """What differs between two pairs of model and optimizer: parameters, state entries and groups, by name."""
+    """The names of the parameters, state entries and groups that differ between two pairs of model and optimizer."""
     (model, optimizer), (their_model, theirs) = found, expected
     names = [
         name

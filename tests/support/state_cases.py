@@ -50,7 +50,7 @@ def base_of(params: Any) -> Optimizer:
 
 
 def wrapped(case: Case, params: Any, policy: Any = None, rotation: Any = None) -> SelectiveUpdate:
-    """With a random mask, or a policy that keeps state; rotated ones refresh every second step."""
+    """A case's wrapper, with a random mask or a policy that keeps state. Rotated ones refresh every second step."""
     rotation = (rotation or Soap(refresh_every=2)) if case.rotated else None
     policy = policy or (Magma() if case.own else RandomMask())
     beta = 0.9 if case.own else None
@@ -60,7 +60,7 @@ def wrapped(case: Case, params: Any, policy: Any = None, rotation: Any = None) -
 
 
 def pair(case: Case, params: Any = parameters) -> list[Optimizer]:
-    """The base alone, and wrapped under a mask of 1 in a space that is the parameter's own."""
+    """The base alone, and the base wrapped under a mask of 1, in a space that is the parameter's own."""
     return [base_of(params()), wrapped(case, params(), ONES, STILL)]
 
 
@@ -81,10 +81,10 @@ def values(opt: Optimizer) -> list[Tensor]:
 
 
 def assert_same(a: Any, b: Any) -> None:
-    """Bit for bit."""
+    """Require the same bits."""
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def assert_close(a: Any, b: Any) -> None:
-    """To rounding: each of some twenty steps rounds a sum of numbers below 4 in float32, at most 2^-22 each."""
+    """Require equality up to rounding: some twenty steps each round a float32 sum below 4, by at most 2^-22."""
     torch.testing.assert_close(a, b, rtol=0, atol=20 * 2**-22)

@@ -1,4 +1,4 @@
-"""The rules, selections and strengths that every implementation of the step is tried with."""
+"""The rules, selections and strengths with which every implementation of the step is tested."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from selective.kernels import AdamRule, GivenRule, LionRule, Selection, SGDRule, Strength
 
-# Coupled decay is 1/8, which is exact in binary: a bfloat16 gradient may cancel against it to 0, in float64 as well.
+# Coupled decay is 1/8, exact in binary, so that a bfloat16 gradient may cancel against it to 0 in float64, too.
 RULES = {
     "adamw": AdamRule(1e-2, 0.9, 0.99, 1e-8, weight_decay=0.1),
     "adam_coupled": AdamRule(torch.tensor(1e-2), 0.9, torch.tensor(0.99), 1e-6, weight_decay=0.125, decoupled=False),
@@ -46,7 +46,7 @@ STRENGTHS = {
     "alignment": Strength("alignment", rest=0.2),
     "still": Strength("fixed", selected=1.0, rest=-0.5, still=True),
 }
-# One of each kind of launches that a step is made of.
+# A combination for each kind of launches that a step can have.
 KINDS = {
     "agreement": (Selection("agreement"), Strength("fixed", 1.5, 0.5)),
     "previous": (Selection("agreement", product="previous_momentum"), Strength("norm_preserving", of="momentum")),

@@ -1,9 +1,9 @@
 """Checkpoints of every kind that an earlier version wrote: `tests/fixtures/checkpoints.pt`.
 
-    python tests/support/stored_checkpoints.py    # writes the file anew, which gives up what it is for
+    python tests/support/stored_checkpoints.py    # writes the file anew, which gives up its purpose
 
-The file holds, for each case, the parameters and the state dict after `SAVED` steps, and the parameters after `END`
-steps of the same run. A later version has to load the first and to arrive at the second.
+For each case, the file holds the parameters and the state dict after `SAVED` steps, and the parameters after `END`
+steps of the same run. A later version has to load the former and to arrive at the latter.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def put(opt: SelectiveUpdate, parameters: list[Tensor]) -> None:
 
 
 def fingerprint() -> Tensor:
-    """A product and a fused step, whose last bits are the machine's and torch's own."""
+    """The digest of a product and a fused step, whose last bits depend on the machine and on torch."""
     p = torch.nn.Parameter(numbers((24, 16), 1))
     p.grad = numbers((24, 16), 2)
     torch.optim.AdamW([p], lr=0.1, fused=True).step()

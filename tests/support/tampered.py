@@ -1,4 +1,4 @@
-"""Checkpoints that somebody spoilt: every way to do it, for every entry of ours."""
+"""Spoilt checkpoints: every way to spoil every entry of ours."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Spoilt = dict[str, Any]
 
 
 def noise(like: Tensor, seed: int = 0) -> Tensor:
-    """Random bytes in the place of a tensor's."""
+    """Replace a tensor's bytes by random ones."""
     count = like.numel() * like.element_size()
     raw = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return raw.view(like.dtype).reshape(like.shape).clone() if count else like.clone()
 
 
 def in_place_of(value: Tensor) -> dict[str, Any]:
-    """What may stand in the place of an entry, by what is wrong with it."""
+    """Wrong values for an entry, by their fault."""
     found: dict[str, Any] = {
         "none": None, "text": "x", "list": [1, 2], "dictionary": {"a": 1}, "bool": True, "nan": float("nan"),
         "float64": value.to(torch.float64), "bfloat16": value.to(torch.bfloat16), "int64": value.to(torch.int64),
@@ -52,7 +52,7 @@ def copied(value: Any) -> Any:
 
 
 def spoilt_entries(state: dict[str, Any]) -> Iterator[tuple[str, Spoilt]]:
-    """Each entry of ours removed, renamed and replaced: in all parameters, and in the last one that has it."""
+    """Remove, rename and replace each entry of ours, in all parameters and in the last that has it."""
     indices = [i for i, entries in state["state"].items() if any(k.startswith(PREFIX) for k in entries)]
     keys = sorted({k for i in indices for k in state["state"][i] if k.startswith(PREFIX)})
     for key in keys:
@@ -76,7 +76,7 @@ def _changed(state: dict[str, Any], indices: list[Any], change: Any) -> Spoilt:
 
 
 def spoilt_frames(state: dict[str, Any]) -> Iterator[tuple[str, Spoilt]]:
-    """What is around the entries: the dictionary, the groups, the numbers of parameters."""
+    """Spoil the frame of the entries: the dictionary, the groups, the numbers of parameters."""
     for key in ("state", "param_groups"):
         yield f"{key} removed", {k: v for k, v in state.items() if k != key}
         for name, value in {
@@ -87,7 +87,10 @@ def spoilt_frames(state: dict[str, Any]) -> Iterator[tuple[str, Spoilt]]:
             "dictionary": {},
             "pairs": [(1, 2)],
         }.items():
-            if (key, name) != ("state", "dictionary"):  # the checkpoint of an optimizer that has not stepped
+            if (key, name) != (
+                "state",
+                "dictionary",
+            ):  # that would be the checkpoint of an optimizer that has not stepped
                 yield f"{key} {name}", {**copied(state), key: value}
     groups = state["param_groups"]
     params = groups[0]["params"]

@@ -1,4 +1,4 @@
-"""timm, also where torchvision's compiled operators don't fit torch: PyPI has builds for CUDA only."""
+"""Imports timm, also if torchvision's compiled operators don't fit torch: PyPI has builds for CUDA only."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 import torch
 from optional import missing
 
-NAMES = ("nms", "qnms")  # which torchvision describes whether they are there or not
+NAMES = ("nms", "qnms")  # torchvision describes them whether they exist or not
 _declared: list[torch.library.Library] = []
 
 
 def import_timm() -> Any:
-    """The package, or a skip. Where torch is a CPU build, the operators that torchvision describes are declared.
+    """Import timm, or skip. If torch is a CPU build, declare the operators that torchvision describes.
 
-    None of them is called: they find boxes in pictures. Without their declaration `import torchvision` raises.
+    None of them is called, because they find boxes in pictures. Undeclared, they make `import torchvision` raise.
     """
     if missing(["timm", "torchvision"]):
         pytest.skip("needs timm and torchvision", allow_module_level=True)

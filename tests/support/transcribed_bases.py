@@ -1,7 +1,7 @@
-"""Base optimizers written down again in float64, from their papers and torch's documentation, one tensor at a time.
+"""Base optimizers transcribed in float64 from their papers and torch's documentation, one tensor at a time.
 
-Nothing of the library is imported here: these are what it is held against. `size` of a move is the formula of the
-update with every term taken positive: rounding errors of a sum are relative to that, not to the sum, which may cancel.
+Nothing of the library is imported here, because the library is tested against these. `size` of a move is the formula of
+the update with every term taken positive. Rounding errors are relative to it, and not to the sum, which may cancel.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ F64 = torch.float64
 
 @dataclass
 class Move:
-    """One tensor's step before any mask: p <- factor p - mask * update."""
+    """The step of one tensor before any mask: p <- factor p - mask * update."""
 
-    grad: Tensor  # as the base sees it: after coupled decay
+    grad: Tensor  # as the base sees it, after coupled decay
     grad_size: Tensor
     update: Tensor
     size: Tensor
     momentum: Tensor  # after this gradient was mixed in
     momentum_size: Tensor
-    previous: Tensor  # before
+    previous: Tensor  # before this gradient was mixed in
     nesterov: Tensor  # the momentum one step ahead, up to a positive factor
     factor: float
-    margin: float = math.inf  # how near the rule itself came to a decision (a sign), relative to rounding
+    margin: float = math.inf  # distance of the rule's own decisions (signs) from their border, relative to rounding
 
 
 class Base:
-    """State of one tensor, `advance` by one gradient; `load` takes the state of a torch optimizer."""
+    """The state of one tensor. `advance` takes a gradient; `load` takes the state of a torch optimizer."""
 
     names: Mapping[str, str] = {}  # torch's state key -> ours
 
@@ -52,7 +52,7 @@ class Base:
 
 
 class AdamW(Base):
-    """arXiv 1711.05101 as torch has it: bias-corrected moments, eps outside the root, after the correction."""
+    """arXiv 1711.05101 as in torch: bias-corrected moments, eps added outside of the root, after the correction."""
 
     names = {"exp_avg": "m", "exp_avg_sq": "v"}
 
@@ -77,7 +77,7 @@ class AdamW(Base):
 
 
 class SGD(Base):
-    """torch's SGD with momentum: the buffer is a sum, starts as the first gradient, and decay is coupled."""
+    """torch's SGD with momentum: the buffer is a sum that starts as the first gradient, and decay is coupled."""
 
     names = {"momentum_buffer": "m"}
 
@@ -99,7 +99,7 @@ class SGD(Base):
 
 
 class Lion(Base):
-    """arXiv 2302.06675: the sign of one interpolation is the step, another one is kept."""
+    """arXiv 2302.06675: the step is the sign of one interpolation, and another one is kept."""
 
     names = {"exp_avg": "m"}
 
@@ -116,7 +116,7 @@ class Lion(Base):
         self.m = self.beta2 * before + (1 - self.beta2) * g
         kept = self.beta2 * before.abs() + (1 - self.beta2) * g.abs()
         u = self.lr * c.sign()
-        ahead = self.beta2 * self.m + (1 - self.beta2) * g  # beta2 is what its momentum moves with
+        ahead = self.beta2 * self.m + (1 - self.beta2) * g  # its momentum moves with beta2
         margin = float((c.abs() / size).min())
         return Move(g, g.abs(), u, u.abs(), self.m, kept, before, ahead, 1 - self.lr * self.decay, margin)
 
@@ -124,8 +124,8 @@ class Lion(Base):
 class Muon(Base):
     """torch.optim.Muon: Nesterov momentum (a running average), orthogonalised, scaled by sqrt(max(1, rows/columns)).
 
-    The Newton-Schulz iteration runs in bfloat16 and amplifies its rounding, so torch's own function is taken as the
-    given one, on an input computed as torch computes it in the parameter's dtype; all the rest is written out.
+    The Newton-Schulz iteration runs in bfloat16 and amplifies its rounding. So torch's own function is used, on an
+    input computed as torch computes it in the parameter's dtype. All the rest is written out.
     """
 
     names = {"momentum_buffer": "m"}

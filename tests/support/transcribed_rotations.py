@@ -1,6 +1,6 @@
-"""SOAP and AdaDiag written down again in float64, from the formulas. Nothing of the library is imported here.
+"""SOAP and AdaDiag transcribed in float64 from their formulas. Nothing of the library is imported here.
 
-Both are for one matrix W and its gradients G; Adam's moments live in the rotated space of the moment.
+Both are for one matrix W and its gradients G. Adam's moments live in the current rotated space.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ class SoapRule:
 
 @dataclass
 class AdaDiagRule:
-    """arXiv 2502.07488 as others restate it: every T steps G = P Σ Qᵀ; Adam on PᵀG, or PᵀGQ; moments stay as they are.
+    """arXiv 2502.07488 as others restate it: G = P Σ Qᵀ every T steps, Adam on PᵀG or PᵀGQ, moments kept as they are.
 
-    The signs of singular vectors are nobody's to choose, and moments that stay depend on them, so the vectors are
-    handed in (`bases`: P, and Q or None) and are checked to diagonalise G.
+    The signs of singular vectors are arbitrary, and moments that are kept depend on them. So the vectors are handed in
+    (`bases`: P, and Q or None), and are checked to diagonalise G.
     """
 
     weights: Tensor
@@ -98,7 +98,7 @@ class AdaDiagRule:
     v: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def step(self, grad: Tensor, p: Tensor, q: Tensor | None, floor: float = 0.0) -> None:
-        """`floor` is not the paper's: rotated elements below it are left out."""
+        """Take a step. `floor` is not the paper's: rotated elements below it are left out."""
         p, grad = p.to(F64), grad.to(F64)
         rotated = p.mT @ grad
         rotated = rotated if q is None else rotated @ q.to(F64)
@@ -113,7 +113,7 @@ class AdaDiagRule:
 
     @staticmethod
     def is_of(grad: Tensor, p: Tensor, q: Tensor | None) -> float:
-        """How far these are from the singular vectors of G: what is off the diagonal, of the largest singular value."""
+        """The distance of these from the singular vectors of G: off-diagonal elements over the largest value."""
         grad = grad.to(F64)
         sigma = torch.linalg.svdvals(grad)
         found = p.to(F64).mT @ grad

@@ -1,9 +1,9 @@
-"""Every named policy's rule written down again in float64, from the formulas of the papers.
+"""The rules of all named policies, transcribed in float64 from the formulas of the papers.
 
-Where a paper could not be read it is the reading that the policy's docstring states. Nothing of the library is imported
-here. A rule maps a base's move to the multiplier of each coordinate, and says by what margin it decided: the smallest
-distance of a coordinate from the threshold, in units of the sizes that rounding errors are relative to. A float32 run
-may decide otherwise where the margin is a few eps, and only there.
+If a paper could not be read, the rule is the reading that the policy's docstring states. Nothing of the library is
+imported here. A rule maps a base's move to the multiplier of each coordinate, and returns the margin of its decisions:
+the smallest distance of a coordinate from the threshold, in units of the sizes to which rounding errors are relative.
+A float32 run may decide differently only if the margin is a few eps.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Rule = Callable[[Move, Coin, dict[str, Tensor]], Ruled]
 
 
 def _sign_margin(x: Tensor, size: Tensor, move: Move) -> float:
-    """How near x or the gradient came to zero. Where a size is 0 the number is exactly 0 in any precision."""
+    """The distance of x and the gradient from zero. If a size is 0, the number is exactly 0 in any precision."""
     nearest = (torch.where(s > 0, a.abs() / s, math.inf).min() for a, s in ((x, size), (move.grad, move.grad_size)))
     return min(float(n) for n in nearest)
 
 
 def _top(score: Tensor, size: Tensor, count: int) -> tuple[Tensor, float]:
-    """The `count` largest, the lower index first among equals; and by what margin the others were left out."""
+    """The `count` largest, the lower index first among equals, and the margin by which the others were left out."""
     flat, sizes = score.flatten(), size.flatten()
     values = flat.tolist()
     order = sorted(range(flat.numel()), key=lambda i: (-values[i], i))
@@ -58,8 +58,8 @@ def dense(move: Move, coin: Coin, state: dict[str, Tensor]) -> Ruled:
 def alpha_consistency(of: str = "momentum", rest: float = 0.0, cap: float = 2.0, current: bool = False) -> Rule:
     """phi = 1[m_{t-1} g > 0], alpha = min(cap, |m_t| / |phi m_t|), update alpha phi u; dense where m_{t-1} = 0.
 
-    The other readings: the norm of the update or the gradient, or a mean of 1 (`of="mean"`); `rest` for the others,
-    with alpha such that the norm (or mean) of the whole stays what it was.
+    The other readings take the norm of the update or the gradient, or a mean of 1 (`of="mean"`). With `rest` for the
+    others, alpha is such that the norm (or mean) of the whole stays the same.
     """
 
     def rule(move: Move, coin: Coin, state: dict[str, Tensor]) -> Ruled:

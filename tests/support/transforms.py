@@ -1,4 +1,4 @@
-"""Small preconditioners for tests: the identity, a fixed rotation, one that refreshes, staggered, from statistics."""
+"""Small preconditioners for tests: the identity, a fixed rotation, and one with staggered refreshes from statistics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from selective.preconditioner import Carry, Preconditioner, Shape
 
 
 class Unrotated(Preconditioner):
-    """P = Q = I."""
+    """The identity: P = Q = I."""
 
     smallest: int = 1
 
@@ -46,7 +46,7 @@ class FixedRotation(Preconditioner):
 
 
 class Rounding(FixedRotation):
-    """Rounds to bfloat16 on each way, and returns that in float32."""
+    """Rounds to bfloat16 in both directions, and returns the result in float32."""
 
     def project_in(self, states, xs):
         return [x.bfloat16().float() for x in super().project_in(states, [x.bfloat16().float() for x in xs])]
@@ -56,7 +56,7 @@ class Rounding(FixedRotation):
 
 
 class Narrow(Rounding):
-    """The same numbers in bfloat16."""
+    """Returns the same numbers as bfloat16 tensors."""
 
     seen: ClassVar[list[torch.dtype]] = []
 
@@ -69,10 +69,10 @@ class Narrow(Rounding):
 
 
 class Turning(FixedRotation):
-    """Bases from the QR of running Gram matrices, every few steps, one parameter after the other."""
+    """Makes bases from the QR of running Gram matrices, every few steps, one parameter after the other."""
 
     every: int = 3
-    waits: bool = False  # in a parameter's first step only its basis is made
+    waits: bool = False  # a parameter's first step only makes its basis
     running: bool = True
     permutes: bool = False
 
@@ -106,7 +106,7 @@ class Turning(FixedRotation):
     def refresh(self, states, grads):
         made = []
         for s, g in zip(states, grads, strict=True):
-            assert bool(torch.isfinite(g).all())  # the wrapper's promise
+            assert bool(torch.isfinite(g).all())  # which the wrapper promises
             left = torch.linalg.qr(s["L"] + g @ g.mT).Q
             right = torch.linalg.qr(s["R"] + g.mT @ g).Q
             rows = columns = None

@@ -1,4 +1,4 @@
-"""Everything that an optimizer is, as bytes: what has to be the same where nothing may have moved."""
+"""All of an optimizer as bytes, to show that nothing has moved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selective import SelectiveUpdate
 
 
 def bytes_of(value: Any) -> Any:
-    """A tensor as its dtype, shape, device and bytes (NaN equals itself then); containers of them likewise."""
+    """A tensor as dtype, shape, device and bytes, so that NaN equals itself. Containers are converted likewise."""
     if isinstance(value, Tensor):
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return str(value.dtype), tuple(value.shape), str(value.device), raw
@@ -25,7 +25,7 @@ def bytes_of(value: Any) -> Any:
 
 
 def everything(optimizer: SelectiveUpdate) -> dict[str, Any]:
-    """Parameters and where they are, the base's state and groups, ours, the clock, policies and preconditioners."""
+    """Parameters and their addresses, the base's state and groups, ours, the clock, policies and preconditioners."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return {
         "parameters": [(p.data_ptr(), bytes_of(p)) for p in params],
@@ -44,7 +44,7 @@ def model_bytes(optimizer: SelectiveUpdate) -> list[Any]:
 
 
 def difference(before: Any, after: Any, where: str = "") -> str | None:
-    """Where two results of `everything` differ first; None where nowhere."""
+    """The first place at which two results of `everything` differ; None if they are equal."""
     if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
         found = (difference(before[key], after[key], f"{where}/{key}") for key in before)
         return next((one for one in found if one is not None), None)
@@ -56,7 +56,7 @@ def difference(before: Any, after: Any, where: str = "") -> str | None:
 
 
 def through_a_file(data: Any) -> Any:
-    """Saved, and loaded as cautious users do."""
+    """Save, and load as cautious users do."""
     buffer = io.BytesIO()
     torch.save(data, buffer)
     buffer.seek(0)

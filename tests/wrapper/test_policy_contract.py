@@ -74,6 +74,11 @@ def test_policies_keep_the_contract(policy):
     assert [(o.check, o.message) for o in report.not_applicable] == [(kernel, "no selection with a kernel of its own")]
 
 
+def test_every_policy_of_ours_is_in_the_list():
+    ours = {policy for policy in Policy._registry.values() if policy.__module__.startswith("selective.")}
+    assert ours - {type(policy) for policy in GOOD} == set()
+
+
 BROKEN: dict[type[Policy], tuple[str, str]] = {}
 
 

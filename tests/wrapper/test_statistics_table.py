@@ -8,7 +8,7 @@ import torch
 from selective import MGUP, Cautious, Magma, Policy, SelectiveUpdate
 from selective.capture import fused
 from selective.kernels.spec import SUM_NAMES, Sums, SumsTable
-from selective.statistics import NAMES, Report
+from selective.statistics import NAMES, StepStatistics
 
 
 def table_of(sums: list[Sums]) -> SumsTable:
@@ -47,13 +47,13 @@ def test_a_table_is_not_cut_up_before_somebody_looks() -> None:
         __iter__ = None  # type: ignore[assignment]
 
     values = torch.rand(3, len(SUM_NAMES), dtype=torch.float64)
-    report = Report()
+    report = StepStatistics()
     report.add_all(["a", "b", "c"], Untouchable(values, [4, 4, 0]))
     values[1, 0] = 2.0  # the replay of a graph writes the same table
     assert report.read()["b"]["share"] == 0.5
 
 
 def test_an_empty_table_reads_as_nothing() -> None:
-    report = Report()
+    report = StepStatistics()
     report.add_all([], SumsTable(torch.zeros(0, len(SUM_NAMES), dtype=torch.float64), []))
     assert report.read() == {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.base.base_facts import Anatomy, anatomy
+from selective.base.base_facts import BaseFacts, base_facts
 from selective.base.known import KNOWN, qualified_name
 
 WHERE = {
@@ -83,7 +83,7 @@ def build(name: str, options: dict[str, Any], dtype: torch.dtype) -> Optimizer:
     return find(name)(params(name, dtype), **options)
 
 
-def comparable(facts: Anatomy) -> dict[str, Any]:
+def comparable(facts: BaseFacts) -> dict[str, Any]:
     said = {f.name: getattr(facts, f.name) for f in fields(facts) if f.name != "source"}
     return {**said, "refusal": facts.refusal is not None}  # the measured sentence quotes the error
 
@@ -94,9 +94,9 @@ def comparable(facts: Anatomy) -> dict[str, Any]:
 def test_the_table_is_a_cache_of_the_measurement(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     base = build(name, options, dtype)
     assert qualified_name(type(base)) == name
-    known = anatomy(base, base.param_groups[0])
+    known = base_facts(base, base.param_groups[0])
     assert known.source == "table"
-    measured = anatomy(base, base.param_groups[0], measure=True)
+    measured = base_facts(base, base.param_groups[0], measure=True)
     assert measured.source == "measured"
     assert comparable(known) == comparable(measured)
 
@@ -108,15 +108,15 @@ def test_every_package_of_the_table_can_be_found() -> None:
 
 def test_an_option_that_the_table_does_not_name_is_measured() -> None:
     base = torch.optim.AdamW([torch.nn.Parameter(torch.ones(4))])
-    assert anatomy(base, base.param_groups[0]).source == "table"
+    assert base_facts(base, base.param_groups[0]).source == "table"
     base.param_groups[0]["a_new_option"] = True
-    assert anatomy(base, base.param_groups[0]).source == "measured"
+    assert base_facts(base, base.param_groups[0]).source == "measured"
 
 
 def test_notes_of_schedulers_do_not_send_a_known_class_to_be_measured() -> None:
     base = torch.optim.AdamW([torch.nn.Parameter(torch.ones(4))])
     torch.optim.lr_scheduler.OneCycleLR(base, max_lr=0.1, total_steps=10)
-    assert anatomy(base, base.param_groups[0]).source == "table"
+    assert base_facts(base, base.param_groups[0]).source == "table"
 
 
 def test_a_subclass_is_not_what_its_parent_is_known_for() -> None:
@@ -127,7 +127,7 @@ def test_a_subclass_is_not_what_its_parent_is_known_for() -> None:
             return super().step(closure)
 
     base = AdamW([torch.nn.Parameter(torch.ones(4))])
-    facts = anatomy(base, base.param_groups[0])
+    facts = base_facts(base, base.param_groups[0])
     assert facts.source == "measured"
     assert facts.writes_grad
 
@@ -144,7 +144,7 @@ def test_classes_that_keep_iterates_are_refused_when_measured() -> None:
     }
     for cls, entry in entries.items():
         base = getattr(po, cls)([torch.nn.Parameter(torch.ones(5, 3))])
-        facts = anatomy(base, base.param_groups[0])
+        facts = base_facts(base, base.param_groups[0])
         assert facts.embeds_param == (entry,), cls
         assert facts.refusal is not None
         assert f"'{entry}'" in facts.refusal

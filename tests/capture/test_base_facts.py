@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from selective.base.base_facts import anatomy, call_step, clone_with_stand_ins, decay_factor, read_momentum
+from selective.base.base_facts import base_facts, call_step, clone_with_stand_ins, decay_factor, read_momentum
 
 Rule = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any]], None]
 
@@ -149,7 +149,7 @@ def made(rule: Rule, dtype: torch.dtype = torch.float32, **options: Any) -> Made
 
 def facts_of(rule: Rule, dtype: torch.dtype = torch.float32, **options: Any):
     base = made(rule, dtype, **options)
-    return anatomy(base, base.param_groups[0], measure=True)
+    return base_facts(base, base.param_groups[0], measure=True)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_kinds_of_decay(rule: Rule, decay: str, formula: str | None) -> None:
 
 def test_a_factor_that_no_formula_has_is_measured_for_the_step_at_hand() -> None:
     base = made(odd_factor)
-    facts = anatomy(base, base.param_groups[0])
+    facts = base_facts(base, base.param_groups[0])
     base.param_groups[0].update(lr=0.04, weight_decay=0.3)
     param = base.param_groups[0]["params"][0]
     # in float64: 15 sums of products, divided
@@ -200,7 +200,7 @@ def test_factors_by_formula_are_what_the_base_does() -> None:
             param = torch.nn.Parameter(torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4))
             base = make([param], weight_decay=decay)
             group, generator = base.param_groups[0], torch.Generator().manual_seed(0)
-            facts, factors = anatomy(base, group), []
+            facts, factors = base_facts(base, group), []
             for _ in range(3):
                 param.grad = torch.randn(6, 4, generator=generator, dtype=torch.float64) * 10 ** len(factors)
                 if not ends:
@@ -256,7 +256,7 @@ def test_a_class_that_fills_its_state_in_the_constructor() -> None:
             p.sub_(group["lr"] * (state["velocity"] + group["weight_decay"] * p))
 
     base = Filled([torch.nn.Parameter(torch.ones(3, 5))])
-    facts = anatomy(base, base.param_groups[0])
+    facts = base_facts(base, base.param_groups[0])
     assert (facts.refusal, facts.momentum_key, facts.decay) == (None, "velocity", "decoupled")
 
 
@@ -272,15 +272,15 @@ def test_refusals_say_what_was_found() -> None:
     assert "'z'" in str(facts_of(iterates_by_coordinate).refusal)
     params = [torch.nn.Parameter(torch.ones(3))]
     lbfgs = torch.optim.LBFGS(params)
-    assert "closure" in str(anatomy(lbfgs, lbfgs.param_groups[0]).refusal)
+    assert "closure" in str(base_facts(lbfgs, lbfgs.param_groups[0]).refusal)
     sparse = torch.optim.SparseAdam(params)
-    assert "dense" in str(anatomy(sparse, sparse.param_groups[0], measure=True).refusal)
+    assert "dense" in str(base_facts(sparse, sparse.param_groups[0], measure=True).refusal)
     wrapper = made(plain)
     wrapper.inner = torch.optim.SGD(params, lr=0.1)
-    assert "wrap SGD directly" in str(anatomy(wrapper, wrapper.param_groups[0]).refusal)
+    assert "wrap SGD directly" in str(base_facts(wrapper, wrapper.param_groups[0]).refusal)
     hidden = made(plain)
     hidden.models = {"ours": torch.nn.Linear(2, 2)}
-    assert "a model" in str(anatomy(hidden, hidden.param_groups[0]).refusal)
+    assert "a model" in str(base_facts(hidden, hidden.param_groups[0]).refusal)
 
     def fails(p, g, state, group):
         raise RuntimeError("no such device")
@@ -344,7 +344,7 @@ def test_nothing_of_the_users_is_touched_and_nobodys_hooks_fire(make: Callable[[
     ]
     try:
         before = _everything(base)
-        facts = anatomy(base, base.param_groups[0], measure=True)
+        facts = base_facts(base, base.param_groups[0], measure=True)
         assert _same(before, _everything(base))
         assert facts.refusal is None
         assert fired == []
@@ -385,7 +385,7 @@ def test_measurements_are_remembered_by_kind_not_by_rate() -> None:
 
     def ask(**options):
         base = Counted([torch.nn.Parameter(torch.ones(4))], **options)
-        return anatomy(base, base.param_groups[0])
+        return base_facts(base, base.param_groups[0])
 
     facts, taken = ask(lr=0.1), len(steps)
     assert taken > 0
@@ -402,7 +402,7 @@ def test_a_rule_handed_to_the_constructor_is_measured_each_time() -> None:
 def test_momentum_is_read_in_float32_and_in_the_parameters_shape() -> None:
     param = torch.nn.Parameter(torch.ones(3, 5, dtype=torch.bfloat16))
     base = torch.optim.Adam([param])
-    facts = anatomy(base, base.param_groups[0])
+    facts = base_facts(base, base.param_groups[0])
     assert read_momentum(base, param, facts) is None
     param.grad = torch.full_like(param, 2.0)
     base.step()
@@ -413,7 +413,7 @@ def test_momentum_is_read_in_float32_and_in_the_parameters_shape() -> None:
 
 
 def test_every_formula_of_a_parameters_own_is_a_rule():
-    from selective.base.decay import RULES
+    from selective.base.decay import FORMULAS
     from selective.base.facts import PER_PARAMETER
 
-    assert set(RULES) > PER_PARAMETER
+    assert set(FORMULAS) > PER_PARAMETER
