@@ -33,9 +33,8 @@ from selective.policies.view import StepView
 from selective.preconditioner import AdaDiag, Eigenbasis, Preconditioner, Soap, preconditioner_from
 from selective.rotation.basis import PreconditionerError
 from selective.state.entries import base_part
+from selective.version import __version__ as __version__
 from selective.watching import watch
-
-__version__ = "0.1.0"  # the only place that names it: pyproject.toml reads it from here
 
 __all__ = [
     "MGUP",

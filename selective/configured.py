@@ -135,3 +135,10 @@ def _build(family: type[C], data: Any) -> C:
         hint = next((f" (did you mean {name!r}?)" for name in family._registry if name.lower() in near), "")
         raise ValueError(f"{what}: kind {_short(kind)} is not known{hint}; the kinds are {known}")
     return member.model_validate(data)  # type: ignore[return-value]
+
+
+def kinds_of(data: Any) -> Any:
+    """The kinds in a model's data, its own and those of what it is made of: what makes two models of one kind."""
+    if not isinstance(data, dict) or "kind" not in data:
+        return None
+    return data["kind"], {key: kinds_of(value) for key, value in data.items() if kinds_of(value) is not None}

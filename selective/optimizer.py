@@ -1,8 +1,9 @@
-"""SelectiveUpdate: the step, and being an optimizer. What is saved is in checkpoint.py, who decides in policies/."""
+"""SelectiveUpdate: the face of the library, and being an optimizer. Its parts do the work; each can be built alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,23 +12,35 @@ from torch.optim import Optimizer
 
 from selective.base.hyperparameters import scalar
 from selective.base.step_base import base_hooks, run_step_on
-from selective.bind import Bindable
+from selective.bind import bind as bind_class
 from selective.capture.choose import CaptureName
+from selective.checkpoint.frame import checked_frame
+from selective.checkpoint.load import load
+from selective.checkpoint.pickles import contents, parts
+from selective.checkpoint.save import save
+from selective.checkpoint.set_state import set_as_torch
 from selective.explain.groups import explain
+from selective.plan.groups import Groups
+from selective.plan.options import OnNonfinite, Options, Scope
 from selective.plan.policy_groups import KEYS, PolicyGroup, PreconditionerGroup
 from selective.plan.refusals import check_arguments
-from selective.plan.rotated import warn_of_two_rotations
-from selective.policies import Dense, Policy, policy_from
+from selective.plan.rotation_plan import warn_of_two_rotations
+from selective.policies import Policy, policy_from
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 from selective.rotation.basis import MaskSpace
 from selective.sharding.dtensor import shard_of
+from selective.state.fits import settle
+from selective.state.init_state import make_all_state
+from selective.state.merged_view import MergedState
+from selective.state.store import StateStore, refresh
+from selective.state.writing import StateHome
 from selective.statistics import StepStatistics
-from selective.step.gradients import OnNonfinite, any_nonzero_gradient, check_gradients, nonfinite_gradient
-from selective.step.run import Running, Scope
-from selective.step_count import check_recordable, is_recording
+from selective.step.gradients import any_nonzero_gradient, check_gradients, has_nonfinite
+from selective.step.run import StepRunner, fit_base_states
+from selective.step_count import StepCount, check_recordable, is_recording
 
 
-class SelectiveUpdate(Bindable, Running, Optimizer):
+class SelectiveUpdate(Optimizer):
     """Makes any momentum optimizer selective: each coordinate of its update is multiplied by a policy's mask.
 
         opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGUP())
@@ -81,36 +94,36 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         scope: Scope = "global",
     ) -> None:
         check_arguments(SelectiveUpdate, base, capture, momentum_beta, on_nonfinite, seed, mask_space, scope)
-        self.base = base
-        self._live: dict[str, Any] = {}  # Note [stand-ins]
-        self._default = policy_from(policy)
-        view = check_matrix_view(matrix_view, "")
-        self._default_preconditioning = PreconditionerGroup(preconditioner_from(preconditioner), view)
-        self._mask_space: MaskSpace = mask_space
-        self._wanted: CaptureName = capture
-        self._momentum_beta = momentum_beta
-        self._on_nonfinite: OnNonfinite = on_nonfinite
-        self._seed, self._steps = seed, 0
-        self._statistics = statistics
-        self._stochastic_rounding = stochastic_rounding
-        self._scope: Scope = scope
-        self._report, self._own = None, {}
-        self.policy_groups: list[PolicyGroup] = []
-        self._captures = []
-        self._start_planning()
+        options = Options(
+            capture=capture, momentum_beta=momentum_beta, on_nonfinite=on_nonfinite, statistics=statistics,
+            rounding=stochastic_rounding, scope=scope, mask_space=mask_space,
+        )  # fmt: skip
+        named, view = policy_from(policy), check_matrix_view(matrix_view, "")
+        default = PolicyGroup(named, PreconditionerGroup(preconditioner_from(preconditioner), view))
+        count = StepCount(seed)
+        self._put_together(base, options, Groups(base, options, default), StateStore(base, options, count), count)
         self._constructing = True  # torch's constructor would build groups of its own; ours are the base's
         Optimizer.__init__(self, base.param_groups, base.defaults)
         self._constructing = False
-        named = [(group, {key: group[key] for key in KEYS if key in group}) for group in base.param_groups]
+        said = [(group, {key: group[key] for key in KEYS if key in group}) for group in base.param_groups]
         try:
-            self._plan()
-            self._make_own_state(self._has_base_state)
-            if self._places:
+            refresh(self.groups, self.store)
+            self.store.join_base(self.groups.plans)
+            if self.groups.places:
                 warn_of_two_rotations(base)
         except BaseException:
-            for group, own in named:  # the base is as it was given: wrapping it again finds what its groups said
+            for group, own in said:  # the base is as it was given: wrapping it again finds what its groups said
                 group.update(own)
             raise
+
+    def _put_together(
+        self, base: Optimizer, options: Options, groups: Groups, store: StateStore, count: StepCount
+    ) -> None:
+        """Take these parts. Objects that stand in for this one share them: whatever changes is inside of a part."""
+        self.base, self.options, self.groups, self.store, self.count = base, options, groups, store, count
+        self.runner = StepRunner(options, count, store)
+
+    bind = classmethod(bind_class)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -122,27 +135,50 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         if not self._constructing:
             self.base.param_groups = groups
 
+    @property
+    def state(self) -> MergedState:
+        """The base's state and ours, by parameter: a live view with the keys of `state_dict()["state"]`."""
+        self.count.read()
+        return MergedState(self._home())
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if not self._constructing:
+            self._home().put(value, instead=True)
+
+    def _home(self) -> StateHome:
+        return StateHome(self.base, self.groups, self.store, self.count)
+
+    @property
+    def policy_groups(self) -> list[PolicyGroup]:
+        """The policy of each parameter group, with its hyper-parameters by name."""
+        return self.groups.policies
+
+    @policy_groups.setter
+    def policy_groups(self, groups: list[PolicyGroup]) -> None:
+        self.groups.policies = groups
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; a `policy` in it overrides the wrapper's for this group."""
         if self._constructing:
             return
-        self._plan()  # groups that were added on the base come before this one
+        refresh(self.groups, self.store)  # groups that were added on the base come before this one
         group = dict(param_group)
-        taken = self._taken(group)
+        taken = self.groups.take_in(group)
         self.base.add_param_group(group)
         self.policy_groups.append(taken)
         try:
-            self._plan()
+            refresh(self.groups, self.store)
         except Exception:
             self.base.param_groups.pop()
             self.policy_groups.pop()
             raise
-        self._make_own_state(self._has_base_state)
+        self.store.join_base(self.groups.plans)
 
     @property
     def policy(self) -> Policy:
         """The policy of groups that name none. To change one, set `opt.policy_groups[i].policy` or its entries."""
-        return self._default
+        return self.groups.default.policy
 
     @property
     def preconditioner_groups(self) -> tuple[PreconditionerGroup, ...]:
@@ -177,34 +213,27 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()  # 1
-        self._plan()
-        present = [members.with_gradient() for members in self._members]
-        check_gradients(self.policy_groups, self._members, self._stages, present)  # 2
+        refresh(self.groups, self.store)
+        plans = self.groups.plans
+        present = [plan.params.with_gradient() for plan in plans]
+        check_gradients(plans, present)  # 2
         recording = self._is_recorded()
         if not recording and self._is_initialisation():
             with base_hooks(self.base):
                 run_step_on(self.base, self.param_groups)
-            self._make_own_state(lambda parameter: parameter.tensor.grad is not None)
+            self.store.make(plans, lambda parameter: parameter.tensor.grad is not None)
             return loss
-        if self._on_nonfinite != "ignore":
-            where = nonfinite_gradient(present)
-            if where is not None and self._on_nonfinite == "raise":
-                raise FloatingPointError(
-                    f"SelectiveUpdate: the gradient of parameter {where!r} is not finite in step {self._steps}; "
-                    f"nothing has moved. Clip or skip (on_nonfinite='skip')"
-                )
-            if where is not None:
-                return loss
+        if has_nonfinite(present, self.options.on_nonfinite, self.count.steps):
+            return loss
         if not recording:
-            self._settle()
-            self._fit_states()
-        report = StepStatistics() if self._statistics else None
-        clocked = self._clocked()
-        self._steps = self._clocks.start(clocked, self._seed, self._steps, recording)
-        self._run(self._jobs(present, report, recording))  # 3 to 8
-        self._clocks.tick(clocked, recording)
-        self._steps += not recording
-        self._report = report
+            settle(plans, self.store)
+            fit_base_states(self.base, plans)
+        report = StepStatistics() if self.options.statistics else None
+        clocked = self.groups.clocked()
+        self.count.start(clocked, recording)
+        self.runner.run(self.runner.jobs(self.groups, present, report, recording))  # 3 to 8
+        self.count.tick(clocked, recording)
+        self.runner.report = report
         return loss
 
     def statistics(self) -> dict[str, dict[str, Tensor]]:
@@ -214,33 +243,88 @@ class SelectiveUpdate(Bindable, Running, Optimizer):
         policy is `Dense()` there is only what a preconditioner reports, of rotated parameters; before the first step
         there is nothing.
         """
-        if not self._statistics:
+        if not self.options.statistics:
             raise RuntimeError("SelectiveUpdate: nothing was collected; construct it with statistics=True")
-        return {} if self._report is None else self._report.read()
+        return {} if self.runner.report is None else self.runner.report.read()
 
     def explain(self) -> str:
         """For each parameter group: its policy, how the update is captured and why, decay, momentum, extra memory."""
-        self._plan()
-        captures = [capture for _, capture in self._captures]
-        return explain(
-            self.base, self.policy_groups, captures, self._momentum_beta, self._stages, self._mask_space, self._scope,
-            self._statistics, self._stochastic_rounding,
-        )  # fmt: skip
+        refresh(self.groups, self.store)
+        return explain(self.base, self.groups.plans, self.options)
+
+    def init_state(self) -> None:
+        """Make all state now, as the first step would, without moving a parameter.
+
+        For bases with a fused rule, dense groups and other captures included, this is exactly their state before the
+        first step. Other bases make theirs in a step with zero gradients and learning rate 0, as
+        torch.distributed.checkpoint does it; those that count steps have counted one then.
+        """
+        refresh(self.groups, self.store)
+        make_all_state(self.groups.plans, self.store)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's form, `{"state", "param_groups"}`: the base's own, with our entries under `selective/`."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        saved = save(self.base, self.groups, self.store, self.count)
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            result = hook(self, saved)
+            saved = saved if result is None else result
+        return saved
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a checkpoint of this wrapper, or of the plain base: all of it, or nothing at all.
+
+        What can be known beforehand is checked before anything is loaded; where the base refuses it later, all is put
+        back. The tensors of the base's state are shared with the checkpoint, as torch does it.
+
+        dtypes are kept exactly. The checkpoint's hyper-parameters win, of policy and preconditioner as of the base; a
+        policy or a preconditioner of another kind, or another basis, is a ValueError.
+        """
+        checkpoint = checked_frame(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = hook(self, checkpoint)
+            checkpoint = checkpoint if result is None else checked_frame(result)
+        to_say = load(checkpoint, self.base, self.groups, self.store, self.count)
+        if to_say is not None:
+            warnings.warn(to_say, stacklevel=2)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return contents(self.base, self.options, self.groups, self.store, self.count)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or a pickle: all of it. Of `{"state", "param_groups", "defaults"}`: as torch's optimizers do it."""
+        if "base" not in state:
+            set_as_torch(state, self.base, self.groups, self.store, self.count)
+            self.defaults = self.base.defaults
+            return
+        self._put_together(*parts(state))
+        self.defaults, self._constructing = self.base.defaults, False
+        Optimizer.__setstate__(self, {})
+
+    def __repr__(self) -> str:
+        policies = ", ".join(repr(group.policy) for group in self.policy_groups)
+        found = [group.preconditioning.preconditioner for group in self.policy_groups]
+        rotated = f", preconditioner={', '.join(map(repr, found))}" if any(p is not None for p in found) else ""
+        return f"{type(self).__name__}({self.base!r}, policy={policies}{rotated})"
 
     def _is_recorded(self) -> bool:
-        """Whether this step goes into a CUDA graph; an error where its replays would not be steps."""
-        if not any(members.cuda_devices for members in self._members) or not is_recording():
+        """True if this step goes into a CUDA graph; an error if its replays would not be steps."""
+        if not any(plan.params.cuda_devices for plan in self.groups.plans) or not is_recording():
             return False
-        check_recordable(self.base, self.param_groups, self._on_nonfinite, bool(self._places), self._asks_others())
+        rotates, asks = bool(self.groups.places), self._asks_others()
+        check_recordable(self.base, self.param_groups, self.options.on_nonfinite, rotates, asks)
         return True
 
     def _asks_others(self) -> bool:
-        """Whether any parameter that is masked has parts on other ranks, whom a step has to ask."""
-        masked = (m for m, g in zip(self._members, self.policy_groups, strict=True) if not isinstance(g.policy, Dense))
-        return self._scope == "global" and any(shard_of(p) is not None for m in masked for p in m.tensors)
+        """True if a parameter that is masked has parts on other ranks, which a step has to ask."""
+        masked = (p for plan in self.groups.plans if not plan.is_dense for p in plan.params.tensors)
+        return self.options.scope == "global" and any(shard_of(p) is not None for p in masked)
 
     def _is_initialisation(self) -> bool:
-        """Whether this is torch.distributed.checkpoint's way to make state: learning rate 0 and zero gradients."""
+        """True for torch.distributed.checkpoint's way to make state: learning rate 0 and zero gradients."""
         rates = [group.get("lr") for group in self.param_groups]
         if any(r is None or (isinstance(r, Tensor) and r.device.type != "cpu") or scalar(r) != 0.0 for r in rates):
             return False

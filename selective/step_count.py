@@ -2,12 +2,12 @@
 
 Note [the clock]: random selections draw by (seed, step, parameter, element). On a GPU both first numbers are read from
 an int64 tensor `[seed, step]`, which the step's last operation moves on. Recorded in a graph, it goes on with every
-replay; from then on the device knows the count, and the host asks it where it needs to (`Clocks.count`).
+replay; from then on the device knows the count, and the host asks it where it needs to (`StepCount.read`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -94,6 +94,39 @@ class Clocks:
         """Set all clocks, after the host's numbers were changed: graphs go on from there."""
         for clock in self._clocks.values():
             clock.set(seed, step)
+
+
+class StepCount:
+    """The seed of random policies and the number of steps taken, on the host and on devices that count themselves."""
+
+    def __init__(self, seed: int, steps: int = 0) -> None:
+        self.seed, self.steps = seed, steps
+        self.clocks = Clocks()
+
+    def read(self) -> int:
+        """Learn how many steps were taken; replays of a CUDA graph are counted on the device: Note [the clock]."""
+        self.steps = self.clocks.count(self.steps)
+        return self.steps
+
+    def start(self, devices: Iterable[torch.device], recording: bool) -> None:
+        """Before a step on `devices`."""
+        self.steps = self.clocks.start(devices, self.seed, self.steps, recording)
+
+    def tick(self, devices: Iterable[torch.device], recording: bool) -> None:
+        """After a step on `devices`: one more, unless it was only recorded."""
+        self.clocks.tick(devices, recording)
+        self.steps += not recording
+
+    def set(self, *, seed: int | None = None, steps: int | None = None) -> None:
+        """Go on from these, on all devices; what is None stays."""
+        self.seed = self.seed if seed is None else seed
+        self.steps = self.steps if steps is None else steps
+        self.clocks.set(self.seed, self.steps)
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that sets the count back to what it is now."""
+        seed, steps = self.seed, self.steps
+        return lambda: self.set(seed=seed, steps=steps)
 
 
 def is_recording() -> bool:

@@ -104,7 +104,7 @@ class Watch:
 
     def __init__(self, optimizer: Any, writers: tuple[Writer, ...], every: int, model: nn.Module | None) -> None:
         self.optimizer = selective_inside(optimizer)
-        if not self.optimizer._statistics:
+        if not self.optimizer.options.statistics:
             raise ValueError("watch: the optimizer collects nothing to watch; construct it with statistics=True")
         if not writers:
             raise ValueError("watch: no writer was given; pass a function that takes a selective.watching.Sample")
@@ -118,7 +118,7 @@ class Watch:
         self.writers, self.every = writers, every
         self._names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
         self._waiting: deque[_Copy] = deque()
-        self._before = self.optimizer._steps
+        self._before = self.optimizer.count.steps
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._remember),
             self.optimizer.register_step_post_hook(self._look),
@@ -142,11 +142,11 @@ class Watch:
         self.close()
 
     def _remember(self, *_: object) -> None:
-        self._before = self.optimizer._steps
+        self._before = self.optimizer.count.steps
 
     def _look(self, *_: object) -> None:
         self._hand_out(wait=False)
-        step = self.optimizer._steps
+        step = self.optimizer.count.steps
         if step != self._before and step % self.every == 0:  # skipped steps and torch's initialisation don't count
             self._waiting.append(_Copy(step, self.optimizer.statistics(), self._renamed()))
             self._hand_out(wait=False)
@@ -160,10 +160,10 @@ class Watch:
     def _renamed(self) -> dict[str, tuple[str, float | None]]:
         """By a parameter's name in `statistics()`: its name in the samples, and the cap of its policy's strength."""
         renamed = {}
-        for members, group in zip(self.optimizer._members, self.optimizer.policy_groups, strict=True):
-            parts = group.policy.parts()
+        for plan in self.optimizer.groups.plans:
+            parts = plan.policy.parts()
             cap = None if parts is None else getattr(parts[1], "cap", None)
-            for parameter in members.parameters:
+            for parameter in plan.params.parameters:
                 renamed[parameter.name] = self._names.get(id(parameter.tensor), parameter.name), cap
         return renamed
 

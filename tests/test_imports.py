@@ -18,18 +18,26 @@ ROOT = Path(__file__).resolve().parents[1]
 STAIRS = [
     {"selective.kernels"},
     {
+        "selective.bind",
         "selective.class_annotations",
         "selective.configured",
         "selective.foreach",
+        "selective.mismatch",
         "selective.parameter",
         "selective.sharding",
         "selective.statistics",
         "selective.step_count",
+        "selective.version",
     },
     {"selective.policies", "selective.preconditioner"},
     {"selective.base"},
     {"selective.rotation"},
     {"selective.capture", "selective.param_groups"},
+    {"selective.plan"},
+    {"selective.state"},
+    {"selective.step"},
+    {"selective.checkpoint"},
+    {"selective.explain"},
     {"selective.optimizer"},  # and every other module of the package that has no place of its own here
     {"selective"},  # the front door itself: `selective/__init__.py`
     {"selective.testing"},
@@ -126,7 +134,27 @@ def complaints(root: Path) -> list[str]:
             found.append(f"{each} at import time, which is no dependency; import it in the function that uses it")
         elif step_of("selective.kernels") == own and top not in {"torch", *sys.stdlib_module_names}:
             found.append(f"{each}: kernels stand on torch and triton alone")
-    return found
+    return found + cycles(root)
+
+
+def cycles(root: Path) -> list[str]:
+    """Every set of folders of the package that import from each other, which they could do on one step."""
+    needs: dict[str, set[str]] = {}
+    for each in all_imports(root):
+        pair = [".".join(name.split(".")[:2]) for name in (each.module, each.imported)]
+        if all((root / name.replace(".", "/")).is_dir() for name in pair if name != "selective.kernels"):
+            needs.setdefault(pair[0], set()).add(pair[1])
+
+    def reached(first: str) -> set[str]:
+        found, waiting = set[str](), [first]
+        while waiting:
+            new = needs.get(waiting.pop(), set()) - found
+            found |= new
+            waiting += new
+        return found
+
+    rounds = {frozenset(name for name in reached(first) if first in reached(name)) for first in needs}
+    return [f"a cycle: {', '.join(sorted(names))} import from each other" for names in rounds if len(names) > 1]
 
 
 def triton_rule(each: Import) -> str | None:
@@ -196,6 +224,18 @@ def test_a_wrong_import_is_caught_and_named(tmp_path, file, text, complaint):
     line = 1 + text.count("\n")
     assert found.startswith(f"{file}:{line}: ")
     assert complaint in found
+
+
+@pytest.mark.parametrize("way", [["policies", "preconditioner"], ["policies", "preconditioner", "sharding"]], ids=len)
+def test_a_cycle_of_folders_on_one_step_is_caught(tmp_path, way, monkeypatch):
+    monkeypatch.setitem(globals(), "STAIRS", [{f"selective.{name}" for name in way}, {"selective.optimizer"}])
+    files = {f"selective/{name}/__init__.py": "" for name in way}
+    files |= {f"selective/{name}/a.py": f"from selective.{way[place - 1]} import a" for place, name in enumerate(way)}
+    write(tmp_path, {**files, "selective/__init__.py": "", f"selective/{way[0]}/a.py": ""})
+    assert complaints(tmp_path) == []
+    write(tmp_path, files)
+    (found,) = complaints(tmp_path)
+    assert found == f"a cycle: {', '.join(f'selective.{name}' for name in sorted(way))} import from each other"
 
 
 def test_right_imports_are_let_through(tmp_path):

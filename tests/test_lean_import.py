@@ -32,7 +32,7 @@ for base in bases:
         opt = selective.SelectiveUpdate(base, policy=policy, preconditioner=preconditioner)
         opt.step()
         opt.statistics(), opt.explain()
-        captures |= {(capture.way, capture.facts.source) for _, capture in opt._captures}
+        captures |= {(plan.capture.way, plan.capture.facts.source) for plan in opt.groups.plans}
 assert {("fused", "table"), ("delta", "table"), ("scratch", "measured"), ("dense", "table")} <= captures, captures
 """
 

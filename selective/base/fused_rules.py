@@ -14,6 +14,7 @@ from torch.optim.optimizer import _get_scalar_dtype
 from selective.base.hyperparameters import plain_number, sign_of
 from selective.base.measure_moments import Moments
 from selective.kernels import spec
+from selective.mismatch import CheckpointMismatch
 
 Group = dict[str, Any]
 
@@ -38,15 +39,15 @@ class FusedRule:
         `group` is the saved one, whose flags decide which entries there have to be; `who` is the name of the base.
 
         Raises:
-            ValueError: an entry is missing, or there is one that this base does not make.
+            CheckpointMismatch: an entry is missing, or there is one that this base does not make.
         """
         names, optional = self._saved_names(group)
         missing = [name for name in names if name not in entries]
         foreign = [name for name in entries if name not in names and name not in optional]
         if missing or foreign:
-            raise ValueError(
-                f"SelectiveUpdate: the checkpoint is not of {who}: a parameter's state has "
-                f"{sorted(map(str, entries))}, expected {sorted(names)}; nothing was loaded"
+            raise CheckpointMismatch(
+                f"the checkpoint is not of {who}: a parameter's state has {sorted(map(str, entries))}, expected "
+                f"{sorted(names)}"
             )
         return [name for name in (*names, *optional) if name != "step" and name in entries]
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from selective.base.clone import unnoticed
 from selective.base.first_state import first_state
+from selective.mismatch import CheckpointMismatch
 
 
 def class_names(base: Optimizer) -> str:
@@ -44,10 +45,10 @@ def check_class(saved: str, base: Optimizer) -> bool:
     if first == ours:
         return True
     if _name(first) not in map(_name, own) and _name(ours) not in map(_name, theirs):
-        raise ValueError(
-            f"SelectiveUpdate: the checkpoint is not of {_name(ours)}: it was made with {first}, the base here is "
-            f"{ours}; nothing was loaded. Construct the optimizer with that base; or, if this one can go on from what "
-            f"the other kept, load only the base's part (selective.base_part(state_dict))"
+        raise CheckpointMismatch(
+            f"the checkpoint is not of {_name(ours)}: it was made with {first}, the base here is {ours}",
+            "Construct the optimizer with that base; or, if this one can go on from what the other kept, load only the "
+            "base's part (selective.base_part(state_dict))",
         )
     return False
 
@@ -60,9 +61,9 @@ def check_options(base: Optimizer, saved: Mapping[str, Any]) -> None:
     """Refuse saved options that this class ignores: torch's AdamW decouples its decay whatever was saved."""
     coupled = saved.get("decoupled_weight_decay") is False and saved.get("weight_decay", 0) != 0
     if isinstance(base, torch.optim.AdamW) and coupled:
-        raise ValueError(
-            "SelectiveUpdate: the checkpoint is Adam's, whose decay is in the gradient, and AdamW would decouple it; "
-            "nothing was loaded. Construct the optimizer with Adam"
+        raise CheckpointMismatch(
+            "the checkpoint is Adam's, whose decay is in the gradient, and AdamW would decouple it",
+            "Construct the optimizer with Adam",
         )
 
 
@@ -89,9 +90,9 @@ def check_first_state(
     saved = {*residue, *_names(states[param])}
     missing = [key for key in ({} if first is None else first.entries) if key not in saved]
     if missing:
-        raise ValueError(
-            f"SelectiveUpdate: the checkpoint is not of {type(base).__name__}: a parameter's state has "
-            f"{sorted(map(str, states[param]))}, and not {', '.join(map(repr, missing))}; nothing was loaded"
+        raise CheckpointMismatch(
+            f"the checkpoint is not of {type(base).__name__}: a parameter's state has "
+            f"{sorted(map(str, states[param]))}, and not {', '.join(map(repr, missing))}"
         )
 
 

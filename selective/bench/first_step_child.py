@@ -85,7 +85,7 @@ def main(
     report["step"] = clock() - start
     report.update(tensors=len(params), triton="triton" in sys.modules and not had_triton)
     if policy != NOTHING:
-        capture = optimizer._captures[0][1]
+        capture = optimizer.groups.plans[0].capture
         report.update(way=capture.way, source=capture.facts.source)
     return report
 

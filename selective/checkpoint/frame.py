@@ -1,4 +1,4 @@
-"""Whether a checkpoint is made as ours are, whatever policies and preconditioners there are."""
+"""Checks that a checkpoint is made as ours are, whatever policies and preconditioners there are."""
 
 from __future__ import annotations
 
@@ -6,41 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from selective.mismatch import CheckpointMismatch
 from selective.plan.policy_groups import KEYS
-from selective.state.entries import (  # fmt: skip
-    BASIS,
-    BASIS_SHAPE,
-    BASIS_SKIPPED,
-    BASIS_STEPS,
-    MOMENTUM,
-    POLICY,
-    POLICY_STATE,
-    PRECONDITIONER,
-    PREFIX,
-    RESIDUE,
-    SEED,
-    STEP,
-)
+from selective.state.entries import BASIS, BASIS_SHAPE, BASIS_SKIPPED, BASIS_STEPS, POLICY, SEED, STEP
+from selective.state.one_entry import MOST_STEPS, OF_A_BASIS, check_known, check_plain, number_below, number_of
 
-MOST_STEPS = 2**62  # far beyond any run, and still far from where a count in 64 bits goes over
-_NOT = "nothing was loaded"
-_OF_A_BASIS = (PRECONDITIONER, BASIS_STEPS, BASIS_SHAPE, BASIS_SKIPPED)
-_KNOWN = {STEP, SEED, POLICY, MOMENTUM, RESIDUE, *_OF_A_BASIS}
 _LAYOUT = {BASIS_STEPS: (torch.int64, ()), BASIS_SHAPE: (torch.int64, (3,)), BASIS_SKIPPED: (torch.int64, ())}
 
 
 def checked_frame(state_dict: Any) -> dict[str, Any]:
-    """A checkpoint's outermost dictionary, with what it has to be made of; a ValueError where it is something else."""
+    """A checkpoint's outermost dictionary, with what it has to be made of; an error where it is something else."""
     if not isinstance(state_dict, Mapping):
-        raise ValueError(
-            f"SelectiveUpdate: the checkpoint is a {type(state_dict).__name__}, must be a dictionary; {_NOT}"
-        )
+        raise CheckpointMismatch(f"the checkpoint is a {type(state_dict).__name__}, must be a dictionary")
     for key, kind, name in (("state", Mapping, "a dictionary"), ("param_groups", (list, tuple), "a list")):
         if key not in state_dict:
             found = sorted(map(str, state_dict))
-            raise ValueError(f"SelectiveUpdate: the checkpoint has no {key!r}; found {found}; {_NOT}")
+            raise CheckpointMismatch(f"the checkpoint has no {key!r}; found {found}")
         _must_be(state_dict[key], kind, name, repr(key))
     for index, entries in state_dict["state"].items():
         _must_be(entries, Mapping, "a dictionary", f"state of parameter {index!r}")
@@ -54,35 +36,30 @@ def checked_frame(state_dict: Any) -> dict[str, Any]:
 
 def _must_be(value: Any, kind: Any, name: str, what: str) -> None:
     if not isinstance(value, kind):
-        raise ValueError(
-            f"SelectiveUpdate: the checkpoint's {what} is a {type(value).__name__}, must be {name}; {_NOT}"
-        )
+        raise CheckpointMismatch(f"the checkpoint's {what} is a {type(value).__name__}, must be {name}")
 
 
 def check_layout(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
     """Refuse a checkpoint that is not of these groups, before anything is loaded."""
     saved, live = state_dict["param_groups"], groups
     if len(saved) != len(live):
-        raise ValueError(
-            f"SelectiveUpdate: the checkpoint has {len(saved)} parameter groups, the optimizer {len(live)}; {_NOT}"
-        )
+        raise CheckpointMismatch(f"the checkpoint has {len(saved)} parameter groups, the optimizer {len(live)}")
     for number, (theirs, ours) in enumerate(zip(saved, live, strict=True)):
         if len(theirs["params"]) != len(ours["params"]):
-            raise ValueError(
-                f"SelectiveUpdate: parameter group {number} has {len(theirs['params'])} parameters in the checkpoint, "
-                f"{len(ours['params'])} in the optimizer; {_NOT}"
+            raise CheckpointMismatch(
+                f"parameter group {number} has {len(theirs['params'])} parameters in the checkpoint, "
+                f"{len(ours['params'])} in the optimizer"
             )
         stray = next((key for key in KEYS if key in theirs and key not in ours), None)
         if stray is not None:
-            raise ValueError(
-                f"SelectiveUpdate: the checkpoint's param_groups[{number}] has a {stray!r}, which a checkpoint of ours "
-                f"keeps elsewhere; {_NOT}"
+            raise CheckpointMismatch(
+                f"the checkpoint's param_groups[{number}] has a {stray!r}, which a checkpoint of ours keeps elsewhere"
             )
     order = [index for group in saved for index in group["params"]]
     named: dict[Any, Any] = {}
     for index, p in zip(order, (p for group in live for p in group["params"]), strict=True):
         if named.setdefault(index, p) is not p:  # one that is named twice here, too, is stepped twice by the base
-            raise ValueError(f"SelectiveUpdate: the checkpoint's param_groups name parameter {index!r} twice; {_NOT}")
+            raise CheckpointMismatch(f"the checkpoint's param_groups name parameter {index!r} twice")
 
 
 def check_entries(ours: Mapping[Any, Mapping[str, Any]], order: Sequence[Any]) -> dict[str, int]:
@@ -95,64 +72,31 @@ def check_entries(ours: Mapping[Any, Mapping[str, Any]], order: Sequence[Any]) -
     known = set(order)
     for index, entries in ours.items():
         if index not in known:
-            raise ValueError(
-                f"SelectiveUpdate: the checkpoint's state has a parameter {index!r}, its groups don't; {_NOT}"
-            )
+            raise CheckpointMismatch(f"the checkpoint's state has a parameter {index!r}, its groups don't")
         _check_complete(entries, index)
         for key, value in entries.items():
-            where = f"SelectiveUpdate: the checkpoint's {key!r} of parameter {index!r}"
+            where = f"the checkpoint's {key!r} of parameter {index!r}"
             if key in (STEP, SEED):
                 number = number_of(key, value, where)
                 if numbers.setdefault(key, number) != number:
-                    raise ValueError(f"{where} is {number}, of another parameter {numbers[key]}; {_NOT}")
+                    raise CheckpointMismatch(f"{where} is {number}, of another parameter {numbers[key]}")
                 continue
-            _check_plain(value, where)
+            check_plain(value, where)
             if key in _LAYOUT and (value.dtype, tuple(value.shape)) != _LAYOUT[key]:
                 dtype, shape = _LAYOUT[key]
-                raise ValueError(
-                    f"{where} is {value.dtype} of shape {tuple(value.shape)}, must be {dtype} of {shape}; {_NOT}"
+                raise CheckpointMismatch(
+                    f"{where} is {value.dtype} of shape {tuple(value.shape)}, must be {dtype} of {shape}"
                 )
             if key in (BASIS_STEPS, BASIS_SKIPPED):
-                _number(value, where, MOST_STEPS)
+                number_below(MOST_STEPS, value, where)
     return numbers
-
-
-def check_known(key: str, where: str, after: str = _NOT) -> None:
-    """Refuse a name of ours that we don't know."""
-    if key not in _KNOWN and not key.startswith((POLICY_STATE, BASIS)):
-        raise ValueError(
-            f"SelectiveUpdate: {where} has an entry {key!r}, which this version does not know: names under {PREFIX!r} "
-            f"belong to SelectiveUpdate; {after}"
-        )
-
-
-def number_of(key: str, value: Any, where: str, after: str = _NOT) -> int:
-    """The step count or the seed that an entry holds; a ValueError where it holds none."""
-    return _number(value, where, MOST_STEPS if key == STEP else 2**63, after)
 
 
 def _check_complete(entries: Mapping[str, Any], index: Any) -> None:
     """All of a parameter's entries are there, and none that we don't know."""
     for key in entries:
         check_known(key, f"the checkpoint's parameter {index!r}")
-    rotated = any(key in _OF_A_BASIS or key.startswith(BASIS) for key in entries)
-    for key in (STEP, SEED, POLICY, *(_OF_A_BASIS if rotated else ())):
+    rotated = any(key in OF_A_BASIS or key.startswith(BASIS) for key in entries)
+    for key in (STEP, SEED, POLICY, *(OF_A_BASIS if rotated else ())):
         if key not in entries:
-            raise ValueError(f"SelectiveUpdate: the checkpoint's parameter {index!r} has no {key!r}; {_NOT}")
-
-
-def _check_plain(value: Any, where: str, after: str = _NOT) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{where} is a {type(value).__name__}, must be a tensor; {after}")
-    if value.layout != torch.strided or value.device.type == "meta":
-        raise ValueError(f"{where} is a {value.layout} tensor on {value.device}, must be one with values; {after}")
-
-
-def _number(value: Any, where: str, end: int, after: str = _NOT) -> int:
-    """One integer in [0, end): a plain one, or that of a tensor with one element."""
-    if type(value) is not int:
-        _check_plain(value, where, after)
-    number = value if isinstance(value, int) else value.item() if value.numel() == 1 else None
-    if not isinstance(number, (int, float)) or not 0 <= number < end or int(number) != number:  # NaN is in no range
-        raise ValueError(f"{where} is {value}, must be one integer in [0, 2**{end.bit_length() - 1}); {after}")
-    return int(number)
+            raise CheckpointMismatch(f"the checkpoint's parameter {index!r} has no {key!r}")

@@ -1,169 +1,111 @@
-"""Checkpoints, copies and pickles of `SelectiveUpdate`."""
+"""Loading a checkpoint: first everything is checked, then everything is written, or nothing."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.checkpoint.frame import check_entries, check_layout, checked_frame
-from selective.checkpoint.matches_basis import advice
-from selective.checkpoint.matches_policies import own_tensors
+from selective.checkpoint.frame import check_entries, check_layout
+from selective.checkpoint.matches_base import check_base
+from selective.checkpoint.matches_basis import advice, checked_preconditioners
+from selective.checkpoint.matches_policies import checked_policies
+from selective.checkpoint.rollback import rollback
 from selective.kernels.lasting import lasting
-from selective.parameter import Parameter
+from selective.mismatch import CheckpointMismatch
+from selective.plan.groups import Groups
 from selective.policies import Policy
 from selective.preconditioner import Preconditioner
 from selective.sharding.dtensor import is_dtensor
 from selective.sharding.gathering import cut_like
 from selective.state.entries import BASIS_STEPS, POLICY, SEED, STEP, base_part, decode_note, own_part, restore_dtypes
-from selective.state.live import is_live
-from selective.state.writing import Writing
+from selective.state.parameter_state import own_tensors
+from selective.state.rotation_state import bring_home, enter_basis, fresh_basis
+from selective.state.store import StateStore, refresh
+from selective.step_count import StepCount
 
 
-class Checkpointing(Writing):
-    """The part of `SelectiveUpdate` that saves and loads, copies and pickles."""
+def load(
+    checkpoint: dict[str, Any], base: Optimizer, groups: Groups, store: StateStore, count: StepCount
+) -> str | None:
+    """Load all of a checkpoint whose frame was checked, or nothing. Returns what there is to warn of.
 
-    def state_dict(self) -> dict[str, Any]:
-        """torch's form, `{"state", "param_groups"}`: the base's own, with our entries under `selective/`."""
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        self._plan()  # groups that were added on the base are ours too
-        self._complete_own()
-        self._check_all_there()
-        self._count_steps()
-        if self._steps and not self._own:  # no masked parameter has had a gradient yet: the count needs a place
-            self._make_own_state(lambda parameter: parameter.tensor.requires_grad)
-        found = dict(self.base.state_dict())
-        state = {index: dict(entries) for index, entries in found["state"].items()}
-        wholes = self._summed_entries()
-        for saved, group, policy_group in zip(
-            found["param_groups"], self.base.param_groups, self.policy_groups, strict=True
-        ):
-            for index, p in zip(saved["params"], group["params"], strict=True):
-                if p in self._own:
-                    ours = {**self._saved_entries(self._own[p], policy_group), **wholes.get(p, {})}
-                    state.setdefault(index, {}).update(ours)
-        found["state"] = state
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            result = hook(self, found)
-            found = found if result is None else result
-        return found
+    What can be known beforehand is checked before anything is loaded; where the base refuses it later, all is put back.
+    """
+    refresh(groups, store)
+    check_layout(checkpoint, base.param_groups)
+    order = [index for group in checkpoint["param_groups"] for index in group["params"]]
+    ours = own_part(checkpoint)
+    numbers = check_entries(ours, order)
+    policies = checked_policies(groups.plans, store, order, ours)
+    preconditioners = checked_preconditioners(groups.plans, order, ours)
+    theirs = _cut(base, order, base_part(checkpoint))
+    names = {decode_note(entries[POLICY]) for entries in ours.values()} - {""}
+    check_base(base, groups.plans, theirs, names, ours)
+    to_say = advice(preconditioners, groups.plans)
+    with rollback(base, groups, store, count, _cant_be_loaded):
+        _load_base(base, order, theirs)
+        _load_policies(groups, policies, preconditioners)
+        params = (p for group in base.param_groups for p in group["params"])
+        store.table = {p: own_tensors(ours[i], p) for i, p in zip(order, params, strict=True) if i in ours}
+        count.set(steps=numbers.get(STEP, 0), seed=numbers.get(SEED))
+        refresh(groups, store)
+        bring_home(groups.plans, store.table)
+        _make_missing_bases(groups, store)
+    return to_say
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a checkpoint of this wrapper, or of the plain base: all of it, or nothing at all.
 
-        What can be known beforehand is checked before anything is loaded; where the base refuses it later, all is put
-        back. The tensors of the base's state are shared with the checkpoint, as torch does it.
+def _cant_be_loaded(reason: str) -> CheckpointMismatch:
+    return CheckpointMismatch(f"the checkpoint can't be loaded ({reason})")
 
-        dtypes are kept exactly. The checkpoint's hyper-parameters win, of policy and preconditioner as of the base; a
-        policy or a preconditioner of another kind, or another basis, is a ValueError.
-        """
-        found = checked_frame(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            result = hook(self, found)
-            found = found if result is None else checked_frame(result)
-        self._plan()
-        check_layout(found, self.base.param_groups)
-        order = [index for group in found["param_groups"] for index in group["params"]]
-        ours = own_part(found)
-        counted = check_entries(ours, order)
-        policies = self._checked_policies(order, ours)
-        preconditioners = self._checked_preconditioners(order, ours)
-        theirs = self._cut(order, base_part(found))
-        names = {decode_note(entries[POLICY]) for entries in ours.values()} - {""}
-        self._check_base(found["param_groups"], theirs["state"], names, ours)
-        to_say = advice(preconditioners, [group.preconditioning for group in self.policy_groups])
-        with self._all_or_nothing():
-            self._load_base(order, theirs)
-            self._load_own(order, ours, policies, preconditioners)
-            self._steps, self._seed = counted.get(STEP, 0), counted.get(SEED, self._seed)
-            self._clocks.set(self._seed, self._steps)
-            self._plan()
-            parameters = [parameter for members in self._parameters() for parameter in members]
-            self._bring_home(parameters)
-            self._make_missing_bases(parameters)
-        if to_say is not None:
-            warnings.warn(to_say, stacklevel=2)
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
 
-    def _cut(self, order: list[Any], theirs: dict[str, Any]) -> dict[str, Any]:
-        """Whole tensors of a checkpoint, where a sharded parameter's are wanted: the part that is here."""
-        params = dict(zip(order, (p for group in self.base.param_groups for p in group["params"]), strict=True))
-        if not any(map(is_dtensor, params.values())):
-            return theirs
-        state = {
-            index: {k: cut_like(v, params[index]) if isinstance(v, Tensor) else v for k, v in entries.items()}
-            for index, entries in theirs["state"].items()
-            if index in params
-        }
-        return {**theirs, "state": state}
+def _cut(base: Optimizer, order: Sequence[Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Whole tensors of a checkpoint, where a sharded parameter's are wanted: the part that is here."""
+    params = dict(zip(order, (p for group in base.param_groups for p in group["params"]), strict=True))
+    if not any(map(is_dtensor, params.values())):
+        return theirs
+    state = {
+        index: {k: cut_like(v, params[index]) if isinstance(v, Tensor) else v for k, v in entries.items()}
+        for index, entries in theirs["state"].items()
+        if index in params
+    }
+    return {**theirs, "state": state}
 
-    def _load_base(self, order: list[Any], theirs: dict[str, Any]) -> None:
-        before = [dict(group) for group in self.base.param_groups]
-        self.base.load_state_dict(theirs)
-        for number, (old, new) in enumerate(zip(before, self.base.param_groups, strict=True)):
-            missing = [key for key in old if key in self.base.defaults and key not in new]
-            if missing:  # only now: the base may know how to read older checkpoints of its own
-                raise ValueError(
-                    f"SelectiveUpdate: the checkpoint is not of {type(self.base).__name__}: its param_groups[{number}] "
-                    f"has no {', '.join(map(repr, missing))}; nothing was loaded"
-                )
-        params = [p for group in self.base.param_groups for p in group["params"]]
-        for index, p in zip(order, params, strict=True):
-            if index in theirs["state"]:
-                restore_dtypes(self.base.state[p], theirs["state"][index])
 
-    def _load_own(
-        self,
-        order: list[Any],
-        ours: dict[Any, dict[str, Tensor]],
-        policies: list[Policy],
-        preconditioners: list[Preconditioner | None],
-    ) -> None:
-        for number, (policy_group, members) in enumerate(zip(self.policy_groups, self._members, strict=True)):
-            policy_group.policy = policies[number]
-            found_there = preconditioners[number]
-            if found_there is not None:
-                policy_group.preconditioning.load(found_there)
-            members.kept.drop()
-            members.kept_rotated.drop()
-            members.fits = members.settled = False
-        params = [p for group in self.base.param_groups for p in group["params"]]
-        self._own = {p: own_tensors(ours[i], p) for i, p in zip(order, params, strict=True) if i in ours}
+def _load_base(base: Optimizer, order: Sequence[Any], theirs: dict[str, Any]) -> None:
+    before = [dict(group) for group in base.param_groups]
+    base.load_state_dict(theirs)
+    for number, (old, new) in enumerate(zip(before, base.param_groups, strict=True)):
+        missing = [key for key in old if key in base.defaults and key not in new]
+        if missing:  # only now: the base may know how to read older checkpoints of its own
+            raise CheckpointMismatch(
+                f"the checkpoint is not of {type(base).__name__}: its param_groups[{number}] has no "
+                f"{', '.join(map(repr, missing))}"
+            )
+    params = [p for group in base.param_groups for p in group["params"]]
+    for index, p in zip(order, params, strict=True):
+        if index in theirs["state"]:
+            restore_dtypes(base.state[p], theirs["state"][index])
 
-    def _make_missing_bases(self, parameters: list[Parameter]) -> None:
-        """Bases of parameters that were saved without: they start afresh."""
-        for parameter in parameters:
-            own = self._own.get(parameter.tensor)
-            if own is not None and BASIS_STEPS not in own and self._stage_of(parameter) is not None:
+
+def _load_policies(
+    groups: Groups, policies: Sequence[Policy], preconditioners: Sequence[Preconditioner | None]
+) -> None:
+    for plan, policy, preconditioner in zip(groups.plans, policies, preconditioners, strict=True):
+        plan.policy_group.policy = policy
+        if preconditioner is not None:
+            plan.preconditioning.load(preconditioner)
+        plan.look_anew()
+
+
+def _make_missing_bases(groups: Groups, store: StateStore) -> None:
+    """Bases of parameters that were saved without: they start afresh."""
+    for plan in groups.plans:
+        for parameter in plan.params.parameters:
+            own = store.table.get(parameter.tensor)
+            if own is not None and BASIS_STEPS not in own and plan.rotated_as(parameter) is not None:
                 with lasting():
-                    own.update(self._fresh_basis(parameter))
-                self._enter_basis([parameter])
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._count_steps()
-        found = {**self.__dict__, **self._live}
-        left_out = {name for name in found if name.endswith("_hooks")} | {"_live"}
-        left_out |= {"step", "_report", "defaults", "_members", "_recorded", "_clocks", "_stages", "_places", "_edited"}
-        return {key: value for key, value in found.items() if key not in left_out}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy or a pickle: all of it. Of `{"state", "param_groups", "defaults"}`: as torch's optimizers do it."""
-        if "base" not in state:
-            self._set_as_torch(state)
-            return
-        live = {name: value for name, value in state.items() if is_live(type(self), name)}
-        self.__dict__.update({name: value for name, value in state.items() if name not in live})
-        self.__dict__.update(_live={**live, "_report": None}, defaults=self.base.defaults)
-        self._start_planning()
-        Optimizer.__setstate__(self, {})
-
-    def __repr__(self) -> str:
-        policies = ", ".join(repr(group.policy) for group in self.policy_groups)
-        found = [group.preconditioning.preconditioner for group in self.policy_groups]
-        rotated = f", preconditioner={', '.join(map(repr, found))}" if any(p is not None for p in found) else ""
-        return f"{type(self).__name__}({self.base!r}, policy={policies}{rotated})"
+                    own.update(fresh_basis(plan, parameter))
+                enter_basis(store.base, plan, parameter, own)

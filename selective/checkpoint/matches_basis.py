@@ -1,82 +1,80 @@
-"""Whether what a checkpoint has of policies and bases is of this optimizer."""
+"""Checks that what a checkpoint has of preconditioners and bases is of this optimizer's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from selective.configured import Configured
-from selective.parameter import Parameter
-from selective.plan.policy_groups import PreconditionerGroup
-from selective.plan.rotated import Stage, layout_of
+from selective.checkpoint.matches_policies import first_saved
+from selective.mismatch import CheckpointMismatch
+from selective.parameter import Parameter, is_lazy
+from selective.plan.group_plan import GroupPlan
+from selective.plan.rotation_plan import RotationPlan, layout_of
 from selective.preconditioner import Preconditioner
-from selective.state.entries import BASIS, BASIS_SHAPE, BASIS_STEPS, decode_model
-
-C = TypeVar("C", bound=Configured)
+from selective.state.entries import BASIS, BASIS_SHAPE, BASIS_STEPS, PRECONDITIONER
 
 
-def first_saved(entries: Sequence[dict[str, Tensor]], key: str, family: type[C], number: int) -> C | None:
-    """The policy or preconditioner that a group was saved with; None where nothing was saved of it."""
-    having = [one[key] for one in entries if key in one]
-    if not having:
-        return None
-    where = f"param_groups[{number}]"
-    if not all(torch.equal(one.cpu(), having[0].cpu()) for one in having[1:] if one is not having[0]):
-        raise ValueError(
-            f"SelectiveUpdate: {where}: the checkpoint's parameters differ in their {key!r}; nothing was loaded"
-        )
-    return decode_model(having[0], family, where)
+def checked_preconditioners(
+    plans: Sequence[GroupPlan], order: Sequence[Any], ours: Mapping[Any, dict[str, Tensor]]
+) -> list[Preconditioner | None]:
+    """The preconditioners of the groups' saved bases, None for a group without; an error if a basis is not ours."""
+    preconditioners: list[Preconditioner | None] = []
+    indices = iter(order)
+    for plan in plans:
+        members = plan.params.parameters
+        entries = [ours.get(next(indices), {}) for _ in members]
+        saved = first_saved(entries, PRECONDITIONER, Preconditioner, plan.number)
+        preconditioners.append(saved)
+        for member, own in zip(members, entries, strict=True):
+            if saved is not None and not is_lazy(member.tensor):  # those are looked at when they have a shape
+                _check_basis(own, saved, plan, member)
+    return preconditioners
 
 
-def check_basis(
-    entries: dict[str, Tensor],
-    saved: Preconditioner,
-    stage: Stage | None,
-    group: PreconditionerGroup,
-    member: Parameter,
-) -> None:
+def _check_basis(entries: dict[str, Tensor], saved: Preconditioner, plan: GroupPlan, member: Parameter) -> None:
     """Refuse the basis of another preconditioner, of other sides, or of another view of this parameter."""
-    ours = group.preconditioner
-    shape = None if stage is None else stage.shapes.get(member.tensor)
+    group, rotation = plan.preconditioning, plan.rotation
+    shape = None if rotation is None else rotation.shapes.get(member.tensor)
     if not entries or (shape is None and BASIS_STEPS not in entries):
         return
-    why = _difference(entries, saved, stage, shape, member)
+    why = _difference(entries, saved, rotation, shape, member)
     if why is not None:
-        raise ValueError(
-            f"SelectiveUpdate: param_groups[{member.group}] has the preconditioner {ours!r} and "
-            f"matrix_view={group.matrix_view!r}, the checkpoint was made with {saved!r}: {why}. Nothing was loaded; "
-            f"construct the optimizer with that preconditioner, or load only the base's part "
-            f"(selective.base_part(state_dict)), whose moments are of that basis"
+        raise CheckpointMismatch(
+            f"param_groups[{member.group}] has the preconditioner {group.preconditioner!r} and "
+            f"matrix_view={group.matrix_view!r}, the checkpoint was made with {saved!r}: {why}",
+            "construct the optimizer with that preconditioner, or load only the base's part "
+            "(selective.base_part(state_dict)), whose moments are of that basis",
+            long=True,
         )
 
 
-def advice(preconditioners: Sequence[Preconditioner | None], groups: Sequence[PreconditionerGroup]) -> str | None:
-    """What the checkpoint's preconditioners have to say, once: of the first group in which they do."""
-    for number, (saved, group) in enumerate(zip(preconditioners, groups, strict=True)):
-        said = None if saved is None or group.preconditioner is None else saved.on_load(group.preconditioner)
+def advice(preconditioners: Sequence[Preconditioner | None], plans: Sequence[GroupPlan]) -> str | None:
+    """A warning of the checkpoint's preconditioners, of the first group in which they have one; None if none has."""
+    for saved, plan in zip(preconditioners, plans, strict=True):
+        here = plan.preconditioning.preconditioner
+        said = None if saved is None or here is None else saved.on_load(here)
         if said is not None:
-            return f"SelectiveUpdate: the checkpoint's preconditioner {said.format(number=number)}"
+            return f"SelectiveUpdate: the checkpoint's preconditioner {said.format(number=plan.number)}"
     return None
 
 
 def _difference(
     entries: dict[str, Tensor],
     saved: Preconditioner,
-    stage: Stage | None,
+    rotation: RotationPlan | None,
     shape: tuple[int, int, int] | None,
     member: Parameter,
 ) -> str | None:
-    """What is different, in words; None where the basis is ours."""
+    """The difference in words; None if the basis is ours."""
     who = f"parameter {member.name!r}"
-    if stage is None:
+    if rotation is None:
         return f"{who} was rotated"
-    if type(saved) is not type(stage.preconditioner):
-        return f"{saved.kind} is another kind than {stage.preconditioner.kind}"
+    if type(saved) is not type(rotation.preconditioner):
+        return f"{saved.kind} is another kind than {rotation.preconditioner.kind}"
     if shape is None:
-        return f"{who} was rotated, and is left alone here ({stage.left[member.name]})"
+        return f"{who} was rotated, and is left alone here ({rotation.left[member.name]})"
     if BASIS_STEPS not in entries:
         return f"{who} was not rotated"
     there = tuple(entries[BASIS_SHAPE].tolist()) if BASIS_SHAPE in entries else None
@@ -84,7 +82,7 @@ def _difference(
         return f"{who} was rotated as {there}, here it would be {shape}"
     kept = {key[len(BASIS) :]: value for key, value in entries.items() if key.startswith(BASIS)}
     found = {key: (tuple(value.shape), value.dtype) for key, value in kept.items()}
-    wanted = layout_of(stage.of(member.tensor), shape, member.tensor.device)
+    wanted = layout_of(rotation.of(member.tensor), shape, member.tensor.device)
     names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     differing = "; ".join(f"{name}: {_said(found.get(name))}, here {_said(wanted.get(name))}" for name in names)
     return f"of {who} it has {differing}" if names else None

@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 
 from selective.capture.choose import Capture
 from selective.capture.delta import LOW_PRECISION
-from selective.explain.rotated import explain_stage
+from selective.explain.rotated import explain_rotation
 from selective.explain.sharded import explain_shards, in_plain_torch
 from selective.kernels import backend_in_use, spec, why_reference
 from selective.parameter import initialized
-from selective.plan.policy_groups import PolicyGroup
-from selective.plan.rotated import Stage
+from selective.plan.group_plan import GroupPlan
+from selective.plan.options import Options
 from selective.policies import Policy
 from selective.policies.kernel_terms import has_own_code, specs_of, why_not_in_kernel
 from selective.sharding.dtensor import local_of, shard_of
@@ -28,38 +28,28 @@ _MEMORY = {
 }
 
 
-def explain(
-    base: Optimizer,
-    policy_groups: list[PolicyGroup],
-    captures: list[Capture],
-    momentum_beta: float | None,
-    stages: Sequence[Stage | None],
-    mask_space: str,
-    scope: str,
-    statistics: bool,
-    stochastic: bool,
-) -> str:
+def explain(base: Optimizer, plans: Sequence[GroupPlan], options: Options) -> str:
     """One paragraph a parameter group, in plain words."""
     lines = [f"SelectiveUpdate over {type(base).__module__}.{type(base).__name__}"]
-    for number, (policy_group, capture, stage) in enumerate(zip(policy_groups, captures, stages, strict=True)):
-        group = base.param_groups[number]
+    for plan in plans:
+        group, policy, capture = plan.group, plan.policy, plan.capture
         count = sum(p.numel() for p in initialized(group["params"]))
         lines += [
-            f"param_groups[{number}]: {_count(len(group['params']), 'tensor')}, {_count(count, 'element')}"
+            f"param_groups[{plan.number}]: {_count(len(group['params']), 'tensor')}, {_count(count, 'element')}"
             + _without_shape(group),
-            f"  policy    {policy_group.policy!r}",
+            f"  policy    {policy!r}",
             f"  capture   {capture.way}: {capture.reason}",
             f"  decay     {_decay(capture)}",
-            f"  momentum  {_momentum(capture, group, momentum_beta)}",
-            f"  memory    {_memory(policy_group, capture, group)}",
+            f"  momentum  {_momentum(capture, group, options.momentum_beta)}",
+            f"  memory    {_memory(policy, capture, group)}",
         ]
-        selection = _selection(policy_group.policy, group)
-        kernels = _kernels(base, group, policy_group.policy, capture, scope, stochastic)
+        selection = _selection(policy, group)
+        kernels = _kernels(base, group, policy, capture, options.scope, options.rounding)
         lines += [f"  selection {selection}"] if selection else []
         lines += [f"  kernels   {kernels}"] if kernels else []
-        shards = explain_shards(group, policy_group.policy, capture, scope, statistics)
+        shards = explain_shards(group, policy, capture, options.scope, options.statistics)
         lines += [f"  sharded   {shards}"] if shards else []
-        lines += [] if stage is None else explain_stage(stage, policy_group.policy, mask_space)
+        lines += [] if plan.rotation is None else explain_rotation(plan.rotation, policy, options.mask_space)
         notes = _notes(capture)
         if notes:
             lines.append(f"  note      {notes}")
@@ -92,9 +82,9 @@ def _momentum(capture: Capture, group: dict[str, object], momentum_beta: float |
     return f"the base's state[{key!r}]" if key else "the base's own"
 
 
-def _memory(policy_group: PolicyGroup, capture: Capture, group: dict[str, Any]) -> str:
-    if capture.way == "fused" and has_own_code(policy_group.policy, group["params"]):
-        why = _why_own_code(policy_group.policy, group["params"])
+def _memory(policy: Policy, capture: Capture, group: dict[str, Any]) -> str:
+    if capture.way == "fused" and has_own_code(policy, group["params"]):
+        why = _why_own_code(policy, group["params"])
         return f"one copy of the group's parameters during the step, because {why}"
     low = any(p.dtype in LOW_PRECISION for p in group["params"])
     if capture.way == "scratch" and capture.facts.decay == "coupled" and _decays(group):

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from selective.capture.choose import Layout
-from selective.capture.items import KeptItems
 from selective.parameter import Parameter, is_lazy
 from selective.plan.flattened import are_joined, shapes_of
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-class Members:
+class GroupParams:
     """One group's parameters with address and name. A group that was edited gets a new one.
 
     Looking is by identity and in plain lists, because it is done for every parameter in every step.
     """
 
-    def __init__(self, group: dict[str, Any], number: int, address: int, before: Members | None = None) -> None:
+    def __init__(self, group: dict[str, Any], number: int, address: int, before: GroupParams | None = None) -> None:
         self.tensors = list(group["params"])
         self.joined = before is not None and are_joined(before.shapes, self.tensors)  # into one flat vector
         # a stack that joins tensors may also empty them, so their shapes are those that they had when they came
@@ -31,8 +30,6 @@ class Members:
         self._names = list(group.get("param_names") or ())
         names = self._names or [f"param_groups[{number}][{i}]" for i in range(len(self.tensors))]
         self.parameters = [Parameter(p, address + i, names[i], number) for i, p in enumerate(self.tensors)]
-        self.kept = KeptItems()
-        self.kept_rotated = KeptItems()  # of the parameters that a preconditioner takes
         self._ids = {id(p) for p in self.tensors}
         self._looked: tuple[list[Any], ...] = ()
         self._pointers: list[int] = []
@@ -45,11 +42,11 @@ class Members:
         self._flags: list[bool] = []  # which had a gradient, the last time that some had none ...
         self._present: list[Parameter] = []  # ... and those that had
         self.fits = False  # whether the base's state has the precision in which it steps: Note [whose precision]
-        self.settled = False  # whether all state of them fits them: settling.py
+        self.settled = False  # whether all state of them fits them: state/fits.py
         self.moved = True  # whether their memory is another, since it was looked at who shares it
 
     def are_of(self, group: dict[str, Any], address: int) -> bool:
-        """Whether the group still has these parameters, under these names and addresses."""
+        """True if the group still has these parameters, under these names and addresses."""
         params = group["params"]
         return (
             address == self.address
@@ -59,7 +56,7 @@ class Members:
         )
 
     def has(self, param: object) -> bool:
-        """Whether it is one of them."""
+        """True if it is one of them."""
         return id(param) in self._ids
 
     def look(self) -> None:

@@ -1,180 +1,248 @@
-"""Which parameters, policy and capture every group has: kept from step to step, and in step with the base's groups."""
+"""The plans of all parameter groups: kept from step to step, and in step with the base's groups."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Container, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
-from selective.capture.choose import Capture, CaptureName, capture_key, choose_capture
-from selective.parameter import Parameter
+from selective.capture.choose import capture_key, choose_capture
+from selective.capture.items import DeviceItems
 from selective.plan.flattened import refuse_joined
-from selective.plan.group_params import Members
-from selective.plan.policy_groups import KEYS, PolicyGroup, PreconditionerGroup, take_policy, take_preconditioner
+from selective.plan.group_params import GroupParams
+from selective.plan.group_plan import Choice, GroupPlan
+from selective.plan.options import Options
+from selective.plan.policy_groups import KEYS, PolicyGroup, take_policy, take_preconditioner
 from selective.plan.refusals import check_complete, check_flattened, check_momentum, check_shards
-from selective.plan.rotated import Stage, check_change
+from selective.plan.rotation_plan import RotationPlan, check_change
 from selective.plan.shared_parameters import check_sharing
-from selective.policies import Dense, Policy
 from selective.rotation.moments import check_moments, moments_of
-from selective.state.live import Live
-from selective.state.store import OwnState
-from selective.step_count import Clocks
 
 
-class Planning(OwnState):
-    """The part of `SelectiveUpdate` that notices what was changed in the base's groups and in the policies."""
+class Changes(NamedTuple):
+    """The result of a refresh of the groups, for kept state to follow."""
 
-    _default: Policy
-    _default_preconditioning: PreconditionerGroup
-    _wanted: CaptureName
-    _members: Live[list[Members]] = Live()
-    _recorded: Live[list[Any]] = Live()
-    _edited: Live[bool] = Live()
+    switched: list[GroupPlan]  # whose policy is of another class than before
+    there: set[Tensor] | None  # the parameters that are left, if any has gone
 
-    def _start_planning(self) -> None:
-        """What no copy and no pickle has: it is made anew from groups and state, and holds tables on the device."""
-        self._members = []
-        self._stages, self._places = [], {}
+
+class Groups:
+    """A plan for each of the base's parameter groups.
+
+    `policies` are the public `policy_groups`. `places` numbers all rotated parameters. A copy of an optimizer is given
+    the `choices` of the original, one for each policy, by which it notices that a policy was switched.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        options: Options,
+        default: PolicyGroup,
+        policies: list[PolicyGroup] | None = None,
+        choices: Sequence[Choice | None] = (),
+    ) -> None:
+        self.base, self.options, self.default = base, options, default
+        self.policies = [] if policies is None else policies
+        self.plans: list[GroupPlan] = []
+        self.places: dict[Tensor, int] = {}
+        self.recorded: list[DeviceItems] = []  # of groups that were edited since: CUDA graphs read their tables
         self._edited = False  # whether parameters have left a group, and may have left all
-        self._recorded = []  # items in CUDA graphs of groups that were edited since: graphs read their tables
-        self._clocks = Clocks()
+        self._choices = list(zip(self.policies, choices, strict=False))  # of plans that are still to be made
 
-    def _look(self) -> list[Members]:
-        """The groups' parameters with address and name."""
-        address = 0
-        for number, group in enumerate(self.param_groups):
-            known = self._members[number] if number < len(self._members) else None
-            if known is None or not known.are_of(group, address):
-                if known is not None:
-                    self._recorded += known.kept.recorded
-                    self._edited = True
-                self._members[number : number + 1] = [Members(group, number, address, known)]
-            address += len(group["params"])
-        for removed in self._members[len(self.param_groups) :]:
-            self._recorded += removed.kept.recorded
-            self._edited = True
-        del self._members[len(self.param_groups) :]
-        return self._members
+    def refresh(self, with_basis: Container[Tensor] = frozenset()) -> Changes:
+        """Notice what was changed in the base's groups and in the policies; an error where it can't be followed.
 
-    def _forget_those_gone(self) -> None:
-        """Keep nothing of parameters that are in no group, and of which the base has nothing either."""
-        if not self._edited:
-            return
-        there = {p for members in self._members for p in members.tensors}
-        self._own = {p: own for p, own in self._own.items() if p in there or p in self.base.state}
-        self._places = {p: place for p, place in self._places.items() if p in there}
-        for stage in self._stages:
-            if stage is not None:
-                stage.forget_all_but(there)
-        self._edited = False
-
-    def _parameters(self) -> list[list[Parameter]]:
-        """The parameters by group."""
-        return [members.parameters for members in self._look()]
-
-    def _clocked(self) -> set[torch.device]:
-        """The GPUs on which something is masked, whose steps are counted there: Note [the clock]."""
-        masked = zip(self._members, self.policy_groups, self._stages, strict=True)
-        return {
-            device
-            for members, group, stage in masked
-            if stage is not None or not isinstance(group.policy, Dense)
-            for device in members.cuda_devices
-        }
-
-    def _plan(self) -> None:
-        """Keep parameters, policies and captures in step with the base's groups, which may have changed under us."""
+        `with_basis`: the parameters of which a basis is kept, so that it must stay what it is.
+        """
         self._take_policies()
-        captures: list[tuple[tuple[object, ...], Capture]] = []
-        switched: list[int] = []
-        plan = zip(self.param_groups, self.policy_groups, self._look(), strict=True)
-        for number, (group, policy_group, members) in enumerate(plan):
-            if not isinstance(policy_group, PolicyGroup):
-                raise TypeError(
-                    f"SelectiveUpdate: policy_groups[{number}] is {policy_group!r}; its entries stay, set "
-                    f"opt.policy_groups[{number}].policy to a Policy instead"
-                )
-            policy_group.listen(members.kept.policy_changed)
-            policy = policy_group.policy
-            members.look()
-            if not isinstance(policy, Dense) or policy_group.preconditioning.preconditioner is not None:
-                check_flattened(members.parameters)
-                if members.joined:
-                    refuse_joined(number, members.shapes, members.tensors)
-            key = capture_key(self.base, group, members.layout, policy, members.kept.describe(policy).needs)
-            known = self._captures[number] if number < len(self._captures) else None
-            if known is not None and known[0] == key:
-                captures.append(known)
+        plans = self.look()
+        choices = [self._choose(plan) for plan in plans]
+        switched = []
+        for plan, choice in zip(plans, choices, strict=True):
+            if choice is plan.choice:
                 continue
-            own = self._momentum_beta is not None
-            check_complete(policy, number)
-            capture = choose_capture(self.base, group, policy, self._wanted, own)
-            check_momentum(self.base, group, number, policy, capture, own)
-            if not isinstance(policy, Dense):
-                check_shards(members.parameters)
-            captures.append((key, capture))
-            members.fits = members.settled = False
-            if known is not None and known[0][-1] != key[-1]:
-                switched.append(number)
-        self._captures = captures
-        self._plan_stages()
+            if plan.choice is not None and plan.choice.key[-1] != choice.key[-1]:
+                switched.append(plan)
+            plan.choice = choice
+            plan.params.fits = plan.params.settled = False
+        self._plan_rotations(with_basis)
         self._check_sharing()
-        self._forget_those_gone()
-        for number in switched:
-            self._members[number].kept.drop()
-            self._renew_own_state(number)
+        return Changes(switched, self.forget_those_gone())
+
+    def look(self) -> list[GroupPlan]:
+        """The plans, with the parameters that the groups have now. Groups that were not taken in yet have none."""
+        address = 0
+        groups = self.base.param_groups
+        if len(self.policies) > len(groups):  # a group was removed; its plan is known as soon as its policy is, too
+            return self.plans
+        for number, (group, policy_group) in enumerate(zip(groups, self.policies, strict=False)):
+            if number == len(self.plans):
+                params, choice = GroupParams(group, number, address), self._choice_of(policy_group)
+                self.plans.append(GroupPlan(number, group, policy_group, params, choice))
+            elif len(self.plans) > len(groups) and self.plans[number].policy_group is not policy_group:
+                self._drop_removed(number, policy_group)
+            plan = self.plans[number]
+            plan.group, plan.policy_group = group, policy_group
+            if plan.number != number or not plan.params.are_of(group, address):
+                self._set_aside(plan)
+                plan.replace_params(GroupParams(group, number, address, plan.params))
+                plan.number = number
+            address += len(group["params"])
+        for removed in self.plans[len(groups) :]:
+            self._set_aside(removed)
+        del self.plans[len(groups) :]
+        return self.plans
+
+    def forget_those_gone(self) -> set[Tensor] | None:
+        """Hold on to no parameter that is in no group any more. Those that are left; None where none has gone."""
+        if not self._edited:
+            return None
+        there = {p for plan in self.plans for p in plan.params.tensors}
+        self.places = {p: place for p, place in self.places.items() if p in there}
+        for plan in self.plans:
+            if plan.rotation is not None:
+                plan.rotation.forget_all_but(there)
+        self._edited = False
+        return there
+
+    def look_anew(self) -> None:
+        """All state was replaced: make items anew, and look at what is kept before the next step."""
+        for plan in self.plans:
+            plan.look_anew()
+
+    def clocked(self) -> set[torch.device]:
+        """The GPUs on which something is masked, whose steps are counted there: Note [the clock]."""
+        masked = (plan for plan in self.plans if plan.rotation is not None or not plan.is_dense)
+        return {device for plan in masked for device in plan.params.cuda_devices}
+
+    def choices(self) -> list[Choice | None]:
+        """The captures that were chosen, for each policy; None where none was chosen yet."""
+        return [self._choice_of(policy_group) for policy_group in self.policies]
+
+    def plan_of(self, param: object) -> GroupPlan | None:
+        """The plan of the group that has this parameter; None where none has it."""
+        return next((plan for plan in self.plans if plan.params.has(param)), None)
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that puts plans and policies back to what they are now. The base's groups have to be back."""
+        plans = [(plan, plan.choice, plan.rotation) for plan in self.plans]
+        policies = [
+            (group, group.policy, group.preconditioning, dict(vars(group.preconditioning))) for group in self.policies
+        ]
+        places = self.places
+
+        def undo() -> None:
+            self.policies[:] = [group for group, *_ in policies]
+            for group, policy, preconditioning, before in policies:
+                group.policy = policy
+                vars(preconditioning).update(before)
+            self.plans[:] = [plan for plan, *_ in plans]
+            for plan, choice, rotation in plans:
+                plan.choice, plan.rotation = choice, rotation
+            self.places = places
+            self.look()
+            self.look_anew()
+
+        return undo
+
+    def take_in(self, group: dict[str, Any]) -> PolicyGroup:
+        """Move what a group says to the wrapper out of it."""
+        known = self.base.defaults
+        policy = take_policy(group, self.default.policy, known)
+        return PolicyGroup(policy, take_preconditioner(group, self.default.preconditioning, known))
+
+    def _choice_of(self, policy_group: PolicyGroup) -> Choice | None:
+        chosen = [(plan.policy_group, plan.choice) for plan in self.plans] + self._choices
+        return next((choice for other, choice in chosen if other is policy_group), None)
+
+    def _drop_removed(self, number: int, policy_group: PolicyGroup) -> None:
+        """Drop the plans between `number` and that of `policy_group`, which has moved up; none if it has no plan."""
+        later = (place for place, plan in enumerate(self.plans) if place > number and plan.policy_group is policy_group)
+        end = next(later, number)
+        for removed in self.plans[number:end]:
+            self._set_aside(removed)
+        del self.plans[number:end]
+
+    def _set_aside(self, plan: GroupPlan) -> None:
+        self.recorded += plan.kept.recorded
+        self._edited = True
+
+    def _choose(self, plan: GroupPlan) -> Choice:
+        """The capture of a group: the one that it has, while nothing changes that the choice depends on."""
+        number, params = plan.number, plan.params
+        if not isinstance(plan.policy_group, PolicyGroup):
+            raise TypeError(
+                f"SelectiveUpdate: policy_groups[{number}] is {plan.policy_group!r}; its entries stay, set "
+                f"opt.policy_groups[{number}].policy to a Policy instead"
+            )
+        plan.policy_group.listen(plan.kept.policy_changed)
+        policy = plan.policy
+        params.look()
+        if not plan.is_dense or plan.preconditioning.preconditioner is not None:
+            check_flattened(params.parameters)
+            if params.joined:
+                refuse_joined(number, params.shapes, params.tensors)
+        key = capture_key(self.base, plan.group, params.layout, policy, plan.kept.describe(policy).needs)
+        if plan.choice is not None and plan.choice.key == key:
+            return plan.choice
+        own = self.options.keeps_momentum
+        check_complete(policy, number)
+        capture = choose_capture(self.base, plan.group, policy, self.options.capture, own)
+        check_momentum(self.base, plan.group, number, policy, capture, own)
+        if not plan.is_dense:
+            check_shards(params.parameters)
+        return Choice(key, capture)
 
     def _check_sharing(self) -> None:
         """Refuse parameters that are there twice. Looked at anew where one was exchanged, or has other memory."""
-        if not any(members.moved for members in self._members):
+        if not any(plan.params.moved for plan in self.plans):
             return
-        everything = [parameter for members in self._members for parameter in members.parameters]
-        policies = [group.policy for group, members in zip(self.policy_groups, self._members, strict=True)
-                    for _ in members.parameters]  # fmt: skip
-        ours = [
-            not isinstance(policy, Dense) or self._stage_of(parameter) is not None
-            for parameter, policy in zip(everything, policies, strict=True)
-        ]
-        check_sharing(everything, ours)
-        for members in self._members:
-            members.moved = False
+        everything = [(parameter, plan) for plan in self.plans for parameter in plan.params.parameters]
+        ours = [plan.masks_or_rotates(parameter) for parameter, plan in everything]
+        check_sharing([parameter for parameter, _ in everything], ours)
+        for plan in self.plans:
+            plan.params.moved = False
 
-    def _plan_stages(self) -> None:
-        """What is rotated, of every group. Looked at anew where a preconditioner, a capture or a parameter changed."""
-        stages: list[Stage | None] = []
-        for number, (policy_group, members) in enumerate(zip(self.policy_groups, self._members, strict=True)):
-            preconditioning, beside = policy_group.preconditioning, self._captures[number][1]
-            known: Stage | None = preconditioning.planned if preconditioning.was_planned else None
-            stage = known
-            if known is None or not known.is_of(preconditioning, beside, members.parameters):
-                stage = None if preconditioning.preconditioner is None else self._make_stage(number, beside)
-                members.settled = members.settled and stage is known
-                if preconditioning.was_planned and (known is None or self._has_bases(known)):
-                    check_change(known, stage, number)
-            preconditioning.planned = stage
-            stages.append(stage)
-        if stages != self._stages:
-            tensors = [p for stage in stages if stage is not None for p in stage.shapes]
-            self._places = {p: place for place, p in enumerate(tensors)}
-        self._stages = stages
+    def _plan_rotations(self, with_basis: Container[Tensor]) -> None:
+        """Plan the rotation of every group, anew where a preconditioner, a capture or a parameter changed."""
+        rotations = [self._rotation_of(plan, with_basis) for plan in self.plans]
+        if rotations != [plan.rotation for plan in self.plans]:
+            tensors = [p for rotation in rotations if rotation is not None for p in rotation.shapes]
+            self.places = {p: place for place, p in enumerate(tensors)}
+        for plan, rotation in zip(self.plans, rotations, strict=True):
+            plan.rotation = rotation
 
-    def _make_stage(self, number: int, beside: Capture) -> Stage:
-        group, policy_group = self.param_groups[number], self.policy_groups[number]
-        preconditioning, policy, capture = policy_group.preconditioning, policy_group.policy, beside
-        assert preconditioning.preconditioner is not None
-        if isinstance(policy, Dense):  # nobody reads a momentum of ours
-            capture = choose_capture(self.base, group, policy, self._wanted, False, rotated=True)
-        members = self._members[number].parameters
-        stage = Stage(preconditioning.preconditioner, preconditioning.matrix_view, capture, beside, members)
-        if stage.shapes:
-            moments = moments_of(self.base, group, capture.facts)
-            check_moments(self.base, group, number, moments, stage.preconditioner)
-        return stage
+    def _rotation_of(self, plan: GroupPlan, with_basis: Container[Tensor]) -> RotationPlan | None:
+        preconditioning = plan.preconditioning
+        known: RotationPlan | None = preconditioning.planned if preconditioning.was_planned else None
+        rotation = known
+        if known is None or not known.is_of(preconditioning, plan.capture, plan.params.parameters):
+            rotation = None if preconditioning.preconditioner is None else self._make_rotation(plan)
+            plan.params.settled = plan.params.settled and rotation is known
+            if preconditioning.was_planned and (known is None or any(p in with_basis for p in known.shapes)):
+                check_change(known, rotation, plan.number)
+        preconditioning.planned = rotation
+        return rotation
+
+    def _make_rotation(self, plan: GroupPlan) -> RotationPlan:
+        preconditioner, capture = plan.preconditioning.preconditioner, plan.capture
+        assert preconditioner is not None
+        if plan.is_dense:  # nobody reads a momentum of ours
+            capture = choose_capture(self.base, plan.group, plan.policy, self.options.capture, False, rotated=True)
+        view, parameters = plan.preconditioning.matrix_view, plan.params.parameters
+        rotation = RotationPlan(preconditioner, view, capture, plan.capture, parameters)
+        if rotation.shapes:
+            moments = moments_of(self.base, plan.group, capture.facts)
+            check_moments(self.base, plan.group, plan.number, moments, preconditioner)
+        return rotation
 
     def _take_policies(self) -> None:
         """One policy for each group: those of new groups are moved out of them."""
-        groups, known = self.param_groups, self.base.defaults
-        for number, group in enumerate(groups[: len(self.policy_groups)]):
+        groups, known = self.base.param_groups, self.base.defaults
+        for number, group in enumerate(groups[: len(self.policies)]):
             late = next((key for key in KEYS if key in group and (key == "policy" or key not in known)), None)
             if late is not None:  # it would be without effect, and the group could not be saved
                 way = f"opt.preconditioner_groups[{number}]'s"
@@ -184,16 +252,10 @@ class Planning(OwnState):
                     f"SelectiveUpdate: param_groups[{number}] got a {late!r} after it was taken in; remove it there, "
                     f"and set {way} hyper-parameters by name"
                 )
-        for group in groups[len(self.policy_groups) :]:  # at construction, or added on the base itself
-            self.policy_groups.append(self._taken(group))
-        if len(self.policy_groups) > len(groups):
+        for group in groups[len(self.policies) :]:  # at construction, or added on the base itself
+            self.policies.append(self.take_in(group))
+        if len(self.policies) > len(groups):
             raise RuntimeError(
                 f"SelectiveUpdate: the base has {len(groups)} parameter groups, policy_groups has "
-                f"{len(self.policy_groups)}: a group was removed; delete the same index from opt.policy_groups"
+                f"{len(self.policies)}: a group was removed; delete the same index from opt.policy_groups"
             )
-
-    def _taken(self, group: dict[str, Any]) -> PolicyGroup:
-        """What a group says to the wrapper, moved out of it."""
-        known = self.base.defaults
-        policy = take_policy(group, self._default, known)
-        return PolicyGroup(policy, take_preconditioner(group, self._default_preconditioning, known))

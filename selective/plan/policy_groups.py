@@ -76,7 +76,7 @@ class PreconditionerGroup(ModelGroup):
     def __init__(self, preconditioner: Preconditioner | None, matrix_view: MatrixView = "matrices") -> None:
         self._preconditioner = preconditioner
         self._matrix_view: MatrixView = matrix_view
-        self.planned: Any = _NEVER  # the stage that was made of it, None where there was no preconditioner
+        self.planned: Any = _NEVER  # the rotation that was planned for it, None where there was no preconditioner
 
     @property
     def preconditioner(self) -> Preconditioner | None:

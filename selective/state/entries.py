@@ -10,15 +10,18 @@ would not have an entry of their own, and torch.distributed.checkpoint refuses t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from selective.configured import Configured
+from selective.mismatch import CheckpointMismatch
 
 C = TypeVar("C", bound=Configured)
+Refusal = Callable[[str], ValueError]
+"""Makes the error of what is wrong, a clause: a checkpoint's and a written entry's end differently."""
 
 PREFIX = "selective/"
 POLICY_STATE = PREFIX + "state/"
@@ -39,8 +42,8 @@ def encode_model(model: Configured, note: str = "") -> Tensor:
     return torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8).clone()
 
 
-def decode_model(data: Tensor, family: type[C], where: str, after: str = "nothing was loaded") -> C:
-    """The model that `encode_model` wrote; a ValueError that says where the bytes stood, if they are not one."""
+def decode_model(data: Tensor, family: type[C], where: str, refuse: Refusal = CheckpointMismatch) -> C:
+    """The model that `encode_model` wrote; the error that `refuse` makes, with the place, if the bytes are not one."""
     try:
         if data.dtype != torch.uint8 or data.dim() != 1:
             raise ValueError(f"found {data.dtype} of shape {tuple(data.shape)}, expected bytes")
@@ -50,7 +53,7 @@ def decode_model(data: Tensor, family: type[C], where: str, after: str = "nothin
         model = family.from_data(text)
     except (UnicodeDecodeError, ValueError, TypeError) as error:
         what = family._family
-        raise ValueError(f"SelectiveUpdate: {where}: the saved {what} can't be read: {error}; {after}") from error
+        raise refuse(f"{where}: the saved {what} can't be read: {error}") from error
     model.as_if_written()  # every field was saved, so that a changed default can't change a run
     return model
 

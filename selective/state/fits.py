@@ -6,20 +6,23 @@ what nobody wrote starts anew.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from selective.base.fused_rules import fused_rule
 from selective.base.state_entries import state_entries
 from selective.parameter import Parameter, is_lazy
-from selective.plan.group_params import Members
-from selective.plan.groups import Planning
-from selective.plan.rotated import layout_of
-from selective.policies import Policy
+from selective.plan.group_plan import GroupPlan
+from selective.plan.rotation_plan import RotationPlan, layout_of
+from selective.preconditioner import Shape
 from selective.state.entries import BASIS, BASIS_SHAPE, BASIS_SKIPPED, BASIS_STEPS
 from selective.state.parameter_state import Own, in_dtype, is_of_basis
+from selective.state.rotation_state import enter_basis, fresh_basis
+from selective.state.store import StateStore
 
 _WAY_OUT = (
     "Cut or extend it with the parameter (opt.state[p][{key!r}] = ...), or delete all of the parameter's state "
@@ -27,131 +30,125 @@ _WAY_OUT = (
 )
 
 
-class Settling(Planning):
-    """The part of `SelectiveUpdate` that holds state against the parameters that it is of."""
+def settle(plans: Sequence[GroupPlan], store: StateStore) -> None:
+    """Make all state fit; a ValueError, and nothing has changed, where the base's does not."""
+    unsettled = [plan for plan in plans if not plan.params.settled]
+    for plan in unsettled:
+        for parameter in _there(plan):
+            _check_gradient(parameter)
+            if store.keeps(plan, parameter):  # else its step is the base's alone
+                _check_base_entries(store.base, plan, parameter)
+    if unsettled:
+        complete(unsettled, store)
+    for plan in unsettled:
+        plan.params.settled = True
+        plan.params.were.clear()
 
-    def _settle(self) -> None:
-        """Make all state fit; a ValueError, and nothing has changed, where the base's does not."""
-        unsettled = [(n, members) for n, members in enumerate(self._members) if not members.settled]
-        for number, members in unsettled:
-            for parameter in _there(members):
-                _check_gradient(parameter)
-                if self._keeps_own(parameter, self.policy_groups[number].policy):  # else its step is the base's alone
-                    self._check_base_entries(parameter, members)
-        if unsettled:
-            self._complete_own()
-        for _, members in unsettled:
-            members.settled = True
-            members.were.clear()
 
-    def _complete_own(self) -> None:
-        """Make what is missing of ours, and anew what does not fit its parameter any more."""
-        for number, members in enumerate(self._members):
-            if members.settled:
-                continue
-            for parameter in _there(members):
-                own = self._own.get(parameter.tensor)
-                if own is not None:
-                    self._complete(parameter, self.policy_groups[number].policy, own)
+def complete(plans: Sequence[GroupPlan], store: StateStore) -> None:
+    """Make what is missing of ours, and anew what does not fit its parameter any more."""
+    for plan in plans:
+        if plan.params.settled:
+            continue
+        for parameter in _there(plan):
+            own = store.table.get(parameter.tensor)
+            if own is not None:
+                _complete(store, plan, parameter, own)
 
-    def _check_base_entries(self, parameter: Parameter, members: Members) -> None:
-        """Refuse moments of another shape, by the parameter's name."""
-        p, state = parameter.tensor, self.base.state.get(parameter.tensor)
-        if not state:
-            return
-        group = self.base.param_groups[parameter.group]
-        stage = self._stage_of(parameter)
-        capture = self._captures[parameter.group][1] if stage is None else stage[0].capture
-        rule = fused_rule(self.base) if capture.way == "fused" else None
-        shaped: list[str] = []
-        if rule is not None:
-            needed, shaped = rule.names(group)
-            missing = next((name for name in needed if name not in state), None)
-            if missing is not None:
-                raise ValueError(
-                    f"SelectiveUpdate: the state of parameter {parameter.name!r} has {sorted(map(str, state))}, and no "
-                    f"{missing!r}: {type(self.base).__name__} can't step it. Write it (opt.state[p][{missing!r}] = "
-                    f"...), or delete all of the parameter's state (del opt.state[p]), and it starts anew"
-                )
-            rule.convert(group, p, state)
-        was = members.were.get(p)
-        for name, value in state_entries(state):
-            if not isinstance(value, Tensor):
-                continue
-            unfit = value.shape != p.shape and (name in shaped or _is_of(value.shape, was, p.shape))
-            if unfit or (name == capture.facts.momentum_key and value.numel() != p.numel()):
-                _refuse_shape(parameter, name, value)
 
-    def _complete(self, parameter: Parameter, policy: Policy, own: Own) -> None:
-        before = dict(own)
-        if self._keeps_own(parameter, policy):
-            self._complete_entries(parameter, policy, own)
-            self._complete_basis(parameter, own)
-        if own.keys() != before.keys() or any(own[key] is not value for key, value in before.items()):
-            self._own = dict(self._own)  # another object says that entries were replaced
-        own.know([parameter.tensor.shape])
-        own.fits()
-
-    def _complete_entries(self, parameter: Parameter, policy: Policy, own: Own) -> None:
-        """The policy's state, the momentum and the residue."""
-        fresh = self._fresh_own(parameter, policy)
-        for key in [key for key in own if key not in fresh and not is_of_basis(key)]:
-            if key in own.written:
-                raise ValueError(
-                    f"SelectiveUpdate: the state of parameter {parameter.name!r} was given an entry {key!r}, which "
-                    f"{policy!r} does not keep here. Remove it (del opt.state[p][{key!r}])"
-                )
-            del own[key]
-        for key, like in fresh.items():
-            now = own.get(key)
-            if now is not None and now.shape != like.shape:
-                if key in own.written:
-                    _refuse_shape(parameter, key, now, like)
-                now = None
-            own[key] = like if now is None else now.to(like.device, like.dtype)
-
-    def _complete_basis(self, parameter: Parameter, own: Own) -> None:
-        """Its basis. One of another shape, or of which something is missing, starts anew."""
-        found = self._stage_of(parameter)
-        if found is not None and self._has_whole_basis(parameter, own):
-            return
-        there = [key for key in own if is_of_basis(key)]
-        if found is not None and _shape_in(own) == tuple(found[1]) and own.written.intersection(there):
+def _check_base_entries(base: Optimizer, plan: GroupPlan, parameter: Parameter) -> None:
+    """Refuse moments of another shape, by the parameter's name."""
+    p, state = parameter.tensor, base.state.get(parameter.tensor)
+    if not state:
+        return
+    capture = plan.capture_of(parameter)
+    rule = fused_rule(base) if capture.way == "fused" else None
+    shaped: list[str] = []
+    if rule is not None:
+        needed, shaped = rule.names(plan.group)
+        missing = next((name for name in needed if name not in state), None)
+        if missing is not None:
             raise ValueError(
-                f"SelectiveUpdate: the state of parameter {parameter.name!r} was given a basis that "
-                f"{found[0].preconditioner!r} does not keep of {list(found[1])}: {sorted(there)}. Give it all entries "
-                f"of one, or none (del opt.state[p][{BASIS_SHAPE!r}]), and it starts anew"
+                f"SelectiveUpdate: the state of parameter {parameter.name!r} has {sorted(map(str, state))}, and no "
+                f"{missing!r}: {type(base).__name__} can't step it. Write it (opt.state[p][{missing!r}] = "
+                f"...), or delete all of the parameter's state (del opt.state[p]), and it starts anew"
             )
-        for key in there:
-            del own[key]
-        if found is not None:
-            own.update(self._fresh_basis(parameter))
-            try:
-                self._enter_basis([parameter])
-            except BaseException:  # made anew, and entered, next time
-                for key in [key for key in own if is_of_basis(key)]:
-                    del own[key]
-                raise
-
-    def _has_whole_basis(self, parameter: Parameter, own: Own) -> bool:
-        stage, shape = self._stage_of(parameter) or (None, None)
-        if stage is None or shape is None or any(k not in own for k in (BASIS_STEPS, BASIS_SKIPPED, BASIS_SHAPE)):
-            return False
-        if _shape_in(own) != tuple(shape):
-            return False
-        touched = own.written | own.removed
-        if not any(map(is_of_basis, touched)):
-            return True  # as we made or loaded it
-        kept: dict[str, Any] = {k[len(BASIS) :]: v for k, v in own.items() if k.startswith(BASIS)}
-        wanted: Any = layout_of(stage.of(parameter.tensor), shape, parameter.tensor.device)
-        for name in kept.keys() & wanted.keys():
-            kept[name] = own[BASIS + name] = in_dtype(kept[name], wanted[name][1])
-        found = own.layout_of_basis()
-        return found in (own.layout, {BASIS + name: one for name, one in wanted.items()})
+        rule.convert(plan.group, p, state)
+    was = plan.params.were.get(p)
+    for name, value in state_entries(state):
+        if not isinstance(value, Tensor):
+            continue
+        unfit = value.shape != p.shape and (name in shaped or _is_of(value.shape, was, p.shape))
+        if unfit or (name == capture.facts.momentum_key and value.numel() != p.numel()):
+            _refuse_shape(parameter, name, value)
 
 
-def _there(members: Members) -> list[Parameter]:
-    return [parameter for parameter in members.parameters if not is_lazy(parameter.tensor)]
+def _complete(store: StateStore, plan: GroupPlan, parameter: Parameter, own: Own) -> None:
+    before = dict(own)
+    if store.keeps(plan, parameter):
+        _complete_entries(store, plan, parameter, own)
+        _complete_basis(store, plan, parameter, own)
+    if own.keys() != before.keys() or any(own[key] is not value for key, value in before.items()):
+        store.mark_replaced()
+    own.know([parameter.tensor.shape])
+    own.fits()
+
+
+def _complete_entries(store: StateStore, plan: GroupPlan, parameter: Parameter, own: Own) -> None:
+    """The policy's state, the momentum and the residue."""
+    fresh = store.fresh_entries(plan, parameter, plan.policy)
+    for key in [key for key in own if key not in fresh and not is_of_basis(key)]:
+        if key in own.written:
+            raise ValueError(
+                f"SelectiveUpdate: the state of parameter {parameter.name!r} was given an entry {key!r}, which "
+                f"{plan.policy!r} does not keep here. Remove it (del opt.state[p][{key!r}])"
+            )
+        del own[key]
+    for key, like in fresh.items():
+        now = own.get(key)
+        if now is not None and now.shape != like.shape:
+            if key in own.written:
+                _refuse_shape(parameter, key, now, like)
+            now = None
+        own[key] = like if now is None else now.to(like.device, like.dtype)
+
+
+def _complete_basis(store: StateStore, plan: GroupPlan, parameter: Parameter, own: Own) -> None:
+    """Its basis. One of another shape, or of which something is missing, starts anew."""
+    rotated = plan.rotated_as(parameter)
+    if rotated is not None and _has_whole_basis(*rotated, parameter, own):
+        return
+    there = [key for key in own if is_of_basis(key)]
+    if rotated is not None and _shape_in(own) == tuple(rotated[1]) and own.written.intersection(there):
+        raise ValueError(
+            f"SelectiveUpdate: the state of parameter {parameter.name!r} was given a basis that "
+            f"{rotated[0].preconditioner!r} does not keep of {list(rotated[1])}: {sorted(there)}. Give it all entries "
+            f"of one, or none (del opt.state[p][{BASIS_SHAPE!r}]), and it starts anew"
+        )
+    for key in there:
+        del own[key]
+    if rotated is not None:
+        fresh = fresh_basis(plan, parameter)
+        enter_basis(store.base, plan, parameter, fresh)  # it may raise: then it is made and entered again next time
+        own.update(fresh)
+
+
+def _has_whole_basis(rotation: RotationPlan, shape: Shape, parameter: Parameter, own: Own) -> bool:
+    if any(key not in own for key in (BASIS_STEPS, BASIS_SKIPPED, BASIS_SHAPE)) or _shape_in(own) != tuple(shape):
+        return False
+    touched = own.written | own.removed
+    if not any(map(is_of_basis, touched)):
+        return True  # as we made or loaded it
+    kept: dict[str, Any] = {k[len(BASIS) :]: v for k, v in own.items() if k.startswith(BASIS)}
+    wanted: Any = layout_of(rotation.of(parameter.tensor), shape, parameter.tensor.device)
+    for name in kept.keys() & wanted.keys():
+        kept[name] = own[BASIS + name] = in_dtype(kept[name], wanted[name][1])
+    found = own.layout_of_basis()
+    return found in (own.layout, {BASIS + name: one for name, one in wanted.items()})
+
+
+def _there(plan: GroupPlan) -> list[Parameter]:
+    return [parameter for parameter in plan.params.parameters if not is_lazy(parameter.tensor)]
 
 
 def _is_of(shape: torch.Size, was: torch.Size | None, now: torch.Size) -> bool:

@@ -1,12 +1,16 @@
-"""What we keep of one parameter: tensors by name, and which of them are cut with it."""
+"""The entries of ours of one parameter: tensors by name, and which of them are cut with it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from selective.kernels.lasting import lasting
+from selective.parameter import is_lazy
+from selective.sharding.gathering import cut_like
 from selective.state.entries import BASIS, BASIS_SHAPE, BASIS_SKIPPED, BASIS_STEPS, MOMENTUM, POLICY_STATE, RESIDUE
 
 COUNTS = (BASIS_STEPS, BASIS_SHAPE, BASIS_SKIPPED)  # int64
@@ -64,3 +68,16 @@ class Own(dict[str, Tensor]):
     def is_divided(self, key: str) -> bool:
         """Whether the entry is cut with its parameter."""
         return key in (MOMENTUM, RESIDUE) or key in self.divided
+
+
+def own_tensors(entries: dict[str, Tensor], param: Tensor) -> Own:
+    """The saved entries of a parameter that are kept, as copies of our own."""
+    kept = {key: cast(Tensor, value) for key, value in entries.items() if is_kept(key)}
+    with lasting():
+        made = {
+            key: cut_like(value.detach().clone().to("cpu" if key in ON_THE_HOST else param.device), param)
+            for key, value in kept.items()
+        }
+    own = Own(made, [] if is_lazy(param) else [param.shape])
+    own.fits()
+    return own

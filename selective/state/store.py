@@ -1,23 +1,20 @@
-"""What we keep of each parameter beside the base: Note [our state entries]."""
+"""The entries of ours of each parameter, beside the base's: Note [our state entries]."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.base.fused_rules import FusedRule, fused_rule
-from selective.base.lent_gradients import LentGradients, gradient_dtype
 from selective.base.same_class import class_names
-from selective.base.step_base import run_step_on
-from selective.capture.choose import Capture
 from selective.kernels import spec
 from selective.kernels.lasting import lasting
-from selective.parameter import Parameter, initialized, is_lazy
-from selective.plan.policy_groups import PolicyGroup
+from selective.parameter import Parameter, is_lazy
+from selective.plan.group_plan import GroupPlan
+from selective.plan.groups import Groups
+from selective.plan.options import Options
 from selective.policies import Dense, Policy
 from selective.policies.view import StepView, Tensors
 from selective.sharding.gathering import cut_like
@@ -32,163 +29,138 @@ from selective.state.entries import (
     STEP,
     encode_model,
 )
-from selective.state.live import Live
 from selective.state.parameter_state import Own
-from selective.state.rotation_state import OwnBasis
-from selective.step_count import Clocks
+from selective.state.rotation_state import enter_basis, fresh_basis
+from selective.step_count import StepCount
 
 
-class OwnState(OwnBasis):
-    """The part of `SelectiveUpdate` that keeps state: ours beside the base's."""
+class StateStore:
+    """The entries of ours by parameter, in `table`. It is another object whenever entries were replaced."""
 
-    policy_groups: list[PolicyGroup]
-    _seed: Live[int] = Live()
-    _steps: Live[int] = Live()
-    _momentum_beta: float | None
-    _captures: Live[list[tuple[tuple[object, ...], Capture]]] = Live()
-    _constructing: bool
-    _clocks: Live[Clocks] = Live()
+    def __init__(
+        self, base: Optimizer, options: Options, count: StepCount, table: dict[Tensor, Own] | None = None
+    ) -> None:
+        self.base, self.options, self.count = base, options, count
+        self.table = {} if table is None else table
 
-    def _saved_entries(self, own: dict[str, Tensor], group: PolicyGroup) -> dict[str, Tensor]:
-        step, seed = (torch.tensor(number, device="cpu") for number in (self._steps, self._seed))
-        entries = {STEP: step, SEED: seed, POLICY: encode_model(group.policy, class_names(self.base)), **own}
-        preconditioner = group.preconditioning.preconditioner
-        if preconditioner is not None and BASIS_STEPS in own:
-            entries[PRECONDITIONER] = encode_model(preconditioner)
-        return entries
+    @property
+    def with_basis(self) -> Container[Tensor]:
+        """The parameters of which a basis is kept: from the first step on it can't become another."""
+        return _WithBasis(self.table)
 
-    def _count_steps(self) -> None:
-        """Learn how many steps were taken; replays of a CUDA graph are counted on the device: Note [the clock]."""
-        self._steps = self._clocks.count(self._steps)
-
-    def _own_state(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
-        """The policy's state of one parameter, made on first use. The tensors are the stored ones."""
-        own = self._own_of(parameter, policy)
-        return {key[len(POLICY_STATE) :]: value for key, value in own.items() if key.startswith(POLICY_STATE)}
-
-    def _own_of(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
-        own = self._own.get(parameter.tensor)
+    def of(self, plan: GroupPlan, parameter: Parameter) -> Own:
+        """The entries of a parameter, made on first use. The tensors are the stored ones."""
+        own = self.table.get(parameter.tensor)
         if own is None:
             with lasting():
-                own = self._fresh(parameter, policy)
-            self._own[parameter.tensor] = own
-            try:
-                self._enter_basis([parameter])
-            except BaseException:  # a preconditioner may raise: then its basis is made anew, and entered, next time
-                del self._own[parameter.tensor]
-                raise
+                own = self.fresh(plan, parameter)
+            enter_basis(self.base, plan, parameter, own)  # it may raise: then all is made again next time
+            self.table[parameter.tensor] = own
         return own
 
-    def _fresh(self, parameter: Parameter, policy: Policy) -> Own:
-        """All that we keep of a parameter before its first step."""
-        entries = {**self._fresh_own(parameter, policy), **self._fresh_basis(parameter)}
-        own = Own(entries, [parameter.tensor.shape])
-        own.fits()
-        return own
+    def policy_state(self, plan: GroupPlan, parameter: Parameter) -> dict[str, Tensor]:
+        """The policy's state of a parameter, made on first use. The tensors are the stored ones."""
+        own = self.of(plan, parameter)
+        return {key[len(POLICY_STATE) :]: value for key, value in own.items() if key.startswith(POLICY_STATE)}
 
-    def _fresh_own(self, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
-        """What we keep of a parameter before its first step, its basis aside."""
-        view = StepView(
-            Tensors(parameter.tensor), reads=frozenset({"param"}), who=type(policy).__name__, name=parameter.name,
-            draw=spec.Draw(self._seed, self._steps), address=parameter.address,
-        )  # fmt: skip
-        made = policy.init_state(view)
-        own = {POLICY_STATE + key: cut_like(value, parameter.tensor) for key, value in made.items()}
-        if self._momentum_beta is not None and not isinstance(policy, Dense):
-            dtype = torch.float64 if parameter.tensor.dtype == torch.float64 else torch.float32
-            own[MOMENTUM] = torch.zeros_like(parameter.tensor, dtype=dtype)
-        stage = self._stage_of(parameter)
-        capture = self._captures[parameter.group][1] if stage is None else stage[0].capture
-        if capture.keeps_residue(parameter.tensor):
-            own[RESIDUE] = torch.zeros_like(parameter.tensor)
-        return own
+    def make(self, plans: Iterable[GroupPlan], wanted: Callable[[Parameter], bool]) -> None:
+        """Make the entries of the wanted parameters, unless their step is the base's alone."""
+        for plan in plans:
+            for parameter in plan.params.parameters:
+                if wanted(parameter) and self.keeps(plan, parameter):
+                    self.of(plan, parameter)
 
-    def _own_momentum(self, parameter: Parameter, policy: Policy) -> Tensor:
-        return self._own_of(parameter, policy)[MOMENTUM]
-
-    def _own_residue(self, parameter: Parameter, policy: Policy) -> Tensor:
-        return self._own_of(parameter, policy)[RESIDUE]
-
-    def _make_own_state(self, wanted: Callable[[Parameter], bool]) -> None:
-        """Our state for the wanted parameters, unless their step is the base's alone."""
-        for policy_group, members in zip(self.policy_groups, self._parameters(), strict=True):
-            for parameter in members:
-                if wanted(parameter) and self._keeps_own(parameter, policy_group.policy):
-                    self._own_of(parameter, policy_group.policy)
-
-    def _keeps_own(self, parameter: Parameter, policy: Policy) -> bool:
-        """Whether we keep anything of it: not where its step is the base's alone, or where it has no shape yet."""
-        masked = not isinstance(policy, Dense) or self._stage_of(parameter) is not None
-        return masked and not is_lazy(parameter.tensor)
-
-    def _renew_own_state(self, number: int) -> None:
-        """After a switch of a group's policy: the new one's state, with the momentum and residue that we keep."""
-        policy = self.policy_groups[number].policy
-        self._own = dict(self._own)  # another object says that entries were replaced
-        for parameter in self._parameters()[number]:
-            kept = self._own.pop(parameter.tensor, Own())
-            if self._keeps_own(parameter, policy) and (kept or self._has_base_state(parameter)):
-                with lasting():
-                    fresh = self._fresh(parameter, policy)
-                fresh.update((k, v) for k, v in kept.items() if k in fresh and not k.startswith(POLICY_STATE))
-                self._own[parameter.tensor] = fresh
-                if not kept:
-                    self._enter_basis([parameter])
-
-    def _has_base_state(self, parameter: Parameter) -> bool:
-        """Whether the base holds state of it already, so that ours has to join it.
+    def join_base(self, plans: Iterable[GroupPlan]) -> None:
+        """Make the entries of parameters of which the base holds state already.
 
         torch.distributed.checkpoint reads the names of entries off live state. Bases that make theirs in the
         constructor (Adagrad), or that have trained before they were wrapped, have it from the start.
         """
+        self.make(plans, self._has_base_state)
+
+    def keeps(self, plan: GroupPlan, parameter: Parameter) -> bool:
+        """True if entries are kept of it: not if its step is the base's alone, or if it has no shape yet."""
+        return plan.masks_or_rotates(parameter) and not is_lazy(parameter.tensor)
+
+    def fresh(self, plan: GroupPlan, parameter: Parameter) -> Own:
+        """All entries of a parameter before its first step."""
+        entries = {**self.fresh_entries(plan, parameter, plan.policy), **fresh_basis(plan, parameter)}
+        own = Own(entries, [parameter.tensor.shape])
+        own.fits()
+        return own
+
+    def fresh_entries(self, plan: GroupPlan, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
+        """The entries of a parameter under `policy` before its first step, its basis aside."""
+        p = parameter.tensor
+        view = StepView(
+            Tensors(p), reads=frozenset({"param"}), who=type(policy).__name__, name=parameter.name,
+            draw=spec.Draw(self.count.seed, self.count.steps), address=parameter.address,
+        )  # fmt: skip
+        entries = {POLICY_STATE + key: cut_like(value, p) for key, value in policy.init_state(view).items()}
+        if self.options.keeps_momentum and not isinstance(policy, Dense):
+            entries[MOMENTUM] = torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
+        if plan.capture_of(parameter).keeps_residue(p):
+            entries[RESIDUE] = torch.zeros_like(p)
+        return entries
+
+    def renew(self, plan: GroupPlan) -> None:
+        """After a switch of a group's policy: the new one's state, with the momentum and residue that are kept."""
+        self.mark_replaced()
+        for parameter in plan.params.parameters:
+            before = self.table.pop(parameter.tensor, None)
+            if self.keeps(plan, parameter) and (before or self._has_base_state(parameter)):
+                with lasting():
+                    own = self.fresh(plan, parameter)
+                if before:
+                    stays = {k: v for k, v in before.items() if k in own and not k.startswith(POLICY_STATE)}
+                    own.update(stays)
+                else:
+                    enter_basis(self.base, plan, parameter, own)
+                self.table[parameter.tensor] = own
+
+    def saved(self, plan: GroupPlan, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A parameter's entries in a checkpoint: those that are kept, and those that say what made them."""
+        step, seed = (torch.tensor(number, device="cpu") for number in (self.count.steps, self.count.seed))
+        entries = {STEP: step, SEED: seed, POLICY: encode_model(plan.policy, class_names(self.base)), **own}
+        preconditioner = plan.preconditioning.preconditioner
+        if preconditioner is not None and BASIS_STEPS in own:
+            entries[PRECONDITIONER] = encode_model(preconditioner)
+        return entries
+
+    def mark_replaced(self) -> None:
+        """Say that entries were replaced: whoever keeps some of them looks at the table's identity."""
+        self.table = dict(self.table)
+
+    def forget_all_but(self, there: Collection[Tensor]) -> None:
+        """Keep nothing of parameters that are in no group, and of which the base has nothing either."""
+        self.table = {p: own for p, own in self.table.items() if p in there or p in self.base.state}
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that puts the table of now back. A load makes another one, and leaves these entries alone."""
+        table = self.table
+
+        def undo() -> None:
+            self.table = table
+
+        return undo
+
+    def _has_base_state(self, parameter: Parameter) -> bool:
         return bool(self.base.state.get(parameter.tensor))
 
-    def _parameters(self) -> list[list[Parameter]]:
-        raise TypeError("OwnState is a part of SelectiveUpdate; it is not used alone")
 
-    def _plan(self) -> None:
-        raise TypeError("OwnState is a part of SelectiveUpdate; it is not used alone")
+class _WithBasis(Container[Tensor]):
+    def __init__(self, table: Mapping[Tensor, Own]) -> None:
+        self._table = table
 
-    def init_state(self) -> None:
-        """Make all state now, as the first step would, without moving a parameter.
-
-        For bases with a fused rule, dense groups and other captures included, this is exactly their state before the
-        first step. Other bases make theirs in a step with zero gradients and learning rate 0, as
-        torch.distributed.checkpoint does it; those that count steps have counted one then.
-        """
-        self._plan()
-        known = fused_rule(self.base)
-        for number, (group, members) in enumerate(zip(self.base.param_groups, self._parameters(), strict=True)):
-            rule: FusedRule | None = None if known is None or known.supports(group) else known
-            members = [member for member in members if not is_lazy(member.tensor)]
-            todo = [m for m in members if m.tensor.requires_grad and not self.base.state.get(m.tensor)]
-            if rule is not None:
-                for member in todo:
-                    rule.init_state(group, member.tensor, self.base.state[member.tensor])
-            elif todo:
-                _step_on_nothing(self.base, group, [member.tensor for member in todo])
-            policy = self.policy_groups[number].policy
-            for member in members:
-                if member.tensor.requires_grad and self._keeps_own(member, policy):
-                    self._own_of(member, policy)
+    def __contains__(self, param: object) -> bool:
+        return isinstance(param, Tensor) and BASIS_STEPS in self._table.get(param, ())
 
 
-def _step_on_nothing(base: Optimizer, group: dict[str, Any], params: list[Tensor]) -> None:
-    """Let the base make its state for these parameters: zero gradients, learning rate 0, parameters put back."""
-    saved, lent = [(p, p.detach().clone()) for p in initialized(group["params"])], LentGradients()
-    rate = group.get("lr")
-    for p, _ in saved:
-        lent.lend(p, None)
-    for p in params:
-        p.grad = torch.zeros_like(p, dtype=gradient_dtype(p))
-    try:
-        if rate is not None:
-            group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
-        run_step_on(base, [group])
-    finally:
-        if rate is not None:
-            group["lr"] = rate
-        with torch.no_grad():
-            for p, value in saved:
-                p.copy_(value)
-        lent.give_back()
+def refresh(groups: Groups, store: StateStore) -> None:
+    """Notice what was changed in the base's groups and in the policies, and let what is kept follow."""
+    changes = groups.refresh(store.with_basis)
+    if changes.there is not None:
+        store.forget_all_but(changes.there)
+    for plan in changes.switched:
+        plan.forget_items()
+        store.renew(plan)

@@ -1,7 +1,7 @@
 """State that is written from outside: taken, entries of ours included, or refused with the reason.
 
 What is written is looked at as far as it can be judged alone. Whether it fits its parameter is seen before the next
-step (settling.py): code that prunes a parameter writes its state first, or its memory first, as it likes.
+step (state/fits.py): code that prunes a parameter writes its state first, or its memory first, as it likes.
 """
 
 from __future__ import annotations
@@ -14,85 +14,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from selective.base.same_class import class_names
-from selective.checkpoint.frame import check_known, number_of
-from selective.checkpoint.matches_policies import Checking, kinds_of
+from selective.configured import kinds_of
 from selective.parameter import is_lazy
+from selective.plan.groups import Groups
 from selective.plan.policy_groups import PolicyGroup
 from selective.policies import Policy
 from selective.preconditioner import Preconditioner
 from selective.state.entries import BASIS_STEPS, POLICY, PRECONDITIONER, SEED, STEP, decode_model, encode_model
-from selective.state.merged_view import Home, Made, MergedEntry, MergedState, apart, shapes_of
+from selective.state.merged_view import Home, Made, MergedEntry, apart, shapes_of
+from selective.state.one_entry import check_known, number_of
 from selective.state.parameter_state import COUNTS, ON_THE_HOST, Own, in_dtype, is_kept, is_of_basis
+from selective.state.store import StateStore
 from selective.state.undivided import Undivided
+from selective.step_count import StepCount
 
-_NOT = "it was not taken"
+
+def not_taken(found: str) -> ValueError:
+    """The error for an entry that was written and can't be kept."""
+    return ValueError(f"SelectiveUpdate: {found}; it was not taken")
 
 
-class Writing(Checking):
-    """The part of `SelectiveUpdate` whose `state` can be written."""
-
-    @property
-    def state(self) -> MergedState:
-        """The base's state and ours, by parameter: a live view with the keys of `state_dict()["state"]`."""
-        self._count_steps()
-        return MergedState(_Home(self))
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        if not self._constructing:
-            _Home(self).put(value, instead=True)
-
-    def _set_as_torch(self, state: Mapping[str, Any]) -> None:
-        """What `__setstate__` of torch's optimizers does, which loaders and reset helpers call: all or nothing."""
-        unknown = sorted(set(state) - {"state", "param_groups", "defaults"})
-        if unknown:
-            raise ValueError(
-                f"SelectiveUpdate: __setstate__ got {', '.join(map(repr, unknown))}, and takes 'state', 'param_groups' "
-                f"and 'defaults', or what __getstate__ returns; nothing was set"
-            )
-        with self._all_or_nothing("__setstate__ failed", "nothing was set"):
-            for number, group in enumerate(state.get("param_groups", ())):
-                if not all(isinstance(p, Tensor) for p in group["params"]):
-                    raise TypeError(
-                        f"param_groups[{number}]['params'] must be a list of tensors; numbers are load_state_dict's"
-                    )
-            if "param_groups" in state:
-                self.base.param_groups = state["param_groups"]
-            if "state" in state:
-                self.state = state["state"]
-            theirs = {"state": self.base.state, "param_groups": self.base.param_groups}
-            self.base.__setstate__({**theirs, "defaults": state.get("defaults", self.base.defaults)})
-            self.defaults = self.base.defaults
-            self._plan()
-
-    def _check_all_there(self) -> None:
-        """Refuse to save what belongs to a parameter that no group has: torch would name a number that nobody knows."""
-        there = {p for group in self.base.param_groups for p in group["params"]}
-        gone = [p for p in self.base.state if isinstance(p, Tensor) and p not in there]
-        if gone:
-            raise ValueError(
-                f"SelectiveUpdate: state has entries of {len(gone)} parameter(s) that are in no group, one of shape "
-                f"{tuple(gone[0].shape)}, and a checkpoint has no place for them. A parameter that was replaced leaves "
-                f"its state behind: delete it (del opt.state[old])"
-            )
-
-    def _rewritten(self) -> None:
-        """Whole states came or went: hold on to nothing of the old ones."""
-        self._own = dict(self._own)  # another object says that entries were replaced
-        for members in self._look():
-            members.kept.drop()
-            members.kept_rotated.drop()
-            members.fits = members.settled = False
-        self._forget_those_gone()
+def not_a(where: str, value: object, kind: str) -> TypeError:
+    """The error for something of another type than is kept there."""
+    return TypeError(f"SelectiveUpdate: {where} is a {type(value).__name__}, must be {kind}; it was not taken")
 
 
 @dataclass(frozen=True)
 class _Made(Made):
     """The entries that are made when somebody looks: of the optimizer, and of one of its groups."""
 
-    optimizer: Writing
+    base: Optimizer
+    count: StepCount
     group: PolicyGroup | None
 
     def names(self, own: Own) -> list[str]:
@@ -103,10 +58,10 @@ class _Made(Made):
 
     def read(self, key: str) -> Tensor:
         if key in (STEP, SEED):
-            return torch.tensor(self.optimizer._steps if key == STEP else self.optimizer._seed, device="cpu")
+            return torch.tensor(self.count.steps if key == STEP else self.count.seed, device="cpu")
         assert self.group is not None
         if key == POLICY:
-            return encode_model(self.group.policy, class_names(self.optimizer.base))
+            return encode_model(self.group.policy, class_names(self.base))
         preconditioner = self.group.preconditioning.preconditioner
         assert preconditioner is not None
         return encode_model(preconditioner)
@@ -115,23 +70,23 @@ class _Made(Made):
         self.judge(key, value)()
 
     def judge(self, key: str, value: Any) -> Callable[[], None]:
-        """What takes it; a ValueError or a TypeError with the reason where it can't be taken."""
-        where = f"SelectiveUpdate: {key!r} of a parameter's state"
-        check_known(key, "a parameter's state", _NOT)
+        """A function that takes the value; a ValueError or a TypeError with the reason if it can't be taken."""
+        where = f"{key!r} of a parameter's state"
+        check_known(key, "a parameter's state", not_taken)
         if key in (STEP, SEED):
-            number = number_of(key, value, where, _NOT)
+            number = number_of(key, value, where, not_taken)
             if isinstance(value, Tensor) and value.is_floating_point() and number > 2 / torch.finfo(value.dtype).eps:
-                raise ValueError(f"{where} is {number} in {value.dtype}, which may have rounded it; {_NOT}")
+                raise not_taken(f"{where} is {number} in {value.dtype}, which may have rounded it")
             return partial(self._count, key, number)
         if not isinstance(value, Tensor):
-            raise TypeError(f"{where} is a {type(value).__name__}, must be a tensor of bytes; {_NOT}")
+            raise not_a(where, value, "a tensor of bytes")
         family: Any = Policy if key == POLICY else Preconditioner
-        found = decode_model(in_dtype(value, torch.uint8), family, "a parameter's state", _NOT)
+        found = decode_model(in_dtype(value, torch.uint8), family, "a parameter's state", not_taken)
         if self.group is None:  # a parameter that comes into a group is under what that one says
             return lambda: None
         now = self.group.policy if key == POLICY else self.group.preconditioning.preconditioner
         if now is None or kinds_of(found.model_dump()) != kinds_of(now.model_dump()):
-            raise ValueError(f"{where} is {found!r}, and its group has {now!r}: another kind; {_NOT}")
+            raise not_taken(f"{where} is {found!r}, and its group has {now!r}: another kind")
         if found == now:
             return lambda: None
         if key == POLICY:
@@ -139,40 +94,39 @@ class _Made(Made):
         return partial(setattr, self.group.preconditioning, "preconditioner", found)
 
     def _count(self, key: str, number: int) -> None:
-        optimizer = self.optimizer
-        optimizer._count_steps()
+        self.count.read()
         if key == STEP:
-            optimizer._steps = number
+            self.count.set(steps=number)
         else:
-            optimizer._seed = number
-        optimizer._clocks.set(optimizer._seed, optimizer._steps)
+            self.count.set(seed=number)
 
 
-class _Home(Home):
-    """Where the state is kept: the base, and one optimizer of ours."""
+class StateHome(Home):
+    """The home of one optimizer's state: the base's is in the base, ours is in the store."""
 
-    def __init__(self, optimizer: Writing) -> None:
-        self.optimizer, self._looked = optimizer, False
+    def __init__(self, base: Optimizer, groups: Groups, store: StateStore, count: StepCount) -> None:
+        self.base, self.groups, self.store, self.count = base, groups, store, count
+        self._looked = False
 
     def base_state(self) -> MutableMapping[Any, Any]:
-        return self.optimizer.base.state
+        return self.base.state
 
     def own(self, param: Any) -> Own | None:
-        return self.optimizer._own.get(param)
+        return self.store.table.get(param)
 
     def keep(self, param: Tensor) -> Own:
         self._changed()
-        return self.optimizer._own.setdefault(param, Own())
+        return self.store.table.setdefault(param, Own())
 
     def with_own(self) -> list[Tensor]:
-        return list(self.optimizer._own)
+        return list(self.store.table)
 
     def made(self, param: Any) -> _Made:
         if not self._looked:  # once for each view: reading all of a state stays linear
-            self.optimizer._look()
+            self.groups.look()
             self._looked = True
-        places = zip(self.optimizer._members, self.optimizer.policy_groups, strict=False)
-        return _Made(self.optimizer, next((group for members, group in places if members.has(param)), None))
+        plan = self.groups.plan_of(param)
+        return _Made(self.base, self.count, None if plan is None else plan.policy_group)
 
     def accept(self, own: Own, key: str, value: Any) -> None:
         """Take one entry; None where it was removed."""
@@ -183,28 +137,28 @@ class _Home(Home):
         self._changed()
 
     def touched(self) -> None:
-        for members in self.optimizer._members:
-            members.settled = False
+        for plan in self.groups.plans:
+            plan.params.settled = False
 
     def _changed(self) -> None:
-        self.optimizer._own = dict(self.optimizer._own)  # another object says that entries were replaced
+        self.store.mark_replaced()
         self.touched()
 
     @staticmethod
     def _checked(key: str, value: Any, now: Tensor | None) -> Tensor:
-        """What is written, as it is kept."""
-        where = f"SelectiveUpdate: {key!r} of a parameter's state"
+        """The value in the form in which it is kept."""
+        where = f"{key!r} of a parameter's state"
         if not isinstance(value, Tensor):
-            raise TypeError(f"{where} is a {type(value).__name__}, must be a tensor; {_NOT}")
+            raise not_a(where, value, "a tensor")
         if value.layout != torch.strided:
-            raise ValueError(f"{where} is a {value.layout} tensor, must be a dense one; {_NOT}")
+            raise not_taken(f"{where} is a {value.layout} tensor, must be a dense one")
         if key in COUNTS or (is_of_basis(key) and now is not None):
             value = in_dtype(value, torch.int64 if now is None else now.dtype)
         if is_of_basis(key) and now is not None and (value.shape, value.dtype) != (now.shape, now.dtype):
-            raise ValueError(
+            raise not_taken(
                 f"{where} is {value.dtype} of shape {tuple(value.shape)}, must be {now.dtype} of {tuple(now.shape)}: "
                 f"a basis is not cut with its parameter, whose rows it mixes. It starts anew where the parameter got "
-                f"another shape; {_NOT}"
+                f"another shape"
             )
         return value.detach().to("cpu") if key in ON_THE_HOST else value.detach()
 
@@ -220,9 +174,7 @@ class _Home(Home):
                 taken[param] = entries, None
                 continue
             if not isinstance(entries, Mapping):
-                raise TypeError(
-                    f"SelectiveUpdate: a parameter's state is a {type(entries).__name__}, must be a mapping; {_NOT}"
-                )
+                raise not_a("a parameter's state", entries, "a mapping")
             if isinstance(entries, MergedEntry) and not self._is_ours(entries):
                 entries = dict(entries)  # another optimizer's: what it says is judged, and that one keeps what it has
             theirs, ours = apart(entries)
@@ -239,7 +191,7 @@ class _Home(Home):
 
     def _is_ours(self, entries: MergedEntry) -> bool:
         home = entries.home
-        return isinstance(home, _Home) and home.optimizer is self.optimizer
+        return isinstance(home, StateHome) and home.store is self.store
 
     def _own_of(self, param: Tensor, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Own | None:
         if not ours:
@@ -253,24 +205,33 @@ class _Home(Home):
         return own
 
     def _commit(self, states: Mapping[Any, Any], taken: Mapping[Any, tuple[Any, Own | None]], instead: bool) -> None:
-        optimizer = self.optimizer
         if instead:
             as_it_is = isinstance(states, defaultdict) and all(theirs is states[p] for p, (theirs, _) in taken.items())
-            optimizer.base.state = states if as_it_is else defaultdict(dict)  # type: ignore[assignment]
-            optimizer._own = {}
+            self.base.state = states if as_it_is else defaultdict(dict)  # type: ignore[assignment]
+            self.store.table = {}
+        table = self.store.table
         for param, (theirs, own) in taken.items():
-            optimizer.base.state[param] = theirs
-            before = optimizer._own.pop(param, None)
+            self.base.state[param] = theirs
+            before = table.pop(param, None)
             if own is not None:
                 own.layout = own.layout or (before.layout if before is not None else {})
-                optimizer._own[param] = own
-        optimizer._rewritten()
+                table[param] = own
+        self._rewritten()
 
     def drop(self, params: list[Any]) -> None:
         for param in params:
-            self.optimizer.base.state.pop(param, None)
-            self.optimizer._own.pop(param, None)
-        self.optimizer._rewritten()
+            self.base.state.pop(param, None)
+            self.store.table.pop(param, None)
+        self._rewritten()
+
+    def _rewritten(self) -> None:
+        """Whole states came or went: hold on to nothing of the old ones."""
+        self.store.mark_replaced()
+        self.groups.look()
+        self.groups.look_anew()
+        there = self.groups.forget_those_gone()
+        if there is not None:
+            self.store.forget_all_but(there)
 
 
 def _is_cut_up(value: Any) -> bool:

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from selective.parameter import Parameter
-from selective.plan.group_params import Members
-from selective.plan.policy_groups import PolicyGroup
-from selective.plan.rotated import Stage
-from selective.policies import Dense
+from selective.plan.group_plan import GroupPlan
+from selective.plan.options import OnNonfinite
 from selective.sharding.collectives import seen_by_all
 from selective.sharding.dtensor import local_like, local_of
 
-OnNonfinite = Literal["ignore", "skip", "raise"]
 ELSEWHERE = "(of another rank)"
 
 
-def check_gradients(
-    policy_groups: list[PolicyGroup], groups: list[Members], stages: list[Stage | None], present: list[list[Parameter]]
-) -> None:
+def check_gradients(plans: list[GroupPlan], present: list[list[Parameter]]) -> None:
     """Refuse sparse and complex gradients where a policy or a rotation has to look at them, by the parameter's name."""
-    for policy_group, members, stage, parameters in zip(policy_groups, groups, stages, present, strict=True):
-        if not (members.has_sparse or members.has_complex):
+    for plan, parameters in zip(plans, present, strict=True):
+        if not (plan.params.has_sparse or plan.params.has_complex):
             continue
-        dense = isinstance(policy_group.policy, Dense)  # handed to the base as they are
         for parameter in parameters:
-            rotated = stage is not None and parameter.tensor in stage.shapes
-            if rotated or not dense:
+            if plan.masks_or_rotates(parameter):  # others are handed to the base as they are
+                rotated = plan.rotated_as(parameter) is not None
                 _check_gradient(parameter, "policy and preconditioner" if rotated else "policy")
 
 
@@ -44,6 +36,17 @@ def _check_gradient(parameter: Parameter, key: str) -> None:
             f"SelectiveUpdate: parameter {parameter.name!r} is complex; a mask by sign or rank has no meaning "
             f"there. Train torch.view_as_real of it, or put it into a parameter group with policy None"
         )
+
+
+def has_nonfinite(present: list[list[Parameter]], on_nonfinite: OnNonfinite, step: int) -> bool:
+    """True if a gradient is not finite and `on_nonfinite` is "skip"; a FloatingPointError if it is "raise"."""
+    where = None if on_nonfinite == "ignore" else nonfinite_gradient(present)
+    if where is not None and on_nonfinite == "raise":
+        raise FloatingPointError(
+            f"SelectiveUpdate: the gradient of parameter {where!r} is not finite in step {step}; nothing has moved. "
+            f"Clip or skip (on_nonfinite='skip')"
+        )
+    return where is not None
 
 
 def nonfinite_gradient(groups: list[list[Parameter]]) -> str | None:

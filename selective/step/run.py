@@ -2,105 +2,113 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from selective.base.hyperparameters import LOW_PRECISION
 from selective.base.state_dtypes import fit_states
 from selective.base.step_base import base_hooks, run_step_on
-from selective.capture.items import KeptItems
 from selective.capture.job import DenseJob, Job, StepContext
 from selective.capture.own_code import PolicyError
 from selective.capture.rotated import RotatedJob
-from selective.checkpoint.load import Checkpointing
 from selective.kernels import spec
 from selective.parameter import Parameter
-from selective.plan.rotated import Stage
-from selective.rotation.basis import MaskSpace, PreconditionerError
+from selective.plan.group_plan import GroupPlan
+from selective.plan.groups import Groups
+from selective.plan.options import Options
+from selective.plan.rotation_plan import RotationPlan
+from selective.rotation.basis import PreconditionerError
 from selective.rotation.rotation import Rotation
-from selective.state.live import Live
+from selective.state.entries import MOMENTUM, RESIDUE
+from selective.state.parameter_state import Own
+from selective.state.rotation_state import stored_basis
+from selective.state.store import StateStore
 from selective.statistics import StepStatistics
+from selective.step_count import StepCount
 
-Scope = Literal["global", "local"]
 
+class StepRunner:
+    """Makes the jobs of a step and runs them. `report` is what the last step reported; None where it did not."""
 
-class Running(Checkpointing):
-    """The part of `SelectiveUpdate` that runs the jobs of a step."""
+    def __init__(self, options: Options, count: StepCount, store: StateStore) -> None:
+        self.options, self.count, self.store = options, count, store
+        self.report: StepStatistics | None = None
 
-    _mask_space: MaskSpace
-    _stochastic_rounding: bool
-    _scope: Scope = "global"
-    _report: Live[StepStatistics | None] = Live()
-
-    def _fit_states(self) -> None:
-        """The base's state in the precision in which the base will step: Note [whose precision]."""
-        plan = zip(self.param_groups, self._captures, self._members, self._stages, strict=True)
-        for group, (_, capture), members, stage in plan:
-            if members.fits:
-                continue
-            members.fits, inside = True, () if stage is None else stage.shapes
-            steps: dict[Tensor, torch.dtype] = {}
-            for p in members.tensors:
-                way = capture.way if stage is None or p not in inside else stage.capture.way
-                if p.dtype in LOW_PRECISION and way != "fused":  # our own kernels take any
-                    steps[p] = torch.float32 if way == "delta" else p.dtype
-            if steps and fit_states(self.base, group, steps, capture.facts.residue):
-                members.kept.drop()
-                members.kept_rotated.drop()
-
-    def _jobs(self, present: list[list[Parameter]], report: StepStatistics | None, recording: bool) -> list[Job]:
-        context = StepContext(
-            base=self.base, draw=spec.Draw(self._seed, self._steps, self._stochastic_rounding),
-            own_state=self._own_state, own_residue=self._own_residue,
-            own_momentum=None if self._momentum_beta is None else self._own_momentum,
-            momentum_beta=self._momentum_beta, report=report,
-            own_table=self._own, clock=self._clocks.on, recording=recording, local_scope=self._scope == "local",
-        )  # fmt: skip
+    def jobs(
+        self, groups: Groups, present: Sequence[list[Parameter]], report: StepStatistics | None, recording: bool
+    ) -> list[Job]:
+        """The jobs of all groups. `present` are the parameters that have a gradient, by group."""
+        context = self._context(groups.plans, report, recording)
         contexts: dict[torch.device | None, StepContext] = {}
-        for device in self._clocks.devices():
+        for device in self.count.clocks.devices():
             contexts[device] = replace(context, draw=context.draw_on(device))
         jobs = []
-        plan = zip(self.param_groups, self.policy_groups, self._captures, self._members, present, strict=True)
-        for (group, policy_group, (_, capture), members, parameters), stage in zip(plan, self._stages, strict=True):
-            here = contexts.get(members.device, context)
-            rest, rotated = (parameters, []) if stage is None else stage.split(parameters)
-            job = capture.job(here, group, rest, policy_group.policy, members.kept)
-            if stage is None or not rotated:
+        for plan, parameters in zip(groups.plans, present, strict=True):
+            here, rotates = contexts.get(plan.params.device, context), plan.rotation
+            rest, rotated = (parameters, []) if rotates is None else rotates.split(parameters)
+            job = plan.capture.job(here, plan.group, rest, plan.policy, plan.kept)
+            if rotates is None or not rotated:
                 jobs.append(job)
                 continue
             # Nothing is left for the base in a dense group that is rotated as a whole, by a rule of ours.
-            alone = not rest and isinstance(job, DenseJob) and stage.capture.way == "fused"
+            alone = not rest and isinstance(job, DenseJob) and rotates.capture.way == "fused"
             jobs += [] if alone else [job]
-            jobs.append(self._rotated_job(job, stage, rotated, members.kept_rotated, alone))
+            rotation = self._rotation(groups, plan, rotates, rotated, job.context.report)
+            jobs.append(rotates.capture.rotated_job(job, rotated, rotation, plan.kept_rotated, alone))
         return jobs
 
-    def _rotated_job(self, beside: Job, stage: Stage, rotated: list[Parameter], kept: KeptItems, alone: bool) -> Job:
-        bases = []
-        for parameter in rotated:
-            self._own_of(parameter, beside.policy)
-            bases.append(self._basis(parameter))
-        rotation = Rotation(stage.preconditioner, bases, len(self._places), self._mask_space)
-        if beside.context.report is not None:
-            beside.context.report.add_bases([p.name for p in rotated], rotation.report)
-        return stage.capture.rotated_job(beside, rotated, rotation, kept, alone)
+    def _context(self, plans: Sequence[GroupPlan], report: StepStatistics | None, recording: bool) -> StepContext:
+        """The context that all jobs of a step share."""
+        store, options, clocks = self.store, self.options, self.count.clocks
 
-    def _run(self, jobs: list[Job]) -> None:
+        def entries(parameter: Parameter) -> Own:
+            return store.of(plans[parameter.group], parameter)
+
+        momentum = (lambda parameter, _: entries(parameter)[MOMENTUM]) if options.keeps_momentum else None
+        return StepContext(
+            base=store.base, draw=spec.Draw(self.count.seed, self.count.steps, options.rounding),
+            own_state=lambda parameter, _: store.policy_state(plans[parameter.group], parameter),
+            own_residue=lambda parameter, _: entries(parameter)[RESIDUE],
+            own_momentum=momentum, momentum_beta=options.momentum_beta, report=report,
+            own_table=store.table, clock=clocks.on, recording=recording, local_scope=options.scope == "local",
+        )  # fmt: skip
+
+    def _rotation(
+        self,
+        groups: Groups,
+        plan: GroupPlan,
+        rotates: RotationPlan,
+        rotated: list[Parameter],
+        report: StepStatistics | None,
+    ) -> Rotation:
+        """The rotation of these parameters of one group."""
+        bases = [
+            stored_basis(plan, parameter, self.store.of(plan, parameter), groups.places[parameter.tensor])
+            for parameter in rotated
+        ]
+        rotation = Rotation(rotates.preconditioner, bases, len(groups.places), self.options.mask_space)
+        if report is not None:
+            report.add_bases([p.name for p in rotated], rotation.report)
+        return rotation
+
+    def run(self, jobs: list[Job]) -> None:
         """Steps 3 to 8. When anything raises, the parameters are put back."""
         custom = [job for job in jobs if job.own_code]
         for job in jobs:
             if isinstance(job, DenseJob):
                 job.keep_copy = bool(custom)
         current: Job | None = None
-        with base_hooks(self.base):
+        with base_hooks(self.store.base):
             try:
                 for job in jobs:
                     job.prepare()
                 stepping = list({id(job.group): job.group for job in jobs if job.steps_base}.values())
                 if stepping:
-                    run_step_on(self.base, stepping)
+                    run_step_on(self.store.base, stepping)
                 for job in sorted(jobs, key=lambda job: not job.own_code):  # what may raise goes first
                     current = job
                     job.finish()
@@ -121,9 +129,26 @@ class Running(Checkpointing):
                 after = "Nothing has moved but bases that were due before this one, and moments with them."
             elif not custom:
                 after = "Parameters that come before these in their group have moved, and so have moments."
-            raise PreconditionerError(f"SelectiveUpdate: in step {self._steps}, {error}\n{after}") from error.__cause__
+            raise PreconditionerError(
+                f"SelectiveUpdate: in step {self.count.steps}, {error}\n{after}"
+            ) from error.__cause__
         policies = [job for job in custom if not isinstance(job, RotatedJob) or job.specs is None]
         if policies and current is not None and isinstance(error, Exception):
             raise PolicyError(
-                f"SelectiveUpdate: {type(current.policy).__name__} failed in step {self._steps}: {error}\n{after}"
+                f"SelectiveUpdate: {type(current.policy).__name__} failed in step {self.count.steps}: {error}\n{after}"
             ) from error
+
+
+def fit_base_states(base: Optimizer, plans: Sequence[GroupPlan]) -> None:
+    """Bring the base's state to the precision in which the base will step: Note [whose precision]."""
+    for plan in plans:
+        if plan.params.fits:
+            continue
+        plan.params.fits = True
+        steps: dict[Tensor, torch.dtype] = {}
+        for parameter in plan.params.parameters:
+            p, way = parameter.tensor, plan.capture_of(parameter).way
+            if p.dtype in LOW_PRECISION and way != "fused":  # our own kernels take any
+                steps[p] = torch.float32 if way == "delta" else p.dtype
+        if steps and fit_states(base, plan.group, steps, plan.capture.facts.residue):
+            plan.forget_items()

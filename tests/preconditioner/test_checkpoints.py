@@ -241,9 +241,9 @@ def test_state_can_be_made_before_the_first_step() -> None:
 def test_switching_the_policy_keeps_the_basis() -> None:
     net, optimizer = made("adamw-foreach", policy=Magma())
     train(net, optimizer, 0, 5)
-    basis = optimizer._own[net.a]["selective/basis/P"]
+    basis = optimizer.store.table[net.a]["selective/basis/P"]
     for policy in (MGUP(), Dense(), Magma()):
         optimizer.policy_groups[0].policy = policy
         train(net, optimizer, 5, 6)
-        assert optimizer._own[net.a]["selective/basis/P"] is basis
+        assert optimizer.store.table[net.a]["selective/basis/P"] is basis
     assert int(optimizer.state[net.a]["selective/basis_steps"]) == 8

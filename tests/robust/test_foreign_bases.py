@@ -233,6 +233,6 @@ def test_no_base_refuses_its_own(name: str, dtype: torch.dtype) -> None:
 
 def test_without_the_check_another_class_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The failing twin: RAdam would have gone on from Adam's moments, and nobody would have known."""
-    monkeypatch.setattr("selective.checkpoint.matches_policies.check_class", lambda names, base: True)
+    monkeypatch.setattr("selective.checkpoint.matches_base.check_class", lambda names, base: True)
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
         refused(t.RAdam, saved(t.Adam), "it was made with")

@@ -88,7 +88,7 @@ def dtypes_of(optimizer: Any) -> list[dict[str, torch.dtype]]:
 
 def keeps_float32(base: Any, dtype: torch.dtype) -> bool:
     """Delta capture of low-precision parameters keeps the base's state in float32, whatever gradients are."""
-    return dtype == torch.bfloat16 and base._captures[0][1].way == "delta"
+    return dtype == torch.bfloat16 and base.groups.plans[0].capture.way == "delta"
 
 
 @by_attribute

@@ -59,7 +59,7 @@ class Run:
 def test_prepared_steps_are_those_of_the_plain_loop(case: str) -> None:
     run = Run(case)
     run.train(0, 6)
-    assert plain(run.optimizer)._steps == 6
+    assert plain(run.optimizer).count.steps == 6
     assert_same(run.pair, by_hand(case, 6))
 
 

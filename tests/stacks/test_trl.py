@@ -107,7 +107,7 @@ def test_steps_are_those_by_hand_on_its_gradients(kind: str, case: str, tmp_path
         for group, rate in zip(by_hand.param_groups, rates, strict=True):
             group["lr"] = rate
         by_hand.step()
-    assert len(recorder.steps) == 4 == optimizer._steps
+    assert len(recorder.steps) == 4 == optimizer.count.steps
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 

@@ -111,7 +111,7 @@ class Program:
         It can't if it reads a momentum without `momentum_beta`, because the base may have none; nor if all groups were
         dense until now, because then nothing of ours was saved, not even the count of steps.
         """
-        if not self.all[0].optimizer._own and len(self.all) > 1:
+        if not self.all[0].optimizer.store.table and len(self.all) > 1:
             return False
         return not policy.needs() & {"momentum", "previous_momentum"} or "momentum_beta" in self.made.options
 

@@ -55,11 +55,11 @@ def learning_rate_zero(world: World) -> None:
             whole[0] = 1.0  # on the first rank only
         p.grad = run.cut(whole)
     run.optimizer.step()
-    assert run.optimizer._steps == 1
+    assert run.optimizer.count.steps == 1
     for p in run.params:
         p.grad = run.cut(torch.zeros(p.shape))
     run.optimizer.step()
-    assert run.optimizer._steps == 1
+    assert run.optimizer.count.steps == 1
 
 
 def partial_gradients_are_summed(world: World) -> None:

@@ -42,6 +42,7 @@ from selective import (
 )
 from selective.preconditioner import Carry, Preconditioner, State
 from selective.rotation import refresh_sharded as rotation_shards
+from selective.state.rotation_state import summed_entries
 
 CLOSE, NEAR = 1e-5, 1e-4
 TALL = [(24, 6), (17, 8), (12, 12), (5,)]
@@ -88,7 +89,7 @@ def apart(one: Run, other: Run) -> float:
 
 
 def bases(run: Run) -> list[State]:
-    found = [run.optimizer._own.get(p, {}) for p in run.params]
+    found = [run.optimizer.store.table.get(p, {}) for p in run.params]
     return [{k: v for k, v in one.items() if "_basis" in k} for one in found]
 
 
@@ -172,7 +173,7 @@ def the_same_bits_on_all_ranks(world: World) -> None:
         if mesh.size() < world.size:
             continue
         run = Run(adamw, options(MGUP(), Eigenbasis(**{**EVERY, "solver": "cholesky"})), mesh, place).train(range(10))
-        entries = [v for own in run.optimizer._own.values() for k, v in sorted(own.items()) if "_gram" not in k]
+        entries = [v for own in run.optimizer.store.table.values() for k, v in sorted(own.items()) if "_gram" not in k]
         mine = torch.cat([v.flatten().view(torch.uint8) for v in entries if not isinstance(v, DTensor)])
         others = [torch.empty_like(mine) for _ in range(world.size)]
         torch.distributed.all_gather(others, mine)
@@ -210,7 +211,9 @@ def taking_turns(world: World) -> None:
         run.step(12)
     assert len(found) in (5, 7)
     one = Run(adamw, options(MGUP(), Eigenbasis(sides="columns", refresh_every=5))).train(range(13))
-    taken = [[int(own.get("selective/basis/refreshes", -1)) for own in r.optimizer._own.values()] for r in (run, one)]
+    taken = [
+        [int(own.get("selective/basis/refreshes", -1)) for own in r.optimizer.store.table.values()] for r in (run, one)
+    ]
     assert taken[0][:2] == taken[1][:2] and taken[0][0] > 1
 
 
@@ -282,7 +285,7 @@ def saved_by_torch(world: World) -> None:
     for flatten in (False, True):
         run, folder = Rotated(mesh).train(range(12)), world.folder / f"rotated {flatten}"
         run.save(folder, flatten)
-        averages = run.optimizer._summed_entries()
+        averages = summed_entries(run.optimizer.groups.plans, run.optimizer.store.table)
         run.train(range(12, 15))
         ends = []
         if pair is not None:
@@ -291,7 +294,7 @@ def saved_by_torch(world: World) -> None:
             one = Rotated().load(folder, flatten)
             for p, q in zip(run.model.parameters(), one.model.parameters(), strict=True):
                 for key, value in averages.get(p, {}).items():
-                    assert torch.equal(one.optimizer._own[q][key], value), key
+                    assert torch.equal(one.optimizer.store.table[q][key], value), key
             ends.append(one.train(range(12, 15)).values())
         wanted = run.values()
         for end in ends:
@@ -390,7 +393,7 @@ def nan_in_one_rank_s_part(world: World) -> None:
             run = Run(BASES["SGD"], options(CautiousMGUP(), space), cut, rows, shapes=TALL[:1]).train(range(when))
             before = {k: v.clone() for k, v in bases(run)[0].items()}
             run.train(range(when, when + 1), nan=True)
-            own = run.optimizer._own[run.params[0]]
+            own = run.optimizer.store.table[run.params[0]]
             runs.append({k: v for k, v in own.items() if k.startswith("selective/basis/")})
             assert all(torch.equal(before[key], runs[-1][key]) for key in before), (space, when)
         assert runs[0].keys() == runs[1].keys()

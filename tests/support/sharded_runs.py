@@ -117,7 +117,7 @@ def compare(ours: Run, single: Run, what: str) -> None:
     """
     for index, (mine, theirs) in enumerate(zip(ours.values(), single.values(), strict=True)):
         assert torch.equal(mine.nan_to_num(7.5), theirs.nan_to_num(7.5)), f"{what}: parameter {index}"
-    if single.optimizer._report is None:
+    if single.optimizer.runner.report is None:
         return
     for name, wanted in single.statistics().items():
         for key, value in ours.statistics()[name].items():

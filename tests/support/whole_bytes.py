@@ -32,7 +32,7 @@ def everything(optimizer: SelectiveUpdate) -> dict[str, Any]:
         "state": [bytes_of(dict(optimizer.state[p])) if p in optimizer.state else None for p in params],
         "base": [bytes_of(optimizer.base.state[p]) if p in optimizer.base.state else None for p in params],
         "groups": [{k: bytes_of(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
-        "clock": (optimizer._steps, optimizer._seed),
+        "clock": (optimizer.count.steps, optimizer.count.seed),
         "policies": [repr(group.policy) for group in optimizer.policy_groups],
         "preconditioners": [repr(group) for group in optimizer.preconditioner_groups],
         "explained": optimizer.explain(),

@@ -11,7 +11,7 @@ import selective.optimizer
 import selective.step_count
 from selective import MGUP, Dense, RandomMask, SelectiveUpdate
 from selective.capture import fused
-from selective.plan.group_params import Members
+from selective.plan.group_params import GroupParams
 from selective.state.entries import STEP
 from selective.step_count import Clocks, DeviceClock
 
@@ -51,7 +51,7 @@ def test_no_clock_is_made_in_a_graph() -> None:
 def test_without_a_gpu_there_is_no_clock() -> None:
     optimizer = built()
     optimizer.step()
-    assert optimizer._clocks.on(CPU) is None
+    assert optimizer.count.clocks.on(CPU) is None
 
 
 def built(capturable: bool | None = None, **options) -> SelectiveUpdate:
@@ -67,7 +67,7 @@ def built(capturable: bool | None = None, **options) -> SelectiveUpdate:
 def record(monkeypatch: pytest.MonkeyPatch):
     """Steps an optimizer as inside of a graph: nothing runs on the device."""
     flag = {"recording": False}
-    monkeypatch.setattr(Members, "cuda_devices", property(lambda self: self.devices))
+    monkeypatch.setattr(GroupParams, "cuda_devices", property(lambda self: self.devices))
     for module in (selective.step_count, selective.optimizer):
         monkeypatch.setattr(module, "is_recording", lambda: flag["recording"])
     real = fused.selective_step
@@ -86,7 +86,7 @@ def record(monkeypatch: pytest.MonkeyPatch):
 
 
 def replay(optimizer: SelectiveUpdate) -> None:
-    optimizer._clocks._clocks[CPU].now[1] += 1
+    optimizer.count.clocks._clocks[CPU].now[1] += 1
 
 
 def saved_step(optimizer: SelectiveUpdate) -> int:
@@ -104,12 +104,12 @@ def test_replays_are_counted_in_checkpoints_and_by_later_steps(record) -> None:
     replay(optimizer)
     (entries,) = optimizer.state.values()
     assert int(entries[STEP]) == 7
-    assert copy.deepcopy(optimizer)._steps == 7
+    assert copy.deepcopy(optimizer).count.steps == 7
     optimizer.step()
     assert saved_step(optimizer) == 8
     replay(optimizer)
     optimizer.step()
-    assert (saved_step(optimizer), optimizer._clocks._clocks[CPU].now.tolist()) == (10, [0, 10])
+    assert (saved_step(optimizer), optimizer.count.clocks._clocks[CPU].now.tolist()) == (10, [0, 10])
 
 
 def test_eager_steps_after_replays_draw_the_numbers_of_their_step(record) -> None:
@@ -121,7 +121,7 @@ def test_eager_steps_after_replays_draw_the_numbers_of_their_step(record) -> Non
     replay(ours)
     replay(ours)  # nothing moves in these, so the parameter is taken over
     ours.step()
-    assert ours._steps == 4
+    assert ours.count.steps == 4
     a, b = (optimizer.statistics()["param_groups[0][0]"]["share"] for optimizer in (ours, plain))
     assert a == b
 
@@ -130,7 +130,7 @@ def test_a_loaded_checkpoint_sets_the_clock_that_the_graph_reads(record) -> None
     optimizer = built()
     optimizer.step()
     checkpoint = optimizer.state_dict()
-    now = optimizer._clocks.on(CPU)
+    now = optimizer.count.clocks.on(CPU)
     assert now is not None
     record(optimizer)
     replay(optimizer)
@@ -143,15 +143,15 @@ def test_a_loaded_checkpoint_sets_the_clock_that_the_graph_reads(record) -> None
 def test_recorded_items_are_kept_and_not_used_again(record) -> None:
     optimizer = built()
     optimizer.step()
-    (members,) = optimizer._members
-    given = members.kept._lists[0].items
+    (plan,) = optimizer.groups.plans
+    given = plan.kept._lists[0].items
     record(optimizer)
-    assert [one.items for one in members.kept.recorded] == [given]
+    assert [one.items for one in plan.kept.recorded] == [given]
     optimizer.step()
-    assert members.kept._lists[0].items is not given
+    assert plan.kept._lists[0].items is not given
     optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.zeros(2))]
     optimizer.explain()
-    assert optimizer._recorded[0].items is given  # a graph of the old group may still be replayed
+    assert optimizer.groups.recorded[0].items is given  # a graph of the old group may still be replayed
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_the_kernel_gets_the_clock_of_its_device(record, monkeypatch: pytest.Mon
     optimizer = built(policy=MGUP(), statistics=False)
     optimizer.step()
     optimizer.step()
-    clock = optimizer._clocks.on(CPU)
+    clock = optimizer.count.clocks.on(CPU)
     assert clock is not None
     assert [draw.clock is clock for draw in draws] == [True, True]
     assert clock.tolist() == [0, 2]

@@ -109,5 +109,5 @@ def test_steps_without_any_gradient_are_counted_in_a_checkpoint(policy: Policy) 
     params, _ = trained(make, prepare=unused)
     _, source = trained(make, last=0, prepare=unused)
     resumed, target = trained(make, prepare=lambda optimizer: optimizer.load_state_dict(source.state_dict()))
-    assert target._steps == 5
+    assert target.count.steps == 5
     assert all(torch.equal(a, b) for a, b in zip(params, resumed, strict=True))

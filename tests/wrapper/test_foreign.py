@@ -84,7 +84,7 @@ def test_a_policy_switched_in_mid_run_starts_with_its_own_state(old: Policy, new
     assert isinstance(optimizer, SelectiveUpdate)
     adopted = adamw(new)
     adopted.base.load_state_dict(copy.deepcopy(optimizer.base.state_dict()))  # torch shares the tensors
-    adopted._steps = optimizer._steps  # coins are drawn by the step's number
+    adopted.count.steps = optimizer.count.steps  # coins are drawn by the step's number
     with torch.no_grad():
         adopted.param_groups[0]["params"][0].copy_(optimizer.param_groups[0]["params"][0])
     optimizer.policy_groups[0].policy = new

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective import MGUP, Magma, SelectiveUpdate, Soap
+from selective.plan.groups import Groups
 from selective.state.entries import BASIS_SHAPE, BASIS_STEPS, MOMENTUM, POLICY, POLICY_STATE, PRECONDITIONER, SEED, STEP
 from selective.state.undivided import Undivided
 
@@ -54,7 +55,7 @@ def test_the_state_of_another_optimizer_is_judged_and_left_to_it(theirs: str | N
     for optimizer in (alike, second, first):
         optimizer.step()
     assert set(first.state[p]) == names
-    assert alike._own[p] is not first._own[p]
+    assert alike.store.table[p] is not first.store.table[p]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_all_of_an_entry_is_written_in_place(write: Callable[[Any, Tensor], Any]
     opt.step()
     wanted = torch.eye(6).flip(0)[None]
     write(opt.state[p]["selective/basis/rows_basis"], wanted)
-    assert torch.equal(opt._own[p]["selective/basis/rows_basis"], wanted)
+    assert torch.equal(opt.store.table[p]["selective/basis/rows_basis"], wanted)
 
 
 # --- put back -------------------------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ def test_loops_over_every_entry_but_the_step_do_what_they_do_to_the_base(case: C
         train(opt, 3, 6)
     assert_close(values(ours), values(bare))
     assert [p.shape for p in ours.state] == [p.shape for p in bare.state]
-    assert ours._steps == 6
+    assert ours.count.steps == 6
     for p, entries in ours.state.items():
         assert all(entries[k].shape == p.shape for k in entries if k in (MOMENTUM, "exp_avg"))
     ours.load_state_dict(copy.deepcopy(ours.state_dict()))
@@ -286,7 +287,7 @@ def test_lists_and_memory_of_entries_are_written_as_the_base_s() -> None:
             zero(opt.state[members(opt)[1]])
             train(opt, 3, 6)
         assert_close(values(ours), values(bare))
-        assert (ours._steps, ours._seed) == (6, 3)
+        assert (ours.count.steps, ours.count.seed) == (6, 3)
 
 
 def test_what_is_made_of_an_undivided_entry() -> None:
@@ -407,7 +408,7 @@ def test_after_state_was_removed_everything_starts_anew(case: Case, remove) -> N
     remove(opt)
     assert all(not entries for entries in opt.state.values())
     fresh = wrapped(case, [torch.nn.Parameter(value) for value in values(opt)])
-    fresh._steps = opt._steps  # the optimizer's count, by which random masks are drawn
+    fresh.count.steps = opt.count.steps  # the optimizer's count, by which random masks are drawn
     for one in (opt, fresh):
         train(one, 3, 6)
     assert_same(values(opt), values(fresh))
@@ -516,7 +517,7 @@ def test_nothing_of_a_replaced_parameter_is_kept_alive(case: Case) -> None:
     train(opt, 0, 3)
     old = [weakref.ref(p) for p in members(opt)]
     old += [weakref.ref(v) for p in members(opt) for v in opt.base.state[p].values() if v.dim()]
-    old += [weakref.ref(v) for p in members(opt) for v in opt._own[p].values() if v.dim() > 1]
+    old += [weakref.ref(v) for p in members(opt) for v in opt.store.table[p].values() if v.dim() > 1]
     replace(opt, pruned)
     for entries in opt.state.values():
         entries[POLICY_STATE + "unknown"] = torch.ones(3)
@@ -534,8 +535,8 @@ def test_deleted_state_is_free_at_once(case: Case) -> None:
     opt = wrapped(case, parameters())
     train(opt, 0, 3)
     old = [weakref.ref(v) for p in members(opt) for v in opt.base.state[p].values() if v.dim()]
-    opt._report = None  # what the last step reported of its bases is there until the next one
-    old += [weakref.ref(v) for p in members(opt) for v in opt._own[p].values() if v.dim() > 1]
+    opt.runner.report = None  # what the last step reported of its bases is there until the next one
+    old += [weakref.ref(v) for p in members(opt) for v in opt.store.table[p].values() if v.dim() > 1]
     opt.state.clear()
     gc.collect()
     assert not [ref for ref in old if ref() is not None]
@@ -553,7 +554,7 @@ def test_a_parameter_that_left_without_state_is_forgotten_in_the_next_step(monke
         return len(opt.state), old() is None
 
     assert left() == (2, True)
-    monkeypatch.setattr(SelectiveUpdate, "_forget_those_gone", lambda self: None)
+    monkeypatch.setattr(Groups, "forget_those_gone", lambda self: None)
     assert left() == (3, False)
 
 
@@ -664,7 +665,7 @@ def test_zero_redundancy_resumes_bit_for_bit(bound: dict[str, Any], monkeypatch:
     try:
         assert_same(*resumed())
         # as it was: entries of ours were dropped from what was written
-        monkeypatch.setattr("selective.state.writing._Home._own_of", lambda *ignored: None)
+        monkeypatch.setattr("selective.state.writing.StateHome._own_of", lambda *ignored: None)
         monkeypatch.setattr("selective.state.writing._Made.judge", lambda *ignored: lambda: None)
         with pytest.raises(AssertionError):
             assert_same(*resumed())

@@ -1,4 +1,4 @@
-"""Which parameters of every group are rotated, which are not and why: kept from step to step, as captures are."""
+"""The rotation of one group: which parameters are rotated, as what, and why others are not; kept from step to step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SAMPLES: tuple[Shape, ...] = ((1, 2, 3), (1, 3, 2), (2, 2, 2))
 
 
 @dataclass(eq=False)
-class Stage:
+class RotationPlan:
     """One group's preconditioner and what it takes of the group."""
 
     preconditioner: Preconditioner
@@ -131,13 +131,13 @@ class Stage:
         )
 
 
-def check_change(old: Stage | None, new: Stage | None, number: int) -> None:
+def check_change(old: RotationPlan | None, new: RotationPlan | None, number: int) -> None:
     """Refuse what, in training, would give a parameter another basis: its moments would mean nothing in that.
 
     A preconditioner of another kind or with other options, another `matrix_view`, parameters that are read, or taken,
     in another way than before.
     """
-    before, after = (None if stage is None else stage.preconditioner for stage in (old, new))
+    before, after = (None if rotation is None else rotation.preconditioner for rotation in (old, new))
     if before is None and after is None:
         return
     if old is None or new is None or type(before) is not type(after):
@@ -152,16 +152,16 @@ def check_change(old: Stage | None, new: Stage | None, number: int) -> None:
         )
 
 
-def _view(stage: Stage | None) -> str:
-    return "" if stage is None or stage.matrix_view == "matrices" else f" (matrix_view={stage.matrix_view!r})"
+def _view(rotation: RotationPlan | None) -> str:
+    return "" if rotation is None or rotation.matrix_view == "matrices" else f" (matrix_view={rotation.matrix_view!r})"
 
 
-def _difference(old: Stage, new: Stage) -> str | None:
+def _difference(old: RotationPlan, new: RotationPlan) -> str | None:
     """Why a basis would be another one now; None where it is the same."""
     for p in old.members:
         then, now = old.shapes.get(p.tensor), new.shapes.get(p.tensor)
         if old.sizes.get(p.tensor) != new.sizes.get(p.tensor):
-            continue  # the parameter itself was changed: its basis starts anew, see settling.py
+            continue  # the parameter itself was changed: its basis starts anew, see state/fits.py
         if then != now and any(p.tensor is q.tensor for q in new.members):
             was, is_now = ("left alone" if shape is None else f"rotated as {list(shape)}" for shape in (then, now))
             because = new.left.get(p.name)

@@ -1,0 +1,51 @@
+"""Loading all or nothing: everything is put back where it fails half-way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.optim import Optimizer
+
+from selective.mismatch import CheckpointMismatch
+from selective.plan.groups import Groups
+from selective.state.store import StateStore
+from selective.step_count import StepCount
+
+
+@contextmanager
+def rollback(
+    base: Optimizer, groups: Groups, store: StateStore, count: StepCount, failed: Callable[[str], ValueError]
+) -> Iterator[None]:
+    """Put the base and all parts back as they were if what is inside raises; `failed` makes the error of the reason.
+
+    A `CheckpointMismatch` says what it has to say already.
+    """
+    undo_all = [base_snapshot(base), store.snapshot(), groups.snapshot(), count.snapshot()]
+    try:
+        yield
+    except BaseException as error:
+        for undo in undo_all:
+            undo()
+        if not isinstance(error, Exception) or isinstance(error, CheckpointMismatch):
+            raise
+        reason = str(error).removeprefix("SelectiveUpdate: ")
+        raise failed(f"{type(error).__name__}: {reason}") from error
+
+
+def base_snapshot(base: Optimizer) -> Callable[[], None]:
+    """A function that puts the base back as it is now: its attributes, its groups and the state of each parameter."""
+    groups = base.param_groups
+    # torch's load replaces these; a base with one of its own may write into them
+    dictionaries: list[Any] = [vars(base), base.state, *groups, *base.state.values()]
+    contents = [(one, dict(one)) for one in dictionaries if isinstance(one, dict)]
+    members = list(groups)
+
+    def undo() -> None:
+        for dictionary, content in contents:
+            dictionary.clear()
+            dictionary.update(content)
+        groups[:] = members
+
+    return undo

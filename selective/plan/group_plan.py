@@ -1,0 +1,85 @@
+"""The record of one parameter group: what the next step does with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from selective.capture.choose import Capture
+from selective.capture.items import KeptItems
+from selective.parameter import Parameter
+from selective.plan.group_params import GroupParams
+from selective.plan.policy_groups import PolicyGroup, PreconditionerGroup
+from selective.plan.rotation_plan import RotationPlan
+from selective.policies import Dense, Policy
+from selective.preconditioner import Shape
+
+
+class Choice(NamedTuple):
+    """A capture, and what the choice depended on: `capture_key`, whose last part is the policy's class."""
+
+    key: tuple[object, ...]
+    capture: Capture
+
+
+@dataclass(eq=False)
+class GroupPlan:
+    """One parameter group: its parameters and policy, how its updates are captured, what of it is rotated."""
+
+    number: int  # its index in the base's groups
+    group: dict[str, Any]  # the base's own
+    policy_group: PolicyGroup
+    params: GroupParams
+    choice: Choice | None = None  # None until a refresh has chosen
+    rotation: RotationPlan | None = None  # None where there is no preconditioner
+    kept: KeptItems = field(default_factory=KeptItems)  # of the parameters that are not rotated ...
+    kept_rotated: KeptItems = field(default_factory=KeptItems)  # ... and of those that are
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of now."""
+        return self.policy_group.policy
+
+    @property
+    def preconditioning(self) -> PreconditionerGroup:
+        """The preconditioner of now."""
+        return self.policy_group.preconditioning
+
+    @property
+    def is_dense(self) -> bool:
+        """True if no coordinate is masked."""
+        return isinstance(self.policy_group.policy, Dense)
+
+    @property
+    def capture(self) -> Capture:
+        """The capture of the parameters that are not rotated, and the reason for it."""
+        assert self.choice is not None  # a plan is used after a refresh
+        return self.choice.capture
+
+    def capture_of(self, parameter: Parameter) -> Capture:
+        """The capture of this parameter."""
+        rotates = self.rotation is not None and parameter.tensor in self.rotation.shapes
+        return self.rotation.capture if self.rotation is not None and rotates else self.capture
+
+    def rotated_as(self, parameter: Parameter) -> tuple[RotationPlan, Shape] | None:
+        """The rotation that takes this parameter, and as what; None where it is left alone."""
+        shape = None if self.rotation is None else self.rotation.shapes.get(parameter.tensor)
+        return None if self.rotation is None or shape is None else (self.rotation, shape)
+
+    def masks_or_rotates(self, parameter: Parameter) -> bool:
+        """True if this parameter is masked or rotated. Otherwise its step is the base's alone."""
+        return not self.is_dense or self.rotated_as(parameter) is not None
+
+    def replace_params(self, params: GroupParams) -> None:
+        """Take these parameters, of which no items are known yet."""
+        self.params, self.kept, self.kept_rotated = params, KeptItems(), KeptItems()
+
+    def forget_items(self) -> None:
+        """Forget the items that the kernels get, so that they are made anew of the state that is there then."""
+        self.kept.drop()
+        self.kept_rotated.drop()
+
+    def look_anew(self) -> None:
+        """State was replaced: make the items anew, and look at what is kept of each parameter before the next step."""
+        self.forget_items()
+        self.params.fits = self.params.settled = False

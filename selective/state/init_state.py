@@ -1,0 +1,56 @@
+"""Making all state before the first step: `SelectiveUpdate.init_state`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from selective.base.fused_rules import fused_rule
+from selective.base.lent_gradients import LentGradients, gradient_dtype
+from selective.base.step_base import run_step_on
+from selective.parameter import initialized, is_lazy
+from selective.plan.group_plan import GroupPlan
+from selective.state.store import StateStore
+
+
+def make_all_state(plans: Sequence[GroupPlan], store: StateStore) -> None:
+    """The base's state and ours of all parameters that train, as the first step would make it."""
+    base = store.base
+    known = fused_rule(base)
+    for plan in plans:
+        rule = None if known is None or known.supports(plan.group) else known
+        training = [p for p in plan.params.parameters if p.tensor.requires_grad and not is_lazy(p.tensor)]
+        missing = [p.tensor for p in training if not base.state.get(p.tensor)]
+        if rule is not None:
+            for p in missing:
+                rule.init_state(plan.group, p, base.state[p])
+        elif missing:
+            _step_on_nothing(base, plan.group, missing)
+        for parameter in training:
+            if store.keeps(plan, parameter):
+                store.of(plan, parameter)
+
+
+def _step_on_nothing(base: Optimizer, group: dict[str, Any], params: list[Tensor]) -> None:
+    """Let the base make its state for these parameters: zero gradients, learning rate 0, parameters put back."""
+    saved, lent = [(p, p.detach().clone()) for p in initialized(group["params"])], LentGradients()
+    rate = group.get("lr")
+    for p, _ in saved:
+        lent.lend(p, None)
+    for p in params:
+        p.grad = torch.zeros_like(p, dtype=gradient_dtype(p))
+    try:
+        if rate is not None:
+            group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
+        run_step_on(base, [group])
+    finally:
+        if rate is not None:
+            group["lr"] = rate
+        with torch.no_grad():
+            for p, value in saved:
+                p.copy_(value)
+        lent.give_back()

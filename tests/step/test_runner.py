@@ -1,0 +1,68 @@
+"""The jobs of a step, without an optimizer around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from parts import Parts, give_gradients, parts_of, two_groups
+from torch import Tensor
+
+from selective import MGUP, Policy, PolicyError, SelectiveUpdate, Soap
+from selective.state.entries import BASIS_STEPS
+from selective.state.store import refresh
+from selective.statistics import StepStatistics
+from selective.step.run import StepRunner
+
+
+class Fails(Policy):
+    def mask(self, view: Any) -> Tensor:
+        raise ZeroDivisionError("not this one")
+
+
+def jobs_of(runner: StepRunner, parts: Parts, report: StepStatistics | None = None) -> Any:
+    present = [plan.params.with_gradient() for plan in parts.groups.plans]
+    return runner.jobs(parts.groups, present, report, recording=False)
+
+
+@pytest.mark.parametrize("preconditioner", [None, Soap(refresh_every=2)], ids=["plain", "rotated"])
+def test_it_steps_as_the_optimizer_does(preconditioner: Any) -> None:
+    parts = parts_of(two_groups(), preconditioner)
+    whole = SelectiveUpdate(two_groups(), policy=MGUP(), preconditioner=preconditioner, seed=3)
+    runner = StepRunner(parts.groups.options, parts.count, parts.store)
+    for number in range(3):
+        for base in (parts.base, whole.base):
+            give_gradients(base, number)
+        whole.step()
+        refresh(parts.groups, parts.store)
+        with torch.no_grad():
+            runner.run(jobs_of(runner, parts))
+        parts.count.tick([], recording=False)
+    for group, theirs in zip(parts.base.param_groups, whole.param_groups, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(group["params"], theirs["params"], strict=True))
+    (plan, _), (parameter,) = parts.groups.plans, parts.groups.plans[0].params.parameters
+    assert int(parts.store.of(plan, parameter).get(BASIS_STEPS, 3)) == 3 == parts.count.steps
+
+
+def test_what_was_selected_is_reported() -> None:
+    parts = parts_of(two_groups())
+    refresh(parts.groups, parts.store)
+    give_gradients(parts.base)
+    runner, report = StepRunner(parts.groups.options, parts.count, parts.store), StepStatistics()
+    with torch.no_grad():
+        runner.run(jobs_of(runner, parts, report))
+    assert report.read().keys() == {"param_groups[0][0]", "param_groups[1][0]"}
+
+
+def test_parameters_are_put_back_where_a_policy_raises() -> None:
+    parts = parts_of(two_groups())
+    parts.groups.default.policy = Fails()
+    refresh(parts.groups, parts.store)
+    give_gradients(parts.base)
+    before = [p.detach().clone() for group in parts.base.param_groups for p in group["params"]]
+    runner = StepRunner(parts.groups.options, parts.count, parts.store)
+    with torch.no_grad(), pytest.raises(PolicyError, match=r"Fails failed in step 0: .*not this one"):
+        runner.run(jobs_of(runner, parts))
+    after = [p.detach() for group in parts.base.param_groups for p in group["params"]]
+    assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
