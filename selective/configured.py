@@ -2,22 +2,75 @@
 
 Instances are validated at construction, print as they were written, and go to JSON and back. The `kind` tags the JSON
 form. A subclass registers itself under its class name, so a user's own policy is saved and loaded like ours.
+
+Note [annotations as text]: `from __future__ import annotations` turns `reads: ClassVar = ...` into the text "ClassVar".
+Python 3.10 refuses to evaluate that on behalf of pydantic ("Unable to evaluate type annotation"). So `ConfiguredMeta`
+replaces the text as soon as the class body has written it, before pydantic reads it. Later versions of Python would
+evaluate it; they get the same, up to 3.13.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import reprlib
+import sys
+from collections.abc import MutableMapping
 from difflib import get_close_matches
-from typing import Any, ClassVar, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic 2.7 has it there only
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
-from selective.class_annotations import ConfiguredMeta
-
 C = TypeVar("C", bound="Configured")
+
+# Python 3.14 keeps annotations that are not postponed elsewhere, and evaluates the text without brackets.
+_TEXT_IS_EVALUATED = sys.version_info >= (3, 14)
+_DOTTED_NAME = re.compile(r"\s*[^\W\d]\w*(\s*\.\s*[^\W\d]\w*)*\s*")
+
+
+class _Annotations(dict[str, Any]):
+    """The annotations of a class body. A text that means the bare `ClassVar` becomes `ClassVar[Any]`."""
+
+    def __setitem__(self, name: str, annotation: Any) -> None:
+        bare = isinstance(annotation, str) and _is_class_var(annotation, sys._getframe(1))
+        super().__setitem__(name, ClassVar[Any] if bare else annotation)
+
+
+def _is_class_var(text: str, body: FrameType) -> bool:
+    """True if `text` names `typing.ClassVar` in the class body: imported, renamed, dotted, for type checkers."""
+    if _DOTTED_NAME.fullmatch(text) is None:
+        return False
+    first, *attributes = (part.strip() for part in text.split("."))
+    around = body.f_back.f_locals if body.f_back is not None else {}
+    known = next((names for names in (body.f_locals, around, body.f_globals) if first in names), None)
+    if known is None:
+        return [first, *attributes][-1] == "ClassVar"
+    value = known[first]
+    for attribute in attributes:
+        value = getattr(value, attribute, None)
+    return value is ClassVar
+
+
+if TYPE_CHECKING:
+    ConfiguredMeta = type(BaseModel)
+else:
+
+    class ConfiguredMeta(type(BaseModel)):
+        """pydantic's metaclass, with a namespace for class bodies that reads each annotation as it is written.
+
+        Only `__prepare__` is ours. A `__new__` of ours would hide the frame that called it, in which pydantic looks up
+        names.
+        """
+
+        @classmethod
+        def __prepare__(cls, *args: Any, **kwargs: Any) -> MutableMapping[str, Any]:
+            namespace = super().__prepare__(*args, **kwargs)
+            if not _TEXT_IS_EVALUATED:
+                namespace["__annotations__"] = _Annotations()
+            return namespace
 
 
 class Configured(BaseModel, metaclass=ConfiguredMeta):

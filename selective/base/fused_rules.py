@@ -13,8 +13,8 @@ from torch.optim.optimizer import _get_scalar_dtype
 
 from selective.base.hyperparameters import plain_number, sign_of
 from selective.base.measure_moments import Moments
+from selective.base.mismatch import CheckpointMismatch
 from selective.kernels import spec
-from selective.mismatch import CheckpointMismatch
 
 Group = dict[str, Any]
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from selective.base.clone import unnoticed
 from selective.base.first_state import first_state
-from selective.mismatch import CheckpointMismatch
+from selective.base.mismatch import CheckpointMismatch
 
 
 def class_names(base: Optimizer) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from selective.mismatch import CheckpointMismatch
+from selective.base.mismatch import CheckpointMismatch
 from selective.plan.policy_groups import KEYS
 from selective.state.entries import BASIS, BASIS_SHAPE, BASIS_SKIPPED, BASIS_STEPS, POLICY, SEED, STEP
 from selective.state.one_entry import MOST_STEPS, OF_A_BASIS, check_known, check_plain, number_below, number_of

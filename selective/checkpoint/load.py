@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from selective.base.mismatch import CheckpointMismatch
 from selective.checkpoint.frame import check_entries, check_layout
 from selective.checkpoint.matches_base import check_base
 from selective.checkpoint.matches_basis import advice, checked_preconditioners
 from selective.checkpoint.matches_policies import checked_policies
 from selective.checkpoint.rollback import rollback
 from selective.kernels.lasting import lasting
-from selective.mismatch import CheckpointMismatch
 from selective.plan.groups import Groups
 from selective.policies import Policy
 from selective.preconditioner import Preconditioner

@@ -8,8 +8,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from selective.base.fused_rules import fused_rule
+from selective.base.mismatch import CheckpointMismatch
 from selective.base.same_class import check_class, check_first_state, check_options
-from selective.mismatch import CheckpointMismatch
 from selective.parameter import Parameter, is_lazy
 from selective.plan.group_plan import GroupPlan
 

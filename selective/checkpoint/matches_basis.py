@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from selective.base.mismatch import CheckpointMismatch
 from selective.checkpoint.matches_policies import first_saved
-from selective.mismatch import CheckpointMismatch
 from selective.parameter import Parameter, is_lazy
 from selective.plan.group_plan import GroupPlan
 from selective.plan.rotation_plan import RotationPlan, layout_of

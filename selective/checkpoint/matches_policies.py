@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from selective.base.mismatch import CheckpointMismatch
 from selective.configured import Configured, kinds_of
-from selective.mismatch import CheckpointMismatch
 from selective.parameter import Parameter, is_lazy
 from selective.plan.group_plan import GroupPlan
 from selective.policies import Policy

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from selective.mismatch import CheckpointMismatch
+from selective.base.mismatch import CheckpointMismatch
 from selective.plan.groups import Groups
 from selective.state.store import StateStore
 from selective.step_count import StepCount

@@ -98,7 +98,7 @@ class Policy(Configured):
         if is_dense_top_k(selection, selected.numel()):
             return torch.ones((), dtype=view.dtype, device=view.device), dict(view.state)
         of_selected, of_rest, state = strength.multipliers(view, selected)
-        return two_multipliers(view, selected, of_selected, of_rest, stands_still(strength, view)), state
+        return two_multipliers(view, selected, of_selected, of_rest, still_coordinates(strength, view)), state
 
 
 def is_dense_top_k(selection: Selection, numel: int) -> bool:
@@ -107,7 +107,7 @@ def is_dense_top_k(selection: Selection, numel: int) -> bool:
     return described is not None and described.leaves_dense(numel)
 
 
-def stands_still(strength: Strength, view: StepView) -> Tensor | None:
+def still_coordinates(strength: Strength, view: StepView) -> Tensor | None:
     """True at coordinates that the strength multiplies by 0 whatever is selected; None if there are none."""
     described = strength.spec()
     return view.update * view.grad == 0 if described is not None and described.still else None

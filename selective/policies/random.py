@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selective.kernels import spec, top_k
 from selective.kernels.reference.control import random_subset, scaled
-from selective.policies.policy import AnyPolicy, Policy, is_dense_top_k, stands_still, two_multipliers
+from selective.policies.policy import AnyPolicy, Policy, is_dense_top_k, still_coordinates, two_multipliers
 from selective.policies.selections import Bernoulli, Selection
 from selective.policies.strengths import Fixed, Strength
 from selective.policies.view import StepView
@@ -90,7 +90,7 @@ class MatchedRandomMask(Policy):
         if is_dense_top_k(selection, theirs.numel()):
             return one, dict(view.state)
         multiplier, rest, state = strength.multipliers(view, theirs)
-        still = stands_still(strength, view)
+        still = still_coordinates(strength, view)
         ours = _random_subset(view, theirs, still)
         pair = torch.as_tensor(multiplier, dtype=torch.float64), torch.as_tensor(rest, dtype=torch.float64)
         control = spec.Control(norm=self.norm, cap=self.cap)

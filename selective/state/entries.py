@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from selective.base.mismatch import CheckpointMismatch
 from selective.configured import Configured
-from selective.mismatch import CheckpointMismatch
 
 C = TypeVar("C", bound=Configured)
 Refusal = Callable[[str], ValueError]

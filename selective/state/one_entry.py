@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective.mismatch import CheckpointMismatch
+from selective.base.mismatch import CheckpointMismatch
 from selective.state.entries import (
     BASIS,
     BASIS_SHAPE,

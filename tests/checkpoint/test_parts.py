@@ -10,12 +10,12 @@ import torch
 from parts import Parts, give_gradients, parts_of, two_groups
 
 from selective import MGUP, Cautious, SelectiveUpdate, Soap
+from selective.base.mismatch import CheckpointMismatch
 from selective.checkpoint import pickles
 from selective.checkpoint.frame import checked_frame
 from selective.checkpoint.load import load
 from selective.checkpoint.rollback import rollback
 from selective.checkpoint.save import save
-from selective.mismatch import CheckpointMismatch
 from selective.state.store import refresh
 
 

@@ -8,7 +8,7 @@ import pydantic
 import pytest
 import torch
 
-from selective import SelectiveUpdate, class_annotations, policies
+from selective import SelectiveUpdate, configured, policies
 from selective.preconditioner.base import Preconditioner
 
 IMPORTS = {
@@ -92,7 +92,7 @@ def test_pydantic_is_handed_an_evaluated_annotation(monkeypatch: pytest.MonkeyPa
     """The failing twin: without the replacement it is handed a text, which older ones cannot evaluate."""
     source = POLICY.format(name="Handed", annotation="ClassVar")
     assert not isinstance(namespace_annotation(source), str)
-    monkeypatch.setattr(class_annotations, "_TEXT_IS_EVALUATED", True)
+    monkeypatch.setattr(configured, "_TEXT_IS_EVALUATED", True)
     assert namespace_annotation(source) == "ClassVar"
 
 
