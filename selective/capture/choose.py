@@ -148,12 +148,12 @@ def _why_delta(group: dict[str, Any], facts: BaseFacts) -> str | None:
 
 
 def capture_key(
-    base: Optimizer, group: dict[str, Any], layout: Layout, policy: Policy, needs: frozenset[str]
+    base: Optimizer, group: dict[str, Any], layout: Layout, classes: tuple[type, ...], needs: frozenset[str]
 ) -> tuple[object, ...]:
-    """Return everything that the choice of a capture depends on; the last entry is the policy's class.
+    """Return everything that the choice of a capture depends on; the last entry is `classes`.
 
-    While the key is the same, the choice is not made again. `layout` is the group's, and `needs` is what the policy
-    reads; the caller has both at hand.
+    While the key is the same, the choice is not made again. `layout` is the group's; `classes` are the policy's `state_classes`, and
+    `needs` is what it reads: the caller has them at hand.
     """
     skip = ("params", "lr", "step", "initial_lr", "param_names")
     # A number counts only as zero or not: some bases count their steps in the group, schedulers change betas and decay.
@@ -162,4 +162,4 @@ def capture_key(
         for k, v in group.items()
         if k not in skip and isinstance(v, (bool, str, int, float))
     )
-    return type(base), replaced_step(base) is not None, flags, layout, needs, type(policy)
+    return type(base), replaced_step(base) is not None, flags, layout, needs, classes

@@ -19,7 +19,7 @@ from selective.capture.job import StepContext
 from selective.kernels import Backend, backend_in_use, spec
 from selective.parameter import Parameter
 from selective.policies import Policy
-from selective.policies.kernel_terms import Described, Specs, specs_of, why_not_in_kernel
+from selective.policies.kernel_terms import Described, Specs, specs_of, state_classes_of, why_not_in_kernel
 from selective.sharding.dtensor import is_dtensor, local_like, local_of, shard_of, wrapped_like
 
 
@@ -130,7 +130,7 @@ class KeptItems:
     def describe(self, policy: Policy) -> Described:
         """Return what the policy reads, and its terms for the kernels; computed once for each policy object."""
         if self._described is None or self._described.policy is not policy:
-            self._described = Described(policy, policy.needs(), specs_of(policy))
+            self._described = Described(policy, policy.needs(), specs_of(policy), state_classes_of(policy))
         return self._described
 
     def specs(self, policy: Policy, parameters: list[Parameter]) -> Specs | None:

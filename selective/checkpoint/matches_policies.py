@@ -32,10 +32,10 @@ def checked_policies(
         position += len(members)
         saved = first_saved([ours.get(index, {}) for index in indices], POLICY, Policy, plan.number)
         if saved is not None and kinds_of(saved.model_dump()) != kinds_of(policy.model_dump()):
-            raise ValueError(
-                f"SelectiveUpdate: param_groups[{plan.number}] has the policy {policy!r}, the checkpoint was made with "
-                f"{saved!r}; construct the optimizer with that policy, or load only the base's part "
-                f"(selective.base_part(state_dict))"
+            raise CheckpointMismatch(
+                f"param_groups[{plan.number}] has the policy {policy!r}, the checkpoint was made with {saved!r}",
+                "Construct the optimizer with that policy, or load only the base's part "
+                "(selective.base_part(state_dict))",
             )
         policy = policy if saved is None else saved
         policies.append(policy)

@@ -16,7 +16,7 @@ from selective.preconditioner import Shape
 
 
 class Choice(NamedTuple):
-    """A capture, and what the choice depended on: `capture_key`, whose last part is the policy's class."""
+    """A capture, and what the choice depended on: `capture_key`, whose last part is the policy's state classes."""
 
     key: tuple[object, ...]
     capture: Capture

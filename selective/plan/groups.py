@@ -25,7 +25,7 @@ from selective.rotation.moments import check_moments, moments_of
 class Changes(NamedTuple):
     """The result of a refresh of the groups, for kept state to follow."""
 
-    switched: list[GroupPlan]  # whose policy is of another class than before
+    switched: list[GroupPlan]  # whose policy or strength is of another class than before
     there: set[Tensor] | None  # the parameters that are left, if any has gone
 
 
@@ -185,7 +185,8 @@ class Groups:
             check_flattened(params.parameters)
             if params.joined:
                 refuse_joined(number, params.shapes, params.tensors)
-        key = capture_key(self.base, plan.group, params.layout, policy, plan.kept.describe(policy).needs)
+        described = plan.kept.describe(policy)
+        key = capture_key(self.base, plan.group, params.layout, described.state_classes, described.needs)
         if plan.choice is not None and plan.choice.key == key:
             return plan.choice
         own = self.options.keeps_momentum

@@ -21,11 +21,20 @@ class Described:
     policy: Policy
     needs: frozenset[str]
     specs: Specs | None  # None: the policy has code of its own
+    state_classes: tuple[type, ...]  # the classes that make a parameter's state: another one makes it anew
 
     @property
     def is_anywhere(self) -> bool:
         """True if the choice between kernels and own code is the same for every parameter."""
         return self.specs is None or not _depends_on_the_parameter(self.specs[0])
+
+
+def state_classes_of(policy: Policy) -> tuple[type, ...]:
+    """The classes of a policy, its strength, and a policy inside of it: what these make is its state."""
+    parts = policy.parts()
+    strength = () if parts is None else (type(parts[1]),)
+    inner = getattr(policy, "policy", None)
+    return (type(policy), *strength, *(state_classes_of(inner) if isinstance(inner, Policy) else ()))
 
 
 def specs_of(policy: Policy) -> Specs | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selective import MGUP, Cautious, Dense, Policy, SelectiveUpdate
-from selective.policies import Agreement, Fixed
+from selective.policies import Agreement, Alignment, Fixed, TopK
 
 
 class Looks(Policy):
@@ -145,3 +145,35 @@ def test_a_momentum_of_our_own_has_a_number_for_its_coefficient(beta: Any) -> No
     base = torch.optim.RMSprop([torch.nn.Parameter(torch.zeros(4))])
     with pytest.raises(ValueError, match=r"momentum_beta is .*, must be a number"):
         SelectiveUpdate(base, momentum_beta=beta)
+
+
+def test_another_strength_of_the_same_kind_of_policy_makes_its_state_anew():
+    """`Policy` is one class whatever it is made of; the average is of `Alignment`, and is kept from step to step."""
+    agreement = Agreement(of="momentum")
+    p = torch.nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
+    opt = SelectiveUpdate(torch.optim.AdamW([p], lr=0.1), policy=Policy(selection=agreement, strength=Fixed()))
+
+    def step() -> None:
+        p.grad = torch.ones_like(p)
+        opt.step()
+
+    def kept() -> set[str]:
+        return {key for key in opt.state_dict()["state"][0] if key.startswith("selective/state/")}
+
+    step()
+    assert kept() == set()
+    opt.policy_groups[0].policy = Policy(selection=agreement, strength=Alignment())
+    step()
+    first = opt.state[p]["selective/state/average"].clone()
+    step()
+    assert kept() == {"selective/state/average"}
+    assert not torch.equal(opt.state[p]["selective/state/average"], first)
+    twin = torch.nn.Parameter(p.detach().clone())
+    other = SelectiveUpdate(torch.optim.AdamW([twin], lr=0.1), policy=Policy(selection=agreement, strength=Alignment()))
+    other.load_state_dict(opt.state_dict())
+    opt.policy_groups[0].policy = Policy(selection=TopK(score="momentum"), strength=Alignment())
+    step()
+    assert kept() == {"selective/state/average"}
+    opt.policy_groups[0].policy = Policy(selection=agreement, strength=Fixed())
+    step()
+    assert kept() == set()
