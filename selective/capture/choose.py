@@ -152,8 +152,8 @@ def capture_key(
 ) -> tuple[object, ...]:
     """Return everything that the choice of a capture depends on; the last entry is `classes`.
 
-    While the key is the same, the choice is not made again. `layout` is the group's; `classes` are the policy's `state_classes`, and
-    `needs` is what it reads: the caller has them at hand.
+    While the key is the same, the choice is not made again. `layout` is the group's; `classes` are the policy's
+    `state_classes`, and `needs` is what it reads: the caller has them at hand.
     """
     skip = ("params", "lr", "step", "initial_lr", "param_names")
     # A number counts only as zero or not: some bases count their steps in the group, schedulers change betas and decay.
