@@ -66,10 +66,15 @@ def entry(name: str) -> str:
     return f"```{{py:currentmodule}} {name.rpartition('.')[0]}\n```\n\n{_entry(name)}"
 
 
+def _is_class(value: Any) -> bool:
+    """True for a class. To Python 3.10 an alias such as `dict[str, Tensor]` is one as well."""
+    return inspect.isclass(value) and not isinstance(value, types.GenericAlias)
+
+
 def _entry(name: str) -> str:
     value = resolve(name)
     module, _, short = name.rpartition(".")
-    if inspect.isclass(value):
+    if _is_class(value):
         kind = "exception" if issubclass(value, BaseException) else "class"
         parts = [
             _bases(value),
@@ -87,7 +92,7 @@ def _entry(name: str) -> str:
 def summary(name: str) -> str:
     """The first sentence of its docstring, or of the comment on it."""
     value = resolve(name)
-    text = value.__doc__ if inspect.isclass(value) or inspect.isfunction(value) else _comment(*name.rsplit(".", 1))
+    text = value.__doc__ if _is_class(value) or inspect.isfunction(value) else _comment(*name.rsplit(".", 1))
     first = " ".join(inspect.cleandoc(text or "").partition("\n\n")[0].split())
     return prose(re.split(r"(?<=[^.])\.(?= |$)", first)[0])
 

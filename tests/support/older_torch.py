@@ -21,5 +21,13 @@ def faults_of_older_torch(base: str) -> set[str]:
     return FAULTS_OF_OLDER_TORCH.get(base, set()) if older else set()
 
 
+def cuts_strided_shards_evenly_only() -> bool:
+    """True if a `_StridedShard` of this torch leaves other parts of an uneven dimension than later versions do.
+
+    We refuse to wrap these: "not what torch.chunk would leave". Seen with torch 2.9, mended in 2.11.
+    """
+    return _numbers(torch.__version__) < (2, 11)
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:2])

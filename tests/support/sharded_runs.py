@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from older_torch import cuts_strided_shards_evenly_only
 from sharded_world import World
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -24,6 +25,14 @@ from selective.kernels import Backend, use_backend
 SHAPES = [(7, 5), (24, 6), (5,), (1,), (4, 1), (2, 9), (3, 4, 2)]
 Make = Callable[[list[nn.Parameter]], Optimizer]
 Place = Callable[[Tensor], list[Any]]
+
+
+def strided(tensor: Tensor) -> list[Any]:
+    """The last dimension cut twice, the outer cut within the inner one, as tensor parallelism under FSDP2 leaves it."""
+    last = tensor.dim() - 1
+    if tensor.shape[last] % 4 and cuts_strided_shards_evenly_only():
+        return [Replicate(), Shard(last)]
+    return [_StridedShard(last, split_factor=2), Shard(last)]
 
 
 def adamw(params: list[nn.Parameter]) -> Optimizer:
@@ -138,5 +147,5 @@ def layouts(world: World, everywhere: bool = True) -> dict[str, tuple[Any, Place
         mesh = world.mesh(2, 2, names=("dp", "tp"))
         found["hsdp"] = mesh, lambda t: [Replicate(), Shard(0)]
         found["rows and columns"] = mesh, lambda t: [Shard(0), Shard(t.dim() - 1)]
-        found["strided"] = mesh, lambda t: [_StridedShard(t.dim() - 1, split_factor=2), Shard(t.dim() - 1)]
+        found["strided"] = mesh, strided
     return {name: one for name, one in found.items() if one[0] is not None}
