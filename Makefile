@@ -35,10 +35,10 @@ demo-quick: $(VENV)/.ready-demo ## one minute: the same with one seed, which is 
 # One thread a worker: torch's own threads would fight over the cores. `pytest`, not `python -m pytest`, which would
 # put this folder on sys.path and test it instead of what is installed.
 test: $(VENV)/.ready ## the complete CPU suite
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.ready ## the tests marked slow
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) -m "slow and not gpu" $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "slow and not gpu" $(PYTEST_ARGS)
 
 MORE_STACKS := $(VENV)-more-stacks
 # On top of the usual environment, which stays as it is: a second one that sees its packages.
