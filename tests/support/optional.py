@@ -15,7 +15,7 @@ THEIR_WARNINGS = (
     "The 'train_dataloader' does not have many workers",
     "Checkpoint directory",  # exists and is not empty: the directory of the run that is resumed
     # Until here Lightning's. Of torchao 0.15, from which transformers imports, and of DCP in torch 2.9 on a CPU:
-    "Importing ",
+    "Importing",
     "TypedStorage is deprecated",
 )
 
