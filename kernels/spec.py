@@ -252,7 +252,7 @@ class Draw:
     """The source of this step's random numbers, which are counter-based."""
 
     seed: int
-    step: int
+    step: int  # the number of steps that were taken before this one: 0 in the first
     stochastic: bool = False  # round bfloat16 and float16 parameters stochastically, not to nearest
     # [seed, step] as int64 on the GPU, read there instead of the two above, so that replays of a CUDA graph go on
     clock: Tensor | None = field(default=None, compare=False)

@@ -119,7 +119,7 @@ class SelectiveUpdate(Optimizer):
     def _put_together(
         self, base: Optimizer, options: Options, groups: Groups, store: StateStore, count: StepCount
     ) -> None:
-        """Take these parts. Objects that stand in for this one share them: whatever changes is inside of a part."""
+        """Assign the parts. Objects that stand in for this one share them, so whatever changes is inside of a part."""
         self.base, self.options, self.groups, self.store, self.count = base, options, groups, store, count
         self.runner = StepRunner(options, count, store)
 
@@ -200,8 +200,9 @@ class SelectiveUpdate(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Returns what the closure returns.
 
-        1. Run the closure, if any, with gradients enabled, once.
-        2. Look at the gradients; all our own checks run here, before anything has moved.
+        1. Run the closure, if any, with gradients enabled, once. Then follow what was changed in groups, policies and
+           state, or refuse it.
+        2. Check the gradients, and then the state against its parameters. Nothing has moved until here.
         3. With a preconditioner: refresh the bases P, Q that are due, carry the moments into them.
         4. ... and rotate: g <- P^T g Q, of the parameters that it takes.
         5. The base's rule: moments move, always densely; out comes u.
@@ -231,8 +232,8 @@ class SelectiveUpdate(Optimizer):
         report = StepStatistics() if self.options.statistics else None
         clocked = self.groups.clocked()
         self.count.start(clocked, recording)
-        self.runner.run(self.runner.jobs(self.groups, present, report, recording))  # 3 to 8
-        self.count.tick(clocked, recording)
+        self.runner.run(self.runner.jobs(self.groups, present, report, recording))  # 3 to 7, part of 8
+        self.count.tick(clocked, recording)  # 8
         self.runner.report = report
         return loss
 

@@ -1,4 +1,6 @@
-"""The step count on the device, for CUDA graphs: a replay runs no Python, so nothing on the host counts it.
+"""The seed and the number of steps taken: on the host, and on GPUs in a clock of their own.
+
+A replay of a CUDA graph runs no Python, so nothing on the host counts it.
 
 Note [the clock]: random selections draw by (seed, step, parameter, element). On a GPU both first numbers are read from
 an int64 tensor `[seed, step]`, which the step's last operation moves on. Recorded in a graph, it goes on with every
@@ -104,7 +106,7 @@ class StepCount:
         self.clocks = Clocks()
 
     def read(self) -> int:
-        """Learn how many steps were taken; replays of a CUDA graph are counted on the device: Note [the clock]."""
+        """Return the number of steps taken. Updates `steps`, if a GPU has counted replays: Note [the clock]."""
         self.steps = self.clocks.count(self.steps)
         return self.steps
 
@@ -130,7 +132,7 @@ class StepCount:
 
 
 def is_recording() -> bool:
-    """Whether the current CUDA stream is being captured into a graph."""
+    """True if the current CUDA stream is being captured into a graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 

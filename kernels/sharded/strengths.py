@@ -107,9 +107,9 @@ def parts_of(spec: StepSpec, sums: Named | None, item: Item) -> Parts:
 
 
 def select_everything(sums: Named, numel: float | Tensor) -> Tensor:
-    """Change the sums, in place, of tensors whose previous momentum is 0 everywhere: all of these is selected.
+    """Correct, in place, the sums of tensors whose previous momentum is 0 everywhere, which are selected everywhere.
 
-    `numel` is the size of the whole tensors. Returns which tensors those are, a bool tensor shaped like the sums.
+    `numel` is the size of the whole tensors. Returns a bool tensor shaped like the sums: True for those tensors.
     """
     first = sums["moving"] == 0
     sums["selected"] = torch.where(first, numel, sums["selected"])

@@ -15,8 +15,8 @@ from .strengths import Named, names_of_sums, parts_of, select_everything, streng
 class ShardedTensorStep:
     """The step of one shard, whose moments have moved.
 
-    In order: the search for what is ranked, if there is something (`selection.ranked`); `sums`, before the ties are
-    settled or after; `finish` with the sums of the whole tensor.
+    Call in this order: the search for the K-th score (top-K only, `selection.ranked`), `sums`, and
+    `finish(sums over ranks)`. `sums` may be called before the ties of a top-K are settled or after.
     """
 
     def __init__(self, item: Item, spec: StepSpec, moved: Advanced) -> None:

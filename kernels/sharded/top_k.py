@@ -57,7 +57,10 @@ class Ranked:
 
 
 def largest_first(counts: Tensor, need: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of counts [T, bins], the bin that has number `need` [T] from above, and its number in that bin."""
+    """Find, for each row of counts [T, bins], the bin of the `need`-th largest key; `need` is int64 [T].
+
+    Returns the bin, and the position of that key among the keys of the bin, from above.
+    """
     above = counts.flip(1).cumsum(1).flip(1) - counts
     inside = (above < need[:, None]) & (need[:, None] <= above + counts)
     place = torch.arange(counts.shape[1], device=counts.device)

@@ -50,7 +50,10 @@ class FusedJob(Job):
     def _step_in_kernel(
         self, device_items: DeviceItems, rule: spec.Rule, selection: spec.Selection, strength: spec.Strength
     ) -> None:
-        """Let one kernel compute rule and mask on one device. A sharded step is only begun: the exchange goes on."""
+        """Let one kernel compute rule and mask on one device.
+
+        A sharded step is only started; `StepRunner.run` finishes it through `context.exchange`.
+        """
         context = self.context
         how: dict[str, Any] = {
             "rule": rule, "selection": selection, "strength": strength, "draw": context.draw_on(device_items.device),

@@ -1,4 +1,4 @@
-"""Checks that a checkpoint is made as ours are, whatever policies and preconditioners there are."""
+"""Checks of a checkpoint's structure: dictionaries, groups, entry names, counters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LAYOUT = {BASIS_STEPS: (torch.int64, ()), BASIS_SHAPE: (torch.int64, (3,)), BAS
 
 
 def checked_frame(state_dict: Any) -> dict[str, Any]:
-    """A checkpoint's outermost dictionary, with what it has to be made of; an error where it is something else."""
+    """Return the checkpoint as a dictionary; raise if its structure is not that of torch's state dictionaries."""
     if not isinstance(state_dict, Mapping):
         raise CheckpointMismatch(f"the checkpoint is a {type(state_dict).__name__}, must be a dictionary")
     for key, kind, name in (("state", Mapping, "a dictionary"), ("param_groups", (list, tuple), "a list")):
@@ -40,7 +40,7 @@ def _must_be(value: Any, kind: Any, name: str, what: str) -> None:
 
 
 def check_layout(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Refuse a checkpoint that is not of these groups, before anything is loaded."""
+    """Refuse a checkpoint whose groups are not of the same sizes as these, or that names a parameter twice."""
     saved, live = state_dict["param_groups"], groups
     if len(saved) != len(live):
         raise CheckpointMismatch(f"the checkpoint has {len(saved)} parameter groups, the optimizer {len(live)}")
@@ -63,10 +63,10 @@ def check_layout(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) ->
 
 
 def check_entries(ours: Mapping[Any, Mapping[str, Any]], order: Sequence[Any]) -> dict[str, int]:
-    """Refuse entries of ours that we would not have made; the step count and the seed that they hold.
+    """Return the step count and the seed by entry name; refuse entries that the wrapper would not have made.
 
-    What depends on policies, preconditioners and shapes is looked at later. What numbers a tensor of the right shape
-    holds cannot be checked.
+    What depends on policies, preconditioners and shapes is checked later. The numbers in a tensor of the right shape
+    can't be checked.
     """
     numbers: dict[str, int] = {}
     known = set(order)
@@ -93,7 +93,7 @@ def check_entries(ours: Mapping[Any, Mapping[str, Any]], order: Sequence[Any]) -
 
 
 def _check_complete(entries: Mapping[str, Any], index: Any) -> None:
-    """All of a parameter's entries are there, and none that we don't know."""
+    """Refuse a parameter of which an entry is missing, or has an unknown name."""
     for key in entries:
         check_known(key, f"the checkpoint's parameter {index!r}")
     rotated = any(key in OF_A_BASIS or key.startswith(BASIS) for key in entries)

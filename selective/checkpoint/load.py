@@ -30,7 +30,7 @@ from selective.step_count import StepCount
 def load(
     checkpoint: dict[str, Any], base: Optimizer, groups: Groups, store: StateStore, count: StepCount
 ) -> str | None:
-    """Load all of a checkpoint whose frame was checked, or nothing. Returns what there is to warn of.
+    """Load all of a checkpoint whose structure `checked_frame` accepted, or nothing. Return a warning, or None.
 
     What can be known beforehand is checked before anything is loaded; where the base refuses it later, all is put back.
     """
@@ -62,7 +62,7 @@ def _cant_be_loaded(reason: str) -> CheckpointMismatch:
 
 
 def _cut(base: Optimizer, order: Sequence[Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Whole tensors of a checkpoint, where a sharded parameter's are wanted: the part that is here."""
+    """Return the base's part of a checkpoint with the whole tensors of sharded parameters cut to this rank's parts."""
     params = dict(zip(order, (p for group in base.param_groups for p in group["params"]), strict=True))
     if not any(map(is_dtensor, params.values())):
         return theirs
@@ -101,7 +101,10 @@ def _load_policies(
 
 
 def _make_missing_bases(groups: Groups, store: StateStore) -> None:
-    """Bases of parameters that were saved without: they start afresh."""
+    """Make a fresh basis for each rotated parameter that the checkpoint has entries but no basis for.
+
+    Its moments are rotated into that basis.
+    """
     for plan in groups.plans:
         for parameter in plan.params.parameters:
             own = store.table.get(parameter.tensor)

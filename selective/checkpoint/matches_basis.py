@@ -1,4 +1,4 @@
-"""Checks that what a checkpoint has of preconditioners and bases is of this optimizer's."""
+"""Checks that the rotations in a checkpoint fit this optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from selective.state.entries import BASIS, BASIS_SHAPE, BASIS_STEPS, PRECONDITIO
 def checked_preconditioners(
     plans: Sequence[GroupPlan], order: Sequence[Any], ours: Mapping[Any, dict[str, Tensor]]
 ) -> list[Preconditioner | None]:
-    """The preconditioners of the groups' saved bases, None for a group without; an error if a basis is not ours."""
+    """Return the saved preconditioner of each group, None for a group without; raise if a basis does not fit."""
     preconditioners: list[Preconditioner | None] = []
     indices = iter(order)
     for plan in plans:
@@ -51,7 +51,7 @@ def _check_basis(entries: dict[str, Tensor], saved: Preconditioner, plan: GroupP
 
 
 def advice(preconditioners: Sequence[Preconditioner | None], plans: Sequence[GroupPlan]) -> str | None:
-    """A warning of the checkpoint's preconditioners, of the first group in which they have one; None if none has."""
+    """Return the first warning that a saved preconditioner gives (`on_load`); None if none gives one."""
     for saved, plan in zip(preconditioners, plans, strict=True):
         here = plan.preconditioning.preconditioner
         said = None if saved is None or here is None else saved.on_load(here)
@@ -67,7 +67,7 @@ def _difference(
     shape: tuple[int, int, int] | None,
     member: Parameter,
 ) -> str | None:
-    """The difference in words; None if the basis is ours."""
+    """Return the difference in words; None if the basis fits."""
     who = f"parameter {member.name!r}"
     if rotation is None:
         return f"{who} was rotated"

@@ -1,4 +1,4 @@
-"""Checks that what a checkpoint has of policies is of this optimizer's."""
+"""Checks that the policies in a checkpoint fit this optimizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ C = TypeVar("C", bound=Configured)
 def checked_policies(
     plans: Sequence[GroupPlan], store: StateStore, order: Sequence[Any], ours: Mapping[Any, dict[str, Tensor]]
 ) -> list[Policy]:
-    """The policies after loading, by group; an error where the checkpoint's is of another kind."""
+    """Return the policies after loading, by group; raise if the checkpoint's is of another kind."""
     policies: list[Policy] = []
     position = 0
     for plan in plans:
@@ -46,7 +46,7 @@ def checked_policies(
 
 
 def first_saved(entries: Sequence[dict[str, Tensor]], key: str, family: type[C], number: int) -> C | None:
-    """The policy or preconditioner that a group was saved with; None where nothing was saved of it."""
+    """Return the policy or preconditioner that a group was saved with; None if none was saved."""
     having = [one[key] for one in entries if key in one]
     if not having:
         return None

@@ -29,7 +29,7 @@ class Version:
 
 
 def same_version(version: str | None) -> Version:
-    """The version in a pickle; an error where it is another one than that of here."""
+    """Return the version in a pickle; raise if it is not the running one."""
     if version != __version__:
         made = "a version that did not write its number" if version is None else f"version {version}"
         raise ValueError(
@@ -41,7 +41,7 @@ def same_version(version: str | None) -> Version:
 
 
 def contents(base: Optimizer, options: Options, groups: Groups, store: StateStore, count: StepCount) -> dict[str, Any]:
-    """All that a copy is made of. What is not named here is made anew, or is not the copy's: hooks, tables, reports."""
+    """Return all that a copy is made of. Anything else is made anew, or is not copied: hooks, tables, reports."""
     return {
         "version": Version(),
         "base": base,
@@ -56,7 +56,7 @@ def contents(base: Optimizer, options: Options, groups: Groups, store: StateStor
 
 
 def parts(state: Mapping[str, Any]) -> tuple[Optimizer, Options, Groups, StateStore, StepCount]:
-    """The parts of an optimizer, made of such contents."""
+    """Rebuild base, options, groups, store and count from what `contents` returned."""
     if "version" not in state:
         same_version(None)
     base, options, count = state["base"], state["options"], StepCount(state["seed"], state["steps"])

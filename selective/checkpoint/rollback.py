@@ -1,4 +1,4 @@
-"""Loading all or nothing: everything is put back where it fails half-way."""
+"""Loading all or nothing: everything is put back if it fails half-way."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from selective.step_count import StepCount
 def rollback(
     base: Optimizer, groups: Groups, store: StateStore, count: StepCount, failed: Callable[[str], ValueError]
 ) -> Iterator[None]:
-    """Put the base and all parts back as they were if what is inside raises; `failed` makes the error of the reason.
+    """Put the base and all parts back as they were if the body raises.
 
-    A `CheckpointMismatch` says what it has to say already.
+    `failed` turns the reason into the error that is raised. A `CheckpointMismatch` is raised again as it is.
     """
     undo_all = [base_snapshot(base), store.snapshot(), groups.snapshot(), count.snapshot()]
     try:
@@ -35,7 +35,7 @@ def rollback(
 
 
 def base_snapshot(base: Optimizer) -> Callable[[], None]:
-    """A function that puts the base back as it is now: its attributes, its groups and the state of each parameter."""
+    """Return a function that puts the base back as it is now: attributes, groups and the state of each parameter."""
     groups = base.param_groups
     # torch's load replaces these; a base with one of its own may write into them
     dictionaries: list[Any] = [vars(base), base.state, *groups, *base.state.values()]

@@ -16,9 +16,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class GroupParams:
-    """One group's parameters with address and name. A group that was edited gets a new one.
+    """One group's parameters with address and name. Replaced by a new object when the parameter list changes.
 
-    Looking is by identity and in plain lists, because it is done for every parameter in every step.
+    Changes are detected by identity and in plain lists, without tensor operations, because every step compares every
+    parameter.
     """
 
     def __init__(self, group: dict[str, Any], number: int, address: int, before: GroupParams | None = None) -> None:
@@ -60,7 +61,7 @@ class GroupParams:
         return id(param) in self._ids
 
     def look(self) -> None:
-        """Notice dtypes, devices, shapes and memory that changed under the same parameters (`model.half()`)."""
+        """Detect dtypes, devices, shapes and memory that changed under the same parameters (`model.half()`)."""
         tensors = self.tensors
         pointers = [p.data_ptr() for p in self._plain]
         if pointers != self._pointers:

@@ -37,12 +37,12 @@ class GroupPlan:
 
     @property
     def policy(self) -> Policy:
-        """The policy of now."""
+        """The group's current policy."""
         return self.policy_group.policy
 
     @property
     def preconditioning(self) -> PreconditionerGroup:
-        """The preconditioner of now."""
+        """The group's current preconditioner settings."""
         return self.policy_group.preconditioning
 
     @property
@@ -62,7 +62,7 @@ class GroupPlan:
         return self.rotation.capture if self.rotation is not None and rotates else self.capture
 
     def rotated_as(self, parameter: Parameter) -> tuple[RotationPlan, Shape] | None:
-        """The rotation that takes this parameter, and as what; None where it is left alone."""
+        """Return (rotation plan, matrix shape) of this parameter; None if it is not rotated."""
         shape = None if self.rotation is None else self.rotation.shapes.get(parameter.tensor)
         return None if self.rotation is None or shape is None else (self.rotation, shape)
 
@@ -71,15 +71,15 @@ class GroupPlan:
         return not self.is_dense or self.rotated_as(parameter) is not None
 
     def replace_params(self, params: GroupParams) -> None:
-        """Take these parameters, of which no items are known yet."""
+        """Replace the parameter list, and start with empty `KeptItems`."""
         self.params, self.kept, self.kept_rotated = params, KeptItems(), KeptItems()
 
     def forget_items(self) -> None:
-        """Forget the items that the kernels get, so that they are made anew of the state that is there then."""
+        """Drop the kernels' items; the next step rebuilds them from the state that is there then."""
         self.kept.drop()
         self.kept_rotated.drop()
 
     def look_anew(self) -> None:
-        """State was replaced: make the items anew, and look at what is kept of each parameter before the next step."""
+        """Drop the items and the marks, because state was replaced: the next step rebuilds and rechecks."""
         self.forget_items()
         self.params.fits = self.params.settled = False

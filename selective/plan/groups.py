@@ -1,4 +1,4 @@
-"""The plans of all parameter groups: kept from step to step, and in step with the base's groups."""
+"""The plans of all parameter groups, which are kept from step to step and follow the base's groups."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from selective.rotation.moments import check_moments, moments_of
 
 
 class Changes(NamedTuple):
-    """The result of a refresh of the groups, for kept state to follow."""
+    """The result of an update of the plans, which the stored state has to follow."""
 
     switched: list[GroupPlan]  # whose policy or strength is of another class than before
-    there: set[Tensor] | None  # the parameters that are left, if any has gone
+    there: set[Tensor] | None  # the parameters that are left; None if none was removed
 
 
 class Groups:
@@ -53,9 +53,9 @@ class Groups:
         self._choices = list(zip(self.policies, choices, strict=False))  # of plans that are still to be made
 
     def refresh(self, with_basis: Container[Tensor] = frozenset()) -> Changes:
-        """Notice what was changed in the base's groups and in the policies; an error where it can't be followed.
+        """Update the plans to the base's groups and the policies; raise if a change can't be followed.
 
-        `with_basis`: the parameters of which a basis is kept, so that it must stay what it is.
+        `with_basis` has the parameters with a stored basis, which must stay the same.
         """
         self._take_policies()
         plans = self.look()
@@ -73,7 +73,10 @@ class Groups:
         return Changes(switched, self.forget_those_gone())
 
     def look(self) -> list[GroupPlan]:
-        """The plans, with the parameters that the groups have now. Groups that were not taken in yet have none."""
+        """Update the plans to the base's parameters and return them.
+
+        A group that has no `PolicyGroup` yet gets no plan.
+        """
         address = 0
         groups = self.base.param_groups
         if len(self.policies) > len(groups):  # a group was removed; its plan is known as soon as its policy is, too
@@ -97,7 +100,7 @@ class Groups:
         return self.plans
 
     def forget_those_gone(self) -> set[Tensor] | None:
-        """Hold on to no parameter that is in no group any more. Those that are left; None where none has gone."""
+        """Forget removed parameters. Return the remaining ones; None if none was removed."""
         if not self._edited:
             return None
         there = {p for plan in self.plans for p in plan.params.tensors}
@@ -109,7 +112,7 @@ class Groups:
         return there
 
     def look_anew(self) -> None:
-        """All state was replaced: make items anew, and look at what is kept before the next step."""
+        """Drop all items and marks, because state was replaced: the next step rebuilds and rechecks."""
         for plan in self.plans:
             plan.look_anew()
 
@@ -119,15 +122,15 @@ class Groups:
         return {device for plan in masked for device in plan.params.cuda_devices}
 
     def choices(self) -> list[Choice | None]:
-        """The captures that were chosen, for each policy; None where none was chosen yet."""
+        """Return the chosen capture for each policy; None if none was chosen yet."""
         return [self._choice_of(policy_group) for policy_group in self.policies]
 
     def plan_of(self, param: object) -> GroupPlan | None:
-        """The plan of the group that has this parameter; None where none has it."""
+        """Return the plan of the group that has this parameter; None if none has it."""
         return next((plan for plan in self.plans if plan.params.has(param)), None)
 
     def snapshot(self) -> Callable[[], None]:
-        """A function that puts plans and policies back to what they are now. The base's groups have to be back."""
+        """Return a function that puts plans and policies back. The base's groups have to be put back before it."""
         plans = [(plan, plan.choice, plan.rotation) for plan in self.plans]
         policies = [
             (group, group.policy, group.preconditioning, dict(vars(group.preconditioning))) for group in self.policies
@@ -149,7 +152,7 @@ class Groups:
         return undo
 
     def take_in(self, group: dict[str, Any]) -> PolicyGroup:
-        """Move what a group says to the wrapper out of it."""
+        """Remove `policy`, `preconditioner` and `matrix_view` from a base group; return them as a `PolicyGroup`."""
         known = self.base.defaults
         policy = take_policy(group, self.default.policy, known)
         return PolicyGroup(policy, take_preconditioner(group, self.default.preconditioning, known))
@@ -171,7 +174,7 @@ class Groups:
         self._edited = True
 
     def _choose(self, plan: GroupPlan) -> Choice:
-        """The capture of a group: the one that it has, while nothing changes that the choice depends on."""
+        """Return the capture of a group: the one that it has, as long as nothing changes that the choice depends on."""
         number, params = plan.number, plan.params
         if not isinstance(plan.policy_group, PolicyGroup):
             raise TypeError(
@@ -198,7 +201,7 @@ class Groups:
         return Choice(key, capture)
 
     def _check_sharing(self) -> None:
-        """Refuse parameters that are there twice. Looked at anew where one was exchanged, or has other memory."""
+        """Refuse parameters that are there twice. Checked again if one was exchanged, or has other memory."""
         if not any(plan.params.moved for plan in self.plans):
             return
         everything = [(parameter, plan) for plan in self.plans for parameter in plan.params.parameters]

@@ -10,14 +10,17 @@ from selective.policies import Policy, policy_from
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 
 KEYS = ("policy", "preconditioner", "matrix_view")
-"""What a parameter group may say to the wrapper. The wrapper moves it into a table of its own."""
+"""Keys of a base group that belong to the wrapper, which moves them into a table of its own."""
 
 
 _NEVER: Any = object()
 
 
 class ModelGroup(MutableMapping[str, Any]):
-    """The hyper-parameters by name of one frozen model, which setting one replaces. The set of names is fixed."""
+    """A mapping of a policy's or a preconditioner's hyper-parameters by name. The set of names is fixed.
+
+    Setting one replaces the frozen model by a changed copy.
+    """
 
     def _model(self) -> Configured | None:
         raise NotImplementedError
@@ -80,7 +83,10 @@ class PreconditionerGroup(ModelGroup):
 
     @property
     def preconditioner(self) -> Preconditioner | None:
-        """To be set like the argument of that name; the next step refuses what would be another basis."""
+        """Settable, in the same forms as `SelectiveUpdate(preconditioner=...)`.
+
+        The next step raises if the basis would change.
+        """
         return self._preconditioner
 
     @preconditioner.setter
@@ -89,7 +95,7 @@ class PreconditionerGroup(ModelGroup):
 
     @property
     def matrix_view(self) -> MatrixView:
-        """To be set like the argument of that name."""
+        """Settable, in the same forms as `SelectiveUpdate(matrix_view=...)`."""
         return self._matrix_view
 
     @matrix_view.setter
@@ -98,11 +104,11 @@ class PreconditionerGroup(ModelGroup):
 
     @property
     def was_planned(self) -> bool:
-        """Whether a step was prepared with it, so that a change now is one in training."""
+        """True if a step was already planned with it, so that a change is one in training."""
         return self.planned is not _NEVER
 
     def load(self, preconditioner: Preconditioner) -> None:
-        """Take this one instead, whose basis was found to be the same."""
+        """Replace the preconditioner by a loaded one with the same basis, and forget the plan."""
         self.preconditioner, self.planned = preconditioner, _NEVER
 
     def __getstate__(self) -> dict[str, Any]:

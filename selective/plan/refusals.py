@@ -49,9 +49,9 @@ def check_arguments(
 
 
 def check_shards(parameters: Sequence[Parameter]) -> None:
-    """Refuse DTensors whose local parts are no parts of a whole.
+    """Raise for DTensor placements that `shard_of` can't describe.
 
-    Asking makes what layouts need, a process group for meshes of several dimensions, on all ranks in one order.
+    The call also creates the process groups of meshes with several dimensions, so all ranks make it in one order.
     """
     for parameter in parameters:
         try:
@@ -63,7 +63,7 @@ def check_shards(parameters: Sequence[Parameter]) -> None:
 def check_flattened(parameters: Sequence[Parameter]) -> None:
     """Refuse parameters that FSDP1 has joined into flat ones, or keeps as views of those.
 
-    Asked in every step, because a model may be wrapped after the optimizer was made. It marks the tensors themselves.
+    Called in every step, because a model may be wrapped after the optimizer was made. The mark is on the tensors.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return

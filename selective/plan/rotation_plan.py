@@ -1,4 +1,4 @@
-"""The rotation of one group: which parameters are rotated, as what, and why others are not; kept from step to step."""
+"""The rotation of one group, which is kept from step to step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _SAMPLES: tuple[Shape, ...] = ((1, 2, 3), (1, 3, 2), (2, 2, 2))
 
 @dataclass(eq=False)
 class RotationPlan:
-    """One group's preconditioner and what it takes of the group."""
+    """One group's preconditioner and the parameters that it rotates.
+
+    It holds which parameters of the group are rotated, as matrices of which shape, and why the others are not.
+    """
 
     preconditioner: Preconditioner
     matrix_view: MatrixView
@@ -59,7 +62,7 @@ class RotationPlan:
             )
 
     def _on_shards(self, tensor: Tensor) -> Shape | str:
-        """The whole's shape, where each rank's part of it can be rotated alone."""
+        """Return the shape of the whole matrix of a DTensor; a reason if it can't be rotated."""
         if tensor.dim() > 2:  # a part is not some rows or columns of a matrix, in each view
             return f"{tensor.dim()}-D, and of DTensors only 2-D ones are rotated"
         shape = matrix_shape(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), self.matrix_view)
@@ -90,11 +93,11 @@ class RotationPlan:
         return shape
 
     def of(self, tensor: Tensor) -> Preconditioner:
-        """The preconditioner, as what this parameter's state is made by."""
+        """Return the preconditioner for this parameter; for a DTensor, with its rotated side filled in."""
         return self.spelled.get(tensor, self.preconditioner)
 
     def fresh(self, tensor: Tensor) -> State:
-        """What is kept of this parameter's basis at first."""
+        """Return the preconditioner's initial state of this parameter."""
         shape = self.shapes[tensor]
         if not is_dtensor(tensor):
             return self.preconditioner.init_state(as_matrix(tensor, shape))
@@ -102,11 +105,11 @@ class RotationPlan:
         return self.of(tensor).init_state(like)
 
     def local_shape(self, tensor: Tensor) -> Shape:
-        """What of the matrix is on this rank."""
+        """Return the shape of this rank's part."""
         return (1, *local_of(tensor).shape) if is_dtensor(tensor) else self.shapes[tensor]
 
     def forget_all_but(self, there: Collection[Tensor]) -> None:
-        """Hold on to no parameter that is gone."""
+        """Forget parameters that are not in `there`."""
         self.members = [p for p in self.members if p.tensor in there]
         self.shapes = {p: shape for p, shape in self.shapes.items() if p in there}
         self.sizes = {p: size for p, size in self.sizes.items() if p in there}
@@ -122,7 +125,7 @@ class RotationPlan:
         return self._split[1:]
 
     def is_of(self, group: PreconditionerGroup, beside: Capture, members: list[Parameter]) -> bool:
-        """Whether nothing has changed that this follows from."""
+        """True if nothing has changed that this plan follows from."""
         return (
             self.preconditioner is group.preconditioner
             and self.matrix_view == group.matrix_view
@@ -132,10 +135,10 @@ class RotationPlan:
 
 
 def check_change(old: RotationPlan | None, new: RotationPlan | None, number: int) -> None:
-    """Refuse what, in training, would give a parameter another basis: its moments would mean nothing in that.
+    """Raise if a change in training would change a parameter's basis: its stored moments belong to the old one.
 
-    A preconditioner of another kind or with other options, another `matrix_view`, parameters that are read, or taken,
-    in another way than before.
+    Such a change is a preconditioner of another kind or with other options, another `matrix_view`, or a parameter that
+    is rotated as another matrix than before, or not rotated any more.
     """
     before, after = (None if rotation is None else rotation.preconditioner for rotation in (old, new))
     if before is None and after is None:
@@ -157,7 +160,7 @@ def _view(rotation: RotationPlan | None) -> str:
 
 
 def _difference(old: RotationPlan, new: RotationPlan) -> str | None:
-    """Why a basis would be another one now; None where it is the same."""
+    """Return the reason why a basis would be another one now; None if all are the same."""
     for p in old.members:
         then, now = old.shapes.get(p.tensor), new.shapes.get(p.tensor)
         if old.sizes.get(p.tensor) != new.sizes.get(p.tensor):
@@ -174,7 +177,7 @@ def _difference(old: RotationPlan, new: RotationPlan) -> str | None:
 
 
 def layout_of(preconditioner: Preconditioner, shape: Shape, device: torch.device | str = "cpu") -> dict[str, object]:
-    """The names, shapes and dtypes of what is kept of a parameter of this shape; nothing where it is not taken."""
+    """Return the names, shapes and dtypes of the basis of a matrix of this shape; {} if it is not rotated."""
     if not preconditioner.takes(shape):
         return {}
     state = preconditioner.init_state(torch.zeros(shape, dtype=torch.float32, device=device))
@@ -182,7 +185,7 @@ def layout_of(preconditioner: Preconditioner, shape: Shape, device: torch.device
 
 
 def warn_of_two_rotations(base: Optimizer) -> None:
-    """Say that a base which rotates or orthogonalises by itself gets rotated gradients now."""
+    """Warn if a base that rotates or orthogonalises by itself gets rotated gradients now."""
     names = [cls.__name__ for cls in type(base).__mro__ if issubclass(cls, Optimizer) and cls is not Optimizer]
     if any(word in name.lower() for name in names for word in _ROTATING):
         warnings.warn(

@@ -1,4 +1,4 @@
-"""The same parameter, or the same memory, more than once among what is masked or rotated: refused.
+"""Refuse to mask or rotate a parameter that is there more than once, or that shares memory with another one.
 
 torch steps each occurrence, one after the other: the second reads what the first one wrote. Here updates are captured
 of all parameters at once, and masked after that. What the first occurrence moved would be a part of the second one's
@@ -20,7 +20,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def check_sharing(parameters: Sequence[Parameter], ours: Sequence[bool]) -> None:
     """Refuse a parameter that is named twice, and two that share elements, where one of both is masked or rotated.
 
-    `ours`: whether each of the parameters is.
+    `ours[i]` is True if parameter i is masked or rotated.
     """
     first: dict[int, int] = {}
     for number, parameter in enumerate(parameters):
@@ -42,7 +42,7 @@ def check_sharing(parameters: Sequence[Parameter], ours: Sequence[bool]) -> None
 
 
 def _sharing(parameters: Sequence[Parameter]) -> Iterator[tuple[Parameter, Parameter]]:
-    """The pairs with an element in common."""
+    """Iterate over the pairs with an element in common."""
     spans: list[tuple[torch.device, int, int, int]] = []
     for number, parameter in enumerate(parameters):
         p = parameter.tensor
@@ -60,13 +60,13 @@ def _sharing(parameters: Sequence[Parameter]) -> Iterator[tuple[Parameter, Param
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last one."""
+    """Return the number of bytes from the first element to the end of the last one."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
 
 
 def _have_one_in_common(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors whose extents overlap have a byte in common: columns of one matrix don't."""
+    """True if two tensors whose extents overlap have a byte in common: columns of one matrix don't."""
     begin = min(a.data_ptr(), b.data_ptr())
     end = max(a.data_ptr() + _extent(a), b.data_ptr() + _extent(b))
     marks = torch.zeros(end - begin, dtype=torch.bool, device="cpu")

@@ -1,4 +1,4 @@
-"""What is saved, and how it is loaded.
+"""Names and encoding of the wrapper's entries, and the split of a checkpoint into the base's part and ours.
 
 Note [our state entries]: everything of ours is a tensor under `PREFIX` in a parameter's state, beside the base's
 entries in `SelectiveUpdate.state` and `state_dict()["state"]` but never in the base's own dictionaries (bases test
@@ -21,7 +21,7 @@ from selective.configured import Configured
 
 C = TypeVar("C", bound=Configured)
 Refusal = Callable[[str], ValueError]
-"""Makes the error of what is wrong, a clause: a checkpoint's and a written entry's end differently."""
+"""Builds the exception from a clause that says what is wrong: one ending for checkpoints, another for writes."""
 
 PREFIX = "selective/"
 POLICY_STATE = PREFIX + "state/"

@@ -1,7 +1,7 @@
-"""Before a step: does what is kept of each parameter fit it? Looked at where a parameter or its state changed.
+"""Before a step, check that state fits its parameter, in the groups in which either has changed.
 
-The base's entries have to fit: only who changed the parameter knows how moments are cut or extended with it. Of ours,
-what nobody wrote starts anew.
+Entries of the base that don't fit are refused: only the code that changed the parameter knows how moments are cut or
+extended with it. The wrapper's own entries are remade, unless the user has written them. Then they are refused as well.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WAY_OUT = (
 
 
 def settle(plans: Sequence[GroupPlan], store: StateStore) -> None:
-    """Make all state fit; a ValueError, and nothing has changed, where the base's does not."""
+    """Make all state fit. Raise a ValueError, before anything has changed, if the base's does not."""
     unsettled = [plan for plan in plans if not plan.params.settled]
     for plan in unsettled:
         for parameter in _there(plan):
@@ -46,7 +46,7 @@ def settle(plans: Sequence[GroupPlan], store: StateStore) -> None:
 
 
 def complete(plans: Sequence[GroupPlan], store: StateStore) -> None:
-    """Make what is missing of ours, and anew what does not fit its parameter any more."""
+    """Make the wrapper's missing entries, and remake those that no longer fit their parameter."""
     for plan in plans:
         if plan.params.settled:
             continue
@@ -57,7 +57,7 @@ def complete(plans: Sequence[GroupPlan], store: StateStore) -> None:
 
 
 def _check_base_entries(base: Optimizer, plan: GroupPlan, parameter: Parameter) -> None:
-    """Refuse moments of another shape, by the parameter's name."""
+    """Raise if entries of the base lack a name that its rule needs, or have another shape than the parameter."""
     p, state = parameter.tensor, base.state.get(parameter.tensor)
     if not state:
         return
@@ -95,7 +95,7 @@ def _complete(store: StateStore, plan: GroupPlan, parameter: Parameter, own: Own
 
 
 def _complete_entries(store: StateStore, plan: GroupPlan, parameter: Parameter, own: Own) -> None:
-    """The policy's state, the momentum and the residue."""
+    """Make the policy's state, the momentum and the residue fit, and delete entries that are not kept any more."""
     fresh = store.fresh_entries(plan, parameter, plan.policy)
     for key in [key for key in own if key not in fresh and not is_of_basis(key)]:
         if key in own.written:
@@ -114,7 +114,7 @@ def _complete_entries(store: StateStore, plan: GroupPlan, parameter: Parameter, 
 
 
 def _complete_basis(store: StateStore, plan: GroupPlan, parameter: Parameter, own: Own) -> None:
-    """Its basis. One of another shape, or of which something is missing, starts anew."""
+    """Make the basis fit: one that is incomplete, or of another matrix, is replaced by a fresh one."""
     rotated = plan.rotated_as(parameter)
     if rotated is not None and _has_whole_basis(*rotated, parameter, own):
         return
@@ -129,11 +129,14 @@ def _complete_basis(store: StateStore, plan: GroupPlan, parameter: Parameter, ow
         del own[key]
     if rotated is not None:
         fresh = fresh_basis(plan, parameter)
-        enter_basis(store.base, plan, parameter, fresh)  # it may raise: then it is made and entered again next time
+        enter_basis(
+            store.base, plan, parameter, fresh
+        )  # if it raises, nothing was stored, and the next step tries again
         own.update(fresh)
 
 
 def _has_whole_basis(rotation: RotationPlan, shape: Shape, parameter: Parameter, own: Own) -> bool:
+    """True if the stored basis is complete and of a matrix of this shape."""
     if any(key not in own for key in (BASIS_STEPS, BASIS_SKIPPED, BASIS_SHAPE)) or _shape_in(own) != tuple(shape):
         return False
     touched = own.written | own.removed
@@ -152,7 +155,10 @@ def _there(plan: GroupPlan) -> list[Parameter]:
 
 
 def _is_of(shape: torch.Size, was: torch.Size | None, now: torch.Size) -> bool:
-    """Whether it is the shape that a parameter had, or has a side of that; so have the factors of Adafactor."""
+    """True if an entry's shape follows the parameter's old shape `was`, and not its shape of `now`.
+
+    It does if it is `was`, or if it shares with `was` a side that has changed, as the factors of Adafactor do.
+    """
     if was is None or len(shape) == 0:
         return False
     alike = len(shape) == len(was) == len(now)
@@ -170,7 +176,7 @@ def _check_gradient(parameter: Parameter) -> None:
 
 
 def _shape_in(own: Own) -> tuple[int, ...] | None:
-    """As what a parameter was rotated."""
+    """Return the shape of the matrix that a stored basis belongs to; None if there is no basis."""
     return tuple(own[BASIS_SHAPE].tolist()) if BASIS_SHAPE in own else None
 
 

@@ -18,7 +18,7 @@ from selective.state.store import StateStore
 
 
 def make_all_state(plans: Sequence[GroupPlan], store: StateStore) -> None:
-    """The base's state and ours of all parameters that train, as the first step would make it."""
+    """Make the base's and the wrapper's state of all trainable parameters, as the first step would."""
     base = store.base
     known = fused_rule(base)
     for plan in plans:

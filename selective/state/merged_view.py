@@ -14,33 +14,33 @@ from selective.state.entries import POLICY, PRECONDITIONER, PREFIX, SEED, STEP
 from selective.state.parameter_state import Own, is_kept
 from selective.state.undivided import Undivided
 
-MADE = (STEP, SEED, POLICY, PRECONDITIONER)  # when somebody looks
+MADE = (STEP, SEED, POLICY, PRECONDITIONER)  # computed when they are read
 _MISSING: Any = object()
 
 
 class Made(Protocol):
-    """The entries of ours that are made when somebody looks: of the optimizer and of the group, not of a parameter."""
+    """Computed entries (step, seed, policy, preconditioner): shown in every parameter's state, stored in none."""
 
     def names(self, own: Own) -> list[str]:
-        """Their names, for a parameter of which we keep `own`."""
+        """Return their names, for a parameter with the stored entries `own`."""
         ...
 
     def read(self, key: str) -> Tensor: ...
 
     def write(self, key: str, value: Any) -> None:
-        """Take it, for all parameters that share it; a ValueError with the reason where it can't be taken."""
+        """Set it for all parameters that share it; raise a ValueError with the reason if it can't be set."""
         ...
 
 
 class Home(Protocol):
-    """Where the state is kept."""
+    """The storage behind `SelectiveUpdate.state`."""
 
     def base_state(self) -> MutableMapping[Any, Any]: ...
 
     def own(self, param: Any) -> Own | None: ...
 
     def keep(self, param: Tensor) -> Own:
-        """What we keep of `param`; from now on it is something, if only nothing yet."""
+        """Return the wrapper's entries of `param`; store an empty `Own` if there is none."""
         ...
 
     def with_own(self) -> list[Tensor]: ...
@@ -48,15 +48,15 @@ class Home(Protocol):
     def made(self, param: Any) -> Made: ...
 
     def accept(self, own: Own, key: str, value: Any) -> None:
-        """Take one entry that is kept; a ValueError or a TypeError with the reason where it can't be taken."""
+        """Write one stored entry (None: it was deleted); raise a ValueError or a TypeError if it can't be taken."""
         ...
 
     def touched(self) -> None:
-        """Know that an entry of the base's was written."""
+        """Note a write to an entry of the base: all groups are checked again before the next step."""
         ...
 
     def put(self, states: Mapping[Any, Any], *, instead: bool) -> None:
-        """Take whole states, all or none; `instead` of everything that there is."""
+        """Write whole states, all or none; `instead=True` first deletes all others."""
         ...
 
     def drop(self, params: list[Any]) -> None: ...
@@ -73,16 +73,16 @@ class MergedEntry(MutableMapping[str, Any]):
         self.theirs = theirs
         self._home, self._made = home, home.made(param)
         self._own = home.own(param)
-        self._param = param if self._own is None else None  # asked for as long as we keep nothing of it
+        self._param = param if self._own is None else None  # looked up as long as nothing is stored of it
 
     @property
     def home(self) -> Home:
-        """Where it is kept."""
+        """The storage of this entry."""
         return self._home
 
     @property
     def own(self) -> Own | None:
-        """What we keep of the parameter; None where that is nothing."""
+        """The wrapper's stored entries of the parameter; None if there are none."""
         if self._own is None:
             self._own = self._home.own(self._param)
         if self._own is not None:
@@ -276,9 +276,10 @@ class _Inserting(dict[str, Any]):
 
 
 def apart(entries: Any) -> tuple[Any, Own | dict[str, Any]]:
-    """What somebody writes as a parameter's state, taken apart: the base's entries, and ours.
+    """Split what is written as a parameter's state into the base's entries and the wrapper's.
 
-    A dictionary without ours is the base's from then on, as it is. So are the parts of a `MergedEntry`.
+    A dictionary that has none of the wrapper's is handed on as it is, and the base keeps that object. So are both parts
+    of a `MergedEntry`.
     """
     if isinstance(entries, MergedEntry):
         if isinstance(entries.theirs, _Inserting):

@@ -1,4 +1,4 @@
-"""The entries of ours of one parameter: tensors by name, and which of them are cut with it."""
+"""The wrapper's entries of one parameter: tensors by name, and which of them are cut with it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ ON_THE_HOST = (BASIS_STEPS, BASIS_SHAPE)  # asked in every step, or never: nobod
 
 
 def is_of_basis(key: str) -> bool:
-    """Whether an entry of ours belongs to the rotation of its parameter."""
+    """True if the entry belongs to the rotation of its parameter."""
     return key in COUNTS or key.startswith(BASIS)
 
 
 def is_kept(key: str) -> bool:
-    """Whether an entry of ours is kept for each parameter; the others are made when somebody looks."""
+    """True if the entry is stored per parameter; the others are computed when they are read."""
     return key in (MOMENTUM, RESIDUE) or key.startswith(POLICY_STATE) or is_of_basis(key)
 
 
 def in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` in this dtype, where it holds the same numbers in it; else as it is.
+    """Return `value` in this dtype if that holds the same numbers; otherwise return it unchanged.
 
     torch's `Optimizer.load_state_dict` makes numbers of the parameter's dtype of everything: counts and bytes as well.
     """
@@ -39,39 +39,39 @@ def in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Own(dict[str, Tensor]):
-    """The entries of ours of one parameter that are kept."""
+    """The wrapper's stored entries of one parameter."""
 
     def __init__(self, entries: Mapping[str, Tensor] | None = None, shapes: Iterable[torch.Size] = ()) -> None:
-        """`shapes`: those of the parameter, and of what the base keeps of it."""
+        """`shapes` are those of the parameter, and of the base's entries of it."""
         super().__init__(entries or {})
-        self.written: set[str] = set()  # from outside, and not looked at since
-        self.removed: set[str] = set()  # of its basis, and of what is made when somebody looks: what was deleted
-        self.layout: dict[str, object] = {}  # of its basis, when it was last found to fit; a load may bring another
+        self.written: set[str] = set()  # from outside, and not checked since
+        self.removed: set[str] = set()  # names of entries that the user has deleted: of its basis, and computed ones
+        self.layout: dict[str, object] = {}  # names, shapes and dtypes of its basis when it was last checked
         self.divided: set[str] = set()  # states of a policy that have the parameter's elements
         self.know(shapes)
 
     def know(self, shapes: Iterable[torch.Size]) -> None:
-        """Find out which states of a policy have the parameter's elements, and are cut where it is cut."""
+        """Find the entries of the policy that have the parameter's elements, and so are cut when it is cut."""
         known = set(shapes)
         self.divided = {k for k, v in self.items() if k.startswith(POLICY_STATE) and v.dim() > 0 and v.shape in known}
 
     def layout_of_basis(self) -> dict[str, object]:
-        """Names, shapes and dtypes of what its basis is made of."""
+        """Return the names, shapes and dtypes of the tensors of its basis."""
         return {k: (tuple(v.shape), v.dtype) for k, v in self.items() if k.startswith(BASIS)}
 
     def fits(self) -> None:
-        """It was found to be whole, and to fit its parameter."""
+        """Record that the entries fit: remember the form of the basis, and clear the marks of writes from outside."""
         self.layout = self.layout_of_basis()
         self.written.clear()
         self.removed.clear()
 
     def is_divided(self, key: str) -> bool:
-        """Whether the entry is cut with its parameter."""
+        """True if the entry is cut with its parameter."""
         return key in (MOMENTUM, RESIDUE) or key in self.divided
 
 
 def own_tensors(entries: dict[str, Tensor], param: Tensor) -> Own:
-    """The saved entries of a parameter that are kept, as copies of our own."""
+    """Return copies of the saved entries of a parameter that are stored."""
     kept = {key: cast(Tensor, value) for key, value in entries.items() if is_kept(key)}
     with lasting():
         made = {

@@ -23,7 +23,7 @@ from selective.state.parameter_state import Own
 
 
 def fresh_basis(plan: GroupPlan, parameter: Parameter) -> dict[str, Tensor]:
-    """The entries of its basis before its first step; none of a parameter that is not rotated."""
+    """Return the entries of a parameter's basis before its first step; {} if it is not rotated."""
     rotated = plan.rotated_as(parameter)
     if rotated is None:
         return {}
@@ -49,7 +49,7 @@ def fresh_basis(plan: GroupPlan, parameter: Parameter) -> dict[str, Tensor]:
 
 
 def stored_basis(plan: GroupPlan, parameter: Parameter, own: Own, place: int) -> Basis:
-    """The stored tensors of a rotated parameter, which is number `place` among all of them."""
+    """Return the stored basis of a rotated parameter, which is number `place` among all rotated ones."""
     rotated = plan.rotated_as(parameter)
     assert rotated is not None
     rotation, shape = rotated
@@ -59,9 +59,9 @@ def stored_basis(plan: GroupPlan, parameter: Parameter, own: Own, place: int) ->
 
 
 def enter_basis(base: Optimizer, plan: GroupPlan, parameter: Parameter, own: Mapping[str, Tensor]) -> None:
-    """Take the moments that the base has already into a basis that was just made.
+    """Rotate the moments that the base already has into a basis that was just made.
 
-    They are of the parameter's own space where the base has trained alone, or a plain checkpoint was loaded.
+    These are of the parameter's own space if the base has trained alone, or if a plain checkpoint was loaded.
     """
     rotated = plan.rotated_as(parameter)
     if rotated is None or parameter.tensor not in base.state:
@@ -80,9 +80,9 @@ def enter_basis(base: Optimizer, plan: GroupPlan, parameter: Parameter, own: Map
 
 
 def bring_home(plans: Sequence[GroupPlan], table: Mapping[Tensor, Own]) -> None:
-    """After a load: bring what a preconditioner keeps to the device on which it keeps it.
+    """Move the basis tensors of a loaded checkpoint to the devices on which the preconditioner keeps them.
 
-    Of what is a sum over ranks, a checkpoint has the whole, and one rank keeps it.
+    A checkpoint has whole sums over ranks. The first rank keeps these, the others get zeros.
     """
     homes: dict[tuple[object, ...], dict[str, torch.device]] = {}
     for rotation, p, own in _rotated(plans, table):
@@ -95,7 +95,10 @@ def bring_home(plans: Sequence[GroupPlan], table: Mapping[Tensor, Own]) -> None:
 
 
 def summed_entries(plans: Sequence[GroupPlan], table: Mapping[Tensor, Own]) -> dict[Tensor, dict[str, Tensor]]:
-    """The wholes of what each rank has a part of. All ranks of a mesh have to ask for them together."""
+    """Add up over ranks the entries of which each rank holds one addend: averages of Grams, the count of skipped steps.
+
+    This is a collective: all ranks of a mesh have to call it.
+    """
     parts: list[tuple[Tensor, str, Tensor]] = []
     for rotation, p, own in _rotated(plans, table):
         if shard_of(p) is not None:
@@ -108,7 +111,7 @@ def summed_entries(plans: Sequence[GroupPlan], table: Mapping[Tensor, Own]) -> d
 
 
 def _rotated(plans: Sequence[GroupPlan], table: Mapping[Tensor, Own]) -> Iterator[tuple[RotationPlan, Tensor, Own]]:
-    """The rotated parameters of which a basis is kept."""
+    """Iterate over the rotated parameters that have a stored basis."""
     for rotation in (plan.rotation for plan in plans if plan.rotation is not None):
         for p in rotation.shapes:
             own = table.get(p)

@@ -1,4 +1,4 @@
-"""The entries of ours of each parameter, beside the base's: Note [our state entries]."""
+"""The wrapper's entries of all parameters, beside the base's: Note [our state entries]."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ from selective.step_count import StepCount
 
 
 class StateStore:
-    """The entries of ours by parameter, in `table`. It is another object whenever entries were replaced."""
+    """The wrapper's entries of all parameters. `table` maps a parameter to its `Own`.
+
+    The table is copied whenever an entry is replaced, so that whoever holds one notices that by identity.
+    """
 
     def __init__(
         self, base: Optimizer, options: Options, count: StepCount, table: dict[Tensor, Own] | None = None
@@ -45,7 +48,7 @@ class StateStore:
 
     @property
     def with_basis(self) -> Container[Tensor]:
-        """The parameters of which a basis is kept: from the first step on it can't become another."""
+        """The parameters that have a stored basis, which can't become another one in training."""
         return _WithBasis(self.table)
 
     def of(self, plan: GroupPlan, parameter: Parameter) -> Own:
@@ -54,7 +57,9 @@ class StateStore:
         if own is None:
             with lasting():
                 own = self.fresh(plan, parameter)
-            enter_basis(self.base, plan, parameter, own)  # it may raise: then all is made again next time
+            enter_basis(
+                self.base, plan, parameter, own
+            )  # if it raises, nothing was stored, and the next step tries again
             self.table[parameter.tensor] = own
         return own
 
@@ -79,18 +84,18 @@ class StateStore:
         self.make(plans, self._has_base_state)
 
     def keeps(self, plan: GroupPlan, parameter: Parameter) -> bool:
-        """True if entries are kept of it: not if its step is the base's alone, or if it has no shape yet."""
+        """True if entries are stored of it: not if its step is the base's alone, or if it has no shape yet."""
         return plan.masks_or_rotates(parameter) and not is_lazy(parameter.tensor)
 
     def fresh(self, plan: GroupPlan, parameter: Parameter) -> Own:
-        """All entries of a parameter before its first step."""
+        """Return all stored entries of a parameter before its first step."""
         entries = {**self.fresh_entries(plan, parameter, plan.policy), **fresh_basis(plan, parameter)}
         own = Own(entries, [parameter.tensor.shape])
         own.fits()
         return own
 
     def fresh_entries(self, plan: GroupPlan, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
-        """The entries of a parameter under `policy` before its first step, its basis aside."""
+        """Return the stored entries of a parameter under `policy` before its first step, except its basis."""
         p = parameter.tensor
         view = StepView(
             Tensors(p), reads=frozenset({"param"}), who=type(policy).__name__, name=parameter.name,
@@ -104,7 +109,7 @@ class StateStore:
         return entries
 
     def renew(self, plan: GroupPlan) -> None:
-        """After a switch of a group's policy: the new one's state, with the momentum and residue that are kept."""
+        """Make the state of a new policy of this group. Momentum, residue and basis stay."""
         self.mark_replaced()
         for parameter in plan.params.parameters:
             before = self.table.pop(parameter.tensor, None)
@@ -119,7 +124,7 @@ class StateStore:
                 self.table[parameter.tensor] = own
 
     def saved(self, plan: GroupPlan, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A parameter's entries in a checkpoint: those that are kept, and those that say what made them."""
+        """Return a parameter's entries in a checkpoint: the stored ones, and the computed ones."""
         step, seed = (torch.tensor(number, device="cpu") for number in (self.count.steps, self.count.seed))
         entries = {STEP: step, SEED: seed, POLICY: encode_model(plan.policy, class_names(self.base)), **own}
         preconditioner = plan.preconditioning.preconditioner
@@ -128,15 +133,15 @@ class StateStore:
         return entries
 
     def mark_replaced(self) -> None:
-        """Say that entries were replaced: whoever keeps some of them looks at the table's identity."""
+        """Copy the table, by whose identity others notice that entries were replaced."""
         self.table = dict(self.table)
 
     def forget_all_but(self, there: Collection[Tensor]) -> None:
-        """Keep nothing of parameters that are in no group, and of which the base has nothing either."""
+        """Forget parameters that are in no group, and of which the base has no state either."""
         self.table = {p: own for p, own in self.table.items() if p in there or p in self.base.state}
 
     def snapshot(self) -> Callable[[], None]:
-        """A function that puts the table of now back. A load makes another one, and leaves these entries alone."""
+        """Return a function that puts the present table back. A load makes another table, with other entries."""
         table = self.table
 
         def undo() -> None:
@@ -157,7 +162,7 @@ class _WithBasis(Container[Tensor]):
 
 
 def refresh(groups: Groups, store: StateStore) -> None:
-    """Notice what was changed in the base's groups and in the policies, and let what is kept follow."""
+    """Update the plans; then forget removed parameters, and remake the state of groups whose policy class changed."""
     changes = groups.refresh(store.with_basis)
     if changes.there is not None:
         store.forget_all_but(changes.there)

@@ -1,7 +1,7 @@
-"""Entries of ours that cannot be cut as a parameter is cut: counts, bytes, bases. What loops over a state do to them.
+"""The tensor class in which `opt.state[p]` shows entries that have no rows of the parameter: counts, bytes, bases.
 
 Code that prunes or splits a parameter indexes, joins or blanks every entry of its state but `step`. Moments have the
-parameter's rows, and are cut. A step count has none: such code would raise, or would leave half of a basis.
+parameter's rows, and are cut. A step count has none. Such code would raise, or leave half of a basis.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _NO_ROWS = (IndexError, RuntimeError, ValueError)  # what torch raises where a t
 class Undivided(Tensor):
     """A copy of such an entry, as `opt.state[p]` shows it. It reads like any tensor, and a copy of it is one too.
 
-    What cuts, joins, reshapes, blanks or scales it returns one that is `cut_up`, and so does all that is made of that;
-    rows that it lacks raise nothing. An entry that is `cut_up` says nothing: the state leaves what it has as it is
-    when it is written back. Of a single number, sums and products are numbers like any other. `copy_` writes through
-    to the state. What else is computed from it is a plain tensor.
+    An operation that indexes, joins, reshapes, zeroes or scales one returns a placeholder (`cut_up=True`), and so does
+    all that is made of a placeholder. Rows that it lacks raise nothing. Writing a placeholder back changes nothing.
+    Sums and products of a single number are numbers like any other. `copy_` writes through to the state. Every other
+    operation returns a plain tensor.
     """
 
     cut_up: bool = False
@@ -42,7 +42,7 @@ class Undivided(Tensor):
 
     @classmethod
     def of(cls, value: Tensor, write: Callable[[Tensor], None] | None = None) -> Undivided:
-        """A copy of `value`; `write` takes what is copied into it."""
+        """Return a copy of `value`; `write` is called with what is copied into it."""
         made = value.detach().clone().as_subclass(cls)
         made.write = write
         return made
@@ -97,12 +97,12 @@ class _Call:
         return _copy_of(found, self.ours[0]) if self.copies and isinstance(found, Tensor) else found
 
     def _sets_everything(self) -> bool:
-        """Whether it is `x[...] = y` or `x[:] = y`."""
+        """True if it is `x[...] = y` or `x[:] = y`."""
         key = self.args[1] if self.name == "__setitem__" else None
         return key is Ellipsis or (isinstance(key, slice) and key == slice(None))
 
     def _written_whole(self) -> Any:
-        """All numbers are replaced: it says what the source says."""
+        """Replace all numbers: the target is a placeholder if the source is one."""
         found, one = self.func(*self.args, **self.kwargs), self.ours[0]
         one.cut_up = any(source.cut_up for source in _among((self.args[1:], self.kwargs)))
         if one.write is not None and not one.cut_up:
@@ -110,7 +110,7 @@ class _Call:
         return found
 
     def _written_beside_others(self) -> None:
-        """In a list of tensors: the others are written as if these were not among them."""
+        """Write a list of tensors without those of this class, which become placeholders."""
         for one in self.ours:
             one.cut_up = True
         among = self.args[0]
@@ -138,7 +138,7 @@ class _Call:
 
 
 def _copy_of(found: Tensor, first: Undivided) -> Undivided:
-    """A copy of `first`, or another view of its memory: what is copied into that goes to the state, too."""
+    """Return `found` as this class. If it is all of the memory of `first`, writes into it go to the state, too."""
     made = found.as_subclass(Undivided)
     if _is_whole(found, first):
         made.write = first.write
@@ -146,14 +146,14 @@ def _copy_of(found: Tensor, first: Undivided) -> Undivided:
 
 
 def _is_whole(found: Any, first: Tensor) -> bool:
-    """Whether it is all of `first` in the same memory and order: `x[:]`, `x.view(x.shape)`."""
+    """True if it is all of `first` in the same memory and order: `x[:]`, `x.view(x.shape)`."""
     if not isinstance(found, Tensor) or found.shape != first.shape or found.dtype != first.dtype:
         return False
     return found.data_ptr() == first.data_ptr() and found.stride() == first.stride()
 
 
 def _among(values: Any) -> Iterator[Undivided]:
-    """Those among the arguments of a function, in lists and tuples too."""
+    """Iterate over those among the arguments of a function, in lists and tuples too."""
     if isinstance(values, Undivided):
         yield values
     elif isinstance(values, (list, tuple)):
@@ -164,7 +164,7 @@ def _among(values: Any) -> Iterator[Undivided]:
 
 
 def _marked(found: Any) -> Any:
-    """A result that says nothing; what is no tensor stays what it is."""
+    """Return tensors as placeholders; anything else stays what it is."""
     if type(found) in (list, tuple):
         return type(found)(map(_marked, found))
     if not isinstance(found, Tensor):

@@ -1,7 +1,7 @@
-"""State that is written from outside: taken, entries of ours included, or refused with the reason.
+"""Writes to `SelectiveUpdate.state`: they are stored, or refused with the reason.
 
-What is written is looked at as far as it can be judged alone. Whether it fits its parameter is seen before the next
-step (state/fits.py): code that prunes a parameter writes its state first, or its memory first, as it likes.
+An entry that is written is checked as far as it can be checked alone. Whether it fits its parameter is checked before
+the next step (state/fits.py), because code that prunes a parameter may write its state first, or its memory first.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from selective.step_count import StepCount
 
 
 def not_taken(found: str) -> ValueError:
-    """The error for an entry that was written and can't be kept."""
+    """Build the error for a write that can't be stored."""
     return ValueError(f"SelectiveUpdate: {found}; it was not taken")
 
 
 def not_a(where: str, value: object, kind: str) -> TypeError:
-    """The error for something of another type than is kept there."""
+    """Build the error for a write of another type than is stored there."""
     return TypeError(f"SelectiveUpdate: {where} is a {type(value).__name__}, must be {kind}; it was not taken")
 
 
 @dataclass(frozen=True)
 class _Made(Made):
-    """The entries that are made when somebody looks: of the optimizer, and of one of its groups."""
+    """The computed entries of one optimizer and one of its groups; `group` is None for a parameter without a group."""
 
     base: Optimizer
     count: StepCount
@@ -70,7 +70,7 @@ class _Made(Made):
         self.judge(key, value)()
 
     def judge(self, key: str, value: Any) -> Callable[[], None]:
-        """A function that takes the value; a ValueError or a TypeError with the reason if it can't be taken."""
+        """Return a function that sets the value; raise a ValueError or a TypeError if it can't be set."""
         where = f"{key!r} of a parameter's state"
         check_known(key, "a parameter's state", not_taken)
         if key in (STEP, SEED):
@@ -102,7 +102,7 @@ class _Made(Made):
 
 
 class StateHome(Home):
-    """The home of one optimizer's state: the base's is in the base, ours is in the store."""
+    """The state of one optimizer: the base's entries are in the base, the wrapper's in the store."""
 
     def __init__(self, base: Optimizer, groups: Groups, store: StateStore, count: StepCount) -> None:
         self.base, self.groups, self.store, self.count = base, groups, store, count
@@ -129,7 +129,7 @@ class StateHome(Home):
         return _Made(self.base, self.count, None if plan is None else plan.policy_group)
 
     def accept(self, own: Own, key: str, value: Any) -> None:
-        """Take one entry; None where it was removed."""
+        """Store one entry; None says that it was deleted."""
         if value is not None:
             own[key] = self._checked(key, value, own.get(key))
             own.written.add(key)
@@ -146,7 +146,7 @@ class StateHome(Home):
 
     @staticmethod
     def _checked(key: str, value: Any, now: Tensor | None) -> Tensor:
-        """The value in the form in which it is kept."""
+        """Return the value in the form in which it is stored."""
         where = f"{key!r} of a parameter's state"
         if not isinstance(value, Tensor):
             raise not_a(where, value, "a tensor")
@@ -225,7 +225,7 @@ class StateHome(Home):
         self._rewritten()
 
     def _rewritten(self) -> None:
-        """Whole states came or went: hold on to nothing of the old ones."""
+        """Forget what is remembered of the old states: whole states were written or deleted."""
         self.store.mark_replaced()
         self.groups.look()
         self.groups.look_anew()

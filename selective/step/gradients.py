@@ -1,4 +1,4 @@
-"""Step 2: looking at the gradients before anything moves."""
+"""Step 2: checks of the gradients, before anything moves (numbers: docstring of `SelectiveUpdate.step`)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def has_nonfinite(present: list[list[Parameter]], on_nonfinite: OnNonfinite, ste
 
 
 def nonfinite_gradient(groups: list[list[Parameter]]) -> str | None:
-    """The name of the first of these whose gradient holds NaN or infinity. One synchronisation with a GPU.
+    """Return the name of the first of these whose gradient holds NaN or infinity. One synchronisation with a GPU.
 
     Ranks that share tensors find the same: one small all-reduce for each mesh.
     """
@@ -64,7 +64,7 @@ def nonfinite_gradient(groups: list[list[Parameter]]) -> str | None:
 
 
 def any_nonzero_gradient(tensors: list[torch.Tensor]) -> bool:
-    """Whether any of their gradients has an element that is not 0, here or on a rank that shares tensors with this."""
+    """True if any of their gradients has an element that is not 0, here or on a rank that shares tensors with this."""
     flags = [local_of(p.grad).any() for p in tensors if p.grad is not None]
     return any(seen_by_all(flags, [p for p in tensors if p.grad is not None]))
 

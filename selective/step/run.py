@@ -1,4 +1,7 @@
-"""Steps 3 to 8 of a step: every group's jobs, one after the other, and what is said when something raises in them."""
+"""Steps 3 to 7, and the preconditioner's part of step 8: the jobs of all groups, and the errors that they raise.
+
+The numbers are those of the docstring of `SelectiveUpdate.step`. A job is one group's part of it (`capture/job.py`).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ from selective.step_count import StepCount
 
 
 class StepRunner:
-    """Makes the jobs of a step and runs them. `report` is what the last step reported; None where it did not."""
+    """Makes the jobs of a step and runs them. `report` is the last step's; None if there is none."""
 
     def __init__(self, options: Options, count: StepCount, store: StateStore) -> None:
         self.options, self.count, self.store = options, count, store
@@ -96,7 +99,7 @@ class StepRunner:
         return rotation
 
     def run(self, jobs: list[Job]) -> None:
-        """Steps 3 to 8. When anything raises, the parameters are put back."""
+        """Run steps 3 to 7, and the preconditioner's part of 8. If anything raises, the parameters are put back."""
         custom = [job for job in jobs if job.own_code]
         for job in jobs:
             if isinstance(job, DenseJob):
