@@ -228,7 +228,7 @@ def begin_sharded(
     draw: Draw,
     statistics: bool = False,
     backend: Backend = "auto",
-) -> list[sharded.Steps]:
+) -> list[sharded.RunningPart]:
     """`selective_step` of items that are all shards, not yet run.
 
     Takes and refuses the same as `selective_step`. Give the result to an `Exchange`, so that these items share their
@@ -237,7 +237,7 @@ def begin_sharded(
     return _begin_sharded(items, StepSpec(rule, selection, strength, draw, statistics), backend)
 
 
-def _begin_sharded(items: Sequence[Item], spec: StepSpec, backend: Backend) -> list[sharded.Steps]:
+def _begin_sharded(items: Sequence[Item], spec: StepSpec, backend: Backend) -> list[sharded.RunningPart]:
     _check(items, spec)
 
     def kernels(item: Item) -> Any:
@@ -252,7 +252,7 @@ def _with_shards(items: Sequence[Item], spec: StepSpec, backend: Backend) -> Seq
     others = [i for i, item in enumerate(items) if item.shard is None]
     steps = _begin_sharded([items[i] for i in shards], spec, backend)
     for one in steps:
-        one.go_on()
+        one.resume()
     sums: dict[int, Sums] = {}
     if others:
         sums.update(zip(others, _step_here([items[i] for i in others], spec, backend) or (), strict=False))

@@ -33,7 +33,7 @@ from selective.state.fits import settle
 from selective.state.init_state import make_all_state
 from selective.state.merged_view import MergedState
 from selective.state.store import StateStore, refresh
-from selective.state.writing import StateHome
+from selective.state.writing import OptimizerStateBackend
 from selective.statistics import StepStatistics
 from selective.step.gradients import any_nonzero_gradient, check_gradients, has_nonfinite
 from selective.step.run import StepRunner, fit_base_states
@@ -139,15 +139,15 @@ class SelectiveUpdate(Optimizer):
     def state(self) -> MergedState:
         """The base's state and ours, by parameter: a live view with the keys of `state_dict()["state"]`."""
         self.count.read()
-        return MergedState(self._home())
+        return MergedState(self._state_backend())
 
     @state.setter
     def state(self, value: Any) -> None:
         if not self._constructing:
-            self._home().put(value, instead=True)
+            self._state_backend().write_states(value, instead=True)
 
-    def _home(self) -> StateHome:
-        return StateHome(self.base, self.groups, self.store, self.count)
+    def _state_backend(self) -> OptimizerStateBackend:
+        return OptimizerStateBackend(self.base, self.groups, self.store, self.count)
 
     @property
     def policy_groups(self) -> list[PolicyGroup]:

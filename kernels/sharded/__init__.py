@@ -4,12 +4,22 @@
 GPU, `kernels/gpu/sharded/step.py` steps most shards instead: `gpu_path.py` says which.
 """
 
-from .exchange import Exchange, Steps, in_order, run
-from .gpu_path import can_be
-from .own_code import alone, mask_report, smallest, totals
+from .exchange import Exchange, RunningPart, in_order, run
+from .gpu_path import has_gpu_kernel
+from .own_code import kth_smallest, mask_report, run_alone, sum_over_shards
 from .selective_step import count_rounds, is_local, sharded_step
 
 __all__ = [
-    "Exchange", "Steps", "alone", "can_be", "count_rounds", "in_order", "is_local", "mask_report", "run",
-    "sharded_step", "smallest", "totals",
+    "Exchange",
+    "RunningPart",
+    "count_rounds",
+    "has_gpu_kernel",
+    "in_order",
+    "is_local",
+    "kth_smallest",
+    "mask_report",
+    "run",
+    "run_alone",
+    "sharded_step",
+    "sum_over_shards",
 ]  # fmt: skip

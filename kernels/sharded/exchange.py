@@ -27,41 +27,41 @@ Part = Generator[Tensor, Tensor, Sequence[Sums] | None]  # yields a 1-d int32 te
 
 
 @dataclass
-class Steps:
+class RunningPart:
     """A part of a step, and the process group whose ranks have to take it together."""
 
     group: Any
     device: torch.device
     part: Part
     places: list[int]  # of its items in the caller's list
-    asked: Tensor | None = None
+    pending_addends: Tensor | None = None
     result: Sequence[Sums] | None = None
 
-    def go_on(self, answer: Tensor | None = None) -> None:
+    def resume(self, answer: Tensor | None = None) -> None:
         """Run the part until it asks again or is done. `answer` is the sum that it asked for last."""
         try:
-            self.asked = next(self.part) if answer is None else self.part.send(answer)
+            self.pending_addends = next(self.part) if answer is None else self.part.send(answer)
         except StopIteration as end:
-            self.asked, self.result = None, end.value
+            self.pending_addends, self.result = None, end.value
 
 
-def run(steps: Sequence[Steps]) -> None:
+def run(steps: Sequence[RunningPart]) -> None:
     """Run all parts, which have been started, to their ends."""
-    asking = [one for one in steps if one.asked is not None]
+    asking = [one for one in steps if one.pending_addends is not None]
     while asking:
         for one, answer in _summed(asking):
-            one.go_on(answer)
-        asking = [one for one in asking if one.asked is not None]
+            one.resume(answer)
+        asking = [one for one in asking if one.pending_addends is not None]
 
 
-def _summed(asking: Sequence[Steps]) -> list[tuple[Steps, Tensor]]:
+def _summed(asking: Sequence[RunningPart]) -> list[tuple[RunningPart, Tensor]]:
     """Every part with its sum: one all-reduce for each group and device, in the order of the first part that has it."""
-    buckets: dict[tuple[int, torch.device], list[Steps]] = {}
+    buckets: dict[tuple[int, torch.device], list[RunningPart]] = {}
     for one in asking:
         buckets.setdefault((id(one.group), one.device), []).append(one)
-    answers: list[tuple[Steps, Tensor]] = []
+    answers: list[tuple[RunningPart, Tensor]] = []
     for bucket in buckets.values():
-        questions = [one.asked for one in bucket if one.asked is not None]
+        questions = [one.pending_addends for one in bucket if one.pending_addends is not None]
         buffer = torch.cat(questions)
         torch.distributed.all_reduce(buffer, group=bucket[0].group)
         answers += zip(bucket, buffer.split([question.numel() for question in questions]), strict=True)
@@ -72,15 +72,15 @@ class Exchange:
     """Collects the parts of a whole step, so that tensors of all parameter groups share its collectives."""
 
     def __init__(self) -> None:
-        self._steps: list[Steps] = []
-        self._then: list[tuple[list[Steps], Callable[[Sequence[Sums] | None], None]]] = []
+        self._steps: list[RunningPart] = []
+        self._then: list[tuple[list[RunningPart], Callable[[Sequence[Sums] | None], None]]] = []
 
-    def add(self, steps: list[Steps], count: int, then: Callable[[Sequence[Sums] | None], None]) -> None:
+    def add(self, steps: list[RunningPart], count: int, then: Callable[[Sequence[Sums] | None], None]) -> None:
         """Start these parts. When all is done, `then` is called with the sums of their `count` items, in order."""
         for one in steps:
-            one.go_on()
+            one.resume()
         self._steps += steps
-        if any(one.asked is not None for one in steps):
+        if any(one.pending_addends is not None for one in steps):
             self._then.append((steps, then))
         else:  # nothing is asked of other ranks: done, so that memory is freed now
             then(in_order(steps, count))
@@ -93,7 +93,7 @@ class Exchange:
         self._steps, self._then = [], []
 
 
-def in_order(steps: Sequence[Steps], count: int) -> Sequence[Sums] | None:
+def in_order(steps: Sequence[RunningPart], count: int) -> Sequence[Sums] | None:
     """The sums of all parts in the order of their `count` items; None if nothing was reported."""
     if len(steps) == 1 and steps[0].places == list(range(count)):
         return steps[0].result

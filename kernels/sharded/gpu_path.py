@@ -11,7 +11,7 @@ from ..spec import GivenRule, Item, StepSpec
 from .ties import ONE_ROUND
 
 
-def can_be(item: Item, spec: StepSpec) -> bool:
+def has_gpu_kernel(item: Item, spec: StepSpec) -> bool:
     """True if the Triton kernels can step this shard, provided that they can take its dtypes and device."""
     selection, strength, shard = spec.selection, spec.strength, item.shard
     assert shard is not None

@@ -16,19 +16,19 @@ from .exchange import Part
 from .top_k import Ranked, find, key_of
 
 
-def alone(part: Generator[Tensor, Tensor, Any], group: Any) -> Any:
+def run_alone(part: Generator[Tensor, Tensor, Any], group: Any) -> Any:
     """Run one part to its end by itself, with a collective for each of its rounds. Returns its result."""
     answer: Tensor | None = None
     while True:
         try:
-            asked = next(part) if answer is None else part.send(answer)
+            addends = next(part) if answer is None else part.send(answer)
         except StopIteration as end:
             return end.value
-        answer = asked.clone()
+        answer = addends.clone()
         torch.distributed.all_reduce(answer, group=group)
 
 
-def totals(values: Sequence[Tensor], shard: Shard) -> Generator[Tensor, Tensor, Tensor]:
+def sum_over_shards(values: Sequence[Tensor], shard: Shard) -> Generator[Tensor, Tensor, Tensor]:
     """The sums over all shards of these 0-d numbers: float64, 1-d."""
     row = torch.stack([value.to(torch.float64) for value in values])
     answer = yield digits(row if shard.counted else torch.zeros_like(row)).reshape(-1)
@@ -41,7 +41,7 @@ def value_of(key: Tensor) -> Tensor:
     return bits.view(torch.float64 if key.dtype == torch.int64 else torch.float32)
 
 
-def smallest(x: Tensor, rank: int, shard: Shard) -> Generator[Tensor, Tensor, Tensor]:
+def kth_smallest(x: Tensor, rank: int, shard: Shard) -> Generator[Tensor, Tensor, Tensor]:
     """The value of the whole tensor at place `rank`, from 0, in ascending order. NaN is larger than everything."""
     key = key_of(x)
     key = torch.where(torch.isnan(x.reshape(-1)), torch.iinfo(key.dtype).max, key)
@@ -54,14 +54,14 @@ def smallest(x: Tensor, rank: int, shard: Shard) -> Generator[Tensor, Tensor, Te
 def mask_report(mask: Tensor, update: Tensor, grad: Tensor | None, shard: Shard) -> Part:
     """The report of a policy's own mask, from all shards: `selective.statistics.sums_of_mask` of the whole tensor."""
     multiplier = mask.to(update.dtype).expand(update.shape)
-    largest = yield from smallest(multiplier, shard.numel - 1, shard)
+    largest = yield from kth_smallest(multiplier, shard.numel - 1, shard)
     masked = multiplier * update
     wanted = [
         total(multiplier == largest), total(multiplier), total(multiplier != 0), total(update * update),
         total(masked * masked),
     ]  # fmt: skip
     wanted += [] if grad is None else [total(grad * grad), total(update * grad)]
-    sums = yield from totals(wanted, shard)
+    sums = yield from sum_over_shards(wanted, shard)
     count, summed, moving, update_sq, masked_sq = sums[:5].unbind()
     nothing = torch.full_like(count, torch.nan)
     grad_sq, update_grad = (nothing, nothing) if grad is None else sums[5:].unbind()

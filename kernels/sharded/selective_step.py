@@ -23,8 +23,8 @@ from ..spec import SUM_NAMES, Item, ItemList, StepSpec, Sums, SumsTable, check_k
 from . import ties
 from . import top_k as ranking
 from .exact_sums import WIDTH, digits, number
-from .exchange import Part, Steps
-from .gpu_path import can_be, kind_of
+from .exchange import Part, RunningPart
+from .gpu_path import has_gpu_kernel, kind_of
 from .strengths import names_of_sums, needs_sums, sums_with_ties
 from .tensor_step import ShardedTensorStep
 
@@ -48,7 +48,7 @@ def sharded_step(
     *,
     local_step: LocalStep,
     kernels: Callable[[Item], type[Kernels] | None] = lambda item: None,
-) -> list[Steps]:
+) -> list[RunningPart]:
     """The parts of the step of these shards, not yet run: `exchange.run` runs them.
 
     Args:
@@ -76,7 +76,7 @@ def sharded_step(
             used.add(("shards", *places))
         shard = mine[0].shard
         assert shard is not None
-        steps.append(Steps(shard.group, mine[0].param.device, part, places))
+        steps.append(RunningPart(shard.group, mine[0].param.device, part, places))
     if isinstance(items, ItemList):  # forget the buckets of earlier steps: a schedule of the fraction makes others
         for key in [key for key in items.cache if key[0] == "shards" and key not in used]:
             del items.cache[key]
@@ -110,7 +110,7 @@ def _buckets(
         assert item.shard is not None
         double = item.param.dtype == torch.float64 and selection.kind == "top_k"
         here = is_local(spec) and not (selection.kind == "bernoulli" and item.shard.first(selection.unit) is None)
-        able = spec.statistics and item.shard.numel < 1 << 31 if here else can_be(item, spec)
+        able = spec.statistics and item.shard.numel < 1 << 31 if here else has_gpu_kernel(item, spec)
         step_kernels = kernels(item) if able else None
         same = () if here or step_kernels is None else kind_of(item, spec)
         key = (id(item.shard.group), item.param.device, double, here, step_kernels, *same)

@@ -106,7 +106,7 @@ def parts_of(spec: StepSpec, sums: Named | None, item: Item) -> Parts:
     return Parts(numel, selected_sq=sums["selected_sq"], rest_sq=sums["rest_sq"])
 
 
-def select_everything(sums: Named, numel: float | Tensor) -> Tensor:
+def correct_first_step_sums(sums: Named, numel: float | Tensor) -> Tensor:
     """Correct, in place, the sums of tensors whose previous momentum is 0 everywhere, which are selected everywhere.
 
     `numel` is the size of the whole tensors. Returns a bool tensor shaped like the sums: True for those tensors.

@@ -9,7 +9,7 @@ from ..reference.rules import Advanced, apply_mask
 from ..reference.strengths import multipliers, total
 from ..spec import Item, StepSpec, Sums
 from .selections import ShardSelection
-from .strengths import Named, names_of_sums, parts_of, select_everything, strength_sums, waits_for_selection
+from .strengths import Named, correct_first_step_sums, names_of_sums, parts_of, strength_sums, waits_for_selection
 
 
 class ShardedTensorStep:
@@ -92,7 +92,7 @@ class ShardedTensorStep:
         if self.selection.has_ties and not waits_for_selection(self.spec.strength):
             self._add_ties(sums)
         if self.spec.keeps_previous:  # a tensor whose previous momentum is 0 everywhere is selected everywhere
-            self.selection.select_all(select_everything(sums, float(self.shard.numel)))
+            self.selection.select_all(correct_first_step_sums(sums, float(self.shard.numel)))
 
     def _add_ties(self, sums: Named) -> None:
         """Add the ties that are selected to sums that were made before these were known.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from selective.capture.job import StepContext
 from selective.kernels import spec
-from selective.kernels.sharded import Steps, mask_report
+from selective.kernels.sharded import RunningPart, mask_report
 from selective.parameter import Parameter
 from selective.policies import Policy
 from selective.policies.view import StepView, Tensors
@@ -82,7 +82,7 @@ def _masked_shard(
     if report is not None:
         assert update is not None
         part = mask_report(mask, update.clone(), tensors.grad, shard)
-        steps = [Steps(shard.group, update.device, part, [0])]
+        steps = [RunningPart(shard.group, update.device, part, [0])]
         context.exchange.add(steps, 1, lambda sums: report.add_all([parameter.name], sums or []))
     return mask
 

@@ -27,7 +27,7 @@ from selective.rotation.basis import Carried
 from selective.rotation.carry import MomentCarrier, as_it_is
 from selective.rotation.contract import is_foreign
 from selective.rotation.moments import moments_of
-from selective.rotation.refresh_gathered import on_wholes
+from selective.rotation.refresh_gathered import through_gather
 from selective.rotation.rotation import Rotation
 from selective.sharding.dtensor import local_like, local_of, shard_of
 
@@ -52,7 +52,7 @@ class RotatedJob(GenericJob):
         if self.own_code:
             self.saved = foreach.copies(self.tensors())
         self.gradients = self._effective_gradients()
-        for carried in self.rotation.renew(self._matrices):
+        for carried in self.rotation.refresh_due(self._matrices):
             self._carry(carried)
         self.moving = [i for i in range(self.count) if not self.rotation.stands_still(i)]
 
@@ -86,7 +86,7 @@ class RotatedJob(GenericJob):
         parameter, basis = self.parameters[carried.index], self.rotation.bases[carried.index]
         around = as_it_is
         if basis.gathers and basis.shard is not None:
-            around = partial(on_wholes, basis.shard, basis.whole)
+            around = partial(through_gather, basis.shard, basis.whole)
         own_momenta = [] if self.context.own_momentum is None else [self.context.own_momentum(parameter, self.policy)]
         self._carrier.carry(parameter.tensor, basis.shape, carried, own_momenta, around)
 

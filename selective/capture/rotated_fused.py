@@ -43,7 +43,7 @@ class RotatedFusedJob(RotatedJob):
     def finish(self) -> None:
         self.hidden.give_back()
         in_kernel = self.specs is not None and not self.in_original
-        for indices in self.rotation.buckets(self.moving, self.rotation.at_once(narrow=in_kernel)):
+        for indices in self.rotation.buckets(self.moving, self.rotation.bucket_elements(narrow=in_kernel)):
             grads = [self.gradients[i] for i in indices]
             self._step(indices, self.rotation.gradients_in(indices, grads, narrow=in_kernel), in_kernel)
         if self.alone:  # otherwise the group's other job does it

@@ -74,7 +74,7 @@ def _difference(
     if type(saved) is not type(rotation.preconditioner):
         return f"{saved.kind} is another kind than {rotation.preconditioner.kind}"
     if shape is None:
-        return f"{who} was rotated, and is left alone here ({rotation.left[member.name]})"
+        return f"{who} was rotated, and is left alone here ({rotation.reasons_not_rotated[member.name]})"
     if BASIS_STEPS not in entries:
         return f"{who} was not rotated"
     there = tuple(entries[BASIS_SHAPE].tolist()) if BASIS_SHAPE in entries else None
@@ -82,7 +82,7 @@ def _difference(
         return f"{who} was rotated as {there}, here it would be {shape}"
     kept = {key[len(BASIS) :]: value for key, value in entries.items() if key.startswith(BASIS)}
     found = {key: (tuple(value.shape), value.dtype) for key, value in kept.items()}
-    wanted = layout_of(rotation.of(member.tensor), shape, member.tensor.device)
+    wanted = layout_of(rotation.preconditioner_for(member.tensor), shape, member.tensor.device)
     names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     differing = "; ".join(f"{name}: {_said(found.get(name))}, here {_said(wanted.get(name))}" for name in names)
     return f"of {who} it has {differing}" if names else None

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from selective.checkpoint.rollback import rollback
 from selective.plan.groups import Groups
 from selective.state.store import StateStore, refresh
-from selective.state.writing import StateHome
+from selective.state.writing import OptimizerStateBackend
 from selective.step_count import StepCount
 
 
@@ -34,7 +34,7 @@ def set_as_torch(
         if "param_groups" in state:
             base.param_groups = state["param_groups"]
         if "state" in state:
-            StateHome(base, groups, store, count).put(state["state"], instead=True)
+            OptimizerStateBackend(base, groups, store, count).write_states(state["state"], instead=True)
         theirs = {"state": base.state, "param_groups": base.param_groups}
         base.__setstate__({**theirs, "defaults": state.get("defaults", base.defaults)})
         refresh(groups, store)

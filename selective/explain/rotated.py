@@ -27,7 +27,7 @@ def explain_rotation(rotation: RotationPlan, policy: Policy, mask_space: str) ->
         if gathered:
             lines.append(f"            {len(gathered):,} of them sharded: {_gathering(rotation, gathered)}")
     by_reason: dict[str, list[str]] = {}
-    for name, why in rotation.left.items():
+    for name, why in rotation.reasons_not_rotated.items():
         by_reason.setdefault(why, []).append(name)
     lines += [f"  not       {_listed(names)}: {why}" for why, names in by_reason.items()]
     if not isinstance(policy, Dense) and rotation.shapes:

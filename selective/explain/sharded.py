@@ -9,7 +9,7 @@ from torch import Tensor
 from selective.capture.choose import Capture
 from selective.capture.own_code import sees_whole
 from selective.kernels import GivenRule, spec
-from selective.kernels.sharded import can_be, count_rounds, is_local
+from selective.kernels.sharded import count_rounds, has_gpu_kernel, is_local
 from selective.policies import Dense, Policy
 from selective.policies.kernel_terms import specs_on
 from selective.sharding.dtensor import is_dtensor, local_of, shard_of
@@ -38,7 +38,9 @@ def in_plain_torch(policy: Policy, params: list[Tensor], rule: spec.Rule, stocha
         return False
     how = spec.StepSpec(rule, *specs, spec.Draw(0, 0, stochastic))
     shards = [(local_of(p), shard) for p in params if (shard := shard_of(p)) is not None]
-    return not is_local(how) and any(not can_be(spec.Item(p, p, {}, 0, shard=shard), how) for p, shard in shards)
+    return not is_local(how) and any(
+        not has_gpu_kernel(spec.Item(p, p, {}, 0, shard=shard), how) for p, shard in shards
+    )
 
 
 def _own_code(policy: Policy, found: list[tuple[Tensor, spec.Shard]], statistics: bool) -> str:

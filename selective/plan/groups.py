@@ -26,7 +26,7 @@ class Changes(NamedTuple):
     """The result of an update of the plans, which the stored state has to follow."""
 
     switched: list[GroupPlan]  # whose policy or strength is of another class than before
-    there: set[Tensor] | None  # the parameters that are left; None if none was removed
+    remaining: set[Tensor] | None  # the parameters that are left; None if none was removed
 
 
 class Groups:
@@ -70,7 +70,7 @@ class Groups:
             plan.params.fits = plan.params.settled = False
         self._plan_rotations(with_basis)
         self._check_sharing()
-        return Changes(switched, self.forget_those_gone())
+        return Changes(switched, self.forget_removed())
 
     def look(self) -> list[GroupPlan]:
         """Update the plans to the base's parameters and return them.
@@ -99,7 +99,7 @@ class Groups:
         del self.plans[len(groups) :]
         return self.plans
 
-    def forget_those_gone(self) -> set[Tensor] | None:
+    def forget_removed(self) -> set[Tensor] | None:
         """Forget removed parameters. Return the remaining ones; None if none was removed."""
         if not self._edited:
             return None

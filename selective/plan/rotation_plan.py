@@ -34,11 +34,11 @@ class RotationPlan:
     preconditioner: Preconditioner
     matrix_view: MatrixView
     capture: Capture  # of the rotated ones
-    beside: Capture  # ... and of the others: of the same way, or dense
+    capture_of_others: Capture  # ... and of the others: of the same way, or dense
     members: list[Parameter]
     shapes: dict[Tensor, Shape] = field(default_factory=dict)  # of those that are rotated
-    left: dict[str, str] = field(default_factory=dict)  # name of each other parameter -> why it is not
-    spelled: dict[Tensor, Preconditioner] = field(default_factory=dict)  # of `DTensor`s: with the side that is rotated
+    reasons_not_rotated: dict[str, str] = field(default_factory=dict)  # of the others, by name
+    preconditioners: dict[Tensor, Preconditioner] = field(default_factory=dict)  # DTensors: with their rotated side
     gathered: set[Tensor] = field(default_factory=set)  # ... and those that are rotated as wholes
     sizes: dict[Tensor, torch.Size] = field(default_factory=dict)  # of all that have a shape already
     _split: tuple[list[Parameter], list[Parameter], list[Parameter]] = field(default=([], [], []))
@@ -48,10 +48,10 @@ class RotationPlan:
         for parameter in self.members:
             found = self._on_shards(parameter.tensor) if is_dtensor(parameter.tensor) else None
             found = found or matrix_shape(parameter.tensor, self.matrix_view)
-            if not isinstance(found, str) and not self.of(parameter.tensor).takes(found):
+            if not isinstance(found, str) and not self.preconditioner_for(parameter.tensor).takes(found):
                 found = f"{type(self.preconditioner).__name__} does not take {list(found)}"
             if isinstance(found, str):
-                self.left[parameter.name] = found
+                self.reasons_not_rotated[parameter.name] = found
             else:
                 self.shapes[parameter.tensor] = found
         if self.shapes and self.capture.way != "fused" and self.capture.facts.keeps_memory:
@@ -89,12 +89,12 @@ class RotationPlan:
                 found = self.preconditioner
         if isinstance(found, str):
             return found
-        self.spelled[tensor] = found
+        self.preconditioners[tensor] = found
         return shape
 
-    def of(self, tensor: Tensor) -> Preconditioner:
+    def preconditioner_for(self, tensor: Tensor) -> Preconditioner:
         """Return the preconditioner for this parameter; for a DTensor, with its rotated side filled in."""
-        return self.spelled.get(tensor, self.preconditioner)
+        return self.preconditioners.get(tensor, self.preconditioner)
 
     def fresh(self, tensor: Tensor) -> State:
         """Return the preconditioner's initial state of this parameter."""
@@ -102,7 +102,7 @@ class RotationPlan:
         if not is_dtensor(tensor):
             return self.preconditioner.init_state(as_matrix(tensor, shape))
         like = torch.zeros((), dtype=torch.float32, device=local_of(tensor).device).expand(shape)
-        return self.of(tensor).init_state(like)
+        return self.preconditioner_for(tensor).init_state(like)
 
     def local_shape(self, tensor: Tensor) -> Shape:
         """Return the shape of this rank's part."""
@@ -113,7 +113,7 @@ class RotationPlan:
         self.members = [p for p in self.members if p.tensor in there]
         self.shapes = {p: shape for p, shape in self.shapes.items() if p in there}
         self.sizes = {p: size for p, size in self.sizes.items() if p in there}
-        self.spelled = {p: one for p, one in self.spelled.items() if p in there}
+        self.preconditioners = {p: one for p, one in self.preconditioners.items() if p in there}
         self.gathered &= set(there)
         self._split = [], [], []
 
@@ -124,12 +124,12 @@ class RotationPlan:
             self._split = present, rest, [p for p in present if p.tensor in self.shapes]
         return self._split[1:]
 
-    def is_of(self, group: PreconditionerGroup, beside: Capture, members: list[Parameter]) -> bool:
+    def is_of(self, group: PreconditionerGroup, capture_of_others: Capture, members: list[Parameter]) -> bool:
         """True if nothing has changed that this plan follows from."""
         return (
             self.preconditioner is group.preconditioner
             and self.matrix_view == group.matrix_view
-            and self.beside is beside
+            and self.capture_of_others is capture_of_others
             and self.members is members
         )
 
@@ -167,7 +167,7 @@ def _difference(old: RotationPlan, new: RotationPlan) -> str | None:
             continue  # the parameter itself was changed: its basis starts anew, see state/fits.py
         if then != now and any(p.tensor is q.tensor for q in new.members):
             was, is_now = ("left alone" if shape is None else f"rotated as {list(shape)}" for shape in (then, now))
-            because = new.left.get(p.name)
+            because = new.reasons_not_rotated.get(p.name)
             return f"parameter {p.name!r} was {was} and would be {is_now}" + (f": {because}" if because else "")
     if old.preconditioner is not new.preconditioner:
         for shape in {*_SAMPLES, *old.shapes.values()}:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selective.kernels import Advanced, spec, uniform
 from selective.kernels.reference.shard_indices import element_bits
-from selective.kernels.sharded import alone, smallest, totals
+from selective.kernels.sharded import kth_smallest, run_alone, sum_over_shards
 
 TENSORS = ("update", "grad", "momentum", "previous_momentum", "param")
 
@@ -141,7 +141,7 @@ class StepView:
         if self._shard is None:
             return x.mean(dtype=torch.float64).to(self.dtype)
         count = torch.full((), float(x.numel()), dtype=torch.float64, device=x.device)
-        sums = self._ask(totals([x.sum(dtype=torch.float64), count], self._shard))
+        sums = self._ask(sum_over_shards([x.sum(dtype=torch.float64), count], self._shard))
         return (sums[0] / sums[1]).to(self.dtype)
 
     def norm(self, x: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class StepView:
         if self._shard is None:
             return torch.linalg.vector_norm(x, dtype=torch.float64).to(self.dtype)
         squares = x.to(torch.float64).square().sum()
-        return self._ask(totals([squares], self._shard))[0].sqrt().to(self.dtype)
+        return self._ask(sum_over_shards([squares], self._shard))[0].sqrt().to(self.dtype)
 
     def quantile(self, x: Tensor, q: float) -> Tensor:
         """The value at place int(q * numel) in ascending order, at most the last: about a share `q` lies below it.
@@ -160,12 +160,12 @@ class StepView:
         index = min(max(int(q * numel), 0), numel - 1)
         if self._shard is None:
             return x.flatten().sort().values[index].to(self.dtype)
-        return self._ask(smallest(x.to(self.dtype), index, self._shard)).to(self.dtype)
+        return self._ask(kth_smallest(x.to(self.dtype), index, self._shard)).to(self.dtype)
 
     def _ask(self, part: Any) -> Tensor:
         """Run `part` to its end, with a small collective over the shards for each sum that it asks for."""
         assert self._shard is not None
-        return alone(part, self._shard.group)
+        return run_alone(part, self._shard.group)
 
     def random(self, unit: str = "element") -> Tensor:
         """Uniform float32 numbers in [0, 1), by address: the same on every rank and after a resume.

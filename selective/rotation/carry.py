@@ -72,7 +72,7 @@ class MomentCarrier:
         bounds = [self._bounds(entry, divided) if _squares(maps) else [] for entry in others]
         if maps.left is not None or maps.right is not None:
             for tensor in (*(entry.tensor for entry in firsts), *own_momenta):
-                rewrite(tensor, shape, around(first_by(maps, self.precision)), valid, self.precision)
+                rewrite(tensor, shape, around(first_moment_map(maps, self.precision)), valid, self.precision)
         for entry, limits in zip(others, bounds, strict=True):
             self._carry_second(entry, maps, valid, limits, around)
 
@@ -86,7 +86,7 @@ class MomentCarrier:
         self, entry: Entry, maps: Carry, valid: Tensor | None, limits: list[tuple[Entry, spec.Scalar]], around: Around
     ) -> None:
         """Carry one second moment or norm, and raise it to the floors that follow from `limits`."""
-        change = second_by(maps, self.precision, squared=not entry.is_norm)
+        change = second_moment_map(maps, self.precision, squared=not entry.is_norm)
         if change is None:
             return
         linear = around(change)
@@ -108,12 +108,12 @@ def _squares(maps: Carry) -> bool:
     return maps.rows is None and maps.columns is None
 
 
-def first_by(maps: Carry, precision: Precision) -> Change:
+def first_moment_map(maps: Carry, precision: Precision) -> Change:
     """Return the change x -> left x right."""
     return _linear(maps.left, maps.right, precision)
 
 
-def second_by(maps: Carry, precision: Precision, *, squared: bool = True) -> Change | None:
+def second_moment_map(maps: Carry, precision: Precision, *, squared: bool = True) -> Change | None:
     """Return the change x -> (left∘left) x (right∘right), or the permutation of `maps` if they have one.
 
     None if x stays as it is. A side of length 1 is not mapped: it is that of a factored statistic. With

@@ -26,7 +26,7 @@ from selective.sharding.collectives import bits_of, from_owners, owners, write_b
 Change = Callable[[Tensor], Tensor]  # takes and returns float32 [1, rows, columns]
 
 
-def wholes(parts: Sequence[Tensor], shard: spec.Shard, shape: Shape) -> list[Tensor]:
+def gather_matrices(parts: Sequence[Tensor], shard: spec.Shard, shape: Shape) -> list[Tensor]:
     """All-reduce the parts [1, ., .] of this rank to whole matrices [1, m, n] in float32; all have the same `shard`."""
     buffer = torch.zeros((len(parts), *shape[1:]), dtype=torch.float32, device=parts[0].device)
     if shard.counted:
@@ -52,9 +52,9 @@ def part_of(whole: Tensor, shard: spec.Shard) -> Tensor:
     return part.contiguous()
 
 
-def on_wholes(shard: spec.Shard, shape: Shape, change: Change) -> Change:
+def through_gather(shard: spec.Shard, shape: Shape, change: Change) -> Change:
     """Turn a change of a whole matrix into one of this rank's part, which gathers the matrix."""
-    return lambda x: part_of(change(wholes([x], shard, shape)[0]), shard)
+    return lambda x: part_of(change(gather_matrices([x], shard, shape)[0]), shard)
 
 
 def refresh_gathered(

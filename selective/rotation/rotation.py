@@ -27,7 +27,7 @@ from selective.rotation.contract import (
     is_foreign,
     is_memory_of,
 )
-from selective.rotation.refresh_gathered import part_of, refresh_gathered, wholes
+from selective.rotation.refresh_gathered import gather_matrices, part_of, refresh_gathered
 from selective.rotation.refresh_sharded import refresh_shards
 
 # Elements of matrices whose bases are refreshed together, if the refresh does not read their gradients.
@@ -70,11 +70,11 @@ class Rotation:
             parts = batches(len(same_kind), batch * rows * columns, ROTATED if limit is None else limit)
             yield from (same_kind[part] for part in parts)
 
-    def at_once(self, *, narrow: bool) -> int:
+    def bucket_elements(self, *, narrow: bool) -> int:
         """Return the number of elements to rotate together; more if results stay in a `narrow` dtype."""
         return ROTATED * 4 // self._ask("itemsize") if narrow else ROTATED
 
-    def renew(self, matrices: Matrices) -> Iterator[Carried]:
+    def refresh_due(self, matrices: Matrices) -> Iterator[Carried]:
         """Refresh the bases that are due, and yield what has to be carried, bucket by bucket."""
         everything = list(range(len(self.bases)))
         observes, reads = self._ask("observes"), self._ask("refreshes_from_gradients")
@@ -268,7 +268,7 @@ class Rotation:
         for bucket in self.buckets(indices):
             shard, whole = self.bases[bucket[0]].shard, self.bases[bucket[0]].whole
             assert shard is not None
-            gathered.update(zip(bucket, wholes([parts[place[i]] for i in bucket], shard, whole), strict=True))
+            gathered.update(zip(bucket, gather_matrices([parts[place[i]] for i in bucket], shard, whole), strict=True))
         return [gathered[i] for i in indices]
 
     def _states(self, indices: list[int]) -> list[State]:

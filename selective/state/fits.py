@@ -20,7 +20,7 @@ from selective.plan.group_plan import GroupPlan
 from selective.plan.rotation_plan import RotationPlan, layout_of
 from selective.preconditioner import Shape
 from selective.state.entries import BASIS, BASIS_SHAPE, BASIS_SKIPPED, BASIS_STEPS
-from selective.state.parameter_state import Own, in_dtype, is_of_basis
+from selective.state.parameter_state import OwnEntries, in_dtype, is_of_basis
 from selective.state.rotation_state import enter_basis, fresh_basis
 from selective.state.store import StateStore
 
@@ -83,18 +83,18 @@ def _check_base_entries(base: Optimizer, plan: GroupPlan, parameter: Parameter) 
             _refuse_shape(parameter, name, value)
 
 
-def _complete(store: StateStore, plan: GroupPlan, parameter: Parameter, own: Own) -> None:
+def _complete(store: StateStore, plan: GroupPlan, parameter: Parameter, own: OwnEntries) -> None:
     before = dict(own)
     if store.keeps(plan, parameter):
         _complete_entries(store, plan, parameter, own)
         _complete_basis(store, plan, parameter, own)
     if own.keys() != before.keys() or any(own[key] is not value for key, value in before.items()):
         store.mark_replaced()
-    own.know([parameter.tensor.shape])
+    own.find_divided([parameter.tensor.shape])
     own.fits()
 
 
-def _complete_entries(store: StateStore, plan: GroupPlan, parameter: Parameter, own: Own) -> None:
+def _complete_entries(store: StateStore, plan: GroupPlan, parameter: Parameter, own: OwnEntries) -> None:
     """Make the policy's state, the momentum and the residue fit, and delete entries that are not kept any more."""
     fresh = store.fresh_entries(plan, parameter, plan.policy)
     for key in [key for key in own if key not in fresh and not is_of_basis(key)]:
@@ -113,7 +113,7 @@ def _complete_entries(store: StateStore, plan: GroupPlan, parameter: Parameter, 
         own[key] = like if now is None else now.to(like.device, like.dtype)
 
 
-def _complete_basis(store: StateStore, plan: GroupPlan, parameter: Parameter, own: Own) -> None:
+def _complete_basis(store: StateStore, plan: GroupPlan, parameter: Parameter, own: OwnEntries) -> None:
     """Make the basis fit: one that is incomplete, or of another matrix, is replaced by a fresh one."""
     rotated = plan.rotated_as(parameter)
     if rotated is not None and _has_whole_basis(*rotated, parameter, own):
@@ -135,7 +135,7 @@ def _complete_basis(store: StateStore, plan: GroupPlan, parameter: Parameter, ow
         own.update(fresh)
 
 
-def _has_whole_basis(rotation: RotationPlan, shape: Shape, parameter: Parameter, own: Own) -> bool:
+def _has_whole_basis(rotation: RotationPlan, shape: Shape, parameter: Parameter, own: OwnEntries) -> bool:
     """True if the stored basis is complete and of a matrix of this shape."""
     if any(key not in own for key in (BASIS_STEPS, BASIS_SKIPPED, BASIS_SHAPE)) or _shape_in(own) != tuple(shape):
         return False
@@ -143,7 +143,7 @@ def _has_whole_basis(rotation: RotationPlan, shape: Shape, parameter: Parameter,
     if not any(map(is_of_basis, touched)):
         return True  # as we made or loaded it
     kept: dict[str, Any] = {k[len(BASIS) :]: v for k, v in own.items() if k.startswith(BASIS)}
-    wanted: Any = layout_of(rotation.of(parameter.tensor), shape, parameter.tensor.device)
+    wanted: Any = layout_of(rotation.preconditioner_for(parameter.tensor), shape, parameter.tensor.device)
     for name in kept.keys() & wanted.keys():
         kept[name] = own[BASIS + name] = in_dtype(kept[name], wanted[name][1])
     found = own.layout_of_basis()
@@ -175,7 +175,7 @@ def _check_gradient(parameter: Parameter) -> None:
         )
 
 
-def _shape_in(own: Own) -> tuple[int, ...] | None:
+def _shape_in(own: OwnEntries) -> tuple[int, ...] | None:
     """Return the shape of the matrix that a stored basis belongs to; None if there is no basis."""
     return tuple(own[BASIS_SHAPE].tolist()) if BASIS_SHAPE in own else None
 

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from selective.state.entries import POLICY, PRECONDITIONER, PREFIX, SEED, STEP
-from selective.state.parameter_state import Own, is_kept
+from selective.state.parameter_state import OwnEntries, is_kept
 from selective.state.undivided import Undivided
 
-MADE = (STEP, SEED, POLICY, PRECONDITIONER)  # computed when they are read
+COMPUTED = (STEP, SEED, POLICY, PRECONDITIONER)  # computed when they are read
 _MISSING: Any = object()
 
 
-class Made(Protocol):
+class ComputedEntries(Protocol):
     """Computed entries (step, seed, policy, preconditioner): shown in every parameter's state, stored in none."""
 
-    def names(self, own: Own) -> list[str]:
+    def names(self, own: OwnEntries) -> list[str]:
         """Return their names, for a parameter with the stored entries `own`."""
         ...
 
@@ -32,30 +32,30 @@ class Made(Protocol):
         ...
 
 
-class Home(Protocol):
+class StateBackend(Protocol):
     """The storage behind `SelectiveUpdate.state`."""
 
     def base_state(self) -> MutableMapping[Any, Any]: ...
 
-    def own(self, param: Any) -> Own | None: ...
+    def own(self, param: Any) -> OwnEntries | None: ...
 
-    def keep(self, param: Tensor) -> Own:
-        """Return the wrapper's entries of `param`; store an empty `Own` if there is none."""
+    def keep(self, param: Tensor) -> OwnEntries:
+        """Return the wrapper's entries of `param`; store an empty `OwnEntries` if there is none."""
         ...
 
     def with_own(self) -> list[Tensor]: ...
 
-    def made(self, param: Any) -> Made: ...
+    def computed(self, param: Any) -> ComputedEntries: ...
 
-    def accept(self, own: Own, key: str, value: Any) -> None:
+    def write_entry(self, own: OwnEntries, key: str, value: Any) -> None:
         """Write one stored entry (None: it was deleted); raise a ValueError or a TypeError if it can't be taken."""
         ...
 
-    def touched(self) -> None:
+    def base_written(self) -> None:
         """Note a write to an entry of the base: all groups are checked again before the next step."""
         ...
 
-    def put(self, states: Mapping[Any, Any], *, instead: bool) -> None:
+    def write_states(self, states: Mapping[Any, Any], *, instead: bool) -> None:
         """Write whole states, all or none; `instead=True` first deletes all others."""
         ...
 
@@ -69,29 +69,29 @@ class MergedEntry(MutableMapping[str, Any]):
     another parameter: `opt.state[new] = entry`.
     """
 
-    def __init__(self, theirs: MutableMapping[str, Any], home: Home, param: Any) -> None:
+    def __init__(self, theirs: MutableMapping[str, Any], backend: StateBackend, param: Any) -> None:
         self.theirs = theirs
-        self._home, self._made = home, home.made(param)
-        self._own = home.own(param)
+        self._backend, self._computed = backend, backend.computed(param)
+        self._own = backend.own(param)
         self._param = param if self._own is None else None  # looked up as long as nothing is stored of it
 
     @property
-    def home(self) -> Home:
+    def backend(self) -> StateBackend:
         """The storage of this entry."""
-        return self._home
+        return self._backend
 
     @property
-    def own(self) -> Own | None:
+    def own(self) -> OwnEntries | None:
         """The wrapper's stored entries of the parameter; None if there are none."""
         if self._own is None:
-            self._own = self._home.own(self._param)
+            self._own = self._backend.own(self._param)
         if self._own is not None:
             self._param = None  # an entry that somebody holds keeps no parameter alive
         return self._own
 
-    def _made_names(self) -> list[str]:
+    def _computed_names(self) -> list[str]:
         own = self.own
-        return [] if own is None else [name for name in self._made.names(own) if name not in own.removed]
+        return [] if own is None else [name for name in self._computed.names(own) if name not in own.removed]
 
     def __getitem__(self, key: str) -> Any:
         own = self.own
@@ -99,30 +99,30 @@ class MergedEntry(MutableMapping[str, Any]):
             return self.theirs[key]
         if key in own and own.is_divided(key):
             return own[key]
-        if key in own or key in self._made_names():
-            value = own[key] if key in own else self._made.read(key)
+        if key in own or key in self._computed_names():
+            value = own[key] if key in own else self._computed.read(key)
             return Undivided.of(value, lambda written: self.__setitem__(key, written))
         raise KeyError(key)
 
     def __setitem__(self, key: str, value: Any) -> None:
         if not str(key).startswith(PREFIX):
             self.theirs[key] = value
-            self._home.touched()
+            self._backend.base_written()
         elif isinstance(value, Undivided) and value.cut_up:
             return  # it says nothing
         else:
             value = value.plain() if isinstance(value, Undivided) else value
             if is_kept(key):
-                self._home.accept(self._kept(), key, value)
+                self._backend.write_entry(self._kept(), key, value)
             else:
-                self._made.write(key, value)
+                self._computed.write(key, value)
                 self._kept().removed.discard(key)
 
-    def _kept(self) -> Own:
+    def _kept(self) -> OwnEntries:
         own = self.own
         if own is None:
             assert self._param is not None
-            own = self._own = self._home.keep(self._param)
+            own = self._own = self._backend.keep(self._param)
             self._param = None
         return own
 
@@ -130,12 +130,12 @@ class MergedEntry(MutableMapping[str, Any]):
         own = self.own
         if own is None or not str(key).startswith(PREFIX):
             del self.theirs[key]
-            self._home.touched()
+            self._backend.base_written()
         elif key in own:
             del own[key]
             own.removed.add(key)
-            self._home.accept(own, key, None)
-        elif key in MADE and key not in own.removed:
+            self._backend.write_entry(own, key, None)
+        elif key in COMPUTED and key not in own.removed:
             own.removed.add(key)
         else:
             raise KeyError(key)
@@ -149,13 +149,13 @@ class MergedEntry(MutableMapping[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         yield from self.theirs
-        own, made = self.own, self._made_names()
+        own, computed = self.own, self._computed_names()
         if own is not None:
-            yield from made
+            yield from computed
             yield from own
 
     def __len__(self) -> int:
-        return len(self.theirs) + len(self.own or ()) + len(self._made_names())
+        return len(self.theirs) + len(self.own or ()) + len(self._computed_names())
 
     def __repr__(self) -> str:
         return repr(dict(self))
@@ -178,20 +178,20 @@ class MergedEntry(MutableMapping[str, Any]):
 class MergedState(MutableMapping[Any, Any]):
     """The state of all parameters, live: true as soon as the base or we hold any."""
 
-    def __init__(self, home: Home) -> None:
-        self._home = home
+    def __init__(self, backend: StateBackend) -> None:
+        self._backend = backend
 
     def _keys(self) -> list[Any]:
-        base = self._home.base_state()
-        return [*base, *(p for p in self._home.with_own() if p not in base)]
+        base = self._backend.base_state()
+        return [*base, *(p for p in self._backend.with_own() if p not in base)]
 
     def __getitem__(self, param: Any) -> Any:
-        base = self._home.base_state()
+        base = self._backend.base_state()
         theirs = base.get(param, _MISSING)
         if theirs is not _MISSING and not (isinstance(theirs, MutableMapping) and isinstance(param, Tensor)):
             return theirs  # some bases keep more than states of parameters there
         # like the defaultdict it stands for: a parameter without state has an empty one, which is not stored by reading
-        return MergedEntry(_Inserting(base, param) if theirs is _MISSING else theirs, self._home, param)
+        return MergedEntry(_Inserting(base, param) if theirs is _MISSING else theirs, self._backend, param)
 
     def get(self, param: Any, default: Any = None) -> Any:
         """The state of a parameter that has one; `default` of any other."""
@@ -215,18 +215,18 @@ class MergedState(MutableMapping[Any, Any]):
 
     def clear(self) -> None:
         """Remove all state: everything starts anew in the next step."""
-        self._home.drop(self._keys())
+        self._backend.drop(self._keys())
 
     def __setitem__(self, param: Any, entries: Any) -> None:
-        self._home.put({param: entries}, instead=False)
+        self._backend.write_states({param: entries}, instead=False)
 
     def __delitem__(self, param: Any) -> None:
         if param not in self:
             raise KeyError(param)
-        self._home.drop([param])
+        self._backend.drop([param])
 
     def __contains__(self, param: object) -> bool:
-        return param in self._home.base_state() or self._home.own(param) is not None
+        return param in self._backend.base_state() or self._backend.own(param) is not None
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._keys())
@@ -275,7 +275,7 @@ class _Inserting(dict[str, Any]):
         return dict, (dict(self),)
 
 
-def apart(entries: Any) -> tuple[Any, Own | dict[str, Any]]:
+def split_own(entries: Any) -> tuple[Any, OwnEntries | dict[str, Any]]:
     """Split what is written as a parameter's state into the base's entries and the wrapper's.
 
     A dictionary that has none of the wrapper's is handed on as it is, and the base keeps that object. So are both parts

@@ -38,7 +38,7 @@ def in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
     return cast if torch.equal(cast.to(value.dtype), value) else value
 
 
-class Own(dict[str, Tensor]):
+class OwnEntries(dict[str, Tensor]):
     """The wrapper's stored entries of one parameter."""
 
     def __init__(self, entries: Mapping[str, Tensor] | None = None, shapes: Iterable[torch.Size] = ()) -> None:
@@ -48,9 +48,9 @@ class Own(dict[str, Tensor]):
         self.removed: set[str] = set()  # names of entries that the user has deleted: of its basis, and computed ones
         self.layout: dict[str, object] = {}  # names, shapes and dtypes of its basis when it was last checked
         self.divided: set[str] = set()  # states of a policy that have the parameter's elements
-        self.know(shapes)
+        self.find_divided(shapes)
 
-    def know(self, shapes: Iterable[torch.Size]) -> None:
+    def find_divided(self, shapes: Iterable[torch.Size]) -> None:
         """Find the entries of the policy that have the parameter's elements, and so are cut when it is cut."""
         known = set(shapes)
         self.divided = {k for k, v in self.items() if k.startswith(POLICY_STATE) and v.dim() > 0 and v.shape in known}
@@ -70,7 +70,7 @@ class Own(dict[str, Tensor]):
         return key in (MOMENTUM, RESIDUE) or key in self.divided
 
 
-def own_tensors(entries: dict[str, Tensor], param: Tensor) -> Own:
+def own_tensors(entries: dict[str, Tensor], param: Tensor) -> OwnEntries:
     """Return copies of the saved entries of a parameter that are stored."""
     kept = {key: cast(Tensor, value) for key, value in entries.items() if is_kept(key)}
     with lasting():
@@ -78,6 +78,6 @@ def own_tensors(entries: dict[str, Tensor], param: Tensor) -> Own:
             key: cut_like(value.detach().clone().to("cpu" if key in ON_THE_HOST else param.device), param)
             for key, value in kept.items()
         }
-    own = Own(made, [] if is_lazy(param) else [param.shape])
+    own = OwnEntries(made, [] if is_lazy(param) else [param.shape])
     own.fits()
     return own

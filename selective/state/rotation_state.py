@@ -15,11 +15,11 @@ from selective.preconditioner import State
 from selective.rotation.basis import Basis
 from selective.rotation.carry import enter
 from selective.rotation.moments import moments_of
-from selective.rotation.refresh_gathered import on_wholes
+from selective.rotation.refresh_gathered import through_gather
 from selective.sharding.collectives import sums_over_ranks
 from selective.sharding.dtensor import is_first, shard_of
 from selective.state.entries import BASIS, BASIS_SHAPE, BASIS_SKIPPED, BASIS_STEPS
-from selective.state.parameter_state import Own
+from selective.state.parameter_state import OwnEntries
 
 
 def fresh_basis(plan: GroupPlan, parameter: Parameter) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def fresh_basis(plan: GroupPlan, parameter: Parameter) -> dict[str, Tensor]:
     return entries
 
 
-def stored_basis(plan: GroupPlan, parameter: Parameter, own: Own, place: int) -> Basis:
+def stored_basis(plan: GroupPlan, parameter: Parameter, own: OwnEntries, place: int) -> Basis:
     """Return the stored basis of a rotated parameter, which is number `place` among all rotated ones."""
     rotated = plan.rotated_as(parameter)
     assert rotated is not None
@@ -74,12 +74,12 @@ def enter_basis(base: Optimizer, plan: GroupPlan, parameter: Parameter, own: Map
         return project([state], [x])[0]
 
     shard = shard_of(p) if p in rotation.gathered else None
-    entered = change if shard is None else on_wholes(shard, whole, change)
+    entered = change if shard is None else through_gather(shard, whole, change)
     with torch.no_grad():
         enter(base, p, moments, rotation.local_shape(p), entered)
 
 
-def bring_home(plans: Sequence[GroupPlan], table: Mapping[Tensor, Own]) -> None:
+def bring_home(plans: Sequence[GroupPlan], table: Mapping[Tensor, OwnEntries]) -> None:
     """Move the basis tensors of a loaded checkpoint to the devices on which the preconditioner keeps them.
 
     A checkpoint has whole sums over ranks. The first rank keeps these, the others get zeros.
@@ -88,13 +88,13 @@ def bring_home(plans: Sequence[GroupPlan], table: Mapping[Tensor, Own]) -> None:
     for rotation, p, own in _rotated(plans, table):
         if shard_of(p) is not None and not is_first(p):
             own.update({key: torch.zeros_like(own[key]) for key in _parts_in(own, rotation, p)})
-        key = (id(rotation.of(p)), rotation.shapes[p], p.device)
+        key = (id(rotation.preconditioner_for(p)), rotation.shapes[p], p.device)
         if key not in homes:
             homes[key] = {BASIS + name: value.device for name, value in rotation.fresh(p).items()}
         own.update({name: own[name].to(device) for name, device in homes[key].items() if name in own})
 
 
-def summed_entries(plans: Sequence[GroupPlan], table: Mapping[Tensor, Own]) -> dict[Tensor, dict[str, Tensor]]:
+def summed_entries(plans: Sequence[GroupPlan], table: Mapping[Tensor, OwnEntries]) -> dict[Tensor, dict[str, Tensor]]:
     """Add up over ranks the entries of which each rank holds one addend: averages of Grams, the count of skipped steps.
 
     This is a collective: all ranks of a mesh have to call it.
@@ -110,7 +110,9 @@ def summed_entries(plans: Sequence[GroupPlan], table: Mapping[Tensor, Own]) -> d
     return wholes
 
 
-def _rotated(plans: Sequence[GroupPlan], table: Mapping[Tensor, Own]) -> Iterator[tuple[RotationPlan, Tensor, Own]]:
+def _rotated(
+    plans: Sequence[GroupPlan], table: Mapping[Tensor, OwnEntries]
+) -> Iterator[tuple[RotationPlan, Tensor, OwnEntries]]:
     """Iterate over the rotated parameters that have a stored basis."""
     for rotation in (plan.rotation for plan in plans if plan.rotation is not None):
         for p in rotation.shapes:

@@ -29,19 +29,19 @@ from selective.state.entries import (
     STEP,
     encode_model,
 )
-from selective.state.parameter_state import Own
+from selective.state.parameter_state import OwnEntries
 from selective.state.rotation_state import enter_basis, fresh_basis
 from selective.step_count import StepCount
 
 
 class StateStore:
-    """The wrapper's entries of all parameters. `table` maps a parameter to its `Own`.
+    """The wrapper's entries of all parameters. `table` maps a parameter to its `OwnEntries`.
 
     The table is copied whenever an entry is replaced, so that whoever holds one notices that by identity.
     """
 
     def __init__(
-        self, base: Optimizer, options: Options, count: StepCount, table: dict[Tensor, Own] | None = None
+        self, base: Optimizer, options: Options, count: StepCount, table: dict[Tensor, OwnEntries] | None = None
     ) -> None:
         self.base, self.options, self.count = base, options, count
         self.table = {} if table is None else table
@@ -51,7 +51,7 @@ class StateStore:
         """The parameters that have a stored basis, which can't become another one in training."""
         return _WithBasis(self.table)
 
-    def of(self, plan: GroupPlan, parameter: Parameter) -> Own:
+    def of(self, plan: GroupPlan, parameter: Parameter) -> OwnEntries:
         """The entries of a parameter, made on first use. The tensors are the stored ones."""
         own = self.table.get(parameter.tensor)
         if own is None:
@@ -87,10 +87,10 @@ class StateStore:
         """True if entries are stored of it: not if its step is the base's alone, or if it has no shape yet."""
         return plan.masks_or_rotates(parameter) and not is_lazy(parameter.tensor)
 
-    def fresh(self, plan: GroupPlan, parameter: Parameter) -> Own:
+    def fresh(self, plan: GroupPlan, parameter: Parameter) -> OwnEntries:
         """Return all stored entries of a parameter before its first step."""
         entries = {**self.fresh_entries(plan, parameter, plan.policy), **fresh_basis(plan, parameter)}
-        own = Own(entries, [parameter.tensor.shape])
+        own = OwnEntries(entries, [parameter.tensor.shape])
         own.fits()
         return own
 
@@ -154,7 +154,7 @@ class StateStore:
 
 
 class _WithBasis(Container[Tensor]):
-    def __init__(self, table: Mapping[Tensor, Own]) -> None:
+    def __init__(self, table: Mapping[Tensor, OwnEntries]) -> None:
         self._table = table
 
     def __contains__(self, param: object) -> bool:
@@ -164,8 +164,8 @@ class _WithBasis(Container[Tensor]):
 def refresh(groups: Groups, store: StateStore) -> None:
     """Update the plans; then forget removed parameters, and remake the state of groups whose policy class changed."""
     changes = groups.refresh(store.with_basis)
-    if changes.there is not None:
-        store.forget_all_but(changes.there)
+    if changes.remaining is not None:
+        store.forget_all_but(changes.remaining)
     for plan in changes.switched:
         plan.forget_items()
         store.renew(plan)

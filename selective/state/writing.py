@@ -24,33 +24,33 @@ from selective.plan.policy_groups import PolicyGroup
 from selective.policies import Policy
 from selective.preconditioner import Preconditioner
 from selective.state.entries import BASIS_STEPS, POLICY, PRECONDITIONER, SEED, STEP, decode_model, encode_model
-from selective.state.merged_view import Home, Made, MergedEntry, apart, shapes_of
+from selective.state.merged_view import ComputedEntries, MergedEntry, StateBackend, shapes_of, split_own
 from selective.state.one_entry import check_known, number_of
-from selective.state.parameter_state import COUNTS, ON_THE_HOST, Own, in_dtype, is_kept, is_of_basis
+from selective.state.parameter_state import COUNTS, ON_THE_HOST, OwnEntries, in_dtype, is_kept, is_of_basis
 from selective.state.store import StateStore
 from selective.state.undivided import Undivided
 from selective.step_count import StepCount
 
 
-def not_taken(found: str) -> ValueError:
+def refused_write_error(found: str) -> ValueError:
     """Build the error for a write that can't be stored."""
     return ValueError(f"SelectiveUpdate: {found}; it was not taken")
 
 
-def not_a(where: str, value: object, kind: str) -> TypeError:
+def wrong_type_error(where: str, value: object, kind: str) -> TypeError:
     """Build the error for a write of another type than is stored there."""
     return TypeError(f"SelectiveUpdate: {where} is a {type(value).__name__}, must be {kind}; it was not taken")
 
 
 @dataclass(frozen=True)
-class _Made(Made):
+class _Computed(ComputedEntries):
     """The computed entries of one optimizer and one of its groups; `group` is None for a parameter without a group."""
 
     base: Optimizer
     count: StepCount
     group: PolicyGroup | None
 
-    def names(self, own: Own) -> list[str]:
+    def names(self, own: OwnEntries) -> list[str]:
         if self.group is None:
             return [STEP, SEED]
         rotated = self.group.preconditioning.preconditioner is not None and BASIS_STEPS in own
@@ -72,21 +72,21 @@ class _Made(Made):
     def judge(self, key: str, value: Any) -> Callable[[], None]:
         """Return a function that sets the value; raise a ValueError or a TypeError if it can't be set."""
         where = f"{key!r} of a parameter's state"
-        check_known(key, "a parameter's state", not_taken)
+        check_known(key, "a parameter's state", refused_write_error)
         if key in (STEP, SEED):
-            number = number_of(key, value, where, not_taken)
+            number = number_of(key, value, where, refused_write_error)
             if isinstance(value, Tensor) and value.is_floating_point() and number > 2 / torch.finfo(value.dtype).eps:
-                raise not_taken(f"{where} is {number} in {value.dtype}, which may have rounded it")
+                raise refused_write_error(f"{where} is {number} in {value.dtype}, which may have rounded it")
             return partial(self._count, key, number)
         if not isinstance(value, Tensor):
-            raise not_a(where, value, "a tensor of bytes")
+            raise wrong_type_error(where, value, "a tensor of bytes")
         family: Any = Policy if key == POLICY else Preconditioner
-        found = decode_model(in_dtype(value, torch.uint8), family, "a parameter's state", not_taken)
+        found = decode_model(in_dtype(value, torch.uint8), family, "a parameter's state", refused_write_error)
         if self.group is None:  # a parameter that comes into a group is under what that one says
             return lambda: None
         now = self.group.policy if key == POLICY else self.group.preconditioning.preconditioner
         if now is None or kinds_of(found.model_dump()) != kinds_of(now.model_dump()):
-            raise not_taken(f"{where} is {found!r}, and its group has {now!r}: another kind")
+            raise refused_write_error(f"{where} is {found!r}, and its group has {now!r}: another kind")
         if found == now:
             return lambda: None
         if key == POLICY:
@@ -101,7 +101,7 @@ class _Made(Made):
             self.count.set(seed=number)
 
 
-class StateHome(Home):
+class OptimizerStateBackend(StateBackend):
     """The state of one optimizer: the base's entries are in the base, the wrapper's in the store."""
 
     def __init__(self, base: Optimizer, groups: Groups, store: StateStore, count: StepCount) -> None:
@@ -111,24 +111,24 @@ class StateHome(Home):
     def base_state(self) -> MutableMapping[Any, Any]:
         return self.base.state
 
-    def own(self, param: Any) -> Own | None:
+    def own(self, param: Any) -> OwnEntries | None:
         return self.store.table.get(param)
 
-    def keep(self, param: Tensor) -> Own:
+    def keep(self, param: Tensor) -> OwnEntries:
         self._changed()
-        return self.store.table.setdefault(param, Own())
+        return self.store.table.setdefault(param, OwnEntries())
 
     def with_own(self) -> list[Tensor]:
         return list(self.store.table)
 
-    def made(self, param: Any) -> _Made:
+    def computed(self, param: Any) -> _Computed:
         if not self._looked:  # once for each view: reading all of a state stays linear
             self.groups.look()
             self._looked = True
         plan = self.groups.plan_of(param)
-        return _Made(self.base, self.count, None if plan is None else plan.policy_group)
+        return _Computed(self.base, self.count, None if plan is None else plan.policy_group)
 
-    def accept(self, own: Own, key: str, value: Any) -> None:
+    def write_entry(self, own: OwnEntries, key: str, value: Any) -> None:
         """Store one entry; None says that it was deleted."""
         if value is not None:
             own[key] = self._checked(key, value, own.get(key))
@@ -136,75 +136,77 @@ class StateHome(Home):
             own.removed.discard(key)
         self._changed()
 
-    def touched(self) -> None:
+    def base_written(self) -> None:
         for plan in self.groups.plans:
             plan.params.settled = False
 
     def _changed(self) -> None:
         self.store.mark_replaced()
-        self.touched()
+        self.base_written()
 
     @staticmethod
     def _checked(key: str, value: Any, now: Tensor | None) -> Tensor:
         """Return the value in the form in which it is stored."""
         where = f"{key!r} of a parameter's state"
         if not isinstance(value, Tensor):
-            raise not_a(where, value, "a tensor")
+            raise wrong_type_error(where, value, "a tensor")
         if value.layout != torch.strided:
-            raise not_taken(f"{where} is a {value.layout} tensor, must be a dense one")
+            raise refused_write_error(f"{where} is a {value.layout} tensor, must be a dense one")
         if key in COUNTS or (is_of_basis(key) and now is not None):
             value = in_dtype(value, torch.int64 if now is None else now.dtype)
         if is_of_basis(key) and now is not None and (value.shape, value.dtype) != (now.shape, now.dtype):
-            raise not_taken(
+            raise refused_write_error(
                 f"{where} is {value.dtype} of shape {tuple(value.shape)}, must be {now.dtype} of {tuple(now.shape)}: "
                 f"a basis is not cut with its parameter, whose rows it mixes. It starts anew where the parameter got "
                 f"another shape"
             )
         return value.detach().to("cpu") if key in ON_THE_HOST else value.detach()
 
-    def put(self, states: Mapping[Any, Any], *, instead: bool) -> None:
+    def write_states(self, states: Mapping[Any, Any], *, instead: bool) -> None:
         if not isinstance(states, Mapping):
             raise TypeError(
                 f"SelectiveUpdate: state is a {type(states).__name__}, must be a mapping of parameters to entries"
             )
-        taken: dict[Any, tuple[Any, Own | None]] = {}
-        said: list[Callable[[], None]] = []
+        taken: dict[Any, tuple[Any, OwnEntries | None]] = {}
+        deferred_writes: list[Callable[[], None]] = []
         for param, entries in states.items():
             if not isinstance(param, Tensor):  # some bases keep more than states of parameters there
                 taken[param] = entries, None
                 continue
             if not isinstance(entries, Mapping):
-                raise not_a("a parameter's state", entries, "a mapping")
+                raise wrong_type_error("a parameter's state", entries, "a mapping")
             if isinstance(entries, MergedEntry) and not self._is_ours(entries):
                 entries = dict(entries)  # another optimizer's: what it says is judged, and that one keeps what it has
-            theirs, ours = apart(entries)
+            theirs, ours = split_own(entries)
             if isinstance(entries, MergedEntry):  # as it is: what it says of the optimizer is this one's
                 taken[param] = theirs, entries.own
                 continue
             ours = {key: _plain(value) for key, value in ours.items() if not _is_cut_up(value)}
             taken[param] = theirs, self._own_of(param, theirs, ours)
-            made = self.made(param)
-            said += [made.judge(key, value) for key, value in ours.items() if not is_kept(key)]
-        for take in said:
+            computed = self.computed(param)
+            deferred_writes += [computed.judge(key, value) for key, value in ours.items() if not is_kept(key)]
+        for take in deferred_writes:
             take()
         self._commit(states, taken, instead)
 
     def _is_ours(self, entries: MergedEntry) -> bool:
-        home = entries.home
-        return isinstance(home, StateHome) and home.store is self.store
+        backend = entries.backend
+        return isinstance(backend, OptimizerStateBackend) and backend.store is self.store
 
-    def _own_of(self, param: Tensor, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Own | None:
+    def _own_of(self, param: Tensor, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> OwnEntries | None:
         if not ours:
             return None
-        own = Own()
+        own = OwnEntries()
         for key, value in ours.items():
             if is_kept(key):
                 own[key] = self._checked(key, value, None)
                 own.written.add(key)
-        own.know([*([] if is_lazy(param) else [param.shape]), *shapes_of(theirs)])
+        own.find_divided([*([] if is_lazy(param) else [param.shape]), *shapes_of(theirs)])
         return own
 
-    def _commit(self, states: Mapping[Any, Any], taken: Mapping[Any, tuple[Any, Own | None]], instead: bool) -> None:
+    def _commit(
+        self, states: Mapping[Any, Any], taken: Mapping[Any, tuple[Any, OwnEntries | None]], instead: bool
+    ) -> None:
         if instead:
             as_it_is = isinstance(states, defaultdict) and all(theirs is states[p] for p, (theirs, _) in taken.items())
             self.base.state = states if as_it_is else defaultdict(dict)  # type: ignore[assignment]
@@ -229,9 +231,9 @@ class StateHome(Home):
         self.store.mark_replaced()
         self.groups.look()
         self.groups.look_anew()
-        there = self.groups.forget_those_gone()
-        if there is not None:
-            self.store.forget_all_but(there)
+        remaining = self.groups.forget_removed()
+        if remaining is not None:
+            self.store.forget_all_but(remaining)
 
 
 def _is_cut_up(value: Any) -> bool:

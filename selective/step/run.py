@@ -27,7 +27,7 @@ from selective.plan.rotation_plan import RotationPlan
 from selective.rotation.basis import PreconditionerError
 from selective.rotation.rotation import Rotation
 from selective.state.entries import MOMENTUM, RESIDUE
-from selective.state.parameter_state import Own
+from selective.state.parameter_state import OwnEntries
 from selective.state.rotation_state import stored_basis
 from selective.state.store import StateStore
 from selective.statistics import StepStatistics
@@ -68,7 +68,7 @@ class StepRunner:
         """The context that all jobs of a step share."""
         store, options, clocks = self.store, self.options, self.count.clocks
 
-        def entries(parameter: Parameter) -> Own:
+        def entries(parameter: Parameter) -> OwnEntries:
             return store.of(plans[parameter.group], parameter)
 
         momentum = (lambda parameter, _: entries(parameter)[MOMENTUM]) if options.keeps_momentum else None

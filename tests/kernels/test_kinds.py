@@ -35,7 +35,7 @@ def sharded(items: Sequence[Item], how: StepSpec) -> None:
     try:
         steps = sharded_step(items, how, local_step=_never)
         for one in steps:
-            one.go_on()
+            one.resume()
         run(steps)
     finally:
         dist.destroy_process_group()

@@ -71,7 +71,7 @@ def test_random_masks_on_every_path(unit: Any, backend: Any) -> None:
         for (part, shard), (wanted, _) in zip(cut(start, dim, 4), cut(whole.param, dim, 4), strict=True):
             mine = Item(part.clone(), torch.ones_like(part), {}, 5, shard=shard)
             for step in begin_sharded([mine], **how, backend=backend):
-                step.go_on()
+                step.resume()
             torch.testing.assert_close(mine.param, wanted)
 
 

@@ -25,7 +25,7 @@ from selective.kernels.gpu.sharded import step as by_kernels
 from selective.kernels.gpu.sharded import sums as shard_sums
 from selective.kernels.reference.selective_step import selective_step as reference_step
 from selective.kernels.sharded import exact_sums as sums
-from selective.kernels.sharded.gpu_path import can_be, kind_of
+from selective.kernels.sharded.gpu_path import has_gpu_kernel, kind_of
 from selective.kernels.sharded.selective_step import sharded_step
 from selective.kernels.spec import Rule, StepSpec, Sums
 
@@ -64,14 +64,14 @@ def run(ranks: list[ItemList], kernels: Any, **how: Any) -> tuple[list[list[Sums
     assert all(len(part) == 1 for part in parts)
     steps, sent = [part[0] for part in parts], []
     for one in steps:
-        one.go_on()
-    while steps[0].asked is not None:
-        questions = [one.asked for one in steps]
+        one.resume()
+    while steps[0].pending_addends is not None:
+        questions = [one.pending_addends for one in steps]
         total = torch.stack([q for q in questions if q is not None]).sum(0, dtype=torch.int32)
         sent.append(total.numel())
         for one in steps:
-            one.go_on(total.clone())
-    assert all(one.asked is None for one in steps)
+            one.resume(total.clone())
+    assert all(one.pending_addends is None for one in steps)
     return [list(one.result or []) for one in steps], sent
 
 
@@ -161,7 +161,7 @@ def test_what_whole_tensors_become(case: str, kind: str, rule: str, statistics: 
     exact = strength.kind != "norm_preserving"
     for ranks in (3,):
         ours, twins = (shards(RULES[rule], ranks, kind, torch.float32) for _ in range(2))
-        assert all(can_be(item, _how(how)) for item in ours[0])
+        assert all(has_gpu_kernel(item, _how(how)) for item in ours[0])
         once, its = whole(ours, **how)
         (mine, sent), (other, sent_by_it) = run(ours, by_kernels.ShardKernels, **how), run(twins, None, **how)
         assert sent == sent_by_it
@@ -278,9 +278,9 @@ def test_tensors_that_part_leave_no_plans_behind() -> None:
             kernels=lambda item: by_kernels.ShardKernels,
         )  # fmt: skip
         for part in one:
-            part.go_on()
-            while part.asked is not None:
-                part.go_on(part.asked.clone())
+            part.resume()
+            while part.pending_addends is not None:
+                part.resume(part.pending_addends.clone())
         assert len([key for key in items.cache if key[0] == "shards"]) == 1
 
 
@@ -323,12 +323,14 @@ def test_the_first_step_of_sgd_makes_its_momentum() -> None:
 def test_what_is_left_to_the_other_way(change: dict[str, Any]) -> None:
     how = {"rule": ADAM, "selection": TOP_K, "strength": MEAN, "statistics": False, "draw": DRAW}
     item = shards(ADAM, 2, "plain", torch.float32)[0][0]
-    assert can_be(item, StepSpec(**how))
-    assert not can_be(item, StepSpec(**how | change))
+    assert has_gpu_kernel(item, StepSpec(**how))
+    assert not has_gpu_kernel(item, StepSpec(**how | change))
     assert item.shard is not None
     for shard in (replace(item.shard, stretches=False), replace(item.shard, cut=1), replace(item.shard, pieces=10**6)):
-        assert not can_be(replace(item, shard=shard), StepSpec(**how))
-        assert can_be(replace(item, shard=shard), StepSpec(**how | {"selection": LOOSE}))  # no order is asked for
+        assert not has_gpu_kernel(replace(item, shard=shard), StepSpec(**how))
+        assert has_gpu_kernel(
+            replace(item, shard=shard), StepSpec(**how | {"selection": LOOSE})
+        )  # no order is asked for
 
 
 def test_what_one_kernel_can_step_together() -> None:

@@ -54,7 +54,7 @@ def test_a_group_that_is_removed_is_no_switch_of_the_next_one(looked: bool) -> N
         groups.look()
     del groups.policies[0]
     changes = groups.refresh()
-    assert changes.switched == [] and changes.there == {vector}
+    assert changes.switched == [] and changes.remaining == {vector}
     assert groups.plans == [plan] and plan.number == 0
     (parameter,) = plan.params.parameters
     assert (parameter.group, parameter.address, parameter.name) == (0, 0, "param_groups[0][0]")
@@ -83,7 +83,7 @@ def test_parameters_that_are_gone_are_said_and_forgotten() -> None:
     (matrix,), (vector,) = (group["params"] for group in base.param_groups)
     assert list(groups.places) == [matrix]
     base.param_groups[0]["params"] = [torch.nn.Parameter(torch.ones(2, 3))]
-    there = groups.refresh().there
+    there = groups.refresh().remaining
     assert there is not None and matrix not in there and vector in there
     assert matrix not in groups.places and len(groups.places) == 1
 

@@ -22,7 +22,7 @@ from selective.base.fused_rules import fused_rule
 from selective.preconditioner import Carry, Preconditioner
 from selective.rotation import carry as carry_module
 from selective.rotation.basis import Carried
-from selective.rotation.carry import MomentCarrier, first_by, keep_above_zero, second_by
+from selective.rotation.carry import MomentCarrier, first_moment_map, keep_above_zero, second_moment_map
 from selective.rotation.moments import Entry, moments_of
 
 EPS = torch.finfo(torch.float32).eps
@@ -150,9 +150,9 @@ def test_without_the_floor_only_the_sum_is_bounded() -> None:
     turn = (hadamard / 8)[None]
     maps = Carry(left=turn, right=turn)
     m, v = torch.ones(1, 64, 64), torch.ones(1, 64, 64)
-    second = second_by(maps, "float32")
+    second = second_moment_map(maps, "float32")
     assert second is not None
-    m, v = first_by(maps, "float32")(m), second(v)
+    m, v = first_moment_map(maps, "float32")(m), second(v)
     assert float((m / v.sqrt()).max()) == pytest.approx(64, rel=1e-5)
     torch.testing.assert_close(v, torch.ones_like(v), rtol=1e-5, atol=0)
     p = torch.nn.Parameter(torch.zeros(64, 64))
@@ -259,7 +259,7 @@ def test_norms_follow_as_roots_and_keep_their_range() -> None:
     left = torch.stack([orthogonal(4, 1).float(), torch.eye(4)])
     for size in (1e-30, 1.0, 1e30):  # their squares are not numbers of float32
         norms = size * torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0))
-        change = second_by(Carry(left=left), "float32", squared=False)
+        change = second_moment_map(Carry(left=left), "float32", squared=False)
         assert change is not None
         wanted = (left.double().square() @ norms.double().square()).sqrt()
         torch.testing.assert_close(change(norms).double(), wanted, rtol=1e-5, atol=0)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selective import AdaDiag, Dense, Eigenbasis, SelectiveUpdate
 from selective.preconditioner import Carry, linalg
 from selective.preconditioner.linalg import LOOSE, align, batches, float32_products, in_precision, settle, stack
-from selective.rotation.carry import MomentCarrier, first_by, rewrite
+from selective.rotation.carry import MomentCarrier, first_moment_map, rewrite
 
 EPS = torch.finfo(torch.float32).eps
 MATMULS = ("mm", "bmm", "baddbmm", "matmul", "linalg_", "_linalg_", "cholesky", "triangular")
@@ -156,7 +156,7 @@ def test_what_stays_in_its_basis_is_not_rounded_to_tf32(precision: Any, kept: bo
     left[1], right[1] = torch.eye(4), torch.eye(5)
     right[2] = torch.eye(5)  # one side stays: the other one moves it
     before = moment.clone()
-    change = first_by(Carry(left=left, right=right), precision)
+    change = first_moment_map(Carry(left=left, right=right), precision)
     rewrite(moment, (3, 4, 5), change, precision=precision)
     assert torch.equal(moment[1], before[1]) == kept
     wanted = left[::2] @ before[::2] @ right[::2]

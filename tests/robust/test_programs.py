@@ -11,7 +11,7 @@ from program_run import SEEN, run
 from programs import Made, beginnings, params_of, programs
 
 from selective import Dense, Fixed, Policy, RandomMask, SelectiveUpdate, Soap, TopK
-from selective.state.parameter_state import Own
+from selective.state.parameter_state import OwnEntries
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
@@ -49,7 +49,7 @@ def forgets_the_step(patch: pytest.MonkeyPatch) -> None:
 
 
 def forgets_the_basis(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("selective.checkpoint.load.own_tensors", lambda entries, p: Own())
+    patch.setattr("selective.checkpoint.load.own_tensors", lambda entries, p: OwnEntries())
 
 
 def moves_all(patch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from selective.state.entries import BASIS_STEPS, MOMENTUM, POLICY, PRECONDITIONE
 from selective.state.fits import settle
 from selective.state.init_state import make_all_state
 from selective.state.store import refresh
-from selective.state.writing import StateHome
+from selective.state.writing import OptimizerStateBackend
 
 
 def test_it_is_made_once_and_of_what_is_masked() -> None:
@@ -89,8 +89,8 @@ def test_state_that_does_not_fit_is_refused_before_a_step() -> None:
     make_all_state(groups.plans, store)
     (matrix,) = base.param_groups[0]["params"]
     settle(groups.plans, store)
-    StateHome(base, groups, store, count).base_state()[matrix]["exp_avg"] = torch.zeros(2, 2)
+    OptimizerStateBackend(base, groups, store, count).base_state()[matrix]["exp_avg"] = torch.zeros(2, 2)
     settle(groups.plans, store)  # nobody has said that something was written
-    StateHome(base, groups, store, count).touched()
+    OptimizerStateBackend(base, groups, store, count).base_written()
     with pytest.raises(ValueError, match="'exp_avg' of its state has"):
         settle(groups.plans, store)

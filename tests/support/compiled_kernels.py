@@ -100,9 +100,9 @@ def parts_of_tensors(kinds: list[str], rules: list[str]) -> None:
                     items, StepSpec(rule, selection, strength, Draw(1, 2), statistics), local_step=plan.selective_step,
                     kernels=lambda item: by_kernels.ShardKernels,
                 )  # fmt: skip
-                one.go_on()
-                while one.asked is not None:
-                    one.go_on(one.asked.clone())
+                one.resume()
+                while one.pending_addends is not None:
+                    one.resume(one.pending_addends.clone())
 
 
 @triton.jit

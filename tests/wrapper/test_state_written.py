@@ -665,8 +665,8 @@ def test_zero_redundancy_resumes_bit_for_bit(bound: dict[str, Any], monkeypatch:
     try:
         assert_same(*resumed())
         # as it was: entries of ours were dropped from what was written
-        monkeypatch.setattr("selective.state.writing.StateHome._own_of", lambda *ignored: None)
-        monkeypatch.setattr("selective.state.writing._Made.judge", lambda *ignored: lambda: None)
+        monkeypatch.setattr("selective.state.writing.OptimizerStateBackend._own_of", lambda *ignored: None)
+        monkeypatch.setattr("selective.state.writing._Computed.judge", lambda *ignored: lambda: None)
         with pytest.raises(AssertionError):
             assert_same(*resumed())
     finally:

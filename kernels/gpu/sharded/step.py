@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...reference.strengths import Parts, multipliers
-from ...sharded.strengths import names_of_sums, needs_sums, select_everything, sums_with_ties, waits_for_selection
+from ...sharded.strengths import correct_first_step_sums, names_of_sums, needs_sums, sums_with_ties, waits_for_selection
 from ...spec import Item, StepSpec, Sums, SumsTable
 from ..device import config
 from ..device.config import derived
@@ -124,7 +124,7 @@ class ShardStep:
                 min=0
             )  # rounding may be < 0
         if self.moving is not None:
-            first = select_everything(sums, self.plan.lengths.to(torch.float64))
+            first = correct_first_step_sums(sums, self.plan.lengths.to(torch.float64))
             self.ranks[:, config.SEEN.value].copy_(~first)
         return sums
 
