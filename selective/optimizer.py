@@ -29,10 +29,10 @@ from selective.policies import Policy, policy_from
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 from selective.rotation.basis import MaskSpace
 from selective.sharding.dtensor import shard_of
-from selective.state.fits import settle
+from selective.state.check_before_step import check_state
 from selective.state.init_state import make_all_state
 from selective.state.merged_view import MergedState
-from selective.state.store import StateStore, refresh
+from selective.state.store import StateStore, follow_changes
 from selective.state.writing import OptimizerStateBackend
 from selective.statistics import StepStatistics
 from selective.step.gradients import any_nonzero_gradient, check_gradients, has_nonfinite
@@ -107,7 +107,7 @@ class SelectiveUpdate(Optimizer):
         self._constructing = False
         said = [(group, {key: group[key] for key in KEYS if key in group}) for group in base.param_groups]
         try:
-            refresh(self.groups, self.store)
+            follow_changes(self.groups, self.store)
             self.store.join_base(self.groups.plans)
             if self.groups.places:
                 warn_of_two_rotations(base)
@@ -162,13 +162,13 @@ class SelectiveUpdate(Optimizer):
         """Add a group to the base; a `policy` in it overrides the wrapper's for this group."""
         if self._constructing:
             return
-        refresh(self.groups, self.store)  # groups that were added on the base come before this one
+        follow_changes(self.groups, self.store)  # groups that were added on the base come before this one
         group = dict(param_group)
         taken = self.groups.take_in(group)
         self.base.add_param_group(group)
         self.policy_groups.append(taken)
         try:
-            refresh(self.groups, self.store)
+            follow_changes(self.groups, self.store)
         except Exception:
             self.base.param_groups.pop()
             self.policy_groups.pop()
@@ -214,7 +214,7 @@ class SelectiveUpdate(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()  # 1
-        refresh(self.groups, self.store)
+        follow_changes(self.groups, self.store)
         plans = self.groups.plans
         present = [plan.params.with_gradient() for plan in plans]
         check_gradients(plans, present)  # 2
@@ -227,7 +227,7 @@ class SelectiveUpdate(Optimizer):
         if has_nonfinite(present, self.options.on_nonfinite, self.count.steps):
             return loss
         if not recording:
-            settle(plans, self.store)
+            check_state(plans, self.store)
             fit_base_states(self.base, plans)
         report = StepStatistics() if self.options.statistics else None
         clocked = self.groups.clocked()
@@ -250,7 +250,7 @@ class SelectiveUpdate(Optimizer):
 
     def explain(self) -> str:
         """For each parameter group: its policy, how the update is captured and why, decay, momentum, extra memory."""
-        refresh(self.groups, self.store)
+        follow_changes(self.groups, self.store)
         return explain(self.base, self.groups.plans, self.options)
 
     def init_state(self) -> None:
@@ -260,7 +260,7 @@ class SelectiveUpdate(Optimizer):
         first step. Other bases make theirs in a step with zero gradients and learning rate 0, as
         torch.distributed.checkpoint does it; those that count steps have counted one then.
         """
-        refresh(self.groups, self.store)
+        follow_changes(self.groups, self.store)
         make_all_state(self.groups.plans, self.store)
 
     def state_dict(self) -> dict[str, Any]:
@@ -286,9 +286,9 @@ class SelectiveUpdate(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, checkpoint)
             checkpoint = checkpoint if result is None else checked_frame(result)
-        to_say = load(checkpoint, self.base, self.groups, self.store, self.count)
-        if to_say is not None:
-            warnings.warn(to_say, stacklevel=2)
+        warning = load(checkpoint, self.base, self.groups, self.store, self.count)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=2)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

@@ -1,4 +1,4 @@
-"""Step 7 over one chunk: mask times direction onto the decayed parameter, one read-modify-write."""
+"""Step 7 over one chunk: mask times -u onto the decayed parameter, one read-modify-write."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Applier:
         return chosen.mul_(self.selected).add_(others, alpha=self.rest)
 
     def __call__(
-        self, start: int, end: int, direction: Tensor, grad: Tensor, chosen: Tensor | None, totals: Totals | None
+        self, start: int, end: int, minus_update: Tensor, grad: Tensor, chosen: Tensor | None, totals: Totals | None
     ) -> None:
         """Step the elements of `[start, end)` and add them to `totals`.
 
@@ -80,20 +80,20 @@ class Applier:
         mask = self.selected if chosen is None else self._mask(chosen)
         masked = buffer("masked", count, self.dtype)
         if self.still:
-            mask = torch.mul(direction, grad, out=masked).ne_(0).mul_(mask)
+            mask = torch.mul(minus_update, grad, out=masked).ne_(0).mul_(mask)
             mask = buffer("selected", count, self.dtype).copy_(mask)
         if totals is not None:
-            torch.mul(direction, mask, out=masked)
-            totals.update_sq += float(torch.dot(direction, direction))
+            torch.mul(minus_update, mask, out=masked)
+            totals.update_sq += float(torch.dot(minus_update, minus_update))
             totals.grad_sq += float(torch.dot(grad, grad))
-            totals.update_grad -= float(torch.dot(direction, grad))
+            totals.update_grad -= float(torch.dot(minus_update, grad))
             totals.masked_sq += float(torch.dot(masked, masked))
         if self.offset != 0:
             mask = mask.sub_(self.offset) if isinstance(mask, Tensor) else mask - self.offset
         if not isinstance(mask, Tensor) and mask == 1.0:
-            masked = direction
+            masked = minus_update
         elif totals is None or self.offset != 0:
-            torch.mul(direction, mask, out=masked)
+            torch.mul(minus_update, mask, out=masked)
         self._write(start, end, masked)
 
     def _write(self, start: int, end: int, masked: Tensor) -> None:

@@ -24,7 +24,7 @@ SMALL = 2_048  # elements; up to here the whole tensor is ranked: fewer operatio
 WIDTH = 3.5  # half the bracket, in standard deviations of the last number's place: misses once in 2,000 tensors
 SORTED = 8_192  # numbers inside of a bracket; more than so many are ranked by a bracket once more
 
-Again = Callable[[int, int], tuple[Tensor, Tensor]]  # direction and gradient of a chunk
+Again = Callable[[int, int], tuple[Tensor, Tensor]]  # -u and gradient of a chunk
 
 
 class Matched:
@@ -39,29 +39,29 @@ class Matched:
         self.moving = 0 if still else numel  # the number that do not stand still
         self.theirs_sq = self.ours_sq = self.all_sq = 0.0
 
-    def add(self, direction: Tensor, grad: Tensor, selected: Tensor | None) -> None:
+    def add(self, minus_update: Tensor, grad: Tensor, selected: Tensor | None) -> None:
         """Add one chunk of the policy's selection: 1.0 and 0.0, None if everything is selected."""
-        n = direction.numel()
+        n = minus_update.numel()
         self.count += n if selected is None else _ones(selected)
         if self.still:
-            moves = self._moves(direction, grad)
+            moves = self._moves(minus_update, grad)
             moving = _ones(moves)
             self.moving += moving
             if moving < n:  # those that stand still have no part in a norm
-                direction = moves.mul_(direction)
+                minus_update = moves.mul_(minus_update)
         if not self.control.norm:
             return
-        every = float(torch.dot(direction, direction)) if selected is None or self.rest != 0 else 0.0
+        every = float(torch.dot(minus_update, minus_update)) if selected is None or self.rest != 0 else 0.0
         self.all_sq += every
         if selected is None:
             self.theirs_sq += every
         else:
-            chosen = torch.mul(direction, selected, out=buffer("products", n, self.dtype))
-            self.theirs_sq += float(torch.dot(chosen, direction))
+            chosen = torch.mul(minus_update, selected, out=buffer("products", n, self.dtype))
+            self.theirs_sq += float(torch.dot(chosen, minus_update))
 
-    def _moves(self, direction: Tensor, grad: Tensor) -> Tensor:
+    def _moves(self, minus_update: Tensor, grad: Tensor) -> Tensor:
         """1.0 where a coordinate moves if its multiplier is not 0, 0.0 where it stands still anyhow."""
-        return torch.mul(direction, grad, out=buffer("moves", direction.numel(), self.dtype)).ne_(0)
+        return torch.mul(minus_update, grad, out=buffer("moves", minus_update.numel(), self.dtype)).ne_(0)
 
     def draw(self, again: Again, marks: Tensor, selected: float, rest: float) -> float:
         """Fill `marks` (uint8, of the whole tensor) with 1 where the control selects, else 0.
@@ -104,12 +104,12 @@ class Matched:
             hashes = numbers.unfinished(self.random, self.address, start, n)
             upper = numbers.upper(hashes, buffer("upper", n, torch.uint8))
             part = torch.gt(upper, high, out=marks[start:end])
-            direction, grad = again(start, end) if self.control.norm or self.still else (None, None)
+            minus_update, grad = again(start, end) if self.control.norm or self.still else (None, None)
             inside = upper.sub_(low).le_(high - low)  # uint8: numbers below `low` wrap around
             if self.still:
-                assert direction is not None
+                assert minus_update is not None
                 assert grad is not None
-                moves = buffer("upper moves", n, torch.uint8).copy_(self._moves(direction, grad))
+                moves = buffer("upper moves", n, torch.uint8).copy_(self._moves(minus_update, grad))
                 part.mul_(moves)
                 inside.mul_(moves)
             chosen = buffer("selected", n, self.dtype).copy_(part)
@@ -117,9 +117,9 @@ class Matched:
             place = ones_of(inside)
             inner.append(hashes.index_select(0, place))
             if self.control.norm:
-                assert direction is not None
-                self.ours_sq += float(torch.dot(chosen.mul_(direction), direction))
-                squares.append(direction.index_select(0, place))
+                assert minus_update is not None
+                self.ours_sq += float(torch.dot(chosen.mul_(minus_update), minus_update))
+                squares.append(minus_update.index_select(0, place))
             places.append(place.add_(start))
         missing = self.count - count_above
         index = _joined(places)
@@ -154,11 +154,11 @@ class Matched:
             chosen.copy_(threshold.mark(t[start:end], start, t[start:end]))
             keep_marks(chosen, marks[start:end])
             if self.control.norm:
-                direction, grad = again(start, end)
-                chosen.mul_(direction)
+                minus_update, grad = again(start, end)
+                chosen.mul_(minus_update)
                 if self.still:
-                    chosen.mul_(self._moves(direction, grad))
-                self.ours_sq += float(torch.dot(chosen, direction))
+                    chosen.mul_(self._moves(minus_update, grad))
+                self.ours_sq += float(torch.dot(chosen, minus_update))
 
 
 def _ones(marks: Tensor) -> int:

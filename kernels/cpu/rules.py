@@ -1,6 +1,6 @@
 """Step 5 over one chunk: torch's own fused CPU kernels where they fit, the reference's rules elsewhere.
 
-The result is the direction `d = -u`, because a fused optimizer kernel leaves that in a parameter of zeros. So one pass
+The result is `minus_update`, -u, because a fused optimizer kernel leaves that in a parameter of zeros. So one pass
 over gradient and moments does all of the base's arithmetic, and the rest happens in the cache.
 """
 
@@ -22,14 +22,14 @@ from .chunks import Flat, buffer
 _FUSED_ADAM: Any = getattr(torch, "_fused_adam_", None)
 _FUSED_SGD: Any = getattr(torch, "_fused_sgd_", None)
 
-Run = Callable[["Mover", int, int, Tensor, Tensor], None]  # (mover, start, end, gradient, zeros that become d)
+Run = Callable[["Mover", int, int, Tensor, Tensor], None]  # (mover, start, end, gradient, zeros that become -u)
 
 
 @dataclass
 class Slice:
     """One chunk after the rule, as selections and strengths read it. Its tensors must not be written to."""
 
-    direction: Tensor  # -u
+    minus_update: Tensor  # -u
     grad: Tensor
     momentum: Tensor | None
     previous: Tensor | None
@@ -81,7 +81,7 @@ def _trusted(rule: Rule) -> bool:
         return False
     mover = Mover(theirs, rule, begin(theirs, rule), Flat(theirs, True), run)
     try:
-        direction = mover(0, 83, torch.empty_like(theirs.param)).direction
+        minus_update = mover(0, 83, torch.empty_like(theirs.param)).minus_update
     except (RuntimeError, TypeError):  # no CPU kernel in this build, or another signature
         return False
     moved = move(rule, begin(ours, rule), ours.param, ours.grad, ours.state, False)
@@ -91,7 +91,7 @@ def _trusted(rule: Rule) -> bool:
         return bool(((a - b).abs() <= 4 * eps * size).all())
 
     terms = 1.0 + ours.grad.abs()  # the moments are sums of terms of this size or less
-    return close(-direction, moved.update, moved.update.abs() + eps) and all(
+    return close(-minus_update, moved.update, moved.update.abs() + eps) and all(
         close(theirs.state[k], ours.state[k], terms) for k in ours.state
     )
 
@@ -155,7 +155,7 @@ class Mover:
         if not self.climbs:
             return piece
         momentum, previous = (None if x is None else -x for x in (piece.momentum, piece.previous))
-        return Slice(piece.direction, -piece.grad, momentum, previous)
+        return Slice(piece.minus_update, -piece.grad, momentum, previous)
 
     def _moved(self, start: int, end: int, out: Tensor, keep_previous: bool) -> Slice:
         grad = self.gradient(start, end)
@@ -174,10 +174,10 @@ class Mover:
         moved = self._bare(self.flat.param[start:end], grad, state, keep)
         rule = self.rule
         if isinstance(rule, GivenRule) and rule.negated and state["update"].dtype == self.dtype:
-            direction = state["update"]
+            minus_update = state["update"]
         else:
-            direction = torch.neg(moved.update, out=out)
-        return Slice(direction, moved.grad, moved.momentum, moved.previous_momentum)
+            minus_update = torch.neg(moved.update, out=out)
+        return Slice(minus_update, moved.grad, moved.momentum, moved.previous_momentum)
 
     def _bare(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], keep: bool) -> Advanced:
         """The reference's rule on a gradient that `maximize` and coupled decay have already been through."""

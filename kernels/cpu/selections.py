@@ -19,7 +19,7 @@ from .rules import Slice
 def negated_score(selection: Selection, rule: Rule, piece: Slice, out: Tensor) -> Tensor:
     """Write t = -score of a chunk to `out`, for the thresholds."""
     if selection.score == "update":
-        return torch.mul(piece.direction, piece.grad, out=out)
+        return torch.mul(piece.minus_update, piece.grad, out=out)
     assert piece.momentum is not None
     x = piece.momentum if selection.score == "momentum" else nesterov(rule, piece.momentum, piece.grad)
     return torch.mul(x, piece.grad, out=out).neg_()
@@ -64,7 +64,7 @@ class Selector:
     def _agreement(self, piece: Slice, out: Tensor) -> Tensor:
         strict, product = self.selection.strict, self.selection.product
         if product == "update":  # d = -u turns the comparison around
-            torch.mul(piece.direction, piece.grad, out=out)
+            torch.mul(piece.minus_update, piece.grad, out=out)
             return out.lt_(0) if strict else out.le_(0)
         x = piece.momentum if product == "momentum" else piece.previous
         assert x is not None

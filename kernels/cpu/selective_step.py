@@ -110,21 +110,21 @@ class _Step:
         pair = (1.0, 1.0) if self.k == 0 else (self.strength.selected, self.strength.rest)
         apply = self._applier(pair)
         for start, end in spans(self.numel):
-            out = buffer("direction", end - start, self.dtype)
+            out = buffer("minus_update", end - start, self.dtype)
             piece = self.mover(start, end, out, self.selector.keep_previous)
-            apply(start, end, piece.direction, piece.grad, self._select(start, end, piece), totals)
+            apply(start, end, piece.minus_update, piece.grad, self._select(start, end, piece), totals)
         return pair
 
     def _two_passes(self, totals: Totals | None) -> tuple[float, float]:
-        directions = self._directions()
+        minus_updates = self._minus_updates()
         marks = self._marks() if self.at_once else None
         collector = None if self.at_once else self._collector()
         self._keep_whole()
         for start, end in spans(self.numel):
-            piece = self.mover(start, end, directions[start:end], self.selector.keep_previous)
+            piece = self.mover(start, end, minus_updates[start:end], self.selector.keep_previous)
             self._first_pass(start, end, piece, marks, collector)
         if collector is not None:
-            marks = self._rank(directions, collector)
+            marks = self._rank(minus_updates, collector)
         selected, rest = self.strength.selected, self.strength.rest
         if self.strength.kind != "fixed":
             selected, rest = self.gatherer.multipliers(self.item, marks)
@@ -132,9 +132,11 @@ class _Step:
             selected = rest = 1.0
         if self.matched is not None:
             marks = self.scratch.get("marks", self.numel, torch.uint8)
-            scale = self.matched.draw(lambda a, b: (directions[a:b], self.mover.gradient(a, b)), marks, selected, rest)
+            scale = self.matched.draw(
+                lambda a, b: (minus_updates[a:b], self.mover.gradient(a, b)), marks, selected, rest
+            )
             selected, rest = selected * scale, rest * scale
-        self._second_pass(directions, marks, self._applier((selected, rest)), totals)
+        self._second_pass(minus_updates, marks, self._applier((selected, rest)), totals)
         return selected, rest
 
     def _marks(self) -> Tensor | None:
@@ -146,11 +148,11 @@ class _Step:
             return None
         return self.scratch.get("marks", self.numel, torch.uint8)
 
-    def _directions(self) -> Tensor:
+    def _minus_updates(self) -> Tensor:
         """Memory for d of the whole tensor; if a capture has left d in float32, the tensor that holds it."""
         if isinstance(self.rule, GivenRule) and self.rule.negated and self.flat.state["update"].dtype == self.dtype:
             return self.flat.state["update"]
-        return self.scratch.get("directions", self.numel, self.dtype)
+        return self.scratch.get("minus_updates", self.numel, self.dtype)
 
     def _keep_whole(self) -> None:
         """Allocate memory for what the second pass cannot form from d and g: anything with the momentum in it."""
@@ -187,17 +189,17 @@ class _Step:
         if self.at_once or self.strength.kind != "alignment":  # else it was added before anything was ranked
             self.gatherer.add(piece, selected)
         if self.matched is not None:
-            self.matched.add(piece.direction, piece.grad, selected)
+            self.matched.add(piece.minus_update, piece.grad, selected)
         if marks is not None:
             assert selected is not None
             keep_marks(selected, marks[start:end])
 
-    def _again(self, directions: Tensor, start: int, end: int) -> Slice:
+    def _again(self, minus_updates: Tensor, start: int, end: int) -> Slice:
         """The chunk once more, from what the first pass has left."""
         x = None if self.x is None else self.x[start:end]
-        return Slice(directions[start:end], self.mover.seen_gradient(start, end), x, None)
+        return Slice(minus_updates[start:end], self.mover.seen_gradient(start, end), x, None)
 
-    def _rank(self, directions: Tensor, collector: ranking.Collector) -> Tensor | None:
+    def _rank(self, minus_updates: Tensor, collector: ranking.Collector) -> Tensor | None:
         """Settle the threshold; mark the tensor if a strength or a control depends on what is selected."""
         self.threshold = collector.settle()
         if self.threshold is None:  # the bracket has missed
@@ -205,25 +207,25 @@ class _Step:
             if whole is None:
                 whole = torch.empty(self.numel, dtype=self.dtype, device="cpu")
                 for start, end in spans(self.numel):
-                    negated_score(self.selection, self.rule, self._again(directions, start, end), whole[start:end])
+                    negated_score(self.selection, self.rule, self._again(minus_updates, start, end), whole[start:end])
             self.threshold = ranking.exact(whole, self.k)
         if self.strength.kind in ("fixed", "alignment") and self.matched is None:
             return None
         marks = self._marks()
         for start, end in spans(self.numel):
-            self._note(start, end, self._again(directions, start, end), marks)
+            self._note(start, end, self._again(minus_updates, start, end), marks)
         return marks
 
-    def _second_pass(self, directions: Tensor, marks: Tensor | None, apply: Applier, totals: Totals | None) -> None:
+    def _second_pass(self, minus_updates: Tensor, marks: Tensor | None, apply: Applier, totals: Totals | None) -> None:
         for start, end in spans(self.numel):
-            piece = self._again(directions, start, end)
+            piece = self._again(minus_updates, start, end)
             if marks is not None:
                 selected: Tensor | None = buffer("selected", end - start, self.dtype).copy_(marks[start:end])
             elif self.k > 0:
                 selected = self._select(start, end, piece)
             else:
                 selected = None
-            apply(start, end, piece.direction, piece.grad, selected, totals)
+            apply(start, end, piece.minus_update, piece.grad, selected, totals)
 
 
 def selective_step(items: Sequence[Item], spec: StepSpec) -> list[Sums] | None:

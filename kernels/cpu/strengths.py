@@ -26,7 +26,7 @@ class Gatherer:
 
     def quantity(self, piece: Slice) -> Tensor:
         """The x whose norm is kept, up to its sign."""
-        x = {"update": piece.direction, "momentum": piece.momentum, "gradient": piece.grad}[self.strength.of]
+        x = {"update": piece.minus_update, "momentum": piece.momentum, "gradient": piece.grad}[self.strength.of]
         assert x is not None
         return x
 

@@ -209,7 +209,7 @@ class Batch:
         `own_clock`: seed and step are uploaded, because the wrapper has no clock on this device.
         """
         tables, mine = self.tables, self._mine(items)
-        self.refresh(hyper_parameters(spec), spec.selection)
+        self.upload_hyperparameters(hyper_parameters(spec), spec.selection)
         self._upload_steps(mine)
         gradients = [item.grad.data_ptr() for item in mine]
         if gradients != self.gradients:
@@ -219,7 +219,7 @@ class Batch:
         if own_clock:
             tables.fill("clock", tables.clock, [_signed64(spec.draw.seed), spec.draw.step])
 
-    def refresh(self, hyper: list[Scalar], selection: Selection) -> None:
+    def upload_hyperparameters(self, hyper: list[Scalar], selection: Selection) -> None:
         """Upload changed hyper-parameters. Those that are tensors on the device are copied there in every step."""
         tables = self.tables
         on_device = {i: v for i, v in enumerate(hyper) if isinstance(v, Tensor) and v.device.type != "cpu"}

@@ -56,7 +56,7 @@ class Plan:
                 batch.stepped(items)
         return sums
 
-    def refresh(self, selection: Selection, strength: Strength) -> None:
+    def upload_hyperparameters(self, selection: Selection, strength: Strength) -> None:
         """Upload changed hyper-parameters now, for the replays of a CUDA graph.
 
         Another kind of selection or strength would be another graph: then the recorded one goes on as it is.
@@ -66,7 +66,7 @@ class Plan:
             return
         for batch in self.batches:
             with on(batch.device):
-                batch.refresh(hyper_parameters(spec), selection)
+                batch.upload_hyperparameters(hyper_parameters(spec), selection)
 
 
 def _begin(item: Item, spec: StepSpec) -> bool:
@@ -111,7 +111,7 @@ def selective_step(items: Sequence[Item], spec: StepSpec) -> SumsTable | None:
         plan = Plan(arranged, spec, begins)
     if isinstance(items, ItemList) and not back and not any(begins):
         items.cache["plan"] = plan
-        items.cache["refresh"] = plan.refresh
+        items.cache["upload_hyperparameters"] = plan.upload_hyperparameters
     sums = plan.run(arranged, spec)
     for tensor, copy in back:
         tensor.copy_(copy)

@@ -33,7 +33,7 @@ class FusedRule:
         """Return True if the state has a first moment of the gradient."""
         return True
 
-    def moments(self, group: Group, entries: dict[str, Any], who: str) -> list[str]:
+    def checked_moment_names(self, group: Group, entries: dict[str, Any], who: str) -> list[str]:
         """Return the names of the saved `entries` that are shaped like the parameter.
 
         `group` is the saved one, whose flags decide which entries there have to be; `who` is the name of the base.
@@ -70,14 +70,14 @@ class FusedRule:
     def convert(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:
         """Turn an entry that a user has set to a number into the tensor that the base itself would have made."""
 
-    def rule(self, base: Optimizer, group: Group) -> spec.Rule:
+    def kernel_rule(self, base: Optimizer, group: Group) -> spec.Rule:
         """Return the hyper-parameters of `group` as a rule of the kernels."""
         raise TypeError(f"{type(self).__name__} must say how its rule is read off a group")
 
     def init_state(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:
         """Fill `state` as the base's own first step would."""
 
-    def after(self, group: Group) -> None:
+    def count_step_in_group(self, group: Group) -> None:
         """Change the group as the base does once a step."""
 
 
@@ -106,7 +106,7 @@ class FusedAdam(FusedRule):
         names = ["step", "exp_avg", "exp_avg_sq"]
         return (names + ["max_exp_avg_sq"], []) if group.get("amsgrad") else (names, ["max_exp_avg_sq"])
 
-    def rule(self, base: Optimizer, group: Group) -> spec.AdamRule:
+    def kernel_rule(self, base: Optimizer, group: Group) -> spec.AdamRule:
         beta1, beta2 = group["betas"]
         return spec.AdamRule(
             lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
@@ -141,7 +141,7 @@ class FusedSGD(FusedRule):
     def has_momentum(self, group: Group) -> bool:
         return group["momentum"] != 0
 
-    def rule(self, base: Optimizer, group: Group) -> spec.SGDRule:
+    def kernel_rule(self, base: Optimizer, group: Group) -> spec.SGDRule:
         names = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
         return spec.SGDRule(**{name: group[name] for name in names})
 
@@ -155,7 +155,7 @@ class FusedLion(FusedRule):
                 return f"{flag}={group[flag]}"
         return super().supports(group)
 
-    def rule(self, base: Optimizer, group: Group) -> spec.LionRule:
+    def kernel_rule(self, base: Optimizer, group: Group) -> spec.LionRule:
         lr, decay = group["lr"], group["weight_decay"]
         decoupled = bool(group.get("weight_decouple", True))
         factor = 1.0
@@ -170,7 +170,7 @@ class FusedLion(FusedRule):
     def init_state(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:
         state["exp_avg"] = torch.zeros_like(p)
 
-    def after(self, group: Group) -> None:
+    def count_step_in_group(self, group: Group) -> None:
         group["step"] = group.get("step", 0) + 1
 
 

@@ -25,7 +25,7 @@ from selective.policies import Dense, Policy
 from selective.rotation.rotation import Rotation
 
 CaptureName = Literal["auto", "fused", "scratch", "delta"]
-Layout = frozenset[tuple[torch.dtype, str, int]]  # of a group's parameters: dtype, device type, number of dimensions
+ParamKinds = frozenset[tuple[torch.dtype, str, int]]  # of parameters: dtype, device type, number of dimensions
 
 
 @dataclass(frozen=True)
@@ -48,31 +48,37 @@ class Capture:
         """Make the job of this group in one step."""
         if self.way == "fused":
             assert self.rule is not None
-            return FusedJob(context, group, parameters, policy, self.facts, rule=self.rule, kept_items=kept_items)
+            return FusedJob(context, group, parameters, policy, self.facts, fused_rule=self.rule, kept_items=kept_items)
         if self.way == "dense":
             return DenseJob(context, group, parameters, policy, self.facts)
         cls = ScratchJob if self.way == "scratch" else DeltaJob
         return cls(context, group, parameters, policy, self.facts, kept_items=kept_items)
 
     def rotated_job(
-        self, beside: Job, parameters: list[Parameter], rotation: Rotation, kept_items: KeptItems, alone: bool
+        self,
+        unrotated_job: Job,
+        parameters: list[Parameter],
+        rotation: Rotation,
+        kept_items: KeptItems,
+        all_rotated: bool,
     ) -> RotatedJob:
         """Make the job of a group's rotated parameters.
 
-        `beside` is the job of the group's other parameters. `alone` is True if there are none, so that it does nothing.
+        `unrotated_job` is the job of the group's other parameters. `all_rotated` is True if there are none, so that it
+        has nothing to do.
         """
-        context, policy = beside.context, beside.policy
+        context, policy = unrotated_job.context, unrotated_job.policy
         if isinstance(policy, Dense):  # it has no statistics without a rotation either, and reads no momentum of ours
             context = replace(context, report=None, own_momentum=None, momentum_beta=None)
         options: Any = {"rotation": rotation, "kept_items": kept_items}
         if self.way == "fused":
             options |= {
-                "rule": self.rule,
-                "hides_gradients": isinstance(beside, DenseJob) and not alone,
-                "alone": alone,
+                "fused_rule": self.rule,
+                "hides_gradients": isinstance(unrotated_job, DenseJob) and not all_rotated,
+                "all_rotated": all_rotated,
             }
         cls = {"fused": RotatedFusedJob, "scratch": RotatedScratchJob, "delta": RotatedDeltaJob}[self.way]
-        return cls(context, beside.group, parameters, policy, self.facts, **options)
+        return cls(context, unrotated_job.group, parameters, policy, self.facts, **options)
 
     def keeps_residue(self, param: Tensor) -> bool:
         """True if we keep the rounding residue of this parameter, as the base would have done without us."""
@@ -148,11 +154,11 @@ def _why_delta(group: dict[str, Any], facts: BaseFacts) -> str | None:
 
 
 def capture_key(
-    base: Optimizer, group: dict[str, Any], layout: Layout, classes: tuple[type, ...], needs: frozenset[str]
+    base: Optimizer, group: dict[str, Any], param_kinds: ParamKinds, classes: tuple[type, ...], needs: frozenset[str]
 ) -> tuple[object, ...]:
     """Return everything that the choice of a capture depends on; the last entry is `classes`.
 
-    While the key is the same, the choice is not made again. `layout` is the group's; `classes` are the policy's
+    While the key is the same, the choice is not made again. `param_kinds` is the group's; `classes` are the policy's
     `state_classes`, and `needs` is what it reads: the caller has them at hand.
     """
     skip = ("params", "lr", "step", "initial_lr", "param_names")
@@ -162,4 +168,4 @@ def capture_key(
         for k, v in group.items()
         if k not in skip and isinstance(v, (bool, str, int, float))
     )
-    return type(base), replaced_step(base) is not None, flags, layout, needs, classes
+    return type(base), replaced_step(base) is not None, flags, param_kinds, needs, classes

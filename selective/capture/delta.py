@@ -37,7 +37,7 @@ class DeltaJob(GenericJob):
         self.left: dict[Tensor, Tensor] = {}  # low-precision parameters -> their float32 copies after the base's step
         self.started: dict[int, Tensor] = {}  # index of such a parameter -> its value before, with the residue
 
-    def prepare(self) -> None:
+    def before_base(self) -> None:
         self.remember()
         low = [i for i, before in enumerate(self.saved) if before.dtype in LOW_PRECISION]
         if low:
@@ -56,11 +56,11 @@ class DeltaJob(GenericJob):
         self.stand_ins.enter()
 
     def _residues(self, indices: Sequence[int]) -> list[Tensor]:
-        return [self.context.own_residue(self.parameters[i], self.policy) for i in indices]
+        return [self.context.own_residue(self.parameters[i]) for i in indices]
 
-    def finish(self) -> None:
+    def after_base(self) -> None:
         self.left = {p: stand_in.detach() for p, stand_in in self.stand_ins.give_back().items()}
-        super().finish()
+        super().after_base()
 
     def rule_factors(self) -> Sequence[spec.Scalar]:
         return [1.0] * len(self.parameters)  # the start is the parameter after the base's step, decay included

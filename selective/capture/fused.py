@@ -24,20 +24,20 @@ class FusedJob(Job):
 
     steps_base = False
 
-    def __init__(self, *args: Any, rule: FusedRule, kept_items: KeptItems, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, fused_rule: FusedRule, kept_items: KeptItems, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.fused, self.kept_items = rule, kept_items
+        self.fused_rule, self.kept_items = fused_rule, kept_items
         self.specs = kept_items.specs(self.policy, self.parameters)
         self.own_code = self.specs is None
 
-    def prepare(self) -> None:
+    def before_base(self) -> None:
         if self.own_code:  # it may raise half-way through the group, which is restored then
             self.saved = [parameter.tensor.clone() for parameter in self.parameters]
 
-    def finish(self) -> None:
-        rule = self.fused.rule(self.context.base, self.group)
-        make_state = partial(self.fused.init_state, self.group)
-        with self.kept_items.of(self.context, self.parameters, self.policy, make_state) as all_items:
+    def after_base(self) -> None:
+        rule = self.fused_rule.kernel_rule(self.context.base, self.group)
+        make_state = partial(self.fused_rule.init_state, self.group)
+        with self.kept_items.with_gradients(self.context, self.parameters, self.policy, make_state) as all_items:
             for device_items in all_items:
                 if self.specs is None:
                     for parameter, item in zip(device_items.parameters, device_items.items, strict=True):
@@ -45,7 +45,7 @@ class FusedJob(Job):
                     device_items.let_go()
                 else:
                     self._step_in_kernel(device_items, rule, *self.specs)
-        self.fused.after(self.group)
+        self.fused_rule.count_step_in_group(self.group)
 
     def _step_in_kernel(
         self, device_items: DeviceItems, rule: spec.Rule, selection: spec.Selection, strength: spec.Strength

@@ -52,7 +52,7 @@ class GenericJob(RememberingJob):
         """Return the factor on each parameter's `start`."""
         return self.factors
 
-    def finish(self) -> None:
+    def after_base(self) -> None:
         beta = self._lookahead()
         for factor, indices in self._calls():
             self.step(indices, spec.GivenRule(factor, self.offset, self.negated, beta, self.rate))
@@ -128,7 +128,7 @@ class GenericJob(RememberingJob):
             state["momentum"] = momentum
         if previous is not None:
             state["previous_momentum"] = previous
-        policy_state, p = self.context.own_state(parameter, self.policy), parameter.tensor
+        policy_state, p = self.context.own_state(parameter), parameter.tensor
         shard = None if self.context.local_scope else shard_of(p)
         state = {key: local_like(value, p) for key, value in state.items()}
         gradient = local_like(captured.update if grad is None else grad, p)

@@ -94,7 +94,7 @@ class KeptItems:
         self._asked = None
 
     @contextmanager
-    def of(
+    def with_gradients(
         self, context: StepContext, parameters: list[Parameter], policy: Policy, make_state: Callable[..., None]
     ) -> Iterator[list[DeviceItems]]:
         """Hand out the items of these parameters by device, with the present gradients and state.
@@ -136,10 +136,10 @@ class KeptItems:
     def specs(self, policy: Policy, parameters: list[Parameter]) -> Specs | None:
         """Return `policy` in the kernels' terms; None if its own code has to run on these parameters.
 
-        `parameters` is compared by identity, as in `of`.
+        `parameters` is compared by identity, as in `with_gradients`.
         """
         described = self.describe(policy)
-        if described.is_anywhere:
+        if described.same_for_all_parameters:
             return described.specs
         backend, asked = backend_in_use(), self._asked
         if asked is None or asked[0] is not parameters or asked[1] != backend:
@@ -151,12 +151,12 @@ class KeptItems:
     def policy_changed(self, policy: Policy) -> None:
         """Write the policy's numbers into the tables on the device, from which replays of a CUDA graph read them."""
         for device_items in (*self.recorded, *self._lists):
-            refresh = device_items.items.cache.get("refresh")
-            if refresh is None or device_items.policy_class is not type(policy):
+            upload = device_items.items.cache.get("upload_hyperparameters")
+            if upload is None or device_items.policy_class is not type(policy):
                 continue  # a policy of another class: the graph goes on as it was recorded
             specs = specs_of(policy)
             if specs is not None:
-                refresh(*specs)
+                upload(*specs)
 
 
 def _build(
@@ -173,7 +173,7 @@ def _build(
                 p.device, [], [], spec.ItemList(), type(policy), dtensors=key[1], is_sharded=key[2]
             )
             by_kind[key] = device_items
-        policy_state = context.own_state(parameter, policy)
+        policy_state = context.own_state(parameter)
         device_items.parameters.append(parameter)
         device_items.names.append(parameter.name)
         device_items.states.append(state)

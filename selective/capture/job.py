@@ -26,9 +26,9 @@ class StepContext:
 
     base: Optimizer
     draw: spec.Draw
-    own_state: Callable[[Parameter, Policy], dict[str, Tensor]]  # the policy's state of a parameter, made if missing
-    own_residue: Callable[[Parameter, Policy], Tensor]  # our rounding residue, for bases that would keep one
-    own_momentum: Callable[[Parameter, Policy], Tensor] | None  # with `momentum_beta`: our own first moment
+    own_state: Callable[[Parameter], dict[str, Tensor]]  # the policy's state of a parameter, made if missing
+    own_residue: Callable[[Parameter], Tensor]  # our rounding residue, for bases that would keep one
+    own_momentum: Callable[[Parameter], Tensor] | None  # with `momentum_beta`: our own first moment
     momentum_beta: float | None
     report: StepStatistics | None  # where statistics go; None: not wanted
     own_table: object  # what `own_state` reads; another object as soon as a parameter's entries are replaced
@@ -45,10 +45,10 @@ class StepContext:
 
 @dataclass
 class Job:
-    """One parameter group's part of a step. `prepare` runs before the base's step, `finish` after it.
+    """One parameter group's part of a step. `before_base` runs before the base's step, `after_base` after it.
 
-    `prepare` changes no parameter, but may exchange its memory. `restore` puts the parameters back to their values
-    before `prepare`.
+    `before_base` changes no parameter, but may exchange its memory. `restore` puts the parameters back to their values
+    before `before_base`.
     """
 
     context: StepContext
@@ -65,9 +65,9 @@ class Job:
         """True if the policy runs code of its own, which may raise."""
         return has_own_code(self.policy, [parameter.tensor for parameter in self.parameters])
 
-    def prepare(self) -> None: ...
+    def before_base(self) -> None: ...
 
-    def finish(self) -> None: ...
+    def after_base(self) -> None: ...
 
     def restore(self) -> None:
         for parameter, saved in zip(self.parameters, self.saved, strict=False):
@@ -79,6 +79,6 @@ class DenseJob(Job):
 
     keep_copy = False  # True if other groups run a policy's own code, which may raise: then there is a copy to restore
 
-    def prepare(self) -> None:
+    def before_base(self) -> None:
         if self.keep_copy:
             self.saved = copies([parameter.tensor for parameter in self.parameters])

@@ -113,7 +113,7 @@ def run_mask(
     With `gathered`, `tensors` are whole tensors, and `gathered` is this rank's shard of them. With `shard`, `tensors`
     are this shard.
     """
-    state = context.own_state(parameter, policy)
+    state = context.own_state(parameter)
     seen = {key: local_of(value) if gathered is None else whole_of(value) for key, value in state.items()}
     view = make_view(context, policy, parameter, tensors, dict(seen), shard)
     result = policy.mask(view)

@@ -82,7 +82,7 @@ class RememberingJob(Job):
 
     def _own_momenta(self, indices: Sequence[int]) -> list[Tensor]:
         assert self.context.own_momentum is not None
-        return [self.context.own_momentum(self.parameters[i], self.policy) for i in indices]
+        return [self.context.own_momentum(self.parameters[i]) for i in indices]
 
     def _stored_momentum(self, p: Tensor) -> tuple[Tensor, bool]:
         """Return the base's first moment, or zeros if there is none yet, and True if it shares the base's memory."""

@@ -47,7 +47,7 @@ class RotatedJob(GenericJob):
         self.count = len(self.parameters)
         self.grads, self.previous = [None] * self.count, [None] * self.count
 
-    def prepare(self) -> None:
+    def before_base(self) -> None:
         """Take step 3, refresh and carry, and get the gradients of step 4."""
         if self.own_code:
             self.saved = foreach.copies(self.tensors())
@@ -87,7 +87,7 @@ class RotatedJob(GenericJob):
         around = as_it_is
         if basis.gathers and basis.shard is not None:
             around = partial(through_gather, basis.shard, basis.whole)
-        own_momenta = [] if self.context.own_momentum is None else [self.context.own_momentum(parameter, self.policy)]
+        own_momenta = [] if self.context.own_momentum is None else [self.context.own_momentum(parameter)]
         self._carrier.carry(parameter.tensor, basis.shape, carried, own_momenta, around)
 
     @cached_property

@@ -22,32 +22,34 @@ from selective.sharding.dtensor import is_dtensor, local_like, wrapped_like
 class RotatedFusedJob(RotatedJob):
     """The job of rotated parameters whose rule our kernels compute on the base's own state.
 
-    `hides_gradients`: True if the base steps the rest of the group, and must not step these. `alone`: True if the group
-    has no other parameters.
+    `hides_gradients` is True if the base steps the rest of the group, and must not step these. `all_rotated` is True if
+    the group has no other parameters.
     """
 
     steps_base = False
 
-    def __init__(self, *args: Any, rule: FusedRule, hides_gradients: bool, alone: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, fused_rule: FusedRule, hides_gradients: bool, all_rotated: bool, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.fused, self.hides_gradients, self.alone = rule, hides_gradients, alone
+        self.fused_rule, self.hides_gradients, self.all_rotated = fused_rule, hides_gradients, all_rotated
         self.hidden = LentGradients()
 
-    def prepare(self) -> None:
-        super().prepare()
+    def before_base(self) -> None:
+        super().before_base()
         self.factors = self._factors()
         if self.hides_gradients:  # the base skips parameters without a gradient
             for p in self.tensors():
                 self.hidden.lend(p, None)
 
-    def finish(self) -> None:
+    def after_base(self) -> None:
         self.hidden.give_back()
         in_kernel = self.specs is not None and not self.in_original
         for indices in self.rotation.buckets(self.moving, self.rotation.bucket_elements(narrow=in_kernel)):
             grads = [self.gradients[i] for i in indices]
             self._step(indices, self.rotation.gradients_in(indices, grads, narrow=in_kernel), in_kernel)
-        if self.alone:  # otherwise the group's other job does it
-            self.fused.after(self.group)
+        if self.all_rotated:  # otherwise the group's other job does it
+            self.fused_rule.count_step_in_group(self.group)
         self.close()
 
     def restore(self) -> None:
@@ -56,7 +58,7 @@ class RotatedFusedJob(RotatedJob):
 
     def _step(self, indices: list[int], rotated: list[Tensor], in_kernel: bool) -> None:
         """Step one bucket on its rotated gradients; with `in_kernel` the kernel of the rule also masks."""
-        rule = self.fused.rule(self.context.base, self.group)
+        rule = self.fused_rule.kernel_rule(self.context.base, self.group)
         # Coupled decay and `maximize` are in the gradient already, decoupled decay is a factor on the parameter.
         undecayed: Any = {"decay_factor": 1.0} if isinstance(rule, spec.LionRule) else {}
         rule = replace(rule, weight_decay=0.0, maximize=False, **undecayed)
@@ -67,7 +69,7 @@ class RotatedFusedJob(RotatedJob):
             p = self.parameters[i].tensor
             state = self.context.base.state[p]
             if not state:
-                self.fused.init_state(self.group, p, state)
+                self.fused_rule.init_state(self.group, p, state)
             if isinstance(rule, spec.SGDRule) and state.get("momentum_buffer") is None:
                 without_buffer.append((self.base_dtype(i), state))
             base_states.append(state)
@@ -76,7 +78,7 @@ class RotatedFusedJob(RotatedJob):
         buffers = self.zeros(indices, torch.float32 if without_buffer else rotated[0].dtype)
         items = []
         for i, buffer, grad, state in zip(indices, buffers, rotated, states, strict=True):
-            policy_state = self.context.own_state(self.parameters[i], self.policy)
+            policy_state = self.context.own_state(self.parameters[i])
             items.append(spec.Item(buffer, grad, state, self._address(i), policy_state, self.shard(i)))
         if in_kernel:
             self.waiting.update(zip(indices, buffers, strict=True))

@@ -31,8 +31,8 @@ class SwappedJob(RotatedJob):
         self.raw: list[Tensor] = []  # the parameters' own gradients
         self.lent = LentGradients()
 
-    def prepare(self) -> None:
-        super().prepare()
+    def before_base(self) -> None:
+        super().before_base()
         for indices in self.rotation.buckets(self.moving):
             self.rotated.update(zip(indices, self.rotated_gradients(indices), strict=True))
         if "previous_momentum" in self.reads:
@@ -55,7 +55,7 @@ class SwappedJob(RotatedJob):
         self.lent.give_back()
         self.data, self.raw = [], []
 
-    def finish(self) -> None:
+    def after_base(self) -> None:
         left = self.left_by_base()
         self._swap_back()
         for indices in self.rotation.buckets(self.moving):
@@ -156,7 +156,7 @@ class RotatedDeltaJob(SwappedJob):
         return [v + self._residue(i) if i in self.with_residue else v for i, v in zip(indices, values, strict=True)]
 
     def _residue(self, index: int) -> Tensor:
-        return self.context.own_residue(self.parameters[index], self.policy)
+        return self.context.own_residue(self.parameters[index])
 
     def _starts(self, indices: Sequence[int]) -> list[Tensor]:
         starts = zip(indices, super()._starts(indices), strict=True)

@@ -46,7 +46,7 @@ class ScratchJob(GenericJob):
         self.exchanged = memory
         return [values[i] for i in range(len(tensors))]
 
-    def prepare(self) -> None:
+    def before_base(self) -> None:
         self.remember()
         tensors = self.tensors()
         if self.is_coupled:  # the base would decay the zeros, so the decay is added to its gradients
@@ -77,10 +77,10 @@ class ScratchJob(GenericJob):
             captured.append(Captured(self.left[i], p, p) if i in self.left else Captured(p, self.saved[i], p))
         return captured
 
-    def finish(self) -> None:
+    def after_base(self) -> None:
         self.lent.give_back()
         self.left = self._give_memory_back()
-        super().finish()
+        super().after_base()
         self.left = {}
 
     def restore(self) -> None:

@@ -39,38 +39,40 @@ def _must_be(value: Any, kind: Any, name: str, what: str) -> None:
         raise CheckpointMismatch(f"the checkpoint's {what} is a {type(value).__name__}, must be {name}")
 
 
-def check_layout(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+def check_group_sizes(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
     """Refuse a checkpoint whose groups are not of the same sizes as these, or that names a parameter twice."""
-    saved, live = state_dict["param_groups"], groups
-    if len(saved) != len(live):
-        raise CheckpointMismatch(f"the checkpoint has {len(saved)} parameter groups, the optimizer {len(live)}")
-    for number, (theirs, ours) in enumerate(zip(saved, live, strict=True)):
-        if len(theirs["params"]) != len(ours["params"]):
+    saved_groups = state_dict["param_groups"]
+    if len(saved_groups) != len(groups):
+        raise CheckpointMismatch(
+            f"the checkpoint has {len(saved_groups)} parameter groups, the optimizer {len(groups)}"
+        )
+    for number, (saved, live) in enumerate(zip(saved_groups, groups, strict=True)):
+        if len(saved["params"]) != len(live["params"]):
             raise CheckpointMismatch(
-                f"parameter group {number} has {len(theirs['params'])} parameters in the checkpoint, "
-                f"{len(ours['params'])} in the optimizer"
+                f"parameter group {number} has {len(saved['params'])} parameters in the checkpoint, "
+                f"{len(live['params'])} in the optimizer"
             )
-        stray = next((key for key in KEYS if key in theirs and key not in ours), None)
+        stray = next((key for key in KEYS if key in saved and key not in live), None)
         if stray is not None:
             raise CheckpointMismatch(
                 f"the checkpoint's param_groups[{number}] has a {stray!r}, which a checkpoint of ours keeps elsewhere"
             )
-    order = [index for group in saved for index in group["params"]]
+    saved_indices = [index for group in saved_groups for index in group["params"]]
     named: dict[Any, Any] = {}
-    for index, p in zip(order, (p for group in live for p in group["params"]), strict=True):
+    for index, p in zip(saved_indices, (p for group in groups for p in group["params"]), strict=True):
         if named.setdefault(index, p) is not p:  # one that is named twice here, too, is stepped twice by the base
             raise CheckpointMismatch(f"the checkpoint's param_groups name parameter {index!r} twice")
 
 
-def check_entries(ours: Mapping[Any, Mapping[str, Any]], order: Sequence[Any]) -> dict[str, int]:
+def step_and_seed_of(wrapper_entries: Mapping[Any, Mapping[str, Any]], saved_indices: Sequence[Any]) -> dict[str, int]:
     """Return the step count and the seed by entry name; refuse entries that the wrapper would not have made.
 
     What depends on policies, preconditioners and shapes is checked later. The numbers in a tensor of the right shape
     can't be checked.
     """
     numbers: dict[str, int] = {}
-    known = set(order)
-    for index, entries in ours.items():
+    known = set(saved_indices)
+    for index, entries in wrapper_entries.items():
         if index not in known:
             raise CheckpointMismatch(f"the checkpoint's state has a parameter {index!r}, its groups don't")
         _check_complete(entries, index)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.base.mismatch import CheckpointMismatch
-from selective.checkpoint.frame import check_entries, check_layout
+from selective.checkpoint.frame import check_group_sizes, step_and_seed_of
 from selective.checkpoint.matches_base import check_base
-from selective.checkpoint.matches_basis import advice, checked_preconditioners
+from selective.checkpoint.matches_basis import checked_preconditioners, first_warning
 from selective.checkpoint.matches_policies import checked_policies
 from selective.checkpoint.rollback import rollback
 from selective.kernels.lasting import lasting
@@ -22,8 +22,8 @@ from selective.sharding.dtensor import is_dtensor
 from selective.sharding.gathering import cut_like
 from selective.state.entries import BASIS_STEPS, POLICY, SEED, STEP, base_part, decode_note, own_part, restore_dtypes
 from selective.state.parameter_state import own_tensors
-from selective.state.rotation_state import bring_home, enter_basis, fresh_basis
-from selective.state.store import StateStore, refresh
+from selective.state.rotation_state import fresh_basis, place_loaded_bases, rotate_moments_into
+from selective.state.store import StateStore, follow_changes
 from selective.step_count import StepCount
 
 
@@ -34,49 +34,53 @@ def load(
 
     What can be known beforehand is checked before anything is loaded; where the base refuses it later, all is put back.
     """
-    refresh(groups, store)
-    check_layout(checkpoint, base.param_groups)
-    order = [index for group in checkpoint["param_groups"] for index in group["params"]]
-    ours = own_part(checkpoint)
-    numbers = check_entries(ours, order)
-    policies = checked_policies(groups.plans, store, order, ours)
-    preconditioners = checked_preconditioners(groups.plans, order, ours)
-    theirs = _cut(base, order, base_part(checkpoint))
-    names = {decode_note(entries[POLICY]) for entries in ours.values()} - {""}
-    check_base(base, groups.plans, theirs, names, ours)
-    to_say = advice(preconditioners, groups.plans)
+    follow_changes(groups, store)
+    check_group_sizes(checkpoint, base.param_groups)
+    saved_indices = [index for group in checkpoint["param_groups"] for index in group["params"]]
+    wrapper_entries = own_part(checkpoint)
+    numbers = step_and_seed_of(wrapper_entries, saved_indices)
+    policies = checked_policies(groups.plans, store, saved_indices, wrapper_entries)
+    preconditioners = checked_preconditioners(groups.plans, saved_indices, wrapper_entries)
+    base_entries = _cut(base, saved_indices, base_part(checkpoint))
+    base_classes = {decode_note(entries[POLICY]) for entries in wrapper_entries.values()} - {""}
+    check_base(base, groups.plans, base_entries, base_classes, wrapper_entries)
+    warning = first_warning(preconditioners, groups.plans)
     with rollback(base, groups, store, count, _cant_be_loaded):
-        _load_base(base, order, theirs)
+        _load_base(base, saved_indices, base_entries)
         _load_policies(groups, policies, preconditioners)
         params = (p for group in base.param_groups for p in group["params"])
-        store.table = {p: own_tensors(ours[i], p) for i, p in zip(order, params, strict=True) if i in ours}
+        store.table = {
+            p: own_tensors(wrapper_entries[i], p)
+            for i, p in zip(saved_indices, params, strict=True)
+            if i in wrapper_entries
+        }
         count.set(steps=numbers.get(STEP, 0), seed=numbers.get(SEED))
-        refresh(groups, store)
-        bring_home(groups.plans, store.table)
+        follow_changes(groups, store)
+        place_loaded_bases(groups.plans, store.table)
         _make_missing_bases(groups, store)
-    return to_say
+    return warning
 
 
 def _cant_be_loaded(reason: str) -> CheckpointMismatch:
     return CheckpointMismatch(f"the checkpoint can't be loaded ({reason})")
 
 
-def _cut(base: Optimizer, order: Sequence[Any], theirs: dict[str, Any]) -> dict[str, Any]:
+def _cut(base: Optimizer, saved_indices: Sequence[Any], base_entries: dict[str, Any]) -> dict[str, Any]:
     """Return the base's part of a checkpoint with the whole tensors of sharded parameters cut to this rank's parts."""
-    params = dict(zip(order, (p for group in base.param_groups for p in group["params"]), strict=True))
+    params = dict(zip(saved_indices, (p for group in base.param_groups for p in group["params"]), strict=True))
     if not any(map(is_dtensor, params.values())):
-        return theirs
+        return base_entries
     state = {
         index: {k: cut_like(v, params[index]) if isinstance(v, Tensor) else v for k, v in entries.items()}
-        for index, entries in theirs["state"].items()
+        for index, entries in base_entries["state"].items()
         if index in params
     }
-    return {**theirs, "state": state}
+    return {**base_entries, "state": state}
 
 
-def _load_base(base: Optimizer, order: Sequence[Any], theirs: dict[str, Any]) -> None:
+def _load_base(base: Optimizer, saved_indices: Sequence[Any], base_entries: dict[str, Any]) -> None:
     before = [dict(group) for group in base.param_groups]
-    base.load_state_dict(theirs)
+    base.load_state_dict(base_entries)
     for number, (old, new) in enumerate(zip(before, base.param_groups, strict=True)):
         missing = [key for key in old if key in base.defaults and key not in new]
         if missing:  # only now: the base may know how to read older checkpoints of its own
@@ -85,9 +89,9 @@ def _load_base(base: Optimizer, order: Sequence[Any], theirs: dict[str, Any]) ->
                 f"{', '.join(map(repr, missing))}"
             )
     params = [p for group in base.param_groups for p in group["params"]]
-    for index, p in zip(order, params, strict=True):
-        if index in theirs["state"]:
-            restore_dtypes(base.state[p], theirs["state"][index])
+    for index, p in zip(saved_indices, params, strict=True):
+        if index in base_entries["state"]:
+            restore_dtypes(base.state[p], base_entries["state"][index])
 
 
 def _load_policies(
@@ -111,4 +115,4 @@ def _make_missing_bases(groups: Groups, store: StateStore) -> None:
             if own is not None and BASIS_STEPS not in own and plan.rotated_as(parameter) is not None:
                 with lasting():
                     own.update(fresh_basis(plan, parameter))
-                enter_basis(store.base, plan, parameter, own)
+                rotate_moments_into(store.base, plan, parameter, own)

@@ -19,20 +19,20 @@ def check_base(
     plans: Sequence[GroupPlan],
     saved: Mapping[str, Any],
     names: Collection[str],
-    ours: Collection[Any],
+    wrapper_entries: Collection[Any],
 ) -> None:
     """Refuse what another optimizer or another model has saved.
 
     Args:
         saved: the base's part of the checkpoint.
         names: those of the classes that it was saved with.
-        ours: the parameters of which the checkpoint has entries of ours.
+        wrapper_entries: the parameters of which the checkpoint has entries of ours.
     """
     same = [check_class(name, base) for name in sorted(names)]
     is_same = bool(same) and all(same)
     for group, plan in zip(saved["param_groups"], plans, strict=True):
         check_options(base, group)
-        _check_complete(plan, group, saved["state"], ours)
+        _check_complete(plan, group, saved["state"], wrapper_entries)
         members = zip(group["params"], plan.params.parameters, strict=True)
         shaped = [(saved["state"].get(index), member) for index, member in members if not is_lazy(member.tensor)]
         stepped = [(entries, member) for entries, member in shaped if entries]
@@ -43,10 +43,12 @@ def check_base(
             check_first_state(base, group, plan.group, states, plan.capture.facts.residue)
 
 
-def _check_complete(plan: GroupPlan, group: dict[str, Any], states: Mapping[Any, Any], ours: Collection[Any]) -> None:
+def _check_complete(
+    plan: GroupPlan, group: dict[str, Any], states: Mapping[Any, Any], wrapper_entries: Collection[Any]
+) -> None:
     """Refuse a group of which only some of the parameters that have stepped have entries of ours."""
     stepped = [index for index in group["params"] if states.get(index)]
-    lacking = [index for index in stepped if index not in ours]
+    lacking = [index for index in stepped if index not in wrapper_entries]
     if not plan.is_dense and 0 < len(lacking) < len(stepped):  # of a dense group only what is rotated has entries
         raise CheckpointMismatch(
             f"the checkpoint has entries of ours for {len(stepped) - len(lacking)} of the {len(stepped)} "
@@ -62,7 +64,7 @@ def _check_moments(
     rule, key = fused_rule(base), plan.capture.facts.momentum_key
     keys = [] if key is None else [key]
     if rule is not None:
-        keys = rule.moments(group, entries, type(base).__name__)
+        keys = rule.checked_moment_names(group, entries, type(base).__name__)
     for key in keys:
         shape = getattr(entries.get(key), "shape", member.tensor.shape)
         if shape != member.tensor.shape:

@@ -11,20 +11,20 @@ from selective.base.mismatch import CheckpointMismatch
 from selective.checkpoint.matches_policies import first_saved
 from selective.parameter import Parameter, is_lazy
 from selective.plan.group_plan import GroupPlan
-from selective.plan.rotation_plan import RotationPlan, layout_of
+from selective.plan.rotation_plan import RotationPlan, basis_form_of
 from selective.preconditioner import Preconditioner
 from selective.state.entries import BASIS, BASIS_SHAPE, BASIS_STEPS, PRECONDITIONER
 
 
 def checked_preconditioners(
-    plans: Sequence[GroupPlan], order: Sequence[Any], ours: Mapping[Any, dict[str, Tensor]]
+    plans: Sequence[GroupPlan], saved_indices: Sequence[Any], wrapper_entries: Mapping[Any, dict[str, Tensor]]
 ) -> list[Preconditioner | None]:
     """Return the saved preconditioner of each group, None for a group without; raise if a basis does not fit."""
     preconditioners: list[Preconditioner | None] = []
-    indices = iter(order)
+    indices = iter(saved_indices)
     for plan in plans:
         members = plan.params.parameters
-        entries = [ours.get(next(indices), {}) for _ in members]
+        entries = [wrapper_entries.get(next(indices), {}) for _ in members]
         saved = first_saved(entries, PRECONDITIONER, Preconditioner, plan.number)
         preconditioners.append(saved)
         for member, own in zip(members, entries, strict=True):
@@ -50,7 +50,7 @@ def _check_basis(entries: dict[str, Tensor], saved: Preconditioner, plan: GroupP
         )
 
 
-def advice(preconditioners: Sequence[Preconditioner | None], plans: Sequence[GroupPlan]) -> str | None:
+def first_warning(preconditioners: Sequence[Preconditioner | None], plans: Sequence[GroupPlan]) -> str | None:
     """Return the first warning that a saved preconditioner gives (`on_load`); None if none gives one."""
     for saved, plan in zip(preconditioners, plans, strict=True):
         here = plan.preconditioning.preconditioner
@@ -82,14 +82,14 @@ def _difference(
         return f"{who} was rotated as {there}, here it would be {shape}"
     kept = {key[len(BASIS) :]: value for key, value in entries.items() if key.startswith(BASIS)}
     found = {key: (tuple(value.shape), value.dtype) for key, value in kept.items()}
-    wanted = layout_of(rotation.preconditioner_for(member.tensor), shape, member.tensor.device)
+    wanted = basis_form_of(rotation.preconditioner_for(member.tensor), shape, member.tensor.device)
     names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     differing = "; ".join(f"{name}: {_said(found.get(name))}, here {_said(wanted.get(name))}" for name in names)
     return f"of {who} it has {differing}" if names else None
 
 
 def _said(kept: Any) -> str:
-    """Shape and dtype of an entry of a basis, as `layout_of` has them."""
+    """Shape and dtype of an entry of a basis, as `basis_form_of` has them."""
     if kept is None:
         return "nothing"
     shape, dtype = kept

@@ -21,16 +21,19 @@ C = TypeVar("C", bound=Configured)
 
 
 def checked_policies(
-    plans: Sequence[GroupPlan], store: StateStore, order: Sequence[Any], ours: Mapping[Any, dict[str, Tensor]]
+    plans: Sequence[GroupPlan],
+    store: StateStore,
+    saved_indices: Sequence[Any],
+    wrapper_entries: Mapping[Any, dict[str, Tensor]],
 ) -> list[Policy]:
     """Return the policies after loading, by group; raise if the checkpoint's is of another kind."""
     policies: list[Policy] = []
     position = 0
     for plan in plans:
         policy, members = plan.policy, plan.params.parameters
-        indices = order[position : position + len(members)]
+        indices = saved_indices[position : position + len(members)]
         position += len(members)
-        saved = first_saved([ours.get(index, {}) for index in indices], POLICY, Policy, plan.number)
+        saved = first_saved([wrapper_entries.get(index, {}) for index in indices], POLICY, Policy, plan.number)
         if saved is not None and kinds_of(saved.model_dump()) != kinds_of(policy.model_dump()):
             raise CheckpointMismatch(
                 f"param_groups[{plan.number}] has the policy {policy!r}, the checkpoint was made with {saved!r}",
@@ -40,8 +43,8 @@ def checked_policies(
         policy = policy if saved is None else saved
         policies.append(policy)
         for index, member in zip(indices, members, strict=True):
-            if index in ours and not is_lazy(member.tensor):  # those are looked at when they have a shape
-                _check_entries(plan, store, member, policy, ours[index])
+            if index in wrapper_entries and not is_lazy(member.tensor):  # those are looked at when they have a shape
+                _check_entries(plan, store, member, policy, wrapper_entries[index])
     return policies
 
 
@@ -65,10 +68,10 @@ def _check_entries(
     if (MOMENTUM in saved) != (MOMENTUM in wanted):
         had = "was" if MOMENTUM in saved else "was not"
         raise CheckpointMismatch(f"the checkpoint {had} made with momentum_beta; construct the optimizer the same way")
-    theirs = {key: (tuple(value.shape), value.dtype) for key, value in saved.items()}
-    here = {key: (tuple(value.shape), value.dtype) for key, value in wanted.items()}
-    if theirs != here:
+    saved_form = {key: (tuple(value.shape), value.dtype) for key, value in saved.items()}
+    live_form = {key: (tuple(value.shape), value.dtype) for key, value in wanted.items()}
+    if saved_form != live_form:
         raise CheckpointMismatch(
-            f"the checkpoint's state of parameter {member.name!r} does not fit {policy!r}: found {theirs}, expected "
-            f"{here}"
+            f"the checkpoint's state of parameter {member.name!r} does not fit {policy!r}: found {saved_form}, "
+            f"expected {live_form}"
         )

@@ -16,11 +16,11 @@ from selective.step_count import StepCount
 
 @contextmanager
 def rollback(
-    base: Optimizer, groups: Groups, store: StateStore, count: StepCount, failed: Callable[[str], ValueError]
+    base: Optimizer, groups: Groups, store: StateStore, count: StepCount, wrap_error: Callable[[str], ValueError]
 ) -> Iterator[None]:
     """Put the base and all parts back as they were if the body raises.
 
-    `failed` turns the reason into the error that is raised. A `CheckpointMismatch` is raised again as it is.
+    `wrap_error` turns the reason into the error that is raised. A `CheckpointMismatch` is raised again as it is.
     """
     undo_all = [base_snapshot(base), store.snapshot(), groups.snapshot(), count.snapshot()]
     try:
@@ -31,7 +31,7 @@ def rollback(
         if not isinstance(error, Exception) or isinstance(error, CheckpointMismatch):
             raise
         reason = str(error).removeprefix("SelectiveUpdate: ")
-        raise failed(f"{type(error).__name__}: {reason}") from error
+        raise wrap_error(f"{type(error).__name__}: {reason}") from error
 
 
 def base_snapshot(base: Optimizer) -> Callable[[], None]:

@@ -8,15 +8,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.plan.groups import Groups
-from selective.state.fits import complete
+from selective.state.check_before_step import complete
 from selective.state.rotation_state import summed_entries
-from selective.state.store import StateStore, refresh
+from selective.state.store import StateStore, follow_changes
 from selective.step_count import StepCount
 
 
 def save(base: Optimizer, groups: Groups, store: StateStore, count: StepCount) -> dict[str, Any]:
     """torch's form, `{"state", "param_groups"}`: the base's own, with our entries under `selective/`."""
-    refresh(groups, store)  # groups that were added on the base are ours too
+    follow_changes(groups, store)  # groups that were added on the base are ours too
     complete(groups.plans, store)
     _check_all_there(base)
     if count.read() and not store.table:  # no masked parameter has had a gradient yet: the count needs a place

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from selective.checkpoint.rollback import rollback
 from selective.plan.groups import Groups
-from selective.state.store import StateStore, refresh
+from selective.state.store import StateStore, follow_changes
 from selective.state.writing import OptimizerStateBackend
 from selective.step_count import StepCount
 
@@ -35,9 +35,9 @@ def set_as_torch(
             base.param_groups = state["param_groups"]
         if "state" in state:
             OptimizerStateBackend(base, groups, store, count).write_states(state["state"], instead=True)
-        theirs = {"state": base.state, "param_groups": base.param_groups}
-        base.__setstate__({**theirs, "defaults": state.get("defaults", base.defaults)})
-        refresh(groups, store)
+        present = {"state": base.state, "param_groups": base.param_groups}
+        base.__setstate__({**present, "defaults": state.get("defaults", base.defaults)})
+        follow_changes(groups, store)
 
 
 def _not_set(reason: str) -> ValueError:

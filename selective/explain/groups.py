@@ -122,7 +122,7 @@ def _kernels(
         return None
     if has_own_code(policy, params):
         return f"reference (plain torch), because {_why_own_code(policy, params)}"
-    rule = spec.GivenRule() if capture.rule is None else capture.rule.rule(base, group)
+    rule = spec.GivenRule() if capture.rule is None else capture.rule.kernel_rule(base, group)
     if scope == "global" and in_plain_torch(policy, params, rule, stochastic):
         return "reference (plain torch), because what it selects depends on the shards of other ranks"
     for p in params:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective.capture.choose import Layout
+from selective.capture.choose import ParamKinds
 from selective.parameter import Parameter, is_lazy
 from selective.plan.flattened import are_joined, shapes_of
 
@@ -35,16 +35,16 @@ class GroupParams:
         self._looked: tuple[list[Any], ...] = ()
         self._pointers: list[int] = []
         self._lazy, self._plain = True, [p for p in self.tensors if type(p) in _PLAIN]
-        self.were: dict[Tensor, torch.Size] = {}  # shapes that changed under a parameter, since it was settled
-        self.layout: Layout = frozenset()
+        self.old_shapes: dict[Tensor, torch.Size] = {}  # shapes that have changed since the state was checked
+        self.kinds: ParamKinds = frozenset()
         self.devices: frozenset[torch.device] = frozenset()
         self.has_complex = False
         self.has_sparse = False  # among the gradients
         self._flags: list[bool] = []  # which had a gradient, the last time that some had none ...
         self._present: list[Parameter] = []  # ... and those that had
-        self.fits = False  # whether the base's state has the precision in which it steps: Note [whose precision]
-        self.settled = False  # whether all state of them fits them: state/fits.py
-        self.moved = True  # whether their memory is another, since it was looked at who shares it
+        self.dtypes_checked = False  # True if the base's state has the dtypes in which it steps: Note [whose precision]
+        self.state_checked = False  # True if all state of these parameters fits them: state/check_before_step.py
+        self.memory_changed = True  # True if their memory has changed since the check of shared memory
 
     def are_of(self, group: dict[str, Any], address: int) -> bool:
         """True if the group still has these parameters, under these names and addresses."""
@@ -60,26 +60,26 @@ class GroupParams:
         """True if it is one of them."""
         return id(param) in self._ids
 
-    def look(self) -> None:
+    def detect_changes(self) -> None:
         """Detect dtypes, devices, shapes and memory that changed under the same parameters (`model.half()`)."""
         tensors = self.tensors
         pointers = [p.data_ptr() for p in self._plain]
         if pointers != self._pointers:
-            self._pointers, self.moved = pointers, True
+            self._pointers, self.memory_changed = pointers, True
         shapes = [None if is_lazy(p) else p.shape for p in tensors] if self._lazy else [p.shape for p in tensors]
         looked = [p.dtype for p in tensors], [p.device for p in tensors], shapes
         if looked == self._looked:
             return
         if self._looked:
             changed = zip(tensors, self._looked[2], shapes, strict=True)
-            self.were.update((p, was) for p, was, now in changed if was is not None and was != now)
+            self.old_shapes.update((p, was) for p, was, now in changed if was is not None and was != now)
         self._looked = looked
-        self.fits, self.settled, self.moved = False, False, True
+        self.dtypes_checked, self.state_checked, self.memory_changed = False, False, True
         self._lazy = None in shapes
         self._plain = [p for p in tensors if type(p) in _PLAIN]
         dtypes, devices = looked[:2]
         kinds = zip(dtypes, (device.type for device in devices), shapes, strict=True)
-        self.layout = frozenset((dtype, device, len(shape)) for dtype, device, shape in kinds if shape is not None)
+        self.kinds = frozenset((dtype, device, len(shape)) for dtype, device, shape in kinds if shape is not None)
         self.devices = frozenset(devices)
         self.has_complex = any(dtype.is_complex for dtype in dtypes)
         self.parameters = list(self.parameters)  # another list: items made of the old one are made anew

@@ -30,7 +30,7 @@ class GroupPlan:
     group: dict[str, Any]  # the base's own
     policy_group: PolicyGroup
     params: GroupParams
-    choice: Choice | None = None  # None until a refresh has chosen
+    choice: Choice | None = None  # None until an update has chosen
     rotation: RotationPlan | None = None  # None where there is no preconditioner
     kept: KeptItems = field(default_factory=KeptItems)  # of the parameters that are not rotated ...
     kept_rotated: KeptItems = field(default_factory=KeptItems)  # ... and of those that are
@@ -53,7 +53,7 @@ class GroupPlan:
     @property
     def capture(self) -> Capture:
         """The capture of the parameters that are not rotated, and the reason for it."""
-        assert self.choice is not None  # a plan is used after a refresh
+        assert self.choice is not None  # a plan is used after an update
         return self.choice.capture
 
     def capture_of(self, parameter: Parameter) -> Capture:
@@ -82,4 +82,4 @@ class GroupPlan:
     def look_anew(self) -> None:
         """Drop the items and the marks, because state was replaced: the next step rebuilds and rechecks."""
         self.forget_items()
-        self.params.fits = self.params.settled = False
+        self.params.dtypes_checked = self.params.state_checked = False

@@ -52,13 +52,13 @@ class Groups:
         self._edited = False  # whether parameters have left a group, and may have left all
         self._choices = list(zip(self.policies, choices, strict=False))  # of plans that are still to be made
 
-    def refresh(self, with_basis: Container[Tensor] = frozenset()) -> Changes:
+    def update(self, with_basis: Container[Tensor] = frozenset()) -> Changes:
         """Update the plans to the base's groups and the policies; raise if a change can't be followed.
 
         `with_basis` has the parameters with a stored basis, which must stay the same.
         """
         self._take_policies()
-        plans = self.look()
+        plans = self.update_plans()
         choices = [self._choose(plan) for plan in plans]
         switched = []
         for plan, choice in zip(plans, choices, strict=True):
@@ -67,12 +67,12 @@ class Groups:
             if plan.choice is not None and plan.choice.key[-1] != choice.key[-1]:
                 switched.append(plan)
             plan.choice = choice
-            plan.params.fits = plan.params.settled = False
+            plan.params.dtypes_checked = plan.params.state_checked = False
         self._plan_rotations(with_basis)
         self._check_sharing()
         return Changes(switched, self.forget_removed())
 
-    def look(self) -> list[GroupPlan]:
+    def update_plans(self) -> list[GroupPlan]:
         """Update the plans to the base's parameters and return them.
 
         A group that has no `PolicyGroup` yet gets no plan.
@@ -146,7 +146,7 @@ class Groups:
             for plan, choice, rotation in plans:
                 plan.choice, plan.rotation = choice, rotation
             self.places = places
-            self.look()
+            self.update_plans()
             self.look_anew()
 
         return undo
@@ -183,13 +183,13 @@ class Groups:
             )
         plan.policy_group.listen(plan.kept.policy_changed)
         policy = plan.policy
-        params.look()
+        params.detect_changes()
         if not plan.is_dense or plan.preconditioning.preconditioner is not None:
             check_flattened(params.parameters)
             if params.joined:
                 refuse_joined(number, params.shapes, params.tensors)
         described = plan.kept.describe(policy)
-        key = capture_key(self.base, plan.group, params.layout, described.state_classes, described.needs)
+        key = capture_key(self.base, plan.group, params.kinds, described.state_classes, described.needs)
         if plan.choice is not None and plan.choice.key == key:
             return plan.choice
         own = self.options.keeps_momentum
@@ -202,13 +202,13 @@ class Groups:
 
     def _check_sharing(self) -> None:
         """Refuse parameters that are there twice. Checked again if one was exchanged, or has other memory."""
-        if not any(plan.params.moved for plan in self.plans):
+        if not any(plan.params.memory_changed for plan in self.plans):
             return
         everything = [(parameter, plan) for plan in self.plans for parameter in plan.params.parameters]
         ours = [plan.masks_or_rotates(parameter) for parameter, plan in everything]
         check_sharing([parameter for parameter, _ in everything], ours)
         for plan in self.plans:
-            plan.params.moved = False
+            plan.params.memory_changed = False
 
     def _plan_rotations(self, with_basis: Container[Tensor]) -> None:
         """Plan the rotation of every group, anew where a preconditioner, a capture or a parameter changed."""
@@ -225,7 +225,7 @@ class Groups:
         rotation = known
         if known is None or not known.is_of(preconditioning, plan.capture, plan.params.parameters):
             rotation = None if preconditioning.preconditioner is None else self._make_rotation(plan)
-            plan.params.settled = plan.params.settled and rotation is known
+            plan.params.state_checked = plan.params.state_checked and rotation is known
             if preconditioning.was_planned and (known is None or any(p in with_basis for p in known.shapes)):
                 check_change(known, rotation, plan.number)
         preconditioning.planned = rotation

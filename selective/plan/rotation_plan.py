@@ -164,19 +164,21 @@ def _difference(old: RotationPlan, new: RotationPlan) -> str | None:
     for p in old.members:
         then, now = old.shapes.get(p.tensor), new.shapes.get(p.tensor)
         if old.sizes.get(p.tensor) != new.sizes.get(p.tensor):
-            continue  # the parameter itself was changed: its basis starts anew, see state/fits.py
+            continue  # the parameter itself was changed: its basis starts anew, see state/check_before_step.py
         if then != now and any(p.tensor is q.tensor for q in new.members):
             was, is_now = ("left alone" if shape is None else f"rotated as {list(shape)}" for shape in (then, now))
             because = new.reasons_not_rotated.get(p.name)
             return f"parameter {p.name!r} was {was} and would be {is_now}" + (f": {because}" if because else "")
     if old.preconditioner is not new.preconditioner:
         for shape in {*_SAMPLES, *old.shapes.values()}:
-            if layout_of(old.preconditioner, shape) != layout_of(new.preconditioner, shape):
+            if basis_form_of(old.preconditioner, shape) != basis_form_of(new.preconditioner, shape):
                 return f"of matrices {list(shape)} something else would be kept"
     return None
 
 
-def layout_of(preconditioner: Preconditioner, shape: Shape, device: torch.device | str = "cpu") -> dict[str, object]:
+def basis_form_of(
+    preconditioner: Preconditioner, shape: Shape, device: torch.device | str = "cpu"
+) -> dict[str, object]:
     """Return the names, shapes and dtypes of the basis of a matrix of this shape; {} if it is not rotated."""
     if not preconditioner.takes(shape):
         return {}

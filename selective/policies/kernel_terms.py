@@ -24,7 +24,7 @@ class Described:
     state_classes: tuple[type, ...]  # the classes that make a parameter's state: another one makes it anew
 
     @property
-    def is_anywhere(self) -> bool:
+    def same_for_all_parameters(self) -> bool:
         """True if the choice between kernels and own code is the same for every parameter."""
         return self.specs is None or not _depends_on_the_parameter(self.specs[0])
 

@@ -230,7 +230,7 @@ def keep_above_zero(entry: Entry, floor: Tensor, valid: Tensor | None = None) ->
         tensor.copy_(torch.where(low, floor, stored).reshape(tensor.shape).to(dequantized(tensor).dtype))
 
 
-def enter(base: Optimizer, param: Tensor, moments: Moments, shape: Shape, project: Change) -> None:
+def rotate_existing_moments(base: Optimizer, param: Tensor, moments: Moments, shape: Shape, project: Change) -> None:
     """Carry moments that a base has collected in the parameter's own space into the space of `project`.
 
     This matters for a user's preconditioner, whose space may differ from the parameter's before the first refresh. Ours

@@ -32,7 +32,7 @@ def make_all_state(plans: Sequence[GroupPlan], store: StateStore) -> None:
             _step_on_nothing(base, plan.group, missing)
         for parameter in training:
             if store.keeps(plan, parameter):
-                store.of(plan, parameter)
+                store.get_or_make(plan, parameter)
 
 
 def _step_on_nothing(base: Optimizer, group: dict[str, Any], params: list[Tensor]) -> None:

@@ -69,8 +69,8 @@ class MergedEntry(MutableMapping[str, Any]):
     another parameter: `opt.state[new] = entry`.
     """
 
-    def __init__(self, theirs: MutableMapping[str, Any], backend: StateBackend, param: Any) -> None:
-        self.theirs = theirs
+    def __init__(self, base_entries: MutableMapping[str, Any], backend: StateBackend, param: Any) -> None:
+        self.base_entries = base_entries
         self._backend, self._computed = backend, backend.computed(param)
         self._own = backend.own(param)
         self._param = param if self._own is None else None  # looked up as long as nothing is stored of it
@@ -96,7 +96,7 @@ class MergedEntry(MutableMapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         own = self.own
         if own is None or not str(key).startswith(PREFIX):
-            return self.theirs[key]
+            return self.base_entries[key]
         if key in own and own.is_divided(key):
             return own[key]
         if key in own or key in self._computed_names():
@@ -106,7 +106,7 @@ class MergedEntry(MutableMapping[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         if not str(key).startswith(PREFIX):
-            self.theirs[key] = value
+            self.base_entries[key] = value
             self._backend.base_written()
         elif isinstance(value, Undivided) and value.cut_up:
             return  # it says nothing
@@ -129,7 +129,7 @@ class MergedEntry(MutableMapping[str, Any]):
     def __delitem__(self, key: str) -> None:
         own = self.own
         if own is None or not str(key).startswith(PREFIX):
-            del self.theirs[key]
+            del self.base_entries[key]
             self._backend.base_written()
         elif key in own:
             del own[key]
@@ -142,20 +142,20 @@ class MergedEntry(MutableMapping[str, Any]):
 
     def clear(self) -> None:
         """Remove all entries, the base's and ours."""
-        self.theirs.clear()
+        self.base_entries.clear()
         if self.own is not None:
             for key in list(self):
                 del self[key]
 
     def __iter__(self) -> Iterator[str]:
-        yield from self.theirs
+        yield from self.base_entries
         own, computed = self.own, self._computed_names()
         if own is not None:
             yield from computed
             yield from own
 
     def __len__(self) -> int:
-        return len(self.theirs) + len(self.own or ()) + len(self._computed_names())
+        return len(self.base_entries) + len(self.own or ()) + len(self._computed_names())
 
     def __repr__(self) -> str:
         return repr(dict(self))
@@ -187,11 +187,13 @@ class MergedState(MutableMapping[Any, Any]):
 
     def __getitem__(self, param: Any) -> Any:
         base = self._backend.base_state()
-        theirs = base.get(param, _MISSING)
-        if theirs is not _MISSING and not (isinstance(theirs, MutableMapping) and isinstance(param, Tensor)):
-            return theirs  # some bases keep more than states of parameters there
+        base_entries = base.get(param, _MISSING)
+        if base_entries is not _MISSING and not (
+            isinstance(base_entries, MutableMapping) and isinstance(param, Tensor)
+        ):
+            return base_entries  # some bases keep more than states of parameters there
         # like the defaultdict it stands for: a parameter without state has an empty one, which is not stored by reading
-        return MergedEntry(_Inserting(base, param) if theirs is _MISSING else theirs, self._backend, param)
+        return MergedEntry(_Inserting(base, param) if base_entries is _MISSING else base_entries, self._backend, param)
 
     def get(self, param: Any, default: Any = None) -> Any:
         """The state of a parameter that has one; `default` of any other."""
@@ -264,10 +266,10 @@ class _Inserting(dict[str, Any]):
         super().__setitem__(key, value)
         if self._joins is not None:
             owner, param = self._joins
-            self.settle()
+            self.forget_owner()
             owner[param] = self
 
-    def settle(self) -> None:
+    def forget_owner(self) -> None:
         """It is some parameter's state now: from here on an ordinary dictionary, which keeps no parameter alive."""
         self._joins = None
 
@@ -282,14 +284,14 @@ def split_own(entries: Any) -> tuple[Any, OwnEntries | dict[str, Any]]:
     of a `MergedEntry`.
     """
     if isinstance(entries, MergedEntry):
-        if isinstance(entries.theirs, _Inserting):
-            entries.theirs.settle()
+        if isinstance(entries.base_entries, _Inserting):
+            entries.base_entries.forget_owner()
         own = entries.own
-        return entries.theirs, {} if own is None else own
-    ours = {key: value for key, value in entries.items() if str(key).startswith(PREFIX)}
-    if not ours and isinstance(entries, dict):
+        return entries.base_entries, {} if own is None else own
+    wrapper_entries = {key: value for key, value in entries.items() if str(key).startswith(PREFIX)}
+    if not wrapper_entries and isinstance(entries, dict):
         return entries, {}
-    return {key: value for key, value in entries.items() if key not in ours}, ours
+    return {key: value for key, value in entries.items() if key not in wrapper_entries}, wrapper_entries
 
 
 def shapes_of(entries: Mapping[str, Any]) -> Iterator[torch.Size]:

@@ -46,7 +46,7 @@ class OwnEntries(dict[str, Tensor]):
         super().__init__(entries or {})
         self.written: set[str] = set()  # from outside, and not checked since
         self.removed: set[str] = set()  # names of entries that the user has deleted: of its basis, and computed ones
-        self.layout: dict[str, object] = {}  # names, shapes and dtypes of its basis when it was last checked
+        self.basis_form: dict[str, object] = {}  # names, shapes and dtypes of its basis when it was last checked
         self.divided: set[str] = set()  # states of a policy that have the parameter's elements
         self.find_divided(shapes)
 
@@ -55,13 +55,13 @@ class OwnEntries(dict[str, Tensor]):
         known = set(shapes)
         self.divided = {k for k, v in self.items() if k.startswith(POLICY_STATE) and v.dim() > 0 and v.shape in known}
 
-    def layout_of_basis(self) -> dict[str, object]:
+    def present_basis_form(self) -> dict[str, object]:
         """Return the names, shapes and dtypes of the tensors of its basis."""
         return {k: (tuple(v.shape), v.dtype) for k, v in self.items() if k.startswith(BASIS)}
 
-    def fits(self) -> None:
+    def mark_checked(self) -> None:
         """Record that the entries fit: remember the form of the basis, and clear the marks of writes from outside."""
-        self.layout = self.layout_of_basis()
+        self.basis_form = self.present_basis_form()
         self.written.clear()
         self.removed.clear()
 
@@ -79,5 +79,5 @@ def own_tensors(entries: dict[str, Tensor], param: Tensor) -> OwnEntries:
             for key, value in kept.items()
         }
     own = OwnEntries(made, [] if is_lazy(param) else [param.shape])
-    own.fits()
+    own.mark_checked()
     return own

@@ -13,7 +13,7 @@ from selective.plan.group_plan import GroupPlan
 from selective.plan.rotation_plan import RotationPlan
 from selective.preconditioner import State
 from selective.rotation.basis import Basis
-from selective.rotation.carry import enter
+from selective.rotation.carry import rotate_existing_moments
 from selective.rotation.moments import moments_of
 from selective.rotation.refresh_gathered import through_gather
 from selective.sharding.collectives import sums_over_ranks
@@ -58,7 +58,7 @@ def stored_basis(plan: GroupPlan, parameter: Parameter, own: OwnEntries, place: 
     return Basis(here, p.device, _state_in(own), steps, skipped, place, shape, shard_of(p), gathers)
 
 
-def enter_basis(base: Optimizer, plan: GroupPlan, parameter: Parameter, own: Mapping[str, Tensor]) -> None:
+def rotate_moments_into(base: Optimizer, plan: GroupPlan, parameter: Parameter, own: Mapping[str, Tensor]) -> None:
     """Rotate the moments that the base already has into a basis that was just made.
 
     These are of the parameter's own space if the base has trained alone, or if a plain checkpoint was loaded.
@@ -76,22 +76,22 @@ def enter_basis(base: Optimizer, plan: GroupPlan, parameter: Parameter, own: Map
     shard = shard_of(p) if p in rotation.gathered else None
     entered = change if shard is None else through_gather(shard, whole, change)
     with torch.no_grad():
-        enter(base, p, moments, rotation.local_shape(p), entered)
+        rotate_existing_moments(base, p, moments, rotation.local_shape(p), entered)
 
 
-def bring_home(plans: Sequence[GroupPlan], table: Mapping[Tensor, OwnEntries]) -> None:
+def place_loaded_bases(plans: Sequence[GroupPlan], table: Mapping[Tensor, OwnEntries]) -> None:
     """Move the basis tensors of a loaded checkpoint to the devices on which the preconditioner keeps them.
 
     A checkpoint has whole sums over ranks. The first rank keeps these, the others get zeros.
     """
-    homes: dict[tuple[object, ...], dict[str, torch.device]] = {}
+    devices_by_kind: dict[tuple[object, ...], dict[str, torch.device]] = {}
     for rotation, p, own in _rotated(plans, table):
         if shard_of(p) is not None and not is_first(p):
             own.update({key: torch.zeros_like(own[key]) for key in _parts_in(own, rotation, p)})
         key = (id(rotation.preconditioner_for(p)), rotation.shapes[p], p.device)
-        if key not in homes:
-            homes[key] = {BASIS + name: value.device for name, value in rotation.fresh(p).items()}
-        own.update({name: own[name].to(device) for name, device in homes[key].items() if name in own})
+        if key not in devices_by_kind:
+            devices_by_kind[key] = {BASIS + name: value.device for name, value in rotation.fresh(p).items()}
+        own.update({name: own[name].to(device) for name, device in devices_by_kind[key].items() if name in own})
 
 
 def summed_entries(plans: Sequence[GroupPlan], table: Mapping[Tensor, OwnEntries]) -> dict[Tensor, dict[str, Tensor]]:

@@ -30,7 +30,7 @@ from selective.state.entries import (
     encode_model,
 )
 from selective.state.parameter_state import OwnEntries
-from selective.state.rotation_state import enter_basis, fresh_basis
+from selective.state.rotation_state import fresh_basis, rotate_moments_into
 from selective.step_count import StepCount
 
 
@@ -51,21 +51,19 @@ class StateStore:
         """The parameters that have a stored basis, which can't become another one in training."""
         return _WithBasis(self.table)
 
-    def of(self, plan: GroupPlan, parameter: Parameter) -> OwnEntries:
+    def get_or_make(self, plan: GroupPlan, parameter: Parameter) -> OwnEntries:
         """The entries of a parameter, made on first use. The tensors are the stored ones."""
         own = self.table.get(parameter.tensor)
         if own is None:
             with lasting():
                 own = self.fresh(plan, parameter)
-            enter_basis(
-                self.base, plan, parameter, own
-            )  # if it raises, nothing was stored, and the next step tries again
+            rotate_moments_into(self.base, plan, parameter, own)  # if it raises, the next step tries again
             self.table[parameter.tensor] = own
         return own
 
     def policy_state(self, plan: GroupPlan, parameter: Parameter) -> dict[str, Tensor]:
         """The policy's state of a parameter, made on first use. The tensors are the stored ones."""
-        own = self.of(plan, parameter)
+        own = self.get_or_make(plan, parameter)
         return {key[len(POLICY_STATE) :]: value for key, value in own.items() if key.startswith(POLICY_STATE)}
 
     def make(self, plans: Iterable[GroupPlan], wanted: Callable[[Parameter], bool]) -> None:
@@ -73,7 +71,7 @@ class StateStore:
         for plan in plans:
             for parameter in plan.params.parameters:
                 if wanted(parameter) and self.keeps(plan, parameter):
-                    self.of(plan, parameter)
+                    self.get_or_make(plan, parameter)
 
     def join_base(self, plans: Iterable[GroupPlan]) -> None:
         """Make the entries of parameters of which the base holds state already.
@@ -91,7 +89,7 @@ class StateStore:
         """Return all stored entries of a parameter before its first step."""
         entries = {**self.fresh_entries(plan, parameter, plan.policy), **fresh_basis(plan, parameter)}
         own = OwnEntries(entries, [parameter.tensor.shape])
-        own.fits()
+        own.mark_checked()
         return own
 
     def fresh_entries(self, plan: GroupPlan, parameter: Parameter, policy: Policy) -> dict[str, Tensor]:
@@ -120,7 +118,7 @@ class StateStore:
                     stays = {k: v for k, v in before.items() if k in own and not k.startswith(POLICY_STATE)}
                     own.update(stays)
                 else:
-                    enter_basis(self.base, plan, parameter, own)
+                    rotate_moments_into(self.base, plan, parameter, own)
                 self.table[parameter.tensor] = own
 
     def saved(self, plan: GroupPlan, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -161,9 +159,9 @@ class _WithBasis(Container[Tensor]):
         return isinstance(param, Tensor) and BASIS_STEPS in self._table.get(param, ())
 
 
-def refresh(groups: Groups, store: StateStore) -> None:
+def follow_changes(groups: Groups, store: StateStore) -> None:
     """Update the plans; then forget removed parameters, and remake the state of groups whose policy class changed."""
-    changes = groups.refresh(store.with_basis)
+    changes = groups.update(store.with_basis)
     if changes.remaining is not None:
         store.forget_all_but(changes.remaining)
     for plan in changes.switched:

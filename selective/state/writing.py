@@ -1,7 +1,7 @@
 """Writes to `SelectiveUpdate.state`: they are stored, or refused with the reason.
 
 An entry that is written is checked as far as it can be checked alone. Whether it fits its parameter is checked before
-the next step (state/fits.py), because code that prunes a parameter may write its state first, or its memory first.
+the next step (`check_before_step.py`), because code that prunes a parameter may write its state or its memory first.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class OptimizerStateBackend(StateBackend):
 
     def computed(self, param: Any) -> _Computed:
         if not self._looked:  # once for each view: reading all of a state stays linear
-            self.groups.look()
+            self.groups.update_plans()
             self._looked = True
         plan = self.groups.plan_of(param)
         return _Computed(self.base, self.count, None if plan is None else plan.policy_group)
@@ -138,7 +138,7 @@ class OptimizerStateBackend(StateBackend):
 
     def base_written(self) -> None:
         for plan in self.groups.plans:
-            plan.params.settled = False
+            plan.params.state_checked = False
 
     def _changed(self) -> None:
         self.store.mark_replaced()
@@ -177,14 +177,16 @@ class OptimizerStateBackend(StateBackend):
                 raise wrong_type_error("a parameter's state", entries, "a mapping")
             if isinstance(entries, MergedEntry) and not self._is_ours(entries):
                 entries = dict(entries)  # another optimizer's: what it says is judged, and that one keeps what it has
-            theirs, ours = split_own(entries)
+            base_entries, wrapper_entries = split_own(entries)
             if isinstance(entries, MergedEntry):  # as it is: what it says of the optimizer is this one's
-                taken[param] = theirs, entries.own
+                taken[param] = base_entries, entries.own
                 continue
-            ours = {key: _plain(value) for key, value in ours.items() if not _is_cut_up(value)}
-            taken[param] = theirs, self._own_of(param, theirs, ours)
+            wrapper_entries = {key: _plain(value) for key, value in wrapper_entries.items() if not _is_cut_up(value)}
+            taken[param] = base_entries, self._own_of(param, base_entries, wrapper_entries)
             computed = self.computed(param)
-            deferred_writes += [computed.judge(key, value) for key, value in ours.items() if not is_kept(key)]
+            deferred_writes += [
+                computed.judge(key, value) for key, value in wrapper_entries.items() if not is_kept(key)
+            ]
         for take in deferred_writes:
             take()
         self._commit(states, taken, instead)
@@ -193,30 +195,34 @@ class OptimizerStateBackend(StateBackend):
         backend = entries.backend
         return isinstance(backend, OptimizerStateBackend) and backend.store is self.store
 
-    def _own_of(self, param: Tensor, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> OwnEntries | None:
-        if not ours:
+    def _own_of(
+        self, param: Tensor, base_entries: Mapping[str, Any], wrapper_entries: Mapping[str, Any]
+    ) -> OwnEntries | None:
+        if not wrapper_entries:
             return None
         own = OwnEntries()
-        for key, value in ours.items():
+        for key, value in wrapper_entries.items():
             if is_kept(key):
                 own[key] = self._checked(key, value, None)
                 own.written.add(key)
-        own.find_divided([*([] if is_lazy(param) else [param.shape]), *shapes_of(theirs)])
+        own.find_divided([*([] if is_lazy(param) else [param.shape]), *shapes_of(base_entries)])
         return own
 
     def _commit(
         self, states: Mapping[Any, Any], taken: Mapping[Any, tuple[Any, OwnEntries | None]], instead: bool
     ) -> None:
         if instead:
-            as_it_is = isinstance(states, defaultdict) and all(theirs is states[p] for p, (theirs, _) in taken.items())
+            as_it_is = isinstance(states, defaultdict) and all(
+                base_entries is states[p] for p, (base_entries, _) in taken.items()
+            )
             self.base.state = states if as_it_is else defaultdict(dict)  # type: ignore[assignment]
             self.store.table = {}
         table = self.store.table
-        for param, (theirs, own) in taken.items():
-            self.base.state[param] = theirs
+        for param, (base_entries, own) in taken.items():
+            self.base.state[param] = base_entries
             before = table.pop(param, None)
             if own is not None:
-                own.layout = own.layout or (before.layout if before is not None else {})
+                own.basis_form = own.basis_form or (before.basis_form if before is not None else {})
                 table[param] = own
         self._rewritten()
 
@@ -229,7 +235,7 @@ class OptimizerStateBackend(StateBackend):
     def _rewritten(self) -> None:
         """Forget what is remembered of the old states: whole states were written or deleted."""
         self.store.mark_replaced()
-        self.groups.look()
+        self.groups.update_plans()
         self.groups.look_anew()
         remaining = self.groups.forget_removed()
         if remaining is not None:

@@ -51,17 +51,17 @@ class StepRunner:
             contexts[device] = replace(context, draw=context.draw_on(device))
         jobs = []
         for plan, parameters in zip(groups.plans, present, strict=True):
-            here, rotates = contexts.get(plan.params.device, context), plan.rotation
-            rest, rotated = (parameters, []) if rotates is None else rotates.split(parameters)
-            job = plan.capture.job(here, plan.group, rest, plan.policy, plan.kept)
-            if rotates is None or not rotated:
+            context_here, rotation_plan = contexts.get(plan.params.device, context), plan.rotation
+            unrotated, rotated = (parameters, []) if rotation_plan is None else rotation_plan.split(parameters)
+            job = plan.capture.job(context_here, plan.group, unrotated, plan.policy, plan.kept)
+            if rotation_plan is None or not rotated:
                 jobs.append(job)
                 continue
             # Nothing is left for the base in a dense group that is rotated as a whole, by a rule of ours.
-            alone = not rest and isinstance(job, DenseJob) and rotates.capture.way == "fused"
-            jobs += [] if alone else [job]
-            rotation = self._rotation(groups, plan, rotates, rotated, job.context.report)
-            jobs.append(rotates.capture.rotated_job(job, rotated, rotation, plan.kept_rotated, alone))
+            all_rotated = not unrotated and isinstance(job, DenseJob) and rotation_plan.capture.way == "fused"
+            jobs += [] if all_rotated else [job]
+            rotation = self._rotation(groups, plan, rotation_plan, rotated, job.context.report)
+            jobs.append(rotation_plan.capture.rotated_job(job, rotated, rotation, plan.kept_rotated, all_rotated))
         return jobs
 
     def _context(self, plans: Sequence[GroupPlan], report: StepStatistics | None, recording: bool) -> StepContext:
@@ -69,13 +69,13 @@ class StepRunner:
         store, options, clocks = self.store, self.options, self.count.clocks
 
         def entries(parameter: Parameter) -> OwnEntries:
-            return store.of(plans[parameter.group], parameter)
+            return store.get_or_make(plans[parameter.group], parameter)
 
-        momentum = (lambda parameter, _: entries(parameter)[MOMENTUM]) if options.keeps_momentum else None
+        momentum = (lambda parameter: entries(parameter)[MOMENTUM]) if options.keeps_momentum else None
         return StepContext(
             base=store.base, draw=spec.Draw(self.count.seed, self.count.steps, options.rounding),
-            own_state=lambda parameter, _: store.policy_state(plans[parameter.group], parameter),
-            own_residue=lambda parameter, _: entries(parameter)[RESIDUE],
+            own_state=lambda parameter: store.policy_state(plans[parameter.group], parameter),
+            own_residue=lambda parameter: entries(parameter)[RESIDUE],
             own_momentum=momentum, momentum_beta=options.momentum_beta, report=report,
             own_table=store.table, clock=clocks.on, recording=recording, local_scope=options.scope == "local",
         )  # fmt: skip
@@ -84,16 +84,16 @@ class StepRunner:
         self,
         groups: Groups,
         plan: GroupPlan,
-        rotates: RotationPlan,
+        rotation_plan: RotationPlan,
         rotated: list[Parameter],
         report: StepStatistics | None,
     ) -> Rotation:
         """The rotation of these parameters of one group."""
         bases = [
-            stored_basis(plan, parameter, self.store.of(plan, parameter), groups.places[parameter.tensor])
+            stored_basis(plan, parameter, self.store.get_or_make(plan, parameter), groups.places[parameter.tensor])
             for parameter in rotated
         ]
-        rotation = Rotation(rotates.preconditioner, bases, len(groups.places), self.options.mask_space)
+        rotation = Rotation(rotation_plan.preconditioner, bases, len(groups.places), self.options.mask_space)
         if report is not None:
             report.add_bases([p.name for p in rotated], rotation.report)
         return rotation
@@ -108,13 +108,13 @@ class StepRunner:
         with base_hooks(self.store.base):
             try:
                 for job in jobs:
-                    job.prepare()
+                    job.before_base()
                 stepping = list({id(job.group): job.group for job in jobs if job.steps_base}.values())
                 if stepping:
                     run_step_on(self.store.base, stepping)
                 for job in sorted(jobs, key=lambda job: not job.own_code):  # what may raise goes first
                     current = job
-                    job.finish()
+                    job.after_base()
                 current = None
                 for exchange in {id(job.context.exchange): job.context.exchange for job in jobs}.values():
                     exchange.run()
@@ -145,9 +145,9 @@ class StepRunner:
 def fit_base_states(base: Optimizer, plans: Sequence[GroupPlan]) -> None:
     """Bring the base's state to the precision in which the base will step: Note [whose precision]."""
     for plan in plans:
-        if plan.params.fits:
+        if plan.params.dtypes_checked:
             continue
-        plan.params.fits = True
+        plan.params.dtypes_checked = True
         steps: dict[Tensor, torch.dtype] = {}
         for parameter in plan.params.parameters:
             p, way = parameter.tensor, plan.capture_of(parameter).way

@@ -16,13 +16,13 @@ from selective.checkpoint.frame import checked_frame
 from selective.checkpoint.load import load
 from selective.checkpoint.rollback import rollback
 from selective.checkpoint.save import save
-from selective.state.store import refresh
+from selective.state.store import follow_changes
 
 
 def used() -> Parts:
     """Parts with state of the base and of ours, after five steps."""
     parts = parts_of(two_groups(), Soap())
-    refresh(parts.groups, parts.store)
+    follow_changes(parts.groups, parts.store)
     give_gradients(parts.base)
     parts.base.step()
     parts.store.join_base(parts.groups.plans)
@@ -56,7 +56,7 @@ def change_everything(parts: Parts, error: Exception) -> None:
     parts.base.param_groups[0]["lr"] = 7.0
     parts.base.state.clear()
     parts.groups.policies[0].policy = Cautious()
-    refresh(parts.groups, parts.store)
+    follow_changes(parts.groups, parts.store)
     parts.count.set(steps=1, seed=1)
     parts.store.table = {}
     raise error

@@ -146,7 +146,7 @@ def test_replays_read_refreshed_numbers():
         sums = selective_step(items, rule=rule, selection=selection, strength=strength, draw=Draw(0, 0),
                               statistics=True)  # fmt: skip
     for fraction in (0.5, 0.25):
-        items.cache["refresh"](replace(selection, fraction=fraction), strength)
+        items.cache["upload_hyperparameters"](replace(selection, fraction=fraction), strength)
         graph.replay()
         assert [int(s.selected) for s in sums] == [int(fraction * n) or n for n in SIZES]
     before = items[0].param.clone()

@@ -153,9 +153,9 @@ def test_refresh_knows_the_last_rule_and_only_its_kind(device):
     selective_step(kept, rule=ADAM, backend="gpu", **how)
     selective_step(kept, rule=replace(ADAM, lr=5e-3), backend="gpu", **how)
     tables = kept.cache["plan"].batches[0].tables
-    kept.cache["refresh"](Selection("agreement"), Strength("fixed", 7.0, 0.5))
+    kept.cache["upload_hyperparameters"](Selection("agreement"), Strength("fixed", 7.0, 0.5))
     assert 7.0 not in tables.hyper
-    kept.cache["refresh"](Selection("top_k", fraction=0.5), Strength("fixed", 7.0, 0.5))
+    kept.cache["upload_hyperparameters"](Selection("top_k", fraction=0.5), Strength("fixed", 7.0, 0.5))
     assert float(tables.hyper[0]) == 5e-3
     assert 7.0 in tables.hyper
     assert 32 in tables.ranks

@@ -12,9 +12,9 @@ from selective.plan.groups import Groups
 
 def test_nothing_is_made_anew_while_nothing_changes() -> None:
     groups = groups_of(two_groups())
-    groups.refresh()
+    groups.update()
     before = [(plan, plan.choice, plan.params) for plan in groups.plans]
-    assert groups.refresh() == ([], None)
+    assert groups.update() == ([], None)
     assert all(
         plan is known and plan.choice is choice and plan.params is params
         for plan, (known, choice, params) in zip(groups.plans, before, strict=True)
@@ -24,9 +24,9 @@ def test_nothing_is_made_anew_while_nothing_changes() -> None:
 def test_a_group_of_the_base_is_taken_in() -> None:
     base = two_groups()
     groups = groups_of(base)
-    groups.refresh()
+    groups.update()
     base.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "policy": None})
-    groups.refresh()
+    groups.update()
     assert [plan.number for plan in groups.plans] == [0, 1, 2]
     assert [parameter.address for plan in groups.plans for parameter in plan.params.parameters] == [0, 1, 2]
     assert groups.plans[2].is_dense and groups.plans[2].capture.way == "dense"
@@ -35,10 +35,10 @@ def test_a_group_of_the_base_is_taken_in() -> None:
 
 def test_a_switched_policy_is_said_once() -> None:
     groups = groups_of(two_groups())
-    groups.refresh()
+    groups.update()
     groups.policies[1].policy = Cautious()
-    assert groups.refresh().switched == [groups.plans[1]]
-    assert groups.refresh().switched == []
+    assert groups.update().switched == [groups.plans[1]]
+    assert groups.update().switched == []
 
 
 @pytest.mark.parametrize("looked", [False, True], ids=["at once", "looked at in between"])
@@ -47,13 +47,13 @@ def test_a_group_that_is_removed_is_no_switch_of_the_next_one(looked: bool) -> N
     base = two_groups()
     groups = groups_of(base, Soap())
     groups.policies += [groups.take_in(group) for group in [{"policy": Cautious()}, {}]]
-    groups.refresh()
+    groups.update()
     plan, (vector,) = groups.plans[1], base.param_groups[1]["params"]
     del base.param_groups[0]
     if looked:
-        groups.look()
+        groups.update_plans()
     del groups.policies[0]
-    changes = groups.refresh()
+    changes = groups.update()
     assert changes.switched == [] and changes.remaining == {vector}
     assert groups.plans == [plan] and plan.number == 0
     (parameter,) = plan.params.parameters
@@ -63,27 +63,27 @@ def test_a_group_that_is_removed_is_no_switch_of_the_next_one(looked: bool) -> N
 def test_policies_that_change_places_are_switched() -> None:
     groups = groups_of(two_groups())
     groups.policies += [groups.take_in(group) for group in [{"policy": Cautious()}, {}]]
-    groups.refresh()
+    groups.update()
     groups.policies.reverse()
-    assert groups.refresh().switched == groups.plans
+    assert groups.update().switched == groups.plans
 
 
 def test_copies_know_what_was_switched_before_them() -> None:
     groups = groups_of(two_groups())
-    groups.refresh()
+    groups.update()
     groups.policies[0].policy = Dense()
     copied = Groups(groups.base, groups.options, groups.default, groups.policies, groups.choices())
-    assert copied.refresh().switched == [copied.plans[0]]
+    assert copied.update().switched == [copied.plans[0]]
 
 
 def test_parameters_that_are_gone_are_said_and_forgotten() -> None:
     base = two_groups()
     groups = groups_of(base, Soap())
-    groups.refresh()
+    groups.update()
     (matrix,), (vector,) = (group["params"] for group in base.param_groups)
     assert list(groups.places) == [matrix]
     base.param_groups[0]["params"] = [torch.nn.Parameter(torch.ones(2, 3))]
-    there = groups.refresh().remaining
+    there = groups.update().remaining
     assert there is not None and matrix not in there and vector in there
     assert matrix not in groups.places and len(groups.places) == 1
 
@@ -91,23 +91,23 @@ def test_parameters_that_are_gone_are_said_and_forgotten() -> None:
 def test_a_basis_that_is_kept_can_not_become_another() -> None:
     base = two_groups()
     groups = groups_of(base, Soap())
-    groups.refresh()
+    groups.update()
     groups.policies[0].preconditioning.preconditioner = None
     with pytest.raises(ValueError, match="another kind"):
-        groups.refresh(with_basis=set(groups.places))
-    groups.refresh(with_basis=set())
+        groups.update(with_basis=set(groups.places))
+    groups.update(with_basis=set())
     assert groups.plans[0].rotation is None
 
 
 def test_an_undone_refresh_says_its_switch_again() -> None:
     groups = groups_of(two_groups())
-    groups.refresh()
+    groups.update()
     undo = groups.snapshot()
     policy = groups.policies[0].policy
     groups.policies[0].policy = Cautious()
-    groups.refresh()
+    groups.update()
     undo()
     assert groups.policies[0].policy is policy
-    assert groups.refresh().switched == []
+    assert groups.update().switched == []
     groups.policies[0].policy = Cautious()
-    assert groups.refresh().switched == [groups.plans[0]]
+    assert groups.update().switched == [groups.plans[0]]

@@ -45,7 +45,7 @@ def test_programs_reach_what_they_are_for() -> None:
 
 
 def forgets_the_step(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("selective.checkpoint.load.check_entries", lambda ours, order: {})
+    patch.setattr("selective.checkpoint.load.step_and_seed_of", lambda ours, order: {})
 
 
 def forgets_the_basis(patch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selective import MGUP, Policy, PolicyError, SelectiveUpdate, Soap
 from selective.state.entries import BASIS_STEPS
-from selective.state.store import refresh
+from selective.state.store import follow_changes
 from selective.statistics import StepStatistics
 from selective.step.run import StepRunner
 
@@ -35,19 +35,19 @@ def test_it_steps_as_the_optimizer_does(preconditioner: Any) -> None:
         for base in (parts.base, whole.base):
             give_gradients(base, number)
         whole.step()
-        refresh(parts.groups, parts.store)
+        follow_changes(parts.groups, parts.store)
         with torch.no_grad():
             runner.run(jobs_of(runner, parts))
         parts.count.tick([], recording=False)
     for group, theirs in zip(parts.base.param_groups, whole.param_groups, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(group["params"], theirs["params"], strict=True))
     (plan, _), (parameter,) = parts.groups.plans, parts.groups.plans[0].params.parameters
-    assert int(parts.store.of(plan, parameter).get(BASIS_STEPS, 3)) == 3 == parts.count.steps
+    assert int(parts.store.get_or_make(plan, parameter).get(BASIS_STEPS, 3)) == 3 == parts.count.steps
 
 
 def test_what_was_selected_is_reported() -> None:
     parts = parts_of(two_groups())
-    refresh(parts.groups, parts.store)
+    follow_changes(parts.groups, parts.store)
     give_gradients(parts.base)
     runner, report = StepRunner(parts.groups.options, parts.count, parts.store), StepStatistics()
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_what_was_selected_is_reported() -> None:
 def test_parameters_are_put_back_where_a_policy_raises() -> None:
     parts = parts_of(two_groups())
     parts.groups.default.policy = Fails()
-    refresh(parts.groups, parts.store)
+    follow_changes(parts.groups, parts.store)
     give_gradients(parts.base)
     before = [p.detach().clone() for group in parts.base.param_groups for p in group["params"]]
     runner = StepRunner(parts.groups.options, parts.count, parts.store)

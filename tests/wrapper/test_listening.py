@@ -28,7 +28,7 @@ def stepped(policy: Policy) -> tuple[SelectiveUpdate, list[Any]]:
     optimizer = SelectiveUpdate(torch.optim.AdamW([p]), policy=policy)
     optimizer.step()
     told: list[Any] = []
-    optimizer.groups.plans[0].kept._lists[0].items.cache["refresh"] = lambda *specs: told.append(specs)
+    optimizer.groups.plans[0].kept._lists[0].items.cache["upload_hyperparameters"] = lambda *specs: told.append(specs)
     return optimizer, told
 
 

@@ -128,7 +128,7 @@ def test_moments_and_factors_of_other_bases_are_named_too(base: str, rotated: bo
 
 @by_case
 def test_without_the_check_it_would_be_stepped_on_memory_of_another_shape(case: Case, monkeypatch) -> None:
-    monkeypatch.setattr("selective.state.fits._check_base_entries", lambda *ignored: None)
+    monkeypatch.setattr("selective.state.check_before_step._check_base_entries", lambda *ignored: None)
     opt = wrapped(case, parameters())
     train(opt, 0, 3)
     p = members(opt)[0]

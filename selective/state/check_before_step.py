@@ -17,11 +17,11 @@ from selective.base.fused_rules import fused_rule
 from selective.base.state_entries import state_entries
 from selective.parameter import Parameter, is_lazy
 from selective.plan.group_plan import GroupPlan
-from selective.plan.rotation_plan import RotationPlan, layout_of
+from selective.plan.rotation_plan import RotationPlan, basis_form_of
 from selective.preconditioner import Shape
 from selective.state.entries import BASIS, BASIS_SHAPE, BASIS_SKIPPED, BASIS_STEPS
 from selective.state.parameter_state import OwnEntries, in_dtype, is_of_basis
-from selective.state.rotation_state import enter_basis, fresh_basis
+from selective.state.rotation_state import fresh_basis, rotate_moments_into
 from selective.state.store import StateStore
 
 _WAY_OUT = (
@@ -30,25 +30,25 @@ _WAY_OUT = (
 )
 
 
-def settle(plans: Sequence[GroupPlan], store: StateStore) -> None:
+def check_state(plans: Sequence[GroupPlan], store: StateStore) -> None:
     """Make all state fit. Raise a ValueError, before anything has changed, if the base's does not."""
-    unsettled = [plan for plan in plans if not plan.params.settled]
-    for plan in unsettled:
+    unchecked = [plan for plan in plans if not plan.params.state_checked]
+    for plan in unchecked:
         for parameter in _there(plan):
             _check_gradient(parameter)
             if store.keeps(plan, parameter):  # else its step is the base's alone
                 _check_base_entries(store.base, plan, parameter)
-    if unsettled:
-        complete(unsettled, store)
-    for plan in unsettled:
-        plan.params.settled = True
-        plan.params.were.clear()
+    if unchecked:
+        complete(unchecked, store)
+    for plan in unchecked:
+        plan.params.state_checked = True
+        plan.params.old_shapes.clear()
 
 
 def complete(plans: Sequence[GroupPlan], store: StateStore) -> None:
     """Make the wrapper's missing entries, and remake those that no longer fit their parameter."""
     for plan in plans:
-        if plan.params.settled:
+        if plan.params.state_checked:
             continue
         for parameter in _there(plan):
             own = store.table.get(parameter.tensor)
@@ -74,7 +74,7 @@ def _check_base_entries(base: Optimizer, plan: GroupPlan, parameter: Parameter) 
                 f"...), or delete all of the parameter's state (del opt.state[p]), and it starts anew"
             )
         rule.convert(plan.group, p, state)
-    was = plan.params.were.get(p)
+    was = plan.params.old_shapes.get(p)
     for name, value in state_entries(state):
         if not isinstance(value, Tensor):
             continue
@@ -91,7 +91,7 @@ def _complete(store: StateStore, plan: GroupPlan, parameter: Parameter, own: Own
     if own.keys() != before.keys() or any(own[key] is not value for key, value in before.items()):
         store.mark_replaced()
     own.find_divided([parameter.tensor.shape])
-    own.fits()
+    own.mark_checked()
 
 
 def _complete_entries(store: StateStore, plan: GroupPlan, parameter: Parameter, own: OwnEntries) -> None:
@@ -129,9 +129,7 @@ def _complete_basis(store: StateStore, plan: GroupPlan, parameter: Parameter, ow
         del own[key]
     if rotated is not None:
         fresh = fresh_basis(plan, parameter)
-        enter_basis(
-            store.base, plan, parameter, fresh
-        )  # if it raises, nothing was stored, and the next step tries again
+        rotate_moments_into(store.base, plan, parameter, fresh)  # if it raises, the next step tries again
         own.update(fresh)
 
 
@@ -143,11 +141,11 @@ def _has_whole_basis(rotation: RotationPlan, shape: Shape, parameter: Parameter,
     if not any(map(is_of_basis, touched)):
         return True  # as we made or loaded it
     kept: dict[str, Any] = {k[len(BASIS) :]: v for k, v in own.items() if k.startswith(BASIS)}
-    wanted: Any = layout_of(rotation.preconditioner_for(parameter.tensor), shape, parameter.tensor.device)
+    wanted: Any = basis_form_of(rotation.preconditioner_for(parameter.tensor), shape, parameter.tensor.device)
     for name in kept.keys() & wanted.keys():
         kept[name] = own[BASIS + name] = in_dtype(kept[name], wanted[name][1])
-    found = own.layout_of_basis()
-    return found in (own.layout, {BASIS + name: one for name, one in wanted.items()})
+    found = own.present_basis_form()
+    return found in (own.basis_form, {BASIS + name: one for name, one in wanted.items()})
 
 
 def _there(plan: GroupPlan) -> list[Parameter]:
