@@ -17,13 +17,20 @@ from .shard import Shard
 Scalar = float | Tensor  # a Python number, or a 0-d tensor (torch allows `lr` to be one)
 SelectionKind = Literal["everything", "agreement", "top_k", "bernoulli", "function"]
 StrengthKind = Literal["fixed", "mean_preserving", "norm_preserving", "alignment"]
+Score = Literal["update", "momentum", "nesterov"]
 SELECTION_KINDS = frozenset(get_args(SelectionKind))
 STRENGTH_KINDS = frozenset(get_args(StrengthKind))
+SCORES = frozenset(get_args(Score))
 
 
 def refuse_kind(device: str, part: Literal["selection", "strength"], kind: str) -> NoReturn:
     """End a dispatch on a kind: raise a ValueError that names the device and the kind it has no code for."""
     raise ValueError(f"{device} has no {part} of the kind {kind!r}")
+
+
+def refuse_score(device: str, score: str) -> NoReturn:
+    """End a dispatch on a score: raise a ValueError that names the device and the score it has no code for."""
+    raise ValueError(f"{device} has no score {score!r} for a top-K")
 
 
 def refuse_rule(device: str, rule: object) -> NoReturn:
@@ -49,7 +56,7 @@ class Selection:
     kind: SelectionKind
     product: Literal["update", "momentum", "previous_momentum"] = "update"  # agreement: this times g
     strict: bool = True  # agreement: > 0 or >= 0
-    score: Literal["update", "momentum", "nesterov"] = "update"  # top_k: this times g
+    score: Score = "update"  # top_k: this times g
     fraction: float = 0.5  # top_k
     quantile: Literal["exact", "sampled"] = "exact"  # top_k
     probability: float = 0.5  # bernoulli
@@ -275,15 +282,17 @@ class StepSpec:
 
 
 def check_kinds(device: str, spec: StepSpec) -> None:
-    """Refuse a rule, a selection or a strength of no kind that is defined here, before anything moves.
+    """Refuse a rule, selection, score or strength of no kind that is defined here, before anything moves.
 
     Raises a ValueError with the device's name. A kind that is defined here and that a device has no code for ends in
-    `refuse_kind` or `refuse_rule` there.
+    `refuse_kind`, `refuse_score` or `refuse_rule` there.
     """
     if not isinstance(spec.rule, (AdamRule, SGDRule, LionRule, GivenRule)):
         refuse_rule(device, spec.rule)
     if spec.selection.kind not in SELECTION_KINDS:
         refuse_kind(device, "selection", spec.selection.kind)
+    if spec.selection.kind == "top_k" and spec.selection.score not in SCORES:
+        refuse_score(device, spec.selection.score)
     if spec.strength.kind not in STRENGTH_KINDS:
         refuse_kind(device, "strength", spec.strength.kind)
 

@@ -10,18 +10,22 @@ from torch import Tensor
 
 from ..reference.random import uniform_bits
 from ..reference.rules import nesterov
-from ..spec import Item, Rule, Selection, StepSpec, refuse_kind
+from ..spec import Item, Rule, Selection, StepSpec, refuse_kind, refuse_score
 from . import random as numbers
 from .chunks import Flat, spans
 from .rules import Slice
 
 
 def negated_score(selection: Selection, rule: Rule, piece: Slice, out: Tensor) -> Tensor:
-    """Write t = -score of a chunk to `out`, for the thresholds."""
+    """Write t = -score of a chunk to `out`, for the thresholds. Raises a ValueError for a score it has no code for."""
     if selection.score == "update":
         return torch.mul(piece.minus_update, piece.grad, out=out)
     assert piece.momentum is not None
-    x = piece.momentum if selection.score == "momentum" else nesterov(rule, piece.momentum, piece.grad)
+    x = piece.momentum
+    if selection.score == "nesterov":
+        x = nesterov(rule, piece.momentum, piece.grad)
+    elif selection.score != "momentum":
+        refuse_score("the CPU", selection.score)
     return torch.mul(x, piece.grad, out=out).neg_()
 
 

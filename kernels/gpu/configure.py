@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
-from ..spec import AdamRule, GivenRule, Item, LionRule, Scalar, Selection, SGDRule, StepSpec
+from ..spec import AdamRule, GivenRule, Item, LionRule, Scalar, Selection, SGDRule, StepSpec, refuse_score
 from .device import numbers
 from .device.config import BRACKET_RUN, DTYPES, Config
 from .tables import is_in_place, state_columns
@@ -20,6 +20,7 @@ FEWEST_SAMPLES, MOST_SAMPLES, ONE_IN = 8_192, 262_144, 32
 
 # The rules by the names that the Triton functions know them by.
 RULES: dict[type, str] = {AdamRule: "adam", SGDRule: "sgd", LionRule: "lion", GivenRule: "given"}
+SCORES = frozenset({"update", "momentum", "nesterov"})  # those that `score_of` of `device/rules.py` has code for
 
 
 def configure(item: Item, spec: StepSpec, begins: bool = False) -> Config:
@@ -27,6 +28,8 @@ def configure(item: Item, spec: StepSpec, begins: bool = False) -> Config:
     rule, selection, strength = spec.rule, spec.selection, spec.strength
     columns = [None if c is None else DTYPES[c.dtype] for c in state_columns(item, rule)]
     kind = selection.unit if selection.kind == "bernoulli" else selection.kind
+    if kind == "top_k" and selection.score not in SCORES:
+        refuse_score("the GPU", selection.score)
     return Config(
         rule=RULES[type(rule)],
         param=DTYPES[item.param.dtype], grad=DTYPES[item.grad.dtype],

@@ -7,19 +7,22 @@ import math
 import torch
 from torch import Tensor
 
-from ..spec import Draw, Item, Rule, Selection, refuse_kind
+from ..spec import Draw, Item, Rule, Selection, refuse_kind, refuse_score
 from .random import sample_positions, uniform_bits
 from .rules import Advanced, nesterov
 from .top_k import top_k
 
 
 def score_of(selection: Selection, rule: Rule, moved: Advanced) -> Tensor:
-    """The signed score that top-K ranks."""
+    """The signed score that top-K ranks. Raises a ValueError for a score that the reference has no code for."""
     if selection.score == "update":
         return moved.update * moved.grad
     assert moved.momentum is not None  # checked before anything moved
-    x = moved.momentum if selection.score == "momentum" else nesterov(rule, moved.momentum, moved.grad)
-    return x * moved.grad
+    if selection.score == "momentum":
+        return moved.momentum * moved.grad
+    if selection.score != "nesterov":
+        refuse_score("the reference", selection.score)
+    return nesterov(rule, moved.momentum, moved.grad) * moved.grad
 
 
 def _agreement(selection: Selection, moved: Advanced) -> Tensor:

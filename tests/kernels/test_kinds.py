@@ -20,6 +20,7 @@ RULE = AdamRule(1e-2, 0.9, 0.99, 1e-8)
 AGREEMENT, NORM = Selection("agreement"), Strength("norm_preserving")  # a norm is summed over the shards
 NEW_SELECTION = Selection("largest_magnitude")  # type: ignore[arg-type]
 NEW_STRENGTH = Strength("entropy")  # type: ignore[arg-type]
+NEW_SCORE = Selection("top_k", score="curvature")  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,11 @@ DEVICES: dict[str, Callable[..., Any]] = {
     "the GPU": gpu.selective_step,
     "the sharded step": sharded,
 }
+SCORES: tuple[Any, ...] = ("update", "momentum", "nesterov")
 MADE_UP: dict[str, dict[str, Any]] = {
     "selection of the kind 'largest_magnitude'": {"selection": NEW_SELECTION},
     "strength of the kind 'entropy'": {"strength": NEW_STRENGTH},
+    "score 'curvature' for a top-K": {"selection": NEW_SCORE},
     "rule SignumRule": {"rule": SignumRule()},
 }
 HOW: dict[str, Any] = {"rule": RULE, "selection": AGREEMENT, "strength": NORM, "draw": Draw(0, 0)}
@@ -95,9 +98,19 @@ def test_a_kind_that_a_device_has_forgotten_is_no_other_kind(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_there_is_is_stepped(device: str) -> None:
+def test_a_score_that_a_device_has_forgotten_is_not_nesterov(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The score is defined; the sharded step asks the reference for it."""
+    monkeypatch.setattr(spec, "SCORES", spec.SCORES | {NEW_SCORE.score})
+    who = "the reference" if device == "the sharded step" else device
+    with pytest.raises(ValueError, match=f"^{who} has no score 'curvature' for a top-K$"):
+        DEVICES[device](items_for(device), StepSpec(**HOW | {"selection": NEW_SCORE}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("selection", [AGREEMENT, *(Selection("top_k", score=score) for score in SCORES)])
+def test_what_there_is_is_stepped(device: str, selection: Selection) -> None:
     """The twin: the same items and the same call, with kinds that exist."""
     items = items_for(device)
     before = tensors(items)
-    DEVICES[device](items, StepSpec(**HOW))
+    DEVICES[device](items, StepSpec(**HOW | {"selection": selection}))
     assert not all(torch.equal(a, b) for a, b in zip(before, tensors(items), strict=True))

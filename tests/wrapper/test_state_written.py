@@ -554,7 +554,7 @@ def test_a_parameter_that_left_without_state_is_forgotten_in_the_next_step(monke
         return len(opt.state), old() is None
 
     assert left() == (2, True)
-    monkeypatch.setattr(Groups, "forget_those_gone", lambda self: None)
+    monkeypatch.setattr(Groups, "forget_removed", lambda self: None)
     assert left() == (3, False)
 
 
