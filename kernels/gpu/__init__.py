@@ -2,14 +2,17 @@
 
 The code that runs on the host is here:
 
-- `plan.py` finds the tensors that can be launched together. `batch.py` and `tables.py` keep their tables, and
-  `configure.py` makes the constants that are compiled in. `eligible.py` says which tensors the kernels can take.
+- `plan.py` has the function `selective_step`, and finds the tensors that can be launched together. `batch.py` and
+  `tables.py` keep their tables, and `configure.py` makes the constants that are compiled in. `eligible.py` says which
+  tensors the kernels can take.
 - `launch.py` has the launches of a step in order.
-- `top_k.py` ranks the scores of one tensor; `functions.py` compiles and evaluates a user's own function.
+- `top_k.py` has the function `top_k`, of one tensor of scores. `functions.py` compiles and evaluates a user's own
+  function.
 
-The code that runs on the GPU is in `device/`, a file for each row of the reference:
+The code that runs on the GPU is in `device/`:
 
-- `selective_step.py` has the pass over everything; `rules.py`, `selections.py` and `strengths.py` are its parts.
+- `selective_step.py` has the kernel that passes over everything; `rules.py`, `selections.py` and `strengths.py` are its
+  parts.
 - `numbers.py` fills in each tensor's numbers, `sums.py` adds up what strengths and statistics need.
 - `scores.py` and `top_k/` find the K-th score: `bracket.py` from a sample, `settle.py`, `repair.py`, and `small.py` for
   small tensors.

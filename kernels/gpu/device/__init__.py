@@ -1,1 +1,1 @@
-"""Triton code, which runs on the GPU: a file for each row that kernels/reference has, and what these share."""
+"""Triton code, which runs on the GPU: the rows of kernels/reference except the random control, and what these share."""

@@ -1,16 +1,6 @@
-"""Exactly the K largest scores of each tensor, without sorting: sample, count, settle, ties.
+"""Scores as keys: unsigned integers of the same order, which are the same bits in every kernel, and their counts.
 
-1. `sample_kernel` (`top_k/bracket.py`) forms the scores at drawn positions. Their ranks give two keys between which the
-   K-th most likely lies: the bracket. A small tensor is its own sample, which gives the K-th itself (`top_k/small.py`).
-2. The pass over everything (`selective_step_kernel`) counts the keys above the bracket, and leaves those inside
-   undecided: one bit an element, and a histogram.
-3. `find_kernel` finds the bin of the histogram that holds the K-th; `settle_kernel` decides every other bin, and lists
-   the few elements of this one (`top_k/settle.py`).
-4. `ties_kernel` ranks the listed elements, equal scores by their index.
-
-A bracket that missed and a list that overflowed are noted on the device, and mended there by `top_k/repair.py`.
-
-Scores are ranked as unsigned integers of the same order, keys, which are the same bits in every kernel.
+The docstring of `top_k/` says how the K-th score is found with them.
 """
 
 from __future__ import annotations
