@@ -60,7 +60,7 @@ class SelectiveUpdate(Optimizer):
         mask_space: what the policy sees of rotated parameters: "rotated" tensors, or the "original" space's.
         capture: how the base's update is obtained: "fused", "scratch" or "delta"; "auto" takes the first that is right
             for this base. `explain()` says which, and why.
-        momentum_beta: keep a first moment of our own, m <- beta m + (1 - beta) g in float32, for bases without one.
+        momentum_beta: keep a first moment of our own, m <- beta m + (1 - beta) g in float32, for a base without one.
         on_nonfinite: NaN or infinite gradients: "ignore" as torch does; "skip" the whole step; "raise" with the
             parameter's name. The last two synchronise with a GPU. Nothing has moved when they act.
         seed: of random policies. They draw by address (seed, step, parameter, element): the same after a resume and on
@@ -190,8 +190,8 @@ class SelectiveUpdate(Optimizer):
         self.base.zero_grad(set_to_none=set_to_none)
 
     def __getattr__(self, name: str) -> Any:
-        # Only what schedule-like bases have and training loops call. Forwarding everything would hand a GradScaler the
-        # base's private flag that it unscales gradients itself.
+        # Only what schedule-free optimizers have and training loops call. Forwarding everything would hand a GradScaler
+        # the base's private flag that it unscales gradients itself.
         if name in ("train", "eval") and hasattr(self.__dict__.get("base"), name):
             return getattr(self.__dict__["base"], name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -256,8 +256,8 @@ class SelectiveUpdate(Optimizer):
     def init_state(self) -> None:
         """Make all state now, as the first step would, without moving a parameter.
 
-        For bases with a fused rule, dense groups and other captures included, this is exactly their state before the
-        first step. Other bases make theirs in a step with zero gradients and learning rate 0, as
+        For a base with a fused rule, dense groups and other captures included, this is exactly their state before the
+        first step. Other base optimizers make it in a step with zero gradients and learning rate 0, as
         torch.distributed.checkpoint does it; those that count steps have counted one then.
         """
         follow_changes(self.groups, self.store)

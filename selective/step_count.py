@@ -87,7 +87,7 @@ class Clocks:
             self._clocks[device].tick(recording)
 
     def count(self, step: int) -> int:
-        """How many steps were taken: `step`, the host's count, unless replays may have gone on from there (waits)."""
+        """Return the number of steps taken: `step`, the host's count, unless replays may have gone on (waits)."""
         if not self.recorded or is_recording():
             return step
         return max(clock.read() for clock in self._clocks.values())

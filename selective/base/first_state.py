@@ -27,7 +27,9 @@ def first_state(base: Optimizer, group: Mapping[str, Any], param: Tensor, dtype:
 
     The options are those of `group`. None if the base cannot be cloned or stepped. Call it inside `unnoticed()`.
     """
-    stand_in = torch.nn.Parameter(param.detach().to(dtype, copy=True))  # with its value: some bases keep a copy of it
+    stand_in = torch.nn.Parameter(
+        param.detach().to(dtype, copy=True)
+    )  # with its value: some optimizers keep a copy of it
     grad_dtype = _gradient_dtype(param, dtype)
     try:
         clone = clone_with_stand_ins(base, [[stand_in]], {"lr": 0.0, "weight_decay": 0.0}, groups=[group])

@@ -1,4 +1,4 @@
-"""The bases whose step our kernels compute, by exact class: their hyper-parameters, state and moments."""
+"""The base optimizers whose step our kernels compute, by exact class: their hyper-parameters, state and moments."""
 
 from __future__ import annotations
 

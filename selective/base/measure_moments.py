@@ -2,7 +2,7 @@
 
 The kind decides how an entry is carried into a rotated space. Two properties show it. *Parity*: an entry that changes
 its sign with the gradients is an average of gradients or of updates; one that does not is made of squares or of
-absolute values. *Degree*: the power of the gradient with which an entry grows, 2 for squares. Some bases scale all
+absolute values. *Degree*: the power of the gradient with which an entry grows, 2 for squares. Some optimizers scale all
 gradients to one size first (AdaGC, MARS), so that no entry grows with them. For these, only a few coordinates of the
 gradients are made larger, and the entry's growth there is compared with that of the rest.
 """
@@ -38,7 +38,7 @@ class Moments:
     first: frozenset[str] = frozenset()
     """Entries that change their sign with the gradient. They are rotated as it is."""
     of_gradient: frozenset[str] = frozenset()
-    """The first moments that grow with the gradient: Adam-like bases divide them by the root of a second moment."""
+    """The first moments that grow with the gradient, which Adam divides by the root of a second moment."""
     second: frozenset[str] = frozenset()
     """Entries that grow with the square of the gradient. They are carried by the squares of the maps."""
     norms: frozenset[str] = frozenset()
@@ -81,7 +81,7 @@ def _run(prober: Prober, change: Callable[[Tensor, Tensor], Tensor], few: Sequen
 def _smallest_gradients(prober: Prober, index: int) -> Tensor:
     """Return a bool tensor that marks the coordinates of a stand-in with the smallest gradients.
 
-    When these are made larger, they still stay below the bounds at which bases clip.
+    When these are made larger, they still stay below the bounds at which base optimizers clip.
     """
     grads = [prober.grads(t, index, prober.small[index]).abs() for t in range(STEPS)]
     order = torch.stack(grads).sum(0).flatten().argsort()
@@ -117,7 +117,7 @@ def _observations(
     observations: dict[str, list[_Observation]] = {}
     last = zip(*(run.states[-1] for run in (usual, opposite, all_larger, few_larger)), strict=True)
     for index, (state, turned, grown, partly) in enumerate(last):
-        if len(prober.shapes[index]) < 2:  # vectors are never rotated, and many bases keep other entries of them
+        if len(prober.shapes[index]) < 2:  # vectors are never rotated, and many optimizers keep other entries of them
             continue
         few = few_coordinates[index].flatten()
         for key, value in state.items():

@@ -35,7 +35,7 @@ def check_class(saved: str, base: Optimizer) -> bool:
     """Refuse the saved `class_names` of an unrelated class, and return True if they are of the base's very class.
 
     A class that inherits from the other, or has its name in another package, is not refused and returns False. Such
-    bases are compared by `check_first_state`.
+    base optimizers are compared by `check_first_state`.
 
     Raises:
         ValueError: the saved class is an unrelated one.

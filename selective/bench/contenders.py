@@ -143,7 +143,7 @@ def other_bases(device: str = "cpu") -> list[Contender]:
 
 
 def standard_contenders(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Contender]:
-    """The contenders of the command line: torch's forms, every policy without and with statistics, other bases."""
+    """The contenders of the command line: torch's forms, every policy without and with statistics, other optimizers."""
     return [
         *torch_contenders(dtype),
         *selective_contenders(device),

@@ -162,7 +162,7 @@ def capture_key(
     `state_classes`, and `needs` is what it reads: the caller has them at hand.
     """
     skip = ("params", "lr", "step", "initial_lr", "param_names")
-    # A number counts only as zero or not: some bases count their steps in the group, schedulers change betas and decay.
+    # A number counts only as zero or not: some optimizers count steps in the group, schedulers change betas and decay.
     flags = tuple(
         (k, v if isinstance(v, (bool, str)) else v != 0)
         for k, v in group.items()

@@ -1,4 +1,4 @@
-"""Delta capture: the update is parameter before minus parameter after, for bases whose update depends on the parameter.
+"""Delta capture: the update is parameter before minus parameter after, for a base whose update depends on that.
 
 The result is p_after + (1 - mask) u, which is exactly the base's own where the mask is 1. In bfloat16 and float16 the
 difference would be mostly rounding error, so there the base steps a float32 copy, and its parameter-shaped state is

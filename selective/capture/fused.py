@@ -1,4 +1,4 @@
-"""Fused capture: one kernel computes the rule and the mask on the base's own state, for bases whose rule we know.
+"""Fused capture: one kernel computes the rule and the mask on the base's own state, for a base whose rule we know.
 
 The base's `step()` is not called, so that nothing has to be copied. The state stays under the base's own keys.
 """

@@ -27,7 +27,7 @@ class StepContext:
     base: Optimizer
     draw: spec.Draw
     own_state: Callable[[Parameter], dict[str, Tensor]]  # the policy's state of a parameter, made if missing
-    own_residue: Callable[[Parameter], Tensor]  # our rounding residue, for bases that would keep one
+    own_residue: Callable[[Parameter], Tensor]  # our rounding residue, for base optimizers that would keep one
     own_momentum: Callable[[Parameter], Tensor] | None  # with `momentum_beta`: our own first moment
     momentum_beta: float | None
     report: StepStatistics | None  # where statistics go; None: not wanted

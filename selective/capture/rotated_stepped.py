@@ -147,7 +147,7 @@ class RotatedDeltaJob(SwappedJob):
                 u.add_(value * (self.factors[i] - 1.0))
         return updates, False
 
-    # --- bases that keep a rounding residue ---
+    # --- base optimizers that keep a rounding residue ---
 
     def _exact(self, indices: list[int]) -> list[Tensor]:
         """Return the parameters in float32, with the residue that we keep of them."""

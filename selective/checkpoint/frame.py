@@ -75,7 +75,7 @@ def step_and_seed_of(wrapper_entries: Mapping[Any, Mapping[str, Any]], saved_ind
     for index, entries in wrapper_entries.items():
         if index not in known:
             raise CheckpointMismatch(f"the checkpoint's state has a parameter {index!r}, its groups don't")
-        _check_complete(entries, index)
+        _check_names(entries, index)
         for key, value in entries.items():
             where = f"the checkpoint's {key!r} of parameter {index!r}"
             if key in (STEP, SEED):
@@ -94,7 +94,7 @@ def step_and_seed_of(wrapper_entries: Mapping[Any, Mapping[str, Any]], saved_ind
     return numbers
 
 
-def _check_complete(entries: Mapping[str, Any], index: Any) -> None:
+def _check_names(entries: Mapping[str, Any], index: Any) -> None:
     """Refuse a parameter of which an entry is missing, or has an unknown name."""
     for key in entries:
         check_known(key, f"the checkpoint's parameter {index!r}")

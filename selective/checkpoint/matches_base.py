@@ -32,7 +32,7 @@ def check_base(
     is_same = bool(same) and all(same)
     for group, plan in zip(saved["param_groups"], plans, strict=True):
         check_options(base, group)
-        _check_complete(plan, group, saved["state"], wrapper_entries)
+        _check_all_or_none(plan, group, saved["state"], wrapper_entries)
         members = zip(group["params"], plan.params.parameters, strict=True)
         shaped = [(saved["state"].get(index), member) for index, member in members if not is_lazy(member.tensor)]
         stepped = [(entries, member) for entries, member in shaped if entries]
@@ -43,7 +43,7 @@ def check_base(
             check_first_state(base, group, plan.group, states, plan.capture.facts.residue)
 
 
-def _check_complete(
+def _check_all_or_none(
     plan: GroupPlan, group: dict[str, Any], states: Mapping[Any, Any], wrapper_entries: Collection[Any]
 ) -> None:
     """Refuse a group of which only some of the parameters that have stepped have entries of ours."""

@@ -155,7 +155,7 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
-                "random": torch.get_rng_state(),  # for bases that draw (stochastic rounding)
+                "random": torch.get_rng_state(),  # for base optimizers that draw (stochastic rounding)
                 "record": json.dumps(self.record),
             },
             buffer,

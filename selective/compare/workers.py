@@ -218,5 +218,5 @@ def _work(connection: Connection, config_json: str, fingerprint: str, checkpoint
             _send(connection, train(config, run, text, path, connection.poll, lambda told: _send(connection, told)))
     except EOFError:
         return  # the parent process is gone, and the run is saved
-    except Exception:  # bases and policies may raise anything; the parent gets the traceback as a WorkerFailed
+    except Exception:  # an optimizer or a policy may raise anything; the parent gets the traceback as a WorkerFailed
         _send(connection, f"run {key} failed:\n{traceback.format_exc()}")

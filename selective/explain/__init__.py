@@ -1,1 +1,1 @@
-"""What `explain()` prints."""
+"""The text that `explain()` prints."""

@@ -1,4 +1,4 @@
-"""What `opt.explain()` prints."""
+"""The text of `opt.explain()`: a paragraph for each parameter group."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _memory(policy: Policy, capture: Capture, group: dict[str, Any]) -> str:
 
 
 def _selection(policy: Policy, group: dict[str, Any]) -> str | None:
-    """What becomes of a selection's own kernel; None where there is none."""
+    """Return a line on whether a selection's own kernel runs; None if it has none."""
     specs = specs_of(policy)
     if specs is None or specs[0].kind != "function":
         return None
@@ -116,7 +116,7 @@ def _selection(policy: Policy, group: dict[str, Any]) -> str | None:
 def _kernels(
     base: Optimizer, group: dict[str, Any], policy: Policy, capture: Capture, scope: str, stochastic: bool
 ) -> str | None:
-    """Whether the elements are stepped by Triton; None on the CPU, where nothing else is to be expected."""
+    """Return a line on whether Triton steps the elements; None on the CPU, where it never does."""
     params = initialized(group["params"])
     if capture.way == "dense" or not (backend_in_use() == "gpu" or any(p.is_cuda for p in params)):
         return None

@@ -1,4 +1,4 @@
-"""What `explain()` says of a group's preconditioner: who is rotated, as what, who is not and why, and the memory."""
+"""The lines of `explain()` on a preconditioner: who is rotated, as what, who is not and why, and the memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `explain()` says of sharded parameters: how many there are, and what a step sends for them."""
+"""The lines of `explain()` on sharded parameters: how many there are, and what a step sends for them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def explain_shards(group: dict[str, Any], policy: Policy, capture: Capture, scop
 
 
 def in_plain_torch(policy: Policy, params: list[Tensor], rule: spec.Rule, stochastic: bool) -> bool:
-    """Whether any of these is a shard that is stepped together with other ranks, and that has no kernels for it."""
+    """True if one of these is a shard that is stepped together with other ranks, without Triton kernels."""
     specs = specs_on(policy, params)
     if specs is None:
         return False

@@ -1,4 +1,4 @@
-"""What is refused when an optimizer is wrapped, or when a group's policy changes."""
+"""Refusals when an optimizer is wrapped, or when a group's policy changes."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def check_state(plans: Sequence[GroupPlan], store: StateStore) -> None:
     unchecked = [plan for plan in plans if not plan.params.state_checked]
     for plan in unchecked:
         for parameter in _there(plan):
-            _check_gradient(parameter)
+            _check_gradient_shape(parameter)
             if store.keeps(plan, parameter):  # else its step is the base's alone
                 _check_base_entries(store.base, plan, parameter)
     if unchecked:
@@ -137,8 +137,8 @@ def _has_whole_basis(rotation: RotationPlan, shape: Shape, parameter: Parameter,
     """True if the stored basis is complete and of a matrix of this shape."""
     if any(key not in own for key in (BASIS_STEPS, BASIS_SKIPPED, BASIS_SHAPE)) or _shape_in(own) != tuple(shape):
         return False
-    touched = own.written | own.removed
-    if not any(map(is_of_basis, touched)):
+    changed_outside = own.written | own.removed
+    if not any(map(is_of_basis, changed_outside)):
         return True  # as we made or loaded it
     kept: dict[str, Any] = {k[len(BASIS) :]: v for k, v in own.items() if k.startswith(BASIS)}
     wanted: Any = basis_form_of(rotation.preconditioner_for(parameter.tensor), shape, parameter.tensor.device)
@@ -163,7 +163,7 @@ def _is_of(shape: torch.Size, was: torch.Size | None, now: torch.Size) -> bool:
     return shape == was or (alike and any(s == w != n for s, w, n in zip(shape, was, now, strict=True)))
 
 
-def _check_gradient(parameter: Parameter) -> None:
+def _check_gradient_shape(parameter: Parameter) -> None:
     p = parameter.tensor
     if p.grad is not None and p.grad.shape != p.shape:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Names and encoding of the wrapper's entries, and the split of a checkpoint into the base's part and ours.
 
 Note [our state entries]: everything of ours is a tensor under `PREFIX` in a parameter's state, beside the base's
-entries in `SelectiveUpdate.state` and `state_dict()["state"]` but never in the base's own dictionaries (bases test
+entries in `SelectiveUpdate.state` and `state_dict()["state"]` but never in the base's own dictionaries (optimizers test
 `len(state) == 0`). The step count, the seed and the policy stand in each parameter's state and not in the groups: the
 flattened form of torch.distributed.checkpoint takes tensors and numbers in a state but only keys that live groups have.
 The names of the base's class stand behind the policy, in its padding: checkpoints that were made before there were any

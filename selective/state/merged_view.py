@@ -191,7 +191,7 @@ class MergedState(MutableMapping[Any, Any]):
         if base_entries is not _MISSING and not (
             isinstance(base_entries, MutableMapping) and isinstance(param, Tensor)
         ):
-            return base_entries  # some bases keep more than states of parameters there
+            return base_entries  # some base optimizers keep more than states of parameters there
         # like the defaultdict it stands for: a parameter without state has an empty one, which is not stored by reading
         return MergedEntry(_Inserting(base, param) if base_entries is _MISSING else base_entries, self._backend, param)
 

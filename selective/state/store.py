@@ -76,7 +76,7 @@ class StateStore:
     def join_base(self, plans: Iterable[GroupPlan]) -> None:
         """Make the entries of parameters of which the base holds state already.
 
-        torch.distributed.checkpoint reads the names of entries off live state. Bases that make theirs in the
+        torch.distributed.checkpoint reads the names of entries off live state. Base optimizers that make theirs in the
         constructor (Adagrad), or that have trained before they were wrapped, have it from the start.
         """
         self.make(plans, self._has_base_state)

@@ -170,7 +170,7 @@ class OptimizerStateBackend(StateBackend):
         taken: dict[Any, tuple[Any, OwnEntries | None]] = {}
         deferred_writes: list[Callable[[], None]] = []
         for param, entries in states.items():
-            if not isinstance(param, Tensor):  # some bases keep more than states of parameters there
+            if not isinstance(param, Tensor):  # some base optimizers keep more than states of parameters there
                 taken[param] = entries, None
                 continue
             if not isinstance(entries, Mapping):

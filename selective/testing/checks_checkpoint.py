@@ -157,7 +157,7 @@ def base_part_loads_into_the_base(subject: Subject) -> None:
     if "state" in whole:
         require_same_entries(whole["state"], saved["base"]["state"], "the wrapper's state against its base's")
     plain_model, plain = build(subject.alone())
-    train(plain_model, plain, range(3))  # because some bases write the step into their groups
+    train(plain_model, plain, range(3))  # because some base optimizers write the step into their groups
     extra = set(saved["base"]["param_groups"][0]) - set(plain.state_dict()["param_groups"][0])
     require(not extra, f"the base's groups hold {sorted(extra)}, which the base does not know.")
     plain_model.load_state_dict(saved["model"])

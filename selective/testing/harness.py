@@ -226,7 +226,7 @@ def own_entries(subject: Subject, wrapper: Optimizer) -> Entries:
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Set the rate of all groups; in place if it is a tensor, because some bases refuse a number then."""
+    """Set the rate of all groups; in place if it is a tensor, because some base optimizers refuse a number then."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)

@@ -1,4 +1,4 @@
-"""Bases for the suite to wrap. Each misbehaves in one known way, and all compute the same Adam."""
+"""Base optimizers for the suite to wrap. Each misbehaves in one known way, and all compute the same Adam."""
 
 from __future__ import annotations
 

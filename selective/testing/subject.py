@@ -40,8 +40,8 @@ class ConfigClaims:
 class Subject:
     """One wrapper around one base, as the conformance suite sees it.
 
-    Give `wrap` (base optimizer -> wrapper) if the wrapper takes an optimizer; the suite then also wraps bases of its
-    own that misbehave in known ways. Give `make` (parameters -> wrapper) if it is built in some other way; the checks
+    Give `wrap` (base optimizer -> wrapper) if the wrapper takes an optimizer; the suite then also wraps optimizers of
+    its own that misbehave in known ways. Give `make` (parameters -> wrapper) if it is built in some other way; the checks
     that need such a base are then reported as not applicable. Without either, ValueError is raised.
 
     Args:
@@ -50,7 +50,7 @@ class Subject:
         get_base: wrapper -> its base; None if the base can't be reached (checks that compare with it are then reported
             as not applicable).
         model: "mixed" trains a matrix, a vector, an embedding, a convolution, one element, a parameter that gets no
-            gradient until step 5 and a frozen one; "matrices" only 2-D parameters, for bases such as Muon.
+            gradient until step 5 and a frozen one; "matrices" only 2-D parameters, for base optimizers such as Muon.
         cap: the largest factor by which the wrapper may enlarge a coordinate's step (row 29).
         copies: how much memory the wrapper claims to keep between steps beside its base, in copies of the parameters
             (row 23); None if it claims nothing.
