@@ -5,8 +5,9 @@ them is then float32, both entries shaped like the parameter and others (Adafact
 scratch capture the base steps the parameter itself and expects state of the dtypes that it makes for it: torch's
 multi-tensor operations refuse a bfloat16 gradient beside a float32 moment. So when a group's capture changes, or its
 state came from elsewhere (a checkpoint, a base that was wrapped before), every entry is cast to the dtype that the base
-itself gives it. A clone shows this dtype, because some optimizers keep float32 moments of any parameter. torch does
-the same when the plain base loads such a checkpoint. It happens before the next step, so that reading a state changes nothing.
+itself gives it. A clone shows this dtype, because some optimizers keep float32 moments of any parameter. torch does the
+same when the plain base loads such a checkpoint. It happens before the next step, so that reading a state changes
+nothing.
 
 The base's buffers of rounding residue are added and removed at the same time: in delta capture the wrapper keeps its
 own.

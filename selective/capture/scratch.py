@@ -4,8 +4,8 @@ It is right for every base whose update does not depend on the parameter. During
 the parameters, and with coupled decay also of the size of the gradients.
 
 Note [whose memory]: the base always steps the parameter tensor itself, because optimizers know parameters by identity.
-Where possible, its memory is exchanged: `p.data` is zeros until the base has stepped. Nothing is copied, and the update is
-still in the zeros when the parameter is written. Elsewhere the values are copied, and the memory is zeroed in place:
+Where possible, its memory is exchanged: `p.data` is zeros until the base has stepped. Nothing is copied, and the update
+is still in the zeros when the parameter is written. Elsewhere the values are copied, and the memory is zeroed in place:
 for a DTensor, whose local part an exchange does not reach; for a base that remembers memory (`keeps_memory`); for a
 parameter whose memory has gaps; and for a policy's own code, which may raise when half of the parameters are written,
 so that a copy is needed anyway.

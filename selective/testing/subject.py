@@ -41,8 +41,8 @@ class Subject:
     """One wrapper around one base, as the conformance suite sees it.
 
     Give `wrap` (base optimizer -> wrapper) if the wrapper takes an optimizer; the suite then also wraps optimizers of
-    its own that misbehave in known ways. Give `make` (parameters -> wrapper) if it is built in some other way; the checks
-    that need such a base are then reported as not applicable. Without either, ValueError is raised.
+    its own that misbehave in known ways. Give `make` (parameters -> wrapper) if it is built in some other way; the
+    checks that need such a base are then reported as not applicable. Without either, ValueError is raised.
 
     Args:
         name: its name in the report.
