@@ -68,7 +68,9 @@ def multipliers(strength: Strength, values: dict[str, Tensor]) -> list[float]:
     return [float(first), float(second)]
 
 
-@pytest.mark.parametrize("part", [*SELECTIONS, *STRENGTHS], ids=lambda part: f"{part.kind}-{'-'.join(sorted(part.reads))}")
+@pytest.mark.parametrize(
+    "part", [*SELECTIONS, *STRENGTHS], ids=lambda part: f"{part.kind}-{'-'.join(sorted(part.reads))}"
+)
 def test_a_selection_or_strength_reads_what_it_says(part: Any) -> None:
     """Other numbers change the result where they are read, and nothing where they are not."""
     outcome: Any = selected if isinstance(part, Selection) else multipliers
