@@ -35,7 +35,7 @@ NAMES = [
 ]
 
 
-class Ones(Policy):
+class OnesForTimm(Policy):
     def mask(self, view: Any) -> Tensor:
         return torch.ones_like(view.update)
 
@@ -83,7 +83,7 @@ def test_a_mask_of_ones_is_the_base_and_another_is_not(name: str) -> None:
     what they divide by (measured: at most 2e-6 in six steps, 16 eps). The mask moves more than a hundred times that.
     """
     bare = stepped(name)
-    assert furthest(stepped(name, policy=Ones()), bare) <= 32 * torch.finfo(torch.float32).eps
+    assert furthest(stepped(name, policy=OnesForTimm()), bare) <= 32 * torch.finfo(torch.float32).eps
     assert furthest(stepped(name, policy=MGUP()), bare) > 1e-4
 
 
@@ -91,7 +91,7 @@ def test_a_mask_of_ones_is_the_base_and_another_is_not(name: str) -> None:
 def test_kron(name: str) -> None:
     pytest.importorskip("opt_einsum")
     bare = stepped(name)
-    assert furthest(stepped(name, policy=Ones()), bare) <= 32 * torch.finfo(torch.float32).eps
+    assert furthest(stepped(name, policy=OnesForTimm()), bare) <= 32 * torch.finfo(torch.float32).eps
     assert furthest(stepped(name, policy=MGUP()), bare) > 1e-4
 
 
