@@ -238,7 +238,7 @@ class SelectiveUpdate(Optimizer):
         return loss
 
     def statistics(self) -> dict[str, dict[str, Tensor]]:
-        """What the last step selected, for each parameter by name; see `selective.statistics.StepStatistics.read`.
+        """The selection of the last step, for each parameter by name; see `selective.statistics.StepStatistics.read`.
 
         0-d float32 tensors on the parameter's device; reading them on the host is what synchronises. Of groups whose
         policy is `Dense()` there is only what a preconditioner reports, of rotated parameters; before the first step

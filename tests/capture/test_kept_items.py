@@ -1,4 +1,4 @@
-"""What a step keeps for the next one: whatever is changed in between is noticed, and nothing of it is kept too long.
+"""Items are kept from step to step: whatever is changed in between is noticed, and nothing of it is kept too long.
 
 Each change is made to two optimizers; one of them forgets everything between its steps.
 """

@@ -1,4 +1,4 @@
-"""What is alive while the base steps, against what docs/capture.md and `explain()` say."""
+"""The memory that is alive while the base steps, against what docs/capture.md and `explain()` say."""
 
 from __future__ import annotations
 

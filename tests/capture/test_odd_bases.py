@@ -39,7 +39,7 @@ class OwnList(Sums):
 
 
 def test_a_base_that_steps_a_list_of_its_own_is_refused() -> None:
-    """What it does can't be measured on stand-ins: it would have passed for one that does not look at parameters."""
+    """Its step can't be measured on stand-ins: it would have passed for one that does not look at parameters."""
     with pytest.raises(ValueError, match="did not move the tensors that stand in"):
         SelectiveUpdate(OwnList([torch.nn.Parameter(torch.ones(3, 3))]), policy=MGUP())
 

@@ -34,7 +34,7 @@ def make_params(count: int, *dtypes: torch.dtype) -> list[torch.nn.Parameter]:
 
 
 def count_calls(monkeypatch, fail_at: int = 0) -> list[int]:
-    """How many tensors each call of `selective_step` gets; the call with this number (from 1) raises after its work."""
+    """Counts the tensors of each call of `selective_step`; the call with this number (from 1) raises after its work."""
     sizes: list[int] = []
 
     def counted(items: Any, **options: Any) -> Any:

@@ -24,7 +24,7 @@ def test_there_are_examples() -> None:
 
 
 def run(path: Path, folder: Path, *arguments: str) -> str:
-    """What the script printed."""
+    """The text that the script printed."""
     alone = ["-P"] if sys.version_info >= (3, 11) else []
     theirs = [option for message in THEIR_WARNINGS for option in ("-W", f"ignore:{message}")]
     command = [sys.executable, *alone, "-W", "error", *theirs, str(path), *arguments]

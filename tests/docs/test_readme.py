@@ -52,7 +52,7 @@ def number(value: float | Interval | None, digits: int) -> str:
 
 
 class Files:
-    """What the README says, computed from a folder of measurements."""
+    """The figures of the README, computed from a folder of measurements."""
 
     def __init__(self, folder: Path) -> None:
         self.read = {name: json.loads((folder / name).read_text()) for name in FILES}

@@ -137,7 +137,7 @@ def put(opt: SelectiveUpdate, parameters: list[Tensor]) -> None:
 
 
 def fingerprint() -> Tensor:
-    """The digest of a product and a fused step, whose last bits depend on the machine and on torch."""
+    """A product and a fused step as numbers, whose last bits depend on the machine and on torch."""
     p = torch.nn.Parameter(numbers((24, 16), 1))
     p.grad = numbers((24, 16), 2)
     torch.optim.AdamW([p], lr=0.1, fused=True).step()
