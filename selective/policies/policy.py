@@ -30,6 +30,10 @@ class Policy(Configured):
 
     _family: ClassVar[str] = "policy"
     _registry: ClassVar[dict[str, type[Configured]]] = {}
+    _state_is_kept: ClassVar[str] = (
+        "make what changes from step to step in init_state(view), and return (mask, state) from mask(view). To change "
+        "a hyper-parameter: opt.policy_groups[i][{name!r}] = ..."
+    )
 
     reads: ClassVar[frozenset[str]] = frozenset({"update", "grad"})
     """The tensors of the view that a custom `mask` reads: any of update, grad, momentum, previous_momentum, param."""
@@ -140,10 +144,9 @@ class Combined(Policy):
 def policy_from(data: Any) -> Policy:
     """Make a policy of a `Policy`, a kind's name ("MGUP"), a dict with a `kind`, or JSON text; None is `Dense()`.
 
-    Raises `pydantic.ValidationError` for a wrong key or value, with its path and bound, and `ValueError` for an
-    unknown kind.
+    Raises `ValueError` for a wrong key or value, with its path and bound, and for an unknown kind.
     """
     return Policy.from_data("Dense" if data is None else data)
 
 
-AnyPolicy = Annotated[SerializeAsAny[Policy], BeforeValidator(Policy.from_data)]
+AnyPolicy = Annotated[SerializeAsAny[Policy], BeforeValidator(Policy.part_from_data)]
