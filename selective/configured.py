@@ -24,7 +24,7 @@ from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 from selective.messages.class_bodies import checked_body, refuse_tensor_field, unbuilt
-from selective.messages.families import of_another_family
+from selective.messages.families import FUNCTION, missing_function, of_another_family
 from selective.messages.short import short
 from selective.messages.wrong_values import frozen, in_plain_words, unknown_key
 
@@ -93,6 +93,7 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
     _family: ClassVar[str] = ""
     _registry: ClassVar[dict[str, type[Configured]]] = {}
     _heads: ClassVar[list[type[Configured]]] = []  # the base class of each family
+    _replaces: ClassVar[bool] = False  # True: takes the place of another class of its kind
     _state_is_kept: ClassVar[str] = "it is the same in every step"
 
     @classmethod
@@ -104,7 +105,8 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
         if "kind" not in cls.__dict__:
             cls.kind = cls.__name__
         other = cls._registry.get(cls.kind)
-        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        same_place = other is None or (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
+        if other is not None and not same_place and not cls._replaces:
             raise TypeError(
                 f"{cls._family} kind {cls.kind!r} is taken by {other.__module__}.{other.__qualname__}; checkpoints "
                 f"and JSON find a {cls._family} by its kind: rename the class, or set `kind: ClassVar[str] = ...`"
@@ -218,7 +220,7 @@ def _build(family: type[C], data: Any) -> C:
     """Build one member from parsed data. A surrounding pydantic model adds the path to its errors."""
     if isinstance(data, str):
         data = {"kind": data}
-    known = ", ".join(repr(kind) for kind in sorted(family._registry))
+    known = ", ".join(repr(kind) for kind in sorted(family._registry) if not kind.startswith(FUNCTION))
     what = family._family
     if isinstance(data, type) and issubclass(data, family):
         raise ValueError(f"{what}: found the class {data.__name__}, not an instance: write {data.__name__}()")
@@ -246,6 +248,8 @@ def _build(family: type[C], data: Any) -> C:
         )
         if other is not None:
             raise ValueError(of_another_family(what, other._family, repr(kind)))
+        if isinstance(kind, str) and kind.startswith(FUNCTION):
+            raise ValueError(missing_function(kind))
         near = get_close_matches(short(kind).strip("'").lower(), [name.lower() for name in family._registry], n=1)
         hint = next((f" (did you mean {name!r}?)" for name in family._registry if name.lower() in near), "")
         raise ValueError(f"{what}: kind {short(kind)} is not known{hint}; the kinds are {known}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,12 +20,15 @@ from selective.checkpoint.pickles import contents, parts
 from selective.checkpoint.save import save
 from selective.checkpoint.set_state import set_as_torch
 from selective.explain.groups import explain
+from selective.messages.assignments import SET_POLICY, at_construction, in_the_groups
+from selective.messages.construction import NOT_GIVEN, names_unknown_arguments, nothing_to_do
 from selective.plan.groups import Groups
 from selective.plan.options import OnNonfinite, Options, Scope
 from selective.plan.policy_groups import KEYS, PolicyGroup, PreconditionerGroup
 from selective.plan.refusals import check_arguments
 from selective.plan.rotation_plan import warn_of_two_rotations
 from selective.policies import Policy, policy_from
+from selective.policies.view import StepView
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 from selective.rotation.basis import MaskSpace
 from selective.sharding.dtensor import shard_of
@@ -50,8 +53,9 @@ class SelectiveUpdate(Optimizer):
 
     Args:
         base: the optimizer to wrap. Don't step it yourself any more.
-        policy: a `Policy`, a kind's name ("MGUP") or a dict with a `kind`; None is `Dense()`. A `policy` in one of the
-            base's parameter groups overrides it for that group (None there: dense) and is moved to `policy_groups`.
+        policy: a `Policy`, a kind's name ("MGUP"), a dict with a `kind`, or a function of a `StepView` that returns a
+            mask; None is `Dense()`. A `policy` in one of the base's parameter groups overrides it for that group (None
+            there: dense) and is moved to `policy_groups`.
         preconditioner: rotates the gradients of matrices before the base sees them: a `Preconditioner`, a kind's name
             or a dict with a `kind`. A `preconditioner` in a parameter group overrides it (None there: none).
         matrix_view: which parameters are matrices, and how: "matrices" (2-D ones only), "conv" (also [out, in, ...] as
@@ -77,10 +81,16 @@ class SelectiveUpdate(Optimizer):
         ValueError: the base can't be wrapped, or the policy needs a momentum that it does not have; with the reason.
     """
 
+    preconditioner = in_the_groups("preconditioner_groups[i].preconditioner")
+    matrix_view = in_the_groups("preconditioner_groups[i].matrix_view")
+    mask_space, capture, momentum_beta, on_nonfinite = (at_construction() for _ in range(4))
+    seed, stochastic_rounding, scope = (at_construction() for _ in range(3))
+
+    @names_unknown_arguments
     def __init__(
         self,
         base: Optimizer,
-        policy: Policy | dict[str, Any] | str | None = None,
+        policy: Policy | Callable[[StepView], Any] | dict[str, Any] | str | None = NOT_GIVEN,
         *,
         preconditioner: Preconditioner | dict[str, Any] | str | None = None,
         matrix_view: MatrixView = "matrices",
@@ -98,7 +108,8 @@ class SelectiveUpdate(Optimizer):
             capture=capture, momentum_beta=momentum_beta, on_nonfinite=on_nonfinite, statistics=statistics,
             rounding=stochastic_rounding, scope=scope, mask_space=mask_space,
         )  # fmt: skip
-        named, view = policy_from(policy), check_matrix_view(matrix_view, "")
+        named = policy_from(None if policy is NOT_GIVEN else policy)
+        view = check_matrix_view(matrix_view, "")
         default = PolicyGroup(named, PreconditionerGroup(preconditioner_from(preconditioner), view))
         count = StepCount(seed)
         self._put_together(base, options, Groups(base, options, default), StateStore(base, options, count), count)
@@ -111,6 +122,9 @@ class SelectiveUpdate(Optimizer):
             self.store.join_base(self.groups.plans)
             if self.groups.places:
                 warn_of_two_rotations(base)
+            given = policy is not NOT_GIVEN or preconditioner is not None or any(own for _, own in said)
+            if not given and on_nonfinite == "ignore":
+                warnings.warn(nothing_to_do(base), stacklevel=3)
         except BaseException:
             for group, own in said:  # the base is as it was given: wrapping it again finds what its groups said
                 group.update(own)
@@ -179,6 +193,10 @@ class SelectiveUpdate(Optimizer):
     def policy(self) -> Policy:
         """The policy of groups that name none. To change one, set `opt.policy_groups[i].policy` or its entries."""
         return self.groups.default.policy
+
+    @policy.setter
+    def policy(self, policy: Any) -> NoReturn:
+        raise AttributeError(SET_POLICY)
 
     @property
     def preconditioner_groups(self) -> tuple[PreconditionerGroup, ...]:

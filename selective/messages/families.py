@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+FUNCTION = "function "
+"""The beginning of the kind of every policy that was made of a function."""
+
 _WAYS = {
     ("policy", "selection"): "pass Policy(selection={it}, strength=...)",
     ("policy", "strength"): "pass Policy(selection=..., strength={it})",
@@ -18,3 +21,9 @@ def of_another_family(wanted: str, actual: str, it: str) -> str:
     """Say of which family `it` is (its repr, or its name), and where it goes. For a `wanted` policy, for instance."""
     way = _WAYS.get((wanted, actual), f"a {wanted} is needed here")
     return f"{wanted}: {it} is a {actual}; {way.format(it=it)}"
+
+
+def missing_function(kind: str) -> str:
+    """The message about a policy in data, such as a checkpoint, whose function is not known."""
+    name = kind.removeprefix(FUNCTION)
+    return f"policy: it is the function {name!r}, which no data holds; build the optimizer with policy={name} first"

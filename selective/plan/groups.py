@@ -228,7 +228,8 @@ class Groups:
             plan.params.state_checked = plan.params.state_checked and rotation is known
             if preconditioning.was_planned and (known is None or any(p in with_basis for p in known.shapes)):
                 check_change(known, rotation, plan.number)
-        preconditioning.planned = rotation
+        if rotation is not known or not preconditioning.was_planned:
+            preconditioning.planned = rotation
         return rotation
 
     def _make_rotation(self, plan: GroupPlan) -> RotationPlan:
