@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from selective.capture.choose import capture_key, choose_capture
 from selective.capture.items import DeviceItems
+from selective.plan.advice import warn_of_needless_mask, warn_of_stray_keys
 from selective.plan.flattened import refuse_joined
 from selective.plan.group_params import GroupParams
 from selective.plan.group_plan import Choice, GroupPlan
@@ -189,6 +190,9 @@ class Groups:
             if params.joined:
                 refuse_joined(number, params.shapes, params.tensors)
         described = plan.kept.describe(policy)
+        if len(plan.group) != plan.keys_checked:
+            warn_of_stray_keys(plan.group, number, plan.policy_group, self.base.defaults, plan.keys_warned)
+            plan.keys_checked = len(plan.group)
         key = capture_key(self.base, plan.group, params.kinds, described.state_classes, described.needs)
         if plan.choice is not None and plan.choice.key == key:
             return plan.choice
@@ -198,6 +202,7 @@ class Groups:
         check_momentum(self.base, plan.group, number, policy, capture, own)
         if not plan.is_dense:
             check_shards(params.parameters)
+            warn_of_needless_mask(self.base, plan.group, number, policy, described.specs)
         return Choice(key, capture)
 
     def _check_sharing(self) -> None:
