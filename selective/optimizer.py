@@ -65,8 +65,8 @@ class SelectiveUpdate(Optimizer):
         capture: how the base's update is obtained: "fused", "scratch" or "delta"; "auto" takes the first that is right
             for this base. `explain()` says which, and why.
         momentum_beta: keep a first moment of our own, m <- beta m + (1 - beta) g in float32, for a base without one.
-        on_nonfinite: NaN or infinite gradients: "ignore" as torch does; "skip" the whole step; "raise" with the
-            parameter's name. The last two synchronise with a GPU. Nothing has moved when they act.
+        on_nonfinite: NaN or infinite gradients: "ignore" as torch does; "skip" the step (`skipped_steps` counts them);
+            "raise" with the parameter's name. The last two synchronise with a GPU. Nothing has moved when they act.
         seed: of random policies. They draw by address (seed, step, parameter, element): the same after a resume and on
             every rank; torch's generators are not touched.
         statistics: collect what `statistics()` reports in every step. It stays on the device.
@@ -243,6 +243,7 @@ class SelectiveUpdate(Optimizer):
             self.store.make(plans, lambda parameter: parameter.tensor.grad is not None)
             return loss
         if has_nonfinite(present, self.options.on_nonfinite, self.count.steps):
+            self.count.skipped += 1
             return loss
         if not recording:
             check_state(plans, self.store)
@@ -254,6 +255,11 @@ class SelectiveUpdate(Optimizer):
         self.count.tick(clocked, recording)  # 8
         self.runner.report = report
         return loss
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of steps that `on_nonfinite="skip"` left out. It is in no checkpoint: a resumed run starts at 0."""
+        return self.count.skipped
 
     def statistics(self) -> dict[str, dict[str, Tensor]]:
         """The selection of the last step, for each parameter by name; see `selective.statistics.StepStatistics.read`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from selective import (
     Soap,
     TopK,
     param_groups_for,
+    watch,
 )
 
 
@@ -148,3 +150,36 @@ def test_a_wrapper_that_does_something_does_not_warn() -> None:
 def test_no_decay_is_a_list() -> None:
     with pytest.raises(ValueError, match=r"no_decay is the string 'vectors'; write a list: \['vectors'\]"):
         param_groups_for(net(), no_decay="vectors")
+
+
+def test_skipped_steps_are_counted_and_no_checkpoint_has_them() -> None:
+    optimizer = SelectiveUpdate(adamw(), policy="MGUP", on_nonfinite="skip")
+    assert optimizer.skipped_steps == 0
+    samples: list[Any] = []
+    with watch(optimizer, samples.append, every=1):
+        for bad in (False, True, True, False):
+            give_gradients(optimizer)
+            if bad:
+                next(iter(optimizer.param_groups[0]["params"])).grad[0] = float("nan")
+            optimizer.step()
+    assert optimizer.skipped_steps == 2 and optimizer.count.steps == 2
+    assert [sample.overview()["skipped_steps"] for sample in samples] == [0, 2]
+    assert copy.deepcopy(optimizer).skipped_steps == 2
+    resumed = SelectiveUpdate(adamw(), policy="MGUP", on_nonfinite="skip")
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.skipped_steps == 0 and "skipped" not in str(optimizer.state_dict().keys())
+
+
+def test_without_skipping_nothing_is_said_of_it() -> None:
+    optimizer, samples = SelectiveUpdate(adamw(), policy="MGUP"), []
+    with watch(optimizer, samples.append, every=1):
+        step(optimizer)
+    assert "skipped_steps" not in samples[0].overview()
+
+
+def test_watching_with_another_model_is_refused() -> None:
+    model = net()
+    optimizer = SelectiveUpdate(adamw(model), policy="MGUP")
+    with pytest.raises(ValueError, match="the model \\(Sequential\\) has none of the optimizer's parameters"):
+        watch(optimizer, print, model=copy.deepcopy(model))
+    watch(optimizer, print, model=torch.nn.ModuleList([model, net()])).close()  # a part of it is enough
