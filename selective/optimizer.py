@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.base.hyperparameters import scalar
 from selective.base.step_base import base_hooks, run_step_on
 from selective.bind import bind as bind_class
 from selective.capture.choose import CaptureName
@@ -31,14 +30,14 @@ from selective.policies import Policy, policy_from
 from selective.policies.view import StepView
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 from selective.rotation.basis import MaskSpace
-from selective.sharding.dtensor import shard_of
 from selective.state.check_before_step import check_state
 from selective.state.init_state import make_all_state
 from selective.state.merged_view import MergedState
 from selective.state.store import StateStore, follow_changes
 from selective.state.writing import OptimizerStateBackend
 from selective.statistics import StepStatistics
-from selective.step.gradients import any_nonzero_gradient, check_gradients, has_nonfinite
+from selective.step.gradients import check_gradients, has_nonfinite, is_initialisation
+from selective.step.outside_of_graphs import prepare, step_outside_of_graphs
 from selective.step.run import StepRunner, fit_base_states
 from selective.step_count import StepCount, check_recordable, is_recording
 
@@ -136,6 +135,7 @@ class SelectiveUpdate(Optimizer):
         """Assign the parts. Objects that stand in for this one share them, so whatever changes is inside of a part."""
         self.base, self.options, self.groups, self.store, self.count = base, options, groups, store, count
         self.runner = StepRunner(options, count, store)
+        prepare()
 
     bind = classmethod(bind_class)
 
@@ -228,6 +228,11 @@ class SelectiveUpdate(Optimizer):
         7. Apply p <- factor p - P (mask ⊙ u) Q^T; decoupled decay reaches every coordinate and is never masked.
         8. Let the preconditioner observe the gradients, count the step, hand out its statistics.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return step_outside_of_graphs(self._step, closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -237,7 +242,7 @@ class SelectiveUpdate(Optimizer):
         present = [plan.params.with_gradient() for plan in plans]
         check_gradients(plans, present)  # 2
         recording = self._is_recorded()
-        if not recording and self._is_initialisation():
+        if not recording and is_initialisation(self.param_groups):
             with base_hooks(self.base):
                 run_step_on(self.base, self.param_groups)
             self.store.make(plans, lambda parameter: parameter.tensor.grad is not None)
@@ -258,7 +263,7 @@ class SelectiveUpdate(Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """The number of steps that `on_nonfinite="skip"` left out. It is in no checkpoint: a resumed run starts at 0."""
+        """The number of steps that `on_nonfinite="skip"` left out. A resumed run starts at 0 again."""
         return self.count.skipped
 
     def statistics(self) -> dict[str, dict[str, Tensor]]:
@@ -339,19 +344,6 @@ class SelectiveUpdate(Optimizer):
         """True if this step goes into a CUDA graph; an error if its replays would not be steps."""
         if not any(plan.params.cuda_devices for plan in self.groups.plans) or not is_recording():
             return False
-        rotates, asks = bool(self.groups.places), self._asks_others()
+        rotates, asks = bool(self.groups.places), self.groups.asks_others()
         check_recordable(self.base, self.param_groups, self.options.on_nonfinite, rotates, asks)
         return True
-
-    def _asks_others(self) -> bool:
-        """True if a parameter that is masked has parts on other ranks, which a step has to ask."""
-        masked = (p for plan in self.groups.plans if not plan.is_dense for p in plan.params.tensors)
-        return self.options.scope == "global" and any(shard_of(p) is not None for p in masked)
-
-    def _is_initialisation(self) -> bool:
-        """True for torch.distributed.checkpoint's way to make state: learning rate 0 and zero gradients."""
-        rates = [group.get("lr") for group in self.param_groups]
-        if any(r is None or (isinstance(r, Tensor) and r.device.type != "cpu") or scalar(r) != 0.0 for r in rates):
-            return False
-        tensors = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return bool(tensors) and not any_nonzero_gradient(tensors)

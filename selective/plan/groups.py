@@ -21,6 +21,7 @@ from selective.plan.refusals import check_complete, check_flattened, check_momen
 from selective.plan.rotation_plan import RotationPlan, check_change
 from selective.plan.shared_parameters import check_sharing
 from selective.rotation.moments import check_moments, moments_of
+from selective.sharding.dtensor import shard_of
 
 
 class Changes(NamedTuple):
@@ -121,6 +122,11 @@ class Groups:
         """The GPUs on which something is masked, whose steps are counted there: Note [the clock]."""
         masked = (plan for plan in self.plans if plan.rotation is not None or not plan.is_dense)
         return {device for plan in masked for device in plan.params.cuda_devices}
+
+    def asks_others(self) -> bool:
+        """True if a parameter that is masked has parts on other ranks, which a step has to ask."""
+        masked = (p for plan in self.plans if not plan.is_dense for p in plan.params.tensors)
+        return self.options.scope == "global" and any(shard_of(p) is not None for p in masked)
 
     def choices(self) -> list[Choice | None]:
         """Return the chosen capture for each policy; None if none was chosen yet."""
