@@ -143,8 +143,8 @@ def test_a_whole_train_step_may_be_compiled() -> None:
     @torch.compile(backend="eager")
     def train_step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         loss = torch.nn.functional.mse_loss(model(x), y)
+        value = loss.detach()  # torch looks up the `grad` of a loss that is returned, and warns of itself
         loss.backward()
-        value = loss.detach()
         optimizer.step()
         return value
 
