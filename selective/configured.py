@@ -24,7 +24,7 @@ from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 from selective.messages.class_bodies import checked_body, refuse_tensor_field, unbuilt
-from selective.messages.families import FUNCTION, missing_function, of_another_family
+from selective.messages.families import FUNCTION, missing_function, no_member, of_another_family
 from selective.messages.short import short
 from selective.messages.wrong_values import frozen, in_plain_words, unknown_key
 
@@ -229,13 +229,7 @@ def _build(family: type[C], data: Any) -> C:
     if isinstance(data, type) and issubclass(data, Configured):
         raise ValueError(of_another_family(what, data._family, f"{data.__name__}()"))
     if not isinstance(data, dict):
-        own = type(data).__name__
-        way = (
-            ""
-            if type(data).__module__ == "builtins"
-            else f"; a {what} of your own is a `class {own}({family.__name__})`"
-        )
-        raise ValueError(f"{what}: expected a {what}, a kind's name or a dict with a 'kind', found {short(data)}{way}")
+        raise ValueError(no_member(what, family.__name__, data))
     if "kind" not in data:
         raise ValueError(f"{what}: found no 'kind' in {short(data)}; the kinds are {known}")
     kind = data["kind"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from types import FunctionType
+
+from selective.messages.short import short
+
 FUNCTION = "function "
 """The beginning of the kind of every policy that was made of a function."""
 
@@ -27,3 +31,13 @@ def missing_function(kind: str) -> str:
     """The message about a policy in data, such as a checkpoint, whose function is not known."""
     name = kind.removeprefix(FUNCTION)
     return f"policy: it is the function {name!r}, which no data holds; build the optimizer with policy={name} first"
+
+
+def no_member(wanted: str, head: str, data: object) -> str:
+    """The message about an object in the place of a `wanted` policy, for instance, whose base class is `head`."""
+    way = ""
+    if isinstance(data, FunctionType) and wanted != "policy":
+        way = f"; only a policy can be a function, a {wanted} of your own is a `class ...({head})`"
+    elif type(data).__module__ != "builtins":
+        way = f"; a {wanted} of your own is a `class {type(data).__name__}({head})`"
+    return f"{wanted}: expected a {wanted}, a kind's name or a dict with a 'kind', found {short(data)}{way}"

@@ -57,6 +57,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Policy(selection=NoSelection(), strength=Fixed()),
         "a selection of your own is a `class NoSelection(Selection)`",
     ),
+    "a function": (
+        lambda: Policy(selection=lambda view: view.update > 0, strength=Fixed()),
+        "only a policy can be a function, a selection of your own is a `class ...(Selection)`",
+    ),
     "a selection": (lambda: policy_from(TopK()), "TopK() is a selection; pass Policy(selection=TopK(), strength=...)"),
     "a strength's name": (lambda: policy_from("Fixed"), "'Fixed' is a strength; pass Policy(selection=..., strength="),
     "a preconditioner": (lambda: policy_from(Soap()), "Soap() is a preconditioner; pass it as preconditioner=Soap()"),

@@ -100,6 +100,13 @@ def test_a_cautious_mask_over_a_cautious_base(key: str, policy: Policy) -> None:
         SelectiveUpdate(CautiousAdamW([param()], key), policy=policy)
 
 
+def test_a_cautious_base_of_other_people() -> None:
+    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
+    with pytest.warns(UserWarning, match="masks what Lion has masked already, because its cautious is True"):
+        SelectiveUpdate(pytorch_optimizer.Lion([param()], cautious=True), policy=Cautious())
+    SelectiveUpdate(pytorch_optimizer.Lion([param()]), policy=Cautious())
+
+
 def test_switching_to_a_cautious_mask_warns_in_the_next_step() -> None:
     optimizer = SelectiveUpdate(CautiousAdamW([param()]), policy=MGUP())
     optimizer.policy_groups[0].policy = "Cautious"  # type: ignore[assignment]
