@@ -81,6 +81,7 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
     kind: ClassVar[str] = ""
     _family: ClassVar[str] = ""
     _registry: ClassVar[dict[str, type[Configured]]] = {}
+    _short_names: ClassVar[dict[str, dict[str, Any]]] = {}  # in lower case: the data that each stands for
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -149,6 +150,7 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
     def from_data(cls: type[C], data: Any) -> C:
         """Build a member of this family from a kind's name, a dict with a `kind`, or JSON text of such a dict.
 
+        A kind may be written in any case, and with or without spaces, hyphens and underscores: "mgup", "cautious-mgup".
         An instance of the family is returned as it is. Raises `pydantic.ValidationError` for a wrong value or key, with
         its path, and `ValueError` for an unknown kind, with the kinds that exist.
         """
@@ -181,13 +183,34 @@ def _build(family: type[C], data: Any) -> C:
         raise ValueError(f"{what}: expected a {what}, a kind's name or a dict with a 'kind', found {_short(data)}")
     if "kind" not in data:
         raise ValueError(f"{what}: found no 'kind' in {_short(data)}; the kinds are {known}")
-    kind = data["kind"]
-    member = family._registry.get(kind) if isinstance(kind, str) else None
-    if member is None:
-        near = get_close_matches(_short(kind).strip("'").lower(), [name.lower() for name in family._registry], n=1)
-        hint = next((f" (did you mean {name!r}?)" for name in family._registry if name.lower() in near), "")
-        raise ValueError(f"{what}: kind {_short(kind)} is not known{hint}; the kinds are {known}")
-    return member.model_validate(data)  # type: ignore[return-value]
+    member, fields = _named(family, data["kind"])
+    return member.model_validate({**fields, **data, "kind": member.kind})  # type: ignore[return-value]
+
+
+def _named(family: type[Configured], kind: Any) -> tuple[type[Configured], dict[str, Any]]:
+    """The class that `kind` names, and the fields that a short name fills in. Raises ValueError if there is none."""
+    registry, what = family._registry, family._family
+    if isinstance(kind, str):
+        if kind in registry:
+            return registry[kind], {}
+        short = dict(family._short_names.get(_plain(kind), {}))
+        if short:
+            return registry[short.pop("kind")], short
+        alike = [name for name in registry if _plain(name) == _plain(kind)]
+        if len(alike) == 1:
+            return registry[alike[0]], {}
+        if alike:
+            raise ValueError(f"{what}: kind {kind!r} can be {' or '.join(map(repr, alike))}; write it as there")
+    names = {_plain(name): name for name in [*family._short_names, *registry]}
+    near = get_close_matches(_plain(_short(kind).strip("'")), names, n=1)
+    hint = f" (did you mean {names[near[0]]!r}?)" if near else ""
+    known = ", ".join(repr(name) for name in sorted(registry))
+    raise ValueError(f"{what}: kind {_short(kind)} is not known{hint}; the kinds are {known}")
+
+
+def _plain(name: str) -> str:
+    """A name in lower case, without spaces, hyphens and underscores."""
+    return re.sub(r"[\s_-]", "", name).lower()
 
 
 def kinds_of(data: Any) -> Any:
