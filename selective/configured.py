@@ -193,22 +193,22 @@ def _named(family: type[Configured], kind: Any) -> tuple[type[Configured], dict[
     if isinstance(kind, str):
         if kind in registry:
             return registry[kind], {}
-        short = dict(family._short_names.get(_plain(kind), {}))
+        short = dict(family._short_names.get(plain_name(kind), {}))
         if short:
             return registry[short.pop("kind")], short
-        alike = [name for name in registry if _plain(name) == _plain(kind)]
+        alike = [name for name in registry if plain_name(name) == plain_name(kind)]
         if len(alike) == 1:
             return registry[alike[0]], {}
         if alike:
             raise ValueError(f"{what}: kind {kind!r} can be {' or '.join(map(repr, alike))}; write it as there")
-    names = {_plain(name): name for name in [*family._short_names, *registry]}
-    near = get_close_matches(_plain(_short(kind).strip("'")), names, n=1)
+    names = {plain_name(name): name for name in [*family._short_names, *registry]}
+    near = get_close_matches(plain_name(_short(kind).strip("'")), names, n=1)
     hint = f" (did you mean {names[near[0]]!r}?)" if near else ""
     known = ", ".join(repr(name) for name in sorted(registry))
     raise ValueError(f"{what}: kind {_short(kind)} is not known{hint}; the kinds are {known}")
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A name in lower case, without spaces, hyphens and underscores."""
     return re.sub(r"[\s_-]", "", name).lower()
 

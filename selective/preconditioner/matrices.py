@@ -44,8 +44,8 @@ def matrix_shape(param: Tensor, view: MatrixView) -> Shape | str:
     matrices [m, n], and [e, k * m, n] a batch of e * k: the queries, keys and values of a joined projection, or the
     gates and values of stacked experts. "columns:k" reads [m, k * n] and [e, m, k * n] in the same way, for weights
     that are stored as [in, out], such as those of GPT-2; n is 2 or more there. "conv" reads [out, in, ...] as one
-    matrix [out, in * ...], and "experts" reads [..., m, n] as a batch of matrices [m, n]. Parameters of other numbers of
-    dimensions have no matrices. Neither have those of other dtypes than float32, bfloat16 and float16, nor tensor
+    matrix [out, in * ...], and "experts" reads [..., m, n] as a batch of matrices [m, n]. Parameters of other numbers
+    of dimensions have no matrices. Neither have those of other dtypes than float32, bfloat16 and float16, nor tensor
     subclasses such as DTensor and quantised parameters.
     """
     if type(param) not in _PLAIN:
