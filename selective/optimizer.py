@@ -20,6 +20,7 @@ from selective.checkpoint.pickles import contents, parts
 from selective.checkpoint.save import save
 from selective.checkpoint.set_state import set_as_torch
 from selective.explain.groups import explain
+from selective.for_model.for_model import for_model as optimizer_for_model
 from selective.plan.groups import Groups
 from selective.plan.options import OnNonfinite, Options, Scope
 from selective.plan.policy_groups import KEYS, PolicyGroup, PreconditionerGroup
@@ -125,6 +126,7 @@ class SelectiveUpdate(Optimizer):
         self.runner = StepRunner(options, count, store)
 
     bind = classmethod(bind_class)
+    for_model = classmethod(optimizer_for_model)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

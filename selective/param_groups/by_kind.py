@@ -31,14 +31,17 @@ class ParamGroups(list[dict[str, Any]]):
 
     def table(self) -> str:
         """A table with a line for each parameter: its group, its name, its shape, and why it is in that group."""
-        head = ("group", "parameter", "shape", "because")
-        rows = [head, *self._rows]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in rows]
-        return "\n".join(lines)
+        return aligned([("group", "parameter", "shape", "because"), *self._rows])
 
     def __str__(self) -> str:
         return self.table()
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of equal length as lines whose columns are as wide as what is in them."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def param_groups_for(
