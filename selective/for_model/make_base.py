@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, cast
 
 from torch.optim import Optimizer
@@ -36,13 +37,17 @@ def maker(base: Any) -> Callable[..., Optimizer]:
 
 
 def options_of(make: Callable[..., Optimizer]) -> list[str]:
-    """The names of the options that a class or a factory takes; without the parameters, which come first."""
+    """The names of the options that a class or a factory takes; without the parameters, which come first.
+
+    Those that a `functools.partial` has set already are not among them.
+    """
     try:
         parameters = list(inspect.signature(make).parameters.values())
     except ValueError:  # of some built-in callables
         return []
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = [p.name for p in parameters if p.kind in by_name]
+    already = make.keywords if isinstance(make, partial) else {}
+    names = [p.name for p in parameters if p.kind in by_name and p.name not in already]
     return names[1:] if parameters and parameters[0].kind != inspect.Parameter.KEYWORD_ONLY else names
 
 
