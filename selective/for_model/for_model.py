@@ -130,6 +130,6 @@ def _without_our_keys(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _chained(members: dict[str, Optimizer]) -> Optimizer:
-    from selective.chained import ChainedOptimizer
+    from selective.chained.optimizer import ChainedOptimizer
 
     return ChainedOptimizer(members)
