@@ -164,11 +164,11 @@ def _kinds(
     kinds: dict[int, tuple[str, str]] = {}
     for parameter in parameters:
         key = id(parameter.tensor)
-        kind, why = named.get(key) or _kind(parameter, last)
-        is_layer = why == "the weight of an embedding"  # a head that is tied to it stays an embedding
-        if key in answers.kinds and key not in named and kind != "vectors" and not is_layer:
-            kind, why = answers.kinds[key]
-        kinds[key] = kind, why
+        kinds[key] = named.get(key) or _kind(parameter, last)
+        # A head that is tied to an embedding is an embedding.
+        asks = key not in named and kinds[key][0] != "vectors" and not _is_of_embedding(parameter)
+        if asks and key in answers.kinds:
+            kinds[key] = answers.kinds[key]
     return kinds
 
 
@@ -255,10 +255,14 @@ def _last_head(model: nn.Module) -> Tensor | None:
     return last.weight if last is not None and last.out_features in rows - {last.in_features} else None
 
 
+def _is_of_embedding(parameter: NamedParameter) -> bool:
+    return any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in parameter.modules)
+
+
 def _kind(parameter: NamedParameter, last: Tensor | None) -> tuple[str, str]:
     """The kind of a parameter, and the reason."""
     p, modules = parameter.tensor, parameter.modules
-    if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in modules):
+    if _is_of_embedding(parameter):
         return "embeddings", "the weight of an embedding"
     if p.dim() < 2:
         return "vectors", f"{p.dim()}-D"

@@ -42,6 +42,8 @@ def ask_model(model: nn.Module, parameters: list[NamedParameter], modules: Mappi
         ("get_classifier", "head"), ("get_output_embeddings", "head"), ("get_input_embeddings", "embeddings"),
     ):  # fmt: skip
         for tensor in _named_by(method, modules):
+            if kind == "embeddings" and tensor.dim() > 2:
+                continue  # the convolution of a vision model's patches decays like others
             answers.kinds[id(tensor)] = kind, f"the model's {method}()"
     for parameter in parameters:
         p = parameter.tensor

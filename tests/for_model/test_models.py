@@ -127,19 +127,18 @@ def test_a_vit_and_its_policy_by_kind() -> None:
     )
     found = kinds(opt)
     of_kind = {kind: {name for name, each in found.items() if each == kind} for kind in found.values()}
-    assert of_kind["embeddings"] == {
-        "vit.embeddings.position_embeddings", "vit.embeddings.patch_embeddings.projection.weight",
-    }  # fmt: skip
+    assert of_kind["embeddings"] == {"vit.embeddings.position_embeddings"}
+    assert of_kind["conv"] == {"vit.embeddings.patch_embeddings.projection.weight"}
     assert of_kind["head"] == {"classifier.weight"}
     assert of_kind["matrices"] == {
         name for name, p in model.vit.named_parameters("vit") if ".layers." in name and p.dim() == 2
     }
-    assert len(found) == len(list(model.parameters())) and set(of_kind) == {"embeddings", "head", "matrices", "vectors"}
+    assert len(found) == len(list(model.parameters())) and len(of_kind) == 5
     assert {group["name"]: group["lr"] for group in opt.param_groups} == {
-        "matrices": 0.05, "embeddings": 0.05, "head": 0.2, "vectors": 0.05,
+        "matrices": 0.05, "conv": 0.05, "embeddings": 0.05, "head": 0.2, "vectors": 0.05,
     }  # fmt: skip
     assert {kind: each[1] for kind, each in settings(opt).items()} == {
-        "matrices": "MGUP", "embeddings": "Dense", "head": "Cautious", "vectors": "Dense",
+        "matrices": "MGUP", "conv": "MGUP", "embeddings": "Dense", "head": "Cautious", "vectors": "Dense",
     }  # fmt: skip
     images, labels = torch.randn(6, 3, 16, 16), torch.arange(6) % 5
     first, last = trained(opt, lambda: model(images, labels=labels).loss)
