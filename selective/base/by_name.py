@@ -90,12 +90,14 @@ def _is_optimizer(candidate: object) -> bool:
 
 
 def _class_in(module: str, attribute: str, name: str) -> type[Optimizer]:
-    """The class of `module:Class`, with the module's own spelling."""
-    try:
-        candidate = getattr(importlib.import_module(module), attribute, None)
-    except ModuleNotFoundError as error:
-        raise ValueError(_unknown(name, "", [f"{module} (cannot be imported: {error})"])) from error
-    if not _is_optimizer(candidate):
-        why = "not there" if candidate is None else "not an optimizer class"
-        raise ValueError(_unknown(name, "", [f"{module} ({why})"]))
-    return candidate  # type: ignore[return-value]
+    """The class of `module:Class`: with exactly this name, or else in another case."""
+    classes, problem = _classes(module)
+    if problem is not None:
+        raise ValueError(_unknown(name, "", [f"{module} ({problem})"]))
+    alike = [each for key, each in classes.items() if plain_name(key) == plain_name(attribute)]
+    if attribute in classes or len(alike) == 1:
+        return classes.get(attribute) or alike[0]
+    near = get_close_matches(attribute, classes, n=1)
+    meant = f" (did you mean {module + ':' + near[0]!r}?)" if near else ""
+    there = hasattr(importlib.import_module(module), attribute)
+    raise ValueError(_unknown(name, meant, [f"{module} ({'not an optimizer class' if there else 'not there'})"]))

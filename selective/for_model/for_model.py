@@ -49,7 +49,8 @@ def for_model(
         opt = SelectiveUpdate.for_model(model, matrices="muon", rest="adamw", lr={"matrices": 0.02, "rest": 3e-4})
 
     makes two optimizers and chains them. The first gets the matrices with two dimensions. Everything else goes to
-    the second: embeddings, head, routers, vectors, convolutions, and stacks of experts.
+    the second: embeddings, head, routers, vectors, convolutions, and stacks of experts. A joined weight is one matrix
+    to Muon: `parts` is for rotations.
 
     Args:
         model: the model. Its frozen parameters are left out, so a LoRA model has its adapters in the optimizer only.
@@ -73,7 +74,7 @@ def for_model(
 
     Returns:
         A `SelectiveUpdate`; with two bases a `ChainedOptimizer` of two. Of these, one without policy, preconditioner
-        and options of the wrapper is not wrapped.
+        and options of the wrapper is not wrapped. A group that you add later is dense unless it names a policy.
 
     Raises:
         TypeError: `model` is no `nn.Module`, the base is an optimizer that exists already, or nobody takes an option.
@@ -83,6 +84,10 @@ def for_model(
     ours = [name for name in inspect.signature(cls.__init__).parameters if name not in _OWN]
     of_wrapper = {name: value for name, value in options.items() if name in ours}
     of_bases = {name: value for name, value in options.items() if name not in ours}
+    if matrices is not None and rest is not None and base != "adamw":
+        raise ValueError(
+            f"for_model: base is {base!r}, and matrices and rest name all optimizers already; leave it out"
+        )
     makers = [maker(base if each is None else each) for each in (matrices, rest)]
     check_options(list(dict.fromkeys(makers)), of_bases, ours)
     groups = _sorted(

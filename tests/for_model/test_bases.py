@@ -121,6 +121,14 @@ def test_other_packages_are_looked_through_after_torch(monkeypatch: pytest.Monke
     assert all(name not in vars(torch.optim) for names in SLOW_PLACES.values() for name in names)
 
 
+def test_a_path_suggests_and_forgives() -> None:
+    assert optimizer_class("torch.optim:adamw") is torch.optim.AdamW
+    with pytest.raises(ValueError, match=r"no optimizer 'torch.optim:AdamX' \(did you mean 'torch.optim:Adam"):
+        optimizer_class("torch.optim:AdamX")
+    with pytest.raises(ValueError, match=r"looked in torch.optim \(not an optimizer class\)"):
+        optimizer_class("torch.optim:lr_scheduler")
+
+
 def test_a_package_that_cant_be_imported_is_named(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_package.py").write_text("raise RuntimeError('needs a newer torch')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -267,6 +275,8 @@ def test_a_partial_has_options_of_its_own() -> None:
 
 
 def test_two_bases_that_are_one() -> None:
+    with pytest.raises(ValueError, match="base is 'lion', and matrices and rest name all optimizers already"):
+        SelectiveUpdate.for_model(small(), "lion", matrices="muon", rest="adamw")
     opt = SelectiveUpdate.for_model(small(), "adamw", matrices=torch.optim.AdamW, policy=Cautious())
     assert isinstance(opt, SelectiveUpdate)
     vectors = nn.LayerNorm(4)  # nothing for the first
