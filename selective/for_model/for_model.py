@@ -98,13 +98,14 @@ def for_model(
     if makers[0] is not makers[1]:
         members["matrices"], members["rest"] = taken_by_matrices(groups)
         with_rates_of_rest(members["rest"], lr)
+    alone = not all(members.values())
     built: dict[str, Optimizer] = {}
     for (name, of_member), make in zip(members.items(), makers, strict=True):
         if of_member:
-            wraps = makers[0] is makers[1] or bool(of_wrapper) or _asks_for_wrapper(of_member)
+            wraps = alone or bool(of_wrapper) or _asks_for_wrapper(of_member)
             made = make_base(make, of_member if wraps else _without_our_keys(of_member), of_bases)
-            built[name] = cls(made, **of_wrapper) if wraps else made
-    optimizer = next(iter(built.values())) if len(built) == 1 else _chained(built)
+            built[name] = cls(made, None if alone else "dense", **of_wrapper) if wraps else made
+    optimizer = next(iter(built.values())) if alone else _chained(built)
     if verbose:
         print(decided(groups, members, optimizer))
     return optimizer

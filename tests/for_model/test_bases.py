@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from optional import missing
 from torch import nn
 
 from selective import MGUP, Cautious, Dense, SelectiveUpdate, Soap
@@ -119,6 +120,16 @@ def test_other_packages_are_looked_through_after_torch(monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match=r"'lionofothers' can be .*LIONOFOTHERS, .*LionOfSomebody of lion_pytorch"):
         optimizer_class("lionofothers")
     assert all(name not in vars(torch.optim) for names in SLOW_PLACES.values() for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", SLOW_PLACES)
+def test_slow_packages_have_the_classes_that_they_are_asked_for(place: str) -> None:
+    """A twin in the ordinary suite needs no import: none of these names is torch's."""
+    if missing([place.partition(".")[0]]):
+        pytest.skip(f"needs {place}")
+    for name in SLOW_PLACES[place]:
+        assert optimizer_class(name.lower()).__module__.startswith(place.partition(".")[0])
 
 
 def test_a_path_suggests_and_forgives() -> None:
@@ -279,9 +290,10 @@ def test_two_bases_that_are_one() -> None:
         SelectiveUpdate.for_model(small(), "lion", matrices="muon", rest="adamw")
     opt = SelectiveUpdate.for_model(small(), "adamw", matrices=torch.optim.AdamW, policy=Cautious())
     assert isinstance(opt, SelectiveUpdate)
-    vectors = nn.LayerNorm(4)  # nothing for the first
-    opt = SelectiveUpdate.for_model(vectors, matrices="muon", rest="adamw", policy={"vectors": "cautious"})
-    assert isinstance(opt, SelectiveUpdate) and type(opt.base) is torch.optim.AdamW
+    for model, matrices in ((nn.LayerNorm(4), "muon"), (nn.Linear(4, 4, bias=False), torch.optim.SGD)):
+        opt = SelectiveUpdate.for_model(model, "adamw", matrices=matrices, policy={"vectors": "cautious"})
+        assert isinstance(opt, SelectiveUpdate)
+        assert type(opt.base) is (torch.optim.AdamW if matrices == "muon" else torch.optim.SGD)
 
 
 def test_stacks_have_no_rate_of_their_own() -> None:
