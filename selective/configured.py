@@ -1,7 +1,8 @@
 """Configured: the base class of policies, selections, strengths and preconditioners, a frozen model with a `kind`.
 
 Instances are validated at construction, print as they were written, and go to JSON and back. The `kind` tags the JSON
-form. A subclass registers itself under its class name, so a user's own policy is saved and loaded like ours.
+form. A subclass registers itself under its class name, so a user's own policy is saved and loaded like ours. Whoever
+writes a kind may use any case, and spaces, hyphens or underscores: "mgup", "cautious-mgup".
 
 Note [annotations as text]: `from __future__ import annotations` turns `reads: ClassVar = ...` into the text "ClassVar".
 Python 3.10 refuses to evaluate that on behalf of pydantic ("Unable to evaluate type annotation"). So `ConfiguredMeta`
@@ -79,9 +80,9 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: ClassVar[str] = ""
+    _short_names: ClassVar[dict[str, dict[str, Any]]] = {}  # in lower case: the data that each stands for
     _family: ClassVar[str] = ""
     _registry: ClassVar[dict[str, type[Configured]]] = {}
-    _short_names: ClassVar[dict[str, dict[str, Any]]] = {}  # in lower case: the data that each stands for
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -150,7 +151,6 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
     def from_data(cls: type[C], data: Any) -> C:
         """Build a member of this family from a kind's name, a dict with a `kind`, or JSON text of such a dict.
 
-        A kind may be written in any case, and with or without spaces, hyphens and underscores: "mgup", "cautious-mgup".
         An instance of the family is returned as it is. Raises `pydantic.ValidationError` for a wrong value or key, with
         its path, and `ValueError` for an unknown kind, with the kinds that exist.
         """
@@ -183,34 +183,14 @@ def _build(family: type[C], data: Any) -> C:
         raise ValueError(f"{what}: expected a {what}, a kind's name or a dict with a 'kind', found {_short(data)}")
     if "kind" not in data:
         raise ValueError(f"{what}: found no 'kind' in {_short(data)}; the kinds are {known}")
-    member, fields = _named(family, data["kind"])
-    return member.model_validate({**fields, **data, "kind": member.kind})  # type: ignore[return-value]
-
-
-def _named(family: type[Configured], kind: Any) -> tuple[type[Configured], dict[str, Any]]:
-    """The class that `kind` names, and the fields that a short name fills in. Raises ValueError if there is none."""
-    registry, what = family._registry, family._family
-    if isinstance(kind, str):
-        if kind in registry:
-            return registry[kind], {}
-        short = dict(family._short_names.get(plain_name(kind), {}))
-        if short:
-            return registry[short.pop("kind")], short
-        alike = [name for name in registry if plain_name(name) == plain_name(kind)]
-        if len(alike) == 1:
-            return registry[alike[0]], {}
-        if alike:
-            raise ValueError(f"{what}: kind {kind!r} can be {' or '.join(map(repr, alike))}; write it as there")
-    names = {plain_name(name): name for name in [*family._short_names, *registry]}
-    near = get_close_matches(plain_name(_short(kind).strip("'")), names, n=1)
-    hint = f" (did you mean {names[near[0]]!r}?)" if near else ""
-    known = ", ".join(repr(name) for name in sorted(registry))
-    raise ValueError(f"{what}: kind {_short(kind)} is not known{hint}; the kinds are {known}")
-
-
-def plain_name(name: str) -> str:
-    """A name in lower case, without spaces, hyphens and underscores."""
-    return re.sub(r"[\s_-]", "", name).lower()
+    kind = data["kind"]
+    kind, data = _as_registered(family, kind, data)
+    member = family._registry.get(kind) if isinstance(kind, str) else None
+    if member is None:
+        near = get_close_matches(_short(kind).strip("'").lower(), [name.lower() for name in family._registry], n=1)
+        hint = next((f" (did you mean {name!r}?)" for name in family._registry if name.lower() in near), "")
+        raise ValueError(f"{what}: kind {_short(kind)} is not known{hint}; the kinds are {known}")
+    return member.model_validate(data)  # type: ignore[return-value]
 
 
 def kinds_of(data: Any) -> Any:
@@ -218,3 +198,26 @@ def kinds_of(data: Any) -> Any:
     if not isinstance(data, dict) or "kind" not in data:
         return None
     return data["kind"], {key: kinds_of(value) for key, value in data.items() if kinds_of(value) is not None}
+
+
+def _as_registered(family: type[Configured], kind: Any, data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The kind as it is registered, and `data` with that kind and with the fields that a short name stands for.
+
+    What is registered in exactly this way comes first. An unknown kind is returned as it is. Raises ValueError if two
+    kinds differ only in what may be written differently.
+    """
+    registry = family._registry
+    if not isinstance(kind, str) or kind in registry:
+        return kind, data
+    short = family._short_names.get(plain_name(kind))
+    if short is not None:
+        return short["kind"], {**short, **data, "kind": short["kind"]}
+    alike = [name for name in registry if plain_name(name) == plain_name(kind)]
+    if len(alike) > 1:
+        raise ValueError(f"{family._family}: kind {kind!r} can be {' or '.join(map(repr, alike))}; write it as there")
+    return (alike[0], {**data, "kind": alike[0]}) if alike else (kind, data)
+
+
+def plain_name(name: str) -> str:
+    """A name in lower case, without spaces, hyphens and underscores."""
+    return re.sub(r"[\s_-]", "", name).lower()

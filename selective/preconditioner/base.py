@@ -64,9 +64,9 @@ class Preconditioner(Configured):
     the name of the method.
     """
 
+    _short_names: ClassVar[dict[str, dict[str, Any]]] = {"adadiag++": {"kind": "AdaDiag", "sides": "two"}}
     _family: ClassVar[str] = "preconditioner"
     _registry: ClassVar[dict[str, type[Any]]] = {}
-    _short_names: ClassVar[dict[str, dict[str, Any]]] = {"adadiag++": {"kind": "AdaDiag", "sides": "two"}}
 
     def takes(self, shape: Shape) -> bool:
         """Return True if matrices of this shape are rotated; others are left to the base.

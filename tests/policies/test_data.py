@@ -20,7 +20,6 @@ from selective.policies import (
     MGUP,
     Agreement,
     Cautious,
-    CautiousMGUP,
     Dense,
     MatchedRandomMask,
     NormPreserving,
@@ -150,22 +149,6 @@ def test_members_are_frozen_and_hashable(member: Any) -> None:
     assert hash(member) == hash(member.model_copy())
 
 
-@pytest.mark.parametrize("name", ["mgup", "Mgup", " MGUP", "cautious-mgup", "cautious_mgup", "CAUTIOUS MGUP"])
-def test_names_may_be_written_as_people_write_them(name: str) -> None:
-    expected = CautiousMGUP(tau=0.25) if "c" in name.lower() else MGUP(tau=0.25)
-    policy = policy_from({"kind": name, "tau": 0.25})
-    assert policy == expected
-    assert policy.model_dump()["kind"] == expected.kind  # a checkpoint has the kind's own name
-
-
-def test_names_that_differ_in_case_only_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Policy, "_registry", {**Policy._registry, "mGUP": Cautious})
-    assert policy_from("MGUP") == MGUP()
-    assert policy_from("mGUP").kind == "Cautious"
-    with pytest.raises(ValueError, match=r"kind 'mgup' can be 'MGUP' or 'mGUP'; write it as there"):
-        policy_from("mgup")
-
-
 PREVIOUS_UPDATE = {"kind": "Agreement", "momentum": "previous", "of": "update"}
 CONTROL = {"kind": "MatchedRandomMask", "policy": "MGUP"}
 
@@ -173,7 +156,7 @@ CONTROL = {"kind": "MatchedRandomMask", "policy": "MGUP"}
 @pytest.mark.parametrize(
     "data,parts",
     [
-        ("Mgupp", ["policy", "'Mgupp'", "did you mean 'MGUP'?", "'Cautious'"]),
+        ("Mgupp", ["policy", "'Mgupp'", "'MGUP'", "'Cautious'"]),
         ({"kind": "Fixed"}, ["policy", "'Fixed'", "'MGUP'"]),  # a strength is no policy
         ({"kind": 3}, ["kind 3 is not known", "'MGUP'"]),
         ({"tau": 0.3}, ["no 'kind'", "'tau'", "'MGUP'"]),
