@@ -99,12 +99,13 @@ def for_model(
         members["matrices"], members["rest"] = taken_by_matrices(groups)
         with_rates_of_rest(members["rest"], lr)
     alone = not all(members.values())
+    dense = {} if alone else {"policy": "dense"}  # said on purpose where one is wrapped for its options only
     built: dict[str, Optimizer] = {}
     for (name, of_member), make in zip(members.items(), makers, strict=True):
         if of_member:
             wraps = alone or bool(of_wrapper) or _asks_for_wrapper(of_member)
             made = make_base(make, of_member if wraps else _without_our_keys(of_member), of_bases)
-            built[name] = cls(made, None if alone else "dense", **of_wrapper) if wraps else made
+            built[name] = cls(made, **dense, **of_wrapper) if wraps else made
     optimizer = next(iter(built.values())) if alone else _chained(built)
     if verbose:
         print(decided(groups, members, optimizer))
