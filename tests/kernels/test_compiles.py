@@ -29,7 +29,7 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ("whole", "agreement,top_k,top_k_mean", "adamw", {"selective_step_kernel", "settle_kernel", "repair_kernel"}),
         ("whole", "previous,sampled,element", "adamw", {"seen_kernel", "digits_kernel", "strengths_kernel"}),
-        ("whole", "top_k", "lion", {"selective_step_kernel", "ties_kernel"}),
+        pytest.param("whole", "top_k", "lion", {"selective_step_kernel", "ties_kernel"}, marks=pytest.mark.slow),
         pytest.param(
             "whole",
             "agreement,top_k",

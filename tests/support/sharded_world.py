@@ -1,9 +1,9 @@
 """Processes over gloo that run all cases together, with one start of Python and torch.
 
 A case is a function of a `World`. It is called on every rank, and raises if something is wrong. It does all collective
-work first and compares afterwards, so that a failure on one rank leaves no other rank waiting. A process runs this file as
-a script, `python sharded_world.py WORLD FOLDER MEETING CASE...` with cases as `module:function`. It imports everything
-once, and forks a process for each rank: four imports of torch would take longer than most cases.
+work first and compares afterwards, so that a failure on one rank leaves no other rank waiting. A process runs this file
+as a script: `python sharded_world.py WORLD FOLDER MEETING CASE...`, with cases as `module:function`. It imports
+everything once, and forks a process for each rank: four imports of torch would take longer than most cases.
 """
 
 from __future__ import annotations
