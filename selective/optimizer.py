@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.base.hyperparameters import scalar
-from selective.base.step_base import base_hooks, run_step_on
 from selective.bind import bind as bind_class
 from selective.capture.choose import CaptureName
 from selective.checkpoint.frame import checked_frame
@@ -28,16 +26,13 @@ from selective.plan.rotation_plan import warn_of_two_rotations
 from selective.policies import Policy, policy_from
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 from selective.rotation.basis import MaskSpace
-from selective.sharding.dtensor import shard_of
-from selective.state.check_before_step import check_state
 from selective.state.init_state import make_all_state
 from selective.state.merged_view import MergedState
 from selective.state.store import StateStore, follow_changes
 from selective.state.writing import OptimizerStateBackend
-from selective.statistics import StepStatistics
-from selective.step.gradients import any_nonzero_gradient, check_gradients, has_nonfinite
-from selective.step.run import StepRunner, fit_base_states
-from selective.step_count import StepCount, check_recordable, is_recording
+from selective.step.begin import begin_step, is_initialisation, take_steps
+from selective.step.run import StepRunner
+from selective.step_count import StepCount
 
 
 class SelectiveUpdate(Optimizer):
@@ -214,27 +209,11 @@ class SelectiveUpdate(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()  # 1
-        follow_changes(self.groups, self.store)
-        plans = self.groups.plans
-        present = [plan.params.with_gradient() for plan in plans]
-        check_gradients(plans, present)  # 2
-        recording = self._is_recorded()
-        if not recording and self._is_initialisation():
-            with base_hooks(self.base):
-                run_step_on(self.base, self.param_groups)
-            self.store.make(plans, lambda parameter: parameter.tensor.grad is not None)
-            return loss
-        if has_nonfinite(present, self.options.on_nonfinite, self.count.steps):
-            return loss
-        if not recording:
-            check_state(plans, self.store)
-            fit_base_states(self.base, plans)
-        report = StepStatistics() if self.options.statistics else None
-        clocked = self.groups.clocked()
-        self.count.start(clocked, recording)
-        self.runner.run(self.runner.jobs(self.groups, present, report, recording))  # 3 to 7, part of 8
-        self.count.tick(clocked, recording)  # 8
-        self.runner.report = report
+        begun = begin_step(self.runner, self.groups)  # 1, 2
+        if not begun.recording and is_initialisation(self.param_groups):
+            begun.initialise()
+        elif not begun.has_nonfinite():
+            take_steps([begun])  # the rest of 2, and 3 to 8
         return loss
 
     def statistics(self) -> dict[str, dict[str, Tensor]]:
@@ -310,24 +289,3 @@ class SelectiveUpdate(Optimizer):
         found = [group.preconditioning.preconditioner for group in self.policy_groups]
         rotated = f", preconditioner={', '.join(map(repr, found))}" if any(p is not None for p in found) else ""
         return f"{type(self).__name__}({self.base!r}, policy={policies}{rotated})"
-
-    def _is_recorded(self) -> bool:
-        """True if this step goes into a CUDA graph; an error if its replays would not be steps."""
-        if not any(plan.params.cuda_devices for plan in self.groups.plans) or not is_recording():
-            return False
-        rotates, asks = bool(self.groups.places), self._asks_others()
-        check_recordable(self.base, self.param_groups, self.options.on_nonfinite, rotates, asks)
-        return True
-
-    def _asks_others(self) -> bool:
-        """True if a parameter that is masked has parts on other ranks, which a step has to ask."""
-        masked = (p for plan in self.groups.plans if not plan.is_dense for p in plan.params.tensors)
-        return self.options.scope == "global" and any(shard_of(p) is not None for p in masked)
-
-    def _is_initialisation(self) -> bool:
-        """True for torch.distributed.checkpoint's way to make state: learning rate 0 and zero gradients."""
-        rates = [group.get("lr") for group in self.param_groups]
-        if any(r is None or (isinstance(r, Tensor) and r.device.type != "cpu") or scalar(r) != 0.0 for r in rates):
-            return False
-        tensors = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return bool(tensors) and not any_nonzero_gradient(tensors)

@@ -52,7 +52,8 @@ class FusedJob(Job):
     ) -> None:
         """Let one kernel compute rule and mask on one device.
 
-        A sharded step is only started; `StepRunner.run` finishes it through `context.exchange`.
+        A sharded step is only started; `run_jobs` finishes it through `context.exchange`. So is one whose kernel may
+        take the tensors of other jobs, too, through `context.calls`.
         """
         context = self.context
         how: dict[str, Any] = {
@@ -67,6 +68,8 @@ class FusedJob(Job):
 
         if device_items.is_sharded:
             context.exchange.add(begin_sharded(device_items.items, **how), len(device_items.items), done)
+        elif context.calls is not None:
+            context.calls.add(device_items, how, done)
         else:
             done(selective_step(device_items.items, **how))
 
