@@ -4,6 +4,7 @@ opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGU
 """
 
 from selective.capture.own_code import PolicyError
+from selective.chained.optimizer import ChainedOptimizer
 from selective.optimizer import SelectiveUpdate
 from selective.param_groups.by_kind import param_groups_for
 from selective.policies import (
@@ -45,6 +46,7 @@ __all__ = [
     "Bernoulli",
     "Cautious",
     "CautiousMGUP",
+    "ChainedOptimizer",
     "Dense",
     "Eigenbasis",
     "Everything",

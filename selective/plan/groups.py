@@ -32,8 +32,10 @@ class Changes(NamedTuple):
 class Groups:
     """A plan for each of the base's parameter groups.
 
-    `policies` are the public `policy_groups`. `places` numbers all rotated parameters. A copy of an optimizer is given
-    the `choices` of the original, one for each policy, by which it notices that a policy was switched.
+    `policies` are the public `policy_groups`. `places` numbers all rotated parameters. `first_address` is the address
+    of the first parameter: not 0 if other optimizers that step together with this one come before it. A copy of an
+    optimizer is given the `choices` of the original, one for each policy, by which it notices that a policy was
+    switched.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Groups:
         self.policies = [] if policies is None else policies
         self.plans: list[GroupPlan] = []
         self.places: dict[Tensor, int] = {}
+        self.first_address = 0
         self.recorded: list[DeviceItems] = []  # of groups that were edited since: CUDA graphs read their tables
         self._edited = False  # whether parameters have left a group, and may have left all
         self._choices = list(zip(self.policies, choices, strict=False))  # of plans that are still to be made
@@ -77,7 +80,7 @@ class Groups:
 
         A group that has no `PolicyGroup` yet gets no plan.
         """
-        address = 0
+        address = self.first_address
         groups = self.base.param_groups
         if len(self.policies) > len(groups):  # a group was removed; its plan is known as soon as its policy is, too
             return self.plans

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,16 @@ def check_arguments(
     scope: str,
 ) -> None:
     """Refuse what `SelectiveUpdate` cannot be built from."""
+    if isinstance(base, (list, tuple, Mapping)) and any(isinstance(one, Optimizer) for one in _values(base)):
+        raise TypeError(
+            "SelectiveUpdate: base is a collection of optimizers, must be one; wrap each that is to be selective, and "
+            "make one optimizer of all: ChainedOptimizer([SelectiveUpdate(first, policy=...), second])"
+        )
+    if getattr(type(base), "chains_optimizers", False):
+        raise TypeError(
+            "SelectiveUpdate: base is a ChainedOptimizer; wrap its members instead: "
+            "ChainedOptimizer([SelectiveUpdate(first, policy=...), second])"
+        )
     if not isinstance(base, Optimizer):
         raise TypeError(
             f"SelectiveUpdate: base is a {type(base).__name__}, must be a torch.optim.Optimizer; "
@@ -46,6 +56,10 @@ def check_arguments(
         raise ValueError(f"SelectiveUpdate: momentum_beta is {momentum_beta!r}, must be a number in [0, 1)")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"SelectiveUpdate: seed is {seed!r}, must be an integer in [0, 2**63)")
+
+
+def _values(collection: Sequence[Any] | Mapping[Any, Any]) -> Iterable[Any]:
+    return collection.values() if isinstance(collection, Mapping) else collection
 
 
 def check_shards(parameters: Sequence[Parameter]) -> None:
