@@ -31,8 +31,8 @@ def test_parameters_are_counted_on_over_all_members() -> None:
     assert set(state) == {"state", "param_groups"}
     assert [group["params"] for group in state["param_groups"]] == [[0, 1], [2, 3]]
     assert {index: set(entries) for index, entries in state["state"].items()} == {
-        **dict.fromkeys((0, 1), {"momentum_buffer", "selective/step", "selective/seed", "selective/policy"}),
-        **dict.fromkeys((2, 3), {"step", "exp_avg", "exp_avg_sq"}),
+        **{index: {"momentum_buffer", "selective/step", "selective/seed", "selective/policy"} for index in (0, 1)},
+        **{index: {"step", "exp_avg", "exp_avg_sq"} for index in (2, 3)},
     }
     for group, live in zip(state["param_groups"], opt.param_groups, strict=True):
         assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in live.items() if k != "params"}
