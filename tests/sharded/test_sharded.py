@@ -30,6 +30,10 @@ FAST = {
         "resharded_in_a_run", "full_state_goes_both_ways", "state_dict_of_torch", "state_made_early",
         "read_before_the_first_step", "zero_redundancy",
     ),
+    "chained": (
+        "trains_as_on_one_device", "goes_on_from_a_flattened_checkpoint", "members_share_their_collectives",
+        "skipped_by_all_members_on_all_ranks",
+    ),
     "agreement": (
         "skipped_by_all", "learning_rate_zero", "partial_gradients_are_summed", "preconditioners_leave_shards_alone",
         "refused_where_it_is_wrapped",
