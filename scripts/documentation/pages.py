@@ -22,6 +22,7 @@ NAV = {
         "distributed",
         "sharded",
         "stacks",
+        "muon",
         "watching",
         "compare",
     ],
