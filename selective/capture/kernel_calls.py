@@ -32,7 +32,8 @@ class KernelCalls:
     """Collects the kernel calls of a step, and makes them with as few calls of `selective_step` as possible.
 
     Lists of several jobs' items are kept from step to step, as those of one job are: the GPU path keeps tables beside
-    them. They are not copied or pickled.
+    them. They are not copied or pickled. On a GPU, a job's list is first stepped by itself, which makes tables of its
+    own: a step that is recorded in a CUDA graph needs them, because it is not shared.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,8 @@ class KernelCalls:
         buckets: dict[Hashable, list[Call]] = {}
         for call in self._calls:
             key = call.items.device, *(_key(value) for value in call.arguments.values())
-            buckets.setdefault(key, []).append(call)
+            alone = (id(call),) if _lacks_tables(call.items) else ()
+            buckets.setdefault((*key, *alone), []).append(call)
         self._calls = []
         before, self._joined = self._joined, {}
         for bucket in buckets.values():
@@ -72,6 +74,10 @@ class KernelCalls:
             end = start + len(call.items.items)
             call.then(None if sums is None else _part(sums, start, end))
             start = end
+
+
+def _lacks_tables(items: DeviceItems) -> bool:
+    return items.device.type == "cuda" and "plan" not in items.items.cache
 
 
 def _key(value: Any) -> Hashable:

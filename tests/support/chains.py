@@ -43,7 +43,7 @@ def net(seed: int = 0) -> nn.Sequential:
 def give_gradients(model: nn.Module, step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator)
+        p.grad = torch.randn(p.shape, generator=generator).to(p.device)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> None:
