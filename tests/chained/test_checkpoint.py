@@ -124,7 +124,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_the_members_name() -> None
         ([SelectiveUpdate(Muon(matrices), policy="MGUP"), torch.optim.SGD(rest)], "the checkpoint is not of SGD"),
         ([wrapped, AdamW(matrices)], "of member '0': "),
     ]:
-        fresh = ChainedOptimizer(members)  # type: ignore[arg-type]
+        fresh = ChainedOptimizer(members)
         start = everything(fresh)
         with pytest.raises(ValueError, match=match) as error:
             fresh.load_state_dict(checkpoint)

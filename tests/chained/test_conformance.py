@@ -65,7 +65,7 @@ def one_member(policy: Any) -> Subject:
         name="one member",
         base=adamw,
         wrap=lambda base: ChainedOptimizer([SelectiveUpdate(base, policy=policy)]),
-        get_base=lambda chain: chain.members[0].base,  # type: ignore[attr-defined]
+        get_base=lambda chain: chain.members[0].base,
         copies=0,
         strict=True,
     )

@@ -45,7 +45,7 @@ def test_a_shared_call_keeps_its_tables_and_steps_as_apart(
     counts: list[tuple[int, bool]] = []
     real = kernel_calls.selective_step
 
-    def counted(items, **arguments):  # type: ignore[no-untyped-def]
+    def counted(items, **arguments):
         counts.append((len(items), "plan" in items.cache))
         return real(items, **arguments)
 

@@ -104,7 +104,7 @@ def test_what_is_no_list_of_apart_optimizers_is_refused() -> None:
         ([ChainedOptimizer([adamw])], TypeError, "member '0' is a ChainedOptimizer itself; pass its members"),
     ]:
         with pytest.raises(error, match=match):
-            ChainedOptimizer(members)  # type: ignore[arg-type]
+            ChainedOptimizer(members)
 
 
 def test_members_that_share_memory_are_refused_if_one_is_masked() -> None:

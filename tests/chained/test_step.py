@@ -58,7 +58,7 @@ def test_the_closure_runs_once_before_anything_moves() -> None:
 
     for _ in range(3):
         with torch.no_grad():
-            returned = opt.step(closure)  # type: ignore[arg-type]
+            returned = opt.step(closure)
         other.zero_grad()
         expected = loss_of(by_hand)
         expected.backward()
@@ -115,7 +115,7 @@ def test_a_scaler_that_finds_an_overflow_skips_all_members() -> None:
             assert p.grad is not None
             p.grad.mul_(scaler.get_scale())
         if step == 2:
-            list(model.parameters())[1].grad[0] = float("inf")  # type: ignore[index]
+            list(model.parameters())[1].grad[0] = float("inf")
         else:
             train(plain, other, [step])
         scaler.scale(torch.ones(()))  # a scaler that has scaled nothing refuses to unscale
@@ -251,7 +251,7 @@ def test_rules_that_hold_tensors_are_told_apart_without_reading_them(calls: list
     for rates, expected in [((rate, rate), [4]), ((rate, rate.clone()), [2, 2])]:
         calls.clear()
         model = net()
-        train(model, two_adamw(model, rates=rates), [0])  # type: ignore[arg-type]
+        train(model, two_adamw(model, rates=rates), [0])
         assert calls == expected
 
 

@@ -224,7 +224,7 @@ def run_trainer(folder: Path, resume: str | None = None) -> tuple[nn.Module, Cha
     muon = SelectiveUpdate(torch.optim.Muon(hidden, lr=0.02), policy=MGUP())
     optimizer = ChainedOptimizer({"matrices": muon, "rest": torch.optim.AdamW(rest, lr=0.01)})
     rows = [{"input_ids": row, "labels": row.clone()} for row in words]
-    trainer = InOrder(model=model, args=arguments, train_dataset=rows, optimizers=(optimizer, None))  # type: ignore
+    trainer = InOrder(model=model, args=arguments, train_dataset=rows, optimizers=(optimizer, None))
     trainer.train(resume_from_checkpoint=resume)
     return model, optimizer
 
