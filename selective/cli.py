@@ -71,7 +71,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         help="adadiag, adadiag++, soap, a kind's name or JSON; also runs the base and each policy in its space; "
         "repeatable",
     )
-    add("--base", help="class of torch.optim or pytorch_optimizer, or module:Class (default: AdamW)")
+    add("--base", help="class of torch.optim or an installed package, in any case, or module:Class (default: AdamW)")
     add("--base-options", type=_json, metavar="JSON", help="keyword arguments of the base")
     add(
         "--lr",

@@ -18,6 +18,7 @@ from selective.checkpoint.pickles import contents, parts
 from selective.checkpoint.save import save
 from selective.checkpoint.set_state import set_as_torch
 from selective.explain.groups import explain
+from selective.for_model.for_model import for_model as optimizer_for_model
 from selective.plan.groups import Groups
 from selective.plan.options import OnNonfinite, Options, Scope
 from selective.plan.policy_groups import KEYS, PolicyGroup, PreconditionerGroup
@@ -51,7 +52,8 @@ class SelectiveUpdate(Optimizer):
             or a dict with a `kind`. A `preconditioner` in a parameter group overrides it (None there: none).
         matrix_view: which parameters are matrices, and how: "matrices" (2-D ones only), "conv" (also [out, in, ...] as
             [out, in * ...]), "experts" (also [..., m, n] as a batch) or "rows:3" (as 3 matrices one below the other,
-            such as joined queries, keys and values; 2 and 4, too). A `matrix_view` in a group overrides it.
+            such as joined queries, keys and values; 2 and 4, too), or "columns:3" (side by side, as in GPT-2). A
+            `matrix_view` in a group overrides it.
         mask_space: what the policy sees of rotated parameters: "rotated" tensors, or the "original" space's.
         capture: how the base's update is obtained: "fused", "scratch" or "delta"; "auto" takes the first that is right
             for this base. `explain()` says which, and why.
@@ -119,6 +121,7 @@ class SelectiveUpdate(Optimizer):
         self.runner = StepRunner(options, count, store)
 
     bind = classmethod(bind_class)
+    for_model = classmethod(optimizer_for_model)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

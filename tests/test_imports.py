@@ -39,6 +39,7 @@ STAIRS = [
     {
         "selective.optimizer",
         "selective.chained",
+        "selective.for_model",
     },  # and every other module that has no place of its own here
     {"selective"},  # the front door itself: `selective/__init__.py`
     {"selective.testing"},

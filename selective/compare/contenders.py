@@ -5,8 +5,6 @@ With preconditioners, all of them come once more in the space of each.
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
 import re
 from collections.abc import Mapping
@@ -17,6 +15,7 @@ import torch
 from torch import nn
 
 from selective import Bernoulli, Everything, Policy, Preconditioner, RandomMask, SelectiveUpdate
+from selective.base.by_name import optimizer_class
 from selective.compare.config import CompareConfig, ConfigError
 from selective.compare.spaces import groups_by_kind
 from selective.policies import MatchedRandomMask
@@ -105,26 +104,11 @@ def runs(config: CompareConfig) -> list[Run]:
 
 
 def base_class(name: str) -> type[torch.optim.Optimizer]:
-    """The optimizer class `name`: of torch.optim, of pytorch_optimizer, or `module:Class`. Raises ConfigError."""
-    module, colon, attribute = name.rpartition(":")
-    places = [module] if colon else ["torch.optim", "pytorch_optimizer"]
-    looked = []
-    for place in places:
-        try:
-            candidate = getattr(importlib.import_module(place), attribute, None)
-        except ModuleNotFoundError as error:
-            looked.append(f"{place} (cannot be imported: {error})")
-            continue
-        if isinstance(candidate, type) and issubclass(candidate, torch.optim.Optimizer):
-            return candidate
-        looked.append(f"{place} ({'not there' if candidate is None else 'not an optimizer class'})")
-    dotted = "." in attribute
-    near = [":".join(attribute.rsplit(".", 1))] if dotted else difflib.get_close_matches(attribute, dir(torch.optim), 1)
-    meant = f" (did you mean {near[0]!r}?)" if near and not colon else ""
-    raise ConfigError(
-        f"base: no optimizer {name!r}{meant}; looked in {', '.join(looked)}. Name a class of torch.optim, or write the "
-        "import path as module:Class. A module in the current folder is found with PYTHONPATH=."
-    )
+    """The optimizer class that `name` means, as in `selective.base.by_name`. Raises ConfigError."""
+    try:
+        return optimizer_class(name)
+    except ValueError as error:
+        raise ConfigError(f"base: {error}") from error
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -7,15 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import nn
 
-from selective import AdaDiag, Preconditioner, Soap, param_groups_for
-
-ALIASES: dict[str, Preconditioner] = {
-    "adadiag": AdaDiag(),
-    "adadiag++": AdaDiag(sides="two"),
-    "soap": Soap(),
-}
-"""As people say them on a command line; any kind's name, or a mapping with a `kind`, does as well."""
-
+from selective import Preconditioner, param_groups_for
 
 JOINED = {"qkv": 3, "mlp_in": 2}
 """Of the comparison's GPT: queries, keys and values; gate and value. Rotated as one matrix each they were worse than
@@ -23,11 +15,10 @@ not rotated at all, in a run of 34M parameters: docs/preconditioner-eigenbasis.m
 
 
 def _space(data: Any) -> Preconditioner:
-    alias = ALIASES.get(data.lower()) if isinstance(data, str) else None
     try:
-        return Preconditioner.from_data(data) if alias is None else alias
+        return Preconditioner.from_data(data)
     except ValueError as error:
-        raise ValueError(f"{error}; short names are {', '.join(ALIASES)}") from error
+        raise ValueError(f"{error}; short names are adadiag, adadiag++, soap") from error
 
 
 AnyPreconditioner = Annotated[SerializeAsAny[Preconditioner], BeforeValidator(_space)]

@@ -64,6 +64,7 @@ class Preconditioner(Configured):
     the name of the method.
     """
 
+    _short_names: ClassVar[dict[str, dict[str, Any]]] = {"adadiag++": {"kind": "AdaDiag", "sides": "two"}}
     _family: ClassVar[str] = "preconditioner"
     _registry: ClassVar[dict[str, type[Any]]] = {}
 

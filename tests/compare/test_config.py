@@ -92,9 +92,17 @@ def test_merging_and_differences():
     assert configuration.differences({"a": 1}, {"a": 1}) == []
 
 
+def test_names_in_any_case():
+    config = build({"base": "nadam", "policies": ["mgup", {"kind": "random-mask"}], "preconditioners": ["ADADIAG++"]})
+    assert [c.label for c in contenders(config)][:2] == ["nadam", "MGUP()"]
+    assert config.policies[1].kind == "RandomMask"
+    assert build(configuration.dump(config)) == config
+
+
 def test_bases(tmp_path):
     assert base_class("AdamW").__module__.startswith("torch.optim")
     assert base_class("torch.optim.sgd:SGD").__name__ == "SGD"
+    assert base_class("adamw") is base_class("AdamW")
     with pytest.raises(ConfigError, match="no optimizer 'AdamWW'"):
         base_class("AdamWW")
     with pytest.raises(ConfigError, match="not an optimizer class"):

@@ -156,7 +156,7 @@ CONTROL = {"kind": "MatchedRandomMask", "policy": "MGUP"}
 @pytest.mark.parametrize(
     "data,parts",
     [
-        ("Mgup", ["policy", "'Mgup'", "'MGUP'", "'Cautious'"]),
+        ("Mgupp", ["policy", "'Mgupp'", "'MGUP'", "'Cautious'"]),
         ({"kind": "Fixed"}, ["policy", "'Fixed'", "'MGUP'"]),  # a strength is no policy
         ({"kind": 3}, ["kind 3 is not known", "'MGUP'"]),
         ({"tau": 0.3}, ["no 'kind'", "'tau'", "'MGUP'"]),
