@@ -24,6 +24,7 @@ from selective.plan.groups import Groups
 from selective.plan.options import OnNonfinite, Options, Scope
 from selective.plan.policy_groups import KEYS, PolicyGroup, PreconditionerGroup
 from selective.plan.refusals import check_arguments
+from selective.plan.oversized import warn_of_oversized
 from selective.plan.rotation_plan import warn_of_two_rotations
 from selective.policies import Policy, policy_from
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
@@ -111,6 +112,7 @@ class SelectiveUpdate(Optimizer):
             self.store.join_base(self.groups.plans)
             if self.groups.places:
                 warn_of_two_rotations(base)
+                warn_of_oversized(self.groups.plans)
         except BaseException:
             for group, own in said:  # the base is as it was given: wrapping it again finds what its groups said
                 group.update(own)
@@ -174,6 +176,7 @@ class SelectiveUpdate(Optimizer):
             self.policy_groups.pop()
             raise
         self.store.join_base(self.groups.plans)
+        warn_of_oversized(self.groups.plans[-1:])
 
     @property
     def policy(self) -> Policy:
@@ -286,8 +289,7 @@ class SelectiveUpdate(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, checkpoint)
             checkpoint = checkpoint if result is None else checked_frame(result)
-        warning = load(checkpoint, self.base, self.groups, self.store, self.count)
-        if warning is not None:
+        for warning in load(checkpoint, self.base, self.groups, self.store, self.count):
             warnings.warn(warning, stacklevel=2)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
