@@ -22,9 +22,9 @@ from selective.checkpoint.set_state import set_as_torch
 from selective.explain.groups import explain
 from selective.plan.groups import Groups
 from selective.plan.options import OnNonfinite, Options, Scope
+from selective.plan.oversized import warn_of_oversized
 from selective.plan.policy_groups import KEYS, PolicyGroup, PreconditionerGroup
 from selective.plan.refusals import check_arguments
-from selective.plan.oversized import warn_of_oversized
 from selective.plan.rotation_plan import warn_of_two_rotations
 from selective.policies import Policy, policy_from
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from

@@ -26,9 +26,10 @@ def oversized(plans: Sequence[GroupPlan]) -> str | None:
     named = [f"{name} ({side.length:,}) keep {side.bytes:,} bytes, {side.why}" for name, side in sides[:_MOST]]
     more = f"; and {len(sides) - _MOST:,} more" if len(sides) > _MOST else ""
     total = sum(side.bytes for _, side in sides)
+    who = " and ".join(kinds) + (" rotate" if len(kinds) > 1 else " rotates")
     return (
-        f"{' and '.join(kinds)} rotates sides that are out of proportion to their matrices, which keeps {total:,} "
-        f"bytes: {'; '.join(named)}{more}"
+        f"{who} sides that are out of proportion to their matrices, which keeps {total:,} bytes: "
+        f"{'; '.join(named)}{more}"
     )
 
 

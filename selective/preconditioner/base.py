@@ -57,7 +57,7 @@ class LargeSide(NamedTuple):
     side: Side
     length: int
     bytes: int  # of the basis, and of the running average if there is one
-    why: str  # the limit by which it is left out ("max_state_ratio=32"), or its size ("1,024 times its parameter")
+    why: str  # the limit by which it is left out ("max_state_ratio=32"), or its size ("1,024 times its matrix")
 
 
 class Preconditioner(Configured):

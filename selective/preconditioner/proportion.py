@@ -35,7 +35,7 @@ class Limits(NamedTuple):
         ratio = self._ratio(side, shape)
         if not self.allow(side, shape) or ratio <= RATIO:
             return None
-        return self._large(side, shape, f"{ratio:,.0f} times its parameter")
+        return self._large(side, shape, f"{ratio:,.0f} times its matrix")
 
     def _reason(self, side: Side, shape: Shape) -> str | None:
         if _length(side, shape) > self.max_dim:
