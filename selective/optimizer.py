@@ -252,9 +252,9 @@ class SelectiveUpdate(Optimizer):
         return {} if self.runner.report is None else self.runner.report.read()
 
     def explain(self) -> str:
-        """For each parameter group: its policy, how the update is captured and why, decay, momentum, extra memory."""
+        """For each kind of parameter group: policy, capture and why, decay, momentum, memory, advice on the rate."""
         follow_changes(self.groups, self.store)
-        return explain(self.base, self.groups.plans, self.options)
+        return explain(self.base, self.groups.plans, self.options, self.store)
 
     def init_state(self) -> None:
         """Make all state now, as the first step would, without moving a parameter.

@@ -105,6 +105,11 @@ class RotationPlan:
         """Return the plan that the same parameters have with another preconditioner."""
         return RotationPlan(preconditioner, self.matrix_view, self.capture, self.capture_of_others, self.members)
 
+    @property
+    def has_others(self) -> bool:
+        """True if a parameter of the group is not rotated."""
+        return any(member.tensor not in self.shapes for member in self.members)
+
     def preconditioner_for(self, tensor: Tensor) -> Preconditioner:
         """Return the preconditioner for this parameter; for a DTensor, with its rotated side filled in."""
         return self.preconditioners.get(tensor, self.preconditioner)
