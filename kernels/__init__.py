@@ -5,13 +5,11 @@ at the root of a clone that name leads here first: then the installed package of
 this module stays empty.
 """
 
-from typing import TYPE_CHECKING
-
-if __name__ == "kernels" and not TYPE_CHECKING:
+if __name__ == "kernels":
     from ._stand_aside import stand_aside
 
     stand_aside(__name__)
-elif __name__ != "selective.kernels" and not TYPE_CHECKING:
+elif __name__ != "selective.kernels":
     raise ModuleNotFoundError(
         f"imported as {__name__!r}: this folder is the package `selective.kernels`", name=__name__
     )

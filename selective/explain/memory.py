@@ -39,13 +39,15 @@ def memory_lines(plans: Sequence[GroupPlan], store: StateStore, temporary: str) 
     rotations = [plan.rotation for plan in plans if plan.rotation is not None and plan.rotation.shapes]
     if rotations:
         total, elements = bytes_of_bases(rotations), sum(p.numel() for r in rotations for p in r.shapes)
-        lasting = (
-            f"{total:,} bytes that last, {total / max(elements, 1):.2f} a parameter, are the bases of rotated ones"
-        )
+        lasting = "of rotated ones: none that lasts"
+        if total:
+            lasting = (
+                f"{total:,} bytes that last, {total / max(elements, 1):.2f} a parameter: the bases of rotated ones"
+            )
         lines.append(f"{lasting}; during the step {_in_step(rotations[0])}")
     own, kinds = _own_bytes(plans, store)
     if own:
-        lines.append(f"{own:,} bytes that last are {' and '.join(kinds)}")
+        lines.append(f"{own:,} bytes that last: {' and '.join(kinds)}")
     if any(plan.rotation is None or plan.rotation.has_others for plan in plans):
         whose = "of the others: " if rotations else ""
         lines.append(whose + ("none that lasts; " if temporary.startswith("during") and not own else "") + temporary)

@@ -52,7 +52,7 @@ def lines_of(optimizer: SelectiveUpdate, name: str) -> list[str]:
 
 
 def bytes_that_last(optimizer: SelectiveUpdate) -> list[int]:
-    said = re.findall(r"([\d,]+) bytes that last,? ", optimizer.explain().partition("all groups:")[0])
+    said = re.findall(r"([\d,]+) bytes that last[,:]", optimizer.explain().partition("all groups:")[0])
     return [int(number.replace(",", "")) for number in said]
 
 
@@ -79,7 +79,7 @@ def test_a_rotation_s_memory_is_said_once_and_is_what_is_kept(space: Eigenbasis)
 def test_those_that_are_not_rotated_are_told_apart() -> None:
     optimizer = SelectiveUpdate(torch.optim.AdamW(params()), preconditioner=Soap(), policy=Cautious())
     rotated, others = lines_of(optimizer, "memory")
-    assert "are the bases of rotated ones; during the step their float32 gradients" in rotated
+    assert "a parameter: the bases of rotated ones; during the step their float32 gradients" in rotated
     assert others == "of the others: none that lasts; during the step at most a few times the largest tensor"
 
 
@@ -90,14 +90,15 @@ class Remembers(Policy):
         return {"seen": torch.zeros_like(view.param), "count": torch.zeros(())}
 
     def mask(self, view: Any) -> torch.Tensor:
-        return torch.ones_like(view.param)
+        return torch.ones_like(view.update)
 
 
 @pytest.mark.parametrize(
     ("policy", "beta", "each", "kinds"),
     [
         (Cautious(), 0.9, 4 * 224, ["a momentum of our own"]),
-        (Magma(), None, 4 * 4, ["state of the policy"]),
+        (Magma(), 0.9, 4 * 224 + 4 * 4, ["a momentum of our own", "state of the policy"]),
+        (Remembers(), None, 4 * 224 + 4 * 4, ["state of the policy"]),
         (Remembers(), 0.9, 8 * 224 + 4 * 4, ["a momentum of our own", "state of the policy"]),
         (Cautious(), None, None, []),
         (Dense(), None, None, []),
