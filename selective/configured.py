@@ -83,6 +83,9 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
     _short_names: ClassVar[dict[str, dict[str, Any]]] = {}  # in lower case: the data that each stands for
     _family: ClassVar[str] = ""
     _registry: ClassVar[dict[str, type[Configured]]] = {}
+    _saved_without: ClassVar[dict[str, Any]] = {}
+    """The values of fields at which a checkpoint leaves these fields out. Checkpoints that are older than a field go on
+    with this value, so that a new field can't change a run."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -162,6 +165,21 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
         if isinstance(data, cls):
             return data
         return _build(cls, data)
+
+    def to_saved(self) -> str:
+        """Return the JSON text that a checkpoint has."""
+        left_out = {name for name, value in self._saved_without.items() if getattr(self, name) == value}
+        return self.model_dump_json(exclude=left_out)
+
+    @classmethod
+    def from_saved(cls: type[C], text: str) -> C:
+        """Build a member of this family from a checkpoint's JSON text, of this version or of an earlier one.
+
+        Raises as `from_data` does.
+        """
+        model = cls.from_data(text)
+        absent = {name: value for name, value in model._saved_without.items() if name not in model.model_fields_set}
+        return model.model_copy(update=absent) if absent else model
 
 
 def _short(data: Any) -> str:

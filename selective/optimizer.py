@@ -21,6 +21,7 @@ from selective.explain.groups import explain
 from selective.for_model.for_model import for_model as optimizer_for_model
 from selective.plan.groups import Groups
 from selective.plan.options import OnNonfinite, Options, Scope
+from selective.plan.oversized import warn_of_oversized
 from selective.plan.policy_groups import KEYS, PolicyGroup, PreconditionerGroup
 from selective.plan.refusals import check_arguments
 from selective.plan.rotation_plan import warn_of_two_rotations
@@ -108,6 +109,7 @@ class SelectiveUpdate(Optimizer):
             self.store.join_base(self.groups.plans)
             if self.groups.places:
                 warn_of_two_rotations(base)
+                warn_of_oversized(self.groups.plans)
         except BaseException:
             for group, own in said:  # the base is as it was given: wrapping it again finds what its groups said
                 group.update(own)
@@ -172,6 +174,7 @@ class SelectiveUpdate(Optimizer):
             self.policy_groups.pop()
             raise
         self.store.join_base(self.groups.plans)
+        warn_of_oversized(self.groups.plans[-1:])
 
     @property
     def policy(self) -> Policy:
@@ -231,9 +234,9 @@ class SelectiveUpdate(Optimizer):
         return {} if self.runner.report is None else self.runner.report.read()
 
     def explain(self) -> str:
-        """For each parameter group: its policy, how the update is captured and why, decay, momentum, extra memory."""
+        """For each kind of parameter group: policy, capture and why, decay, momentum, memory, advice on the rate."""
         follow_changes(self.groups, self.store)
-        return explain(self.base, self.groups.plans, self.options)
+        return explain(self.base, self.groups.plans, self.options, self.store)
 
     def init_state(self) -> None:
         """Make all state now, as the first step would, without moving a parameter.
@@ -268,8 +271,7 @@ class SelectiveUpdate(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, checkpoint)
             checkpoint = checkpoint if result is None else checked_frame(result)
-        warning = load(checkpoint, self.base, self.groups, self.store, self.count)
-        if warning is not None:
+        for warning in load(checkpoint, self.base, self.groups, self.store, self.count):
             warnings.warn(warning, stacklevel=2)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)

@@ -16,6 +16,7 @@ from selective.checkpoint.matches_policies import checked_policies
 from selective.checkpoint.rollback import rollback
 from selective.kernels.lasting import lasting
 from selective.plan.groups import Groups
+from selective.plan.oversized import oversized_as_saved
 from selective.policies import Policy
 from selective.preconditioner import Preconditioner
 from selective.sharding.dtensor import is_dtensor
@@ -27,10 +28,8 @@ from selective.state.store import StateStore, follow_changes
 from selective.step_count import StepCount
 
 
-def load(
-    checkpoint: dict[str, Any], base: Optimizer, groups: Groups, store: StateStore, count: StepCount
-) -> str | None:
-    """Load all of a checkpoint whose structure `checked_frame` accepted, or nothing. Return a warning, or None.
+def load(checkpoint: dict[str, Any], base: Optimizer, groups: Groups, store: StateStore, count: StepCount) -> list[str]:
+    """Load all of a checkpoint whose structure `checked_frame` accepted, or nothing. Return the warnings.
 
     What can be known beforehand is checked before anything is loaded; where the base refuses it later, all is put back.
     """
@@ -44,7 +43,8 @@ def load(
     base_entries = _cut(base, saved_indices, base_part(checkpoint))
     base_classes = {decode_note(entries[POLICY]) for entries in wrapper_entries.values()} - {""}
     check_base(base, groups.plans, base_entries, base_classes, wrapper_entries)
-    warning = first_warning(preconditioners, groups.plans)
+    warnings = [first_warning(preconditioners, groups.plans)]
+    oversized_before = oversized_as_saved(groups.plans)
     with rollback(base, groups, store, count, _cant_be_loaded):
         _load_base(base, saved_indices, base_entries)
         _load_policies(groups, policies, preconditioners)
@@ -58,7 +58,10 @@ def load(
         follow_changes(groups, store)
         place_loaded_bases(groups.plans, store.table)
         _make_missing_bases(groups, store)
-    return warning
+    oversized = oversized_as_saved(groups.plans)
+    if oversized != oversized_before:  # else the user has asked for it, and was warned
+        warnings.append(oversized)
+    return [warning for warning in warnings if warning is not None]
 
 
 def _cant_be_loaded(reason: str) -> CheckpointMismatch:

@@ -29,6 +29,8 @@ def a_field(field: Any) -> st.SearchStrategy[Any]:
         return st.booleans()
     if field.annotation is int:
         return st.integers(2, 10**9)
+    if field.annotation == float | None:
+        return st.floats(0, 100, exclude_min=True) | st.none()
     return st.floats(0, 1, exclude_max=True)
 
 

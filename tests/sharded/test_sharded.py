@@ -42,7 +42,7 @@ FAST = {
 ROTATION = (
     "from_a_stored_basis", "from_its_own_bases", "parts_that_are_not_summed_differ", "the_same_bits_on_all_ranks",
     "what_is_sent", "taking_turns", "not_finite_on_one_rank", "saved_between_refreshes", "what_is_left_alone",
-    "saved_by_torch", "low_precision",
+    "saved_by_torch", "low_precision", "thin_matrices_lose_the_same_side_everywhere",
 )  # fmt: skip
 GATHERED = (
     "other_sides_are_gathered", "gathering_is_said_and_counted", "nan_in_one_rank_s_part",

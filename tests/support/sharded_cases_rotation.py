@@ -326,6 +326,18 @@ def what_is_left_alone(world: World) -> None:
     assert ("none of them" in one.optimizer.explain()) == (world.rank > 0)  # a single rank cuts nothing
 
 
+def thin_matrices_lose_the_same_side_everywhere(world: World) -> None:
+    """A side is out of proportion by the whole matrix: a rank's 16 of 64 rows would not be."""
+    shapes, how = [(64, 2), (2, 64)], Soap(refresh_every=2, solver="eigh")
+    one = Run(adamw, options(MGUP(), how), shapes=shapes).train(range(4))
+    ours = Run(adamw, options(MGUP(), how), world.mesh(world.size), rows, shapes=shapes).train(range(4))
+    for run in (one, ours):
+        found = [[key for key in state if key.endswith("_basis")] for state in bases(run)]
+        assert found == [["selective/basis/columns_basis"], ["selective/basis/rows_basis"], []]
+    assert apart(ours, one) < NEAR
+    assert "1 of them sharded: gathered" in ours.optimizer.explain()  # the second, whose short side is cut
+
+
 GATHERED: dict[str, tuple[Make, Policy, Preconditioner, dict[str, Any]]] = {
     "SOAP, AdamW": (adamw, MGUP(), Soap(refresh_every=2, solver="cholesky"), {}),
     "in turns, Lion": (BASES["Lion"], Cautious(), Eigenbasis(refresh_every=3, solver="qr"), {}),
