@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from selective.checkpoint.save import save
 from selective.checkpoint.set_state import set_as_torch
 from selective.explain.groups import explain
 from selective.for_model.for_model import for_model as optimizer_for_model
+from selective.messages.assignments import SET_POLICY, at_construction, in_the_groups
+from selective.messages.construction import NOT_GIVEN, names_unknown_arguments, nothing_to_do
 from selective.plan.groups import Groups
 from selective.plan.options import OnNonfinite, Options, Scope
 from selective.plan.oversized import warn_of_oversized
@@ -26,13 +28,16 @@ from selective.plan.policy_groups import KEYS, PolicyGroup, PreconditionerGroup
 from selective.plan.refusals import check_arguments
 from selective.plan.rotation_plan import warn_of_two_rotations
 from selective.policies import Policy, policy_from
+from selective.policies.view import StepView
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 from selective.rotation.basis import MaskSpace
 from selective.state.init_state import make_all_state
 from selective.state.merged_view import MergedState
 from selective.state.store import StateStore, follow_changes
 from selective.state.writing import OptimizerStateBackend
-from selective.step.begin import begin_step, is_initialisation, take_steps
+from selective.step.begin import begin_step, take_steps
+from selective.step.gradients import is_initialisation
+from selective.step.outside_of_graphs import prepare, step_outside_of_graphs
 from selective.step.run import StepRunner
 from selective.step_count import StepCount
 
@@ -47,8 +52,9 @@ class SelectiveUpdate(Optimizer):
 
     Args:
         base: the optimizer to wrap. Don't step it yourself any more.
-        policy: a `Policy`, a kind's name ("MGUP") or a dict with a `kind`; None is `Dense()`. A `policy` in one of the
-            base's parameter groups overrides it for that group (None there: dense) and is moved to `policy_groups`.
+        policy: a `Policy`, a kind's name ("MGUP"), a dict with a `kind`, or a function of a `StepView` that returns a
+            mask; None is `Dense()`. A `policy` in one of the base's parameter groups overrides it for that group (None
+            there: dense) and is moved to `policy_groups`.
         preconditioner: rotates the gradients of matrices before the base sees them: a `Preconditioner`, a kind's name
             or a dict with a `kind`. A `preconditioner` in a parameter group overrides it (None there: none).
         matrix_view: which parameters are matrices, and how: "matrices" (2-D ones only), "conv" (also [out, in, ...] as
@@ -59,8 +65,8 @@ class SelectiveUpdate(Optimizer):
         capture: how the base's update is obtained: "fused", "scratch" or "delta"; "auto" takes the first that is right
             for this base. `explain()` says which, and why.
         momentum_beta: keep a first moment of our own, m <- beta m + (1 - beta) g in float32, for a base without one.
-        on_nonfinite: NaN or infinite gradients: "ignore" as torch does; "skip" the whole step; "raise" with the
-            parameter's name. The last two synchronise with a GPU. Nothing has moved when they act.
+        on_nonfinite: NaN or infinite gradients: "ignore" as torch does; "skip" the step (`skipped_steps` counts them);
+            "raise" with the parameter's name. The last two synchronise with a GPU. Nothing has moved when they act.
         seed: of random policies. They draw by address (seed, step, parameter, element): the same after a resume and on
             every rank; torch's generators are not touched.
         statistics: collect what `statistics()` reports in every step. It stays on the device.
@@ -75,10 +81,16 @@ class SelectiveUpdate(Optimizer):
         ValueError: the base can't be wrapped, or the policy needs a momentum that it does not have; with the reason.
     """
 
+    preconditioner = in_the_groups("preconditioner_groups[i].preconditioner")
+    matrix_view = in_the_groups("preconditioner_groups[i].matrix_view")
+    mask_space, capture, momentum_beta, on_nonfinite = (at_construction() for _ in range(4))
+    seed, stochastic_rounding, scope = (at_construction() for _ in range(3))
+
+    @names_unknown_arguments
     def __init__(
         self,
         base: Optimizer,
-        policy: Policy | dict[str, Any] | str | None = None,
+        policy: Policy | Callable[[StepView], Any] | dict[str, Any] | str | None = NOT_GIVEN,
         *,
         preconditioner: Preconditioner | dict[str, Any] | str | None = None,
         matrix_view: MatrixView = "matrices",
@@ -96,7 +108,8 @@ class SelectiveUpdate(Optimizer):
             capture=capture, momentum_beta=momentum_beta, on_nonfinite=on_nonfinite, statistics=statistics,
             rounding=stochastic_rounding, scope=scope, mask_space=mask_space,
         )  # fmt: skip
-        named, view = policy_from(policy), check_matrix_view(matrix_view, "")
+        named = policy_from(None if policy is NOT_GIVEN else policy)
+        view = check_matrix_view(matrix_view, "")
         default = PolicyGroup(named, PreconditionerGroup(preconditioner_from(preconditioner), view))
         count = StepCount(seed)
         self._put_together(base, options, Groups(base, options, default), StateStore(base, options, count), count)
@@ -110,6 +123,9 @@ class SelectiveUpdate(Optimizer):
             if self.groups.places:
                 warn_of_two_rotations(base)
                 warn_of_oversized(self.groups.plans)
+            given = policy is not NOT_GIVEN or preconditioner is not None or any(own for _, own in said)
+            if not given and on_nonfinite == "ignore":
+                warnings.warn(nothing_to_do(base), stacklevel=3)
         except BaseException:
             for group, own in said:  # the base is as it was given: wrapping it again finds what its groups said
                 group.update(own)
@@ -121,6 +137,7 @@ class SelectiveUpdate(Optimizer):
         """Assign the parts. Objects that stand in for this one share them, so whatever changes is inside of a part."""
         self.base, self.options, self.groups, self.store, self.count = base, options, groups, store, count
         self.runner = StepRunner(options, count, store)
+        prepare()
 
     bind = classmethod(bind_class)
     for_model = classmethod(optimizer_for_model)
@@ -181,6 +198,10 @@ class SelectiveUpdate(Optimizer):
         """The policy of groups that name none. To change one, set `opt.policy_groups[i].policy` or its entries."""
         return self.groups.default.policy
 
+    @policy.setter
+    def policy(self, policy: Any) -> NoReturn:
+        raise AttributeError(SET_POLICY)
+
     @property
     def preconditioner_groups(self) -> tuple[PreconditionerGroup, ...]:
         """The preconditioner of each group with its hyper-parameters by name, as `policy_groups` has policies."""
@@ -211,6 +232,11 @@ class SelectiveUpdate(Optimizer):
         7. Apply p <- factor p - P (mask ⊙ u) Q^T; decoupled decay reaches every coordinate and is never masked.
         8. Let the preconditioner observe the gradients, count the step, hand out its statistics.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return step_outside_of_graphs(self._step, closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -218,9 +244,16 @@ class SelectiveUpdate(Optimizer):
         begun = begin_step(self.runner, self.groups)  # 1, 2
         if not begun.recording and is_initialisation(self.param_groups):
             begun.initialise()
-        elif not begun.has_nonfinite():
+        elif begun.has_nonfinite():
+            begun.skip()
+        else:
             take_steps([begun])  # the rest of 2, and 3 to 8
         return loss
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of steps that `on_nonfinite="skip"` left out. A resumed run starts at 0 again."""
+        return self.count.skipped
 
     def statistics(self) -> dict[str, dict[str, Tensor]]:
         """The selection of the last step, for each parameter by name; see `selective.statistics.StepStatistics.read`.

@@ -101,8 +101,9 @@ class Clocks:
 class StepCount:
     """The seed of random policies and the number of steps taken, on the host and on devices that count themselves."""
 
-    def __init__(self, seed: int, steps: int = 0) -> None:
+    def __init__(self, seed: int, steps: int = 0, skipped: int = 0) -> None:
         self.seed, self.steps = seed, steps
+        self.skipped = skipped  # steps that on_nonfinite="skip" left out since construction, which no checkpoint has
         self.clocks = Clocks()
 
     def read(self) -> int:

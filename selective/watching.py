@@ -37,9 +37,11 @@ class Sample:
 
     step: int
     values: dict[str, dict[str, float]]
+    skipped_steps: int | None = None
+    """The optimizer's `skipped_steps` by then; None without `on_nonfinite="skip"`."""
 
     def overview(self) -> dict[str, float]:
-        """Means over the parameters of the numbers in `OVERVIEW`, and sums of those in `FAULTS`.
+        """Means over the parameters of the numbers in `OVERVIEW`, sums of those in `FAULTS`, and `skipped_steps`.
 
         Parameters without a number, or with NaN in a mean, do not count. A name that no parameter has is left out.
         """
@@ -52,6 +54,8 @@ class Sample:
             counted = [numbers[name] for numbers in self.values.values() if name in numbers]
             if counted:
                 overview[name] = sum(counted)
+        if self.skipped_steps is not None:
+            overview["skipped_steps"] = self.skipped_steps
         return overview
 
     def scalars(self, each: bool = False) -> dict[str, float]:
@@ -97,7 +101,8 @@ def watch(optimizer: Any, *writers: Writer, every: int = 100, model: nn.Module |
 
     Raises:
         TypeError: there is no `SelectiveUpdate` in `optimizer`, nor a `ChainedOptimizer` with one.
-        ValueError: the optimizer has `statistics=False`, or `writers` or `every` can't be used.
+        ValueError: the optimizer has `statistics=False`, `writers` or `every` can't be used, or `model` has none of the
+            optimizer's parameters.
     """
     return Watch(optimizer, writers, every, model)
 
@@ -120,7 +125,7 @@ class Watch:
         if type(every) is not int or every < 1:
             raise ValueError(f"watch: every is {every!r}, must be an integer of at least 1")
         self.writers, self.every = writers, every
-        self._names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+        self._names = {} if model is None else _names_in(model, self.optimizer)
         self._waiting: deque[_Copy] = deque()
         self._before = self._steps()
         self._hooks = [
@@ -156,7 +161,9 @@ class Watch:
         self._hand_out(wait=False)
         step = self._steps()
         if step != self._before and step % self.every == 0:  # skipped steps and torch's initialisation don't count
-            self._waiting.append(_Copy(step, self.optimizer.statistics(), self._renamed()))
+            skips = any(one.options.on_nonfinite == "skip" for one in self._wrapped.values())
+            skipped = max(one.skipped_steps for one in self._wrapped.values()) if skips else None
+            self._waiting.append(_Copy(step, self.optimizer.statistics(), self._renamed(), skipped))
             self._hand_out(wait=False)
 
     def _hand_out(self, wait: bool) -> None:
@@ -179,9 +186,13 @@ class _Copy:
     """Statistics on their way to the host: Note [nobody waits]."""
 
     def __init__(
-        self, step: int, statistics: dict[str, dict[str, Tensor]], known: dict[str, tuple[str, float | None]]
+        self,
+        step: int,
+        statistics: dict[str, dict[str, Tensor]],
+        known: dict[str, tuple[str, float | None]],
+        skipped_steps: int | None,
     ) -> None:
-        self.step, self._known = step, known
+        self.step, self._known, self._skipped_steps = step, known, skipped_steps
         by_device: dict[torch.device, list[tuple[str, str, Tensor]]] = {}
         for parameter, values in statistics.items():
             for name, value in values.items():
@@ -212,7 +223,18 @@ class _Copy:
         for parameter, numbers in values.items():
             called, cap = self._known[parameter]
             named[called] = _with_derived(numbers, cap)
-        return Sample(self.step, named)
+        return Sample(self.step, named, self._skipped_steps)
+
+
+def _names_in(model: nn.Module, optimizer: SelectiveUpdate) -> dict[int, str]:
+    """The model's name of each parameter, by its id."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    if not any(id(p) in names for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            f"watch: the model ({type(model).__name__}) has none of the optimizer's parameters, so that it can't name "
+            f"them; pass the model that the optimizer was built from, not a copy of it"
+        )
+    return names
 
 
 def _with_derived(values: dict[str, float], cap: float | None) -> dict[str, float]:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import from its own step and from those below it. A name stands for everything under it.
 STAIRS = [
     {"selective.kernels"},
+    {"selective.messages"},
     {
         "selective.bind",
         "selective.configured",

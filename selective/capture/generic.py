@@ -142,7 +142,10 @@ class GenericJob(RememberingJob):
         momentum, previous = item.state.get("momentum"), item.state.get("previous_momentum")
         gradient = None if grad is None else item.grad.to(dtype)
         gradient, momentum, previous = (turned(x, rule.rate) for x in (gradient, momentum, previous))
-        tensors = Tensors(local_of(self.saved[index]), update, gradient, momentum, previous, rule.momentum_beta)
+        param = local_of(self.saved[index])
+        if "param" in self.policy.needs():  # a policy that writes on it must not write on what is put back
+            param = param.clone()
+        tensors = Tensors(param, update, gradient, momentum, previous, rule.momentum_beta)
         mask = masked_step(self.context, self.policy, parameter, tensors, item.shard)
         if mask is not None:
             apply_mask(item, rule, update, mask, self.context.draw_on(item.param.device))

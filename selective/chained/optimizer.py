@@ -20,6 +20,7 @@ from selective.checkpoint.pickles import Version, same_version
 from selective.optimizer import SelectiveUpdate
 from selective.plan.policy_groups import PolicyGroup, PreconditionerGroup
 from selective.state.init_state import make_base_state
+from selective.step.outside_of_graphs import step_outside_of_graphs
 
 
 class ChainedOptimizer(Optimizer):
@@ -159,12 +160,22 @@ class ChainedOptimizer(Optimizer):
 
         If a bare member's step raises, the members before it have stepped.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return step_outside_of_graphs(self._step, closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         step_members(self._members)
         return loss
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of steps that were left out because a member has `on_nonfinite="skip"`; after a resume from 0."""
+        return max((one.skipped_steps for one in self.members if isinstance(one, SelectiveUpdate)), default=0)
 
     def statistics(self) -> dict[str, dict[str, Tensor]]:
         """The statistics of all wrapped members; see `SelectiveUpdate.statistics`.

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from selective.base.step_base import base_hooks, run_step
 from selective.chained.members import Members
 from selective.kernels import Exchange
-from selective.step.begin import begin_step, is_initialisation, take_steps
+from selective.step.begin import begin_step, take_steps
+from selective.step.gradients import is_initialisation
 
 
 def step_members(members: Members) -> None:
@@ -28,6 +29,8 @@ def step_members(members: Members) -> None:
             for step in begun:
                 step.initialise()
         elif sum(step.has_nonfinite() for step in begun):  # all are asked: other ranks may wait for each of them
+            for step in begun:
+                step.skip()
             return
         elif begun:
             # The replays of a CUDA graph read the tables of each member's own calls.

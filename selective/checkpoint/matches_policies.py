@@ -13,6 +13,7 @@ from selective.configured import Configured, kinds_of
 from selective.parameter import Parameter, is_lazy
 from selective.plan.group_plan import GroupPlan
 from selective.policies import Policy
+from selective.policies.function import with_live_function
 from selective.state.entries import MOMENTUM, POLICY, decode_model
 from selective.state.parameter_state import is_of_basis, own_tensors
 from selective.state.store import StateStore
@@ -40,7 +41,7 @@ def checked_policies(
                 "Construct the optimizer with that policy, or load only the base's part "
                 "(selective.base_part(state_dict))",
             )
-        policy = policy if saved is None else saved
+        policy = policy if saved is None else with_live_function(saved, policy)
         policies.append(policy)
         for index, member in zip(indices, members, strict=True):
             if index in wrapper_entries and not is_lazy(member.tensor):  # those are looked at when they have a shape

@@ -34,6 +34,8 @@ class GroupPlan:
     rotation: RotationPlan | None = None  # None where there is no preconditioner
     kept: KeptItems = field(default_factory=KeptItems)  # of the parameters that are not rotated ...
     kept_rotated: KeptItems = field(default_factory=KeptItems)  # ... and of those that are
+    keys_checked: int = 0  # the number of the group's keys when they were last looked at ...
+    keys_warned: set[str] = field(default_factory=set)  # ... and those that were warned of
 
     @property
     def policy(self) -> Policy:

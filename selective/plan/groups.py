@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from selective.capture.choose import capture_key, choose_capture
 from selective.capture.items import DeviceItems
+from selective.plan.advice import warn_of_needless_mask, warn_of_stray_keys
 from selective.plan.flattened import refuse_joined
 from selective.plan.group_params import GroupParams
 from selective.plan.group_plan import Choice, GroupPlan
@@ -20,6 +21,7 @@ from selective.plan.refusals import check_complete, check_flattened, check_momen
 from selective.plan.rotation_plan import RotationPlan, check_change
 from selective.plan.shared_parameters import check_sharing
 from selective.rotation.moments import check_moments, moments_of
+from selective.sharding.dtensor import shard_of
 
 
 class Changes(NamedTuple):
@@ -124,6 +126,11 @@ class Groups:
         masked = (plan for plan in self.plans if plan.rotation is not None or not plan.is_dense)
         return {device for plan in masked for device in plan.params.cuda_devices}
 
+    def asks_others(self) -> bool:
+        """True if a parameter that is masked has parts on other ranks, which a step has to ask."""
+        masked = (p for plan in self.plans if not plan.is_dense for p in plan.params.tensors)
+        return self.options.scope == "global" and any(shard_of(p) is not None for p in masked)
+
     def choices(self) -> list[Choice | None]:
         """Return the chosen capture for each policy; None if none was chosen yet."""
         return [self._choice_of(policy_group) for policy_group in self.policies]
@@ -192,6 +199,9 @@ class Groups:
             if params.joined:
                 refuse_joined(number, params.shapes, params.tensors)
         described = plan.kept.describe(policy)
+        if len(plan.group) != plan.keys_checked:
+            warn_of_stray_keys(plan.group, number, plan.policy_group, self.base.defaults, plan.keys_warned)
+            plan.keys_checked = len(plan.group)
         key = capture_key(self.base, plan.group, params.kinds, described.state_classes, described.needs)
         if plan.choice is not None and plan.choice.key == key:
             return plan.choice
@@ -201,6 +211,7 @@ class Groups:
         check_momentum(self.base, plan.group, number, policy, capture, own)
         if not plan.is_dense:
             check_shards(params.parameters)
+            warn_of_needless_mask(self.base, plan.group, number, policy, described.specs)
         return Choice(key, capture)
 
     def _check_sharing(self) -> None:
@@ -231,7 +242,8 @@ class Groups:
             plan.params.state_checked = plan.params.state_checked and rotation is known
             if preconditioning.was_planned and (known is None or any(p in with_basis for p in known.shapes)):
                 check_change(known, rotation, plan.number)
-        preconditioning.planned = rotation
+        if rotation is not known or not preconditioning.was_planned:
+            preconditioning.planned = rotation
         return rotation
 
     def _make_rotation(self, plan: GroupPlan) -> RotationPlan:

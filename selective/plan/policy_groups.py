@@ -14,6 +14,7 @@ KEYS = ("policy", "preconditioner", "matrix_view")
 
 
 _NEVER: Any = object()
+_ATTRIBUTES = {"policy", "preconditioner", "matrix_view", "planned", "preconditioning"}
 
 
 class ModelGroup(MutableMapping[str, Any]):
@@ -27,6 +28,14 @@ class ModelGroup(MutableMapping[str, Any]):
 
     def _replace(self, model: Any) -> None:
         raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name not in _ATTRIBUTES:
+            raise AttributeError(
+                f"{type(self).__name__}: .{name} can't be assigned; hyper-parameters are entries: "
+                f"[{name!r}] = {value!r}"
+            )
+        super().__setattr__(name, value)
 
     def _dump(self) -> dict[str, Any]:
         model = self._model()
@@ -141,12 +150,15 @@ class PolicyGroup(ModelGroup):
 
     @property
     def policy(self) -> Policy:
-        """The policy that is used from the next step on. To switch it, set it."""
+        """The policy that is used from the next step on. To switch it, set it.
+
+        Settable, in the same forms as `SelectiveUpdate(policy=...)`. An object that is none raises TypeError.
+        """
         return self._policy
 
     @policy.setter
-    def policy(self, policy: Policy) -> None:
-        self._policy = policy
+    def policy(self, value: Any) -> None:
+        self._policy = policy = _assigned(value)
         if self._listener is not None:
             self._listener(policy)
 
@@ -165,6 +177,15 @@ class PolicyGroup(ModelGroup):
 
     def __repr__(self) -> str:
         return f"PolicyGroup({self.policy!r})"
+
+
+def _assigned(value: Any) -> Policy:
+    try:
+        return policy_from(value)
+    except ValueError as error:
+        if isinstance(value, (str, dict)):
+            raise
+        raise TypeError(str(error)) from None
 
 
 def _leaves(data: dict[str, Any], prefix: str) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from selective.capture.choose import Capture
+from selective.messages.construction import no_optimizer
 from selective.parameter import Parameter
 from selective.policies import Policy
 from selective.sharding.dtensor import shard_of
@@ -38,10 +39,7 @@ def check_arguments(
             "ChainedOptimizer([SelectiveUpdate(first, policy=...), second])"
         )
     if not isinstance(base, Optimizer):
-        raise TypeError(
-            f"SelectiveUpdate: base is a {type(base).__name__}, must be a torch.optim.Optimizer; "
-            f"build it first: SelectiveUpdate(torch.optim.AdamW(model.parameters()), policy=...)"
-        )
+        raise TypeError(no_optimizer(base))
     if isinstance(base, wrapper):
         raise TypeError("SelectiveUpdate: base is a SelectiveUpdate already; wrap its base, with one policy for both")
     if capture not in ("auto", "fused", "scratch", "delta"):

@@ -79,6 +79,10 @@ class Preconditioner(Configured):
     _short_names: ClassVar[dict[str, dict[str, Any]]] = {"adadiag++": {"kind": "AdaDiag", "sides": "two"}}
     _family: ClassVar[str] = "preconditioner"
     _registry: ClassVar[dict[str, type[Any]]] = {}
+    _state_is_kept: ClassVar[str] = (
+        "make what changes from step to step in init_state(like), and write into the tensors of states. To change a "
+        "hyper-parameter: opt.preconditioner_groups[i][{name!r}] = ..."
+    )
 
     def takes(self, shape: Shape) -> bool:
         """Return True if matrices of this shape are rotated; others are left to the base.

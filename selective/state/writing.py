@@ -22,6 +22,7 @@ from selective.parameter import is_lazy
 from selective.plan.groups import Groups
 from selective.plan.policy_groups import PolicyGroup
 from selective.policies import Policy
+from selective.policies.function import with_live_function
 from selective.preconditioner import Preconditioner
 from selective.state.entries import BASIS_STEPS, POLICY, PRECONDITIONER, SEED, STEP, decode_model, encode_model
 from selective.state.merged_view import ComputedEntries, MergedEntry, StateBackend, shapes_of, split_own
@@ -87,6 +88,8 @@ class _Computed(ComputedEntries):
         now = self.group.policy if key == POLICY else self.group.preconditioning.preconditioner
         if now is None or kinds_of(found.model_dump()) != kinds_of(now.model_dump()):
             raise refused_write_error(f"{where} is {found!r}, and its group has {now!r}: another kind")
+        if isinstance(now, Policy):
+            found = with_live_function(found, now)
         if found == now:
             return lambda: None
         if key == POLICY:

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from selective.base.hyperparameters import scalar
 from selective.base.step_base import base_hooks, run_step_on
 from selective.capture.job import Job
 from selective.capture.kernel_calls import KernelCalls
@@ -24,7 +21,7 @@ from selective.sharding.dtensor import shard_of
 from selective.state.check_before_step import check_state
 from selective.state.store import follow_changes
 from selective.statistics import StepStatistics
-from selective.step.gradients import any_nonzero_gradient, check_gradients, has_nonfinite
+from selective.step.gradients import check_gradients, has_nonfinite
 from selective.step.run import StepRunner, fit_base_states, run_jobs
 from selective.step_count import check_recordable, is_recording
 
@@ -50,6 +47,10 @@ class BegunStep:
     def has_nonfinite(self) -> bool:
         """True if a gradient is not finite and `on_nonfinite` is "skip"; a FloatingPointError if it is "raise"."""
         return has_nonfinite(self.present, self.runner.options.on_nonfinite, self.runner.count.steps)
+
+    def skip(self) -> None:
+        """Count the step as skipped."""
+        self.runner.count.skipped += 1
 
     def check(self) -> None:
         """The rest of step 2: does the state fit its parameters?"""
@@ -87,15 +88,6 @@ def take_steps(begun: Sequence[BegunStep], exchange: Exchange | None = None, cal
     run_jobs([(step.runner, step.make_jobs(exchange, calls)) for step in begun], calls)
     for step in begun:
         step.finish()
-
-
-def is_initialisation(groups: Sequence[dict[str, Any]]) -> bool:
-    """True for torch.distributed.checkpoint's way to make state: learning rate 0 and zero gradients."""
-    rates = [group.get("lr") for group in groups]
-    if any(r is None or (isinstance(r, Tensor) and r.device.type != "cpu") or scalar(r) != 0.0 for r in rates):
-        return False
-    tensors = [p for group in groups for p in group["params"] if p.grad is not None]
-    return bool(tensors) and not any_nonzero_gradient(tensors)
 
 
 def _is_recorded(runner: StepRunner, groups: Groups) -> bool:
