@@ -24,6 +24,7 @@ from ._dispatch import (
     why_reference,
 )
 from ._functions import evaluate_function, function_device
+from .reference.decay import decaying, drawn_like
 from .reference.random import sample_positions, uniform, uniform_bits
 from .reference.rules import Advanced, as_seen, decay_factor, turned
 from .shard import Shard
@@ -31,6 +32,7 @@ from .sharded import Exchange
 from .spec import (
     AdamRule,
     Control,
+    Decay,
     Draw,
     GivenRule,
     Item,
@@ -50,6 +52,7 @@ __all__ = [
     "Advanced",
     "Backend",
     "Control",
+    "Decay",
     "Draw",
     "Exchange",
     "GivenRule",
@@ -70,6 +73,8 @@ __all__ = [
     "backend_in_use",
     "begin_sharded",
     "decay_factor",
+    "decaying",
+    "drawn_like",
     "evaluate_function",
     "function_device",
     "sample_positions",
