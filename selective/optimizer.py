@@ -22,10 +22,10 @@ from selective.checkpoint.set_state import set_as_torch
 from selective.explain.groups import explain
 from selective.plan.groups import Groups
 from selective.plan.options import OnNonfinite, Options, Scope
-from selective.plan.policy_groups import KEYS, PolicyGroup, PreconditionerGroup
+from selective.plan.policy_groups import KEYS, DecayGroup, PolicyGroup, PreconditionerGroup
 from selective.plan.refusals import check_arguments
 from selective.plan.rotation_plan import warn_of_two_rotations
-from selective.policies import Policy, policy_from
+from selective.policies import Decay, Policy, decay_from, policy_from
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 from selective.rotation.basis import MaskSpace
 from selective.sharding.dtensor import shard_of
@@ -52,6 +52,8 @@ class SelectiveUpdate(Optimizer):
         base: the optimizer to wrap. Don't step it yourself any more.
         policy: a `Policy`, a kind's name ("MGUP") or a dict with a `kind`; None is `Dense()`. A `policy` in one of the
             base's parameter groups overrides it for that group (None there: dense) and is moved to `policy_groups`.
+        decay: which coordinates decoupled weight decay reaches: `CautiousDecay(...)`, a kind's name or a dict with a
+            `kind`; None: all. A `decay` in a parameter group overrides it (None there: all).
         preconditioner: rotates the gradients of matrices before the base sees them: a `Preconditioner`, a kind's name
             or a dict with a `kind`. A `preconditioner` in a parameter group overrides it (None there: none).
         matrix_view: which parameters are matrices, and how: "matrices" (2-D ones only), "conv" (also [out, in, ...] as
@@ -82,6 +84,7 @@ class SelectiveUpdate(Optimizer):
         base: Optimizer,
         policy: Policy | dict[str, Any] | str | None = None,
         *,
+        decay: Decay | dict[str, Any] | str | None = None,
         preconditioner: Preconditioner | dict[str, Any] | str | None = None,
         matrix_view: MatrixView = "matrices",
         mask_space: MaskSpace = "rotated",
@@ -99,7 +102,8 @@ class SelectiveUpdate(Optimizer):
             rounding=stochastic_rounding, scope=scope, mask_space=mask_space,
         )  # fmt: skip
         named, view = policy_from(policy), check_matrix_view(matrix_view, "")
-        default = PolicyGroup(named, PreconditionerGroup(preconditioner_from(preconditioner), view))
+        preconditioning = PreconditionerGroup(preconditioner_from(preconditioner), view)
+        default = PolicyGroup(named, preconditioning, DecayGroup(decay_from(decay)))
         count = StepCount(seed)
         self._put_together(base, options, Groups(base, options, default), StateStore(base, options, count), count)
         self._constructing = True  # torch's constructor would build groups of its own; ours are the base's
@@ -184,6 +188,11 @@ class SelectiveUpdate(Optimizer):
     def preconditioner_groups(self) -> tuple[PreconditionerGroup, ...]:
         """The preconditioner of each group with its hyper-parameters by name, as `policy_groups` has policies."""
         return tuple(group.preconditioning for group in self.policy_groups)
+
+    @property
+    def decay_groups(self) -> tuple[DecayGroup, ...]:
+        """The selective decay of each group with its hyper-parameters by name, as `policy_groups` has policies."""
+        return tuple(group.decaying for group in self.policy_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own `zero_grad`."""
@@ -309,14 +318,17 @@ class SelectiveUpdate(Optimizer):
         policies = ", ".join(repr(group.policy) for group in self.policy_groups)
         found = [group.preconditioning.preconditioner for group in self.policy_groups]
         rotated = f", preconditioner={', '.join(map(repr, found))}" if any(p is not None for p in found) else ""
-        return f"{type(self).__name__}({self.base!r}, policy={policies}{rotated})"
+        found = [group.decay for group in self.decay_groups]
+        decays = f", decay={', '.join(map(repr, found))}" if any(d is not None for d in found) else ""
+        return f"{type(self).__name__}({self.base!r}, policy={policies}{decays}{rotated})"
 
     def _is_recorded(self) -> bool:
         """True if this step goes into a CUDA graph; an error if its replays would not be steps."""
         if not any(plan.params.cuda_devices for plan in self.groups.plans) or not is_recording():
             return False
         rotates, asks = bool(self.groups.places), self._asks_others()
-        check_recordable(self.base, self.param_groups, self.options.on_nonfinite, rotates, asks)
+        draws = any(plan.decay is not None and plan.decay.at_random for plan in self.groups.plans)
+        check_recordable(self.base, self.param_groups, self.options.on_nonfinite, rotates, asks, draws)
         return True
 
     def _asks_others(self) -> bool:

@@ -16,7 +16,7 @@ from selective.kernels import backend_in_use, spec, why_reference
 from selective.parameter import initialized
 from selective.plan.group_plan import GroupPlan
 from selective.plan.options import Options
-from selective.policies import Policy
+from selective.policies import Decay, Policy
 from selective.policies.kernel_terms import has_own_code, specs_of, why_not_in_kernel
 from selective.sharding.dtensor import local_of, shard_of
 
@@ -39,7 +39,7 @@ def explain(base: Optimizer, plans: Sequence[GroupPlan], options: Options) -> st
             + _without_shape(group),
             f"  policy    {policy!r}",
             f"  capture   {capture.way}: {capture.reason}",
-            f"  decay     {_decay(capture)}",
+            f"  decay     {_decay(capture) if plan.decay is None else _selective_decay(plan.decay, capture)}",
             f"  momentum  {_momentum(capture, group, options.momentum_beta)}",
             f"  memory    {_memory(policy, capture, group)}",
         ]
@@ -71,6 +71,13 @@ def _decay(capture: Capture) -> str:
     if facts.decay == "inside":
         return "inside the base's update, and masked with it"
     return f"decoupled, the parameter × ({facts.decay_rule}): reaches every coordinate, never masked"
+
+
+def _selective_decay(decay: Decay, capture: Capture) -> str:
+    """Return what `explain()` says of a selective decay, which is never coupled."""
+    factor = capture.facts.decay_rule if decay.weight_decay is None else f"1 - lr*{decay.weight_decay}"
+    which = "at random coordinates, as many as the update agrees with" if decay.at_random else "where the update agrees"
+    return f"{decay!r}: the parameter × ({factor}) {which}, × 1 elsewhere"
 
 
 def _momentum(capture: Capture, group: dict[str, object], momentum_beta: float | None) -> str:
