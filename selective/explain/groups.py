@@ -28,11 +28,16 @@ _MEMORY = {
 }
 
 
+_DRAWN = "reference (plain torch), because RandomDecay has no kernel"
+_DRAWN_MEMORY = "one copy of the group's parameters during the step, because RandomDecay has no kernel"
+
+
 def explain(base: Optimizer, plans: Sequence[GroupPlan], options: Options) -> str:
     """One paragraph a parameter group, in plain words."""
     lines = [f"SelectiveUpdate over {type(base).__module__}.{type(base).__name__}"]
     for plan in plans:
         group, policy, capture = plan.group, plan.policy, plan.capture
+        drawn = plan.decay is not None and plan.decay.at_random and capture.way == "fused"
         count = sum(p.numel() for p in initialized(group["params"]))
         lines += [
             f"param_groups[{plan.number}]: {_count(len(group['params']), 'tensor')}, {_count(count, 'element')}"
@@ -41,13 +46,14 @@ def explain(base: Optimizer, plans: Sequence[GroupPlan], options: Options) -> st
             f"  capture   {capture.way}: {capture.reason}",
             f"  decay     {_decay(capture) if plan.decay is None else _selective_decay(plan.decay, capture)}",
             f"  momentum  {_momentum(capture, group, options.momentum_beta)}",
-            f"  memory    {_memory(policy, capture, group)}",
+            f"  memory    {_DRAWN_MEMORY if drawn else _memory(policy, capture, group)}",
         ]
         selection = _selection(policy, group)
         kernels = _kernels(base, group, policy, capture, options.scope, options.rounding)
+        kernels = _DRAWN if kernels and plan.decay is not None and plan.decay.at_random else kernels
         lines += [f"  selection {selection}"] if selection else []
         lines += [f"  kernels   {kernels}"] if kernels else []
-        shards = explain_shards(group, policy, capture, options.scope, options.statistics)
+        shards = explain_shards(group, policy, capture, options.scope, options.statistics and not plan.is_dense)
         lines += [f"  sharded   {shards}"] if shards else []
         lines += [] if plan.rotation is None else explain_rotation(plan.rotation, policy, options.mask_space)
         notes = _notes(capture)
@@ -76,8 +82,13 @@ def _decay(capture: Capture) -> str:
 def _selective_decay(decay: Decay, capture: Capture) -> str:
     """Return what `explain()` says of a selective decay, which is never coupled."""
     factor = capture.facts.decay_rule if decay.weight_decay is None else f"1 - lr*{decay.weight_decay}"
-    which = "at random coordinates, as many as the update agrees with" if decay.at_random else "where the update agrees"
-    return f"{decay!r}: the parameter × ({factor}) {which}, × 1 elsewhere"
+    factors = f"the parameter × ({factor})"
+    if not decay.at_random:
+        return f"{decay!r}: {factors} where the update agrees, × 1 elsewhere"
+    return (
+        f"{decay!r}: {factors} at random coordinates, as many as the update agrees with, × 1 elsewhere; each sharded "
+        "parameter takes an all-reduce"
+    )
 
 
 def _momentum(capture: Capture, group: dict[str, object], momentum_beta: float | None) -> str:
