@@ -110,7 +110,7 @@ def test_a_bracket_that_misses_is_repaired_with_the_right_decay(of, device, make
         item, where = copy(start), device if backend == "gpu" else "cpu"
         item = Item(item.param.to(where), item.grad.to(where), {k: v.to(where) for k, v in item.state.items()}, 5)
         decay: Any = Decay(of=of, strict=True)
-        selective_step([item], rule=rule, decay=decay, draw=Draw(1, 2), backend=backend, **how)  # type: ignore[arg-type]
+        selective_step([item], rule=rule, decay=decay, draw=Draw(1, 2), backend=backend, **how)
         ends.append(item.param.cpu())
     # decay takes a tenth; an update, and a correction of it, are some hundredths
     torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-5)

@@ -80,7 +80,7 @@ def transcribed_step(
     return torch.where(product > 0 if strict else product >= 0, factor * p, p) - mask * move.update
 
 
-SETTINGS = (("update", False), ("masked", True), ("update", True), ("masked", False))
+SETTINGS: Any = (("update", False), ("masked", True), ("update", True), ("masked", False))
 # each base in each capture with each policy, and each policy with each setting
 CELLS = [
     pytest.param(name, way, policy, SETTINGS[(i + j) % 4], id=f"{name}-{way}-{policy}")
@@ -90,7 +90,7 @@ CELLS = [
 
 
 @pytest.mark.parametrize("name,way,policy,settings", CELLS)
-def test_is_the_formula(name: str, way: str, policy: str, settings: tuple[str, bool]) -> None:
+def test_is_the_formula(name: str, way: str, policy: str, settings: tuple[Any, bool]) -> None:
     """Rates are scheduled. The tolerance is a few roundings of 2^-53 in each step, of numbers below 4."""
     make, transcription, own, _ = BASES[name]
     of, strict = settings
@@ -103,7 +103,7 @@ def test_is_the_formula(name: str, way: str, policy: str, settings: tuple[str, b
         give_grads(params, step)
         opt.step()
         for i, (p, base) in enumerate(zip(params, bases, strict=True)):
-            base.lr = rate  # type: ignore[attr-defined]
+            vars(base)["lr"] = rate
             wanted[i] = transcribed_step(base, wanted[i], p.grad, POLICIES[policy][1], 1 - rate * DECAY, of, strict)
             torch.testing.assert_close(p.detach(), wanted[i], rtol=0, atol=64 * 2.0**-53)
 
@@ -291,7 +291,7 @@ ROTATED_CELLS = [  # in the ordinary suite each capture of each base, policies a
 
 @pytest.mark.parametrize("name,way,policy,of,space", ROTATED_CELLS)
 def test_rotated_parameters_decay_by_the_update_in_their_own_space(
-    name: str, way: str, policy: str, of: str, space: str
+    name: str, way: Any, policy: str, of: Any, space: Any
 ) -> None:
     """Updates come from twins without decay that step zeros: there is nothing else in what they leave.
 
