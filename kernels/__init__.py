@@ -28,6 +28,7 @@ else:
         why_reference,
     )
     from ._functions import evaluate_function, function_device
+    from .reference.decay import decaying, drawn_like
     from .reference.random import sample_positions, uniform, uniform_bits
     from .reference.rules import Advanced, as_seen, decay_factor, turned
     from .shard import Shard
@@ -35,6 +36,7 @@ else:
     from .spec import (
         AdamRule,
         Control,
+        Decay,
         Draw,
         GivenRule,
         Item,
@@ -54,6 +56,7 @@ else:
         "Advanced",
         "Backend",
         "Control",
+        "Decay",
         "Draw",
         "Exchange",
         "GivenRule",
@@ -74,6 +77,8 @@ else:
         "backend_in_use",
         "begin_sharded",
         "decay_factor",
+        "decaying",
+        "drawn_like",
         "evaluate_function",
         "function_device",
         "sample_positions",

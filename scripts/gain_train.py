@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gain_plan import SPACES, SQUARED, Run
+from gain_plan import DECAYS, SPACES, SQUARED, Run
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -61,6 +61,9 @@ def optimizer_of(run: Run, model: nn.Module) -> Optimizer:
     name, space = (name, spaces[space_name]) if name else (run.setup, spaces.get(run.setup))
     if run.setup == "AdamW":
         return torch.optim.AdamW(plain, lr=run.lr, betas=(0.9, 0.95), fused=fused)
+    if run.setup in DECAYS:
+        base: Optimizer = torch.optim.AdamW(plain, lr=run.lr, betas=(0.9, 0.95), fused=fused)
+        return SelectiveUpdate(base, decay=DECAYS[run.setup], seed=run.seed, statistics=False)
     if run.setup == "Muon":
         rest = torch.optim.AdamW(plain[1:], lr=1.5e-3, betas=(0.9, 0.95), fused=fused)
         return ChainedOptimizer([torch.optim.Muon(plain[:1], lr=run.lr, weight_decay=DECAY), rest])
@@ -69,7 +72,7 @@ def optimizer_of(run: Run, model: nn.Module) -> Optimizer:
 
         return SOAP(plain, lr=run.lr, betas=(0.95, 0.95), weight_decay=DECAY, precondition_frequency=10)
     if name.startswith("Adafactor"):
-        base: Optimizer = torch.optim.Adafactor(plain if space is None else groups, lr=run.lr)
+        base = torch.optim.Adafactor(plain if space is None else groups, lr=run.lr)
         return base if space is None else SelectiveUpdate(base, preconditioner=space, statistics=False)
     betas = (0.95, 0.95) if isinstance(space, Soap) else (0.9, 0.95)
     policies: dict[str, Policy] = {"MGUP": MGUP_MILD, "Cautious": Cautious()}

@@ -24,10 +24,10 @@ from selective.messages.construction import NOT_GIVEN, names_unknown_arguments, 
 from selective.plan.groups import Groups
 from selective.plan.options import OnNonfinite, Options, Scope
 from selective.plan.oversized import warn_of_oversized
-from selective.plan.policy_groups import KEYS, PolicyGroup, PreconditionerGroup
+from selective.plan.policy_groups import KEYS, DecayGroup, PolicyGroup, PreconditionerGroup
 from selective.plan.refusals import check_arguments
 from selective.plan.rotation_plan import warn_of_two_rotations
-from selective.policies import Policy, policy_from
+from selective.policies import Decay, Policy, decay_from, policy_from
 from selective.policies.view import StepView
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 from selective.rotation.basis import MaskSpace
@@ -55,6 +55,8 @@ class SelectiveUpdate(Optimizer):
         policy: a `Policy`, a kind's name ("MGUP"), a dict with a `kind`, or a function of a `StepView` that returns a
             mask; None is `Dense()`. A `policy` in one of the base's parameter groups overrides it for that group (None
             there: dense) and is moved to `policy_groups`.
+        decay: which coordinates decoupled weight decay reaches: `CautiousDecay(...)`, a kind's name or a dict with a
+            `kind`; None: all. A `decay` in a parameter group overrides it (None there: all).
         preconditioner: rotates the gradients of matrices before the base sees them: a `Preconditioner`, a kind's name
             or a dict with a `kind`. A `preconditioner` in a parameter group overrides it (None there: none).
         matrix_view: which parameters are matrices, and how: "matrices" (2-D ones only), "conv" (also [out, in, ...] as
@@ -92,6 +94,7 @@ class SelectiveUpdate(Optimizer):
         base: Optimizer,
         policy: Policy | Callable[[StepView], Any] | dict[str, Any] | str | None = NOT_GIVEN,
         *,
+        decay: Decay | dict[str, Any] | str | None = None,
         preconditioner: Preconditioner | dict[str, Any] | str | None = None,
         matrix_view: MatrixView = "matrices",
         mask_space: MaskSpace = "rotated",
@@ -110,7 +113,8 @@ class SelectiveUpdate(Optimizer):
         )  # fmt: skip
         named = policy_from(None if policy is NOT_GIVEN else policy)
         view = check_matrix_view(matrix_view, "")
-        default = PolicyGroup(named, PreconditionerGroup(preconditioner_from(preconditioner), view))
+        preconditioning = PreconditionerGroup(preconditioner_from(preconditioner), view)
+        default = PolicyGroup(named, preconditioning, DecayGroup(decay_from(decay)))
         count = StepCount(seed)
         self._put_together(base, options, Groups(base, options, default), StateStore(base, options, count), count)
         self._constructing = True  # torch's constructor would build groups of its own; ours are the base's
@@ -123,7 +127,11 @@ class SelectiveUpdate(Optimizer):
             if self.groups.places:
                 warn_of_two_rotations(base)
                 warn_of_oversized(self.groups.plans)
-            given = policy is not NOT_GIVEN or preconditioner is not None or any(own for _, own in said)
+            given = (
+                policy is not NOT_GIVEN
+                or any(each is not None for each in (decay, preconditioner))
+                or any(own for _, own in said)
+            )
             if not given and on_nonfinite == "ignore":
                 warnings.warn(nothing_to_do(base), stacklevel=3)
         except BaseException:
@@ -206,6 +214,11 @@ class SelectiveUpdate(Optimizer):
     def preconditioner_groups(self) -> tuple[PreconditionerGroup, ...]:
         """The preconditioner of each group with its hyper-parameters by name, as `policy_groups` has policies."""
         return tuple(group.preconditioning for group in self.policy_groups)
+
+    @property
+    def decay_groups(self) -> tuple[DecayGroup, ...]:
+        """The selective decay of each group with its hyper-parameters by name, as `policy_groups` has policies."""
+        return tuple(group.decaying for group in self.policy_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own `zero_grad`."""
@@ -326,4 +339,6 @@ class SelectiveUpdate(Optimizer):
         policies = ", ".join(repr(group.policy) for group in self.policy_groups)
         found = [group.preconditioning.preconditioner for group in self.policy_groups]
         rotated = f", preconditioner={', '.join(map(repr, found))}" if any(p is not None for p in found) else ""
-        return f"{type(self).__name__}({self.base!r}, policy={policies}{rotated})"
+        found = [group.decay for group in self.decay_groups]
+        decays = f", decay={', '.join(map(repr, found))}" if any(d is not None for d in found) else ""
+        return f"{type(self).__name__}({self.base!r}, policy={policies}{decays}{rotated})"

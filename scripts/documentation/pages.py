@@ -27,7 +27,7 @@ NAV = {
         "compare",
     ],
     "Performance and evidence": ["performance", "evidence", "conformance"],
-    "How it works": ["step", "policies", "capture", "kernels", "design"],
+    "How it works": ["step", "policies", "decay", "capture", "kernels", "design"],
     "Reference": [
         "api",
         "reference/optimizer",

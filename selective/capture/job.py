@@ -15,7 +15,7 @@ from selective.base.base_facts import BaseFacts
 from selective.foreach import copies
 from selective.kernels import Exchange, spec
 from selective.parameter import Parameter
-from selective.policies import Policy
+from selective.policies import Decay, Policy
 from selective.policies.kernel_terms import has_own_code
 from selective.statistics import StepStatistics
 
@@ -64,6 +64,7 @@ class Job:
     policy: Policy
     facts: BaseFacts
     saved: list[Tensor] = field(default_factory=list)
+    decay: Decay | None = None  # None: decoupled decay reaches every coordinate
 
     steps_base = True  # True if the base's own step has to run for this group
 

@@ -18,13 +18,15 @@ from selective.kernels import backend_in_use, spec, why_reference
 from selective.parameter import initialized
 from selective.plan.group_plan import GroupPlan
 from selective.plan.options import Options
-from selective.policies import Policy
+from selective.policies import Decay, Policy
 from selective.policies.kernel_terms import has_own_code, specs_of, why_not_in_kernel
 from selective.preconditioner import Preconditioner
 from selective.sharding.dtensor import local_of
 from selective.state.store import StateStore
 
 _MOST = 6  # names in a title
+_DRAWN = "reference (plain torch), because RandomDecay has no kernel"
+_DRAWN_MEMORY = "one copy of the group's parameters during the step, because RandomDecay has no kernel"
 
 
 def explain(base: Optimizer, plans: Sequence[GroupPlan], options: Options, store: StateStore) -> str:
@@ -35,8 +37,8 @@ def explain(base: Optimizer, plans: Sequence[GroupPlan], options: Options, store
     lines, total = [f"SelectiveUpdate over {type(base).__module__}.{type(base).__name__}"], 0
     for members in alike.values():
         plan = members[0]
-        policy, capture = plan.policy, plan.capture
-        memory, lasting = memory_lines(members, store, temporary_memory(policy, capture, plan.group))
+        policy = plan.policy
+        memory, lasting = memory_lines(members, store, _temporary(plan))
         total += lasting
         lines += [_title(members), *_facts(base, plan, options)]
         rotations = [one.rotation for one in members if one.rotation is not None]
@@ -53,10 +55,21 @@ def explain(base: Optimizer, plans: Sequence[GroupPlan], options: Options, store
 
 def _same_for(base: Optimizer, plan: GroupPlan, options: Options) -> object:
     """Return what has to be equal for two groups to share a paragraph."""
-    temporary = temporary_memory(plan.policy, plan.capture, plan.group)
     rotation = plan.rotation
     rotated = None if rotation is None else (repr(rotation.preconditioner), rotation.capture.way, bool(rotation.shapes))
-    return *_facts(base, plan, options), temporary, rotated, _notes(base, plan)
+    return *_facts(base, plan, options), _temporary(plan), rotated, _notes(base, plan)
+
+
+def _temporary(plan: GroupPlan) -> str:
+    return (
+        _DRAWN_MEMORY
+        if plan.capture.way == "fused" and _draws(plan)
+        else temporary_memory(plan.policy, plan.capture, plan.group)
+    )
+
+
+def _draws(plan: GroupPlan) -> bool:
+    return plan.decay is not None and plan.decay.at_random
 
 
 def _facts(base: Optimizer, plan: GroupPlan, options: Options) -> list[str]:
@@ -65,12 +78,13 @@ def _facts(base: Optimizer, plan: GroupPlan, options: Options) -> list[str]:
     lines = [
         f"  policy    {policy!r}",
         f"  capture   {capture.way}: {capture.reason}",
-        f"  decay     {_decay(capture)}",
+        f"  decay     {_decay(capture) if plan.decay is None else _selective_decay(plan.decay, capture)}",
         f"  momentum  {_momentum(capture, group, options.momentum_beta)}",
     ]
     selection = _selection(policy, group)
     kernels = _kernels(base, group, policy, capture, options.scope, options.rounding)
-    shards = explain_shards(group, policy, capture, options.scope, options.statistics)
+    kernels = _DRAWN if kernels and _draws(plan) else kernels
+    shards = explain_shards(group, policy, capture, options.scope, options.statistics and not plan.is_dense)
     lines += [f"  selection {selection}"] if selection else []
     lines += [f"  kernels   {kernels}"] if kernels else []
     lines += [f"  sharded   {shards}"] if shards else []
@@ -127,6 +141,18 @@ def _decay(capture: Capture) -> str:
     if facts.decay == "inside":
         return "inside the base's update, and masked with it"
     return f"decoupled, the parameter × ({facts.decay_rule}): reaches every coordinate, never masked"
+
+
+def _selective_decay(decay: Decay, capture: Capture) -> str:
+    """Return what `explain()` says of a selective decay, which is never coupled."""
+    factor = capture.facts.decay_rule if decay.weight_decay is None else f"1 - lr*{decay.weight_decay}"
+    factors = f"the parameter × ({factor})"
+    if not decay.at_random:
+        return f"{decay!r}: {factors} where the update agrees, × 1 elsewhere"
+    return (
+        f"{decay!r}: {factors} at random coordinates, as many as the update agrees with, × 1 elsewhere; each sharded "
+        "parameter takes an all-reduce"
+    )
 
 
 def _momentum(capture: Capture, group: dict[str, object], momentum_beta: float | None) -> str:

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.capture.choose import Capture
 from selective.messages.construction import no_optimizer
 from selective.parameter import Parameter
-from selective.policies import Policy
+from selective.policies import Decay, Policy
 from selective.sharding.dtensor import shard_of
 
 _FLATTENED = "_fsdp_flattened"  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED, in torch 2.9 to 2.13
@@ -109,4 +110,32 @@ def check_momentum(
             f"SelectiveUpdate: {policy!r} needs the base's momentum, and {type(base).__name__} "
             f"(param_groups[{number}]) keeps no first moment of the gradient; pass "
             f"momentum_beta=0.9 and the wrapper keeps its own"
+        )
+
+
+def check_decay(base: Optimizer, group: dict[str, Any], number: int, decay: Decay, capture: Capture) -> None:
+    """Refuse a selective decay beside a decay of the base that it can't take over, or that would come on top of it."""
+    kind, name, where = capture.facts.decay, type(base).__name__, f"param_groups[{number}]"
+    own, set_by_base = decay.weight_decay is not None, group.get("weight_decay", 0.0)
+    decays = isinstance(set_by_base, Tensor) or set_by_base != 0
+    if decays and kind in ("coupled", "inside"):
+        how = "adds its weight decay to the gradient" if kind == "coupled" else "has its weight decay in the update"
+        raise ValueError(
+            f"SelectiveUpdate: {name} ({where}) {how}, and that reaches every coordinate; set weight_decay=0 in the "
+            f"group, and give λ to the decay: {type(decay).__name__}(weight_decay=...)"
+        )
+    if not own and kind != "decoupled":
+        raise ValueError(
+            f"SelectiveUpdate: {decay!r} takes over the decoupled weight decay of the base, and {name} ({where}) has "
+            f"none; give λ to the decay: {type(decay).__name__}(weight_decay=...)"
+        )
+    if own and decays:
+        raise ValueError(
+            f"SelectiveUpdate: {where} has weight_decay={set_by_base}, and {decay!r} brings its own: set the group's "
+            f"to 0, or take it over with {type(decay).__name__}()"
+        )
+    if own and group.get("lr") is None:
+        raise ValueError(
+            f"SelectiveUpdate: {decay!r} decays by lr · λ, and {where} has no lr, because {name} makes its own; "
+            f"take over the decay of the base with {type(decay).__name__}()"
         )

@@ -17,7 +17,6 @@ from selective.capture.kernel_calls import KernelCalls
 from selective.kernels import Exchange
 from selective.parameter import Parameter
 from selective.plan.groups import Groups
-from selective.sharding.dtensor import shard_of
 from selective.state.check_before_step import check_state
 from selective.state.store import follow_changes
 from selective.statistics import StepStatistics
@@ -95,12 +94,6 @@ def _is_recorded(runner: StepRunner, groups: Groups) -> bool:
     if not any(plan.params.cuda_devices for plan in groups.plans) or not is_recording():
         return False
     base, options = runner.store.base, runner.options
-    rotates, asks = bool(groups.places), _asks_others(groups, options.scope)
-    check_recordable(base, base.param_groups, options.on_nonfinite, rotates, asks)
+    draws = any(plan.decay is not None and plan.decay.at_random for plan in groups.plans)
+    check_recordable(base, base.param_groups, options.on_nonfinite, bool(groups.places), groups.asks_others(), draws)
     return True
-
-
-def _asks_others(groups: Groups, scope: str) -> bool:
-    """True if a parameter that is masked has parts on other ranks, which a step has to ask."""
-    masked = (p for plan in groups.plans if not plan.is_dense for p in plan.params.tensors)
-    return scope == "global" and any(shard_of(p) is not None for p in masked)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from selective.base.hyperparameters import LOW_PRECISION
 from selective.base.state_dtypes import fit_states
 from selective.base.step_base import base_hooks, run_step_on
+from selective.capture.decay import bases_without_decay
 from selective.capture.job import DenseJob, Job, StepContext
 from selective.capture.kernel_calls import KernelCalls
 from selective.capture.own_code import PolicyError
@@ -66,14 +67,14 @@ class StepRunner:
         for plan, parameters in zip(groups.plans, present, strict=True):
             context_here, rotation_plan = contexts.get(plan.params.device, context), plan.rotation
             unrotated, rotated = (parameters, []) if rotation_plan is None else rotation_plan.split(parameters)
-            job = plan.capture.job(context_here, plan.group, unrotated, plan.policy, plan.kept)
+            job = plan.capture.job(context_here, plan.group, unrotated, plan.policy, plan.kept, plan.decay)
             if rotation_plan is None or not rotated:
                 jobs.append(job)
                 continue
             # Nothing is left for the base in a dense group that is rotated as a whole, by a rule of ours.
             all_rotated = not unrotated and isinstance(job, DenseJob) and rotation_plan.capture.way == "fused"
             jobs += [] if all_rotated else [job]
-            rotation = self._rotation(groups, plan, rotation_plan, rotated, job.context.report)
+            rotation = self._rotation(groups, plan, rotation_plan, rotated, context_here.report)
             jobs.append(rotation_plan.capture.rotated_job(job, rotated, rotation, plan.kept_rotated, all_rotated))
         return jobs
 
@@ -155,7 +156,8 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
             for each, own in parts:
                 stepping = list({id(job.group): job.group for job in own if job.steps_base}.values())
                 if stepping:
-                    run_step_on(each.store.base, stepping)
+                    with bases_without_decay(job for job in own if job.steps_base):
+                        run_step_on(each.store.base, stepping)
             for job in sorted(jobs, key=lambda job: not job.own_code):  # what may raise goes first
                 runner, current = runner_of[id(job)], job
                 job.after_base()

@@ -38,6 +38,7 @@ FAST = {
         "skipped_by_all", "learning_rate_zero", "partial_gradients_are_summed", "preconditioners_leave_shards_alone",
         "refused_where_it_is_wrapped",
     ),
+    "decay": ("decays_as_one_device",),
 }  # fmt: skip
 ROTATION = (
     "from_a_stored_basis", "from_its_own_bases", "parts_that_are_not_summed_differ", "the_same_bits_on_all_ranks",
@@ -65,7 +66,8 @@ def test_every_layout_does_what_one_device_does(tmp_path: Path) -> None:
 
 
 def test_rotations_do_what_they_do_on_one_device(tmp_path: Path) -> None:
-    run_cases([f"sharded_cases_rotation:{name}" for name in ROTATION], 4, tmp_path)
+    decay = "sharded_cases_decay:rotated_parameters_decay_as_on_one_device"
+    run_cases([*(f"sharded_cases_rotation:{name}" for name in ROTATION), decay], 4, tmp_path)
 
 
 def test_other_sides_do_what_they_do_on_one_device(tmp_path: Path) -> None:
