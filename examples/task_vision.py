@@ -2,7 +2,7 @@
 
 AdamW is compared with Muon for the convolutions and AdamW for the rest, each rate tried with each of the other.
 
-    selective compare --task examples/tasks/vision.py:Shapes --optimizer examples/tasks/vision.py:sgd --policy MGUP
+    selective compare --task examples/task_vision.py:Shapes --optimizer examples/task_vision.py:sgd --policy MGUP
 """
 
 from __future__ import annotations

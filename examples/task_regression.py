@@ -1,6 +1,8 @@
 """A task of your own in 30 lines: does selection help this regression?
 
-selective compare --task examples/tasks/regression.py:Regression --policy Cautious --lr 3e-3,1e-2 --steps 60
+The same on the command line:
+
+    selective compare --task examples/task_regression.py:Regression --policy Cautious --lr 3e-3,1e-2 --steps 60
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The weights are random. Write `AutoModelForCausalLM.from_pretrained(...)` in `model` to fine-tune instead.
 
-    selective compare --task examples/tasks/huggingface.py:Sums --preconditioner soap --policy Cautious --device cuda
+    selective compare --task examples/task_huggingface.py:Sums --preconditioner soap --policy Cautious --device cuda
 """
 
 from __future__ import annotations
