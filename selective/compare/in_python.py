@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -48,13 +49,14 @@ def compare(
     matched random control.
 
     Args:
-        task: your `Task`; or its name, `module:name` or `path/to/file.py:name`; None is the built-in GPT on bytes.
+        task: your `Task`, or its class if that takes no arguments; or its name, `module:name` or
+            `path/to/file.py:name`. None is the built-in GPT on bytes.
         contenders: policies (`Cautious()`, "mgup") and preconditioners (`Soap()`, "soap"), which go around `base`; and
             functions that make an optimizer, `maker(params, lr)` or `maker(model, lr)`, or their names
             (`module:name`). A mapping gives functions names of your own: `{"muon": lambda model, lr: ...}`. Classes of
             optimizers are such functions. The model is passed if the first parameter is called `model`, and parameter
             groups otherwise, with weight decay on matrices only. A parameter `seed` gets the run's seed, and `rest_lr`
-            the second learning rate.
+            the second learning rate (without `rest_lrs`, its default, or the first).
         lrs: the learning rates that everyone is trained at.
         rest_lrs: second learning rates, of embeddings, head and vectors (norms, biases). Everyone is trained at every
             pair. Functions that take the model need a parameter `rest_lr` then.
@@ -83,6 +85,7 @@ def compare(
         ConfigError: the comparison can't be run as described. The message says why.
         MissingExtra: `show` is true, and a package that it needs is not installed.
         WorkerFailed: no process can be started.
+        KeyboardInterrupt: Ctrl-C was pressed. What is done has been saved, and `resume` goes on.
     """
     if not isinstance(workers, int | None) or isinstance(workers, bool):
         raise ConfigError(f"workers: {workers!r} is no number of processes")
@@ -95,6 +98,7 @@ def compare(
         "threads": threads, "workers": workers, "loop": _loop(loop),
         **_sorted(contenders, makers),
     }  # fmt: skip
+    task = task() if isinstance(task, type) else task
     if task is not None:
         data["task"] = task if isinstance(task, str) else _reference(task)
     folder = Path("results") / f"compare-{datetime.now():%Y%m%d-%H%M%S}" if out is None else Path(out)
@@ -114,9 +118,11 @@ def _run(comparison: Comparison, show: bool) -> None:
     if show:
         from selective.compare.show import run_and_show
 
-        run_and_show(comparison)
+        finished = run_and_show(comparison)
     else:
-        comparison.run(lambda _: None)
+        finished = comparison.run(lambda _: None)
+    if not finished:
+        raise KeyboardInterrupt(f"what is done is in {comparison.folder}; resume=True goes on")
 
 
 def _base(base: Any, makers: dict[str, Maker]) -> str:
@@ -130,11 +136,11 @@ def _loop(loop: LoopConfig | Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _reference(task: Any) -> str:
-    """The name of the task's class, by which a resumed comparison recognises it."""
+    """The name of the task's class, or of a module, by which a resumed comparison recognises it."""
     check_is_task(task, f"task {type(task).__name__}")
-    named = task if hasattr(task, "__qualname__") else type(task)
-    module = getattr(named, "__module__", None)
-    return getattr(named, "__name__", "") if module is None else f"{module}:{named.__qualname__}"
+    if isinstance(task, ModuleType):
+        return task.__name__
+    return f"{type(task).__module__}:{type(task).__qualname__}"
 
 
 def _sorted(contenders: Contenders, makers: dict[str, Maker]) -> dict[str, Any]:

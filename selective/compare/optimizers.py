@@ -17,7 +17,7 @@ Maker = Callable[..., torch.optim.Optimizer]
 
 The model is passed if the first parameter is called `model`, `module` or `network`, or is annotated as an `nn.Module`;
 otherwise parameter groups are, with weight decay on matrices only. Further parameters are passed if they are there:
-`rest_lr`, the second learning rate, and `seed`, that of the run.
+`seed`, that of the run, and `rest_lr`, the second learning rate. If none is swept, that is `lr`, or its own default.
 """
 
 _MODEL = ("model", "module", "network", "net")
@@ -46,8 +46,9 @@ def call_maker(
     """Call the maker with what it takes. Raises ConfigError if it fails, or returns no optimizer."""
     name, known = name_of_maker(maker), _signature(maker).parameters
     subject = model if takes_model(maker) else _groups_for(maker, groups)
-    further = {"rest_lr": rest_lr, "seed": seed}
-    options = {key: value for key, value in further.items() if key in known and value is not None}
+    options: dict[str, Any] = {"seed": seed} if "seed" in known else {}
+    if "rest_lr" in known and (rest_lr is not None or known["rest_lr"].default is inspect.Parameter.empty):
+        options["rest_lr"] = lr if rest_lr is None else rest_lr
     by_name = "lr" in known or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
     try:
         made = maker(subject, lr=lr, **options) if by_name else maker(subject, lr, **options)

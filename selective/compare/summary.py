@@ -138,6 +138,8 @@ def _best_pair(swept: Mapping[Pair, BySeed]) -> Pair | None:
     common = set.intersection(*(set(records) for records in tried.values()))
 
     def mean(records: BySeed) -> float:
+        if any(r["diverged"] for r in records.values()):
+            return math.inf
         return fmean(final(r) for seed, r in records.items() if seed in common or not common)
 
     loss, lr, rest = min((mean(records), lr, -1.0 if rest is None else rest) for (lr, rest), records in tried.items())

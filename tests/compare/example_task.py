@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 INPUTS = torch.randn(24, 3, generator=torch.Generator().manual_seed(5))
-TARGETS = INPUTS.sum(1, keepdim=True).tanh()
+TARGETS = INPUTS[:, :2].tanh()
 
 
 class Line:
     """Regression with dropout, in batches of an epoch that is shuffled by the seed. It draws global numbers."""
 
     def model(self, seed: int) -> nn.Module:
-        return nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.25), nn.Linear(4, 1))
+        return nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.25), nn.Linear(4, 2))
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in torch.randperm(24).split(6):

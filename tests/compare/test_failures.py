@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -46,17 +47,16 @@ def run_here(config, folder):
     return comparison.records
 
 
-def test_a_worker_that_cannot_begin_ends_the_comparison(tmp_path) -> None:
+def test_a_worker_that_cannot_begin_ends_the_comparison(tmp_path, monkeypatch) -> None:
     """What no worker could do is not the failure of a run: here the data has changed since."""
+    monkeypatch.setattr(workers.signal, "signal", lambda *_: None)  # it would ignore Ctrl-C from here on
     comparison = Comparison(build({**SMALL, "task": f"{FILE}:Line", "seeds": [0, 1]}), tmp_path / "out")
-
-    class Changed(type(comparison.setup)):
-        def facts(self):
-            return {"task": {"name": "another"}}
-
-    changed = Changed(comparison.config, comparison.setup.task, {})
+    ours, theirs = multiprocessing.Pipe()
+    workers._work(theirs, comparison.config.model_dump_json(), Given(), {"task": {"name": "another"}}, str(tmp_path))
+    pool = workers.Pool(comparison.setup, Given(), comparison.runs, tmp_path, workers.Stop(), ignore)
+    pool._workers[ours] = workers._Worker(0, None)
     with pytest.raises(WorkerFailed, match="the data of Line has changed since the comparison started"):
-        workers.apart(changed, Given(), comparison.runs, tmp_path, 1, workers.Stop(), ignore)
+        pool._listen(ours)
 
 
 class RaisesAt:
@@ -148,7 +148,7 @@ def test_the_command_says_that_runs_failed(tmp_path, capsys) -> None:
     assert main(["compare", "--resume", "--out", str(out)]) == 1
     printed = capsys.readouterr()
     assert "1 of 2 runs failed" in printed.err
-    assert "Failed: seed1-00-AdamW-lr0.01: UnpicklingError" in printed.out.replace("\n", " ")
+    assert "Failed: seed1-00-AdamW-lr0.01: UnpicklingError" in " ".join(printed.out.split())
 
 
 def test_each_worker_has_a_gpu_where_there_are_several(monkeypatch) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +183,7 @@ def test_what_cannot_be_sent_to_a_process_is_said(tmp_path) -> None:
 def test_shown_in_the_terminal_with_pictures(tmp_path, capsys) -> None:
     ended = compare(LINE, [Cautious()], lrs=[1e-2], seeds=2, steps=4, out=tmp_path / "out", show=True)
     printed = capsys.readouterr().out
-    assert "Line with 21 parameters on cpu" in printed
+    assert "Line with 26 parameters on cpu" in printed
     assert "time to" in printed
     assert "Cautious()" in printed.splitlines()[-1]
     assert (tmp_path / "out" / "loss.png").stat().st_size > 10_000
@@ -219,3 +222,54 @@ def test_given_objects_are_not_loaded_by_name() -> None:
     assert setup.makers == {"mine": of_params}
     with pytest.raises(ConfigError, match="'mine' names no object"):
         prepare(config, Given(LINE))
+
+
+def test_what_is_handed_over_survives_the_way_to_a_process() -> None:
+    handed = Given(LINE, {"mine": functools.partial(torch.optim.SGD, momentum=0.5), "of_params": of_params})
+    arrived = pickle.loads(pickle.dumps(handed))
+    assert type(arrived.task) is type(LINE)
+    assert arrived.makers["mine"].keywords == {"momentum": 0.5}
+    assert arrived.makers["of_params"] is of_params
+
+
+SCRIPT = """
+import torch
+from selective.compare import compare
+
+
+class Task:
+    def model(self, seed):
+        return torch.nn.Linear(2, 1)
+
+    def batches(self, seed):
+        return [torch.ones(3, 2), torch.eye(2)]
+
+    def loss(self, model, batch):
+        return (model(batch) - 1).square().mean()
+
+    def evaluate(self, model):
+        return self.loss(model, torch.eye(2)).item()
+
+
+def mine(params, lr):
+    return torch.optim.SGD(params, lr=lr)
+
+
+if __name__ == "__main__":
+    ended = {
+        workers: compare(Task, [mine], lrs=[0.1], seeds=1, steps=3, workers=workers, out=f"out{workers}", show=False)
+        for workers in (1, 2)
+    }
+    prints = [{key: r["parameters_sha256"] for key, r in c.records.items()} for c in ended.values()]
+    assert prints[0] == prints[1], prints
+    assert all(c.complete for c in ended.values())
+    print("ok")
+"""
+
+
+@pytest.mark.slow
+def test_a_script_with_workers(tmp_path) -> None:
+    """Class and function of the script itself reach the processes, which give the same numbers as one process."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "ok", done.stderr

@@ -131,7 +131,7 @@ def test_processes_and_one_process_agree(tmp_path):
     assert {message.slot for message in seen if isinstance(message, workers.Progress)} <= {0, 1}
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_whose_checkpoint_is_broken_fails_and_the_others_go_on(tmp_path, count):
     config = tiny(tmp_path, policies=["MGUP"], workers=count, seeds=[0, 1])
     comparison = Comparison(config, tmp_path / "out")
