@@ -17,6 +17,7 @@ from selective.compare.devices import devices, worker_count
 from selective.compare.plots import write_plots
 from selective.compare.setup import Given
 from selective.compare.table import results_table
+from selective.compare.train import write_atomically
 from selective.compare.words import in_plain_words
 
 FILE = Path(__file__).with_name("example_task.py")
@@ -139,12 +140,10 @@ def test_a_contender_all_of_whose_runs_failed(failed, verdict, words) -> None:
 def test_the_command_says_that_runs_failed(tmp_path, capsys) -> None:
     out = tmp_path / "out"
     arguments = ["compare", "--task", f"{FILE}:Line", "--steps", "4", "--seeds", "2", "--lr", "1e-2", "--out", str(out)]
-    from selective.compare.train import write_atomically
-
     assert main([*arguments, "--workers", "1", "--set", "loop.checkpoint_every=2"]) == 0
     capsys.readouterr()
     (out / "runs" / "seed1-00-AdamW-lr0.01.json").unlink()
-    write_atomically(out / "runs" / "seed1-00-AdamW-lr0.01.pt", b"broken")
+    write_atomically(out / "runs" / "seed1-00-AdamW-lr0.01.pt", b"not a checkpoint")
     assert main(["compare", "--resume", "--out", str(out)]) == 1
     printed = capsys.readouterr()
     assert "1 of 2 runs failed" in printed.err

@@ -36,7 +36,7 @@ def quietly(folder: Path, contenders: Any, task: Any = LINE, **options: Any):
 
 
 def test_contenders_of_every_kind(tmp_path) -> None:
-    momentum = functools.partial(torch.optim.SGD, momentum=0.9)
+    momentum = functools.partial(torch.optim.SGD, momentum=0.5)
     everyone = [
         Cautious(), Soap(), MGUP, {"kind": "MGUP", "tau": 0.25}, of_params, torch.optim.RMSprop, momentum,
         {"mine": lambda model, lr: SelectiveUpdate(torch.optim.Adam(model.parameters(), lr=lr), policy=Cautious())},
@@ -46,7 +46,7 @@ def test_contenders_of_every_kind(tmp_path) -> None:
     assert not ended.failed, ended.failed
     assert [c.label for c in ended.contenders] == [
         "AdamW", "Cautious()", "MGUP()", "MGUP(tau=0.25)", "AdamW in Soap()",
-        "of_params", "RMSprop", "SGD(momentum=0.9)", "mine", "of_model",
+        "of_params", "RMSprop", "SGD(momentum=0.5)", "mine", "of_model",
     ]  # fmt: skip
     assert [c.role for c in ended.contenders[5:]] == ["optimizer"] * 5
     assert len({record["parameters_sha256"] for record in ended.records.values()}) == 10
