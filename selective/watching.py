@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from selective.chained.optimizer import ChainedOptimizer
 from selective.chained.reports import reported
@@ -226,7 +227,7 @@ class _Copy:
         return Sample(self.step, named, self._skipped_steps)
 
 
-def _names_in(model: nn.Module, optimizer: SelectiveUpdate) -> dict[int, str]:
+def _names_in(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
     """The model's name of each parameter, by its id."""
     names = {id(p): name for name, p in model.named_parameters()}
     if not any(id(p) in names for group in optimizer.param_groups for p in group["params"]):
