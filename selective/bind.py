@@ -6,8 +6,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from selective.messages.construction import NOT_GIVEN
 
-def bind(cls: Any, base_class: type[Optimizer], policy: Any = None, **options: Any) -> type:
+
+def bind(cls: Any, base_class: type[Optimizer], policy: Any = NOT_GIVEN, **options: Any) -> type:
     """A class that builds `base_class` and wraps it: `Bound(params, lr=...)`.
 
         trainer = Trainer(..., optimizer_cls_and_kwargs=(SelectiveUpdate.bind(AdamW, policy=MGUP()), {"lr": 3e-4}))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 import sys
 from collections.abc import MutableMapping
 from difflib import get_close_matches
@@ -24,6 +23,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic 2.7 has it there only
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
+
+from selective.messages.class_bodies import checked_body, refuse_tensor_field, unbuilt
+from selective.messages.families import FUNCTION, missing_function, of_another_family
+from selective.messages.short import short
+from selective.messages.wrong_values import frozen, in_plain_words, unknown_key
 
 C = TypeVar("C", bound="Configured")
 
@@ -35,7 +39,12 @@ _DOTTED_NAME = re.compile(r"\s*[^\W\d]\w*(\s*\.\s*[^\W\d]\w*)*\s*")
 class _Annotations(dict[str, Any]):
     """The annotations of a class body. A text that means the bare `ClassVar` becomes `ClassVar[Any]`."""
 
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self._kind = kind
+
     def __setitem__(self, name: str, annotation: Any) -> None:
+        refuse_tensor_field(self._kind, name, annotation)
         bare = isinstance(annotation, str) and _is_class_var(annotation, sys._getframe(1))
         super().__setitem__(name, ClassVar[Any] if bare else annotation)
 
@@ -67,10 +76,12 @@ else:
         """
 
         @classmethod
-        def __prepare__(cls, *args: Any, **kwargs: Any) -> MutableMapping[str, Any]:
-            namespace = super().__prepare__(*args, **kwargs)
+        def __prepare__(cls, name: str, bases: tuple[type, ...], **kwargs: Any) -> MutableMapping[str, Any]:
+            namespace = super().__prepare__(name, bases, **kwargs)
             if not _TEXT_IS_EVALUATED:
-                namespace["__annotations__"] = _Annotations()
+                namespace = checked_body(type(namespace))(namespace)
+                namespace.bases = bases
+                namespace["__annotations__"] = _Annotations(name)
             return namespace
 
 
@@ -83,16 +94,24 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
     _short_names: ClassVar[dict[str, dict[str, Any]]] = {}  # in lower case: the data that each stands for
     _family: ClassVar[str] = ""
     _registry: ClassVar[dict[str, type[Configured]]] = {}
+    _saved_without: ClassVar[dict[str, Any]] = {}
+    """The values of fields at which a checkpoint leaves these fields out. Checkpoints that are older than a field go on
+    with this value, so that a new field can't change a run."""
+    _heads: ClassVar[list[type[Configured]]] = []  # the base class of each family
+    _replaces: ClassVar[bool] = False  # True: takes the place of another class of its kind
+    _state_is_kept: ClassVar[str] = "it is the same in every step"
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         if "_registry" in cls.__dict__:  # the head of a family (Policy, Selection, Strength), which has no kind
+            Configured._heads.append(cls)
             return
         if "kind" not in cls.__dict__:
             cls.kind = cls.__name__
         other = cls._registry.get(cls.kind)
-        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        same_place = other is None or (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
+        if other is not None and not same_place and not cls._replaces:
             raise TypeError(
                 f"{cls._family} kind {cls.kind!r} is taken by {other.__module__}.{other.__qualname__}; checkpoints "
                 f"and JSON find a {cls._family} by its kind: rename the class, or set `kind: ClassVar[str] = ...`"
@@ -103,7 +122,32 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
         if args:
             names = ", ".join(f"{name}=..." for name in type(self).model_fields)
             raise TypeError(f"{self.kind} takes keyword arguments only: {self.kind}({names})")
-        super().__init__(**data)
+        with in_plain_words():
+            super().__init__(**data)
+
+    # pydantic calls an `__init__` that is not marked so for nested data, too, whose errors would lose their path.
+    __init__.__pydantic_base_init__ = True
+
+    if not TYPE_CHECKING:  # a type checker refuses assignments already
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            try:
+                super().__setattr__(name, value)
+            except ValidationError:
+                cls = type(self)
+                own_init = cls.__init__ is not Configured.__init__ and name not in cls.model_fields
+                in_init, state = own_init or not self._is_built(), cls._state_is_kept.format(name=name)
+                text = frozen(cls.__name__, cls._family, name, value, in_init, state)
+                raise AttributeError(text) from None
+
+    def _is_built(self) -> bool:
+        return hasattr(self, "__pydantic_fields_set__")
+
+    @classmethod
+    def model_validate(cls: type[C], obj: Any, **options: Any) -> C:
+        """As pydantic's, but the error is a `ValueError` of one line."""
+        with in_plain_words():
+            return super().model_validate(obj, **options)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -120,11 +164,16 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
         if isinstance(data, dict):
             unknown = [key for key in data if key not in cls.model_fields]
             if unknown:
-                known = ", ".join(cls.model_fields) or "no hyper-parameters"
-                error = PydanticCustomError(
-                    "unknown_key", "unknown key; {kind} has {known}", {"kind": cls.kind, "known": known}
-                )
-                lines = [InitErrorDetails(type=error, loc=(key,), input=data[key]) for key in unknown]
+                lines = [
+                    InitErrorDetails(
+                        type=PydanticCustomError(
+                            "unknown_key", "{text}", {"text": unknown_key(cls.kind, key, list(cls.model_fields))}
+                        ),
+                        loc=(key,),
+                        input=data[key],
+                    )
+                    for key in unknown
+                ]
                 raise ValidationError.from_exception_data(cls.kind, lines)
         return handler(data)
 
@@ -151,46 +200,81 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
     def from_data(cls: type[C], data: Any) -> C:
         """Build a member of this family from a kind's name, a dict with a `kind`, or JSON text of such a dict.
 
-        An instance of the family is returned as it is. Raises `pydantic.ValidationError` for a wrong value or key, with
-        its path, and `ValueError` for an unknown kind, with the kinds that exist.
+        An instance of the family is returned as it is. Raises `ValueError` for a wrong value or key, with its path, and
+        for an unknown kind, with the kinds that exist.
         """
+        with in_plain_words():
+            return cls.part_from_data(data)
+
+    @classmethod
+    def part_from_data(cls: type[C], data: Any) -> C:
+        """As `from_data`, inside of another pydantic model, which adds the path to pydantic's own errors."""
         if isinstance(data, str) and data.lstrip().startswith("{"):
             try:
                 data = json.loads(data)
             except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
                 raise ValueError(f"{cls._family}: not JSON ({error})") from error
         if isinstance(data, cls):
+            if not data._is_built():
+                raise TypeError(unbuilt(type(data).__name__, cls._family, cls.model_fields))
             return data
         return _build(cls, data)
 
+    def to_saved(self) -> str:
+        """Return the JSON text that a checkpoint has."""
+        left_out = {name for name, value in self._saved_without.items() if getattr(self, name) == value}
+        return self.model_dump_json(exclude=left_out)
 
-def _short(data: Any) -> str:
-    """The repr of `data`, shortened where it is nested too deeply for Python or too long to be read."""
-    shortened = reprlib.Repr()
-    shortened.maxstring = shortened.maxother = shortened.maxlong = 80
-    return shortened.repr(data)
+    @classmethod
+    def from_saved(cls: type[C], text: str) -> C:
+        """Build a member of this family from a checkpoint's JSON text, of this version or of an earlier one.
+
+        Raises as `from_data` does.
+        """
+        model = cls.from_data(text)
+        absent = {name: value for name, value in model._saved_without.items() if name not in model.model_fields_set}
+        return model.model_copy(update=absent) if absent else model
 
 
 def _build(family: type[C], data: Any) -> C:
     """Build one member from parsed data. A surrounding pydantic model adds the path to its errors."""
     if isinstance(data, str):
         data = {"kind": data}
-    known = ", ".join(repr(kind) for kind in sorted(family._registry))
+    known = ", ".join(repr(kind) for kind in sorted(family._registry) if not kind.startswith(FUNCTION))
     what = family._family
     if isinstance(data, type) and issubclass(data, family):
         raise ValueError(f"{what}: found the class {data.__name__}, not an instance: write {data.__name__}()")
+    if isinstance(data, Configured):
+        raise ValueError(of_another_family(what, data._family, short(data)))
+    if isinstance(data, type) and issubclass(data, Configured):
+        raise ValueError(of_another_family(what, data._family, f"{data.__name__}()"))
     if not isinstance(data, dict):
-        raise ValueError(f"{what}: expected a {what}, a kind's name or a dict with a 'kind', found {_short(data)}")
+        own = type(data).__name__
+        way = (
+            ""
+            if type(data).__module__ == "builtins"
+            else f"; a {what} of your own is a `class {own}({family.__name__})`"
+        )
+        raise ValueError(f"{what}: expected a {what}, a kind's name or a dict with a 'kind', found {short(data)}{way}")
     if "kind" not in data:
-        raise ValueError(f"{what}: found no 'kind' in {_short(data)}; the kinds are {known}")
+        raise ValueError(f"{what}: found no 'kind' in {short(data)}; the kinds are {known}")
     kind = data["kind"]
     kind, data = _as_registered(family, kind, data)
     member = family._registry.get(kind) if isinstance(kind, str) else None
     if member is None:
-        near = get_close_matches(_short(kind).strip("'").lower(), [name.lower() for name in family._registry], n=1)
+        other = (
+            next((head for head in Configured._heads if kind in head._registry), None)
+            if isinstance(kind, str)
+            else None
+        )
+        if other is not None:
+            raise ValueError(of_another_family(what, other._family, repr(kind)))
+        if isinstance(kind, str) and kind.startswith(FUNCTION):
+            raise ValueError(missing_function(kind))
+        near = get_close_matches(short(kind).strip("'").lower(), [name.lower() for name in family._registry], n=1)
         hint = next((f" (did you mean {name!r}?)" for name in family._registry if name.lower() in near), "")
-        raise ValueError(f"{what}: kind {_short(kind)} is not known{hint}; the kinds are {known}")
-    return member.model_validate(data)  # type: ignore[return-value]
+        raise ValueError(f"{what}: kind {short(kind)} is not known{hint}; the kinds are {known}")
+    return super(Configured, member).model_validate(data)  # type: ignore[return-value, misc]
 
 
 def kinds_of(data: Any) -> Any:

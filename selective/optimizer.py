@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.base.hyperparameters import scalar
-from selective.base.step_base import base_hooks, run_step_on
 from selective.bind import bind as bind_class
 from selective.capture.choose import CaptureName
 from selective.checkpoint.frame import checked_frame
@@ -21,24 +19,27 @@ from selective.checkpoint.save import save
 from selective.checkpoint.set_state import set_as_torch
 from selective.explain.groups import explain
 from selective.for_model.for_model import for_model as optimizer_for_model
+from selective.messages.assignments import SET_POLICY, at_construction, in_the_groups
+from selective.messages.construction import NOT_GIVEN, names_unknown_arguments, nothing_to_do
 from selective.plan.groups import Groups
 from selective.plan.options import OnNonfinite, Options, Scope
-from selective.plan.policy_groups import KEYS, PolicyGroup, PreconditionerGroup
+from selective.plan.oversized import warn_of_oversized
+from selective.plan.policy_groups import KEYS, DecayGroup, PolicyGroup, PreconditionerGroup
 from selective.plan.refusals import check_arguments
 from selective.plan.rotation_plan import warn_of_two_rotations
-from selective.policies import Policy, policy_from
+from selective.policies import Decay, Policy, decay_from, policy_from
+from selective.policies.view import StepView
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 from selective.rotation.basis import MaskSpace
-from selective.sharding.dtensor import shard_of
-from selective.state.check_before_step import check_state
 from selective.state.init_state import make_all_state
 from selective.state.merged_view import MergedState
 from selective.state.store import StateStore, follow_changes
 from selective.state.writing import OptimizerStateBackend
-from selective.statistics import StepStatistics
-from selective.step.gradients import any_nonzero_gradient, check_gradients, has_nonfinite
-from selective.step.run import StepRunner, fit_base_states
-from selective.step_count import StepCount, check_recordable, is_recording
+from selective.step.begin import begin_step, take_steps
+from selective.step.gradients import is_initialisation
+from selective.step.outside_of_graphs import prepare, step_outside_of_graphs
+from selective.step.run import StepRunner
+from selective.step_count import StepCount
 
 
 class SelectiveUpdate(Optimizer):
@@ -51,8 +52,11 @@ class SelectiveUpdate(Optimizer):
 
     Args:
         base: the optimizer to wrap. Don't step it yourself any more.
-        policy: a `Policy`, a kind's name ("MGUP") or a dict with a `kind`; None is `Dense()`. A `policy` in one of the
-            base's parameter groups overrides it for that group (None there: dense) and is moved to `policy_groups`.
+        policy: a `Policy`, a kind's name ("MGUP"), a dict with a `kind`, or a function of a `StepView` that returns a
+            mask; None is `Dense()`. A `policy` in one of the base's parameter groups overrides it for that group (None
+            there: dense) and is moved to `policy_groups`.
+        decay: which coordinates decoupled weight decay reaches: `CautiousDecay(...)`, a kind's name or a dict with a
+            `kind`; None: all. A `decay` in a parameter group overrides it (None there: all).
         preconditioner: rotates the gradients of matrices before the base sees them: a `Preconditioner`, a kind's name
             or a dict with a `kind`. A `preconditioner` in a parameter group overrides it (None there: none).
         matrix_view: which parameters are matrices, and how: "matrices" (2-D ones only), "conv" (also [out, in, ...] as
@@ -63,8 +67,8 @@ class SelectiveUpdate(Optimizer):
         capture: how the base's update is obtained: "fused", "scratch" or "delta"; "auto" takes the first that is right
             for this base. `explain()` says which, and why.
         momentum_beta: keep a first moment of our own, m <- beta m + (1 - beta) g in float32, for a base without one.
-        on_nonfinite: NaN or infinite gradients: "ignore" as torch does; "skip" the whole step; "raise" with the
-            parameter's name. The last two synchronise with a GPU. Nothing has moved when they act.
+        on_nonfinite: NaN or infinite gradients: "ignore" as torch does; "skip" the step (`skipped_steps` counts them);
+            "raise" with the parameter's name. The last two synchronise with a GPU. Nothing has moved when they act.
         seed: of random policies. They draw by address (seed, step, parameter, element): the same after a resume and on
             every rank; torch's generators are not touched.
         statistics: collect what `statistics()` reports in every step. It stays on the device.
@@ -79,11 +83,18 @@ class SelectiveUpdate(Optimizer):
         ValueError: the base can't be wrapped, or the policy needs a momentum that it does not have; with the reason.
     """
 
+    preconditioner = in_the_groups("preconditioner_groups[i].preconditioner")
+    matrix_view = in_the_groups("preconditioner_groups[i].matrix_view")
+    mask_space, capture, momentum_beta, on_nonfinite = (at_construction() for _ in range(4))
+    seed, stochastic_rounding, scope = (at_construction() for _ in range(3))
+
+    @names_unknown_arguments
     def __init__(
         self,
         base: Optimizer,
-        policy: Policy | dict[str, Any] | str | None = None,
+        policy: Policy | Callable[[StepView], Any] | dict[str, Any] | str | None = NOT_GIVEN,
         *,
+        decay: Decay | dict[str, Any] | str | None = None,
         preconditioner: Preconditioner | dict[str, Any] | str | None = None,
         matrix_view: MatrixView = "matrices",
         mask_space: MaskSpace = "rotated",
@@ -100,8 +111,10 @@ class SelectiveUpdate(Optimizer):
             capture=capture, momentum_beta=momentum_beta, on_nonfinite=on_nonfinite, statistics=statistics,
             rounding=stochastic_rounding, scope=scope, mask_space=mask_space,
         )  # fmt: skip
-        named, view = policy_from(policy), check_matrix_view(matrix_view, "")
-        default = PolicyGroup(named, PreconditionerGroup(preconditioner_from(preconditioner), view))
+        named = policy_from(None if policy is NOT_GIVEN else policy)
+        view = check_matrix_view(matrix_view, "")
+        preconditioning = PreconditionerGroup(preconditioner_from(preconditioner), view)
+        default = PolicyGroup(named, preconditioning, DecayGroup(decay_from(decay)))
         count = StepCount(seed)
         self._put_together(base, options, Groups(base, options, default), StateStore(base, options, count), count)
         self._constructing = True  # torch's constructor would build groups of its own; ours are the base's
@@ -113,6 +126,14 @@ class SelectiveUpdate(Optimizer):
             self.store.join_base(self.groups.plans)
             if self.groups.places:
                 warn_of_two_rotations(base)
+                warn_of_oversized(self.groups.plans)
+            given = (
+                policy is not NOT_GIVEN
+                or any(each is not None for each in (decay, preconditioner))
+                or any(own for _, own in said)
+            )
+            if not given and on_nonfinite == "ignore":
+                warnings.warn(nothing_to_do(base), stacklevel=3)
         except BaseException:
             for group, own in said:  # the base is as it was given: wrapping it again finds what its groups said
                 group.update(own)
@@ -124,6 +145,7 @@ class SelectiveUpdate(Optimizer):
         """Assign the parts. Objects that stand in for this one share them, so whatever changes is inside of a part."""
         self.base, self.options, self.groups, self.store, self.count = base, options, groups, store, count
         self.runner = StepRunner(options, count, store)
+        prepare()
 
     bind = classmethod(bind_class)
     for_model = classmethod(optimizer_for_model)
@@ -177,16 +199,26 @@ class SelectiveUpdate(Optimizer):
             self.policy_groups.pop()
             raise
         self.store.join_base(self.groups.plans)
+        warn_of_oversized(self.groups.plans[-1:])
 
     @property
     def policy(self) -> Policy:
         """The policy of groups that name none. To change one, set `opt.policy_groups[i].policy` or its entries."""
         return self.groups.default.policy
 
+    @policy.setter
+    def policy(self, policy: Any) -> NoReturn:
+        raise AttributeError(SET_POLICY)
+
     @property
     def preconditioner_groups(self) -> tuple[PreconditionerGroup, ...]:
         """The preconditioner of each group with its hyper-parameters by name, as `policy_groups` has policies."""
         return tuple(group.preconditioning for group in self.policy_groups)
+
+    @property
+    def decay_groups(self) -> tuple[DecayGroup, ...]:
+        """The selective decay of each group with its hyper-parameters by name, as `policy_groups` has policies."""
+        return tuple(group.decaying for group in self.policy_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own `zero_grad`."""
@@ -213,32 +245,28 @@ class SelectiveUpdate(Optimizer):
         7. Apply p <- factor p - P (mask ⊙ u) Q^T; decoupled decay reaches every coordinate and is never masked.
         8. Let the preconditioner observe the gradients, count the step, hand out its statistics.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return step_outside_of_graphs(self._step, closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()  # 1
-        follow_changes(self.groups, self.store)
-        plans = self.groups.plans
-        present = [plan.params.with_gradient() for plan in plans]
-        check_gradients(plans, present)  # 2
-        recording = self._is_recorded()
-        if not recording and self._is_initialisation():
-            with base_hooks(self.base):
-                run_step_on(self.base, self.param_groups)
-            self.store.make(plans, lambda parameter: parameter.tensor.grad is not None)
-            return loss
-        if has_nonfinite(present, self.options.on_nonfinite, self.count.steps):
-            return loss
-        if not recording:
-            check_state(plans, self.store)
-            fit_base_states(self.base, plans)
-        report = StepStatistics() if self.options.statistics else None
-        clocked = self.groups.clocked()
-        self.count.start(clocked, recording)
-        self.runner.run(self.runner.jobs(self.groups, present, report, recording))  # 3 to 7, part of 8
-        self.count.tick(clocked, recording)  # 8
-        self.runner.report = report
+        begun = begin_step(self.runner, self.groups)  # 1, 2
+        if not begun.recording and is_initialisation(self.param_groups):
+            begun.initialise()
+        elif begun.has_nonfinite():
+            begun.skip()
+        else:
+            take_steps([begun])  # the rest of 2, and 3 to 8
         return loss
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of steps that `on_nonfinite="skip"` left out. A resumed run starts at 0 again."""
+        return self.count.skipped
 
     def statistics(self) -> dict[str, dict[str, Tensor]]:
         """The selection of the last step, for each parameter by name; see `selective.statistics.StepStatistics.read`.
@@ -252,9 +280,9 @@ class SelectiveUpdate(Optimizer):
         return {} if self.runner.report is None else self.runner.report.read()
 
     def explain(self) -> str:
-        """For each parameter group: its policy, how the update is captured and why, decay, momentum, extra memory."""
+        """For each kind of parameter group: policy, capture and why, decay, momentum, memory, advice on the rate."""
         follow_changes(self.groups, self.store)
-        return explain(self.base, self.groups.plans, self.options)
+        return explain(self.base, self.groups.plans, self.options, self.store)
 
     def init_state(self) -> None:
         """Make all state now, as the first step would, without moving a parameter.
@@ -289,8 +317,7 @@ class SelectiveUpdate(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, checkpoint)
             checkpoint = checkpoint if result is None else checked_frame(result)
-        warning = load(checkpoint, self.base, self.groups, self.store, self.count)
-        if warning is not None:
+        for warning in load(checkpoint, self.base, self.groups, self.store, self.count):
             warnings.warn(warning, stacklevel=2)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -312,25 +339,6 @@ class SelectiveUpdate(Optimizer):
         policies = ", ".join(repr(group.policy) for group in self.policy_groups)
         found = [group.preconditioning.preconditioner for group in self.policy_groups]
         rotated = f", preconditioner={', '.join(map(repr, found))}" if any(p is not None for p in found) else ""
-        return f"{type(self).__name__}({self.base!r}, policy={policies}{rotated})"
-
-    def _is_recorded(self) -> bool:
-        """True if this step goes into a CUDA graph; an error if its replays would not be steps."""
-        if not any(plan.params.cuda_devices for plan in self.groups.plans) or not is_recording():
-            return False
-        rotates, asks = bool(self.groups.places), self._asks_others()
-        check_recordable(self.base, self.param_groups, self.options.on_nonfinite, rotates, asks)
-        return True
-
-    def _asks_others(self) -> bool:
-        """True if a parameter that is masked has parts on other ranks, which a step has to ask."""
-        masked = (p for plan in self.groups.plans if not plan.is_dense for p in plan.params.tensors)
-        return self.options.scope == "global" and any(shard_of(p) is not None for p in masked)
-
-    def _is_initialisation(self) -> bool:
-        """True for torch.distributed.checkpoint's way to make state: learning rate 0 and zero gradients."""
-        rates = [group.get("lr") for group in self.param_groups]
-        if any(r is None or (isinstance(r, Tensor) and r.device.type != "cpu") or scalar(r) != 0.0 for r in rates):
-            return False
-        tensors = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return bool(tensors) and not any_nonzero_gradient(tensors)
+        found = [group.decay for group in self.decay_groups]
+        decays = f", decay={', '.join(map(repr, found))}" if any(d is not None for d in found) else ""
+        return f"{type(self).__name__}({self.base!r}, policy={policies}{decays}{rotated})"

@@ -101,8 +101,9 @@ class Clocks:
 class StepCount:
     """The seed of random policies and the number of steps taken, on the host and on devices that count themselves."""
 
-    def __init__(self, seed: int, steps: int = 0) -> None:
+    def __init__(self, seed: int, steps: int = 0, skipped: int = 0) -> None:
         self.seed, self.steps = seed, steps
+        self.skipped = skipped  # steps that on_nonfinite="skip" left out since construction, which no checkpoint has
         self.clocks = Clocks()
 
     def read(self) -> int:
@@ -137,7 +138,12 @@ def is_recording() -> bool:
 
 
 def check_recordable(
-    base: Optimizer, groups: list[dict[str, Any]], on_nonfinite: str, rotates: bool, asks: bool = False
+    base: Optimizer,
+    groups: list[dict[str, Any]],
+    on_nonfinite: str,
+    rotates: bool,
+    asks: bool = False,
+    draws: bool = False,
 ) -> None:
     """Refuse to record a step that replays would not repeat, as torch's own optimizers do."""
     if asks:
@@ -145,6 +151,11 @@ def check_recordable(
             "SelectiveUpdate: attempting CUDA graph capture of step() with sharded parameters, for which ranks ask "
             "each other in the step; replays of that have not been tried. Construct it with scope='local', or don't "
             "capture"
+        )
+    if draws:
+        raise RuntimeError(
+            "SelectiveUpdate: attempting CUDA graph capture of step() with decay=RandomDecay(...), which draws by the "
+            "step count on the host: all replays would decay the same coordinates. Don't capture it"
         )
     if rotates:
         raise RuntimeError(

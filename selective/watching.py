@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from selective.chained.optimizer import ChainedOptimizer
+from selective.chained.reports import reported
 from selective.optimizer import SelectiveUpdate
 
 OVERVIEW = ("share", "strength_selected", "strength_rest", "cosine", "norm_ratio", "capped")
@@ -35,9 +38,11 @@ class Sample:
 
     step: int
     values: dict[str, dict[str, float]]
+    skipped_steps: int | None = None
+    """The optimizer's `skipped_steps` by then; None without `on_nonfinite="skip"`."""
 
     def overview(self) -> dict[str, float]:
-        """Means over the parameters of the numbers in `OVERVIEW`, and sums of those in `FAULTS`.
+        """Means over the parameters of the numbers in `OVERVIEW`, sums of those in `FAULTS`, and `skipped_steps`.
 
         Parameters without a number, or with NaN in a mean, do not count. A name that no parameter has is left out.
         """
@@ -50,6 +55,8 @@ class Sample:
             counted = [numbers[name] for numbers in self.values.values() if name in numbers]
             if counted:
                 overview[name] = sum(counted)
+        if self.skipped_steps is not None:
+            overview["skipped_steps"] = self.skipped_steps
         return overview
 
     def scalars(self, each: bool = False) -> dict[str, float]:
@@ -84,7 +91,8 @@ def watch(optimizer: Any, *writers: Writer, every: int = 100, model: nn.Module |
     In distributed training, call it on the rank that writes.
 
     Args:
-        optimizer: a `SelectiveUpdate`, or the object that accelerate or Lightning put around one.
+        optimizer: a `SelectiveUpdate`, a `ChainedOptimizer` with one among its members, or the object that accelerate
+            or Lightning put around it.
         writers: functions that take a `Sample`.
         every: the number of steps from one sample to the next.
         model: gives the parameters its own names. Without it they are called as in `statistics()`.
@@ -93,8 +101,9 @@ def watch(optimizer: Any, *writers: Writer, every: int = 100, model: nn.Module |
         The `Watch`, which also works as a context manager.
 
     Raises:
-        TypeError: there is no `SelectiveUpdate` in `optimizer`.
-        ValueError: the optimizer has `statistics=False`, or `writers` or `every` can't be used.
+        TypeError: there is no `SelectiveUpdate` in `optimizer`, nor a `ChainedOptimizer` with one.
+        ValueError: the optimizer has `statistics=False`, `writers` or `every` can't be used, or `model` has none of the
+            optimizer's parameters.
     """
     return Watch(optimizer, writers, every, model)
 
@@ -104,7 +113,8 @@ class Watch:
 
     def __init__(self, optimizer: Any, writers: tuple[Writer, ...], every: int, model: nn.Module | None) -> None:
         self.optimizer = selective_inside(optimizer)
-        if not self.optimizer.options.statistics:
+        self._wrapped = wrapped_members(self.optimizer)
+        if not any(one.options.statistics for one in self._wrapped.values()):
             raise ValueError("watch: the optimizer collects nothing to watch; construct it with statistics=True")
         if not writers:
             raise ValueError("watch: no writer was given; pass a function that takes a selective.watching.Sample")
@@ -116,9 +126,9 @@ class Watch:
         if type(every) is not int or every < 1:
             raise ValueError(f"watch: every is {every!r}, must be an integer of at least 1")
         self.writers, self.every = writers, every
-        self._names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+        self._names = {} if model is None else _names_in(model, self.optimizer)
         self._waiting: deque[_Copy] = deque()
-        self._before = self.optimizer.count.steps
+        self._before = self._steps()
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._remember),
             self.optimizer.register_step_post_hook(self._look),
@@ -142,13 +152,19 @@ class Watch:
         self.close()
 
     def _remember(self, *_: object) -> None:
-        self._before = self.optimizer.count.steps
+        self._before = self._steps()
+
+    def _steps(self) -> int:
+        """The number of steps taken. The members of a chain take their steps together."""
+        return next(iter(self._wrapped.values())).count.steps
 
     def _look(self, *_: object) -> None:
         self._hand_out(wait=False)
-        step = self.optimizer.count.steps
+        step = self._steps()
         if step != self._before and step % self.every == 0:  # skipped steps and torch's initialisation don't count
-            self._waiting.append(_Copy(step, self.optimizer.statistics(), self._renamed()))
+            skips = any(one.options.on_nonfinite == "skip" for one in self._wrapped.values())
+            skipped = max(one.skipped_steps for one in self._wrapped.values()) if skips else None
+            self._waiting.append(_Copy(step, self.optimizer.statistics(), self._renamed(), skipped))
             self._hand_out(wait=False)
 
     def _hand_out(self, wait: bool) -> None:
@@ -160,11 +176,10 @@ class Watch:
     def _renamed(self) -> dict[str, tuple[str, float | None]]:
         """By a parameter's name in `statistics()`: its name in the samples, and the cap of its policy's strength."""
         renamed = {}
-        for plan in self.optimizer.groups.plans:
+        for name, _, plan, parameter in reported(list(self._wrapped.values()), list(self._wrapped)):
             parts = plan.policy.parts()
             cap = None if parts is None else getattr(parts[1], "cap", None)
-            for parameter in plan.params.parameters:
-                renamed[parameter.name] = self._names.get(id(parameter.tensor), parameter.name), cap
+            renamed[name] = self._names.get(id(parameter.tensor), name), cap
         return renamed
 
 
@@ -172,9 +187,13 @@ class _Copy:
     """Statistics on their way to the host: Note [nobody waits]."""
 
     def __init__(
-        self, step: int, statistics: dict[str, dict[str, Tensor]], known: dict[str, tuple[str, float | None]]
+        self,
+        step: int,
+        statistics: dict[str, dict[str, Tensor]],
+        known: dict[str, tuple[str, float | None]],
+        skipped_steps: int | None,
     ) -> None:
-        self.step, self._known = step, known
+        self.step, self._known, self._skipped_steps = step, known, skipped_steps
         by_device: dict[torch.device, list[tuple[str, str, Tensor]]] = {}
         for parameter, values in statistics.items():
             for name, value in values.items():
@@ -205,7 +224,18 @@ class _Copy:
         for parameter, numbers in values.items():
             called, cap = self._known[parameter]
             named[called] = _with_derived(numbers, cap)
-        return Sample(self.step, named)
+        return Sample(self.step, named, self._skipped_steps)
+
+
+def _names_in(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
+    """The model's name of each parameter, by its id."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    if not any(id(p) in names for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            f"watch: the model ({type(model).__name__}) has none of the optimizer's parameters, so that it can't name "
+            f"them; pass the model that the optimizer was built from, not a copy of it"
+        )
+    return names
 
 
 def _with_derived(values: dict[str, float], cap: float | None) -> dict[str, float]:
@@ -217,10 +247,18 @@ def _with_derived(values: dict[str, float], cap: float | None) -> dict[str, floa
     return values
 
 
-def selective_inside(optimizer: Any) -> SelectiveUpdate:
-    """The `SelectiveUpdate` inside of a training stack's wrappers, which accelerate and Lightning call `.optimizer`."""
+def wrapped_members(optimizer: SelectiveUpdate | ChainedOptimizer) -> dict[str, SelectiveUpdate]:
+    """The members of a chain that are wrapped, by name; a `SelectiveUpdate` is its own only one."""
+    if isinstance(optimizer, SelectiveUpdate):
+        return {"": optimizer}
+    pairs = zip(optimizer.names, optimizer.members, strict=True)
+    return {name: one for name, one in pairs if isinstance(one, SelectiveUpdate)}
+
+
+def selective_inside(optimizer: Any) -> SelectiveUpdate | ChainedOptimizer:
+    """The optimizer of ours inside of a training stack's wrappers, which accelerate and Lightning call `.optimizer`."""
     inner = optimizer
-    while not isinstance(inner, SelectiveUpdate):
+    while not (isinstance(inner, (SelectiveUpdate, ChainedOptimizer)) and wrapped_members(inner)):
         inner = getattr(inner, "optimizer", None)
         if inner is None:
             raise TypeError(f"watch: found no SelectiveUpdate in {type(optimizer).__name__}; pass the wrapper itself")

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import from its own step and from those below it. A name stands for everything under it.
 STAIRS = [
     {"selective.kernels"},
+    {"selective.messages"},
     {
         "selective.bind",
         "selective.configured",
@@ -38,6 +39,7 @@ STAIRS = [
     {"selective.explain"},
     {
         "selective.optimizer",
+        "selective.chained",
         "selective.for_model",
     },  # and every other module that has no place of its own here
     {"selective"},  # the front door itself: `selective/__init__.py`

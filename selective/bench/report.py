@@ -7,6 +7,7 @@ from typing import Any
 
 from selective.bench.environment import environment, small_for_cache
 from selective.bench.measure import Measurement, Result
+from selective.bench.spread import middle, percentile, ratios, why_unreliable
 
 NOTHING = "–"
 
@@ -31,9 +32,16 @@ def _launches(m: Measurement) -> str:
     return f"{m.launches['kernels']}" + (f" + {others}" if others else "")
 
 
+def _range(values: Sequence[float], digits: int) -> str:
+    low, high = middle(values)
+    return f"{low:.{digits}f}–{high:.{digits}f}"
+
+
 COLUMNS: dict[str, Callable[[Measurement], str]] = {
     "ms": lambda m: _number(m.median * 1e3, 2),
+    "(range)": lambda m: _range([seconds * 1e3 for seconds in m.seconds], 2),
     "× fused": lambda m: _number(m.versus_fused, 3),
+    "(its range)": lambda m: _range(ratios(m), 2),
     "× foreach": lambda m: _number(m.versus_foreach, 2),
     "B/param": _bytes,
     "GB/s": lambda m: _number(m.bytes_per_second / 1e9, 0 if m.bytes_per_second > 1e11 else 1),
@@ -46,6 +54,7 @@ COLUMNS: dict[str, Callable[[Measurement], str]] = {
 }
 ON_CUDA = ("kept MiB", "launches", "host ms")
 LEGEND = (
+    "ranges: of the middle rounds, from the 20th to the 80th percentile;\n"
     "B/param: bytes that the step promises to move (in brackets, with what its plain way reads twice);\n"
     "GB/s: the former over the time; × floor: the time over that of the former at the copy's bandwidth"
 )
@@ -70,7 +79,7 @@ def heading(result: Result) -> str:
 
 
 def table(result: Result) -> str:
-    """A table with a line for each contender. One without a time has the reason."""
+    """A table with a line for each contender, or the reason why it has no time; and a warning if they mean little."""
     columns = {name: cell for name, cell in COLUMNS.items() if result.device == "cuda" or name not in ON_CUDA}
     timed = [m for m in result.measurements if m.refused is None]
     rows: list[Sequence[str]] = [list(columns)]
@@ -87,7 +96,8 @@ def table(result: Result) -> str:
     for m in result.measurements:
         lines.append(line(m.name, next(by_name)) if m.refused is None else f"{m.name:{name_width}}  {_no_time(m)}")
     legend = LEGEND + (CUDA_LEGEND if result.device == "cuda" else "")
-    return "\n".join([*lines, legend])
+    unreliable = why_unreliable(result)
+    return "\n".join([*lines, legend, *([] if unreliable is None else [unreliable])])
 
 
 def _no_time(m: Measurement) -> str:
@@ -111,6 +121,7 @@ def _result(result: Result) -> dict[str, Any]:
         "copy_bytes_per_second": result.bandwidth,
         "floor_seconds": result.floor_seconds,
         "interrupted": result.interrupted,
+        "unreliable": why_unreliable(result),
         "measurements": [_measurement(m) for m in result.measurements],
     }
 
@@ -136,12 +147,3 @@ def _measurement(m: Measurement) -> dict[str, Any]:
         "kept_bytes": m.kept_bytes,
         "launches": m.launches,
     }
-
-
-def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile, interpolated between neighbours."""
-    ordered = sorted(values)
-    at = (len(ordered) - 1) * q / 100
-    below = int(at)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (at - below) * (ordered[above] - ordered[below])

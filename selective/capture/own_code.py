@@ -10,7 +10,7 @@ from selective.kernels import spec
 from selective.kernels.sharded import RunningPart, mask_report
 from selective.parameter import Parameter
 from selective.policies import Policy
-from selective.policies.view import StepView, Tensors
+from selective.policies.view import TENSORS, StepView, Tensors
 from selective.sharding.dtensor import is_dtensor, local_of
 from selective.sharding.gathering import part_of, whole_like, whole_of
 
@@ -116,7 +116,10 @@ def run_mask(
     state = context.own_state(parameter)
     seen = {key: local_of(value) if gathered is None else whole_of(value) for key, value in state.items()}
     view = make_view(context, policy, parameter, tensors, dict(seen), shard)
+    versions = _versions(tensors)
     result = policy.mask(view)
+    if versions != _versions(tensors):
+        raise _wrote_on_view(policy, parameter, tensors, versions)
     mask, new_state = result if isinstance(result, tuple) else (result, None)
     mask = _checked_mask(policy, parameter, mask, view)
     if new_state is not None:
@@ -126,6 +129,23 @@ def run_mask(
                 part = part_of(value.detach(), gathered if is_dtensor(state[key]) else None)
                 local_of(state[key]).copy_(part)
     return mask
+
+
+def _versions(tensors: Tensors) -> list[int]:
+    """The version counter of each tensor of a view, which torch moves on with each write in place."""
+    named = (getattr(tensors, name) for name in TENSORS)
+    return [-1 if tensor is None or tensor.is_inference() else tensor._version for tensor in named]
+
+
+def _wrote_on_view(policy: Policy, parameter: Parameter, tensors: Tensors, before: list[int]) -> ValueError:
+    """The error about a policy that wrote on a tensor of its view."""
+    changed = zip(TENSORS, before, _versions(tensors), strict=True)
+    name = next(name for name, old, new in changed if old != new)
+    return ValueError(
+        f"{type(policy).__name__}: mask() wrote on view.{name} of parameter {parameter.name!r}, which the step still "
+        f"needs; compute a new tensor (view.{name} * 2 in the place of view.{name}.mul_(2)), or write on view.{name}"
+        f".clone()"
+    )
 
 
 def _checked_mask(policy: Policy, parameter: Parameter, mask: object, view: StepView) -> Tensor:

@@ -143,7 +143,7 @@ class RotatedDeltaJob(SwappedJob):
     def updates(self, indices: list[int], left: list[Tensor]) -> tuple[list[Tensor], bool]:
         before = [self.before.pop(i) for i in indices]
         updates = foreach.differences(before, left)
-        if self.facts.decay == "decoupled":  # subtract the decay, which is no part of the update
+        if self.facts.decay == "decoupled" and self.decay is None:  # subtract the decay, which is no part of the update
             for u, value, i in zip(updates, before, indices, strict=True):
                 u.add_(value * (self.factors[i] - 1.0))
         return updates, False

@@ -48,6 +48,7 @@ def contents(base: Optimizer, options: Options, groups: Groups, store: StateStor
         "options": options,
         "steps": count.read(),
         "seed": count.seed,
+        "skipped": count.skipped,
         "default": groups.default,
         "policies": groups.policies,
         "choices": groups.choices(),
@@ -59,6 +60,6 @@ def parts(state: Mapping[str, Any]) -> tuple[Optimizer, Options, Groups, StateSt
     """Rebuild base, options, groups, store and count from what `contents` returned."""
     if "version" not in state:
         same_version(None)
-    base, options, count = state["base"], state["options"], StepCount(state["seed"], state["steps"])
+    base, options, count = state["base"], state["options"], StepCount(state["seed"], state["steps"], state["skipped"])
     groups = Groups(base, options, state["default"], state["policies"], state["choices"])
     return base, options, groups, StateStore(base, options, count, state["entries"]), count

@@ -108,6 +108,8 @@ def param_groups_for(
         ValueError: a name that the model does not have, a kind that does not exist or that has no learning rate, a
             weight that can't be so many matrices, a parameter without a shape yet, or nothing to train.
     """
+    if isinstance(no_decay, str):
+        raise ValueError(f"param_groups_for: no_decay is the string {no_decay!r}; write a list: [{no_decay!r}]")
     unknown = set(no_decay) - set(KINDS)
     if unknown:
         raise ValueError(f"param_groups_for: no_decay has {sorted(unknown)}; the kinds are {', '.join(KINDS)}")

@@ -11,7 +11,7 @@ from selective.parameter import Parameter
 from selective.plan.group_params import GroupParams
 from selective.plan.policy_groups import PolicyGroup, PreconditionerGroup
 from selective.plan.rotation_plan import RotationPlan
-from selective.policies import Dense, Policy
+from selective.policies import Decay, Dense, Policy
 from selective.preconditioner import Shape
 
 
@@ -34,6 +34,8 @@ class GroupPlan:
     rotation: RotationPlan | None = None  # None where there is no preconditioner
     kept: KeptItems = field(default_factory=KeptItems)  # of the parameters that are not rotated ...
     kept_rotated: KeptItems = field(default_factory=KeptItems)  # ... and of those that are
+    keys_checked: int = 0  # the number of the group's keys when they were last looked at ...
+    keys_warned: set[str] = field(default_factory=set)  # ... and those that were warned of
 
     @property
     def policy(self) -> Policy:
@@ -44,6 +46,16 @@ class GroupPlan:
     def preconditioning(self) -> PreconditionerGroup:
         """The group's current preconditioner settings."""
         return self.policy_group.preconditioning
+
+    @property
+    def decay(self) -> Decay | None:
+        """The group's current selective decay; None if decoupled decay reaches every coordinate."""
+        return self.policy_group.decaying.decay
+
+    @property
+    def steps_alone(self) -> bool:
+        """True if the base steps the parameters that are not rotated by itself: no mask, no selective decay."""
+        return self.decay is None and self.is_dense
 
     @property
     def is_dense(self) -> bool:
@@ -67,8 +79,8 @@ class GroupPlan:
         return None if self.rotation is None or shape is None else (self.rotation, shape)
 
     def masks_or_rotates(self, parameter: Parameter) -> bool:
-        """True if this parameter is masked or rotated. Otherwise its step is the base's alone."""
-        return not self.is_dense or self.rotated_as(parameter) is not None
+        """True if this parameter is masked, rotated or decays selectively. Otherwise its step is the base's alone."""
+        return not self.steps_alone or self.rotated_as(parameter) is not None
 
     def replace_params(self, params: GroupParams) -> None:
         """Replace the parameter list, and start with empty `KeptItems`."""

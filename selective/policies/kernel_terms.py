@@ -9,6 +9,7 @@ from torch import Tensor
 
 from selective.kernels import spec, why_own_code
 from selective.policies import Policy
+from selective.policies.function import OfFunction
 from selective.sharding.dtensor import is_dtensor
 
 Specs = tuple[spec.Selection, spec.Strength]
@@ -34,7 +35,8 @@ def state_classes_of(policy: Policy) -> tuple[type, ...]:
     parts = policy.parts()
     strength = () if parts is None else (type(parts[1]),)
     inner = getattr(policy, "policy", None)
-    return (type(policy), *strength, *(state_classes_of(inner) if isinstance(inner, Policy) else ()))
+    own = OfFunction if isinstance(policy, OfFunction) else type(policy)  # the class of a function can't be pickled
+    return (own, *strength, *(state_classes_of(inner) if isinstance(inner, Policy) else ()))
 
 
 def specs_of(policy: Policy) -> Specs | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from selective.configured import Configured
 from selective.kernels import spec
+from selective.policies.function import policy_of_function
 from selective.policies.selections import AnySelection, Selection
 from selective.policies.strengths import AnyStrength, Strength
 from selective.policies.view import TENSORS, StepView
@@ -30,6 +31,10 @@ class Policy(Configured):
 
     _family: ClassVar[str] = "policy"
     _registry: ClassVar[dict[str, type[Configured]]] = {}
+    _state_is_kept: ClassVar[str] = (
+        "make what changes from step to step in init_state(view), and return (mask, state) from mask(view). To change "
+        "a hyper-parameter: opt.policy_groups[i][{name!r}] = ..."
+    )
 
     reads: ClassVar[frozenset[str]] = frozenset({"update", "grad"})
     """The tensors of the view that a custom `mask` reads: any of update, grad, momentum, previous_momentum, param."""
@@ -140,10 +145,16 @@ class Combined(Policy):
 def policy_from(data: Any) -> Policy:
     """Make a policy of a `Policy`, a kind's name ("MGUP"), a dict with a `kind`, or JSON text; None is `Dense()`.
 
-    Raises `pydantic.ValidationError` for a wrong key or value, with its path and bound, and `ValueError` for an
-    unknown kind.
+    A function of a `StepView` that returns a mask is taken as well: `policy_from(lambda view: view.update.abs() > 1)`.
+    It can read the tensors that it names as attributes of its view. A checkpoint knows it by its name: load it into an
+    optimizer with the function of that name. One with hyper-parameters or state is a subclass of `Policy`.
+
+    Raises `ValueError` for a wrong key or value, with its path and bound, and for an unknown kind. Raises TypeError
+    for a function that can't be called with a view alone.
     """
+    if callable(data) and not isinstance(data, (type, Configured)):
+        return policy_of_function(data, Policy, policy_from)
     return Policy.from_data("Dense" if data is None else data)
 
 
-AnyPolicy = Annotated[SerializeAsAny[Policy], BeforeValidator(Policy.from_data)]
+AnyPolicy = Annotated[SerializeAsAny[Policy], BeforeValidator(Policy.part_from_data)]

@@ -47,7 +47,7 @@ class MatchedRandomMask(Policy):
 
     The random subset has exactly the policy's size. With `norm` the mask is scaled so that ‖mask ⊙ u‖ of each tensor
     is the policy's; the only difference left is *which* coordinates are selected. The control keeps the state that
-    `policy` keeps (Magma's average). A `policy` without a selection and a strength raises `pydantic.ValidationError`.
+    `policy` keeps (Magma's average). A `policy` without a selection and a strength raises `ValueError`.
     """
 
     policy: AnyPolicy

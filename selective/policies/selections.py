@@ -24,6 +24,9 @@ class Selection(Configured):
 
     _family: ClassVar[str] = "selection"
     _registry: ClassVar[dict[str, type[Configured]]] = {}
+    _state_is_kept: ClassVar[str] = (
+        "a selection has no state; what changes from step to step belongs to a strength or a policy"
+    )
     reads: ClassVar[frozenset[str]] = frozenset({"update", "grad"})
     """The tensors of the view that `select` reads: any of update, grad, momentum, previous_momentum, param. A `kernel`
     can read the first three only."""
@@ -156,4 +159,4 @@ class Bernoulli(Selection):
         return spec.Selection("bernoulli", probability=self.probability, unit=self.unit)
 
 
-AnySelection = Annotated[SerializeAsAny[Selection], BeforeValidator(Selection.from_data)]
+AnySelection = Annotated[SerializeAsAny[Selection], BeforeValidator(Selection.part_from_data)]

@@ -19,6 +19,9 @@ class Strength(Configured):
 
     _family: ClassVar[str] = "strength"
     _registry: ClassVar[dict[str, type[Configured]]] = {}
+    _state_is_kept: ClassVar[str] = (
+        "make what changes from step to step in init_state(view), and return it as the third result of multipliers"
+    )
     reads: ClassVar[frozenset[str]] = frozenset({"update", "grad"})
     """The tensors of the view that `multipliers` reads: any of update, grad, momentum, previous_momentum, param."""
 
@@ -134,4 +137,4 @@ class Alignment(Strength):
         return {"average": torch.ones((), dtype=torch.float32, device=view.device)}
 
 
-AnyStrength = Annotated[SerializeAsAny[Strength], BeforeValidator(Strength.from_data)]
+AnyStrength = Annotated[SerializeAsAny[Strength], BeforeValidator(Strength.part_from_data)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from selective.base.hyperparameters import scalar
 from selective.parameter import Parameter
 from selective.plan.group_plan import GroupPlan
 from selective.plan.options import OnNonfinite
@@ -61,6 +64,15 @@ def nonfinite_gradient(groups: list[list[Parameter]]) -> str | None:
     flags = [~torch.linalg.vector_norm(_values(p), ord=float("inf")).isfinite() for p in present]
     bad = seen_by_all(flags, [p.tensor for p in present])
     return next((name for name, found in zip([*(p.name for p in present), ELSEWHERE], bad, strict=True) if found), None)
+
+
+def is_initialisation(groups: list[dict[str, Any]]) -> bool:
+    """True for torch.distributed.checkpoint's way to make state: learning rate 0 and zero gradients."""
+    rates = [group.get("lr") for group in groups]
+    if any(r is None or (isinstance(r, torch.Tensor) and r.device.type != "cpu") or scalar(r) != 0.0 for r in rates):
+        return False
+    tensors = [p for group in groups for p in group["params"] if p.grad is not None]
+    return bool(tensors) and not any_nonzero_gradient(tensors)
 
 
 def any_nonzero_gradient(tensors: list[torch.Tensor]) -> bool:

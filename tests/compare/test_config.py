@@ -14,6 +14,7 @@ from selective.compare import config as configuration
 from selective.compare.contenders import base_class, contenders, make, runs, written
 from selective.compare.extras import MissingExtra, require
 from selective.compare.model import GPT
+from selective.compare.setup import prepare
 
 
 @pytest.mark.parametrize(
@@ -109,18 +110,18 @@ def test_bases(tmp_path):
         base_class("pathlib:Path")
     config = tiny(tmp_path, base_options={"btas": [0.9, 0.9]})
     with pytest.raises(ConfigError, match=r"refuses.*btas.*it takes"):
-        make(config, runs(config)[0], GPT(config.model, 0))
+        make(prepare(config), runs(config)[0], GPT(config.model, 0))
 
 
 def test_a_policy_that_the_base_cannot_serve_is_refused_with_the_reason(tmp_path):
     config = tiny(tmp_path, base="RMSprop", policies=["AlphaConsistency"])
     with pytest.raises(ConfigError, match=r"AlphaConsistency.*momentum_beta"):
-        make(config, runs(config)[1], GPT(config.model, 0))
+        make(prepare(config), runs(config)[1], GPT(config.model, 0))
 
 
 def test_matrices_are_decayed_and_vectors_not(tmp_path):
     config = tiny(tmp_path)
-    optimizer = make(config, runs(config)[0], GPT(config.model, 0))
+    optimizer = make(prepare(config), runs(config)[0], GPT(config.model, 0))
     decay = [(p.ndim, group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
     assert set(decay) == {(2, 0.1), (1, 0.0)}
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)

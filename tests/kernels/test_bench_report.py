@@ -18,7 +18,7 @@ from selective.bench.clock import CudaClock, HostClock, copy_bandwidth, count_la
 from selective.bench.contenders import adamw
 from selective.bench.environment import commit
 from selective.bench.measure import Rig
-from selective.bench.report import percentile
+from selective.bench.spread import percentile
 from selective.bench.workload import Stepping, Workload
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pydantic
 import pytest
 import torch
 
@@ -58,7 +57,7 @@ def test_a_policy_keeps_its_class_variables_and_its_fields(how: str, postponed: 
     assert list(cls.model_fields) == ["size"]
     assert cls.reads == {"update", "param"} and cls.scope == "element"
     assert policies.Policy.from_data(cls(size=0.25).model_dump_json()) == cls(size=0.25)
-    with pytest.raises(pydantic.ValidationError, match="unknown key"):
+    with pytest.raises(ValueError, match="unknown key"):
         cls(reads=frozenset())  # no hyper-parameter
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)

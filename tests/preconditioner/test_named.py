@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any, Literal, get_args, get_origin
 
-import pydantic
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +28,8 @@ def a_field(field: Any) -> st.SearchStrategy[Any]:
         return st.booleans()
     if field.annotation is int:
         return st.integers(2, 10**9)
+    if field.annotation == float | None:
+        return st.floats(0, 100, exclude_min=True) | st.none()
     return st.floats(0, 1, exclude_max=True)
 
 
@@ -97,13 +98,13 @@ def test_the_papers_settings() -> None:
     ],
 )
 def test_errors_say_what_to_do(kind: type[Eigenbasis], options: dict[str, Any], parts: list[str]) -> None:
-    with pytest.raises(pydantic.ValidationError) as caught:
+    with pytest.raises(ValueError) as caught:
         kind(**options)
     with pytest.raises(ValueError):
         preconditioner_from({"kind": kind.kind, **options})
     for part in parts:
         assert part in str(caught.value)
-    with pytest.raises(pydantic.ValidationError, match="frozen"):
+    with pytest.raises(AttributeError, match="frozen"):
         kind().sides = "two"
 
 

@@ -101,3 +101,66 @@ def test_a_schedule_moves_the_base_and_resumes(case: str, name: str) -> None:
     train(twin, resumed, range(4, 7), schedule=again)
     assert_same((twin, plain(resumed)), (model, optimizer))
     assert differences((model, optimizer), by_hand(case, 7))  # the schedule had an effect
+
+
+SAYS_SO = pytest.mark.filterwarnings("ignore:SelectiveUpdate. step.. runs outside of the graphs:UserWarning")
+
+
+@SAYS_SO
+@pytest.mark.parametrize("case", ["mgup", "random-soap"])
+def test_a_compiled_step_runs_outside_of_the_graphs(case: str) -> None:
+    model, graphs = net(), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    optimizer = wrap(model, case)
+    step: Any = torch.compile(optimizer.step, backend=backend)
+    for number in range(3):
+        torch.nn.functional.mse_loss(model(batch(number)[0]), batch(number)[1]).backward()
+        step()
+        optimizer.zero_grad()
+    assert_same((model, optimizer), by_hand(case, 3))
+    assert graphs == []
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))  # the failing twin
+    assert len(graphs) == 1
+
+
+def test_a_compiled_step_says_so() -> None:
+    model = net()
+    optimizer = wrap(model, "mgup")
+    torch.nn.functional.mse_loss(model(batch(0)[0]), batch(0)[1]).backward()
+    with pytest.warns(UserWarning, match=r"step\(\) runs outside of the graphs of torch\.compile.*leave the step out"):
+        torch.compile(optimizer.step, backend="eager")()
+
+
+@SAYS_SO
+def test_a_whole_train_step_may_be_compiled() -> None:
+    model = net()
+    optimizer = wrap(model, "mgup")
+
+    @torch.compile(backend="eager")
+    def train_step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss = torch.nn.functional.mse_loss(model(x), y)
+        value = loss.detach()  # torch looks up the `grad` of a loss that is returned, and warns of itself
+        loss.backward()
+        optimizer.step()
+        return value
+
+    for number in range(3):
+        train_step(*batch(number))
+        optimizer.zero_grad()
+    assert_same((model, optimizer), by_hand("mgup", 3))
+
+
+def test_a_step_in_one_full_graph_is_refused_with_the_reason() -> None:
+    model = net()
+    optimizer = wrap(model, "mgup")
+    torch.nn.functional.mse_loss(model(batch(0)[0]), batch(0)[1]).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(
+        Exception, match=r"step\(\) runs outside of the graphs of torch\.compile, because its kernels are"
+    ):
+        torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

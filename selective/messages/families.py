@@ -1,0 +1,29 @@
+"""The message about an object of one family in the place of another: a selection where a policy is wanted."""
+
+from __future__ import annotations
+
+FUNCTION = "function "
+"""The beginning of the kind of every policy that was made of a function."""
+
+_WAYS = {
+    ("policy", "selection"): "pass Policy(selection={it}, strength=...)",
+    ("policy", "strength"): "pass Policy(selection=..., strength={it})",
+    ("policy", "preconditioner"): "pass it as preconditioner={it}",
+    ("preconditioner", "policy"): "pass it as policy={it}",
+    ("selection", "strength"): "pass it as strength={it}",
+    ("strength", "selection"): "pass it as selection={it}",
+    ("selection", "policy"): "a policy has a selection of its own: pass it as it is, as policy={it}",
+    ("strength", "policy"): "a policy has a strength of its own: pass it as it is, as policy={it}",
+}
+
+
+def of_another_family(wanted: str, actual: str, it: str) -> str:
+    """Say of which family `it` is (its repr, or its name), and where it goes. For a `wanted` policy, for instance."""
+    way = _WAYS.get((wanted, actual), f"a {wanted} is needed here")
+    return f"{wanted}: {it} is a {actual}; {way.format(it=it)}"
+
+
+def missing_function(kind: str) -> str:
+    """The message about a policy in data, such as a checkpoint, whose function is not known."""
+    name = kind.removeprefix(FUNCTION)
+    return f"policy: it is the function {name!r}, which no data holds; build the optimizer with policy={name} first"
