@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -15,6 +15,7 @@ from selective.for_model.two_bases import taken_by_matrices, with_rates_of_rest
 from selective.param_groups.by_kind import ParamGroups, param_groups_for
 from selective.plan.policy_groups import KEYS
 from selective.policies import Policy
+from selective.policies.view import StepView
 from selective.preconditioner import Preconditioner
 
 _OWN = ("self", "base", "policy", "preconditioner")  # of the wrapper's arguments, those that have a meaning here
@@ -27,7 +28,7 @@ def for_model(
     *,
     lr: float | Mapping[str, float] | None = None,
     weight_decay: float | None = None,
-    policy: Policy | str | Mapping[str, Any] | None = None,
+    policy: Policy | Callable[[StepView], Any] | str | Mapping[str, Any] | None = None,
     preconditioner: Preconditioner | str | Mapping[str, Any] | None = None,
     matrices: BaseOptimizer | None = None,
     rest: BaseOptimizer | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from selective.param_groups.joined_weights import HEAD, NamedParameter, hint, ta
 from selective.param_groups.settings import KINDS, MISSING, VIEWS, for_each_kind
 from selective.parameter import is_lazy
 from selective.policies import Policy, policy_from
+from selective.policies.view import StepView
 from selective.preconditioner import Preconditioner, preconditioner_from
 
 _HEADS_INSIDE = (["classifier"], ["lm_head"], ["score"])  # heads of several layers; no name of an attention's heads
@@ -53,7 +54,7 @@ def param_groups_for(
     head: Sequence[str] = (),
     parts: Mapping[str, int | str] | Literal["auto"] | None = None,
     lr: float | Mapping[str, float] | None = None,
-    policy: Policy | str | Mapping[str, Any] | None = None,
+    policy: Policy | Callable[[StepView], Any] | str | Mapping[str, Any] | None = None,
     preconditioner: Preconditioner | str | Mapping[str, Any] | None = None,
     ask: bool = False,
 ) -> ParamGroups:
