@@ -140,6 +140,19 @@ def param_groups_for(
     elif parts is not None:
         kinds.update(_taken_apart(parameters, parts, kinds))
     rows = [_row(parameter, *kinds[id(parameter.tensor)], answers) for parameter in parameters]
+    groups = _groups(parameters, kinds, answers, weight_decay, no_decay, settings)
+    return ParamGroups(groups, sorted(rows, key=lambda row: KINDS.index(row[0])))
+
+
+def _groups(
+    parameters: list[NamedParameter],
+    kinds: Mapping[int, tuple[str, str]],
+    answers: Answers,
+    weight_decay: float | None,
+    no_decay: Collection[str],
+    settings: dict[str, dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """The groups in the order of `KINDS`. What the model says does not decay is a group apart."""
     by_group: dict[tuple[str, bool], list[NamedParameter]] = {}
     for parameter in parameters:
         kind = kinds[id(parameter.tensor)][0]
@@ -150,7 +163,7 @@ def param_groups_for(
         decay = 0.0 if not may_decay or (weight_decay is not None and kind in no_decay) else weight_decay
         name = kind if may_decay else f"{kind}, no decay"
         groups.append(_group(name, kind, by_group[kind, may_decay], decay, settings))
-    return ParamGroups(groups, sorted(rows, key=lambda row: KINDS.index(row[0])))
+    return groups
 
 
 def _kinds(

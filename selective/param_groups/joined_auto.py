@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from selective.param_groups.adapters import is_adapter
-from selective.param_groups.joined_weights import NamedParameter, is_transposed, may_be_joined
+from selective.param_groups.joined_weights import GATES, NamedParameter, is_transposed, may_be_joined
 
-_GATES: dict[type, int] = {nn.GRU: 3, nn.LSTM: 4}
 _QUERIES_KEYS_VALUES = ("qkv", "qkv_proj", "in_proj_weight", "Wqkv", "c_attn")
 _TWO_HALVES = ("gate_up_proj", "w12")
 # Layers of transformers with such names whose parts take turns: by groups of heads, or gate and value in pairs.
@@ -40,8 +39,8 @@ def _view(parameter: NamedParameter, modules: Mapping[str, nn.Module]) -> tuple[
         around = [type(module).__name__, type(modules[".".join(path[:-1])]).__name__]
         if any(each in _TAKE_TURNS for each in around):
             continue
-        if type(module) in _GATES and p.dim() == 2:
-            count = _GATES[type(module)]
+        if type(module) in GATES and p.dim() == 2:
+            count = GATES[type(module)]
             return (f"rows:{count}", f"{count} gates, one below the other") if p.shape[0] % count == 0 else None
         called = attribute if attribute != "weight" or not path else path[-1]
         view = _view_by_name(parameter, called, module)

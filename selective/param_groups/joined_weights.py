@@ -10,7 +10,7 @@ from torch import Tensor, nn
 # Names of weights in which parts of equal size lie one below the other, and the number of parts. "query_key_value" is
 # not among them: there the parts take turns by heads.
 _JOINED = {"qkv": 3, "qkv_proj": 3, "in_proj_weight": 3, "gate_up_proj": 2, "w12": 2}
-_GATES: dict[type, int] = {nn.GRU: 3, nn.LSTM: 4}  # the gates lie one below the other
+GATES: dict[type, int] = {nn.GRU: 3, nn.LSTM: 4}  # the gates lie one below the other
 HEAD = ("lm_head", "head", "heads", "classifier", "score", "embed_out", "output_projection", "unembed")
 JOINED_VIEWS = ("rows:2", "rows:3", "rows:4", "columns:2", "columns:3", "columns:4")
 
@@ -87,7 +87,7 @@ def may_be_joined(p: Tensor, count: int) -> bool:
 def hint(parameter: NamedParameter, paths: list[list[str]]) -> str:
     """A remark for the table on what the parameter may be instead, and how to say so; empty if there is none."""
     p = parameter.tensor
-    likely = [(paths[0][-1], _GATES[type(m)]) for m in parameter.modules if type(m) in _GATES]
+    likely = [(paths[0][-1], GATES[type(m)]) for m in parameter.modules if type(m) in GATES]
     called = [part for path in paths for part in path if part in _JOINED]
     likely += [(part, _JOINED[part]) for part in called if may_be_joined(p, _JOINED[part])]
     if not likely and is_transposed(parameter) and p.shape[1] == 3 * p.shape[0]:

@@ -6,18 +6,16 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-JOINED = ("rows:2", "rows:3", "rows:4", "columns:2", "columns:3", "columns:4")
-VIEWS = (*JOINED, "conv", "experts")  # kinds with the name of their `matrix_view`
+from selective.param_groups.joined_weights import JOINED_VIEWS
+
+VIEWS = (*JOINED_VIEWS, "conv", "experts")  # kinds with the name of their `matrix_view`
 MATRICES = ("matrices", *VIEWS)
 KINDS = (*MATRICES, "embeddings", "head", "routers", "vectors")
 REST = "rest"
 
 
-class Missing:
-    """The value of a kind that a mapping does not name."""
-
-
-MISSING = Missing()
+MISSING: Any = object()
+"""The value of a kind that a mapping does not name."""
 
 
 def for_each_kind(

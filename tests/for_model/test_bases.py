@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from optional import missing
 from torch import nn
 
+import selective
 from selective import MGUP, Cautious, Dense, SelectiveUpdate, Soap
 from selective.base.by_name import SLOW_PLACES, optimizer_class
 
-has_chained = importlib.util.find_spec("selective.chained") is not None
+has_chained = (Path(selective.__file__).parent / "chained" / "optimizer.py").exists()
 needs_chained = pytest.mark.skipif(not has_chained, reason="needs selective.chained")
 
 
