@@ -144,7 +144,7 @@ def test_a_scaler_that_finds_an_overflow_skips_all_members() -> None:
     assert scaler.get_scale() == 128.0
 
 
-class Fails(Policy):
+class FailsInAChain(Policy):
     def mask(self, view: Any) -> Tensor:
         raise ZeroDivisionError("not this one")
 
@@ -156,11 +156,11 @@ def test_nobody_has_moved_where_a_policy_raises() -> None:
         [
             AdamW(rest[:1], lr=0.01),
             SelectiveUpdate(AdamW(matrices, lr=0.01), policy="MGUP"),
-            SelectiveUpdate(AdamW(rest[1:], lr=0.01), policy=Fails()),
+            SelectiveUpdate(AdamW(rest[1:], lr=0.01), policy=FailsInAChain()),
         ]
     )
     before = values(model)
-    with pytest.raises(PolicyError, match=r"Fails failed in step 0.*not this one"):
+    with pytest.raises(PolicyError, match=r"FailsInAChain failed in step 0.*not this one"):
         train(model, opt, [0])
     assert equal(values(model), before)
     opt.members[2].policy_groups[0].policy = MGUP()  # type: ignore[union-attr]
