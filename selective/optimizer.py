@@ -85,6 +85,7 @@ class SelectiveUpdate(Optimizer):
 
     preconditioner = in_the_groups("preconditioner_groups[i].preconditioner")
     matrix_view = in_the_groups("preconditioner_groups[i].matrix_view")
+    decay = in_the_groups("decay_groups[i].decay")
     mask_space, capture, momentum_beta, on_nonfinite = (at_construction() for _ in range(4))
     seed, stochastic_rounding, scope = (at_construction() for _ in range(3))
 

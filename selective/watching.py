@@ -114,7 +114,7 @@ class Watch:
     def __init__(self, optimizer: Any, writers: tuple[Writer, ...], every: int, model: nn.Module | None) -> None:
         self.optimizer = selective_inside(optimizer)
         self._wrapped = wrapped_members(self.optimizer)
-        if not any(one.options.statistics for one in self._wrapped.values()):
+        if not any(member.options.statistics for member in self._wrapped.values()):
             raise ValueError("watch: the optimizer collects nothing to watch; construct it with statistics=True")
         if not writers:
             raise ValueError("watch: no writer was given; pass a function that takes a selective.watching.Sample")
@@ -252,7 +252,7 @@ def wrapped_members(optimizer: SelectiveUpdate | ChainedOptimizer) -> dict[str, 
     if isinstance(optimizer, SelectiveUpdate):
         return {"": optimizer}
     pairs = zip(optimizer.names, optimizer.members, strict=True)
-    return {name: one for name, one in pairs if isinstance(one, SelectiveUpdate)}
+    return {name: member for name, member in pairs if isinstance(member, SelectiveUpdate)}
 
 
 def selective_inside(optimizer: Any) -> SelectiveUpdate | ChainedOptimizer:

@@ -85,7 +85,7 @@ def _key(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return "tensor", id(value)
     if hasattr(value, "__dataclass_fields__"):
-        return type(value), *(_key(getattr(value, one.name)) for one in fields(value) if one.compare)
+        return type(value), *(_key(getattr(value, field.name)) for field in fields(value) if field.compare)
     return value
 
 

@@ -23,8 +23,8 @@ def save(members: Members) -> dict[str, Any]:
     state: dict[Any, Any] = {}
     groups: list[dict[str, Any]] = []
     extras: dict[str, Any] = {}
-    for name, one in members:
-        saved = one.state_dict()
+    for name, optimizer in members:
+        saved = optimizer.state_dict()
         start, numbers = sum(len(group["params"]) for group in groups), dict[Any, int]()
         for group in saved["param_groups"]:
             for index in group["params"]:
@@ -46,10 +46,10 @@ def load(members: Members, checkpoint: dict[str, Any]) -> None:
     """
     check_group_sizes(checkpoint, members.groups())
     parts = _split(members, checkpoint)
-    undo_all = [_snapshot(one) for one in members.optimizers]
+    undo_all = [_snapshot(optimizer) for optimizer in members.optimizers]
     try:
-        for (name, one), part in zip(members, parts, strict=True):
-            _load_member(name, one, part)
+        for (name, optimizer), part in zip(members, parts, strict=True):
+            _load_member(name, optimizer, part)
     except BaseException:
         for undo in undo_all:
             undo()
@@ -110,7 +110,7 @@ def _snapshot(optimizer: Optimizer) -> Callable[[], None]:
     if isinstance(optimizer, SelectiveUpdate):
         return snapshot(optimizer.base, optimizer.groups, optimizer.store, optimizer.count)
     inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
-    undo_all = [*(_snapshot(one) for one in inner), base_snapshot(optimizer)]
+    undo_all = [*(_snapshot(optimizer) for optimizer in inner), base_snapshot(optimizer)]
 
     def undo() -> None:
         for undo_part in undo_all:

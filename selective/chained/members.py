@@ -33,18 +33,18 @@ class Members:
     @property
     def wrapped(self) -> list[SelectiveUpdate]:
         """Those that are a `SelectiveUpdate`."""
-        return [one for one in self.optimizers if isinstance(one, SelectiveUpdate)]
+        return [optimizer for optimizer in self.optimizers if isinstance(optimizer, SelectiveUpdate)]
 
     def stepped_together(self) -> tuple[list[SelectiveUpdate], list[Optimizer]]:
         """The members whose step is taken in phases, and those whose own `step` is called."""
-        phased = [one for one in self.wrapped if _steps_as_ours(one)]
-        return phased, [one for one in self.optimizers if one not in phased]
+        phased = [optimizer for optimizer in self.wrapped if _steps_as_ours(optimizer)]
+        return phased, [optimizer for optimizer in self.optimizers if optimizer not in phased]
 
     def groups(self) -> list[dict[str, Any]]:
         """The parameter groups of all members: the list of the only one, or a list that can't be changed."""
         if len(self.optimizers) == 1:
             return self.optimizers[0].param_groups
-        self._group_list.follow([group for one in self.optimizers for group in one.param_groups])
+        self._group_list.follow([group for optimizer in self.optimizers for group in optimizer.param_groups])
         return self._group_list
 
     def set_groups(self, groups: list[dict[str, Any]]) -> None:
@@ -56,8 +56,8 @@ class Members:
                 f"opt.members[i].param_groups to change their number; nothing was set"
             )
         parts = [groups] if len(self.optimizers) == 1 else self.parts(groups)
-        for one, part in zip(self.optimizers, parts, strict=True):
-            one.param_groups = part
+        for optimizer, part in zip(self.optimizers, parts, strict=True):
+            optimizer.param_groups = part
 
     def add_group(self, member: Optimizer, group: dict[str, Any]) -> None:
         """Add a group to a member; nothing is added if a parameter would be in two of them."""
@@ -80,21 +80,21 @@ class Members:
 
         torch's schedulers look here for `betas` and `momentum`, and then expect them in every group.
         """
-        first, *others = (one.defaults for one in self.optimizers)
+        first, *others = (optimizer.defaults for optimizer in self.optimizers)
         return {key: value for key, value in first.items() if all(key in other for other in others)}
 
     def parts(self, groups: Sequence[Any]) -> list[list[Any]]:
         """Split what belongs to all groups, in order, by member."""
         rest = iter(groups)
-        return [[next(rest) for _ in one.param_groups] for one in self.optimizers]
+        return [[next(rest) for _ in optimizer.param_groups] for optimizer in self.optimizers]
 
     def number(self) -> None:
         """Number the parameters of wrapped members on, so that no two of the chain draw the same random numbers."""
         address = 0
-        for one in self.optimizers:
-            if isinstance(one, SelectiveUpdate):
-                one.groups.first_address = address
-            address += sum(len(group["params"]) for group in one.param_groups)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, SelectiveUpdate):
+                optimizer.groups.first_address = address
+            address += sum(len(group["params"]) for group in optimizer.param_groups)
 
     def find(self, which: object) -> Optimizer:
         """Return the member with this name or index. Raises ValueError if there is none."""
@@ -106,20 +106,20 @@ class Members:
 
     def owner_of(self, param: object) -> Optimizer | None:
         """Return the member that has this parameter in a group; None if none has it."""
-        for one in self.optimizers:
-            if any(p is param for group in one.param_groups for p in group["params"]):
-                return one
+        for optimizer in self.optimizers:
+            if any(p is param for group in optimizer.param_groups for p in group["params"]):
+                return optimizer
         return None
 
     def listed(self) -> str:
         """The names and classes of all members, for messages."""
-        return ", ".join(f"{name!r} ({described(one)})" for name, one in self)
+        return ", ".join(f"{name!r} ({described(optimizer)})" for name, optimizer in self)
 
     def check_apart(self) -> None:
         """Refuse a parameter that two members have, and two that share memory if one of them is masked or rotated."""
         seen: dict[int, str] = {}
-        for name, one in self:
-            for number, group in enumerate(one.param_groups):
+        for name, optimizer in self:
+            for number, group in enumerate(optimizer.param_groups):
                 for p in group["params"]:
                     before = seen.setdefault(id(p), name)
                     if before != name:
@@ -128,7 +128,7 @@ class Members:
                             f"param_groups[{number}] of member {name!r}: it would be stepped twice in each step. Give "
                             f"each parameter to one member"
                         )
-        everything = [pair for name, one in self for pair in _parameters(name, one)]
+        everything = [pair for name, optimizer in self for pair in _parameters(name, optimizer)]
         check_sharing([parameter for parameter, _ in everything], [ours for _, ours in everything])
 
 
@@ -145,9 +145,9 @@ def named_members(members: Any) -> Members:
         names = [str(number) for number in range(len(optimizers))]
     if not optimizers:
         raise ValueError("ChainedOptimizer: no optimizer was given")
-    for name, one in zip(names, optimizers, strict=True):
-        _check(name, one)
-    if len({id(one) for one in optimizers}) < len(optimizers):
+    for name, optimizer in zip(names, optimizers, strict=True):
+        _check(name, optimizer)
+    if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
         raise ValueError("ChainedOptimizer: an optimizer was given twice")
     return Members(optimizers, names)
 
@@ -156,6 +156,11 @@ def described(optimizer: Optimizer) -> str:
     """The class of a member, and of its base."""
     base = f" over {type(optimizer.base).__name__}" if isinstance(optimizer, SelectiveUpdate) else ""
     return type(optimizer).__name__ + base
+
+
+def present_parameters(name: str, optimizer: Optimizer) -> list[Parameter]:
+    """The parameters of a member that have a gradient, under names with the member's."""
+    return [parameter for parameter, _ in _parameters(name, optimizer) if parameter.tensor.grad is not None]
 
 
 def _check(name: object, optimizer: object) -> None:

@@ -42,8 +42,7 @@ class ChainedOptimizer(Optimizer):
     Members that are wrapped in `SelectiveUpdate` step together: they share kernel calls where their rules, masks and
     hyper-parameters are equal, and the collectives of sharded parameters. Their random policies draw apart, also with
     the same seed, because a parameter's number is counted over the whole chain. If such a member has
-    `on_nonfinite="skip"` and one of its own gradients is not finite, nobody steps. Bare members don't look at
-    gradients; wrap one with `policy=None` to have that.
+    `on_nonfinite="skip"` and a gradient is not finite, its own or another member's, nobody steps.
 
     `defaults` has the options that all members have. So `OneCycleLR` and `CyclicLR` cycle the momentum if all members
     have `betas`, or all have `momentum`. For Muon beside AdamW they raise ValueError unless you pass
@@ -131,8 +130,12 @@ class ChainedOptimizer(Optimizer):
     def policy_groups(self) -> tuple[PolicyGroup | None, ...]:
         """The policy of each parameter group, in the order of `param_groups`; None for groups of bare members."""
         groups: list[PolicyGroup | None] = []
-        for one in self.members:
-            groups += one.policy_groups if isinstance(one, SelectiveUpdate) else [None] * len(one.param_groups)
+        for optimizer in self.members:
+            groups += (
+                optimizer.policy_groups
+                if isinstance(optimizer, SelectiveUpdate)
+                else [None] * len(optimizer.param_groups)
+            )
         return tuple(groups)
 
     @property
@@ -142,14 +145,14 @@ class ChainedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The members' own `zero_grad`."""
-        for one in self.members:
-            one.zero_grad(set_to_none=set_to_none)
+        for optimizer in self.members:
+            optimizer.zero_grad(set_to_none=set_to_none)
 
     def __getattr__(self, name: str) -> Any:
         # Only what schedule-free optimizers have and training loops call, as SelectiveUpdate hands it on.
         members = self.__dict__.get("_members")
         if name in ("train", "eval") and members is not None:
-            having = [one for one in members.optimizers if hasattr(one, name)]
+            having = [optimizer for optimizer in members.optimizers if hasattr(optimizer, name)]
             if having:
                 return partial(_call_each, having, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -195,12 +198,12 @@ class ChainedOptimizer(Optimizer):
         Bare members make theirs, too. Those that neither Adam, AdamW, SGD nor Lion are may have counted one step.
         """
         self._members.number()
-        for one in self.members:
-            if isinstance(one, SelectiveUpdate):
-                one.init_state()
+        for optimizer in self.members:
+            if isinstance(optimizer, SelectiveUpdate):
+                optimizer.init_state()
             else:
-                for group in one.param_groups:
-                    make_base_state(one, group, group["params"])
+                for group in optimizer.param_groups:
+                    make_base_state(optimizer, group, group["params"])
 
     def state_dict(self) -> dict[str, Any]:
         """torch's form, `{"state", "param_groups"}`, with the parameters counted on over all members."""
@@ -256,10 +259,10 @@ class ChainedOptimizer(Optimizer):
         self.defaults = dict(state.get("defaults", self.defaults))
 
     def __repr__(self) -> str:
-        inside = "\n".join(f"{name}: {one!r}" for name, one in self._members)
-        return f"{type(self).__name__} ({', '.join(described(one) for one in self.members)})\n{inside}"
+        inside = "\n".join(f"{name}: {optimizer!r}" for name, optimizer in self._members)
+        return f"{type(self).__name__} ({', '.join(described(optimizer) for optimizer in self.members)})\n{inside}"
 
 
 def _call_each(optimizers: Sequence[Optimizer], name: str) -> None:
-    for one in optimizers:
-        getattr(one, name)()
+    for optimizer in optimizers:
+        getattr(optimizer, name)()

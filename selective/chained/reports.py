@@ -44,21 +44,21 @@ def reported(optimizers: Sequence[SelectiveUpdate], names: Sequence[str]) -> lis
 
 
 def _parameters(optimizers: Sequence[SelectiveUpdate]) -> Iterator[tuple[int, GroupPlan, Parameter]]:
-    for member, one in enumerate(optimizers):
-        for plan in one.groups.plans:
+    for member, optimizer in enumerate(optimizers):
+        for plan in optimizer.groups.plans:
             for parameter in plan.params.parameters:
                 yield member, plan, parameter
 
 
 def statistics(members: Members) -> dict[str, dict[str, Tensor]]:
     """Return the statistics of all wrapped members that collect them, under the names of `reported`."""
-    named = [(name, one) for name, one in members if isinstance(one, SelectiveUpdate)]
-    if not any(one.options.statistics for _, one in named):
+    named = [(name, optimizer) for name, optimizer in members if isinstance(optimizer, SelectiveUpdate)]
+    if not any(optimizer.options.statistics for _, optimizer in named):
         raise RuntimeError(
             "ChainedOptimizer: nothing was collected; wrap a member in SelectiveUpdate, with statistics=True"
         )
-    optimizers = [one for _, one in named]
-    read = [one.statistics() if one.options.statistics else {} for one in optimizers]
+    optimizers = [optimizer for _, optimizer in named]
+    read = [optimizer.statistics() if optimizer.options.statistics else {} for optimizer in optimizers]
     merged = {}
     for each in reported(optimizers, [name for name, _ in named]):
         if each.parameter.name in read[each.member]:
@@ -69,10 +69,10 @@ def statistics(members: Members) -> dict[str, dict[str, Tensor]]:
 def explain(members: Members) -> str:
     """Return what each member says of itself, under its name."""
     lines, first = [f"ChainedOptimizer of {len(members.optimizers)}: {', '.join(members.names)}"], 0
-    for name, one in members:
-        end = first + len(one.param_groups)
+    for name, optimizer in members:
+        end = first + len(optimizer.param_groups)
         which = f"param_groups[{first}]" if end == first + 1 else f"param_groups[{first}:{end}]"
-        text = one.explain() if isinstance(one, SelectiveUpdate) else _explain_bare(one)
+        text = optimizer.explain() if isinstance(optimizer, SelectiveUpdate) else _explain_bare(optimizer)
         lines += [f"member {name!r}, {which} of the chain", textwrap.indent(text, "  ")]
         first = end
     return "\n".join(lines)

@@ -20,9 +20,9 @@ class ChainedState(MutableMapping[Any, Any]):
         self._members = members
 
     def __getitem__(self, param: Any) -> Any:
-        for one in self._members.optimizers:
-            if param in one.state:
-                return one.state[param]
+        for optimizer in self._members.optimizers:
+            if param in optimizer.state:
+                return optimizer.state[param]
         owner = self._members.owner_of(param)
         if owner is None:
             raise KeyError(param)
@@ -32,21 +32,21 @@ class ChainedState(MutableMapping[Any, Any]):
         self._owner(param).state[param] = entries
 
     def __delitem__(self, param: Any) -> None:
-        for one in self._members.optimizers:
-            if param in one.state:
-                del one.state[param]
+        for optimizer in self._members.optimizers:
+            if param in optimizer.state:
+                del optimizer.state[param]
                 return
         raise KeyError(param)
 
     def __contains__(self, param: object) -> bool:
-        return any(param in one.state for one in self._members.optimizers)
+        return any(param in optimizer.state for optimizer in self._members.optimizers)
 
     def __iter__(self) -> Iterator[Any]:
-        for one in self._members.optimizers:
-            yield from one.state
+        for optimizer in self._members.optimizers:
+            yield from optimizer.state
 
     def __len__(self) -> int:
-        return sum(len(one.state) for one in self._members.optimizers)
+        return sum(len(optimizer.state) for optimizer in self._members.optimizers)
 
     def __repr__(self) -> str:
         return repr(dict(self))
@@ -57,16 +57,16 @@ class ChainedState(MutableMapping[Any, Any]):
 
     def clear(self) -> None:
         """Remove all state: everything starts anew in the next step."""
-        for one in self._members.optimizers:
-            one.state.clear()
+        for optimizer in self._members.optimizers:
+            optimizer.state.clear()
 
     def replace(self, states: Mapping[Any, Any]) -> None:
         """Write these states instead of all that there is. Nothing is written if one belongs to no member."""
-        parts: dict[int, dict[Any, Any]] = {id(one): {} for one in self._members.optimizers}
+        parts: dict[int, dict[Any, Any]] = {id(optimizer): {} for optimizer in self._members.optimizers}
         for param, entries in states.items():
             parts[id(self._owner(param))][param] = entries
-        for one in self._members.optimizers:
-            one.state = defaultdict(dict, parts[id(one)])  # as torch's is
+        for optimizer in self._members.optimizers:
+            optimizer.state = defaultdict(dict, parts[id(optimizer)])  # as torch's is
 
     def _owner(self, param: Any) -> Any:
         owner = self._members.owner_of(param)

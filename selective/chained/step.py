@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
+from torch.optim import Optimizer
+
 from selective.base.step_base import base_hooks, run_step
-from selective.chained.members import Members
+from selective.chained.members import Members, present_parameters
 from selective.kernels import Exchange
-from selective.step.begin import begin_step, take_steps
-from selective.step.gradients import is_initialisation
+from selective.optimizer import SelectiveUpdate
+from selective.step.begin import BegunStep, begin_step, take_steps
+from selective.step.gradients import has_nonfinite, is_initialisation
 
 
 def step_members(members: Members) -> None:
@@ -21,20 +25,39 @@ def step_members(members: Members) -> None:
     members.number()
     together, others = members.stepped_together()
     with ExitStack() as hooks:
-        for one in members.optimizers:
-            hooks.enter_context(base_hooks(one))
-        begun = [begin_step(one.runner, one.groups) for one in together]
+        for optimizer in members.optimizers:
+            hooks.enter_context(base_hooks(optimizer))
+        begun = [begin_step(optimizer.runner, optimizer.groups) for optimizer in together]
         recording = any(step.recording for step in begun)
         if not recording and is_initialisation(members.groups()):
             for step in begun:
                 step.initialise()
-        elif sum(step.has_nonfinite() for step in begun):  # all are asked: other ranks may wait for each of them
+        elif _is_skipped(members, begun):
             for step in begun:
                 step.skip()
             return
         elif begun:
             # The replays of a CUDA graph read the tables of each member's own calls.
-            recorded = recording or any(one.count.clocks.recorded for one in together)
+            recorded = recording or any(optimizer.count.clocks.recorded for optimizer in together)
             take_steps(begun, Exchange(), None if recorded else members.calls)
-        for one in others:
-            run_step(one)
+        for optimizer in others:
+            run_step(optimizer)
+
+
+def _is_skipped(members: Members, begun: Sequence[BegunStep]) -> bool:
+    """True if a gradient is not finite and a member says "skip"; a FloatingPointError if one says "raise".
+
+    What a member says holds for the gradients of all members that say nothing.
+    """
+    skipped = sum(step.has_nonfinite() for step in begun)  # all are asked: other ranks may wait for each of them
+    said = {optimizer.options.on_nonfinite for optimizer in members.wrapped}
+    if not said & {"raise", "skip"}:
+        return False
+    silent = [p for name, optimizer in members if not _looks(optimizer) for p in present_parameters(name, optimizer)]
+    steps = max((optimizer.count.steps for optimizer in members.wrapped), default=0)
+    return has_nonfinite([silent], "raise" if "raise" in said else "skip", steps) or skipped > 0
+
+
+def _looks(optimizer: Optimizer) -> bool:
+    """True if a member looks at its own gradients."""
+    return isinstance(optimizer, SelectiveUpdate) and optimizer.options.on_nonfinite != "ignore"

@@ -14,7 +14,7 @@ KEYS = ("policy", "preconditioner", "matrix_view", "decay")
 
 
 _NEVER: Any = object()
-_ATTRIBUTES = {"policy", "preconditioner", "matrix_view", "planned", "preconditioning"}
+_ATTRIBUTES = {"policy", "preconditioner", "matrix_view", "decay", "planned", "preconditioning", "decaying"}
 
 
 class ModelGroup(MutableMapping[str, Any]):

@@ -102,7 +102,7 @@ SUBJECTS: dict[str, tuple[Subject, set[str]]] = {
     "two-random": (two_members(RandomMask()), NEED_THE_BASE | WITHOUT_POLICY_DATA),
     "muon-adamw": (muon_beside_adamw(), NEED_THE_BASE | NEED_ANOTHER_BASE | WITHOUT_POLICY_DATA | WITHOUT_A_CLAIM),
 }
-QUICK = ("two", "muon-adamw")
+QUICK = ("muon-adamw",)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SUBJECTS])

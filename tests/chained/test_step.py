@@ -71,38 +71,57 @@ def state_of(opt: ChainedOptimizer) -> list[Tensor]:
     return [v.clone() for entries in opt.state.values() for v in entries.values() if isinstance(v, Tensor)]
 
 
-@pytest.mark.parametrize("which", [0, 2], ids=["first", "second"])
+@pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["first", "of the bare one", "second", "of the one that ignores"])
 def test_a_gradient_that_is_not_finite_skips_all_members(which: int) -> None:
     model = net()
     matrices, rest = parts_of(model)
     opt = ChainedOptimizer(
-        [SelectiveUpdate(AdamW([p], lr=0.01), policy="MGUP", on_nonfinite="skip") for p in matrices]
-        + [AdamW(rest, lr=0.01)]
+        [
+            *(SelectiveUpdate(AdamW([p], lr=0.01), policy="MGUP", on_nonfinite="skip") for p in matrices),
+            AdamW(rest[:1], lr=0.01),
+            SelectiveUpdate(AdamW(rest[1:], lr=0.01), policy="MGUP"),
+        ]
     )
     train(model, opt, range(2))
     params, state = values(model), state_of(opt)
     give_gradients(model, 2)
     gradient = list(model.parameters())[which].grad
     assert gradient is not None
-    gradient[0, 0] = float("nan")
+    gradient.view(-1)[0] = float("nan")
     opt.step()
     assert equal(values(model), params) and equal(state_of(opt), state)
     train(model, opt, [3])
     assert not any(torch.equal(p, q) for p, q in zip(values(model), params, strict=True))
 
 
-def test_a_member_that_ignores_and_one_that_raises() -> None:
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [(0, r"'param_groups\[0\]\[0\]'"), (1, r"'0/param_groups\[0\]\[0\]'")],
+    ids=["its own", "of another"],
+)
+def test_a_member_that_raises_names_the_parameter(which: int, name: str) -> None:
     model = net()
     matrices, rest = parts_of(model)
     raises = SelectiveUpdate(AdamW(matrices, lr=0.01), policy="MGUP", on_nonfinite="raise")
     opt = ChainedOptimizer([AdamW(rest, lr=0.01), raises])
     before = values(model)
     give_gradients(model, 0)
-    assert matrices[0].grad is not None
-    matrices[0].grad.fill_(float("inf"))
-    with pytest.raises(FloatingPointError, match=r"param_groups\[0\]\[0\]"):
+    gradient = list(model.parameters())[which].grad
+    assert gradient is not None
+    gradient.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match=name):
         opt.step()
     assert equal(values(model), before)
+
+
+def test_without_a_member_that_asks_nobody_looks() -> None:
+    model = net()
+    opt = muon_and_adamw(model)
+    give_gradients(model, 0)
+    list(model.parameters())[1].grad[0] = float("nan")  # type: ignore[index]
+    opt.step()
+    moved = [p.isnan().any() for p in model.parameters()]
+    assert moved == [False, True, False, False]
 
 
 def test_a_scaler_that_finds_an_overflow_skips_all_members() -> None:
@@ -125,7 +144,7 @@ def test_a_scaler_that_finds_an_overflow_skips_all_members() -> None:
     assert scaler.get_scale() == 128.0
 
 
-class Fails(Policy):
+class FailsInAChain(Policy):
     def mask(self, view: Any) -> Tensor:
         raise ZeroDivisionError("not this one")
 
@@ -137,11 +156,11 @@ def test_nobody_has_moved_where_a_policy_raises() -> None:
         [
             AdamW(rest[:1], lr=0.01),
             SelectiveUpdate(AdamW(matrices, lr=0.01), policy="MGUP"),
-            SelectiveUpdate(AdamW(rest[1:], lr=0.01), policy=Fails()),
+            SelectiveUpdate(AdamW(rest[1:], lr=0.01), policy=FailsInAChain()),
         ]
     )
     before = values(model)
-    with pytest.raises(PolicyError, match=r"Fails failed in step 0.*not this one"):
+    with pytest.raises(PolicyError, match=r"FailsInAChain failed in step 0.*not this one"):
         train(model, opt, [0])
     assert equal(values(model), before)
     opt.members[2].policy_groups[0].policy = MGUP()  # type: ignore[union-attr]
