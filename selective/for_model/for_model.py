@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -60,7 +61,8 @@ def for_model(
         lr: the learning rate, or one for each kind. None: the base's own.
         weight_decay: of all parameters but those in `no_decay`, and those that the model's `no_weight_decay()` names.
             None: the base's own.
-        policy: what selects, as in `SelectiveUpdate`; or a mapping from kinds to policies.
+        policy: what selects, as in `SelectiveUpdate`; or a mapping from kinds to policies. "dense" makes the groups
+            only.
         preconditioner: what rotates, as in `SelectiveUpdate`; or a mapping from kinds to preconditioners.
         matrices, rest: a base for the matrices with two dimensions, and one for everything else. One that is not given
             is `base`.
@@ -100,13 +102,18 @@ def for_model(
         members["matrices"], members["rest"] = taken_by_matrices(groups)
         with_rates_of_rest(members["rest"], lr)
     alone = not all(members.values())
-    dense = {} if alone else {"policy": "dense"}  # said on purpose where one is wrapped for its options only
+    if alone and policy is None and preconditioner is None:
+        warnings.warn(
+            "for_model: neither a policy nor a preconditioner is given, so that every step is the base's own. Pass "
+            "policy='cautious' or preconditioner='soap', for instance; policy='dense' if this is what you want",
+            stacklevel=2,
+        )
     built: dict[str, Optimizer] = {}
     for (name, of_member), make in zip(members.items(), makers, strict=True):
         if of_member:
             wraps = alone or bool(of_wrapper) or _asks_for_wrapper(of_member)
             made = make_base(make, of_member if wraps else _without_our_keys(of_member), of_bases)
-            built[name] = cls(made, **dense, **of_wrapper) if wraps else made
+            built[name] = cls(made, policy="dense", **of_wrapper) if wraps else made
     optimizer = next(iter(built.values())) if alone else _chained(built)
     if verbose:
         print(decided(groups, members, optimizer))

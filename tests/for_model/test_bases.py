@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,12 +13,8 @@ import torch
 from optional import missing
 from torch import nn
 
-import selective
 from selective import MGUP, Cautious, Dense, SelectiveUpdate, Soap
 from selective.base.by_name import SLOW_PLACES, optimizer_class
-
-has_chained = (Path(selective.__file__).parent / "chained" / "optimizer.py").exists()
-needs_chained = pytest.mark.skipif(not has_chained, reason="needs selective.chained")
 
 
 def small() -> nn.Module:
@@ -192,6 +187,21 @@ def test_mistakes_are_said(
         SelectiveUpdate.for_model(small(), base, **{"policy": "mgup", **options})
 
 
+def test_nothing_to_do_is_said_with_the_way_out() -> None:
+    with pytest.warns(UserWarning, match="neither a policy nor a preconditioner .*policy='dense' if") as told:
+        SelectiveUpdate.for_model(small())
+    assert [warning.filename for warning in told] == [__file__]  # once, and where it was called
+    opt = SelectiveUpdate.for_model(small(), policy="dense")
+    assert {group.policy.kind for group in opt.policy_groups} == {"Dense"}
+
+
+def test_a_function_is_a_policy() -> None:
+    model = small()
+    opt = SelectiveUpdate.for_model(model, policy=lambda view: view.update * view.grad > 0)
+    stepped(opt, model)
+    assert set(opt.statistics()) == {"up.weight", "down.weight"}
+
+
 def test_models_that_cant_be_trained() -> None:
     with pytest.raises(ValueError, match=r"for_model: the model has no parameter that requires .*requires_grad_\(\)"):
         SelectiveUpdate.for_model(small().requires_grad_(False), policy="mgup")
@@ -242,7 +252,6 @@ class Mixed(nn.Module):
         self.w12 = nn.Linear(4, 8, bias=False)
 
 
-@needs_chained
 def test_muon_for_matrices_and_adamw_for_the_rest() -> None:
     model = Mixed()
     opt = SelectiveUpdate.for_model(
@@ -264,7 +273,6 @@ def test_muon_for_matrices_and_adamw_for_the_rest() -> None:
     assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-@needs_chained
 def test_two_bases_with_a_policy() -> None:
     opt = SelectiveUpdate.for_model(Mixed(), "adamw", matrices="muon", lr=1e-3, policy="cautious")
     muon, adamw = opt.members  # the second one has convolutions and stacks, and those are matrices
@@ -277,7 +285,6 @@ def test_two_bases_with_a_policy() -> None:
     assert all(isinstance(member, SelectiveUpdate) for member in opt.members)
 
 
-@needs_chained
 def test_a_partial_has_options_of_its_own() -> None:
     muon = partial(torch.optim.Muon, momentum=0.8)
     opt = SelectiveUpdate.for_model(small(), matrices=muon, rest=torch.optim.SGD, lr=0.1, momentum=0.5)
@@ -285,6 +292,20 @@ def test_a_partial_has_options_of_its_own() -> None:
     assert {group["momentum"] for group in opt.members[0].param_groups} == {0.8}
     opt = SelectiveUpdate.for_model(small(), matrices="muon", rest=torch.optim.SGD, lr=0.1, momentum=0.5)
     assert {group["momentum"] for group in opt.param_groups} == {0.5}  # both take it
+
+
+def test_two_bases_resume_bit_for_bit() -> None:
+    made: dict[str, Any] = {"matrices": "muon", "rest": "adamw", "lr": 1e-2, "policy": "randommask", "seed": 3}
+    through, halves = seeded(), seeded()
+    opt = SelectiveUpdate.for_model(through, **made)
+    stepped(opt, through)
+    stepped(opt, through)
+    first = SelectiveUpdate.for_model(halves, **made)
+    stepped(first, halves)
+    again = SelectiveUpdate.for_model(halves, **made)
+    again.load_state_dict(first.state_dict())
+    stepped(again, halves)
+    assert all(torch.equal(p, q) for p, q in zip(through.parameters(), halves.parameters(), strict=True))
 
 
 def test_two_bases_that_are_one() -> None:
