@@ -102,7 +102,7 @@ def for_model(
         members["matrices"], members["rest"] = taken_by_matrices(groups)
         with_rates_of_rest(members["rest"], lr)
     alone = not all(members.values())
-    if alone and policy is None and preconditioner is None:
+    if alone and policy is None and preconditioner is None and of_wrapper.get("decay") is None:
         warnings.warn(
             "for_model: neither a policy nor a preconditioner is given, so that every step is the base's own. Pass "
             "policy='cautious' or preconditioner='soap', for instance; policy='dense' if this is what you want",

@@ -193,6 +193,8 @@ def test_nothing_to_do_is_said_with_the_way_out() -> None:
     assert [warning.filename for warning in told] == [__file__]  # once, and where it was called
     opt = SelectiveUpdate.for_model(small(), policy="dense")
     assert {group.policy.kind for group in opt.policy_groups} == {"Dense"}
+    opt = SelectiveUpdate.for_model(small(), weight_decay=0.1, decay="cautious-decay")  # something to do, with AdamW
+    assert {group.decay.kind for group in opt.decay_groups} == {"CautiousDecay"}  # type: ignore[union-attr]
 
 
 def test_a_function_is_a_policy() -> None:
