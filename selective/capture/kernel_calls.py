@@ -63,6 +63,10 @@ class KernelCalls:
         """Forget calls that were not made, because the step failed before them."""
         self._calls = []
 
+    def forget(self) -> None:
+        """Forget the joined lists, so that state which was replaced is not kept in memory until the next step."""
+        self._joined = {}
+
     def _make(self, bucket: list[Call], before: dict[tuple[int, ...], Any]) -> None:
         key = tuple(id(call.items) for call in bucket)
         lists = [call.items for call in bucket]

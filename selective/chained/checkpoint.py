@@ -54,6 +54,8 @@ def load(members: Members, checkpoint: dict[str, Any]) -> None:
         for undo in undo_all:
             undo()
         raise
+    finally:
+        members.calls.forget()  # they hold the state that was there before
 
 
 def _load_member(name: str, optimizer: Optimizer, part: dict[str, Any]) -> None:
@@ -65,7 +67,7 @@ def _load_member(name: str, optimizer: Optimizer, part: dict[str, Any]) -> None:
             _load_bare(optimizer, part)
     except CheckpointMismatch as error:
         found, advice, long = error.said
-        raise CheckpointMismatch(f"of member {name!r}: {found}", advice, long) from error
+        raise CheckpointMismatch(f"member {name!r}: {found}", advice, long) from error
     except Exception as error:  # a member of another package may raise anything
         raise CheckpointMismatch(
             f"the checkpoint can't be loaded into member {name!r} ({type(error).__name__}: {error})"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from typing import Any
 
 import pytest
@@ -118,11 +120,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_the_members_name() -> None
     cautious = SelectiveUpdate(Muon(matrices), policy="Cautious")
     wrapped = SelectiveUpdate(AdamW(rest), policy="MGUP")
     for members, match in [
-        ({"m": cautious, "r": AdamW(rest)}, "of member 'm': .*has the policy Cautious.*made with MGUP"),
-        ({"m": Muon(matrices), "r": AdamW(rest)}, "of member 'm': the checkpoint has this member wrapped"),
+        ({"m": cautious, "r": AdamW(rest)}, "member 'm': .*has the policy Cautious.*made with MGUP"),
+        ({"m": Muon(matrices), "r": AdamW(rest)}, "member 'm': the checkpoint has this member wrapped"),
         ([AdamW(rest)], "2 parameter groups, the optimizer 1"),
         ([SelectiveUpdate(Muon(matrices), policy="MGUP"), torch.optim.SGD(rest)], "the checkpoint is not of SGD"),
-        ([wrapped, AdamW(matrices)], "of member '0': "),
+        ([wrapped, AdamW(matrices)], "member '0': "),
     ]:
         fresh = ChainedOptimizer(members)
         start = everything(fresh)
@@ -148,6 +150,17 @@ def test_a_member_that_was_bare_may_be_wrapped_later() -> None:
     fresh.load_state_dict(saved(opt))
     assert int(fresh.state[rest[0]]["step"]) == 2
     train(model, fresh, [2])
+
+
+def test_state_that_was_replaced_is_not_kept() -> None:
+    model = net()
+    opt = two_adamw(model)
+    train(model, opt, range(2))  # both members share a kernel call, and its list of items
+    checkpoint = saved(opt)
+    old = weakref.ref(next(iter(opt.state.values()))["exp_avg"])
+    opt.load_state_dict(checkpoint)
+    gc.collect()
+    assert old() is None
 
 
 class Lookalike(AdamW):
