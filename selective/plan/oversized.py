@@ -33,12 +33,12 @@ def oversized(plans: Sequence[GroupPlan]) -> str | None:
     )
 
 
-def warn_of_oversized(plans: Sequence[GroupPlan]) -> None:
-    """Warn if the limit that the user has chosen lets such sides be rotated. Called by a method that users call."""
+def warn_of_oversized(plans: Sequence[GroupPlan], stacklevel: int) -> None:
+    """Warn if the limit that the user has chosen lets such sides be rotated; `stacklevel` as in `warnings.warn`."""
     sides = oversized(plans)
     if sides is not None:
         message = f"SelectiveUpdate: {sides}. The default of max_state_ratio leaves them out"
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=stacklevel + 1)
 
 
 def oversized_as_saved(plans: Sequence[GroupPlan]) -> str | None:

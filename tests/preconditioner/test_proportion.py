@@ -130,8 +130,10 @@ def test_whoever_insists_is_told_the_bytes() -> None:
     assert [w.filename for w in warned] == [__file__]
     others = [torch.nn.Parameter(torch.ones(shape)) for shape in [(96, 2), (2, 96), (2, 90), (6, 6), (7,)]]
     names = [(f"more.{i}", p) for i, p in enumerate(others)]
-    with pytest.warns(UserWarning, match=r"212,256 bytes: .*'more.0' \(96\).*'more.2' \(90\) keep 64,800 bytes, 90 t"):
+    said = r"212,256 bytes: .*'more.0' \(96\).*'more.2' \(90\) keep 64,800 bytes, 90 t"
+    with pytest.warns(UserWarning, match=said) as warned:
         optimizer.add_param_group({"params": names, "preconditioner": Eigenbasis(max_state_ratio=500)})
+    assert [w.filename for w in warned] == [__file__]
     train(p, optimizer, 0, 2)  # and never again
 
 
