@@ -179,7 +179,7 @@ class SGDRule:
     nesterov: bool = False
     weight_decay: float = 0.0  # coupled, as torch has it
     maximize: bool = False
-    decay_factor: Scalar | None = None  # the parameter is multiplied by it (decoupled decay), which torch's SGD lacks
+    factor: Scalar | None = None  # the parameter is multiplied by it (decoupled decay, which torch's SGD lacks)
     counts_steps: ClassVar[bool] = False
     decay_is_coupled: ClassVar[bool] = True
 
@@ -206,7 +206,7 @@ class SGDRule:
     @property
     def has_decay_factor(self) -> bool:
         """True if the parameter is multiplied by a factor."""
-        return self.decay_factor is not None
+        return self.factor is not None
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def hyper_parameters(spec: StepSpec) -> list[Scalar]:
     if isinstance(rule, SGDRule):
         put(numbers.SGD_MOMENTUM, rule.momentum)
         put(numbers.DAMPENING, rule.dampening)
-        put(numbers.DECAY_FACTOR, 1.0 if rule.decay_factor is None else rule.decay_factor)
+        put(numbers.DECAY_FACTOR, 1.0 if rule.factor is None else rule.factor)
     for place, value in ((numbers.SELECTED, strength.selected), (numbers.REST, strength.rest),
                          (numbers.CAP, strength.cap), (numbers.TEMPERATURE, strength.temperature),
                          (numbers.SMOOTHING, strength.smoothing)):  # fmt: skip

@@ -58,8 +58,8 @@ def decay_factor(rule: Rule) -> Scalar:
         return 1 - number(rule.lr) * rule.weight_decay if rule.decoupled and rule.weight_decay != 0 else 1.0
     if isinstance(rule, (LionRule, GivenRule)):
         return number(rule.decay_factor if isinstance(rule, LionRule) else rule.factor)
-    if isinstance(rule, SGDRule) and rule.decay_factor is not None:
-        return number(rule.decay_factor)
+    if isinstance(rule, SGDRule) and rule.factor is not None:
+        return number(rule.factor)
     return 1.0
 
 

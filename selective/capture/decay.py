@@ -29,11 +29,11 @@ def with_own_factor(rule: spec.Rule, decay: Decay | None, group: dict[str, Any])
         return rule
     if isinstance(rule, spec.AdamRule):  # it computes the factor from its rate, which may be on a GPU
         return replace(rule, decoupled=True, weight_decay=decay.weight_decay)
-    if isinstance(rule, spec.GivenRule):
-        raise TypeError("a given update gets its factor where it is captured")
     factor = own_factor(decay, group)
     assert factor is not None
-    return replace(rule, decay_factor=factor)
+    if isinstance(rule, spec.LionRule):
+        return replace(rule, decay_factor=factor)
+    return replace(rule, factor=factor)
 
 
 def decaying_coordinates(
