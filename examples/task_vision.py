@@ -1,7 +1,7 @@
 """A vision model: a small convolutional network tells bars from crosses and rings, in images made on the spot.
 
-AdamW is compared with MGUP on it, and with an optimizer that a function makes. Two learning rates are swept in pairs: one
-of the convolutions, and one of the head and the vectors.
+AdamW is compared with MGUP on it, and with an optimizer that a function makes. Two learning rates are swept in pairs:
+one of the weights, and one of biases and norms.
 
     selective compare --task examples/task_vision.py:Shapes --optimizer examples/task_vision.py:sgd --policy MGUP
 """
