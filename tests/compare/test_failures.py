@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -175,3 +177,24 @@ def test_a_rate_that_diverged_at_a_seed_is_not_best_where_another_failed() -> No
     assert [row.lr for row in summary.rows if row.best] == [0.1, 1.0]
     json.dumps(as_json(summary), allow_nan=False)
     assert summary.found[0].against_base.n == 2
+
+
+def test_a_process_that_dies_in_the_middle_of_a_message_costs_its_run(tmp_path) -> None:
+    comparison = Comparison(build({**SMALL, "task": f"{FILE}:Line", "seeds": [0]}), tmp_path / "out")
+    handled = []
+    pool = workers.Pool(comparison.setup, Given(), [], tmp_path, workers.Stop(), handled.append)
+    ours, theirs = multiprocessing.Pipe()
+
+    class Ended:
+        exitcode = -15
+
+        def join(self) -> None:
+            return None
+
+    pool._workers[ours] = workers._Worker(0, Ended(), ready=True, run=comparison.runs[0], done=3)
+    os.write(theirs.fileno(), struct.pack("!i", 1000) + b"half of it")
+    theirs.close()
+    pool._listen(ours)
+    (record,) = handled
+    assert (record["failed"], record["steps_done"]) == ("its process was killed by SIGTERM", 3)
+    assert pool._workers == {}
