@@ -23,7 +23,7 @@ Contenders = Iterable[Any] | Mapping[str, Maker]
 
 
 def compare(
-    task: Task | str | None = None,
+    task: Task | type[Task] | str | None = None,
     contenders: Contenders = (),
     *,
     lrs: Sequence[float] = (1e-3, 3e-3),
