@@ -58,7 +58,7 @@ class Sums:
 
 if __name__ == "__main__":
     comparison = compare(
-        Sums(), [Cautious(), Soap()], lrs=[3e-3], seeds=2, steps=20, policies_in_spaces=False, out="huggingface",
+        Sums(), [Cautious(), Soap()], lrs=[3e-3], seeds=2, steps=12, policies_in_spaces=False, out="huggingface",
         show=False,
     )  # fmt: skip
     for label, verdict in comparison.summary.verdicts:

@@ -42,7 +42,7 @@ class Regression:
 
 if __name__ == "__main__":
     comparison = compare(
-        Regression(), [Cautious(), MGUP()], lrs=[3e-3, 1e-2], seeds=2, steps=40, out="regression", show=False
+        Regression(), [Cautious(), MGUP()], lrs=[3e-3, 1e-2], seeds=2, steps=20, out="regression", show=False
     )
     for label, verdict in comparison.summary.verdicts:
         print(f"{label}: {verdict}")

@@ -1,6 +1,7 @@
 """A vision model: a small convolutional network tells bars from crosses and rings, in images made on the spot.
 
-AdamW is compared with Muon for the convolutions and AdamW for the rest, each rate tried with each of the other.
+AdamW is compared with MGUP on it, and with an optimizer that a function makes. Two learning rates are swept in pairs:
+one of the weights, and one of biases and norms.
 
     selective compare --task examples/task_vision.py:Shapes --optimizer examples/task_vision.py:sgd --policy MGUP
 """
@@ -69,7 +70,7 @@ def sgd(params: Any, lr: float) -> torch.optim.Optimizer:
 
 if __name__ == "__main__":
     comparison = compare(
-        Shapes(), [MGUP(), sgd], lrs=[3e-3, 1e-2], rest_lrs=[3e-3, 1e-2], seeds=2, steps=15, controls=False,
+        Shapes(), [MGUP(), sgd], lrs=[3e-3, 1e-2], rest_lrs=[3e-3, 1e-2], seeds=2, steps=10, controls=False,
         out="vision", show=False,
     )  # fmt: skip
     for row in comparison.summary.rows:

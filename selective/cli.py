@@ -36,7 +36,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Train the same model (a small GPT, or a task of yours) from the same start on the same batches "
         "under several optimizers, and say whether selection helped. Command-line options override the configuration "
         "file.",
-        epilog='Example: selective compare --policy MGUP --policy \'{"kind": "Cautious"}\' --lr 1e-3 3e-3 --seeds 3',
+        epilog='Examples: selective compare --policy MGUP --policy \'{"kind": "Cautious"}\' --lr 1e-3 3e-3 --seeds 3; '
+        "selective compare --task my_task.py:MyTask --policy Cautious --lr 1e-3,3e-3 --seeds 5",
     )
     _compare_options(compare)
     commands.add_parser("bench", help="measure what a selective step costs (selective bench --help)")

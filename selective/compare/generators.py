@@ -12,7 +12,7 @@ import torch
 
 
 def seed_generators(seed: int, step: int | None) -> None:
-    """Seed the generators of Python, NumPy (if it is imported) and torch from a run's seed and the step.
+    """Seed the generators of Python, NumPy (if it is imported) and torch (CPU and CUDA) from a run's seed and the step.
 
     So a resumed run draws what it would have drawn, and every contender draws the same, even beside an optimizer that
     draws too. A step of None is the start of a run, or an evaluation.
@@ -20,7 +20,10 @@ def seed_generators(seed: int, step: int | None) -> None:
     digest = hashlib.sha256(f"generators {seed} {step}".encode()).digest()
     number = int.from_bytes(digest[:8], "little") >> 1
     random.seed(number)
-    torch.manual_seed(number)
+    # Not `torch.manual_seed`: where CUDA is unused it keeps each call, with the stack, for a start that never comes.
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized() or (step is None and torch.cuda.is_available()):
+        torch.cuda.manual_seed_all(number)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(number % 2**32)
 

@@ -23,7 +23,7 @@ Contenders = Iterable[Any] | Mapping[str, Maker]
 
 
 def compare(
-    task: Task | str | None = None,
+    task: Task | type[Task] | str | None = None,
     contenders: Contenders = (),
     *,
     lrs: Sequence[float] = (1e-3, 3e-3),
@@ -51,7 +51,7 @@ def compare(
     Args:
         task: your `Task`, or its class if that takes no arguments; or its name, `module:name` or
             `path/to/file.py:name`. None is the built-in GPT on bytes.
-        contenders: policies (`Cautious()`, "mgup") and preconditioners (`Soap()`, "soap"), which go around `base`; and
+        contenders: policies (`Cautious()`, "MGUP") and preconditioners (`Soap()`, "soap"), which go around `base`; and
             functions that make an optimizer, `maker(params, lr)` or `maker(model, lr)`, or their names
             (`module:name`). A mapping gives functions names of your own: `{"muon": lambda model, lr: ...}`. Classes of
             optimizers are such functions. The model is passed if the first parameter is called `model`, and parameter

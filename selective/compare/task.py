@@ -38,15 +38,15 @@ class Task(Protocol):
     be importable: not defined inside of a function.
     """
 
-    def model(self, seed: int) -> nn.Module:
+    def model(self, seed: int, /) -> nn.Module:
         """The model at its start, on the CPU, which `seed` fixes. The global generators are seeded with it before."""
         ...
 
-    def loss(self, model: Any, batch: Any) -> Tensor:
+    def loss(self, model: Any, batch: Any, /) -> Tensor:
         """The loss of a batch, a tensor with one element. The model is in training mode."""
         ...
 
-    def evaluate(self, model: Any) -> float:
+    def evaluate(self, model: Any, /) -> float:
         """A number that is smaller for better models: the held-out loss, an error rate.
 
         The model is in evaluation mode and on its device, and no gradients are kept. Held-out data has to be moved

@@ -233,7 +233,7 @@ class Pool:
         worker = self._workers[connection]
         try:
             message = connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # OSError: it died in the middle of a message
             self._ended(connection, worker)
             return
         if isinstance(message, str):  # it could not be set up, and no other could

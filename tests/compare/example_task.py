@@ -31,7 +31,8 @@ class Line:
     def evaluate(self, model: nn.Module) -> float:
         assert not model.training
         assert not torch.is_grad_enabled()
-        return nn.functional.mse_loss(model(INPUTS), TARGETS).item()
+        device = next(model.parameters()).device
+        return nn.functional.mse_loss(model(INPUTS.to(device)), TARGETS.to(device)).item()
 
 
 class Deadly(Line):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from selective.compare.config import merge
 from selective.compare.devices import devices, worker_count
 from selective.compare.plots import write_plots
 from selective.compare.setup import Given
+from selective.compare.summary import as_json
 from selective.compare.table import results_table
 from selective.compare.train import write_atomically
 from selective.compare.words import in_plain_words
@@ -160,3 +163,38 @@ def test_each_worker_has_a_gpu_where_there_are_several(monkeypatch) -> None:
     assert devices(on["cpu"]) == ["cpu"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert devices(on["cuda"]) == ["cuda"]
+
+
+def test_a_rate_that_diverged_at_a_seed_is_not_best_where_another_failed() -> None:
+    """At the seeds that both rates finished, the diverging one is lower; at the third it has no loss at all."""
+    config = build({"lr": [0.1, 1.0], "policies": ["MGUP"], "controls": False, "seeds": 3, "steps": 100})
+    losses = {(i, lr): [2.0 - lr] * 3 for i in (0, 1) for lr in config.lr}
+    losses[0, 1.0] = [None, 1.0, 1.0]
+    made = with_failures(config, losses, set())
+    first = next(r for r in made if (r["contender"], r["lr"], r["seed"]) == (0, 0.1, 0))
+    first.update(complete=False, failed="its process ended with exit code 1")
+    summary = summarise(config, made)
+    assert [row.lr for row in summary.rows if row.best] == [0.1, 1.0]
+    json.dumps(as_json(summary), allow_nan=False)
+    assert summary.found[0].against_base.n == 2
+
+
+def test_a_process_that_dies_in_the_middle_of_a_message_costs_its_run(tmp_path) -> None:
+    comparison = Comparison(build({**SMALL, "task": f"{FILE}:Line", "seeds": [0]}), tmp_path / "out")
+    handled = []
+    pool = workers.Pool(comparison.setup, Given(), [], tmp_path, workers.Stop(), handled.append)
+    ours, theirs = multiprocessing.Pipe()
+
+    class Ended:
+        exitcode = -15
+
+        def join(self) -> None:
+            return None
+
+    pool._workers[ours] = workers._Worker(0, Ended(), ready=True, run=comparison.runs[0], done=3)
+    os.write(theirs.fileno(), struct.pack("!i", 1000) + b"half of it")
+    theirs.close()
+    pool._listen(ours)
+    (record,) = handled
+    assert (record["failed"], record["steps_done"]) == ("its process was killed by SIGTERM", 3)
+    assert pool._workers == {}

@@ -95,6 +95,22 @@ def test_a_run_on_a_task_goes_on_bit_for_bit(tmp_path, stopped) -> None:
     assert record["seconds_to_validation"] == sorted(record["seconds_to_validation"])
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_learns_and_goes_on(tmp_path) -> None:
+    """Dropout there draws from the device's own generator."""
+    setup = prepare(small(policies=["RandomMask"], device="cuda"))
+    run = runs(setup.config)[1]
+    straight, second = Trainer(setup, run), Trainer(setup, run)
+    straight.go(never, ignore)
+    left = iter([False] * 3)
+    Trainer(setup, run).go(lambda: next(left, True), ignore, tmp_path / "run.pt")
+    second.load(tmp_path / "run.pt")
+    second.go(never, ignore)
+    assert all(p.is_cuda for p in second.model.parameters())
+    assert second.record["train"] == straight.record["train"]
+    assert Comparison(setup.config, tmp_path / "out").run(ignore)
+
+
 def test_without_its_seeds_a_resumed_run_would_differ(tmp_path, monkeypatch) -> None:
     """The failing twin: the test above sees it if the generators are not seeded for each step."""
     monkeypatch.setattr("selective.compare.task.seed_generators", lambda seed, step: None)
