@@ -1,85 +1,94 @@
 """The functions that touch every element: the selective step, exact top-K, sums, counter-based random numbers.
 
-This folder is installed as `selective.kernels`. The import name `kernels` belongs to Hugging Face's kernels.
+This folder is installed as `selective.kernels`. The import name `kernels` belongs to Hugging Face's kernels. In a shell
+at the root of a clone that name leads here first: then the installed package of that name takes this module's place, or
+this module stays empty.
 """
 
-if __name__ != "selective.kernels":
+if __name__ == "kernels":
+    from ._stand_aside import stand_aside
+
+    stand_aside(__name__)
+elif __name__ != "selective.kernels":
     raise ModuleNotFoundError(
-        f"imported as {__name__!r}: this folder is the package `selective.kernels`; "
-        "the name `kernels` belongs to Hugging Face's kernels.",
-        name="kernels",
+        f"imported as {__name__!r}: this folder is the package `selective.kernels`", name=__name__
+    )
+else:
+    from ._dispatch import (
+        Backend,
+        advance,
+        apply_mask,
+        backend_in_use,
+        begin_sharded,
+        selective_step,
+        top_k,
+        use_backend,
+        why_no_function,
+        why_own_code,
+        why_reference,
+    )
+    from ._functions import evaluate_function, function_device
+    from .reference.decay import decaying, drawn_like
+    from .reference.random import sample_positions, uniform, uniform_bits
+    from .reference.rules import Advanced, as_seen, decay_factor, turned
+    from .shard import Shard
+    from .sharded import Exchange
+    from .spec import (
+        AdamRule,
+        Control,
+        Decay,
+        Draw,
+        GivenRule,
+        Item,
+        ItemList,
+        LionRule,
+        Rule,
+        Scalar,
+        Selection,
+        SGDRule,
+        Strength,
+        Sums,
+        SumsTable,
     )
 
-from ._dispatch import (
-    Backend,
-    advance,
-    apply_mask,
-    backend_in_use,
-    begin_sharded,
-    selective_step,
-    top_k,
-    use_backend,
-    why_no_function,
-    why_own_code,
-    why_reference,
-)
-from ._functions import evaluate_function, function_device
-from .reference.random import sample_positions, uniform, uniform_bits
-from .reference.rules import Advanced, as_seen, decay_factor, turned
-from .shard import Shard
-from .sharded import Exchange
-from .spec import (
-    AdamRule,
-    Control,
-    Draw,
-    GivenRule,
-    Item,
-    ItemList,
-    LionRule,
-    Rule,
-    Scalar,
-    Selection,
-    SGDRule,
-    Strength,
-    Sums,
-    SumsTable,
-)
-
-__all__ = [
-    "AdamRule",
-    "Advanced",
-    "Backend",
-    "Control",
-    "Draw",
-    "Exchange",
-    "GivenRule",
-    "Item",
-    "ItemList",
-    "LionRule",
-    "Rule",
-    "SGDRule",
-    "Scalar",
-    "Selection",
-    "Shard",
-    "Strength",
-    "Sums",
-    "SumsTable",
-    "advance",
-    "apply_mask",
-    "as_seen",
-    "backend_in_use",
-    "begin_sharded",
-    "decay_factor",
-    "evaluate_function",
-    "function_device",
-    "sample_positions",
-    "selective_step",
-    "top_k",
-    "turned",
-    "uniform",
-    "uniform_bits",
-    "use_backend",
-    "why_no_function",
-    "why_own_code",
-    "why_reference",
-]
+    __all__ = [
+        "AdamRule",
+        "Advanced",
+        "Backend",
+        "Control",
+        "Decay",
+        "Draw",
+        "Exchange",
+        "GivenRule",
+        "Item",
+        "ItemList",
+        "LionRule",
+        "Rule",
+        "SGDRule",
+        "Scalar",
+        "Selection",
+        "Shard",
+        "Strength",
+        "Sums",
+        "SumsTable",
+        "advance",
+        "apply_mask",
+        "as_seen",
+        "backend_in_use",
+        "begin_sharded",
+        "decay_factor",
+        "decaying",
+        "drawn_like",
+        "evaluate_function",
+        "function_device",
+        "sample_positions",
+        "selective_step",
+        "top_k",
+        "turned",
+        "uniform",
+        "uniform_bits",
+        "use_backend",
+        "why_no_function",
+        "why_own_code",
+        "why_reference",
+    ]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import cpu, reference, sharded
 from .reference.rules import Advanced, has_momentum
-from .spec import Draw, GivenRule, Item, ItemList, Rule, Selection, StepSpec, Strength, Sums, check_kinds
+from .spec import Decay, Draw, GivenRule, Item, ItemList, Rule, Selection, StepSpec, Strength, Sums, check_kinds
 
 Backend = Literal["auto", "reference", "cpu", "gpu"]  # The implementation; "auto" picks by device.
 _standard: ContextVar[Backend] = ContextVar("standard", default="auto")
@@ -145,6 +145,8 @@ def _momentum_wanted(selection: Selection, strength: Strength) -> str | None:
 def _check(items: Sequence[Item], spec: StepSpec) -> None:
     """Refuse what cannot work, before anything moves."""
     check_kinds("selective.kernels", spec)
+    if spec.decay is not None and isinstance(spec.rule, GivenRule) and spec.rule.offset != 0:
+        raise ValueError("selective decay reads the parameter before the step, and this start is the one after it")
     wanted = _momentum_wanted(spec.selection, spec.strength)
     by_strength = "momentum" in spec.strength.reads
     for item in items:
@@ -191,6 +193,7 @@ def selective_step(
     draw: Draw,
     statistics: bool = False,
     backend: Backend = "auto",
+    decay: Decay | None = None,
 ) -> Sequence[Sums] | None:
     """The complete step of these tensors, in place: moments, mask, decay, parameter (docs/design.md, steps 5 to 7).
 
@@ -203,6 +206,7 @@ def selective_step(
         draw: the source of the random numbers of selections, samples and rounding.
         statistics: also return one `Sums` for each item, in order, on the item's device.
         backend: "auto" picks by device; the others are for tests.
+        decay: the coordinates that the rule's factor of decoupled decay reaches; None: all.
 
     Raises:
         ValueError, TypeError: before anything has moved, if a gradient does not fit, if the selection or the strength
@@ -213,7 +217,7 @@ def selective_step(
     (float64 for float64 parameters), state and parameter are rounded once. Where the mask is 1, the step agrees with
     torch's Adam, AdamW and SGD to rounding (not bit for bit: torch fuses multiply-adds that are separate here).
     """
-    spec = StepSpec(rule, selection, strength, draw, statistics)
+    spec = StepSpec(rule, selection, strength, draw, statistics, decay)
     if any(item.shard is not None for item in items):
         return _with_shards(items, spec, backend)
     return _step_here(items, spec, backend)
@@ -228,13 +232,14 @@ def begin_sharded(
     draw: Draw,
     statistics: bool = False,
     backend: Backend = "auto",
+    decay: Decay | None = None,
 ) -> list[sharded.RunningPart]:
     """`selective_step` of items that are all shards, not yet run.
 
     Takes and refuses the same as `selective_step`. Give the result to an `Exchange`, so that these items share their
     collectives with those of other calls.
     """
-    return _begin_sharded(items, StepSpec(rule, selection, strength, draw, statistics), backend)
+    return _begin_sharded(items, StepSpec(rule, selection, strength, draw, statistics, decay), backend)
 
 
 def _begin_sharded(items: Sequence[Item], spec: StepSpec, backend: Backend) -> list[sharded.RunningPart]:
@@ -303,13 +308,16 @@ def advance(item: Item, rule: Rule, *, keep_previous: bool = False) -> Advanced:
     return reference.advance(item, rule, keep_previous=keep_previous)
 
 
-def apply_mask(item: Item, rule: Rule, update: Tensor, mask: Tensor, draw: Draw | None = None) -> None:
+def apply_mask(
+    item: Item, rule: Rule, update: Tensor, mask: Tensor, draw: Draw | None = None, decays: Tensor | None = None
+) -> None:
     """Step 7, in place: `p <- factor p - mask u` (GivenRule: `factor start + (offset - mask) u`), rounded once.
 
     `update` is the update that `advance` returned; `mask` any tensor that broadcasts to it (bool counts as 0 and 1).
-    `draw` is read if it asks for stochastic rounding.
+    `draw` is read if it asks for stochastic rounding. `decays` is True at the coordinates that the rule's factor of
+    decoupled decay reaches (`decaying` computes it for a `Decay`); None: all.
     """
-    reference.apply_mask(item, rule, update, mask, draw)
+    reference.apply_mask(item, rule, update, mask, draw, decays)
 
 
 def top_k(score: Tensor, k: int, *, backend: Backend = "auto") -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NoReturn, get_args, overload
 
 from torch import Tensor
 
+from .decay import DECAY_KINDS, Decay
 from .shard import Shard
 
 Scalar = float | Tensor  # a Python number, or a 0-d tensor (torch allows `lr` to be one)
@@ -23,7 +24,7 @@ STRENGTH_KINDS = frozenset(get_args(StrengthKind))
 SCORES = frozenset(get_args(Score))
 
 
-def refuse_kind(device: str, part: Literal["selection", "strength"], kind: str) -> NoReturn:
+def refuse_kind(device: str, part: Literal["selection", "strength", "decay"], kind: str) -> NoReturn:
     """End a dispatch on a kind: raise a ValueError that names the device and the kind it has no code for."""
     raise ValueError(f"{device} has no {part} of the kind {kind!r}")
 
@@ -178,9 +179,9 @@ class SGDRule:
     nesterov: bool = False
     weight_decay: float = 0.0  # coupled, as torch has it
     maximize: bool = False
+    factor: Scalar | None = None  # the parameter is multiplied by it (decoupled decay, which torch's SGD lacks)
     counts_steps: ClassVar[bool] = False
     decay_is_coupled: ClassVar[bool] = True
-    has_decay_factor: ClassVar[bool] = False
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -201,6 +202,11 @@ class SGDRule:
     def coupled_decay(self) -> float:
         """The weight decay that is added to the gradient."""
         return self.weight_decay
+
+    @property
+    def has_decay_factor(self) -> bool:
+        """True if the parameter is multiplied by a factor."""
+        return self.factor is not None
 
 
 @dataclass(frozen=True)
@@ -274,6 +280,7 @@ class StepSpec:
     strength: Strength
     draw: Draw
     statistics: bool = False  # whether a `Sums` is returned for each item
+    decay: Decay | None = None  # the coordinates that the rule's factor of decoupled decay reaches; None: all
 
     @property
     def keeps_previous(self) -> bool:
@@ -282,7 +289,7 @@ class StepSpec:
 
 
 def check_kinds(device: str, spec: StepSpec) -> None:
-    """Refuse a rule, selection, score or strength of no kind that is defined here, before anything moves.
+    """Refuse a rule, selection, score, strength or decay of no kind that is defined here, before anything moves.
 
     Raises a ValueError with the device's name. A kind that is defined here and that a device has no code for ends in
     `refuse_kind`, `refuse_score` or `refuse_rule` there.
@@ -295,6 +302,8 @@ def check_kinds(device: str, spec: StepSpec) -> None:
         refuse_score(device, spec.selection.score)
     if spec.strength.kind not in STRENGTH_KINDS:
         refuse_kind(device, "strength", spec.strength.kind)
+    if spec.decay is not None and spec.decay.kind not in DECAY_KINDS:
+        refuse_kind(device, "decay", spec.decay.kind)
 
 
 @dataclass

@@ -53,10 +53,17 @@ def schedule_free(base: Any) -> Any:
     return wrapper
 
 
+def chained(base: Any) -> Any:
+    """A chain whose only member is `SelectiveUpdate` over the base. Chains of several are held to it by the tests."""
+    selective = importlib.import_module("selective")
+    return selective.ChainedOptimizer([selective.SelectiveUpdate(base, policy="MGUP")])
+
+
 COLUMNS = (
     Column("no wrapper", "conformance_table:nothing", "torch"),
     Column("SelectiveUpdate, MGUP", "selective:SelectiveUpdate(policy='MGUP')", "selective-update"),
     Column("SelectiveUpdate, Magma", "selective:SelectiveUpdate(policy='Magma')", "selective-update"),
+    Column("ChainedOptimizer, MGUP", "conformance_table:chained", "selective-update"),
     Column("pytorch_optimizer Lookahead", "pytorch_optimizer:Lookahead", "pytorch_optimizer"),
     Column("pytorch_optimizer Magma", "pytorch_optimizer:Magma", "pytorch_optimizer"),
     Column("magma-optimizer Magma", "magma:Magma", "magma-optimizer"),

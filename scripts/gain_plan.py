@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selective import AdaDiag, Preconditioner, Soap
+from selective import AdaDiag, CautiousDecay, Preconditioner, RandomDecay, Soap
+from selective.policies import Decay
 
 MASKS = ("MGUP", "Cautious")
 HALF = 0.5  # the share of the steps that the paper's "twice as fast" would take
@@ -31,6 +32,10 @@ SQUARED: dict[str, Preconditioner] = {
     "AdaDiag++ squared": AdaDiag(sides="two", refresh_every=50),
     "AdaDiag++ 200": AdaDiag(sides="two", refresh_every=200, carry="rotate"),
     "AdaDiag++ 200 squared": AdaDiag(sides="two", refresh_every=200),
+}
+DECAYS: dict[str, Decay] = {
+    "AdamW with CautiousDecay": CautiousDecay(),
+    "random like AdamW with CautiousDecay": RandomDecay(),
 }
 RATES: dict[str, tuple[float, ...]] = {
     "AdamW": (7.5e-4, 1.5e-3, 3e-3, 6e-3),
@@ -106,6 +111,13 @@ def carries() -> Iterator[Run]:
         yield Run(setup, 4e-3)
 
 
+def decays() -> Iterator[Run]:
+    """Yield runs of selective decay, its random control and AdamW, at the best rate of AdamW and at its neighbours."""
+    for seed in (0, 1, 2):
+        yield from (Run(setup, 1.5e-3, seed) for setup in ("AdamW", *DECAYS))
+    yield from (Run(setup, lr) for lr in (7.5e-4, 3e-3) for setup in DECAYS)
+
+
 @contextmanager
 def claimed(out: Path, run: Run) -> Iterator[bool]:
     """Yield True if this process may do the run. The claim ends with the context, or with the process."""
@@ -120,13 +132,13 @@ def claimed(out: Path, run: Run) -> Iterator[bool]:
             yield not (out / run.file).exists()
 
 
-def next_run(out: Path, deadline: float, only_carries: bool = False) -> Iterator[Run]:
-    """Yield one run after the other, of `plan` or of `carries`, and hold a claim on it meanwhile.
+def next_run(out: Path, deadline: float, only: Callable[[], Iterator[Run]] | None = None) -> Iterator[Run]:
+    """Yield one run after the other, of `plan` or of `only` those, and hold a claim on it meanwhile.
 
     If all runs that are left are claimed, it waits until one is free, or until the deadline (`time.perf_counter`).
     """
     while True:
-        wanted = carries() if only_carries else plan(lambda: results(out))
+        wanted = plan(lambda: results(out)) if only is None else only()
         left = [run for run in wanted if not (out / run.file).exists()]
         if not left:
             return

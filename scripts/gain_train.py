@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gain_plan import SPACES, SQUARED, Run
+from gain_plan import DECAYS, SPACES, SQUARED, Run
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from selective import MGUP, Cautious, Policy, RandomMask, SelectiveUpdate, Soap
+from selective import MGUP, Cautious, ChainedOptimizer, Policy, RandomMask, SelectiveUpdate, Soap
 from selective.compare.config import LoopConfig, ModelConfig
 from selective.compare.model import GPT
 from selective.compare.model import loss as loss_of
@@ -52,20 +52,6 @@ def llama(config: ModelConfig, seed: int, vocabulary: int, fused: bool = False) 
     return model
 
 
-class Both(Optimizer):
-    """Two optimizers as one, for Muon, which takes matrices only."""
-
-    def __init__(self, first: Optimizer, second: Optimizer) -> None:
-        self.parts = (first, second)
-        super().__init__([*first.param_groups, *second.param_groups], {})
-        self.param_groups = [*first.param_groups, *second.param_groups]
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for part in self.parts:
-            part.step()
-
-
 def optimizer_of(run: Run, model: nn.Module) -> Optimizer:
     """Build the optimizer of a run."""
     groups, plain = (groups_by_kind(model, DECAY, rotated) for rotated in (True, False))
@@ -75,15 +61,18 @@ def optimizer_of(run: Run, model: nn.Module) -> Optimizer:
     name, space = (name, spaces[space_name]) if name else (run.setup, spaces.get(run.setup))
     if run.setup == "AdamW":
         return torch.optim.AdamW(plain, lr=run.lr, betas=(0.9, 0.95), fused=fused)
+    if run.setup in DECAYS:
+        base: Optimizer = torch.optim.AdamW(plain, lr=run.lr, betas=(0.9, 0.95), fused=fused)
+        return SelectiveUpdate(base, decay=DECAYS[run.setup], seed=run.seed, statistics=False)
     if run.setup == "Muon":
         rest = torch.optim.AdamW(plain[1:], lr=1.5e-3, betas=(0.9, 0.95), fused=fused)
-        return Both(torch.optim.Muon(plain[:1], lr=run.lr, weight_decay=DECAY), rest)
+        return ChainedOptimizer([torch.optim.Muon(plain[:1], lr=run.lr, weight_decay=DECAY), rest])
     if run.setup == "pytorch_optimizer SOAP":
         from pytorch_optimizer import SOAP
 
         return SOAP(plain, lr=run.lr, betas=(0.95, 0.95), weight_decay=DECAY, precondition_frequency=10)
     if name.startswith("Adafactor"):
-        base: Optimizer = torch.optim.Adafactor(plain if space is None else groups, lr=run.lr)
+        base = torch.optim.Adafactor(plain if space is None else groups, lr=run.lr)
         return base if space is None else SelectiveUpdate(base, preconditioner=space, statistics=False)
     betas = (0.95, 0.95) if isinstance(space, Soap) else (0.9, 0.95)
     policies: dict[str, Policy] = {"MGUP": MGUP_MILD, "Cautious": Cautious()}

@@ -4,6 +4,7 @@ opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGU
 """
 
 from selective.capture.own_code import PolicyError
+from selective.chained.optimizer import ChainedOptimizer
 from selective.optimizer import SelectiveUpdate
 from selective.param_groups.by_kind import param_groups_for
 from selective.policies import (
@@ -13,6 +14,7 @@ from selective.policies import (
     AlphaConsistency,
     Bernoulli,
     Cautious,
+    CautiousDecay,
     CautiousMGUP,
     Dense,
     Everything,
@@ -22,6 +24,7 @@ from selective.policies import (
     MeanPreserving,
     NormPreserving,
     Policy,
+    RandomDecay,
     RandomMask,
     Selection,
     SkipUpdate,
@@ -44,7 +47,9 @@ __all__ = [
     "AlphaConsistency",
     "Bernoulli",
     "Cautious",
+    "CautiousDecay",
     "CautiousMGUP",
+    "ChainedOptimizer",
     "Dense",
     "Eigenbasis",
     "Everything",
@@ -57,6 +62,7 @@ __all__ = [
     "PolicyError",
     "Preconditioner",
     "PreconditionerError",
+    "RandomDecay",
     "RandomMask",
     "Selection",
     "SelectiveUpdate",

@@ -32,10 +32,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="compare | bench | explain")
     compare = commands.add_parser(
         "compare",
-        help="train a small GPT under several optimizers and say whether selection helped",
-        description="Train the same small GPT from the same start on the same batches under several optimizers, and "
-        "say whether selection helped. Command-line options override the configuration file.",
-        epilog='Example: selective compare --policy MGUP --policy \'{"kind": "Cautious"}\' --lr 1e-3 3e-3 --seeds 3',
+        help="train a model under several optimizers and say whether selection helped",
+        description="Train the same model (a small GPT, or a task of yours) from the same start on the same batches "
+        "under several optimizers, and say whether selection helped. Command-line options override the configuration "
+        "file.",
+        epilog='Examples: selective compare --policy MGUP --policy \'{"kind": "Cautious"}\' --lr 1e-3 3e-3 --seeds 3; '
+        "selective compare --task my_task.py:MyTask --policy Cautious --lr 1e-3,3e-3 --seeds 5",
     )
     _compare_options(compare)
     commands.add_parser("bench", help="measure what a selective step costs (selective bench --help)")
@@ -62,6 +64,11 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE",
         help="module to import first, which defines your own policies; repeatable",
     )
+    add(
+        "--task",
+        metavar="NAME",
+        help="what is trained: module:name or path/to/file.py:name of a task of yours (default: a small GPT on bytes)",
+    )
     add("--policy", action="append", type=_policy, metavar="POLICY", help='name or JSON ({"kind": "MGUP"}); repeatable')
     add(
         "--preconditioner",
@@ -71,14 +78,28 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         help="adadiag, adadiag++, soap, a kind's name or JSON; also runs the base and each policy in its space; "
         "repeatable",
     )
-    add("--base", help="class of torch.optim or pytorch_optimizer, or module:Class (default: AdamW)")
+    add(
+        "--optimizer",
+        action="append",
+        metavar="NAME",
+        help="a function (params, lr) or (model, lr) that makes an optimizer, module:name or path/to/file.py:name; "
+        "repeatable",
+    )
+    add("--base", help="class of torch.optim or an installed package, in any case, or module:Class (default: AdamW)")
     add("--base-options", type=_json, metavar="JSON", help="keyword arguments of the base")
     add(
         "--lr",
         nargs="+",
-        type=float,
+        type=_rates,
         metavar="LR",
-        help="learning rates that every contender is trained at (default: 1e-3 3e-3)",
+        help="learning rates that every contender is trained at, with spaces or commas (default: 1e-3 3e-3)",
+    )
+    add(
+        "--rest-lr",
+        nargs="+",
+        type=_rates,
+        metavar="LR",
+        help="second learning rates, of embeddings, head and vectors; every pair is tried",
     )
     add("--seeds", type=_seeds, metavar="N|A,B,C", help="number of seeds, or a list with commas (default: 3)")
     add("--first-seed", type=int, metavar="N", help="first seed where --seeds is a number (default: 0)")
@@ -97,8 +118,13 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="any other setting, such as model.width=192",
     )
+    add("--device", help='such as "cuda"; with several GPUs each worker has one (default: cpu)')
     add("--threads", type=int, help="threads of torch in each run (default: 1)")
-    add("--workers", type=int, help="number of runs at the same time (default: as many as the cores allow)")
+    add(
+        "--workers",
+        type=int,
+        help="runs at the same time (default: as many as there are GPUs, or as the cores allow)",
+    )
     add("--out", metavar="DIR", help="folder of the results (default: results/compare-DATE)")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="go on with the comparison in --out")
@@ -109,12 +135,15 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """The options of the command line as configuration data; those that were not given are left out."""
     data: dict[str, Any] = {}
-    plural = {"policy": "policies", "preconditioner": "preconditioners"}
-    names = ("imports", "policy", "preconditioner", "base", "base_options", "lr", "seeds", "steps", "controls")
-    for name in (*names, "threads", "workers"):
+    plural = {"policy": "policies", "preconditioner": "preconditioners", "optimizer": "optimizers"}
+    names = ("imports", "task", "policy", "preconditioner", "optimizer", "base", "base_options", "seeds", "steps")
+    for name in (*names, "controls", "device", "threads", "workers"):
         value = getattr(options, name)
         if value is not None:
             data[plural.get(name, name)] = value
+    for name in ("lr", "rest_lr"):
+        if getattr(options, name) is not None:
+            data[name] = [rate for rates in getattr(options, name) for rate in rates]
     if options.data is not None:
         data["data"] = {"file": options.data}
     for path, value in options.set:
@@ -157,6 +186,15 @@ def _json(text: str) -> Any:
 
 def _policy(text: str) -> Any:
     return _json(text) if text.lstrip().startswith("{") else text
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: learning rates are needed, with spaces or commas between: 1e-3 3e-3"
+        ) from error
 
 
 def _seeds(text: str) -> Any:

@@ -1,7 +1,8 @@
 """Configured: the base class of policies, selections, strengths and preconditioners, a frozen model with a `kind`.
 
 Instances are validated at construction, print as they were written, and go to JSON and back. The `kind` tags the JSON
-form. A subclass registers itself under its class name, so a user's own policy is saved and loaded like ours.
+form. A subclass registers itself under its class name, so a user's own policy is saved and loaded like ours. Whoever
+writes a kind may use any case, and spaces, hyphens or underscores: "mgup", "cautious-mgup".
 
 Note [annotations as text]: `from __future__ import annotations` turns `reads: ClassVar = ...` into the text "ClassVar".
 Python 3.10 refuses to evaluate that on behalf of pydantic ("Unable to evaluate type annotation"). So `ConfiguredMeta`
@@ -90,8 +91,12 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: ClassVar[str] = ""
+    _short_names: ClassVar[dict[str, dict[str, Any]]] = {}  # in lower case: the data that each stands for
     _family: ClassVar[str] = ""
     _registry: ClassVar[dict[str, type[Configured]]] = {}
+    _saved_without: ClassVar[dict[str, Any]] = {}
+    """The values of fields at which a checkpoint leaves these fields out. Checkpoints that are older than a field go on
+    with this value, so that a new field can't change a run."""
     _heads: ClassVar[list[type[Configured]]] = []  # the base class of each family
     _replaces: ClassVar[bool] = False  # True: takes the place of another class of its kind
     _state_is_kept: ClassVar[str] = "it is the same in every step"
@@ -215,6 +220,21 @@ class Configured(BaseModel, metaclass=ConfiguredMeta):
             return data
         return _build(cls, data)
 
+    def to_saved(self) -> str:
+        """Return the JSON text that a checkpoint has."""
+        left_out = {name for name, value in self._saved_without.items() if getattr(self, name) == value}
+        return self.model_dump_json(exclude=left_out)
+
+    @classmethod
+    def from_saved(cls: type[C], text: str) -> C:
+        """Build a member of this family from a checkpoint's JSON text, of this version or of an earlier one.
+
+        Raises as `from_data` does.
+        """
+        model = cls.from_data(text)
+        absent = {name: value for name, value in model._saved_without.items() if name not in model.model_fields_set}
+        return model.model_copy(update=absent) if absent else model
+
 
 def _build(family: type[C], data: Any) -> C:
     """Build one member from parsed data. A surrounding pydantic model adds the path to its errors."""
@@ -233,6 +253,7 @@ def _build(family: type[C], data: Any) -> C:
     if "kind" not in data:
         raise ValueError(f"{what}: found no 'kind' in {short(data)}; the kinds are {known}")
     kind = data["kind"]
+    kind, data = _as_registered(family, kind, data)
     member = family._registry.get(kind) if isinstance(kind, str) else None
     if member is None:
         other = (
@@ -255,3 +276,26 @@ def kinds_of(data: Any) -> Any:
     if not isinstance(data, dict) or "kind" not in data:
         return None
     return data["kind"], {key: kinds_of(value) for key, value in data.items() if kinds_of(value) is not None}
+
+
+def _as_registered(family: type[Configured], kind: Any, data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The kind as it is registered, and `data` with that kind and with the fields that a short name stands for.
+
+    What is registered in exactly this way comes first. An unknown kind is returned as it is. Raises ValueError if two
+    kinds differ only in what may be written differently.
+    """
+    registry = family._registry
+    if not isinstance(kind, str) or kind in registry:
+        return kind, data
+    short = family._short_names.get(plain_name(kind))
+    if short is not None:
+        return short["kind"], {**short, **data, "kind": short["kind"]}
+    alike = [name for name in registry if plain_name(name) == plain_name(kind)]
+    if len(alike) > 1:
+        raise ValueError(f"{family._family}: kind {kind!r} can be {' or '.join(map(repr, alike))}; write it as there")
+    return (alike[0], {**data, "kind": alike[0]}) if alike else (kind, data)
+
+
+def plain_name(name: str) -> str:
+    """A name in lower case, without spaces, hyphens and underscores."""
+    return re.sub(r"[\s_-]", "", name).lower()

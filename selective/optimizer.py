@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.base.step_base import base_hooks, run_step_on
 from selective.bind import bind as bind_class
 from selective.capture.choose import CaptureName
 from selective.checkpoint.frame import checked_frame
@@ -19,27 +18,28 @@ from selective.checkpoint.pickles import contents, parts
 from selective.checkpoint.save import save
 from selective.checkpoint.set_state import set_as_torch
 from selective.explain.groups import explain
+from selective.for_model.for_model import for_model as optimizer_for_model
 from selective.messages.assignments import SET_POLICY, at_construction, in_the_groups
 from selective.messages.construction import NOT_GIVEN, names_unknown_arguments, nothing_to_do
 from selective.plan.groups import Groups
 from selective.plan.options import OnNonfinite, Options, Scope
-from selective.plan.policy_groups import KEYS, PolicyGroup, PreconditionerGroup
+from selective.plan.oversized import warn_of_oversized
+from selective.plan.policy_groups import KEYS, DecayGroup, PolicyGroup, PreconditionerGroup
 from selective.plan.refusals import check_arguments
 from selective.plan.rotation_plan import warn_of_two_rotations
-from selective.policies import Policy, policy_from
+from selective.policies import Decay, Policy, decay_from, policy_from
 from selective.policies.view import StepView
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 from selective.rotation.basis import MaskSpace
-from selective.state.check_before_step import check_state
 from selective.state.init_state import make_all_state
 from selective.state.merged_view import MergedState
 from selective.state.store import StateStore, follow_changes
 from selective.state.writing import OptimizerStateBackend
-from selective.statistics import StepStatistics
-from selective.step.gradients import check_gradients, has_nonfinite, is_initialisation
+from selective.step.begin import begin_step, take_steps
+from selective.step.gradients import is_initialisation
 from selective.step.outside_of_graphs import prepare, step_outside_of_graphs
-from selective.step.run import StepRunner, fit_base_states
-from selective.step_count import StepCount, check_recordable, is_recording
+from selective.step.run import StepRunner
+from selective.step_count import StepCount
 
 
 class SelectiveUpdate(Optimizer):
@@ -55,11 +55,14 @@ class SelectiveUpdate(Optimizer):
         policy: a `Policy`, a kind's name ("MGUP"), a dict with a `kind`, or a function of a `StepView` that returns a
             mask; None is `Dense()`. A `policy` in one of the base's parameter groups overrides it for that group (None
             there: dense) and is moved to `policy_groups`.
+        decay: which coordinates decoupled weight decay reaches: `CautiousDecay(...)`, a kind's name or a dict with a
+            `kind`; None: all. A `decay` in a parameter group overrides it (None there: all).
         preconditioner: rotates the gradients of matrices before the base sees them: a `Preconditioner`, a kind's name
             or a dict with a `kind`. A `preconditioner` in a parameter group overrides it (None there: none).
         matrix_view: which parameters are matrices, and how: "matrices" (2-D ones only), "conv" (also [out, in, ...] as
             [out, in * ...]), "experts" (also [..., m, n] as a batch) or "rows:3" (as 3 matrices one below the other,
-            such as joined queries, keys and values; 2 and 4, too). A `matrix_view` in a group overrides it.
+            such as joined queries, keys and values; 2 and 4, too), or "columns:3" (side by side, as in GPT-2). A
+            `matrix_view` in a group overrides it.
         mask_space: what the policy sees of rotated parameters: "rotated" tensors, or the "original" space's.
         capture: how the base's update is obtained: "fused", "scratch" or "delta"; "auto" takes the first that is right
             for this base. `explain()` says which, and why.
@@ -82,6 +85,7 @@ class SelectiveUpdate(Optimizer):
 
     preconditioner = in_the_groups("preconditioner_groups[i].preconditioner")
     matrix_view = in_the_groups("preconditioner_groups[i].matrix_view")
+    decay = in_the_groups("decay_groups[i].decay")
     mask_space, capture, momentum_beta, on_nonfinite = (at_construction() for _ in range(4))
     seed, stochastic_rounding, scope = (at_construction() for _ in range(3))
 
@@ -91,6 +95,7 @@ class SelectiveUpdate(Optimizer):
         base: Optimizer,
         policy: Policy | Callable[[StepView], Any] | dict[str, Any] | str | None = NOT_GIVEN,
         *,
+        decay: Decay | dict[str, Any] | str | None = None,
         preconditioner: Preconditioner | dict[str, Any] | str | None = None,
         matrix_view: MatrixView = "matrices",
         mask_space: MaskSpace = "rotated",
@@ -109,7 +114,8 @@ class SelectiveUpdate(Optimizer):
         )  # fmt: skip
         named = policy_from(None if policy is NOT_GIVEN else policy)
         view = check_matrix_view(matrix_view, "")
-        default = PolicyGroup(named, PreconditionerGroup(preconditioner_from(preconditioner), view))
+        preconditioning = PreconditionerGroup(preconditioner_from(preconditioner), view)
+        default = PolicyGroup(named, preconditioning, DecayGroup(decay_from(decay)))
         count = StepCount(seed)
         self._put_together(base, options, Groups(base, options, default), StateStore(base, options, count), count)
         self._constructing = True  # torch's constructor would build groups of its own; ours are the base's
@@ -121,7 +127,12 @@ class SelectiveUpdate(Optimizer):
             self.store.join_base(self.groups.plans)
             if self.groups.places:
                 warn_of_two_rotations(base)
-            given = policy is not NOT_GIVEN or preconditioner is not None or any(own for _, own in said)
+                warn_of_oversized(self.groups.plans, stacklevel=3)
+            given = (
+                policy is not NOT_GIVEN
+                or any(each is not None for each in (decay, preconditioner))
+                or any(own for _, own in said)
+            )
             if not given and on_nonfinite == "ignore":
                 warnings.warn(nothing_to_do(base), stacklevel=3)
         except BaseException:
@@ -138,6 +149,7 @@ class SelectiveUpdate(Optimizer):
         prepare()
 
     bind = classmethod(bind_class)
+    for_model = classmethod(optimizer_for_model)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -188,6 +200,7 @@ class SelectiveUpdate(Optimizer):
             self.policy_groups.pop()
             raise
         self.store.join_base(self.groups.plans)
+        warn_of_oversized(self.groups.plans[-1:], stacklevel=2)
 
     @property
     def policy(self) -> Policy:
@@ -202,6 +215,11 @@ class SelectiveUpdate(Optimizer):
     def preconditioner_groups(self) -> tuple[PreconditionerGroup, ...]:
         """The preconditioner of each group with its hyper-parameters by name, as `policy_groups` has policies."""
         return tuple(group.preconditioning for group in self.policy_groups)
+
+    @property
+    def decay_groups(self) -> tuple[DecayGroup, ...]:
+        """The selective decay of each group with its hyper-parameters by name, as `policy_groups` has policies."""
+        return tuple(group.decaying for group in self.policy_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own `zero_grad`."""
@@ -237,28 +255,13 @@ class SelectiveUpdate(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()  # 1
-        follow_changes(self.groups, self.store)
-        plans = self.groups.plans
-        present = [plan.params.with_gradient() for plan in plans]
-        check_gradients(plans, present)  # 2
-        recording = self._is_recorded()
-        if not recording and is_initialisation(self.param_groups):
-            with base_hooks(self.base):
-                run_step_on(self.base, self.param_groups)
-            self.store.make(plans, lambda parameter: parameter.tensor.grad is not None)
-            return loss
-        if has_nonfinite(present, self.options.on_nonfinite, self.count.steps):
-            self.count.skipped += 1
-            return loss
-        if not recording:
-            check_state(plans, self.store)
-            fit_base_states(self.base, plans)
-        report = StepStatistics() if self.options.statistics else None
-        clocked = self.groups.clocked()
-        self.count.start(clocked, recording)
-        self.runner.run(self.runner.jobs(self.groups, present, report, recording))  # 3 to 7, part of 8
-        self.count.tick(clocked, recording)  # 8
-        self.runner.report = report
+        begun = begin_step(self.runner, self.groups)  # 1, 2
+        if not begun.recording and is_initialisation(self.param_groups):
+            begun.initialise()
+        elif begun.has_nonfinite():
+            begun.skip()
+        else:
+            take_steps([begun])  # the rest of 2, and 3 to 8
         return loss
 
     @property
@@ -278,9 +281,9 @@ class SelectiveUpdate(Optimizer):
         return {} if self.runner.report is None else self.runner.report.read()
 
     def explain(self) -> str:
-        """For each parameter group: its policy, how the update is captured and why, decay, momentum, extra memory."""
+        """For each kind of parameter group: policy, capture and why, decay, momentum, memory, advice on the rate."""
         follow_changes(self.groups, self.store)
-        return explain(self.base, self.groups.plans, self.options)
+        return explain(self.base, self.groups.plans, self.options, self.store)
 
     def init_state(self) -> None:
         """Make all state now, as the first step would, without moving a parameter.
@@ -315,8 +318,7 @@ class SelectiveUpdate(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, checkpoint)
             checkpoint = checkpoint if result is None else checked_frame(result)
-        warning = load(checkpoint, self.base, self.groups, self.store, self.count)
-        if warning is not None:
+        for warning in load(checkpoint, self.base, self.groups, self.store, self.count):
             warnings.warn(warning, stacklevel=2)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -338,12 +340,6 @@ class SelectiveUpdate(Optimizer):
         policies = ", ".join(repr(group.policy) for group in self.policy_groups)
         found = [group.preconditioning.preconditioner for group in self.policy_groups]
         rotated = f", preconditioner={', '.join(map(repr, found))}" if any(p is not None for p in found) else ""
-        return f"{type(self).__name__}({self.base!r}, policy={policies}{rotated})"
-
-    def _is_recorded(self) -> bool:
-        """True if this step goes into a CUDA graph; an error if its replays would not be steps."""
-        if not any(plan.params.cuda_devices for plan in self.groups.plans) or not is_recording():
-            return False
-        rotates, asks = bool(self.groups.places), self.groups.asks_others()
-        check_recordable(self.base, self.param_groups, self.options.on_nonfinite, rotates, asks)
-        return True
+        found = [group.decay for group in self.decay_groups]
+        decays = f", decay={', '.join(map(repr, found))}" if any(d is not None for d in found) else ""
+        return f"{type(self).__name__}({self.base!r}, policy={policies}{decays}{rotated})"

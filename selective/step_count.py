@@ -138,7 +138,12 @@ def is_recording() -> bool:
 
 
 def check_recordable(
-    base: Optimizer, groups: list[dict[str, Any]], on_nonfinite: str, rotates: bool, asks: bool = False
+    base: Optimizer,
+    groups: list[dict[str, Any]],
+    on_nonfinite: str,
+    rotates: bool,
+    asks: bool = False,
+    draws: bool = False,
 ) -> None:
     """Refuse to record a step that replays would not repeat, as torch's own optimizers do."""
     if asks:
@@ -146,6 +151,11 @@ def check_recordable(
             "SelectiveUpdate: attempting CUDA graph capture of step() with sharded parameters, for which ranks ask "
             "each other in the step; replays of that have not been tried. Construct it with scope='local', or don't "
             "capture"
+        )
+    if draws:
+        raise RuntimeError(
+            "SelectiveUpdate: attempting CUDA graph capture of step() with decay=RandomDecay(...), which draws by the "
+            "step count on the host: all replays would decay the same coordinates. Don't capture it"
         )
     if rotates:
         raise RuntimeError(

@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from selective.chained.optimizer import ChainedOptimizer
+from selective.chained.reports import reported
 from selective.optimizer import SelectiveUpdate
 
 OVERVIEW = ("share", "strength_selected", "strength_rest", "cosine", "norm_ratio", "capped")
@@ -88,7 +91,8 @@ def watch(optimizer: Any, *writers: Writer, every: int = 100, model: nn.Module |
     In distributed training, call it on the rank that writes.
 
     Args:
-        optimizer: a `SelectiveUpdate`, or the object that accelerate or Lightning put around one.
+        optimizer: a `SelectiveUpdate`, a `ChainedOptimizer` with one among its members, or the object that accelerate
+            or Lightning put around it.
         writers: functions that take a `Sample`.
         every: the number of steps from one sample to the next.
         model: gives the parameters its own names. Without it they are called as in `statistics()`.
@@ -97,7 +101,7 @@ def watch(optimizer: Any, *writers: Writer, every: int = 100, model: nn.Module |
         The `Watch`, which also works as a context manager.
 
     Raises:
-        TypeError: there is no `SelectiveUpdate` in `optimizer`.
+        TypeError: there is no `SelectiveUpdate` in `optimizer`, nor a `ChainedOptimizer` with one.
         ValueError: the optimizer has `statistics=False`, `writers` or `every` can't be used, or `model` has none of the
             optimizer's parameters.
     """
@@ -109,7 +113,8 @@ class Watch:
 
     def __init__(self, optimizer: Any, writers: tuple[Writer, ...], every: int, model: nn.Module | None) -> None:
         self.optimizer = selective_inside(optimizer)
-        if not self.optimizer.options.statistics:
+        self._wrapped = wrapped_members(self.optimizer)
+        if not any(member.options.statistics for member in self._wrapped.values()):
             raise ValueError("watch: the optimizer collects nothing to watch; construct it with statistics=True")
         if not writers:
             raise ValueError("watch: no writer was given; pass a function that takes a selective.watching.Sample")
@@ -123,7 +128,7 @@ class Watch:
         self.writers, self.every = writers, every
         self._names = {} if model is None else _names_in(model, self.optimizer)
         self._waiting: deque[_Copy] = deque()
-        self._before = self.optimizer.count.steps
+        self._before = self._steps()
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._remember),
             self.optimizer.register_step_post_hook(self._look),
@@ -147,14 +152,18 @@ class Watch:
         self.close()
 
     def _remember(self, *_: object) -> None:
-        self._before = self.optimizer.count.steps
+        self._before = self._steps()
+
+    def _steps(self) -> int:
+        """The number of steps taken. The members of a chain take their steps together."""
+        return next(iter(self._wrapped.values())).count.steps
 
     def _look(self, *_: object) -> None:
         self._hand_out(wait=False)
-        step = self.optimizer.count.steps
+        step = self._steps()
         if step != self._before and step % self.every == 0:  # skipped steps and torch's initialisation don't count
-            skips = self.optimizer.options.on_nonfinite == "skip"
-            skipped = self.optimizer.skipped_steps if skips else None
+            skips = any(one.options.on_nonfinite == "skip" for one in self._wrapped.values())
+            skipped = max(one.skipped_steps for one in self._wrapped.values()) if skips else None
             self._waiting.append(_Copy(step, self.optimizer.statistics(), self._renamed(), skipped))
             self._hand_out(wait=False)
 
@@ -167,11 +176,10 @@ class Watch:
     def _renamed(self) -> dict[str, tuple[str, float | None]]:
         """By a parameter's name in `statistics()`: its name in the samples, and the cap of its policy's strength."""
         renamed = {}
-        for plan in self.optimizer.groups.plans:
+        for name, _, plan, parameter in reported(list(self._wrapped.values()), list(self._wrapped)):
             parts = plan.policy.parts()
             cap = None if parts is None else getattr(parts[1], "cap", None)
-            for parameter in plan.params.parameters:
-                renamed[parameter.name] = self._names.get(id(parameter.tensor), parameter.name), cap
+            renamed[name] = self._names.get(id(parameter.tensor), name), cap
         return renamed
 
 
@@ -219,7 +227,7 @@ class _Copy:
         return Sample(self.step, named, self._skipped_steps)
 
 
-def _names_in(model: nn.Module, optimizer: SelectiveUpdate) -> dict[int, str]:
+def _names_in(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
     """The model's name of each parameter, by its id."""
     names = {id(p): name for name, p in model.named_parameters()}
     if not any(id(p) in names for group in optimizer.param_groups for p in group["params"]):
@@ -239,10 +247,18 @@ def _with_derived(values: dict[str, float], cap: float | None) -> dict[str, floa
     return values
 
 
-def selective_inside(optimizer: Any) -> SelectiveUpdate:
-    """The `SelectiveUpdate` inside of a training stack's wrappers, which accelerate and Lightning call `.optimizer`."""
+def wrapped_members(optimizer: SelectiveUpdate | ChainedOptimizer) -> dict[str, SelectiveUpdate]:
+    """The members of a chain that are wrapped, by name; a `SelectiveUpdate` is its own only one."""
+    if isinstance(optimizer, SelectiveUpdate):
+        return {"": optimizer}
+    pairs = zip(optimizer.names, optimizer.members, strict=True)
+    return {name: member for name, member in pairs if isinstance(member, SelectiveUpdate)}
+
+
+def selective_inside(optimizer: Any) -> SelectiveUpdate | ChainedOptimizer:
+    """The optimizer of ours inside of a training stack's wrappers, which accelerate and Lightning call `.optimizer`."""
     inner = optimizer
-    while not isinstance(inner, SelectiveUpdate):
+    while not (isinstance(inner, (SelectiveUpdate, ChainedOptimizer)) and wrapped_members(inner)):
         inner = getattr(inner, "optimizer", None)
         if inner is None:
             raise TypeError(f"watch: found no SelectiveUpdate in {type(optimizer).__name__}; pass the wrapper itself")

@@ -119,3 +119,14 @@ def test_runs_that_depend_on_a_sweep_come_after_all_of_it(gain):
         gain.Run(name, swept[2].lr, seed, part) for part in (0.5, 0.6) for seed in (0, 1, 2)
         for name in ("AdaDiag++", "Cautious in AdaDiag++")
     ]  # fmt: skip
+
+
+def test_the_runs_of_selective_decay(gain, tmp_path, monkeypatch):
+    """Selective decay and its control, which both end elsewhere than AdamW."""
+    wanted = list(gain.decays())
+    assert len(wanted) == 3 * 3 + 2 * 2
+    monkeypatch.setattr(sys.modules["gain"], "decays", lambda: iter(wanted[:3]))
+    assert gain.main(["--out", str(tmp_path), *TINY, "--decays"]) == 0
+    runs = {record["setup"]: record for record in gain.results(tmp_path)}
+    assert list(runs) == ["AdamW", "AdamW with CautiousDecay", "random like AdamW with CautiousDecay"]
+    assert len({record["parameters_sha256"] for record in runs.values()}) == 3

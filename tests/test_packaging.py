@@ -1,19 +1,20 @@
 """The package as it is built and installed: the mapping of kernels/, the list of packages, the version.
 
-`kernels/` lies at the root, is installed as `selective.kernels`, and must never answer to the name `kernels`, which
-belongs to Hugging Face. Each check of an import runs in a process of its own, because it is about `sys.path`.
+`kernels/` lies at the root, is installed as `selective.kernels`, and leaves the name `kernels` to Hugging Face's
+package: `tests/test_kernels_name.py`. Each check of an import runs in a process of its own, because it is about
+`sys.path`.
 """
 
 import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import setup_env
+from fresh_python import python
 
 import selective
 
@@ -24,16 +25,6 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-
-
-def python(code: str, cwd: Path, path: Path | None = None) -> str:
-    """What `code` prints, run in `cwd` with `path` first on sys.path."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
-    if path is not None:
-        environment["PYTHONPATH"] = str(path)
-    run = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
 
 
 def packages_below(root: Path) -> set[str]:
@@ -73,27 +64,6 @@ def test_the_symlink_is_one_and_is_relative():
     link = ROOT / "selective" / "kernels"
     assert link.is_symlink()
     assert os.readlink(link) == os.path.join("..", "kernels")
-
-
-@pytest.mark.parametrize("statement", ["import kernels", "from kernels import get_kernel", "import kernels.spec"])
-def test_the_root_folder_does_not_answer_to_kernels(statement):
-    code = f"try:\n    {statement}\nexcept ModuleNotFoundError as error:\n    print(error.name, '|', error)"
-    name, message = python(code, cwd=ROOT).split(" | ")
-    assert name == "kernels"
-    assert "`selective.kernels`" in message
-    assert "Hugging Face" in message
-
-
-def test_a_failed_import_of_kernels_leaves_no_trace():
-    # transformers and others try `kernels` and go on without it; ours has to import all the same, after and before.
-    code = (
-        "import sys, selective.kernels\n"
-        "try: import kernels\n"
-        "except ImportError: pass\n"
-        "import selective.kernels.spec\n"
-        "print('kernels' in sys.modules, selective.kernels.__name__)"
-    )
-    assert python(code, cwd=ROOT) == "False selective.kernels"
 
 
 def test_kernels_import_from_a_source_checkout(tmp_path):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..reference.rounding import store
-from ..reference.rules import decay_factor, number
+from ..reference.rules import decay_factor, number, rate_of
 from ..spec import GivenRule, StepSpec, Sums
 from .chunks import Flat, buffer
+from .decay import decayed_where, decaying
 
 
 def _single(x: float) -> float:
@@ -49,6 +50,7 @@ class Applier:
         self.flat, self.dtype, self.still, self.draw, self.address = flat, dtype, still, spec.draw, address
         self.selected, self.rest = pair if dtype == torch.float64 else (_single(pair[0]), _single(pair[1]))
         self.factor = float(number(decay_factor(rule)))
+        self.decay, self.climbs = spec.decay, spec.decay is not None and float(rate_of(rule)) < 0
         self.offset = rule.offset if isinstance(rule, GivenRule) else 0.0
         self.start = flat.state["start"] if isinstance(rule, GivenRule) else flat.param
         self.difference = self.selected - self.rest
@@ -94,15 +96,17 @@ class Applier:
             masked = minus_update
         elif totals is None or self.offset != 0:
             torch.mul(minus_update, mask, out=masked)
-        self._write(start, end, masked)
+        self._write(start, end, masked, minus_update, grad)
 
-    def _write(self, start: int, end: int, masked: Tensor) -> None:
+    def _write(self, start: int, end: int, masked: Tensor, minus_update: Tensor, grad: Tensor) -> None:
         param, origin = self.flat.param[start:end], self.start[start:end]
         if origin.dtype != self.dtype:
             origin = buffer("start", end - start, self.dtype).copy_(origin)
-        if param.dtype == self.dtype:
-            torch.add(masked, origin, alpha=self.factor, out=param)
+        out = param if param.dtype == self.dtype else buffer("result", end - start, self.dtype)
+        if self.decay is None:
+            torch.add(masked, origin, alpha=self.factor, out=out)
         else:
-            result = buffer("result", end - start, self.dtype)
-            torch.add(masked, origin, alpha=self.factor, out=result)
-            store(param, result, self.draw, self.address, start)
+            decays = decaying(self.decay, minus_update, masked, grad, origin, self.climbs)
+            decayed_where(decays, masked, origin, self.factor, out)
+        if out is not param:
+            store(param, out, self.draw, self.address, start)

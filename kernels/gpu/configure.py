@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
-from ..spec import AdamRule, GivenRule, Item, LionRule, Scalar, Selection, SGDRule, StepSpec, refuse_score
+from ..spec import AdamRule, Decay, GivenRule, Item, LionRule, Scalar, Selection, SGDRule, StepSpec, refuse_score
 from .device import numbers
 from .device.config import BRACKET_RUN, DTYPES, Config
 from .tables import is_in_place, state_columns
@@ -46,7 +46,15 @@ def configure(item: Item, spec: StepSpec, begins: bool = False) -> Config:
         estimate="sampled" if strength.is_sampled else "exact",
         strength=strength.kind, of=strength.of, still=strength.still, statistics=spec.statistics,
         stochastic=spec.draw.stochastic and item.param.dtype in (torch.bfloat16, torch.float16),
+        **_decay(spec.decay),
     )  # fmt: skip
+
+
+def _decay(decay: Decay | None) -> dict[str, Any]:
+    """The fields of a `Config` that say which elements decay."""
+    if decay is None:
+        return {}
+    return {"decay": decay.kind, "decay_of": decay.of, "decay_strict": decay.strict}
 
 
 def static_key(spec: StepSpec) -> tuple[object, ...]:
@@ -55,11 +63,12 @@ def static_key(spec: StepSpec) -> tuple[object, ...]:
     flags = [
         getattr(rule, name, None) for name in ("amsgrad", "decoupled", "maximize", "nesterov", "negated", "offset")
     ]
-    decays = getattr(rule, "weight_decay", 0.0) != 0, getattr(rule, "momentum", 0.0) != 0
+    decays = getattr(rule, "weight_decay", 0.0) != 0, rule.has_decay_factor, getattr(rule, "momentum", 0.0) != 0
     return (
         type(rule), *flags, *decays, selection.kind, selection.product, selection.strict, selection.score,
         selection.quantile, selection.unit, selection.function, len(selection.numbers), selection.control is None,
         strength.kind, strength.of, strength.estimate, strength.still, spec.draw.stochastic, spec.statistics,
+        spec.decay,
     )  # fmt: skip
 
 
@@ -90,6 +99,7 @@ def hyper_parameters(spec: StepSpec) -> list[Scalar]:
     if isinstance(rule, SGDRule):
         put(numbers.SGD_MOMENTUM, rule.momentum)
         put(numbers.DAMPENING, rule.dampening)
+        put(numbers.DECAY_FACTOR, 1.0 if rule.factor is None else rule.factor)
     for place, value in ((numbers.SELECTED, strength.selected), (numbers.REST, strength.rest),
                          (numbers.CAP, strength.cap), (numbers.TEMPERATURE, strength.temperature),
                          (numbers.SMOOTHING, strength.smoothing)):  # fmt: skip

@@ -71,6 +71,8 @@ def _can_settle(cfg: Config) -> bool:
     Adam's update can be formed from the stored moments, if these were not rounded. A given update is still there, if
     the pass does not write over it. Only for float32 parameters, because a miss is corrected in the stored parameter.
     """
+    if cfg.decay_of == "masked":  # a coordinate that is selected after all may decay no more, and it has decayed
+        return False
     whole = all(d is None or d == tl.float32 for d in (cfg.param, cfg.first, cfg.second, cfg.third))
     return (cfg.rule == "adam" and whole and not cfg.coupled) or (cfg.in_place and cfg.param == tl.float32)
 

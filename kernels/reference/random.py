@@ -18,7 +18,12 @@ from ..spec import Draw
 
 SAMPLE_SIZE = 65_536  # elements of a tensor that a sampled estimate looks at; smaller tensors are taken whole
 SAMPLE_RUN = 8  # neighbours taken together: half a cache line of float32
-STREAM_MASK, STREAM_SAMPLE, STREAM_ROUNDING = 0, 1, 2  # separate numbers for separate uses of one address
+STREAM_MASK, STREAM_SAMPLE, STREAM_ROUNDING, STREAM_DECAY = (
+    0,
+    1,
+    2,
+    3,
+)  # separate numbers for separate uses of one address
 
 _MASK64 = (1 << 64) - 1
 

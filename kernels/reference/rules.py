@@ -58,6 +58,8 @@ def decay_factor(rule: Rule) -> Scalar:
         return 1 - number(rule.lr) * rule.weight_decay if rule.decoupled and rule.weight_decay != 0 else 1.0
     if isinstance(rule, (LionRule, GivenRule)):
         return number(rule.decay_factor if isinstance(rule, LionRule) else rule.factor)
+    if isinstance(rule, SGDRule) and rule.factor is not None:
+        return number(rule.factor)
     return 1.0
 
 
@@ -204,10 +206,18 @@ def as_seen(rule: Rule, moved: Advanced) -> Advanced:
 
 
 @torch.no_grad()
-def apply_mask(item: Item, rule: Rule, update: Tensor, mask: Tensor, draw: Draw | None = None) -> None:
-    """Step 7 of one tensor: `p <- factor p - mask u`, computed in the compute dtype and rounded once."""
+def apply_mask(
+    item: Item, rule: Rule, update: Tensor, mask: Tensor, draw: Draw | None = None, decays: Tensor | None = None
+) -> None:
+    """Step 7 of one tensor: `p <- factor p - mask u`, computed in the compute dtype and rounded once.
+
+    `decays` is True at the coordinates that the factor reaches; None: all.
+    """
     param, dtype, factor = item.param, compute_dtype(item.param), decay_factor(rule)
     mask = mask.to(dtype)
+    if decays is not None:  # 1 or the factor, before the one write: to decay and to add back would round twice
+        one = torch.ones((), dtype=dtype, device=param.device)
+        factor = torch.where(decays, (one * factor).to(dtype), one)
     if isinstance(rule, GivenRule):
         start, multiplier = item.state["start"].to(dtype), rule.offset - mask
         exact = start * factor + multiplier * update

@@ -8,6 +8,7 @@ import torch
 
 from ..spec import Item, StepSpec, Sums, check_kinds
 from .control import matched
+from .decay import decaying
 from .rules import advance, apply_mask, as_seen
 from .selections import select
 from .strengths import multipliers, parts_of, total
@@ -33,7 +34,8 @@ def _step(item: Item, spec: StepSpec) -> Sums | None:
     if spec.statistics:  # before the parameter is written: a given update may lie in its storage
         masked = mask * u
         sums = Sums(d, total(chosen), selected, rest, total(u * u), total(g * g), total(u * g), total(masked * masked))
-    apply_mask(item, rule, u, mask, draw)
+    decays = None if spec.decay is None else decaying(spec.decay, item, rule, u, mask, g)
+    apply_mask(item, rule, u, mask, draw, decays)
     return sums
 
 

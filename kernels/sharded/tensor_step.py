@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..reference.decay import decaying
 from ..reference.rules import Advanced, apply_mask
 from ..reference.strengths import multipliers, total
 from ..spec import Item, StepSpec, Sums
@@ -82,7 +83,10 @@ class ShardedTensorStep:
                 self.shard.numel, sums["selected"], selected, rest, sums["update_sq"], sums["grad_sq"],
                 sums["update_grad"], masked,
             )  # fmt: skip
-        apply_mask(item, spec.rule, moved.update, mask, spec.draw)
+        decays = None
+        if spec.decay is not None:
+            decays = decaying(spec.decay, item, spec.rule, moved.update, mask, moved.grad)
+        apply_mask(item, spec.rule, moved.update, mask, spec.draw, decays)
         return report
 
     def _complete(self, sums: Named) -> None:

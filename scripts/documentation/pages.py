@@ -22,11 +22,12 @@ NAV = {
         "distributed",
         "sharded",
         "stacks",
+        "muon",
         "watching",
         "compare",
     ],
     "Performance and evidence": ["performance", "evidence", "conformance"],
-    "How it works": ["step", "policies", "capture", "kernels", "design"],
+    "How it works": ["step", "policies", "decay", "capture", "kernels", "design"],
     "Reference": [
         "api",
         "reference/optimizer",

@@ -203,9 +203,18 @@ def _behind(source: str, node: ast.stmt) -> str:
     return line.encode()[node.end_col_offset or 0 :].decode().strip().removeprefix("#").strip()
 
 
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that a module runs itself, with those under its own conditions."""
+    for node in body:
+        if isinstance(node, ast.If):
+            yield from _statements([*node.body, *node.orelse])
+        else:
+            yield node
+
+
 def assignment(module: types.ModuleType, name: str) -> tuple[types.ModuleType, ast.stmt]:
     """The module and statement that assign a constant, found through our own modules' imports."""
-    for node in ast.parse(inspect.getsource(module)).body:
+    for node in _statements(ast.parse(inspect.getsource(module)).body):
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if any(isinstance(target, ast.Name) and target.id == name for target in targets):

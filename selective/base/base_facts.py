@@ -91,7 +91,9 @@ def momentum_entry(base: Optimizer, param: Tensor, facts: BaseFacts) -> tuple[Te
     return wide.reshape(param.shape), plain is stored and wide.dtype == stored.dtype
 
 
-_NOT_IN_KEY = frozenset(("params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "weight_decay", *COUNTERS))
+_NOT_IN_KEY = frozenset(
+    ("params", "param_names", "name", "lr", "initial_lr", "max_lr", "min_lr", "weight_decay", *COUNTERS)
+)
 
 
 def _key(base: Optimizer, group: Mapping[str, Any]) -> tuple | None:

@@ -42,7 +42,11 @@ class Known:
 
     def covers(self, group: Mapping[str, Any]) -> bool:
         """Return True if the entry knows every option that is switched on."""
-        return all(k in _HARMLESS or k in self.options or not _is_on(v) for k, v in group.items())
+        return all(self.knows(k) or not _is_on(v) for k, v in group.items())
+
+    def knows(self, option: str) -> bool:
+        """Return True if the entry takes this option into account, or it changes nothing."""
+        return option in _HARMLESS or option in self.options
 
 
 def _is_on(value: Any) -> bool:
@@ -55,6 +59,18 @@ def lookup(base: Optimizer, group: Mapping[str, Any]) -> BaseFacts | None:
     if known is None or not known.covers(group) or refused_unseen(base, group) is not None:
         return None
     return replace(known.describe(base, group), source="table")
+
+
+def why_measured(base: Optimizer, group: Mapping[str, Any]) -> str:
+    """Return the reason why the table has no facts for this group of `base`."""
+    name, known = type(base).__name__, KNOWN.get(qualified_name(type(base)))
+    if known is None:
+        return f"{name} is an unknown class"
+    strange = [key for key, value in group.items() if _is_on(value) and not known.knows(key)]
+    if not strange:
+        return f"{name} is known, but not as it is here"
+    keys = ", ".join(map(repr, strange))
+    return f"{name} is known, but this group has {keys}, which the class may read or not"
 
 
 def qualified_name(cls: type) -> str:

@@ -15,7 +15,7 @@ class CheckpointMismatch(ValueError):
     """
 
     def __init__(self, found: str, advice: str = "", long: bool = False) -> None:
-        self.said = found, advice, long
+        self.said: tuple[str, str, bool] = found, advice, long
         text = f"SelectiveUpdate: {found}; nothing was loaded" + (f". {advice}" if advice else "")
         super().__init__(f"SelectiveUpdate: {found}. Nothing was loaded; {advice}" if long else text)
 

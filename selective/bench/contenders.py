@@ -16,6 +16,7 @@ from selective import (
     AlphaConsistency,
     Bernoulli,
     Cautious,
+    CautiousDecay,
     CautiousMGUP,
     Everything,
     Fixed,
@@ -107,11 +108,19 @@ def _selective(name: str, policy: Policy, base: MakeOptimizer, **options: Any) -
 def selective_contenders(device: str = "cpu", statistics: bool = False) -> list[Contender]:
     """Wrapped AdamW, for selections × strengths: the default AdamW on a CPU, the fused one on CUDA.
 
+    Without `statistics` also two with selective decay, which reads and writes what the same step does without it.
     On CUDA the fused one counts its steps on the device, as its kernels do.
     """
     ending = " + statistics" if statistics else ""
     base = adamw(fused=True) if device == "cuda" else adamw()
-    return [_selective(name + ending, policy, base, statistics=statistics) for name, policy in POLICIES.items()]
+    contenders = [_selective(name + ending, policy, base, statistics=statistics) for name, policy in POLICIES.items()]
+    if not statistics:  # a dense group has none
+        decay = CautiousDecay()
+        contenders += [
+            _selective("CautiousDecay", POLICIES["Everything × Fixed"], base, statistics=False, decay=decay),
+            _selective("CautiousDecay, MGUP", POLICIES["MGUP"], base, statistics=False, decay=decay),
+        ]
+    return contenders
 
 
 def control_contenders(statistics: bool = False) -> list[Contender]:

@@ -21,7 +21,7 @@ from selective.capture.rotated_fused import RotatedFusedJob
 from selective.capture.rotated_stepped import RotatedDeltaJob, RotatedScratchJob
 from selective.capture.scratch import ScratchJob
 from selective.parameter import Parameter
-from selective.policies import Dense, Policy
+from selective.policies import Decay, Dense, Policy
 from selective.rotation.rotation import Rotation
 
 CaptureName = Literal["auto", "fused", "scratch", "delta"]
@@ -44,15 +44,19 @@ class Capture:
         parameters: list[Parameter],
         policy: Policy,
         kept_items: KeptItems,
+        decay: Decay | None = None,
     ) -> Job:
         """Make the job of this group in one step."""
-        if self.way == "fused":
-            assert self.rule is not None
-            return FusedJob(context, group, parameters, policy, self.facts, fused_rule=self.rule, kept_items=kept_items)
         if self.way == "dense":
             return DenseJob(context, group, parameters, policy, self.facts)
+        if isinstance(policy, Dense):
+            context = _without_mask(context)
+        options: Any = {"kept_items": kept_items, "decay": decay}
+        if self.way == "fused":
+            assert self.rule is not None
+            return FusedJob(context, group, parameters, policy, self.facts, fused_rule=self.rule, **options)
         cls = ScratchJob if self.way == "scratch" else DeltaJob
-        return cls(context, group, parameters, policy, self.facts, kept_items=kept_items)
+        return cls(context, group, parameters, policy, self.facts, **options)
 
     def rotated_job(
         self,
@@ -68,9 +72,9 @@ class Capture:
         has nothing to do.
         """
         context, policy = unrotated_job.context, unrotated_job.policy
-        if isinstance(policy, Dense):  # it has no statistics without a rotation either, and reads no momentum of ours
-            context = replace(context, report=None, own_momentum=None, momentum_beta=None)
-        options: Any = {"rotation": rotation, "kept_items": kept_items}
+        if isinstance(policy, Dense):
+            context = _without_mask(context)
+        options: Any = {"rotation": rotation, "kept_items": kept_items, "decay": unrotated_job.decay}
         if self.way == "fused":
             options |= {
                 "fused_rule": self.rule,
@@ -91,17 +95,23 @@ class Capture:
         return self.facts.momentum_key is not None
 
 
+def _without_mask(context: StepContext) -> StepContext:
+    """The context of a dense group: it has no statistics where the base steps alone, and reads no momentum of ours."""
+    return replace(context, report=None, own_momentum=None, momentum_beta=None)
+
+
 def choose_capture(
     base: Optimizer,
     group: dict[str, Any],
     policy: Policy,
     wanted: CaptureName,
     own_momentum: bool,
-    rotated: bool = False,
+    needs_update: bool = False,
 ) -> Capture:
-    """Choose the capture of one group, or of its `rotated` parameters.
+    """Choose the capture of one group, or of its rotated parameters.
 
-    The update of rotated parameters is needed with any policy, so that `Dense()` is no exception there.
+    `needs_update`: the update is needed with any policy, so that `Dense()` is no exception: of rotated parameters, and
+    where decay is selective.
 
     Raises:
         ValueError: the base cannot be wrapped, or not in the `wanted` way. The message has the reason.
@@ -112,7 +122,7 @@ def choose_capture(
         raise ValueError(f"SelectiveUpdate: {name} can't be wrapped: {facts.refusal}")
     if group.get("differentiable"):
         raise ValueError(f"SelectiveUpdate: {name} has differentiable=True; a step with a mask is not differentiable")
-    if isinstance(policy, Dense) and not rotated:
+    if isinstance(policy, Dense) and not needs_update:
         return Capture("dense", "the policy is Dense(): the step is handed to the base", facts)
     rule, why_not_fused = _fused(base, group, own_momentum)
     if wanted == "fused" and rule is None:
@@ -154,13 +164,19 @@ def _why_delta(group: dict[str, Any], facts: BaseFacts) -> str | None:
 
 
 def capture_key(
-    base: Optimizer, group: dict[str, Any], param_kinds: ParamKinds, classes: tuple[type, ...], needs: frozenset[str]
+    base: Optimizer,
+    group: dict[str, Any],
+    param_kinds: ParamKinds,
+    classes: tuple[type, ...],
+    needs: frozenset[str],
+    decay: Decay | None = None,
 ) -> tuple[object, ...]:
     """Return everything that the choice of a capture depends on; the last entry is `classes`.
 
     While the key is the same, the choice is not made again. `param_kinds` is the group's; `classes` are the policy's
-    `state_classes`, and `needs` is what it reads: the caller has them at hand.
+    `state_classes`, and `needs` is what it reads: the caller has them at hand. `decay` is the group's.
     """
+    decays = None if decay is None else (type(decay), decay.weight_decay is None)
     skip = ("params", "lr", "step", "initial_lr", "param_names")
     # A number counts only as zero or not: some optimizers count steps in the group, schedulers change betas and decay.
     flags = tuple(
@@ -168,4 +184,4 @@ def capture_key(
         for k, v in group.items()
         if k not in skip and isinstance(v, (bool, str, int, float))
     )
-    return type(base), replaced_step(base) is not None, flags, param_kinds, needs, classes
+    return type(base), replaced_step(base) is not None, flags, param_kinds, needs, decays, classes

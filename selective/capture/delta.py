@@ -36,6 +36,8 @@ class DeltaJob(GenericJob):
         self.stand_ins = StandIns(self.context.base, self.group)
         self.left: dict[Tensor, Tensor] = {}  # low-precision parameters -> their float32 copies after the base's step
         self.started: dict[int, Tensor] = {}  # index of such a parameter -> its value before, with the residue
+        if self.decay is not None:  # it starts from the value before, with which the update's sign is compared
+            self.offset = 0.0
 
     def before_base(self) -> None:
         self.remember()
@@ -63,20 +65,23 @@ class DeltaJob(GenericJob):
         super().after_base()
 
     def rule_factors(self) -> Sequence[spec.Scalar]:
+        if self.decay is not None:
+            return super().rule_factors()
         return [1.0] * len(self.parameters)  # the start is the parameter after the base's step, decay included
 
     def captured(self, indices: Sequence[int]) -> list[Captured]:
         before = self._before(indices)
         after = [self._after(i) for i in indices]
         updates = foreach.differences(before, after)
-        if self.facts.decay == "decoupled":  # subtract the decay, which is no part of the update
+        if self.facts.decay == "decoupled" and self.decay is None:  # subtract the decay, which is no part of the update
             for factor, where in by_value([self.factors[i] for i in indices]):
                 if isinstance(factor, Tensor) or factor != 1.0:
                     foreach.add_([updates[i] for i in where], [before[i] for i in where], factor - 1.0)
         tensors = [self.parameters[i].tensor for i in indices]
         keeps = [self._keeps_residue(i) for i in indices]  # then the exact result is needed to compute the residue
         targets = [a if keep else p for a, keep, p in zip(after, keeps, tensors, strict=True)]
-        return [Captured(*triple) for triple in zip(updates, after, targets, strict=True)]
+        starts = after if self.decay is None else before
+        return [Captured(*triple) for triple in zip(updates, starts, targets, strict=True)]
 
     def _before(self, indices: Sequence[int]) -> list[Tensor]:
         """Return the values from which the base's step began, in the precision of that step."""

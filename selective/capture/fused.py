@@ -11,6 +11,7 @@ from typing import Any
 
 from selective.base.fused_rules import FusedRule
 from selective.base.hyperparameters import lookahead
+from selective.capture.decay import decaying_coordinates, with_own_factor
 from selective.capture.items import DeviceItems, KeptItems
 from selective.capture.job import Job
 from selective.capture.own_code import masked_step
@@ -27,7 +28,8 @@ class FusedJob(Job):
     def __init__(self, *args: Any, fused_rule: FusedRule, kept_items: KeptItems, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.fused_rule, self.kept_items = fused_rule, kept_items
-        self.specs = kept_items.specs(self.policy, self.parameters)
+        at_random = self.decay is not None and self.decay.at_random  # no kernel draws
+        self.specs = None if at_random else kept_items.specs(self.policy, self.parameters)
         self.own_code = self.specs is None
 
     def before_base(self) -> None:
@@ -35,7 +37,7 @@ class FusedJob(Job):
             self.saved = [parameter.tensor.clone() for parameter in self.parameters]
 
     def after_base(self) -> None:
-        rule = self.fused_rule.kernel_rule(self.context.base, self.group)
+        rule = with_own_factor(self.fused_rule.kernel_rule(self.context.base, self.group), self.decay, self.group)
         make_state = partial(self.fused_rule.init_state, self.group)
         with self.kept_items.with_gradients(self.context, self.parameters, self.policy, make_state) as all_items:
             for device_items in all_items:
@@ -52,12 +54,13 @@ class FusedJob(Job):
     ) -> None:
         """Let one kernel compute rule and mask on one device.
 
-        A sharded step is only started; `StepRunner.run` finishes it through `context.exchange`.
+        A sharded step is only started; `run_jobs` finishes it through `context.exchange`. So is one whose kernel may
+        take the tensors of other jobs, too, through `context.calls`.
         """
         context = self.context
         how: dict[str, Any] = {
             "rule": rule, "selection": selection, "strength": strength, "draw": context.draw_on(device_items.device),
-            "statistics": context.report is not None,
+            "statistics": context.report is not None, "decay": None if self.decay is None else self.decay.spec(),
         }  # fmt: skip
 
         def done(sums: Sequence[spec.Sums] | None) -> None:
@@ -67,6 +70,8 @@ class FusedJob(Job):
 
         if device_items.is_sharded:
             context.exchange.add(begin_sharded(device_items.items, **how), len(device_items.items), done)
+        elif context.calls is not None:
+            context.calls.add(device_items, how, done)
         else:
             done(selective_step(device_items.items, **how))
 
@@ -79,5 +84,10 @@ class FusedJob(Job):
             lookahead(self.context.base, self.group),
         )  # fmt: skip
         mask = masked_step(self.context, self.policy, parameter, tensors, item.shard)
-        if mask is not None:
-            apply_mask(item, rule, moved.update, mask, self.context.draw_on(item.param.device))
+        if mask is None:
+            return
+        decays = None
+        if self.decay is not None:
+            of = self.decay.spec()
+            decays = decaying_coordinates(self.decay, of, item, rule, moved.update, mask, seen.grad, self.context)
+        apply_mask(item, rule, moved.update, mask, self.context.draw_on(item.param.device), decays)

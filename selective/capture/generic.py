@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selective import foreach
 from selective.base.hyperparameters import LOW_PRECISION, lookahead
+from selective.capture.decay import decaying_coordinates
 from selective.capture.items import KeptItems
 from selective.capture.own_code import masked_step
 from selective.capture.remember import RememberingJob
@@ -41,7 +42,9 @@ class GenericJob(RememberingJob):
     def __init__(self, *args: Any, kept_items: KeptItems, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kept_items, self.calls = kept_items, 0
-        self.specs = specs_on(self.policy, self.tensors())
+        at_random = self.decay is not None and self.decay.at_random  # no kernel draws
+        self.specs = None if at_random else specs_on(self.policy, self.tensors())
+        self.kernel_decay = None if self.decay is None else self.decay.spec()  # of the next calls
         self.own_code = self.specs is None
 
     def captured(self, indices: Sequence[int]) -> list[Captured]:
@@ -105,7 +108,7 @@ class GenericJob(RememberingJob):
         report, device = self.context.report, items[0].param.device
         how: dict[str, Any] = {
             "rule": rule, "selection": self.specs[0], "strength": self.specs[1],
-            "draw": self.context.draw_on(device), "statistics": report is not None,
+            "draw": self.context.draw_on(device), "statistics": report is not None, "decay": self.kernel_decay,
         }  # fmt: skip
 
         def done(sums: Sequence[spec.Sums] | None) -> None:
@@ -147,8 +150,20 @@ class GenericJob(RememberingJob):
             param = param.clone()
         tensors = Tensors(param, update, gradient, momentum, previous, rule.momentum_beta)
         mask = masked_step(self.context, self.policy, parameter, tensors, item.shard)
-        if mask is not None:
-            apply_mask(item, rule, update, mask, self.context.draw_on(item.param.device))
+        if mask is None:
+            return
+        decays = self.decays_of(item, rule, update, mask, self.kernel_decay)
+        apply_mask(item, rule, update, mask, self.context.draw_on(item.param.device), decays)
+
+    def decays_of(
+        self, item: spec.Item, rule: spec.GivenRule, update: Tensor, mask: Tensor, kernel_decay: spec.Decay | None
+    ) -> Tensor | None:
+        """Return True at the coordinates of one parameter that decay, in plain torch; None if all do."""
+        if self.decay is None or kernel_decay is None:
+            return None
+        grad = turned(item.grad.to(update.dtype), rule.rate)
+        assert grad is not None
+        return decaying_coordinates(self.decay, kernel_decay, item, rule, update, mask, grad, self.context)
 
     def _lookahead(self) -> float:
         """Return the coefficient of the Nesterov score; 0 if nobody needs it: reading `betas` may wait for a GPU."""

@@ -121,7 +121,7 @@ class KeptItems:
             yield all_items
         finally:
             for device_items in all_items:
-                if not device_items.is_sharded:
+                if not device_items.is_sharded and context.calls is None:  # else they are stepped later
                     device_items.let_go()
             if context.recording:
                 self.recorded += all_items

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +15,15 @@ from selective.base.base_facts import BaseFacts
 from selective.foreach import copies
 from selective.kernels import Exchange, spec
 from selective.parameter import Parameter
-from selective.policies import Policy
+from selective.policies import Decay, Policy
 from selective.policies.kernel_terms import has_own_code
 from selective.statistics import StepStatistics
+
+
+class CollectsCalls(Protocol):
+    """Collects kernel calls of several jobs: `capture/kernel_calls.py`."""
+
+    def add(self, items: Any, arguments: dict[str, Any], then: Callable[..., None]) -> None: ...
 
 
 @dataclass
@@ -35,6 +41,7 @@ class StepContext:
     clock: Callable[[torch.device], Tensor | None]  # the step count on a device, for `Draw.clock`
     recording: bool  # True while a CUDA graph is recorded
     exchange: Exchange = field(default_factory=Exchange)  # the sums over ranks of all groups, made together
+    calls: CollectsCalls | None = None  # kernel calls that are made together; None: each job makes its own at once
     local_scope: bool = False  # True: select in each shard as if it were the whole tensor
 
     def draw_on(self, device: torch.device) -> spec.Draw:
@@ -57,6 +64,7 @@ class Job:
     policy: Policy
     facts: BaseFacts
     saved: list[Tensor] = field(default_factory=list)
+    decay: Decay | None = None  # None: decoupled decay reaches every coordinate
 
     steps_base = True  # True if the base's own step has to run for this group
 

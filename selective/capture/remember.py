@@ -11,6 +11,7 @@ from torch import Tensor
 from selective import foreach
 from selective.base.base_facts import decay_factor, momentum_entry
 from selective.base.hyperparameters import plain_number, sign_of, sign_of_rate
+from selective.capture.decay import own_factor
 from selective.capture.job import Job
 from selective.kernels import spec
 
@@ -59,6 +60,9 @@ class RememberingJob(Job):
 
     def _factors(self) -> list[spec.Scalar]:
         base, group, facts = self.context.base, self.group, self.facts
+        factor = own_factor(self.decay, group)
+        if factor is not None:
+            return [factor] * len(self.parameters)
         if facts.decay != "decoupled" or not self.parameters:
             return [1.0] * len(self.parameters)
         if facts.decay_per_parameter:

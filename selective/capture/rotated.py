@@ -19,7 +19,7 @@ from torch import Tensor
 from selective import foreach
 from selective.base.fused_rules import fused_rule
 from selective.capture.generic import Captured, GenericJob, by_value
-from selective.kernels import selective_step, spec
+from selective.kernels import apply_mask, selective_step, spec
 from selective.policies import Dense
 from selective.policies.kernel_terms import specs_of
 from selective.preconditioner import as_matrix
@@ -40,10 +40,15 @@ class RotatedJob(GenericJob):
         self.rotation = rotation
         self.own_code = self.specs is None or is_foreign(rotation.preconditioner)
         self.in_original = rotation.mask_space == "original"
+        self.decays_by_unmasked = False
+        if self.decay is not None and not self.in_original:
+            self.kernel_decay = None  # a parameter decays when it is written, by `apply_masked`
+            self.decays_by_unmasked = self.decay.of == "update" and not isinstance(self.policy, Dense)
         self.gradients: list[Tensor] = []  # not rotated, after `maximize` and coupled decay
         self.moving: list[int] = []  # those that step now: the preconditioner may hold others still
         self.momenta: dict[int, Tensor | None] = {}  # of the parameters that are being masked, in the space of the mask
         self.waiting: dict[int, Tensor] = {}  # -mask u in the rotated space, until it is applied
+        self.unmasked: dict[int, tuple[Tensor, bool]] = {}  # u (True: -u) there, where the decay reads it
         self.count = len(self.parameters)
         self.grads, self.previous = [None] * self.count, [None] * self.count
 
@@ -145,6 +150,8 @@ class RotatedJob(GenericJob):
             return
         masked = self.zeros(indices)
         self.waiting.update(zip(indices, masked, strict=True))
+        if self.decays_by_unmasked:
+            self.unmasked.update({i: (u, negated) for i, u in zip(indices, updates, strict=True)})
         self._call(indices, updates, masked, [1.0] * len(indices), negated)
 
     def stepped(self, indices: Sequence[int]) -> None:
@@ -183,27 +190,45 @@ class RotatedJob(GenericJob):
         The sum is rounded once.
         """
         moved = self.rotation.project_out(indices, masked, narrow=True)
+        compared = self._unmasked_out(indices) if self.decays_by_unmasked else moved
         starts = self._starts(indices)
-        described = specs_of(Dense())
-        assert described is not None
+        rate = 1.0 if self.decay is None else self.rate
         for factor, places in by_value([self.factors[i] for i in indices]):
             items = [
                 spec.Item(
                     starts[k],
-                    moved[k],
+                    compared[k],  # in the place of the gradient, which only the decay reads
                     {"update": moved[k], "start": starts[k]},
                     self._address(indices[k]),
                     shard=self.shard(indices[k]),
                 )
                 for k in places
             ]
-            passing = self.kept_items.passing(self.calls, items, self.policy, self.context.recording)
-            self.calls += 1
-            selective_step(
-                passing, rule=spec.GivenRule(factor, 0.0, negated=True), selection=described[0],
-                strength=described[1], draw=self.context.draw_on(items[0].param.device),
-            )  # fmt: skip
+            self._write(items, spec.GivenRule(factor, 0.0, negated=True, rate=rate))
         self._keep_residue(indices, starts)
+
+    def _unmasked_out(self, indices: list[int]) -> list[Tensor]:
+        """Return the unmasked updates in the original space: a product more than a step without decay takes."""
+        updates, negated = zip(*(self.unmasked.pop(i) for i in indices), strict=True)
+        moved = self.rotation.project_out(indices, updates, narrow=True)
+        return foreach.negated(moved) if negated[0] else moved
+
+    def _write(self, items: list[spec.Item], rule: spec.GivenRule) -> None:
+        """Write the masked updates to their parameters, with decay."""
+        described, draw = specs_of(Dense()), self.context.draw_on(items[0].param.device)
+        assert described is not None
+        decay = None if self.decay is None else self.decay.spec("gradient" if self.decays_by_unmasked else "update")
+        if self.decay is not None and self.decay.at_random:
+            for item in items:
+                update = -item.state["update"].to(torch.promote_types(item.param.dtype, torch.float32))
+                mask = torch.ones((), dtype=update.dtype, device=update.device)
+                apply_mask(item, rule, update, mask, draw, self.decays_of(item, rule, update, mask, decay))
+            return
+        passing = self.kept_items.passing(self.calls, items, self.policy, self.context.recording)
+        self.calls += 1
+        selective_step(
+            passing, rule=rule, selection=described[0], strength=described[1], draw=draw, decay=decay
+        )  # fmt: skip
 
     def _address(self, index: int) -> int:
         return self.parameters[index].address

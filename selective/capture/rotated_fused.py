@@ -16,6 +16,8 @@ from selective.base.fused_rules import FusedRule
 from selective.base.lent_gradients import LentGradients
 from selective.capture.rotated import RotatedJob
 from selective.kernels import advance, begin_sharded, selective_step, spec
+from selective.policies import Dense
+from selective.policies.kernel_terms import specs_of
 from selective.sharding.dtensor import is_dtensor, local_like, wrapped_like
 
 
@@ -44,7 +46,7 @@ class RotatedFusedJob(RotatedJob):
 
     def after_base(self) -> None:
         self.hidden.give_back()
-        in_kernel = self.specs is not None and not self.in_original
+        in_kernel = self.specs is not None and not self.in_original and not self.decays_by_unmasked
         for indices in self.rotation.buckets(self.moving, self.rotation.bucket_elements(narrow=in_kernel)):
             grads = [self.gradients[i] for i in indices]
             self._step(indices, self.rotation.gradients_in(indices, grads, narrow=in_kernel), in_kernel)
@@ -83,6 +85,8 @@ class RotatedFusedJob(RotatedJob):
         if in_kernel:
             self.waiting.update(zip(indices, buffers, strict=True))
             self._step_in_kernel(indices, items, rule)
+        elif self.specs is not None and not self.in_original:
+            self._step_in_two_kernels(indices, items, rule)
         else:
             self._step_outside(indices, items, rule)
         for i, state, base_state in zip(indices, states, base_states, strict=True):
@@ -114,6 +118,27 @@ class RotatedFusedJob(RotatedJob):
             done(selective_step(passing, **how))
         else:
             self.context.exchange.add(begin_sharded(passing, **how), len(items), done)
+
+    def _step_in_two_kernels(self, indices: list[int], items: list[spec.Item], rule: spec.Rule) -> None:
+        """Let one kernel compute the rule, and a second one the mask, because the decay reads the unmasked update."""
+        described, draw = specs_of(Dense()), self.context.draw_on(items[0].param.device)
+        assert described is not None
+        previous: list[Tensor | None] = [None] * len(items)
+        if "previous_momentum" in self.reads:
+            stored = [item.state.get(rule.previous_momentum or "") for item in items]
+            zeros = self.zeros(indices)
+            previous = [
+                zero if x is None else x.to(torch.float32, copy=True) for x, zero in zip(stored, zeros, strict=True)
+            ]
+        alone = [replace(item, shard=None) for item in items]  # the rule looks at single coordinates
+        passing = self.kept_items.passing(self.calls, alone, self.policy, self.context.recording)
+        self.calls += 1
+        selective_step(
+            passing, rule=rule, selection=described[0], strength=described[1], draw=replace(draw, stochastic=False)
+        )  # fmt: skip
+        momenta = [item.state[rule.first_moment or ""] if "momentum" in self.reads else None for item in alone]
+        self.take(indices, [item.grad for item in alone], momenta, previous)
+        self.mask_and_apply(indices, [item.param for item in alone], negated=True)
 
     def _step_outside(self, indices: list[int], items: list[spec.Item], rule: spec.Rule) -> None:
         """Compute the rule alone, and mask afterwards: by a policy's own code, or in the original space."""

@@ -19,6 +19,7 @@ from selective.base.lent_gradients import LentGradients
 from selective.capture.rotated import RotatedJob
 from selective.capture.stand_ins import StandIns
 from selective.preconditioner import as_matrix
+from selective.preconditioner.matrices import from_matrices
 
 
 class SwappedJob(RotatedJob):
@@ -142,7 +143,7 @@ class RotatedDeltaJob(SwappedJob):
     def updates(self, indices: list[int], left: list[Tensor]) -> tuple[list[Tensor], bool]:
         before = [self.before.pop(i) for i in indices]
         updates = foreach.differences(before, left)
-        if self.facts.decay == "decoupled":  # subtract the decay, which is no part of the update
+        if self.facts.decay == "decoupled" and self.decay is None:  # subtract the decay, which is no part of the update
             for u, value, i in zip(updates, before, indices, strict=True):
                 u.add_(value * (self.factors[i] - 1.0))
         return updates, False
@@ -152,7 +153,7 @@ class RotatedDeltaJob(SwappedJob):
     def _exact(self, indices: list[int]) -> list[Tensor]:
         """Return the parameters in float32, with the residue that we keep of them."""
         values = [as_matrix(self.data[i], self.rotation.bases[i].shape) for i in indices]
-        values = [v.reshape(self.data[i].shape) for i, v in zip(indices, values, strict=True)]
+        values = [from_matrices(v, self.data[i].shape) for i, v in zip(indices, values, strict=True)]
         return [v + self._residue(i) if i in self.with_residue else v for i, v in zip(indices, values, strict=True)]
 
     def _residue(self, index: int) -> Tensor:

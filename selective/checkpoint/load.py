@@ -12,11 +12,12 @@ from selective.base.mismatch import CheckpointMismatch
 from selective.checkpoint.frame import check_group_sizes, step_and_seed_of
 from selective.checkpoint.matches_base import check_base
 from selective.checkpoint.matches_basis import checked_preconditioners, first_warning
-from selective.checkpoint.matches_policies import checked_policies
+from selective.checkpoint.matches_policies import checked_decays, checked_policies
 from selective.checkpoint.rollback import rollback
 from selective.kernels.lasting import lasting
 from selective.plan.groups import Groups
-from selective.policies import Policy
+from selective.plan.oversized import oversized_as_saved
+from selective.policies import Decay, Policy
 from selective.preconditioner import Preconditioner
 from selective.sharding.dtensor import is_dtensor
 from selective.sharding.gathering import cut_like
@@ -27,10 +28,8 @@ from selective.state.store import StateStore, follow_changes
 from selective.step_count import StepCount
 
 
-def load(
-    checkpoint: dict[str, Any], base: Optimizer, groups: Groups, store: StateStore, count: StepCount
-) -> str | None:
-    """Load all of a checkpoint whose structure `checked_frame` accepted, or nothing. Return a warning, or None.
+def load(checkpoint: dict[str, Any], base: Optimizer, groups: Groups, store: StateStore, count: StepCount) -> list[str]:
+    """Load all of a checkpoint whose structure `checked_frame` accepted, or nothing. Return the warnings.
 
     What can be known beforehand is checked before anything is loaded; where the base refuses it later, all is put back.
     """
@@ -40,14 +39,16 @@ def load(
     wrapper_entries = own_part(checkpoint)
     numbers = step_and_seed_of(wrapper_entries, saved_indices)
     policies = checked_policies(groups.plans, store, saved_indices, wrapper_entries)
+    decays = checked_decays(groups.plans, saved_indices, wrapper_entries)
     preconditioners = checked_preconditioners(groups.plans, saved_indices, wrapper_entries)
     base_entries = _cut(base, saved_indices, base_part(checkpoint))
     base_classes = {decode_note(entries[POLICY]) for entries in wrapper_entries.values()} - {""}
     check_base(base, groups.plans, base_entries, base_classes, wrapper_entries)
-    warning = first_warning(preconditioners, groups.plans)
+    warnings = [first_warning(preconditioners, groups.plans)]
+    oversized_before = oversized_as_saved(groups.plans)
     with rollback(base, groups, store, count, _cant_be_loaded):
         _load_base(base, saved_indices, base_entries)
-        _load_policies(groups, policies, preconditioners)
+        _load_policies(groups, policies, decays, preconditioners)
         params = (p for group in base.param_groups for p in group["params"])
         store.table = {
             p: own_tensors(wrapper_entries[i], p)
@@ -58,7 +59,10 @@ def load(
         follow_changes(groups, store)
         place_loaded_bases(groups.plans, store.table)
         _make_missing_bases(groups, store)
-    return warning
+    oversized = oversized_as_saved(groups.plans)
+    if oversized != oversized_before:  # else the user has asked for it, and was warned
+        warnings.append(oversized)
+    return [warning for warning in warnings if warning is not None]
 
 
 def _cant_be_loaded(reason: str) -> CheckpointMismatch:
@@ -95,10 +99,13 @@ def _load_base(base: Optimizer, saved_indices: Sequence[Any], base_entries: dict
 
 
 def _load_policies(
-    groups: Groups, policies: Sequence[Policy], preconditioners: Sequence[Preconditioner | None]
+    groups: Groups,
+    policies: Sequence[Policy],
+    decays: Sequence[Decay | None],
+    preconditioners: Sequence[Preconditioner | None],
 ) -> None:
-    for plan, policy, preconditioner in zip(groups.plans, policies, preconditioners, strict=True):
-        plan.policy_group.policy = policy
+    for plan, policy, decay, preconditioner in zip(groups.plans, policies, decays, preconditioners, strict=True):
+        plan.policy_group.policy, plan.policy_group.decaying.decay = policy, decay
         if preconditioner is not None:
             plan.preconditioning.load(preconditioner)
         plan.look_anew()

@@ -27,15 +27,27 @@ def checked_preconditioners(
         entries = [wrapper_entries.get(next(indices), {}) for _ in members]
         saved = first_saved(entries, PRECONDITIONER, Preconditioner, plan.number)
         preconditioners.append(saved)
+        if saved is None:
+            continue
+        rotation = _with_limits_of(saved, plan.rotation)
         for member, own in zip(members, entries, strict=True):
-            if saved is not None and not is_lazy(member.tensor):  # those are looked at when they have a shape
-                _check_basis(own, saved, plan, member)
+            if not is_lazy(member.tensor):  # those are looked at when they have a shape
+                _check_basis(own, saved, plan, rotation, member)
     return preconditioners
 
 
-def _check_basis(entries: dict[str, Tensor], saved: Preconditioner, plan: GroupPlan, member: Parameter) -> None:
-    """Refuse the basis of another preconditioner, of other sides, or of another view of this parameter."""
-    group, rotation = plan.preconditioning, plan.rotation
+def _check_basis(
+    entries: dict[str, Tensor],
+    saved: Preconditioner,
+    plan: GroupPlan,
+    rotation: RotationPlan | None,
+    member: Parameter,
+) -> None:
+    """Refuse the basis of another preconditioner, of other sides, or of another view of this parameter.
+
+    `rotation` is the plan of the group, with the checkpoint's limits.
+    """
+    group = plan.preconditioning
     shape = None if rotation is None else rotation.shapes.get(member.tensor)
     if not entries or (shape is None and BASIS_STEPS not in entries):
         return
@@ -48,6 +60,14 @@ def _check_basis(entries: dict[str, Tensor], saved: Preconditioner, plan: GroupP
             "(selective.base_part(state_dict)), whose moments are of that basis",
             long=True,
         )
+
+
+def _with_limits_of(saved: Preconditioner, rotation: RotationPlan | None) -> RotationPlan | None:
+    """Return the rotation plan with those options of `saved` that decide which matrices are rotated."""
+    if rotation is None or type(saved) is not type(rotation.preconditioner):
+        return rotation
+    preconditioner = rotation.preconditioner.with_limits_of(saved)
+    return rotation if preconditioner is rotation.preconditioner else rotation.with_preconditioner(preconditioner)
 
 
 def first_warning(preconditioners: Sequence[Preconditioner | None], plans: Sequence[GroupPlan]) -> str | None:

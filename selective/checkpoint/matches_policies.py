@@ -1,4 +1,4 @@
-"""Checks that the policies in a checkpoint fit this optimizer."""
+"""Checks that the policies and decays in a checkpoint fit this optimizer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from selective.base.mismatch import CheckpointMismatch
 from selective.configured import Configured, kinds_of
 from selective.parameter import Parameter, is_lazy
 from selective.plan.group_plan import GroupPlan
-from selective.policies import Policy
+from selective.policies import Decay, Policy
 from selective.policies.function import with_live_function
-from selective.state.entries import MOMENTUM, POLICY, decode_model
+from selective.state.entries import DECAY, MOMENTUM, POLICY, decode_model
 from selective.state.parameter_state import is_of_basis, own_tensors
 from selective.state.store import StateStore
 
@@ -47,6 +47,28 @@ def checked_policies(
             if index in wrapper_entries and not is_lazy(member.tensor):  # those are looked at when they have a shape
                 _check_entries(plan, store, member, policy, wrapper_entries[index])
     return policies
+
+
+def checked_decays(
+    plans: Sequence[GroupPlan], saved_indices: Sequence[Any], wrapper_entries: Mapping[Any, dict[str, Tensor]]
+) -> list[Decay | None]:
+    """Return the selective decays after loading, by group; raise if the checkpoint's is of another kind.
+
+    A group that was saved without one keeps what it has here.
+    """
+    decays: list[Decay | None] = []
+    indices = iter(saved_indices)
+    for plan in plans:
+        entries = [wrapper_entries.get(next(indices), {}) for _ in plan.params.parameters]
+        saved = first_saved(entries, DECAY, Decay, plan.number)
+        if saved is not None and type(saved) is not type(plan.decay):
+            raise CheckpointMismatch(
+                f"param_groups[{plan.number}] has decay={plan.decay!r}, the checkpoint was made with {saved!r}",
+                "Construct the optimizer with that decay, or load only the base's part "
+                "(selective.base_part(state_dict))",
+            )
+        decays.append(plan.decay if saved is None else saved)
+    return decays
 
 
 def first_saved(entries: Sequence[dict[str, Tensor]], key: str, family: type[C], number: int) -> C | None:

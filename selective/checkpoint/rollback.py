@@ -22,16 +22,26 @@ def rollback(
 
     `wrap_error` turns the reason into the error that is raised. A `CheckpointMismatch` is raised again as it is.
     """
-    undo_all = [base_snapshot(base), store.snapshot(), groups.snapshot(), count.snapshot()]
+    undo = snapshot(base, groups, store, count)
     try:
         yield
     except BaseException as error:
-        for undo in undo_all:
-            undo()
+        undo()
         if not isinstance(error, Exception) or isinstance(error, CheckpointMismatch):
             raise
         reason = str(error).removeprefix("SelectiveUpdate: ")
         raise wrap_error(f"{type(error).__name__}: {reason}") from error
+
+
+def snapshot(base: Optimizer, groups: Groups, store: StateStore, count: StepCount) -> Callable[[], None]:
+    """Return a function that puts the base and all parts back as they are now."""
+    undo_all = [base_snapshot(base), store.snapshot(), groups.snapshot(), count.snapshot()]
+
+    def undo() -> None:
+        for undo_part in undo_all:
+            undo_part()
+
+    return undo
 
 
 def base_snapshot(base: Optimizer) -> Callable[[], None]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from selective.compare import config as configuration
 from selective.compare.config import CompareConfig, ConfigError
-from selective.compare.extras import MissingExtra, require
+from selective.compare.extras import MissingExtra
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -28,40 +28,28 @@ def compare(options: argparse.Namespace, given: dict[str, Any]) -> int:
 
 
 def _compare(options: argparse.Namespace, given: dict[str, Any]) -> int:
-    from selective.compare import plots, table
-    from selective.compare.model import GPT
     from selective.compare.runner import Comparison
-    from selective.compare.summary import summarise
-    from selective.compare.words import in_plain_words
+    from selective.compare.show import check_extras, run_and_show
     from selective.compare.workers import WorkerFailed
 
-    console = require("rich.console").Console()
-    if not console.is_terminal:
-        console.width = 120  # a log file has no width; rich would take 80
-    require("matplotlib.figure")  # a missing package is an error before the training, not after it
+    check_extras()
     folder = Path(options.out) if options.out else Path("results") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     config = resolve(options, given, folder)
     # With a configuration, --resume also begins a comparison, so that one command line serves from start to end.
     begin = not (folder / "config.json").exists() and bool(options.config or given)
     comparison = Comparison(config, folder, options.resume and not begin, options.overwrite)
-    parameters = sum(p.numel() for p in GPT(config.model, 0).parameters())
-    console.print(table.headline(config, comparison, parameters), markup=False, highlight=False)
     try:
-        with table.progress_bars(comparison, console) as handle:
-            finished = comparison.run(handle)
+        finished = run_and_show(comparison)
     except WorkerFailed as error:
         print(f"selective compare: {error}\nWhat was finished is in {folder}.", file=sys.stderr)
         return FAILED
-    summary = summarise(config, list(comparison.records.values()))
-    table.show(summary, comparison, console)
-    written = [folder / "results.json", *plots.write_plots(config, summary, list(comparison.records.values()), folder)]
-    console.print(f"Written: {', '.join(str(path) for path in written)}", markup=False, highlight=False, soft_wrap=True)
-    for line in in_plain_words(summary):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not finished:
-        again = f"selective compare --resume --out {folder}"
-        console.print(f"Interrupted. Go on with: {again}", markup=False, highlight=False, soft_wrap=True)
+        print(f"Interrupted. Go on with: selective compare --resume --out {folder}")
         return INTERRUPTED
+    if comparison.failed:
+        count = len(comparison.failed)
+        print(f"selective compare: {count} of {len(comparison.runs)} runs failed; see the notes", file=sys.stderr)
+        return FAILED
     return DONE
 
 
@@ -99,13 +87,16 @@ def _seeds_from(first: int, seeds: Any) -> Any:
 def explain(base: str, base_options: dict[str, Any], policy: Any, preconditioner: Any = None) -> int:
     """Print the `explain()` of a base under a policy and a preconditioner. Returns the exit code."""
     from selective.compare.contenders import make_base, wrap
+    from selective.compare.gpt_task import GPTTask
     from selective.compare.model import GPT
+    from selective.compare.setup import Setup
 
     try:
         spaces = [] if preconditioner is None else [preconditioner]
         asked = {"base": base, "base_options": base_options, "policies": [policy], "preconditioners": spaces}
         config = configuration.build(asked)
-        optimizer = make_base(config, GPT(config.model, 0), config.lr[0], bool(spaces))
+        setup = Setup(config, GPTTask, {})
+        optimizer = make_base(setup, GPT(config.model, 0), config.lr[0], bool(spaces))
         print(wrap(config, optimizer, config.policies[0], 0, next(iter(config.preconditioners), None)).explain())
     except ConfigError as error:
         print(f"selective explain: {error}", file=sys.stderr)

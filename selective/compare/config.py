@@ -93,6 +93,7 @@ def _seeds(value: Any) -> Any:
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(gt=0)]
+Role = Literal["policy", "control", "rotation", "optimizer"]
 
 
 class CompareConfig(_Config):
@@ -104,15 +105,24 @@ class CompareConfig(_Config):
         None, ge=0, lt=1, description="of the wrapper's own momentum, for bases without"
     )
     lr: tuple[Rate, ...] = Field((1e-3, 3e-3), min_length=1, description="swept, by everyone")
-    rates: dict[Literal["policy", "control", "rotation"], Annotated[tuple[Rate, ...], Field(min_length=1)]] = Field(
+    rest_lr: tuple[Rate, ...] = Field(
+        (), description="second learning rates, of embeddings, head and vectors; swept with `lr` in pairs, by everyone"
+    )
+    rates: dict[Role, Annotated[tuple[Rate, ...], Field(min_length=1)]] = Field(
         default_factory=dict, description="learning rates of these, instead of `lr`, which stays the baseline's"
     )
     imports: tuple[str, ...] = Field((), description="modules to import first: those that define your own policies")
+    task: str | None = Field(
+        None, min_length=1, description="what is trained: module:name or path/to/file.py:name; null: the built-in GPT"
+    )
     policies: tuple[AnyPolicy, ...] = Field((), description="names, or mappings with a `kind`")
     preconditioners: tuple[AnyPreconditioner, ...] = Field(
         (), description="the base and every policy in the space of each, too: adadiag, adadiag++, soap, or a `kind`"
     )
     policies_in_spaces: bool = Field(True, description="also run the policies in each preconditioner's space")
+    optimizers: tuple[str, ...] = Field(
+        (), description="functions that make an optimizer, beside the base: module:name or path/to/file.py:name"
+    )
     controls: bool = Field(True, description="each policy beside a random mask of the same share and norm")
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds)] = Field((0, 1, 2), min_length=1)
     steps: int = Field(400, ge=2)
@@ -140,12 +150,33 @@ class CompareConfig(_Config):
     @model_validator(mode="after")
     def _no_twins(self) -> CompareConfig:
         swept = {f"rates.{role}": rates for role, rates in self.rates.items()}
-        listed = {name: getattr(self, name) for name in ("lr", "seeds", "policies", "preconditioners")}
+        names = ("lr", "rest_lr", "seeds", "policies", "preconditioners", "optimizers")
+        listed = {name: getattr(self, name) for name in names}
         for name, those in {**listed, **swept}.items():
             values = [repr(value) for value in those]
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
                 raise ValueError(f"{name} has {', '.join(twice)} more than once; one run of each is enough")
+        return self
+
+    @model_validator(mode="after")
+    def _only_of_the_built_in_task(self) -> CompareConfig:
+        """Refuse settings of the built-in GPT beside a task, which would have no effect."""
+        if self.task is None:
+            return self
+        without = LoopConfig.model_validate({})
+        changed = [name for name, kind in (("model", ModelConfig), ("data", DataConfig))
+                   if getattr(self, name) != kind.model_validate({})]  # fmt: skip
+        changed += [
+            f"loop.{name}"
+            for name in ("batch", "evaluate_windows")
+            if getattr(self.loop, name) != getattr(without, name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)} is of the built-in GPT, and the task is {self.task}: a task makes its own model "
+                "and batches"
+            )
         return self
 
     @property

@@ -1,23 +1,26 @@
 """The contenders: a base optimizer alone and under each policy, and each policy's matched random control.
 
-With preconditioners, all of them come once more in the space of each.
+With preconditioners, all of them come once more in the space of each. Optimizers that functions of the user's make
+come last.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
+import functools
 import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from selective import Bernoulli, Everything, Policy, Preconditioner, RandomMask, SelectiveUpdate
-from selective.compare.config import CompareConfig, ConfigError
+from selective.base.by_name import optimizer_class
+from selective.compare.config import CompareConfig, ConfigError, Role
+from selective.compare.optimizers import call_maker
+from selective.compare.setup import Setup
 from selective.compare.spaces import groups_by_kind
 from selective.policies import MatchedRandomMask
 
@@ -28,18 +31,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+Pair = tuple[float, float | None]
+"""A learning rate and the second one, of embeddings, head and vectors, or of what a function takes for the rest."""
+
+
 @dataclass(frozen=True)
 class Contender:
     """One side of the comparison, without learning rate and seed. `policy` is None for the base as it is."""
 
     index: int
     label: str
-    role: str  # "baseline", "rotation" (the base in a preconditioner's space), "policy" or "control"
+    role: str  # "baseline", "rotation" (the base in a preconditioner's space), "policy", "control" or "optimizer"
     policy: Policy | None
     of: int | None = None  # of a control, the index of its policy; of a policy, that of its control, if it has one
     preconditioner: Preconditioner | None = None
     ground: int = 0  # index of the base in the same space
     rates: tuple[float, ...] = ()  # the learning rates of its runs
+    rest_rates: tuple[float, ...] = ()  # the second learning rates, each of which is tried beside each of the first
+    maker: str | None = None  # the configuration's name of the function that makes it
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The first and second learning rate of its runs at each seed."""
+        return tuple((lr, rest) for lr in self.rates for rest in self.rest_rates or (None,))
 
     @property
     def slug(self) -> str:
@@ -54,29 +68,48 @@ class Run:
     contender: Contender
     lr: float
     seed: int
+    rest_lr: float | None = None
 
     @property
     def key(self) -> str:
-        return f"seed{self.seed}-{self.contender.slug}-lr{self.lr:g}"
+        rest = "" if self.rest_lr is None else f"-rest{self.rest_lr:g}"
+        return f"seed{self.seed}-{self.contender.slug}-lr{self.lr:g}{rest}"
 
 
 def contenders(config: CompareConfig) -> list[Contender]:
-    """List the baseline, then each policy followed by its control, and the same in each preconditioner's space."""
+    """List the baseline, then each policy followed by its control, and the same in each preconditioner's space.
+
+    The optimizers of the user's functions come last.
+    """
     listed: list[Contender] = []
-    rates = {"baseline": config.lr, "policy": config.lr, "control": config.lr, "rotation": config.lr, **config.rates}
+    rates = {**dict.fromkeys(("baseline", *get_args(Role)), config.lr), **config.rates}
+    rest = config.rest_lr
     for space in (None, *config.preconditioners):
         ground, suffix = len(listed), "" if space is None else f" in {written(space)}"
         role = "baseline" if space is None else "rotation"
-        listed.append(Contender(ground, config.base + suffix, role, None, None, space, ground, rates[role]))
+        listed.append(Contender(ground, config.base + suffix, role, None, None, space, ground, rates[role], rest))
         for policy in config.policies if space is None or config.policies_in_spaces else ():
             index, label = len(listed), written(policy) + suffix
             control = matching(policy) if config.controls else None
             of = None if control is None else index + 1
-            listed.append(Contender(index, label, "policy", policy, of, space, ground, rates["policy"]))
+            listed.append(Contender(index, label, "policy", policy, of, space, ground, rates["policy"], rest))
             if control is not None:
                 name = f"random like {label}"
-                listed.append(Contender(index + 1, name, "control", control, index, space, ground, rates["control"]))
+                listed.append(
+                    Contender(index + 1, name, "control", control, index, space, ground, rates["control"], rest)
+                )
+    for name in config.optimizers:
+        label = _label(name, config)
+        listed.append(Contender(len(listed), label, "optimizer", None, None, None, 0, rates["optimizer"], rest, name))
     return listed
+
+
+def _label(name: str, config: CompareConfig) -> str:
+    """The function's own name, or the whole reference if another has the same."""
+    short = [name.rpartition(":")[2] for name in config.optimizers]
+    own = name.rpartition(":")[2]
+    label = own if short.count(own) == 1 else name
+    return f"{label} (function)" if label == config.base else label
 
 
 def written(policy: Policy | Preconditioner) -> str:
@@ -101,37 +134,24 @@ def matching(policy: Policy) -> Policy | None:
 def runs(config: CompareConfig) -> list[Run]:
     """List all runs, seed by seed: an interrupted comparison has every contender for the seeds that it finished."""
     field = contenders(config)
-    return [Run(contender, lr, seed) for seed in config.seeds for contender in field for lr in contender.rates]
+    return [Run(c, lr, seed, rest) for seed in config.seeds for c in field for lr, rest in c.pairs]
 
 
 def base_class(name: str) -> type[torch.optim.Optimizer]:
-    """The optimizer class `name`: of torch.optim, of pytorch_optimizer, or `module:Class`. Raises ConfigError."""
-    module, colon, attribute = name.rpartition(":")
-    places = [module] if colon else ["torch.optim", "pytorch_optimizer"]
-    looked = []
-    for place in places:
-        try:
-            candidate = getattr(importlib.import_module(place), attribute, None)
-        except ModuleNotFoundError as error:
-            looked.append(f"{place} (cannot be imported: {error})")
-            continue
-        if isinstance(candidate, type) and issubclass(candidate, torch.optim.Optimizer):
-            return candidate
-        looked.append(f"{place} ({'not there' if candidate is None else 'not an optimizer class'})")
-    dotted = "." in attribute
-    near = [":".join(attribute.rsplit(".", 1))] if dotted else difflib.get_close_matches(attribute, dir(torch.optim), 1)
-    meant = f" (did you mean {near[0]!r}?)" if near and not colon else ""
-    raise ConfigError(
-        f"base: no optimizer {name!r}{meant}; looked in {', '.join(looked)}. Name a class of torch.optim, or write the "
-        "import path as module:Class. A module in the current folder is found with PYTHONPATH=."
-    )
+    """The optimizer class that `name` means, as in `selective.base.by_name`. Raises ConfigError."""
+    try:
+        return optimizer_class(name)
+    except ValueError as error:
+        raise ConfigError(f"base: {error}") from error
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices with weight decay, vectors without."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    """Two parameter groups: matrices with weight decay, vectors without. Frozen parameters are left out."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2]
+    vectors = [p for p in trained if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
@@ -144,25 +164,40 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
         f"param_groups[{number}][{place}]": names[parameter]
         for number, group in enumerate(optimizer.param_groups)
         for place, parameter in enumerate(group["params"])
+        if parameter in names
     }
 
 
-def make_base(config: CompareConfig, model: nn.Module, lr: float, rotated: bool = False) -> torch.optim.Optimizer:
+def groups_of(setup: Setup, model: nn.Module, rotated: bool, lr: float, rest_lr: float | None) -> list[dict[str, Any]]:
+    """The parameter groups that every contender gets, with a rate of their own where the second one applies."""
+    config = setup.config
+    if not config.preconditioners and rest_lr is None:
+        return parameter_groups(model, config.loop.weight_decay)
+    parts = getattr(setup.task, "parts", {})
+    rates = None if rest_lr is None else (lr, rest_lr)
+    return groups_by_kind(model, config.loop.weight_decay, rotated, parts, rates)
+
+
+def make_base(
+    setup: Setup, model: nn.Module, lr: float, rotated: bool = False, rest_lr: float | None = None, seed: int = 0
+) -> torch.optim.Optimizer:
     """Build the base over the model's parameters. If `rotated`, its groups say which a preconditioner leaves alone.
 
     Raises ConfigError if the base's constructor refuses them.
     """
-    cls = base_class(config.base)
-    options = {**OPTIONS.get(cls.__name__, {}), **config.base_options}
-    known = inspect.signature(cls).parameters
+    config = setup.config
+    groups = groups_of(setup, model, rotated, lr, rest_lr)
     for name, instead in (("lr", "lr (--lr)"), ("weight_decay", "loop.weight_decay (--set loop.weight_decay=...)")):
         if name in config.base_options:
             raise ConfigError(
                 f"base_options: found {name!r}, which is set for every contender and group by {instead}; give it there"
             )
-    groups = parameter_groups(model, config.loop.weight_decay)
-    if config.preconditioners:
-        groups = groups_by_kind(model, config.loop.weight_decay, rotated)
+    if config.base in setup.makers:
+        maker = functools.partial(setup.makers[config.base], **config.base_options)
+        return call_maker(maker, model, groups, lr, rest_lr, seed)
+    cls = base_class(config.base)
+    options = {**OPTIONS.get(cls.__name__, {}), **config.base_options}
+    known = inspect.signature(cls).parameters
     if "weight_decay" not in known:
         groups = [{k: v for k, v in group.items() if k != "weight_decay"} for group in groups]
     try:
@@ -174,11 +209,15 @@ def make_base(config: CompareConfig, model: nn.Module, lr: float, rotated: bool 
         ) from error
 
 
-def make(config: CompareConfig, run: Run, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer of a run: the base itself for the baseline, a wrapped base for the others."""
-    policy, space = run.contender.policy, run.contender.preconditioner
-    base = make_base(config, model, run.lr, space is not None)
-    return base if policy is None and space is None else wrap(config, base, policy, run.seed, space)
+def make(setup: Setup, run: Run, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer of a run: the base itself for the baseline, a wrapped base or what a function makes."""
+    contender = run.contender
+    policy, space = contender.policy, contender.preconditioner
+    if contender.maker is not None:
+        groups = groups_of(setup, model, False, run.lr, run.rest_lr)
+        return call_maker(setup.makers[contender.maker], model, groups, run.lr, run.rest_lr, run.seed)
+    base = make_base(setup, model, run.lr, space is not None, run.rest_lr, run.seed)
+    return base if policy is None and space is None else wrap(setup.config, base, policy, run.seed, space)
 
 
 def wrap(
@@ -206,4 +245,4 @@ def shares(optimizer: torch.optim.Optimizer, names: Mapping[str, str]) -> dict[s
     statistics = optimizer.statistics()
     if any("share" not in entry for entry in statistics.values()):
         return {}
-    return {names[name]: float(entry["share"]) for name, entry in statistics.items()}
+    return {names.get(name, name): float(entry["share"]) for name, entry in statistics.items()}

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from selective.compare.config import CompareConfig
+from selective.compare.config import ConfigError
 from selective.compare.contenders import Run, contenders, make
-from selective.compare.model import GPT
+from selective.compare.generators import generators_restored
+from selective.compare.setup import Setup
+from selective.compare.task import start_of
 
 HOW = (
     "Of a fresh model with random gradients. state_bytes: all tensors in optimizer.state after two steps. peak_bytes: "
@@ -26,40 +28,61 @@ HOW = (
 )
 
 
-def measure(config: CompareConfig) -> list[dict[str, int]]:
-    """`state_bytes`, `peak_bytes` and their excess over the base's, for each contender in order.
+def measure(setup: Setup) -> list[dict[str, Any]]:
+    """`state_bytes`, `peak_bytes` and their excess over the base's, for each contender in order; None if unknown.
 
     It builds and steps every contender, so that one that can't be built fails here, before any run. Each gets a thread
-    of its own: the kernels keep small buffers for each thread, and the first contender would pay for all.
+    of its own: the kernels keep small buffers for each thread, and the first contender would pay for all. Unknown are
+    the bytes of a contender for which the memory is not enough, and all excess if that is the base.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to the terminal each time
     with profile(activities=[ProfilerActivity.CPU]):
         pass  # if its first use is in another thread, it complains on the terminal
-    measured = []
-    for contender in contenders(config):
-        with ThreadPoolExecutor(max_workers=1) as fresh:
-            measured.append(fresh.submit(_measure, config, Run(contender, contender.rates[0], 0)).result())
+    measured: list[dict[str, Any]] = []
+    with generators_restored():
+        for contender in contenders(setup.config):
+            with ThreadPoolExecutor(max_workers=1) as fresh:
+                run = Run(contender, contender.rates[0], 0, contender.pairs[0][1])
+                measured.append(fresh.submit(_measure, setup, run).result())
+    if torch.device(setup.config.device).type == "cuda":
+        torch.cuda.empty_cache()  # the memory is for the runs, which may be in other processes
     base = measured[0]
     for entry in measured:
-        entry["extra_state_bytes"] = entry["state_bytes"] - base["state_bytes"]
-        entry["extra_step_bytes"] = entry["peak_bytes"] - base["peak_bytes"] - entry["extra_state_bytes"]
+        unknown = None in (*entry.values(), *base.values())
+        state = None if unknown else entry["state_bytes"] - base["state_bytes"]
+        entry["extra_state_bytes"] = state
+        entry["extra_step_bytes"] = None if state is None else entry["peak_bytes"] - base["peak_bytes"] - state
     return measured
 
 
-def _measure(config: CompareConfig, run: Run) -> dict[str, int]:
-    model = GPT(config.model, run.seed).to(config.device)
+def _measure(setup: Setup, run: Run) -> dict[str, Any]:
+    try:
+        return _bytes(setup, run)
+    except ConfigError:
+        raise
+    except torch.OutOfMemoryError:
+        return {"state_bytes": None, "peak_bytes": None}  # its runs will say so, and others can go on
+    except Exception as error:  # an optimizer, a policy or a model of the user's may raise anything
+        label = run.contender.label
+        raise ConfigError(f"{label} can't be built and stepped: {type(error).__name__}: {error}") from error
+
+
+def _bytes(setup: Setup, run: Run) -> dict[str, Any]:
+    device = setup.config.device
+    model = start_of(setup.task, run.seed).to(device)
     generator = torch.Generator().manual_seed(run.seed)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator).to(config.device)
+        if parameter.requires_grad:
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(device, parameter.dtype)
     activities = [ProfilerActivity.CPU]
-    if torch.device(config.device).type == "cuda":
+    if torch.device(device).type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
-        optimizer = make(config, run, model)
+        optimizer = make(setup, run, model)
         optimizer.step()
         optimizer.step()
     state = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(optimizer.state))
-    return {"state_bytes": state, "peak_bytes": _peak(profiler, torch.device(config.device).type)}
+    return {"state_bytes": state, "peak_bytes": _peak(profiler, torch.device(device).type)}
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

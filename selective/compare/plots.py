@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -11,25 +12,29 @@ from typing import Any
 from selective.compare.config import CompareConfig
 from selective.compare.contenders import Contender, contenders
 from selective.compare.extras import require
+from selective.compare.gpt_task import GPTTask
 from selective.compare.intervals import t_interval
-from selective.compare.summary import Summary, final
+from selective.compare.summary import Row, Summary, final
+from selective.compare.task import name_of, unit_of
 from selective.compare.train import Record, write_atomically
 
+MOST_ROWS = 80  # parameters in the picture of the shares
 LABEL = 0.24  # inches from one label of a curve to the next
 # Okabe and Ito's palette, which colour-blind eyes can tell apart, without yellow, which vanishes on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def write_plots(config: CompareConfig, summary: Summary, records: Sequence[Record], folder: Path) -> list[Path]:
-    """Write `loss.png` and, if the share that a policy selected varies, `share.png`. Returns the files written."""
-    best = [
-        (row.contender, _runs_of(records, row.contender.index, row.lr, summary.seeds))
-        for row in summary.rows
-        if row.best
-    ]
+def write_plots(
+    config: CompareConfig, summary: Summary, records: Sequence[Record], folder: Path, task: Any = GPTTask
+) -> list[Path]:
+    """Write `loss.png` and, if the share that a policy selected varies, `share.png`. Returns the files written.
+
+    The pictures are labelled with the name and the unit of `task`.
+    """
+    best = [(row.contender, _runs_of(records, row, summary.seeds)) for row in summary.rows if row.best]
     if not best:
         return []
-    written = [_save(_losses(config, best, summary), folder / "loss.png")]
+    written = [_save(_losses(config, best, summary, task), folder / "loss.png")]
     chose = [(c, rs) for c, rs in best if c.role == "policy" and all(r["share"]["step"] for r in rs)]
     shares = [(c, rs) for c, rs in chose if varies(rs)]
     if shares:
@@ -46,9 +51,11 @@ def varies(records: Sequence[Record]) -> bool:
     return max(every) - min(every) > 0.02
 
 
-def _runs_of(records: Sequence[Record], contender: int, lr: float, seeds: Sequence[int]) -> list[Record]:
-    """A contender's runs at one rate, in the order of the seeds."""
-    return [r for seed in seeds for r in records if (r["contender"], r["lr"], r["seed"]) == (contender, lr, seed)]
+def _runs_of(records: Sequence[Record], row: Row, seeds: Sequence[int]) -> list[Record]:
+    """The finished runs of a row, in the order of the seeds."""
+    wanted = (row.contender.index, row.lr, row.rest_lr)
+    of_row = [r for r in records if r["complete"] and (r["contender"], r["lr"], r.get("rest_lr")) == wanted]
+    return [r for seed in seeds for r in of_row if r["seed"] == seed]
 
 
 def _figure(width: float, height: float) -> Any:
@@ -71,7 +78,7 @@ def _looks(field: Sequence[Contender]) -> dict[int, dict[str, Any]]:
     The baseline is black; each policy and each space has a colour; controls have their policy's colour, dashed.
     """
     looks: dict[int, dict[str, Any]] = {}
-    policies = [contender for contender in field if contender.role in ("policy", "rotation")]
+    policies = [contender for contender in field if contender.role in ("policy", "rotation", "optimizer")]
     for contender in field:
         if contender.role == "baseline":
             looks[contender.index] = {"color": "black", "linestyle": "-"}
@@ -83,7 +90,9 @@ def _looks(field: Sequence[Contender]) -> dict[int, dict[str, Any]]:
     return looks
 
 
-def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]], summary: Summary) -> Any:
+def _losses(
+    config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]], summary: Summary, task: Any
+) -> Any:  # fmt: skip
     """Plot the held-out loss above, and the final losses minus the baseline's below, with a dot for each seed.
 
     The panels are stacked, and narrow for the size of their type, so that they can be read on a phone.
@@ -98,11 +107,12 @@ def _losses(config: CompareConfig, best: Sequence[tuple[Contender, list[Record]]
     panels = [part.subplots() for part in parts]
     looks = _looks(contenders(config))
     _curves(panels[0], best, looks, len(summary.seeds), LABEL / (curves - 0.9))
+    panels[0].set_ylabel(unit_of(task))
     if baseline is not None and rivals:
         _ends(panels[1], rivals, baseline, looks)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"GPT on bytes, {config.steps} steps, each at its best rate", fontsize=12)
+    figure.suptitle(f"{name_of(task)}, {config.steps} steps, each at its best rate", fontsize=12)
     return figure
 
 
@@ -125,9 +135,9 @@ def _curves(
         steps = records[0]["validation"]["step"]
         mean = [fmean(at) for at in zip(*(r["validation"]["loss"] for r in records), strict=True)]
         axes.plot(steps, mean, linewidth=1.8, **look)
-        ends.append((steps[-1], mean[-1], f"{contender.label}, lr {records[0]['lr']:g}", look["color"]))
+        ends.append((steps[-1], mean[-1], f"{contender.label}, lr {_rates(records[0])}", look["color"]))
     title = "Held-out loss" + (f", mean over {seeds} seeds" if seeds > 1 else ", one seed")
-    axes.set(xlabel="step", ylabel="nats per byte", title=title)
+    axes.set(xlabel="step", title=title)
     axes.set_ylim(top=_ceiling(best))
     axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 2.5
     axes.grid(alpha=0.25)
@@ -164,7 +174,10 @@ def _ends(
     one_seed = len(baseline[1]) == 1
     for row, (contender, records) in enumerate(rivals):
         colour = looks[contender.index]["color"]
-        apart = [final(a) - final(b) for a, b in zip(records, baseline[1], strict=True)]
+        of_seed = {r["seed"]: r for r in baseline[1]}
+        apart = [final(r) - final(of_seed[r["seed"]]) for r in records if r["seed"] in of_seed]
+        if not apart:
+            continue  # one side failed at each seed
         interval = t_interval(apart)
         axes.plot(apart, [row] * len(apart), "o", color=colour, alpha=0.45, markersize=6, markeredgewidth=0)
         if interval.half is not None:
@@ -203,7 +216,8 @@ def _ceiling(best: Sequence[tuple[Contender, list[Record]]]) -> float:
 
 def _heatmap(config: CompareConfig, shares: Sequence[tuple[Contender, list[Record]]]) -> Any:
     """Plot shares with parameters down and steps across: a panel for each policy, one scale of colours for all."""
-    names = _order(list(shares[0][1][0]["share"]["by_parameter"]))
+    every = _order(list(shares[0][1][0]["share"]["by_parameter"]))
+    names = _few(every)
     tables = [[_mean([r["share"]["by_parameter"][name] for r in records]) for name in names] for _, records in shares]
     low = min(min(min(line) for line in table) for table in tables)
     high = max(max(max(line) for line in table) for table in tables)
@@ -215,26 +229,42 @@ def _heatmap(config: CompareConfig, shares: Sequence[tuple[Contender, list[Recor
         image = axes.imshow(
             table, aspect="auto", interpolation="nearest", cmap="viridis", vmin=low, vmax=high, extent=extent
         )
-        axes.set_title(f"{contender.label}\nlr {records[0]['lr']:g}", fontsize=9)
+        axes.set_title(f"{contender.label}\nlr {_rates(records[0])}", fontsize=9)
         axes.set_xlabel("step")
     panels[0].set_yticks(range(len(names)), [name.removesuffix(".weight") for name in names], fontsize=7)
     figure.colorbar(image, ax=list(panels), label="share of the coordinates selected", shrink=0.8)
-    figure.suptitle(f"Share selected by parameter and step, mean over {len(shares[0][1])} seed(s)")
+    some = "" if len(names) == len(every) else f"\n{len(names)} of {len(every)} parameters"
+    figure.suptitle(f"Share selected by parameter and step, mean over {len(shares[0][1])} seed(s){some}")
     return figure
 
 
 def _order(names: list[str]) -> list[str]:
-    """Sort names by the flow of data: embedding, blocks, last norm, head. (Groups list matrices first.)"""
+    """The built-in GPT's names by the flow of data: embedding, blocks, last norm, head. (Groups list matrices first.)
+
+    Other models' names stay in the order of the optimizer's groups.
+    """
     ends = {"embedding": 0, "blocks": 1, "norm": 2, "head": 3}
+    inside = ("attention_norm", "qkv", "attention_out", "mlp_norm", "mlp_in", "mlp_out")
 
     def place(name: str) -> tuple[int, int, int]:
-        parts = name.split(".")
-        inside = ("attention_norm", "qkv", "attention_out", "mlp_norm", "mlp_in", "mlp_out")
-        if parts[0] == "blocks":
-            return 1, int(parts[1]), inside.index(parts[2])
-        return ends[parts[0]], 0, 0
+        first, *rest = name.split(".")
+        return (1, int(rest[0]), inside.index(rest[1])) if first == "blocks" else (ends[first], 0, 0)
 
-    return sorted(names, key=place)
+    block = re.compile(rf"blocks\.\d+\.({'|'.join(inside)})\.weight")
+    of_gpt = all(block.fullmatch(name) or name.removesuffix(".weight") in set(ends) - {"blocks"} for name in names)
+    return sorted(names, key=place) if of_gpt else names
+
+
+def _few(names: list[str]) -> list[str]:
+    """At most MOST_ROWS of the names, evenly spread: a picture of a thousand rows can't be read."""
+    if len(names) <= MOST_ROWS:
+        return names
+    return [names[i * len(names) // MOST_ROWS] for i in range(MOST_ROWS)]
+
+
+def _rates(record: Record) -> str:
+    rest = record.get("rest_lr")
+    return f"{record['lr']:g}" + ("" if rest is None else f", rest {rest:g}")
 
 
 def _mean(curves: Sequence[Sequence[float]]) -> list[float]:

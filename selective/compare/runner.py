@@ -1,8 +1,8 @@
 """Comparison: runs all that is not done yet, and keeps the results in a folder.
 
-OUT/config.json     the configuration as it was resolved, the fingerprint of the text, the measured bytes
+OUT/config.json     the configuration as it was resolved, what identifies the data, the measured bytes
 OUT/runs/KEY.json   the record of each finished run
-OUT/runs/KEY.pt     the checkpoint of each run that was interrupted
+OUT/runs/KEY.pt     the checkpoint of each run that was interrupted or has failed
 OUT/results.json    everything together, rewritten whenever a run ends
 OUT/loss.png, OUT/share.png
 """
@@ -10,7 +10,6 @@ OUT/loss.png, OUT/share.png
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -21,40 +20,57 @@ from typing import Any
 
 import torch
 
-from selective.compare import data, memory, workers
+from selective.compare import memory, workers
+from selective.compare.check_task import try_out
 from selective.compare.config import CompareConfig, ConfigError, build, differences, dump
 from selective.compare.contenders import Run, contenders, runs
-from selective.compare.summary import as_json, summarise
-from selective.compare.train import Record, write_atomically
+from selective.compare.devices import cores, worker_count
+from selective.compare.generators import generators_restored
+from selective.compare.setup import Given, prepare
+from selective.compare.summary import Summary, as_json, summarise
+from selective.compare.task import start_of
+from selective.compare.train import Record, fingerprint, write_atomically
 
 SCHEMA = 1  # the version of the form of results.json
 
 
-def cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def worker_count(config: CompareConfig) -> int:
-    """The configured number of workers; without one, the cores divided by `threads`, or 1 on an accelerator."""
-    if config.workers is not None:
-        return config.workers
-    return max(1, cores() // config.threads) if torch.device(config.device).type == "cpu" else 1
-
-
 class Comparison:
-    """A comparison in its folder. `records` holds every run that has begun, by key."""
+    """A comparison in its folder.
 
-    def __init__(self, config: CompareConfig, folder: Path, resume: bool = False, overwrite: bool = False) -> None:
+    Attributes:
+        setup: the configuration, the task and the functions that make optimizers.
+        records: every run that has begun, by key, as plain JSON data.
+        contenders, runs: all of them, in order.
+
+    Args:
+        config: what is compared.
+        folder: where the results are written.
+        resume: go on with the comparison in the folder.
+        overwrite: delete the comparison in the folder.
+        given: the task and the functions that are handed over as objects, instead of by name in `config`.
+
+    Raises:
+        ConfigError: the comparison can't be run, or the folder holds another one.
+    """
+
+    def __init__(
+        self,
+        config: CompareConfig,
+        folder: Path,
+        resume: bool = False,
+        overwrite: bool = False,
+        given: Given | None = None,
+    ) -> None:
         self.config, self.folder = config, folder
         _check_device(config.device)
-        self.text = data.load(config.data, config.model.context, config.loop.batch)
+        self._given = Given() if given is None else given
+        self.setup = prepare(config, self._given)
         self.contenders = contenders(config)
         self.runs = runs(config)
         self.records: dict[str, Record] = {}
         self.bytes = self._open(resume, overwrite)
 
-    def _open(self, resume: bool, overwrite: bool) -> list[dict[str, int]]:
+    def _open(self, resume: bool, overwrite: bool) -> list[dict[str, int | None]]:
         saved = self.folder / "config.json"
         if resume and saved.exists():
             description = read_json(saved)
@@ -74,12 +90,15 @@ class Comparison:
                 "--out names another folder"
             )
         # Before anything is deleted, because a contender that can't be built fails here.
-        measured = memory.measure(self.config)
+        if not self.setup.built_in:
+            try_out(self.setup)
+        facts = self._facts()
+        measured = memory.measure(self.setup)
         if saved.exists():
             shutil.rmtree(self.folder / "runs", ignore_errors=True)
             for name in ("results.json", "loss.png", "share.png"):
                 (self.folder / name).unlink(missing_ok=True)
-        content = {"config": dump(self.config), "text": self._text(), "bytes": measured}
+        content = {"config": dump(self.config), **facts, "bytes": measured}
         try:
             write_atomically(saved, json.dumps(content, indent=1).encode())
         except OSError as error:
@@ -89,15 +108,22 @@ class Comparison:
             ) from error
         return measured
 
-    def _text(self) -> dict[str, Any]:
-        sizes = {"train_bytes": len(self.text.train), "validation_bytes": len(self.text.validation)}
-        return {"source": self.text.source, "sha256": self.text.fingerprint, **sizes}
+    def _facts(self) -> dict[str, Any]:
+        """The JSON data that identifies model and data: of a task of the user's, also its model at the start."""
+        facts = self.setup.facts()
+        if self.setup.built_in:
+            return facts
+        with generators_restored():
+            model = start_of(self.setup.task, self.config.seeds[0])
+        return {"task": {**facts["task"], "start_sha256": fingerprint(model)}}
 
     def _check_same(self, description: dict[str, Any]) -> None:
         free = ("workers", "imports")  # settings that don't change the numbers
         before = {**dump(build({})), **description["config"]}  # settings that did not exist then had their defaults
         old, new = ({k: v for k, v in c.items() if k not in free} for c in (before, dump(self.config)))
-        lines = differences(old, new) + differences(description["text"], self._text(), "text.")
+        lines = differences(old, new)
+        for name, facts in self._facts().items():
+            lines += differences(description.get(name, {}), json.loads(json.dumps(facts)), f"{name}.")
         if lines:
             raise ConfigError(
                 f"--resume: {self.folder} holds another comparison, whose runs cannot be set beside these:\n  "
@@ -112,8 +138,21 @@ class Comparison:
     def complete(self) -> bool:
         return not self.todo()
 
+    @property
+    def failed(self) -> list[Record]:
+        """The records of the runs that failed, each with its reason under "failed"."""
+        return [record for record in self.records.values() if record.get("failed")]
+
+    @property
+    def summary(self) -> Summary:
+        """The summary of the runs that are done."""
+        return summarise(self.config, list(self.records.values()))
+
     def run(self, handle: Callable[[workers.Progress | Record], None]) -> bool:
-        """Run what is not done, and write the results. Returns False if it was interrupted."""
+        """Run what is not done, and write the results. Returns False if it was interrupted.
+
+        A run that fails does not stop the others; `failed` lists it. It is tried again by the next call.
+        """
         stop = workers.Stop()
         checkpoints = self.folder / "runs"
 
@@ -123,15 +162,17 @@ class Comparison:
             handle(message)
 
         with stop.listening():
+            for record in self.failed:
+                del self.records[record["key"]]
             todo, count = self.todo(), worker_count(self.config)
             try:
                 if min(count, len(todo)) > 1:
-                    workers.apart(self.config, todo, self.text, checkpoints, count, stop, keep)
+                    workers.apart(self.setup, self._given, todo, checkpoints, count, stop, keep)
                 else:
-                    workers.here(self.config, todo, self.text, checkpoints, stop, keep)
+                    workers.here(self.setup, todo, checkpoints, stop, keep)
             finally:
                 self.write()
-        return self.complete
+        return len(self.todo()) == len(self.failed)
 
     def _keep(self, record: Record) -> None:
         self.records[record["key"]] = record
@@ -139,6 +180,7 @@ class Comparison:
             path = self.folder / "runs" / f"{record['key']}.json"
             write_atomically(path, json.dumps(record).encode())
             path.with_suffix(".pt").unlink(missing_ok=True)
+        if record["complete"] or record["failed"]:
             self.write()
 
     def results(self) -> dict[str, Any]:
@@ -146,19 +188,20 @@ class Comparison:
         return {
             "schema": SCHEMA,
             "config": dump(self.config),
-            "text": self._text(),
+            **self.setup.facts(),
             "environment": environment(self.config),
             "memory": {"how": memory.HOW, "contenders": self.bytes},
             "contenders": [
                 {
                     "index": c.index, "label": c.label, "role": c.role, "of": c.of, "rates": c.rates,
+                    "rest_rates": c.rest_rates, "optimizer": c.maker,
                     "policy": None if c.policy is None else c.policy.model_dump(mode="json"),
                     "preconditioner": None if c.preconditioner is None else c.preconditioner.model_dump(mode="json"),
                 }
                 for c in self.contenders
             ],
             "complete": self.complete,
-            "summary": as_json(summarise(self.config, list(self.records.values()))),
+            "summary": as_json(self.summary),
             "runs": [self.records[run.key] for run in self.runs if run.key in self.records],
         }  # fmt: skip
 

@@ -1,21 +1,26 @@
 """The summary of all runs: a row for each contender and learning rate, and a verdict for each policy.
 
-Only seeds that *every* contender finished at *every* learning rate count, so that all rows rest on the same batches
-and differences are paired. A contender's learning rate is the one with the lowest mean final loss among those swept.
+Only seeds that no run is missing from count, so that differences are paired. A run that failed is not missing: its row
+rests on the other seeds. A contender's learning rate is the one with the lowest mean final loss among those swept; with
+second learning rates it is the best pair.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
 from selective.compare.config import CompareConfig
-from selective.compare.contenders import Contender, contenders
+from selective.compare.contenders import Contender, Pair, contenders
 from selective.compare.intervals import Interval, steps_to, t_interval
+from selective.compare.notes import at_an_edge, notes_on
 from selective.compare.train import Record
+
+BySeed = Mapping[int, Record]
+"""The finished runs of a contender at one pair of learning rates."""
 
 
 @dataclass(frozen=True)
@@ -26,58 +31,84 @@ class Row:
     lr: float
     best: bool  # the best of its contender's learning rates
     diverged: int  # seeds whose loss stopped being finite
-    loss: Interval | None  # final held-out loss, nats per byte
+    loss: Interval | None  # final held-out loss, in the task's unit
     difference: Interval | None  # from the baseline's loss at its best learning rate, seed by seed
     steps: float | None  # mean number of steps to the baseline's final loss of the same seed
     speed: Interval | None  # the baseline's steps to that loss over these, seed by seed; None unless all reached it
     reached: int  # seeds that reached that loss
     step_ms: float  # median time of one optimizer step
+    rest_lr: float | None = None  # the second learning rate
+    failed: int = 0  # seeds whose run failed
+    seconds: float | None = None  # mean time of training to the baseline's final loss of the same seed
+    time_speed: Interval | None = None  # the baseline's time to that loss over these, seed by seed, as `speed`
+
+    @property
+    def pair(self) -> Pair:
+        return self.lr, self.rest_lr
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Differences in final loss of a policy or a rotation, paired by seed, each side at its own best learning rate.
+    """Differences in final loss of a contender, paired by seed, each side at its own best learning rate.
 
-    A difference is None if one side diverged at every learning rate.
+    A difference is None if one side diverged or failed at every learning rate.
     """
 
     contender: Contender
-    base: Contender  # its rival: the base in the same space; for a rotation, the baseline
+    base: Contender  # its rival: the base in the same space; for a rotation or an optimizer, the baseline
     against_base: Interval | None
     against_control: Interval | None
     diverged: bool  # the contender itself diverged at every learning rate
     at_edge: bool  # `base` is best at the lowest or highest of several learning rates
     speed: Interval | None  # `Row.speed` at its best learning rate
     n: int  # seeds
+    time_speed: Interval | None = None  # `Row.time_speed` at its best learning rate
+    failed: bool = False  # all of the contender's runs failed
+    base_failed: bool = False  # runs of `base` failed, so that no seed has both
+    control_failed: bool = False  # the same of the random control
 
 
 @dataclass(frozen=True)
 class Summary:
     """The results of a comparison: a row for each contender and learning rate, and a verdict for each policy."""
 
-    seeds: tuple[int, ...]  # that count, because every contender finished them
+    seeds: tuple[int, ...]  # that count, because no run of them is missing
     rows: tuple[Row, ...]
-    found: tuple[Effect, ...]  # the effect of each policy and each rotation
-    verdicts: tuple[tuple[str, str], ...]  # (policy, sentence)
+    found: tuple[Effect, ...]  # the effect of each policy, each rotation and each optimizer
+    verdicts: tuple[tuple[str, str], ...]  # (label of the contender, sentence)
     notes: tuple[str, ...]
 
 
 def summarise(config: CompareConfig, records: Sequence[Record]) -> Summary:
-    """Summarise the runs that are done so far. Without a seed that every contender finished there are no rows."""
-    table = {(r["contender"], r["lr"], r["seed"]): r for r in records if r["complete"]}
+    """Summarise the runs that are done so far. Without a seed of which no run is missing there are no rows."""
     field = contenders(config)
-    seeds = tuple(s for s in config.seeds if all((c.index, lr, s) in table for c in field for lr in c.rates))
+    table = {(r["contender"], (r["lr"], r.get("rest_lr")), r["seed"]): r for r in records if _settled(r)}
+    seeds = tuple(s for s in config.seeds if all((c.index, pair, s) in table for c in field for pair in c.pairs))
     if not seeds:
         return Summary((), (), (), (), ())
-    cells = {(c.index, lr): [table[c.index, lr, seed] for seed in seeds] for c in field for lr in c.rates}
-    best = {c.index: _best_lr([(lr, cells[c.index, lr]) for lr in c.rates]) for c in field}
+    cells = {(c.index, pair): _finished(table, c.index, pair, seeds) for c in field for pair in c.pairs}
+    best = {c.index: _best_pair({pair: cells[c.index, pair] for pair in c.pairs}) for c in field}
     baseline = cells[0, best[0]] if best[0] is not None else None
-    rows = tuple(_row(c, lr, cells[c.index, lr], lr == best[c.index], baseline) for c in field for lr in c.rates)
-    speeds = {row.contender.index: row.speed for row in rows if row.best}
-    asked = [c for c in field if c.role in ("policy", "rotation")]
-    effects = tuple(_effect(c, field, cells, best, speeds.get(c.index)) for c in asked)
+    rows = tuple(
+        _row(c, pair, cells[c.index, pair], len(seeds), pair == best[c.index], baseline)
+        for c in field
+        for pair in c.pairs
+    )
+    best_rows = {row.contender.index: row for row in rows if row.best}
+    asked = [c for c in field if c.role in ("policy", "rotation", "optimizer")]
+    effects = tuple(_effect(c, field, cells, best, best_rows.get(c.index), len(seeds)) for c in asked)
     verdicts = tuple((effect.contender.label, _verdict(effect)) for effect in effects)
-    return Summary(seeds, rows, effects, verdicts, tuple(_notes(config, field, best, len(seeds))))
+    failed = [r for r in table.values() if r.get("failed")]
+    return Summary(seeds, rows, effects, verdicts, tuple(notes_on(config, field, best, len(seeds), failed)))
+
+
+def _settled(record: Record) -> bool:
+    return record["complete"] or bool(record.get("failed"))
+
+
+def _finished(table: Mapping[Any, Record], index: int, pair: Pair, seeds: Sequence[int]) -> BySeed:
+    of_pair = {seed: table[index, pair, seed] for seed in seeds}
+    return {seed: record for seed, record in of_pair.items() if record["complete"]}
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
@@ -96,79 +127,140 @@ def final(record: Record) -> float:
     return math.inf if record["diverged"] else record["validation"]["loss"][-1]
 
 
-def _best_lr(swept: Sequence[tuple[float, Sequence[Record]]]) -> float | None:
-    """The learning rate with the lowest mean final loss; None if every rate has a seed that diverged."""
-    mean, lr = min((fmean(final(r) for r in records), lr) for lr, records in swept)
-    return lr if math.isfinite(mean) else None
+def _best_pair(swept: Mapping[Pair, BySeed]) -> Pair | None:
+    """The learning rates with the lowest mean final loss; None if each has a seed that diverged, or no run finished.
+
+    Means are taken over the seeds that all rates finished, if there are any.
+    """
+    tried = {pair: records for pair, records in swept.items() if records}
+    if not tried:
+        return None
+    common = set.intersection(*(set(records) for records in tried.values()))
+
+    def mean(records: BySeed) -> float:
+        if any(r["diverged"] for r in records.values()):
+            return math.inf
+        return fmean(final(r) for seed, r in records.items() if seed in common or not common)
+
+    loss, lr, rest = min((mean(records), lr, -1.0 if rest is None else rest) for (lr, rest), records in tried.items())
+    return (lr, None if rest == -1.0 else rest) if math.isfinite(loss) else None
 
 
-def _row(c: Contender, lr: float, records: Sequence[Record], best: bool, baseline: Sequence[Record] | None) -> Row:
-    times = [ms for r in records for ms in r["optimizer_ms"]]
-    step_ms = median(times) if times else math.nan
-    diverged = sum(r["diverged"] for r in records)
-    if diverged:
-        return Row(c, lr, best, diverged, None, None, None, None, 0, step_ms)
-    loss = t_interval([final(r) for r in records])
-    if baseline is None:
-        return Row(c, lr, best, 0, loss, None, None, None, 0, step_ms)
-    reached = [
-        steps_to(final(b), r["validation"]["step"], r["validation"]["loss"])
-        for r, b in zip(records, baseline, strict=True)
-    ]
-    there = [steps for steps in reached if steps is not None]
-    speed = None
-    if len(there) == len(records) and all(steps > 0 for steps in there):
-        taken = [steps_to(final(b), b["validation"]["step"], b["validation"]["loss"]) for b in baseline]
-        speed = t_interval(
-            [
-                baseline_steps / steps
-                for baseline_steps, steps in zip(taken, there, strict=True)
-                if baseline_steps is not None
-            ]
-        )
-    steps = fmean(there) if there else None
-    return Row(c, lr, best, 0, loss, paired(records, baseline), steps, speed, len(there), step_ms)
+def _row(
+    c: Contender, pair: Pair, records: BySeed, seeds: int, best: bool, baseline: BySeed | None
+) -> Row:  # fmt: skip
+    times = [ms for r in records.values() for ms in r["optimizer_ms"]]
+    diverged = sum(r["diverged"] for r in records.values())
+    row = Row(
+        c, pair[0], best, diverged, None, None, None, None, 0, median(times) if times else math.nan,
+        rest_lr=pair[1], failed=seeds - len(records),
+    )  # fmt: skip
+    if diverged or not records:
+        return row
+    row = replace(row, loss=t_interval([final(r) for r in records.values()]))
+    pairs = [(records[seed], baseline[seed]) for seed in records if baseline and seed in baseline]
+    if not pairs:
+        return row
+    steps = _race(pairs, "step")
+    seconds = _race(pairs, "seconds")
+    return replace(
+        row, difference=t_interval([final(r) - final(b) for r, b in pairs]), steps=steps.mean, speed=steps.ratio,
+        reached=steps.reached, seconds=seconds.mean, time_speed=seconds.ratio,
+    )  # fmt: skip
 
 
-def paired(left: Sequence[Record], right: Sequence[Record]) -> Interval:
-    """The mean over seeds of the difference in final loss. Pairing by seed cancels what both owe to the seed."""
-    return t_interval([final(a) - final(b) for a, b in zip(left, right, strict=True)])
+@dataclass(frozen=True)
+class _Race:
+    """The way to the baseline's final loss of the same seed, in steps or in seconds."""
+
+    mean: float | None  # over the seeds that reached it
+    ratio: Interval | None  # the baseline's way over this one; None unless all seeds reached it
+    reached: int
+
+
+def _race(pairs: Sequence[tuple[Record, Record]], axis: str) -> _Race:
+    """Race runs against the baseline's of the same seed, along "step" or "seconds" of their curves."""
+    if any(None in _axis(record, axis) for pair in pairs for record in pair):
+        return _Race(None, None, 0)
+    ways = [_way(r, final(b), axis) for r, b in pairs]
+    there = [way for way in ways if way is not None]
+    ratio = None
+    if len(there) == len(ways) and all(way > 0 for way in there):
+        taken = [_way(b, final(b), axis) for _, b in pairs]
+        ratio = t_interval([base / way for base, way in zip(taken, there, strict=True) if base is not None])
+    return _Race(fmean(there) if there else None, ratio, len(there))
+
+
+def _way(record: Record, target: float, axis: str) -> float | None:
+    return steps_to(target, _axis(record, axis), record["validation"]["loss"])
+
+
+def _axis(record: Record, axis: str) -> Sequence[Any]:
+    """The steps of the evaluations, or the seconds of training until each; [None] if these were not recorded."""
+    return record["validation"]["step"] if axis == "step" else record.get("seconds_to_validation") or [None]
+
+
+def paired(left: BySeed, right: BySeed) -> Interval | None:
+    """The mean over seeds of the difference in final loss. Pairing by seed cancels what both owe to the seed.
+
+    None if no seed has both.
+    """
+    differences = [final(left[seed]) - final(right[seed]) for seed in left if seed in right]
+    return t_interval(differences) if differences else None
 
 
 def _effect(
     c: Contender,
     field: Sequence[Contender],
-    cells: dict[Any, list[Record]],
-    best: dict[int, float | None],
-    speed: Interval | None,
+    cells: Mapping[Any, BySeed],
+    best: Mapping[int, Pair | None],
+    row: Row | None,
+    seeds: int,
 ) -> Effect:
-    """The effect of a policy against the base in its space and its control, or of a rotation against the baseline."""
+    """The effect of a policy against the base in its space and its control, of all others against the baseline."""
     base = field[0 if c.role == "rotation" else c.ground]
-    own_lr, swept = best[c.index], base.rates
-    n = len(cells[c.index, c.rates[0]])
+    own = best[c.index]
 
     def against(index: int) -> Interval | None:
-        lr = best[index]
-        return None if lr is None or own_lr is None else paired(cells[c.index, own_lr], cells[index, lr])
+        rival = best[index]
+        return None if rival is None or own is None else paired(cells[c.index, own], cells[index, rival])
 
-    control = None if c.of is None else against(c.of)
-    edge = len(swept) > 1 and best[base.index] in (min(swept), max(swept))
-    return Effect(c, base, against(base.index), control, own_lr is None, edge, speed, n)
+    def has_failed(index: int, difference: Interval | None) -> bool:
+        return difference is None and any(len(cells[index, pair]) < seeds for pair in field[index].pairs)
+
+    against_base, control = against(base.index), None if c.of is None else against(c.of)
+    failed = not any(cells[c.index, pair] for pair in c.pairs)
+    return Effect(
+        contender=c,
+        base=base,
+        against_base=against_base,
+        against_control=control,
+        diverged=own is None and not failed,
+        at_edge=at_an_edge(base, best[base.index]),
+        speed=None if row is None else row.speed,
+        n=seeds if against_base is None else against_base.n,
+        time_speed=None if row is None else row.time_speed,
+        failed=failed,
+        base_failed=has_failed(base.index, against_base),
+        control_failed=c.of is not None and has_failed(c.of, control),
+    )
 
 
 def _verdict(effect: Effect) -> str:
-    """The verdict on a policy or a rotation, from paired intervals."""
+    """The verdict on a policy, a rotation or an optimizer, from paired intervals."""
+    if effect.failed:
+        return "all of its runs failed."
     if effect.diverged:
         return "diverged at every learning rate."
     name = effect.base.label
-    rivals = [(name, effect.against_base)]
+    rivals = [(name, effect.against_base, effect.base_failed)]
     if effect.contender.of is not None:
-        rivals.append(("its random control", effect.against_control))
+        rivals.append(("its random control", effect.against_control, effect.control_failed))
     if effect.n == 1:
-        seen = ", ".join(f"{d.mean:+.4f} against {name}" for name, d in rivals if d is not None)
+        seen = ", ".join(f"{d.mean:+.4f} against {name}" for name, d, _ in rivals if d is not None)
         return f"no verdict from one seed ({seen}); run at least three."
-    signs = [d.sign if d is not None else -1 for _, d in rivals]
-    text = "; ".join(_clause(name, d) for name, d in rivals) + "."
+    signs = [d.sign if d is not None else -(not failed) for _, d, failed in rivals]
+    text = "; ".join(_clause(*rival) for rival in rivals) + "."
     if len(rivals) == 2 and signs[1] != -1 and signs[0] == -1:
         text += " So the gain is not shown to come from which coordinates are selected."
     if len(rivals) == 2 and signs == [-1, -1]:
@@ -179,46 +271,8 @@ def _verdict(effect: Effect) -> str:
     return text
 
 
-def _clause(name: str, difference: Interval | None) -> str:
+def _clause(name: str, difference: Interval | None, failed: bool) -> str:
     if difference is None:
-        return f"{name} diverged at every learning rate"
+        return f"{name} failed" if failed else f"{name} diverged at every learning rate"
     word = {-1: "beats", 0: "no difference shown from", 1: "is worse than"}[difference.sign]
     return f"{word} {name} ({difference.signed()}, n = {difference.n})"
-
-
-def _notes(config: CompareConfig, field: Sequence[Contender], best: dict[int, float | None], n: int) -> list[str]:
-    notes = []
-    if n < len(config.seeds):
-        notes.append(f"{n} of {len(config.seeds)} seeds are complete; the others are left out. --resume goes on.")
-    if all(len(c.rates) == 1 for c in field):
-        notes.append(
-            "One learning rate: a policy that changes the size of the update changes the learning rate in disguise. "
-            "Sweep it with --lr."
-        )
-    else:
-        notes += _notes_on_rates(field, best)
-    policies = sum(c.role == "policy" for c in field)
-    if policies > 1 and n > 1:
-        notes.append(
-            f"Intervals are 95 % each, not adjusted for {policies} policies being compared, nor for choosing the "
-            "learning rate by the same losses."
-        )
-    return notes
-
-
-def _notes_on_rates(field: Sequence[Contender], best: dict[int, float | None]) -> list[str]:
-    """Notes on contenders that were best at an end of their sweep, or had one learning rate only."""
-    notes = []
-    swept = [c for c in field if len(c.rates) > 1]
-    for word, end in (("lowest", min), ("highest", max)):
-        for edge in sorted({end(c.rates) for c in swept}):
-            names = [c.label for c in swept if end(c.rates) == edge and best[c.index] == edge]
-            if names:
-                notes.append(
-                    f"Best at the {word} learning rate swept, {edge:g}: {', '.join(names)}. A better one may lie "
-                    "beyond it."
-                )
-    single = [f"{c.label} ({c.rates[0]:g})" for c in field if len(c.rates) == 1]
-    if single:
-        notes.append(f"At one learning rate only, which was fixed beforehand: {', '.join(single)}.")
-    return notes

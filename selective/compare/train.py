@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from selective.compare import data, model
-from selective.compare.config import CompareConfig, LoopConfig
+from selective.compare.config import LoopConfig
 from selective.compare.contenders import Run, make, parameter_names, shares
+from selective.compare.setup import Setup
+from selective.compare.task import Batches, evaluated, start_of, to_device
 
 Record = dict[str, Any]  # plain JSON data, as `new_record` makes it
 SHARES_IN_A_RUN = 60  # the columns of the heatmap
@@ -38,19 +39,23 @@ def schedule(loop: LoopConfig, steps: int) -> Callable[[int], float]:
 
 
 def new_record(run: Run) -> Record:
-    """An empty record of a run. A step is the number of steps done; losses are in nats per byte, times in ms."""
+    """An empty record of a run. A step is the number of steps done; losses are in the task's unit."""
     return {
         "key": run.key,
         "contender": run.contender.index,
         "lr": run.lr,
+        "rest_lr": run.rest_lr,
         "seed": run.seed,
         "steps_done": 0,
         "complete": False,
         "diverged": False,  # a loss that is not finite ended the run
+        "failed": None,  # why the run ended early, in a line: an error, or the signal that killed its process
         "train": {"step": [], "loss": []},  # loss of the batch before the step
         "validation": {"step": [], "loss": [], "lr": []},
-        "optimizer_ms": [],  # optimizer.step() alone, each step
+        "seconds_to_validation": [],  # of training, until each of these evaluations; unknown is None
+        "optimizer_ms": [],  # optimizer.step() alone, each step, in milliseconds
         "share": {"step": [], "by_parameter": {}},
+        "training_seconds": 0.0,  # of all steps: batch, loss, gradients, optimizer; without evaluations and checkpoints
         "seconds": 0.0,  # of the whole run
         "parameters_sha256": None,  # of the final parameters
     }
@@ -59,14 +64,14 @@ def new_record(run: Run) -> Record:
 class Trainer:
     """The model, optimizer and record of one run. `go` trains to the end or until it is told to stop."""
 
-    def __init__(self, config: CompareConfig, run: Run, text: data.Text) -> None:
-        self.config, self.run, self.text = config, run, text
+    def __init__(self, setup: Setup, run: Run) -> None:
+        self.config, self.task, self.run = setup.config, setup.task, run
         self.record = new_record(run)
-        self.model = model.GPT(config.model, run.seed).to(config.device)
-        self.optimizer = make(config, run, self.model)
+        self.model = start_of(self.task, run.seed).to(self.config.device)
+        self.optimizer = make(setup, run, self.model)
         self.names = parameter_names(self.model, self.optimizer)
-        self.scheduler = LambdaLR(self.optimizer, schedule(config.loop, config.steps))
-        self.windows = data.held_out(text.validation, config.loop.evaluate_windows, config.model.context)
+        self.scheduler = LambdaLR(self.optimizer, schedule(self.config.loop, self.config.steps))
+        self.batches = Batches(self.task, run.seed)
 
     @property
     def done(self) -> int:
@@ -96,26 +101,34 @@ class Trainer:
 
     def step(self) -> float:
         """Train on one batch. Returns its loss before the step."""
-        config, step = self.config, self.done
-        windows = data.batch(self.text.train, self.run.seed, step, config.loop.batch, config.model.context)
-        loss = model.loss(self.model, windows.to(config.device))
+        step, begun = self.done, time.perf_counter()
+        value = self._update(step)
+        self.record["training_seconds"] += time.perf_counter() - begun
+        if self.record["diverged"]:
+            return value
+        self.record["train"]["step"].append(step)
+        self.record["train"]["loss"].append(value)
+        if step % max(1, self.config.steps // SHARES_IN_A_RUN) == 0:
+            self._record_shares(step)
+        self.scheduler.step()
+        self.record["steps_done"] = step + 1
+        if self.done % self.config.evaluate_every == 0 or self.done == self.config.steps:
+            self.evaluate()
+        return value
+
+    def _update(self, step: int) -> float:
+        """Move the parameters by one batch, unless its loss is not finite. Returns the loss."""
+        batch = to_device(self.batches.at(step), self.config.device)
+        loss = self.task.loss(self.model, batch)
         value = loss.item()
         if not math.isfinite(value):
             self.record["diverged"] = True
             return value
         self.optimizer.zero_grad()
         loss.backward()
-        if config.loop.clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.loop.clip)
+        if self.config.loop.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.loop.clip)
         self._timed_step()
-        self.record["train"]["step"].append(step)
-        self.record["train"]["loss"].append(value)
-        if step % max(1, config.steps // SHARES_IN_A_RUN) == 0:
-            self._record_shares(step)
-        self.scheduler.step()
-        self.record["steps_done"] = step + 1
-        if self.done % config.evaluate_every == 0 or self.done == config.steps:
-            self.evaluate()
         return value
 
     def _timed_step(self) -> None:
@@ -135,18 +148,16 @@ class Trainer:
             for name, share in by_name.items():
                 self.record["share"]["by_parameter"].setdefault(name, []).append(round(share, 5))
 
-    @torch.no_grad()
     def evaluate(self) -> None:
-        """The mean loss of the held-out windows, always in the same chunks, so that a resumed run gets the same."""
-        chunks = self.windows.split(self.config.loop.batch)
-        total = sum(model.loss(self.model, chunk.to(self.config.device)).item() * len(chunk) for chunk in chunks)
-        value = total / len(self.windows)
+        """Evaluate the model as it is now, and record the loss and how long training took until here."""
+        value = evaluated(self.task, self.model, self.run.seed)
         if not math.isfinite(value):
             self.record["diverged"] = True
             return
         self.record["validation"]["step"].append(self.done)
         self.record["validation"]["loss"].append(value)
         self.record["validation"]["lr"].append(self.scheduler.get_last_lr()[0])
+        self.record["seconds_to_validation"].append(round(self.record["training_seconds"], 4))
 
     def save(self, path: Path) -> None:
         buffer = io.BytesIO()
@@ -155,7 +166,6 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
-                "random": torch.get_rng_state(),  # for base optimizers that draw (stochastic rounding)
                 "record": json.dumps(self.record),
             },
             buffer,
@@ -168,8 +178,9 @@ class Trainer:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
-        torch.set_rng_state(saved["random"].cpu())
-        self.record = json.loads(saved["record"])
+        self.record = {**new_record(self.run), **json.loads(saved["record"])}
+        times, evaluations = self.record["seconds_to_validation"], len(self.record["validation"]["step"])
+        times += [None] * (evaluations - len(times))  # a checkpoint from before times were recorded
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -177,7 +188,8 @@ def fingerprint(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in network.named_parameters():
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().numpy().tobytes())
+        flat = parameter.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())  # as bytes: NumPy has no bfloat16
     return digest.hexdigest()
 
 

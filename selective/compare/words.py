@@ -13,7 +13,7 @@ def so_far(config: CompareConfig, summary: Summary) -> str:
     """A line for the terminal while the comparison runs: the means over the seeds that are complete."""
     parts = []
     for effect in summary.found:
-        if effect.diverged or effect.against_base is None:
+        if effect.diverged or effect.failed or effect.against_base is None:
             parts.append(f"{effect.contender.label} has nothing to be compared with")
             continue
         control = effect.against_control
@@ -24,7 +24,7 @@ def so_far(config: CompareConfig, summary: Summary) -> str:
 
 
 def in_plain_words(summary: Summary) -> list[str]:
-    """A line for each rotation and each policy. The first policy comes last."""
+    """A line for each rotation, each optimizer of the user's and each policy. The first policy comes last."""
     policies = [effect for effect in summary.found if effect.contender.role == "policy"]
     others = [effect for effect in summary.found if effect.contender.role != "policy"]
     return [_words(effect) for effect in (*others, *reversed(policies))]
@@ -32,16 +32,23 @@ def in_plain_words(summary: Summary) -> list[str]:
 
 def _words(effect: Effect) -> str:
     name, base = effect.contender.label, effect.base.label
+    if effect.failed:
+        return f"{name} failed: not one of its runs came to its end. The notes say why."
     if effect.diverged:
         return f"{name} diverged: at every learning rate its loss stopped being a number."
     if effect.against_base is None:
-        return f"{name}: nothing can be said, because {base} diverged at every learning rate."
+        return f"{name}: nothing can be said, because {base} {_why_no_loss(effect)}."
     if effect.n == 1:
         return _one_seed(effect, effect.against_base)
     text = {-1: _helped, 0: _not_shown, 1: _hurt}[effect.against_base.sign](effect, effect.against_base)
     if effect.at_edge:
         text += f" {base} is best at the edge of its learning rates: a better one may lie beyond."
     return text
+
+
+def _why_no_loss(effect: Effect) -> str:
+    """Why the contender's rival has no loss of a seed that the contender has one of."""
+    return "failed, as the notes say" if effect.base_failed else "diverged at every learning rate"
 
 
 def _one_seed(effect: Effect, difference: Interval) -> str:
@@ -58,11 +65,13 @@ def _helped(effect: Effect, difference: Interval) -> str:
     text = f"{name} helped: {_loss_over_seeds(effect)} {_side(difference)} than that of {base}"
     if effect.speed is not None and effect.base.role == "baseline":
         text += f", which takes {_size(effect.speed)} times as many steps to its own final loss"
+        if effect.time_speed is not None:
+            text += f", and {_size(effect.time_speed)} times as long"
     control = effect.against_control
     if effect.contender.of is None:
         return f"{text}."
     if control is None:
-        return f"{text}. Its random control diverged."
+        return f"{text}. Its random control {'failed' if effect.control_failed else 'diverged'}."
     if control.sign == -1:
         return f"{text}. It is {_side(control)} than that of {RANDOM}: it matters which coordinates are selected."
     if control.sign == 1:

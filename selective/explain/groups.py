@@ -1,59 +1,129 @@
-"""The text of `opt.explain()`: a paragraph for each parameter group."""
+"""The text of `opt.explain()`: a paragraph for each kind of parameter group."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
+from selective.base.known import why_measured
 from selective.capture.choose import Capture
-from selective.capture.delta import LOW_PRECISION
-from selective.explain.rotated import explain_rotation
+from selective.explain.memory import memory_lines, temporary_memory
+from selective.explain.own_code import why_own_code
+from selective.explain.rate import rate_advice
+from selective.explain.rotated import explain_rotations
 from selective.explain.sharded import explain_shards, in_plain_torch
 from selective.kernels import backend_in_use, spec, why_reference
 from selective.parameter import initialized
 from selective.plan.group_plan import GroupPlan
 from selective.plan.options import Options
-from selective.policies import Policy
+from selective.policies import Decay, Policy
 from selective.policies.kernel_terms import has_own_code, specs_of, why_not_in_kernel
-from selective.sharding.dtensor import local_of, shard_of
+from selective.preconditioner import Preconditioner
+from selective.sharding.dtensor import local_of
+from selective.state.store import StateStore
 
-_MEMORY = {
-    "dense": "none",
-    "fused": "none that lasts; during the step at most a few times the largest tensor",
-    "scratch": "one copy of the group's parameters during the step",
-    "delta": "one copy of the group's parameters during the step; after the base's, the update of 256 MiB at a time",
-}
+_MOST = 6  # names in a title
+_DRAWN = "reference (plain torch), because RandomDecay has no kernel"
+_DRAWN_MEMORY = "one copy of the group's parameters during the step, because RandomDecay has no kernel"
 
 
-def explain(base: Optimizer, plans: Sequence[GroupPlan], options: Options) -> str:
-    """One paragraph a parameter group, in plain words."""
-    lines = [f"SelectiveUpdate over {type(base).__module__}.{type(base).__name__}"]
+def explain(base: Optimizer, plans: Sequence[GroupPlan], options: Options, store: StateStore) -> str:
+    """A paragraph for each kind of parameter group, in plain words. Groups of which the same can be said share one."""
+    alike: dict[object, list[GroupPlan]] = {}
     for plan in plans:
-        group, policy, capture = plan.group, plan.policy, plan.capture
-        count = sum(p.numel() for p in initialized(group["params"]))
-        lines += [
-            f"param_groups[{plan.number}]: {_count(len(group['params']), 'tensor')}, {_count(count, 'element')}"
-            + _without_shape(group),
-            f"  policy    {policy!r}",
-            f"  capture   {capture.way}: {capture.reason}",
-            f"  decay     {_decay(capture)}",
-            f"  momentum  {_momentum(capture, group, options.momentum_beta)}",
-            f"  memory    {_memory(policy, capture, group)}",
-        ]
-        selection = _selection(policy, group)
-        kernels = _kernels(base, group, policy, capture, options.scope, options.rounding)
-        lines += [f"  selection {selection}"] if selection else []
-        lines += [f"  kernels   {kernels}"] if kernels else []
-        shards = explain_shards(group, policy, capture, options.scope, options.statistics)
-        lines += [f"  sharded   {shards}"] if shards else []
-        lines += [] if plan.rotation is None else explain_rotation(plan.rotation, policy, options.mask_space)
-        notes = _notes(capture)
-        if notes:
-            lines.append(f"  note      {notes}")
-    return "\n".join(lines)
+        alike.setdefault(_same_for(base, plan, options), []).append(plan)
+    lines, total = [f"SelectiveUpdate over {type(base).__module__}.{type(base).__name__}"], 0
+    for members in alike.values():
+        plan = members[0]
+        policy = plan.policy
+        memory, lasting = memory_lines(members, store, _temporary(plan))
+        total += lasting
+        lines += [_title(members), *_facts(base, plan, options)]
+        rotations = [one.rotation for one in members if one.rotation is not None]
+        lines += explain_rotations(rotations, policy, options.mask_space) if rotations else []
+        lines += _under("memory", memory)
+        advice = rate_advice(policy, _rotating(plan))
+        lines += [] if advice is None else [f"  rate      {advice}"]
+        notes = _notes(base, plan)
+        lines += [f"  note      {notes}"] if notes else []
+    if len(alike) > 1:
+        lines.append(f"all groups: {total:,} bytes that last, beside the base's state" if total else "")
+    return "\n".join(line for line in lines if line)
+
+
+def _same_for(base: Optimizer, plan: GroupPlan, options: Options) -> object:
+    """Return what has to be equal for two groups to share a paragraph."""
+    rotation = plan.rotation
+    rotated = None if rotation is None else (repr(rotation.preconditioner), rotation.capture.way, bool(rotation.shapes))
+    return *_facts(base, plan, options), _temporary(plan), rotated, _notes(base, plan)
+
+
+def _temporary(plan: GroupPlan) -> str:
+    return (
+        _DRAWN_MEMORY
+        if plan.capture.way == "fused" and _draws(plan)
+        else temporary_memory(plan.policy, plan.capture, plan.group)
+    )
+
+
+def _draws(plan: GroupPlan) -> bool:
+    return plan.decay is not None and plan.decay.at_random
+
+
+def _facts(base: Optimizer, plan: GroupPlan, options: Options) -> list[str]:
+    """Return the lines that do not depend on which parameters the group has."""
+    group, policy, capture = plan.group, plan.policy, plan.capture
+    lines = [
+        f"  policy    {policy!r}",
+        f"  capture   {capture.way}: {capture.reason}",
+        f"  decay     {_decay(capture) if plan.decay is None else _selective_decay(plan.decay, capture)}",
+        f"  momentum  {_momentum(capture, group, options.momentum_beta)}",
+    ]
+    selection = _selection(policy, group)
+    kernels = _kernels(base, group, policy, capture, options.scope, options.rounding)
+    kernels = _DRAWN if kernels and _draws(plan) else kernels
+    shards = explain_shards(group, policy, capture, options.scope, options.statistics and not plan.is_dense)
+    lines += [f"  selection {selection}"] if selection else []
+    lines += [f"  kernels   {kernels}"] if kernels else []
+    lines += [f"  sharded   {shards}"] if shards else []
+    return lines
+
+
+def _title(plans: Sequence[GroupPlan]) -> str:
+    """Return the first line of a paragraph: the numbers of the groups, their names, and how much is in them."""
+    params = [p for plan in plans for p in plan.group["params"]]
+    shaped = initialized(params)
+    count, without = sum(p.numel() for p in shaped), len(params) - len(shaped)
+    names = [str(plan.group["name"]) for plan in plans if "name" in plan.group]
+    named = f" ({', '.join(names[:_MOST])}{', ...' if len(names) > _MOST else ''})" if names else ""
+    more = f", and {_count(without, 'tensor')} without a shape yet" if without else ""
+    numbers = _numbers([plan.number for plan in plans])
+    return f"param_groups{numbers}{named}: {_count(len(params), 'tensor')}, {_count(count, 'element')}{more}"
+
+
+def _numbers(numbers: list[int]) -> str:
+    """Return "[0], [2] to [5]"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = []
+    for run in runs:
+        texts += [f"[{run[0]}] to [{run[-1]}]"] if len(run) > 2 else [f"[{number}]" for number in run]
+    return ", ".join(texts)
+
+
+def _under(name: str, texts: Sequence[str]) -> list[str]:
+    """Return the lines of several texts under one name."""
+    return [f"  {name if i == 0 else '':<10}{text}" for i, text in enumerate(texts)]
+
+
+def _rotating(plan: GroupPlan) -> Preconditioner | None:
+    return plan.rotation.preconditioner if plan.rotation is not None and plan.rotation.shapes else None
 
 
 def _count(number: int, what: str) -> str:
@@ -73,6 +143,18 @@ def _decay(capture: Capture) -> str:
     return f"decoupled, the parameter × ({facts.decay_rule}): reaches every coordinate, never masked"
 
 
+def _selective_decay(decay: Decay, capture: Capture) -> str:
+    """Return what `explain()` says of a selective decay, which is never coupled."""
+    factor = capture.facts.decay_rule if decay.weight_decay is None else f"1 - lr*{decay.weight_decay}"
+    factors = f"the parameter × ({factor})"
+    if not decay.at_random:
+        return f"{decay!r}: {factors} where the update agrees, × 1 elsewhere"
+    return (
+        f"{decay!r}: {factors} at random coordinates, as many as the update agrees with, × 1 elsewhere; each sharded "
+        "parameter takes an all-reduce"
+    )
+
+
 def _momentum(capture: Capture, group: dict[str, object], momentum_beta: float | None) -> str:
     if momentum_beta is not None:
         return f"our own, with momentum_beta={momentum_beta}"
@@ -80,26 +162,6 @@ def _momentum(capture: Capture, group: dict[str, object], momentum_beta: float |
         return "none; a policy that needs one takes momentum_beta=0.9"
     key = capture.facts.momentum_key
     return f"the base's state[{key!r}]" if key else "the base's own"
-
-
-def _memory(policy: Policy, capture: Capture, group: dict[str, Any]) -> str:
-    if capture.way == "fused" and has_own_code(policy, group["params"]):
-        why = _why_own_code(policy, group["params"])
-        return f"one copy of the group's parameters during the step, because {why}"
-    low = any(p.dtype in LOW_PRECISION for p in group["params"])
-    if capture.way == "scratch" and capture.facts.decay == "coupled" and _decays(group):
-        gradients = "the policy's float32 and the base's" if low else "with the decay in them"
-        return f"{_MEMORY['scratch']}, and copies of its gradients, {gradients}"
-    if capture.way == "delta" and low:
-        return (
-            "one copy of the group's parameters during the step, and float32 copies of them and of their gradients; "
-            "after the base's, the update of 256 MiB at a time"
-        )
-    if capture.way == "fused" and any(p.is_cuda for p in group["params"]):
-        if any(shard_of(p) is not None for p in group["params"]):
-            return "none that lasts; during the step up to 10 bytes for each element of this rank's shards"
-        return "none that lasts; during the step up to 0.3 bytes a parameter (exact top-K, statistics)"
-    return _MEMORY[capture.way]
 
 
 def _selection(policy: Policy, group: dict[str, Any]) -> str | None:
@@ -121,7 +183,7 @@ def _kernels(
     if capture.way == "dense" or not (backend_in_use() == "gpu" or any(p.is_cuda for p in params)):
         return None
     if has_own_code(policy, params):
-        return f"reference (plain torch), because {_why_own_code(policy, params)}"
+        return f"reference (plain torch), because {why_own_code(policy, params)}"
     rule = spec.GivenRule() if capture.rule is None else capture.rule.kernel_rule(base, group)
     if scope == "global" and in_plain_torch(policy, params, rule, stochastic):
         return "reference (plain torch), because what it selects depends on the shards of other ranks"
@@ -134,29 +196,13 @@ def _kernels(
     return "Triton"
 
 
-def _why_own_code(policy: Policy, params: list[Tensor]) -> str:
-    specs = specs_of(policy)
-    why = None if specs is None or specs[0].control is None else why_not_in_kernel(specs[0], params)
-    return why or "the policy is your own code"
-
-
-def _without_shape(group: dict[str, Any]) -> str:
-    count = len(group["params"]) - len(initialized(group["params"]))
-    return f", and {_count(count, 'tensor')} without a shape yet" if count else ""
-
-
-def _decays(group: dict[str, Any]) -> bool:
-    decay = group.get("weight_decay", 0.0)
-    return isinstance(decay, Tensor) or decay != 0
-
-
-def _notes(capture: Capture) -> str:
-    facts = capture.facts
-    found = []
+def _notes(base: Optimizer, plan: GroupPlan) -> str:
+    facts = plan.capture.facts
+    notes = []
     if facts.writes_grad:
-        found.append("the base writes on .grad, so a copy is kept for the policy")
+        notes.append("the base writes on .grad, so a copy is kept for the policy")
     if facts.clears_grad:
-        found.append("the base clears .grad in its step")
+        notes.append("the base clears .grad in its step")
     if facts.source == "measured":
-        found.append("an unknown class: found out by stepping a small stand-in")
-    return "; ".join(found)
+        notes.append(f"{why_measured(base, plan.group)}: measured by steps of a small stand-in")
+    return "; ".join(notes)

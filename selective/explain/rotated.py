@@ -1,39 +1,41 @@
-"""The lines of `explain()` on a preconditioner: who is rotated, as what, who is not and why, and the memory."""
+"""The lines of `explain()` on a preconditioner: who is rotated, as what, and who is not and why."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from selective.plan.rotation_plan import RotationPlan
 from selective.policies import Dense, Policy
-from selective.rotation.contract import is_foreign
+from selective.preconditioner import LargeSide, Shape
 from selective.sharding.dtensor import shard_of
 
 _MOST = 6  # names in one line
 _SHARDED = "nothing is sent for it in a step, two all-reduces in one with a refresh; state_dict() sums up averages"
 
 
-def explain_rotation(rotation: RotationPlan, policy: Policy, mask_space: str) -> list[str]:
-    """The lines of one group, under those that hold for the parameters that are not rotated."""
-    lines = [f"  rotated   {_rotated(rotation)}, by {rotation.preconditioner!r}"]
-    if rotation.shapes:
-        lines.append(f"            {rotation.capture.way}: {_way(rotation)}")
-        gathered = [p for p in rotation.shapes if p in rotation.gathered]
-        sharded = sum(shard_of(p) is not None for p in rotation.shapes) - len(gathered)
+def explain_rotations(rotations: Sequence[RotationPlan], policy: Policy, mask_space: str) -> list[str]:
+    """The lines of groups that are alike, under those that hold for the parameters that are not rotated."""
+    first = rotations[0]
+    lines = [f"  rotated   {_rotated(rotations)}, by {first.preconditioner!r}"]
+    params = [(rotation, p) for rotation in rotations for p in rotation.shapes]
+    if params:
+        lines.append(f"            {first.capture.way}: {_way(first)}")
+        gathered = [p for rotation, p in params if p in rotation.gathered]
+        sharded = sum(shard_of(p) is not None for _, p in params) - len(gathered)
         if sharded:
             lines.append(f"            {sharded:,} of them sharded: {_SHARDED}")
         if gathered:
-            lines.append(f"            {len(gathered):,} of them sharded: {_gathering(rotation, gathered)}")
+            lines.append(f"            {len(gathered):,} of them sharded: {_gathering(first, gathered)}")
+    lines += [f"  left out  {text}" for text in _left_out(rotations)]
     by_reason: dict[str, list[str]] = {}
-    for name, why in rotation.reasons_not_rotated.items():
-        by_reason.setdefault(why, []).append(name)
+    for rotation in rotations:
+        for name, why in rotation.reasons_not_rotated.items():
+            by_reason.setdefault(why, []).append(name)
     lines += [f"  not       {_listed(names)}: {why}" for why, names in by_reason.items()]
-    if not isinstance(policy, Dense) and rotation.shapes:
+    if not isinstance(policy, Dense) and params:
         lines.append(f"  mask      made in the {mask_space} space of rotated parameters")
-    if rotation.shapes:
-        lines.append(f"  memory    of rotated ones: {_memory(rotation, policy)}")
     return lines
 
 
@@ -46,17 +48,32 @@ def _gathering(rotation: RotationPlan, gathered: list[Tensor]) -> str:
     )
 
 
-def _rotated(rotation: RotationPlan) -> str:
-    if not rotation.shapes:
-        return "none of them"
-    found: dict[tuple[int, int, int], list[str]] = {}
-    for parameter in rotation.members:
-        if parameter.tensor in rotation.shapes:
-            found.setdefault(rotation.shapes[parameter.tensor], []).append(parameter.name)
-    return "; ".join(f"{_listed(names)} as {_shape(shape)}" for shape, names in found.items())
+def _rotated(rotations: Sequence[RotationPlan]) -> str:
+    by_shape: dict[Shape, list[str]] = {}
+    for rotation in rotations:
+        for parameter in rotation.members:
+            if parameter.tensor in rotation.shapes:
+                by_shape.setdefault(rotation.shapes[parameter.tensor], []).append(parameter.name)
+    return "; ".join(f"{_listed(names)} as {_shape(shape)}" for shape, names in by_shape.items()) or "none of them"
 
 
-def _shape(shape: tuple[int, int, int]) -> str:
+def _left_out(rotations: Sequence[RotationPlan]) -> list[str]:
+    """Texts on the sides of rotated parameters that are not rotated because their bases would be too large."""
+    sides: dict[tuple[str, int, str], list[tuple[str, LargeSide]]] = {}
+    for rotation in rotations:
+        for parameter in rotation.members:
+            shape = rotation.shapes.get(parameter.tensor)
+            large = [] if shape is None else rotation.preconditioner_for(parameter.tensor).left_out(shape)
+            for side in large:
+                sides.setdefault((side.side, side.length, side.why), []).append((parameter.name, side))
+    return [
+        f"the {side} of {_listed([name for name, _ in members])} ({length:,}), by {why}: saves "
+        f"{sum(large.bytes for _, large in members):,} bytes that would last"
+        for (side, length, why), members in sides.items()
+    ]
+
+
+def _shape(shape: Shape) -> str:
     batch, rows, columns = shape
     return f"{rows} x {columns}" if batch == 1 else f"{batch} of {rows} x {columns}"
 
@@ -72,28 +89,3 @@ def _way(rotation: RotationPlan) -> str:
         "scratch": "the base steps zeros in place of the parameter, on a rotated gradient",
         "delta": "the base steps the rotated value of the parameter in float32, on a rotated gradient",
     }[rotation.capture.way]
-
-
-def _memory(rotation: RotationPlan, policy: Policy) -> str:
-    examples = {shape: p for p, shape in rotation.shapes.items()}
-    of_shape = {shape: _bytes(_state(rotation, p)) for shape, p in examples.items()}
-    kept = sum(of_shape[shape] for shape in rotation.shapes.values())
-    elements = sum(p.numel() for p in rotation.shapes)
-    text = f"{kept:,} bytes that last, {kept / max(elements, 1):.2f} a parameter; during the step "
-    if rotation.capture.way == "fused":
-        text += "their float32 gradients and updates, of 512 MiB of them at a time"
-    else:
-        text += (
-            f"float32 copies of their gradients and {'two of' if rotation.capture.way == 'delta' else 'one of'} them"
-        )
-    if is_foreign(rotation.preconditioner):
-        return f"{text}, and one copy of them, because the preconditioner is your own code"
-    return text
-
-
-def _state(rotation: RotationPlan, param: Tensor) -> Iterable[Tensor]:
-    return rotation.fresh(param).values()
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)

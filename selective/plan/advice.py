@@ -51,6 +51,7 @@ def _way(key: str, number: int, policy_group: PolicyGroup) -> str | None:
 def _hyper_parameters(number: int, policy_group: PolicyGroup) -> Iterator[tuple[str, str]]:
     yield from ((name, f"opt.policy_groups[{number}]") for name in policy_group)
     yield from ((name, f"opt.preconditioner_groups[{number}]") for name in policy_group.preconditioning)
+    yield from ((name, f"opt.decay_groups[{number}]") for name in policy_group.decaying)
 
 
 def warn_of_needless_mask(

@@ -43,5 +43,6 @@ def refuse_joined(number: int, shapes: Sequence[torch.Size], params: Sequence[An
         f"vector of {params[0].numel():,} elements now: a training stack joined them, as DeepSpeed does with "
         f"ZeRO stages 1 to 3 and with its bfloat16 optimizer. Policies select within a tensor, preconditioners rotate "
         f"matrices, and neither can be seen in the vector. Use FSDP2 (torch.distributed.fsdp.fully_shard), which keeps "
-        f"them; or DeepSpeed with stage 0; or policy=Dense() without a preconditioner, which is the base itself"
+        f"them; or DeepSpeed with stage 0; or policy=Dense() without a preconditioner and without a selective decay: "
+        f"that is the base itself"
     )

@@ -11,7 +11,7 @@ from selective.parameter import Parameter
 from selective.plan.group_params import GroupParams
 from selective.plan.policy_groups import PolicyGroup, PreconditionerGroup
 from selective.plan.rotation_plan import RotationPlan
-from selective.policies import Dense, Policy
+from selective.policies import Decay, Dense, Policy
 from selective.preconditioner import Shape
 
 
@@ -48,6 +48,16 @@ class GroupPlan:
         return self.policy_group.preconditioning
 
     @property
+    def decay(self) -> Decay | None:
+        """The group's current selective decay; None if decoupled decay reaches every coordinate."""
+        return self.policy_group.decaying.decay
+
+    @property
+    def steps_alone(self) -> bool:
+        """True if the base steps the parameters that are not rotated by itself: no mask, no selective decay."""
+        return self.decay is None and self.is_dense
+
+    @property
     def is_dense(self) -> bool:
         """True if no coordinate is masked."""
         return isinstance(self.policy_group.policy, Dense)
@@ -69,8 +79,8 @@ class GroupPlan:
         return None if self.rotation is None or shape is None else (self.rotation, shape)
 
     def masks_or_rotates(self, parameter: Parameter) -> bool:
-        """True if this parameter is masked or rotated. Otherwise its step is the base's alone."""
-        return not self.is_dense or self.rotated_as(parameter) is not None
+        """True if this parameter is masked, rotated or decays selectively. Otherwise its step is the base's alone."""
+        return not self.steps_alone or self.rotated_as(parameter) is not None
 
     def replace_params(self, params: GroupParams) -> None:
         """Replace the parameter list, and start with empty `KeptItems`."""

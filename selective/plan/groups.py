@@ -16,8 +16,8 @@ from selective.plan.flattened import refuse_joined
 from selective.plan.group_params import GroupParams
 from selective.plan.group_plan import Choice, GroupPlan
 from selective.plan.options import Options
-from selective.plan.policy_groups import KEYS, PolicyGroup, take_policy, take_preconditioner
-from selective.plan.refusals import check_complete, check_flattened, check_momentum, check_shards
+from selective.plan.policy_groups import KEYS, PolicyGroup, take_decay, take_policy, take_preconditioner
+from selective.plan.refusals import check_complete, check_decay, check_flattened, check_momentum, check_shards
 from selective.plan.rotation_plan import RotationPlan, check_change
 from selective.plan.shared_parameters import check_sharing
 from selective.rotation.moments import check_moments, moments_of
@@ -34,8 +34,10 @@ class Changes(NamedTuple):
 class Groups:
     """A plan for each of the base's parameter groups.
 
-    `policies` are the public `policy_groups`. `places` numbers all rotated parameters. A copy of an optimizer is given
-    the `choices` of the original, one for each policy, by which it notices that a policy was switched.
+    `policies` are the public `policy_groups`. `places` numbers all rotated parameters. `first_address` is the address
+    of the first parameter: not 0 if other optimizers that step together with this one come before it. A copy of an
+    optimizer is given the `choices` of the original, one for each policy, by which it notices that a policy was
+    switched.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Groups:
         self.policies = [] if policies is None else policies
         self.plans: list[GroupPlan] = []
         self.places: dict[Tensor, int] = {}
+        self.first_address = 0
         self.recorded: list[DeviceItems] = []  # of groups that were edited since: CUDA graphs read their tables
         self._edited = False  # whether parameters have left a group, and may have left all
         self._choices = list(zip(self.policies, choices, strict=False))  # of plans that are still to be made
@@ -79,7 +82,7 @@ class Groups:
 
         A group that has no `PolicyGroup` yet gets no plan.
         """
-        address = 0
+        address = self.first_address
         groups = self.base.param_groups
         if len(self.policies) > len(groups):  # a group was removed; its plan is known as soon as its policy is, too
             return self.plans
@@ -120,7 +123,7 @@ class Groups:
 
     def clocked(self) -> set[torch.device]:
         """The GPUs on which something is masked, whose steps are counted there: Note [the clock]."""
-        masked = (plan for plan in self.plans if plan.rotation is not None or not plan.is_dense)
+        masked = (plan for plan in self.plans if plan.rotation is not None or not plan.steps_alone)
         return {device for plan in masked for device in plan.params.cuda_devices}
 
     def asks_others(self) -> bool:
@@ -140,14 +143,15 @@ class Groups:
         """Return a function that puts plans and policies back. The base's groups have to be put back before it."""
         plans = [(plan, plan.choice, plan.rotation) for plan in self.plans]
         policies = [
-            (group, group.policy, group.preconditioning, dict(vars(group.preconditioning))) for group in self.policies
+            (group, group.policy, group.decaying.decay, group.preconditioning, dict(vars(group.preconditioning)))
+            for group in self.policies
         ]
         places = self.places
 
         def undo() -> None:
             self.policies[:] = [group for group, *_ in policies]
-            for group, policy, preconditioning, before in policies:
-                group.policy = policy
+            for group, policy, decay, preconditioning, before in policies:
+                group.policy, group.decaying.decay = policy, decay
                 vars(preconditioning).update(before)
             self.plans[:] = [plan for plan, *_ in plans]
             for plan, choice, rotation in plans:
@@ -159,10 +163,11 @@ class Groups:
         return undo
 
     def take_in(self, group: dict[str, Any]) -> PolicyGroup:
-        """Remove `policy`, `preconditioner` and `matrix_view` from a base group; return them as a `PolicyGroup`."""
-        known = self.base.defaults
-        policy = take_policy(group, self.default.policy, known)
-        return PolicyGroup(policy, take_preconditioner(group, self.default.preconditioning, known))
+        """Remove the keys of ours (`KEYS`) from a base group; return what they say as a `PolicyGroup`."""
+        known, default = self.base.defaults, self.default
+        policy = take_policy(group, default.policy, known)
+        preconditioning = take_preconditioner(group, default.preconditioning, known)
+        return PolicyGroup(policy, preconditioning, take_decay(group, default.decaying.decay, known))
 
     def _choice_of(self, policy_group: PolicyGroup) -> Choice | None:
         chosen = [(plan.policy_group, plan.choice) for plan in self.plans] + self._choices
@@ -191,7 +196,7 @@ class Groups:
         plan.policy_group.listen(plan.kept.policy_changed)
         policy = plan.policy
         params.detect_changes()
-        if not plan.is_dense or plan.preconditioning.preconditioner is not None:
+        if not plan.steps_alone or plan.preconditioning.preconditioner is not None:
             check_flattened(params.parameters)
             if params.joined:
                 refuse_joined(number, params.shapes, params.tensors)
@@ -199,14 +204,17 @@ class Groups:
         if len(plan.group) != plan.keys_checked:
             warn_of_stray_keys(plan.group, number, plan.policy_group, self.base.defaults, plan.keys_warned)
             plan.keys_checked = len(plan.group)
-        key = capture_key(self.base, plan.group, params.kinds, described.state_classes, described.needs)
+        decay = plan.decay
+        key = capture_key(self.base, plan.group, params.kinds, described.state_classes, described.needs, decay)
         if plan.choice is not None and plan.choice.key == key:
             return plan.choice
-        own = self.options.keeps_momentum
+        own = self.options.keeps_momentum and not plan.is_dense  # nobody reads a momentum of ours there
         check_complete(policy, number)
-        capture = choose_capture(self.base, plan.group, policy, self.options.capture, own)
+        capture = choose_capture(self.base, plan.group, policy, self.options.capture, own, decay is not None)
+        if decay is not None:
+            check_decay(self.base, plan.group, number, decay, capture)
         check_momentum(self.base, plan.group, number, policy, capture, own)
-        if not plan.is_dense:
+        if not plan.steps_alone:
             check_shards(params.parameters)
             warn_of_needless_mask(self.base, plan.group, number, policy, described.specs)
         return Choice(key, capture)
@@ -247,7 +255,7 @@ class Groups:
         preconditioner, capture = plan.preconditioning.preconditioner, plan.capture
         assert preconditioner is not None
         if plan.is_dense:  # nobody reads a momentum of ours
-            capture = choose_capture(self.base, plan.group, plan.policy, self.options.capture, False, rotated=True)
+            capture = choose_capture(self.base, plan.group, plan.policy, self.options.capture, False, needs_update=True)
         view, parameters = plan.preconditioning.matrix_view, plan.params.parameters
         rotation = RotationPlan(preconditioner, view, capture, plan.capture, parameters)
         if rotation.shapes:
@@ -262,6 +270,8 @@ class Groups:
             late = next((key for key in KEYS if key in group and (key == "policy" or key not in known)), None)
             if late is not None:  # it would be without effect, and the group could not be saved
                 way = f"opt.preconditioner_groups[{number}]'s"
+                if late == "decay":
+                    way = f"opt.decay_groups[{number}].decay or its"
                 if late == "policy":
                     way = f"opt.policy_groups[{number}].policy (a Policy) or its"
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Policies and preconditioners of parameter groups: a table of the wrapper's own, beside the base's groups."""
+"""Policies, preconditioners and decays of parameter groups: a table of the wrapper's own, beside the base's groups."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable, Collection, Iterator, MutableMapping
 from typing import Any
 
 from selective.configured import Configured
-from selective.policies import Policy, policy_from
+from selective.policies import Decay, Policy, decay_from, policy_from
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 
-KEYS = ("policy", "preconditioner", "matrix_view")
+KEYS = ("policy", "preconditioner", "matrix_view", "decay")
 """Keys of a base group that belong to the wrapper, which moves them into a table of its own."""
 
 
 _NEVER: Any = object()
-_ATTRIBUTES = {"policy", "preconditioner", "matrix_view", "planned", "preconditioning"}
+_ATTRIBUTES = {"policy", "preconditioner", "matrix_view", "decay", "planned", "preconditioning", "decaying"}
 
 
 class ModelGroup(MutableMapping[str, Any]):
@@ -136,6 +136,34 @@ class PreconditionerGroup(ModelGroup):
         return f"PreconditionerGroup({self.preconditioner!r}, {self.matrix_view!r})"
 
 
+class DecayGroup(ModelGroup):
+    """The selective decay of one parameter group, with its hyper-parameters by name; empty where there is none.
+
+    `opt.decay_groups[0]["weight_decay"] = 0.05` is used from the next step on.
+    """
+
+    def __init__(self, decay: Decay | None) -> None:
+        self._decay = decay
+
+    @property
+    def decay(self) -> Decay | None:
+        """Settable, in the same forms as `SelectiveUpdate(decay=...)`, and used from the next step on."""
+        return self._decay
+
+    @decay.setter
+    def decay(self, value: Any) -> None:
+        self._decay = decay_from(value)
+
+    def _model(self) -> Decay | None:
+        return self._decay
+
+    def _replace(self, model: Decay) -> None:
+        self._decay = model
+
+    def __repr__(self) -> str:
+        return f"DecayGroup({self._decay!r})"
+
+
 class PolicyGroup(ModelGroup):
     """The policy of one parameter group, with its hyper-parameters by name.
 
@@ -143,8 +171,14 @@ class PolicyGroup(ModelGroup):
     move it as it moves `lr`. Nested ones have dotted names (`"selection.fraction"`). The set of names is fixed.
     """
 
-    def __init__(self, policy: Policy, preconditioning: PreconditionerGroup | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        preconditioning: PreconditionerGroup | None = None,
+        decaying: DecayGroup | None = None,
+    ) -> None:
         self._policy = policy
+        self.decaying = DecayGroup(None) if decaying is None else decaying
         self.preconditioning = PreconditionerGroup(None) if preconditioning is None else preconditioning
         self._listener: Callable[[Policy], None] | None = None
 
@@ -223,7 +257,7 @@ def take_preconditioner(
 
     `preconditioner` None there: none. What the base itself knows by such a name stays the base's.
     """
-    given = {key: group[key] for key in KEYS[1:] if key in group and key not in known}
+    given = {key: group[key] for key in ("preconditioner", "matrix_view") if key in group and key not in known}
     view = check_matrix_view(given.get("matrix_view", default.matrix_view), "a parameter group's ")
     found = preconditioner_from(given["preconditioner"]) if "preconditioner" in given else default.preconditioner
     if found is not None and "preconditioner" in given:
@@ -237,3 +271,21 @@ def take_preconditioner(
     for key in given:
         del group[key]
     return PreconditionerGroup(found, view)
+
+
+def take_decay(group: dict[str, Any], default: Decay | None, known: Collection[str]) -> DecayGroup:
+    """Move a group's `decay` out of it: the default where it names none; None there: decay of every coordinate.
+
+    A `decay` that the base itself knows stays the base's.
+    """
+    if "decay" not in group or "decay" in known:
+        return DecayGroup(default)
+    decay = decay_from(group["decay"])
+    stray = [name for name in ("of", "strict") if decay is not None and name in group and name not in known]
+    if stray:
+        raise ValueError(
+            f"SelectiveUpdate: a parameter group has {stray[0]!r} beside its decay {decay!r}; hyper-parameters of a "
+            f"decay go into it: 'decay': {{'kind': {type(decay).__name__!r}, {stray[0]!r}: ...}}"
+        )
+    del group["decay"]
+    return DecayGroup(decay)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.capture.choose import Capture
 from selective.messages.construction import no_optimizer
 from selective.parameter import Parameter
-from selective.policies import Policy
+from selective.policies import Decay, Policy
 from selective.sharding.dtensor import shard_of
 
 _FLATTENED = "_fsdp_flattened"  # torch.distributed.fsdp._common_utils.FSDP_FLATTENED, in torch 2.9 to 2.13
@@ -28,6 +29,16 @@ def check_arguments(
     scope: str,
 ) -> None:
     """Refuse what `SelectiveUpdate` cannot be built from."""
+    if isinstance(base, (list, tuple, Mapping)) and any(isinstance(one, Optimizer) for one in _values(base)):
+        raise TypeError(
+            "SelectiveUpdate: base is a collection of optimizers, must be one; wrap each that is to be selective, and "
+            "make one optimizer of all: ChainedOptimizer([SelectiveUpdate(first, policy=...), second])"
+        )
+    if getattr(type(base), "chains_optimizers", False):
+        raise TypeError(
+            "SelectiveUpdate: base is a ChainedOptimizer; wrap its members instead: "
+            "ChainedOptimizer([SelectiveUpdate(first, policy=...), second])"
+        )
     if not isinstance(base, Optimizer):
         raise TypeError(no_optimizer(base))
     if isinstance(base, wrapper):
@@ -44,6 +55,10 @@ def check_arguments(
         raise ValueError(f"SelectiveUpdate: momentum_beta is {momentum_beta!r}, must be a number in [0, 1)")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"SelectiveUpdate: seed is {seed!r}, must be an integer in [0, 2**63)")
+
+
+def _values(collection: Sequence[Any] | Mapping[Any, Any]) -> Iterable[Any]:
+    return collection.values() if isinstance(collection, Mapping) else collection
 
 
 def check_shards(parameters: Sequence[Parameter]) -> None:
@@ -95,4 +110,32 @@ def check_momentum(
             f"SelectiveUpdate: {policy!r} needs the base's momentum, and {type(base).__name__} "
             f"(param_groups[{number}]) keeps no first moment of the gradient; pass "
             f"momentum_beta=0.9 and the wrapper keeps its own"
+        )
+
+
+def check_decay(base: Optimizer, group: dict[str, Any], number: int, decay: Decay, capture: Capture) -> None:
+    """Refuse a selective decay beside a decay of the base that it can't take over, or that would come on top of it."""
+    kind, name, where = capture.facts.decay, type(base).__name__, f"param_groups[{number}]"
+    own, set_by_base = decay.weight_decay is not None, group.get("weight_decay", 0.0)
+    decays = isinstance(set_by_base, Tensor) or set_by_base != 0
+    if decays and kind in ("coupled", "inside"):
+        how = "adds its weight decay to the gradient" if kind == "coupled" else "has its weight decay in the update"
+        raise ValueError(
+            f"SelectiveUpdate: {name} ({where}) {how}, and that reaches every coordinate; set weight_decay=0 in the "
+            f"group, and give λ to the decay: {type(decay).__name__}(weight_decay=...)"
+        )
+    if not own and kind != "decoupled":
+        raise ValueError(
+            f"SelectiveUpdate: {decay!r} takes over the decoupled weight decay of the base, and {name} ({where}) has "
+            f"none; give λ to the decay: {type(decay).__name__}(weight_decay=...)"
+        )
+    if own and decays:
+        raise ValueError(
+            f"SelectiveUpdate: {where} has weight_decay={set_by_base}, and {decay!r} brings its own: set the group's "
+            f"to 0, or take it over with {type(decay).__name__}()"
+        )
+    if own and group.get("lr") is None:
+        raise ValueError(
+            f"SelectiveUpdate: {decay!r} decays by lr · λ, and {where} has no lr, because {name} makes its own; "
+            f"take over the decay of the base with {type(decay).__name__}()"
         )

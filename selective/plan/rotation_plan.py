@@ -49,7 +49,7 @@ class RotationPlan:
             found = self._on_shards(parameter.tensor) if is_dtensor(parameter.tensor) else None
             found = found or matrix_shape(parameter.tensor, self.matrix_view)
             if not isinstance(found, str) and not self.preconditioner_for(parameter.tensor).takes(found):
-                found = f"{type(self.preconditioner).__name__} does not take {list(found)}"
+                found = self._why_not_taken(parameter.tensor, found)
             if isinstance(found, str):
                 self.reasons_not_rotated[parameter.name] = found
             else:
@@ -60,6 +60,15 @@ class RotationPlan:
                 "parameters are; a preconditioner has to step it on others. Take a base that looks at p.data in each "
                 "step, or preconditioner=None"
             )
+
+    def _why_not_taken(self, tensor: Tensor, shape: Shape) -> str:
+        left_out = self.preconditioner_for(tensor).left_out(shape)
+        if not left_out:
+            return f"{type(self.preconditioner).__name__} does not take {list(shape)}"
+        return " and ".join(
+            f"its {side.side} ({side.length:,}) are left out by {side.why}, which saves {side.bytes:,} bytes"
+            for side in left_out
+        )
 
     def _on_shards(self, tensor: Tensor) -> Shape | str:
         """Return the shape of the whole matrix of a DTensor; a reason if it can't be rotated."""
@@ -91,6 +100,15 @@ class RotationPlan:
             return found
         self.preconditioners[tensor] = found
         return shape
+
+    def with_preconditioner(self, preconditioner: Preconditioner) -> RotationPlan:
+        """Return the plan that the same parameters have with another preconditioner."""
+        return RotationPlan(preconditioner, self.matrix_view, self.capture, self.capture_of_others, self.members)
+
+    @property
+    def has_others(self) -> bool:
+        """True if a parameter of the group is not rotated."""
+        return any(member.tensor not in self.shapes for member in self.members)
 
     def preconditioner_for(self, tensor: Tensor) -> Preconditioner:
         """Return the preconditioner for this parameter; for a DTensor, with its rotated side filled in."""

@@ -48,6 +48,18 @@ class Refreshed(NamedTuple):
     order: Tensor | None = None  # None: all columns stay at their places
 
 
+class LargeSide(NamedTuple):
+    """A side of a matrix whose basis would be too large, or is: its length, the bytes of its state, and the reason.
+
+    `Soap().left_out((1, 8, 4096))` is `[LargeSide("columns", 4096, 134_217_728, "max_state_ratio=32")]`.
+    """
+
+    side: Side
+    length: int
+    bytes: int  # of the basis, and of the running average if there is one
+    why: str  # the limit by which it is left out ("max_state_ratio=32"), or its size ("1,024 times its matrix")
+
+
 class Preconditioner(Configured):
     """The base class of preconditioners.
 
@@ -64,6 +76,7 @@ class Preconditioner(Configured):
     the name of the method.
     """
 
+    _short_names: ClassVar[dict[str, dict[str, Any]]] = {"adadiag++": {"kind": "AdaDiag", "sides": "two"}}
     _family: ClassVar[str] = "preconditioner"
     _registry: ClassVar[dict[str, type[Any]]] = {}
     _state_is_kept: ClassVar[str] = (
@@ -78,6 +91,26 @@ class Preconditioner(Configured):
             shape: (batch, rows, columns).
         """
         return True
+
+    def left_out(self, shape: Shape) -> list[LargeSide]:
+        """Return the sides of such a matrix that are not rotated because their bases would be too large.
+
+        `explain()` prints them.
+
+        Args:
+            shape: (batch, rows, columns).
+        """
+        return []
+
+    def oversized(self, shape: Shape) -> list[LargeSide]:
+        """Return the sides of such a matrix that are rotated, and would not be with the default limits.
+
+        The wrapper warns of them.
+
+        Args:
+            shape: (batch, rows, columns).
+        """
+        return []
 
     def init_state(self, like: Tensor) -> State:
         """Make the state of a parameter.
@@ -294,6 +327,17 @@ class Preconditioner(Configured):
             NotImplementedError: the class does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define carries_from")
+
+    def with_limits_of(self, saved: Preconditioner) -> Preconditioner:
+        """Return this preconditioner with those options of a checkpoint's that decide which matrices are rotated.
+
+        The result says if the checkpoint's bases fit. Options that it keeps have to be the checkpoint's; the others may
+        differ, and a run goes on as it was saved.
+
+        Args:
+            saved: the checkpoint's preconditioner, which is of the same class.
+        """
+        return self
 
     def on_load(self, replaced: Preconditioner) -> str | None:
         """Return a warning for a checkpoint that replaces `replaced` by this preconditioner; None if none is due.

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from selective.preconditioner import schedule, shards
-from selective.preconditioner.base import Carry, Preconditioner, Refreshed, Shape, State
-from selective.preconditioner.gram import Side, Sides, observe, rotated_sides
+from selective.preconditioner.base import Carry, LargeSide, Preconditioner, Refreshed, Shape, State
+from selective.preconditioner.gram import Side, Sides, observe, rotated_sides, sides_asked_for
 from selective.preconditioner.linalg import Precision, batches, in_precision, per_matrix, stack, stacked_at_once, zero
+from selective.preconditioner.proportion import RATIO, Limits
 from selective.preconditioner.refresh import COUNTS, CarryName, refresh
 from selective.preconditioner.solvers import SolverName
 
@@ -22,8 +23,9 @@ class Eigenbasis(Preconditioner):
     """Rotate gradients G to PᵀG, GQ or PᵀGQ, where P and Q are eigenvectors of Gram matrices of the rows and columns.
 
     Sources: SOAP, arXiv 2409.11321; AdaDiag, arXiv 2502.07488. `Soap` and `AdaDiag` are this class with the papers'
-    settings, and say how they differ from the papers. Matrices with less than two rows or columns are not rotated. Each
-    default is explained beside its field. Before a parameter's first refresh, P and Q are the identity.
+    settings, and say how they differ from the papers. Matrices with less than two rows or columns are not rotated, and
+    neither are sides that are too long (`max_dim`) or out of proportion (`max_state_ratio`). Each default is explained
+    beside its field. Before a parameter's first refresh, P and Q are the identity.
 
     The state of a matrix is float32, and has n² elements for each rotated side of length n, or twice that with
     `statistic="ema"`. A refresh takes O(n³) operations, with a factor that depends on the `solver`. A step takes a
@@ -78,6 +80,13 @@ class Eigenbasis(Preconditioner):
     max_dim: int = Field(default=10_000, ge=2)
     """A longer side is not rotated; with "one", no side is if the smaller one is longer. The default is SOAP's, with
     which a basis has at most 400 MB."""
+    max_state_ratio: float | None = Field(default=RATIO, gt=0)
+    """A side is not rotated if its state has more elements than this many times the matrix: n² elements for a side of
+    length n, or 2n² with "ema". None is no limit. The default rotates every matrix of an ordinary transformer on both
+    sides. It leaves out the long side of adapters, of thin and of flat matrices: for an adapter of 8 × 4,096 that side
+    keeps 134 MB, 1,024 times the adapter, and the other side 512 bytes. A warning says so if a higher limit rotates
+    such a side. Sharded matrices are judged as wholes. It is part of a run: checkpoints have it, and those from before
+    there was a limit go on without one."""
     precision: Precision = "float32"
     """The precision of the products with gradients and updates in each step: "float32", or "tf32" or "bfloat16"
     (factors and results are rounded to 8 bits), which are 4 to 8 times faster on a GPU. With these two, moments are
@@ -108,12 +117,25 @@ class Eigenbasis(Preconditioner):
             )
         return self
 
+    _saved_without: ClassVar[dict[str, Any]] = {"max_state_ratio": None}
+
     def sides_of(self, shape: Shape) -> tuple[Side, ...]:
         """Return the sides that are rotated of matrices of this shape (batch, rows, columns)."""
-        return rotated_sides(self.sides, shape, self.max_dim)
+        return rotated_sides(self.sides, shape, self._limits())
 
     def takes(self, shape: Shape) -> bool:
         return bool(self.sides_of(shape))
+
+    def left_out(self, shape: Shape) -> list[LargeSide]:
+        sides = (self._limits().left_out(side, shape) for side in sides_asked_for(self.sides, shape))
+        return [side for side in sides if side is not None]
+
+    def oversized(self, shape: Shape) -> list[LargeSide]:
+        sides = (self._limits().oversized(side, shape) for side in self.sides_of(shape))
+        return [side for side in sides if side is not None]
+
+    def _limits(self) -> Limits:
+        return Limits(self.max_dim, self.max_state_ratio, kept=2 if self.statistic == "ema" else 1)
 
     def init_state(self, like: Tensor) -> State:
         batch, rows, columns = like.shape
@@ -195,7 +217,7 @@ class Eigenbasis(Preconditioner):
 
     def on_shards(self, shape: Shape, whole: frozenset[Side]) -> Preconditioner | str:
         sides = shards.sides_on_shards(self.sides, whole)
-        return shards.why_not(sides, shape, self.max_dim, whole) or self.model_copy(update={"sides": sides})
+        return shards.why_not(sides, shape, self._limits(), whole) or self.model_copy(update={"sides": sides})
 
     def gathers(self, shape: Shape) -> bool:
         return self.sides != "unsharded" and math.prod(shape) <= self.gather_up_to
@@ -213,6 +235,10 @@ class Eigenbasis(Preconditioner):
         self, old: Sequence[State], new: Sequence[State], refreshed: Sequence[Refreshed]
     ) -> list[Carry | None]:
         return [shards.carry_from(self.carry, *triple) for triple in zip(old, new, refreshed, strict=True)]
+
+    def with_limits_of(self, saved: Preconditioner) -> Preconditioner:
+        limit = getattr(saved, "max_state_ratio", None)
+        return self if limit == self.max_state_ratio else self.model_copy(update={"max_state_ratio": limit})
 
     def on_load(self, replaced: Preconditioner) -> str | None:
         if self.carry != "rotate" or getattr(replaced, "carry", "rotate") == "rotate":

@@ -10,12 +10,18 @@ from torch import Tensor
 
 from selective.preconditioner.base import Shape, Side, State
 from selective.preconditioner.linalg import REFRESHED, add_to, batches, copy_to, float32_products, per_matrix, stack
+from selective.preconditioner.proportion import Limits
 
 Sides = Literal["one", "two", "rows", "columns", "unsharded"]
 
 
-def rotated_sides(sides: Sides, shape: Shape, max_dim: int) -> tuple[Side, ...]:
-    """Return the sides that are rotated, by the shape alone; never one that is longer than `max_dim`.
+def rotated_sides(sides: Sides, shape: Shape, limits: Limits) -> tuple[Side, ...]:
+    """Return the sides that are rotated, by the shape alone: those of `sides_asked_for` that the limits allow."""
+    return tuple(side for side in sides_asked_for(sides, shape) if limits.allow(side, shape))
+
+
+def sides_asked_for(sides: Sides, shape: Shape) -> tuple[Side, ...]:
+    """Return the sides that `sides` names.
 
     Vectors and empty tensors have none. "one" is the smaller side, and the columns of a square matrix. "unsharded" is
     the columns if the matrix is not sharded: most are sharded by rows, and then x Q needs no communication
@@ -32,8 +38,7 @@ def rotated_sides(sides: Sides, shape: Shape, max_dim: int) -> tuple[Side, ...]:
         "columns": ("columns",),
         "unsharded": ("columns",),
     }
-    lengths: dict[Side, int] = {"rows": rows, "columns": columns}
-    return tuple(side for side in wanted[sides] if lengths[side] <= max_dim)
+    return wanted[sides]
 
 
 @float32_products()

@@ -23,6 +23,7 @@ class AdaDiag(Eigenbasis):
     - We use "eigh" of the Gram matrix, because an SVD takes ten times as long on a GPU (`solver="svd"` is the paper's).
       The vectors are the same, but those with singular values below 3e-4 of the largest are mixed with each other.
     - Rounding noise right after a refresh is set to 0 (`floor=0` leaves it).
+    - A side that is too long, or out of proportion to its matrix, is not rotated (`max_dim`, `max_state_ratio`).
     - Embeddings, heads and vectors are not rotated.
 
     All parameters are refreshed in the same step, unless `stagger=True`.
@@ -49,6 +50,8 @@ class Soap(Eigenbasis):
     - The Gram matrix of one gradient has a low rank. The power step leaves columns in its null space as they are; a QR
       of the product alone would make columns from rounding errors.
     - A side longer than `max_dim` is not rotated, as in SOAP. Vectors are never rotated; in SOAP this is the default.
+    - A side that is out of proportion to its matrix is not rotated: the long side of an adapter, say.
+      `max_state_ratio=None` rotates it, as SOAP does.
 
     All parameters are refreshed in the same step, unless `stagger=True`. `solver="cholesky"` spans the same space with
     operations that are faster on a GPU.

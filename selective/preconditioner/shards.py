@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selective.preconditioner.base import Carry, Refreshed, Shape, State
 from selective.preconditioner.gram import Side, Sides, gram, rotated_sides
+from selective.preconditioner.proportion import Limits
 from selective.preconditioner.refresh import CarryName, order_of, refresh, turn
 from selective.preconditioner.solvers import SolverName
 
@@ -26,11 +27,11 @@ def sides_on_shards(sides: Sides, whole: frozenset[Side]) -> Sides:
     return "columns" if "columns" in whole else "rows"
 
 
-def why_not(sides: Sides, shape: Shape, max_dim: int, whole: frozenset[Side]) -> str | None:
+def why_not(sides: Sides, shape: Shape, limits: Limits, whole: frozenset[Side]) -> str | None:
     """Return the reason why a matrix with these `whole` sides cannot be rotated without gathering; None if it can."""
     if not whole:
         return "sharded by rows and by columns, so that no side of it is whole on a rank"
-    cut = [side for side in rotated_sides(sides, shape, max_dim) if side not in whole]
+    cut = [side for side in rotated_sides(sides, shape, limits) if side not in whole]
     if not cut:
         return None
     names = " and ".join(cut)

@@ -26,6 +26,7 @@ from selective.base.state_entries import dequantized
 from selective.kernels import spec
 from selective.preconditioner import Carry, Shape, as_matrix
 from selective.preconditioner.linalg import Precision, identity_like, in_order, in_precision, per_matrix
+from selective.preconditioner.matrices import from_matrices
 from selective.rotation.basis import Carried
 from selective.rotation.contract import exact_products
 from selective.rotation.moments import Entry, entries_of
@@ -198,12 +199,12 @@ def rewrite(
     with exact_products(moment.device), in_precision(precision):
         changed = change(before)
     if valid is None:
-        moment.copy_(changed.reshape(moment.shape).to(plain.dtype))
+        moment.copy_(from_matrices(changed, moment.shape).to(plain.dtype))
     elif plain is moment and before.data_ptr() == moment.data_ptr() and before.dtype == moment.dtype:
         torch.where(valid, changed, before, out=before)  # `before` is a view of the moment
     else:
         changed = torch.where(valid, changed, before)
-        moment.copy_(changed.reshape(moment.shape).to(plain.dtype))
+        moment.copy_(from_matrices(changed, moment.shape).to(plain.dtype))
 
 
 def keep_above_zero(entry: Entry, floor: Tensor, valid: Tensor | None = None) -> None:
@@ -219,7 +220,7 @@ def keep_above_zero(entry: Entry, floor: Tensor, valid: Tensor | None = None) ->
         if tensor.dtype == torch.float16:
             smallest = torch.finfo(tensor.dtype).smallest_normal * torch.finfo(tensor.dtype).eps
             low = (as_matrix(tensor, entry.shape) == 0) & wanted
-            tensor.masked_fill_(low.reshape(tensor.shape), smallest)
+            tensor.masked_fill_(from_matrices(low, tensor.shape), smallest)
         return
     for _ in range(MOST_RAISES):
         stored = as_matrix(dequantized(tensor), entry.shape)
@@ -227,7 +228,8 @@ def keep_above_zero(entry: Entry, floor: Tensor, valid: Tensor | None = None) ->
         if not bool(low.any()):
             return
         floor = floor * 16
-        tensor.copy_(torch.where(low, floor, stored).reshape(tensor.shape).to(dequantized(tensor).dtype))
+        raised = torch.where(low, floor, stored)
+        tensor.copy_(from_matrices(raised, tensor.shape).to(dequantized(tensor).dtype))
 
 
 def rotate_existing_moments(base: Optimizer, param: Tensor, moments: Moments, shape: Shape, project: Change) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from selective import foreach
 from selective.preconditioner import Carry, Preconditioner, State, as_matrix
 from selective.preconditioner.linalg import batches
+from selective.preconditioner.matrices import from_matrices, in_own_dtype
 from selective.rotation.basis import Basis, Carried, MaskSpace, Matrices, PreconditionerError
 from selective.rotation.contract import (
     check_projected,
@@ -237,9 +238,9 @@ class Rotation:
         shape = self.bases[indices[0]].shape
         with self._named("denoise"):
             states = self._states([indices[k] for k in fresh])
-            denoised = self.preconditioner.denoise(states, [rotated[k].reshape(shape) for k in fresh])
+            denoised = self.preconditioner.denoise(states, [in_own_dtype(rotated[k], shape) for k in fresh])
             denoised = check_projected(denoised, shape, len(fresh))
-        return [y.reshape(rotated[k].shape) for k, y in zip(fresh, denoised, strict=True)]
+        return [from_matrices(y, rotated[k].shape) for k, y in zip(fresh, denoised, strict=True)]
 
     def project_out(self, indices: list[int], xs: Sequence[Tensor], *, narrow: bool = False) -> list[Tensor]:
         """Return each x of one bucket in the parameter's own space; with `narrow`, x and the result may be narrow."""
@@ -248,7 +249,7 @@ class Rotation:
 
     def _project(self, what: str, indices: list[int], xs: Sequence[Tensor], *, narrow: bool = False) -> list[Tensor]:
         shape = self.bases[indices[0]].shape
-        matrices = [x.detach().reshape(shape) if narrow else as_matrix(x, shape) for x in xs]
+        matrices = [in_own_dtype(x.detach(), shape) if narrow else as_matrix(x, shape) for x in xs]
         first = self.bases[indices[0]]
         if first.gathers:
             matrices = self._gathered(indices, matrices)
@@ -259,7 +260,7 @@ class Rotation:
             projected = [part_of(y, first.shard) for y in projected]
         if self.is_foreign:
             projected = [y.clone() if is_memory_of(y, x) else y for x, y in zip(matrices, projected, strict=True)]
-        return [y.reshape(x.shape) for x, y in zip(xs, projected, strict=True)]
+        return [from_matrices(y, x.shape) for x, y in zip(xs, projected, strict=True)]
 
     def _gathered(self, indices: list[int], parts: Sequence[Tensor]) -> list[Tensor]:
         """Gather whole matrices in float32, by one all-reduce for each bucket."""

@@ -26,6 +26,7 @@ Refusal = Callable[[str], ValueError]
 PREFIX = "selective/"
 POLICY_STATE = PREFIX + "state/"
 STEP, SEED, POLICY, MOMENTUM, RESIDUE = (PREFIX + name for name in ("step", "seed", "policy", "momentum", "residue"))
+DECAY = PREFIX + "decay"  # of a group whose decay is selective
 BASIS = PREFIX + "basis/"  # what a preconditioner keeps of a parameter ...
 # ... which one it is, as what the parameter is rotated, how many steps it took so, how many gradients were left out
 PRECONDITIONER, BASIS_SHAPE = PREFIX + "preconditioner", PREFIX + "basis_shape"
@@ -34,8 +35,8 @@ _BLOCK = 512  # policies are padded to a multiple: loading in place needs the sa
 
 
 def encode_model(model: Configured, note: str = "") -> Tensor:
-    """A policy or a preconditioner as JSON bytes (uint8), padded with zeros; a note in the padding, if it fits."""
-    data, mark = model.model_dump_json().encode(), b"\0" + note.encode()
+    """A policy, preconditioner or decay as JSON bytes (uint8), padded with zeros; a note in the padding, if it fits."""
+    data, mark = model.to_saved().encode(), b"\0" + note.encode()
     size = len(data) + -len(data) % _BLOCK
     if note and len(data) + len(mark) <= size:
         data += mark
@@ -50,7 +51,7 @@ def decode_model(data: Tensor, family: type[C], where: str, refuse: Refusal = Ch
         text, note = _text_and_note(data)
         if note != note.strip() or "\0" in note:
             raise ValueError("what follows it is no note of ours")
-        model = family.from_data(text)
+        model = family.from_saved(text)
     except (UnicodeDecodeError, ValueError, TypeError) as error:
         what = family._family
         raise refuse(f"{where}: the saved {what} can't be read: {error}") from error

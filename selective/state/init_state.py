@@ -19,20 +19,26 @@ from selective.state.store import StateStore
 
 def make_all_state(plans: Sequence[GroupPlan], store: StateStore) -> None:
     """Make the base's and the wrapper's state of all trainable parameters, as the first step would."""
-    base = store.base
-    known = fused_rule(base)
     for plan in plans:
-        rule = None if known is None or known.supports(plan.group) else known
-        training = [p for p in plan.params.parameters if p.tensor.requires_grad and not is_lazy(p.tensor)]
-        missing = [p.tensor for p in training if not base.state.get(p.tensor)]
-        if rule is not None:
-            for p in missing:
-                rule.init_state(plan.group, p, base.state[p])
-        elif missing:
-            _step_on_nothing(base, plan.group, missing)
-        for parameter in training:
-            if store.keeps(plan, parameter):
+        make_base_state(store.base, plan.group, plan.params.tensors)
+        for parameter in plan.params.parameters:
+            if _is_trained(parameter.tensor) and store.keeps(plan, parameter):
                 store.get_or_make(plan, parameter)
+
+
+def make_base_state(base: Optimizer, group: dict[str, Any], params: Sequence[Tensor]) -> None:
+    """Make the state of those of one group's parameters that are trained and have none."""
+    known = fused_rule(base)
+    missing = [p for p in params if _is_trained(p) and not base.state.get(p)]
+    if known is not None and not known.supports(group):
+        for p in missing:
+            known.init_state(group, p, base.state[p])
+    elif missing:
+        _step_on_nothing(base, group, missing)
+
+
+def _is_trained(p: Tensor) -> bool:
+    return p.requires_grad and not is_lazy(p)
 
 
 def _step_on_nothing(base: Optimizer, group: dict[str, Any], params: list[Tensor]) -> None:

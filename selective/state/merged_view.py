@@ -10,16 +10,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from selective.state.entries import POLICY, PRECONDITIONER, PREFIX, SEED, STEP
+from selective.state.entries import DECAY, POLICY, PRECONDITIONER, PREFIX, SEED, STEP
 from selective.state.parameter_state import OwnEntries, is_kept
 from selective.state.undivided import Undivided
 
-COMPUTED = (STEP, SEED, POLICY, PRECONDITIONER)  # computed when they are read
+COMPUTED = (STEP, SEED, POLICY, DECAY, PRECONDITIONER)  # computed when they are read
 _MISSING: Any = object()
 
 
 class ComputedEntries(Protocol):
-    """Computed entries (step, seed, policy, preconditioner): shown in every parameter's state, stored in none."""
+    """Computed entries (`COMPUTED`): shown in every parameter's state, stored in none."""
 
     def names(self, own: OwnEntries) -> list[str]:
         """Return their names, for a parameter with the stored entries `own`."""

@@ -20,6 +20,7 @@ from selective.policies.view import StepView, Tensors
 from selective.sharding.gathering import cut_like
 from selective.state.entries import (
     BASIS_STEPS,
+    DECAY,
     MOMENTUM,
     POLICY,
     POLICY_STATE,
@@ -125,6 +126,8 @@ class StateStore:
         """Return a parameter's entries in a checkpoint: the stored ones, and the computed ones."""
         step, seed = (torch.tensor(number, device="cpu") for number in (self.count.steps, self.count.seed))
         entries = {STEP: step, SEED: seed, POLICY: encode_model(plan.policy, class_names(self.base)), **own}
+        if plan.decay is not None:
+            entries[DECAY] = encode_model(plan.decay)
         preconditioner = plan.preconditioning.preconditioner
         if preconditioner is not None and BASIS_STEPS in own:
             entries[PRECONDITIONER] = encode_model(preconditioner)

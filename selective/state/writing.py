@@ -21,10 +21,10 @@ from selective.configured import kinds_of
 from selective.parameter import is_lazy
 from selective.plan.groups import Groups
 from selective.plan.policy_groups import PolicyGroup
-from selective.policies import Policy
+from selective.policies import Decay, Policy
 from selective.policies.function import with_live_function
 from selective.preconditioner import Preconditioner
-from selective.state.entries import BASIS_STEPS, POLICY, PRECONDITIONER, SEED, STEP, decode_model, encode_model
+from selective.state.entries import BASIS_STEPS, DECAY, POLICY, PRECONDITIONER, SEED, STEP, decode_model, encode_model
 from selective.state.merged_view import ComputedEntries, MergedEntry, StateBackend, shapes_of, split_own
 from selective.state.one_entry import check_known, number_of
 from selective.state.parameter_state import COUNTS, ON_THE_HOST, OwnEntries, in_dtype, is_kept, is_of_basis
@@ -55,7 +55,8 @@ class _Computed(ComputedEntries):
         if self.group is None:
             return [STEP, SEED]
         rotated = self.group.preconditioning.preconditioner is not None and BASIS_STEPS in own
-        return [STEP, SEED, POLICY, *([PRECONDITIONER] if rotated else [])]
+        decays = self.group.decaying.decay is not None
+        return [STEP, SEED, POLICY, *([DECAY] if decays else []), *([PRECONDITIONER] if rotated else [])]
 
     def read(self, key: str) -> Tensor:
         if key in (STEP, SEED):
@@ -63,6 +64,9 @@ class _Computed(ComputedEntries):
         assert self.group is not None
         if key == POLICY:
             return encode_model(self.group.policy, class_names(self.base))
+        if key == DECAY:
+            assert self.group.decaying.decay is not None
+            return encode_model(self.group.decaying.decay)
         preconditioner = self.group.preconditioning.preconditioner
         assert preconditioner is not None
         return encode_model(preconditioner)
@@ -81,20 +85,21 @@ class _Computed(ComputedEntries):
             return partial(self._count, key, number)
         if not isinstance(value, Tensor):
             raise wrong_type_error(where, value, "a tensor of bytes")
-        family: Any = Policy if key == POLICY else Preconditioner
+        family: Any = {POLICY: Policy, DECAY: Decay}.get(key, Preconditioner)
         found = decode_model(in_dtype(value, torch.uint8), family, "a parameter's state", refused_write_error)
         if self.group is None:  # a parameter that comes into a group is under what that one says
             return lambda: None
-        now = self.group.policy if key == POLICY else self.group.preconditioning.preconditioner
+        group = self.group
+        places = {POLICY: (group, "policy"), DECAY: (group.decaying, "decay")}
+        place, name = places.get(key, (group.preconditioning, "preconditioner"))
+        now = getattr(place, name)
         if now is None or kinds_of(found.model_dump()) != kinds_of(now.model_dump()):
             raise refused_write_error(f"{where} is {found!r}, and its group has {now!r}: another kind")
         if isinstance(now, Policy):
             found = with_live_function(found, now)
         if found == now:
             return lambda: None
-        if key == POLICY:
-            return partial(setattr, self.group, "policy", found)
-        return partial(setattr, self.group.preconditioning, "preconditioner", found)
+        return partial(setattr, place, name, found)
 
     def _count(self, key: str, number: int) -> None:
         self.count.read()

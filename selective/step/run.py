@@ -6,6 +6,7 @@ The numbers are those of the docstring of `SelectiveUpdate.step`. A job is one g
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -15,10 +16,12 @@ from torch.optim import Optimizer
 from selective.base.hyperparameters import LOW_PRECISION
 from selective.base.state_dtypes import fit_states
 from selective.base.step_base import base_hooks, run_step_on
+from selective.capture.decay import bases_without_decay
 from selective.capture.job import DenseJob, Job, StepContext
+from selective.capture.kernel_calls import KernelCalls
 from selective.capture.own_code import PolicyError
 from selective.capture.rotated import RotatedJob
-from selective.kernels import spec
+from selective.kernels import Exchange, spec
 from selective.parameter import Parameter
 from selective.plan.group_plan import GroupPlan
 from selective.plan.groups import Groups
@@ -42,10 +45,21 @@ class StepRunner:
         self.report: StepStatistics | None = None
 
     def jobs(
-        self, groups: Groups, present: Sequence[list[Parameter]], report: StepStatistics | None, recording: bool
+        self,
+        groups: Groups,
+        present: Sequence[list[Parameter]],
+        report: StepStatistics | None,
+        recording: bool,
+        exchange: Exchange | None = None,
+        calls: KernelCalls | None = None,
     ) -> list[Job]:
-        """The jobs of all groups. `present` are the parameters that have a gradient, by group."""
+        """The jobs of all groups. `present` are the parameters that have a gradient, by group.
+
+        `exchange` and `calls` are those of a step that several optimizers take together.
+        """
         context = self._context(groups.plans, report, recording)
+        context.calls = calls
+        context.exchange = context.exchange if exchange is None else exchange
         contexts: dict[torch.device | None, StepContext] = {}
         for device in self.count.clocks.devices():
             contexts[device] = replace(context, draw=context.draw_on(device))
@@ -53,14 +67,14 @@ class StepRunner:
         for plan, parameters in zip(groups.plans, present, strict=True):
             context_here, rotation_plan = contexts.get(plan.params.device, context), plan.rotation
             unrotated, rotated = (parameters, []) if rotation_plan is None else rotation_plan.split(parameters)
-            job = plan.capture.job(context_here, plan.group, unrotated, plan.policy, plan.kept)
+            job = plan.capture.job(context_here, plan.group, unrotated, plan.policy, plan.kept, plan.decay)
             if rotation_plan is None or not rotated:
                 jobs.append(job)
                 continue
             # Nothing is left for the base in a dense group that is rotated as a whole, by a rule of ours.
             all_rotated = not unrotated and isinstance(job, DenseJob) and rotation_plan.capture.way == "fused"
             jobs += [] if all_rotated else [job]
-            rotation = self._rotation(groups, plan, rotation_plan, rotated, job.context.report)
+            rotation = self._rotation(groups, plan, rotation_plan, rotated, context_here.report)
             jobs.append(rotation_plan.capture.rotated_job(job, rotated, rotation, plan.kept_rotated, all_rotated))
         return jobs
 
@@ -100,31 +114,9 @@ class StepRunner:
 
     def run(self, jobs: list[Job]) -> None:
         """Run steps 3 to 7, and the preconditioner's part of 8. If anything raises, the parameters are put back."""
-        custom = [job for job in jobs if job.own_code]
-        for job in jobs:
-            if isinstance(job, DenseJob):
-                job.keep_copy = bool(custom)
-        current: Job | None = None
-        with base_hooks(self.store.base):
-            try:
-                for job in jobs:
-                    job.before_base()
-                stepping = list({id(job.group): job.group for job in jobs if job.steps_base}.values())
-                if stepping:
-                    run_step_on(self.store.base, stepping)
-                for job in sorted(jobs, key=lambda job: not job.own_code):  # what may raise goes first
-                    current = job
-                    job.after_base()
-                current = None
-                for exchange in {id(job.context.exchange): job.context.exchange for job in jobs}.values():
-                    exchange.run()
-            except BaseException as error:
-                for job in jobs:
-                    job.restore()
-                self._explain_failure(error, current, custom)
-                raise
+        run_jobs([(self, jobs)])
 
-    def _explain_failure(self, error: BaseException, current: Job | None, custom: list[Job]) -> None:
+    def explain_failure(self, error: BaseException, current: Job | None, custom: list[Job]) -> None:
         """Raise somebody else's error again, with the step and what is as it was before."""
         after = "Parameters are as they were before the step; moments have moved."
         if isinstance(error, PreconditionerError):
@@ -140,6 +132,47 @@ class StepRunner:
             raise PolicyError(
                 f"SelectiveUpdate: {type(current.policy).__name__} failed in step {self.count.steps}: {error}\n{after}"
             ) from error
+
+
+def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls | None = None) -> None:
+    """Run the jobs of one optimizer, or of several that step together. If anything raises, all parameters are put back.
+
+    `calls` are the kernel calls that the jobs have left to be made together.
+    """
+    jobs = [job for _, own in parts for job in own]
+    custom = [job for job in jobs if job.own_code]
+    for job in jobs:
+        if isinstance(job, DenseJob):
+            job.keep_copy = bool(custom)
+    runner_of = {id(job): runner for runner, own in parts for job in own}
+    runner, current = parts[0][0], None
+    with ExitStack() as hooks:
+        for each, _ in parts:
+            hooks.enter_context(base_hooks(each.store.base))
+        try:
+            for job in jobs:
+                runner = runner_of[id(job)]
+                job.before_base()
+            for each, own in parts:
+                stepping = list({id(job.group): job.group for job in own if job.steps_base}.values())
+                if stepping:
+                    with bases_without_decay(job for job in own if job.steps_base):
+                        run_step_on(each.store.base, stepping)
+            for job in sorted(jobs, key=lambda job: not job.own_code):  # what may raise goes first
+                runner, current = runner_of[id(job)], job
+                job.after_base()
+            current = None
+            if calls is not None:
+                calls.run()
+            for exchange in {id(job.context.exchange): job.context.exchange for job in jobs}.values():
+                exchange.run()
+        except BaseException as error:
+            for job in jobs:
+                job.restore()
+            if calls is not None:
+                calls.drop()
+            runner.explain_failure(error, current, custom)
+            raise
 
 
 def fit_base_states(base: Optimizer, plans: Sequence[GroupPlan]) -> None:

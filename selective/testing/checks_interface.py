@@ -142,11 +142,13 @@ def add_param_group_reaches_the_base(subject: Subject) -> None:
     params = [p for p in model.parameters() if p is not model.square]
     wrapper = subject.build(params)
     train(model, wrapper, [0])
-    before = model.square.detach().clone()
+    before, count = model.square.detach().clone(), len(wrapper.param_groups) + 1
     rate = wrapper.param_groups[0]["lr"] * 2
-    wrapper.add_param_group({"params": [model.square], "lr": rate})
-    require(len(wrapper.param_groups) == 2, f"`param_groups` has {len(wrapper.param_groups)} groups, not 2.")
-    require(float(wrapper.param_groups[1]["lr"]) == float(rate), "the new group does not have the lr it was given.")
+    wrapper.add_param_group({"params": [model.square], "lr": rate, **subject.group_keys})
+    require(len(wrapper.param_groups) == count, f"`param_groups` has {len(wrapper.param_groups)} groups, not {count}.")
+    added = [group for group in wrapper.param_groups if any(p is model.square for p in group["params"])]
+    require(len(added) == 1, f"the new parameter is in {len(added)} groups.")
+    require(float(added[0]["lr"]) == float(rate), "the new group does not have the lr it was given.")
     train(model, wrapper, [1, 2])
     require(not torch.equal(model.square, before), "a parameter of the added group did not move in two steps.")
     if subject.get_base is not None:

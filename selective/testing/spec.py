@@ -97,20 +97,26 @@ def _load(spec: Spec) -> Any:
 
 @dataclass(frozen=True)
 class Inside:
-    """Returns a wrapper's base, which `attribute` of the wrapper holds."""
+    """Returns a wrapper's base, which `attribute` holds: of the wrapper, or of a member of it."""
 
     attribute: str
+    member: int | None = None  # the place among the wrapper's `members`
 
     def __call__(self, wrapper: Any) -> Optimizer:
-        return getattr(wrapper, self.attribute)
+        return getattr(wrapper if self.member is None else wrapper.members[self.member], self.attribute)
 
 
 def _base_getter(wrapper: Any, base: Optimizer) -> Any:
-    """A function from a wrapper to its base; None if no attribute of the wrapper holds it."""
+    """A function from a wrapper to its base; None if no attribute of the wrapper, or of its `members`, holds it."""
     if wrapper is base:
         return itself
-    names = [name for name, value in getattr(wrapper, "__dict__", {}).items() if value is base]
-    return Inside(names[0]) if names else None
+    members = getattr(wrapper, "members", ())
+    holders = [(None, wrapper), *(enumerate(members) if isinstance(members, (list, tuple)) else ())]
+    for member, holder in holders:
+        for name, value in getattr(holder, "__dict__", {}).items():
+            if value is base:
+                return Inside(name, member)
+    return None
 
 
 def subject_of(wrapper: Spec, base: Spec, **claims: Any) -> Subject:

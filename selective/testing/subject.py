@@ -57,6 +57,7 @@ class Subject:
         strict: also fail it for faults of the base that a wrapper can mend: exact dtypes of state.
         exact_base: if `base` keeps inexact moments (8-bit), the same rule with exact ones (row 25).
         config: tells how its policies are built from data (row 32).
+        group_keys: what `add_param_group` asks for in a group beside `params` and hyper-parameters.
         waives: check name -> reason, for checks that the wrapper does not claim to pass. They are reported as not
             applicable, with the reason.
 
@@ -75,6 +76,7 @@ class Subject:
     strict: bool = False
     exact_base: Callable[[Any], Optimizer] | None = None
     config: ConfigClaims | None = None
+    group_keys: Mapping[str, Any] = field(default_factory=dict)
     waives: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,4 +93,4 @@ class Subject:
     def alone(self) -> Subject:
         """The base by itself, as a subject. A check that it fails, too, is not the wrapper's fault."""
         changes = {"make": self.base, "wrap": itself, "get_base": itself, "copies": None, "config": None}
-        return replace(self, name=f"{self.name}, its base alone", **changes)
+        return replace(self, name=f"{self.name}, its base alone", group_keys={}, **changes)

@@ -89,7 +89,9 @@ def comparable(facts: BaseFacts) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:optimi")  # high weight decay for decouple_lr
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("name,options", CASES, ids=str)
 def test_the_table_is_a_cache_of_the_measurement(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     base = build(name, options, dtype)

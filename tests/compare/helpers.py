@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from selective.compare import CompareConfig, build, data
+from selective.compare import CompareConfig, build
 from selective.compare.config import merge
 from selective.compare.contenders import Run, contenders, runs
+from selective.compare.setup import prepare
 from selective.compare.train import Record, Trainer, new_record
 
 TINY: dict[str, Any] = {
@@ -38,7 +39,7 @@ def tiny(folder: Path, **changes: Any) -> CompareConfig:
 
 
 def trainer(config: CompareConfig, index: int = 0) -> Trainer:
-    return Trainer(config, runs(config)[index], data.load(config.data, config.model.context, config.loop.batch))
+    return Trainer(prepare(config), runs(config)[index])
 
 
 def never() -> bool:

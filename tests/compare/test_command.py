@@ -15,6 +15,7 @@ from selective.cli import main
 from selective.compare import build, memory, summarise
 from selective.compare.config import merge
 from selective.compare.plots import write_plots
+from selective.compare.setup import prepare
 
 
 def config_file(folder: Path, **changes) -> str:
@@ -178,11 +179,11 @@ def test_starting_up_imports_nothing_heavy():
 def test_bytes_are_those_of_the_state(tmp_path):
     """Adam keeps two float32 moments and a step count for each parameter."""
     config = build(merge(TINY, {"policies": ["MGUP", "Cautious"], "model": {"width": 64}}))
-    base, mgup, cautious = memory.measure(config)
+    base, mgup, cautious = memory.measure(prepare(config))
     from selective.compare.model import GPT
 
     swapped = build(merge(TINY, {"policies": ["Cautious", "MGUP"], "model": {"width": 64}}))
-    assert memory.measure(swapped) == [base, cautious, mgup]  # whoever comes first pays for itself only
+    assert memory.measure(prepare(swapped)) == [base, cautious, mgup]  # whoever comes first pays for itself only
     parameters = list(GPT(config.model, 0).parameters())
     assert base["state_bytes"] == sum(8 * p.numel() + 4 for p in parameters)
     assert base["extra_state_bytes"] == base["extra_step_bytes"] == 0

@@ -14,6 +14,7 @@ from selective.compare import config as configuration
 from selective.compare.contenders import base_class, contenders, make, runs, written
 from selective.compare.extras import MissingExtra, require
 from selective.compare.model import GPT
+from selective.compare.setup import prepare
 
 
 @pytest.mark.parametrize(
@@ -92,27 +93,35 @@ def test_merging_and_differences():
     assert configuration.differences({"a": 1}, {"a": 1}) == []
 
 
+def test_names_in_any_case():
+    config = build({"base": "nadam", "policies": ["mgup", {"kind": "random-mask"}], "preconditioners": ["ADADIAG++"]})
+    assert [c.label for c in contenders(config)][:2] == ["nadam", "MGUP()"]
+    assert config.policies[1].kind == "RandomMask"
+    assert build(configuration.dump(config)) == config
+
+
 def test_bases(tmp_path):
     assert base_class("AdamW").__module__.startswith("torch.optim")
     assert base_class("torch.optim.sgd:SGD").__name__ == "SGD"
+    assert base_class("adamw") is base_class("AdamW")
     with pytest.raises(ConfigError, match="no optimizer 'AdamWW'"):
         base_class("AdamWW")
     with pytest.raises(ConfigError, match="not an optimizer class"):
         base_class("pathlib:Path")
     config = tiny(tmp_path, base_options={"btas": [0.9, 0.9]})
     with pytest.raises(ConfigError, match=r"refuses.*btas.*it takes"):
-        make(config, runs(config)[0], GPT(config.model, 0))
+        make(prepare(config), runs(config)[0], GPT(config.model, 0))
 
 
 def test_a_policy_that_the_base_cannot_serve_is_refused_with_the_reason(tmp_path):
     config = tiny(tmp_path, base="RMSprop", policies=["AlphaConsistency"])
     with pytest.raises(ConfigError, match=r"AlphaConsistency.*momentum_beta"):
-        make(config, runs(config)[1], GPT(config.model, 0))
+        make(prepare(config), runs(config)[1], GPT(config.model, 0))
 
 
 def test_matrices_are_decayed_and_vectors_not(tmp_path):
     config = tiny(tmp_path)
-    optimizer = make(config, runs(config)[0], GPT(config.model, 0))
+    optimizer = make(prepare(config), runs(config)[0], GPT(config.model, 0))
     decay = [(p.ndim, group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
     assert set(decay) == {(2, 0.1), (1, 0.0)}
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)

@@ -131,13 +131,24 @@ def test_processes_and_one_process_agree(tmp_path):
     assert {message.slot for message in seen if isinstance(message, workers.Progress)} <= {0, 1}
 
 
-def test_a_run_that_fails_in_a_worker_is_named(tmp_path):
-    config = tiny(tmp_path, policies=["MGUP"], workers=2)
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_whose_checkpoint_is_broken_fails_and_the_others_go_on(tmp_path, count):
+    config = tiny(tmp_path, policies=["MGUP"], workers=count, seeds=[0, 1])
     comparison = Comparison(config, tmp_path / "out")
-    path = tmp_path / "out" / "runs" / f"{comparison.runs[1].key}.pt"
+    key = comparison.runs[1].key
+    path = tmp_path / "out" / "runs" / f"{key}.pt"
     write_atomically(path, b"not a checkpoint")
-    with pytest.raises(workers.WorkerFailed, match=rf"run {comparison.runs[1].key} failed"):
-        comparison.run(ignore)
+    assert comparison.run(ignore)  # to the end
+    assert [record["key"] for record in comparison.failed] == [key]
+    assert "UnpicklingError" in comparison.failed[0]["failed"]
+    assert "Traceback" in comparison.failed[0]["traceback"]
+    assert not comparison.complete
+    assert any(f"Failed: {key}: UnpicklingError" in note for note in comparison.summary.notes)
+    path.unlink()
+    again = Comparison(config, tmp_path / "out", resume=True)
+    assert [run.key for run in again.todo()] == [key]
+    assert again.run(ignore)
+    assert again.complete
 
 
 @pytest.mark.parametrize("count", [1, 2])

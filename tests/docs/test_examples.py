@@ -16,11 +16,14 @@ NEEDED = {  # what an example imports beyond the dependencies; skipped where it 
     "accelerate_loop.py": ["accelerate"],
     "huggingface_trainer.py": ["transformers", "accelerate"],
     "lightning_module.py": ["lightning"],
+    "task_huggingface.py": ["transformers"],
 }
 
 
 def test_there_are_examples() -> None:
-    assert {"custom_policy.py", "finetune_groups.py", *NEEDED} <= {path.name for path in EXAMPLES}
+    assert {"custom_policy.py", "finetune_groups.py", "task_regression.py", "task_vision.py", *NEEDED} <= {
+        path.name for path in EXAMPLES
+    }
 
 
 def run(path: Path, folder: Path, *arguments: str) -> str:

@@ -70,7 +70,8 @@ def test_the_optimizer_has_its_options_and_members() -> None:
         assert f":param {option}: " in entry, option
     for member in ("step", "explain", "statistics", "state_dict", "load_state_dict", "init_state", "add_param_group"):
         assert f"{{py:method}} {member}(" in entry, member
-    assert "{py:method} bind(" in entry and ":classmethod:" in entry
+    assert "{py:method} bind(" in entry and "{py:method} for_model(" in entry and ":classmethod:" in entry
+    assert ":param no_decay: the kinds that do not decay" in entry
     assert ":raises ValueError: the base can't be wrapped" in entry
 
 

@@ -11,15 +11,17 @@ import torch
 import torch.distributed as dist
 from sharded_pieces import shards
 
-from selective.kernels import AdamRule, Draw, Item, Selection, Strength, cpu, gpu, reference, spec
+from selective.kernels import AdamRule, Decay, Draw, Item, Selection, Strength, cpu, gpu, reference, spec
 from selective.kernels.sharded import run
 from selective.kernels.sharded.selective_step import sharded_step
 from selective.kernels.spec import StepSpec
 
 RULE = AdamRule(1e-2, 0.9, 0.99, 1e-8)
+DECAYING_RULE = replace(RULE, weight_decay=0.1)
 AGREEMENT, NORM = Selection("agreement"), Strength("norm_preserving")  # a norm is summed over the shards
 NEW_SELECTION = Selection("largest_magnitude")  # type: ignore[arg-type]
 NEW_STRENGTH = Strength("entropy")  # type: ignore[arg-type]
+NEW_DECAY = Decay("on_sundays")  # type: ignore[arg-type]
 NEW_SCORE = Selection("top_k", score="curvature")  # type: ignore[arg-type]
 
 
@@ -57,6 +59,7 @@ MADE_UP: dict[str, dict[str, Any]] = {
     "selection of the kind 'largest_magnitude'": {"selection": NEW_SELECTION},
     "strength of the kind 'entropy'": {"strength": NEW_STRENGTH},
     "score 'curvature' for a top-K": {"selection": NEW_SCORE},
+    "decay of the kind 'on_sundays'": {"decay": NEW_DECAY},
     "rule SignumRule": {"rule": SignumRule()},
 }
 HOW: dict[str, Any] = {"rule": RULE, "selection": AGREEMENT, "strength": NORM, "draw": Draw(0, 0)}
@@ -95,6 +98,17 @@ def test_a_kind_that_a_device_has_forgotten_is_no_other_kind(
     says = f"has no {part} of this kind" if device == "the GPU" else f"has no {part} of the kind '{new.kind}'"
     with pytest.raises(Exception, match=says):  # of Triton's own class on a GPU
         DEVICES[device](items_for(device), StepSpec(**HOW | {part: new}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_decay_that_a_device_has_forgotten_is_no_other_decay(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sharded step asks the reference. The rule has a factor: without one, no device looks."""
+    monkeypatch.setattr(spec, "DECAY_KINDS", spec.DECAY_KINDS | {NEW_DECAY.kind})
+    who = "the reference" if device == "the sharded step" else device
+    says = "has no decay of this kind" if device == "the GPU" else f"{who} has no decay of the kind 'on_sundays'"
+    with pytest.raises(Exception, match=says):  # of Triton's own class on a GPU
+        DEVICES[device](items_for(device), StepSpec(**HOW | {"rule": DECAYING_RULE, "decay": NEW_DECAY}))
+    DEVICES[device](items_for(device), StepSpec(**HOW | {"rule": DECAYING_RULE, "decay": Decay()}))
 
 
 @pytest.mark.parametrize("device", DEVICES)

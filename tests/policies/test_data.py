@@ -19,6 +19,7 @@ from selective.policies import (
     MGUP,
     Agreement,
     Cautious,
+    Decay,
     Dense,
     MatchedRandomMask,
     NormPreserving,
@@ -30,7 +31,7 @@ from selective.policies import (
     policy_from,
 )  # fmt: skip
 
-FAMILIES: dict[str, type[Any]] = {"policy": Policy, "selection": Selection, "strength": Strength}
+FAMILIES: dict[str, type[Any]] = {"policy": Policy, "selection": Selection, "strength": Strength, "decay": Decay}
 OURS = {  # ours only: tests define kinds of their own
     name: sorted((c for c in family._registry.values() if c.__module__.startswith("selective.")), key=lambda c: c.kind)
     for name, family in FAMILIES.items()
@@ -93,7 +94,7 @@ def test_all_kinds_are_here() -> None:
     assert {
         "Dense", "AlphaConsistency", "MGUP", "CautiousMGUP", "Cautious", "Grams", "Magma", "SkipUpdate", "RandomMask",
         "MatchedRandomMask", "Combined", "Everything", "Agreement", "TopK", "Bernoulli", "Fixed", "MeanPreserving",
-        "NormPreserving", "Alignment",
+        "NormPreserving", "Alignment", "CautiousDecay", "RandomDecay",
     } <= names  # fmt: skip
     assert names <= set(policies.__all__)
 
@@ -155,7 +156,7 @@ CONTROL = {"kind": "MatchedRandomMask", "policy": "MGUP"}
 @pytest.mark.parametrize(
     "data,parts",
     [
-        ("Mgup", ["policy", "'Mgup'", "'MGUP'", "'Cautious'"]),
+        ("Mgupp", ["policy", "'Mgupp'", "'MGUP'", "'Cautious'"]),
         ({"kind": "Fixed"}, ["policy", "'Fixed' is a strength"]),  # a strength is no policy
         ({"kind": 3}, ["kind 3 is not known", "'MGUP'"]),
         ({"tau": 0.3}, ["no 'kind'", "'tau'", "'MGUP'"]),

@@ -192,7 +192,7 @@ def test_an_init_that_forgets_the_base_class_is_refused() -> None:
     assert_plain(caught.value, "ForgetsTheBase: its __init__ does not call super().__init__()")
 
 
-class Counts(Policy):
+class CountsInTheMask(Policy):
     n: int = 0
 
     def mask(self, view: StepView) -> Tensor:
@@ -203,12 +203,13 @@ class Counts(Policy):
 def test_counting_in_a_mask_is_told_of_state() -> None:
     p = torch.nn.Parameter(torch.zeros(2))
     p.grad = torch.ones(2)
-    optimizer = SelectiveUpdate(torch.optim.AdamW([p]), policy=Counts())
+    optimizer = SelectiveUpdate(torch.optim.AdamW([p]), policy=CountsInTheMask())
     with pytest.raises(PolicyError) as caught:
         optimizer.step()
     first, after = str(caught.value).splitlines()
     assert (
-        "Counts: self.n can't be assigned, because a policy is frozen; make what changes from step to step in " in first
+        "CountsInTheMask: self.n can't be assigned, because a policy is frozen; make what changes from step to step in "
+        in first
     )
     assert "init_state(view)" in first and "opt.policy_groups[i]['n'] = ..." in first
     assert after == "Parameters are as they were before the step; moments have moved." and "pydantic" not in first

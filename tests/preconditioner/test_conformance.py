@@ -46,8 +46,10 @@ BASES: dict[str, Any] = {
     "optimi-adamw": lambda ps: optimi.AdamW(ps, lr=0.01),
     "torchao-8bit": lambda ps: AdamW8bit(ps, lr=0.01),
 }
-CROSS: list[Any] = [("adamw", policy) for policy in POLICIES]
-TWICE = ("adamw-fused",)  # steps by the same code as another one here
+SLOW_POLICIES = ("mgup", "cautious")
+CROSS: list[Any] = [("adamw", policy) for policy in POLICIES if policy not in SLOW_POLICIES]
+CROSS += [pytest.param("adamw", policy, marks=pytest.mark.slow) for policy in SLOW_POLICIES]
+TWICE = ("adamw-fused", "adam", "optimi-adamw")  # they step by the same code as another one here
 CROSS += [(base, "mgup-momentum") for base in BASES if base not in ("adamw", *TWICE)]
 CROSS += [pytest.param(base, "mgup-momentum", marks=pytest.mark.slow) for base in TWICE]
 CROSS += [pytest.param(base, "dense", marks=pytest.mark.slow) for base in BASES if base != "adamw"]

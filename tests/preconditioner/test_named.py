@@ -28,6 +28,8 @@ def a_field(field: Any) -> st.SearchStrategy[Any]:
         return st.booleans()
     if field.annotation is int:
         return st.integers(2, 10**9)
+    if field.annotation == float | None:
+        return st.floats(0, 100, exclude_min=True) | st.none()
     return st.floats(0, 1, exclude_max=True)
 
 
@@ -61,8 +63,12 @@ def test_names() -> None:
     assert preconditioner_from("Soap") == Soap() and preconditioner_from(None) is None
     assert repr(Soap()) == "Soap()"
     assert repr(AdaDiag(sides="two", carry="keep")) == "AdaDiag(sides='two', carry='keep')"
-    with pytest.raises(ValueError, match=r"kind 'soap' is not known \(did you mean 'Soap'\?\)"):
-        preconditioner_from("soap")
+    assert preconditioner_from("soap") == Soap() and preconditioner_from("ADADIAG") == AdaDiag()
+    assert preconditioner_from("AdaDiag++") == AdaDiag(sides="two")
+    assert preconditioner_from({"kind": "adadiag++", "refresh_every": 7}) == AdaDiag(sides="two", refresh_every=7)
+    with pytest.raises(ValueError, match=r"kind 'soapp' is not known \(did you mean 'Soap'\?\)"):
+        preconditioner_from("soapp")
+    assert preconditioner_from({"kind": "adadiag++", "sides": "one"}) == AdaDiag()  # what is written wins
 
 
 def test_the_papers_settings() -> None:

@@ -133,6 +133,7 @@ def test_joined_projections_are_pointed_out_and_taken_apart_when_asked() -> None
         ({"qkv": 3.0}, "2, 3 or 4"),
         (["qkv"], "write a mapping"),
         ({"qkv": 3, "qkv.weight": 4}, "two counts for qkv.weight"),
+        ("qkv", "write a mapping from names to counts, {'qkv': 3}, or 'auto'"),
     ):
         with pytest.raises(ValueError, match=told):
             param_groups_for(model, parts=parts)
@@ -179,7 +180,7 @@ def test_what_may_be_something_else_is_pointed_out() -> None:
     assert because["gru.weight_hh_l0"] == "; several in one? parts={'weight_hh_l0': 3}"
     assert because["lstm.weight_ih_l0"] == "; several in one? parts={'weight_ih_l0': 4}"
     assert because["head.1.weight"] == "; of the head? head=['head.1.weight']"
-    assert because["c_attn.weight"] == "; three side by side? parts can't take it apart"
+    assert because["c_attn.weight"] == "; several in one? parts={'c_attn': 3}"
     assert because["rnn.weight_ih_l0"] == because["blocks.0.heads.0.weight"] == ""
     groups = names(
         param_groups_for(Model(), head=["head.1.weight"], parts={"gru.weight_hh_l0": 3})
@@ -189,15 +190,25 @@ def test_what_may_be_something_else_is_pointed_out() -> None:
         param_groups_for(Model().parameters())  # type: ignore[arg-type]
 
 
-def test_what_is_not_joined_by_rows_is_not_taken_apart() -> None:
+def test_what_is_joined_by_columns_is_taken_apart_by_columns() -> None:
     class Conv1D(nn.Module):  # as transformers calls it
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.randn(8, 24))
 
     model = nn.ModuleDict({"c_attn": Conv1D(), "emb": nn.Embedding(9, 8), "attn": nn.MultiheadAttention(8, 2)})
-    with pytest.raises(ValueError, match=r"c_attn\.weight is transposed"):
-        param_groups_for(model, parts={"c_attn": 2})
+    groups = param_groups_for(model, parts={"c_attn": 3, "attn": "rows:3"})
+    assert names(groups)["columns:3"] == ["c_attn.weight"] and names(groups)["rows:3"] == ["attn.in_proj_weight"]
+    assert groups[2]["matrix_view"] == "columns:3"
+    assert names(param_groups_for(model, parts={"c_attn": "rows:2"}))["rows:2"] == ["c_attn.weight"]
+    with pytest.raises(ValueError, match=r"'attn': 'columns:3', and attn\.in_proj_weight has 8 columns"):
+        param_groups_for(model, parts={"attn": "columns:3"})
+    with pytest.raises(ValueError, match=r"'attn': 'columns:5'; it can be 2, 3 or 4 matrices, or one of rows:2"):
+        param_groups_for(model, parts={"attn": "columns:5"})
+
+
+def test_what_is_no_matrix_is_not_taken_apart() -> None:
+    model = nn.ModuleDict({"emb": nn.Embedding(9, 8), "attn": nn.MultiheadAttention(8, 2)})
     with pytest.raises(ValueError, match=r"emb\.weight apart, which belongs to 'embeddings'"):
         param_groups_for(model, parts={"emb": 3})
     groups = names(param_groups_for(model, parts={"attn": 3}))  # the projection in, not the one out

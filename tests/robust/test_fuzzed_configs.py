@@ -15,8 +15,9 @@ from pydantic import BaseModel
 from selective import Policy, Preconditioner, Selection, Strength, policy_from, preconditioner_from
 from selective.compare import ConfigError, build
 from selective.compare.config import CompareConfig, dump, read
+from selective.policies import Decay
 
-FAMILIES: tuple[type[Any], ...] = (Policy, Selection, Strength, Preconditioner)
+FAMILIES: tuple[type[Any], ...] = (Policy, Selection, Strength, Decay, Preconditioner)
 # The library's own: other test files register kinds as well, some of them broken on purpose.
 OWN = {f: {k: m for k, m in f._registry.items() if m.__module__.startswith("selective.")} for f in FAMILIES}
 KINDS = sorted({kind for own in OWN.values() for kind in own})
@@ -52,6 +53,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "policy_from": policy_from,
     "Selection": Selection.from_data,
     "Strength": Strength.from_data,
+    "Decay": Decay.from_data,
     "preconditioner_from": preconditioner_from,
 }
 

@@ -66,7 +66,10 @@ HARMLESS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+SLOWER = {"dense-adadiag": pytest.mark.slow}  # the others spoil entries of the same kinds
+
+
+@pytest.mark.parametrize("setting", [pytest.param(name, marks=SLOWER.get(name, ())) for name in SETTINGS])
 def test_every_entry_of_ours_spoilt_in_every_way(setting: str) -> None:
     options = SETTINGS[setting]
     state = saved(**options)

@@ -30,15 +30,20 @@ FAST = {
         "resharded_in_a_run", "full_state_goes_both_ways", "state_dict_of_torch", "state_made_early",
         "read_before_the_first_step", "zero_redundancy",
     ),
+    "chained": (
+        "trains_as_on_one_device", "goes_on_from_a_flattened_checkpoint", "members_share_their_collectives",
+        "skipped_by_all_members_on_all_ranks",
+    ),
     "agreement": (
         "skipped_by_all", "learning_rate_zero", "partial_gradients_are_summed", "preconditioners_leave_shards_alone",
         "refused_where_it_is_wrapped",
     ),
+    "decay": ("decays_as_one_device",),
 }  # fmt: skip
 ROTATION = (
     "from_a_stored_basis", "from_its_own_bases", "parts_that_are_not_summed_differ", "the_same_bits_on_all_ranks",
     "what_is_sent", "taking_turns", "not_finite_on_one_rank", "saved_between_refreshes", "what_is_left_alone",
-    "saved_by_torch", "low_precision",
+    "saved_by_torch", "low_precision", "thin_matrices_lose_the_same_side_everywhere",
 )  # fmt: skip
 GATHERED = (
     "other_sides_are_gathered", "gathering_is_said_and_counted", "nan_in_one_rank_s_part",
@@ -61,7 +66,8 @@ def test_every_layout_does_what_one_device_does(tmp_path: Path) -> None:
 
 
 def test_rotations_do_what_they_do_on_one_device(tmp_path: Path) -> None:
-    run_cases([f"sharded_cases_rotation:{name}" for name in ROTATION], 4, tmp_path)
+    decay = "sharded_cases_decay:rotated_parameters_decay_as_on_one_device"
+    run_cases([*(f"sharded_cases_rotation:{name}" for name in ROTATION), decay], 4, tmp_path)
 
 
 def test_other_sides_do_what_they_do_on_one_device(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from selective.kernels import Draw, Item, Selection, Strength
+from selective.kernels import Decay, Draw, Item, Selection, Strength
 from selective.kernels.gpu import launch, plan
 from selective.kernels.gpu.sharded import step as by_kernels
 from selective.kernels.gpu.sharded import sums as shard_sums
@@ -82,13 +82,16 @@ def _type_of(value: Any) -> str:
 
 
 def whole_tensors(kinds: list[str], rules: list[str]) -> None:
+    """A kind is "top_k" or, with selective decay, "top_k+update"."""
     for rule in (RULES[name] for name in rules):
-        for selection, strength in (KINDS[name] for name in kinds):
+        for name, _, of in (kind.partition("+") for kind in kinds):
+            selection, strength = KINDS[name]
+            decay: Any = Decay(of=of) if of else None  # type: ignore[arg-type]
             for statistics in (False, True):
                 p = torch.randn(300_000)  # drawn from, bracketed and settled
                 state = {"step": torch.tensor(3.0), "exp_avg": p.clone(), "exp_avg_sq": p.square()}
                 item = Item(p, torch.randn(300_000), state, 0)
-                plan.selective_step([item], StepSpec(rule, selection, strength, Draw(1, 2), statistics))
+                plan.selective_step([item], StepSpec(rule, selection, strength, Draw(1, 2), statistics, decay))
 
 
 def parts_of_tensors(kinds: list[str], rules: list[str]) -> None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Iterable
-from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
 
 # Beginnings of messages. `python -W` compares them literally.
 THEIR_WARNINGS = (
@@ -21,9 +17,5 @@ THEIR_WARNINGS = (
 
 
 def missing(names: Iterable[str]) -> list[str]:
-    """The packages that can't be imported, because they are not installed or shadowed.
-
-    transformers takes our folder `kernels/` for the package of that name where the repository is on `sys.path`.
-    """
-    shadowed = {"transformers"} if str(ROOT) in sys.path else set()
-    return [name for name in names if name in shadowed or importlib.util.find_spec(name) is None]
+    """The packages that are not installed."""
+    return [name for name in names if importlib.util.find_spec(name) is None]

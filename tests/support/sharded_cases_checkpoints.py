@@ -27,12 +27,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from selective import MGUP, AlphaConsistency, Magma, RandomMask, SelectiveUpdate, Soap
 from selective.kernels import use_backend
 
+ADAMW = "MGUP, RandomMask and own state, AdamW"
 CONFIGURATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "MGUP, AdamW": (BASES["AdamW"], {"policy": MGUP()}),
+    ADAMW: (BASES["AdamW"], {"policy": (MGUP(), RandomMask(), Whole())}),
     "MGUP, SGD": (BASES["SGD"], {"policy": MGUP()}),
     "Magma, Lion": (BASES["Lion"], {"policy": Magma(probability=0.8)}),
-    "RandomMask, AdamW": (BASES["AdamW"], {"policy": RandomMask()}),
-    "own state, AdamW": (BASES["AdamW"], {"policy": Whole()}),
     "own momentum, NAdam": (nadam, {"policy": AlphaConsistency(), "momentum_beta": 0.9}),
 }
 
@@ -45,7 +44,11 @@ class Training:
         self.model, self.mesh = small_llama().float(), mesh
         if mesh is not None:
             cut(self.model, mesh)
-        self.optimizer = SelectiveUpdate(base(list(self.model.parameters())), **options)
+        params, options = list(self.model.parameters()), dict(options)
+        policies = options.pop("policy")
+        policies = policies if isinstance(policies, tuple) else (policies,)
+        groups = [{"params": params[i :: len(policies)], "policy": policy} for i, policy in enumerate(policies)]
+        self.optimizer = SelectiveUpdate(base(groups), **options)
 
     def train(self, steps: range) -> Training:
         for step in steps:
@@ -143,7 +146,7 @@ def state_dict_of_torch(world: World) -> None:
         undisturbed = Training(name).train(range(4)).values()
         first = Training(name, mesh).train(range(2))
         saved = first.optimizer.state_dict()
-        params = list(first.model.parameters())
+        params = [p for group in first.optimizer.param_groups for p in group["params"]]
         for index, entries in saved["state"].items():
             for key, value in entries.items():
                 if isinstance(value, Tensor) and value.dim() and value.shape == params[index].shape:
@@ -176,7 +179,7 @@ def read_before_the_first_step(world: World) -> None:
     (On one device, too, the base counts that step.)
     """
     mesh = world.mesh(world.size)
-    for name in ("MGUP, AdamW", "Magma, Lion"):
+    for name in (ADAMW, "Magma, Lion"):
         for flatten in (False, True):
             single = Training(name)
             single.state(flatten)

@@ -62,11 +62,12 @@ def numbers_are_the_table(world: World) -> None:
         for place, expected in ((rows, by_rows), (columns, by_columns)):
             for statistics, count, size in zip((True, False), expected, sizes, strict=True):
                 options = {"policy": POLICIES[name], "statistics": statistics}
-                found = [traffic(Run(adamw, options, mesh, place, shapes=s)) for s in (LARGE, LARGER)]
+                sizes_of_tensors = (LARGE, LARGER) if statistics else (LARGE,)
+                found = [traffic(Run(adamw, options, mesh, place, shapes=s)) for s in sizes_of_tensors]
                 limit = 64 * KIB + 8 * KIB * len(LARGE)
-                if [len(one) for one in found] != [count, count] or max(map(sum, found)) > limit:
+                if any(len(one) != count for one in found) or max(map(sum, found)) > limit:
                     wrong.append((name, place.__name__, statistics, found))
-                if place is rows and [sum(one) for one in found] != [size * len(LARGE)] * 2:
+                if place is rows and any(sum(one) != size * len(LARGE) for one in found):
                     wrong.append((name, statistics, "bytes", found))
     assert not wrong, wrong
 

@@ -6,12 +6,12 @@ import os
 
 import torch
 import torch.distributed as dist
-from sharded_cases_checkpoints import Training, _same
+from sharded_cases_checkpoints import ADAMW, Training, _same
 from sharded_world import World
 
 from selective.kernels.sharded import exchange
 
-NAME = "MGUP, AdamW"
+NAME = ADAMW
 
 
 def fails_on_one_rank(world: World) -> None:

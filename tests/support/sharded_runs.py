@@ -23,7 +23,8 @@ from selective.kernels import Backend, use_backend
 
 # 7 rows over 4 ranks; rows without a gradient (massive ties); vectors; fewer rows than ranks, for empty shards
 SHAPES = [(7, 5), (24, 6), (5,), (1,), (4, 1), (2, 9), (3, 4, 2)]
-Make = Callable[[list[nn.Parameter]], Optimizer]
+Params = list[nn.Parameter] | list[dict[str, Any]]
+Make = Callable[[Params], Optimizer]
 Place = Callable[[Tensor], list[Any]]
 
 
@@ -35,22 +36,22 @@ def strided(tensor: Tensor) -> list[Any]:
     return [_StridedShard(last, split_factor=2), Shard(last)]
 
 
-def adamw(params: list[nn.Parameter]) -> Optimizer:
+def adamw(params: Params) -> Optimizer:
     return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
 
 
-def sgd(params: list[nn.Parameter]) -> Optimizer:
+def sgd(params: Params) -> Optimizer:
     return torch.optim.SGD(params, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.01)
 
 
-def lion(params: list[nn.Parameter]) -> Optimizer:
+def lion(params: Params) -> Optimizer:
     from pytorch_optimizer import Lion
 
     # the base's own step, which dense groups take, can't mix tensors and DTensors in one foreach operation
     return Lion(params, lr=1e-3, weight_decay=0.1, foreach=False)
 
 
-def nadam(params: list[nn.Parameter]) -> Optimizer:
+def nadam(params: Params) -> Optimizer:
     return torch.optim.NAdam(params, lr=1e-2, weight_decay=0.1)
 
 
@@ -65,7 +66,11 @@ def columns(tensor: Tensor) -> list[Any]:
 
 @dataclass
 class Run:
-    """A list of parameters and the optimizer over them. Without a `mesh`, they are whole, in this process alone."""
+    """A list of parameters and the optimizer over them. Without a `mesh`, they are whole, in this process alone.
+
+    A tuple of policies makes a group of parameters for each. Their collectives are sent together, so that this costs
+    little more time than one policy.
+    """
 
     base: Make
     options: dict[str, Any]
@@ -77,11 +82,15 @@ class Run:
     params: list[nn.Parameter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        values = torch.Generator().manual_seed(0)
-        for shape in [*self.shapes, ()]:
-            start = torch.randn(shape, generator=values, dtype=torch.float64).to(self.dtype)
-            self.params.append(nn.Parameter(self.cut(start)))
-        self.optimizer = SelectiveUpdate(self.base(self.params), **self.options)
+        values, options = torch.Generator().manual_seed(0), dict(self.options)
+        policies = options.pop("policy", None)
+        groups: list[dict[str, Any]] = []
+        for policy in policies if isinstance(policies, tuple) else (policies,):
+            starts = [torch.randn(s, generator=values, dtype=torch.float64) for s in [*self.shapes, ()]]
+            params = [nn.Parameter(self.cut(start.to(self.dtype))) for start in starts]
+            groups.append({"params": params, "policy": policy})
+            self.params += params
+        self.optimizer = SelectiveUpdate(self.base(groups), **options)
 
     def cut(self, whole: Tensor) -> Tensor:
         """Make a DTensor. The 0-d parameter stays whole on every rank, like one that FSDP ignores."""
@@ -128,8 +137,9 @@ def compare(ours: Run, single: Run, what: str) -> None:
         assert torch.equal(mine.nan_to_num(7.5), theirs.nan_to_num(7.5)), f"{what}: parameter {index}"
     if single.optimizer.runner.report is None:
         return
+    reported = ours.statistics()
     for name, wanted in single.statistics().items():
-        for key, value in ours.statistics()[name].items():
+        for key, value in reported[name].items():
             close = abs(value - wanted[key]) <= 1e-6 * max(abs(wanted[key]), 1e-3)
             assert close or value != value, f"{what}: {name} {key} {value} {wanted[key]}"
 

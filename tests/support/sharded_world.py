@@ -1,15 +1,18 @@
 """Processes over gloo that run all cases together, with one start of Python and torch.
 
 A case is a function of a `World`. It is called on every rank, and raises if something is wrong. It does all collective
-work first and compares afterwards, so that a failure on one rank leaves no other rank waiting. Each rank runs this as
-a script: `python sharded_world.py RANK WORLD FOLDER MEETING CASE...`, with cases as `module:function`.
+work first and compares afterwards, so that a failure on one rank leaves no other rank waiting. A process runs this file
+as a script: `python sharded_world.py WORLD FOLDER MEETING CASE...`, with cases as `module:function`. It imports
+everything once, and forks a process for each rank: four imports of torch would take longer than most cases.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -68,30 +71,44 @@ def run_cases(names: Sequence[str], size: int, folder: Path, seconds: float = 28
     """Run these cases on `size` processes. Raises AssertionError with every failure."""
     folder.mkdir(parents=True, exist_ok=True)
     meeting = f"meeting-{time.monotonic_ns()}"  # unique to this start
-    running = []
-    for rank in range(size):
-        with open(folder / f"{rank}.log", "w") as log:
-            command = [sys.executable, __file__, str(rank), str(size), str(folder), meeting, *names]
-            running.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+    command = [sys.executable, __file__, str(size), str(folder), meeting, *names]
+    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a fork copies one thread only
+    with open(folder / "all.log", "w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **one_thread}
+        )
     try:
-        codes = [process.wait(seconds) for process in running]
+        code = process.wait(seconds)
     finally:
-        for process in running:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     failures = []
     for rank in range(size):
         file = folder / f"{rank}.json"
         found = json.loads(file.read_text()) if file.exists() else {}
         failures += [f"rank {rank}, {name}:\n{text}" for name, text in found.items() if text]
         if not all(name in found for name in names) and not any(found.values()):
-            failures.append(
-                f"rank {rank} has ended after {list(found)}:\n{(folder / f'{rank}.log').read_text()[-3000:]}"
-            )
+            said = "".join(file.read_text()[-3000:] for file in (folder / f"{rank}.log", folder / "all.log"))
+            failures.append(f"rank {rank} has ended after {list(found)}:\n{said}")
     failures.sort(key=lambda text: "gloo" in text)  # failures of ranks that were left waiting come last
-    assert not failures and codes == [0] * size, "\n".join([*failures, str(codes)])
+    assert not failures and code == 0, "\n".join([*failures, str(code)])
+
+
+def fork(size: int, folder: Path, meeting: str, names: Sequence[str]) -> int:
+    """Fork a process for each rank and wait for all of them. Returns how many ended otherwise than with 0."""
+    for module in {name.partition(":")[0] for name in names}:
+        importlib.import_module(module)
+    for rank in range(size):
+        (folder / f"{rank}.log").touch()
+        if os.fork() == 0:
+            log = os.open(folder / f"{rank}.log", os.O_WRONLY)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            main(rank, size, folder, meeting, names)  # ends the process
+    return sum(os.wait()[1] != 0 for _ in range(size))
 
 
 if __name__ == "__main__":
     quick_interpreter.install()
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5:])
+    sys.exit(fork(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:]))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from selective import MGUP, Eigenbasis, RandomMask, SelectiveUpdate, Soap
+from selective import MGUP, ChainedOptimizer, Eigenbasis, RandomMask, SelectiveUpdate, Soap
 
 CASES: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -89,7 +89,7 @@ def by_hand(case: str, steps: int, **how: Any) -> tuple[nn.Sequential, Selective
 
 def plain(optimizer: Any) -> Any:
     """The optimizer inside of a stack's wrappers."""
-    while not isinstance(optimizer, SelectiveUpdate):
+    while not isinstance(optimizer, (SelectiveUpdate, ChainedOptimizer)):
         optimizer = optimizer.optimizer
     return optimizer
 

@@ -88,6 +88,9 @@ class Config:
     stochastic: bool = False
     writes: bool = True  # False: look at the scores, change nothing
     recomputed: bool = False  # the moments have moved already: the update is made from the stored ones as they are
+    decay: str = "everywhere"  # or "cautious": the elements that the factor reaches
+    decay_of: str = "update"
+    decay_strict: bool = False
 
     def __post_init__(self) -> None:
         values = tuple(getattr(self, field.name) for field in fields(self))

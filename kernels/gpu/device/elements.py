@@ -19,6 +19,7 @@ from .config import (
     THIRD,
     USER,
 )
+from .decay import decaying
 from .rounding import narrow, store, widen
 from .rules import gradient, moved
 
@@ -74,13 +75,17 @@ def multiplier(chosen, u, g, row, CFG: tl.constexpr):
 
 
 @triton.jit
-def stepped(p, start, u, mask, row, CFG: tl.constexpr):
+def stepped(p, start, g, u, mask, row, CFG: tl.constexpr):
     """The new parameter in float32: factor p - mask u, or for a given update factor start + (offset - mask) u."""
     origin = p
     if CFG.rule == "given":
         origin = start
     if CFG.decays:
-        origin = origin * tl.load(row + FACTOR)
+        if CFG.decay == "everywhere":
+            origin = origin * tl.load(row + FACTOR)
+        else:
+            decays = decaying(origin, g, u, mask, row, CFG)
+            origin = tl.where(decays, origin * tl.load(row + FACTOR), origin)
     if CFG.rule == "given":
         new = tl.fma(CFG.offset - mask, u, origin)
     else:

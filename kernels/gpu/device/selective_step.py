@@ -57,7 +57,7 @@ def _block(
             gradient, update = tl.where(mask, g, 0.0), tl.where(mask, u, 0.0)
         _report(partial_ptr, rows, chosen & mask, undecided, gradient, update, multiples * update)
     if CFG.writes:
-        new = stepped(p, y, u, multiples, row, CFG)
+        new = stepped(p, y, g, u, multiples, row, CFG)
         if CFG.bracketed:  # stays as it was until it is decided: rounded once, then
             if CFG.rule == "given":
                 p = y

@@ -84,7 +84,7 @@ def _finish(pointers, row, ranks, start, end, numel, wanted, cutoff, BINS: tl.co
         undecided = inside & ((critical < 0) | (place == critical))
         was = (key > high) | (inside & (critical >= 0) & (place > critical))
         multiples = multiplier(chosen, u, g, row, CFG)
-        exact = stepped(p, p, u, multiples, row, CFG)
+        exact = stepped(p, p, g, u, multiples, row, CFG)
         corrected = tl.fma(multiplier(was, u, g, row, CFG) - multiples, u, p)
         new = tl.where(undecided, exact, corrected)
         todo = mask & (undecided | (chosen != was))

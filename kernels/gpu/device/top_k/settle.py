@@ -66,7 +66,7 @@ def find_kernel(ranks_ptr, histograms_ptr, broken_ptr, tensors_ptr, facts_ptr, B
 def decide(pointers, row, offs, todo, chosen, u, g, p, CFG: tl.constexpr):
     """Step the elements in `todo`, which are decided now (float32 parameters). Returns their (mask u)^2, else 0."""
     multiples = multiplier(chosen, u, g, row, CFG)
-    new = stepped(p, p, u, multiples, row, CFG)
+    new = stepped(p, p, g, u, multiples, row, CFG)
     tl.store(column(pointers, PARAM, CFG.param, False) + offs, narrow(new, CFG.param), mask=todo)
     masked = multiples * u
     return tl.where(todo, masked * masked, 0.0)

@@ -1,0 +1,78 @@
+"""Setup: all that a run needs. The configuration, the task, and the functions that make optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from selective.compare.config import CompareConfig, ConfigError
+from selective.compare.gpt_task import GPTTask
+from selective.compare.optimizers import Maker, takes_rest_lr
+from selective.compare.references import load_object, load_task
+from selective.compare.task import check_is_task, facts_of, name_of
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was handed over as Python objects, under the names that the configuration has for them.
+
+    It is pickled for workers, in which everything else is loaded by its name.
+    """
+
+    task: Any = None
+    makers: Mapping[str, Maker] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A comparison that is ready to run."""
+
+    config: CompareConfig
+    task: Any
+    makers: Mapping[str, Maker]  # by their names in the configuration: `optimizers`, and `base` if it was handed over
+
+    @property
+    def built_in(self) -> bool:
+        """True if the task is the one that `selective compare` has itself."""
+        return self.config.task is None
+
+    def facts(self) -> dict[str, Any]:
+        """The JSON data that identifies model and data, under the key that it has in the files."""
+        if self.built_in:
+            return {"text": self.task.facts()}
+        return {"task": {"name": name_of(self.task), **facts_of(self.task)}}
+
+
+def prepare(config: CompareConfig, given: Given | None = None) -> Setup:
+    """Load the task and the functions that the configuration names, unless they are given. Raises ConfigError."""
+    given = Given() if given is None else given
+    task = given.task
+    if task is not None:
+        check_is_task(task, f"task {config.task}")
+    elif config.task is not None:
+        task = load_task(config.task)
+    else:
+        task = GPTTask(config.model, config.data, config.loop.batch, config.loop.evaluate_windows)
+    makers = dict(given.makers)
+    for name in config.optimizers:
+        if name not in makers:
+            makers[name] = _maker(name)
+    deaf = [name for name, maker in makers.items() if config.rest_lr and not takes_rest_lr(maker)]
+    if deaf:
+        raise ConfigError(
+            f"rest_lr: {', '.join(deaf)} would not get the second learning rate, because it takes the model; give it a "
+            "parameter rest_lr, or leave rest_lr out"
+        )
+    return Setup(config, task, makers)
+
+
+def _maker(reference: str) -> Maker:
+    what = f"optimizer {reference}"
+    maker: Any = load_object(reference, what)
+    if not callable(maker):
+        raise ConfigError(
+            f"{what} is a {type(maker).__name__}; a function that makes an optimizer of (params, lr) or (model, lr) is "
+            "needed"
+        )
+    return cast(Maker, maker)

@@ -1,0 +1,1 @@
+"""SelectiveUpdate.for_model: an optimizer for a whole model, from a few words."""

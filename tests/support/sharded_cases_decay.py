@@ -1,0 +1,63 @@
+"""Selective decay of shards: what one device decays, a random control included, and parameters that are rotated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sharded_cases_own import Elementwise, Whole
+from sharded_cases_rotation import CLOSE, EVERY, apart, load, saved
+from sharded_cases_rotation import layouts as rotated_layouts
+from sharded_runs import Run, adamw, compare, layouts, nadam
+from sharded_world import World
+from torch.optim import SGD
+
+from selective import MGUP, CautiousDecay, Dense, Eigenbasis, RandomDecay
+
+STRICT = CautiousDecay(of="masked", strict=True)
+
+
+def _sgd(params: Any) -> SGD:
+    return SGD(params, lr=1e-2, momentum=0.9)
+
+
+CASES: list[tuple[Any, dict[str, Any]]] = [
+    (adamw, {"policy": Dense(), "decay": CautiousDecay()}),
+    (adamw, {"policy": MGUP(), "decay": STRICT}),
+    (adamw, {"policy": MGUP(), "decay": CautiousDecay(), "stochastic_rounding": True}),
+    (adamw, {"policy": Whole(), "decay": CautiousDecay()}),
+    (adamw, {"policy": Elementwise(), "decay": RandomDecay(strict=True)}),
+    (_sgd, {"policy": Dense(), "decay": RandomDecay(weight_decay=0.5)}),
+    (nadam, {"policy": MGUP(), "decay": CautiousDecay(weight_decay=0.5)}),
+]
+
+
+def decays_as_one_device(world: World) -> None:
+    """The same bits in every layout. NAdam's own decay would be coupled, so it is switched off."""
+    for base, options in CASES:
+
+        def make(params: Any, base: Any = base) -> Any:
+            made = base(params)
+            if base is nadam:
+                made.param_groups[0]["weight_decay"] = 0.0
+            return made
+
+        single = Run(make, options).train(range(2))
+        for name, (mesh, place) in layouts(world, everywhere=False).items():
+            ours = Run(make, options, mesh, place).train(range(2))
+            compare(ours, single, f"{base.__name__}, {options}, {name}")
+
+
+def rotated_parameters_decay_as_on_one_device(world: World) -> None:
+    """From one stored basis, in every layout that is rotated: up to rounding, see `sharded_cases_rotation`.
+
+    No update is within rounding of 0 here. One that were would decay on one side only, which makes 1e-4 and more.
+    """
+    found, shapes = [], [(12, 12), (17, 8)]
+    fixed: dict[str, Any] = {**EVERY, "refresh_every": 100}
+    for name, mesh, place, side in rotated_layouts(world, everywhere=False):
+        there = {"policy": MGUP(), "decay": CautiousDecay(), "preconditioner": Eigenbasis(**{**fixed, "sides": side})}
+        single = Run(adamw, there, shapes=shapes).train(range(2))
+        ours = Run(adamw, {**there, "preconditioner": Eigenbasis(**fixed)}, mesh, place, shapes=shapes)
+        load(ours, saved(single)).train(range(2, 3))
+        found.append((name, apart(ours, single.train(range(2, 3)))))
+    assert all(distance < CLOSE for _, distance in found), found
