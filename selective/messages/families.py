@@ -13,6 +13,8 @@ _WAYS = {
     ("policy", "selection"): "pass Policy(selection={it}, strength=...)",
     ("policy", "strength"): "pass Policy(selection=..., strength={it})",
     ("policy", "preconditioner"): "pass it as preconditioner={it}",
+    ("policy", "decay"): "pass it as decay={it}",
+    ("decay", "policy"): "pass it as policy={it}",
     ("preconditioner", "policy"): "pass it as policy={it}",
     ("selection", "strength"): "pass it as strength={it}",
     ("strength", "selection"): "pass it as selection={it}",

@@ -18,7 +18,7 @@ from selective.policies import Policy
 from selective.policies.kernel_terms import Specs
 
 _FOR_ALL_GROUPS = {option.name for option in fields(Options)} - {"rounding"} | {"seed", "stochastic_rounding"}
-_NEAR = 0.75  # difflib's ratio: "polcy" is near "policy" (0.91), a base's "precondition_frequency" near nothing (0.72)
+_NEAR = 0.8  # difflib's ratio: "polcy" is near "policy" (0.91); "no_decay" (0.77) and "lr_decay" are not near "decay"
 _CAUTIOUS_KEYS = ("caution", "cautious")  # timm's and HeavyBall's name, pytorch_optimizer's
 
 

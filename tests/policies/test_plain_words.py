@@ -13,6 +13,7 @@ from torch import Tensor
 
 from selective import (
     MGUP,
+    CautiousDecay,
     Fixed,
     Policy,
     PolicyError,
@@ -64,6 +65,11 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a selection": (lambda: policy_from(TopK()), "TopK() is a selection; pass Policy(selection=TopK(), strength=...)"),
     "a strength's name": (lambda: policy_from("Fixed"), "'Fixed' is a strength; pass Policy(selection=..., strength="),
     "a preconditioner": (lambda: policy_from(Soap()), "Soap() is a preconditioner; pass it as preconditioner=Soap()"),
+    "a decay": (lambda: policy_from(CautiousDecay()), "CautiousDecay() is a decay; pass it as decay=CautiousDecay()"),
+    "a decay's name": (
+        lambda: policy_from("CautiousDecay"),
+        "'CautiousDecay' is a decay; pass it as decay='CautiousDecay'",
+    ),
     "its class": (lambda: policy_from(Soap), "Soap() is a preconditioner; pass it as preconditioner=Soap()"),
     "a policy": (lambda: preconditioner_from("MGUP"), "'MGUP' is a policy; pass it as policy='MGUP'"),
     "a policy within": (lambda: Policy(selection=MGUP(), strength=Fixed()), "MGUP() is a policy; a policy has a"),

@@ -86,7 +86,7 @@ def test_keys_of_other_people_are_no_mistake() -> None:
                 group.update(alpha=0.5, seed=3)
 
     own = SelectiveUpdate(OwnAlpha([param()]), policy=MGUP())
-    names = ("name", "initial_lr", "max_lr", "use_muon", "precondition_frequency", "layer", "lr_scale")
+    names = ("name", "initial_lr", "max_lr", "use_muon", "precondition_frequency", "lr_scale", "lr_decay", "no_decay")
     optimizer = wrapped(dict.fromkeys(names, 1))
     torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=4)
     optimizer.step()
