@@ -17,7 +17,7 @@ from torch import nn
 
 from selective import MGUP, AdaDiag, Cautious, SelectiveUpdate, Soap, TopK
 from selective.cli import _parser, main, settings
-from selective.compare import ConfigError, LoopConfig, build, compare, summarise
+from selective.compare import ConfigError, LoopConfig, build, compare, summarise, workers
 from selective.compare.contenders import contenders, make, runs
 from selective.compare.in_python import _sorted
 from selective.compare.optimizers import takes_model
@@ -222,6 +222,21 @@ def test_given_objects_are_not_loaded_by_name() -> None:
     assert setup.makers == {"mine": of_params}
     with pytest.raises(ConfigError, match="'mine' names no object"):
         prepare(config, Given(LINE))
+
+
+def test_ctrl_c_is_raised_after_saving_and_resume_goes_on(tmp_path, monkeypatch) -> None:
+    left = iter([False] * 3)
+    monkeypatch.setattr(workers.Stop, "__call__", lambda _: next(left, True))
+    with pytest.raises(KeyboardInterrupt, match="resume=True goes on"):
+        quietly(tmp_path, [of_params], steps=4)
+    monkeypatch.undo()
+    again = quietly(tmp_path, [of_params], steps=4, resume=True)
+    straight = quietly(tmp_path / "straight", [of_params], steps=4)
+    assert again.complete
+    for key, record in straight.records.items():
+        assert again.records[key]["parameters_sha256"] == record["parameters_sha256"]
+    with pytest.raises(ConfigError, match="resume: say which comparison to go on with"):
+        compare(LINE, resume=True)
 
 
 def test_what_is_handed_over_survives_the_way_to_a_process() -> None:
