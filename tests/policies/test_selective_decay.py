@@ -12,6 +12,7 @@ import pytorch_optimizer
 import torch
 import transcribed_bases as written
 import transcriptions as rules
+from decay_problems import DECAY, LR, adamw, give_grads, parameters
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -22,14 +23,12 @@ from selective import (
     CautiousDecay,
     Grams,
     Policy,
-    RandomDecay,
-    RandomMask,
     SelectiveUpdate,
 )
 from selective.capture.job import Job
 from selective.step import run
 
-LR, DECAY, STEPS = 1e-2, 0.5, 6
+STEPS = 6
 F64 = torch.float64
 Make = Callable[[list[Tensor]], Optimizer]
 # the base, its transcription, and the λ that the decay brings (None: the base's own)
@@ -66,19 +65,6 @@ def half(move: written.Move, coin: Any, state: Any) -> rules.Ruled:
 
 POLICIES["python"] = HalfInPython(), half
 ALPHA = AlphaConsistency(), rules.alpha_consistency()  # reads both momenta; only where updates come from twins
-
-
-def parameters(dtype: torch.dtype = F64, shapes: tuple[tuple[int, ...], ...] = ((9, 6), (6, 6))) -> list[Any]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=F64).to(dtype)) for s in shapes]
-
-
-def give_grads(params: list[Any], step: int) -> None:
-    """Gradients of one step. The first three rows of the first parameter have none, as untouched embeddings."""
-    generator = torch.Generator().manual_seed(100 + step)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator, dtype=F64).to(p.dtype)
-    params[0].grad[:3] = 0
 
 
 def transcribed_step(
@@ -138,10 +124,6 @@ def agreeing(update: Tensor, p: Tensor, strict: bool) -> Tensor:
     return product > 0 if strict else product >= 0
 
 
-def _adamw(params: list[Tensor], weight_decay: float) -> Optimizer:
-    return AdamW(params, lr=LR, weight_decay=weight_decay)
-
-
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("rounding", [False, True], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("way", ["fused", "scratch"])
@@ -151,7 +133,7 @@ def test_every_coordinate_takes_one_of_two_steps_bit_for_bit(
 ) -> None:
     """All start each step from the same numbers; moments do not depend on them. The choice is by Adam's momentum."""
     options: dict[str, Any] = {"policy": MGUP(), "capture": way, "stochastic_rounding": rounding}
-    three = twins(_adamw, CautiousDecay(strict=strict), dtype, **options)
+    three = twins(adamw, CautiousDecay(strict=strict), dtype, **options)
     chosen = 0
     for step in range(STEPS):
         before = [p.detach().clone() for p in three[0][1]]
@@ -173,7 +155,7 @@ def test_a_decay_of_zero_is_no_decay(way: str) -> None:
     ends = []
     for decay in (CautiousDecay(), CautiousDecay(weight_decay=0.0), None):
         params = parameters(torch.float32)
-        opt = SelectiveUpdate(_adamw(params, 0.0), MGUP(), decay=decay, capture=way)  # type: ignore[arg-type]
+        opt = SelectiveUpdate(adamw(params, 0.0), MGUP(), decay=decay, capture=way)  # type: ignore[arg-type]
         for step in range(STEPS):
             give_grads(params, step)
             opt.step()
@@ -213,7 +195,7 @@ def test_rounding_would_decide_if_the_base_decayed_in_a_delta(monkeypatch: pytes
     def strict_rows() -> tuple[Tensor, Tensor]:
         params = parameters(torch.float32)
         start = params[0].detach()[:3].clone()
-        opt = SelectiveUpdate(_adamw(params, DECAY), decay=CautiousDecay(strict=True), capture="delta")
+        opt = SelectiveUpdate(adamw(params, DECAY), decay=CautiousDecay(strict=True), capture="delta")
         give_grads(params, 0)
         opt.step()
         return params[0].detach()[:3], start
@@ -227,7 +209,7 @@ def test_masked_coordinates_decay_by_strictness() -> None:
     for strict in (False, True):
         params = parameters(torch.float32)
         before = [p.detach().clone() for p in params]
-        opt = SelectiveUpdate(_adamw(params, DECAY), HalfInPython(), decay=CautiousDecay(of="masked", strict=strict))
+        opt = SelectiveUpdate(adamw(params, DECAY), HalfInPython(), decay=CautiousDecay(of="masked", strict=strict))
         give_grads(params, 0)
         opt.step()
         for p, start in zip(params, before, strict=True):
@@ -238,7 +220,7 @@ def test_masked_coordinates_decay_by_strictness() -> None:
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_base_has_its_decay_back(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters(torch.float32)
-    opt = SelectiveUpdate(_adamw(params, DECAY), decay=CautiousDecay(), capture="delta")
+    opt = SelectiveUpdate(adamw(params, DECAY), decay=CautiousDecay(), capture="delta")
     seen: list[float] = []
 
     def in_the_step(base: Optimizer, *arguments: Any) -> None:
@@ -342,48 +324,10 @@ def test_rotated_parameters_decay_by_the_update_in_their_own_space(
     assert compared > 0.9 * (STEPS - 1) * sum(p.numel() for p in made[0][1])
 
 
-# --- the random control ---
-
-
-def test_the_control_decays_as_large_a_share_of_other_coordinates() -> None:
-    generator = torch.Generator().manual_seed(0)
-    start = torch.rand(200, 100, generator=generator) + 0.5
-    gradient = torch.where(torch.rand(200, 100, generator=generator) < 0.3, 1.0, -1.0)
-    p = torch.nn.Parameter(start.clone())
-    opt = SelectiveUpdate(SGD([p], lr=1e-3), RandomMask(), decay=RandomDecay(weight_decay=100.0), seed=5)
-    p.grad = gradient
-    opt.step()
-    change = (p.detach() - start) / start
-    decayed = change < -0.05  # decay takes a tenth, the update two thousandths of a half at most
-    stepped = (change + 0.1 * decayed).abs() > 1e-4
-    agrees = gradient > 0
-    n = 20_000
-    # binomial: five standard deviations of each share, sqrt(0.21 / n) and sqrt(0.21 / (n / 2))
-    assert abs(float(decayed.float().mean()) - float(agrees.float().mean())) < 5 * (0.21 / n) ** 0.5
-    for some in (agrees, stepped):  # it follows neither the update nor the policy's coins
-        assert abs(float(decayed[some].float().mean()) - 0.3) < 5 * (0.21 / int(some.sum())) ** 0.5
-
-
-@pytest.mark.parametrize("way", ["fused", "scratch", "delta"])
-@pytest.mark.parametrize("space", [None, "rotated", "original"])
-def test_the_control_is_the_same_in_every_capture(way: str, space: str | None) -> None:
-    ends = []
-    for capture in ("fused", way):
-        params = parameters(torch.float32)
-        rotated: dict[str, Any] = {"preconditioner": "Soap", "mask_space": space} if space else {}
-        opt = SelectiveUpdate(_adamw(params, DECAY), MGUP(), decay="RandomDecay", capture=capture, **rotated)  # type: ignore[arg-type]
-        for step in range(3):
-            give_grads(params, step)
-            opt.step()
-        ends.append([p.detach().clone() for p in params])
-    for a, b in zip(*ends, strict=True):  # decay moves a coordinate by 5e-3 of itself; rotations are in float32
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-
-
 def test_jobs_without_a_decay_have_none() -> None:
     """Nothing of this runs for who does not use it."""
     params = parameters(torch.float32)
-    opt = SelectiveUpdate(_adamw(params, DECAY), MGUP())
+    opt = SelectiveUpdate(adamw(params, DECAY), MGUP())
     give_grads(params, 0)
     opt.step()
     jobs: list[Job] = opt.runner.jobs(
