@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from demo_results import best_rows, less_time, summary_of
 
-from selective.compare.intervals import Interval
+from selective.compare.intervals import Interval, t_interval
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "evidence.md").read_text()
@@ -87,3 +87,29 @@ def test_what_the_page_says_of_fresh_seeds_and_of_the_best_rates(results: dict[s
     assert all(row.lr not in (min(row.contender.rates), max(row.contender.rates)) for row in best.values())
     verdicts = [[found.against_base.sign for found in summary_of(result).found] for result in results.values()]
     assert verdicts == [[-1, -1]] * 3, "the page says that all three sets of seeds have the same verdicts"
+
+
+def test_the_table_of_selective_decay_is_what_its_runs_give() -> None:
+    """Final losses of AdamW, `CautiousDecay` and its random control by seed, at the rate of which there are three."""
+    folder, lr = ROOT / "docs" / "measurements" / "decay", 1.5e-3
+    losses: dict[str, list[float]] = {}
+    for file in sorted(folder.glob("*-seed*.json")):  # by seed within each setup
+        record = json.loads(file.read_text())
+        if record["lr"] == lr:
+            losses.setdefault(record["setup"], []).append(record["validation"]["loss"][-1])
+    base, cautious = losses["AdamW"], losses["AdamW with CautiousDecay"]
+    control = losses["random like AdamW with CautiousDecay"]
+    assert len(base) == len(cautious) == len(control) == 3
+
+    def against(these: list[float], those: list[float]) -> str:
+        return said(t_interval([a - b for a, b in zip(these, those, strict=True)]), 3, "+")
+
+    rows = [
+        f"| decay everywhere | {said(t_interval(base), 3)} | | |",
+        f"| `CautiousDecay()` | {said(t_interval(cautious), 3)} | {against(cautious, base)} | "
+        f"{against(cautious, control)} |",
+        f"| `RandomDecay()` | {said(t_interval(control), 3)} | {against(control, base)} | |",
+    ]
+    page = (ROOT / "docs" / "decay.md").read_text()
+    start = page.index("<!-- from measurements/decay -->")
+    assert page[start:].split("\n\n")[1].splitlines()[2:] == rows
