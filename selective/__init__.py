@@ -16,6 +16,7 @@ from selective.policies import (
     Cautious,
     CautiousDecay,
     CautiousMGUP,
+    Decay,
     Dense,
     Everything,
     Fixed,
@@ -30,6 +31,7 @@ from selective.policies import (
     SkipUpdate,
     Strength,
     TopK,
+    decay_from,
     policy_from,
 )
 from selective.policies.view import StepView
@@ -50,6 +52,7 @@ __all__ = [
     "CautiousDecay",
     "CautiousMGUP",
     "ChainedOptimizer",
+    "Decay",
     "Dense",
     "Eigenbasis",
     "Everything",
@@ -72,6 +75,7 @@ __all__ = [
     "Strength",
     "TopK",
     "base_part",
+    "decay_from",
     "param_groups_for",
     "policy_from",
     "preconditioner_from",

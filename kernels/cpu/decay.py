@@ -25,15 +25,18 @@ def decaying(decay: Decay, minus_update: Tensor, masked: Tensor, grad: Tensor, o
         if not climbs:
             direction = torch.neg(direction, out=buffer("direction", count, dtype))
     agrees = buffer("agrees", count, torch.bool)
-    torch.eq(torch.copysign(direction, origin, out=buffer("signed", count, dtype)), direction, out=agrees)
+    torch.eq(torch.copysign(direction, origin, out=buffer("products", count, dtype)), direction, out=agrees)
     if decay.strict:
         agrees.logical_and_(torch.ne(direction, 0, out=buffer("moves", count, torch.bool)))
     return agrees
 
 
 def decayed_where(decays: Tensor, masked: Tensor, origin: Tensor, factor: float, out: Tensor) -> Tensor:
-    """Write `factor origin + masked` where `decays`, else `origin + masked`, with the bits that either has alone."""
+    """Write `factor origin + masked` where `decays`, else `origin + masked`, with the bits that either has alone.
+
+    It overwrites the buffers that `decaying` has used for numbers.
+    """
     count, dtype = origin.numel(), origin.dtype
-    decayed = torch.add(masked, origin, alpha=factor, out=buffer("decayed", count, dtype))
-    undecayed = torch.add(masked, origin, out=buffer("undecayed", count, dtype))
+    decayed = torch.add(masked, origin, alpha=factor, out=buffer("products", count, dtype))
+    undecayed = torch.add(masked, origin, out=buffer("direction", count, dtype))
     return torch.where(decays, decayed, undecayed, out=out)

@@ -83,7 +83,7 @@ def test_those_that_are_not_rotated_are_told_apart() -> None:
     assert others == "of the others: none that lasts; during the step at most a few times the largest tensor"
 
 
-class Remembers(Policy):
+class RemembersTheUpdate(Policy):
     """A policy with state of its own."""
 
     def init_state(self, view: Any) -> dict[str, torch.Tensor]:
@@ -98,8 +98,8 @@ class Remembers(Policy):
     [
         (Cautious(), 0.9, 4 * 224, ["a momentum of our own"]),
         (Magma(), 0.9, 4 * 224 + 4 * 4, ["a momentum of our own", "state of the policy"]),
-        (Remembers(), None, 4 * 224 + 4 * 4, ["state of the policy"]),
-        (Remembers(), 0.9, 8 * 224 + 4 * 4, ["a momentum of our own", "state of the policy"]),
+        (RemembersTheUpdate(), None, 4 * 224 + 4 * 4, ["state of the policy"]),
+        (RemembersTheUpdate(), 0.9, 8 * 224 + 4 * 4, ["a momentum of our own", "state of the policy"]),
         (Cautious(), None, None, []),
         (Dense(), None, None, []),
     ],
@@ -201,7 +201,7 @@ def test_a_small_vit_fits_a_screen() -> None:
         (Grams(), None, "move as far as the base's, some the other way: begin"),
         (AlphaConsistency(), None, "the norm of the momentum is kept: begin"),
         (Magma(), None, "about 0.25: .* multiplied by 4, and sweep it"),
-        (Remembers(), None, "how far Remembers goes, its own code decides"),
+        (RemembersTheUpdate(), None, "how far RemembersTheUpdate goes, its own code decides"),
     ],
     ids=repr,
 )

@@ -142,6 +142,7 @@ def test_command_line(tmp_path, capsys):
         "torch fused",
         "MGUP",  # and not CautiousMGUP, which does not begin with it
         "MGUP (sampled)",
+        "CautiousDecay, MGUP",
         "MGUP + statistics",
         "MGUP (sampled) + statistics",
         "MGUP, scratch around fused",
@@ -182,7 +183,7 @@ def test_a_time_limit_while_results_are_written_waits(tmp_path, monkeypatch, cap
         patch.setattr("selective.bench.__main__.table", ended)
         assert main(options) == 130
     (result,) = json.loads(file.read_text())["results"]
-    assert len(result["measurements"]) == 7 and not result["interrupted"]
+    assert len(result["measurements"]) == 8 and not result["interrupted"]
     file.unlink()
     monkeypatch.setattr(measure, "copy_bandwidth", ended)
     assert main(options) == 130 and not file.exists()

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-import selective.optimizer
+import selective.step.begin
 import selective.step_count
 from selective import MGUP, Dense, RandomMask, SelectiveUpdate
 from selective.capture import fused
@@ -68,7 +68,7 @@ def record(monkeypatch: pytest.MonkeyPatch):
     """Steps an optimizer as inside of a graph: nothing runs on the device."""
     flag = {"recording": False}
     monkeypatch.setattr(GroupParams, "cuda_devices", property(lambda self: self.devices))
-    for module in (selective.step_count, selective.optimizer):
+    for module in (selective.step_count, selective.step.begin):
         monkeypatch.setattr(module, "is_recording", lambda: flag["recording"])
     real = fused.selective_step
     monkeypatch.setattr(fused, "selective_step", lambda items, **a: None if flag["recording"] else real(items, **a))
