@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from difflib import get_close_matches
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic 2.7 has it there only
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
-from selective.messages.class_bodies import checked_body, refuse_tensor_field, unbuilt
+from selective.messages.class_bodies import checked_body, refuse_field, unbuilt
 from selective.messages.families import FUNCTION, missing_function, no_member, of_another_family
 from selective.messages.short import short
 from selective.messages.wrong_values import frozen, in_plain_words, unknown_key
@@ -44,24 +44,38 @@ class _Annotations(dict[str, Any]):
         self._kind = kind
 
     def __setitem__(self, name: str, annotation: Any) -> None:
-        refuse_tensor_field(self._kind, name, annotation)
-        bare = isinstance(annotation, str) and _is_class_var(annotation, sys._getframe(1))
+        meant = _named(annotation, sys._getframe(1)) if isinstance(annotation, str) else annotation
+        refuse_field(self._kind, name, annotation, meant)
+        bare = isinstance(annotation, str) and _is_class_var(annotation, meant)
         super().__setitem__(name, ClassVar[Any] if bare else annotation)
 
 
-def _is_class_var(text: str, body: FrameType) -> bool:
-    """True if `text` names `typing.ClassVar` in the class body: imported, renamed, dotted, for type checkers."""
+_UNKNOWN = object()
+
+
+def _named(text: str, body: FrameType) -> Any:
+    """Return what a dotted name stands for in the class body; `_UNKNOWN` for other text, and where it is not there."""
     if _DOTTED_NAME.fullmatch(text) is None:
-        return False
+        return _UNKNOWN
     first, *attributes = (part.strip() for part in text.split("."))
     around = body.f_back.f_locals if body.f_back is not None else {}
     known = next((names for names in (body.f_locals, around, body.f_globals) if first in names), None)
     if known is None:
-        return [first, *attributes][-1] == "ClassVar"
+        return _UNKNOWN
     value = known[first]
     for attribute in attributes:
         value = getattr(value, attribute, None)
-    return value is ClassVar
+    return value
+
+
+def _is_class_var(text: str, meant: Any) -> bool:
+    """True if `text`, which stands for `meant`, names `typing.ClassVar`: imported, renamed, dotted, for type checkers.
+
+    What is imported for type checkers alone is not there. Then the name decides.
+    """
+    if meant is _UNKNOWN and _DOTTED_NAME.fullmatch(text) is not None:
+        return text.rpartition(".")[2].strip() == "ClassVar"
+    return meant is ClassVar
 
 
 if TYPE_CHECKING:
@@ -256,19 +270,22 @@ def _build(family: type[C], data: Any) -> C:
     kind, data = _as_registered(family, kind, data)
     member = family._registry.get(kind) if isinstance(kind, str) else None
     if member is None:
-        other = (
-            next((head for head in Configured._heads if kind in head._registry), None)
-            if isinstance(kind, str)
-            else None
-        )
+        other = next(_elsewhere(kind), None) if isinstance(kind, str) else None
         if other is not None:
-            raise ValueError(of_another_family(what, other._family, repr(kind)))
+            raise ValueError(of_another_family(what, *other))
         if isinstance(kind, str) and kind.startswith(FUNCTION):
             raise ValueError(missing_function(kind))
         near = get_close_matches(short(kind).strip("'").lower(), [name.lower() for name in family._registry], n=1)
         hint = next((f" (did you mean {name!r}?)" for name in family._registry if name.lower() in near), "")
         raise ValueError(f"{what}: kind {short(kind)} is not known{hint}; the kinds are {known}")
     return super(Configured, member).model_validate(data)  # type: ignore[return-value, misc]
+
+
+def _elsewhere(kind: str) -> Iterator[tuple[str, str]]:
+    """Yield the families that have this kind, or a short name for one, with the repr of what to write there."""
+    for head in Configured._heads:
+        names = [*head._registry, *head._short_names]
+        yield from ((head._family, repr(name)) for name in names if plain_name(name) == plain_name(kind))
 
 
 def kinds_of(data: Any) -> Any:

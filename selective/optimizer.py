@@ -21,6 +21,7 @@ from selective.explain.groups import explain
 from selective.for_model.for_model import for_model as optimizer_for_model
 from selective.messages.assignments import SET_POLICY, at_construction, in_the_groups
 from selective.messages.construction import NOT_GIVEN, names_unknown_arguments, nothing_to_do
+from selective.plan.advice import warn_of_no_decay
 from selective.plan.groups import Groups
 from selective.plan.options import OnNonfinite, Options, Scope
 from selective.plan.oversized import warn_of_oversized
@@ -128,6 +129,7 @@ class SelectiveUpdate(Optimizer):
             if self.groups.places:
                 warn_of_two_rotations(base)
                 warn_of_oversized(self.groups.plans, stacklevel=3)
+            warn_of_no_decay(base, self.groups.plans, stacklevel=3)
             given = (
                 policy is not NOT_GIVEN
                 or any(each is not None for each in (decay, preconditioner))

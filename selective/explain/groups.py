@@ -147,12 +147,13 @@ def _selective_decay(decay: Decay, capture: Capture) -> str:
     """Return what `explain()` says of a selective decay, which is never coupled."""
     factor = capture.facts.decay_rule if decay.weight_decay is None else f"1 - lr*{decay.weight_decay}"
     factors = f"the parameter × ({factor})"
-    if not decay.at_random:
-        return f"{decay!r}: {factors} where the update agrees, × 1 elsewhere"
-    return (
-        f"{decay!r}: {factors} at random coordinates, as many as the update agrees with, × 1 elsewhere; each sharded "
-        "parameter takes an all-reduce"
-    )
+    if decay.at_random:
+        chosen = "at random coordinates, at as many as CautiousDecay would decay"
+    else:
+        chosen = f"where the {'masked update' if decay.of == 'masked' else 'update'} moves it towards 0"
+        chosen += "" if decay.strict else " or is 0"
+    sent = "; each sharded parameter takes an all-reduce" if decay.at_random else ""
+    return f"{decay!r}: {factors} {chosen}, × 1 elsewhere{sent}"
 
 
 def _momentum(capture: Capture, group: dict[str, object], momentum_beta: float | None) -> str:

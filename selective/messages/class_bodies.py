@@ -11,6 +11,7 @@ from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
+from pydantic import BaseModel, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter
 from torch import Tensor
 
 _NO_FIELD = (FunctionType, property, classmethod, staticmethod, type)
@@ -55,14 +56,37 @@ def _without_annotation(kind: str, name: str, value: Any) -> str:
     )
 
 
-def refuse_tensor_field(kind: str, name: str, annotation: Any) -> None:
-    """Raise TypeError for a field that holds a tensor."""
-    is_tensor = isinstance(annotation, type) and issubclass(annotation, Tensor)
+def refuse_field(kind: str, name: str, annotation: Any, meant: Any) -> None:
+    """Raise TypeError for a field that holds a tensor, or something else that JSON can't hold.
+
+    `meant` is what the annotation stands for if it is text, or any object that is no class if that is not known.
+    """
+    meant = meant if isinstance(annotation, str) else annotation
+    is_tensor = isinstance(meant, type) and issubclass(meant, Tensor)
     if is_tensor or annotation in ("Tensor", "torch.Tensor"):
         raise TypeError(
             f"{kind}: the field {name!r} is a tensor, and hyper-parameters are saved as JSON; write numbers, or a "
             f"tuple of them, and keep tensors in the state that init_state makes"
         )
+
+    if isinstance(meant, type) and meant.__module__ != "builtins" and not _has_schema(meant):
+        raise TypeError(
+            f"{kind}: the field {name!r} is of type {meant.__name__}, and hyper-parameters are saved as JSON; write "
+            f"numbers, text, or tuples of them, or `{name}: ClassVar = ...` for a constant of the class"
+        )
+
+
+def _has_schema(annotation: type) -> bool:
+    """True if pydantic knows how to check a value of this class."""
+    if issubclass(annotation, BaseModel):
+        return True
+    try:
+        TypeAdapter(annotation)
+    except PydanticSchemaGenerationError:
+        return False
+    except PydanticUserError:  # names something that is not defined yet
+        return True
+    return True
 
 
 def unbuilt(kind: str, family: str, fields: Iterable[str]) -> str:

@@ -9,6 +9,8 @@ from selective.messages.short import short
 FUNCTION = "function "
 """The beginning of the kind of every policy that was made of a function."""
 
+_CLOSED = ("decay",)  # families whose kinds are those of the library
+
 _WAYS = {
     ("policy", "selection"): "pass Policy(selection={it}, strength=...)",
     ("policy", "strength"): "pass Policy(selection=..., strength={it})",
@@ -39,7 +41,8 @@ def no_member(wanted: str, head: str, data: object) -> str:
     """The message about an object in the place of a `wanted` policy, for instance, whose base class is `head`."""
     way = ""
     if isinstance(data, FunctionType) and wanted != "policy":
-        way = f"; only a policy can be a function, a {wanted} of your own is a `class ...({head})`"
-    elif type(data).__module__ != "builtins":
+        own = "" if wanted in _CLOSED else f", a {wanted} of your own is a `class ...({head})`"
+        way = f"; only a policy can be a function{own}"
+    elif wanted not in _CLOSED and type(data).__module__ != "builtins":
         way = f"; a {wanted} of your own is a `class {type(data).__name__}({head})`"
     return f"{wanted}: expected a {wanted}, a kind's name or a dict with a 'kind', found {short(data)}{way}"

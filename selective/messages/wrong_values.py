@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
+from pydantic import PydanticUserError
 from pydantic_core import ErrorDetails, ValidationError
 
 from selective.messages.short import short
 
+_UNDEFINED = re.compile(r"`(\w+)` is not fully defined; you should define `(\w+)`")
 _SHOULD_BE = "Input should be "
 
 
 @contextmanager
 def in_plain_words() -> Iterator[None]:
-    """Raise a pydantic `ValidationError` inside of this context again, as a `ValueError` of one line."""
+    """Raise a pydantic `ValidationError` inside of this context again, as a `ValueError` of one line.
+
+    A field whose annotation names what is not defined is a `TypeError` of one line.
+    """
     try:
         yield
+    except PydanticUserError as error:
+        found = _UNDEFINED.match(error.message)
+        if found is None:
+            raise
+        kind, name = found.groups()
+        raise TypeError(f"{kind}: an annotation in its class body names {name!r}, which is not defined") from None
     except ValidationError as error:
         line = "; ".join(map(_sentence, error.errors(include_url=False)))
         raise ValueError(f"{error.title}: {line}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from selective.base.hyperparameters import plain_number
+from selective.plan.group_plan import GroupPlan
 from selective.plan.options import Options
 from selective.plan.policy_groups import KEYS, PolicyGroup
 from selective.policies import Policy
@@ -19,33 +20,47 @@ from selective.policies.kernel_terms import Specs
 
 _FOR_ALL_GROUPS = {option.name for option in fields(Options)} - {"rounding"} | {"seed", "stochastic_rounding"}
 _NEAR = 0.8  # difflib's ratio: "polcy" is near "policy" (0.91); "no_decay" (0.77) and "lr_decay" are not near "decay"
+_NEAR_FIELD = 0.85  # "alpa" is near "alpha" (0.89), "stage" (0.83) not near "stagger", as which people number layers
+_NEAR_OPTION = 0.9  # "weight_decy" is near "weight_decay" (0.96); "max_momentum" (0.8) is not near "momentum"
 _CAUTIOUS_KEYS = ("caution", "cautious")  # timm's and HeavyBall's name, pytorch_optimizer's
 
 
 def warn_of_stray_keys(
-    group: Mapping[str, Any], number: int, policy_group: PolicyGroup, known: Container[str], warned: set[str]
+    group: Mapping[str, Any], number: int, policy_group: PolicyGroup, known: Collection[str], warned: set[str]
 ) -> None:
-    """Warn of keys of a base's group that were probably meant for us, each of them once.
+    """Warn of keys of a base's group that were probably meant for us, or misspelt for the base, each of them once.
 
     `known` are the base's own options, which are no mistake whatever their names. `warned` are the keys that were
     warned of before; new ones are added.
     """
     for key in [key for key in group if key not in known and key not in warned and key != "params"]:
-        way = _way(str(key), number, policy_group)
+        way = _way(str(key), number, policy_group, known)
         if way is not None:
             warned.add(key)
             warnings.warn(f"SelectiveUpdate: {key!r} in param_groups[{number}] has no effect; {way}", stacklevel=2)
 
 
-def _way(key: str, number: int, policy_group: PolicyGroup) -> str | None:
-    """The place where a group's key belongs; None for a key that is none of ours."""
-    for name, where in _hyper_parameters(number, policy_group):
+def _way(key: str, number: int, policy_group: PolicyGroup, known: Collection[str]) -> str | None:
+    """The place where a group's key belongs; None for a key that is probably the user's own."""
+    fields_ = list(_hyper_parameters(number, policy_group))
+    for name, where in fields_:
         if key in (name, name.rpartition(".")[2]):
             return f"set {where}[{name!r}]"
     if key in _FOR_ALL_GROUPS:
         return f"pass {key} to SelectiveUpdate: it holds for all groups"
     near = get_close_matches(key, [name for name in KEYS if name != key], n=1, cutoff=_NEAR)
-    return f"did you mean {near[0]!r}?" if near else None
+    if not near:
+        near = get_close_matches(key, [name for name in known if isinstance(name, str)], n=1, cutoff=_NEAR_OPTION)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    misspelt = ((name, where) for name, where in fields_ if _is_misspelt(key, name.rpartition(".")[2]))
+    return next((f"did you mean {name!r}? Set {where}[{name!r}]" for name, where in misspelt), None)
+
+
+def _is_misspelt(key: str, name: str) -> bool:
+    if len(name) < 4:
+        return False
+    return sorted(key) == sorted(name) or bool(get_close_matches(key, [name], n=1, cutoff=_NEAR_FIELD))
 
 
 def _hyper_parameters(number: int, policy_group: PolicyGroup) -> Iterator[tuple[str, str]]:
@@ -69,9 +84,10 @@ def warn_of_needless_mask(
             stacklevel=2,
         )
     elif specs[0].product == "update" and _steps_along_the_gradient(base, group):
+        remedy = f"Give {name} a momentum" if {"momentum", "betas"} & set(group) else "Take a base with momentum"
         warnings.warn(
             f"SelectiveUpdate: {policy!r} selects every coordinate of {name} without momentum {where}, whose update "
-            f"has the gradient's sign everywhere. Give {name} a momentum, or take a policy that ranks, such as MGUP()",
+            f"has the gradient's sign everywhere. {remedy}, or a policy that ranks, such as MGUP()",
             stacklevel=2,
         )
 
@@ -81,6 +97,19 @@ def _steps_along_the_gradient(base: Optimizer, group: Mapping[str, Any]) -> bool
     kind = type(base)
     if kind in (torch.optim.SGD, torch.optim.RMSprop):
         return bool(plain_number(group["momentum"]) == 0)
-    if kind in (torch.optim.Adam, torch.optim.AdamW):
+    if kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.RAdam, torch.optim.Adamax):
         return bool(plain_number(group["betas"][0]) == 0)
-    return kind in (torch.optim.Adagrad, torch.optim.Adadelta)
+    return kind in (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Adafactor)
+
+
+def warn_of_no_decay(base: Optimizer, plans: Sequence[GroupPlan], stacklevel: int) -> None:
+    """Warn if a selective decay takes over a λ of the base that is 0 in all of its groups."""
+    taking_over = [plan for plan in plans if plan.decay is not None and plan.decay.weight_decay is None]
+    factors = [plan.group.get("weight_decay", 0.0) for plan in taking_over]
+    if factors and not any(isinstance(factor, torch.Tensor) or factor != 0 for factor in factors):
+        decay, name = taking_over[0].decay, type(base).__name__
+        warnings.warn(
+            f"SelectiveUpdate: {decay!r} decays nothing, because it takes over the weight_decay of {name}, which is 0 "
+            f"in all of its parameter groups. Give {name} a weight_decay, or leave the decay out",
+            stacklevel=stacklevel + 1,
+        )

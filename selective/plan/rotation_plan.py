@@ -63,6 +63,8 @@ class RotationPlan:
 
     def _why_not_taken(self, tensor: Tensor, shape: Shape) -> str:
         left_out = self.preconditioner_for(tensor).left_out(shape)
+        if not left_out and 1 in shape[1:]:
+            return f"{shape[1]} x {shape[2]}, a vector"
         if not left_out:
             return f"{type(self.preconditioner).__name__} does not take {list(shape)}"
         return " and ".join(

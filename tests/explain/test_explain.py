@@ -14,12 +14,14 @@ from selective import (
     AdaDiag,
     AlphaConsistency,
     Cautious,
+    CautiousDecay,
     CautiousMGUP,
     Dense,
     Eigenbasis,
     Grams,
     Magma,
     Policy,
+    RandomDecay,
     RandomMask,
     SelectiveUpdate,
     SkipUpdate,
@@ -259,3 +261,22 @@ def test_a_known_class_with_a_strange_option_is_not_called_unknown() -> None:
     assert "unknown" not in optimizer.explain()
     other = SelectiveUpdate(NobodyKnows(params("a"), lr=0.1, momentum=0.9), policy=Cautious())
     assert lines_of(other, "note") == ["NobodyKnows is an unknown class: measured by steps of a small stand-in"]
+
+
+@pytest.mark.parametrize(
+    "decay,words",
+    [
+        (CautiousDecay(), "where the update moves it towards 0 or is 0, × 1 elsewhere"),
+        (CautiousDecay(strict=True), "where the update moves it towards 0, × 1 elsewhere"),
+        (CautiousDecay(of="masked"), "where the masked update moves it towards 0 or is 0, × 1 elsewhere"),
+        (RandomDecay(), "at random coordinates, at as many as CautiousDecay would decay, × 1 elsewhere"),
+    ],
+)
+def test_a_selective_decay_says_where_it_decays(decay: CautiousDecay | RandomDecay, words: str) -> None:
+    base = torch.optim.AdamW([torch.nn.Parameter(torch.ones(4, 3))], weight_decay=0.1)
+    assert f"(1 - lr*weight_decay) {words}" in SelectiveUpdate(base, decay=decay).explain()
+
+
+def test_a_row_is_a_vector() -> None:
+    base = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1, 40))])
+    assert "not       param_groups[0][0]: 1 x 40, a vector" in SelectiveUpdate(base, preconditioner="Soap").explain()

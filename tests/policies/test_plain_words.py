@@ -26,6 +26,7 @@ from selective import (
     policy_from,
     preconditioner_from,
 )
+from selective.policies import decay_from
 
 JARGON = ("pydantic", "http", "validation error", "Input should", "type=", "input_value", "\n")
 
@@ -70,6 +71,9 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: policy_from("CautiousDecay"),
         "'CautiousDecay' is a decay; pass it as decay='CautiousDecay'",
     ),
+    "a name in another case": (lambda: policy_from("soap"), "'Soap' is a preconditioner; pass it as preconditioner="),
+    "a short name": (lambda: policy_from("adadiag++"), "'adadiag++' is a preconditioner; pass it as preconditioner="),
+    "another spelling": (lambda: policy_from("cautious_decay"), "'CautiousDecay' is a decay; pass it as decay="),
     "its class": (lambda: policy_from(Soap), "Soap() is a preconditioner; pass it as preconditioner=Soap()"),
     "a policy": (lambda: preconditioner_from("MGUP"), "'MGUP' is a policy; pass it as policy='MGUP'"),
     "a policy within": (lambda: Policy(selection=MGUP(), strength=Fixed()), "MGUP() is a policy; a policy has a"),
@@ -87,6 +91,14 @@ def test_a_wrong_value_is_one_line(case: str) -> None:
     with pytest.raises(ValueError) as caught:
         make()
     assert_plain(caught.value, words)
+
+
+def test_nobody_is_told_to_write_a_decay_of_their_own() -> None:
+    """Its kinds are those of the kernels."""
+    for wrong in (lambda view: view.update > 0, NoSelection()):
+        with pytest.raises(ValueError, match="decay: expected a decay, a kind's name or a dict") as caught:
+            decay_from(wrong)
+        assert "of your own" not in str(caught.value)
 
 
 def unannotated() -> None:
@@ -114,12 +126,26 @@ def a_tensor() -> None:
         scale: Tensor
 
 
+def another_class() -> None:
+    class DeviceField(Policy):
+        device: torch.device
+
+
+def an_undefined_name() -> None:
+    class UndefinedField(Policy):
+        shares: list[flot] = []  # type: ignore[name-defined]  # noqa: F821
+
+    UndefinedField()
+
+
 BODIES: dict[Callable[[], None], str] = {
     unannotated: "NoAnnotation: share has no annotation; write `share: float = ...` for a hyper-parameter",
     bounded_without_annotation: "BoundedWithoutAnnotation: share has no annotation; write `share: ... = ...`",
     inherited: "OtherDefault: alpha has no annotation; write `alpha: float = ...`",
     a_callable_object: "CallableMask: mask is an object of type Linear; write `def mask(self, ...):`",
     a_tensor: "TensorField: the field 'scale' is a tensor, and hyper-parameters are saved as JSON",
+    another_class: "DeviceField: the field 'device' is of type device, and hyper-parameters are saved as JSON",
+    an_undefined_name: "UndefinedField: an annotation in its class body names 'flot', which is not defined",
 }
 
 

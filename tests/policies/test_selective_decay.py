@@ -150,6 +150,7 @@ def test_every_coordinate_takes_one_of_two_steps_bit_for_bit(
     assert chosen > 50  # the two steps differ, and both are taken
 
 
+@pytest.mark.filterwarnings("ignore:.*decays nothing:UserWarning")
 @pytest.mark.parametrize("way", ["fused", "scratch", "delta"])
 def test_a_decay_of_zero_is_no_decay(way: str) -> None:
     ends = []

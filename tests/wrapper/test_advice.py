@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from selective import MGUP, Agreement, Cautious, Fixed, Grams, Policy, RandomMask, SelectiveUpdate, Soap, TopK
+from selective import (
+    MGUP,
+    Agreement,
+    Cautious,
+    CautiousDecay,
+    Fixed,
+    Grams,
+    Policy,
+    RandomMask,
+    SelectiveUpdate,
+    Soap,
+    TopK,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +61,10 @@ MISSED = {
     "stochastic_rounding": "pass stochastic_rounding to SelectiveUpdate",
     "alpha": "set opt.policy_groups[0]['alpha']",
     "refresh_every": "set opt.preconditioner_groups[0]['refresh_every']",
+    "alpa": "did you mean 'alpha'? Set opt.policy_groups[0]['alpha']",
+    "aplha": "did you mean 'alpha'? Set opt.policy_groups[0]['alpha']",
+    "max_state_rato": "did you mean 'max_state_ratio'? Set opt.preconditioner_groups[0]['max_state_ratio']",
+    "weight_decy": "did you mean 'weight_decay'?",
 }
 
 
@@ -86,8 +102,9 @@ def test_keys_of_other_people_are_no_mistake() -> None:
                 group.update(alpha=0.5, seed=3)
 
     own = SelectiveUpdate(OwnAlpha([param()]), policy=MGUP())
-    names = ("name", "initial_lr", "max_lr", "use_muon", "precondition_frequency", "lr_scale", "lr_decay", "no_decay")
-    optimizer = wrapped(dict.fromkeys(names, 1))
+    names = ("name", "initial_lr", "max_lr", "use_muon", "precondition_frequency", "lr_scale", "lr_decay", "no_decay",
+             "stage", "layer", "max_momentum", "no_weight_decay")  # fmt: skip
+    optimizer = wrapped(dict.fromkeys(names, 1), preconditioner=Soap())
     torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=4)
     optimizer.step()
     own.step()
@@ -119,6 +136,9 @@ ALONG = {
     "rmsprop": lambda p: torch.optim.RMSprop(p),
     "adagrad": lambda p: torch.optim.Adagrad(p),
     "adam": lambda p: torch.optim.Adam(p, betas=(0.0, 0.9)),
+    "radam": lambda p: torch.optim.RAdam(p, betas=(0.0, 0.9)),
+    "adamax": lambda p: torch.optim.Adamax(p, betas=(0.0, 0.9)),
+    "adafactor": lambda p: torch.optim.Adafactor(p),
 }
 
 
@@ -133,6 +153,22 @@ def test_a_cautious_mask_over_the_gradient_itself(base: str) -> None:
         wrapper.param_groups[0]["params"][0].grad = torch.randn(3, 2, generator=torch.Generator().manual_seed(_))
         wrapper.step()
         assert all(float(values["share"]) == 1 for values in wrapper.statistics().values())
+
+
+def test_a_base_that_takes_no_momentum_is_not_told_to_have_one() -> None:
+    with pytest.warns(UserWarning, match=r"Take a base with momentum, or a policy that ranks"):
+        SelectiveUpdate(torch.optim.Adafactor([param()]), policy=Cautious())
+
+
+def test_a_selective_decay_of_nothing_says_so() -> None:
+    """A λ in one group is enough, and so is one that the decay brings."""
+    nothing = torch.optim.AdamW([param()], weight_decay=0.0)
+    with pytest.warns(UserWarning, match=r"CautiousDecay\(\) decays nothing, .*Give AdamW a weight_decay") as caught:
+        SelectiveUpdate(nothing, decay=CautiousDecay())
+    assert [warning.filename for warning in caught] == [__file__]
+    SelectiveUpdate(torch.optim.AdamW([param()], weight_decay=0.0), decay=CautiousDecay(weight_decay=0.1))
+    groups = [{"params": [param()], "weight_decay": decay} for decay in (0.0, 0.1)]
+    SelectiveUpdate(torch.optim.AdamW(groups), decay=CautiousDecay())
 
 
 def test_what_is_masked_once_does_not_warn() -> None:

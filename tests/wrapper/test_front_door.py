@@ -115,6 +115,10 @@ def test_an_unknown_argument_is_named_with_the_one_that_was_meant() -> None:
         SelectiveUpdate(adamw(), polcy="MGUP")  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"no argument 'lr'\. Arguments of the base go to the base"):
         SelectiveUpdate(adamw(), policy="MGUP", lr=1e-3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"no argument 'betas'\. Arguments of the base go to the base"):
+        SelectiveUpdate(adamw(), policy="MGUP", betas=(0.9, 0.95))  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"base is the class AdamW, must be"):
+        SelectiveUpdate(torch.optim.AdamW, policy="MGUP")  # type: ignore[arg-type]
     signature = inspect.signature(SelectiveUpdate)
     assert list(signature.parameters)[:2] == ["base", "policy"] and "self" not in signature.parameters
     assert str(signature.parameters["policy"]).endswith("= None")
