@@ -17,6 +17,7 @@ from selective.capture.kernel_calls import KernelCalls
 from selective.kernels import Exchange
 from selective.parameter import Parameter
 from selective.plan.groups import Groups
+from selective.plan.oversized import warn_of_oversized
 from selective.state.check_before_step import check_state
 from selective.state.store import follow_changes
 from selective.statistics import StepStatistics
@@ -74,7 +75,11 @@ class BegunStep:
 
 def begin_step(runner: StepRunner, groups: Groups) -> BegunStep:
     """Follow what was changed since the last step, and check the gradients: the end of step 1, and step 2."""
+    rotations = [plan.rotation for plan in groups.plans]
     follow_changes(groups, runner.store)
+    changed = [plan for plan, before in zip(groups.plans, rotations, strict=False) if plan.rotation is not before]
+    if changed:  # a limit was set, or a parameter has its shape only now: construction could not warn
+        warn_of_oversized(changed, stacklevel=2)
     present = [plan.params.with_gradient() for plan in groups.plans]
     check_gradients(groups.plans, present)
     return BegunStep(runner, groups, present, _is_recorded(runner, groups))

@@ -137,6 +137,14 @@ def test_whoever_insists_is_told_the_bytes() -> None:
     train(p, optimizer, 0, 2)  # and never again
 
 
+def test_so_is_who_sets_the_limit_later() -> None:
+    p, optimizer = made(Soap())
+    optimizer.preconditioner_groups[0]["max_state_ratio"] = None
+    with pytest.warns(UserWarning, match=r"rotates sides that are out of proportion .*which keeps 73,728 bytes"):
+        train(p, optimizer, 0, 1)
+    train(p, optimizer, 1, 3)  # once
+
+
 def test_a_limit_that_rotates_nothing_more_is_no_matter() -> None:
     made(Soap(max_state_ratio=None), (24, 96))
     made(Soap(max_state_ratio=40))
