@@ -270,7 +270,7 @@ def _build(family: type[C], data: Any) -> C:
     kind, data = _as_registered(family, kind, data)
     member = family._registry.get(kind) if isinstance(kind, str) else None
     if member is None:
-        other = next(_elsewhere(kind), None) if isinstance(kind, str) else None
+        other = next(_elsewhere(kind), None) if isinstance(kind, str) and not _begins(kind, family) else None
         if other is not None:
             raise ValueError(of_another_family(what, *other))
         if isinstance(kind, str) and kind.startswith(FUNCTION):
@@ -279,6 +279,11 @@ def _build(family: type[C], data: Any) -> C:
         hint = next((f" (did you mean {name!r}?)" for name in family._registry if name.lower() in near), "")
         raise ValueError(f"{what}: kind {short(kind)} is not known{hint}; the kinds are {known}")
     return super(Configured, member).model_validate(data)  # type: ignore[return-value, misc]
+
+
+def _begins(kind: str, family: type[Configured]) -> bool:
+    """True for the beginning of a kind of this family: "cautious" of CautiousDecay, which is a policy as well."""
+    return any(plain_name(name).startswith(plain_name(kind)) for name in family._registry)
 
 
 def _elsewhere(kind: str) -> Iterator[tuple[str, str]]:

@@ -128,8 +128,8 @@ class SelectiveUpdate(Optimizer):
             self.store.join_base(self.groups.plans)
             if self.groups.places:
                 warn_of_two_rotations(base)
-                warn_of_oversized(self.groups.plans, stacklevel=3)
-            warn_of_no_decay(base, self.groups.plans, stacklevel=3)
+                warn_of_oversized(self.groups.plans)
+            warn_of_no_decay(base, self.groups.plans)
             given = (
                 policy is not NOT_GIVEN
                 or any(each is not None for each in (decay, preconditioner))
@@ -202,7 +202,7 @@ class SelectiveUpdate(Optimizer):
             self.policy_groups.pop()
             raise
         self.store.join_base(self.groups.plans)
-        warn_of_oversized(self.groups.plans[-1:], stacklevel=2)
+        warn_of_oversized(self.groups.plans[-1:])
 
     @property
     def policy(self) -> Policy:

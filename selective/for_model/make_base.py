@@ -58,8 +58,9 @@ def check_options(makers: Sequence[Callable[..., Optimizer]], options: Collectio
         if name not in known:
             near = get_close_matches(name, [*known, *ours], n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
+            take = "takes" if len(makers) == 1 else "take"
             raise TypeError(
-                f"for_model: nobody takes {name!r}{hint}. {' and '.join(map(_called, makers))} take "
+                f"for_model: nobody takes {name!r}{hint}. {' and '.join(map(_called, makers))} {take} "
                 f"{', '.join(known) or 'no options'}; SelectiveUpdate takes {', '.join(ours)}. What a base hides "
                 f"behind **kwargs goes through functools.partial(Class, {name}=...)"
             )

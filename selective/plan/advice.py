@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
@@ -12,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from selective.base.hyperparameters import plain_number
+from selective.messages.user_line import warn
 from selective.plan.group_plan import GroupPlan
 from selective.plan.options import Options
 from selective.plan.policy_groups import KEYS, PolicyGroup
@@ -37,7 +37,7 @@ def warn_of_stray_keys(
         way = _way(str(key), number, policy_group, known)
         if way is not None:
             warned.add(key)
-            warnings.warn(f"SelectiveUpdate: {key!r} in param_groups[{number}] has no effect; {way}", stacklevel=2)
+            warn(f"SelectiveUpdate: {key!r} in param_groups[{number}] has no effect; {way}")
 
 
 def _way(key: str, number: int, policy_group: PolicyGroup, known: Collection[str]) -> str | None:
@@ -78,17 +78,15 @@ def warn_of_needless_mask(
     name, where = type(base).__name__, f"(param_groups[{number}])"
     cautious = next((key for key in _CAUTIOUS_KEYS if group.get(key)), None)
     if cautious is not None:
-        warnings.warn(
+        warn(
             f"SelectiveUpdate: {policy!r} masks what {name} has masked already, because its {cautious} is "
             f"{group[cautious]!r} {where}; what is left is scaled up twice. Build {name} with {cautious}=False",
-            stacklevel=2,
         )
     elif specs[0].product == "update" and _steps_along_the_gradient(base, group):
         remedy = f"Give {name} a momentum" if {"momentum", "betas"} & set(group) else "Take a base with momentum"
-        warnings.warn(
+        warn(
             f"SelectiveUpdate: {policy!r} selects every coordinate of {name} without momentum {where}, whose update "
             f"has the gradient's sign everywhere. {remedy}, or a policy that ranks, such as MGUP()",
-            stacklevel=2,
         )
 
 
@@ -102,14 +100,13 @@ def _steps_along_the_gradient(base: Optimizer, group: Mapping[str, Any]) -> bool
     return kind in (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Adafactor)
 
 
-def warn_of_no_decay(base: Optimizer, plans: Sequence[GroupPlan], stacklevel: int) -> None:
+def warn_of_no_decay(base: Optimizer, plans: Sequence[GroupPlan]) -> None:
     """Warn if a selective decay takes over a λ of the base that is 0 in all of its groups."""
     taking_over = [plan for plan in plans if plan.decay is not None and plan.decay.weight_decay is None]
     factors = [plan.group.get("weight_decay", 0.0) for plan in taking_over]
     if factors and not any(isinstance(factor, torch.Tensor) or factor != 0 for factor in factors):
         decay, name = taking_over[0].decay, type(base).__name__
-        warnings.warn(
+        warn(
             f"SelectiveUpdate: {decay!r} decays nothing, because it takes over the weight_decay of {name}, which is 0 "
             f"in all of its parameter groups. Give {name} a weight_decay, or leave the decay out",
-            stacklevel=stacklevel + 1,
         )

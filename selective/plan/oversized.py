@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
+from selective.messages.user_line import warn
 from selective.plan.group_plan import GroupPlan
 from selective.preconditioner import LargeSide
 
@@ -33,12 +33,11 @@ def oversized(plans: Sequence[GroupPlan]) -> str | None:
     )
 
 
-def warn_of_oversized(plans: Sequence[GroupPlan], stacklevel: int) -> None:
-    """Warn if the limit that the user has chosen lets such sides be rotated; `stacklevel` as in `warnings.warn`."""
+def warn_of_oversized(plans: Sequence[GroupPlan]) -> None:
+    """Warn if the limit that the user has chosen lets such sides be rotated."""
     sides = oversized(plans)
     if sides is not None:
-        message = f"SelectiveUpdate: {sides}. The default of max_state_ratio leaves them out"
-        warnings.warn(message, stacklevel=stacklevel + 1)
+        warn(f"SelectiveUpdate: {sides}. The default of max_state_ratio leaves them out")
 
 
 def oversized_as_saved(plans: Sequence[GroupPlan]) -> str | None:

@@ -79,7 +79,7 @@ def begin_step(runner: StepRunner, groups: Groups) -> BegunStep:
     follow_changes(groups, runner.store)
     changed = [plan for plan, before in zip(groups.plans, rotations, strict=False) if plan.rotation is not before]
     if changed:  # a limit was set, or a parameter has its shape only now: construction could not warn
-        warn_of_oversized(changed, stacklevel=2)
+        warn_of_oversized(changed)
     present = [plan.params.with_gradient() for plan in groups.plans]
     check_gradients(groups.plans, present)
     return BegunStep(runner, groups, present, _is_recorded(runner, groups))

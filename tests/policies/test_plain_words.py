@@ -73,6 +73,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a name in another case": (lambda: policy_from("soap"), "'Soap' is a preconditioner; pass it as preconditioner="),
     "a short name": (lambda: policy_from("adadiag++"), "'adadiag++' is a preconditioner; pass it as preconditioner="),
+    "its beginning": (lambda: decay_from("cautious"), "kind 'cautious' is not known (did you mean 'CautiousDecay'?)"),
     "another spelling": (lambda: policy_from("cautious_decay"), "'CautiousDecay' is a decay; pass it as decay="),
     "its class": (lambda: policy_from(Soap), "Soap() is a preconditioner; pass it as preconditioner=Soap()"),
     "a policy": (lambda: preconditioner_from("MGUP"), "'MGUP' is a policy; pass it as policy='MGUP'"),
