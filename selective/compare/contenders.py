@@ -192,9 +192,9 @@ def make_base(
             raise ConfigError(
                 f"base_options: found {name!r}, which is set for every contender and group by {instead}; give it there"
             )
-    if config.base in setup.makers:
-        maker = functools.partial(setup.makers[config.base], **config.base_options)
-        return call_maker(maker, model, groups, lr, rest_lr, seed)
+    if setup.base is not None:
+        maker = functools.partial(setup.base, **config.base_options)
+        return call_maker(config.base, maker, model, groups, lr, rest_lr, seed)
     cls = base_class(config.base)
     options = {**OPTIONS.get(cls.__name__, {}), **config.base_options}
     known = inspect.signature(cls).parameters
@@ -215,7 +215,7 @@ def make(setup: Setup, run: Run, model: nn.Module) -> torch.optim.Optimizer:
     policy, space = contender.policy, contender.preconditioner
     if contender.maker is not None:
         groups = groups_of(setup, model, False, run.lr, run.rest_lr)
-        return call_maker(setup.makers[contender.maker], model, groups, run.lr, run.rest_lr, run.seed)
+        return call_maker(contender.maker, setup.makers[contender.maker], model, groups, run.lr, run.rest_lr, run.seed)
     base = make_base(setup, model, run.lr, space is not None, run.rest_lr, run.seed)
     return base if policy is None and space is None else wrap(setup.config, base, policy, run.seed, space)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -121,6 +121,11 @@ class Batches:
                 self._iterator = None
         if self._source is None or isinstance(self._source, Iterator):  # an iterator is over for good
             self._source = self._task.batches(self._seed)
+        if not isinstance(self._source, Iterable) and not hasattr(self._source, "__getitem__"):
+            raise TypeError(
+                f"{name_of(self._task)}.batches({self._seed}) returned a {type(self._source).__name__}; an iterable of "
+                "batches is needed"
+            )
         self._iterator = iter(self._source)
         try:
             return next(self._iterator)
@@ -162,6 +167,11 @@ def evaluated(task: Any, model: nn.Module, seed: int) -> float:
     model.eval()
     try:
         with torch.no_grad():
-            return float(task.evaluate(model))
+            value = task.evaluate(model)
     finally:
         model.train()
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, str | Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name_of(task)}.evaluate returned a {type(value).__name__}; one number is needed")
+    return float(value)

@@ -253,9 +253,49 @@ class BadEvaluation(Base):
         return {}["loss"]
 
 
+class OneModel(Base):
+    def __init__(self) -> None:
+        self.only = nn.Linear(2, 1)
+
+    def model(self, seed: int) -> nn.Module:
+        return self.only
+
+
+class SharesWhatIsFrozen(OneModel):
+    def model(self, seed: int) -> nn.Module:
+        return nn.Sequential(self.only.requires_grad_(False), nn.Linear(1, 1))
+
+
+class NotANumber(Base):
+    def loss(self, network: nn.Module, batch: Tensor) -> Tensor:
+        return network(batch).sum() * float("nan")
+
+
+class NothingEvaluated(Base):
+    def evaluate(self, network: nn.Module) -> Any:
+        return None
+
+
+class NotANumberEvaluated(Base):
+    def evaluate(self, network: nn.Module) -> Any:
+        return torch.tensor(float("nan"))
+
+
+class NoBatches(Base):
+    batch: Any = None
+
+    def batches(self, seed: int) -> Any:
+        return None
+
+
 @pytest.mark.parametrize(
     ("task", "says"),
     [
+        (OneModel, r"two calls of OneModel\.model\(0\) return the same parameters.*make a new model in each call"),
+        (NotANumber, "NotANumber.loss returned nan for the model at its start"),
+        (NothingEvaluated, "NothingEvaluated.evaluate returned a NoneType; one number is needed"),
+        (NotANumberEvaluated, "NotANumberEvaluated.evaluate returned nan for the model at its start"),
+        (NoBatches, r"NoBatches\.batches\(0\) returned a NoneType; an iterable of batches is needed"),
         (AnotherStart, "makes another model each time"),
         (AnotherBatch, "the first batch of AnotherBatch for seed 0 is another one each time"),
         (ManyLosses, r"returned a Tensor of shape \(3, 1\); a tensor with one element is needed"),
@@ -268,6 +308,10 @@ def test_a_broken_task_is_one_message_before_any_run(tmp_path, task, says) -> No
     with pytest.raises(ConfigError, match=says):
         Comparison(small(task="tests:task"), tmp_path / "out", given=Given(task()))
     assert not (tmp_path / "out").exists()
+
+
+def test_models_may_share_what_is_frozen(tmp_path) -> None:
+    Comparison(small(task="tests:task"), tmp_path / "out", given=Given(SharesWhatIsFrozen()))
 
 
 def test_resuming_another_task_is_refused(tmp_path) -> None:
