@@ -24,8 +24,8 @@ class SharedDefaults(dict[str, Any]):
             return True
         if key == "betas" and not super().__contains__("momentum") and _is_asked_by_a_scheduler():
             raise ValueError(
-                "ChainedOptimizer: the momentum can't be cycled: for that all members must have 'betas', or all must have "
-                "'momentum'; pass cycle_momentum=False"
+                "ChainedOptimizer: the momentum can't be cycled: for that all members must have 'betas', or all must "
+                "have 'momentum'; pass cycle_momentum=False"
             )
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -30,7 +31,8 @@ class Task(Protocol):
 
     - `name`: a string for titles; without it, the name of the class.
     - `unit`: what the loss is measured in, for the pictures; "loss" without it.
-    - `parts`: weights that are several matrices in one, as in `param_groups_for(parts=...)`, for rotations.
+    - `parts`: weights that are several matrices in one, as in `param_groups_for(parts=...)`, for rotations; "auto"
+      without it.
     - `facts()`: a dict of JSON data that identifies model and data. It is written to the results, and a comparison is
       not resumed if it changes.
 
@@ -85,7 +87,16 @@ def unit_of(task: Any) -> str:
 def facts_of(task: Any) -> dict[str, Any]:
     """The JSON data that identifies the task's model and data; empty if it gives none."""
     facts: Any = getattr(task, "facts", None)
-    return {} if facts is None else facts()
+    found = facts() if callable(facts) else facts
+    if found is None:
+        return {}
+    try:
+        json.dumps(found)
+    except TypeError as error:
+        raise ConfigError(f"{name_of(task)}.facts: {error}; it has to be a dict of JSON data") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name_of(task)}.facts is a {type(found).__name__}; it has to be a dict of JSON data")
+    return found
 
 
 class Batches:

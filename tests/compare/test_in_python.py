@@ -75,6 +75,7 @@ class Line(type(LINE)):
         (of_params, "is no list; write a list"),
         ([{"mine": lambda params, lr: 1 / 0}], "raises ZeroDivisionError for lr=0.01"),
         ([{"mine": lambda: None}], "takes no arguments"),
+        ([{"other": lambda model, lr: torch.optim.SGD(nn.Linear(2, 2).parameters())}], "none of its parameters is"),
         ([f"{FILE}:not_callable"], "is a int; a function that makes an optimizer"),
     ],
 )
