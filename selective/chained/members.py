@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from selective.capture.kernel_calls import KernelCalls
 from selective.chained.group_list import GroupList
+from selective.chained.shared_defaults import SharedDefaults
 from selective.optimizer import SelectiveUpdate
 from selective.parameter import Parameter
 from selective.plan.shared_parameters import check_sharing
@@ -75,13 +76,9 @@ class Members:
         if isinstance(member, SelectiveUpdate):
             member.policy_groups.pop()
 
-    def shared_defaults(self) -> dict[str, Any]:
-        """The options that all members have, with the first member's values.
-
-        torch's schedulers look here for `betas` and `momentum`, and then expect them in every group.
-        """
-        first, *others = (optimizer.defaults for optimizer in self.optimizers)
-        return {key: value for key, value in first.items() if all(key in other for other in others)}
+    def shared_defaults(self) -> SharedDefaults:
+        """The options that all members have, with the first member's values."""
+        return SharedDefaults(*(optimizer.defaults for optimizer in self.optimizers))
 
     def parts(self, groups: Sequence[Any]) -> list[list[Any]]:
         """Split what belongs to all groups, in order, by member."""

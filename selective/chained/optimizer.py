@@ -17,6 +17,7 @@ from selective.chained.state import ChainedState
 from selective.chained.step import step_members
 from selective.checkpoint.frame import checked_frame
 from selective.checkpoint.pickles import Version, same_version
+from selective.messages.assignments import in_the_groups, in_the_members
 from selective.optimizer import SelectiveUpdate
 from selective.plan.policy_groups import PolicyGroup, PreconditionerGroup
 from selective.state.init_state import make_base_state
@@ -45,7 +46,7 @@ class ChainedOptimizer(Optimizer):
     `on_nonfinite="skip"` and a gradient is not finite, its own or another member's, nobody steps.
 
     `defaults` has the options that all members have. So `OneCycleLR` and `CyclicLR` cycle the momentum if all members
-    have `betas`, or all have `momentum`. For Muon beside AdamW they raise ValueError unless you pass
+    have `betas`, or all have `momentum`. For Muon beside AdamW they raise a ValueError that says to pass
     `cycle_momentum=False`.
 
     Args:
@@ -61,6 +62,10 @@ class ChainedOptimizer(Optimizer):
     """
 
     chains_optimizers = True
+
+    policy = in_the_groups("policy_groups[i].policy")
+    preconditioner = in_the_groups("preconditioner_groups[i].preconditioner")
+    on_nonfinite, seed = in_the_members(), in_the_members()
 
     def __init__(self, members: Sequence[Optimizer] | Mapping[str, Optimizer]) -> None:
         self._members = named_members(members)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selective.compare.config import ConfigError
 from selective.compare.generators import generators_restored
 from selective.compare.setup import Setup
 from selective.compare.task import Batches, evaluated, name_of, start_of, to_device
 from selective.compare.train import fingerprint
+from selective.parameter import is_lazy
 
 
 def try_out(setup: Setup) -> None:
@@ -28,6 +30,11 @@ def try_out(setup: Setup) -> None:
         try:
             model, again = start_of(task, seed), start_of(task, seed)
             batch, other = Batches(task, seed).at(0), Batches(task, seed).at(0)
+            if _share(model, again):
+                raise ConfigError(
+                    f"two calls of {name}.model({seed}) return the same parameters, so that a run would go on from "
+                    "where the run before it ended; make a new model in each call, such as copy.deepcopy(a loaded one)"
+                )
             if fingerprint(model) != fingerprint(again):
                 raise ConfigError(
                     f"{name}.model({seed}) makes another model each time; contenders need the same start: draw from "
@@ -39,7 +46,7 @@ def try_out(setup: Setup) -> None:
                     "batches: shuffle with a generator that you seed with `seed`"
                 )
             _check_loss(name, task.loss(model.to(device), to_device(batch, device)))
-            evaluated(task, model, seed)
+            _check_finite(f"{name}.evaluate", evaluated(task, model, seed))
         except ConfigError:
             raise
         except torch.OutOfMemoryError:
@@ -64,6 +71,23 @@ def _check_loss(name: str, loss: Any) -> None:
         raise ConfigError(f"{name}.loss returned a {type(loss).__name__}{shape}; a tensor with one element is needed")
     if not loss.requires_grad:
         raise ConfigError(f"{name}.loss returned a tensor without a gradient; it has to depend on model's parameters")
+
+    _check_finite(f"{name}.loss", loss.item())
+
+
+def _check_finite(where: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ConfigError(f"{where} returned {value} for the model at its start, with which nothing can be compared")
+
+
+def _share(left: nn.Module, right: nn.Module) -> bool:
+    """True if both train the same memory. What is frozen may be shared."""
+    return bool(_trained_memory(left) & _trained_memory(right))
+
+
+def _trained_memory(model: nn.Module) -> set[int]:
+    trained = [p for p in model.parameters() if p.requires_grad and not is_lazy(p)]
+    return {p.data_ptr() for p in trained} - {0}  # what is empty or on the device "meta" has none
 
 
 def _alike(left: Any, right: Any) -> bool:

@@ -197,8 +197,18 @@ def build(data: Mapping[str, Any], source: str = "the configuration") -> Compare
         return CompareConfig.model_validate(dict(data))
     except ValidationError as error:
         lines = [f"{source} is not a comparison that can be run:"]
-        lines += [f"  {_line(problem)}" for problem in error.errors()]
+        lines += [f"  {_line(problem)}" for problem in _apart(error.errors())]
         raise ConfigError("\n".join(lines)) from error
+
+
+def _apart(problems: list[Any]) -> list[Any]:
+    """The problems, without those that say that a list is too short because its values are wrong."""
+    places = [problem["loc"] for problem in problems]
+    return [
+        problem
+        for problem, place in zip(problems, places, strict=True)
+        if problem["type"] != "too_short" or not any(place == other[: len(place)] != other for other in places)
+    ]
 
 
 def _line(problem: Any) -> str:
@@ -209,6 +219,8 @@ def _line(problem: Any) -> str:
             owner = owner.model_fields[part].annotation if part in getattr(owner, "model_fields", {}) else None
         known = "it is no setting of that policy" if owner is None else f"known here: {', '.join(owner.model_fields)}"
         return f"{path}: unknown key; {known}"
+    if problem["type"] == "too_short":
+        return f"{path}: the list is empty; at least one value is needed"
     message = problem["msg"].removeprefix("Value error, ").replace("\n", "\n    ")
     return f"{path}: {message}"
 

@@ -173,7 +173,7 @@ def groups_of(setup: Setup, model: nn.Module, rotated: bool, lr: float, rest_lr:
     config = setup.config
     if not config.preconditioners and rest_lr is None:
         return parameter_groups(model, config.loop.weight_decay)
-    parts = getattr(setup.task, "parts", {})
+    parts: Any = getattr(setup.task, "parts", "auto")
     rates = None if rest_lr is None else (lr, rest_lr)
     return groups_by_kind(model, config.loop.weight_decay, rotated, parts, rates)
 
@@ -192,9 +192,9 @@ def make_base(
             raise ConfigError(
                 f"base_options: found {name!r}, which is set for every contender and group by {instead}; give it there"
             )
-    if config.base in setup.makers:
-        maker = functools.partial(setup.makers[config.base], **config.base_options)
-        return call_maker(maker, model, groups, lr, rest_lr, seed)
+    if setup.base is not None:
+        maker = functools.partial(setup.base, **config.base_options)
+        return call_maker(config.base, maker, model, groups, lr, rest_lr, seed)
     cls = base_class(config.base)
     options = {**OPTIONS.get(cls.__name__, {}), **config.base_options}
     known = inspect.signature(cls).parameters
@@ -215,9 +215,22 @@ def make(setup: Setup, run: Run, model: nn.Module) -> torch.optim.Optimizer:
     policy, space = contender.policy, contender.preconditioner
     if contender.maker is not None:
         groups = groups_of(setup, model, False, run.lr, run.rest_lr)
-        return call_maker(setup.makers[contender.maker], model, groups, run.lr, run.rest_lr, run.seed)
+        maker = setup.makers[contender.maker]
+        made = call_maker(contender.maker, maker, model, groups, run.lr, run.rest_lr, run.seed)
+        _check_owns(contender.maker, made, model)
+        return made
     base = make_base(setup, model, run.lr, space is not None, run.rest_lr, run.seed)
     return base if policy is None and space is None else wrap(setup.config, base, policy, run.seed, space)
+
+
+def _check_owns(name: str, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise ConfigError if the optimizer has no parameter of the run's model, which would stay as it is."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError(
+            f"optimizer {name}: none of its parameters is the model's that it was called with; each run has a model of "
+            "its own: make the optimizer of the function's argument"
+        )
 
 
 def wrap(

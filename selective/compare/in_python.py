@@ -91,9 +91,10 @@ def compare(
         raise ConfigError(f"workers: {workers!r} is no number of processes")
     makers: dict[str, Maker] = {}
     data: dict[str, Any] = {
-        "base": base if isinstance(base, str) else _base(base, makers),
-        "base_options": dict(base_options or {}),
-        "lr": list(lrs), "rest_lr": list(rest_lrs), "seeds": seeds if isinstance(seeds, int) else list(seeds),
+        "base": base if isinstance(base, str) else _base(base),
+        "base_options": _with_lists(dict(base_options or {})),
+        "lr": _listed("lrs", lrs), "rest_lr": _listed("rest_lrs", rest_lrs),
+        "seeds": seeds if isinstance(seeds, int) else _listed("seeds", seeds),
         "steps": steps, "controls": controls, "policies_in_spaces": policies_in_spaces, "device": device,
         "threads": threads, "workers": workers, "loop": _loop(loop),
         **_sorted(contenders, makers),
@@ -107,7 +108,8 @@ def compare(
     if show:
         require("rich.console")
         require("matplotlib.figure")
-    given = Given(None if isinstance(task, str) else task, makers)
+    own_base = None if isinstance(base, str) or _of_torch(base) else base
+    given = Given(None if isinstance(task, str) else task, makers, own_base)
     go_on = resume and (folder / "config.json").exists()
     comparison = Comparison(build(data, "compare()"), folder, go_on, overwrite, given)
     _run(comparison, show)
@@ -125,10 +127,28 @@ def _run(comparison: Comparison, show: bool) -> None:
         raise KeyboardInterrupt(f"what is done is in {comparison.folder}; resume=True goes on")
 
 
-def _base(base: Any, makers: dict[str, Maker]) -> str:
-    """The name of the base. A class of torch.optim is the same as its name."""
-    name = getattr(base, "__name__", "")
-    return name if isinstance(base, type) and getattr(torch.optim, name, None) is base else _named(base, makers)
+def _of_torch(base: Any) -> bool:
+    """True for a class of torch.optim, which is the same as its name."""
+    return isinstance(base, type) and getattr(torch.optim, base.__name__, None) is base
+
+
+def _base(base: Any) -> str:
+    """The name of a base that is a class or a function."""
+    return base.__name__ if _of_torch(base) else _named("base", base, {})
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """The values of a list. Raises ConfigError if there is none, as for a single number."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ConfigError(f"{name}: {values!r} is no list; write [{values}]")
+    return list(values)
+
+
+def _with_lists(value: Any) -> Any:
+    """The same with lists in the place of tuples, which JSON has not."""
+    if isinstance(value, Mapping):
+        return {key: _with_lists(each) for key, each in value.items()}
+    return [_with_lists(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _loop(loop: LoopConfig | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -147,6 +167,8 @@ def _sorted(contenders: Contenders, makers: dict[str, Maker]) -> dict[str, Any]:
     """The contenders by what they are, as data of the configuration. Functions are added to `makers`."""
     if isinstance(contenders, str):
         raise ConfigError(f"contenders: {contenders!r} is a string; write a list: [{contenders!r}]")
+    if isinstance(contenders, Policy | Preconditioner) or not isinstance(contenders, Iterable):
+        raise ConfigError(f"contenders: {contenders!r} is no list; write a list: [{contenders!r}]")
     lists: dict[str, Any] = {"policies": [], "preconditioners": [], "optimizers": []}
     everyone = [contenders] if isinstance(contenders, Mapping) else list(contenders)
     for contender in everyone:
@@ -165,13 +187,13 @@ def _classified(contender: Any, makers: dict[str, Maker]) -> tuple[str, list[Any
         return "preconditioners", [contender]
     if isinstance(contender, Mapping) and "kind" not in contender:
         for name, maker in contender.items():
-            _named(maker, makers, str(name))
+            _named("contenders", maker, makers, str(name))
         return "optimizers", [str(name) for name in contender]
     if isinstance(contender, str) and ":" in contender:
         return "optimizers", [contender]
     if isinstance(contender, str | Mapping):
         return _by_name(contender)
-    return "optimizers", [_named(contender, makers)]
+    return "optimizers", [_named("contenders", contender, makers)]
 
 
 def _by_name(contender: str | Mapping[str, Any]) -> tuple[str, list[Any]]:
@@ -189,20 +211,21 @@ def _by_name(contender: str | Mapping[str, Any]) -> tuple[str, list[Any]]:
     raise ConfigError(f"contenders: {contender!r} is no policy and no preconditioner:\n  " + "\n  ".join(reasons))
 
 
-def _named(maker: Any, makers: dict[str, Maker], name: str | None = None) -> str:
-    """Keep the function under its name, and return the name."""
+def _named(where: str, maker: Any, makers: dict[str, Maker], name: str | None = None) -> str:
+    """Keep the function under its name, and return the name. `where` is the argument that has it, for messages."""
     if isinstance(maker, torch.optim.Optimizer):
         raise ConfigError(
-            f"contenders: {type(maker).__name__} is an optimizer over some parameters already, and each run has its "
+            f"{where}: {type(maker).__name__} is an optimizer over some parameters already, and each run has its "
             "own model; give a function that makes one, (params, lr) or (model, lr)"
         )
     if not callable(maker):
         raise ConfigError(
-            f"contenders: {maker!r} is no policy, preconditioner, or function that makes an optimizer of (params, lr)"
+            f"{where}: {maker!r} is no policy, preconditioner, or function that makes an optimizer of (params, lr)"
         )
     label = name_of_maker(cast(Maker, maker)) if name is None else name
     if not label:
-        raise ConfigError(f"contenders: a function needs a name to be shown under: {{'mine': {maker!r}}}")
+        way = "write a function with def" if where == "base" else f"{{'mine': {maker!r}}}"
+        raise ConfigError(f"{where}: a function needs a name to be shown under: {way}")
     if label in makers:
         raise ConfigError(f"contenders: two functions are called {label}; give them names: {{'mine': ...}}")
     makers[label] = cast(Maker, maker)

@@ -41,10 +41,16 @@ def takes_rest_lr(maker: Maker) -> bool:
 
 
 def call_maker(
-    maker: Maker, model: nn.Module, groups: list[dict[str, Any]], lr: float, rest_lr: float | None, seed: int
+    name: str,
+    maker: Maker,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    lr: float,
+    rest_lr: float | None,
+    seed: int,
 ) -> torch.optim.Optimizer:
-    """Call the maker with what it takes. Raises ConfigError if it fails, or returns no optimizer."""
-    name, known = name_of_maker(maker), _signature(maker).parameters
+    """Call the maker with what it takes. Raises ConfigError, with its `name`, if it fails or returns no optimizer."""
+    known = _signature(maker).parameters
     subject = model if takes_model(maker) else _groups_for(maker, groups)
     options: dict[str, Any] = {"seed": seed} if "seed" in known else {}
     if "rest_lr" in known and (rest_lr is not None or known["rest_lr"].default is inspect.Parameter.empty):

@@ -17,11 +17,13 @@ from selective.compare.task import check_is_task, facts_of, name_of
 class Given:
     """What was handed over as Python objects, under the names that the configuration has for them.
 
-    It is pickled for workers, in which everything else is loaded by its name.
+    It is pickled for workers, in which everything else is loaded by its name. The base is apart from `makers`, because
+    a contender may have the same name.
     """
 
     task: Any = None
     makers: Mapping[str, Maker] = field(default_factory=dict)
+    base: Maker | None = None
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Setup:
 
     config: CompareConfig
     task: Any
-    makers: Mapping[str, Maker]  # by their names in the configuration: `optimizers`, and `base` if it was handed over
+    makers: Mapping[str, Maker]  # the functions of `optimizers`, by their names in the configuration
+    base: Maker | None = None  # the base, if it was handed over
 
     @property
     def built_in(self) -> bool:
@@ -58,13 +61,14 @@ def prepare(config: CompareConfig, given: Given | None = None) -> Setup:
     for name in config.optimizers:
         if name not in makers:
             makers[name] = _maker(name)
-    deaf = [name for name, maker in makers.items() if config.rest_lr and not takes_rest_lr(maker)]
+    everyone = [*([] if given.base is None else [(config.base, given.base)]), *makers.items()]
+    deaf = [name for name, maker in everyone if config.rest_lr and not takes_rest_lr(maker)]
     if deaf:
         raise ConfigError(
             f"rest_lr: {', '.join(deaf)} would not get the second learning rate, because it takes the model; give it a "
             "parameter rest_lr, or leave rest_lr out"
         )
-    return Setup(config, task, makers)
+    return Setup(config, task, makers, given.base)
 
 
 def _maker(reference: str) -> Maker:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import nn
@@ -30,18 +30,16 @@ def groups_by_kind(
     model: nn.Module,
     weight_decay: float,
     rotated: bool,
-    parts: Mapping[str, int] = JOINED,
+    parts: Mapping[str, int | str] | Literal["auto"] | None = JOINED,
     rates: tuple[float, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for the model's inner matrices, embeddings, head and vectors; the first three have weight decay.
 
     Every contender of a comparison with preconditioners gets these groups, so that random policies number parameters
-    alike. If `rotated`, all groups but the matrices have the preconditioner None. `parts` are joined projections of the
-    model, which are taken apart. `rates` are the learning rates of the matrices and of everything else.
+    alike. If `rotated`, all groups but the matrices have the preconditioner None. `parts` is that of
+    `param_groups_for`. `rates` are the learning rates of the matrices and of everything else.
     """
-    linear = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    joined = {name: count for name, count in parts.items() if name in linear}
-    groups = param_groups_for(model, weight_decay=weight_decay, parts=joined)
+    groups = param_groups_for(model, weight_decay=weight_decay, parts=parts, ask=True)
     names = ("weight_decay", "preconditioner", "matrix_view") if rotated else ("weight_decay",)
     return [
         {

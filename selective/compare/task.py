@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +31,8 @@ class Task(Protocol):
 
     - `name`: a string for titles; without it, the name of the class.
     - `unit`: what the loss is measured in, for the pictures; "loss" without it.
-    - `parts`: weights that are several matrices in one, as in `param_groups_for(parts=...)`, for rotations.
+    - `parts`: weights that are several matrices in one, as in `param_groups_for(parts=...)`, for rotations; "auto"
+      without it.
     - `facts()`: a dict of JSON data that identifies model and data. It is written to the results, and a comparison is
       not resumed if it changes.
 
@@ -85,7 +87,16 @@ def unit_of(task: Any) -> str:
 def facts_of(task: Any) -> dict[str, Any]:
     """The JSON data that identifies the task's model and data; empty if it gives none."""
     facts: Any = getattr(task, "facts", None)
-    return {} if facts is None else facts()
+    found = facts() if callable(facts) else facts
+    if found is None:
+        return {}
+    try:
+        json.dumps(found)
+    except TypeError as error:
+        raise ConfigError(f"{name_of(task)}.facts: {error}; it has to be a dict of JSON data") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name_of(task)}.facts is a {type(found).__name__}; it has to be a dict of JSON data")
+    return found
 
 
 class Batches:
@@ -121,6 +132,11 @@ class Batches:
                 self._iterator = None
         if self._source is None or isinstance(self._source, Iterator):  # an iterator is over for good
             self._source = self._task.batches(self._seed)
+        if not isinstance(self._source, Iterable) and not hasattr(self._source, "__getitem__"):
+            raise TypeError(
+                f"{name_of(self._task)}.batches({self._seed}) returned a {type(self._source).__name__}; an iterable of "
+                "batches is needed"
+            )
         self._iterator = iter(self._source)
         try:
             return next(self._iterator)
@@ -162,6 +178,11 @@ def evaluated(task: Any, model: nn.Module, seed: int) -> float:
     model.eval()
     try:
         with torch.no_grad():
-            return float(task.evaluate(model))
+            value = task.evaluate(model)
     finally:
         model.train()
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, str | Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name_of(task)}.evaluate returned a {type(value).__name__}; one number is needed")
+    return float(value)

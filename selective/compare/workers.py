@@ -30,6 +30,7 @@ from selective.compare.config import ConfigError, build
 from selective.compare.contenders import Run, runs
 from selective.compare.devices import devices
 from selective.compare.generators import generators_restored
+from selective.compare.optimizers import name_of_maker
 from selective.compare.setup import Given, Setup, prepare
 from selective.compare.task import name_of
 from selective.compare.train import Record, Trainer, new_record
@@ -159,6 +160,7 @@ def _check_can_be_sent(given: Given) -> None:
         pickle.dumps(given)
     except Exception as error:  # pickle raises whatever an object's own code does
         named = [*([] if given.task is None else [name_of(given.task)]), *given.makers]
+        named += [] if given.base is None else [name_of_maker(given.base)]
         raise ConfigError(
             f"{', '.join(named)}: cannot be sent to worker processes ({error}). Define classes and functions at the "
             "top of a module, not inside of a function; or run everything in this process with workers=1"

@@ -57,7 +57,8 @@ def for_model(
     Args:
         model: the model. Its frozen parameters are left out, so a LoRA model has its adapters in the optimizer only.
         base: the base optimizer: a class's name in torch.optim or an installed package, in any case; `module:Class`; a
-            class; or a function that takes parameter groups and returns an optimizer.
+            class; or a function that takes parameter groups and returns an optimizer. If it has a parameter `lr`, it
+            gets the rate of the first group, too; each group has its own.
         lr: the learning rate, or one for each kind. None: the base's own.
         weight_decay: of all parameters but those in `no_decay`, and those that the model's `no_weight_decay()` names.
             None: the base's own.

@@ -85,19 +85,28 @@ def make_base(make: Callable[..., Optimizer], groups: list[dict[str, Any]], opti
                 raise ValueError(f"for_model: {_called(make)} has no {key}, and got {given!r}; leave it out")
             plain = [{name: value for name, value in group.items() if name != key} for group in plain]
     chosen = {name: value for name, value in options.items() if name in taken}
-    if "lr" in taken and isinstance(make, type) and "lr" in plain[0]:
-        chosen["lr"] = plain[0]["lr"]  # some classes have no default
+    if "lr" in taken and "lr" in plain[0]:
+        chosen["lr"] = plain[0]["lr"]  # some classes and functions have no default
     try:
         optimizer = make(plain, **chosen)
     except (TypeError, ValueError) as error:
-        only_2d = all(p.dim() == 2 for group in plain for p in group["params"])
-        way = "" if only_2d else f". If it takes matrices only: matrices={_called(make)!r}, rest='adamw'"
+        way = f"; for matrices only: matrices={_called(make)!r}, rest='adamw'" if _takes_2d(make, plain, chosen) else ""
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"for_model: {_called(make)} refuses: {error}{way}") from error
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"for_model: {_called(make)} returned {optimizer!r}, which is no torch.optim.Optimizer")
     _set_names(optimizer, groups)
     return optimizer
+
+
+def _takes_2d(make: Callable[..., Optimizer], groups: list[dict[str, Any]], options: Mapping[str, Any]) -> bool:
+    """True if an optimizer that refused all parameters takes those with two dimensions alone, as Muon does."""
+    flat = [{**group, "params": [p for p in group["params"] if p.dim() == 2]} for group in groups]
+    flat = [group for group in flat if group["params"]]
+    try:
+        return bool(flat) and isinstance(make(flat, **options), Optimizer)
+    except Exception:  # whatever another package raises
+        return False
 
 
 def _set_names(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:

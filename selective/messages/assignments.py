@@ -21,12 +21,17 @@ class NotAssignable:
         raise AttributeError(f"{type(instance).__name__!r} object has no attribute {self._name!r}; {self._way}")
 
     def __set__(self, instance: object, value: object) -> NoReturn:
-        raise AttributeError(f"SelectiveUpdate: opt.{self._name} can't be assigned; {self._way}")
+        raise AttributeError(f"{type(instance).__name__}: opt.{self._name} can't be assigned; {self._way}")
 
 
 def in_the_groups(attribute: str) -> NotAssignable:
     """An argument of the constructor that belongs to each group, under `attribute`."""
     return NotAssignable(f"each parameter group has its own: opt.{attribute}")
+
+
+def in_the_members() -> NotAssignable:
+    """An argument of a wrapped optimizer that a chain of several does not have itself."""
+    return NotAssignable("each member has its own, given when the member is made")
 
 
 def at_construction() -> NotAssignable:

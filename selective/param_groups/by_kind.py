@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 
 from selective.param_groups.by_model import Answers, ask_model
 from selective.param_groups.joined_auto import known_to_be_joined
 from selective.param_groups.joined_weights import HEAD, NamedParameter, hint, taken_apart
-from selective.param_groups.settings import KINDS, MISSING, VIEWS, for_each_kind
+from selective.param_groups.settings import KINDS, MISSING, VIEWS, checked_number, for_each_kind
 from selective.parameter import is_lazy
 from selective.policies import Policy, policy_from
 from selective.policies.view import StepView
@@ -119,8 +121,12 @@ def param_groups_for(
             f"param_groups_for: got an object of type {type(model).__name__}, and what a parameter is follows from its "
             f"modules: pass the model itself, not its parameters"
         )
+    if weight_decay is not None:
+        checked_number("param_groups_for", "weight_decay", weight_decay)
     settings = {
-        "lr": for_each_kind("param_groups_for", "lr", lr, of_matrices=False),
+        "lr": for_each_kind(
+            "param_groups_for", "lr", lr, of_matrices=False, read=partial(checked_number, "param_groups_for", "lr")
+        ),
         "policy": for_each_kind("param_groups_for", "policy", policy, of_matrices=True, read=policy_from),
         "preconditioner": for_each_kind(
             "param_groups_for", "preconditioner", preconditioner, of_matrices=True, read=preconditioner_from
@@ -231,7 +237,12 @@ def _group(
 def _parameters(model: nn.Module) -> Iterator[NamedParameter]:
     """Yield each trainable parameter once, in the model's order, with all of its names and modules."""
     parameters: dict[int, NamedParameter] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
+        if isinstance(module, ParametrizationList):  # of a weight norm, for instance: what counts is whose weight it is
+            owner = modules[path.rpartition(".parametrizations.")[0]]
+        else:
+            owner = module
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
             if p.requires_grad:
                 if is_lazy(p):
@@ -241,7 +252,7 @@ def _parameters(model: nn.Module) -> Iterator[NamedParameter]:
                     )
                 parameter = parameters.setdefault(id(p), NamedParameter(p, []))
                 parameter.names.append(f"{path}.{name}" if path else name)
-                parameter.modules.append(module)
+                parameter.modules.append(owner)
     yield from parameters.values()
 
 

@@ -51,10 +51,19 @@ def ask_model(model: nn.Module, parameters: list[NamedParameter], modules: Mappi
             answers.kinds.pop(id(p), None)
             if p.dim() == 2:
                 answers.kinds[id(p)] = "matrices", "a LoRA adapter"
-        elif p.dim() == 2 and all(re.search(r"(^|_)bias$", name.rpartition(".")[2]) for name in parameter.names):
+        elif _all_called(parameter, r"(^|_)bias_table$"):
+            answers.kinds[id(p)] = "embeddings", "a table of biases by position"
+        elif _all_called(parameter, "A_log"):
+            answers.kinds[id(p)] = "vectors", "the rates of a state space"
+        elif _all_called(parameter, r"(^|_)bias$"):
             answers.kinds[id(p)] = "vectors", "a stack of biases"
     answers.no_decay = _no_decay(parameters, modules)
     return answers
+
+
+def _all_called(parameter: NamedParameter, pattern: str) -> bool:
+    """True if the parameter has two dimensions, and the pattern is in the last part of each of its names."""
+    return parameter.tensor.dim() == 2 and all(re.search(pattern, n.rpartition(".")[2]) for n in parameter.names)
 
 
 def _router(parameter: NamedParameter, modules: Mapping[str, nn.Module]) -> str | None:
@@ -86,7 +95,7 @@ def _named_by(method: str, modules: Mapping[str, nn.Module]) -> Iterator[Tensor]
             continue
         try:
             answer = getattr(module, method)()
-        except (AttributeError, NotImplementedError):  # transformers: of a model without such a layer
+        except Exception:  # transformers: of a model without such a layer; others want arguments
             continue
         yield from _weights(answer)
 
@@ -105,8 +114,12 @@ def _weights(answer: Any) -> Iterator[Tensor]:
 
 
 def _no_decay(parameters: list[NamedParameter], modules: Mapping[str, nn.Module]) -> dict[int, str]:
-    """The parameters that a module's `no_weight_decay()` names, or whose name has one of its keywords (timm's Swin)."""
-    reasons: dict[int, str] = {}
+    """The parameters that a module's `no_weight_decay()` names, or whose name has one of its keywords (timm's Swin).
+
+    Also those that are marked as state space models mark theirs.
+    """
+    marked = [p.tensor for p in parameters if getattr(p.tensor, "_no_weight_decay", False) is True]
+    reasons = {id(tensor): "no decay: marked by _no_weight_decay" for tensor in marked}
     for path, module in modules.items():
         prefix = f"{path}." if path else ""
         names, keywords = _set_from(module, "no_weight_decay"), _set_from(module, "no_weight_decay_keywords")
@@ -120,4 +133,11 @@ def _no_decay(parameters: list[NamedParameter], modules: Mapping[str, nn.Module]
 
 
 def _set_from(module: nn.Module, method: str) -> set[str]:
-    return {str(name) for name in getattr(module, method)()} if callable(getattr(type(module), method, None)) else set()
+    """The names that a module's method returns, or that it has in an attribute. A method with arguments has none."""
+    answer: Any = getattr(module, method, None)
+    if callable(answer):
+        try:
+            answer = answer()
+        except TypeError:
+            return set()
+    return {answer} if isinstance(answer, str) else {str(name) for name in answer or ()}

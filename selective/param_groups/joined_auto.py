@@ -39,7 +39,7 @@ def _view(parameter: NamedParameter, modules: Mapping[str, nn.Module]) -> tuple[
         around = [type(module).__name__, type(modules[".".join(path[:-1])]).__name__]
         if any(each in _TAKE_TURNS for each in around):
             continue
-        if type(module) in GATES and p.dim() == 2:
+        if type(module) in GATES and p.dim() == 2 and not attribute.startswith("weight_hr"):  # an LSTM's projection
             count = GATES[type(module)]
             return (f"rows:{count}", f"{count} gates, one below the other") if p.shape[0] % count == 0 else None
         called = attribute if attribute != "weight" or not path else path[-1]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
+from selective.messages.short import short
 from selective.param_groups.joined_weights import JOINED_VIEWS
 
 VIEWS = (*JOINED_VIEWS, "conv", "experts")  # kinds with the name of their `matrix_view`
@@ -16,6 +21,15 @@ REST = "rest"
 
 MISSING: Any = object()
 """The value of a kind that a mapping does not name."""
+
+
+def checked_number(caller: str, setting: str, value: Any) -> Any:
+    """The value, which is a number of at least 0 or a tensor, such as a learning rate. Raises ValueError."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if isinstance(value, Tensor) or (is_number and 0 <= float(value) < math.inf):
+        return value
+    hint = "; no_decay names the kinds that do not decay" if setting == "weight_decay" else ""
+    raise ValueError(f"{caller}: {setting} is {short(value)}, must be a number of at least 0{hint}")
 
 
 def for_each_kind(

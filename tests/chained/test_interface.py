@@ -153,10 +153,12 @@ def test_one_cycle_over_muon_and_adamw_names_its_option() -> None:
     """torch asks `defaults` once for all groups: it can't cycle `betas` in some and `momentum` in others."""
     opt = muon_and_adamw(net())
     keys = [set(group) for group in opt.param_groups]
-    with pytest.raises(ValueError, match="cycle_momentum"):
+    with pytest.raises(ValueError, match=r"all members must have 'betas', .*; pass cycle_momentum=False"):
         OneCycleLR(opt, max_lr=0.1, total_steps=8)
-    with pytest.raises(ValueError, match="cycle_momentum"):
-        CyclicLR(opt, base_lr=0.1, max_lr=0.2)
+    with pytest.raises(ValueError, match="pass cycle_momentum=False"):
+        CyclicLR(copy.deepcopy(opt), base_lr=0.1, max_lr=0.2)
+    assert "betas" not in opt.defaults  # nobody else is told
+    assert type(copy.deepcopy(opt.defaults)) is dict
     OneCycleLR(opt, max_lr=[0.1, 0.2], total_steps=8, cycle_momentum=False)
     assert all("betas" in group or "momentum" in group for group in opt.param_groups)
     assert [{"betas", "momentum"} & set(group) for group in opt.param_groups] == [{"momentum"}, {"betas"}]

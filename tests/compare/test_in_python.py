@@ -70,9 +70,12 @@ class Line(type(LINE)):
         ([torch.optim.SGD([nn.Parameter(torch.ones(1))])], "SGD is an optimizer over some parameters already"),
         ([TopK()], "is no policy, preconditioner, or function"),
         ([of_params, of_params], "two functions are called of_params"),
-        ([{"mine": lambda params, lr: 3}], "optimizer <lambda> returned a int|returned a int"),
+        ([{"mine": lambda params, lr: 3}], "optimizer mine returned a int"),
+        (Cautious(), r"is no list; write a list: \[Cautious\(\)\]"),
+        (of_params, "is no list; write a list"),
         ([{"mine": lambda params, lr: 1 / 0}], "raises ZeroDivisionError for lr=0.01"),
         ([{"mine": lambda: None}], "takes no arguments"),
+        ([{"other": lambda model, lr: torch.optim.SGD(nn.Linear(2, 2).parameters())}], "none of its parameters is"),
         ([f"{FILE}:not_callable"], "is a int; a function that makes an optimizer"),
     ],
 )
@@ -80,6 +83,46 @@ def test_what_is_no_contender_is_said(tmp_path, contenders, says) -> None:
     with pytest.raises(ConfigError, match=says):
         quietly(tmp_path, contenders)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lrs": 1e-2}, r"lrs: 0.01 is no list; write \[0.01\]"),
+        ({"lrs": "1e-3,3e-3"}, r"lrs: '1e-3,3e-3' is no list; write \[1e-3,3e-3\]"),
+        ({"seeds": 1.5}, "seeds: 1.5 is no list"),
+        ({"lrs": []}, "lr: the list is empty; at least one value is needed"),
+        ({"base": lambda params, lr: None}, "base: a function needs a name .* write a function with def"),
+    ],
+)
+def test_arguments_that_are_no_lists_are_said(tmp_path, options, says) -> None:
+    with pytest.raises(ConfigError, match=says):
+        quietly(tmp_path, [], **options)
+
+
+def test_a_wrong_rate_is_one_line() -> None:
+    with pytest.raises(ConfigError) as said:
+        build({"lr": [-1.0]})
+    assert str(said.value).splitlines()[1:] == ["  lr.0: Input should be greater than 0"]
+
+
+def test_options_of_the_base_may_be_tuples(tmp_path) -> None:
+    ended = quietly(tmp_path, [], base_options={"betas": (0.8, 0.9)})
+    assert not ended.failed
+    assert ended.config.base_options == {"betas": [0.8, 0.9]}
+
+
+def test_a_contender_with_the_name_of_the_base_leaves_the_base_as_it_is(tmp_path) -> None:
+    def plain(model, lr):  # allocates nothing in a step
+        return torch.optim.SGD(model.parameters(), lr=lr)
+
+    alone = quietly(tmp_path / "alone", [])
+    beside = quietly(tmp_path / "beside", {"AdamW": plain})
+    hashes = [record["parameters_sha256"] for record in beside.records.values()]
+    assert [c.label for c in beside.contenders] == ["AdamW", "AdamW (function)"]
+    assert hashes[0] == alone.records["seed0-00-AdamW-lr0.01"]["parameters_sha256"] != hashes[1]
+    own_base = quietly(tmp_path / "base", {"plain": of_params}, base=plain)
+    assert own_base.records["seed0-00-plain-lr0.01"]["parameters_sha256"] == hashes[1]
 
 
 def test_names_say_what_they_are() -> None:

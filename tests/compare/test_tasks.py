@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from selective.compare import Comparison, ConfigError, GPTTask, build, data, model
 from selective.compare.config import merge
-from selective.compare.contenders import runs
+from selective.compare.contenders import groups_of, runs
 from selective.compare.references import load_object, load_task
 from selective.compare.setup import Given, prepare
 from selective.compare.spaces import JOINED
@@ -253,9 +253,59 @@ class BadEvaluation(Base):
         return {}["loss"]
 
 
+class OneModel(Base):
+    def __init__(self) -> None:
+        self.only = nn.Linear(2, 1)
+
+    def model(self, seed: int) -> nn.Module:
+        return self.only
+
+
+class SharesWhatIsFrozen(OneModel):
+    def model(self, seed: int) -> nn.Module:
+        return nn.Sequential(self.only.requires_grad_(False), nn.Linear(1, 1))
+
+
+class NotANumber(Base):
+    def loss(self, network: nn.Module, batch: Tensor) -> Tensor:
+        return network(batch).sum() * float("nan")
+
+
+class NothingEvaluated(Base):
+    def evaluate(self, network: nn.Module) -> Any:
+        return None
+
+
+class NotANumberEvaluated(Base):
+    def evaluate(self, network: nn.Module) -> Any:
+        return torch.tensor(float("nan"))
+
+
+class BadFacts(Base):
+    def facts(self) -> Any:
+        return {"rows": torch.ones(2)}
+
+
+class NoSuchPart(Base):
+    parts: Any = {"qkv": 3}
+
+
+class NoBatches(Base):
+    batch: Any = None
+
+    def batches(self, seed: int) -> Any:
+        return None
+
+
 @pytest.mark.parametrize(
     ("task", "says"),
     [
+        (OneModel, r"two calls of OneModel\.model\(0\) return the same parameters.*make a new model in each call"),
+        (NotANumber, "NotANumber.loss returned nan for the model at its start"),
+        (NothingEvaluated, "NothingEvaluated.evaluate returned a NoneType; one number is needed"),
+        (NotANumberEvaluated, "NotANumberEvaluated.evaluate returned nan for the model at its start"),
+        (BadFacts, "BadFacts.facts: Object of type Tensor is not JSON serializable; it has to be a dict"),
+        (NoBatches, r"NoBatches\.batches\(0\) returned a NoneType; an iterable of batches is needed"),
         (AnotherStart, "makes another model each time"),
         (AnotherBatch, "the first batch of AnotherBatch for seed 0 is another one each time"),
         (ManyLosses, r"returned a Tensor of shape \(3, 1\); a tensor with one element is needed"),
@@ -268,6 +318,34 @@ def test_a_broken_task_is_one_message_before_any_run(tmp_path, task, says) -> No
     with pytest.raises(ConfigError, match=says):
         Comparison(small(task="tests:task"), tmp_path / "out", given=Given(task()))
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_of_a_task_are_those_of_param_groups_for(tmp_path) -> None:
+    """Also those of layers that are no `nn.Linear`. One that is not there is said."""
+
+    class Joined(Base):
+        def model(self, seed: int) -> nn.Module:
+            made = nn.ModuleDict({"qkv": nn.Linear(2, 6), "c_proj": nn.Linear(6, 1)})
+            made.in_proj_weight = nn.Parameter(torch.ones(6, 2))
+            return made
+
+        def loss(self, network: Any, batch: Tensor) -> Tensor:
+            return network["c_proj"](network["qkv"](batch) + batch @ network.in_proj_weight.T).square().mean()
+
+    class Named(Joined):
+        parts: Any = {"in_proj_weight": 2}
+
+    config = small(task="tests:task", preconditioners=["soap"])
+    for task, views in ((Joined(), ["rows:3"]), (Named(), ["rows:2"])):
+        setup = prepare(config, Given(task))
+        groups = groups_of(setup, task.model(0), True, 0.1, None)
+        assert [group["matrix_view"] for group in groups if "matrix_view" in group] == views
+    with pytest.raises(ConfigError, match="parts names 'qkv', and no matrix is called so"):
+        Comparison(config, tmp_path / "out", given=Given(NoSuchPart()))
+
+
+def test_models_may_share_what_is_frozen(tmp_path) -> None:
+    Comparison(small(task="tests:task"), tmp_path / "out", given=Given(SharesWhatIsFrozen()))
 
 
 def test_resuming_another_task_is_refused(tmp_path) -> None:

@@ -156,6 +156,8 @@ def test_a_factory_sees_the_groups_and_its_own_options() -> None:
     assert [group["name"] for group in seen] == ["matrices", "embeddings", "head", "vectors"]
     assert all(isinstance(p, nn.Parameter) for group in seen for p in group["params"])  # no pairs: any class takes them
     assert {(group["lr"], group["momentum"]) for group in opt.param_groups} == {(0.1, 0.7)}
+    opt = SelectiveUpdate.for_model(small(), lambda groups, lr: torch.optim.SGD(groups, lr=lr), lr=0.2, policy="mgup")
+    assert {group["lr"] for group in opt.param_groups} == {0.2}
     with pytest.raises(TypeError, match=r"returned None, which is no torch\.optim\.Optimizer"):
         SelectiveUpdate.for_model(small(), lambda groups: None, policy="cautious")  # type: ignore[arg-type, return-value]
 
@@ -168,7 +170,11 @@ def test_a_factory_sees_the_groups_and_its_own_options() -> None:
         ("adamw", {"momentum_bta": 0.9}, TypeError, r"did you mean 'momentum_beta'\?"),
         ("rprop", {"weight_decay": 0.1}, ValueError, "Rprop has no weight_decay, and got 0.1; leave it out"),
         ("muon", {}, ValueError, r"Muon refuses: .*matrices='Muon', rest='adamw'"),
-        ("adamw", {"lr": -1.0}, ValueError, r"AdamW refuses: Invalid learning rate"),
+        ("adamw", {"eps": -1.0}, ValueError, r"AdamW refuses: Invalid epsilon value: -1.0$"),
+        ("adamw", {"lr": {"matrices": 0.1, "rest": -1}}, ValueError, "for_model: lr is -1, must be a number"),
+        ("adamw", {"lr": "1e-3"}, ValueError, "for_model: lr is '1e-3', must be a number of at least 0"),
+        ("adamw", {"weight_decay": {"matrices": 0.1}}, ValueError, "must be a number .*; no_decay names the kinds"),
+        ("lbfgs", {}, ValueError, r"LBFGS refuses: LBFGS doesn't support per-parameter options \(parameter groups\)$"),
         ("adamw", {"policy": "mgupp"}, ValueError, r"'mgupp' is not known \(did you mean 'MGUP'\?\)"),
         ("adamw", {"policy": {"matrixes": "mgup"}}, ValueError, r"policy has 'matrixes' .*mean 'matrices'\?"),
         ("adamw", {"preconditioner": {"heads": "soap"}}, ValueError, r"preconditioner has 'heads' .*mean 'head'\?"),
