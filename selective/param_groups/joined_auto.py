@@ -16,7 +16,13 @@ from selective.param_groups.joined_weights import GATES, NamedParameter, is_tran
 _QUERIES_KEYS_VALUES = ("qkv", "qkv_proj", "in_proj_weight", "Wqkv", "c_attn")
 _TWO_HALVES = ("gate_up_proj", "w12")
 # Layers of transformers with such names whose parts take turns: by groups of heads, or gate and value in pairs.
-_TAKE_TURNS = ("CodeGenAttention", "InternLM2Attention", "GptOssExperts")
+_TAKE_TURNS = (
+    "CodeGenAttention",
+    "GPTBigCodeAttention",
+    "MiniMaxLightningAttention",
+    "InternLM2Attention",
+    "GptOssExperts",
+)
 
 
 def known_to_be_joined(

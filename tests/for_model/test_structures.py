@@ -78,3 +78,10 @@ def test_questions_that_a_model_does_not_answer_are_left_out(answer: Any, apart:
 def test_what_is_no_rate_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"param_groups_for: (lr|weight_decay) is .*, must be a number of at least 0"):
         param_groups_for(nn.Linear(4, 4), **options)
+
+
+def test_heads_that_take_turns_are_not_taken_apart() -> None:
+    """GPTBigCode's c_attn has queries, keys and values of one head side by side, unlike GPT-2's."""
+    attention = type("GPTBigCodeAttention", (nn.Module,), {})()
+    attention.c_attn, attention.c_proj = nn.Linear(8, 24, bias=False), nn.Linear(8, 8, bias=False)
+    assert set(kinds(attention).values()) == {"matrices"}
