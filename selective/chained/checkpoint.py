@@ -8,6 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from selective.base.mismatch import CheckpointMismatch
+from selective.chained.matches_bare import check_bare
 from selective.chained.members import Members
 from selective.checkpoint.frame import check_group_sizes
 from selective.checkpoint.rollback import base_snapshot, snapshot
@@ -94,6 +95,7 @@ def _load_bare(optimizer: Optimizer, part: dict[str, Any]) -> None:
     if own_part({"state": {k: v for k, v in part["state"].items() if isinstance(v, Mapping)}}):
         raise CheckpointMismatch(f"the checkpoint has this member wrapped, and here it is a bare {name}")
     live = [dict(group) for group in optimizer.param_groups]
+    check_bare(optimizer, part)
     optimizer.load_state_dict(part)
     for number, (old, new) in enumerate(zip(live, optimizer.param_groups, strict=True)):
         missing = [key for key in old if key in optimizer.defaults and key not in new]
