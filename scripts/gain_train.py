@@ -19,7 +19,7 @@ from selective import MGUP, Cautious, ChainedOptimizer, Policy, RandomMask, Sele
 from selective.compare.config import LoopConfig, ModelConfig
 from selective.compare.model import GPT
 from selective.compare.model import loss as loss_of
-from selective.compare.spaces import groups_by_kind
+from selective.compare.spaces import JOINED, groups_by_kind
 from selective.compare.train import fingerprint, schedule
 
 DECAY = 0.1
@@ -54,7 +54,9 @@ def llama(config: ModelConfig, seed: int, vocabulary: int, fused: bool = False) 
 
 def optimizer_of(run: Run, model: nn.Module) -> Optimizer:
     """Build the optimizer of a run."""
-    groups, plain = (groups_by_kind(model, DECAY, rotated) for rotated in (True, False))
+    linear = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    joined = {name: count for name, count in JOINED.items() if name in linear}  # with --fused alone
+    groups, plain = (groups_by_kind(model, DECAY, rotated, joined) for rotated in (True, False))
     fused = next(model.parameters()).is_cuda
     name, _, space_name = run.setup.rpartition(" in ")
     spaces = SPACES | SQUARED
