@@ -36,7 +36,7 @@ from selective.state.init_state import make_all_state
 from selective.state.merged_view import MergedState
 from selective.state.store import StateStore, follow_changes
 from selective.state.writing import OptimizerStateBackend
-from selective.step.begin import begin_step, take_steps
+from selective.step.begin import begin_step, run_closure, take_steps
 from selective.step.gradients import is_initialisation
 from selective.step.outside_of_graphs import prepare, step_outside_of_graphs
 from selective.step.run import StepRunner
@@ -253,10 +253,7 @@ class SelectiveUpdate(Optimizer):
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()  # 1
+        loss = run_closure(closure)  # 1
         begun = begin_step(self.runner, self.groups)  # 1, 2
         if not begun.recording and is_initialisation(self.param_groups):
             begun.initialise()

@@ -21,6 +21,7 @@ from selective.messages.assignments import in_the_groups, in_the_members
 from selective.optimizer import SelectiveUpdate
 from selective.plan.policy_groups import PolicyGroup, PreconditionerGroup
 from selective.state.init_state import make_base_state
+from selective.step.begin import run_closure
 from selective.step.outside_of_graphs import step_outside_of_graphs
 
 
@@ -173,10 +174,7 @@ class ChainedOptimizer(Optimizer):
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = run_closure(closure)
         step_members(self._members)
         return loss
 

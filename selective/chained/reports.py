@@ -1,4 +1,4 @@
-"""What a chain says of itself: `explain()`, and the statistics of all members by unique names."""
+"""The reports of a chain: `explain()`, and the statistics of all members by unique names."""
 
 from __future__ import annotations
 

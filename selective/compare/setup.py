@@ -15,7 +15,7 @@ from selective.compare.task import check_is_task, facts_of, name_of
 
 @dataclass(frozen=True)
 class Given:
-    """What was handed over as Python objects, under the names that the configuration has for them.
+    """The Python objects that were handed over, under the names that the configuration has for them.
 
     It is pickled for workers, in which everything else is loaded by its name. The base is apart from `makers`, because
     a contender may have the same name.

@@ -14,7 +14,9 @@ from selective.compare.generators import seed_generators
 
 
 class Task(Protocol):
-    """What a comparison trains: your model on your data. Any object with these methods is one; it need not inherit.
+    """A training that a comparison repeats: your model on your data.
+
+    Any object with these methods is one; it need not inherit.
 
     A task also has one of two methods that make the batches:
 

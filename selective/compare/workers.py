@@ -283,7 +283,7 @@ class Pool:
 
 
 def _how_ended(code: int) -> str:
-    """How a process with this exit code ended, in words."""
+    """Say in words how a process with this exit code ended."""
     if code >= 0:
         return f"ended with exit code {code}"
     try:

@@ -1,4 +1,4 @@
-"""Which of two bases gets which groups: one takes matrices with two dimensions, the other takes everything else."""
+"""The division of groups between two bases: one takes matrices with two dimensions, the other takes everything else."""
 
 from __future__ import annotations
 

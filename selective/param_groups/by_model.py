@@ -1,4 +1,4 @@
-"""What a model says of its parameters: heads, embeddings, no decay; and what its structure says: adapters, routers."""
+"""Kinds that a model itself names: heads, embeddings, no decay; and those that its modules show: adapters, routers."""
 
 from __future__ import annotations
 

@@ -6,8 +6,9 @@ then either `initialise` or `take_steps` (3 to 8), unless `has_nonfinite` says t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -71,6 +72,14 @@ class BegunStep:
         """Step 8: count the step, and hand out its statistics."""
         self.runner.count.tick(self.clocked, self.recording)
         self.runner.report = self.report
+
+
+def run_closure(closure: Callable[[], Any] | None) -> Any:
+    """Run the closure, if any, with gradients enabled, and return what it returns: the beginning of step 1."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def begin_step(runner: StepRunner, groups: Groups) -> BegunStep:

@@ -1,4 +1,4 @@
-"""What a user may try to set on a chain, and belongs to its members."""
+"""Attributes that a user may try to set on a chain, and that belong to its members."""
 
 from __future__ import annotations
 

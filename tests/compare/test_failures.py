@@ -52,7 +52,7 @@ def run_here(config, folder):
 
 
 def test_a_worker_that_cannot_begin_ends_the_comparison(tmp_path, monkeypatch) -> None:
-    """What no worker could do is not the failure of a run: here the data has changed since."""
+    """A thing that no worker could do is not the failure of a run: here the data has changed since."""
     monkeypatch.setattr(workers.signal, "signal", lambda *_: None)  # it would ignore Ctrl-C from here on
     comparison = Comparison(build({**SMALL, "task": f"{FILE}:Line", "seeds": [0, 1]}), tmp_path / "out")
     ours, theirs = multiprocessing.Pipe()
