@@ -1,0 +1,302 @@
+"""Measures rows over one model: each alone at first, and then all in turns, so that drift reaches all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from selective import ChainedOptimizer, SelectiveUpdate
+from selective.bench.clock import HostClock, clock_of, count_launches, device_seconds
+from selective.bench.contenders import Contender
+from selective.bench.measure import Outcome, outcome_of
+from selective.bench.shapes import MODELS
+from selective.bench.training.groups import groups_of
+from selective.bench.training.rows import FUSED, Row
+from selective.bench.training.steps import AlternatingGradients, host_seconds, in_a_row, wall_seconds
+from selective.bench.workload import Stepping, Workload
+
+WARM_UP = 12  # steps, the first included: by then every matrix has its first basis, also where they take turns
+MEMORY_SHARE = 0.6  # of the device's memory for the states of rows that are timed in turns
+
+
+@dataclass
+class RowMeasurement:
+    """The measurements of one row. Times are seconds for each step.
+
+    seconds: of steps in a row without synchronising, by round; `fused_seconds` has torch's fused step of that round.
+    host_seconds: the median time until `step()` returns, the device idle before it; `host_mean_seconds` is the mean, in
+        which steps with a refresh count. With statistics: `host_seconds_with_statistics`.
+    device_seconds: the sum of the kernels', copies' and fills' times. `launches` are their numbers for each step.
+    first_seconds: the first step; `warm_up_seconds` is the sum over the rest of the warming up.
+    cold_seconds: the first step in a process of its own that may have had to compile kernels.
+    state_bytes: the tensors in the optimizer's `state`. peak_bytes: the most that was held during a step beyond
+        parameters, gradients and state. `kept_bytes` of them are held between steps.
+    """
+
+    name: str
+    outcome: Outcome = "timed"
+    refused: str | None = None
+    captures: list[str] = field(default_factory=list)  # the ways in which updates are obtained, of our rows
+    seconds: list[float] = field(default_factory=list)
+    fused_seconds: list[float] = field(default_factory=list)
+    steps_in_a_row: int = 0
+    host_seconds: float | None = None
+    host_mean_seconds: float | None = None
+    host_steps: int = 0
+    host_seconds_with_statistics: float | None = None
+    device_seconds: float | None = None
+    launches: dict[str, float] | None = None
+    first_seconds: float | None = None
+    warm_up_seconds: float | None = None
+    cold_seconds: float | None = None
+    state_bytes: int | None = None
+    kept_bytes: int | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def versus_fused(self) -> float | None:
+        """The median over the rounds of the ratio to torch's fused step in that round."""
+        ratios = [own / fused for own, fused in zip(self.seconds, self.fused_seconds, strict=True)]
+        return statistics.median(ratios) if ratios else None
+
+
+@dataclass
+class TrainingResult:
+    """All rows of one model."""
+
+    model: str
+    device: str
+    tensors: int
+    elements: int
+    rounds: int
+    new_gradients: bool = False
+    measurements: list[RowMeasurement] = field(default_factory=list)
+    interrupted: bool = False  # rows or rounds are missing
+
+    def named(self, name: str) -> RowMeasurement | None:
+        return next((m for m in self.measurements if m.name == name and m.seconds), None)
+
+
+@dataclass
+class _Timed:
+    """A row that is ready, with its optimizer."""
+
+    row: Row
+    measurement: RowMeasurement
+    stepping: Stepping
+
+
+Proof = Callable[[Row], tuple[Outcome, str | None, float | None]]
+"""Checks a row. Returns the outcome, the reason why there will be no time, and the seconds of a first, cold step."""
+
+
+class TrainingRig:
+    """Parameters and gradients of one model, and the rows that are ready to be timed in turns.
+
+    Args:
+        model: a key of `MODELS`.
+        proof: checks a row's result before it is measured.
+        rounds: the number of rounds. A row's first one is right after it was made ready.
+        new_gradients: every step finds its gradients in other tensors, as after `zero_grad()`.
+        deadline: by `time.monotonic`; no row is begun, and no round but its first, that would not end before it.
+        tell: is called with a line of text for each row and round.
+        save: is called with the result whenever it has grown.
+    """
+
+    def __init__(
+        self, model: str, device: str, *, proof: Proof, rounds: int = 5, new_gradients: bool = False,
+        deadline: float | None = None, tell: Callable[[RowMeasurement | str], None] | None = None,
+        save: Callable[[TrainingResult], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.clock: HostClock = clock_of(device)
+        self.kinds = [kind for kind, _ in MODELS[model]]
+        self.workload = Workload([shape for _, shape in MODELS[model]], device)
+        self.result = TrainingResult(
+            model, device, len(self.workload.params), self.workload.elements, rounds, new_gradients
+        )
+        self.proof, self.deadline = proof, deadline
+        self._tell, self._save = tell, save
+        self.others = [g.clone() for g in self.workload.grads] if new_gradients else []
+        self.fused: _Timed | None = None  # torch's fused step, which is timed in every round
+        self.turns: list[_Timed] = []
+        self.most_bytes = _most_bytes(device)
+
+    def run(self, rows: Sequence[Row]) -> TrainingResult:
+        """Measure all rows, torch's fused step before all others. After Ctrl-C, what was measured by then."""
+        try:
+            for row in sorted(rows, key=lambda row: row.name != FUSED):
+                if self._is_late(self._round_seconds()):
+                    self._add(RowMeasurement(row.name, "no time left", "the time was up before it was begun"))
+                    continue
+                self._one(row)
+                if sum(self._held(timed) for timed in self.turns) > self.most_bytes:
+                    self._take_turns()
+            self._take_turns()
+        except KeyboardInterrupt:
+            self.result.interrupted = True
+        return self.result
+
+    def _is_late(self, coming: float) -> bool:
+        """True if something that takes so many seconds would not end before the deadline."""
+        return self.deadline is not None and time.monotonic() + coming > self.deadline
+
+    def _round_seconds(self) -> float:
+        """The time of a round of all rows that are ready."""
+        return sum(t.measurement.seconds[-1] * t.measurement.steps_in_a_row for t in self.turns)
+
+    def _held(self, timed: _Timed) -> int:
+        return (timed.measurement.state_bytes or 0) + (timed.measurement.kept_bytes or 0)
+
+    def _add(self, measurement: RowMeasurement) -> None:
+        self.result.measurements.append(measurement)
+        if self._tell is not None:
+            self._tell(measurement)
+        if self._save is not None:
+            self._save(self.result)
+
+    def _one(self, row: Row) -> None:
+        """Check a row, make it ready and time its first round. Any error becomes this row's reason."""
+        measurement = RowMeasurement(row.name)
+        stepping = None
+        if row.contender.missing is not None:
+            measurement.outcome, measurement.refused = "missing", row.contender.missing
+        else:
+            measurement.outcome, measurement.refused, measurement.cold_seconds = self.proof(row)
+        if measurement.refused is None:
+            try:
+                stepping = self._ready(row, measurement)
+                timed = _Timed(row, measurement, stepping)
+                if row.name == FUSED:
+                    self.fused = timed
+                self._round([] if timed is self.fused else [timed])
+            except Exception as wrong:  # other people's optimizers may raise anything
+                measurement.outcome, measurement.refused = outcome_of(wrong, row.contender)
+                measurement.seconds, measurement.fused_seconds = [], []
+            else:
+                self.turns += [timed] if timed is not self.fused else []
+        self.workload.hand_out()
+        self.clock.settle()
+        self._add(measurement)
+
+    def _ready(self, row: Row, measurement: RowMeasurement) -> Stepping:
+        """The row's optimizer after warming up, with everything measured for which it need not be timed in turns."""
+        clock = self.clock
+        before = clock.held_bytes()
+        stepping = self._made(row, row.contender)
+        measurement.first_seconds = self._warm_up(stepping, 1)
+        measurement.warm_up_seconds = self._warm_up(stepping, WARM_UP - 1)
+        optimizer = stepping.optimizer
+        measurement.captures = ways_of(optimizer)
+        measurement.state_bytes = state_bytes(optimizer)
+        after = clock.held_bytes()
+        if before is not None and after is not None:
+            measurement.kept_bytes = after - before - measurement.state_bytes
+        most = clock.extra_bytes(stepping, row.period)
+        measurement.peak_bytes = most + (measurement.kept_bytes or 0)
+        trace = clock.trace(stepping, row.period)
+        launches = None if trace is None else count_launches(trace)
+        if trace is not None and launches is not None:
+            measurement.launches = {name: count / row.period for name, count in launches.items()}
+            measurement.device_seconds = device_seconds(trace) / row.period
+        samples = host_seconds(clock, stepping)
+        if samples:
+            measurement.host_seconds, measurement.host_mean_seconds = (
+                statistics.median(samples),
+                statistics.mean(samples),
+            )
+            measurement.host_steps = len(samples)
+        if samples and row.with_statistics is not None:
+            reporting = self._made(row, row.with_statistics)
+            self._warm_up(reporting, WARM_UP)
+            measurement.host_seconds_with_statistics = statistics.median(host_seconds(clock, reporting))
+        measurement.steps_in_a_row = in_a_row(clock, stepping)
+        return stepping
+
+    def _made(self, row: Row, contender: Contender) -> Stepping:
+        self.workload.hand_out()
+        optimizer = contender.make_optimizer(groups_of(self.workload.params, self.kinds, row.policy_on))
+        return (
+            AlternatingGradients(optimizer, self.workload, self.others)
+            if self.others
+            else Stepping(optimizer, self.workload)
+        )
+
+    def _warm_up(self, stepping: Stepping, steps: int) -> float:
+        """Take steps on new gradients. Returns the seconds of all of them, until the device is done."""
+        taken = 0.0
+        for _ in range(steps):
+            self.workload.fresh_gradients()
+            stepping.prepare()
+            self.clock.synchronize()
+            begun = time.perf_counter()
+            stepping.step()
+            self.clock.synchronize()
+            taken += time.perf_counter() - begun
+            stepping.clears_grad = stepping.clears_grad or any(p.grad is None for p in self.workload.params)
+        return taken
+
+    def _take_turns(self) -> None:
+        """The rounds after the first one of the rows that are ready, in which the order alternates; then drop them."""
+        for number in range(1, self.result.rounds):
+            if not self.turns or self._is_late(self._round_seconds()):
+                break
+            if self._tell is not None:
+                self._tell(f"{self.result.model}: round {number + 1} of {self.result.rounds}, {len(self.turns)} rows")
+            self._round(self.turns[:: -1 if number % 2 else 1])
+            if self._save is not None:
+                self._save(self.result)
+        self.turns.clear()
+        self.clock.settle()
+
+    def _round(self, rows: Sequence[_Timed]) -> None:
+        """Time torch's fused step and each of these rows, on new gradients."""
+        if self.fused is None:
+            raise RuntimeError(f"{FUSED} has no time, with which this row's would be compared")
+        self.workload.fresh_gradients()
+        fused = self._wall(self.fused)
+        for timed in (self.fused, *rows):
+            timed.measurement.seconds.append(fused if timed is self.fused else self._wall(timed))
+            timed.measurement.fused_seconds.append(fused)
+
+    def _wall(self, timed: _Timed) -> float:
+        self.workload.hand_out()
+        return wall_seconds(self.clock, timed.stepping, timed.measurement.steps_in_a_row)
+
+
+def ways_of(optimizer: Optimizer) -> list[str]:
+    """The captures of our optimizers' groups, each named once; [] of other people's."""
+    members = optimizer.members if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    ours = [member for member in members if isinstance(member, SelectiveUpdate)]
+    return list(dict.fromkeys(plan.capture.way for member in ours for plan in member.groups.plans))
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """The bytes of the tensors on the parameters' device in an optimizer's state, lists and dictionaries included."""
+
+    def size(value: Any, device: torch.device) -> int:
+        if isinstance(value, Tensor):
+            return value.nbytes if value.device == device else 0
+        if isinstance(value, dict):
+            return sum(size(each, device) for each in value.values())
+        return sum(size(each, device) for each in value) if isinstance(value, (list, tuple)) else 0
+
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return sum(size(dict(optimizer.state.get(p, {})), p.device) for p in params)
+
+
+def _most_bytes(device: str) -> float:
+    """The bytes of state that may be held at a time."""
+    if device == "cuda":
+        return MEMORY_SHARE * torch.cuda.mem_get_info()[0]
+    return 4 * 2**30

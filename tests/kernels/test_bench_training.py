@@ -1,0 +1,387 @@
+"""`selective bench --training`: rows are checked before they are timed, and what it writes follows from that.
+
+Asserts no time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from selective import Cautious, Dense, Eigenbasis, param_groups_for
+from selective.bench import Mismatch
+from selective.bench.__main__ import main
+from selective.bench.clock import CudaClock, HostClock, device_seconds
+from selective.bench.contenders import Contender, adamw, wrapped
+from selective.bench.shapes import MODELS
+from selective.bench.training import measure, proofs_child
+from selective.bench.training.groups import divided, groups_of
+from selective.bench.training.measure import RowMeasurement, TrainingResult, TrainingRig, state_bytes
+from selective.bench.training.profile import profile_text
+from selective.bench.training.proofs import prove_apart, prove_here
+from selective.bench.training.prove import prove
+from selective.bench.training.report import training_json, training_table
+from selective.bench.training.rows import FUSED, Row, training_rows
+from selective.bench.training.steps import AlternatingGradients, host_seconds, in_a_row
+from selective.bench.workload import Stepping, Workload
+
+TINY = [
+    ("embeddings", (40, 8)), ("matrices", (8, 8)), ("matrices", (16, 8)), ("columns:3", (8, 24)),
+    ("conv", (4, 2, 3, 3)), ("vectors", (8,)), ("head", (40, 8)),
+]  # fmt: skip
+ROWS = {row.name: row for row in training_rows("cpu")}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    monkeypatch.setattr("selective.bench.training.steps.IN_A_ROW", (10,))
+
+
+def rig(**options: Any) -> TrainingRig:
+    """A rig that takes every row for right, unless it is given a proof."""
+    return TrainingRig("tiny", "cpu", **{"proof": lambda row: ("timed", None, None), "rounds": 2, **options})
+
+
+class Model(nn.Module):
+    """With a parameter of each kind, in the order of `TINY`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 8)
+        self.q, self.up = nn.Linear(8, 8, bias=False), nn.Linear(8, 16, bias=False)
+        self.c_attn = nn.Module()
+        self.c_attn.weight = nn.Parameter(torch.zeros(8, 24))
+        self.conv = nn.Conv2d(2, 4, 3, bias=False)
+        self.norm = nn.RMSNorm(8)
+        self.lm_head = nn.Linear(8, 40, bias=False)
+
+
+def test_groups_are_those_that_a_user_has():
+    model = Model()
+    params = list(model.parameters())
+    theirs = param_groups_for(model, weight_decay=0.1, parts={"c_attn": "columns:3"})
+    of_user = [{**g, "params": [p for _, p in g["params"]]} for g in theirs]
+    ours = groups_of(params, [kind for kind, _ in TINY])
+    assert [{k: v for k, v in g.items() if k != "name"} for g in of_user] == ours
+    on_matrices = groups_of(params, [kind for kind, _ in TINY], "matrices")
+    assert [g.get("policy", "the wrapper's") for g in on_matrices] == ["the wrapper's"] * 3 + [None] * 3
+    flat, others = divided(ours)
+    assert [p.shape for g in flat for p in g["params"]] == [(8, 8), (16, 8), (8, 24)]
+    assert sum(len(g["params"]) for g in flat + others) == len(params)
+
+
+QUICK = (  # the others are of the same kinds, and are checked in the slow lane
+    "torch fused", "torch foreach", "MGUP", "Cautious, on matrices", "control of MGUP, on matrices",
+    "Soap(cholesky, tf32) + Cautious, refresh every 10", "Eigenbasis(), no refresh", "torch Muon, AdamW for the rest",
+    "Muon, Dense, capture='fused'", "Muon, MGUP, capture='fused'", "Muon, MGUP, capture='scratch'",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
+)
+def test_every_row_matches_its_reference(name):
+    row = ROWS[name]
+    if row.contender.missing:
+        pytest.skip(row.contender.missing)
+    outcome, refused, _ = prove_here(row, "cpu")
+    assert outcome == "timed" or without_a_rule(name, refused), refused
+
+
+def without_a_rule(name: str, refused: str | None) -> bool:
+    """True if it is Muon's fused rule that is missing, which the row says in words."""
+    return name == "Muon, MGUP, capture='fused'" and "capture='fused' is not possible for Muon" in str(refused)
+
+
+SPACE = Eigenbasis(stagger=False)
+
+
+def rotated(policy: Any = None, **changed: Any) -> Row:
+    """A row whose optimizer is in another space, or has another policy, than the row says."""
+    contender = wrapped("rotated", policy or Dense(), adamw(), preconditioner=Eigenbasis(stagger=False, **changed))
+    return Row(contender, policy=Dense(), space=SPACE)
+
+
+def test_a_rotated_row_that_is_right_is_let_through():
+    prove(rotated(), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (rotated(carry="keep"), "moment is .* of its norm away from the transcription of a parameter of shape"),
+        (rotated(carry="rotate"), "the second moment is"),
+        (rotated(Cautious()), "rotated elements have another update"),
+        (rotated(start_step=100), "the basis is still the identity"),
+        (rotated(sides="one"), "the basis is missing"),
+        (replace(rotated(), space=Eigenbasis(skip_first_step=True)), "in a step that stands still"),
+    ],
+    ids=["not carried", "permuted", "masked", "no basis", "one side", "first step"],
+)
+def test_a_rotated_row_that_does_something_else_gets_no_time(row, says):
+    with pytest.raises(Mismatch, match=says):
+        prove(row, "cpu")
+
+
+def test_a_rotation_the_wrong_way_round_gets_no_time(monkeypatch):
+    right = Eigenbasis._project
+    monkeypatch.setattr(
+        Eigenbasis, "_project", lambda self, states, xs, *, into: right(self, states, xs, into=not into)
+    )
+    with pytest.raises(Mismatch, match="moment is"):
+        prove(rotated(), "cpu")
+
+
+def test_rows_are_measured_in_turns_and_the_wrong_ones_say_why(capsys):
+    wrong = Row(Contender("wrong", lambda g: torch.optim.Adam(g, lr=1e-3), adamw()))
+    absent = Row(Contender("absent", adamw(), missing="absent is not installed"))
+
+    def breaks(groups: Any) -> Any:
+        raise ValueError("it has no such option\nand more")
+
+    failing = Row(Contender("failing", breaks, agrees="own"))
+    saved: list[int] = []
+    told: list[Any] = []
+    rows = [wrong, ROWS["MGUP"], failing, absent, ROWS["Soap(), no refresh"], ROWS[FUSED]]
+    proof = {wrong.name: prove_here(wrong, "cpu")}
+    result = rig(
+        proof=lambda row: proof.get(row.name, ("timed", None, None)),
+        save=lambda r: saved.append(len(r.measurements)),
+        tell=told.append,
+    ).run(rows)
+    outcomes = {m.name: m.outcome for m in result.measurements}
+    assert list(outcomes) == [FUSED, "wrong", "MGUP", "failing", "absent", "Soap(), no refresh"]
+    assert list(outcomes.values()) == ["timed", "mismatch", "timed", "failed", "missing", "timed"]
+    assert saved == [1, 2, 3, 4, 5, 6, 6]  # after each row, and after the second round
+    assert told[-1] == "tiny: round 2 of 2, 2 rows"
+    fused, mgup, soap = (result.named(name) for name in (FUSED, "MGUP", "Soap(), no refresh"))
+    assert fused and mgup and soap
+    assert fused.versus_fused == 1
+    assert len(mgup.seconds) == len(mgup.fused_seconds) == 2
+    assert mgup.captures == ["fused"] and fused.captures == []
+    elements = sum(p.numel() for p in Workload([shape for _, shape in TINY]).params)
+    assert fused.state_bytes == 8 * elements + 4 * len(TINY)
+    assert soap.state_bytes and soap.state_bytes > 8 * elements
+    assert mgup.first_seconds and mgup.warm_up_seconds and mgup.peak_bytes is not None
+    printed = training_table(result)
+    head = printed.splitlines()[0]
+    assert [cell.strip() for cell in head.split("|")][1:4] == ["step", "wall ms", "× fused"]
+    assert re.search(r"\| MGUP +\|.*\| +none \|", printed)  # of the device's columns
+    assert "| no time (failed): ValueError: it has no such option |" in printed
+    assert "no time (mismatch): wrong:" in printed
+    (written,) = json.loads(json.dumps(training_json([result], "cpu")))["training"]
+    assert [m["name"] for m in written["measurements"]] == list(outcomes)
+    assert written["measurements"][2]["median_seconds"] == mgup.median
+
+
+def test_rows_that_do_not_fit_together_take_turns_in_parts(monkeypatch):
+    monkeypatch.setattr(measure, "_most_bytes", lambda device: 0)
+    told: list[Any] = []
+    result = rig(tell=told.append).run([ROWS[FUSED], ROWS["MGUP"], ROWS["Cautious"]])
+    assert [len(m.seconds) for m in result.measurements] == [5, 2, 2]  # fused's own, and one with each of the others
+    assert [each for each in told if isinstance(each, str)] == ["tiny: round 2 of 2, 1 rows"] * 2
+
+
+def test_after_a_deadline_nothing_is_begun():
+    result = rig(deadline=time.monotonic() - 1).run([ROWS[FUSED], ROWS["MGUP"]])
+    assert [m.outcome for m in result.measurements] == ["no time left"] * 2
+    assert "no time (no time left): the time was up" in training_table(result)
+
+
+def test_without_the_fused_step_there_is_nothing_to_compare_with():
+    result = rig().run([ROWS["MGUP"]])
+    assert result.measurements[0].outcome == "failed"
+    assert "torch fused has no time" in str(result.measurements[0].refused)
+
+
+def test_gradients_at_new_addresses():
+    workload = Workload([(3, 4)])
+    other = torch.ones(3, 4)
+    stepping = AlternatingGradients(adamw()(workload.params), workload, [other])
+    places = []
+    for _ in range(4):
+        stepping.prepare()
+        grad = workload.params[0].grad
+        assert grad is not None
+        places.append(grad.data_ptr())
+    assert places == [other.data_ptr(), workload.grads[0].data_ptr()] * 2
+    assert rig(new_gradients=True).run([ROWS[FUSED]]).measurements[0].outcome == "timed"
+
+
+def test_the_host_is_timed_with_an_idle_device(monkeypatch):
+    """The device's clock waits before each step, and not after it; on a CPU there is no such time."""
+    order: list[str] = []
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: order.append("wait"))
+    workload = Workload([(3, 4)])
+    stepping = Stepping(adamw()(workload.params), workload)
+    monkeypatch.setattr(stepping, "step", lambda: order.append("step"))
+    monkeypatch.setattr("selective.bench.training.steps.HOST_STEPS", 3)
+    assert len(host_seconds(CudaClock(), stepping)) == 3
+    assert order == ["wait", "step"] * 3 + ["wait"]
+    assert host_seconds(HostClock(), stepping) == []
+    order.clear()
+    assert in_a_row(CudaClock(), stepping) == 10
+    assert order == ["wait", *["step"] * 10, "wait"]
+
+
+def test_seconds_of_the_device_are_kernels_copies_and_fills():
+    kinds = ["kernel", "gpu_memcpy", "gpu_memset", "cuda_runtime", None]
+    events = [{"cat": kind, "dur": 10.0**place} if kind else {} for place, kind in enumerate(kinds)]
+    assert device_seconds({"traceEvents": events}) == pytest.approx(111e-6)
+
+
+def test_state_counts_nested_tensors_once_each():
+    p = nn.Parameter(torch.zeros(4))
+    base = torch.optim.SGD([p], lr=0.1)
+    base.state[p] = {"a": torch.zeros(4), "b": [torch.zeros(2), {"c": torch.zeros(1)}], "d": 3}
+    assert state_bytes(base) == 4 * 7
+
+
+def test_command_line(tmp_path, capsys):
+    file = tmp_path / "out.json"
+    options = [
+        "--training",
+        "--device",
+        "cpu",
+        "--sets",
+        "tiny",
+        "--only",
+        "mgup",
+        "--groups",
+        "matrices",
+        "--no-peers",
+    ]
+    code = main([*options, "--rounds", "2", "--json", str(file)])
+    out = capsys.readouterr()
+    written = json.loads(file.read_text())
+    names = [m["name"] for m in written["training"][0]["measurements"]]
+    assert names == [
+        "torch fused", "torch foreach", "MGUP, on matrices", "MGUP (sampled), on matrices",
+        "control of MGUP, on matrices", "Muon, MGUP, capture='fused'", "Muon, MGUP, capture='scratch'",
+    ]  # fmt: skip
+    assert code == int(any(m["outcome"] != "timed" for m in written["training"][0]["measurements"]))
+    assert out.out.splitlines()[2].startswith("tiny: 0.0 M parameters in 7 tensors, float32, 2 rounds")
+    assert "MGUP, on matrices: " in out.err
+    assert {"date", "commit", "torch", "device"} < set(written)
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_a_time_limit_leaves_what_has_been_measured(tmp_path, monkeypatch, capsys):
+    """SIGTERM in the third row."""
+    file, real, begun = tmp_path / "out.json", TrainingRig._one, []
+
+    def watched(self, row):
+        begun.append(row.name)
+        if len(begun) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self, row)
+
+    monkeypatch.setattr(TrainingRig, "_one", watched)
+    options = ["--training", "--device", "cpu", "--sets", "tiny", "gpt2", "--only", "mgup", "--no-peers"]
+    assert main([*options, "--json", str(file)]) == 130
+    (result,) = json.loads(file.read_text())["training"]
+    assert [m["name"] for m in result["measurements"]] == begun[:2] and result["interrupted"]
+    assert "interrupted" in capsys.readouterr().out
+
+
+def test_a_profile_says_where_the_time_goes(capsys):
+    assert main(["--training", "--device", "cpu", "--sets", "tiny", "--profile", "mgup"]) == 0
+    text = capsys.readouterr().out
+    assert "MGUP, tiny: a step of 40" in text
+    assert "selective/optimizer.py" in text and "kernels/cpu/selective_step.py" in text
+    assert text.rstrip().endswith("by kernel\nnone")
+    with pytest.raises(SystemExit):
+        main(["--training", "--device", "cpu", "--sets", "tiny", "--profile", "nothing"])
+    assert "no row is called so" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--shapes", "gpt2"], "leave --shapes, --dtype and --controls out"),
+        (["--dtype", "bfloat16"], "leave --shapes, --dtype and --controls out"),
+        (["--rotations"], "give one of them"),
+        (["--sets", "huge"], "invalid choice: 'huge'"),
+        (["--only", "no such name"], "no name has it"),
+    ],
+)
+def test_wrong_options_are_refused(capsys, more, says):
+    with pytest.raises(SystemExit):
+        main(["--training", "--device", "cpu", *more])
+    assert says in capsys.readouterr().err
+
+
+def test_what_a_process_says_of_a_row():
+    said = proofs_child.proof(ROWS["Cautious, on matrices"], "cpu", "tiny")
+    assert (said["outcome"], said["refused"]) == ("timed", None) and said["seconds"] > 0
+    refused = proofs_child.proof(rotated(carry="keep"), "cpu", "tiny")
+    assert refused["outcome"] == "mismatch" and refused["seconds"] is None
+
+
+@pytest.mark.slow
+def test_processes_check_rows_and_one_that_ends_is_replaced():
+    unknown = replace(ROWS["MGUP"], contender=replace(ROWS["MGUP"].contender, name="unknown"))
+    absent = replace(ROWS["MGUP"], contender=replace(ROWS["MGUP"].contender, name="absent", missing="not here"))
+    told: list[str] = []
+    proofs = prove_apart([unknown, absent, ROWS[FUSED]], "cpu", "transformer-30m", 1, tell=told.append)
+    assert set(proofs) == {"unknown", FUSED}
+    outcome, refused, _ = proofs["unknown"]
+    assert (outcome, refused) == ("failed", "the process that checked it ended with code 1: KeyError: 'unknown'")
+    outcome, refused, seconds = proofs[FUSED]
+    assert (outcome, refused) == ("timed", None)
+    assert seconds and seconds > 0
+    assert told == ["checked unknown: failed", "checked torch fused"]
+
+
+def test_checks_that_do_not_end_in_time_are_given_up():
+    begun = time.monotonic()
+    assert prove_apart([ROWS[FUSED]], "cpu", "transformer-30m", 1, deadline=begun) == {}
+
+
+def test_the_table_of_a_gpu():
+    """Of made-up numbers."""
+    fused = RowMeasurement(FUSED, seconds=[0.001, 0.001], fused_seconds=[0.001, 0.001], host_seconds=0.0005)
+    fused.steps_in_a_row = 40
+    mine = replace(
+        fused, name="MGUP", seconds=[0.002, 0.003], host_seconds=0.00075, host_seconds_with_statistics=0.001,
+        device_seconds=0.00025, launches={"kernels": 9.0, "copies": 1.0, "fills": 0.0}, peak_bytes=3 * 2**20,
+        first_seconds=0.8, warm_up_seconds=0.02, cold_seconds=9.0, captures=["fused", "dense"],
+    )  # fmt: skip
+    table = training_table(TrainingResult("tiny", "cuda", 7, 1000, 2, measurements=[fused, mine]))
+    cells = [cell.strip() for cell in table.splitlines()[3].split("|")][1:-1]
+    assert cells == [
+        "MGUP", "2.50", "2.50", "0.75", "1.50", "1.00", "0.250", "9 + 1", "3", "800 + 20", "9000", "fused dense",
+    ]  # fmt: skip
+    assert "a step of 40 in a row" in table
+
+
+@pytest.mark.gpu
+def test_a_gpu_tells_everything():
+    rows = {row.name: row for row in training_rows("cuda")}
+    names = [FUSED, "MGUP", "Soap(cholesky, tf32) + Cautious, refresh every 10", "torch Muon, AdamW for the rest"]
+    rig = TrainingRig("tiny", "cuda", proof=lambda row: prove_here(row, "cuda"), rounds=2)
+    result = rig.run([rows[name] for name in names])
+    assert [(m.outcome, m.refused) for m in result.measurements] == [("timed", None)] * 4
+    for m in result.measurements:
+        assert m.host_seconds and m.kept_bytes is not None and m.peak_bytes
+        assert m.launches is None or (m.launches["kernels"] >= 1 and m.device_seconds)
+    assert all(m.host_seconds_with_statistics for m in result.measurements[1:3])
+    assert "by kernel" in profile_text(rows["MGUP"], "tiny", "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [row.name for row in training_rows("cuda")])
+def test_every_row_matches_its_reference_on_a_gpu(name):
+    row = next(row for row in training_rows("cuda") if row.name == name)
+    outcome, refused, _ = ("timed", None, None) if row.contender.missing else prove_here(row, "cuda")
+    assert outcome == "timed" or without_a_rule(name, refused), refused
