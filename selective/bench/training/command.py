@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 
 from selective.bench.limit import Limit, report_interruption
 from selective.bench.shapes import MODELS
-from selective.bench.training.measure import RowMeasurement, TrainingResult, TrainingRig
+from selective.bench.training.measure import TrainingRig
 from selective.bench.training.profile import profile_text
 from selective.bench.training.proofs import Proven, prove_apart, prove_here
+from selective.bench.training.records import RowMeasurement, TrainingResult
 from selective.bench.training.report import one_line, training_heading, training_json, training_table
 from selective.bench.training.rows import Row, training_rows
 

@@ -5,87 +5,24 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
 
-from selective import ChainedOptimizer, SelectiveUpdate
-from selective.bench.clock import HostClock, clock_of, count_launches, device_seconds
+from selective.bench.clock import CudaClock, HostClock, clock_of, count_launches, device_seconds
 from selective.bench.contenders import Contender
 from selective.bench.measure import Outcome, outcome_of
 from selective.bench.shapes import MODELS
+from selective.bench.training.facts import state_bytes, ways_of
 from selective.bench.training.groups import groups_of
+from selective.bench.training.records import RowMeasurement, TrainingResult
 from selective.bench.training.rows import FUSED, Row
 from selective.bench.training.steps import AlternatingGradients, host_seconds, in_a_row, wall_seconds
 from selective.bench.workload import Stepping, Workload
 
-WARM_UP = 12  # steps, the first included: by then every matrix has its first basis, also where they take turns
+# Steps, the first included. Of rotated rows so many that every matrix has its first basis, also where they take turns.
+WARM_UP, WARM_UP_ROTATED = 4, 12
 MEMORY_SHARE = 0.6  # of the device's memory for the states of rows that are timed in turns
-
-
-@dataclass
-class RowMeasurement:
-    """The measurements of one row. Times are seconds for each step.
-
-    seconds: of steps in a row without synchronising, by round; `fused_seconds` has torch's fused step of that round.
-    host_seconds: the median time until `step()` returns, the device idle before it; `host_mean_seconds` is the mean, in
-        which steps with a refresh count. With statistics: `host_seconds_with_statistics`.
-    device_seconds: the sum of the kernels', copies' and fills' times. `launches` are their numbers for each step.
-    first_seconds: the first step; `warm_up_seconds` is the sum over the rest of the warming up.
-    cold_seconds: the first step in a process of its own that may have had to compile kernels.
-    state_bytes: the tensors in the optimizer's `state`. peak_bytes: the most that was held during a step beyond
-        parameters, gradients and state. `kept_bytes` of them are held between steps.
-    """
-
-    name: str
-    outcome: Outcome = "timed"
-    refused: str | None = None
-    captures: list[str] = field(default_factory=list)  # the ways in which updates are obtained, of our rows
-    seconds: list[float] = field(default_factory=list)
-    fused_seconds: list[float] = field(default_factory=list)
-    steps_in_a_row: int = 0
-    host_seconds: float | None = None
-    host_mean_seconds: float | None = None
-    host_steps: int = 0
-    host_seconds_with_statistics: float | None = None
-    device_seconds: float | None = None
-    launches: dict[str, float] | None = None
-    first_seconds: float | None = None
-    warm_up_seconds: float | None = None
-    cold_seconds: float | None = None
-    state_bytes: int | None = None
-    kept_bytes: int | None = None
-    peak_bytes: int | None = None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def versus_fused(self) -> float | None:
-        """The median over the rounds of the ratio to torch's fused step in that round."""
-        ratios = [own / fused for own, fused in zip(self.seconds, self.fused_seconds, strict=True)]
-        return statistics.median(ratios) if ratios else None
-
-
-@dataclass
-class TrainingResult:
-    """All rows of one model."""
-
-    model: str
-    device: str
-    tensors: int
-    elements: int
-    rounds: int
-    new_gradients: bool = False
-    measurements: list[RowMeasurement] = field(default_factory=list)
-    interrupted: bool = False  # rows or rounds are missing
-
-    def named(self, name: str) -> RowMeasurement | None:
-        return next((m for m in self.measurements if m.name == name and m.seconds), None)
 
 
 @dataclass
@@ -195,7 +132,8 @@ class TrainingRig:
         before = clock.held_bytes()
         stepping = self._made(row, row.contender)
         measurement.first_seconds = self._warm_up(stepping, 1)
-        measurement.warm_up_seconds = self._warm_up(stepping, WARM_UP - 1)
+        rest = [self._warm_up(stepping, 1) for _ in range(_warm_up(row) - 1)]
+        measurement.warm_up_seconds, measurement.steps_in_a_row = sum(rest), in_a_row(statistics.median(rest))
         optimizer = stepping.optimizer
         measurement.captures = ways_of(optimizer)
         measurement.state_bytes = state_bytes(optimizer)
@@ -209,18 +147,10 @@ class TrainingRig:
         if trace is not None and launches is not None:
             measurement.launches = {name: count / row.period for name, count in launches.items()}
             measurement.device_seconds = device_seconds(trace) / row.period
-        samples = host_seconds(clock, stepping)
-        if samples:
-            measurement.host_seconds, measurement.host_mean_seconds = (
-                statistics.median(samples),
-                statistics.mean(samples),
-            )
-            measurement.host_steps = len(samples)
-        if samples and row.with_statistics is not None:
+        if row.with_statistics is not None and isinstance(clock, CudaClock):
             reporting = self._made(row, row.with_statistics)
-            self._warm_up(reporting, WARM_UP)
-            measurement.host_seconds_with_statistics = statistics.median(host_seconds(clock, reporting))
-        measurement.steps_in_a_row = in_a_row(clock, stepping)
+            self._warm_up(reporting, _warm_up(row))
+            measurement.host_with_statistics = host_seconds(clock, reporting)
         return stepping
 
     def _made(self, row: Row, contender: Contender) -> Stepping:
@@ -264,35 +194,24 @@ class TrainingRig:
         if self.fused is None:
             raise RuntimeError(f"{FUSED} has no time, with which this row's would be compared")
         self.workload.fresh_gradients()
-        fused = self._wall(self.fused)
+        fused = self._times(self.fused)
         for timed in (self.fused, *rows):
-            timed.measurement.seconds.append(fused if timed is self.fused else self._wall(timed))
-            timed.measurement.fused_seconds.append(fused)
+            (wall, host), measurement = fused if timed is self.fused else self._times(timed), timed.measurement
+            measurement.seconds.append(wall)
+            measurement.fused_seconds.append(fused[0])
+            if host is not None and fused[1] is not None:
+                measurement.host.append(host)
+                measurement.fused_host.append(fused[1])
 
-    def _wall(self, timed: _Timed) -> float:
+    def _times(self, timed: _Timed) -> tuple[float, float | None]:
+        """The seconds of a step, by the clock on the wall and of the host alone."""
         self.workload.hand_out()
-        return wall_seconds(self.clock, timed.stepping, timed.measurement.steps_in_a_row)
+        wall = wall_seconds(self.clock, timed.stepping, timed.measurement.steps_in_a_row)
+        return wall, host_seconds(self.clock, timed.stepping)
 
 
-def ways_of(optimizer: Optimizer) -> list[str]:
-    """The captures of our optimizers' groups, each named once; [] of other people's."""
-    members = optimizer.members if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    ours = [member for member in members if isinstance(member, SelectiveUpdate)]
-    return list(dict.fromkeys(plan.capture.way for member in ours for plan in member.groups.plans))
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """The bytes of the tensors on the parameters' device in an optimizer's state, lists and dictionaries included."""
-
-    def size(value: Any, device: torch.device) -> int:
-        if isinstance(value, Tensor):
-            return value.nbytes if value.device == device else 0
-        if isinstance(value, dict):
-            return sum(size(each, device) for each in value.values())
-        return sum(size(each, device) for each in value) if isinstance(value, (list, tuple)) else 0
-
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return sum(size(dict(optimizer.state.get(p, {})), p.device) for p in params)
+def _warm_up(row: Row) -> int:
+    return WARM_UP if row.period == 1 and row.space is None else WARM_UP_ROTATED
 
 
 def _most_bytes(device: str) -> float:

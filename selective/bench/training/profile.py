@@ -13,7 +13,7 @@ from selective import kernels
 from selective.bench.clock import HostClock, clock_of
 from selective.bench.shapes import MODELS
 from selective.bench.training.groups import groups_of
-from selective.bench.training.measure import WARM_UP
+from selective.bench.training.measure import WARM_UP_ROTATED
 from selective.bench.training.rows import Row
 from selective.bench.workload import Stepping, Workload
 
@@ -28,7 +28,7 @@ def profile_text(row: Row, model: str, device: str) -> str:
     kinds = [kind for kind, _ in MODELS[model]]
     workload = Workload([shape for _, shape in MODELS[model]], device)
     stepping = Stepping(row.contender.make_optimizer(groups_of(workload.params, kinds, row.policy_on)), workload)
-    stepping.warm_up(WARM_UP)
+    stepping.warm_up(WARM_UP_ROTATED)
     functions, files, calls = _host(clock, stepping)
     lines = [f"{row.name}, {model}: a step of {STEPS}; the profiler makes Python slower", "",
              "host, ms of its own in a step (calls): by function", *functions, "",

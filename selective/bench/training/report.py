@@ -7,8 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from selective.bench.environment import environment
-from selective.bench.training.measure import RowMeasurement, TrainingResult
-from selective.bench.training.rows import FUSED
+from selective.bench.training.records import RowMeasurement, TrainingResult
 
 NONE = "none"  # a column of the device, on a CPU
 
@@ -36,20 +35,14 @@ def _first(m: RowMeasurement) -> str:
     return f"{_ms(m.first_seconds, 0)} + {_ms(m.warm_up_seconds, 0)}"
 
 
-def columns_of(result: TrainingResult) -> dict[str, Callable[[RowMeasurement], str]]:
+def columns() -> dict[str, Callable[[RowMeasurement], str]]:
     """The columns of the table; ratios are to torch's fused step of the same run."""
-    fused = result.named(FUSED)
-    host = None if fused is None else fused.host_seconds
-
-    def versus_host(seconds: float | None) -> str:
-        return NONE if seconds is None or not host else f"{seconds / host:.2f}"
-
     return {
         "wall ms": lambda m: _ms(m.median),
         "× fused": lambda m: _number(m.versus_fused, 2),
         "host ms": lambda m: _ms(m.host_seconds),
-        "× fused's": lambda m: versus_host(m.host_seconds),
-        "host ms, statistics": lambda m: _ms(m.host_seconds_with_statistics),
+        "× fused's": lambda m: _number(m.host_versus_fused, 2),
+        "host ms, statistics": lambda m: _ms(m.host_with_statistics),
         "device ms": lambda m: _ms(m.device_seconds, 3),
         "launches": _launches,
         "peak MiB": lambda m: _mib(m.peak_bytes),
@@ -63,16 +56,16 @@ LEGEND = (
     "wall: a step of {steps} in a row without synchronising, the median of the rounds; × fused: the median ratio to "
     "torch's fused step of that round; host: the median time until step() returns, with an idle device, without and "
     "with statistics; device: the sum of kernels, copies and fills; launches: kernels + copies and fills; peak: beyond "
-    "parameters, gradients and state; first: the first step + the eleven after it; cold: the first step in a process "
-    "that had to compile its kernels, if nothing had before."
+    "parameters, gradients and state; first: the first step + the others until it was warm; cold: the first step in a "
+    "process that had to compile its kernels, if nothing had before."
 )
 
 
 def training_table(result: TrainingResult) -> str:
     """A Markdown table with a line for each row, or the reason why it has no time."""
-    columns = columns_of(result)
-    head = ["step", *columns]
-    rows = [[m.name, *(cell(m) for cell in columns.values())] for m in result.measurements if m.seconds]
+    cells_of = columns()
+    head = ["step", *cells_of]
+    rows = [[m.name, *(cell(m) for cell in cells_of.values())] for m in result.measurements if m.seconds]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     widths[0] = max([widths[0], *(len(m.name) for m in result.measurements)])
 
@@ -81,7 +74,7 @@ def training_table(result: TrainingResult) -> str:
         return f"| {' | '.join(aligned)} |"
 
     by_name = iter(rows)
-    lines = [line(head), line(["---"] + ["--:"] * len(columns))]
+    lines = [line(head), line(["---"] + ["--:"] * len(cells_of))]
     for m in result.measurements:
         lines.append(line(next(by_name)) if m.seconds else f"| {m.name:{widths[0]}} | {why_no_time(m)} |")
     steps = sorted({m.steps_in_a_row for m in result.measurements if m.seconds})
@@ -118,7 +111,13 @@ def training_json(results: Sequence[TrainingResult], device: str) -> dict[str, A
 
 def _result(result: TrainingResult) -> dict[str, Any]:
     rows = [
-        {**asdict(m), "median_seconds": m.median if m.seconds else None, "versus_fused": m.versus_fused}
+        {
+            **asdict(m),
+            "median_seconds": m.median if m.seconds else None,
+            "versus_fused": m.versus_fused,
+            "host_seconds": m.host_seconds,
+            "host_versus_fused": m.host_versus_fused,
+        }
         for m in result.measurements
     ]
     return {**asdict(result), "measurements": rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 
@@ -17,8 +18,8 @@ IN_A_ROW = (
     10,
 )  # steps, all multiples of the rows' periods: the most that fit in so many seconds, or the fewest
 ENOUGH_SECONDS = 1.2
-HOST_STEPS = 200  # for the median of the host's time ...
-HOST_SECONDS, FEWEST_HOST_STEPS = 2.0, 20  # ... or as many as fit in so many seconds, but not fewer
+HOST_STEPS = 40  # for the median of the host's time in one round ...
+HOST_SECONDS, FEWEST_HOST_STEPS = 0.4, 5  # ... or as many as fit in so many seconds, but not fewer
 
 
 class AlternatingGradients(Stepping):
@@ -48,16 +49,15 @@ def wall_seconds(clock: HostClock, stepping: Stepping, count: int) -> float:
     return (time.perf_counter() - begun) / count
 
 
-def in_a_row(clock: HostClock, stepping: Stepping) -> int:
-    """The number of steps in a row that are timed together, after a trial of the fewest."""
-    taken = wall_seconds(clock, stepping, IN_A_ROW[-1])
-    return next((count for count in IN_A_ROW if count * taken <= ENOUGH_SECONDS), IN_A_ROW[-1])
+def in_a_row(seconds: float) -> int:
+    """The number of steps in a row that are timed together, of a step that takes so many seconds."""
+    return next((count for count in IN_A_ROW if count * seconds <= ENOUGH_SECONDS), IN_A_ROW[-1])
 
 
-def host_seconds(clock: HostClock, stepping: Stepping) -> list[float]:
-    """The seconds until `step()` returns, of many steps before each of which the device is idle. [] on a CPU."""
+def host_seconds(clock: HostClock, stepping: Stepping) -> float | None:
+    """The median seconds until `step()` returns, of steps before each of which the device is idle. None on a CPU."""
     if not isinstance(clock, CudaClock):
-        return []
+        return None
     samples: list[float] = []
     end = time.perf_counter() + HOST_SECONDS
     while len(samples) < HOST_STEPS and (len(samples) < FEWEST_HOST_STEPS or time.perf_counter() < end):
@@ -67,4 +67,4 @@ def host_seconds(clock: HostClock, stepping: Stepping) -> list[float]:
         stepping.step()
         samples.append(time.perf_counter() - begun)
     clock.synchronize()
-    return samples
+    return statistics.median(samples)
