@@ -34,6 +34,10 @@ MakeOptimizer = Callable[[Sequence[Any]], Optimizer]  # takes parameters or grou
 ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
 
+class NotPossible(ValueError):
+    """Raised by a contender that can't be made of these parameters, or not yet. The message says why."""
+
+
 @dataclass(frozen=True)
 class Contender:
     """One optimizer to time. The time is that of its whole `step()`, wrapper included.

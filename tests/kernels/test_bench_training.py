@@ -21,7 +21,8 @@ from selective import Cautious, Dense, Eigenbasis, param_groups_for
 from selective.bench import Mismatch
 from selective.bench.__main__ import main
 from selective.bench.clock import CudaClock, HostClock, device_seconds
-from selective.bench.contenders import Contender, adamw, wrapped
+from selective.bench.contenders import Contender, NotPossible, adamw, wrapped
+from selective.bench.measure import outcome_of
 from selective.bench.shapes import MODELS
 from selective.bench.training import measure, proofs_child
 from selective.bench.training.facts import state_bytes
@@ -98,6 +99,14 @@ def test_every_row_matches_its_reference(name):
         pytest.skip(row.contender.missing)
     outcome, refused, _ = prove_here(row, "cpu")
     assert outcome == "timed" or without_a_rule(name, refused), refused
+
+
+def test_a_model_without_matrices_has_no_muon():
+    row = ROWS["torch Muon, AdamW for the rest"]
+    groups = groups_of([nn.Parameter(torch.zeros(3))], ["vectors"])
+    with pytest.raises(NotPossible, match="this model has none inside") as refused:
+        row.contender.make_optimizer(groups)
+    assert outcome_of(refused.value, row.contender) == ("not possible", str(refused.value))
 
 
 def without_a_rule(name: str, refused: str | None) -> bool:

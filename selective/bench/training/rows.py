@@ -24,7 +24,7 @@ from selective import (
     SelectiveUpdate,
     Soap,
 )
-from selective.bench.contenders import ADAMW, POLICIES, Contender, MakeOptimizer, adamw, wrapped
+from selective.bench.contenders import ADAMW, POLICIES, Contender, MakeOptimizer, NotPossible, adamw, wrapped
 from selective.bench.peers import peer_contenders
 from selective.bench.training.groups import Group, PolicyOn, divided, plain
 from selective.capture.choose import CaptureName
@@ -131,10 +131,13 @@ def _muon(base: MakeOptimizer) -> list[Row]:
         def make(groups: Sequence[Group]) -> Optimizer:
             flat, others = divided(groups)
             if not flat:
-                raise ValueError("Muon takes matrices with two dimensions, and this model has none inside")
+                raise NotPossible("Muon takes matrices with two dimensions, and this model has none inside")
             muon: Optimizer = torch.optim.Muon(plain(flat), **MUON)
             if policy is not None:
-                muon = SelectiveUpdate(muon, policy=policy, capture=capture, statistics=statistics)
+                try:
+                    muon = SelectiveUpdate(muon, policy=policy, capture=capture, statistics=statistics)
+                except ValueError as wrong:
+                    raise NotPossible(str(wrong)) from wrong
             return ChainedOptimizer({"matrices": muon, "rest": base(plain(others))} if others else {"matrices": muon})
 
         return make
