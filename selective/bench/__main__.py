@@ -76,7 +76,7 @@ def _main(argv: Sequence[str] | None, limit: Limit) -> int:
     if options.json and not options.json.absolute().parent.is_dir():
         command.error(f"--json {options.json}: the folder {options.json.absolute().parent} is not there; make it first")
     options.rounds = options.rounds or (5 if options.training else 7)
-    if options.training + options.rotations + options.first_step > 1:
+    if options.training and (options.rotations or options.first_step):
         command.error("--training, --rotations and --first-step measure different things: give one of them")
     if options.cpu_time and not options.first_step:
         command.error("--cpu-time goes with --first-step alone: optimizers' steps are timed by the clock on the wall")

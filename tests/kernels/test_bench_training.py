@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from selective.bench.clock import CudaClock, HostClock, device_seconds
 from selective.bench.contenders import Contender, NotPossible, adamw, wrapped
 from selective.bench.measure import outcome_of
 from selective.bench.shapes import MODELS
-from selective.bench.training import measure, proofs_child
+from selective.bench.training import measure, proofs, proofs_child
 from selective.bench.training.facts import state_bytes
 from selective.bench.training.groups import divided, groups_of
 from selective.bench.training.measure import TrainingRig
@@ -46,8 +47,13 @@ ROWS = {row.name: row for row in training_rows("cpu")}
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
+    """A small model, and few steps; the profiler of memory runs in one test alone."""
     monkeypatch.setitem(MODELS, "tiny", TINY)
-    monkeypatch.setattr("selective.bench.training.steps.IN_A_ROW", (10,))
+    monkeypatch.setattr("selective.bench.training.steps.IN_A_ROW", (2,))
+    monkeypatch.setattr(HostClock, "extra_bytes", lambda self, stepping, steps=1: 0)
+
+
+EXTRA_BYTES = HostClock.extra_bytes
 
 
 def rig(**options: Any) -> TrainingRig:
@@ -153,7 +159,8 @@ def test_a_rotation_the_wrong_way_round_gets_no_time(monkeypatch):
         prove(rotated(), "cpu")
 
 
-def test_rows_are_measured_in_turns_and_the_wrong_ones_say_why(capsys):
+def test_rows_are_measured_in_turns_and_the_wrong_ones_say_why(monkeypatch):
+    monkeypatch.setattr(HostClock, "extra_bytes", EXTRA_BYTES)
     wrong = Row(Contender("wrong", lambda g: torch.optim.Adam(g, lr=1e-3), adamw()))
     absent = Row(Contender("absent", adamw(), missing="absent is not installed"))
 
@@ -183,7 +190,7 @@ def test_rows_are_measured_in_turns_and_the_wrong_ones_say_why(capsys):
     elements = sum(p.numel() for p in Workload([shape for _, shape in TINY]).params)
     assert fused.state_bytes == 8 * elements + 4 * len(TINY)
     assert soap.state_bytes and soap.state_bytes > 8 * elements
-    assert mgup.first_seconds and mgup.warm_up_seconds and mgup.peak_bytes is not None
+    assert mgup.first_seconds and mgup.warm_up_seconds and mgup.peak_bytes
     printed = training_table(result)
     head = printed.splitlines()[0]
     assert [cell.strip() for cell in head.split("|")][1:4] == ["step", "wall ms", "× fused"]
@@ -193,6 +200,22 @@ def test_rows_are_measured_in_turns_and_the_wrong_ones_say_why(capsys):
     (written,) = json.loads(json.dumps(training_json([result], "cpu")))["training"]
     assert [m["name"] for m in written["measurements"]] == list(outcomes)
     assert written["measurements"][2]["median_seconds"] == mgup.median
+
+
+def test_a_row_that_fails_in_a_later_round_leaves_the_others():
+    class Breaks(torch.optim.AdamW):
+        steps = 0
+
+        def step(self, closure: Any = None) -> None:
+            self.steps += 1
+            if self.steps > 4 + 2:  # warming up, and the first round
+                raise RuntimeError("it has lost its state")
+            super().step()
+
+    breaks = Row(Contender("breaks", lambda groups: Breaks(groups, lr=1e-3), agrees="own"))
+    first, broken, other = rig().run([ROWS[FUSED], breaks, ROWS["Cautious"]]).measurements
+    assert (broken.outcome, broken.refused) == ("failed", "RuntimeError: it has lost its state")
+    assert broken.seconds == [] and len(first.seconds) == 4 and len(other.seconds) == 2
 
 
 def test_rows_that_do_not_fit_together_take_turns_in_parts(monkeypatch):
@@ -331,6 +354,28 @@ def test_what_a_process_says_of_a_row():
     assert (said["outcome"], said["refused"]) == ("timed", None) and said["seconds"] > 0
     refused = proofs_child.proof(rotated(carry="keep"), "cpu", "tiny")
     assert refused["outcome"] == "mismatch" and refused["seconds"] is None
+
+
+def test_a_process_that_breaks_is_replaced_and_no_other_row_is_blamed(monkeypatch):
+    """The process is a stand-in, which costs no import of torch."""
+    script = (
+        "import json, sys\n"
+        "for line in sys.stdin:\n"
+        "    bad = line.strip() == 'bad'\n"
+        "    if line.strip() == 'dies': sys.exit('died')\n"
+        "    said = {'outcome': 'failed' if bad else 'timed', 'refused': 'CUDA error: lost' if bad else None}\n"
+        "    print(json.dumps({**said, 'seconds': 0.5, 'ends': bad}), flush=True)\n"
+        "    if bad: sys.exit(3)\n"
+        "    if line.strip() == 'ends later': sys.exit(4)\n"
+    )
+    monkeypatch.setattr(proofs, "command_of", lambda *_: [sys.executable, "-c", script])
+    names = ["a", "bad", "ends later", "b", "dies", "c"]
+    rows = [replace(ROWS["MGUP"], contender=replace(ROWS["MGUP"].contender, name=name)) for name in names]
+    right = ("timed", None, 0.5)
+    assert prove_apart(rows, "cpu", "tiny", 1) == {
+        "a": right, "bad": ("failed", "CUDA error: lost", 0.5), "ends later": right, "b": right,
+        "dies": ("failed", "the process that checked it ended with code 1: died", None), "c": right,
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -25,13 +25,14 @@ WARM_UP, WARM_UP_ROTATED = 4, 12
 MEMORY_SHARE = 0.6  # of the device's memory for the states of rows that are timed in turns
 
 
-@dataclass
+@dataclass(eq=False)
 class _Timed:
     """A row that is ready, with its optimizer."""
 
     row: Row
     measurement: RowMeasurement
     stepping: Stepping
+    round_seconds: float = 0.0  # of its last round, by the clock on the wall
 
 
 Proof = Callable[[Row], tuple[Outcome, str | None, float | None]]
@@ -90,7 +91,7 @@ class TrainingRig:
 
     def _round_seconds(self) -> float:
         """The time of a round of all rows that are ready."""
-        return sum(t.measurement.seconds[-1] * t.measurement.steps_in_a_row for t in self.turns)
+        return sum(timed.round_seconds for timed in self.turns)
 
     def _held(self, timed: _Timed) -> int:
         return (timed.measurement.state_bytes or 0) + (timed.measurement.kept_bytes or 0)
@@ -105,26 +106,32 @@ class TrainingRig:
     def _one(self, row: Row) -> None:
         """Check a row, make it ready and time its first round. Any error becomes this row's reason."""
         measurement = RowMeasurement(row.name)
-        stepping = None
         if row.contender.missing is not None:
             measurement.outcome, measurement.refused = "missing", row.contender.missing
         else:
             measurement.outcome, measurement.refused, measurement.cold_seconds = self.proof(row)
         if measurement.refused is None:
             try:
-                stepping = self._ready(row, measurement)
-                timed = _Timed(row, measurement, stepping)
+                timed = _Timed(row, measurement, self._ready(row, measurement))
                 if row.name == FUSED:
                     self.fused = timed
-                self._round([] if timed is self.fused else [timed])
+                else:
+                    self.turns.append(timed)
+                self._round([timed] if timed in self.turns else [])
             except Exception as wrong:  # other people's optimizers may raise anything
-                measurement.outcome, measurement.refused = outcome_of(wrong, row.contender)
-                measurement.seconds, measurement.fused_seconds = [], []
-            else:
-                self.turns += [timed] if timed is not self.fused else []
+                self._fail(row, measurement, wrong)
         self.workload.hand_out()
         self.clock.settle()
         self._add(measurement)
+
+    def _fail(self, row: Row, measurement: RowMeasurement, wrong: Exception) -> None:
+        """Give a row the reason why it has no time, and drop its optimizer."""
+        measurement.outcome, measurement.refused = outcome_of(wrong, row.contender)
+        for times in (measurement.seconds, measurement.fused_seconds, measurement.host, measurement.fused_host):
+            times.clear()
+        self.turns = [timed for timed in self.turns if timed.measurement is not measurement]
+        if self.fused is not None and self.fused.measurement is measurement:
+            self.fused = None
 
     def _ready(self, row: Row, measurement: RowMeasurement) -> Stepping:
         """The row's optimizer after warming up, with everything measured for which it need not be timed in turns."""
@@ -190,13 +197,18 @@ class TrainingRig:
         self.clock.settle()
 
     def _round(self, rows: Sequence[_Timed]) -> None:
-        """Time torch's fused step and each of these rows, on new gradients."""
+        """Time torch's fused step and each of these rows, on new gradients. A row that raises an error has no time."""
         if self.fused is None:
             raise RuntimeError(f"{FUSED} has no time, with which this row's would be compared")
         self.workload.fresh_gradients()
         fused = self._times(self.fused)
         for timed in (self.fused, *rows):
-            (wall, host), measurement = fused if timed is self.fused else self._times(timed), timed.measurement
+            measurement = timed.measurement
+            try:
+                wall, host = fused if timed is self.fused else self._times(timed)
+            except Exception as wrong:  # other people's optimizers may raise anything
+                self._fail(timed.row, measurement, wrong)
+                continue
             measurement.seconds.append(wall)
             measurement.fused_seconds.append(fused[0])
             if host is not None and fused[1] is not None:
@@ -205,9 +217,12 @@ class TrainingRig:
 
     def _times(self, timed: _Timed) -> tuple[float, float | None]:
         """The seconds of a step, by the clock on the wall and of the host alone."""
+        begun = time.monotonic()
         self.workload.hand_out()
         wall = wall_seconds(self.clock, timed.stepping, timed.measurement.steps_in_a_row)
-        return wall, host_seconds(self.clock, timed.stepping)
+        host = host_seconds(self.clock, timed.stepping)
+        timed.round_seconds = time.monotonic() - begun
+        return wall, host
 
 
 def _warm_up(row: Row) -> int:

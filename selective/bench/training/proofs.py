@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from selective.bench.fresh_process import command_of, environment_of
 from selective.bench.measure import Outcome, outcome_of
@@ -72,20 +73,34 @@ class _Child:
         self._given_up = False
 
     def ask(self, name: str) -> Proven | None:
-        """The child's proof of a row; None if the child was given up meanwhile."""
-        with self._lock:
-            if self._given_up:
+        """The child's proof of a row; None if the child was given up meanwhile.
+
+        Where a process ends that has answered for other rows before, one of those may have broken it. So the row is
+        asked for again in a fresh one.
+        """
+        while True:
+            with self._lock:
+                if self._given_up:
+                    return None
+                self._running = running = self._running or _Running(self._command)
+            was_fresh = running.is_fresh
+            line = running.answer(name)
+            said: dict[str, Any] = json.loads(line) if line else {"ends": True}
+            ending = self._drop(running) if said["ends"] else ""
+            if ending is None:
                 return None
-            self._running = running = self._running or _Running(self._command)
-        line = running.answer(name)
-        if line:
-            said = json.loads(line)
-            return said["outcome"], said["refused"], said["seconds"]
+            if line:
+                return said["outcome"], said["refused"], said["seconds"]
+            if was_fresh:
+                return "failed", f"the process that checked it {ending}", None
+
+    def _drop(self, running: _Running) -> str | None:
+        """Take leave of a process that ends. Returns how it has ended; None if the child was given up meanwhile."""
         with self._lock:
             if self._given_up:
                 return None
             self._running = None
-        return "failed", f"the process that checked it {running.end()}", None
+        return running.end()
 
     def give_up(self) -> None:
         """End the process."""
@@ -99,6 +114,7 @@ class _Running:
     """A process with its pipes, and a file with what it has said of errors."""
 
     def __init__(self, command: list[str]) -> None:
+        self.is_fresh = True  # it has answered for no row yet
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
@@ -112,9 +128,11 @@ class _Running:
         try:
             given.write(f"{name}\n")
             given.flush()
-            return said.readline()
+            line = said.readline()
         except (BrokenPipeError, ValueError):  # a ValueError if `kill` has closed the pipes
             return ""
+        self.is_fresh = False
+        return line
 
     def end(self) -> str:
         """Say with what code it has ended, and the last line of its errors."""

@@ -24,8 +24,9 @@ def main(device: str, model: str) -> int:
     rows = {row.name: row for row in training_rows(device)}
     for line in sys.stdin:
         answer = proof(rows[line.strip()], device, model)
-        print(json.dumps(answer), file=answers, flush=True)
-        if "CUDA error" in (answer["refused"] or ""):
+        broken = "CUDA error" in (answer["refused"] or "")
+        print(json.dumps({**answer, "ends": broken}), file=answers, flush=True)
+        if broken:
             return 3
     return 0
 
