@@ -21,7 +21,6 @@ from .spec import Decay, Draw, GivenRule, Item, ItemList, Rule, Selection, StepS
 Backend = Literal["auto", "reference", "cpu", "gpu"]  # The implementation; "auto" picks by device.
 _standard: ContextVar[Backend] = ContextVar("standard", default="auto")
 _triton_missing: list[str] = []  # once looked for: why it is missing ("" if it is not); "said", once the user was told
-NO_CONTROL = "there is no Triton kernel for a matched random control"
 
 
 @contextmanager
@@ -71,28 +70,16 @@ def _warn_without_triton() -> None:
 
 def why_reference(item: Item, rule: Rule, selection: Selection | None = None) -> str | None:
     """The reason why a tensor on a GPU is stepped by the reference, in words; None if a kernel steps it."""
-    if selection is not None and selection.control is not None:
-        return NO_CONTROL
     return why_no_triton() or _gpu().unsupported(item, rule, selection)
 
 
 def why_own_code(selection: Selection, param: Tensor) -> str | None:
     """The reason why no kernel has this selection for this parameter, in words; None if one has it.
 
-    If there is a reason, the policy's own code has to run. There is one for two kinds only: a user's Triton function,
-    which only Triton kernels can call, and a matched control, which these don't have.
+    If there is a reason, the policy's own code has to run. There is one for a user's Triton function only, which only
+    Triton kernels can call.
     """
-    if selection.control is not None and _path_of(param) == "gpu":
-        return NO_CONTROL
     return why_no_function(param) if selection.kind == "function" else None
-
-
-def _path_of(param: Tensor) -> Backend:
-    """The implementation for this parameter, as far as its device and the backend say."""
-    path = _standard.get()
-    if path != "auto":
-        return path
-    return {"cpu": "cpu", "cuda": "gpu"}.get(param.device.type, "reference")  # type: ignore[return-value]
 
 
 def why_no_function(param: Tensor) -> str | None:

@@ -12,6 +12,7 @@ from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
 from ..reference.rules import number
 from ..spec import Item, Scalar, Selection, StepSpec, Strength
 from .configure import hyper_parameters, samples_of
+from .control import ControlPlan
 from .device import config
 from .device.config import Config
 from .tables import Tables, cdiv, is_in_place, refill, state_columns, upload, work
@@ -72,6 +73,7 @@ class Batch:
         self.programs = self.chunks.shape[0]
         self.top_k = TopKPlan(self.numels, selection, cfg, self.device) if selection.kind == "top_k" else None
         self._plan_sums(strength)
+        self.control = ControlPlan(self.numels, cfg, self.device) if cfg.control else None
         self.seen_work: Tensor | None = None
         if cfg.product == "previous_momentum":
             self.seen_work, _ = work([cdiv(n, SEEN_BLOCK * SEEN_PARTS) for n in self.numels], self.device)

@@ -45,6 +45,8 @@ def configure(item: Item, spec: StepSpec, begins: bool = False) -> Config:
         quantile=selection.quantile if kind == "top_k" else "exact",
         estimate="sampled" if strength.is_sampled else "exact",
         strength=strength.kind, of=strength.of, still=strength.still, statistics=spec.statistics,
+        control=selection.control is not None,
+        control_norm=selection.control is not None and selection.control.norm,
         stochastic=spec.draw.stochastic and item.param.dtype in (torch.bfloat16, torch.float16),
         **_decay(spec.decay),
     )  # fmt: skip
@@ -66,7 +68,8 @@ def static_key(spec: StepSpec) -> tuple[object, ...]:
     decays = getattr(rule, "weight_decay", 0.0) != 0, rule.has_decay_factor, getattr(rule, "momentum", 0.0) != 0
     return (
         type(rule), *flags, *decays, selection.kind, selection.product, selection.strict, selection.score,
-        selection.quantile, selection.unit, selection.function, len(selection.numbers), selection.control is None,
+        selection.quantile, selection.unit, selection.function, len(selection.numbers),
+        None if selection.control is None else selection.control.norm,
         strength.kind, strength.of, strength.estimate, strength.still, spec.draw.stochastic, spec.statistics,
         spec.decay,
     )  # fmt: skip
@@ -104,6 +107,8 @@ def hyper_parameters(spec: StepSpec) -> list[Scalar]:
                          (numbers.CAP, strength.cap), (numbers.TEMPERATURE, strength.temperature),
                          (numbers.SMOOTHING, strength.smoothing)):  # fmt: skip
         put(place, value)
+    if selection.control is not None:
+        put(numbers.CONTROL_CAP, selection.control.cap)
     further = selection.numbers
     if selection.kind == "bernoulli":
         further = (float(selection.random_limit),)

@@ -11,8 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import batch as sizes
+from . import control as controls
 from .batch import Batch
-from .device.config import PARTIALS, SUM_COLUMNS, Config, derived
+from .device.config import CONTROL_COLUMNS, PARTIALS, SUM_COLUMNS, Config, derived
+from .device.control import control_kernel, limit_kernel
 from .device.numbers import numbers_kernel
 from .device.scores import DIGIT
 from .device.selective_step import selective_step_kernel
@@ -86,7 +88,7 @@ class Step:
         self.clock = self.tables.clock if clock is None else clock
         self.fixed = self.cfg.strength == "fixed"
         self.bracketed = batch.top_k is not None and batch.top_k.bracketed
-        self.one_pass = self.bracketed and self.fixed and _can_settle(self.cfg)
+        self.one_pass = self.bracketed and self.fixed and batch.control is None and _can_settle(self.cfg)
         self.nothing = torch.empty(0, dtype=torch.int32, device=batch.device)
         self.partials = self.settled = self.tied = self.repaired = self.nothing
 
@@ -99,9 +101,11 @@ class Step:
         if cfg.statistics:
             self.partials = self.empty(batch.programs * PARTIALS)
         self.find_thresholds()
-        if batch.sum_work is not None:
+        if batch.sum_work is not None and (batch.control is None or cfg.estimate == "sampled"):
             self._sum(batch.sum_work)
-        if self.one_pass:
+        if batch.control is not None:
+            self._pass(self._draw(batch.control), self.nothing, self.nothing)
+        elif self.one_pass:
             self._count_and_settle(derived(cfg, bracketed=True))
         else:
             self._pass(cfg, self.nothing, self.nothing)
@@ -216,10 +220,33 @@ class Step:
         run(strengths_kernel, tables.tensors, tables.numbers, sums, tables.hyper, tables.pointers, tables.ranks,
             tables.facts, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
 
+    def _draw(self, plan: controls.ControlPlan) -> Config:
+        """Find a matched control's limit and multipliers. Returns the constants of the pass over everything."""
+        tables = self.tables
+        cfg = derived(self.cfg, statistics=False)
+        sums = self.empty(plan.programs * CONTROL_COLUMNS.value)
+        indices = self.empty(plan.room, torch.int32)
+        squares = self.empty(plan.room if cfg.control_norm else 0)
+
+        def look(cfg: Config, counts: bool, draws: bool) -> None:
+            run(control_kernel, plan.programs, sums, indices, squares, plan.work, tables.pointers, tables.numbers,
+                tables.ranks, tables.facts, tables.keys, plan.table, plan.programs, controls.WIDTH,
+                FUNCTION=self.function, COUNTS=counts, DRAWS=draws, MOVES=counts and plan.moves, CFG=cfg,
+                BLOCK=controls.LOOK_BLOCK)  # fmt: skip
+
+        look(cfg, True, plan.at_once)
+        again = derived(cfg, recomputed=plan.moves)
+        if not plan.at_once:
+            look(again, False, True)
+        run(limit_kernel, tables.tensors, sums, indices, squares, tables.numbers, tables.hyper, tables.pointers,
+            tables.ranks, tables.facts, tables.keys, plan.table, plan.programs, CFG=again, BLOCK=TABLE_BLOCK,
+            warps=TABLE_WARPS)  # fmt: skip
+        return derived(self.cfg, recomputed=plan.moves, drawn=True)
+
     def _report(self) -> Tensor:
         tables, cfg = self.tables, derived(self.cfg, bracketed=self.one_pass)
         out = torch.empty(tables.tensors, 7, dtype=torch.float64, device=self.batch.device)
         run(report_kernel, tables.tensors, out, self.partials, self.settled, self.tied, self.repaired, tables.numbers,
             tables.hyper, tables.ranks, tables.facts, getattr(self, "repairers", 1), self.batch.programs,
-            FIXED=self.fixed, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
+            FIXED=self.fixed and not cfg.control_norm, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
         return out

@@ -30,6 +30,21 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("whole", "agreement,top_k,top_k_mean", "adamw", {"selective_step_kernel", "settle_kernel", "repair_kernel"}),
         ("whole", "previous,sampled,element", "adamw", {"seen_kernel", "digits_kernel", "strengths_kernel"}),
         ("whole", "element+masked", "adamw", {"selective_step_kernel"}),
+        ("whole", "control:previous,control:still", "adamw", {"control_kernel", "limit_kernel"}),
+        pytest.param(
+            "whole",
+            "control:top_k_mean,control:sampled,control:element,unscaled:still,unscaled:agreement,control:agreement+update",
+            "adamw",
+            {"control_kernel", "limit_kernel"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "whole",
+            "control:top_k,control:still",
+            "adam_coupled,adam_amsgrad_maximize,sgd_nesterov,lion",
+            {"control_kernel", "limit_kernel"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "whole",
             "agreement+update,top_k+update,top_k+masked,top_k_mean+gradient",

@@ -17,6 +17,7 @@ from .config import (
     MODE,
     MOMENTUM,
     NUMBERS,
+    PICKED,
     RANKS,
     RATE,
     SEEN,
@@ -34,6 +35,7 @@ from .random import splitmix64
 # The hyper-parameters of a group, float64.
 (LR, BETA1, BETA2, EPSILON, WEIGHT_DECAY, SGD_MOMENTUM, DAMPENING, DECAY_FACTOR, AHEAD, SELECTED, REST, CAP,
  TEMPERATURE, SMOOTHING, ARGUMENT) = (tl.constexpr(i) for i in range(15))  # fmt: skip
+CONTROL_CAP = tl.constexpr(18)
 HYPER = 20  # ARGUMENT is the first of four
 
 
@@ -116,6 +118,9 @@ def numbers_kernel(
         tl.store(out + USER, tl.where(dense, 1.0, 0.0), mask=mask)
     if CFG.product == "previous_momentum":
         tl.store(ranks_ptr + t * RANKS + SEEN, tl.zeros(t.shape, tl.int64), mask=mask)
+    if CFG.control:  # its counts
+        for i in tl.static_range(3):
+            tl.store(ranks_ptr + t * RANKS + PICKED + i, tl.zeros(t.shape, tl.int64), mask=mask)
     if FIXED:
         selected, rest = tl.load(hyper_ptr + SELECTED), tl.load(hyper_ptr + REST)
         tl.store(out + STRENGTH_SELECTED, tl.where(dense, 1.0, selected).to(tl.float32), mask=mask)

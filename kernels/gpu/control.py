@@ -1,0 +1,38 @@
+"""The plan of a matched random control: its programs, and the lists of coordinates that lie close to its limit."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton.language as tl
+
+from .device.config import Config
+from .tables import cdiv, upload, work
+
+LOOK_BLOCK = 2048  # elements of a program that looks at what is selected
+WIDTH = 6.0  # half the bracket, in standard deviations of the limit's rank: misses once in 10^8 tensors
+
+
+def room_of(numel: int) -> int:
+    """The length of a tensor's list: a third more than the bracket holds on average, and at least as many as it may."""
+    return min(numel, math.ceil(8 * math.sqrt(numel)) + 256)
+
+
+class ControlPlan:
+    """How the tensors of a batch are cut up for a control, and where their lists are."""
+
+    def __init__(self, numels: list[int], cfg: Config, device: torch.device) -> None:
+        counts = [cdiv(n, LOOK_BLOCK) for n in numels]
+        self.work, first = work(counts, device)
+        self.programs = self.work.shape[0]
+        rows, self.room = [], 0
+        for at, count, numel in zip(first, counts, numels, strict=True):
+            rows.append([at, count, self.room, room_of(numel)])  # the columns ROWS_AT to ROOM
+            self.room += room_of(numel)
+        self.table = upload(rows, torch.int64, device)
+        # the update of Adam can be formed from stored moments if these were not rounded: then they are stored early
+        whole = all(d is None or d == tl.float32 for d in (cfg.first, cfg.second, cfg.third))
+        self.moves = cfg.rule == "adam" and whole and cfg.control_norm
+        # what a top-K selects is known in advance
+        self.at_once = cfg.selection == "top_k" and cfg.quantile == "exact" and not cfg.still
