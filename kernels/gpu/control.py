@@ -10,7 +10,10 @@ import triton.language as tl
 from .device.config import Config
 from .tables import cdiv, upload, work
 
-LOOK_BLOCK = 2048  # elements of a program that looks at what is selected
+LOOK_BLOCK = 1024  # elements of a program that looks at what is selected
+# Registers of a thread in those programs: seven on a multiprocessor. Without a limit they take 56 to 96; it spills 32
+# bytes at most.
+LOOK_REGISTERS = 72
 WIDTH = 6.0  # half the bracket, in standard deviations of the limit's rank: misses once in 10^8 tensors
 
 

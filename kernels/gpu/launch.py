@@ -232,7 +232,7 @@ class Step:
             run(control_kernel, plan.programs, sums, indices, squares, plan.work, tables.pointers, tables.numbers,
                 tables.ranks, tables.facts, tables.keys, plan.table, plan.programs, controls.WIDTH,
                 FUNCTION=self.function, COUNTS=counts, DRAWS=draws, MOVES=counts and plan.moves, CFG=cfg,
-                BLOCK=controls.LOOK_BLOCK)  # fmt: skip
+                BLOCK=controls.LOOK_BLOCK, registers=controls.LOOK_REGISTERS)  # fmt: skip
 
         look(cfg, True, plan.at_once)
         again = derived(cfg, recomputed=plan.moves)

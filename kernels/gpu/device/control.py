@@ -46,9 +46,10 @@ from .config import (
 )
 from .elements import is_aligned, load_moved, pointers_of, row_of, store_moments
 from .numbers import CONTROL_CAP, REST, SELECTED
+from .rounding import INTERPRETED
 from .scores import descend
 from .selections import random_number, select, stands_still
-from .strengths import column_sum, is_finite, multipliers_of
+from .strengths import is_finite, multipliers_of
 from .sums import store_sums
 
 NUMBERS_END = tl.constexpr(1 << 24)  # random numbers are below this
@@ -84,6 +85,21 @@ def _list(ranks, indices, squares_ptr, offs, squares, inside, room, CFG: tl.cons
 
 
 @triton.jit
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _three_sums(a, b, c):
+    """The sums of three blocks in one reduction, which share its barriers."""
+    if INTERPRETED:  # one element after the other there
+        first, second, third = tl.sum(a), tl.sum(b), tl.sum(c)
+    else:
+        first, second, third = tl.reduce((a, b, c), 0, _add_three)
+    return first, second, third
+
+
+@triton.jit
 def _look(
     offs, mask, pointers, row, ranks, facts, keys, out, apart, indices, squares_ptr, room, low, high,
     FUNCTION: tl.constexpr, FAST: tl.constexpr, COUNTS: tl.constexpr, DRAWS: tl.constexpr, MOVES: tl.constexpr,
@@ -101,19 +117,29 @@ def _look(
         chosen, _, _ = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION, False, CFG)
         if CFG.strength != "fixed" and CFG.estimate == "exact":
             store_sums(out, apart, chosen, g, u, m, mask, CFG)
-        tl.atomic_add(ranks + PICKED, tl.sum((chosen & mask).to(tl.int64)), sem="relaxed")
+        count = (chosen & mask).to(tl.float32)  # sums of up to 2^24 are exact
+        if CFG.control_norm:
+            picked, theirs, rest = _three_sums(count, tl.where(chosen, squares, 0.0), tl.where(chosen, 0.0, squares))
+            tl.store(out + apart * THEIRS_SQ, theirs)
+            tl.store(out + apart * THEIR_REST_SQ, rest)
+        else:
+            picked = tl.sum(count)
+        tl.atomic_add(ranks + PICKED, picked.to(tl.int64), sem="relaxed")
         if CFG.still:
             tl.atomic_add(ranks + MOVING, tl.sum(moving.to(tl.int64)), sem="relaxed")
-        if CFG.control_norm:
-            tl.store(out + apart * THEIRS_SQ, tl.sum(tl.where(chosen, squares, 0.0)))
-            tl.store(out + apart * THEIR_REST_SQ, tl.sum(tl.where(chosen, 0.0, squares)))
     if DRAWS:
         number = random_number(offs, keys)
         above, inside = moving & (number > high), moving & (number >= low) & (number <= high)
-        tl.store(out + apart * ABOVE, tl.sum(above.to(tl.float32)))
+        count = above.to(tl.float32)
         if CFG.control_norm:
-            tl.store(out + apart * OURS_SQ, tl.sum(tl.where(above, squares, 0.0)))
-            tl.store(out + apart * OUR_REST_SQ, tl.sum(tl.where(above | inside, 0.0, squares)))
+            drawn, ours, rest = _three_sums(
+                count, tl.where(above, squares, 0.0), tl.where(above | inside, 0.0, squares)
+            )
+            tl.store(out + apart * OURS_SQ, ours)
+            tl.store(out + apart * OUR_REST_SQ, rest)
+        else:
+            drawn = tl.sum(count)
+        tl.store(out + apart * ABOVE, drawn)
         _list(ranks, indices, squares_ptr, offs, squares, inside, room, CFG)
 
 
@@ -241,6 +267,23 @@ def _all_sums(last, count, indices, squares_ptr, pointers, row, keys, CFG: tl.co
 
 
 @triton.jit
+def _last_sums(sums, apart, rows, BLOCK: tl.constexpr, CFG: tl.constexpr):
+    """The sums of one tensor's columns THEIRS_SQ to ABOVE, float64, in one loop. 0 of those that are not stored."""
+    a, b, c = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    d, e = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    for first in range(0, rows, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        inside, row = i < rows, sums + i
+        e += tl.load(row + apart * ABOVE, mask=inside, other=0.0).to(tl.float64)
+        if CFG.control_norm:
+            a += tl.load(row + apart * THEIRS_SQ, mask=inside, other=0.0).to(tl.float64)
+            b += tl.load(row + apart * THEIR_REST_SQ, mask=inside, other=0.0).to(tl.float64)
+            c += tl.load(row + apart * OURS_SQ, mask=inside, other=0.0).to(tl.float64)
+            d += tl.load(row + apart * OUR_REST_SQ, mask=inside, other=0.0).to(tl.float64)
+    return tl.sum(a), tl.sum(b), tl.sum(c), tl.sum(d), tl.sum(e)
+
+
+@triton.jit
 def _scale(wanted, have, cap):
     """The factor on both multipliers: `scale_of` of the reference."""
     possible = (have > 0) & is_finite(wanted + have)
@@ -277,14 +320,10 @@ def limit_kernel(
     moving = numel
     if CFG.still:
         moving = tl.load(ranks + MOVING)
-    above = column_sum(sums_ptr + apart * ABOVE, at, rows, 0, 1, BLOCK).to(tl.int64)
-    ours, others = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
-    if CFG.control_norm:
-        ours = column_sum(sums_ptr + apart * OURS_SQ, at, rows, 0, 1, BLOCK)
-        others = column_sum(sums_ptr + apart * OUR_REST_SQ, at, rows, 0, 1, BLOCK)
+    theirs, their_rest, ours, others, above = _last_sums(sums_ptr + at, apart, rows, BLOCK, CFG)
     limit, cutoff = tl.where(picked >= moving, -1, NUMBERS_END).to(tl.int64), picked * 0 - 1
     if (picked > 0) & (picked < moving):
-        need, listed = picked - above, tl.load(ranks + LISTED)
+        need, listed = picked - above.to(tl.int64), tl.load(ranks + LISTED)
         first = tl.load(plan + LIST_AT)
         indices, squares = indices_ptr + first, squares_ptr + first
         if (need > 0) & (need <= listed) & (listed <= tl.load(plan + ROOM)):
@@ -302,8 +341,6 @@ def limit_kernel(
     tl.store(ranks + LIMIT_AT, cutoff)
 
     if CFG.control_norm:
-        theirs = column_sum(sums_ptr + apart * THEIRS_SQ, at, rows, 0, 1, BLOCK)
-        their_rest = column_sum(sums_ptr + apart * THEIR_REST_SQ, at, rows, 0, 1, BLOCK)
         wanted = selected * selected * theirs + rest * rest * their_rest
         have = selected * selected * ours + rest * rest * others
         have = tl.where((picked == 0) | (picked == numel), wanted, have)  # then they are the policy's coordinates
