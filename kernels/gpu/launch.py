@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -80,10 +79,9 @@ def _can_settle(cfg: Config) -> bool:
 class Step:
     """One step of one batch: the memory that its launches share, and the launches."""
 
-    def __init__(self, batch: Batch, function: Callable[..., Any] | None, clock: Tensor | None) -> None:
-        self.batch, self.cfg, self.tables = batch, batch.cfg, batch.tables
-        self.function: Any = _nothing if function is None else function
-        self.clock = self.tables.clock if clock is None else clock
+    def __init__(self, batch: Batch) -> None:
+        self.batch, self.cfg, self.tables, self.groups = batch, batch.cfg, batch.tables, batch.groups
+        self.function: Any = _nothing if batch.function is None else batch.function
         self.fixed = self.cfg.strength == "fixed"
         self.bracketed = batch.top_k is not None and batch.top_k.bracketed
         self.one_pass = self.bracketed and self.fixed and _can_settle(self.cfg)
@@ -121,9 +119,9 @@ class Step:
     def begin(self) -> None:
         """Fill in each tensor's numbers and, if the selection reads it, whether its previous momentum is all zero."""
         batch, tables = self.batch, self.tables
-        run(numbers_kernel, cdiv(tables.tensors, 128), tables.numbers, tables.keys, tables.hyper, self.clock,
-            tables.pointers, tables.facts, tables.ranks, tables.tensors, FIXED=self.fixed, CFG=self.cfg,
-            BLOCK=128)  # fmt: skip
+        run(numbers_kernel, cdiv(tables.tensors, 128), tables.numbers, tables.keys, self.groups.hyper,
+            self.groups.clocks, tables.pointers, tables.facts, tables.ranks, tables.tensors, FIXED=self.fixed,
+            CFG=self.cfg, BLOCK=128)  # fmt: skip
         if batch.seen_work is not None:
             for work, parts in ((batch.peek_work, 1), (batch.seen_work, sizes.SEEN_PARTS)):
                 run(seen_kernel, work.shape[0], tables.ranks, work, tables.pointers, tables.facts,
@@ -213,13 +211,13 @@ class Step:
         sums = self.empty(work.shape[0] * SUM_COLUMNS.value)
         run(sums_kernel, work.shape[0], sums, work, tables.pointers, tables.numbers, tables.ranks, tables.facts,
             tables.keys, FUNCTION=self.function, CFG=cfg, BLOCK=sizes.SUM_BLOCK)  # fmt: skip
-        run(strengths_kernel, tables.tensors, tables.numbers, sums, tables.hyper, tables.pointers, tables.ranks,
+        run(strengths_kernel, tables.tensors, tables.numbers, sums, self.groups.hyper, tables.pointers, tables.ranks,
             tables.facts, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
 
     def _report(self) -> Tensor:
         tables, cfg = self.tables, derived(self.cfg, bracketed=self.one_pass)
         out = torch.empty(tables.tensors, 7, dtype=torch.float64, device=self.batch.device)
         run(report_kernel, tables.tensors, out, self.partials, self.settled, self.tied, self.repaired, tables.numbers,
-            tables.hyper, tables.ranks, tables.facts, getattr(self, "repairers", 1), self.batch.programs,
+            self.groups.hyper, tables.ranks, tables.facts, getattr(self, "repairers", 1), self.batch.programs,
             FIXED=self.fixed, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
         return out

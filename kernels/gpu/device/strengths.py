@@ -21,7 +21,7 @@ from .config import (
     SUMS,
 )
 from .elements import pointers_of, row_of
-from .numbers import CAP, REST, SMOOTHING, TEMPERATURE
+from .numbers import CAP, REST, SMOOTHING, TEMPERATURE, group_row
 
 
 @triton.jit
@@ -72,7 +72,8 @@ def strengths_kernel(
     t = tl.program_id(0)
     facts, row = row_of(facts_ptr, t, FACTS), row_of(numbers_ptr, t, NUMBERS)
     at, rows = tl.load(facts + SUM_AT), tl.load(facts + SUMS).to(tl.int32)
-    rest, cap = tl.load(hyper_ptr + REST), tl.load(hyper_ptr + CAP)
+    hyper = group_row(hyper_ptr, facts)
+    rest, cap = tl.load(hyper + REST), tl.load(hyper + CAP)
     first = column_sum(sums_ptr, at, rows, 0, SUM_COLUMNS, BLOCK)
     if CFG.strength == "mean_preserving":
         shift = tl.load(facts + SUM_SHIFT)
@@ -86,8 +87,8 @@ def strengths_kernel(
         average_ptr = tl.load(pointers_of(pointers_ptr, t) + AVERAGE).to(tl.pointer_type(tl.float32))
         second = column_sum(sums_ptr, at, rows, 1, SUM_COLUMNS, BLOCK)
         third = column_sum(sums_ptr, at, rows, 2, SUM_COLUMNS, BLOCK)
-        selected = _alignment(average_ptr, first, second, third, tl.load(hyper_ptr + TEMPERATURE),
-                              tl.load(hyper_ptr + SMOOTHING))  # fmt: skip
+        selected = _alignment(average_ptr, first, second, third, tl.load(hyper + TEMPERATURE),
+                              tl.load(hyper + SMOOTHING))  # fmt: skip
     dense = tl.load(row_of(ranks_ptr, t, RANKS) + MODE) == DENSE
     tl.store(row + STRENGTH_SELECTED, tl.where(dense, 1.0, selected).to(tl.float32))
     tl.store(row + STRENGTH_REST, tl.where(dense, 1.0, rest).to(tl.float32))
