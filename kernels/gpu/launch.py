@@ -21,6 +21,7 @@ from .device.top_k.bracket import SLOTS, bracket_kernel, digits_kernel, sample_k
 from .device.top_k.repair import repair_kernel
 from .device.top_k.settle import TINY, find_kernel, settle_kernel, ties_kernel
 from .device.top_k.small import whole_kernel
+from .direct import DirectLaunches, are_possible
 from .tables import cdiv, power_of_two
 
 STEP_WARPS = 4  # of a program of `BLOCK` elements
@@ -42,6 +43,9 @@ TOGETHER: dict[str, dict[str, Any]] = {"cuda": {"launch_cooperative_grid": True}
 WIDTH = 3.75  # half the bracket, in standard deviations of the sampled rank
 
 
+DIRECT = DirectLaunches(are_possible())
+
+
 def _nothing(*arguments: Any) -> bool:
     raise AssertionError("no selection is a function here")
 
@@ -53,10 +57,12 @@ def run(
 
     `registers` limits those of a thread, if the compiler knows such a limit (NVIDIA's does).
     """
+    if programs <= 0:
+        return
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
     if registers is not None and torch.version.cuda is not None:
-        constants["maxnreg"] = registers
-    if programs > 0:
-        kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False, **constants)
+        options["maxnreg"] = registers
+    DIRECT.launch(kernel, programs, arguments, options, constants)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
