@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
-from ..reference.rules import number
-from ..spec import Item, Scalar, Selection, StepSpec, Strength
-from .configure import hyper_parameters, samples_of
+from ..spec import Item, Selection, StepSpec, Strength
+from .configure import samples_of
 from .control import ControlPlan
 from .device import config
 from .device.config import Config
+from .groups import GroupTable
 from .tables import Tables, cdiv, is_in_place, refill, state_columns, upload, work
 
 SUM_BLOCK = 2048  # elements of a program that sums
@@ -47,10 +47,13 @@ class TopKPlan:
         self.settles = [cdiv(n, wide) if drawn[i] and self.bracketed else 0 for i, n in enumerate(numels)]
         self.settle_work, self.settle_at = work(self.settles, device)
 
-    def rank_rows(self, numels: list[int], selection: Selection) -> list[list[int]]:
-        """The rank table as a step begins with it: the wanted rank of each tensor, and the mode, exact or dense."""
+    def rank_rows(self, numels: list[int], selections: Sequence[Selection]) -> list[list[int]]:
+        """The rank table as a step begins with it: the wanted rank of each tensor, and the mode, exact or dense.
+
+        `selections` has that of each tensor's group.
+        """
         rows = []
-        for numel, (count, shift) in zip(numels, self.samples, strict=True):
+        for numel, (count, shift), selection in zip(numels, self.samples, selections, strict=True):
             row = [0] * config.RANKS.value
             wanted = selection.k_of(numel)
             row[config.MODE.value] = (config.EXACT if wanted else config.DENSE).value
@@ -62,11 +65,27 @@ class TopKPlan:
 
 
 class Batch:
-    """The items of a list that share a `Config`, with their tables. `members` are their indices in the list."""
+    """The items of a list that share a `Config`, with their tables. `members` are their indices in the list.
 
-    def __init__(self, cfg: Config, items: Sequence[Item], members: list[int], spec: StepSpec) -> None:
+    They may be of several groups with numbers of their own: `group_of` has the group of each item of the list, which is
+    its row in `groups`, and `specs` has the `StepSpec` of each group. The specs of a batch differ in numbers only.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        items: Sequence[Item],
+        members: list[int],
+        specs: Sequence[StepSpec],
+        group_of: Sequence[int] | None = None,
+        groups: GroupTable | None = None,
+    ) -> None:
         self.cfg, self.members, self.device = cfg, members, items[members[0]].param.device
+        self.group_of = [0] * len(members) if group_of is None else [group_of[i] for i in members]
+        self.groups = GroupTable(len(specs), self.device) if groups is None else groups
+        spec = specs[self.group_of[0]]
         self.rule, selection, strength = spec.rule, spec.selection, spec.strength
+        self.function = selection.function
         self.tables = Tables(len(members), self.device)
         self.numels = [items[i].param.numel() for i in members]
         self.chunks, self.chunk_at = work([cdiv(n, cfg.block) for n in self.numels], self.device)
@@ -78,7 +97,7 @@ class Batch:
         if cfg.product == "previous_momentum":
             self.seen_work, _ = work([cdiv(n, SEEN_BLOCK * SEEN_PARTS) for n in self.numels], self.device)
             self.peek_work, _ = work([min(n, 1) for n in self.numels], self.device)
-        self.tables.keep(refill(self.tables.facts, self._facts(items)))
+        self.tables.uploads.keep(refill(self.tables.facts, self._facts(items)))
         mine = [items[i] for i in members]
         columns = state_columns(mine[0], self.rule)
         # the names of the state that the kernels read, and their columns in the pointer table
@@ -120,7 +139,7 @@ class Batch:
         columns: dict[object, Sequence[int]] = {
             config.NUMEL: numels, config.ADDRESS: [i.address for i in mine],
             config.ROW_LENGTH: [max(n // max(r, 1), 1) for n, r in zip(numels, rows, strict=True)],
-            config.BEGINS: [self._first(i) for i in mine],
+            config.BEGINS: [self._first(i) for i in mine], config.GROUP: self.group_of,
             config.CHUNK_AT: self.chunk_at, config.CHUNKS: [cdiv(n, self.cfg.block) for n in numels],
             config.SUM_AT: self.sum_at, config.SUMS: self.sums,
             config.SUM_SHIFT: [shift for _, shift in self.sum_samples],
@@ -205,33 +224,27 @@ class Batch:
             self.addresses = self._address_table()
         return True
 
-    def update(self, items: Sequence[Item], spec: StepSpec, own_clock: bool) -> None:
-        """Bring the tables up to date for this step; only what has changed is uploaded.
-
-        `own_clock`: seed and step are uploaded, because the wrapper has no clock on this device.
-        """
+    def update(self, items: Sequence[Item], specs: Sequence[StepSpec]) -> None:
+        """Bring the tables up to date for this step, all but that of the groups. What has changed is uploaded."""
         tables, mine = self.tables, self._mine(items)
-        self.upload_hyperparameters(hyper_parameters(spec), spec.selection)
+        self.upload_ranks(specs)
         self._upload_steps(mine)
         gradients = [item.grad.data_ptr() for item in mine]
         if gradients != self.gradients:
             self.addresses[:, config.GRAD.value] = torch.tensor(gradients, dtype=torch.int64, device="cpu")
-            tables.keep(refill(tables.pointers, self.addresses.clone()))
+            tables.uploads.keep(refill(tables.pointers, self.addresses.clone()))
             self.gradients = gradients
-        if own_clock:
-            tables.fill("clock", tables.clock, [_signed64(spec.draw.seed), spec.draw.step])
 
-    def upload_hyperparameters(self, hyper: list[Scalar], selection: Selection) -> None:
-        """Upload changed hyper-parameters. Those that are tensors on the device are copied there in every step."""
-        tables = self.tables
-        on_device = {i: v for i, v in enumerate(hyper) if isinstance(v, Tensor) and v.device.type != "cpu"}
-        known = [None if i in on_device else number(v) for i, v in enumerate(hyper)]
-        tables.fill("hyper", tables.hyper, [0.0 if v is None else v for v in known], known)
-        for i, value in on_device.items():
-            tables.hyper[i : i + 1].copy_(value.detach().reshape(1), non_blocking=True)
-        if self.top_k is not None and tables.uploaded.get("fraction") != selection.fraction:
-            tables.fill("ranks", tables.ranks, self.top_k.rank_rows(self.numels, selection))
-            tables.uploaded["fraction"] = selection.fraction
+    def upload_ranks(self, specs: Sequence[StepSpec]) -> None:
+        """Upload the wanted ranks, if the fraction of a group has changed."""
+        uploads = self.tables.uploads
+        if self.top_k is None:
+            return
+        fractions = [spec.selection.fraction for spec in specs]
+        if uploads.uploaded.get("fractions") != fractions:
+            rows = self.top_k.rank_rows(self.numels, [specs[group].selection for group in self.group_of])
+            uploads.fill("ranks", self.tables.ranks, rows)
+            uploads.uploaded["fractions"] = fractions
 
     def _upload_steps(self, items: Sequence[Item]) -> None:
         """Upload the step counts that the host keeps, if they are not those that the device has counted to."""
@@ -239,7 +252,7 @@ class Batch:
             return
         now = [float(item.state["step"]) for item in items]
         if now != self.counted:
-            self.tables.keep(refill(self.counters, now))
+            self.tables.uploads.keep(refill(self.counters, now))
         self.counted = []  # until the step is done: if it fails, the next one uploads the counts again
 
     def stepped(self, items: Sequence[Item]) -> None:
@@ -259,8 +272,3 @@ def _described(state: dict[str, Tensor], names: Sequence[tuple[str, int]]) -> li
         x = state[name]
         facts += [x.dtype, x.shape, x.stride()]
     return facts
-
-
-def _signed64(x: int) -> int:
-    """The int64 with the same 64 bits."""
-    return x - (1 << 64) if x >= 1 << 63 else x

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,6 +23,7 @@ from .device.top_k.bracket import SLOTS, bracket_kernel, digits_kernel, sample_k
 from .device.top_k.repair import repair_kernel
 from .device.top_k.settle import TINY, find_kernel, settle_kernel, ties_kernel
 from .device.top_k.small import whole_kernel
+from .direct import DirectLaunches, are_possible
 from .tables import cdiv, power_of_two
 
 STEP_WARPS = 4  # of a program of `BLOCK` elements
@@ -45,6 +45,9 @@ TOGETHER: dict[str, dict[str, Any]] = {"cuda": {"launch_cooperative_grid": True}
 WIDTH = 3.75  # half the bracket, in standard deviations of the sampled rank
 
 
+DIRECT = DirectLaunches(are_possible())
+
+
 def _nothing(*arguments: Any) -> bool:
     raise AssertionError("no selection is a function here")
 
@@ -56,10 +59,12 @@ def run(
 
     `registers` limits those of a thread, if the compiler knows such a limit (NVIDIA's does).
     """
+    if programs <= 0:
+        return
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
     if registers is not None and torch.version.cuda is not None:
-        constants["maxnreg"] = registers
-    if programs > 0:
-        kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False, **constants)
+        options["maxnreg"] = registers
+    DIRECT.launch(kernel, programs, arguments, options, constants)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -82,10 +87,9 @@ def _can_settle(cfg: Config) -> bool:
 class Step:
     """One step of one batch: the memory that its launches share, and the launches."""
 
-    def __init__(self, batch: Batch, function: Callable[..., Any] | None, clock: Tensor | None) -> None:
-        self.batch, self.cfg, self.tables = batch, batch.cfg, batch.tables
-        self.function: Any = _nothing if function is None else function
-        self.clock = self.tables.clock if clock is None else clock
+    def __init__(self, batch: Batch) -> None:
+        self.batch, self.cfg, self.tables, self.groups = batch, batch.cfg, batch.tables, batch.groups
+        self.function: Any = _nothing if batch.function is None else batch.function
         self.fixed = self.cfg.strength == "fixed"
         self.bracketed = batch.top_k is not None and batch.top_k.bracketed
         self.one_pass = self.bracketed and self.fixed and batch.control is None and _can_settle(self.cfg)
@@ -125,9 +129,9 @@ class Step:
     def begin(self) -> None:
         """Fill in each tensor's numbers and, if the selection reads it, whether its previous momentum is all zero."""
         batch, tables = self.batch, self.tables
-        run(numbers_kernel, cdiv(tables.tensors, 128), tables.numbers, tables.keys, tables.hyper, self.clock,
-            tables.pointers, tables.facts, tables.ranks, tables.tensors, FIXED=self.fixed, CFG=self.cfg,
-            BLOCK=128)  # fmt: skip
+        run(numbers_kernel, cdiv(tables.tensors, 128), tables.numbers, tables.keys, self.groups.hyper,
+            self.groups.clocks, tables.pointers, tables.facts, tables.ranks, tables.tensors, FIXED=self.fixed,
+            CFG=self.cfg, BLOCK=128)  # fmt: skip
         if batch.seen_work is not None:
             for work, parts in ((batch.peek_work, 1), (batch.seen_work, sizes.SEEN_PARTS)):
                 run(seen_kernel, work.shape[0], tables.ranks, work, tables.pointers, tables.facts,
@@ -217,7 +221,7 @@ class Step:
         sums = self.empty(work.shape[0] * SUM_COLUMNS.value)
         run(sums_kernel, work.shape[0], sums, work, tables.pointers, tables.numbers, tables.ranks, tables.facts,
             tables.keys, FUNCTION=self.function, CFG=cfg, BLOCK=sizes.SUM_BLOCK)  # fmt: skip
-        run(strengths_kernel, tables.tensors, tables.numbers, sums, tables.hyper, tables.pointers, tables.ranks,
+        run(strengths_kernel, tables.tensors, tables.numbers, sums, self.groups.hyper, tables.pointers, tables.ranks,
             tables.facts, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
 
     def _draw(self, plan: controls.ControlPlan) -> Config:
@@ -238,7 +242,7 @@ class Step:
         again = derived(cfg, recomputed=plan.moves)
         if not plan.at_once:
             look(again, False, True)
-        run(limit_kernel, tables.tensors, sums, indices, squares, tables.numbers, tables.hyper, tables.pointers,
+        run(limit_kernel, tables.tensors, sums, indices, squares, tables.numbers, self.groups.hyper, tables.pointers,
             tables.ranks, tables.facts, tables.keys, plan.table, plan.programs, CFG=again, BLOCK=TABLE_BLOCK,
             warps=TABLE_WARPS)  # fmt: skip
         return derived(self.cfg, recomputed=plan.moves, drawn=True)
@@ -247,6 +251,6 @@ class Step:
         tables, cfg = self.tables, derived(self.cfg, bracketed=self.one_pass)
         out = torch.empty(tables.tensors, 7, dtype=torch.float64, device=self.batch.device)
         run(report_kernel, tables.tensors, out, self.partials, self.settled, self.tied, self.repaired, tables.numbers,
-            tables.hyper, tables.ranks, tables.facts, getattr(self, "repairers", 1), self.batch.programs,
+            self.groups.hyper, tables.ranks, tables.facts, getattr(self, "repairers", 1), self.batch.programs,
             FIXED=self.fixed and not cfg.control_norm, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
         return out

@@ -58,10 +58,8 @@ class FusedJob(Job):
         take the tensors of other jobs, too, through `context.calls`.
         """
         context = self.context
-        how: dict[str, Any] = {
-            "rule": rule, "selection": selection, "strength": strength, "draw": context.draw_on(device_items.device),
-            "statistics": context.report is not None, "decay": None if self.decay is None else self.decay.spec(),
-        }  # fmt: skip
+        draw, decay = context.draw_on(device_items.device), None if self.decay is None else self.decay.spec()
+        how = spec.StepSpec(rule, selection, strength, draw, context.report is not None, decay)
 
         def done(sums: Sequence[spec.Sums] | None) -> None:
             device_items.let_go()
@@ -69,11 +67,11 @@ class FusedJob(Job):
                 context.report.add_all(device_items.names, sums)
 
         if device_items.is_sharded:
-            context.exchange.add(begin_sharded(device_items.items, **how), len(device_items.items), done)
+            context.exchange.add(begin_sharded(device_items.items, **vars(how)), len(device_items.items), done)
         elif context.calls is not None:
             context.calls.add(device_items, how, done)
         else:
-            done(selective_step(device_items.items, **how))
+            done(selective_step(device_items.items, **vars(how)))
 
     def _step_with_own_code(self, parameter: Parameter, item: spec.Item, rule: spec.Rule) -> None:
         """Compute the rule of one parameter, and mask its update by the policy's own code."""

@@ -102,6 +102,9 @@ class KeptItems:
         `make_state(p, state)` fills an empty state. `parameters` is compared by identity: the caller makes a new list
         whenever the set of parameters changes, or the dtype or device of one.
         """
+        if not parameters:  # the lists stay: the group comes back to them, and they to the tables of the kernels
+            yield []
+            return
         known = parameters is self._parameters
         tensors = self._tensors if known else [parameter.tensor for parameter in parameters]
         table = context.base.state
@@ -119,10 +122,11 @@ class KeptItems:
             for device_items in all_items:
                 device_items.take()
             yield all_items
-        finally:
+        except BaseException:
             for device_items in all_items:
-                if not device_items.is_sharded and context.calls is None:  # else they are stepped later
-                    device_items.let_go()
+                device_items.let_go()
+            raise
+        finally:
             if context.recording:
                 self.recorded += all_items
                 self.drop()

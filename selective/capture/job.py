@@ -23,7 +23,7 @@ from selective.statistics import StepStatistics
 class CollectsCalls(Protocol):
     """Collects kernel calls of several jobs: `capture/kernel_calls.py`."""
 
-    def add(self, items: Any, arguments: dict[str, Any], then: Callable[..., None]) -> None: ...
+    def add(self, items: Any, step_spec: spec.StepSpec, then: Callable[..., None]) -> None: ...
 
 
 @dataclass

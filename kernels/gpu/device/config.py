@@ -41,9 +41,10 @@ EXACT, BRACKET, DENSE = (tl.constexpr(i) for i in range(3))  # values of MODE
 #   SETTLE_AT, SETTLES           the same of programs that settle
 #   LARGE                        its number among the tensors with a drawn sample
 #   BEGINS                       of a shard, the number of its first element or row in the whole
+#   GROUP                        the row of its group's numbers in the table of hyper-parameters
 FACTS = tl.constexpr(16)
 (NUMEL, ROW_LENGTH, ADDRESS, SAMPLES, SHIFT, SAMPLES_AT, CHUNK_AT, CHUNKS, SUM_AT, SUMS, SUM_SHIFT, SETTLE_AT,
- SETTLES, LARGE, BEGINS) = (tl.constexpr(i) for i in range(15))  # fmt: skip
+ SETTLES, LARGE, BEGINS, GROUP) = (tl.constexpr(i) for i in range(16))  # fmt: skip
 
 BRACKET_RUN = tl.constexpr(16)  # neighbours sampled together for a bracket: one burst of memory in float32
 KEYS = tl.constexpr(6)  # columns of a tensor's row of random keys: two each for masks, samples, rounding

@@ -45,7 +45,7 @@ from .config import (
     WANTED,
 )
 from .elements import is_aligned, load_moved, pointers_of, row_of, store_moments
-from .numbers import CONTROL_CAP, REST, SELECTED
+from .numbers import CONTROL_CAP, REST, SELECTED, group_row
 from .rounding import INTERPRETED
 from .scores import descend
 from .selections import random_number, select, stands_still
@@ -307,10 +307,11 @@ def limit_kernel(
     ranks, pointers, plan = row_of(ranks_ptr, t, RANKS), pointers_of(pointers_ptr, t), row_of(plan_ptr, t, PLAN)
     at, rows = tl.load(plan + ROWS_AT), tl.load(plan + ROWS).to(tl.int32)
     numel, picked = tl.load(facts + NUMEL), tl.load(ranks + PICKED)
+    hyper = group_row(hyper_ptr, facts)
     if CFG.strength == "fixed":
-        selected, rest = tl.load(hyper_ptr + SELECTED), tl.load(hyper_ptr + REST)
+        selected, rest = tl.load(hyper + SELECTED), tl.load(hyper + REST)
     elif CFG.estimate == "exact":
-        selected, rest = multipliers_of(sums_ptr + at, apart, rows, hyper_ptr, pointers, facts, 1, CFG, BLOCK)
+        selected, rest = multipliers_of(sums_ptr + at, apart, rows, hyper, pointers, facts, 1, CFG, BLOCK)
     else:
         selected = tl.load(row + STRENGTH_SELECTED).to(tl.float64)
         rest = tl.load(row + STRENGTH_REST).to(tl.float64)
@@ -344,7 +345,7 @@ def limit_kernel(
         wanted = selected * selected * theirs + rest * rest * their_rest
         have = selected * selected * ours + rest * rest * others
         have = tl.where((picked == 0) | (picked == numel), wanted, have)  # then they are the policy's coordinates
-        scale = tl.where(dense, 1.0, _scale(wanted, have, tl.load(hyper_ptr + CONTROL_CAP)))
+        scale = tl.where(dense, 1.0, _scale(wanted, have, tl.load(hyper + CONTROL_CAP)))
         selected, rest = selected * scale, rest * scale
     tl.store(row + STRENGTH_SELECTED, selected.to(tl.float32))
     tl.store(row + STRENGTH_REST, rest.to(tl.float32))

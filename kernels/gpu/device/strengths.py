@@ -21,7 +21,7 @@ from .config import (
     SUMS,
 )
 from .elements import pointers_of, row_of
-from .numbers import CAP, REST, SMOOTHING, TEMPERATURE
+from .numbers import CAP, REST, SMOOTHING, TEMPERATURE, group_row
 
 
 @triton.jit
@@ -66,13 +66,13 @@ def _alignment(average_ptr, dot, momentum_sq, grad_sq, temperature, smoothing):
 
 
 @triton.jit
-def multipliers_of(sums, apart, rows, hyper_ptr, pointers, facts, WIDTH: tl.constexpr, CFG: tl.constexpr,
+def multipliers_of(sums, apart, rows, hyper, pointers, facts, WIDTH: tl.constexpr, CFG: tl.constexpr,
                    BLOCK: tl.constexpr):  # fmt: skip
     """One tensor's two multipliers, float64, from its rows of sums. Moves the average of an alignment.
 
     `sums` is the tensor's first row. Columns lie `apart` numbers apart, rows WIDTH.
     """
-    rest, cap = tl.load(hyper_ptr + REST), tl.load(hyper_ptr + CAP)
+    rest, cap = tl.load(hyper + REST), tl.load(hyper + CAP)
     first = column_sum(sums, 0, rows, 0, WIDTH, BLOCK)
     if CFG.strength == "mean_preserving":
         shift = tl.load(facts + SUM_SHIFT)
@@ -86,8 +86,8 @@ def multipliers_of(sums, apart, rows, hyper_ptr, pointers, facts, WIDTH: tl.cons
         average_ptr = tl.load(pointers + AVERAGE).to(tl.pointer_type(tl.float32))
         second = column_sum(sums + apart, 0, rows, 0, WIDTH, BLOCK)
         third = column_sum(sums + 2 * apart, 0, rows, 0, WIDTH, BLOCK)
-        selected = _alignment(average_ptr, first, second, third, tl.load(hyper_ptr + TEMPERATURE),
-                              tl.load(hyper_ptr + SMOOTHING))  # fmt: skip
+        selected = _alignment(average_ptr, first, second, third, tl.load(hyper + TEMPERATURE),
+                              tl.load(hyper + SMOOTHING))  # fmt: skip
     return selected, rest
 
 
@@ -100,7 +100,8 @@ def strengths_kernel(
     facts, row = row_of(facts_ptr, t, FACTS), row_of(numbers_ptr, t, NUMBERS)
     at, rows = tl.load(facts + SUM_AT), tl.load(facts + SUMS).to(tl.int32)
     pointers, sums = pointers_of(pointers_ptr, t), sums_ptr + at * SUM_COLUMNS
-    selected, rest = multipliers_of(sums, 1, rows, hyper_ptr, pointers, facts, SUM_COLUMNS, CFG, BLOCK)
+    hyper = group_row(hyper_ptr, facts)
+    selected, rest = multipliers_of(sums, 1, rows, hyper, pointers, facts, SUM_COLUMNS, CFG, BLOCK)
     dense = tl.load(row_of(ranks_ptr, t, RANKS) + MODE) == DENSE
     tl.store(row + STRENGTH_SELECTED, tl.where(dense, 1.0, selected).to(tl.float32))
     tl.store(row + STRENGTH_REST, tl.where(dense, 1.0, rest).to(tl.float32))

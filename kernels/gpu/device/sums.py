@@ -33,7 +33,7 @@ from .config import (
     TIED,
 )
 from .elements import is_aligned, load_moved, pointers_of, read, row_of
-from .numbers import REST, SELECTED
+from .numbers import REST, SELECTED, group_row
 from .random import sample_position
 from .selections import select
 from .strengths import column_sum
@@ -172,8 +172,9 @@ def report_kernel(
     on_selected, on_rest = tl.load(row + STRENGTH_SELECTED).to(tl.float64), tl.load(row + STRENGTH_REST).to(tl.float64)
     if FIXED:  # the user's numbers, and not these as they were rounded to be multiplied with
         dense = tl.load(ranks + MODE) == DENSE
-        on_selected = tl.where(dense, 1.0, tl.load(hyper_ptr + SELECTED))
-        on_rest = tl.where(dense, 1.0, tl.load(hyper_ptr + REST))
+        hyper = group_row(hyper_ptr, facts)
+        on_selected = tl.where(dense, 1.0, tl.load(hyper + SELECTED))
+        on_rest = tl.where(dense, 1.0, tl.load(hyper + REST))
     tl.store(out + 0, selected)
     tl.store(out + 1, on_selected)
     tl.store(out + 2, on_rest)
