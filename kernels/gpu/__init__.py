@@ -15,6 +15,7 @@ The code that runs on the GPU is in `device/`:
 - `selective_step.py` has the kernel that passes over everything; `rules.py`, `selections.py` and `strengths.py` are its
   parts.
 - `numbers.py` fills in each tensor's numbers, `sums.py` adds up what strengths and statistics need.
+- `control.py` and `limit.py` draw as many coordinates as a policy selects: its matched control.
 - `scores.py` and `top_k/` find the K-th score: `bracket.py` from a sample, `settle.py`, `repair.py`, and `small.py` for
   small tensors.
 - `config.py`, `elements.py`, `random.py` and `rounding.py` are shared by all.

@@ -13,7 +13,8 @@ from . import batch as sizes
 from . import control as controls
 from .batch import Batch
 from .device.config import CONTROL_COLUMNS, PARTIALS, SUM_COLUMNS, Config, derived
-from .device.control import control_kernel, limit_kernel
+from .device.control import control_kernel
+from .device.limit import limit_kernel
 from .device.numbers import numbers_kernel
 from .device.scores import DIGIT
 from .device.selective_step import selective_step_kernel

@@ -30,10 +30,10 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("whole", "agreement,top_k,top_k_mean", "adamw", {"selective_step_kernel", "settle_kernel", "repair_kernel"}),
         ("whole", "previous,sampled,element", "adamw", {"seen_kernel", "digits_kernel", "strengths_kernel"}),
         ("whole", "element+masked", "adamw", {"selective_step_kernel"}),
-        ("whole", "control:previous,control:still", "adamw", {"control_kernel", "limit_kernel"}),
+        ("whole", "control:still", "adamw", {"control_kernel", "limit_kernel"}),
         pytest.param(
             "whole",
-            "control:top_k_mean,control:sampled,control:element,unscaled:still,unscaled:agreement,control:agreement+update",
+            "control:top_k_mean,control:sampled,control:element,unscaled:still,unscaled:agreement,control:previous+update",
             "adamw",
             {"control_kernel", "limit_kernel"},
             marks=pytest.mark.slow,

@@ -37,7 +37,7 @@ from selective.kernels import Draw, ItemList, Selection, Strength, selective_ste
 from selective.kernels.gpu import control as plans
 from selective.kernels.gpu import launch
 from selective.kernels.gpu.device import control as device_code
-from selective.kernels.gpu.device import selections
+from selective.kernels.gpu.device import limit, selections
 from selective.kernels.gpu.device.random import random_bits
 from selective.kernels.reference import control as by_definition
 from selective.kernels.reference import random as reference_random
@@ -92,7 +92,7 @@ def _believing(rank: tl.tensor, count, indices, squares_ptr, pointers, row, keys
 def test_without_ranking_the_whole_tensor_that_shows(device, monkeypatch):
     """The twin of the above."""
     missing_brackets(monkeypatch)
-    monkeypatch.setattr(device_code, "_last_key", _believing)
+    monkeypatch.setattr(limit, "_last_key", _believing)
     with pytest.raises(AssertionError):
         agrees(made(ADAM, (1_300,)), ADAM, device, selection=AGREEMENT, strength=WITHOUT_SUMS)
 

@@ -95,6 +95,8 @@ def whole_tensors(kinds: list[str], rules: list[str]) -> None:
             for statistics in (False, True):
                 p = torch.randn(300_000)  # drawn from, bracketed and settled
                 state = {"step": torch.tensor(3.0), "exp_avg": p.clone(), "exp_avg_sq": p.square()}
+                if getattr(rule, "amsgrad", False):
+                    state["max_exp_avg_sq"] = p.square()
                 item = Item(p, torch.randn(300_000), state, 0)
                 plan.selective_step([item], StepSpec(rule, selection, strength, Draw(1, 2), statistics, decay))
 
