@@ -33,7 +33,7 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("whole", "control:still", "adamw", {"control_kernel", "limit_kernel"}),
         pytest.param(
             "whole",
-            "control:top_k_mean,control:sampled,control:element,unscaled:still,unscaled:agreement,control:previous+update",
+            "control:top_k_mean,control:sampled,control:element,unscaled:still,control:previous+update",
             "adamw",
             {"control_kernel", "limit_kernel"},
             marks=pytest.mark.slow,

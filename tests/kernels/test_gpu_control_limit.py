@@ -45,8 +45,9 @@ from selective.kernels.reference import random as reference_random
 ADAM = RULES["adamw"]
 
 
-@pytest.mark.parametrize("numel, counts", [(1, [1]), (100, [1, 99, 100]), (3_000, [1_300])])
+@pytest.mark.parametrize("numel, counts", [(1, [1]), (100, [99, 100]), (3_000, [1_300]), (25_000, [2])])
 def test_the_choice_is_the_definitions(numel, counts, device):
+    """The bracket of the last has fewer than 2^16 numbers, of which fewer digits are looked at."""
     for count in counts:
         draw = Draw(1, count)
         assert torch.equal(chosen_by_gpu(device, numel, count, draw), wanted_of(numel, count, draw)), count
@@ -84,7 +85,9 @@ def test_a_list_of_no_use_is_noticed(hinder, device, monkeypatch):
 
 
 @triton.jit
-def _believing(rank: tl.tensor, count, indices, squares_ptr, pointers, row, keys, LISTED_ONLY, CFG, BLOCK):
+def _believing(
+    rank: tl.tensor, count, shift, least, indices, squares_ptr, pointers, row, keys, LISTED_ONLY, CFG, BLOCK
+):
     return rank * 0
 
 
@@ -126,7 +129,7 @@ def test_the_ways_with_fewer_passes_are_the_same_bits(rule, device, monkeypatch)
     rule, how = RULES[rule], {"selection": controlled(Selection("top_k")), "strength": STRENGTHS["norm_update"]}
     start = made(rule, (600,), seed=1)
     results = []
-    for moves, at_once in ((True, True), (False, True), (True, False)):
+    for moves, at_once in ((True, True), (False, False)):
         with monkeypatch.context() as patch:
             plan = plans.ControlPlan.__init__
 
@@ -194,7 +197,7 @@ def test_an_optimizer_goes_on_from_its_checkpoint(policy, way, device):
 
         optimizer = made_anew()
         with use_backend(backend):  # type: ignore[arg-type]
-            for number in range(3):
+            for number in range(2):
                 if number == stop:
                     saved, optimizer = optimizer.state_dict(), made_anew()
                     optimizer.load_state_dict(saved)
@@ -204,7 +207,7 @@ def test_an_optimizer_goes_on_from_its_checkpoint(policy, way, device):
             assert backend == "cpu" or "kernels   Triton" in optimizer.explain()
         return [p.detach().cpu() for p in params]
 
-    for a, b in zip(trained("gpu", 2), trained("cpu", -1), strict=True):
+    for a, b in zip(trained("gpu", 1), trained("cpu", -1), strict=True):
         # Another coordinate would be off by an update, 1e-2; sums added in another order are by some 1e-6 of one.
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 

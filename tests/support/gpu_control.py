@@ -9,7 +9,7 @@ import pytest
 import torch
 from gpu_support import assert_same_step, assert_same_sums, copied, gpu, reference
 
-from selective.kernels import Control, Draw, Item, Rule, Selection, SGDRule, Strength
+from selective.kernels import Control, Draw, GivenRule, Item, Rule, Selection, Strength
 from selective.kernels.reference.control import random_subset
 
 WITHOUT_SUMS = Strength("fixed", 1.0, 0.0)
@@ -29,10 +29,13 @@ def agrees(start: Item, rule: Rule, device: str, what: str = "", **how: Any) -> 
 
 
 def chosen_by_gpu(device: str, numel: int, count: int, draw: Draw, address: int = 4) -> torch.Tensor:
-    """The elements of a tensor that the control of some `count` of them moves."""
-    item = Item(torch.zeros(numel, device=device), torch.ones(numel, device=device), {}, address)
-    selection = controlled(Selection("top_k", fraction=min((count + 0.5) / numel, 1.0)), norm=False)
-    gpu(item, SGDRule(1.0), selection=selection, strength=WITHOUT_SUMS, draw=draw)
+    """The elements of a tensor that the control of its first `count` moves: bool, on the CPU."""
+    zeros, ones = torch.zeros(numel, device=device), torch.ones(numel, device=device)
+    grad = torch.where(torch.arange(numel, device=device) < count, ones, -ones)
+    item = Item(zeros, grad, {"update": ones, "start": zeros.clone()}, address)
+    selection = controlled(Selection("agreement"), norm=False)
+    sums = gpu(item, GivenRule(), selection=selection, strength=WITHOUT_SUMS, draw=draw)
+    assert float(sums.selected) == count
     return (item.param != 0).cpu()
 
 

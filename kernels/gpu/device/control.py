@@ -20,9 +20,11 @@ import triton.language as tl
 from .config import (
     ABOVE,
     FACTS,
+    HIGHEST,
     KEYS,
     LIST_AT,
     LISTED,
+    LOWEST,
     MOVING,
     NUMBERS,
     NUMEL,
@@ -160,6 +162,9 @@ def control_kernel(
         if CFG.still:
             moving = tl.load(ranks + MOVING)
         low, high = bracket_of(picked, moving, width)
+        if part == 0:
+            tl.store(ranks + LOWEST, low.to(tl.int64))
+            tl.store(ranks + HIGHEST, high.to(tl.int64))
     start = part.to(tl.int64) * BLOCK
     offs = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
     if (start + BLOCK <= numel) & is_aligned(pointers):

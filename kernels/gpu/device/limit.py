@@ -9,11 +9,13 @@ from .config import (
     ABOVE,
     DENSE,
     FACTS,
+    HIGHEST,
     KEYS,
     LIMIT,
     LIMIT_AT,
     LIST_AT,
     LISTED,
+    LOWEST,
     MODE,
     MOVING,
     NUMBERS,
@@ -42,10 +44,12 @@ NO_INDEX = tl.constexpr(0xFFFFFFFF)  # the largest uint32
 
 
 @triton.jit
-def _candidates(i, count, indices, squares_ptr, pointers, row, keys, LISTED_ONLY: tl.constexpr, CFG: tl.constexpr):
+def _candidates(i, count, least, indices, squares_ptr, pointers, row, keys, LISTED_ONLY: tl.constexpr,
+                CFG: tl.constexpr):  # fmt: skip
     """(key, u^2) of these entries of a list, or of these elements of the tensor. A key of -1 is no candidate.
 
-    A key is the random number, and below it the index, inverted: the larger one is selected first. int64 of 56 bits.
+    A key is the random number, less `least`, and below it the index, inverted: the larger one is selected first. int64
+    of 56 bits.
     """
     valid = i < count
     square = tl.zeros(i.shape, tl.float32)
@@ -59,27 +63,26 @@ def _candidates(i, count, indices, squares_ptr, pointers, row, keys, LISTED_ONLY
         if CFG.still:
             valid = valid & (stands_still(u, g) == 0)
         square = u * u
-    key = (random_number(index, keys).to(tl.int64) << 32) | (index ^ NO_INDEX)
+    key = ((random_number(index, keys).to(tl.int64) - least) << 32) | (index ^ NO_INDEX)
     return tl.where(valid, key, -1), tl.where(valid, square, 0.0)
 
 
 @triton.jit
 def _last_key(
-    rank, count, indices, squares_ptr, pointers, row, keys,
+    rank, count, shift, least, indices, squares_ptr, pointers, row, keys,
     LISTED_ONLY: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A key that exactly `rank` candidates reach: digit by digit, 8 bits each, the largest first.
+    """A key that exactly `rank` candidates reach, found digit by digit of 8 bits. Keys have `shift` bits.
 
     The digits of the number are always looked at, those of the index only where equal numbers are not all selected.
     """
-    prefix, shift = rank * 0, rank * 0 + 56
-    left, equal = rank, rank * 0 - 1
+    prefix, left, equal = rank * 0, rank, rank * 0 - 1
     while (shift > 0) & ((shift > 32) | (equal != left)):
         shift = shift - 8
         histogram = tl.zeros([256], tl.int64)
         for first in range(0, count, BLOCK):
-            key, _ = _candidates(first + tl.arange(0, BLOCK).to(tl.int64), count, indices, squares_ptr, pointers, row,
-                                 keys, LISTED_ONLY, CFG)  # fmt: skip
+            i = first + tl.arange(0, BLOCK).to(tl.int64)
+            key, _ = _candidates(i, count, least, indices, squares_ptr, pointers, row, keys, LISTED_ONLY, CFG)
             inside = (key >= 0) & ((key >> (shift + 8)) == prefix)
             digits = tl.where(inside, (key >> shift) & 255, 0).to(tl.int32)
             histogram += tl.histogram(digits, 256, mask=inside).to(tl.int64)
@@ -89,7 +92,8 @@ def _last_key(
 
 
 @triton.jit
-def _listed_sums(last, count, indices, squares_ptr, pointers, row, keys, CFG: tl.constexpr, BLOCK: tl.constexpr):
+def _listed_sums(last, count, least, indices, squares_ptr, pointers, row, keys, CFG: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
     """The sums of a list's squares from the key `last` on, and below it; float64.
 
     The order of the list is arbitrary, so integers are added up, each rounded to 43 bits of the largest: the same sum
@@ -97,15 +101,15 @@ def _listed_sums(last, count, indices, squares_ptr, pointers, row, keys, CFG: tl
     """
     largest = tl.zeros([BLOCK], tl.int32)
     for first in range(0, count, BLOCK):
-        _, square = _candidates(first + tl.arange(0, BLOCK).to(tl.int64), count, indices, squares_ptr, pointers, row,
-                                keys, True, CFG)  # fmt: skip
+        i = first + tl.arange(0, BLOCK).to(tl.int64)
+        _, square = _candidates(i, count, least, indices, squares_ptr, pointers, row, keys, True, CFG)
         largest = tl.maximum(largest, square.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     exponent = (tl.max(largest) >> 23).to(tl.int64)  # 126 + the number of bits before the point
     factor = ((1023 + 43 + 126 - exponent) << 52).to(tl.float64, bitcast=True)
     ours, others = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
     for first in range(0, count, BLOCK):
-        key, square = _candidates(first + tl.arange(0, BLOCK).to(tl.int64), count, indices, squares_ptr, pointers, row,
-                                  keys, True, CFG)  # fmt: skip
+        i = first + tl.arange(0, BLOCK).to(tl.int64)
+        key, square = _candidates(i, count, least, indices, squares_ptr, pointers, row, keys, True, CFG)
         whole = (square.to(tl.float64) * factor).to(tl.int64)
         ours += tl.where(key >= last, whole, 0)
         others += tl.where(key >= last, 0, whole)
@@ -114,12 +118,13 @@ def _listed_sums(last, count, indices, squares_ptr, pointers, row, keys, CFG: tl
 
 
 @triton.jit
-def _all_sums(last, count, indices, squares_ptr, pointers, row, keys, CFG: tl.constexpr, BLOCK: tl.constexpr):
+def _all_sums(last, count, least, indices, squares_ptr, pointers, row, keys, CFG: tl.constexpr,
+              BLOCK: tl.constexpr):  # fmt: skip
     """The same sums of a whole tensor, in the order of its elements."""
     ours, others = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for first in range(0, count, BLOCK):
-        key, square = _candidates(first + tl.arange(0, BLOCK).to(tl.int64), count, indices, squares_ptr, pointers, row,
-                                  keys, False, CFG)  # fmt: skip
+        i = first + tl.arange(0, BLOCK).to(tl.int64)
+        key, square = _candidates(i, count, least, indices, squares_ptr, pointers, row, keys, False, CFG)
         ours += tl.where(key >= last, square, 0.0).to(tl.float64)
         others += tl.where(key >= last, 0.0, square).to(tl.float64)
     return tl.sum(ours), tl.sum(others)
@@ -184,19 +189,21 @@ def limit_kernel(
     limit, cutoff = tl.where(picked >= moving, -1, NUMBERS_END).to(tl.int64), picked * 0 - 1
     if (picked > 0) & (picked < moving):
         need, listed = picked - above.to(tl.int64), tl.load(ranks + LISTED)
-        first = tl.load(plan + LIST_AT)
+        first, least = tl.load(plan + LIST_AT), tl.load(ranks + LOWEST)
         indices, squares = indices_ptr + first, squares_ptr + first
         if (need > 0) & (need <= listed) & (listed <= tl.load(plan + ROOM)):
-            last = _last_key(need, listed, indices, squares, pointers, row, keys, True, CFG, BLOCK)
+            bits = tl.where(tl.load(ranks + HIGHEST) - least < 65536, 48, 56).to(tl.int64)
+            last = _last_key(need, listed, bits, least, indices, squares, pointers, row, keys, True, CFG, BLOCK)
             if CFG.control_norm:
-                inside, outside = _listed_sums(last, listed, indices, squares, pointers, row, keys, CFG, BLOCK)
+                inside, outside = _listed_sums(last, listed, least, indices, squares, pointers, row, keys, CFG, BLOCK)
                 ours += inside
                 others += outside
         else:
-            last = _last_key(picked, numel, indices, squares, pointers, row, keys, False, CFG, BLOCK)
+            least = least * 0
+            last = _last_key(picked, numel, least + 56, least, indices, squares, pointers, row, keys, False, CFG, BLOCK)
             if CFG.control_norm:
-                ours, others = _all_sums(last, numel, indices, squares, pointers, row, keys, CFG, BLOCK)
-        limit, cutoff = last >> 32, (last & NO_INDEX) ^ NO_INDEX
+                ours, others = _all_sums(last, numel, least, indices, squares, pointers, row, keys, CFG, BLOCK)
+        limit, cutoff = (last >> 32) + least, (last & NO_INDEX) ^ NO_INDEX
     tl.store(ranks + LIMIT, limit)
     tl.store(ranks + LIMIT_AT, cutoff)
 
