@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,13 +107,15 @@ class Batch:
             (n, config.FIRST.value + i) for i, n in enumerate(self.rule.state_names) if columns[i] is not None
         ]
         self.averages = strength.kind == "alignment"
-        self.layouts = self._layouts(mine)
+        self.names = [name for name, _ in self.state] + (["step"] if cfg.rule == "adam" else [])
+        self._entries_of: Any = itemgetter(*self.names) if self.names else None
+        self.layouts, present = self._layouts(mine), self._columns(mine)
         self.counters: Tensor | None = None  # on the device, in place of step counters that live on the host
         self.counted: list[float] = []  # the counts of those on the host
         if cfg.rule == "adam" and not (mine[0].state["step"].device.type == self.device.type == "cuda"):
             self.counters = torch.zeros(len(mine), dtype=torch.float32, device=self.device)
-        self.entries = self._entries(mine)
-        self.fixed_addresses = self._fixed_addresses(mine)
+        self.entries = self._entries(present)
+        self.fixed_addresses = [[*map(Tensor.data_ptr, column)] for column in present]
         self.addresses = self._address_table()
         self.gradients: list[int] = []
 
@@ -158,29 +162,31 @@ class Batch:
     def _mine(self, items: Sequence[Item]) -> Sequence[Item]:
         return items if len(self.members) == len(items) else [items[i] for i in self.members]
 
-    def _layouts(self, items: Sequence[Item]) -> list[list[object]]:
+    def _layouts(self, items: Sequence[Item]) -> list[list[Any]]:
         """The facts in the tables that can change although the tensors' addresses do not."""
+        params, grads = [i.param for i in items], [i.grad for i in items]
         return [
-            [i.address for i in items], [i.param.dtype for i in items], [i.param.shape for i in items],
-            [i.param.stride() for i in items], [i.grad.dtype for i in items], [i.grad.shape for i in items],
-            [i.grad.stride() for i in items],
+            [i.address for i in items], [p.dtype for p in params], [p.shape for p in params],
+            [*map(Tensor.stride, params)], [g.dtype for g in grads], [g.shape for g in grads],
+            [*map(Tensor.stride, grads)],
             *([x for i in items for x in _described(i.state, self.state)] if self.cfg.rule == "given" else [],),
         ]  # fmt: skip
 
-    def _entries(self, items: Sequence[Item]) -> list[list[object]]:
-        """The identities and dtypes of the state: another tensor at the same address may have another dtype."""
-        identities: list[list[object]] = [[id(i.state[name]) for i in items] for name, _ in self.state]
-        return identities + [[i.state[name].dtype for i in items] for name, _ in self.state]
-
-    def _fixed_addresses(self, items: Sequence[Item]) -> list[list[int]]:
-        """The addresses that only change when somebody replaces a parameter or its state."""
-        addresses = [[i.param.data_ptr() for i in items]]
-        addresses += [[i.state[name].data_ptr() for i in items] for name, _ in self.state]
-        if self.cfg.rule == "adam":
-            addresses.append([i.state["step"].data_ptr() for i in items])
+    def _columns(self, items: Sequence[Item]) -> list[Sequence[Tensor]]:
+        """The parameters, and each entry of their state that the kernels have the address of."""
+        columns: list[Sequence[Tensor]] = [[i.param for i in items]]
+        if len(self.names) > 1:
+            columns += zip(*map(self._entries_of, [i.state for i in items]), strict=True)
+        elif self.names:
+            columns.append([i.state[self.names[0]] for i in items])
         if self.averages:
-            addresses.append([i.policy_state["average"].data_ptr() for i in items])
-        return addresses
+            columns.append([i.policy_state["average"] for i in items])
+        return columns
+
+    def _entries(self, columns: Sequence[Sequence[Tensor]]) -> list[list[object]]:
+        """The identities and dtypes of the state: another tensor at the same address may have another dtype."""
+        states = columns[1 : 1 + len(self.state)]
+        return [*([*map(id, column)] for column in states), *([x.dtype for x in column] for column in states)]
 
     def _address_table(self) -> Tensor:
         """The pointer table, on the host, without the gradients."""
@@ -206,11 +212,11 @@ class Batch:
         try:
             if self._layouts(mine) != self.layouts:
                 return False
-            now = self._fixed_addresses(mine)
-            same = self.cfg.rule == "given" or self._entries(mine) == self.entries
-        except (KeyError, AttributeError):  # an entry of the state is gone, or None
-            return False
-        if not same:
+            columns = self._columns(mine)
+            if self.cfg.rule != "given" and self._entries(columns) != self.entries:
+                return False
+            now = [[*map(Tensor.data_ptr, column)] for column in columns]
+        except (KeyError, AttributeError, TypeError):  # an entry of the state is gone, or None
             return False
         if now != self.fixed_addresses:
             if any(i.param.device != self.device or type(i.param) not in (Tensor, Parameter) for i in mine):
@@ -229,7 +235,7 @@ class Batch:
         tables, mine = self.tables, self._mine(items)
         self.upload_ranks(specs)
         self._upload_steps(mine)
-        gradients = [item.grad.data_ptr() for item in mine]
+        gradients = [*map(Tensor.data_ptr, [item.grad for item in mine])]
         if gradients != self.gradients:
             self.addresses[:, config.GRAD.value] = torch.tensor(gradients, dtype=torch.int64, device="cpu")
             tables.uploads.keep(refill(tables.pointers, self.addresses.clone()))

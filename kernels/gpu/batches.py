@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..spec import Item, Selection, StepCall, Strength, SumsTable
 from .batch import Batch
-from .configure import configure, static_key
+from .configure import configure, has_same_key, static_key
 from .groups import GroupTable
 from .launch import Step, on
 from .tables import is_in_place, state_columns, upload
@@ -40,19 +40,21 @@ class Plan:
                 begins[index], is_in_place(item, rule),
             )  # fmt: skip
             buckets.setdefault(key, []).append(index)
-        self.groups = {d: GroupTable(len(calls), d) for d in {item.param.device for item in items}}
+        self.groups = {d: GroupTable(len(calls), d) for d in dict.fromkeys(item.param.device for item in items)}
         self.batches = []
         for members in buckets.values():
             cfg = configure(items[members[0]], self.specs[group_of[members[0]]], begins[members[0]])
             groups = self.groups[items[members[0]].param.device]
             self.batches.append(Batch(cfg, items, members, self.specs, group_of, groups))
         self.numels = [item.param.numel() for item in items]
-        order = [index for batch in self.batches for index in batch.members]
+        order = [index for device in self.groups for b in self.batches if b.device == device for index in b.members]
         self._rows = sorted(range(len(order)), key=order.__getitem__)  # of each item in the batches' sums
 
     def fits(self, calls: Sequence[StepCall]) -> bool:
         """True if the batches are still right. Gradients may be elsewhere, and numbers may have changed."""
-        if [len(call.items) for call in calls] != self.counts or [static_key(call.spec) for call in calls] != self.keys:
+        if [len(call.items) for call in calls] != self.counts:
+            return False
+        if not all(has_same_key(call.spec, before) for call, before in zip(calls, self.specs, strict=True)):
             return False
         items = _all_items(calls)
         return all(batch.fits(items) for batch in self.batches)
@@ -60,15 +62,15 @@ class Plan:
     def run(self, calls: Sequence[StepCall]) -> list[SumsTable | None]:
         """Step all batches. Returns the sums of each call."""
         self.specs, items = [call.spec for call in calls], _all_items(calls)
+        sums = []
         for device, groups in self.groups.items():
             with on(device):
                 groups.update(self.specs)
-        sums = []
-        for batch in self.batches:
-            with on(batch.device):
-                batch.update(items, self.specs)
-                sums.append(Step(batch)())
-                batch.stepped(items)
+                for batch in self.batches:
+                    if batch.device == device:
+                        batch.update(items, self.specs)
+                        sums.append(Step(batch)())
+                        batch.stepped(items)
         return self._reports([s for s in sums if s is not None])
 
     def _reports(self, sums: list[Tensor]) -> list[SumsTable | None]:

@@ -71,17 +71,33 @@ def _has_factor(rule: Rule) -> bool:
 def static_key(spec: StepSpec) -> tuple[object, ...]:
     """A key of all that `configure` and the plans depend on, except tensors and the numbers that a schedule moves."""
     rule, selection, strength = spec.rule, spec.selection, spec.strength
-    flags = [
-        getattr(rule, name, None) for name in ("amsgrad", "decoupled", "maximize", "nesterov", "negated", "offset")
-    ]
-    decays = rule.coupled_decay != 0, _has_factor(rule), getattr(rule, "momentum", 0.0) != 0
     return (
-        type(rule), *flags, *decays, selection.kind, selection.product, selection.strict, selection.score,
+        *_rule_key(rule), selection.kind, selection.product, selection.strict, selection.score,
         selection.quantile, selection.unit, selection.function, len(selection.numbers),
         None if selection.control is None else selection.control.norm,
         strength.kind, strength.of, strength.estimate, strength.still, spec.draw.stochastic, spec.statistics,
         spec.decay,
     )  # fmt: skip
+
+
+def _rule_key(rule: Rule) -> tuple[object, ...]:
+    if isinstance(rule, AdamRule):
+        return AdamRule, rule.amsgrad, rule.decoupled, rule.maximize, rule.coupled_decay != 0.0
+    flags = [getattr(rule, name, None) for name in ("maximize", "nesterov", "negated", "offset")]
+    moves = getattr(rule, "momentum", 0.0) != 0
+    return type(rule), *flags, rule.coupled_decay != 0, rule.has_decay_factor, moves
+
+
+def has_same_key(spec: StepSpec, before: StepSpec) -> bool:
+    """True if these two specs have the same `static_key`, found out by identity where that is enough."""
+    if spec.selection is not before.selection or spec.strength is not before.strength:
+        return static_key(spec) == static_key(before)
+    return (
+        (spec.rule is before.rule or _rule_key(spec.rule) == _rule_key(before.rule))
+        and spec.draw.stochastic == before.draw.stochastic
+        and spec.statistics == before.statistics
+        and spec.decay == before.decay
+    )
 
 
 # The hyper-parameters of each rule that are read from the table, and their columns there.

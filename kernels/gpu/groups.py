@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class GroupTable:
         self.hyper = torch.zeros(groups, numbers.HYPER.value, dtype=torch.float64, device=device)
         self.clocks = torch.zeros(groups, dtype=torch.int64, device=device)
         self.own_clocks = torch.zeros(groups, 2, dtype=torch.int64, device=device)
+        self._known_clocks: list[Tensor | None] = []
+        self._all_have_clocks = False  # True if each group's wrapper has a clock on this device
         self._sources: list[tuple[Any, ...] | None] = []  # what the rows were made of; None: of a tensor, too
 
     def update(self, specs: Sequence[StepSpec]) -> None:
@@ -59,6 +62,10 @@ class GroupTable:
 
     def _upload_clocks(self, specs: Sequence[StepSpec]) -> None:
         """Upload the addresses of the clocks; and seed and step of groups whose wrapper has no clock on this device."""
+        clocks = [spec.draw.clock for spec in specs]
+        if self._all_have_clocks and all(map(is_, clocks, self._known_clocks)):
+            return
+        self._all_have_clocks, self._known_clocks = False, clocks
         addresses, own, first = [], [], self.own_clocks.data_ptr()
         for group, spec in enumerate(specs):
             clock, here = spec.draw.clock, (0, 0)
@@ -68,13 +75,15 @@ class GroupTable:
             own.append(here)
         self.uploads.fill("clocks", self.clocks, addresses)
         self.uploads.fill("own clocks", self.own_clocks, own)
+        self._all_have_clocks = all(clock is not None and clock.device == self.device for clock in clocks)
 
 
 def _source_of(spec: StepSpec) -> tuple[Any, ...] | None:
     """What a group's numbers are made of; None if one of them is a tensor, whose value may have changed."""
     values = rule_numbers(spec.rule)
-    if any(isinstance(value, Tensor) for value in values):
-        return None
+    for value in values:
+        if type(value) is not float and isinstance(value, Tensor):
+            return None
     return *values, spec.selection, spec.strength
 
 

@@ -27,10 +27,12 @@ def parts(calls: Sequence[StepCall]) -> list[list[int]]:
     So all others keep their plan if a group's list is made anew in every step. While a CUDA graph is recorded, those
     with a plan are stepped as in the step before, because a graph can't have the operations that make another one.
     """
+    plans = [call.items.cache.get("plan") if isinstance(call.items, ItemList) else None for call in calls]
+    if all(plan is plans[0] for plan in plans):
+        return [list(range(len(calls)))]
     recording = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     found: dict[object, list[int]] = {}
-    for index, call in enumerate(calls):
-        plan = call.items.cache.get("plan") if isinstance(call.items, ItemList) else None
+    for index, plan in enumerate(plans):
         found.setdefault(id(plan) if recording else plan is None, []).append(index)
     return list(found.values())
 
@@ -39,7 +41,8 @@ def plan_of(calls: Sequence[StepCall]) -> Plan | None:
     """The kept plan that steps exactly these calls, in this order, if it fits them still; else None."""
     caches = [call.items.cache if isinstance(call.items, ItemList) else {} for call in calls]
     for plan, _ in caches[0].get("plans", ()):
-        if len(plan.counts) != len(calls) or not all(_has(cache, plan, place) for place, cache in enumerate(caches)):
+        entry = [(plan, place) for place in range(len(calls))]
+        if len(plan.counts) != len(calls) or not all(map(_has, caches, entry)):
             continue
         if plan.fits(calls):
             _put_first(plan, caches)
@@ -65,8 +68,8 @@ def _put_first(plan: Plan, caches: Sequence[dict[Any, Any]]) -> None:
             cache["plan"], cache["upload_hyperparameters"] = plan, partial(plan.upload_hyperparameters, place)
 
 
-def _has(cache: dict[Any, Any], plan: Plan, place: int) -> bool:
-    return any(known is plan and number == place for known, number in cache.get("plans", ()))
+def _has(cache: dict[Any, Any], entry: tuple[Plan, int]) -> bool:
+    return entry in cache.get("plans", ())  # plans are compared by identity
 
 
 def _forget(cache: dict[Any, Any], plan: Plan) -> None:

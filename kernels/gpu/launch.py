@@ -70,7 +70,9 @@ def run(
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """A context that makes the tensors' device the current one, on which kernels are launched."""
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+    if device.type == "cpu" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _can_settle(cfg: Config) -> bool:

@@ -39,7 +39,8 @@ class FusedJob(Job):
     def after_base(self) -> None:
         rule = with_own_factor(self.fused_rule.kernel_rule(self.context.base, self.group), self.decay, self.group)
         make_state = partial(self.fused_rule.init_state, self.group)
-        with self.kept_items.with_gradients(self.context, self.parameters, self.policy, make_state) as all_items:
+        all_items = self.kept_items.with_gradients(self.context, self.parameters, self.policy, make_state)
+        try:
             for device_items in all_items:
                 if self.specs is None:
                     for parameter, item in zip(device_items.parameters, device_items.items, strict=True):
@@ -47,6 +48,10 @@ class FusedJob(Job):
                     device_items.let_go()
                 else:
                     self._step_in_kernel(device_items, rule, *self.specs)
+        except BaseException:
+            for device_items in all_items:
+                device_items.let_go()
+            raise
         self.fused_rule.count_step_in_group(self.group)
 
     def _step_in_kernel(

@@ -64,7 +64,8 @@ class Groups:
         """
         self._take_policies()
         plans = self.update_plans()
-        choices = [self._choose(plan) for plan in plans]
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        choices = [self._choose(plan, is_distributed) for plan in plans]
         switched = []
         for plan, choice in zip(plans, choices, strict=True):
             if choice is plan.choice:
@@ -185,7 +186,7 @@ class Groups:
         self.recorded += plan.kept.recorded
         self._edited = True
 
-    def _choose(self, plan: GroupPlan) -> Choice:
+    def _choose(self, plan: GroupPlan, is_distributed: bool) -> Choice:
         """Return the capture of a group: the one that it has, as long as nothing changes that the choice depends on."""
         number, params = plan.number, plan.params
         if not isinstance(plan.policy_group, PolicyGroup):
@@ -197,7 +198,8 @@ class Groups:
         policy = plan.policy
         params.detect_changes()
         if not plan.steps_alone or plan.preconditioning.preconditioner is not None:
-            check_flattened(params.parameters)
+            if is_distributed:
+                check_flattened(params.parameters)
             if params.joined:
                 refuse_joined(number, params.shapes, params.tensors)
         described = plan.kept.describe(policy)
@@ -205,7 +207,8 @@ class Groups:
             warn_of_stray_keys(plan.group, number, plan.policy_group, self.base.defaults, plan.keys_warned)
             plan.keys_checked = len(plan.group)
         decay = plan.decay
-        key = capture_key(self.base, plan.group, params.kinds, described.state_classes, described.needs, decay)
+        flags = plan.flags.of(plan.group)
+        key = capture_key(self.base, flags, params.kinds, described.state_classes, described.needs, decay)
         if plan.choice is not None and plan.choice.key == key:
             return plan.choice
         own = self.options.keeps_momentum and not plan.is_dense  # nobody reads a momentum of ours there
@@ -240,6 +243,8 @@ class Groups:
 
     def _rotation_of(self, plan: GroupPlan, with_basis: Container[Tensor]) -> RotationPlan | None:
         preconditioning = plan.preconditioning
+        if preconditioning.preconditioner is None and preconditioning.planned is None:
+            return None
         known: RotationPlan | None = preconditioning.planned if preconditioning.was_planned else None
         rotation = known
         if known is None or not known.is_of(preconditioning, plan.capture, plan.params.parameters):

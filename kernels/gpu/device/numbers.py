@@ -51,8 +51,8 @@ def _keys(state, high):
 def _random(keys_ptr, address, clock, t, mask):
     """The keys of the mask, sample and rounding streams, from (seed, step, address). `clock` has the first two."""
     zero = tl.zeros(t.shape, tl.uint64)
-    state = splitmix64(zero ^ tl.load(clock, mask=mask, other=0).to(tl.uint64))
-    state = splitmix64(state ^ tl.load(clock + 1, mask=mask, other=0).to(tl.uint64))
+    state = splitmix64(zero ^ tl.load(clock).to(tl.uint64))
+    state = splitmix64(state ^ tl.load(clock + 1).to(tl.uint64))
     state = splitmix64(state ^ address.to(tl.uint64))
     for stream in tl.static_range(3):
         first, second = _keys(state ^ (zero + stream), zero)
@@ -67,9 +67,9 @@ def group_row(hyper_ptr, facts):
 
 
 @triton.jit
-def _of_group(hyper, mask, COLUMN: tl.constexpr):
+def _of_group(hyper, COLUMN: tl.constexpr):
     """One hyper-parameter of each tensor's group; `hyper` are the rows of the groups."""
-    return tl.load(hyper + COLUMN, mask=mask, other=0.0)
+    return tl.load(hyper + COLUMN)
 
 
 @triton.jit
@@ -78,13 +78,13 @@ def _adam(out, pointers, hyper, mask):
     counter = tl.load(pointers + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
     count = tl.load(counter, mask=mask, other=0.0) + 1.0
     tl.store(counter, count, mask=mask)
-    lr, beta1, beta2 = _of_group(hyper, mask, LR), _of_group(hyper, mask, BETA1), _of_group(hyper, mask, BETA2)
+    lr, beta1, beta2 = _of_group(hyper, LR), _of_group(hyper, BETA1), _of_group(hyper, BETA2)
     t = count.to(tl.float64)
     rate = lr / (1.0 - tl.exp(t * tl.log(t * 0.0 + beta1)))
     unbias = 1.0 / tl.sqrt(1.0 - tl.exp(t * tl.log(t * 0.0 + beta2)))
     tl.store(out + RATE, rate.to(tl.float32), mask=mask)
     tl.store(out + UNBIAS, unbias.to(tl.float32), mask=mask)
-    factor = t * 0.0 + 1.0 - lr * _of_group(hyper, mask, WEIGHT_DECAY)
+    factor = t * 0.0 + 1.0 - lr * _of_group(hyper, WEIGHT_DECAY)
     tl.store(out + FACTOR, factor.to(tl.float32), mask=mask)
 
 
@@ -109,26 +109,26 @@ def numbers_kernel(
     mask = t < tensors
     out, facts = numbers_ptr + t * NUMBERS, facts_ptr + t * FACTS
     group, address = tl.load(facts + GROUP, mask=mask, other=0), tl.load(facts + ADDRESS, mask=mask, other=0)
-    hyper = hyper_ptr + group * HYPER
-    clock = tl.load(clocks_ptr + group, mask=mask, other=0).to(tl.pointer_type(tl.int64))
+    hyper = hyper_ptr + group * HYPER  # that of the first group where there is no tensor
+    clock = tl.load(clocks_ptr + group).to(tl.pointer_type(tl.int64))
     like = t.to(tl.float64)
     _random(keys_ptr, address, clock, t, mask)
-    beta1, beta2 = _of_group(hyper, mask, BETA1), _of_group(hyper, mask, BETA2)
+    beta1, beta2 = _of_group(hyper, BETA1), _of_group(hyper, BETA2)
     if CFG.rule == "adam":
         _adam(out, pointers_ptr + t * COLUMNS, hyper, mask)
     else:
-        _put(out + RATE, _of_group(hyper, mask, LR), like, mask)
-        _put(out + FACTOR, _of_group(hyper, mask, DECAY_FACTOR), like, mask)
+        _put(out + RATE, _of_group(hyper, LR), like, mask)
+        _put(out + FACTOR, _of_group(hyper, DECAY_FACTOR), like, mask)
     _put(out + W1, 1.0 - beta1, like, mask)
     _put(out + B2, beta2, like, mask)
     _put(out + W2, 1.0 - beta2, like, mask)
-    _put(out + EPS, _of_group(hyper, mask, EPSILON), like, mask)
-    _put(out + DECAY, _of_group(hyper, mask, WEIGHT_DECAY), like, mask)
-    _put(out + MOMENTUM, _of_group(hyper, mask, SGD_MOMENTUM), like, mask)
-    _put(out + UNDAMPED, 1.0 - _of_group(hyper, mask, DAMPENING), like, mask)
-    _put(out + LOOKAHEAD, _of_group(hyper, mask, AHEAD), like, mask)
+    _put(out + EPS, _of_group(hyper, EPSILON), like, mask)
+    _put(out + DECAY, _of_group(hyper, WEIGHT_DECAY), like, mask)
+    _put(out + MOMENTUM, _of_group(hyper, SGD_MOMENTUM), like, mask)
+    _put(out + UNDAMPED, 1.0 - _of_group(hyper, DAMPENING), like, mask)
+    _put(out + LOOKAHEAD, _of_group(hyper, AHEAD), like, mask)
     for i in tl.static_range(4):
-        _put(out + USER + i, tl.load(hyper + ARGUMENT + i, mask=mask, other=0.0), like, mask)
+        _put(out + USER + i, tl.load(hyper + ARGUMENT + i), like, mask)
     dense = tl.load(ranks_ptr + t * RANKS + MODE, mask=mask, other=0) == 2
     if CFG.selection == "top_k":
         tl.store(out + USER, tl.where(dense, 1.0, 0.0), mask=mask)
@@ -138,6 +138,6 @@ def numbers_kernel(
         for i in tl.static_range(3):
             tl.store(ranks_ptr + t * RANKS + PICKED + i, tl.zeros(t.shape, tl.int64), mask=mask)
     if FIXED:
-        selected, rest = _of_group(hyper, mask, SELECTED), _of_group(hyper, mask, REST)
+        selected, rest = _of_group(hyper, SELECTED), _of_group(hyper, REST)
         tl.store(out + STRENGTH_SELECTED, tl.where(dense, 1.0, selected).to(tl.float32), mask=mask)
         tl.store(out + STRENGTH_REST, tl.where(dense, 1.0, rest).to(tl.float32), mask=mask)
