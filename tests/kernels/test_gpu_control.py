@@ -54,11 +54,12 @@ def test_every_part_is_in_a_cell():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(CUDA, reason="thousands of kernels to compile; interpreted, they are the same")
 @pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_every_combination(rule, selection, device):
     for i, (strength_name, strength) in enumerate(STRENGTHS.items()):
-        for j, (name, dtypes) in enumerate(list(DTYPES.items())[:: 1 if CUDA else 3]):
+        for j, (name, dtypes) in enumerate(list(DTYPES.items())[::3]):
             if isinstance(rule, SGDRule) and rule.momentum == 0 and needs_momentum(selection, strength):
                 continue
             start = made(rule, (11, 71), dtypes, seed=i + j)
@@ -68,11 +69,15 @@ def test_every_combination(rule, selection, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("strength", ["fixed", "norm_update", "still"])
-@pytest.mark.parametrize("selection", ["update", "top_update", "top_sampled", "element"])
-@pytest.mark.parametrize("dtypes", ["f32", "bf16", "bf16+f32"])
-@pytest.mark.parametrize("rule", ["adamw", "lion", "sgd_nesterov", "scratch"])
-def test_real_sizes(rule, dtypes, selection, strength, device):
+@pytest.mark.parametrize(
+    "rule, selection, dtypes, strength",
+    [
+        (rule, selection, ("f32", "bf16", "bf16+f32")[(i + j) % 3], ("fixed", "norm_update", "still")[(i + 2 * j) % 3])
+        for i, rule in enumerate(("adamw", "lion", "sgd_nesterov", "scratch"))
+        for j, selection in enumerate(("update", "top_update", "top_sampled", "element"))
+    ],
+)
+def test_real_sizes(rule, selection, dtypes, strength, device):
     """A number of the policy that differs by one (a score within rounding of the K-th) moves one more coordinate."""
     rule, how = RULES[rule], {"selection": controlled(SELECTIONS[selection]), "strength": STRENGTHS[strength]}
     start = made(rule, (1500, 1111), DTYPES[dtypes], seed=1)

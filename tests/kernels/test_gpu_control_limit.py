@@ -45,7 +45,16 @@ from selective.kernels.reference import random as reference_random
 ADAM = RULES["adamw"]
 
 
-@pytest.mark.parametrize("numel, counts", [(1, [1]), (100, [99, 100]), (3_000, [1_300]), (25_000, [2])])
+@pytest.mark.parametrize(
+    "numel, counts",
+    [
+        (1, [1]),
+        (100, [99, 100]),
+        (3_000, [1_300]),
+        (25_000, [2]),
+        pytest.param(5_000_003, [7, 1_234_567, 4_990_000], marks=pytest.mark.gpu),
+    ],
+)
 def test_the_choice_is_the_definitions(numel, counts, device):
     """The bracket of the last has fewer than 2^16 numbers, of which fewer digits are looked at."""
     for count in counts:
