@@ -14,6 +14,8 @@ LOOK_BLOCK = 1024  # elements of a program that looks at what is selected
 # Registers of a thread in those programs: seven on a multiprocessor. Without a limit they take 56 to 96; it spills 32
 # bytes at most.
 LOOK_REGISTERS = 72
+# Entries of a list, or rows of sums, that a tensor's program looks at together to find the limit.
+LIMIT_BLOCK, LIMIT_WARPS = 4096, 16
 WIDTH = 6.0  # half the bracket, in standard deviations of the limit's rank: misses once in 10^8 tensors
 
 

@@ -246,8 +246,8 @@ class Step:
         if not plan.at_once:
             look(again, False, True)
         run(limit_kernel, tables.tensors, sums, indices, squares, tables.numbers, self.groups.hyper, tables.pointers,
-            tables.ranks, tables.facts, tables.keys, plan.table, plan.programs, CFG=again, BLOCK=TABLE_BLOCK,
-            warps=TABLE_WARPS)  # fmt: skip
+            tables.ranks, tables.facts, tables.keys, plan.table, plan.programs, CFG=again,
+            BLOCK=controls.LIMIT_BLOCK, warps=controls.LIMIT_WARPS)  # fmt: skip
         return derived(self.cfg, recomputed=plan.moves, drawn=True)
 
     def _report(self) -> Tensor:

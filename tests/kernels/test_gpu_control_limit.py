@@ -33,7 +33,7 @@ from gpu_support import (
 from step_cases import RULES, SELECTIONS, STRENGTHS
 
 from selective import Cautious, Grams, RandomMask, SelectiveUpdate
-from selective.kernels import Draw, ItemList, Selection, Strength, selective_step, use_backend
+from selective.kernels import Draw, ItemList, Selection, Strength, selective_step, selective_steps, use_backend
 from selective.kernels.gpu import control as plans
 from selective.kernels.gpu import launch
 from selective.kernels.gpu.device import control as device_code
@@ -41,6 +41,7 @@ from selective.kernels.gpu.device import limit, selections
 from selective.kernels.gpu.device.random import random_bits
 from selective.kernels.reference import control as by_definition
 from selective.kernels.reference import random as reference_random
+from selective.kernels.spec import StepCall, StepSpec
 
 ADAM = RULES["adamw"]
 
@@ -189,6 +190,23 @@ def test_a_list_is_stepped_again_and_in_place(device):
             assert_same_step(was, item, twin)
             assert_same_sums(ours, wanted)
     assert "plan" in items.cache
+
+
+def test_groups_with_other_numbers_share_the_launches(device):
+    """A cap, a seed and a strength of its own for each group."""
+    calls, apart = [], []
+    for group, cap in enumerate((0.5, 10.0)):
+        start = made(ADAM, (60 + group,), seed=group, address=group)
+        selection, strength = controlled(Selection("agreement"), cap=cap), Strength("fixed", 2.0 + group, 0.5)
+        how = {"selection": selection, "strength": strength, "draw": Draw(group, 3)}
+        mine, other = ItemList([copied(start, device)]), copied(start, device)
+        calls.append(StepCall(mine, StepSpec(ADAM, **how, statistics=True)))
+        apart.append((other, gpu(other, ADAM, **how)))
+    together = selective_steps(calls, backend="gpu")
+    assert len(calls[0].items.cache["plan"].batches) == 1
+    for call, sums, (other, wanted) in zip(calls, together, apart, strict=True):
+        assert list(sums) == [wanted]
+        assert_equal_items(list(call.items), [other])
 
 
 @pytest.mark.parametrize(("policy", "way"), [(Cautious(), "fused"), (Grams(), "scratch")], ids=str)

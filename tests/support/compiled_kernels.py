@@ -84,7 +84,10 @@ def _type_of(value: Any) -> str:
 
 
 def whole_tensors(kinds: list[str], rules: list[str]) -> None:
-    """A kind is "top_k"; with selective decay "top_k+update"; the matched random control of one "control:top_k"."""
+    """A kind is "top_k"; with selective decay "top_k+update"; its matched random control "control:top_k".
+
+    "unscaled:top_k" is a control that does not keep the norm.
+    """
     for rule in (RULES[name] for name in rules):
         for name, _, of in (kind.partition("+") for kind in kinds):
             controlled, _, kind = name.rpartition(":")
