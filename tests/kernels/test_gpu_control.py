@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from step_cases import RULES, SELECTIONS, STRENGTHS, needs_momentum
 
-from selective.kernels import Decay, Draw, GivenRule, Selection, SGDRule
+from selective.kernels import Decay, Draw, GivenRule, Selection, SGDRule, selective_step
 
 ADAM = RULES["adamw"]
 # Each rule, selection, strength and choice of dtypes is in a cell.
@@ -151,9 +151,14 @@ def test_other_layouts_and_a_decay_that_selects(device):
 
 
 def test_stochastic_rounding_draws_as_the_reference(device):
-    start = made(ADAM, (700,), DTYPES["bf16"], seed=1)
-    how = {"selection": AGREEMENT, "strength": WITHOUT_SUMS}
-    agrees(start, ADAM, device, draw=Draw(7, 3, stochastic=True), **how)
+    """And nothing but the report depends on statistics."""
+    start = made(ADAM, (700,), DTYPES["bf16+f32"], seed=1)
+    how = {"selection": AGREEMENT, "strength": WITHOUT_SUMS, "draw": Draw(7, 3, stochastic=True)}
+    agrees(start, ADAM, device, **how)
+    item, quiet = copied(start, device), copied(start, device)
+    gpu(item, ADAM, **how)
+    assert selective_step([quiet], rule=ADAM, backend="gpu", **how) is None
+    assert_equal_items([item], [quiet])
 
 
 def _along(grad, update, momentum, least):
