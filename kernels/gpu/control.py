@@ -20,7 +20,7 @@ WIDTH = 6.0  # half the bracket, in standard deviations of the limit's rank: mis
 
 
 def room_of(numel: int) -> int:
-    """The length of a tensor's list: a third more than the bracket holds on average, and at least as many as it may."""
+    """The length of a tensor's list: a third more than a bracket holds on average, and 256 more for small tensors."""
     return min(numel, math.ceil(8 * math.sqrt(numel)) + 256)
 
 
@@ -36,8 +36,9 @@ class ControlPlan:
             rows.append([at, count, self.room, room_of(numel)])  # the columns ROWS_AT to ROOM
             self.room += room_of(numel)
         self.table = upload(rows, torch.int64, device)
-        # the update of Adam can be formed from stored moments if these were not rounded: then they are stored early
+        # The moments are stored when the policy's coordinates are counted, if the update can be formed from them again:
+        # that of Adam, from moments that were not rounded.
         whole = all(d is None or d == tl.float32 for d in (cfg.first, cfg.second, cfg.third))
         self.moves = cfg.rule == "adam" and whole and cfg.control_norm
-        # what a top-K selects is known in advance
+        # The policy's coordinates are counted, and the control's drawn, in one launch if the count is known before.
         self.at_once = cfg.selection == "top_k" and cfg.quantile == "exact" and not cfg.still
