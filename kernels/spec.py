@@ -288,12 +288,13 @@ class StepSpec:
         return "previous_momentum" in self.selection.reads
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class StepCall:
     """Tensors that are stepped by one `StepSpec`; several of these are stepped together."""
 
     items: Sequence[Item]
     spec: StepSpec
+    looked: bool = False  # True: the caller knows that dtypes, shapes and strides of parameters are those of last time
 
 
 def check_kinds(device: str, spec: StepSpec) -> None:

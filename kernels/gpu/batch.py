@@ -24,6 +24,8 @@ SAMPLE_BLOCK = 1024  # scores of a program that samples or ranks
 SETTLE_WORDS = 1024  # words of 32 elements that a settling program looks at
 SEEN_BLOCK, SEEN_PARTS = 2048, 32  # elements, and blocks of them, of a program that looks for a momentum that is not 0
 
+_ONE = torch.tensor(1.0, device="cpu")
+
 
 class TopKPlan:
     """The ranking of a batch's tensors: their samples, which of them have brackets, and the programs of each launch."""
@@ -114,6 +116,7 @@ class Batch:
         self.counted: list[float] = []  # the counts of those on the host
         if cfg.rule == "adam" and not (mine[0].state["step"].device.type == self.device.type == "cuda"):
             self.counters = torch.zeros(len(mine), dtype=torch.float32, device=self.device)
+        self.param_layouts = _layouts_of(present[0])
         self.entries = self._entries(present)
         self.fixed_addresses = [[*map(Tensor.data_ptr, column)] for column in present]
         self.addresses = self._address_table()
@@ -164,13 +167,14 @@ class Batch:
 
     def _layouts(self, items: Sequence[Item]) -> list[list[Any]]:
         """The facts in the tables that can change although the tensors' addresses do not."""
-        params, grads = [i.param for i in items], [i.grad for i in items]
+        grads = [i.grad for i in items]
         return [
-            [i.address for i in items], [p.dtype for p in params], [p.shape for p in params],
-            [*map(Tensor.stride, params)], [g.dtype for g in grads], [g.shape for g in grads],
+            [i.address for i in items],
+            [g.dtype for g in grads],
+            [g.shape for g in grads],
             [*map(Tensor.stride, grads)],
-            *([x for i in items for x in _described(i.state, self.state)] if self.cfg.rule == "given" else [],),
-        ]  # fmt: skip
+            [x for i in items for x in _described(i.state, self.state)] if self.cfg.rule == "given" else [],
+        ]
 
     def _columns(self, items: Sequence[Item]) -> list[Sequence[Tensor]]:
         """The parameters, and each entry of their state that the kernels have the address of."""
@@ -203,16 +207,19 @@ class Batch:
             table[:, config.STEP.value] = first + 4 * torch.arange(len(self.members), device="cpu")
         return table
 
-    def fits(self, items: Sequence[Item]) -> bool:
+    def fits(self, items: Sequence[Item], looked: bool = False) -> bool:
         """True if the tables can be made to fit these items: the same tensors, except those that are new in every step.
 
-        New in every step may be a given update, and the buffer that a rule leaves its update in.
+        New in every step may be a given update, and the buffer that a rule leaves its update in. `looked`: dtypes,
+        shapes and strides of the parameters are known to be the same.
         """
         mine = self._mine(items)
         try:
             if self._layouts(mine) != self.layouts:
                 return False
             columns = self._columns(mine)
+            if not looked and _layouts_of(columns[0]) != self.param_layouts:
+                return False
             if self.cfg.rule != "given" and self._entries(columns) != self.entries:
                 return False
             now = [[*map(Tensor.data_ptr, column)] for column in columns]
@@ -238,7 +245,7 @@ class Batch:
         gradients = [*map(Tensor.data_ptr, [item.grad for item in mine])]
         if gradients != self.gradients:
             self.addresses[:, config.GRAD.value] = torch.tensor(gradients, dtype=torch.int64, device="cpu")
-            tables.uploads.keep(refill(tables.pointers, self.addresses.clone()))
+            tables.uploads.keep(refill(tables.pointers, self.addresses))
             self.gradients = gradients
 
     def upload_ranks(self, specs: Sequence[StepSpec]) -> None:
@@ -256,9 +263,9 @@ class Batch:
         """Upload the step counts that the host keeps, if they are not those that the device has counted to."""
         if self.counters is None:
             return
-        now = [float(item.state["step"]) for item in items]
-        if now != self.counted:
-            self.tables.uploads.keep(refill(self.counters, now))
+        self.now: list[float] = [*map(Tensor.item, [item.state["step"] for item in items])]
+        if self.now != self.counted:
+            self.tables.uploads.keep(refill(self.counters, self.now))
         self.counted = []  # until the step is done: if it fails, the next one uploads the counts again
 
     def stepped(self, items: Sequence[Item]) -> None:
@@ -266,9 +273,13 @@ class Batch:
         if self.counters is None:
             return
         steps = [item.state["step"] for item in self._mine(items)]
-        now = [float(step) for step in steps]
-        torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
-        self.counted = [count + 1 for count in now]
+        many: Any = torch  # torch declares no types for this function
+        many._foreach_add_(steps, _ONE, alpha=1.0)  # a number in the place of the tensor takes four times as long
+        self.counted = [count + 1 for count in self.now]
+
+
+def _layouts_of(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    return [[x.dtype for x in tensors], [x.shape for x in tensors], [*map(Tensor.stride, tensors)]]
 
 
 def _described(state: dict[str, Tensor], names: Sequence[tuple[str, int]]) -> list[object]:

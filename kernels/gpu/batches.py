@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..spec import Item, Selection, StepCall, Strength, SumsTable
 from .batch import Batch
-from .configure import configure, has_same_key, static_key
+from .configure import configure, has_key, static_key
 from .groups import GroupTable
 from .launch import Step, on
 from .tables import is_in_place, state_columns, upload
@@ -54,10 +54,10 @@ class Plan:
         """True if the batches are still right. Gradients may be elsewhere, and numbers may have changed."""
         if [len(call.items) for call in calls] != self.counts:
             return False
-        if not all(has_same_key(call.spec, before) for call, before in zip(calls, self.specs, strict=True)):
+        if not all(map(has_key, [call.spec for call in calls], self.keys, self.specs)):
             return False
-        items = _all_items(calls)
-        return all(batch.fits(items) for batch in self.batches)
+        items, looked = _all_items(calls), all(call.looked for call in calls)
+        return all(batch.fits(items, looked) for batch in self.batches)
 
     def run(self, calls: Sequence[StepCall]) -> list[SumsTable | None]:
         """Step all batches. Returns the sums of each call."""
@@ -75,6 +75,8 @@ class Plan:
 
     def _reports(self, sums: list[Tensor]) -> list[SumsTable | None]:
         """The sums of each call, from those of the batches; None for a call without statistics."""
+        if not sums:
+            return [None] * len(self.specs)
         reports: list[SumsTable | None] = []
         start = 0
         for spec, count in zip(self.specs, self.counts, strict=True):

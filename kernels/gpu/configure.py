@@ -88,12 +88,13 @@ def _rule_key(rule: Rule) -> tuple[object, ...]:
     return type(rule), *flags, rule.coupled_decay != 0, rule.has_decay_factor, moves
 
 
-def has_same_key(spec: StepSpec, before: StepSpec) -> bool:
-    """True if these two specs have the same `static_key`, found out by identity where that is enough."""
+def has_key(spec: StepSpec, key: tuple[object, ...], before: StepSpec) -> bool:
+    """True if `key` is the `static_key` of this spec, as it is that of `before`: by identity, where that is enough."""
     if spec.selection is not before.selection or spec.strength is not before.strength:
-        return static_key(spec) == static_key(before)
+        return static_key(spec) == key
+    of_rule = _rule_key(spec.rule)
     return (
-        (spec.rule is before.rule or _rule_key(spec.rule) == _rule_key(before.rule))
+        of_rule == key[: len(of_rule)]
         and spec.draw.stochastic == before.draw.stochastic
         and spec.statistics == before.statistics
         and spec.decay == before.decay

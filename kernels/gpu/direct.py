@@ -37,6 +37,7 @@ class DirectLaunches:
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
         self._compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # with the constants in their order
+        self._settings: tuple[Any, ...] | None = None
         self._kept: dict[int, Any] = {}  # kernels and functions by their id, so that no other one can have it
 
     def launch(
@@ -69,26 +70,35 @@ class DirectLaunches:
     ) -> tuple[Any, ...] | None:
         """Everything that Triton compiles for; None for a launch that has to go through Triton.
 
-        That is one in the interpreter, and one for which somebody has set hooks that the dispatcher calls.
+        That is one in the interpreter, and one for which somebody has set hooks that the dispatcher calls. A tensor on
+        a CPU is refused by the compiled kernel itself.
         """
-        runtime, compilation = knobs.runtime, knobs.compilation
-        if (
-            not isinstance(kernel, JITFunction)
-            or kernel.pre_run_hooks
-            or runtime.add_stages_inspection_hook is not None
-        ):
+        if self._settings is None or not isinstance(kernel, JITFunction) or kernel.pre_run_hooks:
             return None
-        key = [id(kernel), self._device(), runtime.debug, compilation.instrumentation_mode]
-        key.append(getattr(compilation, "fpsan_homomorphic_casts", None))
+        key: list[Any] = [id(kernel), self._device(), self._settings]
         for x in arguments:
             if isinstance(x, Tensor):
-                key += (x.dtype, x.data_ptr() & 15 == 0, x.is_cuda)
+                key.append(x.dtype)
+                key.append(x.data_ptr() & 15 == 0)
             else:
                 key += _kind_of(x)
         key += options.items()
-        # a function is known by its identity: its hash and equality are those of its source, which take long
-        key += [(name, id(x) if callable(x) else x) for name, x in constants.items()]
+        for name, x in constants.items():
+            key.append(name)
+            # a function is known by its identity: its hash and equality are those of its source, which take long
+            key.append(id(x) if callable(x) else x)
         return tuple(key)
+
+    def look_at_settings(self) -> None:
+        """Read the settings of the process that Triton compiles for: once before some launches, as it takes a while.
+
+        With a hook that the dispatcher calls for each launch, all go through it.
+        """
+        runtime, compilation = knobs.runtime, knobs.compilation
+        casts = getattr(compilation, "fpsan_homomorphic_casts", None)  # since Triton 3.9
+        self._settings = None
+        if runtime.add_stages_inspection_hook is None:
+            self._settings = runtime.debug, compilation.instrumentation_mode, casts
 
     def _device(self) -> int:
         return torch.cuda.current_device()

@@ -69,7 +69,9 @@ def run(
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """A context that makes the tensors' device the current one, on which kernels are launched."""
+    """A context for launches: it makes the tensors' device the current one."""
+    if DIRECT.enabled:
+        DIRECT.look_at_settings()
     if device.type == "cpu" or torch.cuda.current_device() == device.index:
         return nullcontext()
     return torch.cuda.device(device)

@@ -198,7 +198,7 @@ _NO_FLAGS = frozenset(("params", "lr", "step", "initial_lr", "param_names"))
 
 
 def capture_key(
-    base: Optimizer,
+    of_base: tuple[object, ...],
     flags: tuple[tuple[str, object], ...],
     param_kinds: ParamKinds,
     classes: tuple[type, ...],
@@ -207,8 +207,14 @@ def capture_key(
 ) -> tuple[object, ...]:
     """Return everything that the choice of a capture depends on; the last entry is `classes`.
 
-    While the key is the same, the choice is not made again. `flags` and `param_kinds` are the group's; `classes` are
-    the policy's `state_classes`, and `needs` is what it reads: the caller has them at hand. `decay` is the group's.
+    While the key is the same, the choice is not made again. `of_base` is `base_key`, `flags` and `param_kinds` are the
+    group's; `classes` are the policy's `state_classes`, and `needs` is what it reads: the caller has them at hand.
+    `decay` is the group's.
     """
     decays = None if decay is None else (type(decay), decay.weight_decay is None)
-    return type(base), replaced_step(base) is not None, flags, param_kinds, needs, decays, classes
+    return of_base, flags, param_kinds, needs, decays, classes
+
+
+def base_key(base: Optimizer) -> tuple[object, ...]:
+    """Return what of a base itself the choice of a capture depends on."""
+    return type(base), replaced_step(base) is not None

@@ -18,17 +18,23 @@ class KernelCalls:
     """Collects the kernel calls of a step, and makes them in one call of `selective_steps`."""
 
     def __init__(self) -> None:
-        self._calls: list[tuple[DeviceItems, spec.StepCall, Then]] = []
+        self._calls: list[tuple[DeviceItems, spec.StepSpec, Then]] = []
 
     def add(self, items: DeviceItems, step_spec: spec.StepSpec, then: Then) -> None:
         """Add a call. `run` makes it, and hands `then` the sums of its items, in order."""
-        self._calls.append((items, spec.StepCall(items.items, step_spec), then))
+        self._calls.append((items, step_spec, then))
 
-    def run(self) -> None:
-        """Make all calls that were added."""
+    def run(self, untouched: bool = False) -> None:
+        """Make all calls that were added.
+
+        `untouched`: nobody could have changed a parameter since `GroupParams.detect_changes` looked at all of them, so
+        that items which were kept have the same dtypes, shapes and strides.
+        """
         if not self._calls:
             return
-        sums = selective_steps([call for _, call, _ in self._calls])
+        sums = selective_steps(
+            [spec.StepCall(kept.items, how, untouched and not kept.dtensors) for kept, how, _ in self._calls]
+        )
         calls, self._calls = self._calls, []
         for (_, _, then), own in zip(calls, sums, strict=True):
             then(own)

@@ -63,7 +63,10 @@ class GroupParams:
         return id(param) in self._ids
 
     def detect_changes(self) -> None:
-        """Detect dtypes, devices, shapes and memory that changed under the same parameters (`model.half()`)."""
+        """Detect dtypes, devices, layouts and memory that changed under the same parameters (`model.half()`).
+
+        `parameters` is another list afterwards, unless only addresses have changed.
+        """
         tensors = self.tensors
         pointers = [*map(Tensor.data_ptr, self._plain)]
         same_memory = pointers == self._pointers
@@ -74,7 +77,7 @@ class GroupParams:
             devices = self._looked[1]  # an address belongs to one device, but for that of an empty tensor
         else:
             devices = [p.device for p in tensors]
-        looked = [p.dtype for p in tensors], devices, shapes
+        looked = [p.dtype for p in tensors], devices, shapes, [*map(Tensor.stride, self._plain)]
         if looked == self._looked:
             return
         if self._looked:

@@ -56,7 +56,7 @@ class GroupPlan:
     @property
     def steps_alone(self) -> bool:
         """True if the base steps the parameters that are not rotated by itself: no mask, no selective decay."""
-        return self.decay is None and self.is_dense
+        return self.is_dense and self.decay is None
 
     @property
     def is_dense(self) -> bool:

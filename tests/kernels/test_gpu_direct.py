@@ -71,6 +71,7 @@ def run(direct_launches: DirectLaunches, kernel: Any, **changes: Any) -> None:
     }
     options = {"num_warps": given["warps"]} | ({"maxnreg": given["registers"]} if "registers" in given else {})
     arguments = [given[name] for name in ("x", "y", "n", "width")]
+    direct_launches.look_at_settings()
     direct_launches.launch(kernel, given["programs"], arguments, options, constants)
 
 
