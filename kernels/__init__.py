@@ -28,6 +28,7 @@ else:
         why_reference,
     )
     from ._functions import evaluate_function, function_device
+    from ._together import selective_steps
     from .reference.decay import decaying, drawn_like
     from .reference.random import sample_positions, uniform, uniform_bits
     from .reference.rules import Advanced, as_seen, decay_factor, turned
@@ -46,6 +47,8 @@ else:
         Scalar,
         Selection,
         SGDRule,
+        StepCall,
+        StepSpec,
         Strength,
         Sums,
         SumsTable,
@@ -68,6 +71,8 @@ else:
         "Scalar",
         "Selection",
         "Shard",
+        "StepCall",
+        "StepSpec",
         "Strength",
         "Sums",
         "SumsTable",
@@ -83,6 +88,7 @@ else:
         "function_device",
         "sample_positions",
         "selective_step",
+        "selective_steps",
         "top_k",
         "turned",
         "uniform",

@@ -16,12 +16,24 @@ from torch import Tensor
 
 from . import cpu, reference, sharded
 from .reference.rules import Advanced, has_momentum
-from .spec import Decay, Draw, GivenRule, Item, ItemList, Rule, Selection, StepSpec, Strength, Sums, check_kinds
+from .spec import (
+    Decay,
+    Draw,
+    GivenRule,
+    Item,
+    ItemList,
+    Rule,
+    Selection,
+    StepCall,
+    StepSpec,
+    Strength,
+    Sums,
+    check_kinds,
+)
 
 Backend = Literal["auto", "reference", "cpu", "gpu"]  # The implementation; "auto" picks by device.
 _standard: ContextVar[Backend] = ContextVar("standard", default="auto")
 _triton_missing: list[str] = []  # once looked for: why it is missing ("" if it is not); "said", once the user was told
-NO_CONTROL = "there is no Triton kernel for a matched random control"
 
 
 @contextmanager
@@ -71,28 +83,16 @@ def _warn_without_triton() -> None:
 
 def why_reference(item: Item, rule: Rule, selection: Selection | None = None) -> str | None:
     """The reason why a tensor on a GPU is stepped by the reference, in words; None if a kernel steps it."""
-    if selection is not None and selection.control is not None:
-        return NO_CONTROL
     return why_no_triton() or _gpu().unsupported(item, rule, selection)
 
 
 def why_own_code(selection: Selection, param: Tensor) -> str | None:
     """The reason why no kernel has this selection for this parameter, in words; None if one has it.
 
-    If there is a reason, the policy's own code has to run. There is one for two kinds only: a user's Triton function,
-    which only Triton kernels can call, and a matched control, which these don't have.
+    If there is a reason, the policy's own code has to run. There is one for a user's Triton function only, which only
+    Triton kernels can call.
     """
-    if selection.control is not None and _path_of(param) == "gpu":
-        return NO_CONTROL
     return why_no_function(param) if selection.kind == "function" else None
-
-
-def _path_of(param: Tensor) -> Backend:
-    """The implementation for this parameter, as far as its device and the backend say."""
-    path = _standard.get()
-    if path != "auto":
-        return path
-    return {"cpu": "cpu", "cuda": "gpu"}.get(param.device.type, "reference")  # type: ignore[return-value]
 
 
 def why_no_function(param: Tensor) -> str | None:
@@ -266,35 +266,51 @@ def _with_shards(items: Sequence[Item], spec: StepSpec, backend: Backend) -> Seq
     return [sums[i] for i in range(len(items))] if spec.statistics else None
 
 
+def _with_triton_function(spec: StepSpec) -> StepSpec:
+    """The spec with a selection's function compiled, if it has one and Triton can be imported."""
+    selection = spec.selection
+    if selection.kind != "function" or why_no_triton() is not None:
+        return spec
+    return replace(spec, selection=replace(selection, function=_gpu().jitted(selection.function)))
+
+
 @torch.no_grad()
 def _step_here(items: Sequence[Item], spec: StepSpec, backend: Backend) -> Sequence[Sums] | None:
     """The step of whole tensors, or of shards that can be stepped as if they were whole."""
-    selection, statistics = spec.selection, spec.statistics
-    if selection.kind == "function" and why_no_triton() is None:
-        selection = replace(selection, function=_gpu().jitted(selection.function))
-        spec = replace(spec, selection=selection)
+    spec = _with_triton_function(spec)
     planned = isinstance(items, ItemList) and bool(items.cache) and bool(items)
     asked = _chosen(backend)
     if planned and (asked == "gpu" or (asked == "auto" and items[0].param.is_cuda)):
-        again = _gpu().step_again(items, spec)  # all that follows below was settled in an earlier step
-        if again is not None:
-            return again if statistics else None
+        call = StepCall(items, spec)
+        plan = _gpu().plan_of([call])
+        if plan is not None:  # all that follows below was settled in an earlier step
+            return plan.run([call])[0]
+    return _step_by(_paths(items, spec, backend), items, spec)
+
+
+def _paths(items: Sequence[Item], spec: StepSpec, backend: Backend) -> dict[Backend, list[int]]:
+    """The indices of the items by the implementation that steps them. Refuses what can't be stepped."""
     _check(items, spec)
     paths: dict[Backend, list[int]] = {}
     for i, item in enumerate(items):
-        paths.setdefault(_implementation(item, spec.rule, selection, backend), []).append(i)
-    if selection.kind == "function":
+        paths.setdefault(_implementation(item, spec.rule, spec.selection, backend), []).append(i)
+    if spec.selection.kind == "function":
         _check_function(items, paths, spec.rule)
+    return paths
+
+
+def _step_by(paths: dict[Backend, list[int]], items: Sequence[Item], spec: StepSpec) -> Sequence[Sums] | None:
+    """The step of these items, each by the implementation that `paths` says."""
     results: list[Sums | None] = [None] * len(items)
     for path, places in paths.items():
         module = {"cpu": cpu, "reference": reference}[path] if path != "gpu" else _gpu()
         part = items if len(paths) == 1 else [items[i] for i in places]
         sums = module.selective_step(part, spec)
         if len(paths) == 1:
-            return sums if statistics else None
+            return sums if spec.statistics else None
         for i, s in zip(places, sums or [], strict=bool(sums)):
             results[i] = s
-    return [s for s in results if s is not None] if statistics else None
+    return [s for s in results if s is not None] if spec.statistics else None
 
 
 def advance(item: Item, rule: Rule, *, keep_previous: bool = False) -> Advanced:

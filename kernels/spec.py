@@ -288,6 +288,15 @@ class StepSpec:
         return "previous_momentum" in self.selection.reads
 
 
+@dataclass(eq=False)
+class StepCall:
+    """Tensors that are stepped by one `StepSpec`; several of these are stepped together."""
+
+    items: Sequence[Item]
+    spec: StepSpec
+    looked: bool = False  # True: the caller knows that dtypes, shapes and strides of parameters are those of last time
+
+
 def check_kinds(device: str, spec: StepSpec) -> None:
     """Refuse a rule, selection, score, strength or decay of no kind that is defined here, before anything moves.
 
@@ -349,10 +358,19 @@ SUM_NAMES = (
 
 
 class SumsTable(Sequence[Sums]):
-    """The sums of many tensors as the rows of one float64 table, with the columns `SUM_NAMES`."""
+    """The sums of many tensors as the rows of one float64 table, with the columns `SUM_NAMES`.
 
-    def __init__(self, values: Tensor, numels: Sequence[int]) -> None:
-        self.values, self.numels = values, numels
+    The table may be given as a function, which is called whenever somebody reads it: after another replay of a CUDA
+    graph the memory that it reads has other sums.
+    """
+
+    def __init__(self, values: Tensor | Callable[[], Tensor], numels: Sequence[int]) -> None:
+        self._values, self.numels = values, numels
+
+    @property
+    def values(self) -> Tensor:
+        """The table, float64 [tensors, 7]."""
+        return self._values if isinstance(self._values, Tensor) else self._values()
 
     @overload
     def __getitem__(self, index: int) -> Sums: ...
@@ -362,11 +380,11 @@ class SumsTable(Sequence[Sums]):
 
     def __getitem__(self, index: int | slice) -> Sums | list[Sums]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return list(self)[index]
         return Sums(self.numels[index], *self.values[index].unbind())
 
     def __len__(self) -> int:
         return len(self.numels)
 
     def __iter__(self) -> Iterator[Sums]:
-        return (self[i] for i in range(len(self)))
+        return (Sums(numel, *row.unbind()) for numel, row in zip(self.numels, self.values, strict=True))

@@ -2,10 +2,11 @@
 
 The code that runs on the host is here:
 
-- `plan.py` has the function `selective_step`, and finds the tensors that can be launched together. `batch.py` and
-  `tables.py` keep their tables, and `configure.py` makes the constants that are compiled in. `eligible.py` says which
-  tensors the kernels can take.
-- `launch.py` has the launches of a step in order.
+- `plan.py` has the functions `selective_step` and `selective_steps`, of one and of several lists of tensors.
+  `batches.py` finds the tensors that can be launched together, and `kept_plans.py` keeps what was found for the next
+  step. `batch.py` and `tables.py` keep the tables of tensors, `groups.py` those of groups, and `configure.py` makes the
+  constants that are compiled in. `eligible.py` says which tensors the kernels can take.
+- `launch.py` has the launches of a step in order, and `direct.py` makes them without Triton's dispatcher.
 - `top_k.py` has the function `top_k`, of one tensor of scores. `functions.py` compiles and evaluates a user's own
   function.
 
@@ -14,6 +15,7 @@ The code that runs on the GPU is in `device/`:
 - `selective_step.py` has the kernel that passes over everything; `rules.py`, `selections.py` and `strengths.py` are its
   parts.
 - `numbers.py` fills in each tensor's numbers, `sums.py` adds up what strengths and statistics need.
+- `control.py` and `limit.py` draw as many coordinates as a policy selects: its matched control.
 - `scores.py` and `top_k/` find the K-th score: `bracket.py` from a sample, `settle.py`, `repair.py`, and `small.py` for
   small tensors.
 - `config.py`, `elements.py`, `random.py` and `rounding.py` are shared by all.
@@ -24,11 +26,12 @@ kernels in `top_k.py` and `sums.py`.
 
 from .eligible import unsupported
 from .functions import INTERPRETED, evaluate, jitted
-from .plan import selective_step, step_again
+from .kept_plans import parts, plan_of
+from .plan import selective_step, selective_steps
 from .sharded.step import ShardKernels
 from .top_k import ranks, top_k
 
 __all__ = [
-    "INTERPRETED", "ShardKernels", "evaluate", "jitted", "ranks", "selective_step", "step_again", "top_k",
-    "unsupported",
+    "INTERPRETED", "ShardKernels", "evaluate", "jitted", "parts", "plan_of", "ranks", "selective_step",
+    "selective_steps", "top_k", "unsupported",
 ]  # fmt: skip

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
-from ..reference.rules import number
-from ..spec import Item, Scalar, Selection, StepSpec, Strength
-from .configure import hyper_parameters, samples_of
+from ..spec import Item, Selection, StepSpec, Strength
+from .configure import samples_of
+from .control import ControlPlan
 from .device import config
 from .device.config import Config
+from .groups import GroupTable
 from .tables import Tables, cdiv, is_in_place, refill, state_columns, upload, work
 
 SUM_BLOCK = 2048  # elements of a program that sums
 SAMPLE_BLOCK = 1024  # scores of a program that samples or ranks
 SETTLE_WORDS = 1024  # words of 32 elements that a settling program looks at
 SEEN_BLOCK, SEEN_PARTS = 2048, 32  # elements, and blocks of them, of a program that looks for a momentum that is not 0
+
+_ONE = torch.tensor(1.0, device="cpu")
 
 
 class TopKPlan:
@@ -46,10 +51,13 @@ class TopKPlan:
         self.settles = [cdiv(n, wide) if drawn[i] and self.bracketed else 0 for i, n in enumerate(numels)]
         self.settle_work, self.settle_at = work(self.settles, device)
 
-    def rank_rows(self, numels: list[int], selection: Selection) -> list[list[int]]:
-        """The rank table as a step begins with it: the wanted rank of each tensor, and the mode, exact or dense."""
+    def rank_rows(self, numels: list[int], selections: Sequence[Selection]) -> list[list[int]]:
+        """The rank table as a step begins with it: the wanted rank of each tensor, and the mode, exact or dense.
+
+        `selections` has that of each tensor's group.
+        """
         rows = []
-        for numel, (count, shift) in zip(numels, self.samples, strict=True):
+        for numel, (count, shift), selection in zip(numels, self.samples, selections, strict=True):
             row = [0] * config.RANKS.value
             wanted = selection.k_of(numel)
             row[config.MODE.value] = (config.EXACT if wanted else config.DENSE).value
@@ -61,22 +69,39 @@ class TopKPlan:
 
 
 class Batch:
-    """The items of a list that share a `Config`, with their tables. `members` are their indices in the list."""
+    """The items of a list that share a `Config`, with their tables. `members` are their indices in the list.
 
-    def __init__(self, cfg: Config, items: Sequence[Item], members: list[int], spec: StepSpec) -> None:
+    They may be of several groups with numbers of their own: `group_of` has the group of each item of the list, which is
+    its row in `groups`, and `specs` has the `StepSpec` of each group. The specs of a batch differ in numbers only.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        items: Sequence[Item],
+        members: list[int],
+        specs: Sequence[StepSpec],
+        group_of: Sequence[int] | None = None,
+        groups: GroupTable | None = None,
+    ) -> None:
         self.cfg, self.members, self.device = cfg, members, items[members[0]].param.device
+        self.group_of = [0] * len(members) if group_of is None else [group_of[i] for i in members]
+        self.groups = GroupTable(len(specs), self.device) if groups is None else groups
+        spec = specs[self.group_of[0]]
         self.rule, selection, strength = spec.rule, spec.selection, spec.strength
+        self.function = selection.function
         self.tables = Tables(len(members), self.device)
         self.numels = [items[i].param.numel() for i in members]
         self.chunks, self.chunk_at = work([cdiv(n, cfg.block) for n in self.numels], self.device)
         self.programs = self.chunks.shape[0]
         self.top_k = TopKPlan(self.numels, selection, cfg, self.device) if selection.kind == "top_k" else None
         self._plan_sums(strength)
+        self.control = ControlPlan(self.numels, cfg, self.device) if cfg.control else None
         self.seen_work: Tensor | None = None
         if cfg.product == "previous_momentum":
             self.seen_work, _ = work([cdiv(n, SEEN_BLOCK * SEEN_PARTS) for n in self.numels], self.device)
             self.peek_work, _ = work([min(n, 1) for n in self.numels], self.device)
-        self.tables.keep(refill(self.tables.facts, self._facts(items)))
+        self.tables.uploads.keep(refill(self.tables.facts, self._facts(items)))
         mine = [items[i] for i in members]
         columns = state_columns(mine[0], self.rule)
         # the names of the state that the kernels read, and their columns in the pointer table
@@ -84,13 +109,16 @@ class Batch:
             (n, config.FIRST.value + i) for i, n in enumerate(self.rule.state_names) if columns[i] is not None
         ]
         self.averages = strength.kind == "alignment"
-        self.layouts = self._layouts(mine)
+        self.names = [name for name, _ in self.state] + (["step"] if cfg.rule == "adam" else [])
+        self._entries_of: Any = itemgetter(*self.names) if self.names else None
+        self.layouts, present = self._layouts(mine), self._columns(mine)
         self.counters: Tensor | None = None  # on the device, in place of step counters that live on the host
         self.counted: list[float] = []  # the counts of those on the host
         if cfg.rule == "adam" and not (mine[0].state["step"].device.type == self.device.type == "cuda"):
             self.counters = torch.zeros(len(mine), dtype=torch.float32, device=self.device)
-        self.entries = self._entries(mine)
-        self.fixed_addresses = self._fixed_addresses(mine)
+        self.param_layouts = _layouts_of(present[0])
+        self.entries = self._entries(present)
+        self.fixed_addresses = [[*map(Tensor.data_ptr, column)] for column in present]
         self.addresses = self._address_table()
         self.gradients: list[int] = []
 
@@ -118,7 +146,7 @@ class Batch:
         columns: dict[object, Sequence[int]] = {
             config.NUMEL: numels, config.ADDRESS: [i.address for i in mine],
             config.ROW_LENGTH: [max(n // max(r, 1), 1) for n, r in zip(numels, rows, strict=True)],
-            config.BEGINS: [self._first(i) for i in mine],
+            config.BEGINS: [self._first(i) for i in mine], config.GROUP: self.group_of,
             config.CHUNK_AT: self.chunk_at, config.CHUNKS: [cdiv(n, self.cfg.block) for n in numels],
             config.SUM_AT: self.sum_at, config.SUMS: self.sums,
             config.SUM_SHIFT: [shift for _, shift in self.sum_samples],
@@ -137,29 +165,32 @@ class Batch:
     def _mine(self, items: Sequence[Item]) -> Sequence[Item]:
         return items if len(self.members) == len(items) else [items[i] for i in self.members]
 
-    def _layouts(self, items: Sequence[Item]) -> list[list[object]]:
+    def _layouts(self, items: Sequence[Item]) -> list[list[Any]]:
         """The facts in the tables that can change although the tensors' addresses do not."""
+        grads = [i.grad for i in items]
         return [
-            [i.address for i in items], [i.param.dtype for i in items], [i.param.shape for i in items],
-            [i.param.stride() for i in items], [i.grad.dtype for i in items], [i.grad.shape for i in items],
-            [i.grad.stride() for i in items],
-            *([x for i in items for x in _described(i.state, self.state)] if self.cfg.rule == "given" else [],),
-        ]  # fmt: skip
+            [i.address for i in items],
+            [g.dtype for g in grads],
+            [g.shape for g in grads],
+            [*map(Tensor.stride, grads)],
+            [x for i in items for x in _described(i.state, self.state)] if self.cfg.rule == "given" else [],
+        ]
 
-    def _entries(self, items: Sequence[Item]) -> list[list[object]]:
-        """The identities and dtypes of the state: another tensor at the same address may have another dtype."""
-        identities: list[list[object]] = [[id(i.state[name]) for i in items] for name, _ in self.state]
-        return identities + [[i.state[name].dtype for i in items] for name, _ in self.state]
-
-    def _fixed_addresses(self, items: Sequence[Item]) -> list[list[int]]:
-        """The addresses that only change when somebody replaces a parameter or its state."""
-        addresses = [[i.param.data_ptr() for i in items]]
-        addresses += [[i.state[name].data_ptr() for i in items] for name, _ in self.state]
-        if self.cfg.rule == "adam":
-            addresses.append([i.state["step"].data_ptr() for i in items])
+    def _columns(self, items: Sequence[Item]) -> list[Sequence[Tensor]]:
+        """The parameters, and each entry of their state that the kernels have the address of."""
+        columns: list[Sequence[Tensor]] = [[i.param for i in items]]
+        if len(self.names) > 1:
+            columns += zip(*map(self._entries_of, [i.state for i in items]), strict=True)
+        elif self.names:
+            columns.append([i.state[self.names[0]] for i in items])
         if self.averages:
-            addresses.append([i.policy_state["average"].data_ptr() for i in items])
-        return addresses
+            columns.append([i.policy_state["average"] for i in items])
+        return columns
+
+    def _entries(self, columns: Sequence[Sequence[Tensor]]) -> list[list[object]]:
+        """The identities and dtypes of the state: another tensor at the same address may have another dtype."""
+        states = columns[1 : 1 + len(self.state)]
+        return [*([*map(id, column)] for column in states), *([x.dtype for x in column] for column in states)]
 
     def _address_table(self) -> Tensor:
         """The pointer table, on the host, without the gradients."""
@@ -176,20 +207,23 @@ class Batch:
             table[:, config.STEP.value] = first + 4 * torch.arange(len(self.members), device="cpu")
         return table
 
-    def fits(self, items: Sequence[Item]) -> bool:
+    def fits(self, items: Sequence[Item], looked: bool = False) -> bool:
         """True if the tables can be made to fit these items: the same tensors, except those that are new in every step.
 
-        New in every step may be a given update, and the buffer that a rule leaves its update in.
+        New in every step may be a given update, and the buffer that a rule leaves its update in. `looked`: dtypes,
+        shapes and strides of the parameters are known to be the same.
         """
         mine = self._mine(items)
         try:
             if self._layouts(mine) != self.layouts:
                 return False
-            now = self._fixed_addresses(mine)
-            same = self.cfg.rule == "given" or self._entries(mine) == self.entries
-        except (KeyError, AttributeError):  # an entry of the state is gone, or None
-            return False
-        if not same:
+            columns = self._columns(mine)
+            if not looked and _layouts_of(columns[0]) != self.param_layouts:
+                return False
+            if self.cfg.rule != "given" and self._entries(columns) != self.entries:
+                return False
+            now = [[*map(Tensor.data_ptr, column)] for column in columns]
+        except (KeyError, AttributeError, TypeError):  # an entry of the state is gone, or None
             return False
         if now != self.fixed_addresses:
             if any(i.param.device != self.device or type(i.param) not in (Tensor, Parameter) for i in mine):
@@ -203,41 +237,35 @@ class Batch:
             self.addresses = self._address_table()
         return True
 
-    def update(self, items: Sequence[Item], spec: StepSpec, own_clock: bool) -> None:
-        """Bring the tables up to date for this step; only what has changed is uploaded.
-
-        `own_clock`: seed and step are uploaded, because the wrapper has no clock on this device.
-        """
+    def update(self, items: Sequence[Item], specs: Sequence[StepSpec]) -> None:
+        """Bring the tables up to date for this step, all but that of the groups. What has changed is uploaded."""
         tables, mine = self.tables, self._mine(items)
-        self.upload_hyperparameters(hyper_parameters(spec), spec.selection)
+        self.upload_ranks(specs)
         self._upload_steps(mine)
-        gradients = [item.grad.data_ptr() for item in mine]
+        gradients = [*map(Tensor.data_ptr, [item.grad for item in mine])]
         if gradients != self.gradients:
             self.addresses[:, config.GRAD.value] = torch.tensor(gradients, dtype=torch.int64, device="cpu")
-            tables.keep(refill(tables.pointers, self.addresses.clone()))
+            tables.uploads.keep(refill(tables.pointers, self.addresses))
             self.gradients = gradients
-        if own_clock:
-            tables.fill("clock", tables.clock, [_signed64(spec.draw.seed), spec.draw.step])
 
-    def upload_hyperparameters(self, hyper: list[Scalar], selection: Selection) -> None:
-        """Upload changed hyper-parameters. Those that are tensors on the device are copied there in every step."""
-        tables = self.tables
-        on_device = {i: v for i, v in enumerate(hyper) if isinstance(v, Tensor) and v.device.type != "cpu"}
-        known = [None if i in on_device else number(v) for i, v in enumerate(hyper)]
-        tables.fill("hyper", tables.hyper, [0.0 if v is None else v for v in known], known)
-        for i, value in on_device.items():
-            tables.hyper[i : i + 1].copy_(value.detach().reshape(1), non_blocking=True)
-        if self.top_k is not None and tables.uploaded.get("fraction") != selection.fraction:
-            tables.fill("ranks", tables.ranks, self.top_k.rank_rows(self.numels, selection))
-            tables.uploaded["fraction"] = selection.fraction
+    def upload_ranks(self, specs: Sequence[StepSpec]) -> None:
+        """Upload the wanted ranks, if the fraction of a group has changed."""
+        uploads = self.tables.uploads
+        if self.top_k is None:
+            return
+        fractions = [spec.selection.fraction for spec in specs]
+        if uploads.uploaded.get("fractions") != fractions:
+            rows = self.top_k.rank_rows(self.numels, [specs[group].selection for group in self.group_of])
+            uploads.fill("ranks", self.tables.ranks, rows)
+            uploads.uploaded["fractions"] = fractions
 
     def _upload_steps(self, items: Sequence[Item]) -> None:
         """Upload the step counts that the host keeps, if they are not those that the device has counted to."""
         if self.counters is None:
             return
-        now = [float(item.state["step"]) for item in items]
-        if now != self.counted:
-            self.tables.keep(refill(self.counters, now))
+        self.now: list[float] = [*map(Tensor.item, [item.state["step"] for item in items])]
+        if self.now != self.counted:
+            self.tables.uploads.keep(refill(self.counters, self.now))
         self.counted = []  # until the step is done: if it fails, the next one uploads the counts again
 
     def stepped(self, items: Sequence[Item]) -> None:
@@ -245,9 +273,13 @@ class Batch:
         if self.counters is None:
             return
         steps = [item.state["step"] for item in self._mine(items)]
-        now = [float(step) for step in steps]
-        torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
-        self.counted = [count + 1 for count in now]
+        many: Any = torch  # torch declares no types for this function
+        many._foreach_add_(steps, _ONE, alpha=1.0)  # a number in the place of the tensor takes four times as long
+        self.counted = [count + 1 for count in self.now]
+
+
+def _layouts_of(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    return [[x.dtype for x in tensors], [x.shape for x in tensors], [*map(Tensor.stride, tensors)]]
 
 
 def _described(state: dict[str, Tensor], names: Sequence[tuple[str, int]]) -> list[object]:
@@ -257,8 +289,3 @@ def _described(state: dict[str, Tensor], names: Sequence[tuple[str, int]]) -> li
         x = state[name]
         facts += [x.dtype, x.shape, x.stride()]
     return facts
-
-
-def _signed64(x: int) -> int:
-    """The int64 with the same 64 bits."""
-    return x - (1 << 64) if x >= 1 << 63 else x

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
 
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
-from ..spec import AdamRule, Decay, GivenRule, Item, LionRule, Scalar, Selection, SGDRule, StepSpec, refuse_score
+from ..spec import AdamRule, Decay, GivenRule, Item, LionRule, Rule, Scalar, Selection, SGDRule, StepSpec, refuse_score
 from .device import numbers
 from .device.config import BRACKET_RUN, DTYPES, Config
 from .tables import is_in_place, state_columns
@@ -35,7 +36,7 @@ def configure(item: Item, spec: StepSpec, begins: bool = False) -> Config:
         param=DTYPES[item.param.dtype], grad=DTYPES[item.grad.dtype],
         first=columns[0], second=columns[1], third=columns[2], fourth=columns[3], block=BLOCK,
         amsgrad=getattr(rule, "amsgrad", False), coupled=rule.coupled_decay != 0,
-        maximize=rule.maximize, decays=rule.has_decay_factor,
+        maximize=rule.maximize, decays=_has_factor(rule),
         moves=getattr(rule, "momentum", 0.0) != 0,
         begins=begins,
         nesterov=getattr(rule, "nesterov", False), negated=getattr(rule, "negated", False),
@@ -45,6 +46,8 @@ def configure(item: Item, spec: StepSpec, begins: bool = False) -> Config:
         quantile=selection.quantile if kind == "top_k" else "exact",
         estimate="sampled" if strength.is_sampled else "exact",
         strength=strength.kind, of=strength.of, still=strength.still, statistics=spec.statistics,
+        control=selection.control is not None,
+        control_norm=selection.control is not None and selection.control.norm,
         stochastic=spec.draw.stochastic and item.param.dtype in (torch.bfloat16, torch.float16),
         **_decay(spec.decay),
     )  # fmt: skip
@@ -57,53 +60,87 @@ def _decay(decay: Decay | None) -> dict[str, Any]:
     return {"decay": decay.kind, "decay_of": decay.of, "decay_strict": decay.strict}
 
 
+def _has_factor(rule: Rule) -> bool:
+    """True if the parameter is multiplied by a factor.
+
+    With decoupled decay of 0 the factor is 1, which changes no bit: so groups with and without decay share a batch.
+    """
+    return rule.decoupled if isinstance(rule, AdamRule) else rule.has_decay_factor
+
+
 def static_key(spec: StepSpec) -> tuple[object, ...]:
     """A key of all that `configure` and the plans depend on, except tensors and the numbers that a schedule moves."""
     rule, selection, strength = spec.rule, spec.selection, spec.strength
-    flags = [
-        getattr(rule, name, None) for name in ("amsgrad", "decoupled", "maximize", "nesterov", "negated", "offset")
-    ]
-    decays = getattr(rule, "weight_decay", 0.0) != 0, rule.has_decay_factor, getattr(rule, "momentum", 0.0) != 0
     return (
-        type(rule), *flags, *decays, selection.kind, selection.product, selection.strict, selection.score,
-        selection.quantile, selection.unit, selection.function, len(selection.numbers), selection.control is None,
+        *_rule_key(rule), selection.kind, selection.product, selection.strict, selection.score,
+        selection.quantile, selection.unit, selection.function, len(selection.numbers),
+        None if selection.control is None else selection.control.norm,
         strength.kind, strength.of, strength.estimate, strength.still, spec.draw.stochastic, spec.statistics,
         spec.decay,
     )  # fmt: skip
 
 
+def _rule_key(rule: Rule) -> tuple[object, ...]:
+    if isinstance(rule, AdamRule):
+        return AdamRule, rule.amsgrad, rule.decoupled, rule.maximize, rule.coupled_decay != 0.0
+    flags = [getattr(rule, name, None) for name in ("maximize", "nesterov", "negated", "offset")]
+    moves = getattr(rule, "momentum", 0.0) != 0
+    return type(rule), *flags, rule.coupled_decay != 0, rule.has_decay_factor, moves
+
+
+def has_key(spec: StepSpec, key: tuple[object, ...], before: StepSpec) -> bool:
+    """True if `key` is the `static_key` of this spec, as it is that of `before`: by identity, where that is enough."""
+    if spec.selection is not before.selection or spec.strength is not before.strength:
+        return static_key(spec) == key
+    of_rule = _rule_key(spec.rule)
+    return (
+        of_rule == key[: len(of_rule)]
+        and spec.draw.stochastic == before.draw.stochastic
+        and spec.statistics == before.statistics
+        and spec.decay == before.decay
+    )
+
+
+# The hyper-parameters of each rule that are read from the table, and their columns there.
+_READ: dict[type, tuple[tuple[str, Any], ...]] = {
+    AdamRule: (
+        ("lr", numbers.LR), ("weight_decay", numbers.WEIGHT_DECAY), ("beta1", numbers.BETA1), ("beta2", numbers.BETA2),
+        ("beta1", numbers.AHEAD), ("eps", numbers.EPSILON),
+    ),
+    LionRule: (
+        ("lr", numbers.LR), ("weight_decay", numbers.WEIGHT_DECAY), ("beta1", numbers.BETA1), ("beta2", numbers.BETA2),
+        ("beta2", numbers.AHEAD), ("decay_factor", numbers.DECAY_FACTOR),
+    ),
+    SGDRule: (
+        ("lr", numbers.LR), ("weight_decay", numbers.WEIGHT_DECAY), ("momentum", numbers.SGD_MOMENTUM),
+        ("dampening", numbers.DAMPENING), ("factor", numbers.DECAY_FACTOR),
+    ),
+    GivenRule: (("factor", numbers.DECAY_FACTOR), ("momentum_beta", numbers.AHEAD), ("rate", numbers.LR)),
+}  # fmt: skip
+_SCORE_READS = (("lr", numbers.LR), ("weight_decay", numbers.WEIGHT_DECAY))  # of the stand-in for a rule in `top_k.py`
+_values_of = {rule: attrgetter(*(name for name, _ in read)) for rule, read in _READ.items()}
+
+
+def rule_numbers(rule: Any) -> tuple[Scalar | None, ...]:
+    """The hyper-parameters of a rule that are in the table: Python numbers, tensors, or None for a factor of 1."""
+    read = _values_of.get(type(rule))
+    return (rule.lr, rule.weight_decay) if read is None else read(rule)
+
+
 def hyper_parameters(spec: StepSpec) -> list[Scalar]:
     """The numbers of a group, in the order of `device/numbers.py`."""
     rule, selection, strength = spec.rule, spec.selection, spec.strength
-    values: list[Scalar] = [0.0] * numbers.HYPER
+    values: list[Scalar] = [0.0] * numbers.HYPER.value
     values[numbers.DECAY_FACTOR.value] = 1.0
-
-    def put(place: Any, value: Scalar) -> None:
-        values[place.value] = value
-
-    if isinstance(rule, GivenRule):
-        put(numbers.DECAY_FACTOR, rule.factor)
-        put(numbers.AHEAD, rule.momentum_beta)
-        put(numbers.LR, rule.rate)
-    else:
-        put(numbers.LR, rule.lr)
-        put(numbers.WEIGHT_DECAY, rule.weight_decay)
-    if isinstance(rule, (AdamRule, LionRule)):
-        put(numbers.BETA1, rule.beta1)
-        put(numbers.BETA2, rule.beta2)
-        put(numbers.AHEAD, rule.beta1 if isinstance(rule, AdamRule) else rule.beta2)
-    if isinstance(rule, AdamRule):
-        put(numbers.EPSILON, rule.eps)
-    if isinstance(rule, LionRule):
-        put(numbers.DECAY_FACTOR, rule.decay_factor)
-    if isinstance(rule, SGDRule):
-        put(numbers.SGD_MOMENTUM, rule.momentum)
-        put(numbers.DAMPENING, rule.dampening)
-        put(numbers.DECAY_FACTOR, 1.0 if rule.factor is None else rule.factor)
+    columns = _READ.get(type(rule), _SCORE_READS)
+    for (_, column), value in zip(columns, rule_numbers(rule), strict=True):
+        values[column.value] = 1.0 if value is None else value
     for place, value in ((numbers.SELECTED, strength.selected), (numbers.REST, strength.rest),
                          (numbers.CAP, strength.cap), (numbers.TEMPERATURE, strength.temperature),
                          (numbers.SMOOTHING, strength.smoothing)):  # fmt: skip
-        put(place, value)
+        values[place.value] = value
+    if selection.control is not None:
+        values[numbers.CONTROL_CAP.value] = selection.control.cap
     further = selection.numbers
     if selection.kind == "bernoulli":
         further = (float(selection.random_limit),)

@@ -48,7 +48,7 @@ def order_matters(spec: StepSpec, item: Item) -> bool:
     selection = spec.selection
     if selection.kind == "bernoulli" and selection.unit != "tensor":
         return True
-    if spec.strength.is_sampled:
+    if spec.strength.is_sampled or selection.control is not None:
         return True
     return selection.kind == "top_k" or (spec.draw.stochastic and item.param.dtype != torch.float32)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,8 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import batch as sizes
+from . import control as controls
 from .batch import Batch
-from .device.config import PARTIALS, SUM_COLUMNS, Config, derived
+from .device.config import CONTROL_COLUMNS, PARTIALS, SUM_COLUMNS, Config, derived
+from .device.control import control_kernel
+from .device.limit import limit_kernel
 from .device.numbers import numbers_kernel
 from .device.scores import DIGIT
 from .device.selective_step import selective_step_kernel
@@ -22,6 +24,7 @@ from .device.top_k.bracket import SLOTS, bracket_kernel, digits_kernel, sample_k
 from .device.top_k.repair import repair_kernel
 from .device.top_k.settle import TINY, find_kernel, settle_kernel, ties_kernel
 from .device.top_k.small import whole_kernel
+from .direct import DirectLaunches, are_possible
 from .tables import cdiv, power_of_two
 
 STEP_WARPS = 4  # of a program of `BLOCK` elements
@@ -43,6 +46,9 @@ TOGETHER: dict[str, dict[str, Any]] = {"cuda": {"launch_cooperative_grid": True}
 WIDTH = 3.75  # half the bracket, in standard deviations of the sampled rank
 
 
+DIRECT = DirectLaunches(are_possible())
+
+
 def _nothing(*arguments: Any) -> bool:
     raise AssertionError("no selection is a function here")
 
@@ -54,15 +60,21 @@ def run(
 
     `registers` limits those of a thread, if the compiler knows such a limit (NVIDIA's does).
     """
+    if programs <= 0:
+        return
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
     if registers is not None and torch.version.cuda is not None:
-        constants["maxnreg"] = registers
-    if programs > 0:
-        kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False, **constants)
+        options["maxnreg"] = registers
+    DIRECT.launch(kernel, programs, arguments, options, constants)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """A context that makes the tensors' device the current one, on which kernels are launched."""
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+    """A context for launches: it makes the tensors' device the current one."""
+    if DIRECT.enabled:
+        DIRECT.look_at_settings()
+    if device.type == "cpu" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _can_settle(cfg: Config) -> bool:
@@ -80,13 +92,12 @@ def _can_settle(cfg: Config) -> bool:
 class Step:
     """One step of one batch: the memory that its launches share, and the launches."""
 
-    def __init__(self, batch: Batch, function: Callable[..., Any] | None, clock: Tensor | None) -> None:
-        self.batch, self.cfg, self.tables = batch, batch.cfg, batch.tables
-        self.function: Any = _nothing if function is None else function
-        self.clock = self.tables.clock if clock is None else clock
+    def __init__(self, batch: Batch) -> None:
+        self.batch, self.cfg, self.tables, self.groups = batch, batch.cfg, batch.tables, batch.groups
+        self.function: Any = _nothing if batch.function is None else batch.function
         self.fixed = self.cfg.strength == "fixed"
         self.bracketed = batch.top_k is not None and batch.top_k.bracketed
-        self.one_pass = self.bracketed and self.fixed and _can_settle(self.cfg)
+        self.one_pass = self.bracketed and self.fixed and batch.control is None and _can_settle(self.cfg)
         self.nothing = torch.empty(0, dtype=torch.int32, device=batch.device)
         self.partials = self.settled = self.tied = self.repaired = self.nothing
 
@@ -99,9 +110,11 @@ class Step:
         if cfg.statistics:
             self.partials = self.empty(batch.programs * PARTIALS)
         self.find_thresholds()
-        if batch.sum_work is not None:
+        if batch.sum_work is not None and (batch.control is None or cfg.estimate == "sampled"):
             self._sum(batch.sum_work)
-        if self.one_pass:
+        if batch.control is not None:
+            self._pass(self._draw(batch.control), self.nothing, self.nothing)
+        elif self.one_pass:
             self._count_and_settle(derived(cfg, bracketed=True))
         else:
             self._pass(cfg, self.nothing, self.nothing)
@@ -121,9 +134,9 @@ class Step:
     def begin(self) -> None:
         """Fill in each tensor's numbers and, if the selection reads it, whether its previous momentum is all zero."""
         batch, tables = self.batch, self.tables
-        run(numbers_kernel, cdiv(tables.tensors, 128), tables.numbers, tables.keys, tables.hyper, self.clock,
-            tables.pointers, tables.facts, tables.ranks, tables.tensors, FIXED=self.fixed, CFG=self.cfg,
-            BLOCK=128)  # fmt: skip
+        run(numbers_kernel, cdiv(tables.tensors, 128), tables.numbers, tables.keys, self.groups.hyper,
+            self.groups.clocks, tables.pointers, tables.facts, tables.ranks, tables.tensors, FIXED=self.fixed,
+            CFG=self.cfg, BLOCK=128)  # fmt: skip
         if batch.seen_work is not None:
             for work, parts in ((batch.peek_work, 1), (batch.seen_work, sizes.SEEN_PARTS)):
                 run(seen_kernel, work.shape[0], tables.ranks, work, tables.pointers, tables.facts,
@@ -213,13 +226,36 @@ class Step:
         sums = self.empty(work.shape[0] * SUM_COLUMNS.value)
         run(sums_kernel, work.shape[0], sums, work, tables.pointers, tables.numbers, tables.ranks, tables.facts,
             tables.keys, FUNCTION=self.function, CFG=cfg, BLOCK=sizes.SUM_BLOCK)  # fmt: skip
-        run(strengths_kernel, tables.tensors, tables.numbers, sums, tables.hyper, tables.pointers, tables.ranks,
+        run(strengths_kernel, tables.tensors, tables.numbers, sums, self.groups.hyper, tables.pointers, tables.ranks,
             tables.facts, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
+
+    def _draw(self, plan: controls.ControlPlan) -> Config:
+        """Find a matched control's limit and multipliers. Returns the constants of the pass over everything."""
+        tables = self.tables
+        cfg = derived(self.cfg, statistics=False)
+        sums = self.empty(plan.programs * CONTROL_COLUMNS.value)
+        indices = self.empty(plan.room, torch.int32)
+        squares = self.empty(plan.room if cfg.control_norm else 0)
+
+        def look(cfg: Config, counts: bool, draws: bool) -> None:
+            run(control_kernel, plan.programs, sums, indices, squares, plan.work, tables.pointers, tables.numbers,
+                tables.ranks, tables.facts, tables.keys, plan.table, plan.programs, controls.WIDTH,
+                FUNCTION=self.function, COUNTS=counts, DRAWS=draws, MOVES=counts and plan.moves, CFG=cfg,
+                BLOCK=controls.LOOK_BLOCK, registers=controls.LOOK_REGISTERS)  # fmt: skip
+
+        look(cfg, True, plan.at_once)
+        again = derived(cfg, recomputed=plan.moves)
+        if not plan.at_once:
+            look(again, False, True)
+        run(limit_kernel, tables.tensors, sums, indices, squares, tables.numbers, self.groups.hyper, tables.pointers,
+            tables.ranks, tables.facts, tables.keys, plan.table, plan.programs, CFG=again,
+            BLOCK=controls.LIMIT_BLOCK, warps=controls.LIMIT_WARPS)  # fmt: skip
+        return derived(self.cfg, recomputed=plan.moves, drawn=True)
 
     def _report(self) -> Tensor:
         tables, cfg = self.tables, derived(self.cfg, bracketed=self.one_pass)
         out = torch.empty(tables.tensors, 7, dtype=torch.float64, device=self.batch.device)
         run(report_kernel, tables.tensors, out, self.partials, self.settled, self.tied, self.repaired, tables.numbers,
-            tables.hyper, tables.ranks, tables.facts, getattr(self, "repairers", 1), self.batch.programs,
-            FIXED=self.fixed, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
+            self.groups.hyper, tables.ranks, tables.facts, getattr(self, "repairers", 1), self.batch.programs,
+            FIXED=self.fixed and not cfg.control_norm, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
         return out

@@ -94,22 +94,11 @@ def _work(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[i
     return upload(both, torch.int32, device), (ends - sizes).tolist()
 
 
-class Tables:
-    """The tables of one batch: tensors of one device that one compiled kernel can step together."""
+class Uploads:
+    """The tables of one device that are uploaded when their content has changed, by name."""
 
-    def __init__(self, tensors: int, device: torch.device) -> None:
-        self.device, self.tensors = device, tensors
-
-        def empty(width: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(tensors, width, dtype=dtype, device=device)
-
-        self.pointers = empty(config.COLUMNS.value, torch.int64)
-        self.numbers = empty(config.NUMBERS.value, torch.float32)
-        self.ranks = empty(config.RANKS.value, torch.int64)
-        self.facts = empty(config.FACTS.value, torch.int64)
-        self.keys = empty(config.KEYS.value, torch.int32)
-        self.hyper = torch.zeros(20, dtype=torch.float64, device=device)
-        self.clock = torch.zeros(2, dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.uploaded: dict[str, Any] = {}  # the content of each table that was uploaded last
         self.kept: list[Tensor] = []  # sources of copies that became part of a CUDA graph
         self.recorded: dict[str, Tensor] = {}  # the same by the name of the table that `fill` filled from them
@@ -131,6 +120,22 @@ class Tables:
             if name is not None:
                 self.recorded[name] = source
         return source
+
+
+class Tables:
+    """The tables of one batch, which have a row for each of its tensors."""
+
+    def __init__(self, tensors: int, device: torch.device) -> None:
+        self.tensors, self.uploads = tensors, Uploads(device)
+
+        def empty(width: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(tensors, width, dtype=dtype, device=device)
+
+        self.pointers = empty(config.COLUMNS.value, torch.int64)
+        self.numbers = empty(config.NUMBERS.value, torch.float32)
+        self.ranks = empty(config.RANKS.value, torch.int64)
+        self.facts = empty(config.FACTS.value, torch.int64)
+        self.keys = empty(config.KEYS.value, torch.int32)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -59,13 +59,14 @@ def top_k(score: Tensor, k: int) -> Tensor:
     item, rule = Item(flat, flat, {"score": flat}, 0), cast(Any, ScoreRule())
     spec = StepSpec(rule, Selection("top_k", fraction=1.0), Strength("fixed"), Draw(0, 0))
     with on(score.device):
-        batch = Batch(cfg, [item], [0], spec)
-        batch.update([item], spec, own_clock=True)
+        batch = Batch(cfg, [item], [0], [spec])
+        batch.groups.update([spec])
+        batch.update([item], [spec])
         assert batch.top_k is not None
-        rows = batch.top_k.rank_rows(batch.numels, spec.selection)
+        rows = batch.top_k.rank_rows(batch.numels, [spec.selection])
         rows[0][config.WANTED.value] = min(k, numel)
-        batch.tables.fill("ranks", batch.tables.ranks, rows)
-        Step(batch, None, None).find_thresholds()
+        batch.tables.uploads.fill("ranks", batch.tables.ranks, rows)
+        Step(batch).find_thresholds()
         run(chosen_kernel, cdiv(numel, BLOCK), chosen.view(torch.int8), batch.tables.pointers, batch.tables.ranks,
             numel, CFG=cfg, BLOCK=BLOCK)  # fmt: skip
     return chosen

@@ -18,11 +18,13 @@ from torch.optim import Optimizer
 @contextmanager
 def base_hooks(base: Optimizer) -> Iterator[None]:
     """Fire the hooks registered on the base around its part of a step, and tell its scheduler that it stepped."""
-    for hook in list(base._optimizer_step_pre_hooks.values()):
-        hook(base, (), {})
+    if base._optimizer_step_pre_hooks:
+        for hook in list(base._optimizer_step_pre_hooks.values()):
+            hook(base, (), {})
     yield
-    for hook in list(base._optimizer_step_post_hooks.values()):
-        hook(base, (), {})
+    if base._optimizer_step_post_hooks:
+        for hook in list(base._optimizer_step_post_hooks.values()):
+            hook(base, (), {})
     if hasattr(vars(base).get("step"), "_wrapped_by_lr_sched"):
         vars(base)["_opt_called"] = True
 

@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "torch's; repeatable")  # fmt: skip
     add("--peers", action=argparse.BooleanOptionalAction, help="also time installed optimizers of other people "
         "(default: on cuda; some of them compile for a minute)")  # fmt: skip
-    add("--controls", action="store_true", help="also time each policy's matched random control, on a CPU")
+    add("--controls", action="store_true", help="also time each policy's matched random control")
     add("--rotations", action="store_true", help="measure the cost of preconditioners instead: products, refreshes, "
         "memory")  # fmt: skip
     add("--first-step", action="store_true", help="measure the wait before training instead: the import, wrapping a "
@@ -100,8 +100,6 @@ def _main(argv: Sequence[str] | None, limit: Limit) -> int:
     if options.peers or (options.peers is None and device == "cuda"):
         contenders += peer_contenders()
     if options.controls:
-        if device != "cpu":
-            command.error("--controls measures the controls' CPU kernels: on cuda they run as torch code of their own")
         contenders += control_contenders() + control_contenders(statistics=True)
     if options.only:
         contenders = _chosen(command, contenders, options.only)

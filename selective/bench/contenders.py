@@ -130,7 +130,7 @@ def selective_contenders(device: str = "cpu", statistics: bool = False) -> list[
 
 
 def control_contenders(statistics: bool = False) -> list[Contender]:
-    """The matched random control of each policy, on a CPU: "control of MGUP". Random and dense policies have none."""
+    """The matched random control of each policy: "control of MGUP". Random and dense policies have none."""
     ending = " + statistics" if statistics else ""
     return [
         wrapped(f"control of {name}{ending}", RandomMask.matching(policy), adamw(), statistics=statistics)

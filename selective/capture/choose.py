@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any, Literal
 
 import torch
@@ -163,9 +164,42 @@ def _why_delta(group: dict[str, Any], facts: BaseFacts) -> str | None:
     return None
 
 
+class GroupFlags:
+    """The options of a base's group that a capture is chosen by; looked through again only if one was replaced.
+
+    A number counts only as zero or not: some optimizers count steps in the group, schedulers change betas and decay.
+    """
+
+    def __init__(self) -> None:
+        self._keys: list[str] = []
+        self._values: list[Any] = []
+        self._skipped: list[int] = []
+        self._flags: tuple[tuple[str, object], ...] = ()
+
+    def of(self, group: dict[str, Any]) -> tuple[tuple[str, object], ...]:
+        """Return the flags of this group."""
+        keys, values = list(group), list(group.values())
+        if keys != self._keys:
+            self._keys, self._values = keys, []
+            self._skipped = [place for place, key in enumerate(keys) if key in _NO_FLAGS]
+        for place in self._skipped:
+            values[place] = None
+        if len(values) != len(self._values) or not all(map(is_, values, self._values)):
+            self._values = values
+            self._flags = tuple(
+                (k, v if isinstance(v, (bool, str)) else v != 0)
+                for k, v in zip(keys, values, strict=True)
+                if isinstance(v, (bool, str, int, float))
+            )
+        return self._flags
+
+
+_NO_FLAGS = frozenset(("params", "lr", "step", "initial_lr", "param_names"))
+
+
 def capture_key(
-    base: Optimizer,
-    group: dict[str, Any],
+    of_base: tuple[object, ...],
+    flags: tuple[tuple[str, object], ...],
     param_kinds: ParamKinds,
     classes: tuple[type, ...],
     needs: frozenset[str],
@@ -173,15 +207,14 @@ def capture_key(
 ) -> tuple[object, ...]:
     """Return everything that the choice of a capture depends on; the last entry is `classes`.
 
-    While the key is the same, the choice is not made again. `param_kinds` is the group's; `classes` are the policy's
-    `state_classes`, and `needs` is what it reads: the caller has them at hand. `decay` is the group's.
+    While the key is the same, the choice is not made again. `of_base` is `base_key`, `flags` and `param_kinds` are the
+    group's; `classes` are the policy's `state_classes`, and `needs` is what it reads: the caller has them at hand.
+    `decay` is the group's.
     """
     decays = None if decay is None else (type(decay), decay.weight_decay is None)
-    skip = ("params", "lr", "step", "initial_lr", "param_names")
-    # A number counts only as zero or not: some optimizers count steps in the group, schedulers change betas and decay.
-    flags = tuple(
-        (k, v if isinstance(v, (bool, str)) else v != 0)
-        for k, v in group.items()
-        if k not in skip and isinstance(v, (bool, str, int, float))
-    )
-    return type(base), replaced_step(base) is not None, flags, param_kinds, needs, decays, classes
+    return of_base, flags, param_kinds, needs, decays, classes
+
+
+def base_key(base: Optimizer) -> tuple[object, ...]:
+    """Return what of a base itself the choice of a capture depends on."""
+    return type(base), replaced_step(base) is not None

@@ -39,7 +39,8 @@ class FusedJob(Job):
     def after_base(self) -> None:
         rule = with_own_factor(self.fused_rule.kernel_rule(self.context.base, self.group), self.decay, self.group)
         make_state = partial(self.fused_rule.init_state, self.group)
-        with self.kept_items.with_gradients(self.context, self.parameters, self.policy, make_state) as all_items:
+        all_items = self.kept_items.with_gradients(self.context, self.parameters, self.policy, make_state)
+        try:
             for device_items in all_items:
                 if self.specs is None:
                     for parameter, item in zip(device_items.parameters, device_items.items, strict=True):
@@ -47,6 +48,10 @@ class FusedJob(Job):
                     device_items.let_go()
                 else:
                     self._step_in_kernel(device_items, rule, *self.specs)
+        except BaseException:
+            for device_items in all_items:
+                device_items.let_go()
+            raise
         self.fused_rule.count_step_in_group(self.group)
 
     def _step_in_kernel(
@@ -58,10 +63,8 @@ class FusedJob(Job):
         take the tensors of other jobs, too, through `context.calls`.
         """
         context = self.context
-        how: dict[str, Any] = {
-            "rule": rule, "selection": selection, "strength": strength, "draw": context.draw_on(device_items.device),
-            "statistics": context.report is not None, "decay": None if self.decay is None else self.decay.spec(),
-        }  # fmt: skip
+        draw, decay = context.draw_on(device_items.device), None if self.decay is None else self.decay.spec()
+        how = spec.StepSpec(rule, selection, strength, draw, context.report is not None, decay)
 
         def done(sums: Sequence[spec.Sums] | None) -> None:
             device_items.let_go()
@@ -69,11 +72,11 @@ class FusedJob(Job):
                 context.report.add_all(device_items.names, sums)
 
         if device_items.is_sharded:
-            context.exchange.add(begin_sharded(device_items.items, **how), len(device_items.items), done)
+            context.exchange.add(begin_sharded(device_items.items, **vars(how)), len(device_items.items), done)
         elif context.calls is not None:
             context.calls.add(device_items, how, done)
         else:
-            done(selective_step(device_items.items, **how))
+            done(selective_step(device_items.items, **vars(how)))
 
     def _step_with_own_code(self, parameter: Parameter, item: spec.Item, rule: spec.Rule) -> None:
         """Compute the rule of one parameter, and mask its update by the policy's own code."""

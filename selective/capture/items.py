@@ -6,8 +6,7 @@ they are made anew only if something they are made of was replaced. Every step c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
@@ -93,19 +92,21 @@ class KeptItems:
         self._lists, self._parameters, self._tensors, self._states, self._own = [], [], [], [], None
         self._asked = None
 
-    @contextmanager
     def with_gradients(
         self, context: StepContext, parameters: list[Parameter], policy: Policy, make_state: Callable[..., None]
-    ) -> Iterator[list[DeviceItems]]:
-        """Hand out the items of these parameters by device, with the present gradients and state.
+    ) -> list[DeviceItems]:
+        """Return the items of these parameters by device, with the present gradients and state.
 
-        `make_state(p, state)` fills an empty state. `parameters` is compared by identity: the caller makes a new list
-        whenever the set of parameters changes, or the dtype or device of one.
+        The caller lets the gradients go again (`DeviceItems.let_go`). `make_state(p, state)` fills an empty state.
+        `parameters` is compared by identity: the caller makes a new list whenever the set of parameters changes, or the
+        dtype or device of one.
         """
+        if not parameters:  # the lists stay: the group comes back to them, and they to the tables of the kernels
+            return []
         known = parameters is self._parameters
         tensors = self._tensors if known else [parameter.tensor for parameter in parameters]
         table = context.base.state
-        states = [table[p] for p in tensors]
+        states = list(map(table.__getitem__, tensors))
         if not all(states):
             for p, state in zip(tensors, states, strict=True):
                 if not state:
@@ -115,17 +116,12 @@ class KeptItems:
             self._parameters, self._tensors, self._states = parameters, tensors, states
             self._own = context.own_table
         all_items = self._lists
-        try:
-            for device_items in all_items:
-                device_items.take()
-            yield all_items
-        finally:
-            for device_items in all_items:
-                if not device_items.is_sharded and context.calls is None:  # else they are stepped later
-                    device_items.let_go()
-            if context.recording:
-                self.recorded += all_items
-                self.drop()
+        for device_items in all_items:
+            device_items.take()
+        if context.recording:
+            self.recorded += all_items
+            self.drop()
+        return all_items
 
     def describe(self, policy: Policy) -> Described:
         """Return what the policy reads, and its terms for the kernels; computed once for each policy object."""

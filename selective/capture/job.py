@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from selective.statistics import StepStatistics
 class CollectsCalls(Protocol):
     """Collects kernel calls of several jobs: `capture/kernel_calls.py`."""
 
-    def add(self, items: Any, arguments: dict[str, Any], then: Callable[..., None]) -> None: ...
+    def add(self, items: Any, step_spec: spec.StepSpec, then: Callable[..., None]) -> None: ...
 
 
 @dataclass
@@ -46,8 +46,15 @@ class StepContext:
 
     def draw_on(self, device: torch.device) -> spec.Draw:
         """Return `draw` with the clock of this device."""
-        clock = self.clock(device)
-        return self.draw if clock is self.draw.clock else replace(self.draw, clock=clock)
+        clock, draw = self.clock(device), self.draw
+        return draw if clock is draw.clock else spec.Draw(draw.seed, draw.step, draw.stochastic, clock)
+
+    def on(self, device: torch.device) -> StepContext:
+        """Return a context like this one whose `draw` has the clock of this device."""
+        here = object.__new__(StepContext)
+        here.__dict__.update(self.__dict__)
+        here.draw = self.draw_on(device)
+        return here
 
 
 @dataclass

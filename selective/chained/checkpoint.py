@@ -55,8 +55,6 @@ def load(members: Members, checkpoint: dict[str, Any]) -> None:
         for undo in undo_all:
             undo()
         raise
-    finally:
-        members.calls.forget()  # they hold the state that was there before
 
 
 def _load_member(name: str, optimizer: Optimizer, part: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.capture.kernel_calls import KernelCalls
 from selective.chained.group_list import GroupList
 from selective.chained.shared_defaults import SharedDefaults
 from selective.optimizer import SelectiveUpdate
@@ -25,7 +24,6 @@ class Members:
 
     def __init__(self, optimizers: Sequence[Optimizer], names: Sequence[str]) -> None:
         self.optimizers, self.names = tuple(optimizers), tuple(names)
-        self.calls = KernelCalls()
         self._group_list = GroupList()
 
     def __iter__(self) -> Iterator[tuple[str, Optimizer]]:

@@ -41,8 +41,8 @@ class ChainedOptimizer(Optimizer):
     schedulers, clipping, gradient scalers and training stacks reach all of them. A step is taken by all members or by
     none. `state_dict()` is one dictionary of torch's form, with the parameters counted on over all members.
 
-    Members that are wrapped in `SelectiveUpdate` step together: they share kernel calls where their rules, masks and
-    hyper-parameters are equal, and the collectives of sharded parameters. Their random policies draw apart, also with
+    Members that are wrapped in `SelectiveUpdate` step together: they share launches on a GPU where their rules and
+    masks are of the same kinds, and the collectives of sharded parameters. Their random policies draw apart, also with
     the same seed, because a parameter's number is counted over the whole chain. If such a member has
     `on_nonfinite="skip"` and a gradient is not finite, its own or another member's, nobody steps.
 

@@ -19,8 +19,8 @@ def step_members(members: Members) -> None:
     """Take one step with all members, or with none of them. Each fires its own hooks, and not torch's global ones.
 
     Wrapped members go through the phases of a step together: all are checked before anything moves. They share the
-    collectives of sharded parameters, and kernel calls where their rules and masks are the same. The other members come
-    last, because a policy's own code may raise, and puts back only what wrapped members have moved.
+    collectives of sharded parameters, and launches where their rules and masks are of the same kinds. The other members
+    come last, because a policy's own code may raise, and puts back only what wrapped members have moved.
     """
     members.number()
     together, others = members.stepped_together()
@@ -37,9 +37,7 @@ def step_members(members: Members) -> None:
                 step.skip()
             return
         elif begun:
-            # The replays of a CUDA graph read the tables of each member's own calls.
-            recorded = recording or any(optimizer.count.clocks.recorded for optimizer in together)
-            take_steps(begun, Exchange(), None if recorded else members.calls)
+            take_steps(begun, Exchange())
         for optimizer in others:
             run_step(optimizer)
 

@@ -13,6 +13,7 @@ from selective.parameter import Parameter, is_lazy
 from selective.plan.flattened import are_joined, shapes_of
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_STRIDED = {torch.strided}
 
 
 class GroupParams:
@@ -38,6 +39,7 @@ class GroupParams:
         self.old_shapes: dict[Tensor, torch.Size] = {}  # shapes that have changed since the state was checked
         self.kinds: ParamKinds = frozenset()
         self.devices: frozenset[torch.device] = frozenset()
+        self._cuda_devices: frozenset[torch.device] = frozenset()
         self.has_complex = False
         self.has_sparse = False  # among the gradients
         self._flags: list[bool] = []  # which had a gradient, the last time that some had none ...
@@ -61,13 +63,21 @@ class GroupParams:
         return id(param) in self._ids
 
     def detect_changes(self) -> None:
-        """Detect dtypes, devices, shapes and memory that changed under the same parameters (`model.half()`)."""
+        """Detect dtypes, devices, layouts and memory that changed under the same parameters (`model.half()`).
+
+        `parameters` is another list afterwards, unless only addresses have changed.
+        """
         tensors = self.tensors
-        pointers = [p.data_ptr() for p in self._plain]
-        if pointers != self._pointers:
+        pointers = [*map(Tensor.data_ptr, self._plain)]
+        same_memory = pointers == self._pointers
+        if not same_memory:
             self._pointers, self.memory_changed = pointers, True
         shapes = [None if is_lazy(p) else p.shape for p in tensors] if self._lazy else [p.shape for p in tensors]
-        looked = [p.dtype for p in tensors], [p.device for p in tensors], shapes
+        if self._looked and same_memory and len(pointers) == len(tensors) and 0 not in pointers:
+            devices = self._looked[1]  # an address belongs to one device, but for that of an empty tensor
+        else:
+            devices = [p.device for p in tensors]
+        looked = [p.dtype for p in tensors], devices, shapes, [*map(Tensor.stride, self._plain)]
         if looked == self._looked:
             return
         if self._looked:
@@ -81,6 +91,7 @@ class GroupParams:
         kinds = zip(dtypes, (device.type for device in devices), shapes, strict=True)
         self.kinds = frozenset((dtype, device, len(shape)) for dtype, device, shape in kinds if shape is not None)
         self.devices = frozenset(devices)
+        self._cuda_devices = frozenset(device for device in self.devices if device.type == "cuda")
         self.has_complex = any(dtype.is_complex for dtype in dtypes)
         self.parameters = list(self.parameters)  # another list: items made of the old one are made anew
         self._flags = []
@@ -89,7 +100,7 @@ class GroupParams:
         """Those that have a gradient now: the same list as long as they are the same."""
         layouts = [None if (grad := p.grad) is None else grad.layout for p in self.tensors]
         kinds = set(layouts)
-        self.has_sparse = bool(kinds - {None, torch.strided})
+        self.has_sparse = kinds != _STRIDED and bool(kinds - {None, torch.strided})
         if None not in kinds:
             return self.parameters
         flags = [layout is not None for layout in layouts]
@@ -101,7 +112,7 @@ class GroupParams:
     @property
     def cuda_devices(self) -> frozenset[torch.device]:
         """The GPUs that they are on."""
-        return frozenset(device for device in self.devices if device.type == "cuda")
+        return self._cuda_devices
 
     @property
     def device(self) -> torch.device | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from selective.capture.choose import Capture
+from selective.capture.choose import Capture, GroupFlags
 from selective.capture.items import KeptItems
 from selective.parameter import Parameter
 from selective.plan.group_params import GroupParams
@@ -34,6 +34,7 @@ class GroupPlan:
     rotation: RotationPlan | None = None  # None where there is no preconditioner
     kept: KeptItems = field(default_factory=KeptItems)  # of the parameters that are not rotated ...
     kept_rotated: KeptItems = field(default_factory=KeptItems)  # ... and of those that are
+    flags: GroupFlags = field(default_factory=GroupFlags)  # of the base's group
     keys_checked: int = 0  # the number of the group's keys when they were last looked at ...
     keys_warned: set[str] = field(default_factory=set)  # ... and those that were warned of
 
@@ -55,7 +56,7 @@ class GroupPlan:
     @property
     def steps_alone(self) -> bool:
         """True if the base steps the parameters that are not rotated by itself: no mask, no selective decay."""
-        return self.decay is None and self.is_dense
+        return self.is_dense and self.decay is None
 
     @property
     def is_dense(self) -> bool:

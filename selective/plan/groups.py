@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.capture.choose import capture_key, choose_capture
+from selective.capture.choose import base_key, capture_key, choose_capture
 from selective.capture.items import DeviceItems
 from selective.plan.advice import warn_of_needless_mask, warn_of_stray_keys
 from selective.plan.flattened import refuse_joined
@@ -64,7 +64,9 @@ class Groups:
         """
         self._take_policies()
         plans = self.update_plans()
-        choices = [self._choose(plan) for plan in plans]
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        of_base = base_key(self.base)
+        choices = [self._choose(plan, of_base, is_distributed) for plan in plans]
         switched = []
         for plan, choice in zip(plans, choices, strict=True):
             if choice is plan.choice:
@@ -185,7 +187,7 @@ class Groups:
         self.recorded += plan.kept.recorded
         self._edited = True
 
-    def _choose(self, plan: GroupPlan) -> Choice:
+    def _choose(self, plan: GroupPlan, of_base: tuple[object, ...], is_distributed: bool) -> Choice:
         """Return the capture of a group: the one that it has, as long as nothing changes that the choice depends on."""
         number, params = plan.number, plan.params
         if not isinstance(plan.policy_group, PolicyGroup):
@@ -196,8 +198,9 @@ class Groups:
         plan.policy_group.listen(plan.kept.policy_changed)
         policy = plan.policy
         params.detect_changes()
-        if not plan.steps_alone or plan.preconditioning.preconditioner is not None:
-            check_flattened(params.parameters)
+        if (is_distributed or params.joined) and not (plan.steps_alone and plan.preconditioning.preconditioner is None):
+            if is_distributed:
+                check_flattened(params.parameters)
             if params.joined:
                 refuse_joined(number, params.shapes, params.tensors)
         described = plan.kept.describe(policy)
@@ -205,7 +208,8 @@ class Groups:
             warn_of_stray_keys(plan.group, number, plan.policy_group, self.base.defaults, plan.keys_warned)
             plan.keys_checked = len(plan.group)
         decay = plan.decay
-        key = capture_key(self.base, plan.group, params.kinds, described.state_classes, described.needs, decay)
+        flags = plan.flags.of(plan.group)
+        key = capture_key(of_base, flags, params.kinds, described.state_classes, described.needs, decay)
         if plan.choice is not None and plan.choice.key == key:
             return plan.choice
         own = self.options.keeps_momentum and not plan.is_dense  # nobody reads a momentum of ours there
@@ -240,6 +244,8 @@ class Groups:
 
     def _rotation_of(self, plan: GroupPlan, with_basis: Container[Tensor]) -> RotationPlan | None:
         preconditioning = plan.preconditioning
+        if preconditioning.preconditioner is None and preconditioning.planned is None:
+            return None
         known: RotationPlan | None = preconditioning.planned if preconditioning.was_planned else None
         rotation = known
         if known is None or not known.is_of(preconditioning, plan.capture, plan.params.parameters):
@@ -267,6 +273,8 @@ class Groups:
         """One policy for each group: those of new groups are moved out of them."""
         groups, known = self.base.param_groups, self.base.defaults
         for number, group in enumerate(groups[: len(self.policies)]):
+            if group.keys().isdisjoint(KEYS):
+                continue
             late = next((key for key in KEYS if key in group and (key == "policy" or key not in known)), None)
             if late is not None:  # it would be without effect, and the group could not be saved
                 way = f"opt.preconditioner_groups[{number}]'s"

@@ -198,7 +198,7 @@ class PolicyGroup(ModelGroup):
 
     def listen(self, listener: Callable[[Policy], None] | None) -> None:
         """Have `listener` called with each policy that is set, at once: the replays of a CUDA graph run no step."""
-        self._listener = listener
+        self.__dict__["_listener"] = listener  # past `__setattr__`, because every step comes here
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_listener": None}  # who listens is not copied or pickled along

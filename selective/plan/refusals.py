@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -76,10 +75,9 @@ def check_shards(parameters: Sequence[Parameter]) -> None:
 def check_flattened(parameters: Sequence[Parameter]) -> None:
     """Refuse parameters that FSDP1 has joined into flat ones, or keeps as views of those.
 
-    Called in every step, because a model may be wrapped after the optimizer was made. The mark is on the tensors.
+    Called in every step of a process group, because a model may be wrapped after the optimizer was made. The mark is
+    on the tensors.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
     found = next((p for p in parameters if getattr(p.tensor, _FLATTENED, False)), None)
     if found is not None:
         raise ValueError(

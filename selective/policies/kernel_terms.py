@@ -49,7 +49,10 @@ def specs_of(policy: Policy) -> Specs | None:
 
 
 def _depends_on_the_parameter(selection: spec.Selection) -> bool:
-    """True if the kernels take this selection on some parameters only, and its own code runs on the others."""
+    """True if the kernels take this selection on some parameters only, and its own code runs on the others.
+
+    A user's function runs on a GPU only, and a matched control looks at whole tensors, so not at a DTensor's part.
+    """
     return selection.kind == "function" or selection.control is not None
 
 

@@ -94,8 +94,12 @@ def begin_step(runner: StepRunner, groups: Groups) -> BegunStep:
     return BegunStep(runner, groups, present, _is_recorded(runner, groups))
 
 
-def take_steps(begun: Sequence[BegunStep], exchange: Exchange | None = None, calls: KernelCalls | None = None) -> None:
-    """Take the steps of these optimizers together, from the check of their state to their statistics."""
+def take_steps(begun: Sequence[BegunStep], exchange: Exchange | None = None) -> None:
+    """Take the steps of these optimizers together, from the check of their state to their statistics.
+
+    `exchange` is the one that they share.
+    """
+    calls = KernelCalls()
     for step in begun:
         step.check()
     run_jobs([(step.runner, step.make_jobs(exchange, calls)) for step in begun], calls)

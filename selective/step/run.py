@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -62,7 +61,7 @@ class StepRunner:
         context.exchange = context.exchange if exchange is None else exchange
         contexts: dict[torch.device | None, StepContext] = {}
         for device in self.count.clocks.devices():
-            contexts[device] = replace(context, draw=context.draw_on(device))
+            contexts[device] = context.on(device)
         jobs = []
         for plan, parameters in zip(groups.plans, present, strict=True):
             context_here, rotation_plan = contexts.get(plan.params.device, context), plan.rotation
@@ -158,12 +157,12 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
                 if stepping:
                     with bases_without_decay(job for job in own if job.steps_base):
                         run_step_on(each.store.base, stepping)
-            for job in sorted(jobs, key=lambda job: not job.own_code):  # what may raise goes first
+            for job in sorted(jobs, key=lambda job: not job.own_code) if custom else jobs:  # what may raise goes first
                 runner, current = runner_of[id(job)], job
                 job.after_base()
             current = None
             if calls is not None:
-                calls.run()
+                calls.run(untouched=not (custom or any(map(_runs_code_of_others, parts))))
             for exchange in {id(job.context.exchange): job.context.exchange for job in jobs}.values():
                 exchange.run()
         except BaseException as error:
@@ -173,6 +172,12 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
                 calls.drop()
             runner.explain_failure(error, current, custom)
             raise
+
+
+def _runs_code_of_others(part: tuple[StepRunner, list[Job]]) -> bool:
+    """True if code that is not ours runs in this part of a step: the base's step, or a hook before it."""
+    runner, jobs = part
+    return bool(runner.store.base._optimizer_step_pre_hooks) or any(job.steps_base for job in jobs)
 
 
 def fit_base_states(base: Optimizer, plans: Sequence[GroupPlan]) -> None:

@@ -31,7 +31,7 @@ from changes import (
 )
 
 from selective import MGUP, Magma, SelectiveUpdate
-from selective.capture import fused, items
+from selective.capture import items, kernel_calls
 from selective.kernels import spec
 from selective.plan.group_params import GroupParams
 from selective.plan.groups import Groups
@@ -103,15 +103,16 @@ def test_the_comparison_would_catch_a_step_that_does_not_look(change, blind, mon
 def handed(monkeypatch: pytest.MonkeyPatch) -> list[spec.ItemList]:
     """The lists that the kernel gets, in order; each has a cache that must never be copied."""
     found: list[spec.ItemList] = []
-    real = fused.selective_step
+    real = kernel_calls.selective_steps
 
-    def watched(given: Any, **arguments: Any) -> Any:
-        assert isinstance(given, spec.ItemList)
-        given.cache["upload_hyperparameters"] = lambda *specs: None  # a local function can't be pickled
-        found.append(given)
-        return real(given, **arguments)
+    def watched(calls: list[spec.StepCall]) -> Any:
+        for call in calls:
+            assert isinstance(call.items, spec.ItemList)
+            call.items.cache["upload_hyperparameters"] = lambda *specs: None  # a local function can't be pickled
+            found.append(call.items)
+        return real(calls)
 
-    monkeypatch.setattr(fused, "selective_step", watched)
+    monkeypatch.setattr(kernel_calls, "selective_steps", watched)
     return found
 
 
@@ -170,12 +171,17 @@ def test_replaced_state_is_free_after_loading() -> None:
 
 
 def test_a_group_on_two_devices_has_a_list_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    handed: list[Any] = []
-    monkeypatch.setattr(fused, "selective_step", lambda given, **rest: handed.append((given, rest["draw"])))
+    handed: list[list[spec.Item]] = []
+
+    def watched(calls: list[spec.StepCall]) -> list[None]:
+        handed.extend(list(call.items) for call in calls)
+        return [None] * len(calls)
+
+    monkeypatch.setattr(kernel_calls, "selective_steps", watched)
     params = [torch.nn.Parameter(torch.zeros(i + 1, device=d)) for i, d in enumerate(("cpu", "meta", "cpu"))]
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer = SelectiveUpdate(torch.optim.AdamW(params), policy=MGUP(), statistics=False)
     optimizer.step()
-    assert [[item.param for item in given] for given, _ in handed] == [[params[0], params[2]], [params[1]]]
-    assert [[item.address for item in given] for given, _ in handed] == [[0, 2], [1]]
+    assert [[item.param for item in given] for given in handed] == [[params[0], params[2]], [params[1]]]
+    assert [[item.address for item in given] for given in handed] == [[0, 2], [1]]

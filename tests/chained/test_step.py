@@ -14,7 +14,6 @@ from torch.optim import AdamW, Muon
 
 from selective import MGUP, ChainedOptimizer, Policy, PolicyError, RandomMask, SelectiveUpdate, Soap
 from selective.capture import kernel_calls
-from selective.kernels import spec
 
 
 def test_members_step_as_they_do_apart() -> None:
@@ -211,50 +210,24 @@ def test_draws_are_the_same_after_a_resume() -> None:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tensors in each kernel call of a chain's members."""
-    seen: list[int] = []
-    real = kernel_calls.selective_step
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The numbers of tensors that are handed to the kernels together."""
+    seen: list[list[int]] = []
+    real = kernel_calls.selective_steps
 
-    def counted(items: Any, **arguments: Any) -> Any:
-        seen.append(len(items))
-        return real(items, **arguments)
+    def counted(calls: Any) -> Any:
+        seen.append([len(call.items) for call in calls])
+        return real(calls)
 
-    monkeypatch.setattr(kernel_calls, "selective_step", counted)
+    monkeypatch.setattr(kernel_calls, "selective_steps", counted)
     return seen
 
 
 @pytest.mark.parametrize("policy", ["MGUP", "RandomMask", "Grams"])
-def test_members_whose_rules_agree_share_a_kernel_call(policy: str, calls: list[int]) -> None:
+def test_members_hand_their_tensors_in_together(policy: str, calls: list[list[int]]) -> None:
     model, alone = net(), net()
     opt, apart = two_adamw(model, policy), two_adamw(alone, policy)
-    for step in range(3):
-        train(model, opt, [step])
-        give_gradients(alone, step)
-        for one in apart.members:
-            one.step()
-        assert equal(values(model), values(alone))
-    assert calls == [4, 4, 4]
-    report = [one.statistics() for one in apart.members]
-    for name, numbers in opt.statistics().items():
-        member, _, inner = name.partition("/")
-        assert equal(numbers.values(), report[int(member)][inner].values())
-
-
-def test_members_whose_rules_differ_do_not(calls: list[int]) -> None:
-    model = net()
-    train(model, two_adamw(model, rates=(0.01, 0.02)), [0])
-    assert calls == [2, 2]
-    matrices, rest = parts_of(model)
-    members = [SelectiveUpdate(AdamW(matrices), "MGUP"), SelectiveUpdate(AdamW(rest), "Cautious")]
-    train(model, ChainedOptimizer(members), [0])
-    assert calls[2:] == [2, 2]
-
-
-def test_a_rate_that_changes_parts_and_joins_them(calls: list[int]) -> None:
-    model, alone = net(), net()
-    opt, apart = two_adamw(model), two_adamw(alone)
-    for step, rate in enumerate([0.01, 0.02, 0.02, 0.01]):
+    for step, rate in enumerate([0.01, 0.02, 0.01]):
         for chain in (opt, apart):
             chain.members[1].param_groups[0]["lr"] = rate
         train(model, opt, [step])
@@ -262,22 +235,45 @@ def test_a_rate_that_changes_parts_and_joins_them(calls: list[int]) -> None:
         for one in apart.members:
             one.step()
         assert equal(values(model), values(alone))
-    assert calls == [4, 2, 2, 2, 2, 4]
+    assert calls == [[2, 2], [2], [2]] * 3
+    report = [one.statistics() for one in apart.members]
+    for name, numbers in opt.statistics().items():
+        member, _, inner = name.partition("/")
+        assert equal(numbers.values(), report[int(member)][inner].values())
 
 
-def test_rules_that_hold_tensors_are_told_apart_without_reading_them(calls: list[int]) -> None:
-    rate = torch.tensor(0.01)
-    for rates, expected in [((rate, rate), [4]), ((rate, rate.clone()), [2, 2])]:
-        calls.clear()
-        model = net()
-        train(model, two_adamw(model, rates=rates), [0])
-        assert calls == expected
+def test_policies_of_two_kinds_are_handed_in_together(calls: list[list[int]]) -> None:
+    model, alone = net(), net()
+    chains = []
+    for one in (model, alone):
+        matrices, rest = parts_of(one)
+        members = [SelectiveUpdate(AdamW(matrices), "MGUP"), SelectiveUpdate(AdamW(rest), "Cautious")]
+        chains.append(ChainedOptimizer(members))
+    train(model, chains[0], [0])
+    assert calls == [[2, 2]]
+    give_gradients(alone, 0)
+    for one in chains[1].members:
+        one.step()
+    assert equal(values(model), values(alone))
 
 
-def test_a_part_of_a_table_of_sums_is_a_table() -> None:
-    table = spec.SumsTable(torch.arange(21.0).reshape(3, 7), [1, 2, 3])
-    part = kernel_calls._part(table, 1, 3)
-    assert isinstance(part, spec.SumsTable) and part.numels == [2, 3] and torch.equal(part.values, table.values[1:])
+def test_a_call_that_fails_moves_nothing_and_lets_gradients_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    opt = two_adamw(model)
+    train(model, opt, [0])
+    before = values(model)
+    refused = ValueError("refused")
+
+    def fails(calls: Any) -> Any:
+        raise refused
+
+    monkeypatch.setattr(kernel_calls, "selective_steps", fails)
+    give_gradients(model, 1)
+    with pytest.raises(ValueError, match="refused"):
+        opt.step()
+    assert equal(values(model), before)
+    kept = [items for one in opt.members for plan in one.groups.plans for items in plan.kept._lists]
+    assert kept and all(item.grad is None for items in kept for item in items.items)
 
 
 def test_gradients_are_let_go_after_the_step() -> None:

@@ -37,6 +37,21 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
             marks=pytest.mark.slow,
         ),
         pytest.param("whole", "element+masked", "adamw", {"selective_step_kernel"}, marks=pytest.mark.slow),
+        ("whole", "control:still", "adamw", {"control_kernel", "limit_kernel"}),
+        pytest.param(
+            "whole",
+            "control:top_k_mean,control:sampled,control:element,unscaled:still,control:previous+update",
+            "adamw",
+            {"control_kernel", "limit_kernel"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "whole",
+            "control:top_k,control:still",
+            "adam_coupled,adam_amsgrad_maximize,sgd_nesterov,lion",
+            {"control_kernel", "limit_kernel"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "whole",
             "agreement+update,top_k+update,top_k+masked,top_k_mean+gradient",

@@ -10,11 +10,16 @@ import torch
 from gpu_support import F32, copied, made
 from step_cases import KINDS, RULES
 
-from selective.kernels import AdamRule, Draw, Item, ItemList, Selection, Strength, selective_step, top_k
+from selective.kernels import AdamRule, Control, Draw, Item, ItemList, Selection, Strength, selective_step, top_k
 
 pytestmark = pytest.mark.gpu
 
-CASES = {**KINDS, "row": (Selection("bernoulli", unit="row"), Strength("fixed", 2.0, 0.0))}
+CASES = {
+    **KINDS, "row": (Selection("bernoulli", unit="row"), Strength("fixed", 2.0, 0.0)),
+    "control": (Selection("agreement", control=Control()), Strength("mean_preserving")),
+    "control_of_still": (Selection("agreement", control=Control()), Strength("fixed", 1.0, -1.0, still=True)),
+    "control_of_top_k": (Selection("top_k", control=Control()), Strength("fixed", 2.0, 0.5)),
+}  # fmt: skip
 SIZES = (300_000, 7, 70_000)
 
 

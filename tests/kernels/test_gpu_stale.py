@@ -137,10 +137,10 @@ def test_zero_is_not_the_number_on_the_device(device):
     kept = ItemList([copied(made(ADAM, (64,)), device)])
     selective_step(kept, backend="gpu", rule=ADAM, selection=Selection("agreement"), strength=Strength("fixed"),
                    draw=Draw(0, 0))  # fmt: skip
-    tables = kept.cache["plan"].batches[0].tables
-    tables.uploaded["hyper"] = [
-        None if i == 0 else v for i, v in enumerate(tables.uploaded["hyper"])
-    ]  # as a tensor leaves it
+    groups = kept.cache["plan"].batches[0].groups
+    (row,) = groups.uploads.uploaded["hyper"]
+    groups.uploads.uploaded["hyper"] = [[None if i == 0 else v for i, v in enumerate(row)]]  # as a tensor leaves it
+    groups._sources = [None]
     before = kept[0].param.clone()
     selective_step(kept, backend="gpu", rule=replace(ADAM, lr=0.0), selection=Selection("agreement"),
                    strength=Strength("fixed"), draw=Draw(0, 1))  # fmt: skip
@@ -152,13 +152,14 @@ def test_refresh_knows_the_last_rule_and_only_its_kind(device):
     how = {"selection": Selection("top_k", fraction=0.25), "strength": Strength("fixed", 2.0, 0.5), "draw": Draw(0, 0)}
     selective_step(kept, rule=ADAM, backend="gpu", **how)
     selective_step(kept, rule=replace(ADAM, lr=5e-3), backend="gpu", **how)
-    tables = kept.cache["plan"].batches[0].tables
+    (batch,) = kept.cache["plan"].batches
+    hyper, ranks = batch.groups.hyper[0], batch.tables.ranks
     kept.cache["upload_hyperparameters"](Selection("agreement"), Strength("fixed", 7.0, 0.5))
-    assert 7.0 not in tables.hyper
+    assert 7.0 not in hyper
     kept.cache["upload_hyperparameters"](Selection("top_k", fraction=0.5), Strength("fixed", 7.0, 0.5))
-    assert float(tables.hyper[0]) == 5e-3
-    assert 7.0 in tables.hyper
-    assert 32 in tables.ranks
+    assert float(hyper[0]) == 5e-3
+    assert 7.0 in hyper
+    assert 32 in ranks
 
 
 def test_a_buffer_that_was_set_to_none(device):

@@ -188,15 +188,15 @@ def test_kernels_and_the_policys_own_code_step_alike(
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5 if rotated else 1e-7)
 
 
-def test_where_it_runs_as_code_of_its_own() -> None:
+def test_kernels_take_it_everywhere() -> None:
     p = [torch.nn.Parameter(torch.zeros(3, 4))]
     control = RandomMask.matching(Cautious())
     specs = specs_of(control)
     assert specs is not None
-    assert specs == specs_on(control, p)
-    with use_backend("gpu"):  # as on a CUDA tensor
-        assert specs_on(control, p) is None
-        assert why_not_in_kernel(specs[0], p) == "there is no Triton kernel for a matched random control"
+    for backend in ("auto", "cpu", "gpu", "reference"):
+        with use_backend(backend):  # type: ignore[arg-type]
+            assert specs == specs_on(control, p)
+            assert why_not_in_kernel(specs[0], p) is None
     assert specs_of(RandomMask.matching(Policy(selection=Larger(), strength=MeanPreserving()))) is None
     assert specs_of(Doubled(policy=Cautious())) is None  # its mask is not what the kernels would do
 

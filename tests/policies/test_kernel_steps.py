@@ -159,11 +159,13 @@ def test_where_it_runs_is_asked_again_when_parameters_or_backend_change(monkeypa
 
 def test_numbers_are_scheduled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheduled number is used from the next step on, by the tables that are there, in the same function."""
-    from selective.capture import fused
+    from selective.capture import kernel_calls
 
     given: list[Any] = []
-    run = fused.selective_step
-    monkeypatch.setattr(fused, "selective_step", lambda items, **how: given.append(items) or run(items, **how))
+    run = kernel_calls.selective_steps
+    monkeypatch.setattr(
+        kernel_calls, "selective_steps", lambda calls: given.extend(call.items for call in calls) or run(calls)
+    )
     optimizer = make(Policy(selection=FarUpdates(), strength=Fixed()))
     shares = []
     for number, threshold in enumerate([1e-6, 1e-6, 1e6, 1e-6]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from selective.kernels import Decay, Draw, Item, Selection, Strength
+from selective.kernels import Control, Decay, Draw, Item, Selection, Strength
 from selective.kernels.gpu import launch, plan
 from selective.kernels.gpu.sharded import step as by_kernels
 from selective.kernels.gpu.sharded import sums as shard_sums
@@ -28,6 +29,7 @@ from selective.kernels.sharded.selective_step import sharded_step
 from selective.kernels.spec import StepSpec
 
 TARGET = GPUTarget("cuda", 90, 32)  # a Hopper
+STILL = Selection("agreement"), Strength("fixed", 1.0, -1.0, still=True)
 TYPES = {
     torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64", torch.int8: "*i8",
     torch.bfloat16: "*bf16",
@@ -82,14 +84,22 @@ def _type_of(value: Any) -> str:
 
 
 def whole_tensors(kinds: list[str], rules: list[str]) -> None:
-    """A kind is "top_k" or, with selective decay, "top_k+update"."""
+    """A kind is "top_k"; with selective decay "top_k+update"; its matched random control "control:top_k".
+
+    "unscaled:top_k" is a control that does not keep the norm.
+    """
     for rule in (RULES[name] for name in rules):
         for name, _, of in (kind.partition("+") for kind in kinds):
-            selection, strength = KINDS[name]
+            controlled, _, kind = name.rpartition(":")
+            selection, strength = STILL if kind == "still" else KINDS[kind]
+            if controlled:
+                selection = replace(selection, control=Control(norm=controlled == "control"))
             decay: Any = Decay(of=of) if of else None  # type: ignore[arg-type]
             for statistics in (False, True):
                 p = torch.randn(300_000)  # drawn from, bracketed and settled
                 state = {"step": torch.tensor(3.0), "exp_avg": p.clone(), "exp_avg_sq": p.square()}
+                if getattr(rule, "amsgrad", False):
+                    state["max_exp_avg_sq"] = p.square()
                 item = Item(p, torch.randn(300_000), state, 0)
                 plan.selective_step([item], StepSpec(rule, selection, strength, Draw(1, 2), statistics, decay))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import selective.step.begin
 import selective.step_count
 from selective import MGUP, Dense, RandomMask, SelectiveUpdate
-from selective.capture import fused
+from selective.capture import kernel_calls
 from selective.plan.group_params import GroupParams
 from selective.state.entries import STEP
 from selective.step_count import Clocks, DeviceClock
@@ -70,8 +71,10 @@ def record(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(GroupParams, "cuda_devices", property(lambda self: self.devices))
     for module in (selective.step_count, selective.step.begin):
         monkeypatch.setattr(module, "is_recording", lambda: flag["recording"])
-    real = fused.selective_step
-    monkeypatch.setattr(fused, "selective_step", lambda items, **a: None if flag["recording"] else real(items, **a))
+    real = kernel_calls.selective_steps
+    monkeypatch.setattr(
+        kernel_calls, "selective_steps", lambda calls: [None] * len(calls) if flag["recording"] else real(calls)
+    )
     tick = DeviceClock.tick
     monkeypatch.setattr(DeviceClock, "tick", lambda self, recording=False: None if recording else tick(self))
 
@@ -178,7 +181,12 @@ def test_the_first_step_can_not_be_recorded(record) -> None:
 
 def test_the_kernel_gets_the_clock_of_its_device(record, monkeypatch: pytest.MonkeyPatch) -> None:
     draws = []
-    monkeypatch.setattr(fused, "selective_step", lambda items, draw, **rest: draws.append(draw))
+
+    def watched(calls: Any) -> list[None]:
+        draws.extend(call.spec.draw for call in calls)
+        return [None] * len(calls)
+
+    monkeypatch.setattr(kernel_calls, "selective_steps", watched)
     optimizer = built(policy=MGUP(), statistics=False)
     optimizer.step()
     optimizer.step()

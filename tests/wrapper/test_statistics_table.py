@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from selective import MGUP, Cautious, Magma, Policy, SelectiveUpdate
-from selective.capture import fused
+from selective.capture import kernel_calls
 from selective.kernels.spec import SUM_NAMES, Sums, SumsTable
 from selective.statistics import NAMES, StepStatistics
 
@@ -30,9 +32,16 @@ def trained(policy: Policy) -> SelectiveUpdate:
 @pytest.mark.parametrize("policy", [MGUP(), Cautious(), Magma()], ids=repr)
 def test_a_table_reads_as_the_sums_one_by_one(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     one_by_one = trained(policy).statistics()
-    real = fused.selective_step
-    monkeypatch.setattr(fused, "selective_step", lambda items, **rest: table_of(real(items, **rest)))
+    real = kernel_calls.selective_steps
+    tables: list[SumsTable] = []
+
+    def as_tables(calls: Any) -> list[SumsTable]:
+        tables.extend(table_of(sums) for sums in real(calls))
+        return tables[-len(calls) :]
+
+    monkeypatch.setattr(kernel_calls, "selective_steps", as_tables)
     read = trained(policy).statistics()
+    assert len(tables) == 3
     assert list(read) == list(one_by_one) == [f"param_groups[0][{i}]" for i in range(5)]
     assert all(tuple(entry) == NAMES for entry in read.values())
     assert all(value.dtype == torch.float32 and value.dim() == 0 for e in read.values() for value in e.values())

@@ -25,8 +25,11 @@ NUMBERS = tl.constexpr(20)
 # (USER is the first of four)
 
 # Columns of a tensor's row of int64 ranks: the bracket or the threshold of its scores, as keys (`key_of`).
-RANKS = tl.constexpr(12)
-LOW, HIGH, CUTOFF, MODE, WANTED, COUNTED, CRITICAL, LEFT, TIED, SEEN = (tl.constexpr(i) for i in range(10))
+# The last seven are a matched control's: how many its policy selects, how many coordinates move, its list's length,
+# the bracket of its random numbers, and its limit: the last number that is selected, and the last index at which it is.
+RANKS = tl.constexpr(20)
+(LOW, HIGH, CUTOFF, MODE, WANTED, COUNTED, CRITICAL, LEFT, TIED, SEEN, PICKED, MOVING, LISTED, LOWEST, HIGHEST, LIMIT,
+ LIMIT_AT) = (tl.constexpr(i) for i in range(17))  # fmt: skip
 EXACT, BRACKET, DENSE = (tl.constexpr(i) for i in range(3))  # values of MODE
 
 # Columns of a tensor's row of int64 facts, which the host knows:
@@ -38,13 +41,21 @@ EXACT, BRACKET, DENSE = (tl.constexpr(i) for i in range(3))  # values of MODE
 #   SETTLE_AT, SETTLES           the same of programs that settle
 #   LARGE                        its number among the tensors with a drawn sample
 #   BEGINS                       of a shard, the number of its first element or row in the whole
+#   GROUP                        the row of its group's numbers in the table of hyper-parameters
 FACTS = tl.constexpr(16)
 (NUMEL, ROW_LENGTH, ADDRESS, SAMPLES, SHIFT, SAMPLES_AT, CHUNK_AT, CHUNKS, SUM_AT, SUMS, SUM_SHIFT, SETTLE_AT,
- SETTLES, LARGE, BEGINS) = (tl.constexpr(i) for i in range(15))  # fmt: skip
+ SETTLES, LARGE, BEGINS, GROUP) = (tl.constexpr(i) for i in range(16))  # fmt: skip
 
 BRACKET_RUN = tl.constexpr(16)  # neighbours sampled together for a bracket: one burst of memory in float32
 KEYS = tl.constexpr(6)  # columns of a tensor's row of random keys: two each for masks, samples, rounding
 SUM_COLUMNS = tl.constexpr(4)  # columns of a program's row of sums that a strength needs
+# Columns of a program's row of sums for a matched control: four for the strength, as above; the sums of u^2 over what
+# the policy selects and over the rest; the same of the control's coordinates above its bracket, and their number.
+CONTROL_COLUMNS = tl.constexpr(9)
+THEIRS_SQ, THEIR_REST_SQ, OURS_SQ, OUR_REST_SQ, ABOVE = (tl.constexpr(i) for i in range(4, 9))
+# Columns of a tensor's row of a control's plan: its first program and their number, its list's first place and length.
+PLAN = tl.constexpr(4)
+ROWS_AT, ROWS, LIST_AT, ROOM = (tl.constexpr(i) for i in range(4))
 PARTIALS = 5  # columns of a program's statistics: selected, u^2, g^2, u g, (mask u)^2
 
 
@@ -88,6 +99,9 @@ class Config:
     stochastic: bool = False
     writes: bool = True  # False: look at the scores, change nothing
     recomputed: bool = False  # the moments have moved already: the update is made from the stored ones as they are
+    control: bool = False  # a matched random control is selected in the place of what `selection` says
+    control_norm: bool = False  # its multipliers are scaled so that the norm of the masked update stays
+    drawn: bool = False  # the control's limit is known: `select` takes the control's coordinates
     decay: str = "everywhere"  # or "cautious": the elements that the factor reaches
     decay_of: str = "update"
     decay_strict: bool = False

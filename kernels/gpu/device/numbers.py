@@ -13,10 +13,12 @@ from .config import (
     EPS,
     FACTOR,
     FACTS,
+    GROUP,
     LOOKAHEAD,
     MODE,
     MOMENTUM,
     NUMBERS,
+    PICKED,
     RANKS,
     RATE,
     SEEN,
@@ -31,10 +33,11 @@ from .config import (
 )
 from .random import splitmix64
 
-# The hyper-parameters of a group, float64.
+# The columns of the table of hyper-parameters, float64. A group has a row.
 (LR, BETA1, BETA2, EPSILON, WEIGHT_DECAY, SGD_MOMENTUM, DAMPENING, DECAY_FACTOR, AHEAD, SELECTED, REST, CAP,
  TEMPERATURE, SMOOTHING, ARGUMENT) = (tl.constexpr(i) for i in range(15))  # fmt: skip
-HYPER = 20  # ARGUMENT is the first of four
+CONTROL_CAP = tl.constexpr(18)
+HYPER = tl.constexpr(20)  # ARGUMENT is the first of four
 
 
 @triton.jit
@@ -45,13 +48,12 @@ def _keys(state, high):
 
 
 @triton.jit
-def _random(keys_ptr, facts_ptr, clock_ptr, t, mask, FACTS_: tl.constexpr):
-    """The keys of the mask, sample and rounding streams, from (seed, step, address)."""
-    address = tl.load(facts_ptr + t * FACTS_ + ADDRESS, mask=mask, other=0).to(tl.uint64)
+def _random(keys_ptr, address, clock, t, mask):
+    """The keys of the mask, sample and rounding streams, from (seed, step, address). `clock` has the first two."""
     zero = tl.zeros(t.shape, tl.uint64)
-    state = splitmix64(zero ^ tl.load(clock_ptr + 0).to(tl.uint64))
-    state = splitmix64(state ^ tl.load(clock_ptr + 1).to(tl.uint64))
-    state = splitmix64(state ^ address)
+    state = splitmix64(zero ^ tl.load(clock).to(tl.uint64))
+    state = splitmix64(state ^ tl.load(clock + 1).to(tl.uint64))
+    state = splitmix64(state ^ address.to(tl.uint64))
     for stream in tl.static_range(3):
         first, second = _keys(state ^ (zero + stream), zero)
         tl.store(keys_ptr + t * 6 + 2 * stream, first, mask=mask)
@@ -59,64 +61,83 @@ def _random(keys_ptr, facts_ptr, clock_ptr, t, mask, FACTS_: tl.constexpr):
 
 
 @triton.jit
-def _adam(out, pointers, hyper_ptr, mask):
+def group_row(hyper_ptr, facts):
+    """The row of hyper-parameters of one tensor's group; `facts` is the tensor's row of facts."""
+    return hyper_ptr + tl.load(facts + GROUP) * HYPER
+
+
+@triton.jit
+def _of_group(hyper, COLUMN: tl.constexpr):
+    """One hyper-parameter of each tensor's group; `hyper` are the rows of the groups."""
+    return tl.load(hyper + COLUMN)
+
+
+@triton.jit
+def _adam(out, pointers, hyper, mask):
     """Count each tensor's step; store its rate lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), and the decay factor."""
     counter = tl.load(pointers + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
     count = tl.load(counter, mask=mask, other=0.0) + 1.0
     tl.store(counter, count, mask=mask)
-    lr, beta1, beta2 = tl.load(hyper_ptr + LR), tl.load(hyper_ptr + BETA1), tl.load(hyper_ptr + BETA2)
+    lr, beta1, beta2 = _of_group(hyper, LR), _of_group(hyper, BETA1), _of_group(hyper, BETA2)
     t = count.to(tl.float64)
     rate = lr / (1.0 - tl.exp(t * tl.log(t * 0.0 + beta1)))
     unbias = 1.0 / tl.sqrt(1.0 - tl.exp(t * tl.log(t * 0.0 + beta2)))
     tl.store(out + RATE, rate.to(tl.float32), mask=mask)
     tl.store(out + UNBIAS, unbias.to(tl.float32), mask=mask)
-    factor = t * 0.0 + 1.0 - lr * tl.load(hyper_ptr + WEIGHT_DECAY)
+    factor = t * 0.0 + 1.0 - lr * _of_group(hyper, WEIGHT_DECAY)
     tl.store(out + FACTOR, factor.to(tl.float32), mask=mask)
 
 
 @triton.jit
 def _put(out, value, like, mask):
-    """Store one number for all tensors, rounded to float32."""
+    """Store one number of each tensor, rounded to float32."""
     tl.store(out, (like * 0.0 + value).to(tl.float32), mask=mask)
 
 
 @triton.jit
 def numbers_kernel(
-    numbers_ptr, keys_ptr, hyper_ptr, clock_ptr, pointers_ptr, facts_ptr, ranks_ptr, tensors,
+    numbers_ptr, keys_ptr, hyper_ptr, clocks_ptr, pointers_ptr, facts_ptr, ranks_ptr, tensors,
     FIXED: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Fill in each tensor's row of numbers and of random keys, and count Adam's steps. A few hundred bytes a tensor.
 
-    `hyper_ptr` has the group's hyper-parameters, float64; `clock_ptr` seed and step, int64. FIXED: the strengths are
-    the two constants (1 and 1 for a tensor that is dense); otherwise another kernel fills them in later.
+    `hyper_ptr` has a row of hyper-parameters for each group, float64; `clocks_ptr` each group's address of seed and
+    step, int64. FIXED: the strengths are the two constants (1 and 1 for a tensor that is dense); otherwise another
+    kernel fills them in later.
     """
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = t < tensors
-    out = numbers_ptr + t * NUMBERS
+    out, facts = numbers_ptr + t * NUMBERS, facts_ptr + t * FACTS
+    group, address = tl.load(facts + GROUP, mask=mask, other=0), tl.load(facts + ADDRESS, mask=mask, other=0)
+    hyper = hyper_ptr + group * HYPER  # that of the first group where there is no tensor
+    clock = tl.load(clocks_ptr + group).to(tl.pointer_type(tl.int64))
     like = t.to(tl.float64)
-    _random(keys_ptr, facts_ptr, clock_ptr, t, mask, FACTS)
-    beta1, beta2 = tl.load(hyper_ptr + BETA1), tl.load(hyper_ptr + BETA2)
+    _random(keys_ptr, address, clock, t, mask)
+    beta1, beta2 = _of_group(hyper, BETA1), _of_group(hyper, BETA2)
     if CFG.rule == "adam":
-        _adam(out, pointers_ptr + t * COLUMNS, hyper_ptr, mask)
+        _adam(out, pointers_ptr + t * COLUMNS, hyper, mask)
     else:
-        _put(out + RATE, tl.load(hyper_ptr + LR), like, mask)
-        _put(out + FACTOR, tl.load(hyper_ptr + DECAY_FACTOR), like, mask)
+        _put(out + RATE, _of_group(hyper, LR), like, mask)
+        _put(out + FACTOR, _of_group(hyper, DECAY_FACTOR), like, mask)
     _put(out + W1, 1.0 - beta1, like, mask)
     _put(out + B2, beta2, like, mask)
     _put(out + W2, 1.0 - beta2, like, mask)
-    _put(out + EPS, tl.load(hyper_ptr + EPSILON), like, mask)
-    _put(out + DECAY, tl.load(hyper_ptr + WEIGHT_DECAY), like, mask)
-    _put(out + MOMENTUM, tl.load(hyper_ptr + SGD_MOMENTUM), like, mask)
-    _put(out + UNDAMPED, 1.0 - tl.load(hyper_ptr + DAMPENING), like, mask)
-    _put(out + LOOKAHEAD, tl.load(hyper_ptr + AHEAD), like, mask)
+    _put(out + EPS, _of_group(hyper, EPSILON), like, mask)
+    _put(out + DECAY, _of_group(hyper, WEIGHT_DECAY), like, mask)
+    _put(out + MOMENTUM, _of_group(hyper, SGD_MOMENTUM), like, mask)
+    _put(out + UNDAMPED, 1.0 - _of_group(hyper, DAMPENING), like, mask)
+    _put(out + LOOKAHEAD, _of_group(hyper, AHEAD), like, mask)
     for i in tl.static_range(4):
-        _put(out + USER + i, tl.load(hyper_ptr + ARGUMENT + i), like, mask)
+        _put(out + USER + i, tl.load(hyper + ARGUMENT + i), like, mask)
     dense = tl.load(ranks_ptr + t * RANKS + MODE, mask=mask, other=0) == 2
     if CFG.selection == "top_k":
         tl.store(out + USER, tl.where(dense, 1.0, 0.0), mask=mask)
     if CFG.product == "previous_momentum":
         tl.store(ranks_ptr + t * RANKS + SEEN, tl.zeros(t.shape, tl.int64), mask=mask)
+    if CFG.control:  # its counts
+        for i in tl.static_range(3):
+            tl.store(ranks_ptr + t * RANKS + PICKED + i, tl.zeros(t.shape, tl.int64), mask=mask)
     if FIXED:
-        selected, rest = tl.load(hyper_ptr + SELECTED), tl.load(hyper_ptr + REST)
+        selected, rest = _of_group(hyper, SELECTED), _of_group(hyper, REST)
         tl.store(out + STRENGTH_SELECTED, tl.where(dense, 1.0, selected).to(tl.float32), mask=mask)
         tl.store(out + STRENGTH_REST, tl.where(dense, 1.0, rest).to(tl.float32), mask=mask)

@@ -5,7 +5,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .config import BEGINS, BRACKET, CUTOFF, DENSE, HIGH, LOW, MODE, RATE, ROW_LENGTH, SEEN, USER
+from .config import (
+    BEGINS,
+    BRACKET,
+    CUTOFF,
+    DENSE,
+    HIGH,
+    LIMIT,
+    LIMIT_AT,
+    LOW,
+    MODE,
+    RATE,
+    ROW_LENGTH,
+    SEEN,
+    USER,
+)
 from .random import random_bits
 from .rules import score_of
 from .scores import key_of
@@ -106,6 +120,34 @@ def by_bracket(key, ranks):
 
 
 @triton.jit
+def random_number(offs, keys):
+    """The 24-bit random numbers that a matched control ranks, int32: `uniform_bits` of the reference."""
+    first = tl.load(keys + 0).to(tl.uint32, bitcast=True)
+    second = tl.load(keys + 1).to(tl.uint32, bitcast=True)
+    return random_bits(offs.to(tl.uint32), first, second).to(tl.int32)
+
+
+@triton.jit
+def stands_still(u, g):
+    """True where the update times the gradient is exactly 0. No product underflows here, and NaN is not 0."""
+    product = u * g
+    return ((u == 0) | (g == 0)) & (product == product)
+
+
+@triton.jit
+def by_number(offs, g, u, ranks, keys, CFG: tl.constexpr):
+    """Select a matched control's coordinates: numbers above the limit, and those equal to it up to an index.
+
+    Coordinates that stand still are multiplied by 0 anyway, so it does not matter that none of them is selected here.
+    """
+    number, limit = random_number(offs, keys), tl.load(ranks + LIMIT)
+    chosen = (number > limit) | ((number == limit) & (offs <= tl.load(ranks + LIMIT_AT)))
+    if CFG.still:
+        chosen = chosen & (stands_still(u, g) == 0)
+    return chosen
+
+
+@triton.jit
 def select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION: tl.constexpr, HAS_BRACKET: tl.constexpr,
            CFG: tl.constexpr):  # fmt: skip
     """(selected, undecided, the key that top-K ranks), for a block of elements at flat indices `offs`.
@@ -114,7 +156,9 @@ def select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION: tl.conste
     """
     key = tl.zeros(offs.shape, tl.uint32)
     undecided = offs < 0
-    if CFG.selection == "everything":
+    if CFG.drawn:
+        chosen = by_number(offs, g, u, ranks, keys, CFG)
+    elif CFG.selection == "everything":
         chosen = offs >= 0
     elif CFG.selection == "agreement":
         chosen = agreement(g, u, m, previous, row, ranks, CFG)

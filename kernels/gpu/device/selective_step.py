@@ -44,7 +44,7 @@ def _block(
     p, g, u, m, previous, x, y, z = load_moved(pointers, offs, mask, row, CFG.writes and CFG.rule != "given", FAST, CFG)
     chosen, undecided, key = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION,
                                     CFG.bracketed and FAST, CFG)  # fmt: skip
-    if CFG.writes:
+    if CFG.writes and not CFG.recomputed:
         store_moments(pointers, offs, x, y, z, mask, FAST, CFG)  # early: frees their registers
     if not FAST:
         undecided = undecided & mask

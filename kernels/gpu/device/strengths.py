@@ -21,7 +21,7 @@ from .config import (
     SUMS,
 )
 from .elements import pointers_of, row_of
-from .numbers import CAP, REST, SMOOTHING, TEMPERATURE
+from .numbers import CAP, REST, SMOOTHING, TEMPERATURE, group_row
 
 
 @triton.jit
@@ -35,7 +35,8 @@ def column_sum(table, at, rows, COLUMN: tl.constexpr, WIDTH: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _is_finite(x):
+def is_finite(x):
+    """True if a number is neither infinite nor NaN."""
     return tl.abs(x) < float("inf")
 
 
@@ -50,18 +51,44 @@ def _mean_preserving(count, numel, rest, cap):
 def _norm_preserving(selected_sq, rest_sq, rest, cap):
     wanted = tl.maximum(selected_sq + rest_sq - rest * rest * rest_sq, 0.0)
     value = tl.minimum(tl.sqrt(wanted / tl.where(selected_sq == 0, 1.0, selected_sq)), cap)
-    return tl.where((selected_sq != 0) & _is_finite(selected_sq + rest_sq), value, 1.0)
+    return tl.where((selected_sq != 0) & is_finite(selected_sq + rest_sq), value, 1.0)
 
 
 @triton.jit
 def _alignment(average_ptr, dot, momentum_sq, grad_sq, temperature, smoothing):
     norms = tl.sqrt(momentum_sq) * tl.sqrt(grad_sq)
     cosine = tl.where(norms == 0, 0.0, dot / tl.where(norms == 0, 1.0, norms))
-    cosine = tl.where(_is_finite(cosine), cosine, 0.0)
+    cosine = tl.where(is_finite(cosine), cosine, 0.0)
     aligned = 1.0 / (1.0 + tl.exp(-cosine / temperature))
     new = (smoothing * tl.load(average_ptr).to(tl.float64) + (1.0 - smoothing) * aligned).to(tl.float32)
     tl.store(average_ptr, new)
     return new.to(tl.float64)
+
+
+@triton.jit
+def multipliers_of(sums, apart, rows, hyper, pointers, facts, WIDTH: tl.constexpr, CFG: tl.constexpr,
+                   BLOCK: tl.constexpr):  # fmt: skip
+    """One tensor's two multipliers, float64, from its rows of sums. Moves the average of an alignment.
+
+    `sums` is the tensor's first row. Columns lie `apart` numbers apart, rows WIDTH.
+    """
+    rest, cap = tl.load(hyper + REST), tl.load(hyper + CAP)
+    first = column_sum(sums, 0, rows, 0, WIDTH, BLOCK)
+    if CFG.strength == "mean_preserving":
+        shift = tl.load(facts + SUM_SHIFT)
+        sampled = tl.full((), 8, tl.int64) << tl.maximum(shift, 0)
+        numel = tl.where(shift < 0, tl.load(facts + NUMEL), sampled).to(tl.float64)
+        selected = _mean_preserving(first, numel, rest, cap)
+    elif CFG.strength == "norm_preserving":
+        selected = _norm_preserving(first, column_sum(sums + apart, 0, rows, 0, WIDTH, BLOCK), rest, cap)
+    else:
+        tl.static_assert(CFG.strength == "alignment", "the GPU has no strength of this kind")
+        average_ptr = tl.load(pointers + AVERAGE).to(tl.pointer_type(tl.float32))
+        second = column_sum(sums + apart, 0, rows, 0, WIDTH, BLOCK)
+        third = column_sum(sums + 2 * apart, 0, rows, 0, WIDTH, BLOCK)
+        selected = _alignment(average_ptr, first, second, third, tl.load(hyper + TEMPERATURE),
+                              tl.load(hyper + SMOOTHING))  # fmt: skip
+    return selected, rest
 
 
 @triton.jit
@@ -72,22 +99,9 @@ def strengths_kernel(
     t = tl.program_id(0)
     facts, row = row_of(facts_ptr, t, FACTS), row_of(numbers_ptr, t, NUMBERS)
     at, rows = tl.load(facts + SUM_AT), tl.load(facts + SUMS).to(tl.int32)
-    rest, cap = tl.load(hyper_ptr + REST), tl.load(hyper_ptr + CAP)
-    first = column_sum(sums_ptr, at, rows, 0, SUM_COLUMNS, BLOCK)
-    if CFG.strength == "mean_preserving":
-        shift = tl.load(facts + SUM_SHIFT)
-        sampled = tl.full((), 8, tl.int64) << tl.maximum(shift, 0)
-        numel = tl.where(shift < 0, tl.load(facts + NUMEL), sampled).to(tl.float64)
-        selected = _mean_preserving(first, numel, rest, cap)
-    elif CFG.strength == "norm_preserving":
-        selected = _norm_preserving(first, column_sum(sums_ptr, at, rows, 1, SUM_COLUMNS, BLOCK), rest, cap)
-    else:
-        tl.static_assert(CFG.strength == "alignment", "the GPU has no strength of this kind")
-        average_ptr = tl.load(pointers_of(pointers_ptr, t) + AVERAGE).to(tl.pointer_type(tl.float32))
-        second = column_sum(sums_ptr, at, rows, 1, SUM_COLUMNS, BLOCK)
-        third = column_sum(sums_ptr, at, rows, 2, SUM_COLUMNS, BLOCK)
-        selected = _alignment(average_ptr, first, second, third, tl.load(hyper_ptr + TEMPERATURE),
-                              tl.load(hyper_ptr + SMOOTHING))  # fmt: skip
+    pointers, sums = pointers_of(pointers_ptr, t), sums_ptr + at * SUM_COLUMNS
+    hyper = group_row(hyper_ptr, facts)
+    selected, rest = multipliers_of(sums, 1, rows, hyper, pointers, facts, SUM_COLUMNS, CFG, BLOCK)
     dense = tl.load(row_of(ranks_ptr, t, RANKS) + MODE) == DENSE
     tl.store(row + STRENGTH_SELECTED, tl.where(dense, 1.0, selected).to(tl.float32))
     tl.store(row + STRENGTH_REST, tl.where(dense, 1.0, rest).to(tl.float32))

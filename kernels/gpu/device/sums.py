@@ -20,6 +20,7 @@ from .config import (
     MODE,
     NUMBERS,
     NUMEL,
+    PICKED,
     RANKS,
     SEEN,
     SETTLE_AT,
@@ -32,7 +33,7 @@ from .config import (
     TIED,
 )
 from .elements import is_aligned, load_moved, pointers_of, read, row_of
-from .numbers import REST, SELECTED
+from .numbers import REST, SELECTED, group_row
 from .random import sample_position
 from .selections import select
 from .strengths import column_sum
@@ -50,23 +51,29 @@ def normed(g, u, m, CFG: tl.constexpr):
 
 
 @triton.jit
-def _sum(out, offs, mask, pointers, row, ranks, facts, keys, FUNCTION: tl.constexpr, FAST: tl.constexpr,
-         CFG: tl.constexpr):  # fmt: skip
-    """One program's row: the sums of these elements that this strength needs."""
-    _, g, u, m, previous, _, _, _ = load_moved(pointers, offs, mask, row, False, FAST, CFG)
-    chosen, _, _ = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION, False, CFG)
+def store_sums(out, apart, chosen, g, u, m, mask, CFG: tl.constexpr):
+    """Store the sums over these elements that this strength needs, in up to three columns `apart` numbers apart."""
     if CFG.strength == "mean_preserving":
         tl.store(out, tl.sum((chosen & mask).to(tl.float32)))
     elif CFG.strength == "norm_preserving":
         x = normed(g, u, m, CFG)
         squares = tl.where(mask, x * x, 0.0)
         tl.store(out, tl.sum(tl.where(chosen, squares, 0.0)))
-        tl.store(out + 1, tl.sum(tl.where(chosen, 0.0, squares)))
+        tl.store(out + apart, tl.sum(tl.where(chosen, 0.0, squares)))
     elif CFG.strength == "alignment":
         m, g = tl.where(mask, m, 0.0), tl.where(mask, g, 0.0)
         tl.store(out, tl.sum(m * g))
-        tl.store(out + 1, tl.sum(m * m))
-        tl.store(out + 2, tl.sum(g * g))
+        tl.store(out + apart, tl.sum(m * m))
+        tl.store(out + 2 * apart, tl.sum(g * g))
+
+
+@triton.jit
+def _sum(out, offs, mask, pointers, row, ranks, facts, keys, FUNCTION: tl.constexpr, FAST: tl.constexpr,
+         CFG: tl.constexpr):  # fmt: skip
+    """One program's row: the sums of these elements that this strength needs."""
+    _, g, u, m, previous, _, _, _ = load_moved(pointers, offs, mask, row, False, FAST, CFG)
+    chosen, _, _ = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION, False, CFG)
+    store_sums(out, 1, chosen, g, u, m, mask, CFG)
 
 
 @triton.jit
@@ -160,11 +167,14 @@ def report_kernel(
             tied = tied_ptr + t.to(tl.int64) * 2
             selected += column_sum(settled_ptr, first, settles, 0, 2, BLOCK) + tl.load(tied)
             masked += column_sum(settled_ptr, first, settles, 1, 2, BLOCK) + tl.load(tied + 1)
+    if CFG.control:  # coordinates that stand still are counted, too
+        selected = tl.load(ranks + PICKED).to(tl.float64)
     on_selected, on_rest = tl.load(row + STRENGTH_SELECTED).to(tl.float64), tl.load(row + STRENGTH_REST).to(tl.float64)
     if FIXED:  # the user's numbers, and not these as they were rounded to be multiplied with
         dense = tl.load(ranks + MODE) == DENSE
-        on_selected = tl.where(dense, 1.0, tl.load(hyper_ptr + SELECTED))
-        on_rest = tl.where(dense, 1.0, tl.load(hyper_ptr + REST))
+        hyper = group_row(hyper_ptr, facts)
+        on_selected = tl.where(dense, 1.0, tl.load(hyper + SELECTED))
+        on_rest = tl.where(dense, 1.0, tl.load(hyper + REST))
     tl.store(out + 0, selected)
     tl.store(out + 1, on_selected)
     tl.store(out + 2, on_rest)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...lasting import lasting
 from ...sharded.strengths import names_of_sums
@@ -28,7 +27,7 @@ class ShardPlan:
     def __init__(self, items: Sequence[Item], spec: StepSpec, begins: bool) -> None:
         self.key = static_key(spec)
         cfg = configure(items[0], replace(spec, statistics=False), begins)  # statistics are in the sums of the ranks
-        self.batch = Batch(cfg, items, list(range(len(items))), spec)
+        self.batch = Batch(cfg, items, list(range(len(items))), [spec])
         self.device, self.fraction = self.batch.device, -1.0
         shards = [item.shard for item in items if item.shard is not None]
         self.numels, self.cells = [shard.numel for shard in shards], max(shard.cells for shard in shards)
@@ -49,19 +48,18 @@ class ShardPlan:
         shards = [item.shard.numel for item in items if item.shard is not None]
         return static_key(spec) == self.key and shards == self.numels and self.batch.fits(items)
 
-    def update(self, items: Sequence[Item], spec: StepSpec) -> Tensor | None:
-        """Bring the tables up to date. Returns the wrapper's clock, if it has one on this device."""
-        clock, tables, selection = spec.draw.clock, self.batch.tables, spec.selection
-        clock = None if clock is None or clock.device != self.device else clock
-        self.batch.update(items, spec, own_clock=clock is None)
+    def update(self, items: Sequence[Item], spec: StepSpec) -> None:
+        """Bring the tables up to date."""
+        tables, selection = self.batch.tables, spec.selection
+        self.batch.groups.update([spec])
+        self.batch.update(items, [spec])
         if selection.kind == "top_k" and self.fraction != selection.fraction:  # ranks are those of the whole
             rows = [[0] * config.RANKS.value for _ in self.numels]
             for row, numel in zip(rows, self.numels, strict=True):
                 row[config.WANTED.value] = selection.k_of(numel)
                 row[config.MODE.value] = config.EXACT.value
-            tables.fill("ranks", tables.ranks, rows)
+            tables.uploads.fill("ranks", tables.ranks, rows)
             self.fraction = selection.fraction
-        return clock
 
 
 def planned(items: Sequence[Item], spec: StepSpec, cache: dict[Any, Any]) -> tuple[ShardPlan, list[Item], list[Any]]:

@@ -39,7 +39,8 @@ class ShardStep:
         self.batch, self.tables, self.tensors = plan.batch, plan.batch.tables, len(plan.numels)
         self.looks = derived(self.batch.cfg, writes=False)
         self.ranks = self.tables.ranks
-        self.step = Step(self.batch, None, plan.update(items, spec))
+        plan.update(items, spec)
+        self.step = Step(self.batch)
         self.step.begin()
         self.moving: Tensor | None = None
         if spec.keeps_previous:

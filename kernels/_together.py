@@ -1,0 +1,85 @@
+"""`selective_steps`: the steps of several lists of items, which share launches where Triton kernels take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from ._dispatch import Backend, _chosen, _gpu, _paths, _step_by, _with_triton_function, why_no_triton
+from .spec import StepCall, Sums
+
+
+def selective_steps(calls: Sequence[StepCall], *, backend: Backend = "auto") -> list[Sequence[Sums] | None]:
+    """`selective_step` of several calls, each with a rule and a mask of its own. Returns the sums of each.
+
+    Triton kernels step the tensors of all calls that differ in numbers only by the same launches. Other paths step one
+    call after the other. Results are those of separate calls, bit for bit: no tensor's step reads another's.
+
+    Takes and refuses the same as `selective_step`, except shards (`begin_sharded`). All calls are checked before
+    anything moves.
+    """
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return selective_steps(calls, backend=backend)
+    if any(call.spec.selection.kind == "function" for call in calls):
+        calls = [StepCall(call.items, _with_triton_function(call.spec)) for call in calls]
+    if not all(call.items for call in calls):
+        return _without_the_empty(calls, backend)
+    parts = _parts(calls, backend)
+    if len(parts) == 1 and len(parts[0]) == len(calls):  # as in most steps
+        plan = _gpu().plan_of(calls)
+        if plan is not None:  # all that follows below was settled in an earlier step
+            return list(plan.run(calls))
+    return _by_parts(calls, parts, backend)
+
+
+def _without_the_empty(calls: Sequence[StepCall], backend: Backend) -> list[Sequence[Sums] | None]:
+    """Step the calls that have items."""
+    results: list[Sequence[Sums] | None] = [[] if call.spec.statistics else None for call in calls]
+    places = [place for place, call in enumerate(calls) if call.items]
+    for place, sums in zip(places, selective_steps([calls[i] for i in places], backend=backend), strict=True):
+        results[place] = sums
+    return results
+
+
+def _by_parts(calls: Sequence[StepCall], parts: list[list[int]], backend: Backend) -> list[Sequence[Sums] | None]:
+    """Check all calls, then step them: each part by the plan that it has, others by a new one, or without kernels."""
+    steps: list[tuple[list[int], Callable[[], Sequence[Sequence[Sums] | None]]]] = []
+    for part in parts:
+        chosen = [calls[place] for place in part]
+        plan = _gpu().plan_of(chosen)
+        if plan is not None:
+            steps.append((part, partial(plan.run, chosen)))
+    planned = {place for part, _ in steps for place in part}
+    by_kernels = []
+    for place, call in enumerate(calls):
+        if place in planned:
+            continue
+        paths = _paths(call.items, call.spec, backend)
+        if list(paths) == ["gpu"]:
+            by_kernels.append(place)
+        else:
+            steps.append(([place], partial(_alone, call, paths)))
+    if by_kernels:
+        steps.append((by_kernels, partial(_gpu().selective_steps, [calls[place] for place in by_kernels])))
+    results: list[Sequence[Sums] | None] = [None] * len(calls)
+    for places, run in steps:
+        for place, sums in zip(places, run(), strict=True):
+            results[place] = sums
+    return results
+
+
+def _parts(calls: Sequence[StepCall], backend: Backend) -> list[list[int]]:
+    """The indices of calls that Triton kernels may step, by parts that may have a plan together."""
+    asked = _chosen(backend)
+    if asked not in ("gpu", "auto") or (asked == "auto" and not any(call.items[0].param.is_cuda for call in calls)):
+        return []
+    if why_no_triton() is not None:
+        return []
+    return _gpu().parts(calls)
+
+
+def _alone(call: StepCall, paths: dict[Backend, list[int]]) -> list[Sequence[Sums] | None]:
+    return [_step_by(paths, call.items, call.spec)]

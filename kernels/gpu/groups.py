@@ -1,0 +1,92 @@
+"""The table of the groups: each one's hyper-parameters and clock, for all batches on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.rules import number
+from ..spec import StepSpec
+from .configure import hyper_parameters, rule_numbers
+from .device import numbers
+from .tables import Uploads
+
+
+class GroupTable:
+    """A row for each group (each call that is stepped together with others), in the order of the `StepSpec`s.
+
+    `hyper` is float64 [groups, HYPER]; `clocks` is int64 [groups], the address of each group's [seed, step], which is
+    the wrapper's clock or a row of `own_clocks`. What has changed since the last step is uploaded.
+    """
+
+    def __init__(self, groups: int, device: torch.device) -> None:
+        self.device, self.uploads = device, Uploads(device)
+        self.hyper = torch.zeros(groups, numbers.HYPER.value, dtype=torch.float64, device=device)
+        self.clocks = torch.zeros(groups, dtype=torch.int64, device=device)
+        self.own_clocks = torch.zeros(groups, 2, dtype=torch.int64, device=device)
+        self._known_clocks: list[Tensor | None] = []
+        self._all_have_clocks = False  # True if each group's wrapper has a clock on this device
+        self._sources: list[tuple[Any, ...] | None] = []  # what the rows were made of; None: of a tensor, too
+
+    def update(self, specs: Sequence[StepSpec]) -> None:
+        """Bring the table up to date for this step."""
+        self.upload_numbers(specs)
+        self._upload_clocks(specs)
+
+    def upload_numbers(self, specs: Sequence[StepSpec]) -> None:
+        """Upload the hyper-parameters, in one copy, if one of them has changed.
+
+        Those that are tensors on the device are copied there in every step. The host does not wait for them.
+        """
+        sources = [_source_of(spec) for spec in specs]
+        if sources == self._sources and None not in sources:
+            return
+        self._sources = []  # until all is done: if it fails, the next step looks at everything again
+        rows: list[list[float | None]] = []  # None: a number that is on the device
+        copies: list[tuple[int, int, Tensor]] = []
+        for group, spec in enumerate(specs):
+            rows.append([])
+            for column, value in enumerate(hyper_parameters(spec)):
+                known = number(value)
+                if isinstance(known, Tensor):
+                    copies.append((group, column, known))
+                rows[-1].append(None if isinstance(known, Tensor) else known)
+        self.uploads.fill("hyper", self.hyper, [[0.0 if x is None else x for x in row] for row in rows], rows)
+        for group, column, value in copies:
+            self.hyper[group, column].copy_(value.reshape(()), non_blocking=True)
+        self._sources = sources
+
+    def _upload_clocks(self, specs: Sequence[StepSpec]) -> None:
+        """Upload the addresses of the clocks; and seed and step of groups whose wrapper has no clock on this device."""
+        clocks = [spec.draw.clock for spec in specs]
+        if self._all_have_clocks and all(map(is_, clocks, self._known_clocks)):
+            return
+        self._all_have_clocks, self._known_clocks = False, clocks
+        addresses, own, first = [], [], self.own_clocks.data_ptr()
+        for group, spec in enumerate(specs):
+            clock, here = spec.draw.clock, (0, 0)
+            if clock is None or clock.device != self.device:
+                clock, here = None, (_signed64(spec.draw.seed), spec.draw.step)
+            addresses.append(first + 16 * group if clock is None else clock.data_ptr())
+            own.append(here)
+        self.uploads.fill("clocks", self.clocks, addresses)
+        self.uploads.fill("own clocks", self.own_clocks, own)
+        self._all_have_clocks = all(clock is not None and clock.device == self.device for clock in clocks)
+
+
+def _source_of(spec: StepSpec) -> tuple[Any, ...] | None:
+    """What a group's numbers are made of; None if one of them is a tensor, whose value may have changed."""
+    values = rule_numbers(spec.rule)
+    for value in values:
+        if type(value) is not float and isinstance(value, Tensor):
+            return None
+    return *values, spec.selection, spec.strength
+
+
+def _signed64(x: int) -> int:
+    """The int64 with the same 64 bits."""
+    return x - (1 << 64) if x >= 1 << 63 else x
