@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from selective import foreach
+from selective.base.fused_rules import FusedMuon
 from selective.capture.choose import Capture
 from selective.capture.delta import LOW_PRECISION
 from selective.explain.own_code import why_own_code
@@ -69,6 +71,9 @@ def temporary_memory(policy: Policy, capture: Capture, group: dict[str, Any]) ->
     if capture.way == "delta":
         copies = ", and float32 copies of them and of their gradients" if low else ""
         return f"{copy}{copies}; after the base's, the update of 256 MiB at a time"
+    if isinstance(capture.rule, FusedMuon):
+        stacks = f"during the step up to 12 bytes a parameter, of {foreach.PART:,} elements at a time"
+        return f"{stacks}; {copy}, because {why_own_code(policy, params)}" if has_own_code(policy, params) else stacks
     if has_own_code(policy, params):
         return f"{copy}, because {why_own_code(policy, params)}"
     if not any(p.is_cuda for p in params):
