@@ -1,8 +1,8 @@
 """MuonJob: the update of torch's Muon, made for all matrices of a group together.
 
 torch steps its matrices one after the other, with some thirty operations each, so that a GPU waits for the host. Here
-the momenta move in one operation on lists, matrices of one shape are orthogonalised in one stack (`stacks`), and the
-kernels mask and apply the updates of many stacks in one call.
+the momenta move in one operation on lists, matrices of one shape are orthogonalised in one stack (`muon_stacks`), and
+the kernels mask and apply the updates of many stacks in one call.
 
 Memory, during the step: 4 bytes for each element of `foreach.PART` at a time, which become the updates, and at most 8
 for each element of a stack, together 512 MiB. A single matrix that is larger than a stack takes 12 bytes an element. In
@@ -21,7 +21,7 @@ from selective import foreach
 from selective.base.fused_rules import FusedRule
 from selective.base.muon import MuonNumbers, numbers_of
 from selective.capture.generic import Captured, GenericJob, by_value
-from selective.capture.stacks import Stack, parts_in_stacks
+from selective.capture.muon_stacks import Stack, parts_in_stacks
 from selective.kernels import newton_schulz_, spec
 
 
