@@ -26,8 +26,8 @@ from selective.policies import Decay, Dense, Policy
 from selective.rotation.rotation import Rotation
 
 CaptureName = Literal["auto", "fused", "scratch", "delta"]
-# of parameters: dtype, device type, number of dimensions, class
-ParamKinds = frozenset[tuple[torch.dtype, str, int, type[Tensor]]]
+# of parameters: dtype, device type, number of dimensions, and False for a subclass such as DTensor
+ParamKinds = frozenset[tuple[torch.dtype, str, int, bool]]
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ class GroupParams:
         self._lazy = None in shapes
         self._plain = [p for p in tensors if type(p) in _PLAIN]
         dtypes, devices = looked[:2]
-        kinds = zip(dtypes, (device.type for device in devices), shapes, map(type, tensors), strict=True)
-        self.kinds = frozenset((dtype, device, len(s), cls) for dtype, device, s, cls in kinds if s is not None)
+        rows = zip(dtypes, devices, shapes, tensors, strict=True)
+        self.kinds = frozenset((dt, on.type, len(s), type(p) in _PLAIN) for dt, on, s, p in rows if s is not None)
         self.devices = frozenset(devices)
         self.has_complex = any(dtype.is_complex for dtype in dtypes)
         self.parameters = list(self.parameters)  # another list: items made of the old one are made anew

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import Muon
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from selective import MGUP, CautiousDecay, CautiousMGUP, Dense, Policy, SelectiveUpdate, Soap, base_part
 from selective import foreach as lists
@@ -27,14 +28,14 @@ RATE, DECAY = 0.02, 0.1
 Params = list[torch.nn.Parameter]
 
 
-class Ones(Policy):
+class MuonOnes(Policy):
     """Everything, by the kernels."""
 
     def parts(self):
         return Dense().parts()
 
 
-class OwnOnes(Policy):
+class MuonOnesInPython(Policy):
     """Everything, by code of its own."""
 
     def mask(self, view):
@@ -57,7 +58,7 @@ def bare(params: Params, **options: Any) -> Muon:
 
 
 def wrapped(params: Params, policy: Any = None, wrap: Any = None, **options: Any) -> SelectiveUpdate:
-    return SelectiveUpdate(bare(params, **options), policy=Ones() if policy is None else policy, **(wrap or {}))
+    return SelectiveUpdate(bare(params, **options), policy=MuonOnes() if policy is None else policy, **(wrap or {}))
 
 
 def way_of(optimizer: SelectiveUpdate) -> str:
@@ -133,8 +134,8 @@ def test_the_momentum_is_torchs_bit_for_bit_and_the_step_no_further_off(name: st
 
 
 WRAPS: dict[str, dict[str, Any]] = {
-    "ones": {"policy": Ones()},
-    "own code": {"policy": OwnOnes()},
+    "ones": {"policy": MuonOnes()},
+    "own code": {"policy": MuonOnesInPython()},
     "dense, asked for": {"policy": Dense(), "wrap": {"capture": "fused"}},
 }
 
@@ -192,6 +193,25 @@ def test_checkpoints_go_to_other_captures_and_back(capture: str, dtype: torch.dt
         then.load_state_dict(copy.deepcopy(now.state_dict()))
         same([m.float() for m in momenta(now)], [m.float() for m in momenta(then)])
     assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize("policy", [None, MGUP()], ids=str)
+def test_a_checkpoint_of_a_dense_run_by_our_rule_goes_everywhere(policy: Any) -> None:
+    """To and from a dense run by the base, and into a masked one; and it says in explain() what it is."""
+    params = make_params()
+    ours = SelectiveUpdate(bare(params), policy=None, capture="fused")
+    other = SelectiveUpdate(bare(params), policy=policy)
+    assert "fused: asked for: the rule of Muon runs on the base's own state, with Newton-Schulz" in ours.explain()
+    give_grads(params, 0)
+    ours.step()
+    saved = copy.deepcopy(ours.state_dict())
+    other.load_state_dict(saved if policy is None else base_part(saved))
+    same(momenta(ours), momenta(other))
+    give_grads(params, 1)
+    other.step()
+    if policy is None:
+        ours.load_state_dict(copy.deepcopy(other.state_dict()))
+        same(momenta(ours), momenta(other))
 
 
 def test_masks_change_from_step_to_step_and_a_switch_to_dense_goes_on_as_torch() -> None:
@@ -305,7 +325,7 @@ def test_a_step_that_was_replaced_is_run() -> None:
     base = bare(params)
     own = base.step
     base.step = lambda closure=None: calls.append(1) or own(closure)
-    optimizer = SelectiveUpdate(base, policy=Ones())
+    optimizer = SelectiveUpdate(base, policy=MuonOnes())
     give_grads(params, 0)
     optimizer.step()
     assert way_of(optimizer) == "scratch"
@@ -379,14 +399,14 @@ def test_zeros_stay_and_odd_layouts_step() -> None:
 
 
 def test_what_the_policy_raises_leaves_the_weights() -> None:
-    class Raises(OwnOnes):
+    class MuonRaises(MuonOnesInPython):
         def mask(self, view):
             if view.name.endswith("[4]"):
                 raise RuntimeError("not this one")
             return super().mask(view)
 
     params = make_params()
-    optimizer = wrapped(params, Raises())
+    optimizer = wrapped(params, MuonRaises())
     before = [p.detach().clone() for p in params]
     give_grads(params, 0)
     with pytest.raises(RuntimeError, match="not this one"):
@@ -475,12 +495,42 @@ def operations(count: int, policy: Policy, shapes: Any = ((12, 8), (8, 12), (6, 
     return sum(seen.found.values())
 
 
-@pytest.mark.parametrize("policy", [MGUP(score="nesterov"), Ones()], ids=repr)
+@pytest.mark.parametrize("policy", [MGUP(score="nesterov"), MuonOnes()], ids=repr)
 def test_operations_do_not_grow_with_the_matrices(monkeypatch: pytest.MonkeyPatch, policy: Policy) -> None:
     """Of two stacks; what the kernel does is its own matter."""
     monkeypatch.setattr(generic, "selective_step", lambda items, **options: None)
     # moving: 3; a stack: 2 norms, limits, quotients, scales and products at most, and three products an iteration
     assert operations(6, policy) == operations(60, policy) <= 3 + 2 * (5 * 2 + 3 * 5)
+
+
+class Made(TorchDispatchMode):
+    """Counts the bytes of all memory that is made, be it freed soon or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        before = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **kwargs)
+        made = {t.untyped_storage() for t in tree_leaves(result) if isinstance(t, torch.Tensor)}
+        self.bytes += sum(storage.nbytes() for storage in made if storage.data_ptr() not in before)
+        return result
+
+
+@pytest.mark.parametrize("dtype,bytes_each", [(torch.float32, 12), (torch.bfloat16, 16)], ids=str)
+def test_memory_of_a_step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bytes_each: int) -> None:
+    """What docs/capture.md says, of square matrices, which take most. In low precision, not all is there at once."""
+    monkeypatch.setattr(generic, "selective_step", lambda items, **options: None)
+    params = make_params(dtype, shapes=[(64, 64)] * 4)
+    optimizer = wrapped(params, wrap={"statistics": False})
+    for step in range(2):
+        give_grads(params, step)
+        with Made() as made:
+            optimizer.step()
+    elements = sum(p.numel() for p in params)
+    assert bytes_each * elements <= made.bytes <= (bytes_each + 0.1) * elements  # and a few numbers of each matrix
 
 
 def test_parts_and_stacks_are_bounded_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
