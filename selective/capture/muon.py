@@ -5,7 +5,7 @@ the momenta move in one operation on lists, matrices of one shape are orthogonal
 the kernels mask and apply the updates of many stacks in one call.
 
 Memory, during the step: 4 bytes for each element of `foreach.PART` at a time, which become the updates, and at most 8
-for each element of a stack, together 512 MiB. A single matrix that is larger than a stack takes 12 bytes an element. In
+for each element of a stack, together 512 MiB. A single matrix that is larger than a stack takes those 8 bytes, too. In
 low precision there are, before the stacks, float32 copies of the part's momenta. Nothing is kept from step to step.
 """
 

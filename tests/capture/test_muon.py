@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -212,6 +213,21 @@ def test_a_checkpoint_of_a_dense_run_by_our_rule_goes_everywhere(policy: Any) ->
     if policy is None:
         ours.load_state_dict(copy.deepcopy(other.state_dict()))
         same(momenta(ours), momenta(other))
+
+
+def test_copies_and_pickles_step_as_the_original() -> None:
+    params = make_params()
+    optimizer = wrapped(params, "MGUP")
+    give_grads(params, 0)
+    optimizer.step()
+    others = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+    for one in (optimizer, *others):
+        members = one.param_groups[0]["params"]
+        give_grads(members, 1)
+        one.step()
+        assert way_of(one) == "fused"
+        same(params, members)
+        same(momenta(optimizer), momenta(one))
 
 
 def test_masks_change_from_step_to_step_and_a_switch_to_dense_goes_on_as_torch() -> None:
