@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import torch
-from gain_plan import carries, decays, next_run
+from gain_plan import carries, decays, next_run, times
 from gain_table import table
 from gain_train import Trainer
 
@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--table", action="store_true", help="only print the tables of the runs that are done")
     add("--carries", action="store_true", help="make the runs that compare ways to carry second moments")
     add("--decays", action="store_true", help="make the runs with selective decay and its random control")
+    add("--times", action="store_true", help="make the runs whose times are compared, one at a time on a free device")
     add("--seconds", type=float, default=math.inf, help="begin no run that would not end within so many seconds")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--fused", action="store_true", help="queries, keys and values in one matrix, gate and value in another")
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     trainer: Trainer | None = None
     longest = 0.0
-    only = carries if options.carries else decays if options.decays else None
+    only = carries if options.carries else decays if options.decays else times if options.times else None
     for run in () if options.table else next_run(options.out, begun + options.seconds, only):
         if time.perf_counter() - begun + longest > options.seconds:
             print("out of time; the same command goes on from here")

@@ -33,6 +33,8 @@ SQUARED: dict[str, Preconditioner] = {
     "AdaDiag++ 200": AdaDiag(sides="two", refresh_every=200, carry="rotate"),
     "AdaDiag++ 200 squared": AdaDiag(sides="two", refresh_every=200),
 }
+# The one that is fastest on a GPU, for runs whose time counts.
+TIMED: dict[str, Preconditioner] = {"Soap tf32": Soap(solver="cholesky", precision="tf32")}
 DECAYS: dict[str, Decay] = {
     "AdamW with CautiousDecay": CautiousDecay(),
     "random like AdamW with CautiousDecay": RandomDecay(),
@@ -116,6 +118,17 @@ def decays() -> Iterator[Run]:
     for seed in (0, 1, 2):
         yield from (Run(setup, 1.5e-3, seed) for setup in ("AdamW", *DECAYS))
     yield from (Run(setup, lr) for lr in (7.5e-4, 3e-3) for setup in DECAYS)
+
+
+def times() -> Iterator[Run]:
+    """Yield runs whose times are compared, AdamW's and a masked rotation's, at the best rates and at their neighbours.
+
+    Each is to have the device to itself. Seeds come first, AdamW and the other in turns.
+    """
+    pairs = (("AdamW", 1.5e-3), *((f"Cautious in {space}", 6e-3) for space in TIMED))
+    for seed in (0, 1, 2):
+        yield from (Run(setup, lr, seed) for setup, lr in pairs)
+    yield from (Run(setup, factor * lr) for setup, lr in pairs for factor in (0.5, 2.0))
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ def table(folder: Path) -> str:
     lines: list[str] = []
     for base in BASES:
         lines += _at_best_rates(done, [s for s in dict.fromkeys(r["setup"] for r in done) if _base(s) == base], base)
-    lines += [*_over_seeds(done), *_shorter(done, [r for r in everything if r["part"] != 1])]
+    lines += [*_over_seeds(done), *_times(done), *_shorter(done, [r for r in everything if r["part"] != 1])]
     return "\n".join(lines).lstrip()
 
 
@@ -83,6 +85,39 @@ def _over_seeds(done: Records) -> list[str]:
     return [*heads, *lines] if lines else []
 
 
+def _times(done: Records) -> list[str]:
+    """A table of times to the final loss of AdamW with the same seed, over AdamW's own time, evaluations left out.
+
+    Once they are those of the runs themselves, and once the number of steps times the median time of a step, which
+    compiling does not count in. Only runs that recorded their times are in it.
+    """
+    timed = [r for r in done if "seconds" in r["validation"] and len(r["validation"]["loss"]) > 1]
+    adamw = _adamw(timed)
+    lines = []
+    for setup in dict.fromkeys(r["setup"] for r in timed):
+        lr = best(timed, setup)[0]
+        mine = [r for r in timed if r["setup"] == setup and r["lr"] == lr and r["seed"] in adamw]
+        pairs = [(r, adamw[r["seed"]]) for r in mine]
+        reached = [(r, base) for r, base in pairs if _steps(r, final(base))]
+        if not reached:
+            lines += [f"| {setup} | {lr:g} | {len(mine)} | not reached | | | |"] if mine else []
+            continue
+        steps = [_steps(r, final(base)) or math.nan for r, base in reached]
+        own = [_seconds(r, final(base)) / base["validation"]["seconds"][-1] for r, base in reached]
+        product = [
+            s * _step_seconds(r) / (base["steps"] * _step_seconds(base))
+            for s, (r, base) in zip(steps, reached, strict=True)
+        ]
+        milliseconds = 1e3 * statistics.mean(_step_seconds(r) for r in mine)
+        shares = f"{t_interval(own)} | {t_interval(product)} ({len(reached)} of {len(mine)})"
+        lines.append(
+            f"| {setup} | {lr:g} | {len(mine)} | {statistics.mean(steps):.0f} | {milliseconds:.1f} | {shares} |"
+        )
+    heads = _head("setup", "lr", "seeds", "steps to AdamW's loss", "ms a step", "× AdamW's time, of the runs",
+                  "by steps × ms")  # fmt: skip
+    return [*heads, *lines] if lines else []
+
+
 def _shorter(done: Records, shorter: Records) -> list[str]:
     """A table of runs whose schedule ends earlier, against the whole run of AdamW with the same seed."""
     adamw = _adamw(done)
@@ -113,6 +148,20 @@ def _differences(mine: Records, theirs: dict[int, dict[str, Any]]) -> list[str] 
     if not all(map(math.isfinite, [*ours, *others])):
         return None
     return [str(t_interval(ours)), t_interval([a - b for a, b in zip(ours, others, strict=True)]).signed()]
+
+
+def _seconds(run: dict[str, Any], loss: float) -> float:
+    """The seconds of training until this loss was reached, which it was."""
+    reached = steps_to(loss, run["validation"]["seconds"], run["validation"]["loss"])
+    assert reached is not None
+    return reached
+
+
+def _step_seconds(run: dict[str, Any]) -> float:
+    """The median seconds of a step, over the intervals between evaluations."""
+    seconds, steps = run["validation"]["seconds"], run["validation"]["step"]
+    intervals = zip(itertools.pairwise(seconds), itertools.pairwise(steps), strict=True)
+    return statistics.median((b - a) / (after - before) for (a, b), (before, after) in intervals)
 
 
 def _steps(run: dict[str, Any], loss: float) -> float | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gain_plan import DECAYS, SPACES, SQUARED, Run
+from gain_plan import DECAYS, SPACES, SQUARED, TIMED, Run
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -59,7 +59,7 @@ def optimizer_of(run: Run, model: nn.Module) -> Optimizer:
     groups, plain = (groups_by_kind(model, DECAY, rotated, joined) for rotated in (True, False))
     fused = next(model.parameters()).is_cuda
     name, _, space_name = run.setup.rpartition(" in ")
-    spaces = SPACES | SQUARED
+    spaces = SPACES | SQUARED | TIMED
     name, space = (name, spaces[space_name]) if name else (run.setup, spaces.get(run.setup))
     if run.setup == "AdamW":
         return torch.optim.AdamW(plain, lr=run.lr, betas=(0.9, 0.95), fused=fused)
@@ -123,6 +123,19 @@ class Trainer:
         self.forward: Callable[[nn.Module, Tensor], Tensor] = loss_of
         if self.device == "cuda":
             self.forward = torch.compile(loss_of)
+        self.compile()
+
+    def compile(self) -> None:
+        """Compile what the model needs, for training and for evaluation, so that no run's time has it."""
+        windows = self.windows(self.train, torch.zeros(self.options.micro_batch, dtype=torch.int64))
+        self.loss(windows).backward()
+        self.model.zero_grad()
+        self.evaluate()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
     def start(self, seed: int) -> GPT:
         return llama(self.config, seed, self.options.vocabulary, self.options.fused)
@@ -151,12 +164,18 @@ class Trainer:
         multiplier = schedule(LoopConfig(warmup=0.1, final_lr=0.1), steps)  # pyright: ignore[reportCallIssue]
         generator = torch.Generator().manual_seed(1000 + run.seed)
         record: dict[str, Any] = {"setup": run.setup, "lr": run.lr, "seed": run.seed, "part": run.part, "steps": steps}
-        record["validation"] = {"step": [], "loss": []}
+        # The seconds are those of training until then, without evaluations.
+        record["validation"] = {"step": [], "loss": [], "seconds": []}
         begun = time.perf_counter()
+        trained, since = 0.0, begun
         for step in range(steps + 1):
             if step % options.evaluate_every == 0 or step == steps:
+                self.synchronize()
+                trained += time.perf_counter() - since
                 record["validation"]["step"].append(step)
+                record["validation"]["seconds"].append(trained)
                 record["validation"]["loss"].append(self.evaluate())
+                since = time.perf_counter()
             if step == steps or not math.isfinite(record["validation"]["loss"][-1]):
                 break
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -1,5 +1,6 @@
 """GPU tests run where there is a GPU and are reported as skipped elsewhere; there, Triton kernels are interpreted."""
 
+import gc
 import os
 import sys
 
@@ -9,6 +10,12 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported by now out of garbage collections, which many tests ask for: 0.4 s each otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -51,6 +51,8 @@ def test_the_whole_plan_in_sittings(gain, tmp_path, capsys):
     assert "| Adafactor in AdaDiag++ |" in printed
     _, over_seeds = printed.split("| times fewer steps |")
     over_seeds, shorter = over_seeds.split("| against AdamW with all steps |")
+    over_seeds, timed = over_seeds.split("| steps to AdamW's loss |")
+    assert len(timed.splitlines()) > 6  # every run has recorded its times
     seeds = [line.split(" | ") for line in over_seeds.splitlines() if " | 3 | " in line]
     assert [line[0] for line in seeds][:1] == ["| AdamW"]
     assert len(seeds) == 4
@@ -71,6 +73,37 @@ def test_a_seed_that_diverged_does_not_hide_the_others(gain, tmp_path, losses, w
     printed = gain.table(tmp_path)
     _, over_seeds = printed.split("| times fewer steps |")
     assert [line for line in over_seeds.splitlines() if line.startswith("| Soap | 0.001 | 3 |") and wanted in line]
+
+
+def test_times_to_a_loss(gain, tmp_path, monkeypatch):
+    """Of made-up curves: steps and seconds at which AdamW's final loss is crossed, over AdamW's own."""
+    for seed in (0, 1, 2):
+        for setup, losses, seconds in (
+            ("AdamW", [10, 6, 2], [0, 10 + seed, 20]),
+            ("Cautious in Soap tf32", [10, 4, 0], [0, 18, 30]),  # crossed in the middle of the second half
+            ("Soap", [10, 9, 8], [0, 15, 30]),
+        ):
+            run = gain.Run(setup, 1e-3, seed)
+            record = {"setup": setup, "lr": run.lr, "seed": seed, "part": 1, "steps": 200, "seconds": 99.0}
+            record["validation"] = {"loss": losses, "step": [0, 100, 200], "seconds": seconds}
+            (tmp_path / run.file).write_text(json.dumps(record))
+    _, times = gain.table(tmp_path).split("| by steps × ms |")
+    lines = {line.split(" | ")[0]: line.split(" | ") for line in times.splitlines()[2:]}
+    assert lines["| AdamW"][3:] == ["200", "100.0", "1.0000 ± 0.0000", "1.0000 ± 0.0000 (3 of 3) |"]
+    # 150 steps; 18 + 12/2 seconds of 20; 150 × 0.15 s of 20 s
+    assert lines["| Cautious in Soap tf32"][3:] == ["150", "150.0", "1.2000 ± 0.0000", "1.1250 ± 0.0000 (3 of 3) |"]
+    assert lines["| Soap"][3] == "not reached"
+
+
+def test_runs_whose_times_are_compared(gain, tmp_path, monkeypatch):
+    wanted = list(gain.times())
+    assert [(r.setup, r.lr, r.seed) for r in wanted[:2]] == [("AdamW", 1.5e-3, 0), ("Cautious in Soap tf32", 6e-3, 0)]
+    assert len(wanted) == 2 * 3 + 2 * 2  # three seeds, and the neighbours of the best rates
+    monkeypatch.setattr(sys.modules["gain"], "times", lambda: iter(wanted[:2]))
+    assert gain.main(["--out", str(tmp_path), *TINY, "--times"]) == 0
+    for record in gain.results(tmp_path):
+        seconds = record["validation"]["seconds"]
+        assert seconds[0] < seconds[-1] <= record["seconds"] and seconds == sorted(seconds)
 
 
 def test_a_run_is_one_process_s_until_it_is_done(gain, tmp_path):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -22,8 +23,11 @@ from selective.bench.report import as_json, heading, table
 from selective.bench.rotations import measure_rotations
 from selective.bench.rotations_table import rotation_table
 from selective.bench.shapes import SHAPES
+from selective.bench.training.command import add_options, training
+from selective.bench.training.rows import Row
 from selective.preconditioner.linalg import Precision
 
+Named = TypeVar("Named", Contender, Row)
 DEFAULT_SHAPES = {"cpu": "transformer-30m", "cuda": "llama-1b"}
 ALWAYS = ("torch foreach", "torch fused")
 
@@ -46,9 +50,10 @@ def parser() -> argparse.ArgumentParser:
     add("--first-step", action="store_true", help="measure the wait before training instead: the import, wrapping a "
         "base and the first step, in fresh processes on a CPU")  # fmt: skip
     add("--cpu-time", action="store_true", help="with --first-step: count the processor's seconds, for a busy machine")
-    add("--rounds", type=_positive, default=7, help="number of timings of each optimizer (default: 7)")
+    add("--rounds", type=_positive, help="number of timings of each optimizer (default: 7, and 5 with --training)")
     add("--threads", type=_positive, help="threads of torch (default: torch's own choice)")
     add("--json", metavar="FILE", type=Path, help="also write all measurements to FILE")
+    add_options(command)
     return command
 
 
@@ -70,6 +75,9 @@ def _main(argv: Sequence[str] | None, limit: Limit) -> int:
     options = command.parse_args(argv)
     if options.json and not options.json.absolute().parent.is_dir():
         command.error(f"--json {options.json}: the folder {options.json.absolute().parent} is not there; make it first")
+    options.rounds = options.rounds or (5 if options.training else 7)
+    if options.training and (options.rotations or options.first_step):
+        command.error("--training, --rotations and --first-step measure different things: give one of them")
     if options.cpu_time and not options.first_step:
         command.error("--cpu-time goes with --first-step alone: optimizers' steps are timed by the clock on the wall")
     if options.first_step:
@@ -86,6 +94,8 @@ def _main(argv: Sequence[str] | None, limit: Limit) -> int:
                 "--rotations measures float32 parameters, and all that there is: leave --only and --dtype out"
             )
         return _rotations(options, device, limit)
+    if options.training:
+        return _training(command, options, device, limit)
     contenders = standard_contenders(device, dtype)
     if options.peers or (options.peers is None and device == "cuda"):
         contenders += peer_contenders()
@@ -137,6 +147,18 @@ def _rotations(options: argparse.Namespace, device: str, limit: Limit) -> int:
     return 0
 
 
+def _training(command: argparse.ArgumentParser, options: argparse.Namespace, device: str, limit: Limit) -> int:
+    if options.shapes or options.dtype != "float32" or options.controls:
+        command.error("--training measures models by --sets in float32, with the controls of two policies: leave "
+                      "--shapes, --dtype and --controls out")  # fmt: skip
+    _print_machine(device)
+
+    def choose(rows: list[Row]) -> list[Row]:
+        return _chosen(command, rows, options.only) if options.only else rows
+
+    return training(options, device, limit, choose=choose, tell=_tell, refuse=command.error)
+
+
 def _first_step(command: argparse.ArgumentParser, options: argparse.Namespace, limit: Limit) -> int:
     if options.only or options.shapes or options.rotations or options.dtype != "float32" or options.device == "cuda":
         command.error("--first-step measures models and policies of its own on the CPU: leave --only, --shapes, "
@@ -153,10 +175,10 @@ def _first_step(command: argparse.ArgumentParser, options: argparse.Namespace, l
     return report_interruption() if first_steps.interrupted or limit.interrupted else 0
 
 
-def _chosen(command: argparse.ArgumentParser, contenders: list[Contender], texts: list[str]) -> list[Contender]:
+def _chosen(command: argparse.ArgumentParser, contenders: list[Named], texts: list[str]) -> list[Named]:
     """The contenders with a word that begins with one of the texts, and torch's. A whole name counts as a word, too."""
 
-    def has(contender: Contender, text: str) -> bool:
+    def has(contender: Named, text: str) -> bool:
         return re.search(rf"(?<!\w){re.escape(text)}", contender.name, re.IGNORECASE) is not None
 
     for text in texts:

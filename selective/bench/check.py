@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from selective.bench.contenders import Contender
 from selective.bench.shapes import Shape
@@ -20,25 +24,40 @@ CHECK_STEPS = 3
 # Two ways to round one update differ by a few eps of it. A product or a score on the border may then fall to the other
 # side, which moves that coordinate by a whole update. If more than this share of coordinates differs, so does the rule.
 ON_THE_BORDER = 1e-4
-NEAR = 1e-3  # share of the parameters' movement that the place of eps and the debiasing of moments may change
+Arrange = Callable[[Sequence[Parameter]], Sequence[Any]]  # from parameters to what an optimizer is handed
 
 
 class Mismatch(RuntimeError):
     """Raised if a contender's result is not its reference's."""
 
 
-def check(contender: Contender, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+def check(
+    contender: Contender,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    make_workload: Callable[[], Workload] | None = None,
+    arrange: Arrange = list,
+) -> None:
     """Take three steps with the contender and with its reference, from one start, on new gradients in each step.
+
+    Args:
+        contender: the contender.
+        device: "cpu" or "cuda".
+        dtype: the dtype of parameters, gradients and state.
+        make_workload: makes the parameters; None for a list of shapes of all sorts.
+        arrange: what the optimizers are handed, such as groups of these parameters.
 
     Raises:
         Mismatch: the results differ. The message has the parameter's shape and the number of differing elements.
     """
-    ours, theirs = _workload(contender, device, dtype), _workload(contender, device, dtype)
+    make = make_workload or partial(_workload, contender, device, dtype)
+    ours, theirs = make(), make()
     start = [p.detach().clone() for p in ours.params]
-    mine = contender.make_optimizer(ours.params)
+    mine = contender.make_optimizer(arrange(ours.params))
     reference = None
     if contender.agrees != "own":
-        reference = (contender.make_reference or contender.make_optimizer)(theirs.params)
+        reference = (contender.make_reference or contender.make_optimizer)(arrange(theirs.params))
     for _ in range(CHECK_STEPS):
         ours.fresh_gradients()
         ours.hand_out()
@@ -75,8 +94,10 @@ def _problem(contender: Contender, start: Tensor, ours: Tensor, theirs: Tensor) 
         start, ours, theirs = start.double(), ours.double(), theirs.double()
         moved, apart = float((theirs - start).norm()), float((ours - theirs).norm())
         # In low precision, each step rounds the moments, and the parameters by as much as an ulp.
-        allowed = (NEAR + 8 * eps) * moved + CHECK_STEPS * eps * float(start.norm())
-        return None if apart <= allowed else f"elements differ from AdamW by {apart / moved:.1e} of the movement"
+        allowed = (contender.allowed + 8 * eps) * moved + CHECK_STEPS * eps * float(start.norm())
+        return (
+            None if apart <= allowed else f"elements differ from the reference by {apart / moved:.1e} of the movement"
+        )
     differing = int(((ours - theirs).abs() > _rounding(ours, theirs)).sum())
     if differing > ON_THE_BORDER * ours.numel():
         return f"{differing} of {ours.numel()} elements differ from the reference, and so is the step"

@@ -42,12 +42,12 @@ class HostClock:
         """Seconds for which a step keeps the host; None on a CPU, where that is the whole step."""
         return None
 
-    def extra_bytes(self, stepping: Stepping) -> int:
-        """The most bytes that one step held at a time beyond those from before, by torch's allocator."""
+    def extra_bytes(self, stepping: Stepping, steps: int = 1) -> int:
+        """The most bytes that one of so many steps held at a time beyond those from before, by torch's allocator."""
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to the terminal each time
         stepping.prepare()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
-            stepping.step()
+            take_in_a_row(stepping, steps)
         results: Any = recorded.profiler.kineto_results if recorded.profiler is not None else None  # not typed by torch
         recorded_events = results.events() if results else []
         events = sorted((e.start_ns(), e.nbytes()) for e in recorded_events if e.name() == "[memory]")
@@ -65,6 +65,13 @@ class HostClock:
         """The numbers of kernels, copies and fills that a step puts on the device; None if they are not known."""
         return None
 
+    def trace(self, stepping: Stepping, steps: int = 1) -> dict[str, Any] | None:
+        """What the device does in so many steps, as a Chrome trace of the profiler; None if that is not known."""
+        return None
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+
     def settle(self) -> None:
         """Free the memory of the last contender."""
         gc.collect()
@@ -80,6 +87,7 @@ class CudaClock(HostClock):
     """Measures steps on the current CUDA device, by the device's own events."""
 
     most_steps = 20
+    _profiler_is_up = False
 
     def _between_events(self, work: Callable[[], object]) -> float:
         begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -112,12 +120,12 @@ class CudaClock(HostClock):
         torch.cuda.synchronize()
         return statistics.median(samples)
 
-    def extra_bytes(self, stepping: Stepping) -> int:
+    def extra_bytes(self, stepping: Stepping, steps: int = 1) -> int:
         stepping.prepare()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        stepping.step()
+        take_in_a_row(stepping, steps)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
@@ -127,27 +135,35 @@ class CudaClock(HostClock):
 
     def launches(self, stepping: Stepping) -> dict[str, int] | None:
         """The profiler's counts; None if the profiler is not available (no CUPTI, no permission)."""
+        trace = self.trace(stepping)
+        return None if trace is None else count_launches(trace)
+
+    def trace(self, stepping: Stepping, steps: int = 1) -> dict[str, Any] | None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        counts: dict[str, int] | None = None
-        for _ in range(2):  # in the first round, the profiler itself starts up while the step runs
-            stepping.prepare()
-            torch.cuda.synchronize()
+        trace: dict[str, Any] | None = None
+        for _ in range(1 if self._profiler_is_up else 2):  # at first, the profiler itself starts up while the step runs
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # the profiler warns if it is not available
-                    counts = self._profiled(stepping)
+                    trace = self._profiled(stepping, steps)
             except (RuntimeError, OSError, ValueError, AssertionError):
                 return None
-        return counts
+        self._profiler_is_up = True
+        return trace
 
-    def _profiled(self, stepping: Stepping) -> dict[str, int] | None:
+    def _profiled(self, stepping: Stepping, steps: int) -> dict[str, Any]:
+        stepping.prepare()
+        torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
-            stepping.step()
+            take_in_a_row(stepping, steps)
             torch.cuda.synchronize()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "trace.json")
             recorded.export_chrome_trace(str(file))
-            return count_launches(json.loads(file.read_text(errors="replace")))
+            return json.loads(file.read_text(errors="replace"))
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
 
     def settle(self) -> None:
         gc.collect()
@@ -157,12 +173,26 @@ class CudaClock(HostClock):
         return self._between_events(copy)
 
 
+def take_in_a_row(stepping: Stepping, steps: int) -> None:
+    """Take steps, of which the first one is prepared already."""
+    for number in range(steps):
+        if number:
+            stepping.prepare()
+        stepping.step()
+
+
 def count_launches(trace: dict[str, Any]) -> dict[str, int] | None:
     """Count kernels, copies and fills in a Chrome trace of the profiler. None if it has no kernel."""
     kinds = Counter(event.get("cat") for event in trace.get("traceEvents", []))
     if not kinds["kernel"]:
         return None
     return {"kernels": kinds["kernel"], "copies": kinds["gpu_memcpy"], "fills": kinds["gpu_memset"]}
+
+
+def device_seconds(trace: dict[str, Any]) -> float:
+    """The sum of the times of kernels, copies and fills in a Chrome trace of the profiler."""
+    on_device = ("kernel", "gpu_memcpy", "gpu_memset")
+    return sum(event.get("dur", 0) for event in trace.get("traceEvents", []) if event.get("cat") in on_device) / 1e6
 
 
 def clock_of(device: str) -> HostClock:

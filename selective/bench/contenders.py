@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from selective import (
@@ -31,20 +30,24 @@ from selective import (
 )
 from selective.bench.promised import Promise, promised_bytes
 
-MakeOptimizer = Callable[[Sequence[Parameter]], Optimizer]
+MakeOptimizer = Callable[[Sequence[Any]], Optimizer]  # takes parameters or groups of them
 ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+
+
+class NotPossible(ValueError):
+    """Raised by a contender that can't be made of these parameters, or not yet. The message says why."""
 
 
 @dataclass(frozen=True)
 class Contender:
     """One optimizer to time. The time is that of its whole `step()`, wrapper included.
 
-    make_optimizer: takes the parameters.
+    make_optimizer: takes the parameters, or their groups.
     make_reference: makes an optimizer that must give the same result. None: the same optimizer, on the reference
         implementation of `selective.kernels`.
-    agrees: the required agreement. "same" is up to rounding. "near" is up to a thousandth of the parameters'
-        movement, for other people's AdamW. "own" is a rule of its own, which only has to move every parameter and to
-        stay finite.
+    agrees: the required agreement. "same" is up to rounding. "near" is up to `allowed` of the parameters' movement,
+        for other people's AdamW. "own" is a rule of its own, which only has to move every parameter and to stay finite.
+    allowed: the share of the parameters' movement by which results may differ that have to be "near".
     policy: the policy whose bytes are promised; None for AdamW's.
     state_bytes: the bytes of one element of a moment, if it is not in the parameters' dtype.
     missing: the reason why it can't be made here.
@@ -57,6 +60,7 @@ class Contender:
     policy: Policy | None = None
     state_bytes: float | None = None
     missing: str | None = None
+    allowed: float = 1e-3  # more than the place of eps and the debiasing of moments change
 
     def promise(self, dtype: torch.dtype = torch.float32) -> Promise:
         return promised_bytes(self.policy, dtype, self.state_bytes)
@@ -98,8 +102,10 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def _selective(name: str, policy: Policy, base: MakeOptimizer, **options: Any) -> Contender:
-    def make(params: Sequence[Parameter]) -> Optimizer:
+def wrapped(name: str, policy: Policy, base: MakeOptimizer, **options: Any) -> Contender:
+    """A base in `SelectiveUpdate` with these options, checked against the same on the reference implementation."""
+
+    def make(params: Sequence[Any]) -> Optimizer:
         return SelectiveUpdate(base(params), policy=policy, **options)
 
     return Contender(name, make, policy=policy)
@@ -113,12 +119,12 @@ def selective_contenders(device: str = "cpu", statistics: bool = False) -> list[
     """
     ending = " + statistics" if statistics else ""
     base = adamw(fused=True) if device == "cuda" else adamw()
-    contenders = [_selective(name + ending, policy, base, statistics=statistics) for name, policy in POLICIES.items()]
+    contenders = [wrapped(name + ending, policy, base, statistics=statistics) for name, policy in POLICIES.items()]
     if not statistics:  # a dense group has none
         decay = CautiousDecay()
         contenders += [
-            _selective("CautiousDecay", POLICIES["Everything × Fixed"], base, statistics=False, decay=decay),
-            _selective("CautiousDecay, MGUP", POLICIES["MGUP"], base, statistics=False, decay=decay),
+            wrapped("CautiousDecay", POLICIES["Everything × Fixed"], base, statistics=False, decay=decay),
+            wrapped("CautiousDecay, MGUP", POLICIES["MGUP"], base, statistics=False, decay=decay),
         ]
     return contenders
 
@@ -127,7 +133,7 @@ def control_contenders(statistics: bool = False) -> list[Contender]:
     """The matched random control of each policy, on a CPU: "control of MGUP". Random and dense policies have none."""
     ending = " + statistics" if statistics else ""
     return [
-        _selective(f"control of {name}{ending}", RandomMask.matching(policy), adamw(), statistics=statistics)
+        wrapped(f"control of {name}{ending}", RandomMask.matching(policy), adamw(), statistics=statistics)
         for name, policy in POLICIES.items()
         if not isinstance((policy.parts() or (None,))[0], Everything | Bernoulli)
     ]
@@ -139,15 +145,11 @@ def other_bases(device: str = "cpu") -> list[Contender]:
     On CUDA also the default AdamW, which counts its steps on the host.
     """
     contenders = [
-        _selective(
-            f"{name}, scratch around fused", POLICIES[name], adamw(fused=True), capture="scratch", statistics=False
-        )
+        wrapped(f"{name}, scratch around fused", POLICIES[name], adamw(fused=True), capture="scratch", statistics=False)
         for name in ("CautiousMGUP", "MGUP")
     ]
     if device == "cuda":
-        contenders.append(
-            _selective("CautiousMGUP, default AdamW", POLICIES["CautiousMGUP"], adamw(), statistics=False)
-        )
+        contenders.append(wrapped("CautiousMGUP, default AdamW", POLICIES["CautiousMGUP"], adamw(), statistics=False))
     return contenders
 
 

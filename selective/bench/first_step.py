@@ -7,16 +7,15 @@ cost time once in each process.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from selective.bench.first_step_child import NOTHING
+from selective.bench.fresh_process import command_of, environment_of
 
 CHILD = Path(__file__).with_name("first_step_child.py")
 MODELS = ("small", "gpt")
@@ -106,11 +105,8 @@ def _take(first_steps: FirstSteps, line: FirstStep, child_report: dict[str, Any]
 
 def _in_a_fresh_process(base: str, model: str, policy: str, *settings: str) -> dict[str, Any]:
     """The report of a child, which imports from where this process does, and not from beside its own file."""
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    run = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
-    command = [sys.executable, "-c", run, str(CHILD), base, model, policy, *settings]
-    done = subprocess.run(command, capture_output=True, text=True, env={**inherited, "PYTHONPATH": path})
+    command = command_of(CHILD, base, model, policy, *settings)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment_of())
     if done.returncode:
         raise RuntimeError(f"first step of {base}, {model}, {policy}: {done.stderr.strip() or done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])

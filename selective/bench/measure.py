@@ -11,13 +11,13 @@ import torch
 
 from selective.bench.check import Mismatch, check
 from selective.bench.clock import HostClock, clock_of, copy_bandwidth
-from selective.bench.contenders import Contender, adamw, standard_contenders
+from selective.bench.contenders import Contender, NotPossible, adamw, standard_contenders
 from selective.bench.promised import Promise, promised_bytes
 from selective.bench.shapes import SHAPES
 from selective.bench.workload import Stepping, Workload
 
 ENOUGH_SECONDS = 0.06  # the length of a timing, which has as many steps as fit, up to the clock's `most_steps`
-Outcome = Literal["timed", "mismatch", "missing", "out of memory", "failed"]
+Outcome = Literal["timed", "mismatch", "missing", "out of memory", "failed", "not possible", "no time left"]
 
 
 @dataclass
@@ -161,18 +161,22 @@ def _measure(contender: Contender, measurement: Measurement, rig: Rig) -> None:
         rig.clock.settle()
         rig.workload.refill()
         _time(contender, measurement, rig)
-    except Mismatch as wrong:
-        measurement.outcome, measurement.refused = "mismatch", str(wrong)
-    except torch.OutOfMemoryError as wrong:
-        measurement.outcome, measurement.refused = "out of memory", str(wrong).split(". ")[0]
     except Exception as wrong:  # other people's optimizers may raise anything
-        missing = isinstance(wrong, ImportError) and contender.agrees != "same"  # a package that the peer itself needs
-        measurement.outcome = "missing" if missing else "failed"
-        measurement.refused = f"{type(wrong).__name__}: {wrong}"
+        measurement.outcome, measurement.refused = outcome_of(wrong, contender)
     if measurement.refused is not None:
         measurement.seconds, measurement.fused_seconds = [], []
     rig.workload.hand_out()
     rig.clock.settle()
+
+
+def outcome_of(wrong: Exception, contender: Contender) -> tuple[Outcome, str]:
+    """The outcome of a contender that raised an error, and the reason in words."""
+    if isinstance(wrong, (Mismatch, NotPossible)):
+        return "mismatch" if isinstance(wrong, Mismatch) else "not possible", str(wrong)
+    if isinstance(wrong, torch.OutOfMemoryError):
+        return "out of memory", str(wrong).split(". ")[0]
+    missing = isinstance(wrong, ImportError) and contender.agrees != "same"  # a package that the peer itself needs
+    return "missing" if missing else "failed", f"{type(wrong).__name__}: {wrong}"
 
 
 def _time(contender: Contender, measurement: Measurement, rig: Rig) -> None:

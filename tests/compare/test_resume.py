@@ -151,7 +151,7 @@ def test_a_run_whose_checkpoint_is_broken_fails_and_the_others_go_on(tmp_path, c
     assert again.complete
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_keeps_what_there_is_and_resume_goes_on(tmp_path, count):
     """A real SIGINT to the real command, in the middle of a run."""
     settings = merge(TINY, {"data": {"file": str(text_file(tmp_path))}, "policies": ["RandomMask"], "workers": count})

@@ -41,9 +41,15 @@ def build(docs: Path, out: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=out.parent, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = build(DOCS, tmp_path / "site")
     assert (done.returncode, done.stderr) == (0, "")
+    assert_complete(tmp_path)
+
+
+def assert_complete(tmp_path: Path) -> None:
+    """The built site has every page, what the pages of the reference are there for, and the search."""
     pages = {str(file.relative_to(tmp_path / "site")) for file in (tmp_path / "site").rglob("*.html")}
     assert {f"{name}.html" for names in NAV.values() for name in names} <= pages
     reference = "".join(file.read_text() for file in (tmp_path / "site" / "reference").glob("*.html"))
@@ -53,6 +59,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_with_a_page_fails_the_build(tmp_path: Path) -> None:
+    """... and there is nothing else to warn of: one build holds both, and a build without faults is slow."""
     shutil.copytree(DOCS, tmp_path / "docs")
     for name in ("scripts", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -63,6 +70,8 @@ def test_what_is_wrong_with_a_page_fails_the_build(tmp_path: Path) -> None:
     done = build(tmp_path / "docs", tmp_path / "site")
     assert done.returncode != 0
     found = done.stderr.splitlines()
+    assert len(found) == 9, done.stderr  # the three links are found in the sources, and in the built page
+    assert_complete(tmp_path)
     for part in (
         "no-such-page.md",
         "no-such-anchor",

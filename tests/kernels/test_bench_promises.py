@@ -33,7 +33,9 @@ from selective.bench import SHAPES, Promise, promised_bytes
         ("transformer-30m", 29.4, 50),
         ("gpt2", 124.4, 148),
         ("conv", 25.6, 161),
+        ("llama-34m", 33.7, 75),
         ("llama-60m", 58.1, 75),
+        ("llama-110m", 110.1, 111),
         ("llama-1b", 1100.0, 201),
     ],
 )

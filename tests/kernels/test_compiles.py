@@ -27,9 +27,16 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "what, kinds, rules, wanted",
     [
-        ("whole", "agreement,top_k,top_k_mean", "adamw", {"selective_step_kernel", "settle_kernel", "repair_kernel"}),
-        ("whole", "previous,sampled,element", "adamw", {"seen_kernel", "digits_kernel", "strengths_kernel"}),
-        ("whole", "element+masked", "adamw", {"selective_step_kernel"}),
+        ("whole", "agreement,top_k", "adamw", {"selective_step_kernel", "settle_kernel", "repair_kernel"}),
+        pytest.param("whole", "top_k_mean", "adamw", {"strengths_kernel", "sums_kernel"}, marks=pytest.mark.slow),
+        pytest.param(
+            "whole",
+            "previous,sampled,element",
+            "adamw",
+            {"seen_kernel", "digits_kernel", "strengths_kernel"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("whole", "element+masked", "adamw", {"selective_step_kernel"}, marks=pytest.mark.slow),
         pytest.param(
             "whole",
             "agreement+update,top_k+update,top_k+masked,top_k_mean+gradient",
@@ -45,7 +52,8 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
             {"selective_step_kernel", "ties_kernel"},
             marks=pytest.mark.slow,
         ),
-        ("parts", "top_k,mean,norm,previous", "adamw", {"keys_kernel", "cutoff_kernel", "shard_sums_kernel"}),
+        ("parts", "top_k,mean", "adamw", {"keys_kernel", "cutoff_kernel", "shard_sums_kernel"}),
+        pytest.param("parts", "norm,previous", "adamw", {"shard_sums_kernel"}, marks=pytest.mark.slow),
         pytest.param(
             "parts",
             "top_k",

@@ -23,7 +23,7 @@ def sorted_out(score: torch.Tensor, k: int) -> torch.Tensor:
     return top_k(score.cpu(), k, backend="reference")
 
 
-@settings(max_examples=600 if CUDA else 60, deadline=None)
+@settings(max_examples=600 if CUDA else 30, deadline=None)
 @given(values=scores, k=st.integers(-1, 42), dtype=st.sampled_from([F32, F32, BF16, F16]))
 def test_is_the_stable_sort(device, transcription, values, k, dtype):
     score = torch.tensor(values, dtype=F32).to(dtype)
@@ -32,7 +32,7 @@ def test_is_the_stable_sort(device, transcription, values, k, dtype):
     assert chosen.tolist() == transcription.largest(score.tolist(), k)
 
 
-@settings(max_examples=400 if CUDA else 40, deadline=None)
+@settings(max_examples=400 if CUDA else 20, deadline=None)
 @given(
     seed=st.integers(0, 2**31), levels=st.sampled_from([0, 1, 2, 5, 1000, 10**6]), fraction=st.floats(0, 1),
     strange=st.booleans(), width=st.sampled_from([4.0, 4.0, 0.0, -4.0]), capacity=st.sampled_from([1024, 16]),

@@ -46,10 +46,11 @@ BASES: dict[str, Any] = {
     "optimi-adamw": lambda ps: optimi.AdamW(ps, lr=0.01),
     "torchao-8bit": lambda ps: AdamW8bit(ps, lr=0.01),
 }
-SLOW_POLICIES = ("mgup", "cautious")
+SLOW_POLICIES = ("mgup", "cautious", "dense")
 CROSS: list[Any] = [("adamw", policy) for policy in POLICIES if policy not in SLOW_POLICIES]
 CROSS += [pytest.param("adamw", policy, marks=pytest.mark.slow) for policy in SLOW_POLICIES]
-TWICE = ("adamw-fused", "adam", "optimi-adamw")  # they step by the same code as another one here
+# They step by the same code as another one here, or carry their moments by it.
+TWICE = ("adamw-fused", "adam", "optimi-adamw", "sgd", "lion", "torchao-8bit")
 CROSS += [(base, "mgup-momentum") for base in BASES if base not in ("adamw", *TWICE)]
 CROSS += [pytest.param(base, "mgup-momentum", marks=pytest.mark.slow) for base in TWICE]
 CROSS += [pytest.param(base, "dense", marks=pytest.mark.slow) for base in BASES if base != "adamw"]
@@ -105,7 +106,7 @@ def test_conformance(base: str, policy: str) -> None:
     check(subject(base, policy), f"{base} {policy}" if base == "lion" else base)
 
 
-EVERY_CAPTURE = ["adamw", pytest.param("nadam", marks=pytest.mark.slow), "adafactor"]
+EVERY_CAPTURE = ["adamw", *(pytest.param(base, marks=pytest.mark.slow) for base in ("nadam", "adafactor"))]
 
 
 @pytest.mark.parametrize("base", EVERY_CAPTURE)

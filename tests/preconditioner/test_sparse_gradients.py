@@ -66,7 +66,7 @@ def holds(name: str, problem: tuple[str, str, int, int]) -> None:
     assert found.loss <= 10 * wanted.loss, (problem, found, wanted)
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", ["Adam", "AMSGrad", "Adamax", "RMSprop", "Adafactor"])
 @settings(max_examples=1)
 @given(problem=PROBLEMS)
 def test_no_step_is_larger_than_the_base_could_make(name: str, problem: tuple[str, str, int, int]) -> None:

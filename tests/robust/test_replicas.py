@@ -38,10 +38,13 @@ WAYS: dict[str, dict[str, Any]] = {
 APART: dict[str, dict[str, Any]] = {"no ddp": {**RANDOM, "ddp": False}, "own seed": {**RANDOM, "seed_of_rank": True}}
 
 
-def configurations(spaces: list[Any]) -> dict[str, dict[str, Any]]:
+AT_RANDOM = [MGUP(), Magma(), SkipUpdate(), RandomMask(), POLICIES[-1]]
+
+
+def configurations(policies: list[Policy], spaces: list[Any]) -> dict[str, dict[str, Any]]:
     found = {
         f"{policy!r} in {space}": {"policy": policy.model_dump(), "preconditioner": space}
-        for policy in POLICIES
+        for policy in policies
         for space in spaces
     }
     return {**found, **WAYS, **APART}
@@ -57,10 +60,10 @@ def check(found: dict[str, list[list[str]]], world: int) -> None:
 
 
 def test_replicas_stay_together(tmp_path: Path) -> None:
-    check(train_replicas(2, configurations(PRECONDITIONERS[1:2]), tmp_path), 2)
+    check(train_replicas(2, configurations(AT_RANDOM, PRECONDITIONERS[1:2]), tmp_path), 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_replicas_in_every_space(world: int, tmp_path: Path) -> None:
-    check(train_replicas(world, configurations(PRECONDITIONERS), tmp_path), world)
+    check(train_replicas(world, configurations(POLICIES, PRECONDITIONERS), tmp_path), world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from selective import MGUP, AlphaConsistency, Magma, RandomMask, SelectiveUpdate
 from selective.kernels import use_backend
 
 ADAMW = "MGUP, RandomMask and own state, AdamW"
+NADAM = "own momentum, NAdam"
 CONFIGURATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     ADAMW: (BASES["AdamW"], {"policy": (MGUP(), RandomMask(), Whole())}),
     "MGUP, SGD": (BASES["SGD"], {"policy": MGUP()}),
     "Magma, Lion": (BASES["Lion"], {"policy": Magma(probability=0.8)}),
-    "own momentum, NAdam": (nadam, {"policy": AlphaConsistency(), "momentum_beta": 0.9}),
+    NADAM: (nadam, {"policy": AlphaConsistency(), "momentum_beta": 0.9}),
 }
 
 
@@ -95,8 +97,18 @@ def _same(found: list[Tensor], wanted: list[Tensor], what: str) -> None:
 
 
 def resharded_in_a_run(world: World) -> None:
-    """A run on 1, 2, 4 and 1 ranks in turn, each from the files of the one before; and by columns."""
-    for number, name in enumerate(CONFIGURATIONS):
+    """A run on 1, 2, 4 and 1 ranks in turn, each from the files of the one before; by columns, and flattened."""
+    _resharded(world, (ADAMW, NADAM))
+
+
+def resharded_in_every_run(world: World) -> None:
+    """The same with the other configurations; for the slow lane."""
+    _resharded(world, [name for name in CONFIGURATIONS if name not in (ADAMW, NADAM)])
+
+
+def _resharded(world: World, names: Sequence[str]) -> None:
+    for name in names:
+        number = list(CONFIGURATIONS).index(name)
         flatten = number % 2 == 1
         undisturbed = Training(name).train(range(8)).values()
         folder = world.folder / f"run {number}"
@@ -114,9 +126,18 @@ def resharded_in_a_run(world: World) -> None:
 
 def full_state_goes_both_ways(world: World) -> None:
     """The full state dict of a sharded run loads in a single-device run, and the other way round."""
+    _full_state(world, (ADAMW, NADAM))
+
+
+def full_state_of_every_run(world: World) -> None:
+    """The same with the other configurations; for the slow lane."""
+    _full_state(world, [name for name in CONFIGURATIONS if name not in (ADAMW, NADAM)])
+
+
+def _full_state(world: World, names: Sequence[str]) -> None:
     mesh = world.mesh(world.size)
     full = StateDictOptions(full_state_dict=True)
-    for name in CONFIGURATIONS:
+    for name in names:
         undisturbed = Training(name).train(range(6)).values()
         sharded = Training(name, mesh).train(range(2))
         model = get_model_state_dict(sharded.model, options=full)

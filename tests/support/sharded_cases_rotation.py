@@ -68,6 +68,12 @@ def layouts(world: World, everywhere: bool = True) -> Iterator[tuple[str, Any, P
         yield "hsdp", mesh, lambda t: [Replicate(), Shard(0)], "columns"
 
 
+def in_turn(cuts: Sequence[Any], number: int, world: World) -> Sequence[Any]:
+    """All layouts for the case of number 0; for each other case one of those that all ranks are part of."""
+    shared = [cut for cut in cuts if cut[1].size() == world.size]
+    return cuts if number == 0 else [shared[number % len(shared)]]
+
+
 def load(into: Run, saved: dict[str, Any]) -> Run:
     """Load a whole checkpoint. Tensors shaped like the parameter are cut as it is."""
     state = {}
@@ -104,10 +110,13 @@ CASES: dict[str, tuple[Make, Any, dict[str, Any]]] = {
 
 
 def from_a_stored_basis(world: World, everywhere: bool = False) -> None:
-    """Checkpoints of one device go on in every layout, up to rounding, without new bases."""
+    """Checkpoints of one device go on in every layout, up to rounding, without new bases.
+
+    Unless `everywhere`, only the first case runs in every layout, the others in one each.
+    """
     wrong, cuts = [], list(layouts(world, everywhere))
-    for name, (base, policy, more) in CASES.items():
-        for layout, mesh, place, side in cuts:
+    for number, (name, (base, policy, more)) in enumerate(CASES.items()):
+        for layout, mesh, place, side in cuts if everywhere else in_turn(cuts, number, world):
             fixed = {**EVERY, "refresh_every": 1000, "statistic": "ema"}
             one = Run(base, options(policy, Eigenbasis(**{**fixed, "sides": side}), **more)).train(range(3))
             ours = Run(base, options(policy, Eigenbasis(**fixed), **more), mesh, place)
@@ -138,10 +147,23 @@ def low_precision(world: World) -> None:
 
 
 def from_its_own_bases(world: World) -> None:
-    """A run that makes its bases, from averages or the gradient, with every solver, ends as on one device."""
-    wrong, everywhere = [], list(layouts(world))
-    for solver, statistic in (("eigh", "ema"), ("cholesky", "ema"), ("qr", "ema"), ("svd", "gradient")):
-        for layout, mesh, place, side in everywhere:
+    """A run that makes its bases, from averages or the gradient, with every solver, ends as on one device.
+
+    Only the first solver runs in every layout, the others in one each.
+    """
+    _from_its_own_bases(world, everywhere=False)
+
+
+def from_its_own_bases_everywhere(world: World) -> None:
+    """The same with every solver in every layout; for the slow lane."""
+    _from_its_own_bases(world, everywhere=True)
+
+
+def _from_its_own_bases(world: World, everywhere: bool) -> None:
+    wrong, cuts = [], list(layouts(world))
+    solvers = ("eigh", "ema"), ("cholesky", "ema"), ("qr", "ema"), ("svd", "gradient")
+    for number, (solver, statistic) in enumerate(solvers):
+        for layout, mesh, place, side in cuts if everywhere else in_turn(cuts, number, world):
             how = {**EVERY, "solver": solver, "statistic": statistic}
             shapes = TALL if side == "columns" else WIDE
             ours = Run(adamw, options(Dense(), Eigenbasis(**how)), mesh, place, shapes=shapes).train(range(6))
@@ -352,19 +374,27 @@ def other_sides_are_gathered(world: World) -> None:
 
     The cases have tall matrices and wide ones, cut by rows, by columns, and both. A checkpoint goes on on one device.
     One gradient is the statistic only around SGD: where it leaves nothing, Adam would divide a momentum of rounding
-    errors by the root of 0.
+    errors by the root of 0. Only the first case runs in every layout here, the others in one each.
     """
+    _gathered(world, everywhere=False)
+
+
+def other_sides_are_gathered_everywhere(world: World) -> None:
+    """The same with every case in every layout; for the slow lane."""
+    _gathered(world, everywhere=True)
+
+
+def _gathered(world: World, everywhere: bool) -> None:
     square = world.mesh(2, 2, names=("a", "b"))
     cuts = [(name, mesh, place) for name, mesh, place, _ in layouts(world, everywhere=False)]
     if square is not None:
         cuts.append(("both", square, lambda t: [Shard(0), Shard(t.dim() - 1)]))
     wrong = []
-    for name, (base, policy, how, more) in GATHERED.items():
+    for number, (name, (base, policy, how, more)) in enumerate(GATHERED.items()):
         one = Run(base, options(policy, how, **more), shapes=BOTH).train(range(6))
-        for layout, mesh, place in cuts:
-            whole_side = {"rows": "columns", "columns": "rows"}.get(how.sides, "none")  # type: ignore[attr-defined]
-            if whole_side in layout.replace("hsdp", "rows"):  # nothing is gathered
-                continue
+        whole_side = {"rows": "columns", "columns": "rows"}.get(how.sides, "none")  # type: ignore[attr-defined]
+        gathering = [cut for cut in cuts if whole_side not in cut[0].replace("hsdp", "rows")]
+        for layout, mesh, place in gathering if everywhere else in_turn(gathering, number, world):
             ours = Run(base, options(policy, how, **more), mesh, place, shapes=BOTH).train(range(4))
             back = load(Run(base, options(policy, how, **more), shapes=BOTH), saved(ours))
             ours.train(range(4, 6))

@@ -69,8 +69,8 @@ def every_policy_and_base(world: World) -> None:
 def other_bases(world: World) -> None:
     """SGD and Lion fused, NAdam through scratch, and a momentum of our own."""
     for base in (sgd, lion, nadam):
-        _all_layouts(world, base, {"policy": MGUP()}, 3, base.__name__)
-    _all_layouts(world, nadam, {"policy": AlphaConsistency(), "momentum_beta": 0.9}, 3, "momentum_beta")
+        _all_layouts(world, base, {"policy": MGUP()}, 2, base.__name__)
+    _all_layouts(world, nadam, {"policy": AlphaConsistency(), "momentum_beta": 0.9}, 2, "momentum_beta")
 
 
 def delta_capture(world: World) -> None:

@@ -98,9 +98,9 @@ def _layouts(world: World, everywhere: bool) -> dict[str, tuple[Cut, Any, Any]]:
 
 
 def one_policy_everywhere(world: World) -> None:
-    wanted = trained(BASES["AdamW"], {"policy": MGUP()}, 8)
+    wanted = trained(BASES["AdamW"], {"policy": MGUP()}, 4)
     for layout, (cut, mesh, data) in _layouts(world, everywhere=False).items():
-        _close(trained(BASES["AdamW"], {"policy": MGUP()}, 8, cut, mesh, data), wanted, layout)
+        _close(trained(BASES["AdamW"], {"policy": MGUP()}, 4, cut, mesh, data), wanted, layout)
 
 
 def _every_policy(world: World, base: str) -> None:

@@ -102,7 +102,8 @@ def subject(base: str, policy: str) -> Subject:
 
 
 # Slow: what steps by the same code as another one here, and all bases with two policies more.
-TWICE = [("adamw", "norm-of-gradient"), ("adamw-plain", "mgup"), ("sgd", "mgup")]
+TWICE = [("adamw", "norm-of-gradient"), ("adamw", "skip"), ("adamw", "cautious-mgup")]
+TWICE += [(base, "mgup") for base in ("adamw-plain", "adamw-foreach", "adam", "sgd", "radam", "adamax")]
 CROSS: list[Any] = [("adamw", policy) for policy in POLICIES]
 CROSS += [(base, "mgup") for base in BASES if base != "adamw"]
 CROSS = [pair for pair in CROSS if pair not in TWICE]
