@@ -39,27 +39,22 @@ def parts_in_stacks(tensors: Sequence[Tensor]) -> Iterator[list[Stack]]:
     A stack has matrices of one device and one dtype to compute in, of `STACK` elements at most or a single matrix. A
     part has `foreach.PART` elements at most, or a single stack.
     """
-    alike: dict[tuple[object, ...], list[int]] = {}
+    alike: dict[tuple[object, ...], tuple[list[int], list[int]]] = {}
     for index, t in enumerate(tensors):
-        shape = tuple(sorted(t.shape))
-        alike.setdefault((t.device, t.dtype == torch.float64, shape), []).append(index)
+        rows, columns = t.shape
+        shape = (rows, columns) if rows <= columns else (columns, rows)
+        alike.setdefault((t.device, t.dtype == torch.float64, shape), ([], []))[rows > columns].append(index)
     part: list[Stack] = []
     elements, device = 0, None
-    for (on, *_), indices in sorted(alike.items(), key=lambda item: str(item[0][0])):
-        numel = tensors[indices[0]].numel()
-        indices.sort(key=lambda index: _is_tall(tensors[index]))
-        for where in batches(len(indices), numel, STACK):
-            chosen = indices[where]
-            count = numel * len(chosen)
+    for (on, *_), (wide, tall) in sorted(alike.items(), key=lambda item: str(item[0][0])):
+        numel = tensors[(wide or tall)[0]].numel()
+        for where in batches(len(wide) + len(tall), numel, STACK):
+            stack = Stack(wide[where], tall[max(where.start - len(wide), 0) : max(where.stop - len(wide), 0)])
+            count = numel * (where.stop - where.start)
             if part and (on != device or elements + count > foreach.PART):
                 yield part
                 part, elements = [], 0
             device, elements = on, elements + count
-            tall = [index for index in chosen if _is_tall(tensors[index])]
-            part.append(Stack(chosen[: len(chosen) - len(tall)], tall))
+            part.append(stack)
     if part:
         yield part
-
-
-def _is_tall(t: Tensor) -> bool:
-    return t.shape[0] > t.shape[1]

@@ -549,20 +549,24 @@ def test_memory_of_a_step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, b
     assert bytes_each * elements <= made.bytes <= (bytes_each + 0.1) * elements  # and a few numbers of each matrix
 
 
-def test_parts_and_stacks_are_bounded_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [200, 300])
+def test_parts_and_stacks_are_bounded_and_complete(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """With the second limit, tall and wide matrices share a stack that is not the only one of their shape."""
     params = make_params(shapes=[*SHAPES, (64, 64), *SHAPES, (2, 2)])
     monkeypatch.setattr(lists, "PART", 600)
-    monkeypatch.setattr(muon_stacks, "STACK", 200)
+    monkeypatch.setattr(muon_stacks, "STACK", limit)
     parts = list(muon_stacks.parts_in_stacks(params))
     assert sorted(i for part in parts for stack in part for i in stack.indices) == list(range(len(params)))
     for part in parts:
         sizes = [sum(params[i].numel() for i in stack.indices) for stack in part]
         assert sum(sizes) <= 600 or len(part) == 1
-        assert all(size <= 200 or len(stack.indices) == 1 for size, stack in zip(sizes, part, strict=True))
+        assert all(size <= limit or len(stack.indices) == 1 for size, stack in zip(sizes, part, strict=True))
         for stack in part:
             assert len({tuple(sorted(params[i].shape)) for i in stack.indices}) == 1
             assert all(params[i].shape[0] > params[i].shape[1] for i in stack.tall)
             assert all(params[i].shape[0] <= params[i].shape[1] for i in stack.wide)
+    mixed = [params[stack.tall[0]].shape for part in parts for stack in part if stack.wide and stack.tall]
+    assert ((12, 8) in mixed) == (limit == 300)
 
 
 def test_many_parts_take_the_step_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
