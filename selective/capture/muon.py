@@ -66,9 +66,7 @@ class MuonJob(GenericJob):
         self._move(indices, updates)
         for oriented in stacks:
             rates = [numbers.rate_of(tuple(memory.shape[1:])) for memory in oriented]
-            newton_schulz_(
-                oriented, rates, steps=numbers.steps, coefficients=numbers.coefficients, eps=numbers.eps
-            )  # fmt: skip
+            newton_schulz_(oriented, rates, steps=numbers.steps, coefficients=numbers.coefficients, eps=numbers.eps)
         return updates
 
     def _empty(self, indices: Sequence[int]) -> Tensor:
