@@ -287,6 +287,20 @@ def test_what_is_not_covered_is_the_bases_own_step(name: str) -> None:
         SelectiveUpdate(make(), policy=MGUP(), capture="fused", **options)
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_torch_normalises_its_own_momentum_in_bfloat16_without_nesterov(nesterov: bool) -> None:
+    """The reason for which such groups are left to it. If a newer torch does not do it, ours can take them."""
+    p = make_params(torch.bfloat16)[0]
+    give_grads([p], 0)
+    assert p.grad is not None
+    torchs = bare([p], nesterov=nesterov)
+    torchs.step()
+    usual = float((0.05 * p.grad).norm())
+    norm = float(momenta(torchs)[0].norm())
+    assert abs(norm - (usual if nesterov else 1.0)) < 0.01
+    assert abs(usual - 1.0) > 0.1
+
+
 @pytest.mark.filterwarnings("ignore:.*rotates or orthogonalises:UserWarning")
 @pytest.mark.parametrize("policy", [None, "MGUP"])
 def test_under_a_preconditioner_the_base_steps(policy: Any) -> None:
