@@ -29,6 +29,7 @@ else:
     )
     from ._functions import evaluate_function, function_device
     from ._together import selective_steps
+    from .newton_schulz import newton_schulz_
     from .reference.decay import decaying, drawn_like
     from .reference.random import sample_positions, uniform, uniform_bits
     from .reference.rules import Advanced, as_seen, decay_factor, turned
@@ -86,6 +87,7 @@ else:
         "drawn_like",
         "evaluate_function",
         "function_device",
+        "newton_schulz_",
         "sample_positions",
         "selective_step",
         "selective_steps",

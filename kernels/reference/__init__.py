@@ -1,5 +1,6 @@
 """The definition: every kernel in plain torch over whole tensors. Never synchronises a GPU with the host."""
 
+from .newton_schulz import newton_schulz_
 from .random import SAMPLE_SIZE, sample_positions, uniform, uniform_bits
 from .rules import Advanced, advance, apply_mask, decay_factor
 from .selective_step import selective_step
@@ -11,6 +12,7 @@ __all__ = [
     "advance",
     "apply_mask",
     "decay_factor",
+    "newton_schulz_",
     "sample_positions",
     "selective_step",
     "top_k",

@@ -83,12 +83,16 @@ def momentum_entry(base: Optimizer, param: Tensor, facts: BaseFacts) -> tuple[Te
     """Return the result of `read_momentum`, and True if it shares the base's own memory."""
     if facts.momentum_key is None:
         return None, False
-    stored = next((v for k, v in state_entries(base.state.get(param, {})) if k == facts.momentum_key), None)
+    entries = base.state.get(param, {})
+    stored = entries.get(facts.momentum_key)
+    if stored is None:  # it may be nested
+        stored = next((v for k, v in state_entries(entries) if k == facts.momentum_key), None)
     if stored is None:
         return None, False
     plain = dequantized(stored) if facts.momentum_reader == "dequantize" else stored
     wide = plain if plain.dtype == torch.float64 else plain.float()
-    return wide.reshape(param.shape), plain is stored and wide.dtype == stored.dtype
+    shaped = wide if wide.shape == param.shape else wide.reshape(param.shape)
+    return shaped, plain is stored and wide.dtype == stored.dtype
 
 
 _NOT_IN_KEY = frozenset(

@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
 from selective.base.hyperparameters import plain_number, sign_of
+from selective.base.lent_gradients import gradient_dtype
 from selective.base.measure_moments import Moments
 from selective.base.mismatch import CheckpointMismatch
+from selective.base.muon import not_covered
 from selective.kernels import spec
 
 Group = dict[str, Any]
@@ -24,6 +26,12 @@ class FusedRule:
 
     moment_kinds = Moments(first=frozenset({"exp_avg"}), of_gradient=frozenset({"exp_avg"}))
     """The names of its state entries, by the way in which they are carried into another basis."""
+    manner = "runs on the base's own state"
+    """The end of a sentence that begins "the rule of Adam is known and"."""
+    rotates = True
+    """True if it can step gradients in a rotated space."""
+    steps_dense = False
+    """True if a group without a mask is stepped by it where that is asked for, because it is faster than the base."""
 
     def supports(self, group: Group) -> str | None:
         """Return the option of `group` that the rule does not cover ("flag=value"); None if it covers all."""
@@ -174,10 +182,39 @@ class FusedLion(FusedRule):
         group["step"] = group.get("step", 0) + 1
 
 
+class FusedMuon(FusedRule):
+    """torch.optim.Muon with all its options, of matrices that are plain tensors.
+
+    Its update needs whole matrices. So no kernel makes it: `capture/muon.py` does, and the kernels are given it.
+    """
+
+    moment_kinds = Moments(first=frozenset({"momentum_buffer"}), of_gradient=frozenset({"momentum_buffer"}))
+    manner = "runs on the base's own state, with Newton-Schulz for all matrices of a shape together"
+    rotates, steps_dense = False, True
+
+    def supports(self, group: Group) -> str | None:
+        return not_covered(group)
+
+    def _saved_names(self, group: Group) -> tuple[list[str], list[str]]:
+        return ["momentum_buffer"], []
+
+    def kernel_rule(self, base: Optimizer, group: Group) -> spec.GivenRule:
+        """Return the kind of rule that the kernels get, without its numbers."""
+        return spec.GivenRule()
+
+    def init_state(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:
+        if p.grad is None:
+            state["momentum_buffer"] = torch.zeros_like(p, dtype=gradient_dtype(p))
+        else:
+            state["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
+
+
 _RULES: dict[str, Callable[[], FusedRule]] = {
     "torch.optim.adam.Adam": FusedAdam,
     "torch.optim.adamw.AdamW": FusedAdam,
     "torch.optim.sgd.SGD": FusedSGD,
+    "torch.optim.Muon": FusedMuon,  # the name that torch gives it
+    "torch.optim._muon.Muon": FusedMuon,
     "pytorch_optimizer.optimizer.lion.Lion": FusedLion,
 }
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.base.base_facts import BaseFacts, base_facts
-from selective.base.fused_rules import FusedRule, fused_rule
+from selective.base.fused_rules import FusedMuon, FusedRule, fused_rule
 from selective.base.step_base import replaced_step
 from selective.capture.delta import LOW_PRECISION, DeltaJob
 from selective.capture.fused import FusedJob
 from selective.capture.items import KeptItems
 from selective.capture.job import DenseJob, Job, StepContext
+from selective.capture.muon import MuonJob
 from selective.capture.rotated import RotatedJob
 from selective.capture.rotated_fused import RotatedFusedJob
 from selective.capture.rotated_stepped import RotatedDeltaJob, RotatedScratchJob
@@ -26,7 +27,8 @@ from selective.policies import Decay, Dense, Policy
 from selective.rotation.rotation import Rotation
 
 CaptureName = Literal["auto", "fused", "scratch", "delta"]
-ParamKinds = frozenset[tuple[torch.dtype, str, int]]  # of parameters: dtype, device type, number of dimensions
+# of parameters: dtype, device type, number of dimensions, and False for a subclass such as DTensor
+ParamKinds = frozenset[tuple[torch.dtype, str, int, bool]]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Capture:
     reason: str
     facts: BaseFacts
     rule: FusedRule | None = None
+    of_dense: bool = False  # True: our rule steps a group without a mask, because that was asked for
 
     def job(
         self,
@@ -53,6 +56,8 @@ class Capture:
         if isinstance(policy, Dense):
             context = _without_mask(context)
         options: Any = {"kept_items": kept_items, "decay": decay}
+        if isinstance(self.rule, FusedMuon):
+            return MuonJob(context, group, parameters, policy, self.facts, fused_rule=self.rule, **options)
         if self.way == "fused":
             assert self.rule is not None
             return FusedJob(context, group, parameters, policy, self.facts, fused_rule=self.rule, **options)
@@ -108,11 +113,12 @@ def choose_capture(
     wanted: CaptureName,
     own_momentum: bool,
     needs_update: bool = False,
+    rotates: bool = False,
 ) -> Capture:
     """Choose the capture of one group, or of its rotated parameters.
 
     `needs_update`: the update is needed with any policy, so that `Dense()` is no exception: of rotated parameters, and
-    where decay is selective.
+    where decay is selective. `rotates`: the group has a preconditioner.
 
     Raises:
         ValueError: the base cannot be wrapped, or not in the `wanted` way. The message has the reason.
@@ -123,13 +129,16 @@ def choose_capture(
         raise ValueError(f"SelectiveUpdate: {name} can't be wrapped: {facts.refusal}")
     if group.get("differentiable"):
         raise ValueError(f"SelectiveUpdate: {name} has differentiable=True; a step with a mask is not differentiable")
+    rule, why_not_fused = _fused(base, group, own_momentum, rotates)
     if isinstance(policy, Dense) and not needs_update:
+        if wanted == "fused" and rule is not None and rule.steps_dense:
+            reason = f"asked for: the rule of {name} {rule.manner}, where the policy is Dense(), too"
+            return Capture("fused", reason, facts, rule, of_dense=True)
         return Capture("dense", "the policy is Dense(): the step is handed to the base", facts)
-    rule, why_not_fused = _fused(base, group, own_momentum)
     if wanted == "fused" and rule is None:
         raise ValueError(f"SelectiveUpdate: capture='fused' is not possible for {name}: {why_not_fused}")
     if rule is not None and wanted in ("auto", "fused"):
-        return Capture("fused", f"the rule of {name} is known and runs on the base's own state", facts, rule)
+        return Capture("fused", f"the rule of {name} is known and {rule.manner}", facts, rule)
     why_delta = _why_delta(group, facts)
     if wanted == "scratch" and why_delta is not None:
         raise ValueError(f"SelectiveUpdate: capture='scratch' is not right for {name}: {why_delta}")
@@ -138,7 +147,7 @@ def choose_capture(
     return Capture("scratch", f"{why_not_fused}; its update does not look at the parameter", facts)
 
 
-def _fused(base: Optimizer, group: dict[str, Any], own_momentum: bool) -> tuple[FusedRule | None, str]:
+def _fused(base: Optimizer, group: dict[str, Any], own_momentum: bool, rotates: bool) -> tuple[FusedRule | None, str]:
     """Return the fused rule for this group, or None and the reason why there is none."""
     rule = fused_rule(base)
     if rule is None:
@@ -147,6 +156,8 @@ def _fused(base: Optimizer, group: dict[str, Any], own_momentum: bool) -> tuple[
         return None, "its step() was replaced on the instance"
     if own_momentum:
         return None, "momentum_beta is given, so the wrapper keeps the momentum"
+    if rotates and not rule.rotates:
+        return None, "the group has a preconditioner, and the fused rule takes no rotated gradients"
     unsupported = rule.supports(group)
     if unsupported is not None:
         return None, f"the fused rule does not cover {unsupported}"
@@ -204,15 +215,16 @@ def capture_key(
     classes: tuple[type, ...],
     needs: frozenset[str],
     decay: Decay | None = None,
+    rotates: bool = False,
 ) -> tuple[object, ...]:
     """Return everything that the choice of a capture depends on; the last entry is `classes`.
 
     While the key is the same, the choice is not made again. `of_base` is `base_key`, `flags` and `param_kinds` are the
     group's; `classes` are the policy's `state_classes`, and `needs` is what it reads: the caller has them at hand.
-    `decay` is the group's.
+    `decay` is the group's, and `rotates` says that it has a preconditioner.
     """
     decays = None if decay is None else (type(decay), decay.weight_decay is None)
-    return of_base, flags, param_kinds, needs, decays, classes
+    return of_base, flags, param_kinds, needs, decays, rotates, classes
 
 
 def base_key(base: Optimizer) -> tuple[object, ...]:

@@ -22,7 +22,7 @@ from selective.capture.remember import RememberingJob
 from selective.kernels import apply_mask, begin_sharded, selective_step, spec, turned
 from selective.policies.kernel_terms import specs_on
 from selective.policies.view import Tensors
-from selective.sharding.dtensor import local_like, local_of, shard_of
+from selective.sharding.dtensor import is_dtensor, local_like, local_of, shard_of
 
 
 class Captured(NamedTuple):
@@ -132,9 +132,12 @@ class GenericJob(RememberingJob):
         if previous is not None:
             state["previous_momentum"] = previous
         policy_state, p = self.context.own_state(parameter), parameter.tensor
+        gradient = captured.update if grad is None else grad
+        if not is_dtensor(p):
+            return spec.Item(captured.target, gradient, state, parameter.address, policy_state)
         shard = None if self.context.local_scope else shard_of(p)
         state = {key: local_like(value, p) for key, value in state.items()}
-        gradient = local_like(captured.update if grad is None else grad, p)
+        gradient = local_like(gradient, p)
         return spec.Item(local_of(captured.target), gradient, state, parameter.address, policy_state, shard)
 
     def _apply_own_code(self, index: int, item: spec.Item, rule: spec.GivenRule) -> None:

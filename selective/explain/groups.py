@@ -189,7 +189,8 @@ def _kernels(
     if scope == "global" and in_plain_torch(policy, params, rule, stochastic):
         return "reference (plain torch), because what it selects depends on the shards of other ranks"
     for p in params:
-        state = {} if capture.rule is None else {k: local_of(v) for k, v in base.state.get(p, {}).items()}
+        given = isinstance(rule, spec.GivenRule)  # the base's state is nothing that kernels read then
+        state = {} if given else {k: local_of(v) for k, v in base.state.get(p, {}).items()}
         here, grad = local_of(p), local_of(p if p.grad is None else p.grad)
         why = why_reference(spec.Item(here, grad, state, 0), rule)
         if why is not None:

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from selective.base.fused_rules import FusedMuon
 from selective.capture.choose import Capture
 from selective.capture.delta import LOW_PRECISION
+from selective.capture.muon_stacks import STACK
 from selective.explain.own_code import why_own_code
 from selective.parameter import Parameter
 from selective.plan.group_plan import GroupPlan
@@ -69,6 +71,9 @@ def temporary_memory(policy: Policy, capture: Capture, group: dict[str, Any]) ->
     if capture.way == "delta":
         copies = ", and float32 copies of them and of their gradients" if low else ""
         return f"{copy}{copies}; after the base's, the update of 256 MiB at a time"
+    if isinstance(capture.rule, FusedMuon):
+        stacks = f"during the step up to 12 bytes a parameter, at most 512 MiB if no matrix has over {STACK:,} elements"
+        return f"{stacks}; {copy}, because {why_own_code(policy, params)}" if has_own_code(policy, params) else stacks
     if has_own_code(policy, params):
         return f"{copy}, because {why_own_code(policy, params)}"
     if not any(p.is_cuda for p in params):

@@ -88,8 +88,8 @@ class GroupParams:
         self._lazy = None in shapes
         self._plain = [p for p in tensors if type(p) in _PLAIN]
         dtypes, devices = looked[:2]
-        kinds = zip(dtypes, (device.type for device in devices), shapes, strict=True)
-        self.kinds = frozenset((dtype, device, len(shape)) for dtype, device, shape in kinds if shape is not None)
+        rows = zip(dtypes, devices, shapes, tensors, strict=True)
+        self.kinds = frozenset((dt, on.type, len(s), type(p) in _PLAIN) for dt, on, s, p in rows if s is not None)
         self.devices = frozenset(devices)
         self._cuda_devices = frozenset(device for device in self.devices if device.type == "cuda")
         self.has_complex = any(dtype.is_complex for dtype in dtypes)

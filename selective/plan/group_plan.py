@@ -55,8 +55,12 @@ class GroupPlan:
 
     @property
     def steps_alone(self) -> bool:
-        """True if the base steps the parameters that are not rotated by itself: no mask, no selective decay."""
-        return self.is_dense and self.decay is None
+        """True if the base steps the parameters that are not rotated by itself.
+
+        Then there is no mask and no selective decay, and our rule was not asked for.
+        """
+        ours = self.choice is not None and self.choice.capture.of_dense
+        return self.decay is None and self.is_dense and not ours
 
     @property
     def is_dense(self) -> bool:

@@ -208,17 +208,17 @@ class Groups:
             warn_of_stray_keys(plan.group, number, plan.policy_group, self.base.defaults, plan.keys_warned)
             plan.keys_checked = len(plan.group)
         decay = plan.decay
-        flags = plan.flags.of(plan.group)
-        key = capture_key(of_base, flags, params.kinds, described.state_classes, described.needs, decay)
+        flags, rotates = plan.flags.of(plan.group), plan.preconditioning.preconditioner is not None
+        key = capture_key(of_base, flags, params.kinds, described.state_classes, described.needs, decay, rotates)
         if plan.choice is not None and plan.choice.key == key:
             return plan.choice
         own = self.options.keeps_momentum and not plan.is_dense  # nobody reads a momentum of ours there
         check_complete(policy, number)
-        capture = choose_capture(self.base, plan.group, policy, self.options.capture, own, decay is not None)
+        capture = choose_capture(self.base, plan.group, policy, self.options.capture, own, decay is not None, rotates)
         if decay is not None:
             check_decay(self.base, plan.group, number, decay, capture)
         check_momentum(self.base, plan.group, number, policy, capture, own)
-        if not plan.steps_alone:
+        if capture.way != "dense":
             check_shards(params.parameters)
             warn_of_needless_mask(self.base, plan.group, number, policy, described.specs)
         return Choice(key, capture)
@@ -261,7 +261,8 @@ class Groups:
         preconditioner, capture = plan.preconditioning.preconditioner, plan.capture
         assert preconditioner is not None
         if plan.is_dense:  # nobody reads a momentum of ours
-            capture = choose_capture(self.base, plan.group, plan.policy, self.options.capture, False, needs_update=True)
+            wanted = self.options.capture
+            capture = choose_capture(self.base, plan.group, plan.policy, wanted, False, needs_update=True, rotates=True)
         view, parameters = plan.preconditioning.matrix_view, plan.params.parameters
         rotation = RotationPlan(preconditioner, view, capture, plan.capture, parameters)
         if rotation.shapes:

@@ -42,6 +42,8 @@ def captures(name: str) -> list[str]:
 
 
 CASES = [(name, way) for name in BASES for way in captures(name)]
+# Where a fused rule forms products of its own, it is compared with float64: tests/capture/test_muon.py
+SAME_ARITHMETIC = [(n, w) for n, w in CASES if not (BASES[n].other_products and w == "fused")]
 # torchao's states don't take float64; residue keepers are refused by scratch in low precision
 LOW_CASES = [(n, w) for n, w in CASES if BASES[n].double and not (BASES[n].residue and w == "scratch")]
 
@@ -69,7 +71,7 @@ def test_dense_hands_the_step_to_the_base_bit_for_bit(name: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("policy", [Ones(), KernelOnes()], ids=["own-code", "kernel"])
-@pytest.mark.parametrize("name,way", CASES)
+@pytest.mark.parametrize("name,way", SAME_ARITHMETIC)
 def test_ones_agree_with_the_base_from_the_same_state(name: str, way: str, policy: Policy) -> None:
     base = BASES[name]
     theirs, ours = make_params(base), make_params(base)

@@ -9,6 +9,7 @@ import pytorch_optimizer
 import torch
 import transcribed_bases as written
 import transcriptions as rules
+from muon_products import in_a_stack
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -40,7 +41,11 @@ BASES: dict[str, Made] = {
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.05, nesterov=True),
         lambda _: written.SGD(nesterov=True), SHAPES),
     "lion": (lambda p: pytorch_optimizer.Lion(p, lr=1e-2, weight_decay=0.1), lambda _: written.Lion(), SHAPES),
-    "muon": (lambda p: torch.optim.Muon(p, lr=1e-2, weight_decay=0.1), lambda d: written.Muon(dtype=d), MATRICES),
+    "muon": (  # in fused capture
+        lambda p: torch.optim.Muon(p, lr=1e-2, weight_decay=0.1),
+        lambda d: written.Muon(dtype=d, orthogonalize=in_a_stack), MATRICES),
+    "muon-stepped": (  # in the others, which take the base's own step
+        lambda p: torch.optim.Muon(p, lr=1e-2, weight_decay=0.1), lambda d: written.Muon(dtype=d), MATRICES),
 }  # fmt: skip
 
 POLICIES: dict[str, tuple[Policy, rules.Rule]] = {
@@ -74,15 +79,25 @@ POLICIES: dict[str, tuple[Policy, rules.Rule]] = {
 # What the official code of MGUP does to each base, gamma 0.1: AdamW and Lion rank u g (Lion's u is a sign), Muon the
 # Nesterov momentum times the raw gradient, and multiplies after the orthogonalisation.
 OFFICIAL = {"adamw": "update", "lion": "update", "muon": "nesterov"}
-NAMES = [(base, policy) for base in BASES for policy in POLICIES]
+# Dense() hands the step to the base.
+NAMES = [
+    ("muon-stepped" if (base, policy) == ("muon", "dense") else base, policy)
+    for base in BASES
+    if base != "muon-stepped"
+    for policy in POLICIES
+]
 
 ON_CAPTURES = [
     (base, name, way)
     for base in BASES
+    if base != "muon"
     for name in ("alpha", "mgup-nesterov", "cautious", "magma", "grams")
     for way in ("scratch", "delta")
 ]
-IN_FLOAT32 = [(b, n, w) for b, n in NAMES for w in ("auto", "scratch") if (b, w) != ("muon", "scratch")]  # the same
+IN_FLOAT32 = [
+    (base, name, way) for base, name in NAMES for way in ("auto", "scratch") if base != "muon" or way == "auto"
+]
+IN_FLOAT32.append(("muon-stepped", "mgup-nesterov", "scratch"))  # the others of these steps are the same in float64
 
 
 def official(score: str) -> tuple[Policy, rules.Rule]:

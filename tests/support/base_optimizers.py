@@ -27,6 +27,7 @@ class Base:
     momentum: bool = True
     residue: bool = False  # it keeps the part that rounding takes from low-precision parameters
     way: str = "scratch"  # the capture that "auto" should take in float32
+    other_products: bool = False  # its fused rule forms products of matrices in another order than the base
 
 
 def _transformers_adafactor(**options: object) -> Callable[[list[Tensor]], Optimizer]:
@@ -62,7 +63,7 @@ BASES: dict[str, Base] = {
     "rmsprop": Base(lambda p: t.RMSprop(p, lr=1e-2, momentum=0.9), momentum=False),
     "adagrad": Base(lambda p: t.Adagrad(p, lr=1e-2, weight_decay=0.1), momentum=False),
     "adafactor": Base(lambda p: t.Adafactor(p, lr=1e-2, weight_decay=0.1), momentum=False, way="delta"),
-    "muon": Base(lambda p: t.Muon(p, lr=1e-2, weight_decay=0.1), MATRICES),
+    "muon": Base(lambda p: t.Muon(p, lr=1e-2, weight_decay=0.1), MATRICES, way="fused", other_products=True),
     "po-lion": Base(lambda p: po.Lion(p, lr=1e-2, weight_decay=0.1), way="fused"),
     "po-ademamix": Base(lambda p: po.AdEMAMix(p, lr=1e-2, weight_decay=0.1)),
     "po-lamb": Base(lambda p: po.Lamb(p, lr=1e-2, weight_decay=0.1), way="delta"),

@@ -7,7 +7,7 @@ the update with every term taken positive. Rounding errors are relative to it, a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -121,18 +121,30 @@ class Lion(Base):
         return Move(g, g.abs(), u, u.abs(), self.m, kept, before, ahead, 1 - self.lr * self.decay, margin)
 
 
+def torchs_newton_schulz(matrix: Tensor) -> Tensor:
+    """torch's own, with the coefficients that are Muon's default."""
+    return _zeropower_via_newtonschulz(matrix, (3.4445, -4.775, 2.0315), 5, 1e-7)
+
+
 class Muon(Base):
     """torch.optim.Muon: Nesterov momentum (a running average), orthogonalised, scaled by sqrt(max(1, rows/columns)).
 
-    The Newton-Schulz iteration runs in bfloat16 and amplifies its rounding. So torch's own function is used, on an
-    input computed as torch computes it in the parameter's dtype. All the rest is written out.
+    The Newton-Schulz iteration runs in bfloat16 and amplifies its rounding. So the function that is compared with is
+    used, on an input computed as torch computes it in the parameter's dtype. All the rest is written out.
     """
 
     names = {"momentum_buffer": "m"}
 
-    def __init__(self, lr: float = 1e-2, mu: float = 0.95, decay: float = 0.1, dtype: torch.dtype = F64) -> None:
+    def __init__(
+        self,
+        lr: float = 1e-2,
+        mu: float = 0.95,
+        decay: float = 0.1,
+        dtype: torch.dtype = F64,
+        orthogonalize: Callable[[Tensor], Tensor] = torchs_newton_schulz,
+    ) -> None:
         super().__init__()
-        self.lr, self.mu, self.decay, self.dtype = lr, mu, decay, dtype
+        self.lr, self.mu, self.decay, self.dtype, self.orthogonalize = lr, mu, decay, dtype, orthogonalize
         self.m: Tensor | None = None
 
     def advance(self, p: Tensor, g: Tensor) -> Move:
@@ -140,7 +152,7 @@ class Muon(Base):
         before = torch.zeros_like(p) if self.m is None else self.m
         low = g.to(self.dtype)
         their_input = low.lerp(before.to(self.dtype).lerp(low, 1 - self.mu), self.mu)
-        direction = _zeropower_via_newtonschulz(their_input, (3.4445, -4.775, 2.0315), 5, 1e-7).to(F64)
+        direction = self.orthogonalize(their_input).to(F64)
         self.m = self.mu * before + (1 - self.mu) * g
         size = self.mu * before.abs() + (1 - self.mu) * g.abs()
         u = self.lr * math.sqrt(max(1.0, p.shape[0] / p.shape[1])) * direction
