@@ -57,9 +57,13 @@ class RotatedJob(GenericJob):
         if self.own_code:
             self.saved = foreach.copies(self.tensors())
         self.gradients = self._effective_gradients()
-        for carried in self.rotation.refresh_due(self._matrices):
+        self.moving = self.rotation.moving()
+        for carried in self.rotation.refresh_due(self._matrices, in_stacks=self.steps_in_stacks()):
             self._carry(carried)
-        self.moving = [i for i in range(self.count) if not self.rotation.stands_still(i)]
+
+    def steps_in_stacks(self) -> bool:
+        """True if all parameters are stepped together, in the stacks of their bases."""
+        return False
 
     def raw_grads(self) -> list[Tensor]:
         """Return this rank's parts of the gradients. All tensors of a job but the parameters themselves are parts."""

@@ -1,0 +1,384 @@
+"""Stacks of bases: steps in them are those that are taken bucket by bucket, and no change of the state is missed."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rotated_twins import BASIS, SHAPES, both, bucket_by_bucket, build, in_stacks, members, numbers, step
+
+from selective import MGUP, AdaDiag, Dense, Eigenbasis, SelectiveUpdate, Soap
+from selective.rotation.rotation import Rotation
+from selective.rotation.stacks import Stacks
+
+GRAM = BASIS + "rows_gram"
+
+
+def outcome(optimizer: SelectiveUpdate) -> dict[str, Any]:
+    found = {"params": [p.detach() for p in members(optimizer)], "statistics": optimizer.statistics()}
+    return copy.deepcopy({**found, "states": [dict(optimizer.state[p]) for p in members(optimizer)]})
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    # Products of six terms are rounded in another order if they are batched otherwise. Adam divides by a root.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+SPACES = [
+    Eigenbasis(), Soap(precision="tf32"), Eigenbasis(sides="one", solver="eigh", stagger=False),
+    AdaDiag(sides="two", refresh_every=3), Eigenbasis(sides="rows", carry="rotate"),
+]  # fmt: skip
+BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1, amsgrad=True),
+    "coupled": lambda groups: torch.optim.Adam(groups, lr=0.01, weight_decay=0.1, maximize=True),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True),
+}
+
+
+@pytest.mark.parametrize("space", SPACES, ids=repr)
+@pytest.mark.parametrize("base", BASES)
+def test_a_step_in_stacks_is_the_step_bucket_by_bucket(space: Any, base: str) -> None:
+    def run() -> dict[str, Any]:
+        optimizer = build(space, MGUP(), BASES[base])
+        for number in range(6):
+            step(optimizer, number)
+        seen.append(in_stacks(optimizer))
+        return outcome(optimizer)
+
+    seen: list[list[bool]] = []
+    assert_same(*both(run))
+    assert seen == [[False, False], [True, True]]
+
+
+@pytest.mark.parametrize("view", ["conv", "experts", "rows:2", "columns:2"])
+def test_a_view_of_several_matrices(view: Any) -> None:
+    """Joined columns are not a part of a stack, and are stepped by themselves."""
+    shapes = ((4, 6), (4, 6), (4, 3, 2, 2), (2, 4, 6), (4, 6))
+
+    def run() -> dict[str, Any]:
+        # the smaller side: a few gradients do not span the space of 24 columns, and a basis of the rest is arbitrary
+        optimizer = build(Eigenbasis(sides="one", start_step=3), shapes=shapes, matrix_view=view)
+        for number in range(6):
+            step(optimizer, number)
+        seen.append(in_stacks(optimizer)[0])
+        return outcome(optimizer)
+
+    seen: list[bool] = []
+    assert_same(*both(run))
+    assert seen == [False, view != "columns:2"]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+def test_a_gradient_that_is_no_number_or_too_large(value: float) -> None:
+    """It is left out of the averages, and counted. The square of 3e38 is no float32 number."""
+
+    def run() -> tuple[dict[str, float], list[torch.Tensor]]:
+        optimizer = build(policy=Dense())
+        for number in range(5):
+            for index, p in enumerate(members(optimizer)):
+                p.grad = numbers(p.shape, 100 * number + index)
+                if index == 1 and number == 2:
+                    p.grad[0, 1] = value
+            optimizer.step()
+        states = [optimizer.state[members(optimizer)[i]] for i in (0, 1)]
+        counts = {f"{i}{k}": float(s[k]) for i, s in enumerate(states) for k in (SKIPPED, BASIS + "skipped")}
+        return counts, [s[GRAM].plain() for s in states]  # type: ignore[attr-defined]
+
+    SKIPPED = "selective/basis_skipped"
+    (counts, grams), expected = both(run)
+    assert_same((counts, grams), expected)
+    finite = value == 3e38
+    assert counts == {f"0{SKIPPED}": 0, f"0{BASIS}skipped": 0, f"1{SKIPPED}": not finite, f"1{BASIS}skipped": finite}
+    assert all(gram.isfinite().all() for gram in grams)
+
+
+def test_many_rounds_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> list[torch.Tensor]:
+        optimizer = build()
+        for number in range(5):
+            step(optimizer, number)
+        rounds.append(len(optimizer.groups.plans[0].kept_step._step.rounds))
+        return [p.detach() for p in members(optimizer)]
+
+    rounds: list[int] = []
+    whole = run()
+    monkeypatch.setattr("selective.rotation.rotation.ROTATED", 30)
+    assert_same(run(), whole)
+    assert rounds == [1, 3]
+
+
+# --- what is changed from outside ---
+
+
+def live(optimizer: SelectiveUpdate, index: int = 0) -> dict[str, torch.Tensor]:
+    return optimizer.store.table[members(optimizer)[index]]
+
+
+def other_checkpoint(optimizer: SelectiveUpdate) -> None:
+    other = build()
+    for number in range(50, 54):
+        step(other, number)
+    optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
+
+
+def saved_file(optimizer: SelectiveUpdate) -> None:
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file))
+
+
+def loaded_in_place(optimizer: SelectiveUpdate) -> None:
+    """As torch.distributed.checkpoint writes into the tensors that it is given."""
+    for entries in optimizer.state_dict()["state"].values():
+        for key in (GRAM, "exp_avg"):
+            if key in entries:
+                entries[key].mul_(2.0)
+
+
+def other_entry(optimizer: SelectiveUpdate) -> None:
+    state = optimizer.state[members(optimizer)[1]]
+    state[GRAM] = 2 * state[GRAM].plain()
+
+
+def copied_into_an_entry(optimizer: SelectiveUpdate) -> None:
+    entry = optimizer.state[members(optimizer)[1]][GRAM]
+    entry.copy_(2 * entry.plain())
+
+
+def whole_state(optimizer: SelectiveUpdate) -> None:
+    p = members(optimizer)[0]
+    optimizer.state[p] = {k: (v.plain() if hasattr(v, "plain") else v).clone() for k, v in optimizer.state[p].items()}
+
+
+def other_memory(optimizer: SelectiveUpdate) -> None:
+    """The tensors of the entries stay, and what they held does not."""
+    for index in (0, 1):
+        entry = live(optimizer, index)[GRAM]
+        entry.data = 2 * entry
+
+
+def exchanged_memory(optimizer: SelectiveUpdate) -> None:
+    entry = live(optimizer)[GRAM]
+    entry.set_(torch.full_like(entry, 0.5))
+
+
+def other_bases_state(optimizer: SelectiveUpdate) -> None:
+    p = members(optimizer)[0]
+    optimizer.base.state[p] = {k: 2 * v for k, v in optimizer.base.state[p].items()}
+
+
+def no_state(optimizer: SelectiveUpdate) -> None:
+    del optimizer.state[members(optimizer)[0]]
+
+
+def other_data(optimizer: SelectiveUpdate) -> None:
+    for p in members(optimizer):
+        p.data = numbers(p.shape, 10)
+
+
+def to_bfloat16(optimizer: SelectiveUpdate) -> None:
+    for p in members(optimizer):
+        p.grad = None
+        p.data = p.data.bfloat16()
+
+
+def transposed_memory(optimizer: SelectiveUpdate) -> None:
+    for p in members(optimizer):
+        if p.dim() == 2:
+            p.data = p.data.T.contiguous().T
+
+
+def swapped(optimizer: SelectiveUpdate) -> None:
+    p = members(optimizer)[0]
+    p.grad = None
+    torch.utils.swap_tensors(p, torch.nn.Parameter(numbers(p.shape, 11)))
+
+
+def removed(optimizer: SelectiveUpdate) -> None:
+    p = optimizer.param_groups[0]["params"].pop(1)
+    optimizer.state.pop(p)
+
+
+def other_parameter(optimizer: SelectiveUpdate) -> None:
+    old = optimizer.param_groups[0]["params"][1]
+    optimizer.param_groups[0]["params"][1] = torch.nn.Parameter(numbers(old.shape, 9))
+    optimizer.state.pop(old)
+
+
+def other_order(optimizer: SelectiveUpdate) -> None:
+    optimizer.param_groups[0]["params"].reverse()
+
+
+def new_group(optimizer: SelectiveUpdate) -> None:
+    optimizer.add_param_group({"params": [torch.nn.Parameter(numbers((6, 4), 7))]})
+
+
+def missing_gradients(optimizer: SelectiveUpdate) -> None:
+    for number, missing in enumerate([[0], [0, 3], [], [1], list(range(7)), [6]]):
+        step(optimizer, 30 + number, without=missing)
+
+
+def hyper_parameters(optimizer: SelectiveUpdate) -> None:
+    optimizer.param_groups[0]["lr"] = 0.02
+    optimizer.param_groups[1]["weight_decay"] = 0.3
+    optimizer.preconditioner_groups[0]["beta"] = 0.5
+
+
+def other_policy(optimizer: SelectiveUpdate) -> None:
+    optimizer.policy_groups[0].policy = MGUP()
+
+
+def inference_mode(optimizer: SelectiveUpdate) -> None:
+    with torch.inference_mode():
+        step(optimizer, 40)
+
+
+CHANGES: list[Callable[[SelectiveUpdate], None]] = [
+    other_checkpoint, saved_file, loaded_in_place, other_entry, copied_into_an_entry, whole_state, other_memory,
+    exchanged_memory, other_bases_state, no_state, other_data, to_bfloat16, transposed_memory, swapped, removed,
+    other_parameter, other_order, new_group, missing_gradients, hyper_parameters, other_policy, inference_mode,
+]  # fmt: skip
+
+
+def trained(change: Callable[[SelectiveUpdate], None]) -> dict[str, Any]:
+    optimizer = build()
+    for number in range(8):
+        if number == 5:
+            change(optimizer)
+        step(optimizer, number)
+    return outcome(optimizer)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_noticed(change: Callable[[SelectiveUpdate], None]) -> None:
+    found, expected = both(lambda: trained(change))
+    if change is to_bfloat16:  # a difference of one rounding
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-9)
+    else:
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "blind"),
+    [(other_memory, "are_in_place"), (exchanged_memory, "are_in_place"), (other_entry, "are_of")],
+)
+def test_the_comparison_would_catch_stacks_that_are_not_looked_at(change, blind, monkeypatch) -> None:
+    right = trained(change)
+    monkeypatch.setattr(Stacks, blind, lambda self, *_: True)
+    with pytest.raises(AssertionError):
+        assert_same(trained(change), right)
+
+
+def test_a_parameter_that_joins_late_joins_the_stacks() -> None:
+    def run() -> dict[str, Any]:
+        optimizer = build()
+        for number in range(8):
+            step(optimizer, number, without=[1] if number < 4 else [])
+            seen.append(in_stacks(optimizer)[0])
+        return outcome(optimizer)
+
+    seen: list[bool] = []
+    assert_same(*both(run))
+    assert seen == [False] * 8 + [True] * 8
+
+
+def test_without_a_gradient_of_one_nobody_is_stepped_in_stacks() -> None:
+    optimizer, taken = build(), []
+    with pytest.MonkeyPatch.context() as patch:
+        real = Rotation.observe
+        patch.setattr(Rotation, "observe", lambda *a: (taken.append(True), real(*a))[1])
+        for number in range(5):
+            step(optimizer, number, without=[0] if number == 3 else [])
+    assert taken == [True]  # the first group of the fourth step: bucket by bucket
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_has_stacks_of_its_own(copied: Callable[[Any], Any]) -> None:
+    optimizer = build()
+    for number in range(5):
+        step(optimizer, number)
+    other = copied(optimizer)
+    for number in range(5, 8):
+        step(optimizer, number)
+    before = outcome(optimizer)
+    for number in range(5, 8):
+        step(other, number)
+    assert_same(outcome(other), before)
+    assert_same(outcome(optimizer), before)
+
+
+# --- memory ---
+
+
+def test_a_saved_entry_does_not_carry_its_stack() -> None:
+    optimizer = build(shapes=[(24, 24)] * 12)
+    for number in range(3):
+        step(optimizer, number)
+    entries = optimizer.state_dict()["state"][0]
+    assert in_stacks(optimizer)[0]
+    for key, value in entries.items():
+        assert value.untyped_storage().nbytes() == value.numel() * value.element_size(), key
+    file, plain = io.BytesIO(), io.BytesIO()
+    torch.save(entries, file)
+    torch.save({key: value.clone() for key, value in entries.items()}, plain)
+    assert file.tell() == plain.tell()
+    stack = optimizer.groups.plans[0].kept_bases.stacks.buckets[0].state["rows_basis"]  # type: ignore[union-attr]
+    assert stack.nbytes == 5 * entries[BASIS + "rows_basis"].nbytes  # the twin: a view of it would save all five
+    torch.save(stack[:1], twin := io.BytesIO())
+    assert twin.tell() > stack.nbytes
+
+
+def test_what_is_saved_in_stacks_goes_on_without_and_the_other_way() -> None:
+    def saved() -> dict[str, Any]:
+        optimizer = build()
+        for number in range(5):
+            step(optimizer, number)
+        return copy.deepcopy(optimizer.state_dict())
+
+    def gone_on(state: dict[str, Any]) -> dict[str, Any]:
+        optimizer = build()
+        optimizer.load_state_dict(state)
+        for number in range(5, 8):
+            step(optimizer, number)
+        return outcome(optimizer)
+
+    in_stack, plain = both(saved)
+    assert_same(in_stack, plain)
+    with pytest.MonkeyPatch.context() as patch:
+        bucket_by_bucket(patch)
+        expected = gone_on(in_stack)
+    assert_same(gone_on(plain), expected)
+
+
+def test_buffers_have_memory_in_a_step_alone() -> None:
+    optimizer = build()
+    for number in range(3):
+        step(optimizer, number)
+    (one_round,) = optimizer.groups.plans[0].kept_step._step.rounds
+    assert [buffer.flat.untyped_storage().nbytes() for buffer in one_round.buffers] == [0, 0, 0]
+    with one_round.given.in_use():
+        assert one_round.given.flat.untyped_storage().nbytes() == 4 * one_round.given.flat.numel()
+
+
+def test_entries_are_there_once() -> None:
+    """Stacks have the memory of the entries, and a parameter that is removed is not kept in them."""
+    optimizer = build()
+    for number in range(3):
+        step(optimizer, number)
+    removed(optimizer)
+    step(optimizer, 3)
+    kept = optimizer.groups.plans[0].kept_bases
+    assert kept.stacks is not None
+    stacks = [x for bucket in kept.stacks.buckets for name, x in bucket.state.items() if x.dim() == 3]
+    entries = [v for basis in kept.bases for v in basis.state.values() if v.dim() == 3]
+    assert len(kept.parameters) == len([s for s in SHAPES[:5] if len(s) == 2]) - 1
+    assert sum(x.nbytes for x in stacks) == sum(v.nbytes for v in entries)
+    assert sum(x.untyped_storage().nbytes() for x in stacks) == sum(v.nbytes for v in entries)
+    starts = {x.data_ptr() for x in stacks}
+    assert all(any(start <= v.data_ptr() for start in starts) for v in entries)
