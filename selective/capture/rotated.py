@@ -23,8 +23,9 @@ from selective.kernels import apply_mask, selective_step, spec
 from selective.policies import Dense
 from selective.policies.kernel_terms import specs_of
 from selective.preconditioner import as_matrix
-from selective.rotation.basis import Carried
+from selective.rotation.basis import Carried, CarriedTogether
 from selective.rotation.carry import MomentCarrier, as_it_is
+from selective.rotation.carry_together import carry_together
 from selective.rotation.contract import is_foreign
 from selective.rotation.moments import moments_of
 from selective.rotation.refresh_gathered import through_gather
@@ -59,7 +60,12 @@ class RotatedJob(GenericJob):
         self.gradients = self._effective_gradients()
         self.moving = self.rotation.moving()
         for carried in self.rotation.refresh_due(self._matrices, in_stacks=self.steps_in_stacks()):
-            self._carry(carried)
+            if isinstance(carried, CarriedTogether):
+                params = [self.parameters[i].tensor for i in carried.indices]
+                shape = self.rotation.bases[carried.indices[0]].shape
+                carry_together(self._carrier, params, shape, carried.maps, carried.valid)
+            else:
+                self._carry(carried)
 
     def steps_in_stacks(self) -> bool:
         """True if all parameters are stepped together, in the stacks of their bases."""

@@ -65,8 +65,19 @@ class MomentCarrier:
 
         `around` turns a change of whole matrices into one of this rank's part, if the matrix is gathered.
         """
-        maps, valid = carried.maps, carried.valid
         entries = entries_of(self.base, param, self.moments, shape)
+        self.carry_entries(entries, own_momenta, shape, carried.maps, carried.valid, around)
+
+    def carry_entries(
+        self,
+        entries: Sequence[Entry],
+        own_momenta: Sequence[Tensor],
+        shape: Shape,
+        maps: Carry,
+        valid: Tensor | None,
+        around: Around = as_it_is,
+    ) -> None:
+        """Carry these entries. `valid` is 0-d bool, or [batch, 1, 1]; where it is False, a moment stays as it is."""
         firsts = [entry for entry in entries if entry.name in self.moments.first and entry.shape == shape]
         others = [entry for entry in entries if entry not in firsts]
         divided = [entry for entry in firsts if entry.name in self.moments.of_gradient]
@@ -191,8 +202,8 @@ def rewrite(
 ) -> None:
     """Replace `moment` by `change(moment)` in place. `change` takes and returns float32 [batch, rows, columns].
 
-    The result is rounded once. The moment stays as it is if `valid` (0-d bool) is False. `precision` is that of the
-    products in `change`.
+    The result is rounded once. The moment stays as it is where `valid` (bool, 0-d or [batch, 1, 1]) is False.
+    `precision` is that of the products in `change`.
     """
     plain = dequantized(moment)
     before = as_matrix(plain, shape)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from selective import foreach
-from selective.preconditioner import Carry, Preconditioner, State, as_matrix
+from selective.preconditioner import Carry, Eigenbasis, Preconditioner, State, as_matrix
 from selective.preconditioner.linalg import batches
 from selective.preconditioner.matrices import from_matrices, in_own_dtype
-from selective.rotation.basis import Basis, Carried, MaskSpace, Matrices, PreconditionerError
+from selective.rotation.basis import Basis, Carried, CarriedTogether, MaskSpace, Matrices, PreconditionerError
 from selective.rotation.contract import (
     check_projected,
     check_refreshed,
@@ -30,7 +30,8 @@ from selective.rotation.contract import (
 )
 from selective.rotation.refresh_gathered import gather_matrices, part_of, refresh_gathered
 from selective.rotation.refresh_sharded import refresh_shards
-from selective.rotation.stacks import Stacks
+from selective.rotation.refresh_together import all_due, in_parts, refresh_together
+from selective.rotation.stacks import Bucket, Stacks
 
 # Elements of matrices whose bases are refreshed together, if the refresh does not read their gradients.
 BASES = 2**28
@@ -90,33 +91,52 @@ class Rotation:
         """Return the number of elements to rotate together; more if results stay in a `narrow` dtype."""
         return ROTATED * 4 // self._ask("itemsize") if narrow else ROTATED
 
-    def refresh_due(self, matrices: Matrices, *, in_stacks: bool = False) -> Iterator[Carried]:
+    def refresh_due(self, matrices: Matrices, *, in_stacks: bool = False) -> Iterator[Carried | CarriedTogether]:
         """Refresh the bases that are due, and yield what has to be carried, bucket by bucket.
 
-        With `in_stacks`, what observes the gradients looks at all of them after the step, and counts those that are not
-        finite.
+        Stacks of which all bases are due are refreshed together. With `in_stacks`, what observes the gradients looks at
+        all of them after the step, and counts those that are not finite.
         """
         everything = list(range(len(self.bases)))
-        observes, reads = self._ask("observes"), self._ask("refreshes_from_gradients")
-        due_now = [i for i in everything if self.is_due(i)]
-        is_due = set(due_now)
+        due_now = {i for i in everything if self.is_due(i)}
         if in_stacks and not due_now:
             return
+        observes, reads = self._ask("observes"), self._ask("refreshes_from_gradients")
+        together = self._due_together(due_now)
+        alone = due_now.difference(*(bucket.indices for bucket in together))
         for indices in self.buckets(everything):
-            due = [i for i in indices if i in is_due]
-            to_check = indices if observes and not in_stacks else due
+            due = [i for i in indices if i in alone]
+            to_check = indices if observes and not in_stacks else [i for i in indices if i in due_now]
             if to_check:
                 grads = dict(zip(to_check, matrices(to_check), strict=True))
                 self._check_finite(to_check, list(grads.values()), count=not (observes and in_stacks))
             if due and reads and self.bases[due[0]].shard is None:
                 yield from self._refresh(due, self._clean(due, [grads[i] for i in due]))
+        yield from self._refresh_together(together, matrices)
         if not reads:
             unsharded = [i for i in everything if self.bases[i].shard is None]
-            for due in self.buckets([i for i in unsharded if i in is_due], BASES):
+            for due in self.buckets([i for i in unsharded if i in alone], BASES):
                 basis = self.bases[due[0]]
                 unread = torch.zeros((), dtype=torch.float32, device=basis.device).expand(basis.shape)
                 yield from self._refresh(due, [unread] * len(due))
-        yield from self._refresh_shards(due_now, matrices)
+        yield from self._refresh_shards(sorted(due_now), matrices)
+
+    def _due_together(self, due_now: set[int]) -> list[Bucket]:
+        """Return the stacks of which all bases are due."""
+        if self.stacks is None or not due_now:
+            return []
+        assert isinstance(self.preconditioner, Eigenbasis)
+        return all_due(self.preconditioner, self.stacks.buckets, due_now)
+
+    def _refresh_together(self, buckets: list[Bucket], matrices: Matrices) -> Iterator[CarriedTogether]:
+        if not buckets:
+            return
+        assert isinstance(self.preconditioner, Eigenbasis)
+        for part in in_parts(self.preconditioner, buckets):
+            with self.named("refresh"):
+                carried = list(refresh_together(self.preconditioner, part, self._finite, matrices))
+            self._refreshed.update(i for bucket in part for i in bucket.indices)
+            yield from carried
 
     def _refresh_shards(self, due_now: list[int], matrices: Matrices) -> Iterator[Carried]:
         """Refresh the bases of sharded matrices that are due, together with the other ranks."""

@@ -1,4 +1,4 @@
-"""Optimizers with rotated parameters that are stepped in stacks, and the same ones that are stepped bucket by bucket."""
+"""Optimizers whose rotated parameters are stepped in stacks, and the same ones stepped bucket by bucket."""
 
 from __future__ import annotations
 
