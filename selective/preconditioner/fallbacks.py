@@ -25,6 +25,7 @@ class Problem(NamedTuple):
     usable: Tensor  # bool [batch]: False where `matrix` is the identity in place of one that cannot be solved
     solve: Callable[[Tensor, list[Tensor]], list[Solved]]
     last: Callable[[Tensor, list[Tensor]], list[Solved]]  # the solver of the last fallback
+    name: str = ""  # of the solver: problems of one name can be solved as one
 
 
 class NewBasis(NamedTuple):

@@ -87,7 +87,8 @@ def _refresh(
     solved, everything = solve_all(problems)
     bases: dict[Side, NewBasis] = dict(zip(sides, [basis for problem in solved for basis in problem], strict=True))
     batch = len(grads[0])
-    _count(states, batch, list(bases.values()), inputs)
+    if not everything:
+        _count(states, batch, list(bases.values()), inputs)
     if "noise" in states[0]:
         noise = noise_of(inputs[0], next(iter(bases.values())), options.floor)
         copy_to([state["noise"] for state in states], noise.split(batch))
@@ -123,7 +124,7 @@ def problems_of(
     sort = options.carry != "keep"
     solve = partial(_one_side, SOLVERS[solver], sort)
     last = partial(_one_side, eigh, sort)
-    problems = [Problem(i.matrix, [old[s]], i.usable, solve, last) for i, s in zip(inputs, sides, strict=True)]
+    problems = [Problem(i.matrix, [old[s]], i.usable, solve, last, solver) for i, s in zip(inputs, sides, strict=True)]
     return problems, inputs
 
 

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from selective.preconditioner.base import Carry, Side, State
-from selective.preconditioner.fallbacks import NewBasis, solve_and_read
-from selective.preconditioner.linalg import per_matrix
+from selective.preconditioner.fallbacks import NewBasis, Problem, solve_and_read
+from selective.preconditioner.linalg import REFRESHED, batches, per_matrix
 from selective.preconditioner.refresh import Input, Options, carries, faults, noise_of, problems_of, solver_for
 from selective.preconditioner.shards import side_of
-from selective.preconditioner.solvers import WARM
 
 
 class Due(NamedTuple):
-    """Parameters of one shape whose bases are all due: `state` has stacks [count * batch, ...], and counters [count].
+    """Parameters of one shape whose bases are due: `state` has stacks [count * batch, ...], and counters [count].
+
+    All are refreshed for the first time, or none.
 
     `grads` [count * batch, m, n] are zeros where they are not finite. They may be expanded zeros if nobody reads them.
     """
@@ -39,21 +40,16 @@ class Renewed(NamedTuple):
     valid: Tensor | None  # bool [count]; None: for all
 
 
-def starts_alike(options: Options, state: State) -> bool:
-    """True if one solver serves all of these parameters: the first basis of each is made by another one."""
-    return options.solver not in WARM or len(set(state["refreshes"].tolist())) == 1
-
-
 def refresh_stacks(options: Options, dues: Sequence[Due]) -> list[Renewed | None]:
     """Write new bases into the stacks, and return the maps from the old ones; None if no basis of a stack is new.
 
     A basis stays as it is, with all that belongs to it, if the gradient of its parameter is not finite.
     """
     work = [_Work(options, due) for due in dues]
-    problems = [problem for each in work for problem in each.problems]
+    joined = _Joined([problem for each in work for problem in each.problems])
     spoilt = ~torch.stack([due.finite.all() for due in dues]).all()
-    solved, everything, is_spoilt = solve_and_read(problems, spoilt)
-    results = iter(solved)
+    solved, everything, is_spoilt = solve_and_read(joined.problems, spoilt)
+    results = iter(joined.apart(solved))
     writes: list[Callable[[], object]] = []
     renewed = []
     for each in work:
@@ -62,6 +58,44 @@ def refresh_stacks(options: Options, dues: Sequence[Due]) -> list[Renewed | None
     for write in writes:  # nothing raises any more
         write()
     return renewed
+
+
+class _Joined:
+    """Problems of which those with matrices of one size, and one solver, are solved as one."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.sizes = [len(problem.matrix) for problem in problems]
+        by_kind: dict[tuple[object, ...], list[int]] = {}
+        for number, problem in enumerate(problems):
+            alone = () if len(problem.old) == 1 else (number,)  # an SVD of the gradient gives the bases of both sides
+            by_kind.setdefault((problem.matrix.shape[1:], problem.name, *alone), []).append(number)
+        self.members: list[list[int]] = []
+        for members in by_kind.values():
+            numel = max(problems[members[0]].matrix[0].numel() * self.sizes[i] for i in members)
+            self.members += [members[part] for part in batches(len(members), numel, REFRESHED)]
+        self.problems = [_as_one([problems[i] for i in members]) for members in self.members]
+
+    def apart(self, solved: Sequence[list[NewBasis]]) -> list[list[NewBasis]]:
+        """Return the results of the problems, in their order."""
+        results: list[list[NewBasis]] = [[]] * len(self.sizes)
+        for members, bases in zip(self.members, solved, strict=True):
+            start = 0
+            for number in members:
+                part = slice(start, start + self.sizes[number])
+                results[number] = [NewBasis(*(None if x is None else x[part] for x in basis)) for basis in bases]  # type: ignore[arg-type]
+                start = part.stop
+        return results
+
+
+def _as_one(problems: Sequence[Problem]) -> Problem:
+    first = problems[0]
+    if len(problems) == 1:
+        return first
+    return first._replace(
+        matrix=torch.cat([problem.matrix for problem in problems]),
+        old=[torch.cat([problem.old[0] for problem in problems])],
+        usable=torch.cat([problem.usable for problem in problems]),
+    )
 
 
 class _Work:
@@ -83,7 +117,7 @@ class _Work:
         bases = dict(zip(self.old, new, strict=True))
         changed = torch.stack([basis.changed for basis in new]).any(0).view(due.count, -1).any(1)
         is_new = [True] * due.count if everything else changed.tolist()
-        for name, which in faults(new, self.inputs).items():
+        for name, which in () if everything else faults(new, self.inputs).items():
             amounts = which.view(due.count, -1).sum(1) * due.finite
             writes.append(lambda name=name, amounts=amounts: state[name].add_(amounts))
         writes.append(lambda: state["refreshes"].add_(torch.tensor(is_new, dtype=torch.int64, device="cpu")))

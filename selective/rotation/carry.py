@@ -76,17 +76,23 @@ class MomentCarrier:
         maps: Carry,
         valid: Tensor | None,
         around: Around = as_it_is,
+        *,
+        some_stay: bool = True,
     ) -> None:
-        """Carry these entries. `valid` is 0-d bool, or [batch, 1, 1]; where it is False, a moment stays as it is."""
+        """Carry these entries. `valid` is 0-d bool, or [batch, 1, 1]; where it is False, a moment stays as it is.
+
+        `some_stay` is False if no matrix with a valid map has the identity for one.
+        """
+        looks = self.precision if some_stay else "float32"  # only of the search for identities
         firsts = [entry for entry in entries if entry.name in self.moments.first and entry.shape == shape]
         others = [entry for entry in entries if entry not in firsts]
         divided = [entry for entry in firsts if entry.name in self.moments.of_gradient]
         bounds = [self._bounds(entry, divided) if _squares(maps) else [] for entry in others]
         if maps.left is not None or maps.right is not None:
             for tensor in (*(entry.tensor for entry in firsts), *own_momenta):
-                rewrite(tensor, shape, around(first_moment_map(maps, self.precision)), valid, self.precision)
+                rewrite(tensor, shape, around(first_moment_map(maps, looks)), valid, self.precision)
         for entry, limits in zip(others, bounds, strict=True):
-            self._carry_second(entry, maps, valid, limits, around)
+            self._carry_second(entry, maps, valid, limits, around, looks)
 
     def _bounds(self, entry: Entry, divided: Sequence[Entry]) -> list[tuple[Entry, spec.Scalar]]:
         """Return the first moments that are divided by the root of `entry`, each with the bound c on the ratio."""
@@ -95,10 +101,16 @@ class MomentCarrier:
         return [(m, _largest_ratio(m, entry)) for m in divided if m.shape == entry.shape]
 
     def _carry_second(
-        self, entry: Entry, maps: Carry, valid: Tensor | None, limits: list[tuple[Entry, spec.Scalar]], around: Around
+        self,
+        entry: Entry,
+        maps: Carry,
+        valid: Tensor | None,
+        limits: list[tuple[Entry, spec.Scalar]],
+        around: Around,
+        looks: Precision,
     ) -> None:
         """Carry one second moment or norm, and raise it to the floors that follow from `limits`."""
-        change = second_moment_map(maps, self.precision, squared=not entry.is_norm)
+        change = second_moment_map(maps, looks, squared=not entry.is_norm)
         if change is None:
             return
         linear = around(change)

@@ -71,6 +71,6 @@ def _carry_stacked(
     by_matrix = valid
     if valid is not None:
         by_matrix = per_matrix(valid if batch == 1 else valid.repeat_interleave(batch, output_size=whole[0]))
-    carrier.carry_entries(stacks, (), whole, maps, by_matrix)
+    carrier.carry_entries(stacks, (), whole, maps, by_matrix, some_stay=valid is not None and batch > 1)
     for tensors, parts in copies:
         copy_to(tensors, parts)

@@ -1,23 +1,40 @@
-"""The refresh of stacked bases: of all parameters of one shape that are due together, and of several such shapes."""
+"""The refresh of stacked bases: all that are due in a step are refreshed together, whatever their shapes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from selective.preconditioner import Eigenbasis
 from selective.preconditioner.linalg import REFRESHED
-from selective.preconditioner.refresh_stacks import Due, Renewed, refresh_stacks, starts_alike
+from selective.preconditioner.refresh import solver_for
+from selective.preconditioner.refresh_stacks import Due, Renewed, refresh_stacks
 from selective.rotation.basis import CarriedTogether, Matrices
 from selective.rotation.stacks import Bucket
 
 
-def all_due(options: Eigenbasis, buckets: Sequence[Bucket], due: Collection[int]) -> list[Bucket]:
-    """Return the buckets of which every parameter is due, and none for the first time while others are not."""
-    return [b for b in buckets if all(i in due for i in b.indices) and starts_alike(options, b.state)]
+def due_runs(options: Eigenbasis, buckets: Sequence[Bucket], due: Collection[int]) -> list[Bucket]:
+    """Return the parameters that are due, as parts of stacks: those that lie one after the other.
+
+    One that is due for the first time is of another part than the others, because another solver makes its basis.
+    """
+    runs = []
+    for bucket in buckets:
+        solvers = [None] * len(bucket.indices)
+        if any(i in due for i in bucket.indices):
+            solvers = [solver_for(options.solver, count) for count in bucket.state["refreshes"].tolist()]
+        kinds = [solver if i in due else None for i, solver in zip(bucket.indices, solvers, strict=True)]
+        first = 0
+        for kind, members in groupby(kinds):
+            stop = first + len(list(members))
+            if kind is not None:
+                runs.append(bucket.run(first, stop))
+            first = stop
+    return runs
 
 
 def in_parts(options: Eigenbasis, buckets: Sequence[Bucket]) -> Iterator[list[Bucket]]:
@@ -41,7 +58,7 @@ def in_parts(options: Eigenbasis, buckets: Sequence[Bucket]) -> Iterator[list[Bu
 def refresh_together(
     options: Eigenbasis, buckets: Sequence[Bucket], finite: Mapping[int, Tensor], matrices: Matrices
 ) -> Iterator[CarriedTogether]:
-    """Refresh the bases of whole buckets, and yield what has to be carried once all of them are written.
+    """Refresh the bases of these buckets, and yield what has to be carried once all of them are written.
 
     `finite` is 0-d bool for each parameter: False if its gradient is not finite, which changes nothing of its basis.
     """

@@ -30,8 +30,8 @@ from selective.rotation.contract import (
 )
 from selective.rotation.refresh_gathered import gather_matrices, part_of, refresh_gathered
 from selective.rotation.refresh_sharded import refresh_shards
-from selective.rotation.refresh_together import all_due, in_parts, refresh_together
-from selective.rotation.stacks import Bucket, Stacks
+from selective.rotation.refresh_together import due_runs, in_parts, refresh_together
+from selective.rotation.stacks import Stacks
 
 # Elements of matrices whose bases are refreshed together, if the refresh does not read their gradients.
 BASES = 2**28
@@ -94,7 +94,7 @@ class Rotation:
     def refresh_due(self, matrices: Matrices, *, in_stacks: bool = False) -> Iterator[Carried | CarriedTogether]:
         """Refresh the bases that are due, and yield what has to be carried, bucket by bucket.
 
-        Stacks of which all bases are due are refreshed together. With `in_stacks`, what observes the gradients looks at
+        Stacked bases are refreshed together. With `in_stacks`, what observes the gradients looks at
         all of them after the step, and counts those that are not finite.
         """
         everything = list(range(len(self.bases)))
@@ -102,8 +102,7 @@ class Rotation:
         if in_stacks and not due_now:
             return
         observes, reads = self._ask("observes"), self._ask("refreshes_from_gradients")
-        together = self._due_together(due_now)
-        alone = due_now.difference(*(bucket.indices for bucket in together))
+        alone = due_now if self.stacks is None else set[int]()
         for indices in self.buckets(everything):
             due = [i for i in indices if i in alone]
             to_check = indices if observes and not in_stacks else [i for i in indices if i in due_now]
@@ -112,7 +111,8 @@ class Rotation:
                 self._check_finite(to_check, list(grads.values()), count=not (observes and in_stacks))
             if due and reads and self.bases[due[0]].shard is None:
                 yield from self._refresh(due, self._clean(due, [grads[i] for i in due]))
-        yield from self._refresh_together(together, matrices)
+        if self.stacks is not None:
+            yield from self._refresh_together(self.stacks, due_now, matrices)
         if not reads:
             unsharded = [i for i in everything if self.bases[i].shard is None]
             for due in self.buckets([i for i in unsharded if i in alone], BASES):
@@ -121,18 +121,10 @@ class Rotation:
                 yield from self._refresh(due, [unread] * len(due))
         yield from self._refresh_shards(sorted(due_now), matrices)
 
-    def _due_together(self, due_now: set[int]) -> list[Bucket]:
-        """Return the stacks of which all bases are due."""
-        if self.stacks is None or not due_now:
-            return []
+    def _refresh_together(self, stacks: Stacks, due: set[int], matrices: Matrices) -> Iterator[CarriedTogether]:
+        """Refresh stacked bases that are due."""
         assert isinstance(self.preconditioner, Eigenbasis)
-        return all_due(self.preconditioner, self.stacks.buckets, due_now)
-
-    def _refresh_together(self, buckets: list[Bucket], matrices: Matrices) -> Iterator[CarriedTogether]:
-        if not buckets:
-            return
-        assert isinstance(self.preconditioner, Eigenbasis)
-        for part in in_parts(self.preconditioner, buckets):
+        for part in in_parts(self.preconditioner, due_runs(self.preconditioner, stacks.buckets, due)):
             with self.named("refresh"):
                 carried = list(refresh_together(self.preconditioner, part, self._finite, matrices))
             self._refreshed.update(i for bucket in part for i in bucket.indices)

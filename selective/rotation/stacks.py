@@ -56,6 +56,14 @@ class Bucket:
         """The places of these parameters among all that are stacked."""
         return slice(self.start, self.start + len(self.indices))
 
+    def run(self, first: int, stop: int) -> Bucket:
+        """Return the bucket of the parameters from `first` to before `stop`, on parts of the same stacks."""
+        count = len(self.indices)
+        if (first, stop) == (0, count):
+            return self
+        state = {name: x[len(x) // count * first : len(x) // count * stop] for name, x in self.state.items()}
+        return Bucket(self.indices[first:stop], self.start + first, self.shape, state)
+
 
 class Stacks:
     """The stacked entries of the parameters of one group, on one device.
