@@ -33,7 +33,7 @@ class AdaDiag(Eigenbasis):
     statistic: Literal["gradient", "ema"] = "gradient"
     refresh_every: int = Field(default=200, ge=1)
     solver: SolverName = "eigh"
-    stagger: bool = False
+    stagger: bool | Literal["shapes"] = False
 
 
 class Soap(Eigenbasis):
@@ -59,4 +59,4 @@ class Soap(Eigenbasis):
 
     skip_first_step: bool = True
     solver: SolverName = "qr"
-    stagger: bool = False
+    stagger: bool | Literal["shapes"] = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -114,10 +115,15 @@ class Averaging:
 
     def __init__(self, shapes: Sequence[Shape], device: torch.device, not_finite: Tensor, skipped: Tensor) -> None:
         most = torch.finfo(torch.float32).max
-        limits = [math.sqrt(most / max(rows, columns)) / 2 for _, rows, columns in shapes]
-        self.limits = torch.tensor(limits, dtype=torch.float32, device=device)
-        batches = [batch for batch, _, _ in shapes]
-        self.batches = None if set(batches) == {1} else torch.tensor(batches, dtype=torch.int64, device=device)
+        runs = [(shape, len(list(run))) for shape, run in groupby(shapes)]  # made on the device: nobody waits for it
+        self.limits = torch.cat(
+            [
+                torch.full((count,), math.sqrt(most / max(rows, columns)) / 2, dtype=torch.float32, device=device)
+                for (_, rows, columns), count in runs
+            ]
+        )
+        batches = [torch.full((count,), batch, dtype=torch.int64, device=device) for (batch, _, _), count in runs]
+        self.batches = None if all(batch == 1 for batch, _, _ in shapes) else torch.cat(batches)
         self.not_finite, self.skipped = not_finite, skipped
 
     def look_at(self, parts: Sequence[Part], beta: float) -> Flags:
@@ -130,7 +136,7 @@ class Averaging:
         too_large = finite.logical_xor(fits)
         self.not_finite.add_(finite.logical_not())
         self.skipped.add_(too_large if self.batches is None else too_large * self.batches)
-        left_out, factors = fits.logical_not(), torch.where(too_large, 1.0, beta)
+        left_out, factors = fits.logical_not(), torch.full_like(largest, beta).masked_fill_(too_large, 1.0)
         return Flags(_by_matrix(left_out, parts), _by_matrix(factors, parts))
 
 

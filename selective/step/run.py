@@ -104,8 +104,9 @@ class StepRunner:
         report: StepStatistics | None,
     ) -> Rotation:
         """The rotation of these parameters of one group."""
-        bases, stacks = bases_of(plan, rotated, self.store, groups.places)
-        rotation = Rotation(rotation_plan.preconditioner, bases, len(groups.places), self.options.mask_space, stacks)
+        places, count = groups.turns(rotation_plan.preconditioner)
+        bases, stacks = bases_of(plan, rotated, self.store, places)
+        rotation = Rotation(rotation_plan.preconditioner, bases, count, self.options.mask_space, stacks)
         if report is not None:
             report.add_bases([p.name for p in rotated], rotation.report)
         return rotation

@@ -75,6 +75,16 @@ def test_a_steady_step_launches_as_much_for_many_matrices_as_for_few(name: str) 
     assert many["cat"] == many["stack"] == 0
 
 
+@pytest.mark.parametrize("statistic", ["ema", "gradient"])
+def test_a_refresh_launches_as_much_for_many_matrices_as_for_few(statistic: Any) -> None:
+    """Sides of one length are solved together, whatever their shapes: five lengths here, with two factors for each."""
+    solver = "cholesky" if statistic == "ema" else "eigh"
+    space = Eigenbasis(refresh_every=5, start_step=1, stagger=False, statistic=statistic, solver=solver)
+    few, many = (operations(count, space, number=6) for count in (2, 6))
+    assert few == many
+    assert many["linalg_cholesky_ex" if statistic == "ema" else "_linalg_eigh"] == (10 if statistic == "ema" else 5)
+
+
 def test_bucket_by_bucket_a_step_launches_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin."""
     bucket_by_bucket(monkeypatch)

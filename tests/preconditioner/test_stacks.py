@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 from rotated_twins import BASIS, SHAPES, both, bucket_by_bucket, build, in_stacks, members, numbers, step
 
-from selective import MGUP, AdaDiag, Dense, Eigenbasis, SelectiveUpdate, Soap
+from selective import MGUP, AdaDiag, Dense, Eigenbasis, PreconditionerError, SelectiveUpdate, Soap
+from selective.preconditioner import refresh as refreshing
+from selective.preconditioner.solvers import SOLVERS, Solved
 from selective.rotation.rotation import Rotation
 from selective.rotation.stacks import Stacks
 
@@ -74,24 +77,25 @@ def test_a_view_of_several_matrices(view: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
-def test_a_gradient_that_is_no_number_or_too_large(value: float) -> None:
-    """It is left out of the averages, and counted. The square of 3e38 is no float32 number."""
+@pytest.mark.parametrize("when", [2, 5])
+def test_a_gradient_that_is_no_number_or_too_large(value: float, when: int) -> None:
+    """It is left out of the averages, and counted. The square of 3e38 is no float32 number. Step 5 is a refresh."""
 
-    def run() -> tuple[dict[str, float], list[torch.Tensor]]:
+    def run() -> tuple[dict[str, float], list[torch.Tensor], Any]:
         optimizer = build(policy=Dense())
-        for number in range(5):
+        for number in range(6):
             for index, p in enumerate(members(optimizer)):
                 p.grad = numbers(p.shape, 100 * number + index)
-                if index == 1 and number == 2:
+                if index == 1 and number == when:
                     p.grad[0, 1] = value
             optimizer.step()
         states = [optimizer.state[members(optimizer)[i]] for i in (0, 1)]
         counts = {f"{i}{k}": float(s[k]) for i, s in enumerate(states) for k in (SKIPPED, BASIS + "skipped")}
-        return counts, [s[GRAM].plain() for s in states]  # type: ignore[attr-defined]
+        return counts, [s[GRAM].plain() for s in states], [dict(s) for s in states]
 
     SKIPPED = "selective/basis_skipped"
-    (counts, grams), expected = both(run)
-    assert_same((counts, grams), expected)
+    (counts, grams, states), expected = both(run)
+    assert_same((counts, grams, states), expected)
     finite = value == 3e38
     assert counts == {f"0{SKIPPED}": 0, f"0{BASIS}skipped": 0, f"1{SKIPPED}": not finite, f"1{BASIS}skipped": finite}
     assert all(gram.isfinite().all() for gram in grams)
@@ -110,6 +114,80 @@ def test_many_rounds_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selective.rotation.rotation.ROTATED", 30)
     assert_same(run(), whole)
     assert rounds == [1, 3]
+
+
+# --- refreshes ---
+
+
+@pytest.mark.parametrize("carry", ["squared", "rotate", "keep"])
+@pytest.mark.parametrize("statistic", ["ema", "gradient"])
+def test_solvers_that_fail_are_rescued_in_stacks_too(
+    statistic: Any, carry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result that is not orthogonal is computed in float64. What has no basis then keeps the old one."""
+    real, asked = SOLVERS["eigh"], []
+
+    def wrong(gram: torch.Tensor, old: torch.Tensor, sort: bool = True) -> Solved:
+        basis, *rest = real(gram, old, sort)
+        asked.append(gram.dtype)
+        is_bad = gram[:, 0, 0] < (0.9 if gram.dtype == torch.float32 else 0.5)
+        return Solved(torch.where(is_bad[:, None, None], 2 * basis, basis), *rest)
+
+    def run() -> dict[str, Any]:
+        optimizer = build(Eigenbasis(statistic=statistic, solver="eigh", carry=carry, refresh_every=2, start_step=3))
+        for number in range(8):
+            step(optimizer, number)
+        return outcome(optimizer)
+
+    monkeypatch.setitem(SOLVERS, "eigh", wrong)
+    monkeypatch.setattr(refreshing, "eigh", wrong)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # bases stay as they are
+        found, expected = both(run)
+    assert_same(found, expected)
+    counts = [[float(state[BASIS + name]) for state in found["states"] if GRAM in state or BASIS + "noise" in state]
+              for name in ("float64", "kept")]  # fmt: skip
+    assert sum(counts[0]) > 0 and sum(counts[1]) > 0
+    assert torch.float64 in asked
+
+
+def test_an_error_in_a_refresh_changes_no_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = build()
+    for number in range(4):
+        step(optimizer, number)
+    before = [{k: v.clone() for k, v in live(optimizer, i).items() if k.startswith(BASIS)} for i in (0, 1, 3, 4, 5, 6)]
+    monkeypatch.setattr("selective.preconditioner.refresh_stacks.carries", fails)
+    step(optimizer, 4)
+    with pytest.raises(PreconditionerError, match=r"Eigenbasis\.refresh failed: no maps"):
+        step(optimizer, 5)
+    step_4 = {"rows_gram", "columns_gram"}
+    for i, entries in zip((0, 1, 3, 4, 5, 6), before, strict=True):
+        for key, value in entries.items():
+            same = torch.equal(value, live(optimizer, i)[key])
+            assert same != (key.removeprefix(BASIS) in step_4), key
+
+
+def fails(*_: Any) -> None:
+    raise RuntimeError("no maps")
+
+
+def test_shapes_take_turns() -> None:
+    """Matrices of one shape in a group are refreshed in one step, and other shapes in other ones."""
+    optimizer = build(Eigenbasis(stagger="shapes", refresh_every=10))
+    rotated = [i for i, shape in enumerate(SHAPES) if len(shape) == 2]
+    turns: dict[int, list[int]] = {i: [] for i in rotated}
+    for number in range(32):
+        before = {i: int(live(optimizer, i)[BASIS + "refreshes"]) if number else 0 for i in rotated}
+        step(optimizer, number)
+        for i in rotated:
+            if int(live(optimizer, i)[BASIS + "refreshes"]) > before[i]:
+                turns[i].append(number)
+    kinds = [[0, 1], [3], [4], [5], [6]]  # by group and shape
+    assert all(turns[i] == turns[kind[0]] for kind in kinds for i in kind)
+    firsts = [turns[kind[0]][0] for kind in kinds]
+    assert firsts == [1, 3, 5, 7, 9]  # five turns in a first round of ten steps
+    for kind in kinds:
+        assert {b - a for a, b in zip(turns[kind[0]][1:], turns[kind[0]][2:], strict=False)} == {10}
 
 
 # --- what is changed from outside ---
@@ -165,7 +243,7 @@ def other_memory(optimizer: SelectiveUpdate) -> None:
 
 def exchanged_memory(optimizer: SelectiveUpdate) -> None:
     entry = live(optimizer)[GRAM]
-    entry.set_(torch.full_like(entry, 0.5))
+    entry.set_(torch.full_like(entry, 0.5))  # pyright: ignore[reportArgumentType]
 
 
 def other_bases_state(optimizer: SelectiveUpdate) -> None:
@@ -328,7 +406,9 @@ def test_a_saved_entry_does_not_carry_its_stack() -> None:
     torch.save(entries, file)
     torch.save({key: value.clone() for key, value in entries.items()}, plain)
     assert file.tell() == plain.tell()
-    stack = optimizer.groups.plans[0].kept_bases.stacks.buckets[0].state["rows_basis"]  # type: ignore[union-attr]
+    stacks = optimizer.groups.plans[0].kept_bases.stacks
+    assert stacks is not None
+    stack = stacks.buckets[0].state["rows_basis"]
     assert stack.nbytes == 5 * entries[BASIS + "rows_basis"].nbytes  # the twin: a view of it would save all five
     torch.save(stack[:1], twin := io.BytesIO())
     assert twin.tell() > stack.nbytes
