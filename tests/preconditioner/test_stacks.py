@@ -11,9 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_optimizer import Lion
 from rotated_twins import BASIS, SHAPES, both, bucket_by_bucket, build, in_stacks, members, numbers, step
 
-from selective import MGUP, AdaDiag, Dense, Eigenbasis, PreconditionerError, SelectiveUpdate, Soap
+from selective import (
+    MGUP,
+    AdaDiag,
+    CautiousDecay,
+    Dense,
+    Eigenbasis,
+    PreconditionerError,
+    RandomDecay,
+    RandomMask,
+    SelectiveUpdate,
+    Soap,
+)
 from selective.preconditioner import refresh as refreshing
 from selective.preconditioner.solvers import SOLVERS, Solved
 from selective.rotation.rotation import Rotation
@@ -56,6 +68,40 @@ def test_a_step_in_stacks_is_the_step_bucket_by_bucket(space: Any, base: str) ->
     seen: list[list[bool]] = []
     assert_same(*both(run))
     assert seen == [[False, False], [True, True]]
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], bool]] = {  # and if they are stepped in stacks
+    "a decay by the update": ({"policy": Dense(), "decay": CautiousDecay()}, True),
+    "a decay by the update that is masked": ({"decay": CautiousDecay()}, False),
+    "a decay at random": ({"decay": RandomDecay()}, False),
+    "a mask in the original space": ({"mask_space": "original"}, False),
+    "a policy's own code": ({"policy": lambda view: view.update.abs() > 1e-3}, False),
+    "products in bfloat16": ({"space": Eigenbasis(precision="bfloat16")}, False),
+    "a side that is left out": ({"space": Eigenbasis(max_state_ratio=2.5, start_step=2)}, True),
+    "stochastic rounding": ({"stochastic_rounding": True, "dtype": torch.bfloat16}, True),
+    "a random mask": ({"policy": RandomMask()}, True),
+    "no momentum": ({"policy": Dense(), "make": lambda groups: torch.optim.SGD(groups, lr=0.01)}, True),
+    "counts on the device": ({"make": lambda g: torch.optim.AdamW(g, lr=torch.tensor(0.01), capturable=True)}, True),
+    "Lion": ({"make": lambda groups: Lion(groups, lr=0.001, weight_decay=0.1)}, True),
+    "a base without a rule": ({"make": lambda groups: torch.optim.NAdam(groups, lr=0.01)}, False),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_is_stepped_in_stacks(name: str) -> None:
+    """The results are the same, and so is what takes the other way."""
+    options, planned = OPTIONS[name]
+
+    def run() -> dict[str, Any]:
+        optimizer = build(**{"shapes": (*SHAPES, (2, 12)), **options})
+        for number in range(5):
+            step(optimizer, number)
+        seen.append(any(in_stacks(optimizer)))
+        return outcome(optimizer)
+
+    seen: list[bool] = []
+    assert_same(*both(run))
+    assert seen == [False, planned]
 
 
 @pytest.mark.parametrize("view", ["conv", "experts", "rows:2", "columns:2"])

@@ -21,10 +21,15 @@ def numbers(shape: Any, seed: int) -> torch.Tensor:
 
 
 def build(
-    space: Any = None, policy: Any = None, make: Any = None, shapes: Sequence[tuple[int, ...]] = SHAPES, **options: Any
+    space: Any = None,
+    policy: Any = None,
+    make: Any = None,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> SelectiveUpdate:
     """An optimizer with two groups of these shapes. Averages get a few gradients, so that no basis is arbitrary."""
-    params = [torch.nn.Parameter(numbers(shape, i)) for i, shape in enumerate(shapes)]
+    params = [torch.nn.Parameter(numbers(shape, i).to(dtype)) for i, shape in enumerate(shapes)]
     groups = [{"params": params[:5]}, {"params": params[5:]}]
     base = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1) if make is None else make(groups)
     space = Eigenbasis(start_step=3, refresh_every=2, stagger=False) if space is None else space
