@@ -62,7 +62,7 @@ class Eigenbasis(Preconditioner):
     skip_first_step: bool = False
     """True: rotated parameters do not move in the first step, so that no step is taken in an unrotated space, as in
     SOAP. It is off by default because a step in the unrotated space is a good step of the base."""
-    stagger: bool | Literal["shapes"] = True
+    stagger: schedule.Stagger = True
     """True: refreshes are spread evenly over `refresh_every` steps, and the first ones over ten steps, so that no step
     pays for all. Parameters are counted and not weighed by size: a much larger one makes its step longer. "shapes":
     all matrices of one shape in a group are refreshed in the same step, and shapes take turns. That is fewer refreshes
