@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import is_
 
 from selective.parameter import Parameter
@@ -22,6 +22,12 @@ class KeptBases:
     made_of: tuple[object, ...] = ()
     bases: list[Basis] = field(default_factory=list)
     stacks: Stacks | None = None
+
+    def __post_init__(self) -> None:
+        # What statistics read of stacked bases: they are kept after the step, and the matrices shall not be with them.
+        self.counted = [
+            replace(basis, state={name: x for name, x in basis.state.items() if x.dim() == 0}) for basis in self.bases
+        ]
 
     def hold(self, parameters: Sequence[Parameter], made_of: tuple[object, ...]) -> bool:
         """True if they are those of these parameters, and nothing has changed since they were made."""

@@ -108,7 +108,10 @@ class StepRunner:
         bases, stacks = bases_of(plan, rotated, self.store, places)
         rotation = Rotation(rotation_plan.preconditioner, bases, count, self.options.mask_space, stacks)
         if report is not None:
-            report.add_bases([p.name for p in rotated], rotation.report)
+            reported = rotation
+            if stacks is not None:
+                reported = Rotation(rotation.preconditioner, plan.kept_bases.counted, count, self.options.mask_space)
+            report.add_bases([p.name for p in rotated], reported.report)
         return rotation
 
     def run(self, jobs: list[Job]) -> None:

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ from selective import (
 )
 from selective.preconditioner import refresh as refreshing
 from selective.preconditioner.solvers import SOLVERS, Solved
+from selective.rotation import stacks
 from selective.rotation.rotation import Rotation
 from selective.rotation.stacks import Stacks
 
@@ -458,9 +460,9 @@ def test_a_saved_entry_does_not_carry_its_stack() -> None:
     torch.save(entries, file)
     torch.save({key: value.clone() for key, value in entries.items()}, plain)
     assert file.tell() == plain.tell()
-    stacks = optimizer.groups.plans[0].kept_bases.stacks
-    assert stacks is not None
-    stack = stacks.buckets[0].state["rows_basis"]
+    kept = optimizer.groups.plans[0].kept_bases
+    assert kept.stacks is not None
+    stack = kept.stacks.buckets[0].state["rows_basis"]
     assert stack.nbytes == 5 * entries[BASIS + "rows_basis"].nbytes  # the twin: a view of it would save all five
     torch.save(stack[:1], twin := io.BytesIO())
     assert twin.tell() > stack.nbytes
@@ -507,10 +509,28 @@ def test_entries_are_there_once() -> None:
     step(optimizer, 3)
     kept = optimizer.groups.plans[0].kept_bases
     assert kept.stacks is not None
-    stacks = [x for bucket in kept.stacks.buckets for name, x in bucket.state.items() if x.dim() == 3]
+    wholes = [x for bucket in kept.stacks.buckets for name, x in bucket.state.items() if x.dim() == 3]
     entries = [v for basis in kept.bases for v in basis.state.values() if v.dim() == 3]
     assert len(kept.parameters) == len([s for s in SHAPES[:5] if len(s) == 2]) - 1
-    assert sum(x.nbytes for x in stacks) == sum(v.nbytes for v in entries)
-    assert sum(x.untyped_storage().nbytes() for x in stacks) == sum(v.nbytes for v in entries)
-    starts = {x.data_ptr() for x in stacks}
+    assert sum(x.nbytes for x in wholes) == sum(v.nbytes for v in entries)
+    assert sum(x.untyped_storage().nbytes() for x in wholes) == sum(v.nbytes for v in entries)
+    starts = {x.data_ptr() for x in wholes}
     assert all(any(start <= v.data_ptr() for start in starts) for v in entries)
+
+
+def test_one_stack_at_a_time_is_there_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors that a stack replaces are free before the next one is made: at first, and when a parameter joins."""
+    replaced: list[weakref.ref[torch.Tensor]] = []
+    real = stacks._stacked
+
+    def watched(name: str, tables: Any) -> torch.Tensor:
+        assert not any(ref() is not None for ref in replaced)
+        replaced.extend(weakref.ref(table[name]) for table in tables if table[name].dim() == 3)
+        return real(name, tables)
+
+    monkeypatch.setattr(stacks, "_stacked", watched)
+    optimizer = build(shapes=[(6, 4), (6, 4), (4, 6)])
+    for number in range(3):
+        step(optimizer, number, without=[2] if number < 2 else [])
+    assert len(replaced) > 2 * 4 and in_stacks(optimizer)[0]
+    assert not any(ref() is not None for ref in replaced)
