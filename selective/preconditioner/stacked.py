@@ -20,9 +20,9 @@ from selective.preconditioner.eigenbasis import Eigenbasis
 from selective.preconditioner.linalg import float32_products, in_precision, per_matrix
 from selective.preconditioner.matrices import lies_in_order
 
-LARGEST = 2**22
-"""Elements of the largest matrix that is copied into a stack in every step, 16 MiB, as in `linalg.STACKED`: the time
-for larger ones is not that of launches."""
+LARGEST = 3 * 2**20
+"""Elements of the largest matrix that is copied into a stack in every step, 12 MiB. The time for larger ones is not
+that of launches, and the copies would add to it: 16 bytes an element in a step. It has yet to be measured on a GPU."""
 
 
 def steps_in_stacks(preconditioner: Preconditioner) -> bool:
