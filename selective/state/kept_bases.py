@@ -12,7 +12,7 @@ from torch import Tensor
 from selective.parameter import Parameter
 from selective.plan.group_plan import GroupPlan
 from selective.plan.rotation_plan import RotationPlan
-from selective.preconditioner.stacked import fits_in_stacks, steps_in_stacks
+from selective.preconditioner.stacked import LARGEST, fits_in_stacks, steps_in_stacks
 from selective.rotation.basis import Basis
 from selective.rotation.kept_bases import KeptBases
 from selective.rotation.stacks import Stacks
@@ -73,13 +73,22 @@ def _keep(plan: GroupPlan, members: list[Parameter], store: StateStore, places: 
 
 
 def _can_be_stacked(rotation: RotationPlan, members: list[Parameter]) -> bool:
-    """True if these parameters can be stepped in stacks: plain tensors on one device, whose matrices are not large."""
-    if not members or rotation.capture.way != "fused" or not steps_in_stacks(rotation.preconditioner):
-        return False
+    """True if these parameters can be stepped in stacks."""
+    return bool(members) and why_not_stacked(rotation, members) is None
+
+
+def why_not_stacked(rotation: RotationPlan, members: list[Parameter]) -> str | None:
+    """Return the reason why these parameters can't be stepped in stacks, in words; None if they can."""
     tensors = [p.tensor for p in members]
-    return (
-        len({t.device for t in tensors}) == 1
-        and tensors[0].device.type in DEVICES
-        and not any(is_dtensor(t) for t in tensors)
-        and all(fits_in_stacks(t.shape, rotation.shapes[t]) for t in tensors)
-    )
+    if rotation.capture.way != "fused":
+        return "the base steps them by itself"
+    if not steps_in_stacks(rotation.preconditioner):
+        return f"{type(rotation.preconditioner).__name__} multiplies in bfloat16, or with code of its own"
+    if any(is_dtensor(t) for t in tensors):
+        return "one is a DTensor"
+    devices = {t.device for t in tensors}
+    if len(devices) > 1 or any(device.type not in DEVICES for device in devices):
+        return "they are not on one CPU or GPU"
+    if not all(fits_in_stacks(t.shape, rotation.shapes[t]) for t in tensors):
+        return f"one has matrices side by side, or one of more than {LARGEST:,} elements"
+    return None

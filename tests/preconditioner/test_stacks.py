@@ -27,6 +27,7 @@ from selective import (
     SelectiveUpdate,
     Soap,
 )
+from selective.explain.stacks import TOGETHER
 from selective.preconditioner import refresh as refreshing
 from selective.preconditioner.solvers import SOLVERS, Solved
 from selective.rotation import stacks
@@ -110,6 +111,9 @@ def test_what_is_stepped_in_stacks(name: str) -> None:
     seen: list[bool] = []
     assert_same(*both(run))
     assert seen == [False, planned]
+    said = build(**{"shapes": (*SHAPES, (2, 12)), **options}).explain()
+    assert (TOGETHER in said) == planned
+    assert ("few at a time: " in said) == (not planned and name != "a base without a rule")
 
 
 @pytest.mark.parametrize("view", ["conv", "experts", "rows:2", "columns:2"])
