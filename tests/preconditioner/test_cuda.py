@@ -16,7 +16,11 @@ pytestmark = pytest.mark.gpu
 
 SELDOM = Eigenbasis(refresh_every=100, stagger=False)
 SELDOM_IN_TF32 = Eigenbasis(refresh_every=100, stagger=False, precision="tf32")
-OFTEN = {"refresh_every": 2, "start_step": 3, "stagger": False}  # no basis is arbitrary after three gradients
+OFTEN: dict[str, Any] = {
+    "refresh_every": 2,
+    "start_step": 3,
+    "stagger": False,
+}  # no basis is arbitrary after three gradients
 SHAPES = ((64, 48), (48,), (64, 48), (1,))
 BASES: dict[str, Any] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
@@ -65,9 +69,11 @@ def test_a_step_without_a_refresh_does_not_wait_for_the_gpu(base: str, policy: P
     try:
         torch.cuda.set_sync_debug_mode("error")
         optimizer.step()
-        found = optimizer.statistics()
+        if isinstance(space, Turning):  # an eigenbasis counts its refreshes on the host, and statistics() reads that
+            optimizer.statistics()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    found = optimizer.statistics()
     assert all(value.is_cuda for entry in found.values() for value in entry.values())
 
 
@@ -93,9 +99,7 @@ def test_a_refresh_in_stacks_waits_once_for_the_gpu(stagger: Any) -> None:
     assert (min(waits), max(waits)) == (0, 1)
 
 
-@pytest.mark.parametrize(
-    "space", [Eigenbasis(stagger=False), Eigenbasis(sides="one"), AdaDiag(refresh_every=3)], ids=repr
-)
+@pytest.mark.parametrize("space", [Eigenbasis(**OFTEN), Eigenbasis(sides="one", **OFTEN), AdaDiag(refresh_every=3)])
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
 def test_a_gpu_steps_in_stacks_as_bucket_by_bucket(base: str, space: Any) -> None:
     def run() -> list[torch.Tensor]:
@@ -104,6 +108,5 @@ def test_a_gpu_steps_in_stacks_as_bucket_by_bucket(base: str, space: Any) -> Non
         return [p.detach().cpu() for p in params]
 
     for a, b in zip(*both(run), strict=True):
-        torch.testing.assert_close(
-            a, b, rtol=1e-3, atol=1e-4
-        )  # products of 64 terms, a basis from them, Adam's division
+        # products of 64 terms, bases that are made of such products, and Adam's division
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
