@@ -20,6 +20,7 @@ from selective.capture.job import DenseJob, Job, StepContext
 from selective.capture.muon import MuonJob
 from selective.capture.rotated import RotatedJob
 from selective.capture.rotated_fused import RotatedFusedJob
+from selective.capture.rotated_planned import KeptStep
 from selective.capture.rotated_stepped import RotatedDeltaJob, RotatedScratchJob
 from selective.capture.scratch import ScratchJob
 from selective.parameter import Parameter
@@ -70,6 +71,7 @@ class Capture:
         parameters: list[Parameter],
         rotation: Rotation,
         kept_items: KeptItems,
+        kept_step: KeptStep,
         all_rotated: bool,
     ) -> RotatedJob:
         """Make the job of a group's rotated parameters.
@@ -84,6 +86,7 @@ class Capture:
         if self.way == "fused":
             options |= {
                 "fused_rule": self.rule,
+                "kept_step": kept_step,
                 "hides_gradients": isinstance(unrotated_job, DenseJob) and not all_rotated,
                 "all_rotated": all_rotated,
             }

@@ -23,8 +23,9 @@ from selective.kernels import apply_mask, selective_step, spec
 from selective.policies import Dense
 from selective.policies.kernel_terms import specs_of
 from selective.preconditioner import as_matrix
-from selective.rotation.basis import Carried
+from selective.rotation.basis import Carried, CarriedTogether
 from selective.rotation.carry import MomentCarrier, as_it_is
+from selective.rotation.carry_together import carry_together
 from selective.rotation.contract import is_foreign
 from selective.rotation.moments import moments_of
 from selective.rotation.refresh_gathered import through_gather
@@ -57,12 +58,23 @@ class RotatedJob(GenericJob):
         if self.own_code:
             self.saved = foreach.copies(self.tensors())
         self.gradients = self._effective_gradients()
-        for carried in self.rotation.refresh_due(self._matrices):
-            self._carry(carried)
-        self.moving = [i for i in range(self.count) if not self.rotation.stands_still(i)]
+        self.moving = self.rotation.moving()
+        for carried in self.rotation.refresh_due(self._matrices, in_stacks=self.steps_in_stacks()):
+            if isinstance(carried, CarriedTogether):
+                params = [self.parameters[i].tensor for i in carried.indices]
+                shape = self.rotation.bases[carried.indices[0]].shape
+                carry_together(self._carrier, params, shape, carried.maps, carried.valid)
+            else:
+                self._carry(carried)
+
+    def steps_in_stacks(self) -> bool:
+        """True if all parameters are stepped together, in the stacks of their bases."""
+        return False
 
     def raw_grads(self) -> list[Tensor]:
         """Return this rank's parts of the gradients. All tensors of a job but the parameters themselves are parts."""
+        if self.rotation.stacks is not None:  # all of them are plain tensors
+            return super().raw_grads()
         return [local_like(p.grad, p) for p in self.tensors() if p.grad is not None]
 
     def _effective_gradients(self) -> list[Tensor]:

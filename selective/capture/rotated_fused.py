@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective.base.fused_rules import FusedRule
+from selective.base.fused_rules import FusedRule, FusedSGD
 from selective.base.lent_gradients import LentGradients
 from selective.capture.rotated import RotatedJob
+from selective.capture.rotated_planned import Calls, KeptStep, everything_as_it_is
 from selective.kernels import advance, begin_sharded, selective_step, spec
+from selective.parameter import Parameter
 from selective.policies import Dense
 from selective.policies.kernel_terms import specs_of
+from selective.preconditioner.stacked import StackedEigenbasis
 from selective.sharding.dtensor import is_dtensor, local_like, wrapped_like
 
 
@@ -31,11 +34,20 @@ class RotatedFusedJob(RotatedJob):
     steps_base = False
 
     def __init__(
-        self, *args: Any, fused_rule: FusedRule, hides_gradients: bool, all_rotated: bool, **kwargs: Any
+        self,
+        *args: Any,
+        fused_rule: FusedRule,
+        kept_step: KeptStep,
+        hides_gradients: bool,
+        all_rotated: bool,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.fused_rule, self.hides_gradients, self.all_rotated = fused_rule, hides_gradients, all_rotated
+        self.kept_step = kept_step
         self.hidden = LentGradients()
+        self.in_kernel = self.specs is not None and not self.in_original and not self.decays_by_unmasked
+        self.in_stacks = False
 
     def before_base(self) -> None:
         super().before_base()
@@ -46,13 +58,88 @@ class RotatedFusedJob(RotatedJob):
 
     def after_base(self) -> None:
         self.hidden.give_back()
-        in_kernel = self.specs is not None and not self.in_original and not self.decays_by_unmasked
-        for indices in self.rotation.buckets(self.moving, self.rotation.bucket_elements(narrow=in_kernel)):
-            grads = [self.gradients[i] for i in indices]
-            self._step(indices, self.rotation.gradients_in(indices, grads, narrow=in_kernel), in_kernel)
+        if self.in_stacks:
+            self._step_in_stacks()
+        else:
+            for indices in self.rotation.buckets(self.moving, self.rotation.bucket_elements(narrow=self.in_kernel)):
+                grads = [self.gradients[i] for i in indices]
+                rotated = self.rotation.gradients_in(indices, grads, narrow=self.in_kernel)
+                self._step(indices, rotated, self.in_kernel)
+            self.rotation.observe(self._matrices)
+        self.rotation.count_steps()
         if self.all_rotated:  # otherwise the group's other job does it
             self.fused_rule.count_step_in_group(self.group)
-        self.close()
+
+    def steps_in_stacks(self) -> bool:
+        """True if `PlannedStep` has all that this step needs: one factor of decay, all moments, and everyone moves."""
+        self.in_stacks = (
+            self.rotation.stacks is not None
+            and self.in_kernel
+            and not self.facts.decay_per_parameter
+            and len(self.moving) == self.count
+            and not self._lacks_momentum()
+        )
+        return self.in_stacks
+
+    def _lacks_momentum(self) -> bool:
+        """True if SGD makes a momentum in this step, whose dtype then follows from the gradient's."""
+        if not isinstance(self.fused_rule, FusedSGD) or not self.fused_rule.has_momentum(self.group):
+            return False
+        table = self.context.base.state
+        return any(table[p].get("momentum_buffer") is None for p in self.tensors())
+
+    def _states(self) -> list[dict[str, Any]]:
+        """Return the base's state of all parameters, made if missing."""
+        table, tensors = self.context.base.state, self.tensors()
+        states = [table[p] for p in tensors]
+        for p, state in zip(tensors, states, strict=True):
+            if not state:
+                self.fused_rule.init_state(self.group, p, state)
+        return states
+
+    def _step_in_stacks(self) -> None:
+        """Take steps 4 to 8 for all parameters together."""
+        rotation, context = self.rotation, self.context
+        assert rotation.stacks is not None
+        limit = rotation.bucket_elements(narrow=True)
+        planned = self.kept_step.get(
+            rotation.stacks, self.parameters, self._states(), context.own_table, context.own_state, limit
+        )
+        basis = StackedEigenbasis(rotation.preconditioner)  # type: ignore[arg-type]  # as `Stacks` are of these alone
+        planned.step(rotation, basis, self.gradients, self._kernel_calls())
+        planned.observe(rotation, basis, self.gradients)
+
+    def _kernel_calls(self) -> Calls:
+        """Return the arguments of the kernel calls of a step in stacks."""
+        assert self.specs is not None
+        report, draw = self.context.report, self.context.draw_on(self.parameters[0].tensor.device)
+        everything, as_it_is = everything_as_it_is()
+
+        def add(parameters: list[Parameter], sums: Sequence[spec.Sums]) -> None:
+            assert report is not None
+            report.add_all([parameter.name for parameter in parameters], sums)
+
+        rule_call = {
+            "rule": self._undecayed_rule(), "selection": self.specs[0], "strength": self.specs[1],
+            "draw": replace(draw, stochastic=False),  # the parameter is rounded when it is written
+            "statistics": report is not None,
+        }  # fmt: skip
+        rate = 1.0 if self.decay is None else self.rate
+        write_call = {
+            "rule": spec.GivenRule(self.factors[0], 0.0, negated=True, rate=rate),
+            "selection": everything, "strength": as_it_is, "draw": draw,
+            "decay": None if self.decay is None else self.decay.spec("update"),
+        }  # fmt: skip
+        return Calls(rule_call, write_call, add)
+
+    def _undecayed_rule(self) -> spec.Rule:
+        """Return the rule of the rotated space.
+
+        Coupled decay and `maximize` are in the gradient already, decoupled decay is a factor on the parameter.
+        """
+        rule = self.fused_rule.kernel_rule(self.context.base, self.group)
+        undecayed: Any = {"decay_factor": 1.0} if isinstance(rule, spec.LionRule) else {}
+        return replace(rule, weight_decay=0.0, maximize=False, **undecayed)
 
     def restore(self) -> None:
         self.hidden.give_back()
@@ -60,10 +147,7 @@ class RotatedFusedJob(RotatedJob):
 
     def _step(self, indices: list[int], rotated: list[Tensor], in_kernel: bool) -> None:
         """Step one bucket on its rotated gradients; with `in_kernel` the kernel of the rule also masks."""
-        rule = self.fused_rule.kernel_rule(self.context.base, self.group)
-        # Coupled decay and `maximize` are in the gradient already, decoupled decay is a factor on the parameter.
-        undecayed: Any = {"decay_factor": 1.0} if isinstance(rule, spec.LionRule) else {}
-        rule = replace(rule, weight_decay=0.0, maximize=False, **undecayed)
+        rule = self._undecayed_rule()
         states: list[dict[str, Any]] = []  # with this rank's parts of sharded entries
         base_states: list[dict[str, Any]] = []  # the base's own dictionaries
         without_buffer = []  # SGD: state and dtype of parameters whose momentum the rule is about to make

@@ -14,6 +14,7 @@ from selective.explain.own_code import why_own_code
 from selective.explain.rate import rate_advice
 from selective.explain.rotated import explain_rotations
 from selective.explain.sharded import explain_shards, in_plain_torch
+from selective.explain.stacks import explain_stacks
 from selective.kernels import backend_in_use, spec, why_reference
 from selective.parameter import initialized
 from selective.plan.group_plan import GroupPlan
@@ -42,7 +43,9 @@ def explain(base: Optimizer, plans: Sequence[GroupPlan], options: Options, store
         total += lasting
         lines += [_title(members), *_facts(base, plan, options)]
         rotations = [one.rotation for one in members if one.rotation is not None]
-        lines += explain_rotations(rotations, policy, options.mask_space) if rotations else []
+        if rotations:
+            on_stacks = explain_stacks(members, options.mask_space)
+            lines += explain_rotations(rotations, policy, options.mask_space, on_stacks)
         lines += _under("memory", memory)
         advice = rate_advice(policy, _rotating(plan))
         lines += [] if advice is None else [f"  rate      {advice}"]

@@ -15,13 +15,18 @@ _MOST = 6  # names in one line
 _SHARDED = "nothing is sent for it in a step, two all-reduces in one with a refresh; state_dict() sums up averages"
 
 
-def explain_rotations(rotations: Sequence[RotationPlan], policy: Policy, mask_space: str) -> list[str]:
-    """The lines of groups that are alike, under those that hold for the parameters that are not rotated."""
+def explain_rotations(
+    rotations: Sequence[RotationPlan], policy: Policy, mask_space: str, on_stacks: Sequence[str]
+) -> list[str]:
+    """The lines of groups that are alike, under those that hold for the parameters that are not rotated.
+
+    `on_stacks` are the lines that say how the rotated ones are stepped together.
+    """
     first = rotations[0]
     lines = [f"  rotated   {_rotated(rotations)}, by {first.preconditioner!r}"]
     params = [(rotation, p) for rotation in rotations for p in rotation.shapes]
     if params:
-        lines.append(f"            {first.capture.way}: {_way(first)}")
+        lines += [f"            {first.capture.way}: {_way(first)}", *on_stacks]
         gathered = [p for rotation, p in params if p in rotation.gathered]
         sharded = sum(shard_of(p) is not None for _, p in params) - len(gathered)
         if sharded:

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 from selective.capture.choose import Capture, GroupFlags
 from selective.capture.items import KeptItems
+from selective.capture.rotated_planned import KeptStep
 from selective.parameter import Parameter
 from selective.plan.group_params import GroupParams
 from selective.plan.policy_groups import PolicyGroup, PreconditionerGroup
 from selective.plan.rotation_plan import RotationPlan
 from selective.policies import Decay, Dense, Policy
 from selective.preconditioner import Shape
+from selective.rotation.kept_bases import KeptBases
 
 
 class Choice(NamedTuple):
@@ -35,6 +37,8 @@ class GroupPlan:
     kept: KeptItems = field(default_factory=KeptItems)  # of the parameters that are not rotated ...
     kept_rotated: KeptItems = field(default_factory=KeptItems)  # ... and of those that are
     flags: GroupFlags = field(default_factory=GroupFlags)  # of the base's group
+    kept_bases: KeptBases = field(default_factory=KeptBases)
+    kept_step: KeptStep = field(default_factory=KeptStep)  # of those that are rotated together in stacks
     keys_checked: int = 0  # the number of the group's keys when they were last looked at ...
     keys_warned: set[str] = field(default_factory=set)  # ... and those that were warned of
 
@@ -90,11 +94,18 @@ class GroupPlan:
     def replace_params(self, params: GroupParams) -> None:
         """Replace the parameter list, and start with empty `KeptItems`."""
         self.params, self.kept, self.kept_rotated = params, KeptItems(), KeptItems()
+        self.forget_bases()
 
     def forget_items(self) -> None:
         """Drop the kernels' items; the next step rebuilds them from the state that is there then."""
         self.kept.drop()
         self.kept_rotated.drop()
+        self.forget_bases()
+
+    def forget_bases(self) -> None:
+        """Drop the bases and what was made of them, so that entries which are replaced are freed."""
+        self.kept_bases = KeptBases()
+        self.kept_step.drop()
 
     def look_anew(self) -> None:
         """Drop the items and the marks, because state was replaced: the next step rebuilds and rechecks."""

@@ -20,6 +20,7 @@ from selective.plan.policy_groups import KEYS, PolicyGroup, take_decay, take_pol
 from selective.plan.refusals import check_complete, check_decay, check_flattened, check_momentum, check_shards
 from selective.plan.rotation_plan import RotationPlan, check_change
 from selective.plan.shared_parameters import check_sharing
+from selective.preconditioner import Preconditioner
 from selective.rotation.moments import check_moments, moments_of
 from selective.sharding.dtensor import shard_of
 
@@ -34,10 +35,10 @@ class Changes(NamedTuple):
 class Groups:
     """A plan for each of the base's parameter groups.
 
-    `policies` are the public `policy_groups`. `places` numbers all rotated parameters. `first_address` is the address
-    of the first parameter: not 0 if other optimizers that step together with this one come before it. A copy of an
-    optimizer is given the `choices` of the original, one for each policy, by which it notices that a policy was
-    switched.
+    `policies` are the public `policy_groups`. `places` numbers all rotated parameters, `shape_places` has for each the
+    number of its group and shape. `first_address` is the address of the first parameter: not 0 if other optimizers that
+    step together with this one come before it. A copy of an optimizer is given the `choices` of the original, one for
+    each policy, by which it notices that a policy was switched.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Groups:
         self.policies = [] if policies is None else policies
         self.plans: list[GroupPlan] = []
         self.places: dict[Tensor, int] = {}
+        self.shape_places: dict[Tensor, int] = {}
         self.first_address = 0
         self.recorded: list[DeviceItems] = []  # of groups that were edited since: CUDA graphs read their tables
         self._edited = False  # whether parameters have left a group, and may have left all
@@ -112,6 +114,7 @@ class Groups:
             return None
         there = {p for plan in self.plans for p in plan.params.tensors}
         self.places = {p: place for p, place in self.places.items() if p in there}
+        self.shape_places = {p: place for p, place in self.shape_places.items() if p in there}
         for plan in self.plans:
             if plan.rotation is not None:
                 plan.rotation.forget_all_but(there)
@@ -137,6 +140,12 @@ class Groups:
         """Return the chosen capture for each policy; None if none was chosen yet."""
         return [self._choice_of(policy_group) for policy_group in self.policies]
 
+    def turns(self, preconditioner: Preconditioner) -> tuple[dict[Tensor, int], int]:
+        """Return the numbers by which this preconditioner's refreshes take turns, and how many there are."""
+        if preconditioner.turns_of() == "parameters":
+            return self.places, len(self.places)
+        return self.shape_places, max(self.shape_places.values(), default=0) + 1
+
     def plan_of(self, param: object) -> GroupPlan | None:
         """Return the plan of the group that has this parameter; None if none has it."""
         return next((plan for plan in self.plans if plan.params.has(param)), None)
@@ -148,7 +157,7 @@ class Groups:
             (group, group.policy, group.decaying.decay, group.preconditioning, dict(vars(group.preconditioning)))
             for group in self.policies
         ]
-        places = self.places
+        places, shape_places = self.places, self.shape_places
 
         def undo() -> None:
             self.policies[:] = [group for group, *_ in policies]
@@ -158,7 +167,7 @@ class Groups:
             self.plans[:] = [plan for plan, *_ in plans]
             for plan, choice, rotation in plans:
                 plan.choice, plan.rotation = choice, rotation
-            self.places = places
+            self.places, self.shape_places = places, shape_places
             self.update_plans()
             self.look_anew()
 
@@ -239,6 +248,9 @@ class Groups:
         if rotations != [plan.rotation for plan in self.plans]:
             tensors = [p for rotation in rotations if rotation is not None for p in rotation.shapes]
             self.places = {p: place for place, p in enumerate(tensors)}
+            kinds = {p: (n, r.shapes[p]) for n, r in enumerate(rotations) if r is not None for p in r.shapes}
+            numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds.values()))}
+            self.shape_places = {p: numbers[kind] for p, kind in kinds.items()}
         for plan, rotation in zip(self.plans, rotations, strict=True):
             plan.rotation = rotation
 

@@ -130,10 +130,15 @@ class Preconditioner(Configured):
         Args:
             steps: the number of earlier steps in which this parameter had a gradient. A parameter whose first gradient
                 comes late starts at 0.
-            place: the number of the parameter among the rotated ones, by which refreshes can be spread over steps.
-            count: the number of rotated parameters.
+            place: the number of the parameter among the rotated ones, by which refreshes can be spread over steps; or
+                that of its shape and group (`turns_of`).
+            count: the number of rotated parameters, or of shapes.
         """
         return False
+
+    def turns_of(self) -> Literal["parameters", "shapes"]:
+        """Return "shapes" if `is_due` is given the number of a parameter's shape in the place of its own number."""
+        return "parameters"
 
     def is_overdue(self, state: State, steps: int) -> bool:
         """Return True if a parameter that is not due is refreshed all the same, because it got no basis when it was.

@@ -62,9 +62,11 @@ class Eigenbasis(Preconditioner):
     skip_first_step: bool = False
     """True: rotated parameters do not move in the first step, so that no step is taken in an unrotated space, as in
     SOAP. It is off by default because a step in the unrotated space is a good step of the base."""
-    stagger: bool = True
+    stagger: schedule.Stagger = True
     """True: refreshes are spread evenly over `refresh_every` steps, and the first ones over ten steps, so that no step
-    pays for all. Parameters are counted and not weighed by size: a much larger one makes its step longer."""
+    pays for all. Parameters are counted and not weighed by size: a much larger one makes its step longer. "shapes":
+    all matrices of one shape in a group are refreshed in the same step, and shapes take turns. That is fewer refreshes
+    of more matrices each, which fill a GPU better."""
     solver: SolverName = "cholesky"
     """The method. "eigh" and "svd" start from scratch and are exact; with the statistic "gradient", "svd" is that of
     the gradient itself. "qr" and "cholesky" take one step of subspace iteration from the old basis, which is enough for
@@ -158,8 +160,11 @@ class Eigenbasis(Preconditioner):
 
     def is_due(self, steps: int, place: int, count: int) -> bool:
         start = max(self.start_step, 1) if self.statistic == "ema" else self.start_step
-        every, stagger = self.refresh_every, self.stagger
+        every, stagger = self.refresh_every, bool(self.stagger)
         return schedule.is_due(steps, place, count, start=start, every=every, stagger=stagger)
+
+    def turns_of(self) -> Literal["parameters", "shapes"]:
+        return "shapes" if self.stagger == "shapes" else "parameters"
 
     def is_overdue(self, state: State, steps: int) -> bool:
         # A first gradient of zeros (LoRA's A, an expert without tokens) or one that is not finite gives no basis, and

@@ -25,6 +25,7 @@ class Problem(NamedTuple):
     usable: Tensor  # bool [batch]: False where `matrix` is the identity in place of one that cannot be solved
     solve: Callable[[Tensor, list[Tensor]], list[Solved]]
     last: Callable[[Tensor, list[Tensor]], list[Solved]]  # the solver of the last fallback
+    name: str = ""  # of the solver: problems of one name can be solved as one
 
 
 class NewBasis(NamedTuple):
@@ -41,10 +42,16 @@ class NewBasis(NamedTuple):
 
 def solve_all(problems: Sequence[Problem]) -> tuple[list[list[NewBasis]], bool]:
     """Return the new bases of each problem, and True if every matrix got one: then the host need not check each."""
+    return solve_and_read(problems, None)[:2]
+
+
+def solve_and_read(problems: Sequence[Problem], flag: Tensor | None) -> tuple[list[list[NewBasis]], bool, bool]:
+    """As `solve_all`; return also the value of `flag`, a 0-d bool on the device, without another wait for it."""
     done = [_attempt(problem, problem.solve, torch.float32, problem.matrix.device) for problem in problems]
     bad = [~_all_trusted(sides) for sides in done]
     flags = torch.stack([torch.stack((b & j.usable, ~j.usable)).any(1) for b, j in zip(bad, problems, strict=True)])
-    failed, unusable = flags.any(0).tolist()  # the one place that waits for the device
+    read = flags.any(0) if flag is None else torch.cat((flags.any(0), flag.view(1)))
+    failed, unusable, *rest = read.tolist()  # the one place that waits for the device
     results = []
     for problem, sides in zip(problems, done, strict=True):
         nothing = torch.zeros_like(problem.usable)
@@ -52,7 +59,7 @@ def solve_all(problems: Sequence[Problem]) -> tuple[list[list[NewBasis]], bool]:
         results.append(_select(problem, *tries, everything=not (failed or unusable)))
     if failed:
         _warn(sum(int(side.kept.sum()) for sides in results for side in sides))  # waits, as each further try has
-    return results, not (failed or unusable)
+    return results, not (failed or unusable), any(rest)
 
 
 def _warn(kept: int) -> None:

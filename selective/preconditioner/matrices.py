@@ -101,6 +101,11 @@ def from_matrices(x: Tensor, size: torch.Size) -> Tensor:
     return x.reshape(*size[:-2], count, rows, columns).movedim(-3, -2).reshape(size)
 
 
+def lies_in_order(size: torch.Size, shape: Shape) -> bool:
+    """True if a contiguous tensor of this size lies in memory as its matrices do, one after the other."""
+    return _side_by_side(size, shape) == 1
+
+
 def _side_by_side(size: torch.Size, shape: Shape) -> int:
     """Return how many of the matrices of `shape` lie side by side in a tensor of `size`: 1 but for "columns:k".
 

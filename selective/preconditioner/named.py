@@ -8,6 +8,7 @@ from pydantic import Field
 
 from selective.preconditioner.eigenbasis import Eigenbasis
 from selective.preconditioner.gram import Sides
+from selective.preconditioner.schedule import Stagger
 from selective.preconditioner.solvers import SolverName
 
 
@@ -33,7 +34,7 @@ class AdaDiag(Eigenbasis):
     statistic: Literal["gradient", "ema"] = "gradient"
     refresh_every: int = Field(default=200, ge=1)
     solver: SolverName = "eigh"
-    stagger: bool = False
+    stagger: Stagger = False
 
 
 class Soap(Eigenbasis):
@@ -59,4 +60,4 @@ class Soap(Eigenbasis):
 
     skip_first_step: bool = True
     solver: SolverName = "qr"
-    stagger: bool = False
+    stagger: Stagger = False

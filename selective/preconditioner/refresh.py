@@ -63,7 +63,7 @@ def refresh(
     numel = batch * max({"rows": rows, "columns": columns}[side] for side in sides) ** 2
     if options.statistic == "gradient":
         numel = max(numel, batch * rows * columns)
-    solvers = [_solver_for(options.solver, state) for state in states]
+    solvers = [solver_for(options.solver, int(state["refreshes"])) for state in states]
     for solver in SOLVERS:
         indices = [i for i, chosen in enumerate(solvers) if chosen == solver]
         for bucket in batches(len(indices), numel, REFRESHED):
@@ -74,32 +74,35 @@ def refresh(
     return carries
 
 
-def _solver_for(solver: SolverName, state: State) -> SolverName:
-    return "eigh" if solver in WARM and not int(state["refreshes"]) else solver
+def solver_for(solver: SolverName, refreshes: int) -> SolverName:
+    """Return the solver of a basis that was refreshed so often: the first one is made by eigh."""
+    return "eigh" if solver in WARM and not refreshes else solver
 
 
 def _refresh(
     options: Options, solver: SolverName, sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor]
 ) -> list[Carry | None]:
     old: dict[Side, Tensor] = {side: stack([state[f"{side}_basis"] for state in states]) for side in sides}
-    problems, inputs = _problems(options, solver, sides, old, states, grads)
+    problems, inputs = problems_of(options, solver, sides, old, states, grads)
     solved, everything = solve_all(problems)
     bases: dict[Side, NewBasis] = dict(zip(sides, [basis for problem in solved for basis in problem], strict=True))
     batch = len(grads[0])
-    _count(states, batch, list(bases.values()), inputs)
+    if not everything:
+        _count(states, batch, list(bases.values()), inputs)
     if "noise" in states[0]:
-        _set_noise(states, batch, inputs[0], next(iter(bases.values())), options.floor)
+        noise = noise_of(inputs[0], next(iter(bases.values())), options.floor)
+        copy_to([state["noise"] for state in states], noise.split(batch))
     changed = torch.stack([new_basis.changed for new_basis in bases.values()]).any(0)
     news = [True] * len(states) if everything else [bool(part.any()) for part in changed.split(batch)]
     for state, new in zip(states, news, strict=True):
         state["refreshes"].add_(int(new))
-    carries = _carries(options, bases, old, news, batch, everything)
+    maps = carries(options, bases, old, news, batch, everything)
     for side, new_basis in bases.items():  # last, because `old` may be a view of the bases in the states
         copy_to([state[f"{side}_basis"] for state in states], new_basis.basis.split(batch))
-    return carries
+    return maps
 
 
-def _problems(
+def problems_of(
     options: Options,
     solver: SolverName,
     sides: Sequence[Side],
@@ -121,7 +124,7 @@ def _problems(
     sort = options.carry != "keep"
     solve = partial(_one_side, SOLVERS[solver], sort)
     last = partial(_one_side, eigh, sort)
-    problems = [Problem(i.matrix, [old[s]], i.usable, solve, last) for i, s in zip(inputs, sides, strict=True)]
+    problems = [Problem(i.matrix, [old[s]], i.usable, solve, last, solver) for i, s in zip(inputs, sides, strict=True)]
     return problems, inputs
 
 
@@ -158,23 +161,27 @@ def _normalised(grams: Tensor, grad: Input | None = None) -> Input:
 
 def _count(states: Sequence[State], batch: int, bases: Sequence[NewBasis], inputs: Sequence[Input]) -> None:
     """Add to the counters of the states; a matrix counts once, even if several of its sides are concerned."""
-    counts = {
+    for name, which in faults(bases, inputs).items():
+        add_to([state[name] for state in states], which.view(-1, batch).sum(1))
+
+
+def faults(bases: Sequence[NewBasis], inputs: Sequence[Input]) -> dict[str, Tensor]:
+    """Return for each of `COUNTS` which matrices it concerns, on any of their sides: bool [batch]."""
+    return {
         "skipped": torch.stack([~i.finite for i in inputs]).any(0),
         "float64": torch.stack([b.float64 for b in bases]).any(0),
         "cpu": torch.stack([b.cpu for b in bases]).any(0),
         "kept": torch.stack([b.kept for b in bases]).any(0),
     }
-    for name, which in counts.items():
-        add_to([state[name] for state in states], which.view(-1, batch).sum(1))
 
 
-def _set_noise(states: Sequence[State], batch: int, matrix: Input, basis: NewBasis, floor: float) -> None:
+def noise_of(matrix: Input, basis: NewBasis, floor: float) -> Tensor:
+    """Return the size of rounding noise in rotated gradients, [batch]; 0 where the basis is not new."""
     largest = matrix.scale * basis.values.amax(-1).clamp(min=0).sqrt()  # the gradient's σ₁
-    noise = torch.where(basis.changed, floor * torch.finfo(torch.float32).eps * largest, 0.0)
-    copy_to([state["noise"] for state in states], noise.split(batch))
+    return torch.where(basis.changed, floor * torch.finfo(torch.float32).eps * largest, 0.0)
 
 
-def _carries(
+def carries(
     options: Options,
     bases: dict[Side, NewBasis],
     old: dict[Side, Tensor],
@@ -182,6 +189,10 @@ def _carries(
     batch: int,
     everything: bool,
 ) -> list[Carry | None]:
+    """Return the maps from the old bases to the new ones, for each `batch` of matrices; None where nothing is new.
+
+    `everything` is True if each matrix has a new basis.
+    """
     if options.carry == "keep":
         return [Carry() if new else None for new in news]
     parts: dict[str, Sequence[Tensor | None]] = {}

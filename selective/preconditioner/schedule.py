@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+Stagger = Literal[True, False, "shapes"]
+
 FIRST_ROUND = 10
 """Number of steps in which staggered parameters get their first basis. It is made by the slowest solver, so not all in
 one step. But no parameter should wait for all of a long interval."""

@@ -47,3 +47,12 @@ class Carried:
     index: int
     maps: Carry
     valid: Tensor | None = None  # 0-d bool, False if the refresh was undone; None: it was not
+
+
+@dataclass
+class CarriedTogether:
+    """The result of refreshing the bases of parameters of one shape: the maps of all their matrices, in order."""
+
+    indices: list[int]
+    maps: Carry
+    valid: Tensor | None = None  # bool [count], False if a refresh was undone or gave nothing new; None: none was

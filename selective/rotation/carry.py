@@ -65,17 +65,34 @@ class MomentCarrier:
 
         `around` turns a change of whole matrices into one of this rank's part, if the matrix is gathered.
         """
-        maps, valid = carried.maps, carried.valid
         entries = entries_of(self.base, param, self.moments, shape)
+        self.carry_entries(entries, own_momenta, shape, carried.maps, carried.valid, around)
+
+    def carry_entries(
+        self,
+        entries: Sequence[Entry],
+        own_momenta: Sequence[Tensor],
+        shape: Shape,
+        maps: Carry,
+        valid: Tensor | None,
+        around: Around = as_it_is,
+        *,
+        some_stay: bool = True,
+    ) -> None:
+        """Carry these entries. `valid` is 0-d bool, or [batch, 1, 1]; where it is False, a moment stays as it is.
+
+        `some_stay` is False if no matrix with a valid map has the identity for one.
+        """
+        looks = self.precision if some_stay else "float32"  # only of the search for identities
         firsts = [entry for entry in entries if entry.name in self.moments.first and entry.shape == shape]
         others = [entry for entry in entries if entry not in firsts]
         divided = [entry for entry in firsts if entry.name in self.moments.of_gradient]
         bounds = [self._bounds(entry, divided) if _squares(maps) else [] for entry in others]
         if maps.left is not None or maps.right is not None:
             for tensor in (*(entry.tensor for entry in firsts), *own_momenta):
-                rewrite(tensor, shape, around(first_moment_map(maps, self.precision)), valid, self.precision)
+                rewrite(tensor, shape, around(first_moment_map(maps, looks)), valid, self.precision)
         for entry, limits in zip(others, bounds, strict=True):
-            self._carry_second(entry, maps, valid, limits, around)
+            self._carry_second(entry, maps, valid, limits, around, looks)
 
     def _bounds(self, entry: Entry, divided: Sequence[Entry]) -> list[tuple[Entry, spec.Scalar]]:
         """Return the first moments that are divided by the root of `entry`, each with the bound c on the ratio."""
@@ -84,10 +101,16 @@ class MomentCarrier:
         return [(m, _largest_ratio(m, entry)) for m in divided if m.shape == entry.shape]
 
     def _carry_second(
-        self, entry: Entry, maps: Carry, valid: Tensor | None, limits: list[tuple[Entry, spec.Scalar]], around: Around
+        self,
+        entry: Entry,
+        maps: Carry,
+        valid: Tensor | None,
+        limits: list[tuple[Entry, spec.Scalar]],
+        around: Around,
+        looks: Precision,
     ) -> None:
         """Carry one second moment or norm, and raise it to the floors that follow from `limits`."""
-        change = second_moment_map(maps, self.precision, squared=not entry.is_norm)
+        change = second_moment_map(maps, looks, squared=not entry.is_norm)
         if change is None:
             return
         linear = around(change)
@@ -191,8 +214,8 @@ def rewrite(
 ) -> None:
     """Replace `moment` by `change(moment)` in place. `change` takes and returns float32 [batch, rows, columns].
 
-    The result is rounded once. The moment stays as it is if `valid` (0-d bool) is False. `precision` is that of the
-    products in `change`.
+    The result is rounded once. The moment stays as it is where `valid` (bool, 0-d or [batch, 1, 1]) is False.
+    `precision` is that of the products in `change`.
     """
     plain = dequantized(moment)
     before = as_matrix(plain, shape)

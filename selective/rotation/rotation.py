@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from selective import foreach
-from selective.preconditioner import Carry, Preconditioner, State, as_matrix
+from selective.preconditioner import Carry, Eigenbasis, Preconditioner, State, as_matrix
 from selective.preconditioner.linalg import batches
 from selective.preconditioner.matrices import from_matrices, in_own_dtype
-from selective.rotation.basis import Basis, Carried, MaskSpace, Matrices, PreconditionerError
+from selective.rotation.basis import Basis, Carried, CarriedTogether, MaskSpace, Matrices, PreconditionerError
 from selective.rotation.contract import (
     check_projected,
     check_refreshed,
@@ -30,6 +30,8 @@ from selective.rotation.contract import (
 )
 from selective.rotation.refresh_gathered import gather_matrices, part_of, refresh_gathered
 from selective.rotation.refresh_sharded import refresh_shards
+from selective.rotation.refresh_together import due_runs, in_parts, refresh_together
+from selective.rotation.stacks import Stacks
 
 # Elements of matrices whose bases are refreshed together, if the refresh does not read their gradients.
 BASES = 2**28
@@ -41,9 +43,17 @@ ROTATED = 2**27
 class Rotation:
     """One group's preconditioner in one step. An index of a parameter is its place in `bases`."""
 
-    def __init__(self, preconditioner: Preconditioner, bases: list[Basis], count: int, mask_space: MaskSpace) -> None:
+    def __init__(
+        self,
+        preconditioner: Preconditioner,
+        bases: list[Basis],
+        count: int,
+        mask_space: MaskSpace,
+        stacks: Stacks | None = None,
+    ) -> None:
         self.preconditioner, self.bases, self.count, self.mask_space = preconditioner, bases, count, mask_space
-        self.steps = [int(basis.steps) for basis in bases]
+        self.stacks = stacks  # in which the entries of all of these bases lie
+        self.steps = [int(basis.steps) for basis in bases] if stacks is None else stacks.steps_taken()
         self.is_foreign = is_foreign(preconditioner)
         self._finite: dict[int, Tensor] = {}
         self._refreshed: set[int] = set()  # in this step
@@ -52,9 +62,15 @@ class Rotation:
         """Return the precision in which moments are carried."""
         return self._ask("carries_in")
 
-    def stands_still(self, index: int) -> bool:
-        """True if the preconditioner wants this parameter not to step now."""
-        return self._ask("stands_still", self.steps[index])
+    def moving(self) -> list[int]:
+        """Return the parameters that step now. The preconditioner may hold others still."""
+        still = {steps: self._ask("stands_still", steps) for steps in set(self.steps)}
+        return [i for i, steps in enumerate(self.steps) if not still[steps]]
+
+    @property
+    def has_refreshed(self) -> bool:
+        """True if a basis was refreshed in this step."""
+        return bool(self._refreshed)
 
     def buckets(self, indices: Sequence[int], limit: int | None = None) -> Iterator[list[int]]:
         """Iterate over buckets: parameters of equal shape, shard and device, at most `limit` elements together.
@@ -75,35 +91,54 @@ class Rotation:
         """Return the number of elements to rotate together; more if results stay in a `narrow` dtype."""
         return ROTATED * 4 // self._ask("itemsize") if narrow else ROTATED
 
-    def refresh_due(self, matrices: Matrices) -> Iterator[Carried]:
-        """Refresh the bases that are due, and yield what has to be carried, bucket by bucket."""
+    def refresh_due(self, matrices: Matrices, *, in_stacks: bool = False) -> Iterator[Carried | CarriedTogether]:
+        """Refresh the bases that are due, and yield what has to be carried, bucket by bucket.
+
+        Stacked bases are refreshed together. With `in_stacks`, what observes the gradients looks at
+        all of them after the step, and counts those that are not finite.
+        """
         everything = list(range(len(self.bases)))
+        due_now = {i for i in everything if self.is_due(i)}
+        if in_stacks and not due_now:
+            return
         observes, reads = self._ask("observes"), self._ask("refreshes_from_gradients")
+        alone = due_now if self.stacks is None else set[int]()
         for indices in self.buckets(everything):
-            due = [i for i in indices if self.is_due(i)]
-            to_check = indices if observes else due
+            due = [i for i in indices if i in alone]
+            to_check = indices if observes and not in_stacks else [i for i in indices if i in due_now]
             if to_check:
                 grads = dict(zip(to_check, matrices(to_check), strict=True))
-                self._check_finite(to_check, list(grads.values()))
+                self._check_finite(to_check, list(grads.values()), count=not (observes and in_stacks))
             if due and reads and self.bases[due[0]].shard is None:
                 yield from self._refresh(due, self._clean(due, [grads[i] for i in due]))
+        if self.stacks is not None:
+            yield from self._refresh_together(self.stacks, due_now, matrices)
         if not reads:
             unsharded = [i for i in everything if self.bases[i].shard is None]
-            for due in self.buckets([i for i in unsharded if self.is_due(i)], BASES):
+            for due in self.buckets([i for i in unsharded if i in alone], BASES):
                 basis = self.bases[due[0]]
                 unread = torch.zeros((), dtype=torch.float32, device=basis.device).expand(basis.shape)
                 yield from self._refresh(due, [unread] * len(due))
-        yield from self._refresh_shards(matrices)
+        yield from self._refresh_shards(sorted(due_now), matrices)
 
-    def _refresh_shards(self, matrices: Matrices) -> Iterator[Carried]:
+    def _refresh_together(self, stacks: Stacks, due: set[int], matrices: Matrices) -> Iterator[CarriedTogether]:
+        """Refresh stacked bases that are due."""
+        assert isinstance(self.preconditioner, Eigenbasis)
+        for part in in_parts(self.preconditioner, due_runs(self.preconditioner, stacks.buckets, due)):
+            with self.named("refresh"):
+                carried = list(refresh_together(self.preconditioner, part, self._finite, matrices))
+            self._refreshed.update(i for bucket in part for i in bucket.indices)
+            yield from carried
+
+    def _refresh_shards(self, due_now: list[int], matrices: Matrices) -> Iterator[Carried]:
         """Refresh the bases of sharded matrices that are due, together with the other ranks."""
-        due = [i for i, basis in enumerate(self.bases) if basis.shard is not None and self.is_due(i)]
+        due = [i for i in due_now if self.bases[i].shard is not None]
         if not due:
             return
         self._refreshed.update(due)
         apart = {i: self.bases[i] for i in due if not self.bases[i].gathers}
         gathered = {i: self.bases[i] for i in due if self.bases[i].gathers}
-        with self._named("refresh"):
+        with self.named("refresh"):
             finite = {i: self._finite.get(i) for i in apart}
             carries = refresh_shards(self.preconditioner, apart, finite, matrices)
         yield from self._carried(carries)
@@ -112,7 +147,7 @@ class Rotation:
             self.preconditioner, gathered, missing, lambda bucket: self._gathered(bucket, matrices(bucket))
         )
         while True:  # the moments of a bucket are carried before the next bucket may fail
-            with self._named("refresh"):
+            with self.named("refresh"):
                 bucket_carries = next(carries_by_bucket, None)
             if bucket_carries is None:
                 return
@@ -128,12 +163,14 @@ class Rotation:
         basis, steps = self.bases[index], self.steps[index]
         return self._ask("is_due", steps, basis.place, self.count) or self._ask("is_overdue", basis.state, steps)
 
-    def _check_finite(self, indices: list[int], grads: list[Tensor]) -> None:
+    def _check_finite(self, indices: list[int], grads: list[Tensor], *, count: bool = True) -> None:
         """Record which gradients are finite, and count the others."""
         grads = [grad if grad.numel() else grad.new_zeros(1) for grad in grads]  # a shard may be empty
         largest = foreach.many_of._foreach_norm(grads, float("inf"))
         finite = torch.stack(list(largest)).isfinite()
         self._finite.update(zip(indices, finite.unbind(), strict=True))
+        if not count:
+            return
         missing = list((~finite).to(torch.int64).unbind())
         foreach.many_of._foreach_add_([self.bases[i].skipped for i in indices], missing)
 
@@ -147,7 +184,7 @@ class Rotation:
         states = self._states(due)
         before = [self._copy_of(state) for state in states]
         try:
-            with self._named("refresh"):
+            with self.named("refresh"):
                 carries = self.preconditioner.refresh(states, grads)
                 check_refreshed(carries, [self.bases[i].shape for i in due])
                 check_states([self.bases[i].state for i in due], states)
@@ -198,7 +235,7 @@ class Rotation:
                 grads = [x.masked_fill(~x.isfinite().all(), 0.0) for x in self._gathered(indices, grads)]
             elif reads:
                 grads = self._clean(indices, grads)
-            with self._named("observe"):
+            with self.named("observe"):
                 self.preconditioner.observe(states, grads)
                 check_states([self.bases[i].state for i in indices], states)
 
@@ -206,7 +243,7 @@ class Rotation:
         """Return the preconditioner's report on each basis, with the number of gradients that were not finite."""
         reports: list[dict[str, Tensor]] = [{}] * len(self.bases)
         for indices in self.buckets(list(range(len(self.bases)))):
-            with self._named("report"):
+            with self.named("report"):
                 bucket_reports = self.preconditioner.report(self._states(indices))
                 check_report(bucket_reports, len(indices))
             for i, report in zip(indices, bucket_reports, strict=True):
@@ -215,7 +252,9 @@ class Rotation:
         return reports
 
     def count_steps(self) -> None:
-        if self.bases:
+        if self.stacks is not None:
+            self.stacks.steps.add_(1)
+        elif self.bases:
             foreach.many_of._foreach_add_([basis.steps for basis in self.bases], 1)
 
     def project_in(self, indices: list[int], xs: Sequence[Tensor]) -> list[Tensor]:
@@ -236,7 +275,7 @@ class Rotation:
 
     def _denoised(self, indices: list[int], fresh: list[int], rotated: Sequence[Tensor]) -> list[Tensor]:
         shape = self.bases[indices[0]].shape
-        with self._named("denoise"):
+        with self.named("denoise"):
             states = self._states([indices[k] for k in fresh])
             denoised = self.preconditioner.denoise(states, [in_own_dtype(rotated[k], shape) for k in fresh])
             denoised = check_projected(denoised, shape, len(fresh))
@@ -253,7 +292,7 @@ class Rotation:
         first = self.bases[indices[0]]
         if first.gathers:
             matrices = self._gathered(indices, matrices)
-        with self._named(what):
+        with self.named(what):
             projected = getattr(self.preconditioner, what)(self._states(indices), matrices)
             projected = check_projected(projected, first.whole if first.gathers else shape, len(xs))
         if first.gathers and first.shard is not None:
@@ -276,14 +315,14 @@ class Rotation:
         return [dict(self.bases[i].state) for i in indices]
 
     def _ask(self, what: str, *arguments: Any) -> Any:
-        """Return the preconditioner's answer. Unlike `_named`, it is cheap enough for every parameter in every step."""
+        """Return the preconditioner's answer. Unlike `named`, it is cheap enough for every parameter in every step."""
         try:
             return getattr(self.preconditioner, what)(*arguments)
         except Exception as error:  # broad: a user's preconditioner may raise anything
             raise self._failure(what, error) from error
 
     @contextmanager
-    def _named(self, what: str) -> Iterator[None]:
+    def named(self, what: str) -> Iterator[None]:
         """Name the method `what` in errors of the preconditioner, and keep autocast away from its products."""
         try:
             with exact_products(self.bases[0].device):

@@ -29,8 +29,8 @@ from selective.plan.rotation_plan import RotationPlan
 from selective.rotation.basis import PreconditionerError
 from selective.rotation.rotation import Rotation
 from selective.state.entries import MOMENTUM, RESIDUE
+from selective.state.kept_bases import bases_of
 from selective.state.parameter_state import OwnEntries
-from selective.state.rotation_state import stored_basis
 from selective.state.store import StateStore
 from selective.statistics import StepStatistics
 from selective.step_count import StepCount
@@ -74,7 +74,8 @@ class StepRunner:
             all_rotated = not unrotated and isinstance(job, DenseJob) and rotation_plan.capture.way == "fused"
             jobs += [] if all_rotated else [job]
             rotation = self._rotation(groups, plan, rotation_plan, rotated, context_here.report)
-            jobs.append(rotation_plan.capture.rotated_job(job, rotated, rotation, plan.kept_rotated, all_rotated))
+            capture, kept = rotation_plan.capture, (plan.kept_rotated, plan.kept_step)
+            jobs.append(capture.rotated_job(job, rotated, rotation, *kept, all_rotated))
         return jobs
 
     def _context(self, plans: Sequence[GroupPlan], report: StepStatistics | None, recording: bool) -> StepContext:
@@ -102,13 +103,14 @@ class StepRunner:
         report: StepStatistics | None,
     ) -> Rotation:
         """The rotation of these parameters of one group."""
-        bases = [
-            stored_basis(plan, parameter, self.store.get_or_make(plan, parameter), groups.places[parameter.tensor])
-            for parameter in rotated
-        ]
-        rotation = Rotation(rotation_plan.preconditioner, bases, len(groups.places), self.options.mask_space)
+        places, count = groups.turns(rotation_plan.preconditioner)
+        bases, stacks = bases_of(plan, rotated, self.store, places)
+        rotation = Rotation(rotation_plan.preconditioner, bases, count, self.options.mask_space, stacks)
         if report is not None:
-            report.add_bases([p.name for p in rotated], rotation.report)
+            reported = rotation
+            if stacks is not None:
+                reported = Rotation(rotation.preconditioner, plan.kept_bases.counted, count, self.options.mask_space)
+            report.add_bases([p.name for p in rotated], reported.report)
         return rotation
 
     def run(self, jobs: list[Job]) -> None:

@@ -19,6 +19,7 @@ from torchao.optim import AdamW8bit
 from selective import MGUP, AdaDiag, Cautious, Eigenbasis, SelectiveUpdate, Soap
 from selective.base.base_facts import base_facts, measured_moments
 from selective.base.fused_rules import fused_rule
+from selective.capture import rotated
 from selective.preconditioner import Carry, Preconditioner
 from selective.rotation import carry as carry_module
 from selective.rotation.basis import Carried
@@ -64,19 +65,28 @@ def root(state: dict[str, Tensor], second: str) -> Tensor:
 def refreshes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Tensor], dict[str, Tensor], Carry]]:
     """The moments before and after each refresh, and its maps."""
     seen: list[tuple[dict[str, Tensor], dict[str, Tensor], Carry]] = []
-    real = MomentCarrier.carry
+    real, together = MomentCarrier.carry, rotated.carry_together
+
+    def moments(base: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
+        state = base.state.get(param, {})
+        return {k: v.clone() for k, v in state.items() if isinstance(v, Tensor) and v.shape == param.shape}
 
     def watched(self: MomentCarrier, param: Tensor, shape: Any, carried: Any, *more: Any) -> None:
-        def moments() -> dict[str, Tensor]:
-            state = self.base.state.get(param, {})
-            return {k: v.clone() for k, v in state.items() if isinstance(v, Tensor) and v.shape == param.shape}
-
-        before = moments()
+        before = moments(self.base, param)
         real(self, param, shape, carried, *more)
         if before:
-            seen.append((before, moments(), carried.maps))
+            seen.append((before, moments(self.base, param), carried.maps))
+
+    def watched_together(carrier: MomentCarrier, params: Any, shape: Any, maps: Carry, valid: Any) -> None:
+        before = [moments(carrier.base, param) for param in params]
+        together(carrier, params, shape, maps, valid)
+        for place, (param, entries) in enumerate(zip(params, before, strict=True)):
+            part = slice(place * shape[0], (place + 1) * shape[0])
+            own = Carry(*(None if each is None else each[part] for each in maps))
+            seen.append((entries, moments(carrier.base, param), own))
 
     monkeypatch.setattr(MomentCarrier, "carry", watched)
+    monkeypatch.setattr(rotated, "carry_together", watched_together)
     return seen
 
 

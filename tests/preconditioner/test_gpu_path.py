@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from base_optimizers import BASES, build, give_grads
 from transforms import Narrow, Turning
 
-from selective import MGUP, Cautious, CautiousMGUP, Dense, SelectiveUpdate
+from selective import MGUP, Cautious, CautiousMGUP, Dense, Eigenbasis, SelectiveUpdate
 from selective.kernels import use_backend
+from selective.rotation.buffers import Buffer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -55,4 +57,28 @@ def test_the_kernels_step_rotated_parameters_as_the_reference_does(
     for a, b in zip(found, expected, strict=True):
         tolerance = (64 if dtype == torch.float32 else 3 * 2**16) * torch.finfo(torch.float32).eps * 4
         far = (a - b).abs() > tolerance  # but for coordinates on the edge of a selection
+        assert far.float().mean() <= 0.03
+
+
+@pytest.mark.parametrize("policy", [Cautious(), pytest.param(MGUP(), marks=pytest.mark.slow)], ids=repr)
+def test_the_kernels_step_in_stacks_as_the_reference_does(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers of a step are elsewhere in each step, and the tables of the kernels follow them."""
+    places: set[int] = set()
+    real = Buffer.in_use
+
+    @contextmanager
+    def elsewhere(self: Buffer) -> Iterator[None]:
+        with real(self):
+            kept.append(torch.empty(self.flat.numel()))  # so that the next one can't have the same place
+            places.add(self.flat.data_ptr())
+            yield
+
+    kept: list[torch.Tensor] = []
+    options = {"policy": policy, "preconditioner": Eigenbasis(stagger=False, start_step=2)}
+    expected = run("adamw-foreach", "reference", torch.float32, **options)
+    monkeypatch.setattr(Buffer, "in_use", elsewhere)
+    found = run("adamw-foreach", "gpu", torch.float32, **options)
+    assert len(places) > 3
+    for a, b in zip(found, expected, strict=True):
+        far = (a - b).abs() > 64 * torch.finfo(torch.float32).eps * 4  # but for coordinates on the edge of a selection
         assert far.float().mean() <= 0.03

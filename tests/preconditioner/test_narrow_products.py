@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from rotated_twins import bucket_by_bucket
 from transforms import FixedRotation, Narrow, Rounding
 
 from selective import MGUP, AlphaConsistency, CautiousMGUP, Eigenbasis, SelectiveUpdate
@@ -111,6 +112,7 @@ def test_twice_as_many_elements_fit_in_half_the_bytes(
         counts.append(len(xs))
         return really(self, states, xs)
 
+    bucket_by_bucket(monkeypatch)
     monkeypatch.setattr(Eigenbasis, "project_in", watched)
     monkeypatch.setattr("selective.rotation.rotation.ROTATED", 2 * 6 * 4)
     for space, wanted in (("rotated", calls), ("original", 3)):

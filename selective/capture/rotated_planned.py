@@ -1,0 +1,205 @@
+"""PlannedStep: the step of a group's rotated parameters together, on stacks of their bases and gradients.
+
+    gradients -> stacks -> P^T g Q, a product or two for each shape -> the rule and the mask, one call for all
+    -> P (mask u) Q^T, a product or two for each shape -> parameters, one call for all -> averages of Gram matrices
+
+It computes what `RotatedFusedJob` computes bucket by bucket. Everything that lists are made of lasts from step to step:
+stacks, views of buffers, the items of kernels. So a step makes about ten launches for each shape, and a dozen besides,
+however many parameters there are. The gradients are copied into their stack for the products, and once more for the
+averages, because in between its memory holds the updates. That costs less than the memory of another stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+
+from selective.foreach import many_of
+from selective.kernels import selective_step, spec
+from selective.kernels.lasting import lasting
+from selective.parameter import Parameter
+from selective.policies import Dense
+from selective.policies.kernel_terms import Specs, specs_of
+from selective.preconditioner.stacked import Averaging, Part, StackedEigenbasis
+from selective.rotation.buffers import Buffer, aligned, all_in_use
+from selective.rotation.rotation import Rotation
+from selective.rotation.stacks import Bucket, Stacks
+
+States = Sequence[dict[str, Any]]  # of each parameter
+Report = Callable[[list[Parameter], Sequence[spec.Sums]], None]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The arguments of the two kernel calls of a step: the rule with the mask, and the write to the parameters."""
+
+    rule: dict[str, Any]
+    write: dict[str, Any]
+    report: Report | None  # gets the statistics
+
+
+class Round:
+    """Buckets that are stepped together: their buffers, views and items.
+
+    `given` holds gradients, and then what the rule makes of zeros: -mask u. `rotated` holds the results of products.
+    `halfway` is as large as the largest bucket with two sides.
+    """
+
+    def __init__(
+        self, buckets: Sequence[Bucket], parameters: Sequence[Parameter], states: States, own_states: States
+    ) -> None:
+        device = parameters[0].tensor.device
+        shapes = [(len(b.indices) * b.shape[0], *b.shape[1:]) for b in buckets]
+        numels = [aligned(rows * m * n) for rows, m, n in shapes]
+        self.part = slice(buckets[0].start, buckets[-1].part.stop)
+        self.given, self.rotated = Buffer(sum(numels), device), Buffer(sum(numels), device)
+        self.halfway = Buffer(max(numels), device)
+        self.indices = [i for bucket in buckets for i in bucket.indices]
+        self.parameters = [parameters[i] for i in self.indices]
+        with all_in_use(self.buffers), lasting():
+            given, rotated = self.given.views(shapes), self.rotated.views(shapes)
+            halfway = [self.halfway.views([shape])[0] for shape in shapes]
+            self.parts = [
+                Part(len(bucket.indices), bucket.state, *stacks)
+                for bucket, *stacks in zip(buckets, given, halfway, rotated, strict=True)
+            ]
+            self.views = self._by_parameter(buckets, given)
+            results = self._by_parameter(buckets, rotated)
+        self.items, self.writes = spec.ItemList(), spec.ItemList()
+        for i, parameter, buffer, result in zip(self.indices, self.parameters, self.views, results, strict=True):
+            p, address = parameter.tensor, parameter.address
+            self.items.append(spec.Item(buffer, result, states[i], address, own_states[i]))
+            self.writes.append(spec.Item(p, result, {"update": result, "start": p}, address))
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        return [self.given, self.rotated, self.halfway]
+
+    def _by_parameter(self, buckets: Sequence[Bucket], stacks: Sequence[Tensor]) -> list[Tensor]:
+        """Return a view of each parameter's part of the stacks, of the parameter's shape."""
+        parts = (part for bucket, x in zip(buckets, stacks, strict=True) for part in x.split(bucket.shape[0]))
+        return [x.view(parameter.tensor.shape) for parameter, x in zip(self.parameters, parts, strict=True)]
+
+    def gather(self, gradients: Sequence[Tensor]) -> None:
+        """Copy the gradients, given by index, into their stacks."""
+        many_of._foreach_copy_(self.views, [gradients[i] for i in self.indices])
+
+    def step(self, basis: StackedEigenbasis, rotation: Rotation, gradients: Sequence[Tensor], calls: Calls) -> None:
+        """Take steps 4 to 7 for these parameters."""
+        with all_in_use(self.buffers):
+            self.gather(gradients)
+            with rotation.named("project_in"):
+                basis.project(self.parts, into=True)
+            if rotation.has_refreshed:
+                with rotation.named("denoise"):
+                    basis.denoise(self.parts)
+            self.given.flat.zero_()
+            sums = selective_step(self.items, **calls.rule)
+            with rotation.named("project_out"):
+                basis.project(self.parts, into=False)
+            selective_step(self.writes, **calls.write)
+        if sums is not None and calls.report is not None:
+            calls.report(self.parameters, sums)
+
+    def average(self, basis: StackedEigenbasis, gradients: Sequence[Tensor], averaging: Averaging) -> None:
+        """Let the averages take up the gradients."""
+        with self.given.in_use():
+            self.gather(gradients)
+            basis.average(averaging, self.parts)
+
+
+class PlannedStep:
+    """The rounds of one group's step: as many buckets at a time as `limit` elements allow."""
+
+    def __init__(
+        self, stacks: Stacks, parameters: Sequence[Parameter], states: States, own_states: States, limit: int
+    ) -> None:
+        self.stacks, self.states = stacks, list(states)
+        self.rounds = [Round(part, parameters, states, own_states) for part in _rounds(stacks.buckets, limit)]
+        self._averagings: list[Averaging] = []
+
+    def step(self, rotation: Rotation, basis: StackedEigenbasis, gradients: Sequence[Tensor], calls: Calls) -> None:
+        """Take steps 4 to 7 for all parameters; `gradients` are not rotated."""
+        for one_round in self.rounds:
+            one_round.step(basis, rotation, gradients, calls)
+
+    def observe(self, rotation: Rotation, basis: StackedEigenbasis, gradients: Sequence[Tensor]) -> None:
+        """Take step 8: what `Rotation.observe` does."""
+        with rotation.named("observe"):
+            basis.forget_noise([bucket.state for bucket in self.stacks.buckets])
+            if not basis.options.observes():
+                return
+            if not self._averagings:
+                self._averagings = [self._averaging(one_round) for one_round in self.rounds]
+            for one_round, averaging in zip(self.rounds, self._averagings, strict=True):
+                one_round.average(basis, gradients, averaging)
+
+    def _averaging(self, one_round: Round) -> Averaging:
+        stacks, part = self.stacks, one_round.part
+        counters = stacks.not_finite[part], stacks.numbers["skipped"][part]
+        return Averaging(stacks.shapes[part], stacks.not_finite.device, *counters)
+
+
+class KeptStep:
+    """The planned step of one group, kept from step to step. It is neither copied nor pickled with the optimizer."""
+
+    def __init__(self) -> None:
+        self._step: PlannedStep | None = None
+        self._own: object = None
+
+    def drop(self) -> None:
+        """Forget it, so that state which was replaced is not kept in memory until the next step."""
+        self._step, self._own = None, None
+
+    def get(
+        self,
+        stacks: Stacks,
+        parameters: Sequence[Parameter],
+        states: States,
+        own: object,
+        own_state: Callable[[Parameter], dict[str, Any]],
+        limit: int,
+    ) -> PlannedStep:
+        """Return the step of these parameters with this state of the base, as it was kept or made anew.
+
+        `own` is the table that `own_state` reads: another one if an entry of it was replaced.
+        """
+        kept = self._step
+        if kept is None or kept.stacks is not stacks or own is not self._own or not _same(kept.states, states):
+            self.drop()
+            kept = PlannedStep(stacks, parameters, states, [own_state(p) for p in parameters], limit)
+            self._step, self._own = kept, own
+        return kept
+
+
+def _same(before: States, now: States) -> bool:
+    return len(before) == len(now) and all(map(is_, before, now))
+
+
+def _rounds(buckets: Sequence[Bucket], limit: int) -> Iterator[list[Bucket]]:
+    """Divide buckets, in order, into lists of at most `limit` elements, or of one bucket."""
+    taken: list[Bucket] = []
+    count = 0
+    for bucket in buckets:
+        batch, rows, columns = bucket.shape
+        numel = len(bucket.indices) * batch * rows * columns
+        if taken and count + numel > limit:
+            yield taken
+            taken, count = [], 0
+        taken.append(bucket)
+        count += numel
+    if taken:
+        yield taken
+
+
+@cache
+def everything_as_it_is() -> Specs:
+    """Return the selection and the strength that leave an update as it is."""
+    described = specs_of(Dense())
+    assert described is not None
+    return described

@@ -1,0 +1,154 @@
+"""The step of an `Eigenbasis` on stacks: products and averages of all matrices of one shape, in memory that is given.
+
+It computes what `Eigenbasis.project_in`, `project_out`, `denoise` and `observe` compute, without lists of tensors. A
+state holds stacks here: `rows_basis` is [count * batch, m, m] for `count` parameters whose matrices are [batch, m, n].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from selective.preconditioner import shards
+from selective.preconditioner.base import Preconditioner, Shape, State
+from selective.preconditioner.eigenbasis import Eigenbasis
+from selective.preconditioner.linalg import float32_products, in_precision, per_matrix
+from selective.preconditioner.matrices import lies_in_order
+
+LARGEST = 3 * 2**20
+"""Elements of the largest matrix that is copied into a stack in every step, 12 MiB. The time for larger ones is not
+that of launches, and the copies would add to it: 16 bytes an element in a step. It has yet to be measured on a GPU."""
+
+
+def steps_in_stacks(preconditioner: Preconditioner) -> bool:
+    """True if this module computes the step of this preconditioner: of our classes, in float32 or TF32."""
+    ours = type(preconditioner).__module__.startswith("selective.")
+    return ours and isinstance(preconditioner, Eigenbasis) and preconditioner.precision != "bfloat16"
+
+
+def fits_in_stacks(size: torch.Size, shape: Shape) -> bool:
+    """True if a contiguous tensor of this size, read as matrices of `shape`, is part of a stack without a copy."""
+    return math.prod(shape) <= LARGEST and lies_in_order(size, shape)
+
+
+class Part(NamedTuple):
+    """The matrices of `count` parameters in a step, [count * batch, m, n] each, and the stacks of their state."""
+
+    count: int
+    state: State
+    given: Tensor  # what is rotated
+    halfway: Tensor  # one product later, where there are two
+    result: Tensor
+
+
+class StackedEigenbasis:
+    """The operations of one `Eigenbasis` on stacks."""
+
+    def __init__(self, options: Eigenbasis) -> None:
+        self.options = options
+
+    def project(self, parts: Sequence[Part], *, into: bool) -> None:
+        """Write PᵀXQ of each part's `given` X to its `result` (`into`), or P X Qᵀ. A side without a basis is left out.
+
+        Read and written are X, the bases and the result, and what is halfway twice if there are two sides.
+        """
+        with in_precision(self.options.precision):
+            for part in parts:
+                sides = shards.side_of(part.state)
+                x = part.given
+                for number, side in enumerate(sides):
+                    basis = part.state[f"{side}_basis"]
+                    basis = basis.mT if into is (side == "rows") else basis
+                    target = part.result if number == len(sides) - 1 else part.halfway
+                    torch.bmm(*((basis, x) if side == "rows" else (x, basis)), out=target)
+                    x = target
+
+    def denoise(self, parts: Sequence[Part]) -> None:
+        """Set elements of the rotated gradients in `result` to 0 that are rounding noise, in place.
+
+        `noise` is 0 for bases that are not new.
+        """
+        for part in parts:
+            if self.options.floor and "noise" in part.state:
+                part.result.masked_fill_(part.result.abs() < per_matrix(part.state["noise"]), 0)
+
+    def forget_noise(self, states: Sequence[State]) -> None:
+        """Set the noise of all states to 0, after a step."""
+        for state in states:
+            if "noise" in state:
+                state["noise"].zero_()
+
+    def average(self, averaging: Averaging, parts: Sequence[Part]) -> None:
+        """Update A ← β A + (1 − β) GGᵀ for each side, in place; G is the `given` of each part, which is written to.
+
+        A gradient that is not finite counts as zeros, and is counted. One that is so large that GGᵀ could overflow
+        changes nothing, and its matrices are counted as skipped: elements above 1e17 for a side of 1,024.
+        """
+        flags = averaging.look_at(parts, self.options.beta)
+        with float32_products():
+            for number, part in enumerate(parts):
+                grad = part.given.masked_fill_(flags.left_out[number], 0.0)
+                for side in shards.side_of(part.state):
+                    first, second = (grad, grad.mT) if side == "rows" else (grad.mT, grad)
+                    average = part.state[f"{side}_gram"].mul_(flags.factors[number])
+                    average.baddbmm_(first, second, beta=1, alpha=1 - self.options.beta)
+
+
+class Flags(NamedTuple):
+    """By part, for each matrix [count * batch, 1, 1]: True if its gradient is left out, the factor of its average."""
+
+    left_out: list[Tensor]
+    factors: list[Tensor]
+
+
+class Averaging:
+    """Finds out which gradients can enter the averages, and counts the others. All of it stays on the device.
+
+    `shapes` are those of all parameters, in the order of the parts. `not_finite` counts gradients, and `skipped`
+    matrices: int64 [parameters], in the same order.
+    """
+
+    def __init__(self, shapes: Sequence[Shape], device: torch.device, not_finite: Tensor, skipped: Tensor) -> None:
+        most = torch.finfo(torch.float32).max
+        runs = [(shape, len(list(run))) for shape, run in groupby(shapes)]  # made on the device: nobody waits for it
+        self.limits = torch.cat(
+            [
+                torch.full((count,), math.sqrt(most / max(rows, columns)) / 2, dtype=torch.float32, device=device)
+                for (_, rows, columns), count in runs
+            ]
+        )
+        batches = [torch.full((count,), batch, dtype=torch.int64, device=device) for (batch, _, _), count in runs]
+        self.batches = None if all(batch == 1 for batch, _, _ in shapes) else torch.cat(batches)
+        self.not_finite, self.skipped = not_finite, skipped
+
+    def look_at(self, parts: Sequence[Part], beta: float) -> Flags:
+        """Count gradients that are not finite or too large, and say what to do with the matrices of each part."""
+        largest = torch.empty_like(self.limits)
+        for part, numbers in zip(parts, _split(largest, parts), strict=True):
+            # NaN if there is one
+            torch.linalg.vector_norm(part.given.view(part.count, -1), float("inf"), 1, out=numbers)
+        fits, finite = largest < self.limits, largest < float("inf")
+        too_large = finite.logical_xor(fits)
+        self.not_finite.add_(finite.logical_not())
+        self.skipped.add_(too_large if self.batches is None else too_large * self.batches)
+        left_out, factors = fits.logical_not(), torch.full_like(largest, beta).masked_fill_(too_large, 1.0)
+        return Flags(_by_matrix(left_out, parts), _by_matrix(factors, parts))
+
+
+def _split(numbers: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    """Divide numbers [parameters] among the parts."""
+    return list(numbers.split([part.count for part in parts]))
+
+
+def _by_matrix(numbers: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    """Divide numbers [parameters] among the parts, as [count * batch, 1, 1]."""
+    repeated = []
+    for part, own in zip(parts, _split(numbers, parts), strict=True):
+        batch = len(part.given) // part.count
+        repeated.append(per_matrix(own if batch == 1 else own.repeat_interleave(batch, output_size=len(part.given))))
+    return repeated
