@@ -35,6 +35,7 @@ class GroupPlan:
     kept: KeptItems = field(default_factory=KeptItems)  # of the parameters that are not rotated ...
     kept_rotated: KeptItems = field(default_factory=KeptItems)  # ... and of those that are
     flags: GroupFlags = field(default_factory=GroupFlags)  # of the base's group
+    chosen_by: list[Any] = field(default_factory=list)  # the choice, and the objects that it was confirmed by last
     keys_checked: int = 0  # the number of the group's keys when they were last looked at ...
     keys_warned: set[str] = field(default_factory=set)  # ... and those that were warned of
 
