@@ -14,7 +14,7 @@ from step_cases import KINDS, RULES
 from selective import SelectiveUpdate
 from selective.kernels import Draw, Item, ItemList, Selection, Strength, selective_step, selective_steps, use_backend
 from selective.kernels.gpu import batch as batches
-from selective.kernels.gpu import launch
+from selective.kernels.gpu import configure, launch
 from selective.kernels.gpu.groups import GroupTable
 from selective.kernels.spec import StepCall, StepSpec
 
@@ -226,6 +226,18 @@ def test_rates_that_are_tensors_on_the_device_are_read_there(device: str) -> Non
         rate.mul_(0.5)
     for a, b in zip(together, apart, strict=True):
         assert_equal_items(a, b)
+
+
+def test_a_decay_of_zero_is_a_factor_that_changes_no_bit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups without decay share the code of those with it."""
+    rule, results = replace(ADAM, weight_decay=0.0), []
+    for has_factor in (configure._has_factor, lambda rule: False):
+        monkeypatch.setattr(configure, "_has_factor", has_factor)
+        (items, *_) = lists_of(rule, device)
+        items[0].param[:4] = torch.tensor([0.0, -0.0, float("inf"), float("nan")], device=device)
+        spec = StepSpec(rule, *KINDS["agreement"], Draw(0, 0), True)
+        results.append((run_together([items], [spec]), [item.param.view(torch.int32) for item in items]))
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
 @pytest.mark.parametrize("where", ["between steps", "in a hook of the base"])
