@@ -45,25 +45,20 @@ def _without_the_empty(calls: Sequence[StepCall], backend: Backend) -> list[Sequ
 
 
 def _by_parts(calls: Sequence[StepCall], parts: list[list[int]], backend: Backend) -> list[Sequence[Sums] | None]:
-    """Check all calls, then step them: each part by the plan that it has, others by a new one, or without kernels."""
+    """Check all calls, then step them: each part by the plan that it has, or by a new one, others without kernels."""
     steps: list[tuple[list[int], Callable[[], Sequence[Sequence[Sums] | None]]]] = []
-    for part in parts:
+    for part in parts or [[place] for place in range(len(calls))]:
         chosen = [calls[place] for place in part]
-        plan = _gpu().plan_of(chosen)
+        plan = _gpu().plan_of(chosen) if parts else None
         if plan is not None:
             steps.append((part, partial(plan.run, chosen)))
-    planned = {place for part, _ in steps for place in part}
-    by_kernels = []
-    for place, call in enumerate(calls):
-        if place in planned:
             continue
-        paths = _paths(call.items, call.spec, backend)
-        if list(paths) == ["gpu"]:
-            by_kernels.append(place)
-        else:
-            steps.append(([place], partial(_alone, call, paths)))
-    if by_kernels:
-        steps.append((by_kernels, partial(_gpu().selective_steps, [calls[place] for place in by_kernels])))
+        paths = [_paths(call.items, call.spec, backend) for call in chosen]
+        together = [place for place, path in zip(part, paths, strict=True) if list(path) == ["gpu"]]
+        if together:
+            steps.append((together, partial(_gpu().selective_steps, [calls[place] for place in together])))
+        alone = [(place, path) for place, path in zip(part, paths, strict=True) if place not in together]
+        steps += [([place], partial(_alone, calls[place], path)) for place, path in alone]
     results: list[Sequence[Sums] | None] = [None] * len(calls)
     for places, run in steps:
         for place, sums in zip(places, run(), strict=True):

@@ -63,9 +63,10 @@ class StepStatistics:
 def _statistics_of_table(table: spec.SumsTable) -> list[dict[str, Tensor]]:
     """The statistics of all tensors of a table, computed in a few operations on whole columns."""
     numels = torch.tensor([max(numel, 1) for numel in table.numels], dtype=torch.float64, device="cpu")
-    if table.values.is_cuda:  # from pinned memory, so that the host does not wait for the copy
-        numels = numels.pin_memory().to(table.values.device, non_blocking=True)
-    columns = _statistics_of(spec.Sums(1, *table.values.unbind(1)), numels)
+    values = table.values
+    if values.is_cuda:  # from pinned memory, so that the host does not wait for the copy
+        numels = numels.pin_memory().to(values.device, non_blocking=True)
+    columns = _statistics_of(spec.Sums(1, *values.unbind(1)), numels)
     rows = torch.stack(list(columns.values()), dim=1)
     return [dict(zip(columns, row.unbind(), strict=True)) for row in rows]
 

@@ -40,15 +40,19 @@ class Plan:
                 begins[index], is_in_place(item, rule),
             )  # fmt: skip
             buckets.setdefault(key, []).append(index)
-        self.groups = {d: GroupTable(len(calls), d) for d in dict.fromkeys(item.param.device for item in items)}
+        on_device: dict[torch.device, set[int]] = {}
+        for item, group in zip(items, group_of, strict=True):
+            on_device.setdefault(item.param.device, set()).add(group)
+        self.groups = {device: GroupTable(len(calls), device, here) for device, here in on_device.items()}
         self.batches = []
         for members in buckets.values():
             cfg = configure(items[members[0]], self.specs[group_of[members[0]]], begins[members[0]])
             groups = self.groups[items[members[0]].param.device]
             self.batches.append(Batch(cfg, items, members, self.specs, group_of, groups))
         self.numels = [item.param.numel() for item in items]
-        order = [index for device in self.groups for b in self.batches if b.device == device for index in b.members]
-        self._rows = sorted(range(len(order)), key=order.__getitem__)  # of each item in the batches' sums
+        reporting = [b for device in self.groups for b in self.batches if b.device == device and b.cfg.statistics]
+        row_of = {index: row for row, index in enumerate(index for batch in reporting for index in batch.members)}
+        self._rows = [row_of.get(index, -1) for index in range(len(items))]  # of each item in the batches' sums
 
     def fits(self, calls: Sequence[StepCall]) -> bool:
         """True if the batches are still right. Gradients may be elsewhere, and numbers may have changed."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reference.rules import number
 from ..spec import StepSpec
 from .configure import hyper_parameters, rule_numbers
 from .device import numbers
@@ -23,8 +22,10 @@ class GroupTable:
     the wrapper's clock or a row of `own_clocks`. What has changed since the last step is uploaded.
     """
 
-    def __init__(self, groups: int, device: torch.device) -> None:
+    def __init__(self, groups: int, device: torch.device, here: Collection[int] | None = None) -> None:
+        """`here`: the groups that have tensors on this device; the rows of others are not filled. None: all."""
         self.device, self.uploads = device, Uploads(device)
+        self.here = frozenset(range(groups) if here is None else here)
         self.hyper = torch.zeros(groups, numbers.HYPER.value, dtype=torch.float64, device=device)
         self.clocks = torch.zeros(groups, dtype=torch.int64, device=device)
         self.own_clocks = torch.zeros(groups, 2, dtype=torch.int64, device=device)
@@ -42,7 +43,9 @@ class GroupTable:
 
         Those that are tensors on the device are copied there in every step. The host does not wait for them.
         """
-        sources = [_source_of(spec) for spec in specs]
+        sources: list[tuple[Any, ...] | None] = [
+            _source_of(spec) if group in self.here else () for group, spec in enumerate(specs)
+        ]
         if sources == self._sources and None not in sources:
             return
         self._sources = []  # until all is done: if it fails, the next step looks at everything again
@@ -50,11 +53,15 @@ class GroupTable:
         copies: list[tuple[int, int, Tensor]] = []
         for group, spec in enumerate(specs):
             rows.append([])
+            if group not in self.here:
+                rows[-1] = [0.0] * numbers.HYPER.value
+                continue
             for column, value in enumerate(hyper_parameters(spec)):
-                known = number(value)
-                if isinstance(known, Tensor):
-                    copies.append((group, column, known))
-                rows[-1].append(None if isinstance(known, Tensor) else known)
+                if isinstance(value, Tensor) and value.device.type != "cpu":
+                    copies.append((group, column, value.detach()))
+                    rows[-1].append(None)
+                else:
+                    rows[-1].append(float(value))
         self.uploads.fill("hyper", self.hyper, [[0.0 if x is None else x for x in row] for row in rows], rows)
         for group, column, value in copies:
             self.hyper[group, column].copy_(value.reshape(()), non_blocking=True)

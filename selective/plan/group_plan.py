@@ -39,6 +39,7 @@ class GroupPlan:
     flags: GroupFlags = field(default_factory=GroupFlags)  # of the base's group
     kept_bases: KeptBases = field(default_factory=KeptBases)
     kept_step: KeptStep = field(default_factory=KeptStep)  # of those that are rotated together in stacks
+    chosen_by: list[Any] = field(default_factory=list)  # the choice, and the objects that it was confirmed by last
     keys_checked: int = 0  # the number of the group's keys when they were last looked at ...
     keys_warned: set[str] = field(default_factory=set)  # ... and those that were warned of
 

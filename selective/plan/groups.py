@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ class Groups:
         self.shape_places: dict[Tensor, int] = {}
         self.first_address = 0
         self.recorded: list[DeviceItems] = []  # of groups that were edited since: CUDA graphs read their tables
+        self._of_base: tuple[object, ...] = ()  # `base_key` of the base, as of the last step
         self._edited = False  # whether parameters have left a group, and may have left all
         self._choices = list(zip(self.policies, choices, strict=False))  # of plans that are still to be made
 
@@ -68,6 +70,7 @@ class Groups:
         plans = self.update_plans()
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         of_base = base_key(self.base)
+        self._of_base = of_base = self._of_base if of_base == self._of_base else of_base
         choices = [self._choose(plan, of_base, is_distributed) for plan in plans]
         switched = []
         for plan, choice in zip(plans, choices, strict=True):
@@ -205,8 +208,22 @@ class Groups:
                 f"opt.policy_groups[{number}].policy to a Policy instead"
             )
         plan.policy_group.listen(plan.kept.policy_changed)
-        policy = plan.policy
+        policy, decay, preconditioning = plan.policy, plan.decay, plan.preconditioning
         params.detect_changes()
+        flags = plan.flags.of(plan.group)
+        # while all of these are the same objects, the choice is the same, too, and nothing below has more to say
+        chosen_by = [plan.choice, policy, decay, preconditioning.preconditioner, flags, params, params.kinds, of_base]
+        if all(map(is_, chosen_by, plan.chosen_by)) and plan.chosen_by and not is_distributed and not params.joined:
+            return plan.chosen_by[0]
+        choice = self._choose_anew(plan, flags, of_base, is_distributed)
+        plan.chosen_by = [choice, *chosen_by[1:]]
+        return choice
+
+    def _choose_anew(
+        self, plan: GroupPlan, flags: tuple[Any, ...], of_base: tuple[object, ...], is_distributed: bool
+    ) -> Choice:
+        """Return the capture of a group in which something may have changed that the choice depends on."""
+        number, params, policy, decay = plan.number, plan.params, plan.policy, plan.decay
         if (is_distributed or params.joined) and not (plan.steps_alone and plan.preconditioning.preconditioner is None):
             if is_distributed:
                 check_flattened(params.parameters)
@@ -216,8 +233,7 @@ class Groups:
         if len(plan.group) != plan.keys_checked:
             warn_of_stray_keys(plan.group, number, plan.policy_group, self.base.defaults, plan.keys_warned)
             plan.keys_checked = len(plan.group)
-        decay = plan.decay
-        flags, rotates = plan.flags.of(plan.group), plan.preconditioning.preconditioner is not None
+        rotates = plan.preconditioning.preconditioner is not None
         key = capture_key(of_base, flags, params.kinds, described.state_classes, described.needs, decay, rotates)
         if plan.choice is not None and plan.choice.key == key:
             return plan.choice

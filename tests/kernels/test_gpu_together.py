@@ -11,9 +11,11 @@ import torch
 from gpu_support import BF16, F32, assert_equal_items, copied, few_samples, made, rule_on
 from step_cases import KINDS, RULES
 
-from selective.kernels import Draw, Item, ItemList, Selection, Strength, selective_step, selective_steps
+from selective import SelectiveUpdate
+from selective.kernels import Draw, Item, ItemList, Selection, Strength, selective_step, selective_steps, use_backend
 from selective.kernels.gpu import batch as batches
-from selective.kernels.gpu import launch
+from selective.kernels.gpu import configure, launch
+from selective.kernels.gpu.groups import GroupTable
 from selective.kernels.spec import StepCall, StepSpec
 
 ADAM = RULES["adamw"]
@@ -121,14 +123,16 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_a_group_of_another_kind_has_launches_of_its_own(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("statistics", [True, False])
+def test_a_group_of_another_kind_has_launches_of_its_own(statistics: bool, device: str, monkeypatch) -> None:
     names = count_launches(monkeypatch)
     together, apart = lists_of(ADAM, device), lists_of(ADAM, device)
     specs = specs_of(ADAM, *KINDS["agreement"], 0, device)
-    specs[1] = replace(specs[1], selection=Selection("everything"), statistics=True)
+    specs[1] = replace(specs[1], selection=Selection("everything"), statistics=statistics)
     ours = run_together(together, specs)
     assert names.count("selective_step_kernel") == 2
     assert ours == run_apart(apart, specs)  # the sums are in the order of the groups again
+    assert (ours[1] is not None) == statistics
     for a, b in zip(together, apart, strict=True):
         assert_equal_items(a, b)
 
@@ -151,15 +155,17 @@ def test_a_group_drops_out_and_comes_back_to_its_plan(device: str, monkeypatch: 
 
 
 def test_a_list_that_is_new_leaves_the_others_their_plan(device: str) -> None:
-    lists = lists_of(ADAM, device)
+    """So that nothing but its own tables is made anew, if a group's list changes in every step."""
+    lists, plans = lists_of(ADAM, device), []
     specs = specs_of(ADAM, *KINDS["agreement"], 0, device)
-    run_together(lists[:2], specs[:2])
-    plan = lists[0].cache["plan"]
-    run_together(lists, specs)
-    assert lists[0].cache["plan"] is lists[1].cache["plan"] is plan
-    assert lists[2].cache["plan"] is not plan
-    run_together(lists, specs)  # from its second step on it is stepped with them
-    assert lists[0].cache["plan"] is lists[2].cache["plan"] is not plan
+    for step in range(5):
+        if step in (1, 2):
+            lists[2] = ItemList(lists[2])
+        run_together(lists, specs)
+        plans.append([items.cache["plan"] for items in lists])
+    assert all(a is b for a, b, _ in plans)
+    assert [a is c for a, _, c in plans] == [True, False, False, True, True]  # from its second step on it is with them
+    assert plans[1][0] is plans[2][0] and plans[3][0] is plans[4][0]
 
 
 def uploads_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -220,3 +226,65 @@ def test_rates_that_are_tensors_on_the_device_are_read_there(device: str) -> Non
         rate.mul_(0.5)
     for a, b in zip(together, apart, strict=True):
         assert_equal_items(a, b)
+
+
+def test_a_decay_of_zero_is_a_factor_that_changes_no_bit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups without decay share the code of those with it."""
+    rule, results = replace(ADAM, weight_decay=0.0), []
+    for has_factor in (configure._has_factor, lambda rule: False):
+        monkeypatch.setattr(configure, "_has_factor", has_factor)
+        (items, *_) = lists_of(rule, device)
+        items[0].param[:4] = torch.tensor([0.0, -0.0, float("inf"), float("nan")], device=device)
+        spec = StepSpec(rule, *KINDS["agreement"], Draw(0, 0), True)
+        results.append((run_together([items], [spec]), [item.param.view(torch.int32) for item in items]))
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.parametrize("where", ["between steps", "in a hook of the base"])
+def test_a_parameter_that_is_transposed_in_place_is_noticed(where: str, device: str) -> None:
+    """Its address, dtype and shape stay. A hook runs after the wrapper has looked at parameters."""
+    optimizers = []
+    for backend in ("gpu", "reference"):
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(6, 6, generator=generator).to(device))
+        optimizer = SelectiveUpdate(torch.optim.AdamW([p], lr=0.1), policy="CautiousMGUP")
+
+        def transpose(*_: Any, p: Any = p) -> None:
+            p.data = p.data.t()
+
+        for step in range(4):
+            p.grad = torch.randn(6, 6, generator=generator).to(device)
+            if step == 2 and where == "between steps":
+                transpose()
+            hook = optimizer.base.register_step_pre_hook(transpose) if step == 2 and where != "between steps" else None
+            with use_backend(backend):  # type: ignore[arg-type]
+                optimizer.step()
+            if hook is not None:
+                hook.remove()
+        optimizers.append(p.detach())
+    torch.testing.assert_close(*optimizers)
+
+
+@pytest.mark.gpu
+def test_groups_on_two_devices_have_a_table_on_each(device: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    lists = [*lists_of(ADAM, "cuda:0")[:2], lists_of(ADAM, "cuda:1")[2]]
+    apart = [*lists_of(ADAM, "cuda:0")[:2], lists_of(ADAM, "cuda:1")[2]]
+    specs = specs_of(ADAM, *KINDS["agreement"], 0, "cpu")
+    specs[2] = replace(specs[2], rule=replace(specs[2].rule, lr=torch.tensor(0.01, device="cuda:1")))
+    assert run_together(lists, specs) == run_apart(apart, specs)
+    groups = lists[0].cache["plan"].groups
+    assert {str(d): sorted(table.here) for d, table in groups.items()} == {"cuda:0": [0, 1], "cuda:1": [2]}
+    for a, b in zip(lists, apart, strict=True):
+        assert_equal_items(a, b)
+
+
+def test_rows_of_groups_that_are_elsewhere_are_not_filled(device: str) -> None:
+    """A rate on another device would have to be waited for."""
+    specs = specs_of(ADAM, *KINDS["agreement"], 0, device)
+    specs[1] = replace(specs[1], rule=replace(specs[1].rule, lr=torch.zeros((), device="meta")))
+    table = GroupTable(3, torch.device(device), {0, 2})
+    table.update(specs)
+    assert table.hyper[1].abs().sum() == 0
+    assert [table.hyper[group, 0].item() for group in (0, 2)] == [specs[0].rule.lr, specs[2].rule.lr]
