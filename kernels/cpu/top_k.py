@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import chunks
-from .chunks import buffer, ones_of, spans
+from .chunks import buffer, count_ones, ones_of, spans
 
 WIDTH = 3.0  # half the bracket, in standard deviations of the sample's rank: misses in 0.3 % of the tensors
 SAMPLE = 16_384  # the fewest scores that a bracket is made of; 4 times as many at most
@@ -47,19 +47,14 @@ class Threshold:
         return out
 
 
-def _ones(marks: Tensor) -> int:
-    """The number of 1.0 among a chunk's marks of 1.0 and 0.0: exact, and half the time of a sum."""
-    return int(torch.dot(marks, marks))
-
-
 def _count_below(t: Tensor, value: float) -> int:
     """The number of elements of `t` that are smaller than `value`."""
-    return sum(_ones(torch.lt(x, value, out=buffer("below", x.numel(), t.dtype))) for x in _pieces(t))
+    return sum(count_ones(torch.lt(x, value, out=buffer("below", x.numel(), t.dtype))) for x in _pieces(t))
 
 
 def _count_up_to(t: Tensor, value: float) -> int:
     """The number of elements of `t` that are not greater than `value`; NaN is."""
-    return sum(_ones(torch.le(x, value, out=buffer("below", x.numel(), t.dtype))) for x in _pieces(t))
+    return sum(count_ones(torch.le(x, value, out=buffer("below", x.numel(), t.dtype))) for x in _pieces(t))
 
 
 def _pieces(t: Tensor) -> tuple[Tensor, ...]:
@@ -186,7 +181,7 @@ def bracket(sample: Tensor, k: int, numel: int) -> tuple[float, float]:
         first, middle, last = (_kthvalue(few, rank) for rank in ranks)
         ends = (first, _count_below(sample, first)), (last, _count_below(sample, last))
         below = torch.lt(sample, middle, out=buffer("below", n, sample.dtype))
-        known = Counted(sample, [ends[0], (middle, _ones(below)), ends[1]])
+        known = Counted(sample, [ends[0], (middle, count_ones(below)), ends[1]])
         runs = below.view(-1, RUN).sum(1)
         deviation = max(deviation, math.sqrt(runs.numel()) * float(runs.std()))
     margin = WIDTH * deviation + 1
@@ -213,7 +208,7 @@ class Collector:
             self.indices.append(torch.arange(start, start + t.numel(), device="cpu"))
             return
         if self.lower > -math.inf:
-            self.below += _ones(torch.lt(t, self.lower, out=buffer("below", t.numel(), t.dtype)))
+            self.below += count_ones(torch.lt(t, self.lower, out=buffer("below", t.numel(), t.dtype)))
         places = _places(t, self.lower, self.upper)
         self.values.append(t.index_select(0, places))
         self.indices.append(places.add_(start))
