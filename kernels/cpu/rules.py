@@ -6,6 +6,7 @@ over gradient and moments does all of the base's arithmetic, and the rest happen
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -188,13 +189,31 @@ class Mover:
 
     def peek(self, positions: Tensor) -> Advanced:
         """The rule's results at these flat positions, computed before the moments move. Nothing is written."""
-        return self._peek(lambda t: t.index_select(0, positions))  # a third of the time of t[positions]
 
-    def peek_runs(self, runs: Tensor, length: int) -> Advanced:
-        """`peek` at whole aligned runs of `length` neighbours, which are gathered ten times faster than elements."""
-        return self._peek(lambda t: t[: t.numel() // length * length].view(-1, length).index_select(0, runs).view(-1))
+        def gather(t: Tensor) -> Tensor:
+            return t.index_select(0, positions)  # a third of the time of t[positions]
 
-    def _peek(self, gather: Callable[[Tensor], Tensor]) -> Advanced:
         state = {name: gather(value) for name, value in self.flat.state.items()}
         moved = move(self.rule, self.numbers, gather(self.flat.param), gather(self.flat.grad), state, True)
         return as_seen(self.rule, moved)
+
+    def peek_runs(self, runs: Tensor, length: int) -> Slice:
+        """The same at whole aligned runs of `length` neighbours, by the kernel that will move the moments.
+
+        Runs are gathered ten times faster than elements.
+        """
+
+        def gather(t: Tensor) -> Tensor:
+            return t[: t.numel() // length * length].view(-1, length).index_select(0, runs).view(-1)
+
+        state = {name: gather(value) for name, value in self.flat.state.items()}
+        sampled = copy.copy(self)
+        grad = gather(self.flat.grad)
+        reads_param = self.run is None or self.rule.coupled_decay != 0  # else anything of its shape will do
+        param = gather(self.flat.param) if reads_param else grad
+        sampled.flat = Flat(Item(param, grad, state, 0), writes_state=False)
+        if self.run is not None:
+            assert self.rule.first_moment is not None
+            sampled.moment = state[self.rule.first_moment]
+        count = runs.numel() * length
+        return sampled(0, count, torch.empty(count, dtype=self.dtype, device="cpu"))

@@ -11,7 +11,8 @@ ends, is that of the call's largest tensor, in bytes an element:
 - 4 for d (8 in float64; 0 if a capture already holds d as float32);
 - 1 for marks, if a strength reads them again or a control draws;
 - 4 for top-K by a momentum score, and 4 for top-K that keeps the norm of the momentum;
-- about 5 % for the list inside the bracket, and 4 to 12 more if a bracket has missed or there are very many ties.
+- about 0.5 for the list inside the bracket, up to 24 where very many scores are equal, and 4 to 12 if a bracket has
+  missed.
 
 Non-contiguous tensors are copied while they are stepped.
 """
@@ -166,7 +167,8 @@ class _Step:
     def _collector(self) -> ranking.Collector:
         if self.numel <= 4 * ranking.SAMPLE:  # everything is collected: no sample needed
             return ranking.Collector(self.k, self.numel, -torch.inf, torch.inf)
-        sample = self._peeked_scores(self.mover.peek_runs(ranking.bracket_runs(self.numel), ranking.RUN))
+        piece = self.mover.peek_runs(ranking.bracket_runs(self.numel), ranking.RUN)
+        sample = negated_score(self.selection, self.rule, piece, torch.empty_like(piece.minus_update))
         return ranking.Collector(self.k, self.numel, *ranking.bracket(sample, self.k, self.numel))
 
     def _first_pass(
@@ -203,18 +205,22 @@ class _Step:
         """Settle the threshold; mark the tensor if a strength or a control depends on what is selected."""
         self.threshold = collector.settle()
         if self.threshold is None:  # the bracket has missed
-            whole = self.scores
-            if whole is None:
-                whole = torch.empty(self.numel, dtype=self.dtype, device="cpu")
-                for start, end in spans(self.numel):
-                    negated_score(self.selection, self.rule, self._again(minus_updates, start, end), whole[start:end])
-            self.threshold = ranking.exact(whole, self.k)
+            self._rank_whole(minus_updates)
         if self.strength.kind in ("fixed", "alignment") and self.matched is None:
             return None
         marks = self._marks()
         for start, end in spans(self.numel):
             self._note(start, end, self._again(minus_updates, start, end), marks)
         return marks
+
+    def _rank_whole(self, minus_updates: Tensor) -> None:
+        """Find the threshold among all scores."""
+        whole = self.scores
+        if whole is None:
+            whole = torch.empty(self.numel, dtype=self.dtype, device="cpu")
+            for start, end in spans(self.numel):
+                negated_score(self.selection, self.rule, self._again(minus_updates, start, end), whole[start:end])
+        self.threshold = ranking.exact(whole, self.k)
 
     def _second_pass(self, minus_updates: Tensor, marks: Tensor | None, apply: Applier, totals: Totals | None) -> None:
         for start, end in spans(self.numel):

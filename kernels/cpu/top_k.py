@@ -4,7 +4,7 @@ Scores are ranked by `t = -score`, so that the K largest scores are the K smalle
 comparison. A `Threshold(value, cutoff)` selects `t < value`, and those equal to it at flat indices up to `cutoff`. As
 +0 equals -0 in a comparison, ties are what docs/design.md calls ties.
 
-A sample gives two quantiles around the wanted rank: the bracket. One pass counts the t below the bracket and collects
+A sample gives two values around the wanted rank: the bracket. One pass counts the t below the bracket and collects
 those inside; the K-th is then found among these few. If it is not one of them (the bracket missed), the whole tensor
 is ranked instead: slower, with the same answer.
 """
@@ -17,13 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunks import buffer, spans
+from . import chunks
+from .chunks import buffer, count_ones, ones_of, spans
 
 WIDTH = 3.0  # half the bracket, in standard deviations of the sample's rank: misses in 0.3 % of the tensors
-SAMPLE = 16_384  # scores the bracket is made of; neighbours are alike, so the spread is taken as if there were fewer
-SPREAD = 1.5
-INNER = 2_048  # values that the bracket of a list is made of
-RUN = 16  # neighbours taken together: one cache line of float32
+SAMPLE = 16_384  # the fewest scores that a bracket is made of; 4 times as many at most
+SHARE = 32  # one score in so many is sampled, between these limits
+SHORT = 4_096  # values; up to here a plain `nonzero` takes less time than many small operations
+INNER = 512  # the fewest values that the bracket of a list is made of
+RUN = 32  # neighbours taken together: two cache lines of float32, which memory hands out nearly as fast as one
 
 
 @dataclass(frozen=True)
@@ -35,74 +37,159 @@ class Threshold:
 
     def mark(self, t: Tensor, start: int, out: Tensor) -> Tensor:
         """Write 1.0 where selected, else 0.0, to `out`, for the elements from `start` on. `out` may be `t`."""
-        split = min(max(self.cutoff + 1 - start, 0), t.numel())
+        split = self.cutoff + 1 - start
+        if split <= 0:
+            return torch.lt(t, self.value, out=out)
+        if split >= t.numel():
+            return torch.le(t, self.value, out=out)
         torch.le(t[:split], self.value, out=out[:split])
         torch.lt(t[split:], self.value, out=out[split:])
         return out
 
 
+def _count_below(t: Tensor, value: float) -> int:
+    """The number of elements of `t` that are smaller than `value`."""
+    return sum(count_ones(torch.lt(x, value, out=buffer("below", x.numel(), t.dtype))) for x in _pieces(t))
+
+
+def _count_up_to(t: Tensor, value: float) -> int:
+    """The number of elements of `t` that are not greater than `value`; NaN is."""
+    return sum(count_ones(torch.le(x, value, out=buffer("below", x.numel(), t.dtype))) for x in _pieces(t))
+
+
+def _pieces(t: Tensor) -> tuple[Tensor, ...]:
+    return (t,) if t.numel() <= chunks.CHUNK else t.split(chunks.CHUNK)
+
+
+def _places(t: Tensor, lower: float, upper: float) -> Tensor:
+    """The indices at which a chunk is in `[lower, upper]`, ascending. NaN is not."""
+    n = t.numel()
+    # Operations whose result is bool are five times slower here than those on floats, so: float first.
+    within = torch.clamp(t, lower, upper, out=buffer("below", n, t.dtype)).eq_(t)  # NaN is not equal to itself
+    return ones_of(buffer("inside", n, torch.bool).copy_(within))
+
+
+def _inside(t: Tensor, lower: float, upper: float) -> Tensor:
+    """The indices at which a list of any length is in `[lower, upper]`, ascending."""
+    if t.numel() <= SHORT:
+        return torch.nonzero((t >= lower) & (t <= upper)).view(-1)
+    parts = [_places(t[start:end], lower, upper).add_(start) for start, end in spans(t.numel())]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Counted:
+    """Values with the number of elements of a list that are smaller, from which others are found.
+
+    Ranks are taken to grow evenly from one counted value to the next. What that is wrong by is seen when the new value
+    is counted, so a few turns are enough.
+    """
+
+    def __init__(self, t: Tensor, points: list[tuple[float, int]]) -> None:
+        self.t, self.points = t, points  # ascending
+
+    def at(self, rank: float, slack: float) -> tuple[float, int] | None:
+        """A value with `rank` smaller elements, give or take `slack`, and its count; None if a few turns find none."""
+        for _ in range(4):
+            after = next((i for i, (_, count) in enumerate(self.points) if count >= rank), 0)
+            if after == 0:
+                return None
+            (a, below_a), (b, below_b) = self.points[after - 1], self.points[after]
+            x = a + (b - a) * (rank - below_a) / (below_b - below_a)
+            x = float(torch.tensor(x, dtype=self.t.dtype, device="cpu"))  # a number that t can be
+            if not a < x < b:
+                return None
+            count = _count_below(self.t, x)
+            if abs(count - rank) <= slack:
+                return x, count
+            self.points.insert(after, (x, count))
+        return None
+
+
+def _kthvalue(t: Tensor, rank: int) -> float:
+    return float(torch.kthvalue(t, rank).values)
+
+
 def smallest(t: Tensor, ranks: tuple[int, ...]) -> list[float]:
     """The values at these ranks of `t` (from 1, ascending; NaN is the largest), as `kthvalue` has them.
 
-    Found by a bracket once more: torch's kthvalue takes 8 ns an element (0.18 ms for 16k, 1.1 ms for 126k), which was a
-    third of a step. To compare, and to keep the values inside of a bracket, takes a fifth of that.
+    Found by brackets within brackets: torch's kthvalue takes 8 to 15 ns an element (1.1 ms for 126k). To compare, and
+    to keep the values inside of a bracket, takes a fifth of that.
     """
     n = t.numel()
-    if n >= 4 * INNER:
-        sample = t[:: n // INNER].sort().values
+    if n >= 16 * INNER:
+        sample = t[:: n // max(INNER, n // 64)]
         m = sample.numel()
         margin = 2 * WIDTH * math.sqrt(m / 4) + 1
-        low, high = math.floor(min(ranks) / n * m - margin), math.ceil(max(ranks) / n * m + margin)
-        lower = float(sample[low - 1]) if low >= 1 else -math.inf
-        upper = float(sample[high - 1]) if high <= m else math.inf
-        below = int((t < lower).sum())
-        inside = t[(t >= lower) & (t <= upper)]
+        lower, upper = _around(sample, min(ranks) / n * m - margin, max(ranks) / n * m + margin)
+        below = _count_below(t, lower)
+        inside = t.index_select(0, _inside(t, lower, upper))
         if all(1 <= rank - below <= inside.numel() for rank in ranks):
             t, ranks = inside, tuple(rank - below for rank in ranks)
-    return [float(torch.kthvalue(t, rank).values) for rank in ranks]
+    return [_kthvalue(t, rank) for rank in ranks]
 
 
-def _settle(t: Tensor, indices: Tensor | None, rank: int, numel: int) -> Threshold:
-    """The threshold that selects the `rank` smallest of `t` (1 <= rank <= the number that are not NaN)."""
-    value = smallest(t, (rank,))[0]
-    ties = torch.nonzero(t == value).view(-1)
-    wanted = rank - int((t < value).sum())
-    if wanted >= ties.numel():
-        return Threshold(value, numel)
-    place = ties[wanted - 1]
-    return Threshold(value, int(place if indices is None else indices[place]))
+def _around(sample: Tensor, low: float, high: float) -> tuple[float, float]:
+    """The values of a sample at rank `low` or a little below, and at `high` or a little above.
 
-
-def first(t: Tensor, indices: Tensor, k: int, numel: int) -> Tensor:
-    """The places in `t` of its `k` smallest values (1 <= k <= len(t)), the lower index first among equals.
-
-    `indices` has the index of each value in a tensor of `numel` elements, ascending.
+    Infinite where there is no such rank, and where the value is NaN.
     """
-    threshold = _settle(t, indices, k, numel)
-    equal = (t == threshold.value) & (indices <= threshold.cutoff)
-    return torch.nonzero((t < threshold.value) | equal).view(-1)
+    n, first, last = sample.numel(), math.floor(low), math.ceil(high)
+    inner = tuple(rank for rank in (first, last) if 1 <= rank <= n)
+    values = iter([math.inf if math.isnan(x) else x for x in smallest(sample, inner)] if inner else [])
+    lower = next(values) if 1 <= first <= n else -math.inf if first < 1 else math.inf
+    return lower, next(values) if 1 <= last <= n else math.inf
+
+
+def _settle(t: Tensor, rank: int) -> tuple[float, int]:
+    """The value at this rank of `t`, NaN being the largest, and the place of the last that is taken of its equals."""
+    value = smallest(t, (rank,))[0]
+    ties = _inside(t, value, value)
+    return value, int(ties[rank - _count_below(t, value) - 1])
+
+
+def first(t: Tensor, k: int) -> Tensor:
+    """The places in `t` of its `k` smallest values (1 <= k <= len(t)), the first of those that are equal."""
+    value, last = _settle(t, k)
+    threshold = Threshold(value, last)
+    return torch.nonzero(threshold.mark(t, 0, torch.empty_like(t))).view(-1)
 
 
 def exact(t: Tensor, k: int) -> Threshold:
     """The threshold that selects the `k` smallest of `t`, a whole tensor, 1-d."""
-    valid = t.numel() - int(torch.isnan(t).sum())
+    valid = _count_up_to(t, math.inf)
     if k <= 0:
         return Threshold(-math.inf, -1)
     if k >= valid:
         return Threshold(math.inf, t.numel())
-    return _settle(t, None, k, t.numel())
+    return Threshold(*_settle(t, k))
 
 
 def bracket(sample: Tensor, k: int, numel: int) -> tuple[float, float]:
-    """Two values between which the K-th smallest t most likely lies. `sample` is t at some positions."""
-    n = sample.numel()
-    share = k / numel
-    margin = WIDTH * SPREAD * math.sqrt(n * share * (1 - share)) + 1
-    sample = torch.where(torch.isnan(sample), math.inf, sample)
-    low, high = math.floor(share * n - margin), math.ceil(share * n + margin)
-    inner = tuple(rank for rank in (low, high) if 1 <= rank <= n)
-    values = iter(smallest(sample, inner)) if inner else iter(())
-    return next(values) if low >= 1 else -math.inf, next(values) if high <= n else math.inf
+    """Two values between which the K-th smallest t most likely lies.
+
+    `sample` is t at some positions, in runs of `RUN` neighbours. Neighbours may be alike, so the deviation of a rank is
+    measured on the runs. It is not taken for smaller than that of independent numbers. The ranks of the two in the
+    sample are right to a tenth of the width: exact ones take five times as long.
+    """
+    n, share = sample.numel(), k / numel
+    wanted, deviation = share * n, math.sqrt(n * share * (1 - share))
+    known = None
+    if n >= 8 * INNER:
+        few = sample[:: n // INNER].contiguous()
+        reach = 1.2 * WIDTH * math.sqrt(few.numel() / 4) + 1
+        ranks = [min(max(round(share * few.numel() + x), 1), few.numel()) for x in (-reach, 0, reach)]
+        first, middle, last = (_kthvalue(few, rank) for rank in ranks)
+        ends = (first, _count_below(sample, first)), (last, _count_below(sample, last))
+        below = torch.lt(sample, middle, out=buffer("below", n, sample.dtype))
+        known = Counted(sample, [ends[0], (middle, count_ones(below)), ends[1]])
+        runs = below.view(-1, RUN).sum(1)
+        deviation = max(deviation, math.sqrt(runs.numel()) * float(runs.std()))
+    margin = WIDTH * deviation + 1
+    if known is not None:
+        lower, upper = known.at(wanted - margin, margin / 10), known.at(wanted + margin, margin / 10)
+        if lower is not None and upper is not None:
+            return lower[0], upper[0]
+    return _around(sample, wanted - margin, wanted + margin)
 
 
 class Collector:
@@ -116,29 +203,50 @@ class Collector:
 
     def add(self, t: Tensor, start: int) -> None:
         """Add one chunk, whose first element is element `start`."""
-        out = buffer("collect", t.numel(), t.dtype)
+        if self.lower == -math.inf and self.upper == math.inf:  # all of a small tensor
+            self.values.append(t.clone())
+            self.indices.append(torch.arange(start, start + t.numel(), device="cpu"))
+            return
         if self.lower > -math.inf:
-            self.below += int(torch.lt(t, self.lower, out=out).sum())  # at most CHUNK: exact in float32
-        # Operations whose result is bool are five times slower here than those on floats, so: float first.
-        torch.clamp(t, self.lower, self.upper, out=out).eq_(t)  # NaN is not equal to itself
-        inside = buffer("inside", t.numel(), torch.bool)
-        inside.copy_(out)
-        places = torch.nonzero(inside).view(-1)
+            self.below += count_ones(torch.lt(t, self.lower, out=buffer("below", t.numel(), t.dtype)))
+        places = _places(t, self.lower, self.upper)
         self.values.append(t.index_select(0, places))
         self.indices.append(places.add_(start))
 
     def settle(self) -> Threshold | None:
         """The threshold; None if the bracket has missed."""
-        values = torch.cat(self.values)
-        rank = self.k - self.below
-        if not 1 <= rank <= values.numel():
+        t, indices, rank = joined(self.values), joined(self.indices), self.k - self.below
+        whole = self.lower == -math.inf and self.upper == math.inf  # then NaN is in the list
+        valid = _count_up_to(t, math.inf) if whole else t.numel()
+        if not 1 <= rank <= valid:
             return None
-        return _settle(values, torch.cat(self.indices), rank, self.numel)
+        places, smaller = _near(Counted(t, [(self.lower, 0), (self.upper, valid)]), rank)
+        if places is not None:
+            t, indices = t.index_select(0, places), indices.index_select(0, places)
+        value, last = _settle(t, rank - smaller)
+        return Threshold(value, int(indices[last]))
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The parts one after the other; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _near(known: Counted, rank: int) -> tuple[Tensor | None, int]:
+    """The places of a list's elements near this rank, and the number of smaller ones; None if not easily told."""
+    t = known.t
+    reach = max(16.0, t.numel() / 256)
+    if t.numel() <= SHORT:
+        return None, 0
+    lower, upper = known.at(rank - 1 - reach, reach), known.at(rank + reach, reach)
+    if lower is None or upper is None:
+        return None, 0
+    return _inside(t, lower[0], upper[0]), lower[1]
 
 
 def bracket_runs(numel: int) -> Tensor:
     """The numbers of the aligned runs of `RUN` neighbours that the bracket is made from: spread evenly, int64."""
-    runs, available = SAMPLE // RUN, numel // RUN
+    runs, available = min(max(numel // SHARE, SAMPLE), 4 * SAMPLE) // RUN, numel // RUN
     return torch.arange(runs, device="cpu") * (available - 1) // (runs - 1)
 
 

@@ -103,7 +103,7 @@ def test_the_second_launch_is_direct_with_its_own_arguments() -> None:
         assert all(a is b or a == b for a, b in zip(arguments, wanted, strict=True))
 
 
-@pytest.mark.parametrize("changes", OTHERS, ids=range(len(OTHERS)))
+@pytest.mark.parametrize("changes", OTHERS, ids=[str(i) for i in range(len(OTHERS))])
 def test_what_triton_compiles_anew_is_not_launched_with_the_old_code(changes: dict[str, Any]) -> None:
     kernel, found = Kernel(), launches()
     run(found, kernel)

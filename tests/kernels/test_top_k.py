@@ -109,9 +109,9 @@ def test_without_the_fallback_a_missed_bracket_selects_wrongly(monkeypatch):
     monkeypatch.setattr(threshold, "bracket", lambda sample, k, numel: (-1e-2, -1e-3))
 
     def unnoticed(self):
-        values = torch.cat(self.values)
-        rank = min(max(self.k - self.below, 1), values.numel())
-        return threshold._settle(values, torch.cat(self.indices), rank, self.numel)
+        t = torch.cat(self.values)
+        value, _ = threshold._settle(t, min(max(self.k - self.below, 1), t.numel()))
+        return threshold.Threshold(value, self.numel)
 
     rule, selection = AdamRule(0.5, 0.9, 0.99, 1e-8), Selection("top_k", fraction=0.1)
     right = selected_in_step(items(rule, 12_345, False), rule, selection)[1]
