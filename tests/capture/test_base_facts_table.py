@@ -90,9 +90,13 @@ def comparable(facts: BaseFacts) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:optimi")  # high weight decay for decouple_lr
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+    "name,options,dtype",
+    [
+        pytest.param(name, options, dtype, id=f"{name}-{options}-{dtype}", marks=pytest.mark.slow if slow else [])
+        for place, (name, options) in enumerate(CASES)
+        for dtype, slow in ((torch.float32, False), (torch.bfloat16, place % 2 == 1), (torch.float16, True))
+    ],
 )
-@pytest.mark.parametrize("name,options", CASES, ids=str)
 def test_the_table_is_a_cache_of_the_measurement(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     base = build(name, options, dtype)
     assert qualified_name(type(base)) == name

@@ -143,8 +143,11 @@ CHECKED += [
 
 @pytest.mark.parametrize(
     "case, kind, rule, statistics",
-    [  # in turns with statistics and without; the other half is slow
-        pytest.param(*checked, statistics, marks=[] if statistics == bool(place % 2) else pytest.mark.slow)
+    [  # in turns with statistics and without; the other half is slow, and so are further rules
+        pytest.param(
+            *checked, statistics,
+            marks=[] if statistics == bool(place % 2) and checked[2] in ("adamw", "sgd") else pytest.mark.slow,
+        )
         for place, checked in enumerate(CHECKED) for statistics in (False, True)
     ],
 )  # fmt: skip

@@ -104,7 +104,7 @@ def few_blocks() -> None:
 
 def triton_kernels(world: World) -> None:
     """Triton's kernels, interpreted, also step shards that need other ranks. Plans are kept from step to step."""
-    _triton_kernels(world, {"CautiousMGUP": adamw, "MGUP": adamw, "Cautious": adamw})
+    _triton_kernels(world, {"MGUP": adamw, "Cautious": adamw})
 
 
 def triton_kernels_everywhere(world: World) -> None:
@@ -112,6 +112,7 @@ def triton_kernels_everywhere(world: World) -> None:
     _triton_kernels(world, {"AlphaConsistency": adamw, "RandomMask": nadam, "CautiousMGUP": sgd})
     _triton_kernels(world, {"RandomMask": adamw, "CautiousMGUP": nadam})
     _triton_kernels(world, {"RandomMask": sgd})
+    _triton_kernels(world, {"CautiousMGUP": adamw})
 
 
 def _triton_kernels(world: World, bases: dict[str, Make]) -> None:
