@@ -95,6 +95,7 @@ class GroupPlan:
     def replace_params(self, params: GroupParams) -> None:
         """Replace the parameter list, and start with empty `KeptItems`."""
         self.params, self.kept, self.kept_rotated = params, KeptItems(), KeptItems()
+        self.chosen_by = []  # it holds the old list
         self.forget_bases()
 
     def forget_items(self) -> None:
