@@ -66,7 +66,7 @@ class HostClock:
         return None
 
     def trace(self, stepping: Stepping, steps: int = 1) -> dict[str, Any] | None:
-        """What the device does in so many steps, as a Chrome trace of the profiler; None if that is not known."""
+        """The device's work in so many steps, as a Chrome trace of the profiler; None if that is not known."""
         return None
 
     def synchronize(self) -> None:

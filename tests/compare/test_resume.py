@@ -55,7 +55,7 @@ def test_a_run_stopped_before_its_first_step_goes_on(tmp_path):
 
 
 def test_checkpoints_are_written_on_the_way(tmp_path):
-    """What is left when the process is killed: the last checkpoint."""
+    """A killed process leaves its last checkpoint."""
     config = tiny(tmp_path, loop={"checkpoint_every": 2})
     path = tmp_path / "run.pt"
     run = trainer(config)

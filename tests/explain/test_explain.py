@@ -1,4 +1,4 @@
-"""What `explain()` says of memory, of groups that are alike, of the learning rate, and of facts that were measured."""
+"""The lines of `explain()` about memory, alike groups, the learning rate, and facts that were measured."""
 
 from __future__ import annotations
 

@@ -289,7 +289,7 @@ def test_tensors_that_part_leave_no_plans_behind() -> None:
 
 @pytest.mark.parametrize("kernels", [True, False])
 def test_a_mask_of_zeros_leaves_a_norm_of_zero(kernels: bool) -> None:
-    """What is not selected is a difference of sums, which rounding must not take below zero."""
+    """The sum of the rest is a difference of sums, which rounding must not take below zero."""
     ours = shards(ADAM, 2, "zeros", torch.float32)
     for item in (item for items in ours for item in items):
         item.state["exp_avg"] *= item.grad != 0
@@ -368,7 +368,7 @@ def test_numbers_as_digits(values: list[float], wanted: int) -> None:
 
 
 class Counting(TorchDispatchMode):
-    """How many operations there are that a GPU would have to be sent: all but views."""
+    """The number of operations that a GPU would have to be sent: all but views."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -68,7 +68,7 @@ def items(rule, numel, ties):
 
 
 def selected_in_step(item, rule, selection):
-    """Which coordinates a step selected, read off the parameter: the rest does not move."""
+    """The coordinates that a step selected, read off the parameter: the rest does not move."""
     before = item.param.clone()
     (sums,) = selective_step(
         [item], rule=rule, selection=selection, strength=Strength("fixed", 1.0, 0.0), draw=Draw(0, 0), statistics=True

@@ -1,4 +1,4 @@
-"""What is measured of a row, and of all rows of one model."""
+"""The measurements of a row, and of all rows of one model."""
 
 from __future__ import annotations
 
