@@ -79,7 +79,6 @@ def test_a_gpu_steps_as_the_cpu_does(base: str, policy: Policy) -> None:
         torch.testing.assert_close(a.cpu(), b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 @pytest.mark.parametrize("base", ["adamw", "adamw-fused", "adamw-capturable", "sgd", "nadam"])
 def test_a_step_does_not_wait_for_the_gpu(base: str, policy: Policy) -> None:
@@ -97,7 +96,6 @@ def test_a_step_does_not_wait_for_the_gpu(base: str, policy: Policy) -> None:
     assert all(value.is_cuda for entry in found.values() for value in entry.values())
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("policy", [MGUP(), Cautious(), AlphaConsistency()], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("capture", ["scratch", "delta"])

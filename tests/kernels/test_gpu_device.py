@@ -47,7 +47,6 @@ def compiled() -> int:
     return sum(len(cache[0]) for kernel in kernels.values() for cache in kernel.device_caches.values())
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("rule", ["adamw", "lion", "sgd_nesterov", "scratch"])
@@ -70,7 +69,6 @@ def test_the_host_does_not_wait(rule, case, on_device):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_ranking_does_not_wait():
     score = torch.randn(300_000, device="cuda")
     wanted = top_k(score, 1000)

@@ -205,7 +205,6 @@ def test_drawn(fraction: float, ranks: int, seed: int, span: int, kind: str, dty
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("kind", ["plain", "ties", "zeros"])
 @pytest.mark.parametrize("statistics", [False, True])
 def test_large_shards_on_a_gpu(kind: str, statistics: bool) -> None:

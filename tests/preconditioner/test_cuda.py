@@ -56,7 +56,6 @@ def test_a_gpu_steps_as_the_cpu_does(base: str, space: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # products of 64 terms, and Adam's division by small v
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("policy", [Dense(), MGUP(), Cautious()], ids=repr)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
@@ -77,7 +76,6 @@ def test_a_step_without_a_refresh_does_not_wait_for_the_gpu(base: str, policy: P
     assert all(value.is_cuda for entry in found.values() for value in entry.values())
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("stagger", [False, True, "shapes"])
 def test_a_refresh_in_stacks_waits_once_for_the_gpu(stagger: Any) -> None:
     """For all shapes that are due. The first bases are made by torch's eigh, which waits by itself."""

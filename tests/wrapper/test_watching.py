@@ -195,7 +195,6 @@ def test_what_cannot_be_watched_is_refused_with_the_reason() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("policy", [MGUP(), AlphaConsistency()], ids=repr)
 def test_watching_waits_for_no_gpu(policy: Policy) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)).cuda()
