@@ -36,7 +36,7 @@ def measure(setup: Setup) -> list[dict[str, Any]]:
     the bytes of a contender for which the memory is not enough, and all excess if that is the base.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to the terminal each time
-    with profile(activities=[ProfilerActivity.CPU]):
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True):
         pass  # if its first use is in another thread, it complains on the terminal
     measured: list[dict[str, Any]] = []
     with generators_restored():
