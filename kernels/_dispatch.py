@@ -274,6 +274,14 @@ def _with_triton_function(spec: StepSpec) -> StepSpec:
     return replace(spec, selection=replace(selection, function=_gpu().jitted(selection.function)))
 
 
+def _with_triton_function(spec: StepSpec) -> StepSpec:
+    """The spec with a selection's function compiled, if it has one and Triton can be imported."""
+    selection = spec.selection
+    if selection.kind != "function" or why_no_triton() is not None:
+        return spec
+    return replace(spec, selection=replace(selection, function=_gpu().jitted(selection.function)))
+
+
 @torch.no_grad()
 def _step_here(items: Sequence[Item], spec: StepSpec, backend: Backend) -> Sequence[Sums] | None:
     """The step of whole tensors, or of shards that can be stepped as if they were whole."""

@@ -98,14 +98,14 @@ def _leave_pool(device: torch.device, pool: Any) -> None:
 
     Until it is told, it frees no memory that was used by several streams.
     """
-    leave: Any = getattr(torch._C, "_cuda_endAllocateToPool", None)
-    if leave is None:
-        return
+    functions: Any = torch._C
     try:
-        leave(device.index, pool)
+        functions._cuda_endAllocateToPool(device.index, pool)
     except RuntimeError as error:
         if "not currently recording" not in str(error):  # it was told
             raise
+    else:
+        functions._cuda_releasePool(device.index, pool)
 
 
 @contextmanager

@@ -98,9 +98,8 @@ class DirectLaunches:
         """
         runtime, compilation = knobs.runtime, knobs.compilation
         casts = getattr(compilation, "fpsan_homomorphic_casts", None)  # since Triton 3.9
-        self._settings = None
-        if runtime.add_stages_inspection_hook is None:
-            self._settings = runtime.debug, compilation.instrumentation_mode, casts
+        hooked = runtime.add_stages_inspection_hook is not None
+        self._settings = None if hooked else (runtime.debug, compilation.instrumentation_mode, casts)
 
     @property
     def settings(self) -> tuple[Any, ...] | None:

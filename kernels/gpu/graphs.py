@@ -83,6 +83,9 @@ class Budget:
             return f"a graph would keep {_mib(nbytes)}{beside}, and graphs may keep {_mib(self.most_bytes)} on a device"
         return None
 
+    def __len__(self) -> int:
+        return len(self._recordings)
+
     def add(self, recording: Recording) -> None:
         """Count a recording until it is let go."""
         self._recordings.add(recording)
@@ -107,11 +110,12 @@ class RepeatedLaunches:
         self._settings: object | None = None  # of the last step
         self._warm = 0  # steps in a row with these settings, and without the dispatcher
         self._nbytes = 0  # that the launches of the last step needed
+        self._wanted = True  # in the last step
         self._refused = f"the environment says {SWITCH}=0" if switched_off() else None
 
     def __call__(self, wanted: bool) -> Sums:
         """Make the launches of a step, whose tables are up to date. `wanted`: they may be recorded and replayed."""
-        recorder = self._recorder
+        recorder, self._wanted = self._recorder, wanted
         if recorder is None or not wanted or self._refused is not None:
             return self._launch()[0]
         if recorder.is_capturing():
@@ -157,6 +161,8 @@ class RepeatedLaunches:
         """How the launches are made, in words; None where nothing can be recorded."""
         if self._recorder is None:
             return None
+        if not self._wanted:
+            return "made one by one, because some of the parameters that share them have graph=False"
         if self._refused is not None:
             return f"made one by one, because {self._refused}"
         if self._recording is not None:

@@ -95,6 +95,8 @@ def test_they_are_never_recorded(why: str, monkeypatch: pytest.MonkeyPatch) -> N
     said = steps.describe()
     if why == "a CPU":
         assert said is None
+    if why == "not wanted":
+        assert "have graph=False" in str(said)
     if why == "the environment":
         assert said == "made one by one, because the environment says SELECTIVE_GRAPH=0"
 
