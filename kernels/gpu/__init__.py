@@ -6,7 +6,8 @@ The code that runs on the host is here:
   `batches.py` finds the tensors that can be launched together, and `kept_plans.py` keeps what was found for the next
   step. `batch.py` and `tables.py` keep the tables of tensors, `groups.py` those of groups, and `configure.py` makes the
   constants that are compiled in. `eligible.py` says which tensors the kernels can take.
-- `launch.py` has the launches of a step in order, and `direct.py` makes them without Triton's dispatcher.
+- `launch.py` has the launches of a step in order, and `direct.py` makes them without Triton's dispatcher. `graphs.py`
+  says when they are recorded and replayed, `cuda_graphs.py` records them in a CUDA graph.
 - `top_k.py` has the function `top_k`, of one tensor of scores. `functions.py` compiles and evaluates a user's own
   function.
 
