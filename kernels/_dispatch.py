@@ -194,6 +194,7 @@ def selective_step(
     statistics: bool = False,
     backend: Backend = "auto",
     decay: Decay | None = None,
+    graphs: bool = False,
 ) -> Sequence[Sums] | None:
     """The complete step of these tensors, in place: moments, mask, decay, parameter (docs/design.md, steps 5 to 7).
 
@@ -207,6 +208,7 @@ def selective_step(
         statistics: also return one `Sums` for each item, in order, on the item's device.
         backend: "auto" picks by device; the others are for tests.
         decay: the coordinates that the rule's factor of decoupled decay reaches; None: all.
+        graphs: on a GPU, launches that repeat those of the same `ItemList` may be replayed as a CUDA graph.
 
     Raises:
         ValueError, TypeError: before anything has moved, if a gradient does not fit, if the selection or the strength
@@ -220,7 +222,7 @@ def selective_step(
     spec = StepSpec(rule, selection, strength, draw, statistics, decay)
     if any(item.shard is not None for item in items):
         return _with_shards(items, spec, backend)
-    return _step_here(items, spec, backend)
+    return _step_here(items, spec, backend, graphs)
 
 
 def begin_sharded(
@@ -283,13 +285,13 @@ def _with_triton_function(spec: StepSpec) -> StepSpec:
 
 
 @torch.no_grad()
-def _step_here(items: Sequence[Item], spec: StepSpec, backend: Backend) -> Sequence[Sums] | None:
+def _step_here(items: Sequence[Item], spec: StepSpec, backend: Backend, graphs: bool = False) -> Sequence[Sums] | None:
     """The step of whole tensors, or of shards that can be stepped as if they were whole."""
     spec = _with_triton_function(spec)
     planned = isinstance(items, ItemList) and bool(items.cache) and bool(items)
     asked = _chosen(backend)
     if planned and (asked == "gpu" or (asked == "auto" and items[0].param.is_cuda)):
-        call = StepCall(items, spec)
+        call = StepCall(items, spec, graphs=graphs)
         plan = _gpu().plan_of([call])
         if plan is not None:  # all that follows below was settled in an earlier step
             return plan.run([call])[0]

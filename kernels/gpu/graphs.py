@@ -10,6 +10,7 @@ Here is when launches are recorded and when they are not. `cuda_graphs.py` does 
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -138,6 +139,8 @@ class RepeatedLaunches:
 
     def _record(self, recorder: Recorder) -> None:
         with _ONE_AT_A_TIME:
+            if self._budget.why_not(self.device, self._nbytes) is not None:
+                gc.collect()  # optimizers that nobody has any more may hold graphs
             self._refused = self._budget.why_not(self.device, self._nbytes)
             if self._refused is not None:
                 return

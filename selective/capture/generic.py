@@ -121,7 +121,7 @@ class GenericJob(RememberingJob):
         if is_sharded:
             self.context.exchange.add(begin_sharded(passing, **how), len(items), done)
         else:
-            done(selective_step(passing, **how))
+            done(selective_step(passing, graphs=self.context.graphs, **how))
 
     def _item(self, index: int, captured: Captured, momentum: Tensor | None) -> spec.Item:
         """Return the kernels' item of one parameter, with this rank's parts of all tensors."""

@@ -146,7 +146,8 @@ class KeptItems:
 
     def describe_launches(self) -> list[str]:
         """How the launches of the last step were made, in words; nothing before the first step, and on a CPU."""
-        described = (each.items.cache.get("describe_launches") for each in self._lists)
+        caches = [*(each.items.cache for each in self._lists), *self._tables.values()]
+        described = (cache.get("describe_launches") for cache in caches)
         return [text for describe in described if describe is not None for text in describe()]
 
     def policy_changed(self, policy: Policy) -> None:

@@ -122,13 +122,13 @@ class RotatedFusedJob(RotatedJob):
         rule_call = {
             "rule": self._undecayed_rule(), "selection": self.specs[0], "strength": self.specs[1],
             "draw": replace(draw, stochastic=False),  # the parameter is rounded when it is written
-            "statistics": report is not None,
+            "statistics": report is not None, "graphs": self.context.graphs,
         }  # fmt: skip
         rate = 1.0 if self.decay is None else self.rate
         write_call = {
             "rule": spec.GivenRule(self.factors[0], 0.0, negated=True, rate=rate),
             "selection": everything, "strength": as_it_is, "draw": draw,
-            "decay": None if self.decay is None else self.decay.spec("update"),
+            "decay": None if self.decay is None else self.decay.spec("update"), "graphs": self.context.graphs,
         }  # fmt: skip
         return Calls(rule_call, write_call, add)
 

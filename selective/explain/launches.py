@@ -12,9 +12,9 @@ AT_FIRST = "made one by one in the first steps, then replayed as a CUDA graph"
 def explain_launches(plan: GroupPlan, options: Options) -> str | None:
     """Return how the launches of a group that Triton steps are made; None where nothing could record them.
 
-    That is on a CPU, and in groups that are rotated as a whole or whose base takes its own step.
+    That is on a CPU. Nothing is said of rotated parameters.
     """
-    if plan.capture.way != "fused" or not plan.params.cuda_devices:
+    if not plan.params.cuda_devices:
         return None
     rotated = () if plan.rotation is None else plan.rotation.shapes
     if all(parameter.tensor in rotated for parameter in plan.params.parameters):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph_twins import BASES, DEVICE, REPLAYED, assert_equal_runs, assert_same, make_params, schedule, wrapped
+from graph_twins import BASES, DEVICE, REPLAYED, assert_equal_runs, assert_same, make_params, run, schedule, wrapped
 from torch import nn
 from torch.optim import AdamW, Muon
 
@@ -20,6 +20,7 @@ from selective import (
     Magma,
     RandomMask,
     SelectiveUpdate,
+    Soap,
     watch,
 )
 
@@ -65,6 +66,38 @@ def test_muon(policy: Any) -> None:
         return params, SelectiveUpdate(Muon(params, lr=1e-2, weight_decay=0.1), policy=policy, graph=graph)
 
     assert_equal_runs(make)
+
+
+@pytest.mark.parametrize("way", ["scratch", "delta"])
+@pytest.mark.parametrize("policy", [MGUP(), AlphaConsistency()], ids=repr)
+def test_updates_that_the_base_has_made(policy: Any, way: str) -> None:
+    """They lie at other addresses in every step."""
+    assert_equal_runs(lambda graph: wrapped("AdamW, fused", policy, capture=way, graph=graph))
+
+
+@pytest.mark.parametrize("policy", [MGUP(), Cautious()], ids=repr)
+def test_rotated_parameters_between_refreshes(policy: Any) -> None:
+    """The rule and the write to the parameters are replayed. Their buffers come from torch's allocator in each step."""
+    from selective.kernels.gpu.graphs import BUDGET
+
+    graphs: list[int] = []
+
+    def make(graph: Any) -> Any:
+        graphs.append(len(BUDGET))
+        params = make_params(((64, 48), (48, 64), (64, 48), (130, 96)))
+        base = AdamW(params, lr=1e-2)
+        return params, SelectiveUpdate(base, policy, preconditioner=Soap(refresh_every=4), graph=graph)
+
+    def change(params: Any, optimizer: SelectiveUpdate, number: int) -> None:
+        schedule(params, optimizer, number)
+        if number == 10 and optimizer.options.graph == "auto":
+            graphs.append(len(BUDGET))
+
+    (ours, replayed, mine), (theirs, eager, their) = run(make, change, 13)
+    assert graphs[1] >= graphs[0] + 2
+    assert_same(ours, theirs)
+    assert_same(mine, their)
+    assert_same(replayed.state_dict(), eager.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

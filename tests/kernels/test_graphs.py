@@ -185,6 +185,18 @@ def test_number_and_memory_of_graphs_are_bounded() -> None:
     assert steps.describe() == "replayed as a CUDA graph"
 
 
+def test_graphs_of_optimizers_that_are_garbage_make_room() -> None:
+    budget = Budget(most=1)
+    _, steps = repeated(ListRecorder(), budget=budget)
+    step(steps, WARM + 1)
+    vars(steps)["itself"] = steps  # only a collection finds it
+    del steps
+    assert len(budget) == 1
+    _, other = repeated(ListRecorder(), budget=budget)
+    step(other, WARM + 1)
+    assert other.describe() == "replayed as a CUDA graph"
+
+
 # Plans: two groups with numbers of their own, whose tables are brought up to date before each replay.
 
 
