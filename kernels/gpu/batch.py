@@ -126,7 +126,7 @@ class Batch:
         self.sum_work: Tensor | None = None
         self.sum_samples, self.sums = [(n, -1) for n in self.numels], [0] * len(self.numels)
         self.sum_at = self.sums
-        if strength.kind == "fixed":
+        if strength.kind == "fixed" or self.cfg.share_known:
             return
         if self.cfg.estimate == "sampled":
             drawn = (SAMPLE_SIZE, (SAMPLE_SIZE // SAMPLE_RUN).bit_length() - 1)

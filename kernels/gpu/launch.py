@@ -96,8 +96,9 @@ class Step:
         self.batch, self.cfg, self.tables, self.groups = batch, batch.cfg, batch.tables, batch.groups
         self.function: Any = _nothing if batch.function is None else batch.function
         self.fixed = self.cfg.strength == "fixed"
+        known = self.fixed or self.cfg.share_known  # the strength is known before anything is looked at
         self.bracketed = batch.top_k is not None and batch.top_k.bracketed
-        self.one_pass = self.bracketed and self.fixed and batch.control is None and _can_settle(self.cfg)
+        self.one_pass = self.bracketed and known and batch.control is None and _can_settle(self.cfg)
         self.nothing = torch.empty(0, dtype=torch.int32, device=batch.device)
         self.partials = self.settled = self.tied = self.repaired = self.nothing
 
@@ -168,7 +169,7 @@ class Step:
             BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
         if top_k.whole is not None:
             run(whole_kernel, top_k.whole.shape[0], tables.ranks, samples, tables.facts, top_k.whole,
-                BLOCK=WHOLE_BLOCK)  # fmt: skip
+                tables.numbers, self.groups.hyper, CFG=cfg, BLOCK=WHOLE_BLOCK)  # fmt: skip
         if top_k.large is None:
             return
         work, programs, sampled = top_k.drawn_work, top_k.drawn_work.shape[0], top_k.sampled
@@ -218,8 +219,9 @@ class Step:
         equals = self.empty(programs, torch.int64)
         tables = self.tables
         run(repair_kernel, programs, self.repaired, broken, meeting, histograms, equals, tables.pointers,
-            tables.numbers, tables.ranks, tables.facts, programs, BINS=BINS, PROGRAMS=power_of_two(programs),
-            BLOCK=REPAIR_BLOCK, CFG=cfg, **TOGETHER[self.batch.device.type])  # fmt: skip
+            tables.numbers, tables.ranks, tables.facts, self.groups.hyper, programs, BINS=BINS,
+            PROGRAMS=power_of_two(programs), BLOCK=REPAIR_BLOCK, CFG=cfg,
+            **TOGETHER[self.batch.device.type])  # fmt: skip
 
     def _sum(self, work: Tensor) -> None:
         tables, cfg = self.tables, derived(self.cfg, writes=False, statistics=False)

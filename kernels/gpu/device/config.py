@@ -93,6 +93,7 @@ class Config:
     strength: str = "fixed"
     of: str = "update"
     still: bool = False
+    share_known: bool = False  # mean_preserving of exact top-K: the number of the selected is known beforehand
     quantile: str = "exact"
     estimate: str = "exact"
     statistics: bool = False
