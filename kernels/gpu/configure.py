@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import triton.language as tl
 
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
 from ..spec import (
@@ -78,6 +79,11 @@ def _knows_share(selection: Selection, strength: Strength) -> bool:
     """True if a strength needs the share of the selected only, and it is known before anything is looked at."""
     exact = selection.kind == "top_k" and selection.quantile == "exact" and selection.control is None
     return exact and strength.kind == "mean_preserving" and not strength.is_sampled
+
+
+def forms_update_again(cfg: Config) -> bool:
+    """True if the update is there again once the moments are stored, the same bits: Adam's, if they are not rounded."""
+    return cfg.rule == "adam" and all(d is None or d == tl.float32 for d in (cfg.first, cfg.second, cfg.third))
 
 
 def _has_factor(rule: Rule) -> bool:
