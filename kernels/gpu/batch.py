@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
 from ..spec import Item, Selection, StepSpec, Strength
-from .configure import samples_of
+from .configure import forms_update_again, samples_of
 from .control import ControlPlan
 from .device import config
 from .device.config import Config
@@ -24,7 +24,19 @@ SAMPLE_BLOCK = 1024  # scores of a program that samples or ranks
 SETTLE_WORDS = 1024  # words of 32 elements that a settling program looks at
 SEEN_BLOCK, SEEN_PARTS = 2048, 32  # elements, and blocks of them, of a program that looks for a momentum that is not 0
 
+# False: the sums of an update are formed in a pass that writes nothing, which reads as much again as the step.
+MOVE_WITH_SUMS = True
+
 _ONE = torch.tensor(1.0, device="cpu")
+
+
+def moves_with_sums(cfg: Config) -> bool:
+    """True if the moments are stored when the sums of a strength are formed, and the selection with them.
+
+    It pays where the sums are made of the whole update: then AdamW moves 20 + 16 bytes an element and not 12 + 28.
+    """
+    of_update = cfg.strength == "norm_preserving" and cfg.of == "update" and cfg.estimate == "exact"
+    return of_update and forms_update_again(cfg) and not cfg.control and MOVE_WITH_SUMS
 
 
 class TopKPlan:
@@ -124,14 +136,16 @@ class Batch:
 
     def _plan_sums(self, strength: Strength) -> None:
         self.sum_work: Tensor | None = None
+        self.moves = moves_with_sums(self.cfg)
+        self.sum_block = self.cfg.block if self.moves else SUM_BLOCK
         self.sum_samples, self.sums = [(n, -1) for n in self.numels], [0] * len(self.numels)
         self.sum_at = self.sums
-        if strength.kind == "fixed":
+        if strength.kind == "fixed" or self.cfg.share_known:
             return
         if self.cfg.estimate == "sampled":
             drawn = (SAMPLE_SIZE, (SAMPLE_SIZE // SAMPLE_RUN).bit_length() - 1)
             self.sum_samples = [(n, -1) if n <= SAMPLE_SIZE else drawn for n in self.numels]
-        self.sums = [cdiv(count, SUM_BLOCK) for count, _ in self.sum_samples]
+        self.sums = [cdiv(count, self.sum_block) for count, _ in self.sum_samples]
         self.sum_work, self.sum_at = work(self.sums, self.device)
 
     def _first(self, item: Item) -> int:

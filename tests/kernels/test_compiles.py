@@ -28,7 +28,8 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     "what, kinds, rules, wanted",
     [
         ("whole", "agreement,top_k", "adamw", {"selective_step_kernel", "settle_kernel", "repair_kernel"}),
-        pytest.param("whole", "top_k_mean", "adamw", {"strengths_kernel", "sums_kernel"}, marks=pytest.mark.slow),
+        pytest.param("whole", "top_k_mean", "adamw,lion", {"settle_kernel", "repair_kernel"}, marks=pytest.mark.slow),
+        pytest.param("whole", "top_k_norm", "adamw", {"strengths_kernel", "sums_kernel"}, marks=pytest.mark.slow),
         pytest.param(
             "whole",
             "previous,sampled,element",
