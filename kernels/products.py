@@ -39,14 +39,24 @@ def average_grams_(
     implementation.average_grams_(rows, columns, x, **arguments)
 
 
-def float32_product(a: Tensor, b: Tensor, *, symmetric: bool = False, backend: Backend = "auto") -> Tensor:
+def float32_product(
+    a: Tensor,
+    b: Tensor,
+    *,
+    symmetric: bool = False,
+    upper_a: bool = False,
+    lower_b: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
     """The products A B of two stacks, float32 [count, m, k] and [count, k, n], in memory of any strides.
 
-    `symmetric` says that the products are known to be symmetric. On a GPU with Triton half of each is computed then,
-    and mirrored, and the products are three of TF32 each. Elsewhere they are torch's.
+    `symmetric` says that the products are known to be symmetric: on a GPU with Triton half of each is computed then,
+    and mirrored. `upper_a` and `lower_b` say that A is upper triangular or B lower triangular: most of the terms that
+    are 0 are left out there. The products are three of TF32 each there. Elsewhere they are torch's, of the precision
+    that torch's flags say, and computed as a whole.
     """
     implementation = _gpu() if _on_gpu(backend, a, b) else reference
-    return implementation.float32_product(a, b, symmetric=symmetric)
+    return implementation.float32_product(a, b, symmetric=symmetric, upper_a=upper_a, lower_b=lower_b)
 
 
 def has_float32_products(*tensors: Tensor, backend: Backend = "auto") -> bool:

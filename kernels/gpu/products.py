@@ -67,33 +67,43 @@ def average_grams_(
     for average, a in ((rows, x), (columns, x.mT)):
         if average is not None:
             assert average.is_contiguous()
-            _launch(average, a, a.mT, factors, left_out, weight, symmetric=True)
+            _launch(average, a, a.mT, (factors, left_out.view(torch.int8), weight), SYMMETRIC=True)
 
 
 @torch.no_grad()
-def float32_product(a: Tensor, b: Tensor, *, symmetric: bool = False) -> Tensor:
+def float32_product(
+    a: Tensor, b: Tensor, *, symmetric: bool = False, upper_a: bool = False, lower_b: bool = False
+) -> Tensor:
     """See `selective.kernels.float32_product`: one launch. The host does not wait."""
     out = torch.empty((len(a), a.shape[1], b.shape[2]), dtype=torch.float32, device=a.device)
-    _launch(out, a, b, None, None, 1.0, symmetric=symmetric)
+    _launch(out, a, b, None, SYMMETRIC=symmetric, UPPER_A=upper_a, LOWER_B=lower_b)
     return out
 
 
 def _launch(
-    out: Tensor, a: Tensor, b: Tensor, factors: Tensor | None, left_out: Tensor | None, weight: float, symmetric: bool
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    average: tuple[Tensor, Tensor, float] | None,
+    *,
+    SYMMETRIC: bool,
+    UPPER_A: bool = False,
+    LOWER_B: bool = False,
 ) -> None:
+    """Launch the kernel; `average` has its factors, flags and weight, or is None for a product by itself."""
     count, rows, columns = out.shape
     tile = tiles_for(rows, columns)
     down = cdiv(rows, tile.rows)
-    if symmetric:
+    if SYMMETRIC:
         tiles = down * (down + 1) // 2 * (tile.rows // tile.columns)
     else:
         tiles = down * cdiv(columns, tile.columns)
-    flags = out if left_out is None else left_out.view(torch.int8)  # neither is read without factors
+    numbers = (out, out, 1.0) if average is None else average  # without an average they are not read
     with on(out.device):
         run(
-            product_kernel, count * tiles, out, a, b, out if factors is None else factors, flags, weight,
-            rows, columns, a.shape[2], tiles, out.stride(0), out.stride(1), *a.stride(), *b.stride(),
+            product_kernel, count * tiles, out, a, b, *numbers, rows, columns, a.shape[2], tiles,
+            out.stride(0), out.stride(1), *a.stride(), *b.stride(),
             warps=tile.warps, registers=tile.registers, num_stages=tile.stages,
-            SYMMETRIC=symmetric, AVERAGE=factors is not None, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            PRECISION=PRECISION,
+            SYMMETRIC=SYMMETRIC, AVERAGE=average is not None, UPPER_A=UPPER_A, LOWER_B=LOWER_B,
+            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=PRECISION,
         )  # fmt: skip

@@ -18,6 +18,8 @@ def average_grams_(
 
 
 @torch.no_grad()
-def float32_product(a: Tensor, b: Tensor, *, symmetric: bool = False) -> Tensor:
+def float32_product(
+    a: Tensor, b: Tensor, *, symmetric: bool = False, upper_a: bool = False, lower_b: bool = False
+) -> Tensor:
     """Arguments as for `selective.kernels.float32_product`; all of the product is computed."""
     return a @ b

@@ -153,6 +153,20 @@ def test_a_product_is_that_of_float64_to_rounding(device: str, is_symmetric: boo
     assert torch.equal(result, result.mT) or not is_symmetric
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_terms_that_are_zero_may_be_left_out(device: str) -> None:
+    """The twin: what lies on the other side of a diagonal is not read, where a tile is far enough from it."""
+    root, x = drawn(1, 70, 70).tril().to(device), drawn(1, 20, 70, seed=1).to(device)
+    spoilt = root.clone()
+    spoilt[:, :10, 60:] = torch.nan
+    for lower in (root, spoilt):
+        square = float32_product(lower.mT, lower, symmetric=True, upper_a=True, backend="gpu")
+        torch.testing.assert_close(square, root.mT @ root)
+        torch.testing.assert_close(float32_product(x, lower, lower_b=True, backend="gpu"), x @ root)
+    assert float32_product(x, spoilt, backend="gpu").isnan().any()
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_the_upper_half_is_not_computed_where_a_product_is_said_to_be_symmetric(device: str) -> None:
     """The twin: of a product that is not symmetric the upper half is the lower one's."""
     a, b = drawn(1, 20, 9).to(device), drawn(1, 9, 20, seed=1).to(device)

@@ -129,6 +129,8 @@ def matrices(sizes: list[str], sides: list[str]) -> None:
             if side == "neither":
                 products.float32_product(x, x.mT)
                 products.float32_product(x, x.mT, symmetric=True)
+                products.float32_product(x, x.mT, symmetric=True, upper_a=True)
+                products.float32_product(x, x.mT, lower_b=True)
                 continue
             n = rows if side == "rows" else columns
             average = torch.zeros(1, n, n)

@@ -27,7 +27,7 @@ def lower_tile(number):
 def product_kernel(
     out_ptr, a_ptr, b_ptr, factors_ptr, left_out_ptr, weight, rows, columns, inner, tiles,
     out_batch, out_row, a_batch, a_row, a_inner, b_batch, b_inner, b_column,
-    SYMMETRIC: tl.constexpr, AVERAGE: tl.constexpr,
+    SYMMETRIC: tl.constexpr, AVERAGE: tl.constexpr, UPPER_A: tl.constexpr, LOWER_B: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out <- A B, or with AVERAGE out <- factor out + weight A B, for each matrix of a stack; float32 in memory.
@@ -38,6 +38,9 @@ def product_kernel(
 
     With AVERAGE, `factors_ptr` has a float32 for each matrix, and `left_out_ptr` a byte: where it is not 0, A and B
     are not read, and the product counts as zeros. A NaN or an infinity there does no harm.
+
+    With UPPER_A, A is upper triangular, and with LOWER_B, B is lower triangular: terms that are 0 for all of a tile are
+    left out.
 
     Reads, for a tile, 4 * (ROWS + COLUMNS) bytes for each of the `inner` terms, and with AVERAGE 4 bytes for each
     element. Writes 4 bytes for each element of the result. Multiplies and adds ROWS * COLUMNS times for each term,
@@ -55,14 +58,19 @@ def product_kernel(
         across = tl.cdiv(columns, COLUMNS)
         row, column = tile // across, tile % across
     r, c = row * ROWS + tl.arange(0, ROWS), column * COLUMNS + tl.arange(0, COLUMNS)
-    k = tl.arange(0, DEPTH)
+    first = 0
+    if UPPER_A:
+        first = row * ROWS
+    elif LOWER_B:
+        first = column * COLUMNS
+    k = first + tl.arange(0, DEPTH)
     terms = tl.where(column * COLUMNS < columns, inner, 0)
     if AVERAGE:
         terms = tl.where(tl.load(left_out_ptr + matrix) != 0, 0, terms)
     a_ptrs = a_ptr + matrix * a_batch + r[:, None] * a_row + k[None, :] * a_inner
     b_ptrs = b_ptr + matrix * b_batch + k[:, None] * b_inner + c[None, :] * b_column
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, terms, DEPTH):
+    for start in range(0, terms - first, DEPTH):
         here = k < terms - start
         a = tl.load(a_ptrs, mask=(r < rows)[:, None] & here[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=here[:, None] & (c < columns)[None, :], other=0.0)
