@@ -24,7 +24,7 @@ def selective_steps(calls: Sequence[StepCall], *, backend: Backend = "auto") -> 
         with torch.no_grad():
             return selective_steps(calls, backend=backend)
     if any(call.spec.selection.kind == "function" for call in calls):
-        calls = [StepCall(call.items, _with_triton_function(call.spec)) for call in calls]
+        calls = [StepCall(call.items, _with_triton_function(call.spec), graphs=call.graphs) for call in calls]
     if not all(call.items for call in calls):
         return _without_the_empty(calls, backend)
     parts = _parts(calls, backend)

@@ -295,6 +295,7 @@ class StepCall:
     items: Sequence[Item]
     spec: StepSpec
     looked: bool = False  # True: the caller knows that dtypes, shapes and strides of parameters are those of last time
+    graphs: bool = False  # True: launches that repeat those of last time may be recorded in a CUDA graph, and replayed
 
 
 def check_kinds(device: str, spec: StepSpec) -> None:

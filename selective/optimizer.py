@@ -23,7 +23,7 @@ from selective.messages.assignments import SET_POLICY, at_construction, in_the_g
 from selective.messages.construction import NOT_GIVEN, names_unknown_arguments, nothing_to_do
 from selective.plan.advice import warn_of_no_decay
 from selective.plan.groups import Groups
-from selective.plan.options import OnNonfinite, Options, Scope
+from selective.plan.options import Graph, OnNonfinite, Options, Scope
 from selective.plan.oversized import warn_of_oversized
 from selective.plan.policy_groups import KEYS, DecayGroup, PolicyGroup, PreconditionerGroup
 from selective.plan.refusals import check_arguments
@@ -76,6 +76,8 @@ class SelectiveUpdate(Optimizer):
         stochastic_rounding: round bfloat16 and float16 parameters stochastically, by address, instead of to nearest.
         scope: of sharded parameters (`DTensor`): "global" selects what one device would, with a few small collectives a
             step; "local" takes each rank's shard for a tensor of its own, with none.
+        graph: on a GPU, "auto" records the launches of a step in a CUDA graph where they repeat, and replays it: the
+            same results with less of the host's time. False, or `SELECTIVE_GRAPH=0` in the environment: never.
 
     A base that rotates or orthogonalises gradients itself (SOAP, Muon) warns under a preconditioner.
 
@@ -88,7 +90,7 @@ class SelectiveUpdate(Optimizer):
     matrix_view = in_the_groups("preconditioner_groups[i].matrix_view")
     decay = in_the_groups("decay_groups[i].decay")
     mask_space, capture, momentum_beta, on_nonfinite = (at_construction() for _ in range(4))
-    seed, stochastic_rounding, scope = (at_construction() for _ in range(3))
+    seed, stochastic_rounding, scope, graph = (at_construction() for _ in range(4))
 
     @names_unknown_arguments
     def __init__(
@@ -107,11 +109,12 @@ class SelectiveUpdate(Optimizer):
         statistics: bool = True,
         stochastic_rounding: bool = False,
         scope: Scope = "global",
+        graph: Graph = "auto",
     ) -> None:
-        check_arguments(SelectiveUpdate, base, capture, momentum_beta, on_nonfinite, seed, mask_space, scope)
+        check_arguments(SelectiveUpdate, base, capture, momentum_beta, on_nonfinite, seed, mask_space, scope, graph)
         options = Options(
             capture=capture, momentum_beta=momentum_beta, on_nonfinite=on_nonfinite, statistics=statistics,
-            rounding=stochastic_rounding, scope=scope, mask_space=mask_space,
+            rounding=stochastic_rounding, scope=scope, mask_space=mask_space, graph=graph,
         )  # fmt: skip
         named = policy_from(None if policy is NOT_GIVEN else policy)
         view = check_matrix_view(matrix_view, "")

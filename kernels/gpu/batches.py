@@ -6,7 +6,7 @@ if everything that is compiled in is the same; their numbers are read from a tab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -17,15 +17,28 @@ from torch import Tensor
 from ..spec import Item, Selection, StepCall, Strength, SumsTable
 from .batch import Batch
 from .configure import configure, has_key, static_key
+from .cuda_graphs import CudaRecorder
+from .graphs import Recorder, RepeatedLaunches
+from .graphs import Sums as BatchSums
 from .groups import GroupTable
-from .launch import Step, on
+from .launch import DIRECT, Step, on
 from .tables import is_in_place, state_columns, upload
+
+RecorderOf = Callable[[torch.device], Recorder | None]
+
+
+def cuda_recorder(device: torch.device) -> Recorder | None:
+    """What records the launches on this device; None on a CPU."""
+    return CudaRecorder(DIRECT) if device.type == "cuda" else None
 
 
 class Plan:
     """The batches of some calls, which are stepped together in every step as long as the plan fits them."""
 
-    def __init__(self, calls: Sequence[StepCall], begins: Sequence[bool]) -> None:
+    def __init__(
+        self, calls: Sequence[StepCall], begins: Sequence[bool], recorder_of: RecorderOf = cuda_recorder
+    ) -> None:
+        """`begins`: for each item, True if SGD's momentum begins with this gradient."""
         self.keys, self.specs = [static_key(call.spec) for call in calls], [call.spec for call in calls]
         self.counts = [len(call.items) for call in calls]
         items = _all_items(calls)
@@ -49,6 +62,11 @@ class Plan:
             cfg = configure(items[members[0]], self.specs[group_of[members[0]]], begins[members[0]])
             groups = self.groups[items[members[0]].param.device]
             self.batches.append(Batch(cfg, items, members, self.specs, group_of, groups))
+        self.here = {device: [b for b in self.batches if b.device == device] for device in self.groups}
+        self.launches = {
+            device: RepeatedLaunches(partial(_step, batches), device, recorder_of(device))
+            for device, batches in self.here.items()
+        }
         self.numels = [item.param.numel() for item in items]
         reporting = [b for device in self.groups for b in self.batches if b.device == device and b.cfg.statistics]
         row_of = {index: row for row, index in enumerate(index for batch in reporting for index in batch.members)}
@@ -66,16 +84,22 @@ class Plan:
     def run(self, calls: Sequence[StepCall]) -> list[SumsTable | None]:
         """Step all batches. Returns the sums of each call."""
         self.specs, items = [call.spec for call in calls], _all_items(calls)
-        sums = []
-        for device, groups in self.groups.items():
+        graphs = all(call.graphs for call in calls)
+        sums: BatchSums = []
+        for device, batches in self.here.items():
             with on(device):
-                groups.update(self.specs)
-                for batch in self.batches:
-                    if batch.device == device:
-                        batch.update(items, self.specs)
-                        sums.append(Step(batch)())
-                        batch.stepped(items)
+                self.groups[device].update(self.specs)
+                for batch in batches:
+                    batch.update(items, self.specs)
+                sums += self.launches[device](wanted=graphs)
+                for batch in batches:
+                    batch.stepped(items)
         return self._reports([s for s in sums if s is not None])
+
+    def describe_launches(self) -> list[str]:
+        """How the launches are made, in words: by themselves, or as a CUDA graph. Nothing for tensors on a CPU."""
+        texts = [launches.describe() for launches in self.launches.values()]
+        return [text for text in dict.fromkeys(texts) if text is not None]
 
     def _reports(self, sums: list[Tensor]) -> list[SumsTable | None]:
         """The sums of each call, from those of the batches; None for a call without statistics."""
@@ -104,6 +128,17 @@ class Plan:
         for batch in self.batches:
             with on(batch.device):
                 batch.upload_ranks(self.specs)
+
+
+def _step(batches: Sequence[Batch]) -> tuple[BatchSums, int]:
+    """Launch the step of each batch. Returns the sums of each, and the bytes of memory that the largest one took."""
+    sums: BatchSums = []
+    nbytes = 0
+    for batch in batches:
+        step = Step(batch)
+        sums.append(step())
+        nbytes = max(nbytes, step.nbytes)
+    return sums, nbytes
 
 
 def _all_items(calls: Sequence[StepCall]) -> Sequence[Item]:

@@ -38,6 +38,7 @@ class DirectLaunches:
         self.enabled = enabled
         self._compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # with the constants in their order
         self._settings: tuple[Any, ...] | None = None
+        self.dispatched = 0  # launches that went through Triton's dispatcher
         self._kept: dict[int, Any] = {}  # kernels and functions by their id, so that no other one can have it
 
     def launch(
@@ -59,6 +60,7 @@ class DirectLaunches:
             compiled, in_order = known
             compiled[(programs, 1, 1)](*arguments, *in_order)
             return
+        self.dispatched += 1
         compiled = kernel[(programs,)](*arguments, **options, **constants)
         in_order = None if key is None else _constants_of(kernel, compiled, len(arguments), constants)
         if key is not None and in_order is not None:
@@ -99,6 +101,17 @@ class DirectLaunches:
         self._settings = None
         if runtime.add_stages_inspection_hook is None:
             self._settings = runtime.debug, compilation.instrumentation_mode, casts
+
+    @property
+    def settings(self) -> tuple[Any, ...] | None:
+        """The settings that were read last; None if launches have to go through the dispatcher."""
+        return self._settings if self.enabled else None
+
+    @staticmethod
+    def has_launch_hooks() -> bool:
+        """True if somebody has set hooks that Triton calls for each launch, direct ones included."""
+        hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        return any(getattr(hook, "calls", hook) for hook in hooks)
 
     def _device(self) -> int:
         return torch.cuda.current_device()

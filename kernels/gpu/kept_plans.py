@@ -2,6 +2,7 @@
 
     plan                          the plan of the last step
     upload_hyperparameters        its function, for the hyper-parameters of this list
+    describe_launches             its function
     plans                         the last two plans, newest first, each with the number of the list's call
 
 A list knows two plans, so that a parameter group without gradients drops out and comes back, and nothing is made anew.
@@ -66,6 +67,7 @@ def _put_first(plan: Plan, caches: Sequence[dict[Any, Any]]) -> None:
             before = [entry for entry in cache.get("plans", ()) if entry[0] is not plan]
             cache["plans"] = [(plan, place), *before][:MOST]
             cache["plan"], cache["upload_hyperparameters"] = plan, partial(plan.upload_hyperparameters, place)
+            cache["describe_launches"] = plan.describe_launches
 
 
 def _has(cache: dict[Any, Any], entry: tuple[Plan, int]) -> bool:
@@ -75,4 +77,4 @@ def _has(cache: dict[Any, Any], entry: tuple[Plan, int]) -> bool:
 def _forget(cache: dict[Any, Any], plan: Plan) -> None:
     cache["plans"] = [entry for entry in cache["plans"] if entry[0] is not plan]
     if cache["plan"] is plan:
-        del cache["plan"], cache["upload_hyperparameters"]
+        del cache["plan"], cache["upload_hyperparameters"], cache["describe_launches"]

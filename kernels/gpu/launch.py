@@ -102,9 +102,14 @@ class Step:
         self.one_pass = self.bracketed and known and batch.control is None and _can_settle(self.cfg)
         self.nothing = torch.empty(0, dtype=torch.int32, device=batch.device)
         self.marks = self.partials = self.settled = self.tied = self.repaired = self.nothing
+        self.nbytes = 0  # of the memory that was asked for
 
     def empty(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        self.nbytes += count * dtype.itemsize
         return torch.empty(count, dtype=dtype, device=self.batch.device)
+
+    def zeros(self, count: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return self.empty(count, dtype).zero_()
 
     def __call__(self) -> Tensor | None:
         """Step the batch. Returns the sums of `spec.Sums`, float64 [tensors, 7], if statistics are asked for."""
@@ -165,7 +170,7 @@ class Step:
         samples = self.empty(top_k.total_samples, torch.int32)
         slots = SLOTS.value
         count = 0 if top_k.large is None else top_k.large.shape[0]
-        counts = torch.zeros(count * (slots + 2), dtype=torch.int32, device=self.batch.device)
+        counts = self.zeros(count * (slots + 2))
         histograms, spreads = counts[: count * slots], counts[count * slots :]
         run(sample_kernel, top_k.sample_work.shape[0], samples, histograms, top_k.sample_work, tables.pointers,
             tables.numbers, tables.facts, tables.keys, SAMPLED=top_k.sampled, CFG=cfg,
@@ -191,14 +196,14 @@ class Step:
         assert top_k is not None
         assert top_k.large is not None
         count = top_k.large.shape[0]
-        zeros = torch.zeros(2 + count + 6 * DIGIT.value + count * BINS, dtype=torch.int32, device=batch.device)
+        zeros = self.zeros(2 + count + 6 * DIGIT.value + count * BINS)
         broken, meeting = zeros[: 1 + count], zeros[1 + count : 2 + count]
         exact, histograms = zeros[2 + count :][: 6 * DIGIT.value], zeros[2 + count + 6 * DIGIT.value :]
         marks = self.empty(batch.programs * (cfg.block // 32), torch.int32)
         tiny = self.empty(count * 2 * TINY, torch.int32)
         if cfg.statistics:
             self.settled = self.empty(top_k.settle_work.shape[0] * 2)
-            self.tied = torch.zeros(tables.tensors * 2, dtype=torch.float32, device=batch.device)
+            self.tied = self.zeros(tables.tensors * 2, torch.float32)
         self._pass(cfg, marks, histograms)
         again = derived(cfg, recomputed=cfg.writes)
         run(find_kernel, count, tables.ranks, histograms, broken, top_k.large, tables.facts, BINS=BINS)

@@ -55,7 +55,7 @@ def selective_steps(calls: Sequence[StepCall]) -> list[SumsTable | None]:
     for place, call in enumerate(calls):
         check_kinds("the GPU", call.spec)
         arranged, back, begins = prepared(call.items, call.spec)
-        ready = StepCall(arranged, call.spec)
+        ready = StepCall(arranged, call.spec, graphs=call.graphs)
         if not back and not any(begins):
             together[place] = ready
             continue

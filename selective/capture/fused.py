@@ -74,7 +74,7 @@ class FusedJob(Job):
         if device_items.is_sharded:
             context.exchange.add(begin_sharded(device_items.items, **vars(how)), len(device_items.items), done)
         elif context.calls is not None:
-            context.calls.add(device_items, how, done)
+            context.calls.add(device_items, how, done, context.graphs)
         else:
             done(selective_step(device_items.items, **vars(how)))
 

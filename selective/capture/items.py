@@ -144,6 +144,11 @@ class KeptItems:
             asked = self._asked = (parameters, backend, runs)
         return described.specs if asked[2] else None
 
+    def describe_launches(self) -> list[str]:
+        """How the launches of the last step were made, in words; nothing before the first step, and on a CPU."""
+        described = (each.items.cache.get("describe_launches") for each in self._lists)
+        return [text for describe in described if describe is not None for text in describe()]
+
     def policy_changed(self, policy: Policy) -> None:
         """Write the policy's numbers into the tables on the device, from which replays of a CUDA graph read them."""
         for device_items in (*self.recorded, *self._lists):

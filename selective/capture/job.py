@@ -23,7 +23,7 @@ from selective.statistics import StepStatistics
 class CollectsCalls(Protocol):
     """Collects kernel calls of several jobs: `capture/kernel_calls.py`."""
 
-    def add(self, items: Any, step_spec: spec.StepSpec, then: Callable[..., None]) -> None: ...
+    def add(self, items: Any, step_spec: spec.StepSpec, then: Callable[..., None], graphs: bool = False) -> None: ...
 
 
 @dataclass
@@ -43,6 +43,7 @@ class StepContext:
     exchange: Exchange = field(default_factory=Exchange)  # the sums over ranks of all groups, made together
     calls: CollectsCalls | None = None  # kernel calls that are made together; None: each job makes its own at once
     local_scope: bool = False  # True: select in each shard as if it were the whole tensor
+    graphs: bool = False  # True: launches of kernels may be replayed as CUDA graphs
 
     def draw_on(self, device: torch.device) -> spec.Draw:
         """Return `draw` with the clock of this device."""

@@ -19,10 +19,15 @@ class KernelCalls:
 
     def __init__(self) -> None:
         self._calls: list[tuple[DeviceItems, spec.StepSpec, Then]] = []
+        self._graphs = True
 
-    def add(self, items: DeviceItems, step_spec: spec.StepSpec, then: Then) -> None:
-        """Add a call. `run` makes it, and hands `then` the sums of its items, in order."""
+    def add(self, items: DeviceItems, step_spec: spec.StepSpec, then: Then, graphs: bool = False) -> None:
+        """Add a call. `run` makes it, and hands `then` the sums of its items, in order.
+
+        `graphs`: its launches may be replayed as a CUDA graph. They are if that holds for all calls.
+        """
         self._calls.append((items, step_spec, then))
+        self._graphs = self._graphs and graphs
 
     def run(self, untouched: bool = False) -> None:
         """Make all calls that were added.
@@ -33,9 +38,12 @@ class KernelCalls:
         if not self._calls:
             return
         sums = selective_steps(
-            [spec.StepCall(kept.items, how, untouched and not kept.dtensors) for kept, how, _ in self._calls]
+            [
+                spec.StepCall(kept.items, how, untouched and not kept.dtensors, self._graphs)
+                for kept, how, _ in self._calls
+            ]
         )
-        calls, self._calls = self._calls, []
+        calls, self._calls, self._graphs = self._calls, [], True
         for (_, _, then), own in zip(calls, sums, strict=True):
             then(own)
 

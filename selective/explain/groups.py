@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from selective.base.known import why_measured
 from selective.capture.choose import Capture
+from selective.explain.launches import explain_launches
 from selective.explain.memory import memory_lines, temporary_memory
 from selective.explain.own_code import why_own_code
 from selective.explain.rate import rate_advice
@@ -26,6 +27,7 @@ from selective.sharding.dtensor import local_of
 from selective.state.store import StateStore
 
 _MOST = 6  # names in a title
+_TRITON = "Triton"
 _DRAWN = "reference (plain torch), because RandomDecay has no kernel"
 _DRAWN_MEMORY = "one copy of the group's parameters during the step, because RandomDecay has no kernel"
 
@@ -90,6 +92,8 @@ def _facts(base: Optimizer, plan: GroupPlan, options: Options) -> list[str]:
     shards = explain_shards(group, policy, capture, options.scope, options.statistics and not plan.is_dense)
     lines += [f"  selection {selection}"] if selection else []
     lines += [f"  kernels   {kernels}"] if kernels else []
+    launches = explain_launches(plan, options) if kernels == _TRITON else None
+    lines += [f"  launches  {launches}"] if launches else []
     lines += [f"  sharded   {shards}"] if shards else []
     return lines
 
@@ -198,7 +202,7 @@ def _kernels(
         why = why_reference(spec.Item(here, grad, state, 0), rule)
         if why is not None:
             return f"reference (plain torch), because {why}"
-    return "Triton"
+    return _TRITON
 
 
 def _notes(base: Optimizer, plan: GroupPlan) -> str:

@@ -10,6 +10,7 @@ from selective.rotation.basis import MaskSpace
 
 OnNonfinite = Literal["ignore", "skip", "raise"]
 Scope = Literal["global", "local"]
+Graph = Literal["auto", False]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Options:
     rounding: bool = False  # stochastic, of low-precision parameters
     scope: Scope = "global"
     mask_space: MaskSpace = "rotated"
+    graph: Graph = "auto"  # CUDA graphs of our own
 
     @property
     def keeps_momentum(self) -> bool:

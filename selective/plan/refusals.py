@@ -26,6 +26,7 @@ def check_arguments(
     seed: int,
     mask_space: str,
     scope: str,
+    graph: object,
 ) -> None:
     """Refuse what `SelectiveUpdate` cannot be built from."""
     if isinstance(base, (list, tuple, Mapping)) and any(isinstance(one, Optimizer) for one in _values(base)):
@@ -48,6 +49,11 @@ def check_arguments(
         raise ValueError(f"SelectiveUpdate: mask_space is {mask_space!r}, must be 'rotated' or 'original'")
     if scope not in ("global", "local"):
         raise ValueError(f"SelectiveUpdate: scope is {scope!r}, must be 'global' or 'local'")
+    if graph != "auto" and graph is not False:
+        raise ValueError(
+            f"SelectiveUpdate: graph is {graph!r}, must be 'auto' or False: a step records CUDA graphs by itself where "
+            f"it can, or it never does"
+        )
     if on_nonfinite not in ("ignore", "skip", "raise"):
         raise ValueError(f"SelectiveUpdate: on_nonfinite is {on_nonfinite!r}, must be 'ignore', 'skip' or 'raise'")
     if momentum_beta is not None and not (isinstance(momentum_beta, (int, float)) and 0 <= momentum_beta < 1):

@@ -92,6 +92,7 @@ class StepRunner:
             own_residue=lambda parameter: entries(parameter)[RESIDUE],
             own_momentum=momentum, momentum_beta=options.momentum_beta, report=report,
             own_table=store.table, clock=clocks.on, recording=recording, local_scope=options.scope == "local",
+            graphs=options.graph == "auto",
         )  # fmt: skip
 
     def _rotation(
