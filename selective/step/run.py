@@ -145,6 +145,12 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
     for job in jobs:
         if isinstance(job, DenseJob):
             job.keep_copy = bool(custom)
+    untouched = not (custom or any(map(_runs_code_of_others, parts)))
+    if untouched:
+        for each, own in parts:
+            token = each.store.token_of_base()
+            for job in own:
+                job.context.base_token = token
     runner_of = {id(job): runner for runner, own in parts for job in own}
     runner, current = parts[0][0], None
     with ExitStack() as hooks:
@@ -164,7 +170,7 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
                 job.after_base()
             current = None
             if calls is not None:
-                calls.run(untouched=not (custom or any(map(_runs_code_of_others, parts))))
+                calls.run(untouched)
             for exchange in {id(job.context.exchange): job.context.exchange for job in jobs}.values():
                 exchange.run()
         except BaseException as error:
