@@ -19,10 +19,13 @@ FIRST, LAST = (2, 9), (2, 13)  # the versions of torch with which `TensorGuards`
 PLAIN = (Tensor, Parameter)
 
 
+_GUARDS: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)  # written in C++, and imported with torch
+
+
 def are_compared_by_torch() -> bool:
     """True if this torch is one with whose `TensorGuards` layouts can be compared."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return FIRST <= version <= LAST and hasattr(torch._C, "_dynamo") and hasattr(torch._C._dynamo.guards, "TensorGuards")
+    return FIRST <= version <= LAST and hasattr(_GUARDS, "TensorGuards")
 
 
 BY_TORCH = are_compared_by_torch()
@@ -40,8 +43,8 @@ class Layouts:
         self._facts: list[tuple[Any, ...]] = []
         if BY_TORCH:
             sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
-            make: Any = torch._C._dynamo.guards.TensorGuards
-            self._check = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+            guards = _GUARDS.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+            self._check = guards.check
         else:
             self._facts = [_facts_of(x) for x in tensors]
 

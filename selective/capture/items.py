@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from selective.base.fused_rules import FusedRule
 from selective.capture.job import StepContext
 from selective.kernels import Backend, backend_in_use, spec
 from selective.parameter import Parameter
@@ -69,6 +71,8 @@ class KeptItems:
         self._own: object = None
         self._token: object = None  # `StepContext.base_token` of a step in which the base had all of `_states`
         self._described: Described | None = None
+        self._rule: spec.Rule | None = None  # the last answer of `rule`, and what it follows from
+        self._rule_of: tuple[object, ...] = ()
         # The last answer of `specs`: True if the selection's kernel runs on these parameters with this backend.
         self._asked: tuple[list[Parameter], Backend, bool] | None = None
         # The items that a CUDA graph has recorded. Its replays read their tables, which no later step may change.
@@ -138,6 +142,16 @@ class KeptItems:
             self._parameters, self._tensors, self._states = parameters, tensors, states
             self._own = context.own_table
         self._token = context.base_token if complete else None
+
+    def rule(self, fused_rule: FusedRule, base: Optimizer, group: dict[str, Any]) -> spec.Rule:
+        """Return the group's hyper-parameters as a rule: the same object, as long as nothing of it was replaced."""
+        numbers = fused_rule.numbers(group)
+        if numbers is None:
+            return fused_rule.kernel_rule(base, group)
+        rule_of = fused_rule, *numbers
+        if self._rule is None or not all(map(is_, rule_of, self._rule_of)):
+            self._rule, self._rule_of = fused_rule.kernel_rule(base, group), rule_of
+        return self._rule
 
     def describe(self, policy: Policy) -> Described:
         """Return what the policy reads, and its terms for the kernels; computed once for each policy object."""

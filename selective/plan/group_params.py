@@ -41,6 +41,7 @@ class GroupParams:
         self.kinds: ParamKinds = frozenset()
         self.devices: frozenset[torch.device] = frozenset()
         self._cuda_devices: frozenset[torch.device] = frozenset()
+        self.device: torch.device | None = None  # the one that they are all on; None where there are several
         self.has_complex = False
         self.has_sparse = False  # among the gradients
         self._flags: list[bool] = []  # which had a gradient, the last time that some had none ...
@@ -98,6 +99,7 @@ class GroupParams:
         rows = zip(dtypes, devices, shapes, tensors, strict=True)
         self.kinds = frozenset((dt, on.type, len(s), type(p) in PLAIN) for dt, on, s, p in rows if s is not None)
         self.devices = frozenset(devices)
+        self.device = next(iter(self.devices)) if len(self.devices) == 1 else None
         self._cuda_devices = frozenset(device for device in self.devices if device.type == "cuda")
         self.has_complex = any(dtype.is_complex for dtype in dtypes)
         self.parameters = list(self.parameters)  # another list: items made of the old one are made anew
@@ -120,8 +122,3 @@ class GroupParams:
     def cuda_devices(self) -> frozenset[torch.device]:
         """The GPUs that they are on."""
         return self._cuda_devices
-
-    @property
-    def device(self) -> torch.device | None:
-        """The one device that they are all on; None where there are several."""
-        return next(iter(self.devices)) if len(self.devices) == 1 else None

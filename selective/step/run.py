@@ -66,7 +66,8 @@ class StepRunner:
         for plan, parameters in zip(groups.plans, present, strict=True):
             context_here, rotation_plan = contexts.get(plan.params.device, context), plan.rotation
             unrotated, rotated = (parameters, []) if rotation_plan is None else rotation_plan.split(parameters)
-            job = plan.capture.job(context_here, plan.group, unrotated, plan.policy, plan.kept, plan.decay)
+            policy, decay, *_ = plan.policy_group.settings()
+            job = plan.capture.job(context_here, plan.group, unrotated, policy, plan.kept, decay)
             if rotation_plan is None or not rotated:
                 jobs.append(job)
                 continue
