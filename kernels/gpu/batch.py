@@ -239,7 +239,7 @@ class Batch:
         return True
 
     def _are_alike(self, items: Sequence[Item], columns: Sequence[Sequence[Tensor]], looked: bool) -> bool:
-        """True if dtypes, shapes and strides are the same; where one call can't say so, they are looked at one by one."""
+        """True if dtypes, shapes and strides are the same. They are looked at one by one if one call can't say so."""
         others = _others(columns, items)
         if self._known_params is not None and self._known_others is not None and self._known_others.are_of(others):
             if looked or self._known_params.are_of(columns[0]):
