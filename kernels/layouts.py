@@ -52,7 +52,8 @@ class Layouts:
         """True if these tensors, in this order, have exactly these layouts. Objects of any class may be among them.
 
         False means that something may be different, and has to be looked at: torch also compares whether gradients are
-        recorded for a tensor, and modes of the thread such as autocast and inference mode.
+        recorded for a tensor, and modes of the thread such as autocast and inference mode, and says False if one tensor
+        is there twice.
         """
         if len(tensors) != self.count:
             return False

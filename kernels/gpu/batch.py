@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -121,8 +120,8 @@ class Batch:
             self.counters = torch.zeros(len(mine), dtype=torch.float32, device=self.device)
         self.param_layouts = _layouts_of(present[0])
         self.entries = self._entries(present)
-        # What is in these lists, in a form that one call compares: of the parameters, and of gradients and state.
-        self._known_params, self._known_others = layouts_of(present[0]), layouts_of(_others(present, mine))
+        # The layouts of parameters, gradients and each entry of the state, each in a form that one call compares.
+        self._known = [*map(layouts_of, _with_gradients(present, mine))]
         self.fixed_addresses = [[*map(Tensor.data_ptr, column)] for column in present]
         self.addresses = self._address_table()
         self.gradients: list[int] = []
@@ -240,17 +239,17 @@ class Batch:
 
     def _are_alike(self, items: Sequence[Item], columns: Sequence[Sequence[Tensor]], looked: bool) -> bool:
         """True if dtypes, shapes and strides are the same. They are looked at one by one if one call can't say so."""
-        others = _others(columns, items)
-        if self._known_params is not None and self._known_others is not None and self._known_others.are_of(others):
-            if looked or self._known_params.are_of(columns[0]):
-                return True
+        now = _with_gradients(columns, items)
+        pairs = zip(self._known[looked:], now[looked:], strict=True)
+        if not [known for known, column in pairs if known is None or not known.are_of(column)]:
+            return True
         if self._layouts(items) != self.layouts:
             return False
         if not looked and _layouts_of(columns[0]) != self.param_layouts:
             return False
         if self.cfg.rule != "given" and self._entries(columns) != self.entries:
             return False
-        self._known_params, self._known_others = layouts_of(columns[0]), layouts_of(others)
+        self._known = [*map(layouts_of, now)]
         return True
 
     def update(self, items: Sequence[Item], specs: Sequence[StepSpec]) -> None:
@@ -298,9 +297,9 @@ def _layouts_of(tensors: Sequence[Tensor]) -> list[list[Any]]:
     return [[x.dtype for x in tensors], [x.shape for x in tensors], [*map(Tensor.stride, tensors)]]
 
 
-def _others(columns: Sequence[Sequence[Tensor]], items: Sequence[Item]) -> list[Tensor]:
-    """The gradients and all entries of the state: what an item has besides its parameter."""
-    return [*chain([i.grad for i in items], *columns[1:])]
+def _with_gradients(columns: Sequence[Sequence[Tensor]], items: Sequence[Item]) -> list[Sequence[Tensor]]:
+    """The parameters, the gradients, and each entry of the state."""
+    return [columns[0], [i.grad for i in items], *columns[1:]]
 
 
 def _described(state: dict[str, Tensor], names: Sequence[tuple[str, int]]) -> list[object]:

@@ -79,6 +79,15 @@ def test_other_values_and_other_memory_are_the_same_layout() -> None:
 
 
 @pytest.mark.usefixtures("both")
+def test_a_tensor_that_is_there_twice_hides_no_change() -> None:
+    twice = [torch.ones(2, 3)] * 2
+    known = layouts_of(twice)
+    assert known is not None
+    twice[0].data = twice[0].data.view(3, 2)
+    assert not known.are_of(twice)
+
+
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("odd", [torch.ones(2).as_subclass(Named), torch.ones(2, 2).to_sparse(), None])
 def test_there_are_none_of_other_kinds_of_tensors(odd: Any) -> None:
     assert layouts_of([torch.ones(2), odd]) is None
