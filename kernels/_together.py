@@ -23,9 +23,9 @@ def selective_steps(calls: Sequence[StepCall], *, backend: Backend = "auto") -> 
     if torch.is_grad_enabled():
         with torch.no_grad():
             return selective_steps(calls, backend=backend)
-    if any(call.spec.selection.kind == "function" for call in calls):
+    if "function" in [call.spec.selection.kind for call in calls]:
         calls = [StepCall(call.items, _with_triton_function(call.spec), graphs=call.graphs) for call in calls]
-    if not all(call.items for call in calls):
+    if 0 in [len(call.items) for call in calls]:
         return _without_the_empty(calls, backend)
     parts = _parts(calls, backend)
     if len(parts) == 1 and len(parts[0]) == len(calls):  # as in most steps

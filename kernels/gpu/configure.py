@@ -118,7 +118,7 @@ def has_key(spec: StepSpec, key: tuple[object, ...], before: StepSpec) -> bool:
     """True if `key` is the `static_key` of this spec, as it is that of `before`: by identity, where that is enough."""
     if spec.selection is not before.selection or spec.strength is not before.strength:
         return static_key(spec) == key
-    of_rule = _rule_key(spec.rule)
+    of_rule = () if spec.rule is before.rule else _rule_key(spec.rule)
     return (
         of_rule == key[: len(of_rule)]
         and spec.draw.stochastic == before.draw.stochastic
