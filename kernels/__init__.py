@@ -30,6 +30,7 @@ else:
     from ._functions import evaluate_function, function_device
     from ._together import selective_steps
     from .newton_schulz import newton_schulz_
+    from .products import average_grams_, float32_product, has_float32_products
     from .reference.decay import decaying, drawn_like
     from .reference.random import sample_positions, uniform, uniform_bits
     from .reference.rules import Advanced, as_seen, decay_factor, turned
@@ -80,13 +81,16 @@ else:
         "advance",
         "apply_mask",
         "as_seen",
+        "average_grams_",
         "backend_in_use",
         "begin_sharded",
         "decay_factor",
         "decaying",
         "drawn_like",
         "evaluate_function",
+        "float32_product",
         "function_device",
+        "has_float32_products",
         "newton_schulz_",
         "sample_positions",
         "selective_step",

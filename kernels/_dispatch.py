@@ -33,6 +33,7 @@ from .spec import (
 
 Backend = Literal["auto", "reference", "cpu", "gpu"]  # The implementation; "auto" picks by device.
 _standard: ContextVar[Backend] = ContextVar("standard", default="auto")
+_imported: list[ModuleType] = []  # the GPU path, as soon as it is imported
 _triton_missing: list[str] = []  # once looked for: why it is missing ("" if it is not); "said", once the user was told
 
 
@@ -53,9 +54,11 @@ def backend_in_use() -> Backend:
 
 def _gpu() -> ModuleType:
     """The GPU path, imported when the first GPU tensor asks for it, because it imports Triton."""
-    from . import gpu
+    if not _imported:
+        from . import gpu
 
-    return gpu
+        _imported.append(gpu)
+    return _imported[0]
 
 
 def why_no_triton() -> str | None:
@@ -266,14 +269,6 @@ def _with_shards(items: Sequence[Item], spec: StepSpec, backend: Backend) -> Seq
     sharded.run(steps)
     sums.update(zip(shards, sharded.in_order(steps, len(shards)) or (), strict=False))
     return [sums[i] for i in range(len(items))] if spec.statistics else None
-
-
-def _with_triton_function(spec: StepSpec) -> StepSpec:
-    """The spec with a selection's function compiled, if it has one and Triton can be imported."""
-    selection = spec.selection
-    if selection.kind != "function" or why_no_triton() is not None:
-        return spec
-    return replace(spec, selection=replace(selection, function=_gpu().jitted(selection.function)))
 
 
 def _with_triton_function(spec: StepSpec) -> StepSpec:

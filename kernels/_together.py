@@ -11,7 +11,6 @@ from ._dispatch import Backend, _chosen, _gpu, _paths, _step_by, _with_triton_fu
 from .spec import StepCall, Sums
 
 
-@torch.no_grad()
 def selective_steps(calls: Sequence[StepCall], *, backend: Backend = "auto") -> list[Sequence[Sums] | None]:
     """`selective_step` of several calls, each with a rule and a mask of its own. Returns the sums of each.
 
@@ -21,33 +20,48 @@ def selective_steps(calls: Sequence[StepCall], *, backend: Backend = "auto") -> 
     Takes and refuses the same as `selective_step`, except shards (`begin_sharded`). All calls are checked before
     anything moves.
     """
-    calls = [StepCall(call.items, _with_triton_function(call.spec)) for call in calls]
-    places = [place for place, call in enumerate(calls) if len(call.items) > 0]
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return selective_steps(calls, backend=backend)
+    if "function" in [call.spec.selection.kind for call in calls]:
+        calls = [StepCall(call.items, _with_triton_function(call.spec), graphs=call.graphs) for call in calls]
+    if 0 in [len(call.items) for call in calls]:
+        return _without_the_empty(calls, backend)
+    parts = _parts(calls, backend)
+    if len(parts) == 1 and len(parts[0]) == len(calls):  # as in most steps
+        plan = _gpu().plan_of(calls)
+        if plan is not None:  # all that follows below was settled in an earlier step
+            return list(plan.run(calls))
+    return _by_parts(calls, parts, backend)
+
+
+def _without_the_empty(calls: Sequence[StepCall], backend: Backend) -> list[Sequence[Sums] | None]:
+    """Step the calls that have items."""
     results: list[Sequence[Sums] | None] = [[] if call.spec.statistics else None for call in calls]
+    places = [place for place, call in enumerate(calls) if call.items]
+    for place, sums in zip(places, selective_steps([calls[i] for i in places], backend=backend), strict=True):
+        results[place] = sums
+    return results
+
+
+def _by_parts(calls: Sequence[StepCall], parts: list[list[int]], backend: Backend) -> list[Sequence[Sums] | None]:
+    """Check all calls, then step them: each part by the plan that it has, or by a new one, others without kernels."""
     steps: list[tuple[list[int], Callable[[], Sequence[Sequence[Sums] | None]]]] = []
-    unplanned = []
-    for part in _parts([calls[place] for place in places], backend):
-        chosen = [places[i] for i in part]
-        plan = _gpu().plan_of([calls[place] for place in chosen])
-        if plan is None:
-            unplanned += chosen
-        else:  # all that follows below was settled in an earlier step
-            steps.append((chosen, partial(plan.run, [calls[place] for place in chosen])))
-    planned = {place for chosen, _ in steps for place in chosen}
-    by_kernels = []
-    for place in places:
-        if place in planned:
+    for part in parts or [[place] for place in range(len(calls))]:
+        chosen = [calls[place] for place in part]
+        plan = _gpu().plan_of(chosen) if parts else None
+        if plan is not None:
+            steps.append((part, partial(plan.run, chosen)))
             continue
-        call = calls[place]
-        paths = _paths(call.items, call.spec, backend)
-        if list(paths) == ["gpu"]:
-            by_kernels.append(place)
-        else:
-            steps.append(([place], partial(_alone, call, paths)))
-    if by_kernels:
-        steps.append((by_kernels, partial(_gpu().selective_steps, [calls[place] for place in by_kernels])))
-    for chosen, run in steps:
-        for place, sums in zip(chosen, run(), strict=True):
+        paths = [_paths(call.items, call.spec, backend) for call in chosen]
+        together = [place for place, path in zip(part, paths, strict=True) if list(path) == ["gpu"]]
+        if together:
+            steps.append((together, partial(_gpu().selective_steps, [calls[place] for place in together])))
+        alone = [(place, path) for place, path in zip(part, paths, strict=True) if place not in together]
+        steps += [([place], partial(_alone, calls[place], path)) for place, path in alone]
+    results: list[Sequence[Sums] | None] = [None] * len(calls)
+    for places, run in steps:
+        for place, sums in zip(places, run(), strict=True):
             results[place] = sums
     return results
 

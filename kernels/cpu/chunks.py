@@ -41,10 +41,11 @@ def buffer(name: str, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return _buffers.get(name, count, dtype)
 
 
-def spans(numel: int) -> Iterator[tuple[int, int]]:
-    """Start and end of each chunk; nothing for an empty tensor."""
-    for start in range(0, numel, CHUNK):
-        yield start, min(start + CHUNK, numel)
+def spans(numel: int, length: int | None = None) -> Iterator[tuple[int, int]]:
+    """Start and end of each chunk, or of each piece of another length; nothing for an empty tensor."""
+    length = length or CHUNK
+    for start in range(0, numel, length):
+        yield start, min(start + length, numel)
 
 
 def keep_marks(selected: Tensor, marks: Tensor) -> None:

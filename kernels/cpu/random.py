@@ -1,4 +1,4 @@
-"""The random numbers of a chunk: the hash of `kernels/reference/random.py` in fewer operations.
+"""The random numbers of a chunk: the hashes of `kernels/reference/random.py` in fewer operations.
 
 The hash xors a key, then runs "x ^= x >> 16, x *= A, x ^= x >> 15, x *= B, x ^= x >> 16", and does both again with
 another key. Written as operations on whole chunks that is 27; 12 of them are enough, for three reasons:
@@ -7,18 +7,20 @@ another key. Written as operations on whole chunks that is 27; 12 of them are en
   the lower half with one constant.
 - The last shift of the first round and the first shift of the second cancel, but for the key between them:
   y = x ^ (x >> 16) ^ k, and y ^ (y >> 16) = x ^ k ^ (k >> 16), as a shift by 16 leaves the upper half alone.
-- The last shift leaves the upper half alone as well. So the upper bits, which a comparison needs first, are known
-  before it (`upper`), and only numbers near a limit have to be finished (`finish_`).
+- The last shift leaves the upper half alone as well, so that it costs nothing where only upper bits are wanted.
+
+A matched control has numbers of another form (`Ranking`): a quarter of the hashes, and 3 operations more for each.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
 from torch import Tensor
 
-from ..reference.random import A, B, keys, signed32
+from ..reference.random import GROUP, A, B, keys, numbers_of_group, signed32
 from ..spec import Draw
 from .chunks import buffer
 
@@ -80,6 +82,33 @@ def finish_(x: Tensor) -> Tensor:
     return x.bitwise_right_shift_(number(8)).bitwise_and_(number(0xFFFFFF)).bitwise_xor_(scratch)
 
 
-def upper(x: Tensor, out: Tensor) -> Tensor:
-    """The upper 8 of the 24 bits of hashes before the last shift, as uint8. Overwrites the buffer "shifted"."""
-    return out.copy_(torch.bitwise_right_shift(x, number(24), out=buffer("shifted", x.numel(), torch.int32)))
+class Ranking:
+    """The numbers of a chunk that a matched control ranks (`ranking_bits`): their upper 8 bits, and the hashes.
+
+    The chunk is elements `start` to `start + count` of the tensor. It lives in buffers of this thread, until the next.
+    """
+
+    def __init__(self, draw: Draw, address: int, start: int, count: int) -> None:
+        first = start // GROUP
+        x = unfinished(draw, address, first, -(-(start + count) // GROUP) - first)
+        shifted = torch.bitwise_right_shift(x, number(16), out=buffer("shifted", x.numel(), torch.int32))
+        self.hashes = x.bitwise_xor_(shifted.bitwise_and_(number(0xFFFF)))
+        self.skipped = start - first * GROUP  # elements of the first group that are before the chunk
+        size = self.skipped + count
+        self.upper = _bytes(self.hashes)[self.skipped : size]  # uint8, one for each element
+
+    def hashes_at(self, places: Tensor) -> Tensor:
+        """The groups' hashes (int32) of elements at these places of the chunk, for `ranking_at`."""
+        return self.hashes.index_select(0, (places + self.skipped).bitwise_right_shift_(2))
+
+
+def ranking_at(hashes: Tensor, index: Tensor) -> Tensor:
+    """The 24-bit numbers (int32) of elements of a tensor, from their groups' hashes."""
+    return numbers_of_group(hashes, index.to(torch.int32).bitwise_and_(GROUP - 1))
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """The bytes of int32 numbers, from the lowest to the highest of each."""
+    if sys.byteorder == "little":
+        return x.view(torch.uint8)
+    return x.view(torch.uint8).view(-1, 4).flip(1).reshape(-1)

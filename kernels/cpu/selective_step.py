@@ -133,9 +133,7 @@ class _Step:
             selected = rest = 1.0
         if self.matched is not None:
             marks = self.scratch.get("marks", self.numel, torch.uint8)
-            scale = self.matched.draw(
-                lambda a, b: (minus_updates[a:b], self.mover.gradient(a, b)), marks, selected, rest
-            )
+            scale = self.matched.draw(minus_updates, self.mover.gradient, marks, selected, rest)
             selected, rest = selected * scale, rest * scale
         self._second_pass(minus_updates, marks, self._applier((selected, rest)), totals)
         return selected, rest

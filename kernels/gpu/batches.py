@@ -78,7 +78,7 @@ class Plan:
             return False
         if not all(map(has_key, [call.spec for call in calls], self.keys, self.specs)):
             return False
-        items, looked = _all_items(calls), all(call.looked for call in calls)
+        items, looked = _all_items(calls), False not in [call.looked for call in calls]
         return all(batch.fits(items, looked) for batch in self.batches)
 
     def run(self, calls: Sequence[StepCall]) -> list[SumsTable | None]:
@@ -142,7 +142,7 @@ def _step(batches: Sequence[Batch]) -> tuple[BatchSums, int]:
 
 
 def _all_items(calls: Sequence[StepCall]) -> Sequence[Item]:
-    return calls[0].items if len(calls) == 1 else list(chain.from_iterable(call.items for call in calls))
+    return calls[0].items if len(calls) == 1 else list(chain(*[call.items for call in calls]))
 
 
 def _in_order(sums: Sequence[Tensor], rows: Sequence[int]) -> Tensor:

@@ -6,9 +6,23 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import triton.language as tl
 
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
-from ..spec import AdamRule, Decay, GivenRule, Item, LionRule, Rule, Scalar, Selection, SGDRule, StepSpec, refuse_score
+from ..spec import (
+    AdamRule,
+    Decay,
+    GivenRule,
+    Item,
+    LionRule,
+    Rule,
+    Scalar,
+    Selection,
+    SGDRule,
+    StepSpec,
+    Strength,
+    refuse_score,
+)
 from .device import numbers
 from .device.config import BRACKET_RUN, DTYPES, Config
 from .tables import is_in_place, state_columns
@@ -43,6 +57,7 @@ def configure(item: Item, spec: StepSpec, begins: bool = False) -> Config:
         offset=getattr(rule, "offset", 0.0), in_place=is_in_place(item, rule), selection=kind,
         product=selection.product if kind == "agreement" else "update", strict=selection.strict, score=selection.score,
         arguments=len(selection.numbers) if kind == "function" else 0,
+        share_known=_knows_share(selection, strength),
         quantile=selection.quantile if kind == "top_k" else "exact",
         estimate="sampled" if strength.is_sampled else "exact",
         strength=strength.kind, of=strength.of, still=strength.still, statistics=spec.statistics,
@@ -58,6 +73,17 @@ def _decay(decay: Decay | None) -> dict[str, Any]:
     if decay is None:
         return {}
     return {"decay": decay.kind, "decay_of": decay.of, "decay_strict": decay.strict}
+
+
+def _knows_share(selection: Selection, strength: Strength) -> bool:
+    """True if a strength needs the share of the selected only, and it is known before anything is looked at."""
+    exact = selection.kind == "top_k" and selection.quantile == "exact" and selection.control is None
+    return exact and strength.kind == "mean_preserving" and not strength.is_sampled
+
+
+def forms_update_again(cfg: Config) -> bool:
+    """True if the update is there again once the moments are stored, the same bits: Adam's, if they are not rounded."""
+    return cfg.rule == "adam" and all(d is None or d == tl.float32 for d in (cfg.first, cfg.second, cfg.third))
 
 
 def _has_factor(rule: Rule) -> bool:
@@ -92,7 +118,7 @@ def has_key(spec: StepSpec, key: tuple[object, ...], before: StepSpec) -> bool:
     """True if `key` is the `static_key` of this spec, as it is that of `before`: by identity, where that is enough."""
     if spec.selection is not before.selection or spec.strength is not before.strength:
         return static_key(spec) == key
-    of_rule = _rule_key(spec.rule)
+    of_rule = () if spec.rule is before.rule else _rule_key(spec.rule)
     return (
         of_rule == key[: len(of_rule)]
         and spec.draw.stochastic == before.draw.stochastic

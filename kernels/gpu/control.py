@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-import triton.language as tl
 
+from .configure import forms_update_again
 from .device.config import Config
 from .tables import cdiv, upload, work
 
@@ -38,7 +38,6 @@ class ControlPlan:
         self.table = upload(rows, torch.int64, device)
         # The moments are stored when the policy's coordinates are counted, if the update can be formed from them again:
         # that of Adam, from moments that were not rounded.
-        whole = all(d is None or d == tl.float32 for d in (cfg.first, cfg.second, cfg.third))
-        self.moves = cfg.rule == "adam" and whole and cfg.control_norm
+        self.moves = forms_update_again(cfg) and cfg.control_norm
         # The policy's coordinates are counted, and the control's drawn, in one launch if the count is known before.
         self.at_once = cfg.selection == "top_k" and cfg.quantile == "exact" and not cfg.still

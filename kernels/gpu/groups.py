@@ -32,6 +32,7 @@ class GroupTable:
         self._known_clocks: list[Tensor | None] = []
         self._all_have_clocks = False  # True if each group's wrapper has a clock on this device
         self._sources: list[tuple[Any, ...] | None] = []  # what the rows were made of; None: of a tensor, too
+        self._made_of: list[object] = []  # the rules, selections and strengths that these were read off
 
     def update(self, specs: Sequence[StepSpec]) -> None:
         """Bring the table up to date for this step."""
@@ -43,10 +44,17 @@ class GroupTable:
 
         Those that are tensors on the device are copied there in every step. The host does not wait for them.
         """
+        made_of: list[object] = []
+        for spec in specs:
+            made_of += spec.rule, spec.selection, spec.strength
+        if len(made_of) == len(self._made_of) and all(map(is_, made_of, self._made_of)):
+            return
         sources: list[tuple[Any, ...] | None] = [
             _source_of(spec) if group in self.here else () for group, spec in enumerate(specs)
         ]
+        self._made_of = []
         if sources == self._sources and None not in sources:
+            self._made_of = made_of
             return
         self._sources = []  # until all is done: if it fails, the next step looks at everything again
         rows: list[list[float | None]] = []  # None: a number that is on the device
@@ -65,7 +73,7 @@ class GroupTable:
         self.uploads.fill("hyper", self.hyper, [[0.0 if x is None else x for x in row] for row in rows], rows)
         for group, column, value in copies:
             self.hyper[group, column].copy_(value.reshape(()), non_blocking=True)
-        self._sources = sources
+        self._sources, self._made_of = sources, [] if None in sources else made_of
 
     def _upload_clocks(self, specs: Sequence[StepSpec]) -> None:
         """Upload the addresses of the clocks; and seed and step of groups whose wrapper has no clock on this device."""

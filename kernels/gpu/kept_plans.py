@@ -29,7 +29,7 @@ def parts(calls: Sequence[StepCall]) -> list[list[int]]:
     with a plan are stepped as in the step before, because a graph can't have the operations that make another one.
     """
     plans = [call.items.cache.get("plan") if isinstance(call.items, ItemList) else None for call in calls]
-    if all(plan is plans[0] for plan in plans):
+    if not [plan for plan in plans if plan is not plans[0]]:
         return [list(range(len(calls)))]
     recording = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     found: dict[object, list[int]] = {}
@@ -42,8 +42,9 @@ def plan_of(calls: Sequence[StepCall]) -> Plan | None:
     """The kept plan that steps exactly these calls, in this order, if it fits them still; else None."""
     caches = [call.items.cache if isinstance(call.items, ItemList) else {} for call in calls]
     for plan, _ in caches[0].get("plans", ()):
-        entry = [(plan, place) for place in range(len(calls))]
-        if len(plan.counts) != len(calls) or not all(map(_has, caches, entry)):
+        # plans are compared by identity
+        without = [cache for place, cache in enumerate(caches) if (plan, place) not in cache.get("plans", ())]
+        if without or len(plan.counts) != len(calls):
             continue
         if plan.fits(calls):
             _put_first(plan, caches)
@@ -68,10 +69,6 @@ def _put_first(plan: Plan, caches: Sequence[dict[Any, Any]]) -> None:
             cache["plans"] = [(plan, place), *before][:MOST]
             cache["plan"], cache["upload_hyperparameters"] = plan, partial(plan.upload_hyperparameters, place)
             cache["describe_launches"] = plan.describe_launches
-
-
-def _has(cache: dict[Any, Any], entry: tuple[Plan, int]) -> bool:
-    return entry in cache.get("plans", ())  # plans are compared by identity
 
 
 def _forget(cache: dict[Any, Any], plan: Plan) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import batch as sizes
 from . import control as controls
 from .batch import Batch
+from .configure import forms_update_again
 from .device.config import CONTROL_COLUMNS, PARTIALS, SUM_COLUMNS, Config, derived
 from .device.control import control_kernel
 from .device.limit import limit_kernel
@@ -31,6 +32,7 @@ STEP_WARPS = 4  # of a program of `BLOCK` elements
 # Registers of a thread in passes with brackets or statistics, which would take up to 140: seven programs on a
 # multiprocessor instead of four or five, for some spilling. docs/kernels.md has the measurements.
 STEP_REGISTERS = 72
+MOVE_REGISTERS = None  # of a thread that forms sums and stores moments
 BINS = 2048  # of a bracket's histogram: see `bin_of`
 WHOLE_BLOCK = 4096  # scores that are looked at together by the program that ranks a small tensor
 SETTLE_ROOM, SETTLE_BLOCK = (
@@ -85,8 +87,7 @@ def _can_settle(cfg: Config) -> bool:
     """
     if cfg.decay_of == "masked":  # a coordinate that is selected after all may decay no more, and it has decayed
         return False
-    whole = all(d is None or d == tl.float32 for d in (cfg.param, cfg.first, cfg.second, cfg.third))
-    return (cfg.rule == "adam" and whole and not cfg.coupled) or (cfg.in_place and cfg.param == tl.float32)
+    return cfg.param == tl.float32 and ((forms_update_again(cfg) and not cfg.coupled) or cfg.in_place)
 
 
 class Step:
@@ -96,10 +97,11 @@ class Step:
         self.batch, self.cfg, self.tables, self.groups = batch, batch.cfg, batch.tables, batch.groups
         self.function: Any = _nothing if batch.function is None else batch.function
         self.fixed = self.cfg.strength == "fixed"
+        known = self.fixed or self.cfg.share_known  # the strength is known before anything is looked at
         self.bracketed = batch.top_k is not None and batch.top_k.bracketed
-        self.one_pass = self.bracketed and self.fixed and batch.control is None and _can_settle(self.cfg)
+        self.one_pass = self.bracketed and known and batch.control is None and _can_settle(self.cfg)
         self.nothing = torch.empty(0, dtype=torch.int32, device=batch.device)
-        self.partials = self.settled = self.tied = self.repaired = self.nothing
+        self.marks = self.partials = self.settled = self.tied = self.repaired = self.nothing
         self.nbytes = 0  # of the memory that was asked for
 
     def empty(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -119,6 +121,8 @@ class Step:
             self._sum(batch.sum_work)
         if batch.control is not None:
             self._pass(self._draw(batch.control), self.nothing, self.nothing)
+        elif batch.moves:
+            self._pass(derived(cfg, recomputed=True, marked=True), self.marks, self.nothing)
         elif self.one_pass:
             self._count_and_settle(derived(cfg, bracketed=True))
         else:
@@ -173,7 +177,7 @@ class Step:
             BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
         if top_k.whole is not None:
             run(whole_kernel, top_k.whole.shape[0], tables.ranks, samples, tables.facts, top_k.whole,
-                BLOCK=WHOLE_BLOCK)  # fmt: skip
+                tables.numbers, self.groups.hyper, CFG=cfg, BLOCK=WHOLE_BLOCK)  # fmt: skip
         if top_k.large is None:
             return
         work, programs, sampled = top_k.drawn_work, top_k.drawn_work.shape[0], top_k.sampled
@@ -223,14 +227,19 @@ class Step:
         equals = self.empty(programs, torch.int64)
         tables = self.tables
         run(repair_kernel, programs, self.repaired, broken, meeting, histograms, equals, tables.pointers,
-            tables.numbers, tables.ranks, tables.facts, programs, BINS=BINS, PROGRAMS=power_of_two(programs),
-            BLOCK=REPAIR_BLOCK, CFG=cfg, **TOGETHER[self.batch.device.type])  # fmt: skip
+            tables.numbers, tables.ranks, tables.facts, self.groups.hyper, programs, BINS=BINS,
+            PROGRAMS=power_of_two(programs), BLOCK=REPAIR_BLOCK, CFG=cfg,
+            **TOGETHER[self.batch.device.type])  # fmt: skip
 
     def _sum(self, work: Tensor) -> None:
-        tables, cfg = self.tables, derived(self.cfg, writes=False, statistics=False)
+        batch, tables = self.batch, self.tables
+        cfg = derived(self.cfg, writes=batch.moves, statistics=False)
         sums = self.empty(work.shape[0] * SUM_COLUMNS.value)
-        run(sums_kernel, work.shape[0], sums, work, tables.pointers, tables.numbers, tables.ranks, tables.facts,
-            tables.keys, FUNCTION=self.function, CFG=cfg, BLOCK=sizes.SUM_BLOCK)  # fmt: skip
+        if batch.moves:
+            self.marks = self.empty(batch.programs * (cfg.block // 32), torch.int32)
+        run(sums_kernel, work.shape[0], sums, self.marks, work, tables.pointers, tables.numbers, tables.ranks,
+            tables.facts, tables.keys, FUNCTION=self.function, MOVES=batch.moves, CFG=cfg, BLOCK=batch.sum_block,
+            registers=MOVE_REGISTERS if batch.moves else None)  # fmt: skip
         run(strengths_kernel, tables.tensors, tables.numbers, sums, self.groups.hyper, tables.pointers, tables.ranks,
             tables.facts, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
 

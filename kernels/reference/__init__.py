@@ -1,6 +1,7 @@
 """The definition: every kernel in plain torch over whole tensors. Never synchronises a GPU with the host."""
 
 from .newton_schulz import newton_schulz_
+from .products import average_grams_, float32_product
 from .random import SAMPLE_SIZE, sample_positions, uniform, uniform_bits
 from .rules import Advanced, advance, apply_mask, decay_factor
 from .selective_step import selective_step
@@ -11,7 +12,9 @@ __all__ = [
     "Advanced",
     "advance",
     "apply_mask",
+    "average_grams_",
     "decay_factor",
+    "float32_product",
     "newton_schulz_",
     "sample_positions",
     "selective_step",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Control, Draw
-from .random import uniform_bits
+from .random import ranking_bits
 from .strengths import Pair, total
 
 
@@ -16,7 +16,7 @@ def random_subset(selected: Tensor, still: Tensor | None, draw: Draw, address: i
     Equal numbers go to the lower flat (row-major) index. Coordinates that stand still come after all others, because
     to select one has no effect. The sort is stable and never waits for the device.
     """
-    numbers = uniform_bits(draw, address, selected.numel(), device=selected.device)
+    numbers = ranking_bits(draw, address, selected.numel(), device=selected.device)
     if still is not None:
         numbers = torch.where(still.reshape(-1), -1, numbers)
     order = numbers.argsort(descending=True, stable=True)

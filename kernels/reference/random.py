@@ -7,6 +7,9 @@ The hash: x = index mod 2^32, then twice "xor a key, finalise". The finaliser is
 (https://nullprogram.com/blog/2018/07/31/, public domain); keys come from splitmix64 (Steele, Lea, Flood 2014) chained
 over (seed, step, address, stream, index >> 32). Two keyed rounds, because with one the streams of two addresses are
 the same sequence read in another order.
+
+A matched control ranks numbers of another form (`ranking_bits`). Four neighbours share a hash for their upper 8 bits,
+which decide almost all of them, so that a CPU forms a quarter of the hashes.
 """
 
 from __future__ import annotations
@@ -18,12 +21,8 @@ from ..spec import Draw
 
 SAMPLE_SIZE = 65_536  # elements of a tensor that a sampled estimate looks at; smaller tensors are taken whole
 SAMPLE_RUN = 8  # neighbours taken together: half a cache line of float32
-STREAM_MASK, STREAM_SAMPLE, STREAM_ROUNDING, STREAM_DECAY = (
-    0,
-    1,
-    2,
-    3,
-)  # separate numbers for separate uses of one address
+# Separate numbers for separate uses of one address.
+STREAM_MASK, STREAM_SAMPLE, STREAM_ROUNDING, STREAM_DECAY = 0, 1, 2, 3
 
 _MASK64 = (1 << 64) - 1
 
@@ -62,12 +61,17 @@ def _finalise_(x: Tensor, scratch: Tensor) -> None:
             x.mul_(factor)
 
 
-def hash_(x: Tensor, key: tuple[int, int], scratch: Tensor) -> Tensor:
-    """Turn int32 indices into their 24-bit numbers, in place; `scratch` is overwritten."""
+def _keyed_(x: Tensor, key: tuple[int, int], scratch: Tensor) -> Tensor:
+    """Turn int32 indices into their hashes of 32 bits, in place; `scratch` is overwritten."""
     for part in key:
         x.bitwise_xor_(part)
         _finalise_(x, scratch)
-    return x.bitwise_right_shift_(8).bitwise_and_((1 << 24) - 1)
+    return x
+
+
+def hash_(x: Tensor, key: tuple[int, int], scratch: Tensor) -> Tensor:
+    """Turn int32 indices into their 24-bit numbers, in place; `scratch` is overwritten."""
+    return _keyed_(x, key, scratch).bitwise_right_shift_(8).bitwise_and_((1 << 24) - 1)
 
 
 def uniform_bits(
@@ -92,6 +96,35 @@ def uniform_bits(
     if not pieces:
         return torch.zeros(0, dtype=torch.int32, device=device)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+GROUP = 4  # neighbours whose upper bits are the bytes of one hash
+GOLDEN = signed32(0x9E3779B9)  # 2^32 over the golden ratio: its multiples differ in all bits
+
+
+def ranking_bits(draw: Draw, address: int, count: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """The random integers that a matched control ranks, of the elements of a tensor: in [0, 2^24), int32, 1-d.
+
+    The hash h of a group, index // 4, has a byte for each of its four elements, the lowest for the first. That byte is
+    the upper 8 bits of the element's number. The lower 16 are the upper half of `lowbias32` of h, after it was xor-ed
+    with `GOLDEN` times 1, 2, 3 or 4.
+    """
+    groups = torch.arange(-(-count // GROUP), device=device)
+    hashes = torch.empty_like(groups, dtype=torch.int32)
+    for high in range(int(groups.numel() - 1 >> 32) + 1):
+        part = slice(high << 32, (high + 1) << 32)
+        x = (groups[part] & 0xFFFFFFFF).to(torch.int32)
+        hashes[part] = _keyed_(x, keys(draw, address, high), torch.empty_like(x))
+    place = torch.arange(GROUP, dtype=torch.int32, device=device).expand(hashes.numel(), GROUP).reshape(-1)[:count]
+    return numbers_of_group(hashes.repeat_interleave(GROUP)[:count], place)
+
+
+def numbers_of_group(hashes: Tensor, place: Tensor) -> Tensor:
+    """The 24-bit numbers of elements at these places (0 to 3, int32) of groups with these hashes (int32)."""
+    upper = torch.bitwise_right_shift(hashes, place * 8).bitwise_and_(0xFF)
+    lower = hashes ^ (place + 1) * GOLDEN
+    _finalise_(lower, torch.empty_like(lower))
+    return upper.bitwise_left_shift_(16).bitwise_or_(lower.bitwise_right_shift_(16).bitwise_and_(0xFFFF))
 
 
 def uniform(draw: Draw, address: int, count: int, *, offset: int = 0, device: torch.device | str = "cpu") -> Tensor:

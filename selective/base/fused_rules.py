@@ -19,6 +19,7 @@ from selective.base.muon import not_covered
 from selective.kernels import spec
 
 Group = dict[str, Any]
+_OF_SGD = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
 
 
 class FusedRule:
@@ -78,6 +79,13 @@ class FusedRule:
     def convert(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:
         """Turn an entry that a user has set to a number into the tensor that the base itself would have made."""
 
+    def numbers(self, group: Group) -> tuple[Any, ...] | None:
+        """Return everything that `kernel_rule` reads: while all are the same objects, the rule is the same.
+
+        None if it may read more, so that it has to be asked in every step.
+        """
+        return None
+
     def kernel_rule(self, base: Optimizer, group: Group) -> spec.Rule:
         """Return the hyper-parameters of `group` as a rule of the kernels."""
         raise TypeError(f"{type(self).__name__} must say how its rule is read off a group")
@@ -114,12 +122,18 @@ class FusedAdam(FusedRule):
         names = ["step", "exp_avg", "exp_avg_sq"]
         return (names + ["max_exp_avg_sq"], []) if group.get("amsgrad") else (names, ["max_exp_avg_sq"])
 
+    def numbers(self, group: Group) -> tuple[Any, ...]:
+        beta1, beta2 = group["betas"]  # one by one, because somebody may change a list of betas in place
+        return (
+            group["lr"], beta1, beta2, group["eps"], group["weight_decay"],
+            group.get("decoupled_weight_decay", False), group["amsgrad"], group["maximize"],
+        )  # fmt: skip
+
     def kernel_rule(self, base: Optimizer, group: Group) -> spec.AdamRule:
-        beta1, beta2 = group["betas"]
+        lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize = self.numbers(group)
         return spec.AdamRule(
-            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
-            decoupled=bool(group.get("decoupled_weight_decay", False)), amsgrad=group["amsgrad"],
-            maximize=group["maximize"],
+            lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=bool(decoupled),
+            amsgrad=amsgrad, maximize=maximize,
         )  # fmt: skip
 
     def init_state(self, group: Group, p: Tensor, state: dict[str, Any]) -> None:
@@ -149,9 +163,11 @@ class FusedSGD(FusedRule):
     def has_momentum(self, group: Group) -> bool:
         return group["momentum"] != 0
 
+    def numbers(self, group: Group) -> tuple[Any, ...]:
+        return tuple(group[name] for name in _OF_SGD)
+
     def kernel_rule(self, base: Optimizer, group: Group) -> spec.SGDRule:
-        names = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
-        return spec.SGDRule(**{name: group[name] for name in names})
+        return spec.SGDRule(**dict(zip(_OF_SGD, self.numbers(group), strict=True)))
 
 
 class FusedLion(FusedRule):

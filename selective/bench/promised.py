@@ -30,7 +30,9 @@ def promised_bytes(
 
     In float32 the floor is 28 for every policy. Plain is 28, too, for selections that look at one coordinate at a time,
     fixed strengths, top-K and sampled estimates. It is 36 if gradient and momentum are read again (Cautious,
-    AlphaConsistency, Magma), and 40 if the whole update is (the norm of the update).
+    AlphaConsistency, Magma). For the norm of the update it is 36, too: the moments are stored in the pass that sums it
+    up, and read again. Moments of other dtypes are not, because the update can't be formed from rounded ones: then the
+    whole update is read again. Exact top-K there reads more than is promised: what its scores are made of.
 
     Args:
         policy: the policy; None for AdamW itself.
@@ -41,6 +43,8 @@ def promised_bytes(
     state = size if state_bytes is None else state_bytes
     floor = 2 * size + size + 4 * state
     again = second_read(policy)
+    if again and state == size == 4 and _sums_update(policy):
+        again = frozenset("mv")
     return Promise(floor, floor + sum(size if name == "g" else state for name in again))
 
 
@@ -59,6 +63,13 @@ def second_read(policy: Policy | None) -> frozenset[str]:
     if strength.kind == "norm_preserving" and selection.kind != "everything":
         return _read_by(selection) | _columns_of(strength.reads)
     return frozenset()
+
+
+def _sums_update(policy: Policy | None) -> bool:
+    """True if the strength is made of the norm of the update."""
+    parts = None if policy is None else policy.parts()
+    strength = None if parts is None else parts[1].spec()
+    return strength is not None and strength.kind == "norm_preserving" and strength.of == "update"
 
 
 def _read_by(selection: spec.Selection) -> frozenset[str]:

@@ -190,14 +190,24 @@ class GroupFlags:
         self._skipped: list[int] = []
         self._flags: tuple[tuple[str, object], ...] = ()
 
+    def are_of(self, group: dict[str, Any]) -> bool:
+        """True if these are the flags of this group: it has the same keys, and no flag was replaced."""
+        return list(group) == self._keys and all(map(is_, self._values_of(group), self._values))
+
+    def _values_of(self, group: dict[str, Any]) -> list[Any]:
+        """The values that are flags, and None in the place of others. The group has the keys that are known."""
+        values = list(group.values())
+        for place in self._skipped:
+            values[place] = None
+        return values
+
     def of(self, group: dict[str, Any]) -> tuple[tuple[str, object], ...]:
         """Return the flags of this group."""
-        keys, values = list(group), list(group.values())
+        keys = list(group)
         if keys != self._keys:
             self._keys, self._values = keys, []
             self._skipped = [place for place, key in enumerate(keys) if key in _NO_FLAGS]
-        for place in self._skipped:
-            values[place] = None
+        values = self._values_of(group)
         if len(values) != len(self._values) or not all(map(is_, values, self._values)):
             self._values = values
             self._flags = tuple(

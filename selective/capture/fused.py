@@ -37,7 +37,8 @@ class FusedJob(Job):
             self.saved = [parameter.tensor.clone() for parameter in self.parameters]
 
     def after_base(self) -> None:
-        rule = with_own_factor(self.fused_rule.kernel_rule(self.context.base, self.group), self.decay, self.group)
+        rule = self.kept_items.rule(self.fused_rule, self.context.base, self.group)
+        rule = with_own_factor(rule, self.decay, self.group)
         make_state = partial(self.fused_rule.init_state, self.group)
         all_items = self.kept_items.with_gradients(self.context, self.parameters, self.policy, make_state)
         try:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from selective.base.fused_rules import FusedRule
 from selective.capture.job import StepContext
 from selective.kernels import Backend, backend_in_use, spec
 from selective.parameter import Parameter
@@ -67,7 +69,10 @@ class KeptItems:
         self._tensors: list[Tensor] = []
         self._states: list[dict[str, Any]] = []
         self._own: object = None
+        self._token: object = None  # `StepContext.base_token` of a step in which the base had all of `_states`
         self._described: Described | None = None
+        self._rule: spec.Rule | None = None  # the last answer of `rule`, and what it follows from
+        self._rule_of: tuple[object, ...] = ()
         # The last answer of `specs`: True if the selection's kernel runs on these parameters with this backend.
         self._asked: tuple[list[Parameter], Backend, bool] | None = None
         # The items that a CUDA graph has recorded. Its replays read their tables, which no later step may change.
@@ -90,7 +95,7 @@ class KeptItems:
         """Forget the items, so that state which was replaced is not kept in memory until the next step."""
         self._tables = {}
         self._lists, self._parameters, self._tensors, self._states, self._own = [], [], [], [], None
-        self._asked = None
+        self._asked = self._token = None
 
     def with_gradients(
         self, context: StepContext, parameters: list[Parameter], policy: Policy, make_state: Callable[..., None]
@@ -103,18 +108,15 @@ class KeptItems:
         """
         if not parameters:  # the lists stay: the group comes back to them, and they to the tables of the kernels
             return []
-        known = parameters is self._parameters
-        tensors = self._tensors if known else [parameter.tensor for parameter in parameters]
-        table = context.base.state
-        states = list(map(table.__getitem__, tensors))
-        if not all(states):
-            for p, state in zip(tensors, states, strict=True):
-                if not state:
-                    make_state(p, state)
-        if not (known and self._own is context.own_table and all(map(is_, states, self._states))):
-            self._lists = _build(context, parameters, states, policy)
-            self._parameters, self._tensors, self._states = parameters, tensors, states
-            self._own = context.own_table
+        token = context.base_token
+        if not (
+            parameters is self._parameters
+            and token is not None
+            and token is self._token
+            and self._own is context.own_table
+            and all(self._states)
+        ):
+            self._look_up(context, parameters, policy, make_state)
         all_items = self._lists
         for device_items in all_items:
             device_items.take()
@@ -122,6 +124,34 @@ class KeptItems:
             self.recorded += all_items
             self.drop()
         return all_items
+
+    def _look_up(
+        self, context: StepContext, parameters: list[Parameter], policy: Policy, make_state: Callable[..., None]
+    ) -> None:
+        """Look up the state of each parameter, and make the items anew if one of them was replaced."""
+        known = parameters is self._parameters
+        tensors = self._tensors if known else [parameter.tensor for parameter in parameters]
+        states = list(map(context.base.state.__getitem__, tensors))
+        complete = all(states)
+        if not complete:
+            for p, state in zip(tensors, states, strict=True):
+                if not state:
+                    make_state(p, state)
+        if not (known and self._own is context.own_table and all(map(is_, states, self._states))):
+            self._lists = _build(context, parameters, states, policy)
+            self._parameters, self._tensors, self._states = parameters, tensors, states
+            self._own = context.own_table
+        self._token = context.base_token if complete else None
+
+    def rule(self, fused_rule: FusedRule, base: Optimizer, group: dict[str, Any]) -> spec.Rule:
+        """Return the group's hyper-parameters as a rule: the same object, as long as nothing of it was replaced."""
+        numbers = fused_rule.numbers(group)
+        if numbers is None:
+            return fused_rule.kernel_rule(base, group)
+        rule_of = fused_rule, *numbers
+        if self._rule is None or not all(map(is_, rule_of, self._rule_of)):
+            self._rule, self._rule_of = fused_rule.kernel_rule(base, group), rule_of
+        return self._rule
 
     def describe(self, policy: Policy) -> Described:
         """Return what the policy reads, and its terms for the kernels; computed once for each policy object."""

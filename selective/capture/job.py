@@ -42,6 +42,8 @@ class StepContext:
     recording: bool  # True while a CUDA graph is recorded
     exchange: Exchange = field(default_factory=Exchange)  # the sums over ranks of all groups, made together
     calls: CollectsCalls | None = None  # kernel calls that are made together; None: each job makes its own at once
+    # `StateStore.token_of_base` of this step; None if code of others may have replaced state since
+    base_token: object | None = None
     local_scope: bool = False  # True: select in each shard as if it were the whole tensor
     graphs: bool = False  # True: launches of kernels may be replayed as CUDA graphs
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from selective.capture.choose import ParamKinds
+from selective.kernels.layouts import PLAIN, Layouts, layouts_of
 from selective.parameter import Parameter, is_lazy
 from selective.plan.flattened import are_joined, shapes_of
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = {torch.strided}
 
 
@@ -34,12 +34,14 @@ class GroupParams:
         self.parameters = [Parameter(p, address + i, names[i], number) for i, p in enumerate(self.tensors)]
         self._ids = {id(p) for p in self.tensors}
         self._looked: tuple[list[Any], ...] = ()
+        self._layouts: Layouts | None = None  # those that `_looked` has; None if a tensor is none of torch's own
         self._pointers: list[int] = []
-        self._lazy, self._plain = True, [p for p in self.tensors if type(p) in _PLAIN]
+        self._lazy, self._plain = True, [p for p in self.tensors if type(p) in PLAIN]
         self.old_shapes: dict[Tensor, torch.Size] = {}  # shapes that have changed since the state was checked
         self.kinds: ParamKinds = frozenset()
         self.devices: frozenset[torch.device] = frozenset()
         self._cuda_devices: frozenset[torch.device] = frozenset()
+        self.device: torch.device | None = None  # the one that they are all on; None where there are several
         self.has_complex = False
         self.has_sparse = False  # among the gradients
         self._flags: list[bool] = []  # which had a gradient, the last time that some had none ...
@@ -67,11 +69,17 @@ class GroupParams:
 
         `parameters` is another list afterwards, unless only addresses have changed.
         """
-        tensors = self.tensors
         pointers = [*map(Tensor.data_ptr, self._plain)]
         same_memory = pointers == self._pointers
         if not same_memory:
             self._pointers, self.memory_changed = pointers, True
+        if self._layouts is None or not self._layouts.are_of(self.tensors):
+            self._look_closer(same_memory)
+            self._layouts = layouts_of(self.tensors)
+
+    def _look_closer(self, same_memory: bool) -> None:
+        """Detect changes attribute by attribute. `same_memory`: no address has changed."""
+        tensors, pointers = self.tensors, self._pointers
         shapes = [None if is_lazy(p) else p.shape for p in tensors] if self._lazy else [p.shape for p in tensors]
         if self._looked and same_memory and len(pointers) == len(tensors) and 0 not in pointers:
             devices = self._looked[1]  # an address belongs to one device, but for that of an empty tensor
@@ -86,11 +94,12 @@ class GroupParams:
         self._looked = looked
         self.dtypes_checked, self.state_checked, self.memory_changed = False, False, True
         self._lazy = None in shapes
-        self._plain = [p for p in tensors if type(p) in _PLAIN]
+        self._plain = [p for p in tensors if type(p) in PLAIN]
         dtypes, devices = looked[:2]
         rows = zip(dtypes, devices, shapes, tensors, strict=True)
-        self.kinds = frozenset((dt, on.type, len(s), type(p) in _PLAIN) for dt, on, s, p in rows if s is not None)
+        self.kinds = frozenset((dt, on.type, len(s), type(p) in PLAIN) for dt, on, s, p in rows if s is not None)
         self.devices = frozenset(devices)
+        self.device = next(iter(self.devices)) if len(self.devices) == 1 else None
         self._cuda_devices = frozenset(device for device in self.devices if device.type == "cuda")
         self.has_complex = any(dtype.is_complex for dtype in dtypes)
         self.parameters = list(self.parameters)  # another list: items made of the old one are made anew
@@ -113,8 +122,3 @@ class GroupParams:
     def cuda_devices(self) -> frozenset[torch.device]:
         """The GPUs that they are on."""
         return self._cuda_devices
-
-    @property
-    def device(self) -> torch.device | None:
-        """The one device that they are all on; None where there are several."""
-        return next(iter(self.devices)) if len(self.devices) == 1 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any, NamedTuple
 
 from selective.capture.choose import Capture, GroupFlags
@@ -91,6 +92,23 @@ class GroupPlan:
     def masks_or_rotates(self, parameter: Parameter) -> bool:
         """True if this parameter is masked, rotated or decays selectively. Otherwise its step is the base's alone."""
         return not self.steps_alone or self.rotated_as(parameter) is not None
+
+    def is_as_before(self, group: dict[str, Any], policy_group: PolicyGroup, address: int) -> bool:
+        """True if this group has what it was planned by. What of its parameters has changed is marked."""
+        params, chosen_by = self.params, self.chosen_by
+        if not chosen_by or group is not self.group or policy_group is not self.policy_group:
+            return False
+        policy_group.listen(self.kept.policy_changed)
+        policy, decay, preconditioner, view, planned = policy_group.settings()
+        by_now = self.choice, policy, decay, preconditioner, params, params.kinds
+        if not all(map(is_, by_now, chosen_by)) or planned is not self.rotation:
+            return False
+        if self.rotation is not None and self.rotation.matrix_view != view:
+            return False
+        if params.joined or not params.are_of(group, address) or not self.flags.are_of(group):
+            return False
+        params.detect_changes()
+        return not params.memory_changed
 
     def replace_params(self, params: GroupParams) -> None:
         """Replace the parameter list, and start with empty `KeptItems`."""

@@ -58,6 +58,8 @@ class Groups:
         self.first_address = 0
         self.recorded: list[DeviceItems] = []  # of groups that were edited since: CUDA graphs read their tables
         self._of_base: tuple[object, ...] = ()  # `base_key` of the base, as of the last step
+        self._settled = False  # True if the last update got to its end
+        self._clocked: set[torch.device] | None = None  # as of the last update; None: not asked for since
         self._edited = False  # whether parameters have left a group, and may have left all
         self._choices = list(zip(self.policies, choices, strict=False))  # of plans that are still to be made
 
@@ -66,10 +68,13 @@ class Groups:
 
         `with_basis` has the parameters with a stored basis, which must stay the same.
         """
-        self._take_policies()
-        plans = self.update_plans()
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         of_base = base_key(self.base)
+        if not is_distributed and of_base == self._of_base and self._are_as_before():
+            return Changes([], None)
+        self._settled, self._clocked = False, None
+        self._take_policies()
+        plans = self.update_plans()
         self._of_base = of_base = self._of_base if of_base == self._of_base else of_base
         choices = [self._choose(plan, of_base, is_distributed) for plan in plans]
         switched = []
@@ -82,7 +87,24 @@ class Groups:
             plan.params.dtypes_checked = plan.params.state_checked = False
         self._plan_rotations(with_basis)
         self._check_sharing()
-        return Changes(switched, self.forget_removed())
+        changes = Changes(switched, self.forget_removed())
+        self._settled = True
+        return changes
+
+    def _are_as_before(self) -> bool:
+        """True if an update would find all as the last one left it. What of the parameters has changed is marked.
+
+        In most steps this is all that is looked at. `update` itself goes through the same groups again if it is False.
+        """
+        groups, plans = self.base.param_groups, self.plans
+        if not (self._settled and len(groups) == len(plans) == len(self.policies)) or self._edited:
+            return False
+        address = self.first_address
+        for number, (plan, group, policy_group) in enumerate(zip(plans, groups, self.policies, strict=True)):
+            if plan.number != number or not plan.is_as_before(group, policy_group, address):
+                return False
+            address += len(plan.params.tensors)
+        return True
 
     def update_plans(self) -> list[GroupPlan]:
         """Update the plans to the base's parameters and return them.
@@ -131,8 +153,10 @@ class Groups:
 
     def clocked(self) -> set[torch.device]:
         """The GPUs on which something is masked, whose steps are counted there: Note [the clock]."""
-        masked = (plan for plan in self.plans if plan.rotation is not None or not plan.steps_alone)
-        return {device for plan in masked for device in plan.params.cuda_devices}
+        if self._clocked is None:
+            masked = (plan for plan in self.plans if plan.rotation is not None or not plan.steps_alone)
+            self._clocked = {device for plan in masked for device in plan.params.cuda_devices}
+        return self._clocked
 
     def asks_others(self) -> bool:
         """True if a parameter that is masked has parts on other ranks, which a step has to ask."""
@@ -171,6 +195,7 @@ class Groups:
             for plan, choice, rotation in plans:
                 plan.choice, plan.rotation = choice, rotation
             self.places, self.shape_places = places, shape_places
+            self._settled = False
             self.update_plans()
             self.look_anew()
 
@@ -212,7 +237,7 @@ class Groups:
         params.detect_changes()
         flags = plan.flags.of(plan.group)
         # while all of these are the same objects, the choice is the same, too, and nothing below has more to say
-        chosen_by = [plan.choice, policy, decay, preconditioning.preconditioner, flags, params, params.kinds, of_base]
+        chosen_by = [plan.choice, policy, decay, preconditioning.preconditioner, params, params.kinds, flags, of_base]
         if all(map(is_, chosen_by, plan.chosen_by)) and plan.chosen_by and not is_distributed and not params.joined:
             return plan.chosen_by[0]
         choice = self._choose_anew(plan, flags, of_base, is_distributed)

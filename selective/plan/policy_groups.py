@@ -196,6 +196,11 @@ class PolicyGroup(ModelGroup):
         if self._listener is not None:
             self._listener(policy)
 
+    def settings(self) -> tuple[Policy, Decay | None, Preconditioner | None, MatrixView, object]:
+        """The current policy, decay, preconditioner, view of matrices, and the rotation that was planned by these."""
+        own = self.preconditioning
+        return self._policy, self.decaying._decay, own._preconditioner, own._matrix_view, own.planned
+
     def listen(self, listener: Callable[[Policy], None] | None) -> None:
         """Have `listener` called with each policy that is set, at once: the replays of a CUDA graph run no step."""
         self.__dict__["_listener"] = listener  # past `__setattr__`, because every step comes here

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ class Described:
     specs: Specs | None  # None: the policy has code of its own
     state_classes: tuple[type, ...]  # the classes that make a parameter's state: another one makes it anew
 
-    @property
+    @cached_property
     def same_for_all_parameters(self) -> bool:
         """True if the choice between kernels and own code is the same for every parameter."""
         return self.specs is None or not _depends_on_the_parameter(self.specs[0])

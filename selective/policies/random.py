@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selective.kernels import spec, top_k
 from selective.kernels.reference.control import random_subset, scaled
+from selective.kernels.reference.random import ranking_bits
 from selective.policies.policy import AnyPolicy, Policy, is_dense_top_k, still_coordinates, two_multipliers
 from selective.policies.selections import Bernoulli, Selection
 from selective.policies.strengths import Fixed, Strength
@@ -105,7 +106,8 @@ def _random_subset(view: StepView, theirs: Tensor, still: Tensor | None) -> Tens
     """
     if view.device.type != "cpu":
         return random_subset(theirs, still, view.draw, view.address)
-    numbers = view.random().to(view.dtype)  # the same subset, by a top-K whose K is read on the host
+    # The same subset, by a top-K whose K is read on the host.
+    numbers = ranking_bits(view.draw, view.address, theirs.numel()).to(view.dtype).reshape(theirs.shape)
     if still is not None:
         numbers = torch.where(still, -1.0, numbers)
     return top_k(numbers, int(theirs.sum()))

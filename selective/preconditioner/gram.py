@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from selective.kernels import average_grams_, float32_product, has_float32_products
 from selective.preconditioner.base import Shape, Side, State
 from selective.preconditioner.linalg import REFRESHED, add_to, batches, copy_to, float32_products, per_matrix, stack
 from selective.preconditioner.proportion import Limits
@@ -44,7 +45,8 @@ def sides_asked_for(sides: Sides, shape: Shape) -> tuple[Side, ...]:
 @float32_products()
 def gram(grad: Tensor, side: Side) -> Tensor:
     """Return G Gᵀ for the rows, Gᵀ G for the columns, [batch, n, n] in the gradient's dtype."""
-    return grad @ grad.mT if side == "rows" else grad.mT @ grad
+    x = grad if side == "rows" else grad.mT
+    return float32_product(x, x.mT, symmetric=True)
 
 
 def observe(sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor], beta: float) -> None:
@@ -65,8 +67,12 @@ def observe(sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tens
 
 @float32_products()
 def _averaged(old: Tensor, grad: Tensor, side: Side, beta: float) -> Tensor:
-    first, second = (grad, grad.mT) if side == "rows" else (grad.mT, grad)
-    return torch.baddbmm(old, first, second, beta=beta, alpha=1 - beta)
+    x = grad if side == "rows" else grad.mT
+    if not has_float32_products(x):
+        return torch.baddbmm(old, x, x.mT, beta=beta, alpha=1 - beta)
+    new, factors = old.clone(), torch.full((len(x),), beta, dtype=torch.float32, device=x.device)
+    average_grams_(new, None, x, factors=factors, left_out=factors < 0, weight=1 - beta)
+    return new
 
 
 def _diagonal_is_finite(average: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selective.preconditioner.base import Carry, State
+from selective.preconditioner.blocked import product
 from selective.preconditioner.fallbacks import NewBasis, Problem, solve_all, stand_in
 from selective.preconditioner.gram import Side, gram
 from selective.preconditioner.linalg import (
@@ -216,8 +217,8 @@ def turn(new: Tensor, old: Tensor, changed: Tensor | None) -> Tensor:
     Both bases are orthogonal, so that m = old m̃ = new (newᵀ old) m̃. Where `changed` (bool [batch]; None: everywhere)
     is False, the map is exactly the identity, so that moments keep their bits.
     """
-    product = new.mT @ old
-    return product if changed is None else torch.where(per_matrix(changed), product, identity_like(product))
+    map_ = product(new.mT, old)
+    return map_ if changed is None else torch.where(per_matrix(changed), map_, identity_like(map_))
 
 
 def order_of(order: Tensor | None, changed: Tensor, basis: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from selective.preconditioner.blocked import factor, lower_product, over, squared, times_lower
+from selective.preconditioner.blocked import factor, lower_product, over, product, squared, times_lower
 from selective.preconditioner.linalg import in_order
 
 SolverName = Literal["eigh", "svd", "qr", "cholesky"]
@@ -77,8 +77,8 @@ def qr(gram: Tensor, old: Tensor, sort: bool = True) -> Solved:
     We add a few eps of Q to A Q, which is the power step of A + 4 eps I. Its eigenvectors are those of A, and a column
     in A's null space stays as it is instead of becoming the rounding errors of the product.
     """
-    product, values, order = _product(gram, old)
-    moved = in_order(product + 4 * torch.finfo(old.dtype).eps * old, order)
+    turned, values, order = _product(gram, old)
+    moved = in_order(turned + 4 * torch.finfo(old.dtype).eps * old, order)
     return _placed(torch.linalg.qr(moved).Q, values, order, sort)
 
 
@@ -98,9 +98,9 @@ def cholesky(gram: Tensor, old: Tensor, sort: bool = True) -> Solved:
     bases in three times the time.
     """
     shift = SHIFT * gram.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
-    product, values, order = _product(gram, old)
+    turned, values, order = _product(gram, old)
     old = in_order(old, order)
-    small = lower_product(old, in_order(product, order))
+    small = lower_product(old, in_order(turned, order))
     small.diagonal(dim1=-2, dim2=-1).add_(shift * gram.flatten(1).norm(dim=1)[:, None])
     root = factor(small).lower
     root = root / root.norm(dim=-2, keepdim=True)
@@ -111,9 +111,9 @@ def cholesky(gram: Tensor, old: Tensor, sort: bool = True) -> Solved:
 
 def _product(gram: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return A Q, the estimates qᵀAq of the eigenvalues in falling order, and this order of the columns."""
-    product = gram @ old
-    values, order = (product * old).sum(-2).sort(dim=-1, descending=True, stable=True)
-    return product, values, order
+    turned = product(gram, old)
+    values, order = (turned * old).sum(-2).sort(dim=-1, descending=True, stable=True)
+    return turned, values, order
 
 
 def _placed(basis: Tensor, values: Tensor, order: Tensor, sort: bool) -> Solved:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from selective.kernels import average_grams_
 from selective.preconditioner import shards
 from selective.preconditioner.base import Preconditioner, Shape, State
 from selective.preconditioner.eigenbasis import Eigenbasis
@@ -84,23 +85,22 @@ class StackedEigenbasis:
                 state["noise"].zero_()
 
     def average(self, averaging: Averaging, parts: Sequence[Part]) -> None:
-        """Update A ← β A + (1 − β) GGᵀ for each side, in place; G is the `given` of each part, which is written to.
+        """Update A ← β A + (1 − β) GGᵀ for each side, in place; G is the `given` of each part, which may be written to.
 
         A gradient that is not finite counts as zeros, and is counted. One that is so large that GGᵀ could overflow
         changes nothing, and its matrices are counted as skipped: elements above 1e17 for a side of 1,024.
         """
         flags = averaging.look_at(parts, self.options.beta)
         with float32_products():
-            for number, part in enumerate(parts):
-                grad = part.given.masked_fill_(flags.left_out[number], 0.0)
-                for side in shards.side_of(part.state):
-                    first, second = (grad, grad.mT) if side == "rows" else (grad.mT, grad)
-                    average = part.state[f"{side}_gram"].mul_(flags.factors[number])
-                    average.baddbmm_(first, second, beta=1, alpha=1 - self.options.beta)
+            for part, factors, left_out in zip(parts, flags.factors, flags.left_out, strict=True):
+                average_grams_(
+                    part.state.get("rows_gram"), part.state.get("columns_gram"), part.given,
+                    factors=factors, left_out=left_out, weight=1 - self.options.beta,
+                )  # fmt: skip
 
 
 class Flags(NamedTuple):
-    """By part, for each matrix [count * batch, 1, 1]: True if its gradient is left out, the factor of its average."""
+    """By part, for each matrix [count * batch]: True if its gradient is left out, and the factor of its averages."""
 
     left_out: list[Tensor]
     factors: list[Tensor]
@@ -146,9 +146,9 @@ def _split(numbers: Tensor, parts: Sequence[Part]) -> list[Tensor]:
 
 
 def _by_matrix(numbers: Tensor, parts: Sequence[Part]) -> list[Tensor]:
-    """Divide numbers [parameters] among the parts, as [count * batch, 1, 1]."""
+    """Divide numbers [parameters] among the parts, as [count * batch]."""
     repeated = []
     for part, own in zip(parts, _split(numbers, parts), strict=True):
         batch = len(part.given) // part.count
-        repeated.append(per_matrix(own if batch == 1 else own.repeat_interleave(batch, output_size=len(part.given))))
+        repeated.append(own if batch == 1 else own.repeat_interleave(batch, output_size=len(part.given)))
     return repeated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 
 import torch
@@ -46,6 +47,8 @@ class StateStore:
     ) -> None:
         self.base, self.options, self.count = base, options, count
         self.table = {} if table is None else table
+        self._seen: tuple[list[int], list[int]] = [], []  # the base's parameters and their states, by `id`
+        self._seen_token: object = None
 
     @property
     def with_basis(self) -> Container[Tensor]:
@@ -132,6 +135,20 @@ class StateStore:
         if preconditioner is not None and BASIS_STEPS in own:
             entries[PRECONDITIONER] = encode_model(preconditioner)
         return entries
+
+    def token_of_base(self) -> object | None:
+        """Return an object that is another one as soon as the base has another state dictionary for a parameter.
+
+        Nothing is kept alive by it: who trusts it holds the parameters and the dictionaries, so that no other object
+        can have their `id`. None if the base keeps its state in a mapping of its own.
+        """
+        states = self.base.state
+        if type(states) not in (dict, defaultdict):
+            return None
+        seen = [*map(id, states)], [*map(id, states.values())]
+        if seen != self._seen or self._seen_token is None:
+            self._seen, self._seen_token = seen, object()
+        return self._seen_token
 
     def mark_replaced(self) -> None:
         """Copy the table, by whose identity others notice that entries were replaced."""

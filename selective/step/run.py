@@ -66,7 +66,8 @@ class StepRunner:
         for plan, parameters in zip(groups.plans, present, strict=True):
             context_here, rotation_plan = contexts.get(plan.params.device, context), plan.rotation
             unrotated, rotated = (parameters, []) if rotation_plan is None else rotation_plan.split(parameters)
-            job = plan.capture.job(context_here, plan.group, unrotated, plan.policy, plan.kept, plan.decay)
+            policy, decay, *_ = plan.policy_group.settings()
+            job = plan.capture.job(context_here, plan.group, unrotated, policy, plan.kept, decay)
             if rotation_plan is None or not rotated:
                 jobs.append(job)
                 continue
@@ -146,6 +147,12 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
     for job in jobs:
         if isinstance(job, DenseJob):
             job.keep_copy = bool(custom)
+    untouched = not (custom or any(map(_runs_code_of_others, parts)))
+    if untouched:
+        for each, own in parts:
+            token = each.store.token_of_base()
+            for job in own:
+                job.context.base_token = token
     runner_of = {id(job): runner for runner, own in parts for job in own}
     runner, current = parts[0][0], None
     with ExitStack() as hooks:
@@ -165,7 +172,7 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
                 job.after_base()
             current = None
             if calls is not None:
-                calls.run(untouched=not (custom or any(map(_runs_code_of_others, parts))))
+                calls.run(untouched)
             for exchange in {id(job.context.exchange): job.context.exchange for job in jobs}.values():
                 exchange.run()
         except BaseException as error:

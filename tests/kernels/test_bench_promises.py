@@ -70,7 +70,6 @@ NORM = NormPreserving()
         (AlphaConsistency(), 36),
         (AlphaConsistency(strength=NormPreserving(of="momentum", estimate="sampled")), 28),
         (Magma(), 36),
-        (Policy(selection=Agreement(), strength=NORM), 40),
         (Policy(selection=TopK(), strength=NormPreserving(of="momentum")), 40),  # the score is of the update
         (Policy(selection=TopK(score="momentum"), strength=NormPreserving(of="momentum")), 36),
         (Policy(selection=Bernoulli(), strength=NormPreserving(of="gradient")), 32),
@@ -80,6 +79,14 @@ NORM = NormPreserving()
 def test_promised_bytes(policy, plain):
     assert promised_bytes(policy) == Promise(28, plain)
     assert promised_bytes(policy, torch.bfloat16) == Promise(14, plain / 2)
+
+
+def test_the_norm_of_an_update_reads_float32_moments_again_and_rounded_ones_with_the_gradient():
+    for selection in (Agreement(), TopK()):
+        policy = Policy(selection=selection, strength=NORM)
+        assert promised_bytes(policy) == Promise(28, 36)
+        assert promised_bytes(policy, torch.bfloat16) == Promise(14, 20)
+        assert promised_bytes(policy, state_bytes=1) == Promise(16, 22)
 
 
 def test_promised_bytes_of_8_bit_moments():

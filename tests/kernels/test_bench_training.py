@@ -451,7 +451,7 @@ def test_a_gpu_tells_everything():
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, which other people's steps call ...
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # ... and its advice to them
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")  # ... and its advice to them
 @pytest.mark.parametrize("name", [row.name for row in training_rows("cuda")])
 def test_every_row_matches_its_reference_on_a_gpu(name):
     row = next(row for row in training_rows("cuda") if row.name == name)

@@ -28,7 +28,8 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     "what, kinds, rules, wanted",
     [
         ("whole", "agreement,top_k", "adamw", {"selective_step_kernel", "settle_kernel", "repair_kernel"}),
-        pytest.param("whole", "top_k_mean", "adamw", {"strengths_kernel", "sums_kernel"}, marks=pytest.mark.slow),
+        pytest.param("whole", "top_k_mean", "adamw,lion", {"settle_kernel", "repair_kernel"}, marks=pytest.mark.slow),
+        pytest.param("whole", "top_k_norm", "adamw", {"strengths_kernel", "sums_kernel"}, marks=pytest.mark.slow),
         pytest.param(
             "whole",
             "previous,sampled,element",
@@ -76,6 +77,8 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
             {"keys_kernel", "digits_kernel", "numbers_of_kernel"},
             marks=pytest.mark.slow,
         ),
+        ("matrices", "300x40", "rows,columns", {"product_kernel"}),
+        pytest.param("matrices", "300x40", "neither", {"product_kernel"}, marks=pytest.mark.slow),
     ],
 )
 def test_every_launch_compiles(tmp_path: Path, what: str, kinds: str, rules: str, wanted: set[str]) -> None:

@@ -38,7 +38,7 @@ from selective.kernels.gpu import control as plans
 from selective.kernels.gpu import launch
 from selective.kernels.gpu.device import control as device_code
 from selective.kernels.gpu.device import limit, selections
-from selective.kernels.gpu.device.random import random_bits
+from selective.kernels.gpu.device.random import ranking_bits
 from selective.kernels.reference import control as by_definition
 from selective.kernels.reference import random as reference_random
 from selective.kernels.spec import StepCall, StepSpec
@@ -65,15 +65,15 @@ def test_the_choice_is_the_definitions(numel, counts, device):
 
 @triton.jit
 def _few_bits(index: tl.tensor, first_key, second_key):
-    return random_bits(index, first_key, second_key) & 0xF00000
+    return ranking_bits(index, first_key, second_key) & 0xF00000
 
 
 @pytest.fixture
 def few_numbers(monkeypatch):
     """Random numbers with 16 values only, so that most are equal to others."""
-    uniform_bits = reference_random.uniform_bits
-    monkeypatch.setattr(by_definition, "uniform_bits", lambda *a, **k: uniform_bits(*a, **k) & 0xF00000)
-    monkeypatch.setattr(selections, "random_bits", _few_bits)
+    definition = reference_random.ranking_bits
+    monkeypatch.setattr(by_definition, "ranking_bits", lambda *a, **k: definition(*a, **k) & 0xF00000)
+    monkeypatch.setattr(selections, "ranking_bits", _few_bits)
 
 
 @pytest.mark.skipif(CUDA, reason="a compiled kernel keeps the function that it was compiled with")
@@ -117,7 +117,7 @@ def test_a_bracket_holds_the_limit():
         share = 1 - picked / numel
         reach = plans.WIDTH * (picked * share) ** 0.5 + device_code.SLACK.value
         for seed in range(50):
-            bits = reference_random.uniform_bits(Draw(seed, 0), 0, numel)
+            bits = reference_random.ranking_bits(Draw(seed, 0), 0, numel)
             low, high = (2**24 * (share + side * reach / numel) for side in (-1, 1))
             limit = int(bits.sort(descending=True).values[picked - 1])
             assert low <= limit <= high

@@ -67,7 +67,7 @@ def untouched_rows(item: Item, share: float = 0.99) -> None:
 
 WAYS = {
     "one pass": (ADAM, F32, Strength("fixed", 1.0, 0.0)),
-    "two passes, a mean": (ADAM, F32, Strength("mean_preserving", cap=1e9)),
+    "one pass, a mean": (ADAM, F32, Strength("mean_preserving", cap=1e9)),
     "two passes, Lion": (LION, F32, Strength("fixed", 1.0, 0.0)),
     "two passes, Lion in bfloat16": (LION, BF16, Strength("fixed", 1.0, 0.0)),
     "two passes, SGD": (SGD, F32, Strength("fixed", 1.0, 0.0)),
@@ -105,6 +105,8 @@ SCORES = [(like, "none") for like in LIKE] + [
     ("untouched rows", "overflow"),
     ("NaN and infinity", "both"),
 ]
+WAYS["two passes, a norm"] = ADAM, F32, Strength("norm_preserving", cap=1e9)
+WAYS["two passes, a mean in bfloat16"] = LION, BF16, Strength("mean_preserving", cap=1e9)
 IN_FULL = ("one pass", "two passes, Lion")  # both ways through the kernels; the others rank by the same code
 
 

@@ -17,20 +17,37 @@ def _mix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def bits(seed: int, step: int, address: int, index: int) -> int:
-    """The 24-bit number of one element."""
+def _lowbias32(x: int) -> int:
+    m = 0xFFFFFFFF
+    x ^= x >> 16
+    x = (x * 0x7FEB352D) & m
+    x ^= x >> 15
+    x = (x * 0x846CA68B) & m
+    return x ^ (x >> 16)
+
+
+def hash32(seed: int, step: int, address: int, index: int) -> int:
+    """The 32-bit hash of one index."""
     state = 0
     for word in (seed, step, address, 0, index >> 32):
         state = _mix64(state ^ (word & (2**64 - 1)))
-    x, m = index & 0xFFFFFFFF, 0xFFFFFFFF
-    for key in (state >> 32, state & m):
-        x ^= key
-        x ^= x >> 16
-        x = (x * 0x7FEB352D) & m
-        x ^= x >> 15
-        x = (x * 0x846CA68B) & m
-        x ^= x >> 16
-    return x >> 8
+    x = index & 0xFFFFFFFF
+    for key in (state >> 32, state & 0xFFFFFFFF):
+        x = _lowbias32(x ^ key)
+    return x
+
+
+def bits(seed: int, step: int, address: int, index: int) -> int:
+    """The 24-bit number of one element."""
+    return hash32(seed, step, address, index) >> 8
+
+
+def ranking_bits(seed: int, step: int, address: int, index: int) -> int:
+    """The 24-bit number of one element by which a matched control ranks it."""
+    group, place = divmod(index, 4)
+    x = hash32(seed, step, address, group)
+    lower = _lowbias32(x ^ ((place + 1) * 0x9E3779B9 & 0xFFFFFFFF))
+    return (x >> 8 * place & 255) << 16 | lower >> 16
 
 
 def largest(scores: list[float], k: int) -> list[bool]:

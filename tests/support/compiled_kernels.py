@@ -22,13 +22,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from selective.kernels import Control, Decay, Draw, Item, Selection, Strength
-from selective.kernels.gpu import launch, plan
+from selective.kernels.gpu import launch, plan, products
 from selective.kernels.gpu.sharded import step as by_kernels
 from selective.kernels.gpu.sharded import sums as shard_sums
 from selective.kernels.sharded.selective_step import sharded_step
 from selective.kernels.spec import StepSpec
 
 TARGET = GPUTarget("cuda", 90, 32)  # a Hopper
+TOP_K_NORM = Selection("top_k", fraction=0.4), Strength("norm_preserving")
 STILL = Selection("agreement"), Strength("fixed", 1.0, -1.0, still=True)
 TYPES = {
     torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64", torch.int8: "*i8",
@@ -60,6 +61,7 @@ class Compiler:
         if programs == 0:
             return
         constants.pop("launch_cooperative_grid", None)
+        stages = constants.pop("num_stages", None)
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
         fixed = {p.name for p in kernel.params if p.is_constexpr}
         signature = {name: "constexpr" if name in fixed else _type_of(given[name]) for name in kernel.arg_names}
@@ -71,7 +73,8 @@ class Compiler:
         began = time.perf_counter()
         made = triton.compile(
             ASTSource(kernel, signature, values), target=TARGET,
-            options={"num_warps": warps, "enable_fp_fusion": False, "maxnreg": registers},
+            options={"num_warps": warps, "enable_fp_fusion": False, "maxnreg": registers}
+            | ({} if stages is None else {"num_stages": stages}),
         )  # fmt: skip
         took = time.perf_counter() - began
         print(f"{kernel.fn.__name__}: {len(made.asm['cubin'])} bytes, {took:.1f} s", flush=True)
@@ -91,7 +94,7 @@ def whole_tensors(kinds: list[str], rules: list[str]) -> None:
     for rule in (RULES[name] for name in rules):
         for name, _, of in (kind.partition("+") for kind in kinds):
             controlled, _, kind = name.rpartition(":")
-            selection, strength = STILL if kind == "still" else KINDS[kind]
+            selection, strength = {"still": STILL, "top_k_norm": TOP_K_NORM, **KINDS}[kind]
             if controlled:
                 selection = replace(selection, control=Control(norm=controlled == "control"))
             decay: Any = Decay(of=of) if of else None  # type: ignore[arg-type]
@@ -118,6 +121,24 @@ def parts_of_tensors(kinds: list[str], rules: list[str]) -> None:
                     one.resume(one.pending_addends.clone())
 
 
+def matrices(sizes: list[str], sides: list[str]) -> None:
+    """A size is "512x1376"; a side is "rows", "columns", or "neither" for a product by itself."""
+    for size in sizes:
+        rows, columns = map(int, size.split("x"))
+        x, numbers = torch.zeros(1, rows, columns), {"factors": torch.ones(1), "left_out": torch.ones(1).bool()}
+        for side in sides:
+            if side == "neither":
+                products.float32_product(x, x.mT)
+                products.float32_product(x, x.mT, symmetric=True)
+                products.float32_product(x, x.mT, symmetric=True, upper_a=True)
+                products.float32_product(x, x.mT, lower_b=True)
+                continue
+            n = rows if side == "rows" else columns
+            average = torch.zeros(1, n, n)
+            both = (average, None) if side == "rows" else (None, average)
+            products.average_grams_(*both, x, **numbers, weight=0.5)
+
+
 @triton.jit
 def changes_its_type(x_ptr, n):
     at = tl.load(x_ptr)
@@ -132,8 +153,8 @@ def what_is_refused(kinds: list[str], rules: list[str]) -> None:
 
 def main(what: str, kinds: str, rules: str) -> None:
     compiler: Any = Compiler()
-    launch.run = by_kernels.run = shard_sums.run = compiler
-    steps = {"whole": whole_tensors, "parts": parts_of_tensors, "refused": what_is_refused}
+    launch.run = by_kernels.run = shard_sums.run = products.run = compiler
+    steps = {"whole": whole_tensors, "parts": parts_of_tensors, "matrices": matrices, "refused": what_is_refused}
     steps[what](kinds.split(","), rules.split(","))
     assert compiler.done, "nothing was launched"
 

@@ -93,12 +93,14 @@ class Config:
     strength: str = "fixed"
     of: str = "update"
     still: bool = False
+    share_known: bool = False  # mean_preserving of exact top-K: the number of the selected is known beforehand
     quantile: str = "exact"
     estimate: str = "exact"
     statistics: bool = False
     stochastic: bool = False
     writes: bool = True  # False: look at the scores, change nothing
     recomputed: bool = False  # the moments have moved already: the update is made from the stored ones as they are
+    marked: bool = False  # an earlier kernel has stored a bit for each element: 1 where it is selected
     control: bool = False  # a matched random control is selected in the place of what `selection` says
     control_norm: bool = False  # its multipliers are scaled so that the norm of the masked update stays
     drawn: bool = False  # the control's limit is known: `select` takes the control's coordinates

@@ -65,7 +65,13 @@ def write(pointers, offs, x, mask, COLUMN: tl.constexpr, DTYPE: tl.constexpr, FA
 @triton.jit
 def multiplier(chosen, u, g, row, CFG: tl.constexpr):
     """The mask of these elements."""
-    mask = tl.where(chosen, tl.load(row + STRENGTH_SELECTED), tl.load(row + STRENGTH_REST))
+    return mask_of(chosen, u, g, tl.load(row + STRENGTH_SELECTED), row, CFG)
+
+
+@triton.jit
+def mask_of(chosen, u, g, selected, row, CFG: tl.constexpr):
+    """The mask of these elements, with this multiplier of the selected."""
+    mask = tl.where(chosen, selected, tl.load(row + STRENGTH_REST))
     if CFG.still:
         zero = 0.0
         if CFG.selection == "top_k":

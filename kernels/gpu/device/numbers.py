@@ -18,6 +18,7 @@ from .config import (
     MODE,
     MOMENTUM,
     NUMBERS,
+    NUMEL,
     PICKED,
     RANKS,
     RATE,
@@ -30,8 +31,10 @@ from .config import (
     USER,
     W1,
     W2,
+    WANTED,
 )
 from .random import splitmix64
+from .share import mean_preserving
 
 # The columns of the table of hyper-parameters, float64. A group has a row.
 (LR, BETA1, BETA2, EPSILON, WEIGHT_DECAY, SGD_MOMENTUM, DAMPENING, DECAY_FACTOR, AHEAD, SELECTED, REST, CAP,
@@ -102,8 +105,8 @@ def numbers_kernel(
     """Fill in each tensor's row of numbers and of random keys, and count Adam's steps. A few hundred bytes a tensor.
 
     `hyper_ptr` has a row of hyper-parameters for each group, float64; `clocks_ptr` each group's address of seed and
-    step, int64. FIXED: the strengths are the two constants (1 and 1 for a tensor that is dense); otherwise another
-    kernel fills them in later.
+    step, int64. FIXED: the strengths are the two constants (1 and 1 for a tensor that is dense). With
+    `CFG.share_known` they follow from the number of the selected. Otherwise another kernel fills them in later.
     """
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = t < tensors
@@ -137,7 +140,11 @@ def numbers_kernel(
     if CFG.control:  # its counts
         for i in tl.static_range(3):
             tl.store(ranks_ptr + t * RANKS + PICKED + i, tl.zeros(t.shape, tl.int64), mask=mask)
-    if FIXED:
+    if FIXED or CFG.share_known:
         selected, rest = _of_group(hyper, SELECTED), _of_group(hyper, REST)
+        if CFG.share_known:
+            wanted = tl.load(ranks_ptr + t * RANKS + WANTED, mask=mask, other=1).to(tl.float64)
+            numel = tl.maximum(tl.load(facts + NUMEL, mask=mask, other=1), 1).to(tl.float64)
+            selected = mean_preserving(wanted, numel, rest, _of_group(hyper, CAP))
         tl.store(out + STRENGTH_SELECTED, tl.where(dense, 1.0, selected).to(tl.float32), mask=mask)
         tl.store(out + STRENGTH_REST, tl.where(dense, 1.0, rest).to(tl.float32), mask=mask)

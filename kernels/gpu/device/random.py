@@ -33,6 +33,15 @@ def random_bits(index, first_key, second_key):
 
 
 @triton.jit
+def ranking_bits(index, first_key, second_key):
+    """The 24-bit numbers (uint32) that a matched control ranks, of these indices (uint32)."""
+    place = index & 3
+    x = _finalise(_finalise((index >> 2) ^ first_key) ^ second_key)
+    lower = _finalise(x ^ ((place + 1) * tl.full((), 0x9E3779B9, tl.uint32)))
+    return (((x >> (place * 8)) & 0xFF) << 16) | (lower >> 16)
+
+
+@triton.jit
 def sample_position(i, numel, shift, first_key, second_key):
     """The flat index of sample `i`: a run of 8 neighbours in each of `2**shift` equal strata.
 

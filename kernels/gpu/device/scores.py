@@ -33,6 +33,23 @@ def bin_of(key, low, high):
 
 
 @triton.jit
+def store_marks(marks_ptr, chosen, CFG: tl.constexpr):
+    """Store a bit for each element of a block: 32 neighbours to a word, the first one in its lowest bit."""
+    WORDS: tl.constexpr = CFG.block // 32
+    bits = tl.reshape(chosen.to(tl.uint32), [WORDS, 32]) << tl.arange(0, 32).to(tl.uint32)[None, :]
+    tl.store(marks_ptr + tl.arange(0, WORDS), tl.sum(bits, 1).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def load_marks(marks_ptr, CFG: tl.constexpr):
+    """True where the bit of an element is set: the reverse of `store_marks`."""
+    WORDS: tl.constexpr = CFG.block // 32
+    words = tl.load(marks_ptr + tl.arange(0, WORDS)).to(tl.uint32, bitcast=True)
+    bits = (words[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
+    return tl.reshape(bits.to(tl.int8), [CFG.block]) != 0
+
+
+@triton.jit
 def count_scores(chosen, undecided, key, ranks, marks_ptr, histogram_ptr, CFG: tl.constexpr):
     """Count the elements of a block above the bracket, and mark the undecided ones (a bit each, and a histogram).
 

@@ -20,7 +20,7 @@ from .config import (
     SEEN,
     USER,
 )
-from .random import random_bits
+from .random import random_bits, ranking_bits
 from .rules import score_of
 from .scores import key_of
 
@@ -121,10 +121,10 @@ def by_bracket(key, ranks):
 
 @triton.jit
 def random_number(offs, keys):
-    """The 24-bit random numbers that a matched control ranks, int32: `uniform_bits` of the reference."""
+    """The 24-bit random numbers that a matched control ranks, int32: `ranking_bits` of the reference."""
     first = tl.load(keys + 0).to(tl.uint32, bitcast=True)
     second = tl.load(keys + 1).to(tl.uint32, bitcast=True)
-    return random_bits(offs.to(tl.uint32), first, second).to(tl.int32)
+    return ranking_bits(offs.to(tl.uint32), first, second).to(tl.int32)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from .config import BRACKET, FACTS, KEYS, LARGE, MODE, NUMBERS, NUMEL, RANKS
 from .elements import is_aligned, load_moved, multiplier, pointers_of, row_of, stepped, store_moments, store_param
 from .rounding import INTERPRETED
-from .scores import count_scores
+from .scores import count_scores, load_marks
 from .selections import select
 
 
@@ -42,8 +42,11 @@ def _block(
 ):  # fmt: skip
     """Step one block. FAST promises that it is whole, aligned and, if `CFG.bracketed`, of a tensor with a bracket."""
     p, g, u, m, previous, x, y, z = load_moved(pointers, offs, mask, row, CFG.writes and CFG.rule != "given", FAST, CFG)
-    chosen, undecided, key = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION,
-                                    CFG.bracketed and FAST, CFG)  # fmt: skip
+    if CFG.marked:
+        chosen, undecided = load_marks(marks_ptr, CFG), offs < 0
+    else:
+        chosen, undecided, key = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION,
+                                        CFG.bracketed and FAST, CFG)  # fmt: skip
     if CFG.writes and not CFG.recomputed:
         store_moments(pointers, offs, x, y, z, mask, FAST, CFG)  # early: frees their registers
     if not FAST:
@@ -80,6 +83,10 @@ def selective_step_kernel(
     one bit an element (marks) and an atomic addition for each of the few scores inside of the bracket; `CFG.statistics`
     adds 20 bytes a program. Arithmetic is float32, with one rounding at each store. In place: every element is read and
     written by the one program that owns it; a given update may lie in the parameter's memory.
+
+    With `CFG.recomputed` the moments have moved already: AdamW reads 12 bytes an element (p, m, v; 16 with g, where the
+    decay, the mask or statistics need it) and writes 4. With `CFG.marked` it reads a bit an element, which says if it
+    is selected, in the place of what the selection looks at.
 
     Whole blocks of tensors whose addresses are all multiples of 16 take vector loads, the others masked loads; if
     `CFG.bracketed`, tensors without a bracket take masked loads as well.

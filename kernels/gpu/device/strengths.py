@@ -22,6 +22,7 @@ from .config import (
 )
 from .elements import pointers_of, row_of
 from .numbers import CAP, REST, SMOOTHING, TEMPERATURE, group_row
+from .share import mean_preserving
 
 
 @triton.jit
@@ -38,13 +39,6 @@ def column_sum(table, at, rows, COLUMN: tl.constexpr, WIDTH: tl.constexpr, BLOCK
 def is_finite(x):
     """True if a number is neither infinite nor NaN."""
     return tl.abs(x) < float("inf")
-
-
-@triton.jit
-def _mean_preserving(count, numel, rest, cap):
-    share = count / numel
-    value = (1.0 - rest * (1.0 - share)) / tl.maximum(share, 0.5 / numel)
-    return tl.where(count > 0, tl.minimum(value, cap), 1.0)
 
 
 @triton.jit
@@ -78,7 +72,7 @@ def multipliers_of(sums, apart, rows, hyper, pointers, facts, WIDTH: tl.constexp
         shift = tl.load(facts + SUM_SHIFT)
         sampled = tl.full((), 8, tl.int64) << tl.maximum(shift, 0)
         numel = tl.where(shift < 0, tl.load(facts + NUMEL), sampled).to(tl.float64)
-        selected = _mean_preserving(first, numel, rest, cap)
+        selected = mean_preserving(first, numel, rest, cap)
     elif CFG.strength == "norm_preserving":
         selected = _norm_preserving(first, column_sum(sums + apart, 0, rows, 0, WIDTH, BLOCK), rest, cap)
     else:
@@ -89,6 +83,13 @@ def multipliers_of(sums, apart, rows, hyper, pointers, facts, WIDTH: tl.constexp
         selected = _alignment(average_ptr, first, second, third, tl.load(hyper + TEMPERATURE),
                               tl.load(hyper + SMOOTHING))  # fmt: skip
     return selected, rest
+
+
+@triton.jit
+def strength_of_count(hyper_ptr, facts, count):
+    """The multiplier, float32, of a tensor of which `count` elements are selected and whose mean is preserved."""
+    hyper, numel = group_row(hyper_ptr, facts), tl.load(facts + NUMEL).to(tl.float64)
+    return mean_preserving(count.to(tl.float64), numel, tl.load(hyper + REST), tl.load(hyper + CAP)).to(tl.float32)
 
 
 @triton.jit

@@ -32,9 +32,11 @@ from .config import (
     SUM_SHIFT,
     TIED,
 )
-from .elements import is_aligned, load_moved, pointers_of, read, row_of
+from .elements import is_aligned, load_moved, pointers_of, read, row_of, store_moments
 from .numbers import REST, SELECTED, group_row
 from .random import sample_position
+from .rounding import INTERPRETED
+from .scores import store_marks
 from .selections import select
 from .strengths import column_sum
 
@@ -51,6 +53,21 @@ def normed(g, u, m, CFG: tl.constexpr):
 
 
 @triton.jit
+def _add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def two_sums(a, b):
+    """The sums of two blocks in one reduction, which share its barriers."""
+    if INTERPRETED:  # one element after the other there
+        first, second = tl.sum(a), tl.sum(b)
+    else:
+        first, second = tl.reduce((a, b), 0, _add_two)
+    return first, second
+
+
+@triton.jit
 def store_sums(out, apart, chosen, g, u, m, mask, CFG: tl.constexpr):
     """Store the sums over these elements that this strength needs, in up to three columns `apart` numbers apart."""
     if CFG.strength == "mean_preserving":
@@ -58,8 +75,9 @@ def store_sums(out, apart, chosen, g, u, m, mask, CFG: tl.constexpr):
     elif CFG.strength == "norm_preserving":
         x = normed(g, u, m, CFG)
         squares = tl.where(mask, x * x, 0.0)
-        tl.store(out, tl.sum(tl.where(chosen, squares, 0.0)))
-        tl.store(out + apart, tl.sum(tl.where(chosen, 0.0, squares)))
+        selected_sq, rest_sq = two_sums(tl.where(chosen, squares, 0.0), tl.where(chosen, 0.0, squares))
+        tl.store(out, selected_sq)
+        tl.store(out + apart, rest_sq)
     elif CFG.strength == "alignment":
         m, g = tl.where(mask, m, 0.0), tl.where(mask, g, 0.0)
         tl.store(out, tl.sum(m * g))
@@ -68,24 +86,32 @@ def store_sums(out, apart, chosen, g, u, m, mask, CFG: tl.constexpr):
 
 
 @triton.jit
-def _sum(out, offs, mask, pointers, row, ranks, facts, keys, FUNCTION: tl.constexpr, FAST: tl.constexpr,
-         CFG: tl.constexpr):  # fmt: skip
-    """One program's row: the sums of these elements that this strength needs."""
-    _, g, u, m, previous, _, _, _ = load_moved(pointers, offs, mask, row, False, FAST, CFG)
+def _sum(out, marks_ptr, offs, mask, pointers, row, ranks, facts, keys, FUNCTION: tl.constexpr, FAST: tl.constexpr,
+         MOVES: tl.constexpr, CFG: tl.constexpr):  # fmt: skip
+    """One program's row: the sums of these elements that this strength needs. MOVES: also their moments and marks."""
+    _, g, u, m, previous, x, y, z = load_moved(pointers, offs, mask, row, False, FAST, CFG)
+    if MOVES:
+        store_moments(pointers, offs, x, y, z, mask, FAST, CFG)
     chosen, _, _ = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION, False, CFG)
+    if MOVES:
+        store_marks(marks_ptr, chosen & mask, CFG)
     store_sums(out, 1, chosen, g, u, m, mask, CFG)
 
 
 @triton.jit
 def sums_kernel(
-    sums_ptr, work_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr,
-    FUNCTION: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr,
+    sums_ptr, marks_ptr, work_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr,
+    FUNCTION: tl.constexpr, MOVES: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add up the sums of a strength over BLOCK elements of one tensor a program, before anything moves.
 
     Reads the tensors that selection and norm are made of: for agreement with a mean, or with the norm of the momentum,
     gradient and first moment, 8 bytes an element of AdamW in float32. If the estimate is sampled and the tensor is
     larger than the sample, it reads at drawn places only. Writes 16 bytes a program.
+
+    MOVES also stores the moments, which are final, and a bit an element that says if it is selected: AdamW in float32
+    reads 12 and writes 8.125 bytes an element. Then the step reads neither the gradient nor writes moments. The sums
+    have to be made of whole tensors, and BLOCK has to be `CFG.block`.
     """
     program = tl.program_id(0)
     t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
@@ -93,17 +119,20 @@ def sums_kernel(
     ranks, pointers = row_of(ranks_ptr, t, RANKS), pointers_of(pointers_ptr, t)
     numel, shift = tl.load(facts + NUMEL), tl.load(facts + SUM_SHIFT)
     start, out = part.to(tl.int64) * BLOCK, sums_ptr + (tl.load(facts + SUM_AT) + part) * SUM_COLUMNS
+    # Drawn places are compiled in only where there is a sample: with them, the indices of the other two branches take
+    # another layout, for which 8 bytes an element go through shared memory.
     i = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
+    marks = marks_ptr + program.to(tl.int64) * (BLOCK // 32)
     if (shift < 0) & (start + BLOCK <= numel) & is_aligned(pointers):
-        _sum(out, i, i >= 0, pointers, row, ranks, facts, keys, FUNCTION, True, CFG)
+        _sum(out, marks, i, i >= 0, pointers, row, ranks, facts, keys, FUNCTION, True, MOVES, CFG)
     elif shift < 0:
-        _sum(out, i, i < numel, pointers, row, ranks, facts, keys, FUNCTION, False, CFG)
-    else:
+        _sum(out, marks, i, i < numel, pointers, row, ranks, facts, keys, FUNCTION, False, MOVES, CFG)
+    elif CFG.estimate == "sampled":
         first = tl.load(keys + 2).to(tl.uint32, bitcast=True)
         second = tl.load(keys + 3).to(tl.uint32, bitcast=True)
         mask = i < (tl.full((), 8, tl.int64) << shift)
         places = tl.where(mask, sample_position(i, numel, shift, first, second), 0)
-        _sum(out, places, mask, pointers, row, ranks, facts, keys, FUNCTION, False, CFG)
+        _sum(out, marks, places, mask, pointers, row, ranks, facts, keys, FUNCTION, False, False, CFG)
 
 
 @triton.jit

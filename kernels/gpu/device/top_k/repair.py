@@ -10,10 +10,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..config import CRITICAL, CUTOFF, EXACT, FACTS, HIGH, LEFT, LOW, MODE, NUMBERS, NUMEL, PARAM, RANKS, TIED, WANTED
-from ..elements import column, multiplier, pointers_of, row_of, stepped
+from ..config import (
+    CRITICAL,
+    CUTOFF,
+    EXACT,
+    FACTS,
+    HIGH,
+    LEFT,
+    LOW,
+    MODE,
+    NUMBERS,
+    NUMEL,
+    PARAM,
+    RANKS,
+    STRENGTH_SELECTED,
+    TIED,
+    WANTED,
+)
+from ..elements import column, mask_of, multiplier, pointers_of, row_of, stepped
 from ..rounding import narrow
 from ..scores import DIGIT, bin_of, descend, keys_at
+from ..strengths import strength_of_count
 
 
 @triton.jit
@@ -64,13 +81,15 @@ def _place(pointers, row, start, end, numel, wanted, left, BLOCK: tl.constexpr, 
 
 
 @triton.jit
-def _finish(pointers, row, ranks, start, end, numel, wanted, cutoff, BINS: tl.constexpr, BLOCK: tl.constexpr,
-            CFG: tl.constexpr):  # fmt: skip
+def _finish(pointers, row, ranks, start, end, numel, wanted, cutoff, selected, BINS: tl.constexpr,
+            BLOCK: tl.constexpr, CFG: tl.constexpr):  # fmt: skip
     """Step the undecided elements and correct those decided wrongly. Returns (number selected, sum of (mask u)^2).
 
     An element that was decided has been rounded already, so its correction rounds a second time: it is off by two units
-    in the last place of the largest number at most. Undecided elements are rounded once.
+    in the last place of the largest number at most. Undecided elements are rounded once. `selected` is the multiplier
+    of the selected: another than the elements were decided with, if fewer than K scores are numbers.
     """
+    changed = tl.zeros([BLOCK], tl.float32) + tl.load(row + STRENGTH_SELECTED) != selected
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
     critical = tl.arange(0, BLOCK) * 0 + tl.load(ranks + CRITICAL)
     counted, summed = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -83,11 +102,11 @@ def _finish(pointers, row, ranks, start, end, numel, wanted, cutoff, BINS: tl.co
         place = bin_of(tl.where(inside, key, low), low, high)
         undecided = inside & ((critical < 0) | (place == critical))
         was = (key > high) | (inside & (critical >= 0) & (place > critical))
-        multiples = multiplier(chosen, u, g, row, CFG)
+        multiples = mask_of(chosen, u, g, selected, row, CFG)
         exact = stepped(p, p, g, u, multiples, row, CFG)
         corrected = tl.fma(multiplier(was, u, g, row, CFG) - multiples, u, p)
         new = tl.where(undecided, exact, corrected)
-        todo = mask & (undecided | (chosen != was))
+        todo = mask & (undecided | (chosen != was) | (chosen & changed))
         tl.store(column(pointers, PARAM, CFG.param, False) + offs, narrow(new, CFG.param), mask=todo)
         counted += (chosen & mask).to(tl.float32)
         summed += tl.where(mask, (multiples * u) * (multiples * u), 0.0)
@@ -97,21 +116,22 @@ def _finish(pointers, row, ranks, start, end, numel, wanted, cutoff, BINS: tl.co
 @triton.jit
 def repair_kernel(
     repaired_ptr, broken_ptr, meeting_ptr, histograms_ptr, equals_ptr,
-    pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, programs,
+    pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, hyper_ptr, programs,
     BINS: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
     """Rank the tensors on the list `broken_ptr` exactly, and finish their step. Reads a tensor's scores six times.
 
     All `programs` of the launch have to run at the same time. `meeting_ptr` and `histograms_ptr` (twice three
     histograms) have to be zero before. PROGRAMS is a power of two, not less than `programs`. Without `CFG.writes` only
-    the threshold is kept.
+    the threshold is kept, and the multiplier with `CFG.share_known`.
     """
     pid = tl.program_id(0)
     met = 0
     for i in range(tl.load(broken_ptr)):
         t = tl.load(broken_ptr + 1 + i)
         pointers, row = pointers_of(pointers_ptr, t), row_of(numbers_ptr, t, NUMBERS)
-        ranks, numel = row_of(ranks_ptr, t, RANKS), tl.load(row_of(facts_ptr, t, FACTS) + NUMEL)
+        ranks, facts = row_of(ranks_ptr, t, RANKS), row_of(facts_ptr, t, FACTS)
+        numel, selected = tl.load(facts + NUMEL), tl.load(row + STRENGTH_SELECTED)
         each = tl.cdiv(tl.cdiv(numel, BLOCK), programs) * BLOCK
         start = pid.to(tl.int64) * each
         end = tl.minimum(start + each, numel)
@@ -142,14 +162,20 @@ def repair_kernel(
         met += programs
         _meet(meeting_ptr, met)
         cutoff = tl.load(ranks + LEFT, cache_modifier=".cg")
+        if CFG.share_known:
+            more = tl.load(ranks + WANTED) - left  # scores above the K-th; none of those that equal a NaN is selected
+            selected = tl.where(prefix == 0, strength_of_count(hyper_ptr, facts, more), selected)
         if CFG.writes:
-            count, masked = _finish(pointers, row, ranks, start, end, numel, prefix, cutoff, BINS, BLOCK, CFG)
+            count, masked = _finish(pointers, row, ranks, start, end, numel, prefix, cutoff, selected, BINS, BLOCK,
+                                    CFG)  # fmt: skip
             if CFG.statistics:
                 tl.store(repaired_ptr + (t.to(tl.int64) * programs + pid) * 2, count)
                 tl.store(repaired_ptr + (t.to(tl.int64) * programs + pid) * 2 + 1, masked)
         met += programs
         _meet(meeting_ptr, met)
         if pid == 0:
+            if CFG.share_known:
+                tl.store(row + STRENGTH_SELECTED, selected)
             tl.store(ranks + HIGH, prefix.to(tl.int64))
             tl.store(ranks + CUTOFF, cutoff)
             tl.store(ranks + MODE, cutoff * 0 + EXACT)

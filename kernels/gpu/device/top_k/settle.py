@@ -193,22 +193,27 @@ def ties_kernel(
                 place += ((other > key) | ((other == key) & (before < index))).to(tl.int32)
             left = tl.load(ranks + LEFT)
             todo = i < listed
-            chosen = (place < left) & (key != 0)
-            if CFG.writes:
-                key, u, g, p = keys_at(pointers, row, index, todo, False, CFG)
-                each = decide(pointers, row, index, todo, chosen, u, g, p, CFG)
-                count = tl.sum((todo & chosen).to(tl.float32))
-                # Added up in the order of the ranks, because the list's order is arbitrary. Stored over the keys, which
-                # are not needed any more.
-                tl.debug_barrier()
-                tl.store(tiny + TINY + place, each.to(tl.int32, bitcast=True), mask=todo)
-                tl.debug_barrier()
-                masked = tl.sum(tl.load(tiny + TINY + i, mask=todo, other=0).to(tl.float32, bitcast=True))
-            if critical < BINS:
-                last = todo & (place == left - 1)
-                tl.store(ranks + HIGH, tl.max(tl.where(last, key.to(tl.int64), 0)))
-                tl.store(ranks + CUTOFF, tl.max(tl.where(last, index, -1)))
-            tl.store(ranks + MODE, left * 0 + EXACT)
+            chosen, last = (place < left) & (key != 0), todo & (place == left - 1)
+            fewer = listed * 0
+            if CFG.share_known:  # fewer than K are selected, so the multiplier was another: `repair.py` corrects it
+                fewer = tl.sum((last & (key == 0)).to(tl.int32))
+            if fewer > 0:
+                _note(broken_ptr, t)
+            else:
+                if CFG.writes:
+                    key, u, g, p = keys_at(pointers, row, index, todo, False, CFG)
+                    each = decide(pointers, row, index, todo, chosen, u, g, p, CFG)
+                    count = tl.sum((todo & chosen).to(tl.float32))
+                    # Added up in the order of the ranks, because the list's order is arbitrary. Stored over the keys,
+                    # which are not needed any more.
+                    tl.debug_barrier()
+                    tl.store(tiny + TINY + place, each.to(tl.int32, bitcast=True), mask=todo)
+                    tl.debug_barrier()
+                    masked = tl.sum(tl.load(tiny + TINY + i, mask=todo, other=0).to(tl.float32, bitcast=True))
+                if critical < BINS:
+                    tl.store(ranks + HIGH, tl.max(tl.where(last, key.to(tl.int64), 0)))
+                    tl.store(ranks + CUTOFF, tl.max(tl.where(last, index, -1)))
+                tl.store(ranks + MODE, left * 0 + EXACT)
     if CFG.writes and CFG.statistics:
         partial = partials_ptr + t.to(tl.int64) * 2
         tl.store(partial, count)

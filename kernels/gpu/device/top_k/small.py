@@ -5,9 +5,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..config import DENSE, EXACT, FACTS, MODE, RANKS, SAMPLES, SAMPLES_AT, WANTED
+from ..config import (
+    DENSE,
+    EXACT,
+    FACTS,
+    MODE,
+    NUMBERS,
+    RANKS,
+    SAMPLES,
+    SAMPLES_AT,
+    STRENGTH_SELECTED,
+    WANTED,
+)
 from ..elements import row_of
 from ..scores import LAST
+from ..strengths import strength_of_count
 from .bracket import keep, load_keys
 
 
@@ -36,10 +48,13 @@ def _cutoff(samples, count, key, left, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def whole_kernel(ranks_ptr, samples_ptr, facts_ptr, tensors_ptr, BLOCK: tl.constexpr):
+def whole_kernel(
+    ranks_ptr, samples_ptr, facts_ptr, tensors_ptr, numbers_ptr, hyper_ptr, CFG: tl.constexpr, BLOCK: tl.constexpr
+):
     """Find the K-th largest key of one small tensor a program, and the index that splits those equal to it.
 
     Found bit by bit: the largest key that K keys reach. Reads the keys 33 times, from the cache.
+    With `CFG.share_known` the multiplier of a tensor of which fewer than K scores are numbers is corrected.
     """
     t = tl.load(tensors_ptr + tl.program_id(0))
     facts, ranks = row_of(facts_ptr, t, FACTS), row_of(ranks_ptr, t, RANKS)
@@ -57,3 +72,7 @@ def whole_kernel(ranks_ptr, samples_ptr, facts_ptr, tensors_ptr, BLOCK: tl.const
             cutoff = _cutoff(samples, count, key, wanted - more, BLOCK)
         wide = key.to(tl.int64)
         keep(ranks, wide, wide, cutoff, wide * 0 + EXACT)
+        if CFG.share_known:
+            if key == 0:
+                row = row_of(numbers_ptr, t, NUMBERS)
+                tl.store(row + STRENGTH_SELECTED, strength_of_count(hyper_ptr, facts, more))
