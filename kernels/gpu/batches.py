@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ..spec import Item, Selection, StepCall, Strength, SumsTable
+from . import launch
 from .batch import Batch
 from .configure import configure, has_key, static_key
 from .cuda_graphs import CudaRecorder
 from .graphs import Recorder, RepeatedLaunches
 from .graphs import Sums as BatchSums
 from .groups import GroupTable
-from .launch import DIRECT, Step, on
+from .launch import Step, on
 from .tables import is_in_place, state_columns, upload
 
 RecorderOf = Callable[[torch.device], Recorder | None]
@@ -29,7 +30,7 @@ RecorderOf = Callable[[torch.device], Recorder | None]
 
 def cuda_recorder(device: torch.device) -> Recorder | None:
     """What records the launches on this device; None on a CPU."""
-    return CudaRecorder(DIRECT) if device.type == "cuda" else None
+    return CudaRecorder(launch.DIRECT) if device.type == "cuda" else None
 
 
 class Plan:

@@ -56,6 +56,7 @@ def no_host_wait() -> Iterator[None]:
 def test_the_host_waits_neither_for_a_recording_nor_for_a_replay(policy: Any, base: str) -> None:
     warm(*reversed(wrapped(base, policy)))  # compiles
     params, optimizer = wrapped(base, policy)
+    warm(optimizer, params, steps=1)  # makes its clock
     gradients = [[torch.randn_like(p) for p in params] for _ in range(8)]
     with no_host_wait():
         for each in gradients:
@@ -238,7 +239,7 @@ def test_a_recording_that_fails_costs_nothing_but_the_graph(monkeypatch: pytest.
 def test_an_optimizer_that_goes_gives_its_graph_back() -> None:
     from selective.kernels.gpu.graphs import BUDGET
 
-    params, optimizer = wrapped("AdamW", MGUP())
+    params, optimizer = wrapped("AdamW", MGUP(), make_params(((2048, 1024), (64,), (7,))))
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -253,7 +254,7 @@ def test_an_optimizer_that_goes_gives_its_graph_back() -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     assert len(BUDGET) == graphs
-    assert torch.cuda.memory_reserved() <= before + (2 << 20)  # parameters' pieces may lie in others now
+    assert torch.cuda.memory_reserved() <= before + (4 << 20)  # tables that are kept; the graph had 20 MiB
 
 
 @pytest.mark.parametrize("last", ["auto", False])
