@@ -78,11 +78,15 @@ class Budget:
         here = [recording for recording in self._recordings if recording.device == device]
         if len(here) >= self.most:
             return f"there are {len(here)} graphs on {device} already, as many as there may be"
-        taken = sum(recording.nbytes for recording in here)
+        taken = self.nbytes(device)
         if taken + nbytes > self.most_bytes:
             beside = f" beside the {_mib(taken)} of other graphs" if taken else ""
             return f"a graph would keep {_mib(nbytes)}{beside}, and graphs may keep {_mib(self.most_bytes)} on a device"
         return None
+
+    def nbytes(self, device: torch.device | None = None) -> int:
+        """The memory that all recordings on this device keep; None: on all of them."""
+        return sum(recording.nbytes for recording in self._recordings if device in (None, recording.device))
 
     def __len__(self) -> int:
         return len(self._recordings)

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -130,8 +131,9 @@ class CudaClock(HostClock):
         return torch.cuda.max_memory_allocated() - before
 
     def held_bytes(self) -> int | None:
+        """With what CUDA graphs of steps keep reserved, which torch does not count as allocated."""
         torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()
+        return torch.cuda.memory_allocated() + _bytes_of_graphs()
 
     def launches(self, stepping: Stepping) -> dict[str, int] | None:
         """The profiler's counts; None if the profiler is not available (no CUPTI, no permission)."""
@@ -212,3 +214,8 @@ def copy_bandwidth(device: str, elements: int | None = None) -> float:
 
     times = [clock.copy_seconds(copies) for _ in range(12)][2:]
     return in_a_row * 2 * source.nbytes / statistics.median(times)
+
+
+def _bytes_of_graphs() -> int:
+    graphs = sys.modules.get("selective.kernels.gpu.graphs")  # imported where Triton steps
+    return 0 if graphs is None else graphs.BUDGET.nbytes()

@@ -54,8 +54,8 @@ def step(launches: RepeatedLaunches, times: int = 1, wanted: bool = True) -> Sum
 
 
 def test_they_are_recorded_once_all_is_compiled_and_replayed_from_then_on() -> None:
-    recorder = ListRecorder()
-    launches, steps = repeated(recorder)
+    recorder, budget = ListRecorder(), Budget()
+    launches, steps = repeated(recorder, budget=budget)
     step(steps, WARM)
     assert (launches.count, recorder.recordings) == (WARM, [])
     assert "until 2 steps" in str(steps.describe())
@@ -63,6 +63,7 @@ def test_they_are_recorded_once_all_is_compiled_and_replayed_from_then_on() -> N
     (recording,) = recorder.recordings
     assert (launches.count, recording.replays) == (WARM + 1, 3)  # it was called once more, to be recorded
     assert recording.nbytes == 1000
+    assert (budget.nbytes(), budget.nbytes(CPU), budget.nbytes(torch.device("meta"))) == (1000, 1000, 0)
     assert steps.describe() == "replayed as a CUDA graph"
     assert sums[1] is None
     assert sums[0] is not step(steps)[0]  # each step has sums of its own
