@@ -22,13 +22,15 @@ HALF = 0.5  # the share of the steps that the paper's "twice as fast" would take
 SHORTER = (HALF, 0.6)
 # carry="rotate", because the stored runs were made with it, before there was another.
 SPACES: dict[str, Preconditioner] = {
-    "Soap": Soap(solver="cholesky", carry="rotate"),  # spans the same space as its QR, in less time
+    "Soap": Soap(
+        solver="cholesky", carry="rotate", precision="float32"
+    ),  # spans the same space as its QR, in less time
     "AdaDiag++": AdaDiag(sides="two", refresh_every=50, carry="rotate"),
     "AdaDiag": AdaDiag(sides="one", refresh_every=50, carry="rotate"),
 }
 # The same with second moments that follow by the squared maps, and AdaDiag++ with bases that move further.
 SQUARED: dict[str, Preconditioner] = {
-    "Soap squared": Soap(solver="cholesky"),
+    "Soap squared": Soap(solver="cholesky", precision="float32"),
     "AdaDiag++ squared": AdaDiag(sides="two", refresh_every=50),
     "AdaDiag++ 200": AdaDiag(sides="two", refresh_every=200, carry="rotate"),
     "AdaDiag++ 200 squared": AdaDiag(sides="two", refresh_every=200),

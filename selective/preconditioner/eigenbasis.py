@@ -62,11 +62,12 @@ class Eigenbasis(Preconditioner):
     skip_first_step: bool = False
     """True: rotated parameters do not move in the first step, so that no step is taken in an unrotated space, as in
     SOAP. It is off by default because a step in the unrotated space is a good step of the base."""
-    stagger: schedule.Stagger = True
-    """True: refreshes are spread evenly over `refresh_every` steps, and the first ones over ten steps, so that no step
-    pays for all. Parameters are counted and not weighed by size: a much larger one makes its step longer. "shapes":
-    all matrices of one shape in a group are refreshed in the same step, and shapes take turns. That is fewer refreshes
-    of more matrices each, which fill a GPU better."""
+    stagger: schedule.Stagger = False
+    """False: all parameters are refreshed in the same step. That takes the least time in sum, because many matrices
+    together fill a GPU, and the host waits for the device once. True: refreshes are spread evenly over `refresh_every`
+    steps, and the first ones over ten steps, so that no step pays for all. Parameters are counted and not weighed by
+    size: a much larger one makes its step longer. "shapes": all matrices of one shape in a group are refreshed in the
+    same step, and shapes take turns."""
     solver: SolverName = "cholesky"
     """The method. "eigh" and "svd" start from scratch and are exact; with the statistic "gradient", "svd" is that of
     the gradient itself. "qr" and "cholesky" take one step of subspace iteration from the old basis, which is enough for
@@ -89,10 +90,12 @@ class Eigenbasis(Preconditioner):
     keeps 134 MB, 1,024 times the adapter, and the other side 512 bytes. A warning says so if a higher limit rotates
     such a side. Sharded matrices are judged as wholes. It is part of a run: checkpoints have it, and those from before
     there was a limit go on without one."""
-    precision: Precision = "float32"
+    precision: Precision = "tf32"
     """The precision of the products with gradients and updates in each step: "float32", or "tf32" or "bfloat16"
     (factors and results are rounded to 8 bits), which are 4 to 8 times faster on a GPU. With these two, moments are
-    carried in TF32. Statistics and factorisations are in float32 or better, whatever torch's flags say."""
+    carried in TF32. Statistics and factorisations are in float32 or better, whatever torch's flags say. The default is
+    "tf32", which is float32 on most CPUs. With the statistic "gradient" it is "float32", because `floor` is the size
+    of float32's rounding noise."""
     floor: float = Field(default=16.0, ge=0)
     """With the statistic "gradient", in the step of a refresh: elements of the rotated gradient below floor · eps · σ₁
     are set to 0. There the gradient is diagonal but for rounding (or has orthogonal rows, if one side is rotated), and
@@ -104,6 +107,12 @@ class Eigenbasis(Preconditioner):
     """The most elements of a sharded matrix (DTensor) that is gathered in every step, because a side is rotated that is
     not whole on each rank. Larger ones are left to the base. With 0, or with sides="unsharded", no matrix is gathered.
     2**26 is a matrix of 8,192 rows and columns, 256 MiB that are sent two or three times a step."""
+
+    @model_validator(mode="after")
+    def _one_gradient_is_rotated_in_float32(self) -> Eigenbasis:
+        if self.statistic == "gradient" and "precision" not in self.model_fields_set:
+            object.__setattr__(self, "precision", "float32")  # it was not written, and is not printed
+        return self
 
     @model_validator(mode="after")
     def _first_step_has_a_reason(self) -> Eigenbasis:
@@ -118,6 +127,12 @@ class Eigenbasis(Preconditioner):
                 "not rotated: leave one of the two out"
             )
         return self
+
+    def as_if_written(self) -> None:
+        super().as_if_written()
+        if self.statistic == "gradient":  # which has another default
+            change = self.model_fields_set.discard if self.precision == "float32" else self.model_fields_set.add
+            change("precision")
 
     _saved_without: ClassVar[dict[str, Any]] = {"max_state_ratio": None}
 

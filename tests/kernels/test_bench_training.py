@@ -165,7 +165,7 @@ def test_rows_are_measured_in_turns_and_the_wrong_ones_say_why(monkeypatch):
     failing = Row(Contender("failing", breaks, agrees="own"))
     saved: list[int] = []
     told: list[Any] = []
-    rows = [wrong, ROWS["MGUP"], failing, absent, ROWS["Soap(), no refresh"], ROWS[FUSED]]
+    rows = [wrong, ROWS["MGUP"], failing, absent, ROWS["Soap(qr, float32), no refresh"], ROWS[FUSED]]
     proof = {wrong.name: prove_here(wrong, "cpu")}
     result = rig(
         proof=lambda row: proof.get(row.name, ("timed", None, None)),
@@ -173,11 +173,11 @@ def test_rows_are_measured_in_turns_and_the_wrong_ones_say_why(monkeypatch):
         tell=told.append,
     ).run(rows)
     outcomes = {m.name: m.outcome for m in result.measurements}
-    assert list(outcomes) == [FUSED, "wrong", "MGUP", "failing", "absent", "Soap(), no refresh"]
+    assert list(outcomes) == [FUSED, "wrong", "MGUP", "failing", "absent", "Soap(qr, float32), no refresh"]
     assert list(outcomes.values()) == ["timed", "mismatch", "timed", "failed", "missing", "timed"]
     assert saved == [1, 2, 3, 4, 5, 6, 6]  # after each row, and after the second round
     assert told[-1] == "tiny: round 2 of 2, 2 rows"
-    fused, mgup, soap = (result.named(name) for name in (FUSED, "MGUP", "Soap(), no refresh"))
+    fused, mgup, soap = (result.named(name) for name in (FUSED, "MGUP", "Soap(qr, float32), no refresh"))
     assert fused and mgup and soap
     assert fused.versus_fused == 1
     assert len(mgup.seconds) == len(mgup.fused_seconds) == 2

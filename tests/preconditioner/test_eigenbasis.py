@@ -129,7 +129,7 @@ def test_nothing_is_written_on_what_is_passed_in() -> None:
 @pytest.mark.parametrize("every", [1, 4, 10, 200])
 @pytest.mark.parametrize("start", [0, 7])
 def test_staggered_refreshes_are_spread_evenly(count: int, every: int, start: int) -> None:
-    basis = Eigenbasis(statistic="gradient", refresh_every=every, start_step=start)
+    basis = Eigenbasis(statistic="gradient", refresh_every=every, start_step=start, stagger=True)
     due = [[i for i in range(count) if basis.is_due(step, i, count)] for step in range(start + 3 * every + 20)]
     assert not any(due[:start])
     first = [next(step for step, some in enumerate(due) if i in some) for i in range(count)]

@@ -73,11 +73,37 @@ def test_names() -> None:
 
 def test_the_papers_settings() -> None:
     soap, one = Soap(), AdaDiag()
-    assert (soap.sides, soap.statistic, soap.beta, soap.refresh_every, soap.solver) == ("two", "ema", 0.95, 10, "qr")
+    assert (soap.sides, soap.statistic, soap.beta, soap.refresh_every) == ("two", "ema", 0.95, 10)
     assert (soap.carry, soap.skip_first_step, soap.stagger) == ("squared", True, False)
     assert (one.sides, one.statistic, one.refresh_every, one.stagger) == ("one", "gradient", 200, False)
     assert [Soap().stands_still(step) for step in range(3)] == [True, False, False]
     assert not AdaDiag().stands_still(0) and not Eigenbasis().stands_still(0)
+
+
+def test_the_defaults_are_the_fastest_setting_and_one_gradient_is_rotated_in_float32() -> None:
+    for space in (Soap(), Eigenbasis()):
+        assert (space.solver, space.stagger, space.precision) == ("cholesky", False, "tf32")
+    assert (AdaDiag().solver, AdaDiag().precision) == ("eigh", "float32")
+    space = Eigenbasis(statistic="gradient")
+    assert space.precision == "float32"
+    assert repr(space) == "Eigenbasis(statistic='gradient')"
+    assert Eigenbasis.from_saved(space.to_saved()) == space
+    for read in (Eigenbasis.from_saved(space.to_saved()), AdaDiag.from_saved(AdaDiag().to_saved())):
+        read.as_if_written()
+        assert not read.model_fields_set - {"statistic"}
+    written = Eigenbasis(statistic="gradient", precision="tf32")
+    read = Eigenbasis.from_saved(written.to_saved())
+    read.as_if_written()
+    assert written.precision == read.precision == "tf32"
+    assert repr(read) == repr(written)
+
+
+def test_a_checkpoint_goes_on_with_the_settings_that_it_was_written_with() -> None:
+    """All settings are in it, so that another default does not reach it."""
+    before = Eigenbasis(stagger=True, solver="qr", precision="float32")
+    text = before.to_saved()
+    assert {"stagger", "solver", "precision"} <= json.loads(text).keys()
+    assert Eigenbasis.from_saved(text) == before
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from matrices import orthogonal
 
 from selective import Eigenbasis
+from selective.kernels import Backend, use_backend
 from selective.preconditioner.base import State
 from selective.preconditioner.gram import Sides
 from selective.preconditioner.stacked import Averaging, Part, StackedEigenbasis
@@ -15,6 +16,8 @@ F64 = torch.float64
 EPS = torch.finfo(torch.float32).eps
 COUNT, BATCH, ROWS, COLUMNS = 3, 2, 5, 8
 ALL = COUNT * BATCH
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is not interpreted where there is a GPU")
+BACKENDS = ["auto", pytest.param("gpu", marks=INTERPRETED)]
 
 
 def made(sides: Sides) -> tuple[Eigenbasis, Part]:
@@ -51,13 +54,16 @@ def test_products_are_as_exact_as_those_of_lists(sides: Sides, into: bool) -> No
     assert (torch.cat(lists) - exact).abs().max() <= limit
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sides", ["two", "rows", "columns"])
-def test_averages_are_exact_but_for_rounding(sides: Sides) -> None:
+def test_averages_are_exact_but_for_rounding(sides: Sides, backend: Backend) -> None:
+    """By torch, and by the Triton kernel, which is interpreted here."""
     options, part = made(sides)
     grads, before = part.given.clone(), {k: v.clone() for k, v in part.state.items()}
     counters = torch.zeros(COUNT, dtype=torch.int64), torch.zeros(COUNT, dtype=torch.int64)
     averaging = Averaging([(BATCH, ROWS, COLUMNS)] * COUNT, torch.device("cpu"), *counters)
-    StackedEigenbasis(options).average(averaging, [part])
+    with use_backend(backend):
+        StackedEigenbasis(options).average(averaging, [part])
     g = grads.to(F64)
     for side, outer in (("rows", g @ g.mT), ("columns", g.mT @ g)):
         if f"{side}_gram" in part.state:
@@ -66,15 +72,17 @@ def test_averages_are_exact_but_for_rounding(sides: Sides) -> None:
     assert not any(counter.any() for counter in counters)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e19, 3e38])
-def test_what_cannot_enter_an_average_is_counted(value: float) -> None:
+def test_what_cannot_enter_an_average_is_counted(value: float, backend: Backend) -> None:
     """A number that is none counts as a gradient of zeros. One that is too large leaves the averages as they are."""
     options, part = made("two")
     part.given[BATCH + 1, 2, 3] = value  # of the second parameter
     before = {k: v.clone() for k, v in part.state.items()}
     counters = torch.zeros(COUNT, dtype=torch.int64), torch.zeros(COUNT, dtype=torch.int64)
     averaging = Averaging([(BATCH, ROWS, COLUMNS)] * COUNT, torch.device("cpu"), *counters)
-    StackedEigenbasis(options).average(averaging, [part])
+    with use_backend(backend):
+        StackedEigenbasis(options).average(averaging, [part])
     finite = value in (1e19, 3e38)
     here = slice(BATCH, 2 * BATCH)
     for side in ("rows", "columns"):

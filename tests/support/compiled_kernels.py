@@ -7,6 +7,7 @@ each kernel.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from dataclasses import replace
@@ -48,6 +49,7 @@ class Compiler:
 
     def __init__(self) -> None:
         self.done: set[Any] = set()
+        self.code: list[str] = []  # of each kernel, before the parts that depend on the device
 
     def __call__(
         self,
@@ -76,6 +78,7 @@ class Compiler:
             options={"num_warps": warps, "enable_fp_fusion": False, "maxnreg": registers}
             | ({} if stages is None else {"num_stages": stages}),
         )  # fmt: skip
+        self.code.append(made.asm["ttgir"])
         took = time.perf_counter() - began
         print(f"{kernel.fn.__name__}: {len(made.asm['cubin'])} bytes, {took:.1f} s", flush=True)
 
@@ -122,7 +125,11 @@ def parts_of_tensors(kinds: list[str], rules: list[str]) -> None:
 
 
 def matrices(sizes: list[str], sides: list[str]) -> None:
-    """A size is "512x1376"; a side is "rows", "columns", or "neither" for a product by itself."""
+    """A size is "512x1376"; a side is "rows", "columns", or "neither" for a product by itself.
+
+    The sums of three products are added up outside of the tensor cores, which round towards zero. A single product of
+    TF32 would be added up inside.
+    """
     for size in sizes:
         rows, columns = map(int, size.split("x"))
         x, numbers = torch.zeros(1, rows, columns), {"factors": torch.ones(1), "left_out": torch.ones(1).bool()}
@@ -137,6 +144,16 @@ def matrices(sizes: list[str], sides: list[str]) -> None:
             average = torch.zeros(1, n, n)
             both = (average, None) if side == "rows" else (None, average)
             products.average_grams_(*both, x, **numbers, weight=0.5)
+    compiler: Any = products.run
+    assert all(map(_sums_outside, compiler.code))
+    products.PRECISION = "tf32"
+    products.float32_product(torch.zeros(1, 20, 20), torch.zeros(1, 20, 20))
+    assert not _sums_outside(compiler.code[-1])
+
+
+def _sums_outside(code: str) -> bool:
+    """True if sums of a tensor core's results are formed by additions of its own."""
+    return re.search(r"arith\.addf .*tensor<\d+x\d+xf32, #mma>", code) is not None
 
 
 @triton.jit

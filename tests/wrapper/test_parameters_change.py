@@ -170,8 +170,11 @@ def test_a_momentum_of_our_own_that_nobody_cut_starts_anew() -> None:
 
 @pytest.mark.parametrize("rotated", [False, True])
 def test_the_tables_of_the_kernels_follow(rotated: bool) -> None:
+    """Rotated by columns: of the rows, a first basis of one gradient is arbitrary in part, and follows rounding."""
+
     def trained(backend: Any) -> list[Tensor]:
-        opt = wrapped(Case("fused", rotated, False), parameters(), MGUP())
+        space = Soap(refresh_every=2, sides="columns")
+        opt = wrapped(Case("fused", rotated, False), parameters(), MGUP(), space)
         with use_backend(backend):
             train(opt, 0, 2)
             with_state(opt, larger, by_data, "state")

@@ -39,7 +39,7 @@ MUON: dict[str, Any] = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
 MUON_ALLOWED = 0.1
 SPACES: dict[str, Preconditioner] = {
     "Soap(cholesky, tf32)": Soap(solver="cholesky", precision="tf32"),
-    "Soap()": Soap(),
+    "Soap(qr, float32)": Soap(solver="qr", precision="float32"),
     "Eigenbasis()": Eigenbasis(),
 }
 FIRST = ("CautiousMGUP", "MGUP", "MGUP (sampled)", "Cautious", "AlphaConsistency", "Grams")  # before the other policies
