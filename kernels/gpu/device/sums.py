@@ -68,14 +68,20 @@ def two_sums(a, b):
 
 
 @triton.jit
+def sums_of_squares(chosen, mask, g, u, m, CFG: tl.constexpr):
+    """The sums over the selected and over the rest of these elements, of the squares whose sum a strength keeps."""
+    x = normed(g, u, m, CFG)
+    squares = tl.where(mask, x * x, 0.0)
+    return two_sums(tl.where(chosen, squares, 0.0), tl.where(chosen, 0.0, squares))
+
+
+@triton.jit
 def store_sums(out, apart, chosen, g, u, m, mask, CFG: tl.constexpr):
     """Store the sums over these elements that this strength needs, in up to three columns `apart` numbers apart."""
     if CFG.strength == "mean_preserving":
         tl.store(out, tl.sum((chosen & mask).to(tl.float32)))
     elif CFG.strength == "norm_preserving":
-        x = normed(g, u, m, CFG)
-        squares = tl.where(mask, x * x, 0.0)
-        selected_sq, rest_sq = two_sums(tl.where(chosen, squares, 0.0), tl.where(chosen, 0.0, squares))
+        selected_sq, rest_sq = sums_of_squares(chosen, mask, g, u, m, CFG)
         tl.store(out, selected_sq)
         tl.store(out + apart, rest_sq)
     elif CFG.strength == "alignment":
