@@ -29,6 +29,8 @@ from .tables import is_in_place, state_columns
 
 # Elements of a program. docs/kernels.md has the measurements behind these.
 BLOCK = 1024
+# The same where everything that is read and written has 16 bits. Twice as many would keep as many bytes on their way.
+BLOCK_OF_16_BITS = 1024
 # The number of scores that a bracket is made of: one in 32, within these bounds. Smaller tensors are ranked as a whole.
 FEWEST_SAMPLES, MOST_SAMPLES, ONE_IN = 8_192, 262_144, 32
 
@@ -45,10 +47,12 @@ def configure(item: Item, spec: StepSpec, begins: bool = False) -> Config:
     kind = selection.unit if selection.kind == "bernoulli" else selection.kind
     if kind == "top_k" and selection.score not in SCORES:
         refuse_score("the GPU", selection.score)
+    dtypes = [item.param.dtype, item.grad.dtype, *(c.dtype for c in state_columns(item, rule) if c is not None)]
     return Config(
         rule=RULES[type(rule)],
         param=DTYPES[item.param.dtype], grad=DTYPES[item.grad.dtype],
-        first=columns[0], second=columns[1], third=columns[2], fourth=columns[3], block=BLOCK,
+        first=columns[0], second=columns[1], third=columns[2], fourth=columns[3],
+        block=BLOCK_OF_16_BITS if all(d.itemsize == 2 for d in dtypes) else BLOCK,
         amsgrad=getattr(rule, "amsgrad", False), coupled=rule.coupled_decay != 0,
         maximize=rule.maximize, decays=_has_factor(rule),
         moves=getattr(rule, "momentum", 0.0) != 0,

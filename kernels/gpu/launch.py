@@ -19,7 +19,7 @@ from .device.limit import limit_kernel
 from .device.numbers import numbers_kernel
 from .device.scores import DIGIT
 from .device.selective_step import selective_step_kernel
-from .device.strengths import strengths_kernel
+from .device.strengths import ranked_strengths_kernel, strengths_kernel
 from .device.sums import report_kernel, seen_kernel, sums_kernel
 from .device.top_k.bracket import SLOTS, bracket_kernel, digits_kernel, sample_kernel, spread_kernel
 from .device.top_k.repair import repair_kernel
@@ -100,8 +100,11 @@ class Step:
         known = self.fixed or self.cfg.share_known  # the strength is known before anything is looked at
         self.bracketed = batch.top_k is not None and batch.top_k.bracketed
         self.one_pass = self.bracketed and known and batch.control is None and _can_settle(self.cfg)
+        # The count of an exact top-K stores moments, and adds up the sums of the strength.
+        self.sums_while_counting = self.bracketed and batch.moves
         self.nothing = torch.empty(0, dtype=torch.int32, device=batch.device)
         self.marks = self.partials = self.settled = self.tied = self.repaired = self.nothing
+        self.repairers = 1  # programs that repair
         self.nbytes = 0  # of the memory that was asked for
 
     def empty(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -117,7 +120,7 @@ class Step:
         if cfg.statistics:
             self.partials = self.empty(batch.programs * PARTIALS)
         self.find_thresholds()
-        if batch.sum_work is not None and (batch.control is None or cfg.estimate == "sampled"):
+        if batch.sum_work is not None and self._has_sums_of_its_own():
             self._sum(batch.sum_work)
         if batch.control is not None:
             self._pass(self._draw(batch.control), self.nothing, self.nothing)
@@ -130,15 +133,21 @@ class Step:
         return self._report() if cfg.statistics else None
 
     def find_thresholds(self) -> None:
-        """Launch all that comes before the moments move, except the strengths. Afterwards the thresholds are known.
+        """Launch all that finds the thresholds; of one pass, the brackets. Nothing has moved afterwards.
 
-        If one pass does everything, only the brackets are known.
+        But where the sums of the strength are formed in the same pass the moments have, and the strengths are known.
         """
         self.begin()
         if self.batch.top_k is not None:
             self._rank()
         if self.bracketed and not self.one_pass:
-            self._count_and_settle(derived(self.cfg, bracketed=True, writes=False, statistics=False))
+            counts = derived(self.cfg, bracketed=True, writes=False, statistics=False, sums=self.sums_while_counting)
+            self._count_and_settle(counts)
+
+    def _has_sums_of_its_own(self) -> bool:
+        """True if a pass of its own forms the sums of the strength, and neither a control nor the count of a top-K."""
+        in_control = self.batch.control is not None and self.cfg.estimate != "sampled"
+        return not in_control and not self.sums_while_counting
 
     def begin(self) -> None:
         """Fill in each tensor's numbers and, if the selection reads it, whether its previous momentum is all zero."""
@@ -155,10 +164,11 @@ class Step:
         """Launch the pass over everything, once thresholds and strengths are in the tables."""
         self._pass(self.cfg, self.nothing, self.nothing)
 
-    def _pass(self, cfg: Config, marks: Tensor, histograms: Tensor) -> None:
+    def _pass(self, cfg: Config, marks: Tensor, histograms: Tensor, sums: Tensor | None = None) -> None:
         batch, tables = self.batch, self.tables
+        partials = self.partials if sums is None else sums
         registers = STEP_REGISTERS if cfg.bracketed or cfg.statistics else None
-        run(selective_step_kernel, batch.programs, marks, histograms, self.partials, batch.chunks, tables.pointers,
+        run(selective_step_kernel, batch.programs, marks, histograms, partials, batch.chunks, tables.pointers,
             tables.numbers, tables.ranks, tables.facts, tables.keys, batch.programs, FUNCTION=self.function, BINS=BINS,
             CFG=cfg, warps=STEP_WARPS, registers=registers)  # fmt: skip
 
@@ -199,34 +209,40 @@ class Step:
         zeros = self.zeros(2 + count + 6 * DIGIT.value + count * BINS)
         broken, meeting = zeros[: 1 + count], zeros[1 + count : 2 + count]
         exact, histograms = zeros[2 + count :][: 6 * DIGIT.value], zeros[2 + count + 6 * DIGIT.value :]
-        marks = self.empty(batch.programs * (cfg.block // 32), torch.int32)
+        words = batch.programs * (cfg.block // 32)
+        marks = self.empty(2 * words if cfg.sums else words, torch.int32)
+        self.marks, sums = marks[words:], self.empty(2 * batch.programs if cfg.sums else 0)
         tiny = self.empty(count * 2 * TINY, torch.int32)
-        if cfg.statistics:
+        if cfg.statistics or cfg.sums:
             self.settled = self.empty(top_k.settle_work.shape[0] * 2)
             self.tied = self.zeros(tables.tensors * 2, torch.float32)
-        self._pass(cfg, marks, histograms)
-        again = derived(cfg, recomputed=cfg.writes)
+        self._pass(cfg, marks, histograms, sums if cfg.sums else None)
+        again = derived(cfg, recomputed=cfg.writes or cfg.sums)
         run(find_kernel, count, tables.ranks, histograms, broken, top_k.large, tables.facts, BINS=BINS)
         settles = top_k.settle_work.shape[0]
         todo = self.empty(settles * SETTLE_ROOM, torch.int32)
-        run(settle_kernel, settles, self.settled, tiny, todo, marks, top_k.settle_work, tables.pointers,
+        run(settle_kernel, settles, self.settled, tiny, todo, marks, self.marks, top_k.settle_work, tables.pointers,
             tables.numbers, tables.ranks, tables.facts, TINY=TINY, BINS=BINS, WORDS=sizes.SETTLE_WORDS,
             ROOM=SETTLE_ROOM, BLOCK=SETTLE_BLOCK, CFG=again)  # fmt: skip
-        run(ties_kernel, count, self.tied, tiny, broken, top_k.large, tables.pointers, tables.numbers, tables.ranks,
-            tables.facts, TINY=TINY, BINS=BINS, CFG=again)  # fmt: skip
+        run(ties_kernel, count, self.tied, tiny, broken, self.marks, top_k.large, tables.pointers, tables.numbers,
+            tables.ranks, tables.facts, TINY=TINY, BINS=BINS, CFG=again)  # fmt: skip
         self._repair(again, broken, meeting, exact)
+        if cfg.sums:
+            run(ranked_strengths_kernel, tables.tensors, tables.numbers, sums, self.settled, self.tied, self.repaired,
+                self.groups.hyper, tables.ranks, tables.facts, self.repairers, batch.programs, BLOCK=TABLE_BLOCK,
+                warps=TABLE_WARPS)  # fmt: skip
 
     def _repair(self, cfg: Config, broken: Tensor, meeting: Tensor, histograms: Tensor) -> None:
         programs = 1
         if self.batch.device.type == "cuda":
             processors = torch.cuda.get_device_properties(self.batch.device).multi_processor_count
             programs = REPAIR_PROGRAMS * processors
-        if cfg.statistics:
+        if cfg.statistics or cfg.sums:
             self.repaired = self.empty(self.tables.tensors * programs * 2)
         self.repairers = programs
         equals = self.empty(programs, torch.int64)
         tables = self.tables
-        run(repair_kernel, programs, self.repaired, broken, meeting, histograms, equals, tables.pointers,
+        run(repair_kernel, programs, self.repaired, self.marks, broken, meeting, histograms, equals, tables.pointers,
             tables.numbers, tables.ranks, tables.facts, self.groups.hyper, programs, BINS=BINS,
             PROGRAMS=power_of_two(programs), BLOCK=REPAIR_BLOCK, CFG=cfg,
             **TOGETHER[self.batch.device.type])  # fmt: skip
@@ -270,6 +286,6 @@ class Step:
         tables, cfg = self.tables, derived(self.cfg, bracketed=self.one_pass)
         out = torch.empty(tables.tensors, 7, dtype=torch.float64, device=self.batch.device)
         run(report_kernel, tables.tensors, out, self.partials, self.settled, self.tied, self.repaired, tables.numbers,
-            self.groups.hyper, tables.ranks, tables.facts, getattr(self, "repairers", 1), self.batch.programs,
+            self.groups.hyper, tables.ranks, tables.facts, self.repairers, self.batch.programs,
             FIXED=self.fixed and not cfg.control_norm, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
         return out

@@ -32,7 +32,7 @@ def promised_bytes(
     fixed strengths, top-K and sampled estimates. It is 36 if gradient and momentum are read again (Cautious,
     AlphaConsistency, Magma). For the norm of the update it is 36, too: the moments are stored in the pass that sums it
     up, and read again. Moments of other dtypes are not, because the update can't be formed from rounded ones: then the
-    whole update is read again. Exact top-K there reads more than is promised: what its scores are made of.
+    whole update is read again. Exact top-K then reads more than is promised: what its scores are made of.
 
     Args:
         policy: the policy; None for AdamW itself.

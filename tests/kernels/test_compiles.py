@@ -29,7 +29,10 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ("whole", "agreement,top_k", "adamw", {"selective_step_kernel", "settle_kernel", "repair_kernel"}),
         pytest.param("whole", "top_k_mean", "adamw,lion", {"settle_kernel", "repair_kernel"}, marks=pytest.mark.slow),
-        pytest.param("whole", "top_k_norm", "adamw", {"strengths_kernel", "sums_kernel"}, marks=pytest.mark.slow),
+        pytest.param(
+            "whole", "top_k_norm", "adamw", {"ranked_strengths_kernel", "ties_kernel"}, marks=pytest.mark.slow
+        ),
+        pytest.param("whole", "norm", "adamw", {"strengths_kernel", "sums_kernel"}, marks=pytest.mark.slow),
         pytest.param(
             "whole",
             "previous,sampled,element",

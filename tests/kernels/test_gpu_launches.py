@@ -8,12 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from selective import SelectiveUpdate
+from selective import MeanPreserving, NormPreserving, Policy, SelectiveUpdate, TopK
 from selective.kernels import use_backend
 from selective.kernels.gpu import configure, launch
 
 # without statistics; with them there is one more, `report_kernel`
-LAUNCHES = {"CautiousMGUP": 2, "Cautious": 4, "AlphaConsistency": 6, "MGUP": 11}
+LAUNCHES = {
+    "CautiousMGUP": 2, "Cautious": 4, "AlphaConsistency": 6, "MGUP": 11, "top-K and mean": 11, "top-K and norm": 13,
+    "top-K and gradient's norm": 14,
+}  # fmt: skip
+PAIRS = {
+    "top-K and mean": Policy(selection=TopK(), strength=MeanPreserving()),
+    "top-K and norm": Policy(selection=TopK(), strength=NormPreserving()),
+    "top-K and gradient's norm": Policy(selection=TopK(), strength=NormPreserving(of="gradient")),
+}
 
 
 def optimizer_of(policy: str, groups: int, statistics: bool, device: str) -> SelectiveUpdate:
@@ -22,7 +30,7 @@ def optimizer_of(policy: str, groups: int, statistics: bool, device: str) -> Sel
     for group in range(groups):
         params = [torch.nn.Parameter(torch.zeros(n, device=device)) for n in (600, 20 + group)]
         made.append({"params": params, "lr": 0.01 * (group + 1), "weight_decay": 0.1 * (group % 2)})
-    return SelectiveUpdate(torch.optim.AdamW(made), policy=policy, statistics=statistics)
+    return SelectiveUpdate(torch.optim.AdamW(made), policy=PAIRS.get(policy, policy), statistics=statistics)
 
 
 def step(optimizer: SelectiveUpdate) -> None:

@@ -12,7 +12,9 @@ from gpu_support import (
     copied,
     few_samples,
     made,
+    missing_brackets,
     reference,
+    short_lists,
 )
 from step_cases import RULES, SELECTIONS
 
@@ -60,6 +62,25 @@ def test_the_step_has_the_same_bits(rule, selection, decay, device, monkeypatch)
     assert_equal_items(moved, plain)
     for ours, theirs in zip(moved_sums, plain_sums, strict=True):
         assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", [missing_brackets, short_lists])
+def test_what_a_repair_marks_and_adds_up_has_the_same_bits(trouble, device, monkeypatch) -> None:
+    """Many equal scores, of which some are selected; and NaN."""
+    few_samples(monkeypatch)
+    trouble(monkeypatch)
+    results = []
+    for moves in (True, False):
+        monkeypatch.setattr(batch, "MOVE_WITH_SUMS", moves)
+        items = items_of("adamw", device)
+        for item in items:
+            item.grad[::3], item.grad[1::97] = 0, torch.nan
+        results.append((items, list(steps(items, "adamw", SELECTIONS["top_update"], CAPPED))))
+    for moved, plain in zip(results[0][0], results[1][0], strict=True):
+        for ours, theirs in ((moved.param, plain.param), *((moved.state[k], plain.state[k]) for k in plain.state)):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    assert [s.selected for s in results[0][1]] == [s.selected for s in results[1][1]]
 
 
 def test_a_view_that_is_not_aligned_is_stepped_by_the_same_bits(device) -> None:

@@ -9,6 +9,7 @@ from gpu_support import (
     CUDA,
     DTYPES,
     F32,
+    assert_equal_items,
     assert_same_step,
     assert_same_sums,
     bound_of,
@@ -22,6 +23,7 @@ from gpu_support import (
 from step_cases import RULES, SELECTIONS, STRENGTHS, needs_momentum
 
 from selective.kernels import AdamRule, Draw, GivenRule, Item, Selection, SGDRule, Strength, selective_step
+from selective.kernels.gpu import configure
 
 ADAM = RULES["adamw"]
 # Each pair of rule, selection, strength and dtypes is in some cell: 2, 3 and 1 have no factor in common with 9 and 8.
@@ -218,3 +220,18 @@ def test_an_empty_list_and_an_empty_tensor(device):
                   "exp_avg_sq": torch.zeros(0, 3, device=device)}, 0)  # fmt: skip
     sums = gpu(empty, ADAM, selection=Selection("top_k"), strength=Strength("mean_preserving"))
     assert (sums.selected, sums.update_sq, empty.state["step"]) == (0, 0, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strength", ["fixed", "mean", "norm_update"])
+@pytest.mark.parametrize("selection", ["update", "top_update"])
+def test_the_size_of_a_block_of_16_bits_changes_no_bit(selection, strength, device, monkeypatch):
+    """Of parameter and moments; the sums of statistics are rounded otherwise."""
+    few_samples(monkeypatch)
+    start, how = made(ADAM, (5000,), (BF16, BF16, BF16), seed=1), {"selection": SELECTIONS[selection]}
+    items = []
+    for block in (1024, 2048):
+        monkeypatch.setattr(configure, "BLOCK_OF_16_BITS", block)
+        items.append(copied(start, device))
+        gpu(items[-1], ADAM, strength=STRENGTHS[strength], **how)
+    assert_equal_items(items[:1], items[1:])

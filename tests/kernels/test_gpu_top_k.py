@@ -159,7 +159,10 @@ def test_k_of_nothing_one_and_all(way, device, monkeypatch):
 
 
 @pytest.mark.parametrize("trouble", [missing_brackets, short_lists])
-@pytest.mark.parametrize("way", ["one pass", "one pass, given", "two passes, Lion"])
+@pytest.mark.parametrize(
+    "way",
+    ["one pass", "one pass, given", "two passes, Lion", pytest.param("two passes, a norm", marks=pytest.mark.slow)],
+)
 def test_without_the_repair_a_selection_is_wrong(way, trouble, device, monkeypatch):
     """The failing twin: what a bracket that missed, or a list that overflowed, would do if nobody mended it."""
     few_samples(monkeypatch)

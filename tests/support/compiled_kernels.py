@@ -30,7 +30,10 @@ from selective.kernels.sharded.selective_step import sharded_step
 from selective.kernels.spec import StepSpec
 
 TARGET = GPUTarget("cuda", 90, 32)  # a Hopper
-TOP_K_NORM = Selection("top_k", fraction=0.4), Strength("norm_preserving")
+NORMS = {  # of the update, whose moments are stored while it is summed up
+    "norm": (Selection("agreement"), Strength("norm_preserving")),
+    "top_k_norm": (Selection("top_k", fraction=0.4), Strength("norm_preserving")),
+}
 STILL = Selection("agreement"), Strength("fixed", 1.0, -1.0, still=True)
 TYPES = {
     torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64", torch.int8: "*i8",
@@ -97,7 +100,7 @@ def whole_tensors(kinds: list[str], rules: list[str]) -> None:
     for rule in (RULES[name] for name in rules):
         for name, _, of in (kind.partition("+") for kind in kinds):
             controlled, _, kind = name.rpartition(":")
-            selection, strength = {"still": STILL, "top_k_norm": TOP_K_NORM, **KINDS}[kind]
+            selection, strength = {"still": STILL, **NORMS, **KINDS}[kind]
             if controlled:
                 selection = replace(selection, control=Control(norm=controlled == "control"))
             decay: Any = Decay(of=of) if of else None  # type: ignore[arg-type]

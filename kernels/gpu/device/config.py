@@ -100,6 +100,7 @@ class Config:
     stochastic: bool = False
     writes: bool = True  # False: look at the scores, change nothing
     recomputed: bool = False  # the moments have moved already: the update is made from the stored ones as they are
+    sums: bool = False  # with brackets and without `writes`: moments and marks are stored, and the strength's sums
     marked: bool = False  # an earlier kernel has stored a bit for each element: 1 where it is selected
     control: bool = False  # a matched random control is selected in the place of what `selection` says
     control_norm: bool = False  # its multipliers are scaled so that the norm of the masked update stays

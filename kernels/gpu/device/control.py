@@ -39,9 +39,8 @@ from .config import (
     WANTED,
 )
 from .elements import is_aligned, load_moved, pointers_of, row_of, store_moments
-from .rounding import INTERPRETED
 from .selections import random_number, select, stands_still
-from .sums import store_sums
+from .sums import store_sums, three_sums
 
 NUMBERS_END = tl.constexpr(1 << 24)  # random numbers are below this
 SLACK = tl.constexpr(24.0)  # ranks by which a bracket is wider: few selected are not spread as a normal distribution
@@ -75,21 +74,6 @@ def _list(ranks, indices, squares_ptr, offs, squares, inside, room, CFG: tl.cons
 
 
 @triton.jit
-def _add_three(a, b, c, d, e, f):
-    return a + d, b + e, c + f
-
-
-@triton.jit
-def _three_sums(a, b, c):
-    """The sums of three blocks in one reduction, which share its barriers."""
-    if INTERPRETED:  # one element after the other there
-        first, second, third = tl.sum(a), tl.sum(b), tl.sum(c)
-    else:
-        first, second, third = tl.reduce((a, b, c), 0, _add_three)
-    return first, second, third
-
-
-@triton.jit
 def _look(
     offs, mask, pointers, row, ranks, facts, keys, out, apart, indices, squares_ptr, room, low, high,
     FUNCTION: tl.constexpr, FAST: tl.constexpr, COUNTS: tl.constexpr, DRAWS: tl.constexpr, MOVES: tl.constexpr,
@@ -109,7 +93,7 @@ def _look(
             store_sums(out, apart, chosen, g, u, m, mask, CFG)
         count = (chosen & mask).to(tl.float32)  # sums of up to 2^24 are exact
         if CFG.control_norm:
-            picked, theirs, rest = _three_sums(count, tl.where(chosen, squares, 0.0), tl.where(chosen, 0.0, squares))
+            picked, theirs, rest = three_sums(count, tl.where(chosen, squares, 0.0), tl.where(chosen, 0.0, squares))
             tl.store(out + apart * THEIRS_SQ, theirs)
             tl.store(out + apart * THEIR_REST_SQ, rest)
         else:
@@ -122,9 +106,7 @@ def _look(
         above, inside = moving & (number > high), moving & (number >= low) & (number <= high)
         count = above.to(tl.float32)
         if CFG.control_norm:
-            drawn, ours, rest = _three_sums(
-                count, tl.where(above, squares, 0.0), tl.where(above | inside, 0.0, squares)
-            )
+            drawn, ours, rest = three_sums(count, tl.where(above, squares, 0.0), tl.where(above | inside, 0.0, squares))
             tl.store(out + apart * OURS_SQ, ours)
             tl.store(out + apart * OUR_REST_SQ, rest)
         else:

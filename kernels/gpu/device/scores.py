@@ -5,13 +5,17 @@ The docstring of `top_k/` says how the K-th score is found with them.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from .config import COUNTED, HIGH, LOW
 from .elements import load_moved
+from .rounding import INTERPRETED
 from .rules import score_of
 
+# True where kernels are compiled for NVIDIA's GPUs; False takes Triton's own atomics there, too.
+IN_PTX = tl.constexpr(not INTERPRETED and torch.version.hip is None and getattr(torch.version, "xpu", None) is None)
 DIGIT = tl.constexpr(2048)  # `repair.py` ranks a key's 32 bits as digits of 11, 11 and 10 bits
 LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # a cutoff behind every index
 
@@ -50,22 +54,71 @@ def load_marks(marks_ptr, CFG: tl.constexpr):
 
 
 @triton.jit
-def count_scores(chosen, undecided, key, ranks, marks_ptr, histogram_ptr, CFG: tl.constexpr):
+def add_marks(marks_ptr, offs, chosen):
+    """Set the bits of single elements of a tensor, whose first word `marks_ptr` is."""
+    bit = (tl.full(offs.shape, 1, tl.uint32) << (offs & 31).to(tl.uint32)).to(tl.int32, bitcast=True)
+    tl.atomic_or(marks_ptr + (offs >> 5), bit, mask=chosen, sem="relaxed")
+
+
+@triton.jit
+def population(bits):
+    """The number of bits that are set in each uint32."""
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return ((bits * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def count_bins(histogram_ptr, bins, inside):
+    """Add 1 to the bins of the elements that are `inside`, in int32.
+
+    For NVIDIA's compiler as an instruction of its own. Triton gives its atomics another layout than vector loads, so
+    that 2 to 9 bytes an element and up to four meetings of the block's warps go to exchange them in shared memory.
+    """
+    if not IN_PTX:
+        where = tl.where(inside, bins, -1).to(tl.int16).to(tl.int32)
+        tl.atomic_add(histogram_ptr + where, 1, mask=where >= 0, sem="relaxed")
+    else:
+        tl.inline_asm_elementwise(
+            """
+            {
+                .reg .pred inside;
+                .reg .b64 address;
+                setp.ne.s32 inside, $3, 0;
+                mad.wide.s32 address, $2, 4, $1;
+                @inside red.relaxed.gpu.global.add.s32 [address], 1;
+                mov.b32 $0, 0;
+            }
+            """,
+            "=r,l,r,r", [histogram_ptr.to(tl.int64), bins, inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def count_scores(chosen, undecided, key, ranks, marks_ptr, selected_ptr, histogram_ptr, CFG: tl.constexpr):
     """Count the elements of a block above the bracket, and mark the undecided ones (a bit each, and a histogram).
 
+    `CFG.sums` marks those above the bracket as well, in words of their own at `selected_ptr`.
+
     Made so that the block's warps meet as rarely as possible. One sum yields bits and count: 32 elements lie within a
-    warp, their bits in the lower half of a word and their count in the upper half. Atomics want another layout than
-    vector loads; to change it, 16 bits an element go through shared memory, and not a pointer and a flag.
+    warp, their bits in the lower half of a word and their count, or the bits that are counted, in the upper half.
     """
     WORDS: tl.constexpr = CFG.block // 32
     place = tl.arange(0, 32).to(tl.uint32)[None, :]
     bits = tl.reshape(undecided.to(tl.uint32), [WORDS, 32]) << place
-    words = tl.sum(bits.to(tl.uint64) | (tl.reshape(chosen.to(tl.uint64), [WORDS, 32]) << 32), 1)
+    above = tl.reshape(chosen.to(tl.uint64), [WORDS, 32])
+    if CFG.sums:
+        above = above << place.to(tl.uint64)
+    words = tl.sum(bits.to(tl.uint64) | (above << 32), 1)
     tl.store(marks_ptr + tl.arange(0, WORDS), words.to(tl.uint32).to(tl.int32, bitcast=True))
-    tl.atomic_add(ranks + COUNTED, tl.sum((words >> 32).to(tl.int64)), sem="relaxed")
+    count = (words >> 32).to(tl.int64)
+    if CFG.sums:
+        tl.store(selected_ptr + tl.arange(0, WORDS), (words >> 32).to(tl.uint32).to(tl.int32, bitcast=True))
+        count = population((words >> 32).to(tl.uint32)).to(tl.int64)
+    tl.atomic_add(ranks + COUNTED, tl.sum(count), sem="relaxed")
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
-    where = tl.where(undecided, bin_of(key, low, high), -1).to(tl.int16).to(tl.int32)
-    tl.atomic_add(histogram_ptr + where, 1, mask=where >= 0, sem="relaxed")
+    count_bins(histogram_ptr, bin_of(key, low, high), undecided)
 
 
 @triton.jit

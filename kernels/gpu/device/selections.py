@@ -22,7 +22,7 @@ from .config import (
 )
 from .random import random_bits, ranking_bits
 from .rules import score_of
-from .scores import key_of
+from .scores import LAST, key_of
 
 
 @triton.jit
@@ -103,13 +103,18 @@ def by_rank(offs, key, ranks):
     """(selected, undecided) by the tensor's threshold or bracket.
 
     EXACT: above HIGH, or equal to it up to flat index CUTOFF. BRACKET: above HIGH; undecided from LOW to HIGH.
-    DENSE: everything. A key of 0 is a NaN, which is not selected.
+    DENSE: everything. A key of 0 is a NaN, which is not selected. Both exceptions are made in the tensor's numbers, and
+    not for each element, because passes in 16 bits wait for instructions.
     """
-    mode = offs * 0 + tl.load(ranks + MODE)  # a block, because the interpreter can't combine blocks and single bools
+    mode = tl.load(ranks + MODE)
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
-    chosen = (key > high) | ((key == high) & (offs <= tl.load(ranks + CUTOFF)) & (key != 0))
-    chosen = chosen | (mode == DENSE)
-    return chosen, (key >= low) & (key <= high) & (mode == BRACKET)
+    is_bracket = offs * 0 + mode == BRACKET  # a block, because the interpreter can't combine blocks and single bools
+    undecided = (key >= low) & (key <= high) & is_bracket
+    dense = mode == DENSE
+    last = tl.where(dense, LAST, tl.where(high == 0, -1, tl.load(ranks + CUTOFF)))
+    above = tl.where(dense, 0, high).to(tl.uint32)
+    chosen = (key > above) | ((key == above) & (offs <= last))
+    return chosen, undecided
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from .elements import is_aligned, load_moved, multiplier, pointers_of, row_of, s
 from .rounding import INTERPRETED
 from .scores import count_scores, load_marks
 from .selections import select
+from .sums import sums_of_squares
 
 
 @triton.jit
@@ -47,12 +48,17 @@ def _block(
     else:
         chosen, undecided, key = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION,
                                         CFG.bracketed and FAST, CFG)  # fmt: skip
-    if CFG.writes and not CFG.recomputed:
+    if CFG.sums or (CFG.writes and not CFG.recomputed):
         store_moments(pointers, offs, x, y, z, mask, FAST, CFG)  # early: frees their registers
     if not FAST:
         undecided = undecided & mask
     if CFG.bracketed:
-        count_scores(chosen & mask, undecided, key, ranks, marks_ptr, histogram_ptr, CFG)
+        selected_ptr = marks_ptr + rows * (CFG.block // 32)
+        count_scores(chosen & mask, undecided, key, ranks, marks_ptr, selected_ptr, histogram_ptr, CFG)
+    if CFG.sums:
+        selected_sq, rest_sq = sums_of_squares(chosen, mask & (undecided == 0), g, u, m, CFG)
+        tl.store(partial_ptr, selected_sq)
+        tl.store(partial_ptr + rows, rest_sq)
     multiples = multiplier(chosen, u, g, row, CFG)
     if CFG.statistics:
         gradient, update = g, u
@@ -87,6 +93,10 @@ def selective_step_kernel(
     With `CFG.recomputed` the moments have moved already: AdamW reads 12 bytes an element (p, m, v; 16 with g, where the
     decay, the mask or statistics need it) and writes 4. With `CFG.marked` it reads a bit an element, which says if it
     is selected, in the place of what the selection looks at.
+
+    Without `CFG.writes` it looks and changes nothing: AdamW reads 12 bytes an element. With `CFG.sums` it also stores
+    the moments and a second bit an element, behind the bits of all undecided ones, that says if the element is above
+    the bracket: it writes 8.25 bytes an element, and 8 a program with the sums over what is decided.
 
     Whole blocks of tensors whose addresses are all multiples of 16 take vector loads, the others masked loads; if
     `CFG.bracketed`, tensors without a bracket take masked loads as well.

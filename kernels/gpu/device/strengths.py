@@ -7,18 +7,23 @@ import triton.language as tl
 
 from .config import (
     AVERAGE,
+    CHUNK_AT,
+    CHUNKS,
     DENSE,
     FACTS,
     MODE,
     NUMBERS,
     NUMEL,
     RANKS,
+    SETTLE_AT,
+    SETTLES,
     STRENGTH_REST,
     STRENGTH_SELECTED,
     SUM_AT,
     SUM_COLUMNS,
     SUM_SHIFT,
     SUMS,
+    TIED,
 )
 from .elements import pointers_of, row_of
 from .numbers import CAP, REST, SMOOTHING, TEMPERATURE, group_row
@@ -83,6 +88,41 @@ def multipliers_of(sums, apart, rows, hyper, pointers, facts, WIDTH: tl.constexp
         selected = _alignment(average_ptr, first, second, third, tl.load(hyper + TEMPERATURE),
                               tl.load(hyper + SMOOTHING))  # fmt: skip
     return selected, rest
+
+
+@triton.jit
+def ranked_strengths_kernel(
+    numbers_ptr, sums_ptr, settled_ptr, tied_ptr, repaired_ptr, hyper_ptr, ranks_ptr, facts_ptr, programs, apart,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store one tensor's two multipliers a program, which preserve a norm, from sums that were formed while ranking.
+
+    Those of the pass over everything lie in two columns `apart` numbers apart, a row for each block; those of what was
+    settled in rows of two for each program of settle; those of the ties in one. A repair has added up everything anew,
+    in rows of two for each of its `programs`. Reads 8 bytes for each of these.
+    """
+    t = tl.program_id(0)
+    facts, ranks, row = row_of(facts_ptr, t, FACTS), row_of(ranks_ptr, t, RANKS), row_of(numbers_ptr, t, NUMBERS)
+    at = tl.load(facts + CHUNK_AT)
+    if tl.load(ranks + TIED) < 0:
+        repaired = repaired_ptr + t.to(tl.int64) * programs * 2
+        selected_sq = column_sum(repaired, 0, programs, 0, 2, BLOCK)
+        rest_sq = column_sum(repaired, 0, programs, 1, 2, BLOCK)
+    else:
+        chunks, settles = tl.load(facts + CHUNKS).to(tl.int32), tl.load(facts + SETTLES).to(tl.int32)
+        tied, first = tied_ptr + t.to(tl.int64) * 2, tl.load(facts + SETTLE_AT)
+        selected_sq = column_sum(sums_ptr, at, chunks, 0, 1, BLOCK) + column_sum(
+            settled_ptr, first, settles, 0, 2, BLOCK
+        )
+        rest_sq = column_sum(sums_ptr + apart, at, chunks, 0, 1, BLOCK)
+        rest_sq += column_sum(settled_ptr, first, settles, 1, 2, BLOCK)
+        selected_sq += tl.load(tied).to(tl.float64)
+        rest_sq += tl.load(tied + 1).to(tl.float64)
+    hyper = group_row(hyper_ptr, facts)
+    rest, dense = tl.load(hyper + REST), tl.load(ranks + MODE) == DENSE
+    selected = _norm_preserving(selected_sq, rest_sq, rest, tl.load(hyper + CAP))
+    tl.store(row + STRENGTH_SELECTED, tl.where(dense, 1.0, selected).to(tl.float32))
+    tl.store(row + STRENGTH_REST, tl.where(dense, 1.0, rest).to(tl.float32))
 
 
 @triton.jit

@@ -68,21 +68,43 @@ def two_sums(a, b):
 
 
 @triton.jit
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def three_sums(a, b, c):
+    """The sums of three blocks in one reduction, which share its barriers."""
+    if INTERPRETED:  # one element after the other there
+        first, second, third = tl.sum(a), tl.sum(b), tl.sum(c)
+    else:
+        first, second, third = tl.reduce((a, b, c), 0, _add_three)
+    return first, second, third
+
+
+@triton.jit
+def sums_of_squares(chosen, mask, g, u, m, CFG: tl.constexpr):
+    """The sums over the selected and over the rest of these elements, of the squares whose sum a strength keeps."""
+    x = normed(g, u, m, CFG)
+    squares = tl.where(mask, x * x, 0.0)
+    return two_sums(tl.where(chosen, squares, 0.0), tl.where(chosen, 0.0, squares))
+
+
+@triton.jit
 def store_sums(out, apart, chosen, g, u, m, mask, CFG: tl.constexpr):
     """Store the sums over these elements that this strength needs, in up to three columns `apart` numbers apart."""
     if CFG.strength == "mean_preserving":
         tl.store(out, tl.sum((chosen & mask).to(tl.float32)))
     elif CFG.strength == "norm_preserving":
-        x = normed(g, u, m, CFG)
-        squares = tl.where(mask, x * x, 0.0)
-        selected_sq, rest_sq = two_sums(tl.where(chosen, squares, 0.0), tl.where(chosen, 0.0, squares))
+        selected_sq, rest_sq = sums_of_squares(chosen, mask, g, u, m, CFG)
         tl.store(out, selected_sq)
         tl.store(out + apart, rest_sq)
     elif CFG.strength == "alignment":
         m, g = tl.where(mask, m, 0.0), tl.where(mask, g, 0.0)
-        tl.store(out, tl.sum(m * g))
-        tl.store(out + apart, tl.sum(m * m))
-        tl.store(out + 2 * apart, tl.sum(g * g))
+        dot, momentum_sq, grad_sq = three_sums(m * g, m * m, g * g)
+        tl.store(out, dot)
+        tl.store(out + apart, momentum_sq)
+        tl.store(out + 2 * apart, grad_sq)
 
 
 @triton.jit

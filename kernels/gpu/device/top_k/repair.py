@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..config import (
+    CHUNK_AT,
     CRITICAL,
     CUTOFF,
     EXACT,
@@ -29,7 +30,7 @@ from ..config import (
 )
 from ..elements import column, mask_of, multiplier, pointers_of, row_of, stepped
 from ..rounding import narrow
-from ..scores import DIGIT, bin_of, descend, keys_at
+from ..scores import DIGIT, bin_of, descend, keys_at, store_marks
 from ..strengths import strength_of_count
 
 
@@ -114,8 +115,28 @@ def _finish(pointers, row, ranks, start, end, numel, wanted, cutoff, selected, B
 
 
 @triton.jit
+def _mark(marks_ptr, pointers, row, start, end, numel, wanted, cutoff, BLOCK: tl.constexpr, CFG: tl.constexpr):
+    """Mark the selected elements of this range anew. Returns the sums of u^2 over them and over the rest.
+
+    `marks_ptr` is the tensor's first word.
+    """
+    tl.static_assert(BLOCK == CFG.block, "marks are of whole blocks")
+    selected_sq, rest_sq = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for at in range(start, end, BLOCK):
+        offs = at + tl.arange(0, BLOCK)
+        mask = offs < numel
+        key, u, _, _ = keys_at(pointers, row, offs, mask, False, CFG)
+        chosen = ((key > wanted) | ((key == wanted) & (offs <= cutoff) & (key != 0))) & mask
+        store_marks(marks_ptr + at // 32, chosen, CFG)
+        squares = tl.where(mask, u * u, 0.0)
+        selected_sq += tl.where(chosen, squares, 0.0)
+        rest_sq += tl.where(chosen, 0.0, squares)
+    return tl.sum(selected_sq), tl.sum(rest_sq)
+
+
+@triton.jit
 def repair_kernel(
-    repaired_ptr, broken_ptr, meeting_ptr, histograms_ptr, equals_ptr,
+    repaired_ptr, selected_ptr, broken_ptr, meeting_ptr, histograms_ptr, equals_ptr,
     pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, hyper_ptr, programs,
     BINS: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +144,7 @@ def repair_kernel(
 
     All `programs` of the launch have to run at the same time. `meeting_ptr` and `histograms_ptr` (twice three
     histograms) have to be zero before. PROGRAMS is a power of two, not less than `programs`. Without `CFG.writes` only
-    the threshold is kept, and the multiplier with `CFG.share_known`.
+    the threshold is kept, the multiplier with `CFG.share_known`, and marks and sums with `CFG.sums`.
     """
     pid = tl.program_id(0)
     met = 0
@@ -171,6 +192,11 @@ def repair_kernel(
             if CFG.statistics:
                 tl.store(repaired_ptr + (t.to(tl.int64) * programs + pid) * 2, count)
                 tl.store(repaired_ptr + (t.to(tl.int64) * programs + pid) * 2 + 1, masked)
+        if CFG.sums:
+            marks = selected_ptr + tl.load(facts + CHUNK_AT) * (CFG.block // 32)
+            selected_sq, rest_sq = _mark(marks, pointers, row, start, end, numel, prefix, cutoff, BLOCK, CFG)
+            tl.store(repaired_ptr + (t.to(tl.int64) * programs + pid) * 2, selected_sq)
+            tl.store(repaired_ptr + (t.to(tl.int64) * programs + pid) * 2 + 1, rest_sq)
         met += programs
         _meet(meeting_ptr, met)
         if pid == 0:

@@ -27,7 +27,7 @@ from ..config import (
 )
 from ..elements import column, multiplier, pointers_of, row_of, stepped
 from ..rounding import narrow
-from ..scores import bin_of, keys_at
+from ..scores import add_marks, bin_of, keys_at, population
 
 TINY = 1024  # elements of the critical bin that can be listed; if there are more, repair.py ranks the tensor
 
@@ -89,21 +89,12 @@ def _list(tiny_ptr, ranks, offs, key, listed, TINY: tl.constexpr):
 
 
 @triton.jit
-def _population(bits):
-    """The number of bits that are set in each uint32."""
-    bits = bits - ((bits >> 1) & 0x55555555)
-    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
-    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
-    return ((bits * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
 def _gather(todo_ptr, word, bits, place, first, ROOM: tl.constexpr):
     """Store the flat indices of the set bits from number `first` on, as many as there is room for.
 
     `place` is the number of each word's first set bit.
     """
-    rounds = tl.max(_population(bits))
+    rounds = tl.max(population(bits))
     for _ in range(rounds):
         offs = word * 32 + _lowest(bits)
         fits = (bits != 0) & (place >= first) & (place < first + ROOM)
@@ -114,7 +105,8 @@ def _gather(todo_ptr, word, bits, place, first, ROOM: tl.constexpr):
 
 @triton.jit
 def settle_kernel(
-    partials_ptr, tiny_ptr, todo_ptr, marks_ptr, work_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
+    partials_ptr, tiny_ptr, todo_ptr, marks_ptr, selected_ptr, work_ptr,
+    pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
     TINY: tl.constexpr, BINS: tl.constexpr, WORDS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
     CFG: tl.constexpr,
 ):  # fmt: skip
@@ -122,8 +114,9 @@ def settle_kernel(
 
     A program has WORDS words of 32 elements of one tensor. Few bits are set, so the indices of the set ones are stored
     first, ROOM at a time, and these elements are then worked on side by side. Reads a bit for each element, and for
-    each undecided one the tensors that its score is made of; writes its parameter (if `CFG.writes`). `tiny_ptr` has
-    TINY indices, then TINY keys for each tensor.
+    each undecided one the tensors that its score is made of; writes its parameter (if `CFG.writes`). With
+    `CFG.sums` it sets a bit at `selected_ptr` if the element is selected, and stores 8 bytes a program: the sums over
+    what is decided here. `tiny_ptr` has TINY indices, then TINY keys for each tensor.
     """
     program = tl.program_id(0)
     t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
@@ -132,6 +125,7 @@ def settle_kernel(
     critical = tl.load(ranks + CRITICAL)
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
     count, masked = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    selected_sq, rest_sq = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     PER: tl.constexpr = CFG.block // 32
     word = part.to(tl.int64) * WORDS + tl.arange(0, WORDS)
     there = word < tl.load(facts + CHUNKS) * PER
@@ -139,8 +133,8 @@ def settle_kernel(
     bits = bits.to(tl.uint32, bitcast=True)
     if (tl.load(ranks + MODE) != BRACKET) | (critical < 0):
         bits = bits * 0
-    population = _population(bits)
-    place, total = tl.cumsum(population, 0) - population, tl.sum(population)
+    counts = population(bits)
+    place, total = tl.cumsum(counts, 0) - counts, tl.sum(counts)
     mine = todo_ptr + program.to(tl.int64) * ROOM
     for first in range(0, total, ROOM):
         tl.debug_barrier()
@@ -158,18 +152,40 @@ def settle_kernel(
                 todo = todo & (where != critical)
                 masked += decide(pointers, row, offs, todo, chosen, u, g, p, CFG)
                 count += (todo & chosen).to(tl.float32)
+            if CFG.sums:
+                above, below = todo & (where > critical), todo & (where < critical)
+                add_marks(selected_ptr + tl.load(facts + CHUNK_AT) * PER, offs, above)
+                selected_sq += tl.where(above, u * u, 0.0)
+                rest_sq += tl.where(below, u * u, 0.0)
+    partial = partials_ptr + program.to(tl.int64) * 2
     if CFG.writes and CFG.statistics:
-        partial = partials_ptr + program.to(tl.int64) * 2
         tl.store(partial, tl.sum(count))
         tl.store(partial + 1, tl.sum(masked))
+    if CFG.sums:
+        tl.store(partial, tl.sum(selected_sq))
+        tl.store(partial + 1, tl.sum(rest_sq))
+
+
+@triton.jit
+def _by_rank(keys_ptr, place, x, i, listed):
+    """The numbers of a list in the order of their ranks, so that a sum does not depend on the list's order.
+
+    They are stored over the list's keys, which are not needed any more.
+    """
+    tl.debug_barrier()
+    tl.store(keys_ptr + place, x.to(tl.int32, bitcast=True), mask=listed)
+    tl.debug_barrier()
+    return tl.load(keys_ptr + i, mask=listed, other=0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def ties_kernel(
-    partials_ptr, tiny_ptr, broken_ptr, tensors_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
+    partials_ptr, tiny_ptr, broken_ptr, selected_ptr, tensors_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr,
     TINY: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
     """Rank the listed elements of one tensor a program, equal scores by index; step them, and keep the threshold.
+
+    With `CFG.sums` they are not stepped: those that are selected are marked, and their squares added up.
 
     The order of the list depends on the order of atomics; the ranks, and so the results, do not.
     """
@@ -204,17 +220,20 @@ def ties_kernel(
                     key, u, g, p = keys_at(pointers, row, index, todo, False, CFG)
                     each = decide(pointers, row, index, todo, chosen, u, g, p, CFG)
                     count = tl.sum((todo & chosen).to(tl.float32))
-                    # Added up in the order of the ranks, because the list's order is arbitrary. Stored over the keys,
-                    # which are not needed any more.
-                    tl.debug_barrier()
-                    tl.store(tiny + TINY + place, each.to(tl.int32, bitcast=True), mask=todo)
-                    tl.debug_barrier()
-                    masked = tl.sum(tl.load(tiny + TINY + i, mask=todo, other=0).to(tl.float32, bitcast=True))
+                    masked = tl.sum(_by_rank(tiny + TINY, place, each, i, todo))
+                if CFG.sums:
+                    chunks = tl.load(row_of(facts_ptr, t, FACTS) + CHUNK_AT)
+                    add_marks(selected_ptr + chunks * (CFG.block // 32), index, todo & chosen)
+                    _, u, _, _ = keys_at(pointers, row, index, todo, False, CFG)
+                    # squares of the rest as negative numbers, NaN among them
+                    signed = _by_rank(tiny + TINY, place, tl.where(chosen, u * u, -u * u), i, todo)
+                    count = tl.sum(tl.where(signed > 0, signed, 0.0))
+                    masked = tl.sum(tl.where(signed > 0, 0.0, -signed))
                 if critical < BINS:
                     tl.store(ranks + HIGH, tl.max(tl.where(last, key.to(tl.int64), 0)))
                     tl.store(ranks + CUTOFF, tl.max(tl.where(last, index, -1)))
                 tl.store(ranks + MODE, left * 0 + EXACT)
-    if CFG.writes and CFG.statistics:
+    if (CFG.writes and CFG.statistics) or CFG.sums:
         partial = partials_ptr + t.to(tl.int64) * 2
         tl.store(partial, count)
         tl.store(partial + 1, masked)
