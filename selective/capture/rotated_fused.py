@@ -88,23 +88,23 @@ class RotatedFusedJob(RotatedJob):
         table = self.context.base.state
         return any(table[p].get("momentum_buffer") is None for p in self.tensors())
 
-    def _states(self) -> list[dict[str, Any]]:
-        """Return the base's state of all parameters, made if missing."""
-        table, tensors = self.context.base.state, self.tensors()
-        states = [table[p] for p in tensors]
-        for p, state in zip(tensors, states, strict=True):
-            if not state:
-                self.fused_rule.init_state(self.group, p, state)
-        return states
-
     def _step_in_stacks(self) -> None:
         """Take steps 4 to 8 for all parameters together."""
         rotation, context = self.rotation, self.context
         assert rotation.stacks is not None
-        limit = rotation.bucket_elements(narrow=True)
+        limit, token = rotation.bucket_elements(narrow=True), context.base_token
+        states = self.kept_step.states(token, self.parameters)
+        if states is None:
+            table, tensors = context.base.state, self.tensors()
+            states = [table[p] for p in tensors]
+            token = token if all(states) else None
+            for p, state in zip(tensors, states, strict=True):
+                if not state:
+                    self.fused_rule.init_state(self.group, p, state)
         planned = self.kept_step.get(
-            rotation.stacks, self.parameters, self._states(), context.own_table, context.own_state, limit
+            rotation.stacks, self.parameters, states, context.own_table, context.own_state, limit
         )
+        self.kept_step.trust(token)
         basis = StackedEigenbasis(rotation.preconditioner)  # type: ignore[arg-type]  # as `Stacks` are of these alone
         planned.step(rotation, basis, self.gradients, self._kernel_calls())
         planned.observe(rotation, basis, self.gradients)

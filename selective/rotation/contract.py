@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,8 +63,10 @@ def _check_carry(maps: Carry, shape: Shape) -> None:
             raise ValueError(f"its Carry has {name} as {value.dtype} {list(value.shape)}, must be {dtype} {list(size)}")
 
 
-def exact_products(device: torch.device) -> torch.autocast:
+def exact_products(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context without autocast, under which products of float32 matrices would be made in bfloat16."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 

@@ -98,7 +98,7 @@ class Rotation:
         all of them after the step, and counts those that are not finite.
         """
         everything = list(range(len(self.bases)))
-        due_now = {i for i in everything if self.is_due(i)}
+        due_now = self._due()
         if in_stacks and not due_now:
             return
         observes, reads = self._ask("observes"), self._ask("refreshes_from_gradients")
@@ -158,10 +158,21 @@ class Rotation:
             if maps is not None:
                 yield Carried(index, maps)
 
-    def is_due(self, index: int) -> bool:
-        """True if the basis of this parameter is refreshed in this step."""
-        basis, steps = self.bases[index], self.steps[index]
-        return self._ask("is_due", steps, basis.place, self.count) or self._ask("is_overdue", basis.state, steps)
+    def _due(self) -> set[int]:
+        """Return the parameters whose bases are refreshed in this step."""
+        due, preconditioner, what = set[int](), self.preconditioner, "is_due"
+        try:
+            for index, (basis, steps) in enumerate(zip(self.bases, self.steps, strict=True)):
+                what = "is_due"
+                if preconditioner.is_due(steps, basis.place, self.count):
+                    due.add(index)
+                    continue
+                what = "is_overdue"
+                if preconditioner.is_overdue(basis.state, steps):
+                    due.add(index)
+        except Exception as error:  # broad: a user's preconditioner may raise anything
+            raise self._failure(what, error) from error
+        return due
 
     def _check_finite(self, indices: list[int], grads: list[Tensor], *, count: bool = True) -> None:
         """Record which gradients are finite, and count the others."""
