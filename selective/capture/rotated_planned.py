@@ -12,7 +12,7 @@ averages, because in between its memory holds the updates. That costs less than 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from operator import is_
 from typing import Any
@@ -151,6 +151,7 @@ class KeptStep:
     def __init__(self) -> None:
         self._step: PlannedStep | None = None
         self._own: object = None
+        self._rules: tuple[spec.Rule, spec.Rule] | None = None  # the last one that was asked for, and without decay
         self._token: object = None  # `StepContext.base_token` of a step in which the base had all of the states
 
     def drop(self) -> None:
@@ -163,6 +164,13 @@ class KeptStep:
         if kept is None or token is None or token is not self._token or not _same(kept.parameters, parameters):
             return None
         return kept.states if all(kept.states) else None
+
+    def undecayed(self, rule: spec.Rule) -> spec.Rule:
+        """Return a rule without decay and `maximize`: the same object as long as `rule` is the same."""
+        if self._rules is None or self._rules[0] is not rule:
+            factor: Any = {"decay_factor": 1.0} if isinstance(rule, spec.LionRule) else {}
+            self._rules = rule, replace(rule, weight_decay=0.0, maximize=False, **factor)
+        return self._rules[1]
 
     def trust(self, token: object) -> None:
         """The states of the step that is kept are those for which `token` stands, and none of them is new."""

@@ -143,9 +143,10 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
     """
     jobs = [job for _, own in parts for job in own]
     custom = [job for job in jobs if job.own_code]
-    for job in jobs:
-        if isinstance(job, DenseJob):
-            job.keep_copy = bool(custom)
+    if custom:
+        for job in jobs:
+            if isinstance(job, DenseJob):
+                job.keep_copy = True
     untouched = not (custom or any(map(_runs_code_of_others, parts)))
     if untouched:
         for each, own in parts:
@@ -162,10 +163,11 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
                 runner = runner_of[id(job)]
                 job.before_base()
             for each, own in parts:
-                stepping = list({id(job.group): job.group for job in own if job.steps_base}.values())
+                stepping = [job for job in own if job.steps_base]
                 if stepping:
-                    with bases_without_decay(job for job in own if job.steps_base):
-                        run_step_on(each.store.base, stepping)
+                    with bases_without_decay(stepping):
+                        groups = {id(job.group): job.group for job in stepping}
+                        run_step_on(each.store.base, list(groups.values()))
             for job in sorted(jobs, key=lambda job: not job.own_code) if custom else jobs:  # what may raise goes first
                 runner, current = runner_of[id(job)], job
                 job.after_base()
