@@ -223,7 +223,7 @@ def selective_step(
     torch's Adam, AdamW and SGD to rounding (not bit for bit: torch fuses multiply-adds that are separate here).
     """
     spec = StepSpec(rule, selection, strength, draw, statistics, decay)
-    if any(item.shard is not None for item in items):
+    if [item for item in items if item.shard is not None]:  # a list, because every step comes here
         return _with_shards(items, spec, backend)
     return _step_here(items, spec, backend, graphs)
 

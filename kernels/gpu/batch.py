@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..layouts import layouts_of
+from ..layouts import Layouts, layouts_of
 from ..reference.random import SAMPLE_RUN, SAMPLE_SIZE
 from ..spec import Item, Selection, StepSpec, Strength
 from .configure import forms_update_again, samples_of
@@ -132,8 +132,9 @@ class Batch:
             self.counters = torch.zeros(len(mine), dtype=torch.float32, device=self.device)
         self.param_layouts = _layouts_of(present[0])
         self.entries = self._entries(present)
-        # The layouts of parameters, gradients and each entry of the state, each in a form that one call compares.
-        self._known = [*map(layouts_of, _with_gradients(present, mine))]
+        # The layouts of parameters, gradients and each entry of the state, each in a form that one call compares. They
+        # are made when the batch is used again, because some are not.
+        self._known: list[Layouts | None] = [None] * (1 + len(present))
         self.fixed_addresses = [[*map(Tensor.data_ptr, column)] for column in present]
         self.addresses = self._address_table()
         self.gradients: list[int] = []

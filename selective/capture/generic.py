@@ -20,7 +20,6 @@ from selective.capture.items import KeptItems
 from selective.capture.own_code import masked_step
 from selective.capture.remember import RememberingJob
 from selective.kernels import apply_mask, begin_sharded, selective_step, spec, turned
-from selective.policies.kernel_terms import specs_on
 from selective.policies.view import Tensors
 from selective.sharding.dtensor import is_dtensor, local_like, local_of, shard_of
 
@@ -43,7 +42,7 @@ class GenericJob(RememberingJob):
         super().__init__(*args, **kwargs)
         self.kept_items, self.calls = kept_items, 0
         at_random = self.decay is not None and self.decay.at_random  # no kernel draws
-        self.specs = None if at_random else specs_on(self.policy, self.tensors())
+        self.specs = None if at_random else kept_items.specs(self.policy, self.parameters)
         self.kernel_decay = None if self.decay is None else self.decay.spec()  # of the next calls
         self.own_code = self.specs is None
 

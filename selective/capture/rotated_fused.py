@@ -88,23 +88,23 @@ class RotatedFusedJob(RotatedJob):
         table = self.context.base.state
         return any(table[p].get("momentum_buffer") is None for p in self.tensors())
 
-    def _states(self) -> list[dict[str, Any]]:
-        """Return the base's state of all parameters, made if missing."""
-        table, tensors = self.context.base.state, self.tensors()
-        states = [table[p] for p in tensors]
-        for p, state in zip(tensors, states, strict=True):
-            if not state:
-                self.fused_rule.init_state(self.group, p, state)
-        return states
-
     def _step_in_stacks(self) -> None:
         """Take steps 4 to 8 for all parameters together."""
         rotation, context = self.rotation, self.context
         assert rotation.stacks is not None
-        limit = rotation.bucket_elements(narrow=True)
+        limit, token = rotation.bucket_elements(narrow=True), context.base_token
+        states = self.kept_step.states(token, self.parameters)
+        if states is None:
+            table, tensors = context.base.state, self.tensors()
+            states = [table[p] for p in tensors]
+            token = token if all(states) else None
+            for p, state in zip(tensors, states, strict=True):
+                if not state:
+                    self.fused_rule.init_state(self.group, p, state)
         planned = self.kept_step.get(
-            rotation.stacks, self.parameters, self._states(), context.own_table, context.own_state, limit
+            rotation.stacks, self.parameters, states, context.own_table, context.own_state, limit
         )
+        self.kept_step.trust(token)
         basis = StackedEigenbasis(rotation.preconditioner)  # type: ignore[arg-type]  # as `Stacks` are of these alone
         planned.step(rotation, basis, self.gradients, self._kernel_calls())
         planned.observe(rotation, basis, self.gradients)
@@ -121,7 +121,7 @@ class RotatedFusedJob(RotatedJob):
 
         rule_call = {
             "rule": self._undecayed_rule(), "selection": self.specs[0], "strength": self.specs[1],
-            "draw": replace(draw, stochastic=False),  # the parameter is rounded when it is written
+            "draw": _unrounded(draw),  # the parameter is rounded when it is written
             "statistics": report is not None, "graphs": self.context.graphs,
         }  # fmt: skip
         rate = 1.0 if self.decay is None else self.rate
@@ -137,9 +137,8 @@ class RotatedFusedJob(RotatedJob):
 
         Coupled decay and `maximize` are in the gradient already, decoupled decay is a factor on the parameter.
         """
-        rule = self.fused_rule.kernel_rule(self.context.base, self.group)
-        undecayed: Any = {"decay_factor": 1.0} if isinstance(rule, spec.LionRule) else {}
-        return replace(rule, weight_decay=0.0, maximize=False, **undecayed)
+        rule = self.kept_items.rule(self.fused_rule, self.context.base, self.group)
+        return self.kept_step.undecayed(rule)
 
     def restore(self) -> None:
         self.hidden.give_back()
@@ -230,6 +229,11 @@ class RotatedFusedJob(RotatedJob):
         momenta = [step.momentum if "momentum" in self.reads else None for step in moved]
         self.take(indices, [step.grad for step in moved], momenta, [step.previous_momentum for step in moved])
         self.mask_and_apply(indices, [step.update for step in moved], negated=False)
+
+
+def _unrounded(draw: spec.Draw) -> spec.Draw:
+    """Return the draw of a kernel that does not write the parameter."""
+    return replace(draw, stochastic=False) if draw.stochastic else draw
 
 
 def _cast_momentum_buffer(dtype: torch.dtype, state: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ averages, because in between its memory holds the updates. That costs less than 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from operator import is_
 from typing import Any
@@ -119,7 +119,7 @@ class PlannedStep:
     def __init__(
         self, stacks: Stacks, parameters: Sequence[Parameter], states: States, own_states: States, limit: int
     ) -> None:
-        self.stacks, self.states = stacks, list(states)
+        self.stacks, self.parameters, self.states = stacks, list(parameters), list(states)
         self.rounds = [Round(part, parameters, states, own_states) for part in _rounds(stacks.buckets, limit)]
         self._averagings: list[Averaging] = []
 
@@ -151,10 +151,30 @@ class KeptStep:
     def __init__(self) -> None:
         self._step: PlannedStep | None = None
         self._own: object = None
+        self._rules: tuple[spec.Rule, spec.Rule] | None = None  # the last one that was asked for, and without decay
+        self._token: object = None  # `StepContext.base_token` of a step in which the base had all of the states
 
     def drop(self) -> None:
         """Forget it, so that state which was replaced is not kept in memory until the next step."""
-        self._step, self._own = None, None
+        self._step, self._own, self._token = None, None, None
+
+    def states(self, token: object, parameters: Sequence[Parameter]) -> States | None:
+        """Return the base's state of these parameters, if it is known to be that of the last step; else None."""
+        kept = self._step
+        if kept is None or token is None or token is not self._token or not _same(kept.parameters, parameters):
+            return None
+        return kept.states if all(kept.states) else None
+
+    def undecayed(self, rule: spec.Rule) -> spec.Rule:
+        """Return a rule without decay and `maximize`: the same object as long as `rule` is the same."""
+        if self._rules is None or self._rules[0] is not rule:
+            factor: Any = {"decay_factor": 1.0} if isinstance(rule, spec.LionRule) else {}
+            self._rules = rule, replace(rule, weight_decay=0.0, maximize=False, **factor)
+        return self._rules[1]
+
+    def trust(self, token: object) -> None:
+        """The states of the step that is kept are those for which `token` stands, and none of them is new."""
+        self._token = token
 
     def get(
         self,
@@ -177,7 +197,7 @@ class KeptStep:
         return kept
 
 
-def _same(before: States, now: States) -> bool:
+def _same(before: Sequence[object], now: Sequence[object]) -> bool:
     return len(before) == len(now) and all(map(is_, before, now))
 
 

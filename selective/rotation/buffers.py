@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -27,14 +27,9 @@ class Buffer:
         self._storage, self._bytes = self.flat.untyped_storage(), 4 * numel
         self._storage.resize_(0)
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self) -> AbstractContextManager[None]:
         """Have memory, whose contents are undefined at first, inside of the block."""
-        self._storage.resize_(self._bytes)
-        try:
-            yield
-        finally:
-            self._storage.resize_(0)
+        return _InUse(self._storage, self._bytes)
 
     def views(self, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Return views of these shapes, one after the other, each at a multiple of `ALIGNED` elements.
@@ -47,6 +42,19 @@ class Buffer:
                 views.append(self.flat[start : start + math.prod(shape)].view(shape))
                 start += aligned(math.prod(shape))
         return views
+
+
+class _InUse:
+    """The context that `Buffer.in_use` returns. It is a class because a step enters several for each group."""
+
+    def __init__(self, storage: torch.UntypedStorage, size: int) -> None:
+        self.storage, self.size = storage, size
+
+    def __enter__(self) -> None:
+        self.storage.resize_(self.size)
+
+    def __exit__(self, *error: object) -> None:
+        self.storage.resize_(0)
 
 
 def aligned(numel: int) -> int:

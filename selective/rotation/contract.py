@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,8 +64,10 @@ def _check_carry(maps: Carry, shape: Shape) -> None:
             raise ValueError(f"its Carry has {name} as {value.dtype} {list(value.shape)}, must be {dtype} {list(size)}")
 
 
-def exact_products(device: torch.device) -> torch.autocast:
+def exact_products(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context without autocast, under which products of float32 matrices would be made in bfloat16."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
@@ -74,3 +79,23 @@ def is_foreign(preconditioner: Preconditioner) -> bool:
 def is_memory_of(y: Tensor, x: Tensor) -> bool:
     """True if `y` shares the memory of `x`: a projection may return its argument, which may be the parameter."""
     return y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+class Named:
+    """A context without autocast in which an error is raised again as the one that `failure` makes of it.
+
+    It is a class because a step enters several for each group.
+    """
+
+    def __init__(self, device: torch.device, failure: Callable[[Exception], Exception]) -> None:
+        self.exact, self.failure = exact_products(device), failure
+
+    def __enter__(self) -> None:
+        self.exact.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.exact.__exit__(kind, error, trace)
+        if isinstance(error, Exception):  # broad: a user's preconditioner may raise anything
+            raise self.failure(error) from error

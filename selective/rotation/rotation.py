@@ -8,7 +8,8 @@ parameter's `skipped` counts such gradients. All of this happens on the device, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -20,11 +21,11 @@ from selective.preconditioner.linalg import batches
 from selective.preconditioner.matrices import from_matrices, in_own_dtype
 from selective.rotation.basis import Basis, Carried, CarriedTogether, MaskSpace, Matrices, PreconditionerError
 from selective.rotation.contract import (
+    Named,
     check_projected,
     check_refreshed,
     check_report,
     check_states,
-    exact_products,
     is_foreign,
     is_memory_of,
 )
@@ -53,10 +54,14 @@ class Rotation:
     ) -> None:
         self.preconditioner, self.bases, self.count, self.mask_space = preconditioner, bases, count, mask_space
         self.stacks = stacks  # in which the entries of all of these bases lie
-        self.steps = [int(basis.steps) for basis in bases] if stacks is None else stacks.steps_taken()
         self.is_foreign = is_foreign(preconditioner)
         self._finite: dict[int, Tensor] = {}
         self._refreshed: set[int] = set()  # in this step
+
+    @cached_property
+    def steps(self) -> list[int]:
+        """The number of steps that each parameter has taken, as of the first look at it."""
+        return [int(basis.steps) for basis in self.bases] if self.stacks is None else self.stacks.steps_taken()
 
     def carries_in(self) -> Literal["float32", "tf32"]:
         """Return the precision in which moments are carried."""
@@ -64,8 +69,8 @@ class Rotation:
 
     def moving(self) -> list[int]:
         """Return the parameters that step now. The preconditioner may hold others still."""
-        still = {steps: self._ask("stands_still", steps) for steps in set(self.steps)}
-        return [i for i, steps in enumerate(self.steps) if not still[steps]]
+        still = {steps for steps in set(self.steps) if self._ask("stands_still", steps)}
+        return [i for i, steps in enumerate(self.steps) if steps not in still] if still else [*range(len(self.bases))]
 
     @property
     def has_refreshed(self) -> bool:
@@ -98,7 +103,7 @@ class Rotation:
         all of them after the step, and counts those that are not finite.
         """
         everything = list(range(len(self.bases)))
-        due_now = {i for i in everything if self.is_due(i)}
+        due_now = self._due()
         if in_stacks and not due_now:
             return
         observes, reads = self._ask("observes"), self._ask("refreshes_from_gradients")
@@ -158,10 +163,22 @@ class Rotation:
             if maps is not None:
                 yield Carried(index, maps)
 
-    def is_due(self, index: int) -> bool:
-        """True if the basis of this parameter is refreshed in this step."""
-        basis, steps = self.bases[index], self.steps[index]
-        return self._ask("is_due", steps, basis.place, self.count) or self._ask("is_overdue", basis.state, steps)
+    def _due(self) -> set[int]:
+        """Return the parameters whose bases are refreshed in this step."""
+        due, preconditioner, what = set[int](), self.preconditioner, "is_due"
+        is_due, is_overdue, count = preconditioner.is_due, preconditioner.is_overdue, self.count
+        try:
+            for index, (basis, steps) in enumerate(zip(self.bases, self.steps, strict=True)):
+                what = "is_due"
+                if is_due(steps, basis.place, count):
+                    due.add(index)
+                    continue
+                what = "is_overdue"
+                if is_overdue(basis.state, steps):
+                    due.add(index)
+        except Exception as error:  # broad: a user's preconditioner may raise anything
+            raise self.failure(what, error) from error
+        return due
 
     def _check_finite(self, indices: list[int], grads: list[Tensor], *, count: bool = True) -> None:
         """Record which gradients are finite, and count the others."""
@@ -319,16 +336,12 @@ class Rotation:
         try:
             return getattr(self.preconditioner, what)(*arguments)
         except Exception as error:  # broad: a user's preconditioner may raise anything
-            raise self._failure(what, error) from error
+            raise self.failure(what, error) from error
 
-    @contextmanager
-    def named(self, what: str) -> Iterator[None]:
+    def named(self, what: str) -> AbstractContextManager[None]:
         """Name the method `what` in errors of the preconditioner, and keep autocast away from its products."""
-        try:
-            with exact_products(self.bases[0].device):
-                yield
-        except Exception as error:  # broad: a user's preconditioner may raise anything
-            raise self._failure(what, error) from error
+        return Named(self.bases[0].device, partial(self.failure, what))
 
-    def _failure(self, what: str, error: Exception) -> PreconditionerError:
+    def failure(self, what: str, error: Exception) -> PreconditionerError:
+        """Return the error that names the method of the preconditioner which raised `error`."""
         return PreconditionerError(f"{type(self.preconditioner).__name__}.{what} failed: {error}")

@@ -114,7 +114,7 @@ class Stacks:
 
     def are_in_place(self) -> bool:
         """True if each entry has the memory that it had when it was stacked."""
-        return [entry.data_ptr() for entry in self.entries] == self.addresses
+        return [*map(Tensor.data_ptr, self.entries)] == self.addresses
 
 
 def _buckets(shapes: Sequence[Shape]) -> list[Bucket]:

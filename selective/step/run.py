@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from selective.base.fused_rules import fused_rule
 from selective.base.hyperparameters import LOW_PRECISION
 from selective.base.state_dtypes import fit_states
-from selective.base.step_base import base_hooks, run_step_on
+from selective.base.step_base import base_hooks, replaced_step, run_step_on
 from selective.capture.decay import bases_without_decay
 from selective.capture.job import DenseJob, Job, StepContext
 from selective.capture.kernel_calls import KernelCalls
@@ -144,9 +145,10 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
     """
     jobs = [job for _, own in parts for job in own]
     custom = [job for job in jobs if job.own_code]
-    for job in jobs:
-        if isinstance(job, DenseJob):
-            job.keep_copy = bool(custom)
+    if custom:
+        for job in jobs:
+            if isinstance(job, DenseJob):
+                job.keep_copy = True
     untouched = not (custom or any(map(_runs_code_of_others, parts)))
     if untouched:
         for each, own in parts:
@@ -163,10 +165,11 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
                 runner = runner_of[id(job)]
                 job.before_base()
             for each, own in parts:
-                stepping = list({id(job.group): job.group for job in own if job.steps_base}.values())
+                stepping = [job for job in own if job.steps_base]
                 if stepping:
-                    with bases_without_decay(job for job in own if job.steps_base):
-                        run_step_on(each.store.base, stepping)
+                    with bases_without_decay(stepping):
+                        groups = {id(job.group): job.group for job in stepping}
+                        run_step_on(each.store.base, list(groups.values()))
             for job in sorted(jobs, key=lambda job: not job.own_code) if custom else jobs:  # what may raise goes first
                 runner, current = runner_of[id(job)], job
                 job.after_base()
@@ -185,9 +188,16 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
 
 
 def _runs_code_of_others(part: tuple[StepRunner, list[Job]]) -> bool:
-    """True if code that is not ours runs in this part of a step: the base's step, or a hook before it."""
+    """True if code runs in this part of a step that may change any parameter, gradient or state: a hook, or a step.
+
+    The step of a class whose rule we know changes nothing but the groups that it is called on.
+    """
     runner, jobs = part
-    return bool(runner.store.base._optimizer_step_pre_hooks) or any(job.steps_base for job in jobs)
+    base = runner.store.base
+    if base._optimizer_step_pre_hooks:
+        return True
+    steps = [job for job in jobs if job.steps_base]
+    return bool(steps) and (fused_rule(base) is None or replaced_step(base) is not None)
 
 
 def fit_base_states(base: Optimizer, plans: Sequence[GroupPlan]) -> None:

@@ -18,15 +18,20 @@ from changes import (
     CHANGES,
     SHAPES,
     a_hook,
+    a_hook_that_replaces_state,
     base_checkpoint,
+    betas_in_place,
     build,
+    deleted_state,
     hyper_parameter,
     members,
     other_checkpoint,
     other_dtype,
     other_order,
     other_parameter,
+    other_policy,
     other_state,
+    state_in_another_order,
     step,
 )
 
@@ -35,6 +40,8 @@ from selective.capture import items, kernel_calls
 from selective.kernels import spec
 from selective.plan.group_params import GroupParams
 from selective.plan.groups import Groups
+from selective.state.store import StateStore
+from selective.step import run
 
 STEPS = 6
 CHANGE_AT = 3
@@ -82,6 +89,18 @@ def blind_to_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "let_go", lambda self: None)
 
 
+def blind_to_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StateStore, "token_of_base", lambda self: StateStore)
+
+
+def blind_to_code_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_runs_code_of_others", lambda part: False)
+
+
+def blind_to_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Groups, "_are_as_before", lambda self: self._settled)
+
+
 @pytest.mark.parametrize(
     ("change", "blind"),
     [
@@ -90,6 +109,13 @@ def blind_to_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
         (other_parameter, blind_to_edits),
         (other_order, blind_to_edits),
         (hyper_parameter, blind_to_gradients),
+        (other_state, blind_to_the_table),
+        (deleted_state, blind_to_the_table),
+        (state_in_another_order, blind_to_the_table),
+        (a_hook_that_replaces_state, blind_to_code_of_others),
+        (betas_in_place, blind_to_states),
+        (other_order, blind_to_plans),
+        (other_policy, blind_to_plans),
         (a_hook, blind_to_gradients),
     ],
 )

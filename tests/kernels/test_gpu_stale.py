@@ -21,6 +21,7 @@ from selective.kernels import (
     selective_step,
     use_backend,
 )
+from selective.kernels.layouts import Layouts
 
 ADAM = AdamRule(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
 LAST = torch.channels_last
@@ -74,6 +75,22 @@ def test_a_parameter_seen_from_another_side(device):
         i.param = i.param.t()
     both(kept, fresh, selection=Selection("bernoulli"))
     close(item, twin)
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["looks", "does not look"])
+def test_a_gradient_seen_from_another_side(looks, device, monkeypatch):
+    """In the third step, which knows the layouts of the second. A plan that does not look takes it as it was."""
+    item = made(ADAM, (8, 8))
+    twin, item = copied(item, "cpu"), copied(item, device)
+    kept, fresh = ItemList([item]), [twin]
+    both(kept, fresh)
+    both(kept, fresh)
+    if not looks:
+        monkeypatch.setattr(Layouts, "are_of", lambda self, tensors: True)
+    for i in (item, twin):
+        i.grad = i.grad.t()
+    both(kept, fresh)
+    assert torch.allclose(item.param.cpu(), twin.param.cpu(), rtol=1.3e-6, atol=1e-5) is looks  # those of `close`
 
 
 def test_an_update_that_shares_a_strided_parameter(device):

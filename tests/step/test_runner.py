@@ -13,6 +13,7 @@ from selective import MGUP, Policy, PolicyError, SelectiveUpdate, Soap
 from selective.state.entries import BASIS_STEPS
 from selective.state.store import follow_changes
 from selective.statistics import StepStatistics
+from selective.step import run
 from selective.step.run import StepRunner
 
 
@@ -66,3 +67,40 @@ def test_parameters_are_put_back_where_a_policy_raises() -> None:
         runner.run(jobs_of(runner, parts))
     after = [p.detach() for group in parts.base.param_groups for p in group["params"]]
     assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+
+
+class Adam2(torch.optim.AdamW):
+    """A class of somebody's own, whose step may do anything."""
+
+
+def with_hook(base: torch.optim.Optimizer) -> None:
+    base.register_step_pre_hook(lambda *arguments: None)
+
+
+def with_a_step_of_its_own(base: Any) -> None:
+    base.step = lambda: None
+
+
+@pytest.mark.parametrize(
+    ("cls", "change", "dense", "others"),
+    [
+        (torch.optim.AdamW, lambda base: None, True, False),
+        (torch.optim.AdamW, lambda base: None, False, False),
+        (torch.optim.AdamW, with_hook, False, True),
+        (torch.optim.AdamW, with_a_step_of_its_own, True, True),
+        (Adam2, lambda base: None, True, True),
+    ],
+    ids=["a known step", "no step", "a hook", "a replaced step", "a subclass"],
+)
+def test_whose_code_runs_in_a_step_is_known(cls: Any, change: Any, dense: bool, others: bool) -> None:
+    """While it is ours or torch's own, what was looked at before the step is not looked at again."""
+    groups = [{"params": [torch.nn.Parameter(torch.ones(3))], "policy": "MGUP"}]
+    if dense:
+        groups.append({"params": [torch.nn.Parameter(torch.ones(3))], "policy": None})
+    optimizer = SelectiveUpdate(cls(groups))
+    change(optimizer.base)
+    follow_changes(optimizer.groups, optimizer.store)
+    give_gradients(optimizer.base)
+    plans = optimizer.groups.plans
+    jobs = optimizer.runner.jobs(optimizer.groups, [plan.params.parameters for plan in plans], None, recording=False)
+    assert run._runs_code_of_others((optimizer.runner, jobs)) is others

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from selective import MGUP, Magma, RandomMask, SelectiveUpdate
+from selective import MGUP, CautiousDecay, Magma, RandomMask, SelectiveUpdate
 
 Params = list[torch.nn.Parameter]
 SHAPES = ((4, 3), (5,), (2, 2, 2), ())
@@ -54,6 +54,24 @@ def base_checkpoint(optimizer: SelectiveUpdate) -> None:
 
 def no_state(optimizer: SelectiveUpdate) -> None:
     optimizer.base.state[members(optimizer)[0]].clear()
+
+
+def deleted_state(optimizer: SelectiveUpdate) -> None:
+    del optimizer.base.state[members(optimizer)[1]]
+
+
+def state_in_another_order(optimizer: SelectiveUpdate) -> None:
+    table = optimizer.base.state
+    swapped = {p: table[p] for p in reversed(list(table))}
+    first, last = members(optimizer)[0], members(optimizer)[2]
+    swapped[first] = {**swapped[first], "exp_avg": swapped[first]["exp_avg"] * -1.0}
+    swapped[last].update(exp_avg=torch.ones_like(last))
+    table.clear()
+    table.update(swapped)
+
+
+def state_is_another_table(optimizer: SelectiveUpdate) -> None:
+    optimizer.base.state = {p: {**entries, "step": entries["step"] + 5} for p, entries in optimizer.base.state.items()}  # type: ignore[assignment]
 
 
 def other_policy(optimizer: SelectiveUpdate) -> None:
@@ -114,6 +132,37 @@ def swapped_tensors(optimizer: SelectiveUpdate) -> None:
     torch.utils.swap_tensors(p, torch.nn.Parameter(numbers(p.shape, 11)))
 
 
+def other_shape_in_the_same_memory(optimizer: SelectiveUpdate) -> None:
+    p = members(optimizer)[0]
+    p.grad = None
+    p.data = p.data.view(6, 2)
+    optimizer.base.state[p].clear()
+
+
+def other_group_object(optimizer: SelectiveUpdate) -> None:
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.02}
+
+
+def betas_in_place(optimizer: SelectiveUpdate) -> None:
+    betas = [0.8, 0.9]
+    optimizer.param_groups[0]["betas"] = betas
+    step(optimizer, 40)
+    betas[0] = 0.3
+
+
+def decay_begins(optimizer: SelectiveUpdate) -> None:
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+
+
+def selective_decay(optimizer: SelectiveUpdate) -> None:
+    optimizer.decay_groups[1].decay = CautiousDecay()
+
+
+def other_names(optimizer: SelectiveUpdate) -> None:
+    for number, group in enumerate(optimizer.param_groups):
+        group["param_names"] = [f"{number}.{i}" for i in range(len(group["params"]))]
+
+
 def a_flag(optimizer: SelectiveUpdate) -> None:
     optimizer.param_groups[0]["maximize"] = True
 
@@ -134,8 +183,18 @@ def a_hook(optimizer: SelectiveUpdate) -> None:
     optimizer.base.register_step_pre_hook(hook)
 
 
+def a_hook_that_replaces_state(optimizer: SelectiveUpdate) -> None:
+    def hook(base: Any, args: Any, kwargs: Any) -> None:
+        for p, entries in base.state.items():
+            base.state[p] = {**entries, "exp_avg": torch.ones_like(p)}
+
+    optimizer.base.register_step_pre_hook(hook)
+
+
 CHANGES: list[Callable[[SelectiveUpdate], None]] = [
     other_state, other_checkpoint, base_checkpoint, no_state, other_policy, fresh_average, hyper_parameter, new_group,
     fewer_parameters, removed_group, other_parameter, other_order, other_data, other_shape, other_dtype,
-    swapped_tensors, a_flag, missing_gradients, a_hook,
+    swapped_tensors, a_flag, missing_gradients, a_hook, deleted_state, state_in_another_order, state_is_another_table,
+    other_shape_in_the_same_memory, other_group_object, betas_in_place, decay_begins, selective_decay, other_names,
+    a_hook_that_replaces_state,
 ]  # fmt: skip
