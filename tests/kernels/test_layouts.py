@@ -66,6 +66,18 @@ def test_every_change_is_seen(change: str) -> None:
     assert not known.are_of(tensors)
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("both")
+@pytest.mark.parametrize("change", [*CHANGES, "moved to the CPU"])
+def test_every_change_of_a_tensor_on_a_gpu_is_seen(change: str) -> None:
+    tensors = [Parameter(torch.ones(4, device="cuda")), torch.ones(2, 3, device="cuda"), torch.ones((), device="cuda")]
+    known = layouts_of(tensors)
+    assert known is not None
+    assert known.are_of([x.clone() if type(x) is Tensor else x for x in tensors])
+    tensors[1] = CHANGES[change](tensors[1]) if change in CHANGES else tensors[1].cpu()
+    assert not known.are_of(tensors)
+
+
 @pytest.mark.usefixtures("both")
 def test_other_values_and_other_memory_are_the_same_layout() -> None:
     known = layouts_of(some_tensors())
