@@ -104,7 +104,7 @@ def by_rank(offs, key, ranks):
 
     EXACT: above HIGH, or equal to it up to flat index CUTOFF. BRACKET: above HIGH; undecided from LOW to HIGH.
     DENSE: everything. A key of 0 is a NaN, which is not selected. Both exceptions are made in the tensor's numbers, and
-    not for each element, because passes in 16 bits wait for instructions.
+    not for each element, to save instructions.
     """
     mode = tl.load(ranks + MODE)
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
