@@ -29,6 +29,7 @@ else:
     )
     from ._functions import evaluate_function, function_device
     from ._together import selective_steps
+    from .checked import KernelDifference, checked_steps
     from .newton_schulz import newton_schulz_
     from .reference.decay import decaying, drawn_like
     from .reference.random import sample_positions, uniform, uniform_bits
@@ -66,6 +67,7 @@ else:
         "GivenRule",
         "Item",
         "ItemList",
+        "KernelDifference",
         "LionRule",
         "Rule",
         "SGDRule",
@@ -82,6 +84,7 @@ else:
         "as_seen",
         "backend_in_use",
         "begin_sharded",
+        "checked_steps",
         "decay_factor",
         "decaying",
         "drawn_like",
