@@ -214,6 +214,7 @@ def _decay(step: _Step, mask: Range) -> tuple[Tensor | None, Range]:
     """Who decays (None: everybody), and the factor of each coordinate."""
     spec, moved, errors, item = step.spec, step.moved, step.errors, step.item
     factor = torch.as_tensor(decay_factor(spec.rule), dtype=torch.float64, device=item.param.device)
+    factor = factor.to(compute_dtype(item.param)).double()  # it is rounded before it is used, everywhere
     if spec.decay is None:
         return None, Range(factor, factor)
     decays = decaying(spec.decay, item, spec.rule, moved.update, step.masks[0].values, moved.grad)
