@@ -44,7 +44,7 @@ def take(item: Item, rule: Any = ADAM, selection: Any = AGREEMENT, strength: Any
     return selective_step([item], rule=rule, selection=selection, strength=strength, **how)
 
 
-def wrong(monkeypatch: pytest.MonkeyPatch, change: Callable[[Item, Any], None]) -> None:
+def wrong(monkeypatch: pytest.MonkeyPatch, change: Callable[[Item, Any], object]) -> None:
     """Let the CPU's kernels do their step, and then spoil its result."""
     real = cpu.selective_step
 
@@ -177,7 +177,7 @@ def _far_from_the_border(item: Item, _: Any) -> None:
     item.param.view(-1)[place] += 0.01
 
 
-SPOILED: dict[str, tuple[str, Callable[[Item, Any], None]]] = {
+SPOILED: dict[str, tuple[str, Callable[[Item, Any], object]]] = {
     "one element of the parameter": ("param", lambda item, _: item.param.view(-1)[77].mul_(1 + 1e-5)),
     "one of its choices": ("param", _far_from_the_border),
     "one element of a moment": ("exp_avg", lambda item, _: item.state["exp_avg"].view(-1)[77].mul_(1 + 1e-4)),
@@ -191,7 +191,7 @@ SPOILED: dict[str, tuple[str, Callable[[Item, Any], None]]] = {
 
 @pytest.mark.parametrize("entry, change", SPOILED.values(), ids=SPOILED)
 def test_one_wrong_element_is_found(
-    entry: str, change: Callable[[Item, Any], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    entry: str, change: Callable[[Item, Any], object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     strength = Strength("alignment", rest=0.2) if entry == "average" else FIXED
     item, clean = made(ADAM, (11, 71), seed=1), made(ADAM, (11, 71), seed=1)
