@@ -29,6 +29,7 @@ else:
     )
     from ._functions import evaluate_function, function_device
     from ._together import selective_steps
+    from .checked import KernelDifference, checked_steps
     from .newton_schulz import newton_schulz_
     from .products import average_grams_, float32_product, has_float32_products
     from .reference.decay import decaying, drawn_like
@@ -67,6 +68,7 @@ else:
         "GivenRule",
         "Item",
         "ItemList",
+        "KernelDifference",
         "LionRule",
         "Rule",
         "SGDRule",
@@ -84,6 +86,7 @@ else:
         "average_grams_",
         "backend_in_use",
         "begin_sharded",
+        "checked_steps",
         "decay_factor",
         "decaying",
         "drawn_like",

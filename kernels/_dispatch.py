@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import cpu, reference, sharded
+from . import checked, cpu, reference, sharded
 from .reference.rules import Advanced, has_momentum
 from .spec import (
     Decay,
@@ -249,6 +249,8 @@ def begin_sharded(
 
 def _begin_sharded(items: Sequence[Item], spec: StepSpec, backend: Backend) -> list[sharded.RunningPart]:
     _check(items, spec)
+    if checked.is_on() and not sharded.is_local(spec):
+        checked.refuse_shards()
 
     def kernels(item: Item) -> Any:
         return _gpu().ShardKernels if _implementation(item, spec.rule, spec.selection, backend) == "gpu" else None
@@ -283,10 +285,18 @@ def _with_triton_function(spec: StepSpec) -> StepSpec:
 def _step_here(items: Sequence[Item], spec: StepSpec, backend: Backend, graphs: bool = False) -> Sequence[Sums] | None:
     """The step of whole tensors, or of shards that can be stepped as if they were whole."""
     spec = _with_triton_function(spec)
+    call = StepCall(items, spec, graphs=graphs)
+    if checked.is_on():
+        return checked.compared([call], lambda: [_by_plan_or_paths(call, backend)])[0]
+    return _by_plan_or_paths(call, backend)
+
+
+def _by_plan_or_paths(call: StepCall, backend: Backend) -> Sequence[Sums] | None:
+    """The step by the plan that an earlier step has made, or by the implementation of each item."""
+    items, spec = call.items, call.spec
     planned = isinstance(items, ItemList) and bool(items.cache) and bool(items)
     asked = _chosen(backend)
     if planned and (asked == "gpu" or (asked == "auto" and items[0].param.is_cuda)):
-        call = StepCall(items, spec, graphs=graphs)
         plan = _gpu().plan_of([call])
         if plan is not None:  # all that follows below was settled in an earlier step
             return plan.run([call])[0]

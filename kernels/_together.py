@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from . import checked
 from ._dispatch import Backend, _chosen, _gpu, _paths, _step_by, _with_triton_function, why_no_triton
 from .spec import StepCall, Sums
 
@@ -27,6 +28,13 @@ def selective_steps(calls: Sequence[StepCall], *, backend: Backend = "auto") -> 
         calls = [StepCall(call.items, _with_triton_function(call.spec), graphs=call.graphs) for call in calls]
     if 0 in [len(call.items) for call in calls]:
         return _without_the_empty(calls, backend)
+    if checked.is_on():
+        return checked.compared(calls, lambda: _by_plan_or_parts(calls, backend))
+    return _by_plan_or_parts(calls, backend)
+
+
+def _by_plan_or_parts(calls: Sequence[StepCall], backend: Backend) -> list[Sequence[Sums] | None]:
+    """The steps by the plan that an earlier step has made for all calls, or part by part."""
     parts = _parts(calls, backend)
     if len(parts) == 1 and len(parts[0]) == len(calls):  # as in most steps
         plan = _gpu().plan_of(calls)

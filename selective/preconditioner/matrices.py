@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from selective.preconditioner.base import Shape
+from selective.preconditioner.data import Shape
 
 MatrixView = Literal[
     "matrices", "conv", "experts", "rows:2", "rows:3", "rows:4", "columns:2", "columns:3", "columns:4"

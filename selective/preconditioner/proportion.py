@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from selective.preconditioner.base import LargeSide, Shape, Side
+from selective.preconditioner.data import LargeSide, Shape, Side
 
 RATIO = 32.0
 """The default of `max_state_ratio`. A side of d elements of an m × n matrix keeps d² elements for its basis, and as

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from selective.preconditioner.base import Carry, State
 from selective.preconditioner.blocked import product
+from selective.preconditioner.data import Carry, State
 from selective.preconditioner.fallbacks import NewBasis, Problem, solve_all, stand_in
 from selective.preconditioner.gram import Side, gram
 from selective.preconditioner.linalg import (

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from selective.preconditioner.base import Carry, Refreshed, Shape, State
+from selective.preconditioner.data import Carry, Refreshed, Shape, State
 from selective.preconditioner.gram import Side, Sides, gram, rotated_sides
 from selective.preconditioner.proportion import Limits
 from selective.preconditioner.refresh import CarryName, order_of, refresh, turn

@@ -25,6 +25,7 @@ _CUTS = frozenset(  # what takes rows, joins them, gives them another shape, or 
     "reshape_as view_as permute transpose t flatten unflatten squeeze unsqueeze".split()
 )
 _ARITHMETIC = frozenset("add sub mul div true_divide neg lerp addcmul addcdiv rsub".split())
+_NUMBERS = frozenset("__bool__ __int__ __float__ __complex__ __index__".split())  # Python wants numbers of its own
 _NO_ROWS = (IndexError, RuntimeError, ValueError)  # what torch raises where a tensor does not have the rows
 
 
@@ -60,6 +61,14 @@ class Undivided(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return call()
 
+    def __format__(self, format_spec: str) -> str:
+        return self.plain().__format__(format_spec)  # torch formats the number of an exact `Tensor` only
+
+    def __repr__(self, **kwargs: Any) -> str:
+        """As torch writes a tensor. A placeholder has the name of this class, because it is no entry of the state."""
+        shown = self.plain().__repr__(**kwargs)
+        return shown.replace("tensor(", f"{type(self).__name__}(", 1) if self.cut_up else shown
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         made = self.plain().clone()
         return _marked(made) if self.cut_up else made
@@ -80,7 +89,7 @@ class _Call:
         self.name = name.rstrip("_") if name[:2] != "__" else name
 
     def __call__(self) -> Any:
-        if not self.ours:  # another tensor is written
+        if not self.ours or self.name in _NUMBERS:  # another tensor is written, or a number is read
             return self.func(*self.args, **self.kwargs)
         if self.writes and (self.name == "copy" or self._sets_everything()):
             return self._written_whole()

@@ -21,7 +21,7 @@ from selective.capture.job import DenseJob, Job, StepContext
 from selective.capture.kernel_calls import KernelCalls
 from selective.capture.own_code import PolicyError
 from selective.capture.rotated import RotatedJob
-from selective.kernels import Exchange, spec
+from selective.kernels import Exchange, KernelDifference, spec
 from selective.parameter import Parameter
 from selective.plan.group_plan import GroupPlan
 from selective.plan.groups import Groups
@@ -183,6 +183,10 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
                 job.restore()
             if calls is not None:
                 calls.drop()
+            if isinstance(error, KernelDifference):
+                every = (parameter for job in jobs for parameter in job.parameters)
+                error.name = next((p.name for p in every if p.address == error.address), None)
+                raise
             runner.explain_failure(error, current, custom)
             raise
 

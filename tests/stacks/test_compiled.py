@@ -10,6 +10,8 @@ import torch
 from stack_loops import CASES, assert_same, batch, by_hand, differences, net, plain, train, wrap
 from torch.optim import lr_scheduler as rates
 
+from selective import MGUP, ChainedOptimizer, SelectiveUpdate, Soap
+
 BACKENDS = ("eager", "aot_eager")
 
 
@@ -154,13 +156,70 @@ def test_a_whole_train_step_may_be_compiled() -> None:
     assert_same((model, optimizer), by_hand("mgup", 3))
 
 
-def test_a_step_in_one_full_graph_is_refused_with_the_reason() -> None:
+def _with_rate(params: Any) -> SelectiveUpdate:
+    return SelectiveUpdate(torch.optim.AdamW(params, lr=torch.tensor(0.01)), policy=MGUP())
+
+
+def _rotated(params: Any) -> SelectiveUpdate:
+    return SelectiveUpdate(torch.optim.AdamW(params, lr=0.01), policy=MGUP(), preconditioner=Soap())
+
+
+def _chained(params: Any) -> ChainedOptimizer:
+    first, *rest = params
+    return ChainedOptimizer([_with_rate([first]), torch.optim.SGD(rest, lr=0.1)])
+
+
+WRAPPED: dict[str, Callable[[Any], Any]] = {"rate-tensor": _with_rate, "rotated": _rotated, "chained": _chained}
+
+
+def _closure(model: Any, optimizer: Any, number: int) -> Callable[[], torch.Tensor]:
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(batch(number)[0]), batch(number)[1])
+        value = loss.detach()  # torch looks up the `grad` of a loss that is returned, and warns of itself
+        loss.backward()
+        return value
+
+    return closure
+
+
+# Inductor imports a part of torch that calls what torch has deprecated.
+INDUCTOR = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")]
+
+
+@SAYS_SO
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=INDUCTOR)])
+@pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED)
+def test_a_compiled_step_with_a_closure_is_the_step(make: Callable[[Any], Any], backend: str) -> None:
+    """Compiled by itself, and inside of a function."""
+    models = [net() for _ in range(3)]
+    eager, alone, inside = (make(list(model.parameters())) for model in models)
+    step: Any = torch.compile(alone.step, backend=backend)
+
+    @torch.compile(backend=backend)
+    def whole(closure: Callable[[], torch.Tensor]) -> Any:
+        return inside.step(closure)
+
+    for number in range(2):
+        calls = zip((eager.step, step, whole), models, (eager, alone, inside), strict=True)
+        first, *others = [call(_closure(model, optimizer, number)) for call, model, optimizer in calls]
+        assert all(torch.equal(loss, first) for loss in others)
+    for other in models[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a function"])
+@pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED)
+def test_one_full_graph_is_refused_with_the_reason(make: Callable[[Any], Any], inside: bool) -> None:
     model = net()
-    optimizer = wrap(model, "mgup")
+    optimizer = make(list(model.parameters()))
     torch.nn.functional.mse_loss(model(batch(0)[0]), batch(0)[1]).backward()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(
-        Exception, match=r"step\(\) runs outside of the graphs of torch\.compile, because its kernels are"
-    ):
-        torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+
+    def train() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with pytest.raises(Exception, match="compile the model, or forward and backward, and leave the step out"):
+        torch.compile(train if inside else optimizer.step, backend="eager", fullgraph=True)()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

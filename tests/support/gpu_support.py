@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selective.kernels import AdamRule, Draw, GivenRule, Item, LionRule, Rule, SGDRule, Sums, selective_step
+from selective.kernels.checked.roundings import ROUNDINGS, SUMS, spacing
 from selective.kernels.spec import SUM_NAMES
 
 CUDA = torch.cuda.is_available()
@@ -131,13 +132,6 @@ def reference(item: Item, rule: Rule, **how: Any) -> tuple[Item, Sums]:
     return twin, sums
 
 
-def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance between neighbouring numbers of a dtype at x, in float64."""
-    info = torch.finfo(dtype)
-    _, exponent = torch.frexp(x.abs().double().clamp(min=info.tiny))
-    return info.eps * torch.exp2(exponent.double() - 1)
-
-
 def apart(a: Tensor, b: Tensor, size: Tensor) -> Tensor:
     """The distance of two tensors of one dtype, in spacings at `size`; 0 where both are NaN or the same infinity."""
     a, b, size = a.detach().cpu(), b.detach().cpu(), size.detach().cpu()
@@ -147,12 +141,12 @@ def apart(a: Tensor, b: Tensor, size: Tensor) -> Tensor:
 
 
 def assert_same_sums(got: Sums, wanted: Sums, what: str = "") -> None:
-    """Require equal counts, and sums to 1e-5: pairwise float32 sums of some thousand squares, each a few eps off."""
+    """Require equal counts, and sums to `SUMS`: pairwise float32 sums of some thousand squares, each a few eps off."""
     size = (float(wanted.update_sq) * float(wanted.grad_sq)) ** 0.5
     assert got.numel == wanted.numel, what
     for name in SUM_NAMES:
         a, b = float(getattr(got, name)), float(getattr(wanted, name))
-        bound = 0 if name == "selected" else 1e-5 * (size if name == "update_grad" else abs(b))
+        bound = 0 if name == "selected" else SUMS * (size if name == "update_grad" else abs(b))
         assert abs(a - b) <= bound or a == b or (a != a and b != b), f"{what} {name}: {a}, wanted {b}"
 
 
@@ -174,7 +168,9 @@ def bound_of(start: Item, wanted: Item, rule: Rule | None = None) -> Tensor:
         if isinstance(rule, SGDRule) and rule.nesterov:  # one more sum, which may cancel by itself
             new = torch.minimum(new, (start.grad.cpu().double() + rule.momentum * wanted.state[first].double()).abs())
         moved = torch.where(new > 0, moved * (terms / new).clamp(min=1), moved)
-    return spacing(torch.maximum(before.abs(), after.abs()), wanted.param.dtype) + 8 * torch.finfo(F32).eps * moved
+    return (
+        spacing(torch.maximum(before.abs(), after.abs()), wanted.param.dtype) + ROUNDINGS * torch.finfo(F32).eps * moved
+    )
 
 
 def assert_same_step(start: Item, got: Item, wanted: Item, what: str = "") -> None:
