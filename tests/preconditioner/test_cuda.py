@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gpu
 SELDOM = Eigenbasis(refresh_every=100, stagger=False)
 SELDOM_IN_TF32 = Eigenbasis(refresh_every=100, stagger=False, precision="tf32")
 OFTEN: dict[str, Any] = {
+    "precision": "float32",
     "refresh_every": 2,
     "start_step": 3,
     "stagger": False,
