@@ -118,7 +118,7 @@ def test_statistics_and_factorisations_never_run_below_float32(
     assert watch.precisions() == {("tf32", "tf32")}
     assert flags() == before
     with Watch() as watch:
-        Eigenbasis(solver=solver, statistic=statistic).project_in(states, grads)
+        Eigenbasis(solver=solver, statistic=statistic, precision="float32").project_in(states, grads)
     assert watch.precisions() == {("ieee", "ieee")}
 
 

@@ -3,7 +3,8 @@
     python tests/support/stored_checkpoints.py    # writes the file anew, which gives up its purpose
 
 For each case, the file holds the parameters and the state dict after `SAVED` steps, and the parameters after `END`
-steps of the same run. A later version has to load the former and to arrive at the latter.
+steps of the same run. A later version has to load the former and to arrive at the latter. The end of "fused, control"
+was written again when a control got other random numbers.
 """
 
 from __future__ import annotations
