@@ -23,6 +23,7 @@ from selective.bench.first_step_child import main as child
 from selective.bench.first_step_child import shapes_of
 
 
+@pytest.mark.slow
 def test_every_case_is_there_and_its_facts_hold() -> None:
     told: list[str] = []
     cases = [("AdamW", "MGUP"), ("AdamW", "Dense")]

@@ -170,6 +170,7 @@ def test_a_time_limit_leaves_what_has_been_measured(tmp_path, monkeypatch, capsy
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 def test_a_time_limit_while_results_are_written_waits(tmp_path, monkeypatch, capsys):
     """... and one before there are any is no traceback."""
     file = tmp_path / "out.json"
@@ -190,6 +191,7 @@ def test_a_time_limit_while_results_are_written_waits(tmp_path, monkeypatch, cap
     assert "interrupted" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_command_line_of_several_shapes_in_low_precision(tmp_path, monkeypatch):
     monkeypatch.setitem(SHAPES, "other", [(8,)])
     file = tmp_path / "out.json"

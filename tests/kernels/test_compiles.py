@@ -27,7 +27,8 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "what, kinds, rules, wanted",
     [
-        ("whole", "agreement,top_k", "adamw", {"selective_step_kernel", "settle_kernel", "repair_kernel"}),
+        ("whole", "top_k", "adamw", {"selective_step_kernel", "settle_kernel", "repair_kernel"}),
+        pytest.param("whole", "agreement", "adamw", {"selective_step_kernel"}, marks=pytest.mark.slow),
         pytest.param("whole", "top_k_mean", "adamw,lion", {"settle_kernel", "repair_kernel"}, marks=pytest.mark.slow),
         pytest.param(
             "whole", "top_k_norm", "adamw", {"ranked_strengths_kernel", "ties_kernel"}, marks=pytest.mark.slow
@@ -41,7 +42,7 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
             marks=pytest.mark.slow,
         ),
         pytest.param("whole", "element+masked", "adamw", {"selective_step_kernel"}, marks=pytest.mark.slow),
-        ("whole", "control:still", "adamw", {"control_kernel", "limit_kernel"}),
+        pytest.param("whole", "control:still", "adamw", {"control_kernel", "limit_kernel"}, marks=pytest.mark.slow),
         pytest.param(
             "whole",
             "control:top_k_mean,control:sampled,control:element,unscaled:still,control:previous+update",
@@ -71,7 +72,13 @@ def compiled(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
             {"selective_step_kernel", "ties_kernel"},
             marks=pytest.mark.slow,
         ),
-        ("parts", "top_k,mean", "adamw", {"keys_kernel", "cutoff_kernel", "shard_sums_kernel"}),
+        pytest.param(
+            "parts",
+            "top_k,mean",
+            "adamw",
+            {"keys_kernel", "cutoff_kernel", "shard_sums_kernel"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param("parts", "norm,previous", "adamw", {"shard_sums_kernel"}, marks=pytest.mark.slow),
         pytest.param(
             "parts",

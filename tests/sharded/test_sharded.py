@@ -12,8 +12,8 @@ from selective import SelectiveUpdate
 
 FAST = {
     "selection": (
-        "every_policy", "other_bases", "delta_capture", "kernels_of_whole_tensors", "triton_kernels",
-        "what_one_rank_notes", "not_finite", "other_dtypes", "samples", "massive_ties", "local_scope_differs",
+        "every_policy", "other_bases", "delta_capture", "kernels_of_whole_tensors", "what_one_rank_notes",
+        "not_finite", "other_dtypes", "samples", "massive_ties", "local_scope_differs",
     ),
     "own": (
         "own_code_in_every_layout", "state_is_cut_as_the_parameter", "what_is_gathered",
@@ -57,7 +57,8 @@ SLOW = {
     "resharded, every configuration": "checkpoints:resharded_in_every_run",
     "full state, every configuration": "checkpoints:full_state_of_every_run",
     "given gradients": "selection:every_policy_and_base",
-    "Triton's kernels": "selection:triton_kernels_everywhere",
+    "Triton's kernels": "selection:triton_kernels",
+    "Triton's kernels, everywhere": "selection:triton_kernels_everywhere",
     "a small Llama, AdamW": "training:every_policy_over_adamw",
     "a small Llama, SGD": "training:every_policy_over_sgd",
     "a small Llama, Lion": "training:every_policy_over_lion",
