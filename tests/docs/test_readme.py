@@ -147,7 +147,7 @@ CLAIMS: dict[str, Callable[[Files], list[str]]] = {
     rf"final loss in {PM} times fewer steps and {PM} times less time": demo_gain,
     rf"\*\*no time today\*\*: {PM} times fewer steps and {PM} times less time": demo_rotation,
     rf"on an H200 \({N} seeds\) `Soap\(\)` takes {PM} times fewer steps, and {PM} with": at_34m,
-    rf"fastest run took {N} s, and AdamW's {N} s:": lambda files: [
+    rf"fastest run took {N} s, and AdamW's {N} s\.": lambda files: [
         f"{files.fastest(s):.0f}" for s in ("Soap", "AdamW")
     ],
     rf"optimizer step of {N}B parameters": lambda files: [f"{files.read[H200]['results'][0]['parameters'] / 1e9:.1f}"],
