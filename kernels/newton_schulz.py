@@ -64,6 +64,8 @@ def _as_wide(stack: Tensor) -> Tensor:
 
 def _factor(scale: Scalar, stack: Tensor) -> Tensor:
     """The scale in the dtype of the stack. It is no 0-d tensor, so that a product with bfloat16 has its dtype."""
+    if isinstance(scale, Tensor) and scale.device.type == "cpu":  # to send it would wait for the device
+        scale = float(scale)
     if isinstance(scale, Tensor):
         return scale.to(stack.device, stack.dtype).reshape(1, 1, 1)
     return stack.new_full((1, 1, 1), scale)

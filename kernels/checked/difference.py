@@ -44,7 +44,7 @@ class KernelDifference(RuntimeError):
         self.place, self.spec, self.path, self.address, self.step = place, spec, path, before.address, spec.draw.step
         self.before, self.after, self.expected = content["before"], content["after"], content["expected"]
         self.name: str | None = None  # of the parameter; the optimizer sets it
-        super().__init__(place, path)
+        super().__init__(place, before, spec, path, content)  # all of it, so that copies and pickles can be made
 
     def __str__(self) -> str:
         rule, selection, strength = self.spec.rule, self.spec.selection, self.spec.strength

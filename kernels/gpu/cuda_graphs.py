@@ -2,8 +2,10 @@
 
 Note [nobody waits]: `torch.cuda.graph` synchronises with the device and empties torch's caches. Here neither happens,
 because nothing that a graph records runs before its first replay. Recording needs a stream that is not the default one.
-It is one of torch's pool, as that of `torch.cuda.graph` is. Nothing runs on it, so that it needs no order with others.
-The mode is thread_local: other threads go on allocating and launching.
+It is one of torch's pool, as that of `torch.cuda.graph` is. It waits for the current stream, and that for it, on the
+device alone: some versions of torch fill the default generator's seed in when a capture begins, and work that was
+launched before may still read it. The mode is thread_local: other threads go on allocating and launching. With those
+versions, a thread that draws random numbers on the device in this moment gets torch's error.
 """
 
 from __future__ import annotations
@@ -71,8 +73,11 @@ class CudaRecorder:
             raise RuntimeError(f"of the device's memory {free >> 20} MiB are free")
         before = torch.cuda.memory_reserved(device)
         graph = torch.cuda.CUDAGraph()
-        with lasting(), _without_collections(), torch.cuda.stream(_stream_of(device)):
+        current, aside = torch.cuda.current_stream(device), _stream_of(device)
+        aside.wait_stream(current)
+        with lasting(), _without_collections(), torch.cuda.stream(aside):
             sums = _captured(graph, device, launch)
+        current.wait_stream(aside)
         taken = torch.cuda.memory_reserved(device) - before
         return CudaRecording(graph, sums, device, max(taken, nbytes))
 

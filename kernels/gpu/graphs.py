@@ -11,7 +11,9 @@ Here is when launches are recorded and when they are not. `cuda_graphs.py` does 
 from __future__ import annotations
 
 import gc
+import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 from weakref import WeakSet
@@ -25,11 +27,14 @@ WARM = 2  # steps before, in which no launch went through Triton's dispatcher: a
 MOST_GRAPHS = 16  # on a device
 # Memory of all graphs on a device. Launches that need more run for longer than the host takes to make them.
 MOST_BYTES = 128 << 20
+# Recordings that a process makes on a device, in all: torch keeps some memory of each that is gone reserved.
+MOST_RECORDED = 64
 
 Sums = list[Tensor | None]  # of each batch; None: without statistics
 Launch = Callable[[], tuple[Sums, int]]  # makes all launches; returns the sums, and the bytes that they needed
 
-_retired: list[object] = []  # recordings that were given up during a user's capture, in which nothing may be destroyed
+# Recordings that were let go during a user's capture, which ends in an error if a graph is destroyed meanwhile.
+_retired: list[object] = []
 
 
 class Recording(Protocol):
@@ -69,20 +74,29 @@ class Recorder(Protocol):
 class Budget:
     """The recordings that exist, on all devices: their number and memory are bounded for each device."""
 
-    def __init__(self, most: int = MOST_GRAPHS, most_bytes: int = MOST_BYTES) -> None:
-        self.most, self.most_bytes = most, most_bytes
+    def __init__(
+        self, most: int = MOST_GRAPHS, most_bytes: int = MOST_BYTES, most_recorded: int = MOST_RECORDED
+    ) -> None:
+        self.most, self.most_bytes, self.most_recorded = most, most_bytes, most_recorded
         self._recordings: WeakSet[Recording] = WeakSet()
+        self._recorded: Counter[torch.device] = Counter()  # until now
 
     def why_not(self, device: torch.device, nbytes: int) -> str | None:
         """The reason, in words, why no recording of this many bytes is added; None if it can be."""
         here = [recording for recording in self._recordings if recording.device == device]
+        if self._recorded[device] >= self.most_recorded:
+            return f"{self._recorded[device]} graphs have been recorded on {device}, as many as this process may record"
         if len(here) >= self.most:
             return f"there are {len(here)} graphs on {device} already, as many as there may be"
+        return self.why_too_large(device, nbytes)
+
+    def why_too_large(self, device: torch.device, nbytes: int) -> str | None:
+        """The reason, in words, why a recording of this many bytes is too large; None if it is not."""
         taken = self.nbytes(device)
-        if taken + nbytes > self.most_bytes:
-            beside = f" beside the {_mib(taken)} of other graphs" if taken else ""
-            return f"a graph would keep {_mib(nbytes)}{beside}, and graphs may keep {_mib(self.most_bytes)} on a device"
-        return None
+        if taken + nbytes <= self.most_bytes:
+            return None
+        beside = f" beside the {_mib(taken)} of other graphs" if taken else ""
+        return f"a graph would keep {_mib(nbytes)}{beside}, and graphs may keep {_mib(self.most_bytes)} on a device"
 
     def nbytes(self, device: torch.device | None = None) -> int:
         """The memory that all recordings on this device keep; None: on all of them."""
@@ -90,6 +104,10 @@ class Budget:
 
     def __len__(self) -> int:
         return len(self._recordings)
+
+    def recorded(self, device: torch.device) -> None:
+        """Count a recording that was made."""
+        self._recorded[device] += 1
 
     def add(self, recording: Recording) -> None:
         """Count a recording until it is let go."""
@@ -143,8 +161,10 @@ class RepeatedLaunches:
 
     def _record(self, recorder: Recorder) -> None:
         with _ONE_AT_A_TIME:
-            if self._budget.why_not(self.device, self._nbytes) is not None:
+            fits = self._nbytes <= self._budget.most_bytes  # else nothing that is collected could help
+            if fits and self._budget.why_not(self.device, self._nbytes) is not None:
                 gc.collect()  # optimizers that nobody has any more may hold graphs
+                _retired.clear()
             self._refused = self._budget.why_not(self.device, self._nbytes)
             if self._refused is not None:
                 return
@@ -153,10 +173,18 @@ class RepeatedLaunches:
             except RuntimeError as error:
                 self._refused = f"recording them failed ({str(error).strip().partition(chr(10))[0]})"
                 return
-            self._refused = self._budget.why_not(self.device, recording.nbytes)
+            finally:
+                self._budget.recorded(self.device)
+            self._refused = self._budget.why_too_large(self.device, recording.nbytes)
             if self._refused is None:
                 self._recording = recording
                 self._budget.add(recording)
+
+    def __del__(self) -> None:
+        # A plan that goes, or a collection of garbage, may come in the middle of a user's capture.
+        if self._recording is not None and self._recorder is not None and not sys.is_finalizing():
+            if self._recorder.is_capturing():
+                _retired.append(self._recording)
 
     def _give_up(self) -> None:
         """Let the recording go, because the user records this step: from then on that graph has the tables."""

@@ -56,7 +56,8 @@ def selective_steps(calls: Sequence[StepCall]) -> list[SumsTable | None]:
         check_kinds("the GPU", call.spec)
         arranged, back, begins = prepared(call.items, call.spec)
         ready = StepCall(arranged, call.spec, graphs=call.graphs)
-        if not back and not any(begins):
+        copied = any(ours is not theirs for ours, theirs in zip(arranged, call.items, strict=True))
+        if not copied and not any(begins):
             together[place] = ready
             continue
         (results[place],) = _new_plan([ready], begins).run([ready])

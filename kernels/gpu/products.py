@@ -38,6 +38,8 @@ def multiplies(*tensors: Tensor) -> bool:
     """True if the kernels can multiply these tensors [count, rows, columns], on this device."""
     if tensors[0].is_cuda and not _has_tf32(tensors[0].device):
         return False
+    if tensors[0].dim() == 3 and tensors[0].shape[1] * tensors[-1].shape[-1] >= 1 << 31:  # of a product, its elements
+        return False
     return all(
         type(x) in (Tensor, torch.nn.Parameter) and x.dtype == torch.float32 and x.dim() == 3 and _spans(x) < 1 << 31
         for x in tensors

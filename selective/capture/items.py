@@ -106,9 +106,11 @@ class KeptItems:
         `parameters` is compared by identity: the caller makes a new list whenever the set of parameters changes, or the
         dtype or device of one.
         """
-        if not parameters:  # the lists stay: the group comes back to them, and they to the tables of the kernels
-            return []
         token = context.base_token
+        if not parameters:  # the lists stay: the group comes back to them, and they to the tables of the kernels
+            if token is not self._token:  # state may have been replaced
+                self.drop()
+            return []
         if not (
             parameters is self._parameters
             and token is not None

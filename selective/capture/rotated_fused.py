@@ -61,6 +61,7 @@ class RotatedFusedJob(RotatedJob):
         if self.in_stacks:
             self._step_in_stacks()
         else:
+            self.kept_step.drop_unless(self.context.base_token)
             for indices in self.rotation.buckets(self.moving, self.rotation.bucket_elements(narrow=self.in_kernel)):
                 grads = [self.gradients[i] for i in indices]
                 rotated = self.rotation.gradients_in(indices, grads, narrow=self.in_kernel)

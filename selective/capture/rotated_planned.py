@@ -158,6 +158,11 @@ class KeptStep:
         """Forget it, so that state which was replaced is not kept in memory until the next step."""
         self._step, self._own, self._token = None, None, None
 
+    def drop_unless(self, token: object) -> None:
+        """Forget it in a step without it, if state may have been replaced since."""
+        if token is None or token is not self._token:
+            self.drop()
+
     def states(self, token: object, parameters: Sequence[Parameter]) -> States | None:
         """Return the base's state of these parameters, if it is known to be that of the last step; else None."""
         kept = self._step

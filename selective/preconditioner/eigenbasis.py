@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from inspect import get_annotations
+from itertools import takewhile
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -110,7 +112,7 @@ class Eigenbasis(Preconditioner):
 
     @model_validator(mode="after")
     def _one_gradient_is_rotated_in_float32(self) -> Eigenbasis:
-        if self.statistic == "gradient" and "precision" not in self.model_fields_set:
+        if self._has_other_precision() and "precision" not in self.model_fields_set:
             object.__setattr__(self, "precision", "float32")  # it was not written, and is not printed
         return self
 
@@ -130,9 +132,14 @@ class Eigenbasis(Preconditioner):
 
     def as_if_written(self) -> None:
         super().as_if_written()
-        if self.statistic == "gradient":  # which has another default
+        if self._has_other_precision():
             change = self.model_fields_set.discard if self.precision == "float32" else self.model_fields_set.add
             change("precision")
+
+    def _has_other_precision(self) -> bool:
+        """True if the default of `precision` is float32: with one gradient as statistic, unless a class has its own."""
+        classes = takewhile(lambda c: c is not Eigenbasis, type(self).__mro__)
+        return self.statistic == "gradient" and not any("precision" in get_annotations(c) for c in classes)
 
     _saved_without: ClassVar[dict[str, Any]] = {"max_state_ratio": None}
 

@@ -35,7 +35,7 @@ from changes import (
     step,
 )
 
-from selective import MGUP, Magma, SelectiveUpdate
+from selective import MGUP, Magma, SelectiveUpdate, Soap
 from selective.capture import items, kernel_calls
 from selective.kernels import spec
 from selective.plan.group_params import GroupParams
@@ -194,6 +194,28 @@ def test_replaced_state_is_free_after_loading() -> None:
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     gc.collect()
     assert not any(ref() is not None for ref in moments)
+
+
+@pytest.mark.parametrize("space", [None, Soap(refresh_every=2)], ids=["fused", "rotated"])
+def test_replaced_state_is_free_where_gradients_are_missing(space: Any) -> None:
+    """Of a group that has none, and of one that is not stepped in stacks because of a member that has none."""
+    first, second, other = (torch.nn.Parameter(torch.randn(8, 6)) for _ in range(3))
+    groups = [{"params": [first, second]}, {"params": [other], "lr": 0.1}]
+    optimizer = SelectiveUpdate(torch.optim.AdamW(groups, lr=0.01), policy=MGUP(), preconditioner=space)
+
+    def step(*there: torch.nn.Parameter) -> None:
+        for p in (first, second, other):
+            p.grad = torch.randn_like(p) if any(p is q for q in there) else None
+        optimizer.step()
+
+    for _ in range(3):
+        step(first, second, other)
+    moment = weakref.ref(optimizer.base.state[first]["exp_avg"])
+    optimizer.base.state[first] = {key: value.clone() for key, value in optimizer.base.state[first].items()}
+    for _ in range(2):
+        step(*((other,) if space is None else (first, other)))
+    gc.collect()
+    assert moment() is None
 
 
 def test_a_group_on_two_devices_has_a_list_for_each(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -207,6 +209,8 @@ def test_one_wrong_element_is_found(
         differing = (error.after[entry] != error.expected[entry]).nonzero().tolist()
         assert list(error.place.index) in differing
     assert "step 3, parameter number 5 (torch.float32, (11, 71), cpu): " in str(error) and error.path in str(error)
+    for again in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert str(again) == str(error)
     kept = torch.load(error.path)
     assert torch.equal(kept["before"]["param"], before.param) and torch.equal(kept["before"]["grad"], before.grad)
     assert kept["after"]["param"].equal(item.param) and kept["place"] == str(error.place)

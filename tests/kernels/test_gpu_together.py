@@ -168,6 +168,21 @@ def test_a_list_that_is_new_leaves_the_others_their_plan(device: str) -> None:
     assert plans[1][0] is plans[2][0] and plans[3][0] is plans[4][0]
 
 
+def test_a_transposed_gradient_leaves_the_others_their_plan(device: str) -> None:
+    """It is copied in each step, and the copy is elsewhere each time: the others must not go with it."""
+    lists, plans = lists_of(ADAM, device), []
+    specs = specs_of(ADAM, *KINDS["agreement"], 0, device)
+    grad = lists[1][0].grad
+    lists[1][0].grad = torch.stack([grad.flatten(), grad.flatten()], 1)[:, 0].view(grad.shape)
+    assert not lists[1][0].grad.is_contiguous()
+    for _ in range(3):
+        run_together(lists, specs)
+        plans.append([items.cache.get("plan") for items in lists])
+    assert plans[1][0] is not None
+    assert plans[1][0] is plans[2][0] is plans[2][2]
+    assert plans[2][1] is None
+
+
 def uploads_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of elements of each table that is filled in a step."""
     from selective.kernels.gpu import tables

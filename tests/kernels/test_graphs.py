@@ -144,6 +144,37 @@ def test_a_users_capture_gets_its_own_launches_and_the_tables() -> None:
     assert [recording.replays for recording in recorder.recordings] == [1]
 
 
+@pytest.mark.parametrize("capturing", [True, False])
+def test_a_plan_that_goes_during_a_users_capture_destroys_nothing_there(capturing: bool) -> None:
+    recorder = ListRecorder()
+    _, steps = repeated(recorder)
+    step(steps, WARM + 1)
+    recording = weakref.ref(recorder.recordings.pop())
+    recorder.capturing = capturing
+    del steps
+    assert (recording() is not None) == capturing
+    recorder.capturing = False
+    step(repeated(recorder)[1])
+    assert recording() is None
+
+
+def test_so_many_graphs_are_recorded_in_a_process() -> None:
+    """Failures count, too: torch keeps memory of each."""
+    budget, recorder = Budget(most_recorded=2), ListRecorder()
+    recorder.failure = RuntimeError("no")
+    step(repeated(recorder, budget=budget)[1], WARM + 1)
+    recorder.failure = None
+    for said in (
+        "replayed as a CUDA graph",
+        "made one by one, because 2 graphs have been recorded on cpu, as many as ",
+    ):
+        _, steps = repeated(recorder, budget=budget)
+        step(steps, WARM + 1)
+        description = steps.describe()
+        assert description is not None
+        assert description.startswith(said)
+
+
 def test_where_recording_fails_the_step_is_taken_all_the_same() -> None:
     recorder = ListRecorder()
     recorder.failure = RuntimeError("CUDA error: operation not permitted\nmore about it")

@@ -127,3 +127,14 @@ def test_float64_and_no_elements_and_autocast() -> None:
     with torch.autocast(DEVICE, torch.float16):
         inside = ours(stack)
     assert torch.equal(inside, ours(stack))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_may_be_a_tensor(dtype: torch.dtype) -> None:
+    stack = matrices(2, 5, 7, dtype=dtype)
+    results = [stack.clone() for _ in range(3)]
+    scales = (0.25, torch.tensor(0.25), torch.tensor(0.25, device=DEVICE))
+    for result, scale in zip(results, scales, strict=True):
+        newton_schulz_([result], [scale], **DEFAULT)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

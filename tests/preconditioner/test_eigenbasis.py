@@ -13,7 +13,8 @@ from matrices import F64, apart, orthogonal, orthogonality
 from torch import Tensor
 
 from selective import AdaDiag, Eigenbasis
-from selective.preconditioner import Carry
+from selective.preconditioner import Carry, preconditioner_from
+from selective.preconditioner.linalg import Precision
 
 EPS = torch.finfo(torch.float32).eps
 SOLVERS = ["eigh", "svd", "qr", "cholesky"]
@@ -411,3 +412,13 @@ def test_the_report_is_numbers_of_its_own() -> None:
     assert list(first) == ["refreshes", "skipped", "float64", "cpu", "kept"]
     assert all(value.ndim == 0 and int(value) == 0 for value in first.values())
     assert [int(report["refreshes"]) for report in basis.report(states)] == [1, 1]
+
+
+class InBfloat16(AdaDiag):
+    precision: Precision = "bfloat16"
+
+
+def test_the_default_of_precision_goes_by_the_statistic_unless_a_class_has_its_own() -> None:
+    found = [space.precision for space in (Eigenbasis(), Eigenbasis(statistic="gradient"), AdaDiag(), InBfloat16())]
+    assert found == ["tf32", "float32", "float32", "bfloat16"]
+    assert preconditioner_from(InBfloat16().model_dump()).precision == "bfloat16"
