@@ -44,7 +44,10 @@ def product_may_turn(x: Tensor, error: Tensor, grad: Tensor, of_grad: Tensor) ->
 
 
 def choices_of(item: Item, spec: StepSpec, moved: Advanced, errors: Errors) -> Choices:
-    """Who is selected, and who might be. `item` has moved its moments, and `moved` is as selections read it."""
+    """The coordinates that are selected, and those that might be.
+
+    `item` has moved its moments, and `moved` is as selections read it.
+    """
     selection, rule, draw = spec.selection, spec.rule, spec.draw
     if selection.kind == "function":
         return _by_function(selection, moved, errors)

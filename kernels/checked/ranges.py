@@ -211,7 +211,7 @@ def _slack(step: _Step) -> Tensor | float:
 
 
 def _decay(step: _Step, mask: Range) -> tuple[Tensor | None, Range]:
-    """Who decays (None: everybody), and the factor of each coordinate."""
+    """The coordinates that decay (None: all), and the factor of each."""
     spec, moved, errors, item = step.spec, step.moved, step.errors, step.item
     factor = torch.as_tensor(decay_factor(spec.rule), dtype=torch.float64, device=item.param.device)
     factor = factor.to(compute_dtype(item.param)).double()  # it is rounded before it is used, everywhere

@@ -29,7 +29,7 @@ RecorderOf = Callable[[torch.device], Recorder | None]
 
 
 def cuda_recorder(device: torch.device) -> Recorder | None:
-    """What records the launches on this device; None on a CPU."""
+    """The recorder of launches on this device; None on a CPU."""
     return CudaRecorder(launch.DIRECT) if device.type == "cuda" else None
 
 
@@ -98,7 +98,7 @@ class Plan:
         return self._reports([s for s in sums if s is not None])
 
     def describe_launches(self) -> list[str]:
-        """How the launches are made, in words: by themselves, or as a CUDA graph. Nothing for tensors on a CPU."""
+        """The way in which the launches are made, in words: one by one, or as a CUDA graph. Nothing on a CPU."""
         texts = [launches.describe() for launches in self.launches.values()]
         return [text for text in dict.fromkeys(texts) if text is not None]
 

@@ -25,7 +25,7 @@ def room_of(numel: int) -> int:
 
 
 class ControlPlan:
-    """How the tensors of a batch are cut up for a control, and where their lists are."""
+    """The pieces into which a batch's tensors are cut for a control, and the places of their lists."""
 
     def __init__(self, numels: list[int], cfg: Config, device: torch.device) -> None:
         counts = [cdiv(n, LOOK_BLOCK) for n in numels]

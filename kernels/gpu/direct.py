@@ -117,7 +117,7 @@ class DirectLaunches:
 
 
 def _kind_of(x: int | float) -> tuple[Any, ...]:
-    """What a number is compiled for."""
+    """All that a kernel is compiled for, of a number."""
     if isinstance(x, int):
         return type(x), x == 1, x & 15 == 0, -(1 << 31) <= x < 1 << 31, x < 1 << 63
     return (type(x),)

@@ -193,7 +193,7 @@ class RepeatedLaunches:
         self._recording, self._settings, self._warm = None, None, 0
 
     def describe(self) -> str | None:
-        """How the launches are made, in words; None where nothing can be recorded."""
+        """The way in which the launches are made, in words; None where nothing can be recorded."""
         if self._recorder is None:
             return None
         if not self._wanted:

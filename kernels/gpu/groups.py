@@ -94,7 +94,7 @@ class GroupTable:
 
 
 def _source_of(spec: StepSpec) -> tuple[Any, ...] | None:
-    """What a group's numbers are made of; None if one of them is a tensor, whose value may have changed."""
+    """The values that a group's numbers are made of; None if one of them is a tensor, whose value may have changed."""
     values = rule_numbers(spec.rule)
     for value in values:
         if type(value) is not float and isinstance(value, Tensor):
