@@ -45,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--list", action="store_true", help="only print the runs that are left, as far as they are known")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--one-process", action="store_true", help="use one GPU, even if there are several")
-    for name, value in {"steps": 600, "micro-batch": 64, "evaluate-every": 50}.items():
-        add(f"--{name}", type=int, default=value)
+    add("--steps", type=int, default=600)
+    add("--evaluate-every", type=int, default=50, help="steps from one evaluation to the next")
+    add("--micro-batch", type=int, help="examples that are put through the model at once; the task's own without it")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     stages = options.stage or [*STAGES]
@@ -85,7 +86,9 @@ def work(options: argparse.Namespace, stages: list[int]) -> int:
 
 def _trainer(run: Run, options: argparse.Namespace) -> Trainer:
     task: Any = TASKS[run.task]()
-    return Trainer(task, optimizer_of, options.steps, options.evaluate_every, options.micro_batch, options.device)
+    if options.micro_batch:
+        task.micro_batch = options.micro_batch
+    return Trainer(task, optimizer_of, options.steps, options.evaluate_every, options.device)
 
 
 def _on_each_gpu(count: int, argv: list[str]) -> int:

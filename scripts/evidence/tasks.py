@@ -28,19 +28,27 @@ class TextTask:
         tokens: the text.
         shape: layers, width, heads and context of the model.
         batch_size: windows of `shape.context` tokens in a step.
+        micro_batch: windows that are put through the model at once, if the loop can split a batch.
         evaluate_windows: held-out windows in an evaluation, evenly spread and the same each time.
         name: of the task, for titles.
 
-    On a GPU, matrix products are in bfloat16 (autocast), and the loss is compiled once.
+    On a GPU, matrix products are in bfloat16 (autocast), and the loss is compiled once: training and evaluation put
+    windows of one shape through one graph.
     """
 
     unit = "nats per token"
     parts = None  # no weight is several matrices
 
     def __init__(
-        self, tokens: Tokens, shape: ModelConfig, batch_size: int = 128, evaluate_windows: int = 512, name: str = "text"
+        self,
+        tokens: Tokens,
+        shape: ModelConfig,
+        batch_size: int = 128,
+        micro_batch: int = 64,
+        evaluate_windows: int = 512,
+        name: str = "text",
     ) -> None:
-        self.name, self.shape, self.batch_size = name, shape, batch_size
+        self.name, self.shape, self.batch_size, self.micro_batch = name, shape, batch_size, micro_batch
         self.tokens, self.train, self.held_out = tokens, tokens.train, tokens.held_out
         room = len(self.held_out) - shape.context - 1
         if room < 0 or len(self.train) <= shape.context + 1:
@@ -74,7 +82,7 @@ class TextTask:
         device = next(model.parameters()).device
         total = torch.zeros((), dtype=torch.float64, device=device)
         with torch.enable_grad():  # the graph that was compiled for training: without gradients it would be another one
-            for starts in self._evaluated.split(self.batch_size):
+            for starts in self._evaluated.split(self.micro_batch):
                 windows = self._windows(self.held_out, starts).to(device)
                 total += self.loss(model, windows).detach().double() * len(starts)
         return float(total) / len(self._evaluated)

@@ -26,12 +26,11 @@ class Trainer:
     """One task's model on a device. All runs share the model, so that it is compiled once.
 
     Args:
-        task: a task of `selective compare`. A batch is a tensor, or a tuple of tensors, with
-            an example in each row.
+        task: a task of `selective compare`. A batch is a tensor, or a tuple of tensors, with an example in each row.
+            A `micro_batch` says how many examples are put through the model at once; without it, all are.
         optimizer_of: makes the optimizer of a run over the model.
         steps: the steps of a whole run.
         evaluate_every: steps from one evaluation to the next.
-        micro_batch: examples that are put through the model at once; None is the whole batch.
         device: "cuda" or "cpu".
     """
 
@@ -41,12 +40,11 @@ class Trainer:
         optimizer_of: Callable[[Run, nn.Module], Optimizer],
         steps: int,
         evaluate_every: int,
-        micro_batch: int | None,
         device: str,
     ) -> None:
         self.task = task.to(device) if callable(getattr(task, "to", None)) else task
         self.optimizer_of, self.steps, self.evaluate_every = optimizer_of, steps, evaluate_every
-        self.micro_batch, self.device = micro_batch, device
+        self.micro_batch, self.device = getattr(task, "micro_batch", None), device
         self._facts = hashlib.sha256(json.dumps(facts_of(task), sort_keys=True).encode()).hexdigest()
         self._starts: dict[int, dict[str, Tensor]] = {}
         self.model = start_of(task, 0).to(device)
@@ -61,6 +59,8 @@ class Trainer:
         steps = round(self.steps * run.part)
         multiplier, batches = schedule(LOOP, steps), Batches(self.task, run.seed)
         record = self._new_record(run, steps)
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         begun = since = time.perf_counter()
         trained = 0.0
         for step in range(steps + 1):
@@ -75,6 +75,8 @@ class Trainer:
                 group["lr"] = rate * multiplier(step)
             self._step(optimizer, batches.at(step))
         record["seconds"] = round(time.perf_counter() - begun, 3)
+        if self.device == "cuda":
+            record["peak_bytes"] = torch.cuda.max_memory_allocated()
         record["parameters_sha256"] = fingerprint(self.model)
         for p in self.model.parameters():
             p.grad = None

@@ -18,14 +18,14 @@ from selective.compare import compare
 from selective.compare.config import ModelConfig
 
 SHAPE = ModelConfig(layers=1, width=8, heads=2, context=8)
-TINY = ["--device", "cpu", "--stage", "1", "--steps", "4", "--micro-batch", "2", "--evaluate-every", "2"]
+TINY = ["--device", "cpu", "--stage", "1", "--steps", "2", "--micro-batch", "4", "--evaluate-every", "1"]
 
 
 @pytest.fixture
 def task(tmp_path: Path) -> tasks.TextTask:
     tokens = torch.randint(0, 30, (600,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     write("toy", tokens[:500], tokens[500:], {"vocabulary": 32}, tmp_path / "tokens")
-    return tasks.llama("toy", SHAPE, folder=tmp_path / "tokens", batch_size=4, evaluate_windows=6)
+    return tasks.llama("toy", SHAPE, folder=tmp_path / "tokens", batch_size=4, micro_batch=2, evaluate_windows=6)
 
 
 @pytest.fixture
@@ -49,13 +49,13 @@ def test_a_stage_in_sittings(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     first = contents(out)
     records = [json.loads(text) for text in first.values()]
     assert {r["setup"] for r in records} == {"AdamW", "Cautious on AdamW", "random like Cautious on AdamW"}
-    assert {r["steps"] for r in records} == {4, 6}
+    assert {r["steps"] for r in records} == {2, 3}
     for r in records:
         count = len(r["validation"]["loss"])
-        assert r["validation"]["step"] == [0, 2, 4, 6][:count]
+        assert r["validation"]["step"] == [0, 1, 2, 3][:count]
         assert r["seconds_to_validation"] == sorted(r["seconds_to_validation"])
         assert r["seconds_to_validation"][-1] <= r["seconds"]
-        assert count == r["steps"] // 2 + 1
+        assert count == r["steps"] + 1
     assert len({r["validation"]["loss"][0] for r in records if r["seed"] == 0}) == 1, "everyone from the same start"
     assert len({r["parameters_sha256"] for r in records}) == len(records), "and nobody ends where another did"
     assert run.main(arguments) == 0
@@ -72,14 +72,17 @@ def test_a_stage_in_sittings(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_micro_batches_are_one_batch(task: tasks.TextTask) -> None:
     """The gradient of a batch in parts is that of the whole, up to the rounding of sums in float32."""
-    trainers = [Trainer(task, optimizer_of, 1, 1, size, "cpu") for size in (None, 3)]
-    losses = [t.go(Run("toy", "AdamW", 1e-2))["validation"]["loss"] for t in trainers]
+    losses = []
+    for size in (4, 3):
+        task.micro_batch = size
+        trainer = Trainer(task, optimizer_of, 1, 1, "cpu")
+        losses.append(trainer.go(Run("toy", "AdamW", 1e-2))["validation"]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert len(trainers[1]._parts(task.batch(0, 0))) == 2
+    assert [len(part) for part, _ in trainer._parts(task.batch(0, 0))] == [3, 1]
 
 
 def test_a_run_that_diverges_ends_early(task: tasks.TextTask) -> None:
-    record = Trainer(task, optimizer_of, 50, 1, None, "cpu").go(Run("toy", "AdamW", 1e30))
+    record = Trainer(task, optimizer_of, 50, 1, "cpu").go(Run("toy", "AdamW", 1e30))
     assert record["diverged"]
     assert len(record["validation"]["loss"]) < 51
     assert Results([record]).losses("toy", "AdamW") == {1e30: float("inf")}
@@ -101,7 +104,7 @@ def test_policies_are_for_the_inner_matrices(task: tasks.TextTask) -> None:
 
 
 def test_the_task_in_a_comparison(task: tasks.TextTask, tmp_path: Path) -> None:
-    found = compare(task, ["cautious"], lrs=[1e-2], seeds=2, steps=4, out=tmp_path / "comparison", show=False)
+    found = compare(task, ["cautious"], lrs=[1e-2], seeds=2, steps=2, out=tmp_path / "comparison", show=False)
     assert not found.failed
     assert len(found.summary.rows) == 3
     assert found.config.task is not None
