@@ -2,6 +2,7 @@
 
     python scripts/evidence/run.py --out docs/measurements/evidence --stage 1 --seconds 550
     python scripts/evidence/run.py --out docs/measurements/evidence --table
+    python scripts/evidence/run.py --out docs/measurements/evidence --page docs/evidence.md
 
 The runs come in the order of `plan.py`. Each is written to a file of its own, and a run that has its file is not
 repeated. So the work can be done in several sittings, each ended by `--seconds`. On a machine with several GPUs each
@@ -27,6 +28,7 @@ if __name__ == "__main__":  # the folder `evidence` is imported from `scripts`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from evidence.claims import next_run
+from evidence.page import all_tables, filled
 from evidence.plan import STAGES, wanted
 from evidence.runs import Results, Run
 from evidence.setups import optimizer_of
@@ -42,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--stage", type=int, action="append", choices=[*STAGES], help="only this stage; may be given several times")
     add("--seconds", type=float, default=math.inf, help="begin no run that would not end within so many seconds")
     add("--alone", action="store_true", help="note in the records that each run has its GPU to itself")
+    add("--table", action="store_true", help="only print the tables")
+    add("--page", type=Path, help="only write the tables into this page, behind their marks")
     add("--list", action="store_true", help="only print the runs that are left, as far as they are known")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--one-process", action="store_true", help="use one GPU, even if there are several")
@@ -51,15 +55,25 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     stages = options.stage or [*STAGES]
-    if options.list:
-        for run in wanted(Results.read(options.out), stages):
-            if not (options.out / run.file).exists():
-                print(run.file)
+    if options.list or options.table or options.page:
+        show(options, stages)
         return 0
     gpus = torch.cuda.device_count() if options.device == "cuda" and not options.one_process else 1
     if gpus > 1:
         return _on_each_gpu(gpus, sys.argv[1:] if argv is None else argv)
     return work(options, stages)
+
+
+def show(options: argparse.Namespace, stages: list[int]) -> None:
+    """Print or write what there is, and train nothing."""
+    results = Results.read(options.out)
+    if options.list:
+        left = [run.file for run in wanted(results, stages) if not (options.out / run.file).exists()]
+        print("\n".join([*left, f"{len(left)} runs are left, and those that depend on them"]))
+    if options.table:
+        print(all_tables(results))
+    if options.page:
+        options.page.write_text(filled(options.page.read_text(), results))
 
 
 def work(options: argparse.Namespace, stages: list[int]) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selective.compare.summary import final
+from selective.compare.race import final
 
 Record = dict[str, Any]  # plain JSON data, as `training.py` makes it
 MOST_RATES = 10  # of a sweep, which goes on while its best rate is at an edge

@@ -62,7 +62,11 @@ def test_a_stage_in_sittings(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert contents(out) == first
     capsys.readouterr()
     assert run.main([*arguments, "--list"]) == 0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out.strip().startswith("0 runs are left")
+    assert run.main([*arguments, "--table"]) == 0
+    table = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert [line.split(" | ")[2] for line in table[2:6]] == ["3"] * 4
+    assert "not run" in table[6]
     lost = sorted(first)[3]
     next(out.glob(f"*/{lost}")).unlink()
     assert run.main(arguments) == 0
