@@ -53,7 +53,7 @@ def configure(item: Item, spec: StepSpec, begins: bool = False) -> Config:
         param=DTYPES[item.param.dtype], grad=DTYPES[item.grad.dtype],
         first=columns[0], second=columns[1], third=columns[2], fourth=columns[3],
         block=BLOCK_OF_16_BITS if all(d.itemsize == 2 for d in dtypes) else BLOCK,
-        amsgrad=getattr(rule, "amsgrad", False), coupled=rule.coupled_decay != 0,
+        amsgrad=getattr(rule, "amsgrad", False), extreme_eps=_has_extreme_eps(rule), coupled=rule.coupled_decay != 0,
         maximize=rule.maximize, decays=_has_factor(rule),
         moves=getattr(rule, "momentum", 0.0) != 0,
         begins=begins,
@@ -70,6 +70,11 @@ def configure(item: Item, spec: StepSpec, begins: bool = False) -> Config:
         stochastic=spec.draw.stochastic and item.param.dtype in (torch.bfloat16, torch.float16),
         **_decay(spec.decay),
     )  # fmt: skip
+
+
+def _has_extreme_eps(rule: Rule) -> bool:
+    """True if eps is not 0, and a float32 whose inverse is not a normal number of float32."""
+    return isinstance(rule, AdamRule) and rule.eps != 0 and not 2.0**-126 <= abs(rule.eps) <= 2.0**126
 
 
 def _decay(decay: Decay | None) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def static_key(spec: StepSpec) -> tuple[object, ...]:
 
 def _rule_key(rule: Rule) -> tuple[object, ...]:
     if isinstance(rule, AdamRule):
-        return AdamRule, rule.amsgrad, rule.decoupled, rule.maximize, rule.coupled_decay != 0.0
+        return AdamRule, rule.amsgrad, rule.decoupled, rule.maximize, rule.coupled_decay != 0.0, _has_extreme_eps(rule)
     flags = [getattr(rule, name, None) for name in ("maximize", "nesterov", "negated", "offset")]
     moves = getattr(rule, "momentum", 0.0) != 0
     return type(rule), *flags, rule.coupled_decay != 0, rule.has_decay_factor, moves

@@ -75,6 +75,7 @@ class Config:
     fourth: Any
     block: int  # elements of a program
     amsgrad: bool = False
+    extreme_eps: bool = False  # adam: eps is not 0, and not from 2^-126 to 2^126
     coupled: bool = False  # weight decay is added to the gradient, so that the parameter has to be read first
     maximize: bool = False
     decays: bool = False  # the parameter is multiplied by a factor
@@ -89,6 +90,8 @@ class Config:
     strict: bool = True
     score: str = "update"
     bracketed: bool = False  # top_k: scores inside of the bracket are left to a later kernel
+    # top_k: the threshold is known but for the few scores of one bin of its histogram, which go to a list
+    pending: bool = False
     arguments: int = 0  # function: how many numbers it takes
     strength: str = "fixed"
     of: str = "update"

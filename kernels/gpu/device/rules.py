@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .config import B2, DECAY, EPS, LOOKAHEAD, MOMENTUM, RATE, UNBIAS, UNDAMPED, W1, W2
+from .rounding import IN_PTX
 
 
 @triton.jit
@@ -32,6 +33,23 @@ def gradient(g, p, row, CFG: tl.constexpr):
 
 
 @triton.jit
+def quotient(x, y, CFG: tl.constexpr):
+    """x / y, the same bits as the GPU's fast division, for the denominator of Adam's update.
+
+    The fast division scales both if y is above 2^126 or below 2^-126, and six of its eight instructions are for that.
+    Denominators are not above: the root of a float32 is below 2^64. Nor is one below and not 0, as the root of the
+    least float32 is above 2^-75, unless eps is (`CFG.extreme_eps`).
+    """
+    if IN_PTX and not CFG.extreme_eps:
+        inverse = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True,
+                                            pack=1)  # fmt: skip
+        q = x * inverse
+    else:
+        q = x / y
+    return q
+
+
+@triton.jit
 def _adam(g, a, b, c, row, CFG: tl.constexpr):
     if CFG.recomputed:
         m, v, largest = a, b, c
@@ -45,8 +63,8 @@ def _adam(g, a, b, c, row, CFG: tl.constexpr):
     under = v
     if CFG.amsgrad:
         under = largest
-    u = m / tl.fma(tl.load(row + UNBIAS), tl.sqrt(under), tl.load(row + EPS)) * tl.load(row + RATE)
-    return u, m, v, largest
+    size = tl.fma(tl.load(row + UNBIAS), tl.sqrt(under), tl.load(row + EPS))
+    return quotient(m, size, CFG) * tl.load(row + RATE), m, v, largest
 
 
 @triton.jit
