@@ -75,6 +75,7 @@ class Config:
     fourth: Any
     block: int  # elements of a program
     amsgrad: bool = False
+    usual: bool = False  # the rate is not negative; averages move by less than half of the way to the gradient
     extreme_eps: bool = False  # adam: eps is not 0, and not from 2^-126 to 2^126
     coupled: bool = False  # weight decay is added to the gradient, so that the parameter has to be read first
     maximize: bool = False
