@@ -120,9 +120,13 @@ class Step:
         # The step after a count leaves a few elements to a list. A step after other sums needs the very threshold.
         waits = self.bracketed and known and not self.one_pass and batch.control is None
         self.pending = waits and self.cfg.writes
+        # A control of an exact top-K draws in the pass that counts the scores, which then has the control's blocks.
+        control = batch.control
+        self.ranked = self.bracketed and self.fixed and control is not None and control.ranks_and_draws
         # The count of an exact top-K stores moments, and adds up the sums of the strength.
         self.sums_while_counting = self.bracketed and batch.moves
         self.nothing = torch.empty(0, dtype=torch.int32, device=batch.device)
+        self.drawn: list[Tensor] = []  # the sums, indices and squares of a control
         self.marks = self.partials = self.settled = self.tied = self.repaired = self.nothing
         self.repairers = 1  # programs that repair
         self.nbytes = 0  # of the memory that was asked for
@@ -166,7 +170,8 @@ class Step:
         if self.pending:
             self._count()
         elif self.bracketed and not self.one_pass:
-            counts = derived(self.cfg, bracketed=True, writes=False, statistics=False, sums=self.sums_while_counting)
+            counts = derived(self.cfg, bracketed=True, writes=False, statistics=False, ranked=self.ranked,
+                             sums=self.sums_while_counting or self.ranked)  # fmt: skip
             self._count_and_settle(counts)
 
     def _has_sums_of_its_own(self) -> bool:
@@ -203,7 +208,7 @@ class Step:
         """Sample scores, and rank them: to thresholds (small tensors, sampled quantiles) or brackets."""
         top_k, tables = self.batch.top_k, self.tables
         assert top_k is not None
-        cfg = derived(self.cfg, bracketed=False, writes=False, statistics=False)
+        cfg = derived(self.cfg, bracketed=False, writes=False, statistics=False, ranked=self.ranked)
         samples = self.empty(top_k.total_samples, torch.int32)
         slots = SLOTS.value
         count = 0 if top_k.large is None else top_k.large.shape[0]
@@ -238,12 +243,15 @@ class Step:
         exact, histograms = zeros[2 + count :][: 6 * DIGIT.value], zeros[2 + count + 6 * DIGIT.value :]
         words = batch.programs * (cfg.block // 32)
         marks = self.empty(2 * words if cfg.sums else words, torch.int32)
-        self.marks, sums = marks[words:], self.empty(2 * batch.programs if cfg.sums else 0)
+        self.marks, sums = marks[words:], self.empty(2 * batch.programs if cfg.sums and not cfg.ranked else 0)
         tiny = self.empty(count * 2 * TINY, torch.int32)
         if cfg.statistics or cfg.sums:
             self.settled = self.empty(top_k.settle_work.shape[0] * 2)
             self.tied = self.zeros(tables.tensors * 2, torch.float32)
-        self._pass(cfg, marks, histograms, sums if cfg.sums else None)
+        if cfg.ranked:
+            self._look(cfg, True, True, marks, histograms)
+        else:
+            self._pass(cfg, marks, histograms, sums if cfg.sums else None)
         again = derived(cfg, recomputed=cfg.writes or cfg.sums)
         run(find_kernel, count, tables.ranks, histograms, broken, top_k.large, tables.facts, BINS=BINS)
         settles = top_k.settle_work.shape[0]
@@ -254,7 +262,7 @@ class Step:
         run(ties_kernel, count, self.tied, tiny, broken, self.marks, top_k.large, tables.pointers, tables.numbers,
             tables.ranks, tables.facts, TINY=TINY, BINS=BINS, CFG=again)  # fmt: skip
         self._repair(again, broken, meeting, exact)
-        if cfg.sums:
+        if cfg.sums and not cfg.ranked:
             run(ranked_strengths_kernel, tables.tensors, tables.numbers, sums, self.settled, self.tied, self.repaired,
                 self.groups.hyper, tables.ranks, tables.facts, self.repairers, batch.programs, BLOCK=TABLE_BLOCK,
                 warps=TABLE_WARPS)  # fmt: skip
@@ -314,27 +322,29 @@ class Step:
         run(strengths_kernel, tables.tensors, tables.numbers, sums, self.groups.hyper, tables.pointers, tables.ranks,
             tables.facts, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
 
+    def _look(self, cfg: Config, counts: bool, draws: bool, marks: Tensor, histograms: Tensor) -> None:
+        """Launch a control's look at everything: at what the policy selects, at the control's coordinates, or both."""
+        plan, tables = self.batch.control, self.tables
+        assert plan is not None
+        if not self.drawn:
+            sums, indices = self.empty(plan.programs * CONTROL_COLUMNS.value), self.empty(plan.room, torch.int32)
+            self.drawn = [sums, indices, self.empty(plan.room if cfg.control_norm else 0)]
+        run(control_kernel, plan.programs, *self.drawn, marks, histograms, plan.work, tables.pointers, tables.numbers,
+            tables.ranks, tables.facts, tables.keys, plan.table, plan.programs, controls.WIDTH, FUNCTION=self.function,
+            COUNTS=counts, DRAWS=draws, MOVES=counts and plan.moves, BINS=BINS, CFG=cfg, BLOCK=controls.LOOK_BLOCK,
+            registers=controls.LOOK_REGISTERS)  # fmt: skip
+
     def _draw(self, plan: controls.ControlPlan) -> Config:
         """Find a matched control's limit and multipliers. Returns the constants of the pass over everything."""
-        tables = self.tables
-        cfg = derived(self.cfg, statistics=False)
-        sums = self.empty(plan.programs * CONTROL_COLUMNS.value)
-        indices = self.empty(plan.room, torch.int32)
-        squares = self.empty(plan.room if cfg.control_norm else 0)
-
-        def look(cfg: Config, counts: bool, draws: bool) -> None:
-            run(control_kernel, plan.programs, sums, indices, squares, plan.work, tables.pointers, tables.numbers,
-                tables.ranks, tables.facts, tables.keys, plan.table, plan.programs, controls.WIDTH,
-                FUNCTION=self.function, COUNTS=counts, DRAWS=draws, MOVES=counts and plan.moves, CFG=cfg,
-                BLOCK=controls.LOOK_BLOCK, registers=controls.LOOK_REGISTERS)  # fmt: skip
-
-        look(cfg, True, plan.at_once)
-        again = derived(cfg, recomputed=plan.moves)
+        tables, nothing = self.tables, self.nothing
+        again = derived(self.cfg, statistics=False, recomputed=plan.moves, ranked=self.ranked)
+        if not self.ranked:
+            self._look(derived(self.cfg, statistics=False), True, plan.at_once, nothing, nothing)
         if not plan.at_once:
-            look(again, False, True)
-        run(limit_kernel, tables.tensors, sums, indices, squares, tables.numbers, self.groups.hyper, tables.pointers,
-            tables.ranks, tables.facts, tables.keys, plan.table, plan.programs, CFG=again,
-            BLOCK=controls.LIMIT_BLOCK, warps=controls.LIMIT_WARPS)  # fmt: skip
+            self._look(again, False, True, nothing, nothing)
+        run(limit_kernel, tables.tensors, *self.drawn, self.settled, self.tied, self.repaired, tables.numbers,
+            self.groups.hyper, tables.pointers, tables.ranks, tables.facts, tables.keys, plan.table, self.repairers,
+            plan.programs, CFG=again, BLOCK=controls.LIMIT_BLOCK, warps=controls.LIMIT_WARPS)  # fmt: skip
         return derived(self.cfg, recomputed=plan.moves, drawn=True)
 
     def _report(self) -> Tensor:

@@ -108,6 +108,7 @@ class Config:
     marked: bool = False  # an earlier kernel has stored a bit for each element: 1 where it is selected
     control: bool = False  # a matched random control is selected in the place of what `selection` says
     control_norm: bool = False  # its multipliers are scaled so that the norm of the masked update stays
+    ranked: bool = False  # with `sums`: the control draws in the pass that counts scores, as K is known before
     drawn: bool = False  # the control's limit is known: `select` takes the control's coordinates
     decay: str = "everywhere"  # or "cautious": the elements that the factor reaches
     decay_of: str = "update"

@@ -21,6 +21,7 @@ from ..config import (
     MODE,
     NUMBERS,
     PARAM,
+    PICKED,
     RANKS,
     TIED,
     WANTED,
@@ -232,6 +233,8 @@ def ties_kernel(
                 if critical < BINS:
                     tl.store(ranks + HIGH, tl.max(tl.where(last, key.to(tl.int64), 0)))
                     tl.store(ranks + CUTOFF, tl.max(tl.where(last, index, -1)))
+                if CFG.ranked:
+                    tl.store(ranks + PICKED, tl.load(ranks + WANTED) - left + tl.sum((todo & chosen).to(tl.int64)))
                 tl.store(ranks + MODE, left * 0 + EXACT)
     if (CFG.writes and CFG.statistics) or CFG.sums:
         partial = partials_ptr + t.to(tl.int64) * 2
