@@ -70,7 +70,11 @@ SWEEPS = {
     ),
     "control": Sweep(
         {"MGUP": MGUP(), "control of MGUP": RandomMask.matching(MGUP())}, torch.float32, "llama-110m",
-        _products(control__LOOK_REGISTERS=(72, 64, 80, None), control__LOOK_BLOCK=(1024, 2048)),
+        [
+            *_products(control__LOOK_REGISTERS=(64, 80, 96, None)),
+            *_products(control__RANK_AND_DRAW=(False,), control__LOOK_REGISTERS=(72, None),
+                       control__LOOK_BLOCK=(1024, 2048)),
+        ],
     ),
 }  # fmt: skip
 
