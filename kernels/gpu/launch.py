@@ -35,10 +35,10 @@ STEP_WARPS = 4  # of a program of `BLOCK` elements
 STEP_REGISTERS = 72
 MOVE_REGISTERS = None  # of a thread that forms sums and stores moments
 # The same of a thread that ranks besides, and of a thread of the step after either of these two.
-RANK_AND_MOVE_REGISTERS, MOVED_REGISTERS = 72, None
+RANK_AND_MOVE_REGISTERS, MOVED_REGISTERS = 64, None
 COUNT_WARPS, COUNT_REGISTERS = 4, None  # of a program that counts scores and writes nothing
 # The same of the step after it, without statistics. Of 16 bits 8 or 16 elements of a thread are less than of float32.
-PENDING_WARPS, PENDING_REGISTERS = 4, None
+PENDING_WARPS, PENDING_REGISTERS = 4, 72
 BINS = 2048  # of a bracket's histogram: see `bin_of`
 WHOLE_BLOCK = 4096  # scores that are looked at together by the program that ranks a small tensor
 SETTLE_ROOM, SETTLE_BLOCK = (
