@@ -1,4 +1,4 @@
-"""Imports go one way: the stairs of docs/design.md, "The tree, and which way imports go".
+"""Imports go one way: the stairs of docs/how-it-works/design.md, "The tree, and which way imports go".
 
 The imports are read from the source, not run, so that lazy ones and those for type checkers count as well.
 """

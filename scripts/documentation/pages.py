@@ -12,30 +12,41 @@ from pathlib import Path
 from . import reference
 
 NAV = {
-    "Start": ["quick-start", "pretraining", "fine-tuning", "examples"],
     "Guides": [
-        "choose-a-policy",
-        "write-a-policy",
-        "preconditioner",
-        "preconditioner-eigenbasis",
-        "checkpoints",
-        "distributed",
-        "sharded",
-        "stacks",
-        "muon",
-        "watching",
-        "compare",
+        "guides/quick-start",
+        "guides/pretraining",
+        "guides/fine-tuning",
+        "guides/examples",
+        "guides/choose-a-policy",
+        "guides/write-a-policy",
+        "guides/rotate",
+        "guides/decay",
+        "guides/muon",
+        "guides/stacks",
+        "guides/distributed",
+        "guides/sharded",
+        "guides/checkpoints",
+        "guides/watching",
+        "guides/compare",
     ],
-    "Performance and evidence": ["performance", "evidence", "conformance"],
-    "How it works": ["step", "policies", "decay", "capture", "kernels", "design"],
+    "Performance and evidence": ["performance", "evidence"],
+    "How it works": [
+        "how-it-works/step",
+        "how-it-works/policies",
+        "how-it-works/capture",
+        "how-it-works/rotation",
+        "how-it-works/kernels",
+        "how-it-works/design",
+    ],
     "Reference": [
-        "api",
+        "reference/index",
         "reference/optimizer",
         "reference/policies",
         "reference/selections",
         "reference/preconditioners",
         "reference/watching",
         "reference/testing",
+        "reference/conformance",
         "reference/compare",
         "reference/bench",
         "reference/kernels",
@@ -43,14 +54,14 @@ NAV = {
 }
 INDEX = "<!-- reference-index -->"
 SHOWN = "<!-- examples -->"
-_EXAMPLE = re.compile(r"\]\(\.\./examples/([\w.]+)\)")
+_EXAMPLE = re.compile(r"\]\((?:\.\./)+examples/([\w.]+)\)")
 _LANGUAGES = {".py": "python", ".yaml": "yaml"}
 
 
 def prepared(docs: Path, name: str, text: str) -> str:
     """A page's text in the form that Sphinx gets."""
     text = reference.expand(text)
-    text = _EXAMPLE.sub(lambda found: f"]({'../' * name.count('/')}examples.md#{_slug(found[1])})", text)
+    text = _EXAMPLE.sub(lambda found: f"]({'../' * name.count('/')}guides/examples.md#{_slug(found[1])})", text)
     if name == "index":
         text += "\n" + "\n".join(_toctree(part, pages) for part, pages in NAV.items())
     if INDEX in text:

@@ -125,7 +125,7 @@ def test_few_blocks_are_left_out_and_each_says_why() -> None:
     assert len(comments) - len(skipped) >= 20, "the pages' blocks are not found any more"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quick-start.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/quick-start.md"])
 def test_the_quick_start_runs_alone(page: str, tmp_path: Path) -> None:
     first = next(b for b in blocks_of((ROOT / page).read_text()) if b.language == "python")
     script = tmp_path / "quick_start.py"

@@ -64,7 +64,7 @@ def test_what_is_wrong_with_a_page_fails_the_build(tmp_path: Path) -> None:
     for name in ("scripts", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     with open(tmp_path / "docs" / "index.md", "a") as page:
-        page.write("\n[one](no-such-page.md) [two](policies.md#no-such-anchor) [three](../examples/no_such_file.py)\n")
+        page.write("\n[one](no-such-page.md) [two](performance.md#no-such-anchor) [three](../examples/no_file.py)\n")
         page.write('\n<a href="no-such-file.html">four</a> <script src="https://example.org/x.js"></script>\n')
     (tmp_path / "docs" / "forgotten.md").write_text("# Forgotten\n")
     done = build(tmp_path / "docs", tmp_path / "site")
@@ -75,7 +75,7 @@ def test_what_is_wrong_with_a_page_fails_the_build(tmp_path: Path) -> None:
     for part in (
         "no-such-page.md",
         "no-such-anchor",
-        "no_such_filepy",
+        "no_filepy",
         "no-such-file.html leads nowhere",
         "fetched from another host: https://example.org/x.js",
         "forgotten.md: WARNING: document isn't included in any toctree",
@@ -124,9 +124,9 @@ def test_every_page_is_in_the_nav_once() -> None:
 def test_pages_are_prepared() -> None:
     index = prepared(DOCS, "index", "# Home\n")
     assert all(f":caption: {part}" in index for part in NAV)
-    assert prepared(DOCS, "stacks", "[a](../examples/a_b.py)") == "[a](examples.md#a_bpy)"
-    assert prepared(DOCS, "reference/x", "[a](../examples/a.py)") == "[a](../examples.md#apy)"
-    everything = prepared(DOCS, "api", (DOCS / "api.md").read_text())
+    assert prepared(DOCS, "performance", "[a](../examples/a_b.py)") == "[a](guides/examples.md#a_bpy)"
+    assert prepared(DOCS, "guides/stacks", "[a](../../examples/a.py)") == "[a](../guides/examples.md#apy)"
+    everything = prepared(DOCS, "reference/index", (DOCS / "reference" / "index.md").read_text())
     assert all(f"<{name}>" in everything for name in public_names() if name.startswith("selective.testing."))
-    examples = prepared(DOCS, "examples", (DOCS / "examples.md").read_text())
+    examples = prepared(DOCS, "guides/examples", (DOCS / "guides" / "examples.md").read_text())
     assert all(file.read_text() in examples for file in (ROOT / "examples").iterdir() if file.is_file())
