@@ -38,6 +38,7 @@ NAV = {
         "how-it-works/kernels",
         "how-it-works/design",
     ],
+    "Internals": ["internals/gpu-kernels", "internals/cpu-top-k"],
     "Reference": [
         "reference/index",
         "reference/optimizer",
