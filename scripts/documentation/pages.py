@@ -38,7 +38,7 @@ NAV = {
         "how-it-works/kernels",
         "how-it-works/design",
     ],
-    "Internals": ["internals/gpu-kernels", "internals/cpu-top-k"],
+    "Internals": ["internals/gpu-kernels", "internals/cpu-top-k", "internals/rotation", "internals/performance"],
     "Reference": [
         "reference/index",
         "reference/optimizer",
