@@ -12,22 +12,22 @@ from pathlib import Path
 from . import reference
 
 NAV = {
+    "Start": ["guides/install", "guides/quick-start", "guides/worth-it", "guides/faq", "guides/coming-from"],
     "Guides": [
-        "guides/quick-start",
         "guides/pretraining",
         "guides/fine-tuning",
-        "guides/examples",
+        "guides/muon",
         "guides/choose-a-policy",
         "guides/write-a-policy",
         "guides/rotate",
         "guides/decay",
-        "guides/muon",
         "guides/stacks",
         "guides/distributed",
         "guides/sharded",
         "guides/checkpoints",
         "guides/watching",
         "guides/compare",
+        "guides/examples",
     ],
     "Performance and evidence": ["performance", "evidence"],
     "How it works": [
@@ -56,6 +56,7 @@ NAV = {
 INDEX = "<!-- reference-index -->"
 SHOWN = "<!-- examples -->"
 _EXAMPLE = re.compile(r"\]\((?:\.\./)+examples/([\w.]+)\)")
+_CARDS = re.compile(r"^<!-- cards -->\n\n((?:(?:- |  ).*\n|\n(?=- |  ))+)", re.MULTILINE)
 _LANGUAGES = {".py": "python", ".yaml": "yaml"}
 
 
@@ -63,6 +64,7 @@ def prepared(docs: Path, name: str, text: str) -> str:
     """A page's text in the form that Sphinx gets."""
     text = reference.expand(text)
     text = _EXAMPLE.sub(lambda found: f"]({'../' * name.count('/')}guides/examples.md#{_slug(found[1])})", text)
+    text = _CARDS.sub(_cards, text)
     if name == "index":
         text += "\n" + "\n".join(_toctree(part, pages) for part, pages in NAV.items())
     if INDEX in text:
@@ -70,6 +72,11 @@ def prepared(docs: Path, name: str, text: str) -> str:
     if SHOWN in text:
         text = text.replace(SHOWN, _examples(docs.parent / "examples"))
     return text
+
+
+def _cards(found: re.Match[str]) -> str:
+    """The list below `<!-- cards -->` in a box of its own, whose entries the style sheet makes cards."""
+    return f":::{{container}} cards\n{found[1]}:::\n"
 
 
 def _toctree(part: str, pages: list[str]) -> str:

@@ -18,6 +18,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +103,32 @@ def _as_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_python_blocks_run(page: Path) -> None:
     run_page(page.read_text(), str(page))
+
+
+def new_side(diff: str) -> str:
+    """The code that a diff leads to: its added lines, and those that stay."""
+    return "".join(line[2:] for line in diff.splitlines(keepends=True) if not line.startswith("-"))
+
+
+@pytest.mark.usefixtures("_as_a_reader")
+def test_what_the_diffs_of_coming_from_lead_to_runs() -> None:
+    blocks = blocks_of((ROOT / "docs" / "guides" / "coming-from.md").read_text())
+    diffs = [block for block in blocks if block.language == "diff"]
+    assert len(diffs) >= 7
+    for block in diffs:
+        namespace: dict[str, Any] = {}
+        for code in [b.code for b in blocks if b.language == "python"] + [new_side(block.code)]:
+            exec(compile(code, f"coming-from.md:{block.line}", "exec", dont_inherit=True), namespace)
+        loss = namespace["model"](torch.randn(8, 16)).square().mean()
+        loss.backward()
+        before = [p.detach().clone() for p in namespace["model"].parameters()]
+        namespace["opt"].step()
+        namespace["opt"].step()  # SOAP only looks in its first step
+        assert all(not torch.equal(p, b) for p, b in zip(namespace["model"].parameters(), before, strict=True))
+
+
+def test_the_old_side_of_a_diff_is_left_out() -> None:
+    assert new_side("- a = 1\n+ b = 2\n  c = 3\n") == "b = 2\nc = 3\n"
 
 
 def test_a_block_that_fails_is_noticed() -> None:
