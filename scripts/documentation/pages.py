@@ -39,6 +39,13 @@ NAV = {
         "how-it-works/kernels",
         "how-it-works/design",
     ],
+    "Internals": [
+        "internals/gpu-kernels",
+        "internals/cpu-top-k",
+        "internals/rotation",
+        "internals/performance",
+        "internals/sharded",
+    ],
     "Reference": [
         "reference/index",
         "reference/optimizer",
