@@ -15,7 +15,6 @@ KEYWORDS = {
     "guides/quick-start": ["tutorial", "getting started", "tour", "for_model"],
     "guides/worth-it": ["does it help", "worth it", "benchmark my model"],
     "guides/faq": ["faq", "questions", "problems"],
-    "guides/faq#why-is-my-step-slow": ["slow", "slow step"],
     "guides/faq#which-learning-rate": ["learning rate", "lr"],
     "guides/faq#how-much-memory-does-it-take": ["memory"],
     "guides/coming-from": ["timm", "heavyball", "pytorch_optimizer", "c-optim", "migrate"],
@@ -35,6 +34,7 @@ KEYWORDS = {
     "guides/watching": ["logging", "tensorboard", "wandb", "statistics"],
     "guides/compare": ["compare", "sweep", "seeds"],
     "guides/examples": ["examples"],
+    "performance#why-is-my-step-slow": ["slow", "slow step"],
     "performance": ["speed", "performance", "benchmark"],
     "evidence": ["evidence", "results", "does it work"],
 }

@@ -73,7 +73,7 @@ def assert_search(site: Path) -> None:
         "install": "guides/install",
         "muon": "guides/muon",
         "lora": "guides/fine-tuning",
-        "slow": "guides/faq",
+        "slow": "performance",
     }.items():
         assert first[word] == page
 
@@ -155,7 +155,7 @@ def test_pages_are_prepared() -> None:
     assert all(f":caption: {part}" in index for part in NAV)
     assert prepared(DOCS, "x", "[a](../examples/a_b.py)") == "[a](guides/examples.md#a_bpy)"
     cards = prepared(DOCS, "index", "# A\n\n<!-- cards -->\n\n- **[b](c)**\n\n  d\n- e\n\nf\n")
-    assert "::::{container} cards\n- **[b](c)**\n\n  d\n- e\n\n::::\nf\n" in cards
+    assert "::::{container} cards\n- **[b](c)**\n\n  d\n- e\n::::\n\nf\n" in cards
     output = prepared(DOCS, "x", "<!-- output -->\n```text\na\n```\n\nb\n")
     assert output == "::::{container} output\n```text\na\n```\n::::\n\nb\n"
     install = prepared(DOCS, "guides/install", (DOCS / "guides" / "install.md").read_text())
