@@ -7,9 +7,10 @@ is here, generated parts are comments, and links to files beside docs/ lead to a
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from . import reference
+from . import keywords, reference
 
 NAV = {
     "Start": ["guides/install", "guides/quick-start", "guides/worth-it", "guides/faq", "guides/coming-from"],
@@ -63,6 +64,7 @@ INDEX = "<!-- reference-index -->"
 SHOWN = "<!-- examples -->"
 _EXAMPLE = re.compile(r"\]\((?:\.\./)+examples/([\w.]+)\)")
 _CARDS = re.compile(r"^<!-- cards -->\n\n((?:(?:- |  ).*\n|\n(?=- |  ))+)", re.MULTILINE)
+_OUTPUT = re.compile(r"^<!-- output -->\n(```text\n.*?^```\n)", re.MULTILINE | re.DOTALL)
 _LANGUAGES = {".py": "python", ".yaml": "yaml"}
 
 
@@ -70,7 +72,9 @@ def prepared(docs: Path, name: str, text: str) -> str:
     """A page's text in the form that Sphinx gets."""
     text = reference.expand(text)
     text = _EXAMPLE.sub(lambda found: f"]({'../' * name.count('/')}guides/examples.md#{_slug(found[1])})", text)
-    text = _CARDS.sub(_cards, text)
+    text = _CARDS.sub(_in_box("cards"), text)
+    text = _OUTPUT.sub(_in_box("output"), text)
+    text = keywords.with_entries(name, text)
     if name == "index":
         text += "\n" + "\n".join(_toctree(part, pages) for part, pages in NAV.items())
     if INDEX in text:
@@ -80,9 +84,9 @@ def prepared(docs: Path, name: str, text: str) -> str:
     return text
 
 
-def _cards(found: re.Match[str]) -> str:
-    """The list below `<!-- cards -->` in a box of its own, whose entries the style sheet makes cards."""
-    return f":::{{container}} cards\n{found[1]}:::\n"
+def _in_box(kind: str) -> Callable[[re.Match[str]], str]:
+    """Puts what a comment marks into a box, which site.css lays out: cards; output, whose long lines are wrapped."""
+    return lambda found: f"::::{{container}} {kind}\n{found[1]}::::\n"
 
 
 def _toctree(part: str, pages: list[str]) -> str:
