@@ -1,4 +1,4 @@
-"""The step once more, from docs/how-it-works/design.md, in float64 and Python, without any code of the kernels."""
+"""The step once more, from docs/reference/kernels.md, in float64 and Python, without any code of the kernels."""
 
 from __future__ import annotations
 
