@@ -1,4 +1,4 @@
-"""Links and anchors as they are in the repository; the bases in docs/how-it-works/capture.md against measurements."""
+"""Links and anchors as they are in the repository; the bases in docs/reference/bases.md against measurements."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_index_names_every_page() -> None:
 
 
 def capture_table() -> list[str]:
-    """The rows of docs/how-it-works/capture.md's table, measured."""
+    """The rows of docs/reference/bases.md's table, measured."""
     rows = []
     for name, base in BASES.items():
         ways = []
@@ -84,13 +84,13 @@ def capture_table() -> list[str]:
 
 
 def test_the_table_of_bases_is_what_is_measured() -> None:
-    page = (ROOT / "docs" / "how-it-works" / "capture.md").read_text()
+    page = (ROOT / "docs" / "reference" / "bases.md").read_text()
     table = page.partition("<!-- bases -->\n\n")[2].partition("\n\n")[0].splitlines()[2:]
     assert table == capture_table()
 
 
 def test_every_policy_has_a_section() -> None:
-    titles = anchors((ROOT / "docs" / "how-it-works" / "policies.md").read_text())
+    titles = anchors((ROOT / "docs" / "reference" / "rules.md").read_text())
     named = [n for n in selective.__all__ if inspect.isclass(getattr(selective, n))]
     kinds = (selective.Policy, selective.Selection, selective.Strength)
     parts = [n for n in named if issubclass(getattr(selective, n), kinds) and getattr(selective, n) not in kinds]
