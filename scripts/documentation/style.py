@@ -71,15 +71,9 @@ def _long(prose: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_twice(text: str) -> bool:
-    """True if a word stands twice in a row, as "the the": no symbols of a formula, and no ends of two comments."""
-    words = text.split()
-    return (
-        "  " not in text
-        and len(words) == 2
-        and words[0].lower() == words[1].lower()
-        and words[0].isalpha()
-        and len(words[0]) > 1
-    )
+    """True if a word stands twice in a row. Symbols of a formula don't count, and neither do ends of two comments."""
+    first, *more = text.split()
+    return "  " not in text and more in ([first], [first.lower()]) and first.isalpha() and not first.isupper()
 
 
 def _one_line(message: str) -> str:
