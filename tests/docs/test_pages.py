@@ -15,6 +15,7 @@ from selective import Cautious
 from selective.capture.choose import choose_capture
 
 ROOT = Path(__file__).parents[2]
+COLUMNS = 72  # of a line of code: the site shows as many at 1,280 pixels, and a forge too
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -52,6 +53,28 @@ def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# One two\n[a](#one-two) [b](#one) [c](none.md) [d](page.md#one-two) `[e](not.md)`\n")
     assert broken_links(page) == ["#one", "none.md"]
+
+
+def lines_that_are_too_long(text: str) -> list[str]:
+    """The number and the length of each line of code that does not fit beside the nav. What code prints is wrapped."""
+    lines, language = [], None
+    for number, line in enumerate(text.splitlines(), 1):
+        if fence := re.match(r"^```(\w*)", line):
+            language = fence[1] if language is None else None
+        elif language in ("python", "bash", "diff", "yaml") and len(line) > COLUMNS:
+            lines.append(f"line {number}: {len(line)} columns")
+    return lines
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_code_fits_the_page(page: Path) -> None:
+    assert lines_that_are_too_long(page.read_text()) == []
+
+
+def test_a_line_of_code_that_is_too_long_is_noticed() -> None:
+    long = "x" * (COLUMNS + 1)
+    text = f"{long}\n```python\n{long}\n{long[1:]}\n```\n{long}\n```text\n{long}\n```\n"
+    assert lines_that_are_too_long(text) == ["line 3: 73 columns"]
 
 
 def test_the_index_names_every_page() -> None:
