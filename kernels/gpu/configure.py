@@ -27,7 +27,7 @@ from .device import numbers
 from .device.config import BRACKET_RUN, DTYPES, Config
 from .tables import is_in_place, state_columns
 
-# Elements of a program. docs/kernels.md has the measurements behind these.
+# Elements of a program. docs/internals/gpu-kernels.md has the measurements behind these.
 BLOCK = 1024
 # The same where everything that is read and written has 16 bits. Twice as many would keep as many bytes on their way.
 BLOCK_OF_16_BITS = 1024

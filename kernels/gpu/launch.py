@@ -31,7 +31,7 @@ from .tables import cdiv, power_of_two
 
 STEP_WARPS = 4  # of a program of `BLOCK` elements
 # Registers of a thread in passes with brackets or statistics, which would take up to 140: seven programs on a
-# multiprocessor instead of four or five, for some spilling. docs/kernels.md has the measurements.
+# multiprocessor instead of four or five, for some spilling. docs/internals/gpu-kernels.md has the measurements.
 STEP_REGISTERS = 72
 MOVE_REGISTERS = None  # of a thread that forms sums and stores moments
 # The same of a thread that ranks besides, and of a thread of the step after either of these two.

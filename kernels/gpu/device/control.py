@@ -1,7 +1,7 @@
 """A matched random control: as many coordinates of each tensor as its policy selects, those with the largest numbers.
 
 The random numbers are hashes of an element's index, so to form one again costs no memory traffic. They are uniform:
-where it is known how many are selected, the limit among the numbers is known but for a few standard deviations, the
+where it is known how many are selected, the limit among the numbers is known except for a few standard deviations, the
 *bracket*.
 
 1. `control_kernel` with COUNTS looks at what the policy selects: how many, and their sums.

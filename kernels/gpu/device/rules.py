@@ -2,8 +2,8 @@
 
 The same rules as `kernels/reference/rules.py`. Kernels are compiled without contracting products and sums to fused
 multiply-adds; those that are wanted are written out. So a score is the same bits in every kernel that forms it.
-Division and root are the GPU's fast ones, off by two units in the last place at most; docs/kernels.md has the cost of
-the correctly rounded ones.
+Division and root are the GPU's fast ones, off by two units in the last place at most;
+docs/internals/gpu-kernels.md has the cost of the correctly rounded ones.
 """
 
 from __future__ import annotations
