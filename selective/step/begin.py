@@ -66,6 +66,7 @@ class BegunStep:
         self.report = StepStatistics() if runner.options.statistics else None
         self.clocked = self.groups.clocked()
         runner.count.start(self.clocked, self.recording)
+        runner.store.make_present(self.groups.plans, self.present)
         return runner.jobs(self.groups, self.present, self.report, self.recording, exchange, calls)
 
     def finish(self) -> None:

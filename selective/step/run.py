@@ -162,6 +162,10 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
             hooks.enter_context(base_hooks(each.store.base))
         try:
             for job in jobs:
+                job.prepare()
+            if calls is not None:
+                calls.check(untouched)
+            for job in jobs:
                 runner = runner_of[id(job)]
                 job.before_base()
             for each, own in parts:
@@ -175,7 +179,7 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
                 job.after_base()
             current = None
             if calls is not None:
-                calls.run(untouched)
+                calls.run()
             for exchange in {id(job.context.exchange): job.context.exchange for job in jobs}.values():
                 exchange.run()
         except BaseException as error:
