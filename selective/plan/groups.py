@@ -321,6 +321,7 @@ class Groups:
         if rotation.shapes:
             moments = moments_of(self.base, plan.group, capture.facts)
             check_moments(self.base, plan.group, plan.number, moments, preconditioner)
+            rotation.full_steps = moments.full_steps
         return rotation
 
     def _take_policies(self) -> None:

@@ -40,6 +40,8 @@ class RotationPlan:
     reasons_not_rotated: dict[str, str] = field(default_factory=dict)  # of the others, by name
     preconditioners: dict[Tensor, Preconditioner] = field(default_factory=dict)  # DTensors: with their rotated side
     gathered: set[Tensor] = field(default_factory=set)  # ... and those that are rotated as wholes
+    joined_shards: list[str] = field(default_factory=list)  # ... and the names of those that are several matrices
+    full_steps: bool = False  # True if the base takes full steps on noise: Note [signs of noise]
     sizes: dict[Tensor, torch.Size] = field(default_factory=dict)  # of all that have a shape already
     _split: tuple[list[Parameter], list[Parameter], list[Parameter]] = field(default=([], [], []))
 

@@ -108,7 +108,9 @@ class StepRunner:
         """The rotation of these parameters of one group."""
         places, count = groups.turns(rotation_plan.preconditioner)
         bases, stacks = bases_of(plan, rotated, self.store, places)
-        rotation = Rotation(rotation_plan.preconditioner, bases, count, self.options.mask_space, stacks)
+        rotation = Rotation(
+            rotation_plan.preconditioner, bases, count, self.options.mask_space, stacks, rotation_plan.full_steps
+        )
         if report is not None:
             reported = rotation
             if stacks is not None:
