@@ -69,15 +69,15 @@ def complete(plans: Sequence[GroupPlan], store: StateStore) -> None:
 
 def _check_space(store: StateStore, plan: GroupPlan, parameter: Parameter, own: OwnEntries) -> None:
     """Raise if a parameter was moved out of the space in which its moments were collected."""
-    shape = _shape_in(own)
-    if shape is None or prod(shape) != parameter.tensor.numel() or not store.base.state.get(parameter.tensor):
-        return
+    shape, p = _shape_in(own), parameter.tensor
+    if shape is None or prod(shape) != p.numel() or p in plan.params.old_shapes or not store.base.state.get(p):
+        return  # there is nothing to move, or the user has changed the parameter and its state together
     rotated, now = plan.rotated_as(parameter), "its group here has no preconditioner for it"
     if rotated is not None:
-        if own.written or own.removed or _shape_in(own) != tuple(rotated[1]):
+        if own.written or own.removed or shape != tuple(rotated[1]):
             return
         rotation, whole = rotated
-        wanted = basis_form_of(rotation.preconditioner_for(parameter.tensor), whole, parameter.tensor.device)
+        wanted = basis_form_of(rotation.preconditioner_for(p), whole, p.device)
         if {BASIS + name for name in wanted} == own.present_basis_form().keys():
             return
         now = f"its group here has {rotation.preconditioner!r}"
