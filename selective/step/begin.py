@@ -18,7 +18,7 @@ from selective.capture.kernel_calls import KernelCalls
 from selective.kernels import Exchange
 from selective.parameter import Parameter
 from selective.plan.groups import Groups
-from selective.plan.oversized import warn_of_oversized
+from selective.plan.advice import warn_of_rotations
 from selective.state.check_before_step import check_state
 from selective.state.store import follow_changes
 from selective.statistics import StepStatistics
@@ -89,7 +89,7 @@ def begin_step(runner: StepRunner, groups: Groups) -> BegunStep:
     follow_changes(groups, runner.store)
     changed = [plan for plan, before in zip(groups.plans, rotations, strict=False) if plan.rotation is not before]
     if changed:  # a limit was set, or a parameter has its shape only now: construction could not warn
-        warn_of_oversized(changed)
+        warn_of_rotations(changed)
     present = [plan.params.with_gradient() for plan in groups.plans]
     check_gradients(groups.plans, present)
     return BegunStep(runner, groups, present, _is_recorded(runner, groups))
