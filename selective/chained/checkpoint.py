@@ -12,6 +12,7 @@ from selective.chained.matches_bare import check_bare
 from selective.chained.members import Members
 from selective.checkpoint.frame import check_group_sizes
 from selective.checkpoint.rollback import base_snapshot, snapshot
+from selective.messages.said_by import member, said_by
 from selective.optimizer import SelectiveUpdate
 from selective.state.entries import own_part, restore_dtypes
 
@@ -25,7 +26,8 @@ def save(members: Members) -> dict[str, Any]:
     groups: list[dict[str, Any]] = []
     extras: dict[str, Any] = {}
     for name, optimizer in members:
-        saved = optimizer.state_dict()
+        with said_by(member(name)):
+            saved = optimizer.state_dict()
         start, numbers = sum(len(group["params"]) for group in groups), dict[Any, int]()
         for group in saved["param_groups"]:
             for index in group["params"]:

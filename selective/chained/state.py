@@ -29,7 +29,9 @@ class ChainedState(MutableMapping[Any, Any]):
         return owner.state[param]  # as torch's does it: a parameter of a group has an empty state at first
 
     def __setitem__(self, param: Any, entries: Any) -> None:
-        self._owner(param).state[param] = entries
+        owner = self._owner(param)
+        with self._members.naming(owner):
+            owner.state[param] = entries
 
     def __delitem__(self, param: Any) -> None:
         for optimizer in self._members.optimizers:
@@ -66,7 +68,8 @@ class ChainedState(MutableMapping[Any, Any]):
         for param, entries in states.items():
             parts[id(self._owner(param))][param] = entries
         for optimizer in self._members.optimizers:
-            optimizer.state = defaultdict(dict, parts[id(optimizer)])  # as torch's is
+            with self._members.naming(optimizer):
+                optimizer.state = defaultdict(dict, parts[id(optimizer)])  # as torch's is
 
     def _owner(self, param: Any) -> Any:
         owner = self._members.owner_of(param)
