@@ -42,7 +42,7 @@ def check_state(plans: Sequence[GroupPlan], store: StateStore) -> None:
     if unchecked:
         complete(unchecked, store)
     for plan in unchecked:
-        plan.params.state_checked = True
+        plan.params.state_checked, plan.params.with_entries = True, None
         plan.params.old_shapes.clear()
 
 

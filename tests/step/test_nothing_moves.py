@@ -112,3 +112,21 @@ def test_a_state_that_can_not_be_made_stops_the_others(other: str, monkeypatch: 
         optimizer.step()
     monkeypatch.undo()
     assert difference(before, everything(optimizer)) is None
+
+
+def test_a_new_policy_s_state_that_can_not_be_made_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = built("masked", {"policy": Cautious()})
+    for number in range(2):
+        give(optimizer, number)
+        optimizer.step()
+    del optimizer.state[optimizer.param_groups[1]["params"][0]]
+    optimizer.policy_groups[1].policy = MayRefuse()
+    give(optimizer, 2)
+    before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    with monkeypatch.context() as patch:
+        patch.setattr(MayRefuse, "refuses", True)
+        with pytest.raises(ArithmeticError, match="not today"):
+            optimizer.step()
+    assert all(map(torch.equal, before, [p for group in optimizer.param_groups for p in group["params"]]))
+    optimizer.step()
+    assert optimizer.count.steps == 3
