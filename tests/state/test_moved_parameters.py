@@ -63,7 +63,8 @@ MOVES = [(a, b) for a, b in permutations(GROUPS, 2) if IN_A_SPACE.get(a) in (Non
 
 @pytest.mark.parametrize(
     ("first", "second", "momentum_beta"),
-    [(*pair, None) for pair in MOVES] + [("magma", "dense", 0.9), ("dense", "cautious", 0.9)],
+    [(*pair, None) for pair in MOVES if pair[1] != "rotated otherwise"]
+    + [("magma", "dense", 0.9), ("dense", "cautious", 0.9)],
 )
 def test_a_checkpoint_is_loaded_after_a_move(first: str, second: str, momentum_beta: float | None) -> None:
     """... saved at once or a step later, and both runs go on alike."""

@@ -71,9 +71,7 @@ def give(optimizer: SelectiveUpdate, number: int, groups: slice = slice(None)) -
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(
-    ("other", "rotated"), [("dense", False), ("rotated", False), ("masked", True), ("rotated and dense", True)]
-)
+@pytest.mark.parametrize(("other", "rotated"), [("dense", False), ("rotated", False), ("rotated and dense", True)])
 def test_a_group_that_can_not_be_stepped_stops_the_others(other: str, rotated: bool, fault: str) -> None:
     last = {"preconditioner": Soap()} if rotated else {}
     optimizer = built(other, last)
