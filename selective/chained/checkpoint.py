@@ -49,7 +49,7 @@ def load(members: Members, checkpoint: dict[str, Any]) -> None:
     """
     check_group_sizes(checkpoint, members.groups())
     parts = _split(members, checkpoint)
-    undo_all = [_snapshot(optimizer) for optimizer in members.optimizers]
+    undo_all = [member_snapshot(optimizer) for optimizer in members.optimizers]
     try:
         for (name, optimizer), part in zip(members, parts, strict=True):
             _load_member(name, optimizer, part)
@@ -109,12 +109,12 @@ def _load_bare(optimizer: Optimizer, part: dict[str, Any]) -> None:
             restore_dtypes(optimizer.state[p], part["state"][index])
 
 
-def _snapshot(optimizer: Optimizer) -> Callable[[], None]:
+def member_snapshot(optimizer: Optimizer) -> Callable[[], None]:
     """Return a function that puts a member back as it is now."""
     if isinstance(optimizer, SelectiveUpdate):
         return snapshot(optimizer.base, optimizer.groups, optimizer.store, optimizer.count)
     inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
-    undo_all = [*(_snapshot(optimizer) for optimizer in inner), base_snapshot(optimizer)]
+    undo_all = [*(member_snapshot(optimizer) for optimizer in inner), base_snapshot(optimizer)]
 
     def undo() -> None:
         for undo_part in undo_all:

@@ -1,4 +1,4 @@
-"""Errors of a chain: they begin with its name, and say which member they are of."""
+"""Errors of a chain: they begin with its name, say which member they are of, and nothing is done by halves."""
 
 from __future__ import annotations
 
@@ -92,6 +92,20 @@ def test_errors_begin_with_the_chain_and_its_member(fault: Any, options: dict[st
     with pytest.raises(Exception, match="ChainedOptimizer") as raised:
         fault(chain(**options))
     assert str(raised.value).startswith(begin), str(raised.value)
+
+
+def test_states_are_written_to_all_members_or_to_none() -> None:
+    opt = chain()
+    opt.step()
+    first, last = (group["params"][0] for group in opt.param_groups)
+    before = opt.state[first]["exp_avg"].clone()
+    states = {first: {**opt.state[first], "exp_avg": torch.zeros(2, 3)}, last: {"selective/seed": "a"}}
+    with pytest.raises(ValueError, match="member 'last'"):
+        opt.state = states
+    assert torch.equal(opt.state[first]["exp_avg"], before)
+    states[last] = {}
+    opt.state = states
+    assert not opt.state[first]["exp_avg"].any()
 
 
 def test_a_member_alone_speaks_for_itself() -> None:
