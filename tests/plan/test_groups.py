@@ -144,3 +144,17 @@ def test_numbers_that_a_scheduler_writes_are_no_reason_to_decide_again(base: Any
     assert step() == 1
     optimizer.param_groups[0]["maximize"] = True
     assert [step(), step()] == [1, 0]
+
+
+def test_a_group_that_is_refused_keeps_all_that_it_says() -> None:
+    """As it was: it had lost its policy, and was dense when the other key was mended."""
+    base = two_groups()
+    groups = groups_of(base)
+    groups.update()
+    base.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "policy": "Cautious", "preconditioner": "no"})
+    with pytest.raises(ValueError, match="'no'"):
+        groups.update()
+    base.param_groups[2]["preconditioner"] = None
+    groups.update()
+    assert groups.policies[2].policy == Cautious()
+    assert not {"policy", "preconditioner"} & base.param_groups[2].keys()
