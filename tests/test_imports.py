@@ -22,6 +22,7 @@ STAIRS = [
         "selective.bind",
         "selective.configured",
         "selective.foreach",
+        "selective.generators",
         "selective.parameter",
         "selective.sharding",
         "selective.statistics",
