@@ -49,6 +49,8 @@ NAV = {
     "Reference": [
         "reference/index",
         "reference/optimizer",
+        "reference/explain",
+        "reference/state",
         "reference/policies",
         "reference/rules",
         "reference/selections",
