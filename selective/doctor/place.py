@@ -27,6 +27,8 @@ def place_of(error: BaseException) -> str:
     """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{short_path(error.filename)}, line {error.lineno}"
+    if error.__cause__ is not None and (place := place_of(error.__cause__)):
+        return place  # where the error began that this one explains
     for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))):
         if _is_of_user(frame.f_code.co_filename, frame.f_globals.get("__name__", "")):
             name = frame.f_code.co_name
