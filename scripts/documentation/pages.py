@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from . import reference
+from . import notebook, reference
 
 NAV = {
     "Start": ["quick-start", "pretraining", "fine-tuning", "examples"],
@@ -25,6 +25,7 @@ NAV = {
         "muon",
         "watching",
         "compare",
+        "guides/doctor",
     ],
     "Performance and evidence": ["performance", "evidence", "conformance"],
     "How it works": ["step", "policies", "decay", "capture", "kernels", "design"],
@@ -38,6 +39,7 @@ NAV = {
         "reference/testing",
         "reference/compare",
         "reference/bench",
+        "reference/doctor",
         "reference/kernels",
     ],
 }
@@ -76,8 +78,15 @@ def _index(docs: Path) -> str:
 
 
 def _examples(folder: Path) -> str:
-    files = sorted(file for file in folder.iterdir() if file.suffix in _LANGUAGES)
-    return "\n\n".join(f"## {f.name}\n\n````{_LANGUAGES[f.suffix]}\n{f.read_text()}````" for f in files)
+    files = sorted(file for file in folder.iterdir() if file.suffix in (*_LANGUAGES, ".ipynb"))
+    return "\n\n".join(f"## {file.name}\n\n{_shown(file)}" for file in files)
+
+
+def _shown(file: Path) -> str:
+    """A file as Markdown: a program in a fence, a notebook as text with fences."""
+    if file.suffix == ".ipynb":
+        return notebook.as_markdown(notebook.read(file))
+    return f"````{_LANGUAGES[file.suffix]}\n{file.read_text()}````"
 
 
 def _slug(file: str) -> str:

@@ -26,9 +26,10 @@ def doctor(factory: Factory, *, model: Model | None = None, lr: float = 1e-3, de
         print(report)
         assert report.exit_code == 0
 
-    It takes steps on random gradients: one to begin with (six on a GPU, until kernels are compiled), and three that are
-    timed. Then the parameters, their gradients, the optimizer's state and the random generators are bit for bit what
-    they were. That takes the memory of one more copy of the parameters, of their state and of one gradient each.
+    It takes steps on random gradients: two to begin with (seven on a GPU, until kernels are compiled and a CUDA graph
+    is recorded), and three that are timed. Then the parameters, their gradients, the optimizer's state and the random
+    generators are bit for bit what they were. That takes the memory of one more copy of the parameters, of their state
+    and of one gradient each.
 
     A bare optimizer is also wrapped for a trial, with `policy=Cautious()`, and stepped on the same gradients.
 

@@ -96,7 +96,7 @@ def steps_of(taken: Taken, groups: Sequence[Group], wrapped: bool) -> Steps:
     on_gpu = [time for _, time in taken.timed if time is not None]
     return Steps(
         taken=len(taken.times),
-        first_ms=taken.times[0][0] if taken.times else None,
+        warm_up_ms=[time for time, _ in taken.times[: taken.warm_up]],
         host_ms=[time for time, _ in taken.timed],
         device_ms=on_gpu or None,
         graph=graph,

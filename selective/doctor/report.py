@@ -54,8 +54,9 @@ class Steps(_Data):
     """Steps on random gradients. Times are in milliseconds."""
 
     taken: int
-    first_ms: float | None
-    """The first step: it makes the state and, on a GPU, compiles kernels. None if there was none."""
+    warm_up_ms: list[float]
+    """For each step before those that are timed: the time until `step()` returned. They make the state and the bases
+    and, on a GPU, compile kernels."""
     host_ms: list[float]
     """For each timed step: the time until `step()` returned."""
     device_ms: list[float] | None

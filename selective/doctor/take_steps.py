@@ -17,8 +17,9 @@ from selective.doctor.place import said
 from selective.doctor.subject import has_values
 
 TIMED = 3
-TO_WARM_UP = {"cpu": 1, "cuda": 6}
-"""Steps before those that are timed. On a GPU kernels are compiled in the first; a graph is recorded in the fourth."""
+TO_WARM_UP = {"cpu": 2, "cuda": 7}
+"""Steps before those that are timed. Rotated parameters get their bases in the first two. On a GPU kernels are compiled
+in the first ones, and a CUDA graph is recorded after two steps that have compiled nothing."""
 SIZE = 0.01
 """The standard deviation of the gradients."""
 
@@ -30,7 +31,7 @@ class Taken:
     times: list[tuple[float, float | None]] = field(default_factory=list)  # on the host, and on a GPU
     failure: str | None = None
     not_finite: list[str] = field(default_factory=list)
-    warm_up: int = 1
+    warm_up: int = 2
 
     @property
     def timed(self) -> list[tuple[float, float | None]]:
@@ -47,7 +48,7 @@ def take_steps(optimizer: Optimizer, names: Mapping[Tensor, str]) -> Taken:
     if not params:
         return Taken(failure="no parameter of its groups requires a gradient")
     device = next((p.device for p in params if p.is_cuda), params[0].device)
-    taken = Taken(warm_up=TO_WARM_UP.get(device.type, 1))
+    taken = Taken(warm_up=TO_WARM_UP.get(device.type, 2))
     for number in range(taken.warm_up + TIMED):
         seed_generators(number, 0)
         for p in params:

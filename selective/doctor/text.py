@@ -11,6 +11,7 @@ from selective.doctor.words import counted
 WIDTH = 100
 _LABEL = 12
 _MOST_GROUPS = 3
+_MOST_CHARACTERS = 120  # of the names of rotated parameters
 # Labels of `explain()` that are worth their lines here, with the most texts of each. The others are in the JSON form.
 _FACTS = {"policy": 1, "capture": 1, "kernels": 1, "rotated": 1, "left out": 2, "rate": 1, "note": 1}
 
@@ -59,11 +60,17 @@ def _of_groups(groups: Sequence[Group]) -> list[str]:
         lines += textwrap.wrap(group.title, WIDTH, subsequent_indent=" " * 4)
         for label, most in _FACTS.items():
             for number, text in enumerate(group.facts.get(label, [])[:most]):
-                lines += _labelled("" if number else label, text)
+                lines += _labelled("" if number else label, _shortened(text))
     more = len(groups) - _MOST_GROUPS
     if more > 0:
         lines.append(f"and {counted(more, 'more kind')} of groups: see explain(), or --json")
     return lines
+
+
+def _shortened(text: str) -> str:
+    """Return the text without the names in its middle if it is long. Its end says by what parameters are rotated."""
+    names, by, what = text.rpartition(", by ")
+    return text if not by or len(names) <= _MOST_CHARACTERS else f"{names[:_MOST_CHARACTERS]}..., by {what}"
 
 
 def _of_memory(memory: Memory | None) -> list[str]:
@@ -85,12 +92,13 @@ def _of_bare_memory(memory: Memory | None) -> list[str]:
 
 
 def _of_steps(steps: Steps) -> list[str]:
-    if not steps.taken or steps.first_ms is None:
+    if not steps.warm_up_ms:
         return _labelled("steps", f"none could be taken: {steps.failure}")
-    times = f"{_ms(steps.host_ms)} ms" if steps.host_ms else "none after the first"
+    times = f"{_ms(steps.host_ms)} ms" if steps.host_ms else "none was timed"
     on_gpu = f" on the host, {_ms(steps.device_ms)} ms until the GPU was done" if steps.device_ms else ""
+    before = f"the slowest of {len(steps.warm_up_ms)} before took {_ms([max(steps.warm_up_ms)])} ms"
     fine = "all values finite" if not steps.not_finite else "with values that are not finite"
-    lines = _labelled("steps", f"{times}{on_gpu}; the first took {steps.first_ms:.3g} ms; {fine}")
+    lines = _labelled("steps", f"{times}{on_gpu}; {before}; {fine}")
     if steps.failure is not None:
         lines += _labelled("", steps.failure)
     if steps.graph is not None or steps.graph_reasons:
@@ -100,7 +108,7 @@ def _of_steps(steps: Steps) -> list[str]:
 
 
 def _ms(times: Sequence[float]) -> str:
-    return ", ".join(f"{time:.3g}" for time in times)
+    return ", ".join(f"{time:,.0f}" if time >= 100 else f"{time:.3g}" for time in times)
 
 
 def _of_findings(heading: str, findings: Sequence[Finding]) -> list[str]:

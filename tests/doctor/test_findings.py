@@ -52,7 +52,7 @@ def test_a_fine_optimizer_has_no_finding() -> None:
     assert "need an NVIDIA GPU" in matrices.facts["kernels"][0]
     assert "Soap()" in matrices.facts["rotated"][0]
     assert others.facts["capture"][0].startswith("dense: ")
-    assert report.steps.taken == 4
+    assert report.steps.taken == 5
     assert len(report.steps.host_ms) == 3
     assert all(time > 0 for time in report.steps.host_ms)
     assert report.steps.graph is False
@@ -235,7 +235,7 @@ def test_a_bare_optimizer_is_wrapped_for_a_trial() -> None:
     assert report.memory is not None
     assert report.trial.memory == report.memory  # a policy adds nothing
     assert report.trial.steps is not None
-    assert report.trial.steps.taken == report.steps.taken == 4
+    assert report.trial.steps.taken == report.steps.taken == 5
     assert not optimizer.state
 
 

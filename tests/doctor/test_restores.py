@@ -133,14 +133,15 @@ def look_and_compare(optimizer: torch.optim.Optimizer) -> None:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     before, gradients, places = everything(optimizer, params), [p.grad for p in params], [p.data_ptr() for p in params]
     report = doctor(optimizer)
-    assert report.steps.taken == 4, report.steps.failure
+    assert report.steps.taken == 5, report.steps.failure
     assert same(everything(optimizer, params), before)
     assert all(p.grad is gradient for p, gradient in zip(params, gradients, strict=True))
     assert [p.data_ptr() for p in params] == places
 
 
-@pytest.mark.parametrize("taken", [0, 3])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "taken"), [*((name, 3) for name in OPTIMIZERS), ("eccentric", 0), ("rotated", 0), ("chain", 0)]
+)
 def test_training_goes_on_bit_for_bit(name: str, taken: int) -> None:
     dtype = torch.bfloat16 if name == "with a residue" else torch.float32
     assert same(run(name, dtype, taken, look_and_compare), run(name, dtype, taken, lambda _: None))
@@ -151,7 +152,7 @@ def nothing(_: Any) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("name", ["eccentric", "rotated", "chain"])
+@pytest.mark.parametrize("name", ["eccentric", "rotated"])
 def test_without_putting_back_it_would_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examine, "restored", nothing)
     looked = run(name, torch.float32, 3, lambda optimizer: doctor(optimizer) and None)
