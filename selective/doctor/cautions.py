@@ -122,8 +122,8 @@ def of_decay(subject: Subject) -> Iterator[Finding]:
     if decayed:
         yield advice(
             "decays_vectors",
-            f"weight_decay reaches biases, norms or other vectors ({listed(_names(decayed, names))}). They usually "
-            f"have none: param_groups_for(model, weight_decay=...) leaves it out there",
+            f"weight_decay reaches biases, norms or other vectors ({listed([names[p] for p in decayed])}). They "
+            f"usually have none: param_groups_for(model, weight_decay=...) leaves it out there",
         )
 
 
@@ -178,7 +178,7 @@ def _on_others(
         if kind not in MATRICES:
             of_kind.setdefault(kind, []).append(p)
     if of_kind:
-        others = "; ".join(f"{kind}: {listed(_names(ps, names))}" for kind, ps in of_kind.items())
+        others = "; ".join(f"{kind}: {listed([names[p] for p in ps])}" for kind, ps in of_kind.items())
         yield advice(
             f"{does}_others",
             f"the {what} {does} more than the matrices inside of the model ({others}). Usually the base alone steps "
@@ -203,7 +203,3 @@ def _why_no_triton() -> str | None:
     """Return the reason why Triton can't be imported; None if it can. Kernels take every plain float32 tensor."""
     plain = torch.zeros(1)
     return why_reference(spec.Item(plain, plain, {}, 0), spec.GivenRule())
-
-
-def _names(params: Sequence[Tensor], names: Mapping[Tensor, str]) -> list[str]:
-    return [names.get(p, f"one of shape {tuple(p.shape)}") for p in params]

@@ -60,7 +60,7 @@ def _examine(subject: Subject) -> Report:
     trial = None
     with restored(optimizer):
         taken = take_steps(optimizer, names)
-        groups = groups_of(optimizer)
+        groups = groups_of(optimizer, names)
         memory = memory_of(optimizer, subject.parameters) if taken.times else None
         steps = steps_of(taken, groups, bool(wrapped))
     if not wrapped:
@@ -119,6 +119,7 @@ def _wrap_for_trial(subject: Subject) -> tuple[Trial, list[Finding]]:
                 f"preconditioner",
             )
         )
+    names = subject.names()
     with restored(optimizer):
         try:
             wrapper = SelectiveUpdate(optimizer, policy=policy)
@@ -127,8 +128,8 @@ def _wrap_for_trial(subject: Subject) -> tuple[Trial, list[Finding]]:
             trial = Trial(policy=repr(policy), refusal=refusal, groups=[], memory=None, steps=None)
             return trial, [*found, mend("cannot_be_wrapped", refusal)]
         found += [advice("if_wrapped", text) for text in cautions.warnings_of(wrapper)]
-        taken = take_steps(wrapper, subject.names())
-        groups = groups_of(wrapper)
+        taken = take_steps(wrapper, names)
+        groups = groups_of(wrapper, names)
         memory = memory_of(wrapper, subject.parameters) if taken.times else None
         steps = steps_of(taken, groups, wrapped=True)
     if taken.failure is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,8 +18,9 @@ from selective.explain.memory import bytes_of_bases
 from selective.explain.paragraph import Paragraph
 from selective.state.store import follow_changes
 
-_ON_CPU = "no Triton: the parameters are on a CPU, and Triton's kernels need an NVIDIA GPU"
+_NO_GPU = "no Triton: the parameters are on {}, and Triton's kernels need an NVIDIA GPU"
 _REPLAYED = "replayed as a CUDA graph"
+_PLACE = re.compile(r"param_groups\[\d+\]\[\d+\]")
 
 
 def wrapped_in(optimizer: Optimizer) -> list[SelectiveUpdate]:
@@ -40,27 +42,41 @@ def _class(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
-def groups_of(optimizer: Optimizer) -> list[Group]:
-    """Return what `explain()` says of each kind of group."""
+def groups_of(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[Group]:
+    """Return what `explain()` says of each kind of group, with these names of parameters."""
     if isinstance(optimizer, ChainedOptimizer):
         named = zip(optimizer.names, optimizer.members, strict=True)
         return [
             group.model_copy(update={"title": f"member {name!r}, {group.title}"})
             for name, member in named
-            for group in groups_of(member)
+            for group in groups_of(member, names)
         ]
     if not isinstance(optimizer, SelectiveUpdate):
         return []
     follow_changes(optimizer.groups, optimizer.store)
     plans = optimizer.groups.plans
-    return [_group(each) for each in paragraphs(optimizer.base, plans, optimizer.options, optimizer.store)]
+    places = {
+        parameter.name: names.get(parameter.tensor, parameter.name)
+        for plan in plans
+        for parameter in plan.params.parameters
+    }
+    return [
+        _group(each, plans[each.numbers[0]].params.tensors, places)
+        for each in paragraphs(optimizer.base, plans, optimizer.options, optimizer.store)
+    ]
 
 
-def _group(paragraph: Paragraph) -> Group:
+def _group(paragraph: Paragraph, params: Sequence[Tensor], places: Mapping[str, str]) -> Group:
+    """Return a paragraph as data. `places` has a name for each place of a parameter, such as "param_groups[0][3]"."""
+
+    def renamed(text: str) -> str:
+        return _PLACE.sub(lambda found: places.get(found[0], found[0]), text)
+
     labels = dict.fromkeys(line.label for line in paragraph.lines if line.label)
-    facts = {label: paragraph.texts(label) for label in labels}
-    if not facts["capture"][0].startswith("dense"):
-        facts.setdefault("kernels", [_ON_CPU])
+    facts = {label: [renamed(text) for text in paragraph.texts(label)] for label in labels}
+    if params and not facts["capture"][0].startswith("dense"):
+        device = params[0].device.type
+        facts.setdefault("kernels", [_NO_GPU.format("a CPU" if device == "cpu" else device)])
     return Group(title=paragraph.title, numbers=list(paragraph.numbers), facts=facts)
 
 

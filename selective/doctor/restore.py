@@ -49,9 +49,15 @@ class _Before:
         self._undo: list[Callable[[], None]] = []
 
     def put_back(self) -> None:
-        """Put all contents back."""
+        """Put all contents back. If one can't be, the others are, and then its error is raised."""
+        errors: list[Exception] = []
         for undo in self._undo:
-            undo()
+            try:
+                undo()
+            except Exception as error:  # a tensor of a class that can't be copied to
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def keep_optimizer(self, optimizer: Optimizer) -> None:
         """Keep what an optimizer has, and what is inside of it."""

@@ -41,14 +41,15 @@ class Subject:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def names(self) -> dict[Tensor, str]:
-        """Return the model's names of its parameters; without a model, those that stand in the groups."""
+        """Return a name for each parameter: the model's, the one that stands in its group, or its place."""
+        names: dict[Tensor, str] = {}
+        for number, group in enumerate(self.optimizer.param_groups):
+            own = group.get("param_names", [f"param_groups[{number}][{i}]" for i in range(len(group["params"]))])
+            names.update(zip(group["params"], own, strict=False))
         if self.model is not None:
-            return {p: name for name, p in reversed(list(self.model.named_parameters(remove_duplicate=False)))}
-        return {
-            p: name
-            for group in self.optimizer.param_groups
-            for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
-        }
+            in_model = list(self.model.named_parameters(remove_duplicate=False))
+            names.update((p, name) for name, p in reversed(in_model))  # of several names the first
+        return names
 
 
 def load_subject(factory: Factory, model: Model | None, lr: float, device: str | None) -> Subject:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.base.lent_gradients import gradient_dtype
-from selective.compare.generators import seed_generators
 from selective.doctor.place import said
 from selective.doctor.subject import has_values
 
@@ -50,12 +49,12 @@ def take_steps(optimizer: Optimizer, names: Mapping[Tensor, str]) -> Taken:
     device = next((p.device for p in params if p.is_cuda), params[0].device)
     taken = Taken(warm_up=TO_WARM_UP.get(device.type, 2))
     for number in range(taken.warm_up + TIMED):
-        seed_generators(number, 0)
-        for p in params:
-            p.grad = torch.randn_like(p, dtype=gradient_dtype(p) or p.dtype, requires_grad=False).mul_(SIZE)
+        generators = {p.device: torch.Generator(p.device).manual_seed(number) for p in params}
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of schedulers, which were not told about these steps
+                warnings.simplefilter("ignore")  # of schedulers, which were not told about these steps, and DTensors
+                for p in params:
+                    p.grad = _random_gradient(p, generators[p.device])
                 taken.times.append(_time(optimizer.step, device))
         except Exception as error:  # a base, a policy or a hook of the user's may raise anything
             taken.failure = f"step {number + 1} raises {said(error)}"
@@ -66,11 +65,15 @@ def take_steps(optimizer: Optimizer, names: Mapping[Tensor, str]) -> Taken:
 
 def not_finite(params: Sequence[Tensor], names: Mapping[Tensor, str]) -> list[str]:
     """Return the names of the parameters that have a NaN or an infinity."""
-    return [
-        names.get(p, f"parameter {number}")
-        for number, p in enumerate(params)
-        if has_values(p) and not bool(torch.isfinite(p).all())
-    ]
+    return [names[p] for p in params if has_values(p) and not bool(torch.isfinite(p).all())]
+
+
+def _random_gradient(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a gradient for `p`, in its layout. That of a subclass (DTensor) is drawn from the global generator."""
+    dtype = gradient_dtype(p) or p.dtype
+    if type(p) in (Tensor, torch.nn.Parameter):
+        return torch.empty_like(p, dtype=dtype, requires_grad=False).normal_(0.0, SIZE, generator=generator)
+    return torch.randn_like(p, dtype=dtype, requires_grad=False).mul_(SIZE)
 
 
 def _time(step: Callable[[], object], device: torch.device) -> tuple[float, float | None]:

@@ -159,6 +159,7 @@ def test_policies_rotations_and_decay_on_other_parameters_than_matrices() -> Non
     assert codes(report, "advice") == ["masks_others", "rotates_others", "decays_vectors"]
     assert "embeddings: 0.weight; vectors: 1.bias, 2.weight, 2.bias, 3.bias" in text_of(report, "masks_others")
     assert "(embeddings: 0.weight)" in text_of(report, "rotates_others")
+    assert report.groups[0].facts["rotated"][0].startswith("0.weight as 8 x 4; 1.weight as 6 x 4; ")
     assert report.exit_code == 0
     without_model = doctor(SelectiveUpdate(torch.optim.AdamW(net.parameters(), weight_decay=0), policy=Cautious()))
     assert codes(without_model, "advice") == ["masks_others"]

@@ -188,6 +188,25 @@ def test_tensors_and_containers_stay_the_same_objects() -> None:
     assert params[1].grad is not None
 
 
+class Unwritable(Tensor):
+    """A tensor that can be read and not written."""
+
+    def copy_(self, *_: Any) -> Any:
+        raise NotImplementedError("it can't be written")
+
+
+def test_what_cannot_be_put_back_is_an_error_and_all_else_is_put_back() -> None:
+    params = parameters()
+    optimizer = Eccentric(params)
+    optimizer.own = [torch.ones(2).as_subclass(Unwritable)]  # type: ignore[attr-defined]
+    before = everything(optimizer, params)
+    with pytest.raises(NotImplementedError, match="can't be written"), restored(optimizer):
+        train(optimizer, params, 0, 2)
+    for p in params:
+        p.grad = None
+    assert same(everything(optimizer, params), before)
+
+
 def test_a_schedule_does_not_notice() -> None:
     params = parameters()
     optimizer = SelectiveUpdate(torch.optim.AdamW(params, lr=0.1), policy=Cautious())
