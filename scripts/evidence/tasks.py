@@ -78,7 +78,7 @@ class TextTask:
 
     def evaluate(self, model: nn.Module) -> float:
         """The mean loss of the held-out windows."""
-        model.train()  # no dropout, so the same function; in another mode it would be compiled once more
+        model.train()  # no dropout, so the same function; in another mode it would be compiled again
         device = next(model.parameters()).device
         total = torch.zeros((), dtype=torch.float64, device=device)
         with torch.enable_grad():  # the graph that was compiled for training: without gradients it would be another one

@@ -86,7 +86,7 @@ def test_a_page_is_filled_and_a_changed_record_is_noticed(records: list[dict[str
     written = filled(page, Results(records))
     assert "| old |" not in written
     assert "\n\nText.\n" in written
-    assert written.endswith("\nEnd.\n")
+    assert written.endswith("|\n\nEnd.\n")
     assert filled(written, Results(records)) == written
     changed = copy.deepcopy(records)
     changed[0]["validation"]["loss"][-1] -= 0.01

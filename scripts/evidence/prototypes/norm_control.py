@@ -21,7 +21,7 @@ class NormControl:
 
     u is what the optimizer subtracts, whatever its scale. The matrices have no decay. One that is zero stays zero. The
     rule is "hyperball" (arXiv 2606.16899), read in other projects' code. Everything else is stepped as the optimizer
-    does it. It reads and writes the matrices once more, and keeps a copy of them during a step.
+    does it. It reads and writes the matrices again, and keeps a copy of them during a step.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, steps: int) -> None:

@@ -22,7 +22,7 @@ class Stepper(Protocol):
 
 @runtime_checkable
 class Finishes(Protocol):
-    """Changes the parameters once more after the last step."""
+    """Changes the parameters again after the last step."""
 
     def finish(self) -> None: ...
 
