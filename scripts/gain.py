@@ -61,9 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             print("out of time; the same command goes on from here")
             break
         trainer = trainer or Trainer(options)
-        if (
-            options.times and run.setup not in warm
-        ):  # its kernels are compiled
+        if options.times and run.setup not in warm:  # its kernels are compiled
             trainer.go(replace(run, part=WARM_UP / options.steps))
             warm.add(run.setup)
         record = trainer.go(run)

@@ -78,7 +78,7 @@ class TextTask:
 
     def evaluate(self, model: nn.Module) -> float:
         """The mean loss of the held-out windows."""
-        model.train()  # no dropout, so the same function; in another mode it would be compiled once more
+        model.train()  # no dropout, so the same function; in another mode it would be compiled again
         device = next(model.parameters()).device
         total = torch.zeros((), dtype=torch.float64, device=device)
         with torch.enable_grad():  # the graph that was compiled for training: without gradients it would be another one
@@ -130,6 +130,10 @@ def english_34m() -> TextTask:
     return llama("english", "34m")
 
 
+def english_34m_256() -> TextTask:
+    return llama("english", "34m", context=256)
+
+
 def python_110m() -> TextTask:
     return llama("python-16k", "110m")
 
@@ -141,6 +145,7 @@ def english_110m() -> TextTask:
 TASKS: dict[str, Callable[[], Any]] = {
     "python-34m": python_34m,
     "english-34m": english_34m,
+    "english-34m-256": english_34m_256,
     "python-110m": python_110m,
     "english-110m": english_110m,
 }
