@@ -11,7 +11,7 @@ from torch import Tensor
 from ..reference.rounding import store
 from ..reference.rules import decay_factor, number, rate_of
 from ..spec import GivenRule, StepSpec, Sums
-from .chunks import Flat, buffer
+from .chunks import Flat, buffer, spans
 from .decay import decayed_where, decaying
 
 
@@ -113,15 +113,24 @@ class Applier:
             torch.mul(minus_update, mask, out=masked)
         self._write(start, end, masked, minus_update, grad)
 
-    def write_masked(self, start: int, end: int, masked: Tensor) -> None:
-        """Step the elements of `[start, end)`, given -u times the mask, up to the factor of the selected.
+    def write_masked(self, masked: Tensor) -> None:
+        """Step the whole tensor, given -u times the mask, up to the factor of the selected.
 
-        Only where decay reaches every coordinate, and without an offset. One operation, which reads `masked` once.
+        Only where decay reaches every coordinate, and without an offset. One operation, which needs no buffer and so no
+        chunks, unless the parameter or where it starts has another dtype.
         """
-        param, origin = self.flat.param[start:end], self.start[start:end]
-        if origin.dtype != self.dtype:
-            origin = buffer("start", end - start, self.dtype).copy_(origin)
-        out = param if param.dtype == self.dtype else buffer("result", end - start, self.dtype)
+        whole = self.flat.param.dtype == self.start.dtype == self.dtype
+        for start, end in spans(masked.numel(), masked.numel() if whole else None):
+            param, origin = self.flat.param[start:end], self.start[start:end]
+            if origin.dtype != self.dtype:
+                origin = buffer("start", end - start, self.dtype).copy_(origin)
+            out = param if whole else buffer("result", end - start, self.dtype)
+            self._add(masked[start:end], origin, out)
+            if out is not param:
+                store(param, out, self.draw, self.address, start)
+
+    def _add(self, masked: Tensor, origin: Tensor, out: Tensor) -> None:
+        """Write `factor * origin + selected * masked` to `out`, by one operation."""
         if self.factor == 1:
             torch.add(origin, masked, alpha=self.multipliers.selected, out=out)
         else:  # an outer product with a vector of one 1: `addr` is the operation that multiplies both of its terms
@@ -129,8 +138,6 @@ class Applier:
                 origin.view(-1, 1), masked, self.one, beta=self.factor, alpha=self.multipliers.selected,
                 out=out.view(-1, 1),
             )  # fmt: skip
-        if out is not param:
-            store(param, out, self.draw, self.address, start)
 
     def _write(self, start: int, end: int, masked: Tensor, minus_update: Tensor, grad: Tensor) -> None:
         param, origin = self.flat.param[start:end], self.start[start:end]

@@ -92,8 +92,9 @@ class Matched:
         for start, end in backwards(self.numel):
             minus_update = minus_updates[start:end]
             chosen = buffer("selected", end - start, self.dtype).copy_(marks[start:end])
-            chosen = self._only_moving(chosen, minus_update, gradient, start).mul_(minus_update)
-            ours += float(torch.dot(chosen, minus_update))
+            if self.still:
+                chosen = self._only_moving(chosen, minus_update, gradient, start)
+            ours += float(torch.dot(chosen.mul_(minus_update), minus_update))
         theirs, every = self.theirs_sq, self.all_sq
         if rest == 0:  # then `all_sq` was not added up
             every = max(theirs, ours)
@@ -108,15 +109,16 @@ class Matched:
         """
         multiply, have = Multipliers(selected, rest, self.dtype), 0.0
         for start, end in backwards(self.numel):
-            minus_update = minus_updates[start:end]
-            mask = multiply(buffer("selected", end - start, self.dtype).copy_(marks[start:end]))
-            minus_update.mul_(self._only_moving(mask, minus_update, gradient, start))
-            have += float(torch.dot(minus_update, minus_update))
+            minus_update, chosen = minus_updates[start:end], buffer("selected", end - start, self.dtype)
+            mask = multiply(chosen.copy_(marks[start:end]))
+            if self.still:
+                mask = self._only_moving(mask, minus_update, gradient, start)
+            have += float(torch.dot(minus_update.mul_(mask), minus_update))
         return self._scale_to(have, selected, rest) if self._chooses else 1.0, have
 
     def _only_moving(self, mask: Tensor, minus_update: Tensor, gradient: Gradient, start: int) -> Tensor:
         """The mask of a chunk, times 0 where a coordinate stands still, in place."""
-        return mask.mul_(self._moves(minus_update, gradient(start, start + mask.numel()))) if self.still else mask
+        return mask.mul_(self._moves(minus_update, gradient(start, start + mask.numel())))
 
     def _scale_to(self, have: float, selected: float, rest: float) -> float:
         """The factor that turns `have`, the sum of (mask u)^2 of the control, into that of its policy.

@@ -260,9 +260,7 @@ class _Step:
         inside = (1.0, 0.0) if rest == 0 else (selected, rest)  # of the factor, which is one multiplication for all
         scale, masked_sq = self.matched.mask_(minus_updates, self.mover.gradient, marks, *inside)
         factor = scale * selected if rest == 0 else scale
-        apply = self._applier((factor, 0.0))
-        for start, end in spans(self.numel):
-            apply.write_masked(start, end, minus_updates[start:end])
+        self._applier((factor, 0.0)).write_masked(minus_updates)
         if totals is not None:
             totals.selected, totals.masked_sq = self.matched.count, factor * factor * masked_sq
         return selected * scale, rest * scale
