@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass
 
@@ -46,6 +47,11 @@ class Totals:
         return Sums(numel, *row.unbind())
 
 
+@functools.cache
+def _one(dtype: torch.dtype) -> Tensor:
+    return torch.ones(1, dtype=dtype, device="cpu")
+
+
 class Multipliers:
     """Turns 1.0 and 0.0 into the two multipliers, exactly those two as the dtype has them."""
 
@@ -79,11 +85,10 @@ class Applier:
     ) -> None:
         rule = spec.rule
         self.flat, self.dtype, self.still, self.draw, self.address = flat, dtype, still, spec.draw, address
-        self.multipliers = Multipliers(*pair, dtype)
+        self.pair = pair
         self.factor = float(number(decay_factor(rule)))
         self.decay, self.climbs = spec.decay, spec.decay is not None and float(rate_of(rule)) < 0
         self.offset = rule.offset if isinstance(rule, GivenRule) else 0.0
-        self.one = torch.ones(1, dtype=dtype, device="cpu")
         self.start = flat.state["start"] if isinstance(rule, GivenRule) else flat.param
 
     def __call__(
@@ -113,6 +118,10 @@ class Applier:
             torch.mul(minus_update, mask, out=masked)
         self._write(start, end, masked, minus_update, grad)
 
+    @functools.cached_property
+    def multipliers(self) -> Multipliers:
+        return Multipliers(*self.pair, self.dtype)
+
     def write_masked(self, masked: Tensor) -> None:
         """Step the whole tensor, given -u times the mask, up to the factor of the selected.
 
@@ -130,14 +139,13 @@ class Applier:
                 store(param, out, self.draw, self.address, start)
 
     def _add(self, masked: Tensor, origin: Tensor, out: Tensor) -> None:
-        """Write `factor * origin + selected * masked` to `out`, by one operation."""
+        """Write the parameter's new value to `out`, by one operation."""
+        selected = self.pair[0] if self.dtype == torch.float64 else _single(self.pair[0])
         if self.factor == 1:
-            torch.add(origin, masked, alpha=self.multipliers.selected, out=out)
+            torch.add(origin, masked, alpha=selected, out=out)
         else:  # an outer product with a vector of one 1: `addr` is the operation that multiplies both of its terms
-            torch.addr(
-                origin.view(-1, 1), masked, self.one, beta=self.factor, alpha=self.multipliers.selected,
-                out=out.view(-1, 1),
-            )  # fmt: skip
+            column = out.view(-1, 1)
+            torch.addr(origin.view(-1, 1), masked, _one(self.dtype), beta=self.factor, alpha=selected, out=column)
 
     def _write(self, start: int, end: int, masked: Tensor, minus_update: Tensor, grad: Tensor) -> None:
         param, origin = self.flat.param[start:end], self.start[start:end]
