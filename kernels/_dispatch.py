@@ -159,7 +159,7 @@ def selective_step(
     decay: Decay | None = None,
     graphs: bool = False,
 ) -> Sequence[Sums] | None:
-    """The complete step of these tensors, in place: moments, mask, decay, parameter (docs/design.md, steps 5 to 7).
+    """The complete step of these tensors, in place: moments, mask, decay, parameter (steps 5 to 7 of the design).
 
     Args:
         items: one for each parameter: real floating point tensors of any shape, layout and size, empty and 0-d ones

@@ -1,4 +1,4 @@
-"""Draws gram.png of docs/preconditioner-eigenbasis.md: a gradient covariance before and after rotation, a real one.
+"""Draws gram.png of docs/how-it-works/rotation.md: a gradient covariance before and after rotation, a real one.
 
     python docs/pictures/gram.py [FILE]
 

@@ -1,4 +1,4 @@
-"""Draws top_k.png of docs/kernels.md: how the K-th largest score of one tensor is found, on real scores.
+"""Draws top_k.png of docs/how-it-works/kernels.md: how the K-th largest score of one tensor is found, on real scores.
 
     python docs/pictures/top_k.py [FILE]
 

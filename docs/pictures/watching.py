@@ -1,4 +1,4 @@
-"""Draws watching.png of docs/watching.md: what three policies select in a real run, as `selective.watch` sees it.
+"""Draws watching.png of docs/guides/watching.md: what three policies select in a real run, as `watch` sees it.
 
     python docs/pictures/watching.py [FILE]
 

@@ -5,7 +5,7 @@ another key. Written as operations on whole chunks that is 27; 12 of them are en
 
 - The indices of one block of 65,536 have the same upper half, so that the first key and the first shift are one xor of
   the lower half with one constant.
-- The last shift of the first round and the first shift of the second cancel, but for the key between them:
+- The last shift of the first round and the first shift of the second cancel, except for the key between them:
   y = x ^ (x >> 16) ^ k, and y ^ (y >> 16) = x ^ k ^ (k >> 16), as a shift by 16 leaves the upper half alone.
 - The last shift leaves the upper half alone as well, so that it costs nothing where only upper bits are wanted.
 

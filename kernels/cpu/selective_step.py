@@ -195,7 +195,7 @@ class _Step:
             keep_marks(selected, marks[start:end])
 
     def _again(self, minus_updates: Tensor, start: int, end: int) -> Slice:
-        """The chunk once more, from what the first pass has left."""
+        """The chunk again, from what the first pass has left."""
         x = None if self.x is None else self.x[start:end]
         return Slice(minus_updates[start:end], self.mover.seen_gradient(start, end), x, None)
 

@@ -2,7 +2,7 @@
 
 Scores are ranked by `t = -score`, so that the K largest scores are the K smallest t, and NaN stays out of every
 comparison. A `Threshold(value, cutoff)` selects `t < value`, and those equal to it at flat indices up to `cutoff`. As
-+0 equals -0 in a comparison, ties are what docs/design.md calls ties.
++0 equals -0 in a comparison, ties are what docs/reference/kernels.md calls ties.
 
 A sample gives two values around the wanted rank: the bracket. One pass counts the t below the bracket and collects
 those inside; the K-th is then found among these few. If it is not one of them (the bracket missed), the whole tensor

@@ -5,7 +5,7 @@
 
 It computes what `RotatedFusedJob` computes bucket by bucket. Everything that lists are made of lasts from step to step:
 stacks, views of buffers, the items of kernels. So a step makes about ten launches for each shape, and a dozen besides,
-however many parameters there are. The gradients are copied into their stack for the products, and once more for the
+however many parameters there are. The gradients are copied into their stack for the products, and again for the
 averages, because in between its memory holds the updates. That costs less than the memory of another stack.
 """
 

@@ -85,7 +85,7 @@ class GroupParams:
         tensors, pointers = self.tensors, self._pointers
         shapes = [None if is_lazy(p) else p.shape for p in tensors] if self._lazy else [p.shape for p in tensors]
         if self._looked and same_memory and len(pointers) == len(tensors) and 0 not in pointers:
-            devices = self._looked[1]  # an address belongs to one device, but for that of an empty tensor
+            devices = self._looked[1]  # an address belongs to one device, except for that of an empty tensor
         else:
             devices = [p.device for p in tensors]
         looked = [p.dtype for p in tensors], devices, shapes, [*map(Tensor.stride, self._plain)]

@@ -300,7 +300,7 @@ ROUNDED = 2**-7  # largest relative change of a number by an identity whose prod
 def _estimated(project: Change, floors: Sequence[Tensor], *, squared: bool) -> Change:
     """Return the change that averages the squares of `project` of the root of x with random signs.
 
-    With `squared=False`, x holds roots. x stays as it is if `project` is the identity but for rounding.
+    With `squared=False`, x holds roots. x stays as it is if `project` is the identity except for rounding.
     """
 
     def change(x: Tensor) -> Tensor:

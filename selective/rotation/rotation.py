@@ -84,7 +84,7 @@ class Rotation:
         """Iterate over buckets: parameters of equal shape, shard and device, at most `limit` elements together.
 
         The default limit is `ROTATED`. Elements of sharded matrices are counted over all ranks, so that all have the
-        same buckets and can gather together.
+        same buckets and can gather at once.
         """
         by_kind: dict[tuple[object, ...], list[int]] = {}
         for index in indices:
