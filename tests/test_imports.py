@@ -22,6 +22,7 @@ STAIRS = [
         "selective.bind",
         "selective.configured",
         "selective.foreach",
+        "selective.generators",
         "selective.parameter",
         "selective.sharding",
         "selective.statistics",
@@ -44,7 +45,7 @@ STAIRS = [
     },  # and every other module that has no place of its own here
     {"selective"},  # the front door itself: `selective/__init__.py`
     {"selective.testing"},
-    {"selective.compare", "selective.bench"},
+    {"selective.compare", "selective.bench", "selective.doctor"},
     {"selective.cli"},
 ]
 # What `import selective` may need at import time: the declared dependencies, and what pydantic itself requires.

@@ -79,12 +79,19 @@ def test_launches_compile_and_what_the_compiler_refuses_is_noticed(tmp_path: Pat
             {"selective_step_kernel", "settle_kernel", "repair_kernel"},
             marks=pytest.mark.slow,
         ),
-        pytest.param("whole", "top_k", "lion", {"selective_step_kernel", "ties_kernel"}, marks=pytest.mark.slow),
+        pytest.param("whole", "top_k", "lion", {"count_kernel", "finish_kernel"}, marks=pytest.mark.slow),
+        pytest.param(
+            "whole",
+            "top_k,top_k_norm",
+            "adamw/bfloat16,sgd_nesterov/float16",
+            {"count_kernel", "narrow_kernel", "finish_kernel", "settle_kernel", "sums_kernel"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "whole",
             "agreement,top_k",
             "adam_coupled,sgd_nesterov",
-            {"selective_step_kernel", "ties_kernel"},
+            {"count_kernel", "finish_kernel"},
             marks=pytest.mark.slow,
         ),
         pytest.param(

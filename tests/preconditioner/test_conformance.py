@@ -65,7 +65,7 @@ OTHER_STEP = "it compares with the base's own step, and a rotated base takes ano
 WAIVES = {
     "compensation_stays_within_its_cap": OTHER_STEP,
     "nothing_aligned_stays_finite": OTHER_STEP,
-    "inexact_moments_are_understood": "a moment that nobody can read is not carried: docs/preconditioner.md says so",
+    "inexact_moments_are_understood": "a moment that nobody can read is not carried: docs/guides/rotate.md says so",
 }
 
 

@@ -37,7 +37,7 @@ NORMS = {  # of the update, whose moments are stored while it is summed up
 STILL = Selection("agreement"), Strength("fixed", 1.0, -1.0, still=True)
 TYPES = {
     torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64", torch.int8: "*i8",
-    torch.bfloat16: "*bf16",
+    torch.bfloat16: "*bf16", torch.float16: "*fp16",
 }  # fmt: skip
 SHARDED = {
     "top_k": (Selection("top_k", fraction=0.4), Strength("fixed", 2.0, 0.5)),
@@ -92,12 +92,16 @@ def _type_of(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
+def _parted(rule: str) -> tuple[str, str, str]:
+    return rule.partition("/")
+
+
 def whole_tensors(kinds: list[str], rules: list[str]) -> None:
     """A kind is "top_k"; with selective decay "top_k+update"; its matched random control "control:top_k".
 
-    "unscaled:top_k" is a control that does not keep the norm.
+    "unscaled:top_k" is a control that does not keep the norm. A rule is "adamw"; of bfloat16 tensors "adamw/bfloat16".
     """
-    for rule in (RULES[name] for name in rules):
+    for rule, dtype in ((RULES[name], getattr(torch, of or "float32")) for name, _, of in map(_parted, rules)):
         for name, _, of in (kind.partition("+") for kind in kinds):
             controlled, _, kind = name.rpartition(":")
             selection, strength = {"still": STILL, **NORMS, **KINDS}[kind]
@@ -105,11 +109,11 @@ def whole_tensors(kinds: list[str], rules: list[str]) -> None:
                 selection = replace(selection, control=Control(norm=controlled == "control"))
             decay: Any = Decay(of=of) if of else None  # type: ignore[arg-type]
             for statistics in (False, True):
-                p = torch.randn(300_000)  # drawn from, bracketed and settled
+                p = torch.randn(300_000, dtype=dtype)  # drawn from, bracketed and settled
                 state = {"step": torch.tensor(3.0), "exp_avg": p.clone(), "exp_avg_sq": p.square()}
                 if getattr(rule, "amsgrad", False):
                     state["max_exp_avg_sq"] = p.square()
-                item = Item(p, torch.randn(300_000), state, 0)
+                item = Item(p, torch.randn(300_000, dtype=dtype), state, 0)
                 plan.selective_step([item], StepSpec(rule, selection, strength, Draw(1, 2), statistics, decay))
 
 

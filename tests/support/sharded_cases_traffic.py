@@ -1,4 +1,4 @@
-"""The traffic of a step, counted and compared with docs/sharded.md."""
+"""The traffic of a step, counted and compared with docs/guides/sharded.md."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def traffic(run: Run) -> list[int]:
     return found
 
 
-# The numbers of docs/sharded.md: collectives of a step with statistics and without, by rows and by columns; and the
-# bytes of a tensor cut by rows over 4 ranks, with statistics and without.
+# The numbers of docs/guides/sharded.md: collectives of a step with statistics and without, by rows and by columns; and
+# the bytes of a tensor cut by rows over 4 ranks, with statistics and without.
 TABLE = {
     "CautiousMGUP": ((1, 0), (1, 0), (800, 0)),
     "Grams": ((1, 0), (1, 0), (800, 0)),
