@@ -27,6 +27,7 @@ from selective.policies import Dense
 from selective.policies.kernel_terms import Specs, specs_of
 from selective.preconditioner.stacked import Averaging, Part, StackedEigenbasis
 from selective.rotation.buffers import Buffer, aligned, all_in_use
+from selective.rotation.noise import clear_noise_
 from selective.rotation.rotation import Rotation
 from selective.rotation.stacks import Bucket, Stacks
 
@@ -98,6 +99,9 @@ class Round:
             if rotation.has_refreshed:
                 with rotation.named("denoise"):
                     basis.denoise(self.parts)
+            if rotation.full_steps:
+                for part in self.parts:
+                    clear_noise_(part.result)
             self.given.flat.zero_()
             sums = selective_step(self.items, **calls.rule)
             with rotation.named("project_out"):

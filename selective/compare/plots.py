@@ -14,7 +14,8 @@ from selective.compare.contenders import Contender, contenders
 from selective.compare.extras import require
 from selective.compare.gpt_task import GPTTask
 from selective.compare.intervals import t_interval
-from selective.compare.summary import Row, Summary, final
+from selective.compare.race import final
+from selective.compare.summary import Row, Summary
 from selective.compare.task import name_of, unit_of
 from selective.compare.train import Record, write_atomically
 

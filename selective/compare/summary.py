@@ -15,8 +15,9 @@ from typing import Any
 
 from selective.compare.config import CompareConfig
 from selective.compare.contenders import Contender, Pair, contenders
-from selective.compare.intervals import Interval, steps_to, t_interval
+from selective.compare.intervals import Interval, t_interval
 from selective.compare.notes import at_an_edge, notes_on
+from selective.compare.race import final, race
 from selective.compare.train import Record
 
 BySeed = Mapping[int, Record]
@@ -122,11 +123,6 @@ def as_json(summary: Summary) -> dict[str, Any]:
     return {"seeds": summary.seeds, "rows": rows, "verdicts": verdicts, "notes": summary.notes}
 
 
-def final(record: Record) -> float:
-    """The last held-out loss of a run, or infinity if it diverged."""
-    return math.inf if record["diverged"] else record["validation"]["loss"][-1]
-
-
 def _best_pair(swept: Mapping[Pair, BySeed]) -> Pair | None:
     """The learning rates with the lowest mean final loss; None if each has a seed that diverged, or no run finished.
 
@@ -161,43 +157,12 @@ def _row(
     pairs = [(records[seed], baseline[seed]) for seed in records if baseline and seed in baseline]
     if not pairs:
         return row
-    steps = _race(pairs, "step")
-    seconds = _race(pairs, "seconds")
+    steps = race(pairs, "step")
+    seconds = race(pairs, "seconds")
     return replace(
         row, difference=t_interval([final(r) - final(b) for r, b in pairs]), steps=steps.mean, speed=steps.ratio,
         reached=steps.reached, seconds=seconds.mean, time_speed=seconds.ratio,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Race:
-    """The way to the baseline's final loss of the same seed, in steps or in seconds."""
-
-    mean: float | None  # over the seeds that reached it
-    ratio: Interval | None  # the baseline's way over this one; None unless all seeds reached it
-    reached: int
-
-
-def _race(pairs: Sequence[tuple[Record, Record]], axis: str) -> _Race:
-    """Race runs against the baseline's of the same seed, along "step" or "seconds" of their curves."""
-    if any(None in _axis(record, axis) for pair in pairs for record in pair):
-        return _Race(None, None, 0)
-    ways = [_way(r, final(b), axis) for r, b in pairs]
-    there = [way for way in ways if way is not None]
-    ratio = None
-    if len(there) == len(ways) and all(way > 0 for way in there):
-        taken = [_way(b, final(b), axis) for _, b in pairs]
-        ratio = t_interval([base / way for base, way in zip(taken, there, strict=True) if base is not None])
-    return _Race(fmean(there) if there else None, ratio, len(there))
-
-
-def _way(record: Record, target: float, axis: str) -> float | None:
-    return steps_to(target, _axis(record, axis), record["validation"]["loss"])
-
-
-def _axis(record: Record, axis: str) -> Sequence[Any]:
-    """The steps of the evaluations, or the seconds of training until each; [None] if these were not recorded."""
-    return record["validation"]["step"] if axis == "step" else record.get("seconds_to_validation") or [None]
 
 
 def paired(left: BySeed, right: BySeed) -> Interval | None:

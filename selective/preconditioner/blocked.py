@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selective.kernels import float32_product, has_float32_products
 
-BY_KERNEL: dict[str, bool] = {"symmetric": True, "triangular": True, "general": True}
+BY_KERNEL: dict[str, bool] = {"symmetric": True, "triangular": True, "general": True, "panels": True}
 """The kinds of products in a refresh that the kernel computes where it can; the others are torch's."""
 BLOCK = 256
 """Rows of a block. All of `solvers.cholesky` on an H100, for stacks of 16 and 32 matrices of 2,048 rows, takes 2.13 and
@@ -40,6 +40,13 @@ def _by_kernel(kind: str, a: Tensor, b: Tensor) -> bool:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Return a b."""
     return float32_product(a, b) if _by_kernel("general", a, b) else a @ b
+
+
+def _minus(panel: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return panel - a b."""
+    if _by_kernel("panels", a, b):
+        return panel - float32_product(a, b)
+    return torch.baddbmm(panel, a, b, alpha=-1)
 
 
 def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
@@ -120,7 +127,7 @@ def factor(matrix: Tensor) -> Factor:
         panel = matrix[:, rows.start :, rows]
         if rows.start:
             done = result[:, rows.start :, : rows.start]
-            panel = torch.baddbmm(panel, done, result[:, rows, : rows.start].mT, alpha=-1)
+            panel = _minus(panel, done, result[:, rows, : rows.start].mT)
         size = rows.stop - rows.start
         diagonal = torch.linalg.cholesky_ex(panel[:, :size])[0]
         identity = torch.eye(size, dtype=diagonal.dtype, device=diagonal.device).expand_as(diagonal)
@@ -141,6 +148,6 @@ def over(x: Tensor, factored: Factor) -> Tensor:
     for rows, inverse in zip(_blocks(lower.shape[-1]), inverses, strict=True):
         panel = x[:, :, rows]
         if rows.start:
-            panel = torch.baddbmm(panel, result[:, :, : rows.start], lower[:, rows, : rows.start].mT, alpha=-1)
+            panel = _minus(panel, result[:, :, : rows.start], lower[:, rows, : rows.start].mT)
         torch.bmm(panel, inverse.mT, out=result[:, :, rows])
     return result

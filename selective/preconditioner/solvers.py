@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from selective.preconditioner.blocked import factor, lower_product, over, product, squared, times_lower
+from selective.preconditioner.eigenvectors import eigenvectors
 from selective.preconditioner.linalg import in_order
 
 SolverName = Literal["eigh", "svd", "qr", "cholesky"]
@@ -42,7 +43,7 @@ Solver = Callable[[Tensor, Tensor, bool], Solved]  # takes A, the old basis, and
 
 def eigh(gram: Tensor, old: Tensor, sort: bool = True) -> Solved:
     """Return the eigenvectors by `linalg.eigh`; the old basis is not used."""
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigenvectors(gram)
     return Solved(vectors.flip(-1), values.flip(-1))
 
 

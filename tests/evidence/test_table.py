@@ -1,0 +1,102 @@
+"""The tables of scripts/evidence, of made-up records, and the page that has them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from evidence.page import filled, marks
+from evidence.rows import Row
+from evidence.runs import Results, Run
+from evidence.table import TABLES, Comparison
+
+TASK = "python-34m"
+
+
+def record(setup: str, lr: float, seed: int, losses: list[float], seconds: float = 10.0, **more: Any) -> dict[str, Any]:
+    """A run of 100 steps, and 50 more for each loss beyond the third."""
+    steps = [50 * index for index in range(len(losses))]
+    return {
+        **vars(Run(TASK, setup, lr, seed)), "steps": steps[-1], "diverged": False, "alone": True,
+        "validation": {"step": steps, "loss": losses},
+        "seconds_to_validation": [seconds * step / 100 for step in steps], **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def records() -> list[dict[str, Any]]:
+    runs = []
+    for seed in (0, 1, 2):
+        runs += [
+            record("AdamW", 2e-3, seed, [9, 8, 3 + seed]),
+            record("AdamW", 2e-3, seed, [5, 4, 3, 2.5], part=1.5),
+            record("Cautious on AdamW", 1e-3, seed, [9, 3 + seed, 2 + seed], seconds=15),
+            record("random like Cautious on AdamW", 1e-3, seed, [9, 9, 4 + seed]),
+        ]
+    runs += [record("AdamW", lr, 0, [5, 5, 5]) for lr in (1e-3, 4e-3)]
+    return runs
+
+
+def cells(results: list[dict[str, Any]], name: str = f"{TASK} AdamW") -> dict[str, list[str]]:
+    lines = TABLES[name](Results(results))[2:]
+    return {row[0]: row[1:] for row in ([cell.strip() for cell in line[1:-1].split("|")] for line in lines)}
+
+
+def test_a_row_at_its_best_rate(records: list[dict[str, Any]]) -> None:
+    table = cells(records)
+    # Student's interval of three values that are 1 apart: 4.3027 · 1 / √3
+    assert table["AdamW"] == ["0.002", "3", "4.000 ± 2.484", "–", "–", "–", "–", "100.0"]
+    # 50 steps of 100; 7.5 s of 10 s
+    assert table["Cautious on AdamW"] == [
+        "0.001 (edge)", "3", "3.000 ± 2.484", "−1.000 ± 0.000", "−2.000 ± 0.000", "2.00 ± 0.00", "1.33 ± 0.00", "150.0"
+    ]  # fmt: skip
+    assert table["random like Cautious on AdamW"][3:6] == ["+1.000 ± 0.000", "–", "in 0 of 3 seeds"]
+    assert table["AdamW, 1.5 × the steps"][:4] == ["0.002", "3", "2.500 ± 0.000", "−1.500 ± 2.484"]
+    assert table["MGUP mild on AdamW"] == ["–", "–", "not run", "–", "–", "–", "–", "–"]
+
+
+def test_times_need_the_device_alone(records: list[dict[str, Any]]) -> None:
+    for run in records:
+        run["alone"] = run["seed"] == 0
+    assert cells(records)["Cautious on AdamW"][5:] == ["2.00 ± 0.00", "1.33", "150.0"]
+
+
+def test_runs_that_are_missing_or_diverged_are_said(records: list[dict[str, Any]]) -> None:
+    without = [run for run in records if not run["setup"].startswith("random")]
+    assert cells(without)["Cautious on AdamW"][4] == "control not run"
+    records[-3]["diverged"] = True  # seed 2 of the control
+    assert cells(records)["random like Cautious on AdamW"][2] == "a seed diverged"
+    assert cells(records)["Cautious on AdamW"][4] == "−2.000 ± 0.000"
+    everything = [run | {"diverged": True} for run in records]
+    assert cells(everything)["AdamW"][2] == "diverged at every rate"
+
+
+def test_all_rates(records: list[dict[str, Any]]) -> None:
+    records.append(record("AdamW", 8e-3, 0, [5.0], diverged=True))
+    rates = cells(records, f"{TASK} AdamW rates")
+    head = TABLES[f"{TASK} AdamW rates"](Results(records))[0]
+    assert head == "| setup | 0.00075 | 0.001 | 0.0015 | 0.002 | 0.003 | 0.004 | 0.006 | 0.008 |"
+    assert rates["AdamW"] == ["–", "5.000", "–", "**3.000**", "–", "5.000", "–", "diverged"]
+
+
+def test_a_page_is_filled_and_a_changed_record_is_noticed(records: list[dict[str, Any]]) -> None:
+    page = f"# Title\n\n<!-- evidence: {TASK} AdamW -->\n\n| old |\n\nText.\n\n<!-- evidence: {TASK} Lion -->\n\nEnd.\n"
+    assert marks(page) == [f"{TASK} AdamW", f"{TASK} Lion"]
+    written = filled(page, Results(records))
+    assert "| old |" not in written
+    assert "\n\nText.\n" in written
+    assert written.endswith("|\n\nEnd.\n")
+    assert filled(written, Results(records)) == written
+    changed = copy.deepcopy(records)
+    changed[0]["validation"]["loss"][-1] -= 0.01
+    assert filled(written, Results(changed)) != written
+    with pytest.raises(KeyError):
+        filled("<!-- evidence: something else -->\n\n", Results(records))
+
+
+def test_controls_have_no_control() -> None:
+    assert Row("Cautious on AdamW", "AdamW").control == Row("random like Cautious on AdamW", "AdamW")
+    assert Row("random like Cautious on AdamW", "AdamW").control is None
+    assert Row("AdamW", "AdamW").control is None
+    assert Comparison(Results([]), TASK).point(Row("AdamW", "AdamW")) is None
