@@ -57,9 +57,11 @@ test-gpu: $(VENV)/.ready ## the tests that need a CUDA device
 sanitize: $(VENV)/.ready ## the GPU tests under compute-sanitizer (run test-gpu before)
 	@$(BIN)/python scripts/sanitize.py
 
-lint: $(VENV)/.ready ## ruff and pyright, changing nothing
+lint: $(VENV)/.ready ## ruff, pyright, spelling and style of the text, changing nothing
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
+	@git ls-files -z | xargs -0 $(BIN)/codespell
+	@$(BIN)/python scripts/style.py
 	@$(BIN)/pyright --pythonpath "$(BIN)/python"
 
 format: $(VENV)/.ready ## ruff's formatter and its safe fixes

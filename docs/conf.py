@@ -18,16 +18,18 @@ project = "selective"
 copyright = "The selective authors, Apache-2.0"
 release = version = __version__
 
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx_copybutton"]
 myst_enable_extensions = ["colon_fence", "fieldlist"]
 myst_heading_anchors = 4  # the anchors that GitHub makes
 smartquotes_action = "D"  # dashes only: "fused" in the text is what is written in Python
 exclude_patterns = ["measurements", "pictures"]
 
 html_theme = "furo"  # system fonts, nothing from other hosts; the search is a script over an index of its own
-html_title = "selective"
+html_title = f"selective {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["tables.js"]  # says below a table that it scrolls
+copybutton_selector = "div.highlight-python pre, div.highlight-bash pre, div.highlight-yaml pre"  # no output, no diff
 html_copy_source = False
 html_show_sourcelink = False
 maximum_signature_line_length = 80  # a longer one has a line for each parameter

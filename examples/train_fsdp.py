@@ -1,4 +1,4 @@
-"""FSDP2: a GPT of any size under `fully_shard`, with checkpoints that go on on another number of ranks.
+"""FSDP2: a GPT of any size under `fully_shard`, with checkpoints that another number of ranks can load.
 
 Run it alone, or with `torchrun --nproc-per-node N train_fsdp.py --steps 400 --width 512 ...`. It uses NCCL on GPUs,
 else gloo. A second run with the same folder, on any number of ranks, goes on from the last whole checkpoint. The data

@@ -28,7 +28,7 @@ else:
         why_reference,
     )
     from ._functions import evaluate_function, function_device
-    from ._together import selective_steps
+    from ._together import CheckedCalls, check_steps, selective_steps
     from .checked import KernelDifference, checked_steps
     from .newton_schulz import newton_schulz_
     from .products import average_grams_, float32_product, has_float32_products
@@ -61,6 +61,7 @@ else:
         "AdamRule",
         "Advanced",
         "Backend",
+        "CheckedCalls",
         "Control",
         "Decay",
         "Draw",
@@ -86,6 +87,7 @@ else:
         "average_grams_",
         "backend_in_use",
         "begin_sharded",
+        "check_steps",
         "checked_steps",
         "decay_factor",
         "decaying",

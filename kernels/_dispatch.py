@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import checked, cpu, reference, sharded
-from .reference.rules import Advanced, has_momentum
+from ._refusals import check_items
+from .reference.rules import Advanced
 from .spec import (
     Decay,
     Draw,
@@ -28,7 +29,6 @@ from .spec import (
     StepSpec,
     Strength,
     Sums,
-    check_kinds,
 )
 
 Backend = Literal["auto", "reference", "cpu", "gpu"]  # The implementation; "auto" picks by device.
@@ -134,46 +134,6 @@ def _implementation(item: Item, rule: Rule, selection: Selection, backend: Backe
     return "reference"
 
 
-def _momentum_wanted(selection: Selection, strength: Strength) -> str | None:
-    """The part of a policy that reads a momentum, in words; None if none does."""
-    if selection.reads & {"momentum", "previous_momentum"}:
-        if selection.kind == "agreement":
-            return f"agreement of the {selection.product}"
-        return f"top-K by the {selection.score} score" if selection.kind == "top_k" else "the selection's function"
-    if "momentum" in strength.reads:
-        return "the alignment strength" if strength.kind == "alignment" else "preserving the norm of the momentum"
-    return None
-
-
-def _check(items: Sequence[Item], spec: StepSpec) -> None:
-    """Refuse what cannot work, before anything moves."""
-    check_kinds("selective.kernels", spec)
-    if spec.decay is not None and isinstance(spec.rule, GivenRule) and spec.rule.offset != 0:
-        raise ValueError("selective decay reads the parameter before the step, and this start is the one after it")
-    wanted = _momentum_wanted(spec.selection, spec.strength)
-    by_strength = "momentum" in spec.strength.reads
-    for item in items:
-        if item.grad.shape != item.param.shape:
-            raise ValueError(
-                f"the gradient of parameter {item.address} has shape {tuple(item.grad.shape)}, "
-                f"the parameter {tuple(item.param.shape)}: every element needs its own gradient"
-            )
-        if not item.param.is_floating_point() or not item.grad.is_floating_point():
-            raise TypeError(f"parameter {item.address} is {item.param.dtype}, its gradient {item.grad.dtype}: "
-                            "only real floating point tensors can be stepped")  # fmt: skip
-        if wanted is None:
-            continue
-        if spec.keeps_previous and not by_strength and item.state.get("previous_momentum") is not None:
-            continue  # a capture that kept only what is read
-        if not has_momentum(item, spec.rule):
-            raise ValueError(
-                f"{wanted} needs a momentum, and {type(spec.rule).__name__} has none for parameter {item.address}: "
-                "use a base with momentum, or a policy that reads the update"
-            )
-        if spec.keeps_previous and isinstance(spec.rule, GivenRule) and item.state.get("previous_momentum") is None:
-            raise ValueError(f"{wanted} needs state['previous_momentum'] of parameter {item.address}; it was not kept")
-
-
 def _check_function(items: Sequence[Item], paths: dict[Backend, list[int]], rule: Rule) -> None:
     """Refuse a selection by a Triton function for items that are not stepped by Triton kernels."""
     for path, chosen in paths.items():
@@ -199,7 +159,7 @@ def selective_step(
     decay: Decay | None = None,
     graphs: bool = False,
 ) -> Sequence[Sums] | None:
-    """The complete step of these tensors, in place: moments, mask, decay, parameter (docs/design.md, steps 5 to 7).
+    """The complete step of these tensors, in place: moments, mask, decay, parameter (steps 5 to 7 of the design).
 
     Args:
         items: one for each parameter: real floating point tensors of any shape, layout and size, empty and 0-d ones
@@ -248,7 +208,7 @@ def begin_sharded(
 
 
 def _begin_sharded(items: Sequence[Item], spec: StepSpec, backend: Backend) -> list[sharded.RunningPart]:
-    _check(items, spec)
+    check_items(items, spec)
     if checked.is_on() and not sharded.is_local(spec):
         checked.refuse_shards()
 
@@ -305,7 +265,7 @@ def _by_plan_or_paths(call: StepCall, backend: Backend) -> Sequence[Sums] | None
 
 def _paths(items: Sequence[Item], spec: StepSpec, backend: Backend) -> dict[Backend, list[int]]:
     """The indices of the items by the implementation that steps them. Refuses what can't be stepped."""
-    _check(items, spec)
+    check_items(items, spec)
     paths: dict[Backend, list[int]] = {}
     for i, item in enumerate(items):
         paths.setdefault(_implementation(item, spec.rule, spec.selection, backend), []).append(i)

@@ -1,4 +1,7 @@
-"""`selective_steps`: the steps of several lists of items, which share launches where Triton kernels take them."""
+"""`selective_steps`: the steps of several lists of items, which share launches where Triton kernels take them.
+
+`check_steps` is its first half, for a caller who moves other things before the step.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,40 @@ from . import checked
 from ._dispatch import Backend, _chosen, _gpu, _paths, _step_by, _with_triton_function, why_no_triton
 from .spec import StepCall, Sums
 
+# The calls at these places, and the function that steps them and returns their sums.
+Step = tuple[list[int], Callable[[], Sequence[Sequence[Sums] | None]]]
+
+
+class CheckedCalls(list[StepCall]):
+    """Calls that `check_steps` has checked, with the steps that `selective_steps` takes then."""
+
+    def __init__(self, calls: Sequence[StepCall], steps: Sequence[Step]) -> None:
+        super().__init__(calls)
+        self._steps = steps
+
+    def run(self) -> list[Sequence[Sums] | None]:
+        """Take the steps, and return the sums of each call."""
+        results: list[Sequence[Sums] | None] = [None] * len(self)
+        for places, run in self._steps:
+            for place, sums in zip(places, run(), strict=True):
+                results[place] = sums
+        return results
+
+
+def check_steps(calls: Sequence[StepCall], *, backend: Backend = "auto") -> CheckedCalls:
+    """Refuse what `selective_steps` would refuse. Returns the calls as it takes them without a second check.
+
+    Nothing moves. Between this and the step, nobody may change the layouts of the tensors or replace their state.
+    """
+    if "function" in [call.spec.selection.kind for call in calls]:
+        calls = [StepCall(call.items, _with_triton_function(call.spec), graphs=call.graphs) for call in calls]
+    parts = _parts(calls, backend)
+    if len(parts) == 1 and len(parts[0]) == len(calls):  # as in most steps
+        plan = _gpu().plan_of(calls)
+        if plan is not None:  # all that follows below was settled in an earlier step
+            return CheckedCalls(calls, [(parts[0], partial(plan.run, calls))])
+    return CheckedCalls(calls, _steps_by_parts(calls, parts, backend))
+
 
 def selective_steps(calls: Sequence[StepCall], *, backend: Backend = "auto") -> list[Sequence[Sums] | None]:
     """`selective_step` of several calls, each with a rule and a mask of its own. Returns the sums of each.
@@ -19,28 +56,16 @@ def selective_steps(calls: Sequence[StepCall], *, backend: Backend = "auto") -> 
     call after the other. Results are those of separate calls, bit for bit: no tensor's step reads another's.
 
     Takes and refuses the same as `selective_step`, except shards (`begin_sharded`). All calls are checked before
-    anything moves.
+    anything moves, unless they are `CheckedCalls`.
     """
     if torch.is_grad_enabled():
         with torch.no_grad():
             return selective_steps(calls, backend=backend)
-    if "function" in [call.spec.selection.kind for call in calls]:
-        calls = [StepCall(call.items, _with_triton_function(call.spec), graphs=call.graphs) for call in calls]
-    if 0 in [len(call.items) for call in calls]:
-        return _without_the_empty(calls, backend)
-    if checked.is_on():
-        return checked.compared(calls, lambda: _by_plan_or_parts(calls, backend))
-    return _by_plan_or_parts(calls, backend)
-
-
-def _by_plan_or_parts(calls: Sequence[StepCall], backend: Backend) -> list[Sequence[Sums] | None]:
-    """The steps by the plan that an earlier step has made for all calls, or part by part."""
-    parts = _parts(calls, backend)
-    if len(parts) == 1 and len(parts[0]) == len(calls):  # as in most steps
-        plan = _gpu().plan_of(calls)
-        if plan is not None:  # all that follows below was settled in an earlier step
-            return list(plan.run(calls))
-    return _by_parts(calls, parts, backend)
+    if not isinstance(calls, CheckedCalls):
+        if 0 in [len(call.items) for call in calls]:
+            return _without_the_empty(calls, backend)
+        calls = check_steps(calls, backend=backend)
+    return checked.compared(calls, calls.run) if checked.is_on() else calls.run()
 
 
 def _without_the_empty(calls: Sequence[StepCall], backend: Backend) -> list[Sequence[Sums] | None]:
@@ -52,9 +77,9 @@ def _without_the_empty(calls: Sequence[StepCall], backend: Backend) -> list[Sequ
     return results
 
 
-def _by_parts(calls: Sequence[StepCall], parts: list[list[int]], backend: Backend) -> list[Sequence[Sums] | None]:
-    """Check all calls, then step them: each part by the plan that it has, or by a new one, others without kernels."""
-    steps: list[tuple[list[int], Callable[[], Sequence[Sequence[Sums] | None]]]] = []
+def _steps_by_parts(calls: Sequence[StepCall], parts: list[list[int]], backend: Backend) -> list[Step]:
+    """Check all calls. Each part is stepped by the plan that it has, or by a new one, others without kernels."""
+    steps: list[Step] = []
     for part in parts or [[place] for place in range(len(calls))]:
         chosen = [calls[place] for place in part]
         plan = _gpu().plan_of(chosen) if parts else None
@@ -67,11 +92,7 @@ def _by_parts(calls: Sequence[StepCall], parts: list[list[int]], backend: Backen
             steps.append((together, partial(_gpu().selective_steps, [calls[place] for place in together])))
         alone = [(place, path) for place, path in zip(part, paths, strict=True) if place not in together]
         steps += [([place], partial(_alone, calls[place], path)) for place, path in alone]
-    results: list[Sequence[Sums] | None] = [None] * len(calls)
-    for places, run in steps:
-        for place, sums in zip(places, run(), strict=True):
-            results[place] = sums
-    return results
+    return steps
 
 
 def _parts(calls: Sequence[StepCall], backend: Backend) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """The plain data of the kernels: how to step (`StepSpec`), the tensors (`Item`), and the report (`Sums`).
 
 Kernels know nothing of policies and optimizers. Policies describe themselves as a `Selection` and a `Strength`,
-captures describe the base's rule. docs/design.md, "Kernels", has the semantics.
+captures describe the base's rule. docs/reference/kernels.md has the semantics.
 """
 
 from __future__ import annotations

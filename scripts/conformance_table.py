@@ -1,4 +1,4 @@
-"""Writes the tables of docs/conformance.md: the checks that each wrapper passes, and the checks themselves.
+"""Writes the tables of docs/reference/conformance.md: the checks that each wrapper passes, and the checks themselves.
 
     pip install --no-deps pytorch_optimizer magma-optimizer schedulefree
     python scripts/conformance_table.py --run      # run the suite on every wrapper that is installed; a few minutes
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "conformance.md"
+PAGE = ROOT / "docs" / "reference" / "conformance.md"
 RESULTS = ROOT / "docs" / "measurements" / "conformance.json"
 SIGNS = {"passed": "yes", "failed": "**no**", "not applicable": "–", "skipped": "?"}
 ADAMW, SGD = "torch.optim:AdamW(lr=0.01)", "torch.optim:SGD(lr=0.1)"

@@ -21,10 +21,9 @@ from selective.explain.groups import explain
 from selective.for_model.for_model import for_model as optimizer_for_model
 from selective.messages.assignments import SET_POLICY, at_construction, in_the_groups
 from selective.messages.construction import NOT_GIVEN, names_unknown_arguments, nothing_to_do
-from selective.plan.advice import warn_of_no_decay
+from selective.plan.advice import warn_of_no_decay, warn_of_rotations
 from selective.plan.groups import Groups
 from selective.plan.options import Graph, OnNonfinite, Options, Scope
-from selective.plan.oversized import warn_of_oversized
 from selective.plan.policy_groups import KEYS, DecayGroup, PolicyGroup, PreconditionerGroup
 from selective.plan.refusals import check_arguments
 from selective.plan.rotation_plan import warn_of_two_rotations
@@ -131,7 +130,7 @@ class SelectiveUpdate(Optimizer):
             self.store.join_base(self.groups.plans)
             if self.groups.places:
                 warn_of_two_rotations(base)
-                warn_of_oversized(self.groups.plans)
+                warn_of_rotations(self.groups.plans)
             warn_of_no_decay(base, self.groups.plans)
             given = (
                 policy is not NOT_GIVEN
@@ -205,7 +204,7 @@ class SelectiveUpdate(Optimizer):
             self.policy_groups.pop()
             raise
         self.store.join_base(self.groups.plans)
-        warn_of_oversized(self.groups.plans[-1:])
+        warn_of_rotations(self.groups.plans[-1:])
 
     @property
     def policy(self) -> Policy:

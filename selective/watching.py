@@ -22,7 +22,7 @@ from selective.chained.reports import reported
 from selective.optimizer import SelectiveUpdate
 
 OVERVIEW = ("share", "strength_selected", "strength_rest", "cosine", "norm_ratio", "capped")
-FAULTS = ("kept", "skipped", "basis_skipped")  # a preconditioner's counters: docs/preconditioner-eigenbasis.md
+FAULTS = ("kept", "skipped", "basis_skipped")  # a preconditioner's counters: docs/how-it-works/rotation.md
 _AT_CAP = 1 - 1e-6  # strengths are rounded to float32
 
 

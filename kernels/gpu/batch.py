@@ -22,6 +22,8 @@ from .tables import Tables, cdiv, is_in_place, refill, state_columns, upload, wo
 
 SUM_BLOCK = 2048  # elements of a program that sums
 SAMPLE_BLOCK = 1024  # scores of a program that samples or ranks
+# Elements of a program that counts scores without stepping. It has 4 warps, so that a thread has 16.
+COUNT_BLOCK = 2048
 SETTLE_WORDS = 1024  # words of 32 elements that a settling program looks at
 SEEN_BLOCK, SEEN_PARTS = 2048, 32  # elements, and blocks of them, of a program that looks for a momentum that is not 0
 
@@ -59,6 +61,8 @@ class TopKPlan:
         self.whole = upload(whole, torch.int32, device) if whole else None
         self.sample_work, _ = work(parts, device)
         self.drawn_work, _ = work([n if is_drawn else 0 for n, is_drawn in zip(parts, drawn, strict=True)], device)
+        each = [cdiv(n, COUNT_BLOCK) if is_drawn else 0 for n, is_drawn in zip(numels, drawn, strict=True)]
+        self.count_work, _ = work(each, device)
         wide = 32 * SETTLE_WORDS
         self.bracketed = bool(large) and not self.sampled
         self.settles = [cdiv(n, wide) if drawn[i] and self.bracketed else 0 for i, n in enumerate(numels)]

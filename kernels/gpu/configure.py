@@ -27,7 +27,7 @@ from .device import numbers
 from .device.config import BRACKET_RUN, DTYPES, Config
 from .tables import is_in_place, state_columns
 
-# Elements of a program. docs/kernels.md has the measurements behind these.
+# Elements of a program. docs/internals/gpu-kernels.md has the measurements behind these.
 BLOCK = 1024
 # The same where everything that is read and written has 16 bits. Twice as many would keep as many bytes on their way.
 BLOCK_OF_16_BITS = 1024
@@ -53,7 +53,8 @@ def configure(item: Item, spec: StepSpec, begins: bool = False) -> Config:
         param=DTYPES[item.param.dtype], grad=DTYPES[item.grad.dtype],
         first=columns[0], second=columns[1], third=columns[2], fourth=columns[3],
         block=BLOCK_OF_16_BITS if all(d.itemsize == 2 for d in dtypes) else BLOCK,
-        amsgrad=getattr(rule, "amsgrad", False), coupled=rule.coupled_decay != 0,
+        amsgrad=getattr(rule, "amsgrad", False), extreme_eps=_has_extreme_eps(rule),
+        usual=is_usual(rule), coupled=rule.coupled_decay != 0,
         maximize=rule.maximize, decays=_has_factor(rule),
         moves=getattr(rule, "momentum", 0.0) != 0,
         begins=begins,
@@ -70,6 +71,25 @@ def configure(item: Item, spec: StepSpec, begins: bool = False) -> Config:
         stochastic=spec.draw.stochastic and item.param.dtype in (torch.bfloat16, torch.float16),
         **_decay(spec.decay),
     )  # fmt: skip
+
+
+def is_usual(rule: Rule) -> bool:
+    """True if it is known to the host that the rate is not negative, and each average keeps more than half of itself.
+
+    Then kernels leave out what they would do for other numbers. A number that is a tensor is not known to the host.
+    """
+    values: list[Scalar] = [rule.rate if isinstance(rule, GivenRule) else rule.lr]
+    if isinstance(rule, AdamRule):
+        values.append(rule.beta1)
+    elif isinstance(rule, LionRule):
+        values += rule.beta1, rule.beta2
+    rate, *kept = (float("nan") if isinstance(value, torch.Tensor) else value for value in values)
+    return rate >= 0 and all(beta > 0.51 for beta in kept)  # rounded to float32, too
+
+
+def _has_extreme_eps(rule: Rule) -> bool:
+    """True if eps is not 0, and a float32 whose inverse is not a normal number of float32."""
+    return isinstance(rule, AdamRule) and rule.eps != 0 and not 2.0**-126 <= abs(rule.eps) <= 2.0**126
 
 
 def _decay(decay: Decay | None) -> dict[str, Any]:
@@ -111,11 +131,13 @@ def static_key(spec: StepSpec) -> tuple[object, ...]:
 
 
 def _rule_key(rule: Rule) -> tuple[object, ...]:
+    usual = is_usual(rule)
     if isinstance(rule, AdamRule):
-        return AdamRule, rule.amsgrad, rule.decoupled, rule.maximize, rule.coupled_decay != 0.0
-    flags = [getattr(rule, name, None) for name in ("maximize", "nesterov", "negated", "offset")]
+        flags = (rule.amsgrad, rule.decoupled, rule.maximize, rule.coupled_decay != 0.0, _has_extreme_eps(rule))
+        return AdamRule, usual, *flags
+    others = [getattr(rule, name, None) for name in ("maximize", "nesterov", "negated", "offset")]
     moves = getattr(rule, "momentum", 0.0) != 0
-    return type(rule), *flags, rule.coupled_decay != 0, rule.has_decay_factor, moves
+    return type(rule), usual, *others, rule.coupled_decay != 0, rule.has_decay_factor, moves
 
 
 def has_key(spec: StepSpec, key: tuple[object, ...], before: StepSpec) -> bool:

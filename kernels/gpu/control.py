@@ -16,6 +16,8 @@ LOOK_BLOCK = 1024  # elements of a program that looks at what is selected
 LOOK_REGISTERS = 72
 # Entries of a list, or rows of sums, that a tensor's program looks at together to find the limit.
 LIMIT_BLOCK, LIMIT_WARPS = 4096, 16
+# False: scores are ranked first, and then looked at a second time to draw.
+RANK_AND_DRAW = True
 WIDTH = 6.0  # half the bracket, in standard deviations of the limit's rank: misses once in 10^8 tensors
 
 
@@ -41,3 +43,5 @@ class ControlPlan:
         self.moves = forms_update_again(cfg) and cfg.control_norm
         # The policy's coordinates are counted, and the control's drawn, in one launch if the count is known before.
         self.at_once = cfg.selection == "top_k" and cfg.quantile == "exact" and not cfg.still
+        # All of that in the pass that counts the scores, if the policy's sums can be completed when they are settled.
+        self.ranks_and_draws = self.at_once and self.moves and cfg.block == LOOK_BLOCK and RANK_AND_DRAW

@@ -25,14 +25,20 @@ from .device.top_k.bracket import SLOTS, bracket_kernel, digits_kernel, sample_k
 from .device.top_k.repair import repair_kernel
 from .device.top_k.settle import TINY, find_kernel, settle_kernel, ties_kernel
 from .device.top_k.small import whole_kernel
+from .device.top_k.two_passes import FIELDS, count_kernel, finish_kernel, narrow_kernel
 from .direct import DirectLaunches, are_possible
 from .tables import cdiv, power_of_two
 
 STEP_WARPS = 4  # of a program of `BLOCK` elements
 # Registers of a thread in passes with brackets or statistics, which would take up to 140: seven programs on a
-# multiprocessor instead of four or five, for some spilling. docs/kernels.md has the measurements.
+# multiprocessor instead of four or five, for some spilling. docs/internals/gpu-kernels.md has the measurements.
 STEP_REGISTERS = 72
 MOVE_REGISTERS = None  # of a thread that forms sums and stores moments
+# The same of a thread that ranks besides, and of a thread of the step after either of these two.
+RANK_AND_MOVE_REGISTERS, MOVED_REGISTERS = 64, None
+COUNT_WARPS, COUNT_REGISTERS = 4, None  # of a program that counts scores and writes nothing
+# The same of the step after it, without statistics. Of 16 bits 8 or 16 elements of a thread are less than of float32.
+PENDING_WARPS, PENDING_REGISTERS = 4, 72
 BINS = 2048  # of a bracket's histogram: see `bin_of`
 WHOLE_BLOCK = 4096  # scores that are looked at together by the program that ranks a small tensor
 SETTLE_ROOM, SETTLE_BLOCK = (
@@ -90,6 +96,17 @@ def _can_settle(cfg: Config) -> bool:
     return cfg.param == tl.float32 and ((forms_update_again(cfg) and not cfg.coupled) or cfg.in_place)
 
 
+def _registers_of(cfg: Config) -> int | None:
+    """The limit on the registers of a thread in the pass over everything; None if there is none."""
+    if cfg.sums:
+        return RANK_AND_MOVE_REGISTERS
+    if cfg.bracketed or cfg.statistics:
+        return STEP_REGISTERS
+    if cfg.pending:
+        return PENDING_REGISTERS
+    return MOVED_REGISTERS if cfg.marked else None
+
+
 class Step:
     """One step of one batch: the memory that its launches share, and the launches."""
 
@@ -100,9 +117,16 @@ class Step:
         known = self.fixed or self.cfg.share_known  # the strength is known before anything is looked at
         self.bracketed = batch.top_k is not None and batch.top_k.bracketed
         self.one_pass = self.bracketed and known and batch.control is None and _can_settle(self.cfg)
+        # The step after a count leaves a few elements to a list. A step after other sums needs the very threshold.
+        waits = self.bracketed and known and not self.one_pass and batch.control is None
+        self.pending = waits and self.cfg.writes
+        # A control of an exact top-K draws in the pass that counts the scores, which then has the control's blocks.
+        control = batch.control
+        self.ranked = self.bracketed and self.fixed and control is not None and control.ranks_and_draws
         # The count of an exact top-K stores moments, and adds up the sums of the strength.
         self.sums_while_counting = self.bracketed and batch.moves
         self.nothing = torch.empty(0, dtype=torch.int32, device=batch.device)
+        self.drawn: list[Tensor] = []  # the sums, indices and squares of a control
         self.marks = self.partials = self.settled = self.tied = self.repaired = self.nothing
         self.repairers = 1  # programs that repair
         self.nbytes = 0  # of the memory that was asked for
@@ -128,20 +152,26 @@ class Step:
             self._pass(derived(cfg, recomputed=True, marked=True), self.marks, self.nothing)
         elif self.one_pass:
             self._count_and_settle(derived(cfg, bracketed=True))
+        elif self.pending:
+            self._step_and_finish(derived(cfg, pending=True))
         else:
             self._pass(cfg, self.nothing, self.nothing)
         return self._report() if cfg.statistics else None
 
     def find_thresholds(self) -> None:
-        """Launch all that finds the thresholds; of one pass, the brackets. Nothing has moved afterwards.
+        """Launch all that finds the thresholds; of one pass, the brackets; of two, brackets that hold very few scores.
 
-        But where the sums of the strength are formed in the same pass the moments have, and the strengths are known.
+        Nothing has moved afterwards. But where the sums of the strength are formed in the same pass the moments have,
+        and the strengths are known.
         """
         self.begin()
         if self.batch.top_k is not None:
             self._rank()
-        if self.bracketed and not self.one_pass:
-            counts = derived(self.cfg, bracketed=True, writes=False, statistics=False, sums=self.sums_while_counting)
+        if self.pending:
+            self._count()
+        elif self.bracketed and not self.one_pass:
+            counts = derived(self.cfg, bracketed=True, writes=False, statistics=False, ranked=self.ranked,
+                             sums=self.sums_while_counting or self.ranked)  # fmt: skip
             self._count_and_settle(counts)
 
     def _has_sums_of_its_own(self) -> bool:
@@ -167,16 +197,18 @@ class Step:
     def _pass(self, cfg: Config, marks: Tensor, histograms: Tensor, sums: Tensor | None = None) -> None:
         batch, tables = self.batch, self.tables
         partials = self.partials if sums is None else sums
-        registers = STEP_REGISTERS if cfg.bracketed or cfg.statistics else None
+        registers, warps, bins = _registers_of(cfg), STEP_WARPS, BINS
+        if cfg.pending:
+            warps, bins = PENDING_WARPS, FIELDS.value * TINY
         run(selective_step_kernel, batch.programs, marks, histograms, partials, batch.chunks, tables.pointers,
-            tables.numbers, tables.ranks, tables.facts, tables.keys, batch.programs, FUNCTION=self.function, BINS=BINS,
-            CFG=cfg, warps=STEP_WARPS, registers=registers)  # fmt: skip
+            tables.numbers, tables.ranks, tables.facts, tables.keys, batch.programs, FUNCTION=self.function, BINS=bins,
+            CFG=cfg, warps=warps, registers=registers)  # fmt: skip
 
     def _rank(self) -> None:
         """Sample scores, and rank them: to thresholds (small tensors, sampled quantiles) or brackets."""
         top_k, tables = self.batch.top_k, self.tables
         assert top_k is not None
-        cfg = derived(self.cfg, bracketed=False, writes=False, statistics=False)
+        cfg = derived(self.cfg, bracketed=False, writes=False, statistics=False, ranked=self.ranked)
         samples = self.empty(top_k.total_samples, torch.int32)
         slots = SLOTS.value
         count = 0 if top_k.large is None else top_k.large.shape[0]
@@ -211,12 +243,15 @@ class Step:
         exact, histograms = zeros[2 + count :][: 6 * DIGIT.value], zeros[2 + count + 6 * DIGIT.value :]
         words = batch.programs * (cfg.block // 32)
         marks = self.empty(2 * words if cfg.sums else words, torch.int32)
-        self.marks, sums = marks[words:], self.empty(2 * batch.programs if cfg.sums else 0)
+        self.marks, sums = marks[words:], self.empty(2 * batch.programs if cfg.sums and not cfg.ranked else 0)
         tiny = self.empty(count * 2 * TINY, torch.int32)
         if cfg.statistics or cfg.sums:
             self.settled = self.empty(top_k.settle_work.shape[0] * 2)
             self.tied = self.zeros(tables.tensors * 2, torch.float32)
-        self._pass(cfg, marks, histograms, sums if cfg.sums else None)
+        if cfg.ranked:
+            self._look(cfg, True, True, marks, histograms)
+        else:
+            self._pass(cfg, marks, histograms, sums if cfg.sums else None)
         again = derived(cfg, recomputed=cfg.writes or cfg.sums)
         run(find_kernel, count, tables.ranks, histograms, broken, top_k.large, tables.facts, BINS=BINS)
         settles = top_k.settle_work.shape[0]
@@ -227,10 +262,38 @@ class Step:
         run(ties_kernel, count, self.tied, tiny, broken, self.marks, top_k.large, tables.pointers, tables.numbers,
             tables.ranks, tables.facts, TINY=TINY, BINS=BINS, CFG=again)  # fmt: skip
         self._repair(again, broken, meeting, exact)
-        if cfg.sums:
+        if cfg.sums and not cfg.ranked:
             run(ranked_strengths_kernel, tables.tensors, tables.numbers, sums, self.settled, self.tied, self.repaired,
                 self.groups.hyper, tables.ranks, tables.facts, self.repairers, batch.programs, BLOCK=TABLE_BLOCK,
                 warps=TABLE_WARPS)  # fmt: skip
+
+    def _count(self) -> None:
+        """Launch the count of all scores, which narrows each bracket to a bin, and mends those that have missed."""
+        tables, top_k = self.tables, self.batch.top_k
+        assert top_k is not None
+        assert top_k.large is not None
+        count, cfg = top_k.large.shape[0], derived(self.cfg, writes=False, statistics=False)
+        zeros = self.zeros(2 + count + 6 * DIGIT.value + count * BINS)
+        broken, meeting = zeros[: 1 + count], zeros[1 + count : 2 + count]
+        exact, histograms = zeros[2 + count :][: 6 * DIGIT.value], zeros[2 + count + 6 * DIGIT.value :]
+        run(count_kernel, top_k.count_work.shape[0], histograms, top_k.count_work, tables.pointers, tables.numbers,
+            tables.ranks, tables.facts, BINS=BINS, CFG=cfg, BLOCK=sizes.COUNT_BLOCK, warps=COUNT_WARPS,
+            registers=COUNT_REGISTERS)  # fmt: skip
+        run(narrow_kernel, count, tables.ranks, histograms, broken, top_k.large, tables.facts, BINS=BINS, TINY=TINY)
+        self._repair(cfg, broken, meeting, exact)
+
+    def _step_and_finish(self, cfg: Config) -> None:
+        """Launch the pass over everything, which lists the elements of narrow brackets, and finish those."""
+        tables, top_k = self.tables, self.batch.top_k
+        assert top_k is not None
+        assert top_k.large is not None
+        count, fields = top_k.large.shape[0], FIELDS.value
+        lists = self.empty(count * fields * TINY, torch.int32)
+        if cfg.statistics:
+            self.tied = self.zeros(tables.tensors * 2, torch.float32)
+        self._pass(cfg, self.nothing, lists)
+        run(finish_kernel, count, self.tied, lists, top_k.large, tables.pointers, tables.numbers, tables.ranks,
+            tables.facts, tables.keys, TINY=TINY, CFG=cfg)  # fmt: skip
 
     def _repair(self, cfg: Config, broken: Tensor, meeting: Tensor, histograms: Tensor) -> None:
         programs = 1
@@ -259,31 +322,33 @@ class Step:
         run(strengths_kernel, tables.tensors, tables.numbers, sums, self.groups.hyper, tables.pointers, tables.ranks,
             tables.facts, CFG=cfg, BLOCK=TABLE_BLOCK, warps=TABLE_WARPS)  # fmt: skip
 
+    def _look(self, cfg: Config, counts: bool, draws: bool, marks: Tensor, histograms: Tensor) -> None:
+        """Launch a control's look at everything: at what the policy selects, at the control's coordinates, or both."""
+        plan, tables = self.batch.control, self.tables
+        assert plan is not None
+        if not self.drawn:
+            sums, indices = self.empty(plan.programs * CONTROL_COLUMNS.value), self.empty(plan.room, torch.int32)
+            self.drawn = [sums, indices, self.empty(plan.room if cfg.control_norm else 0)]
+        run(control_kernel, plan.programs, *self.drawn, marks, histograms, plan.work, tables.pointers, tables.numbers,
+            tables.ranks, tables.facts, tables.keys, plan.table, plan.programs, controls.WIDTH, FUNCTION=self.function,
+            COUNTS=counts, DRAWS=draws, MOVES=counts and plan.moves, BINS=BINS, CFG=cfg, BLOCK=controls.LOOK_BLOCK,
+            registers=controls.LOOK_REGISTERS)  # fmt: skip
+
     def _draw(self, plan: controls.ControlPlan) -> Config:
         """Find a matched control's limit and multipliers. Returns the constants of the pass over everything."""
-        tables = self.tables
-        cfg = derived(self.cfg, statistics=False)
-        sums = self.empty(plan.programs * CONTROL_COLUMNS.value)
-        indices = self.empty(plan.room, torch.int32)
-        squares = self.empty(plan.room if cfg.control_norm else 0)
-
-        def look(cfg: Config, counts: bool, draws: bool) -> None:
-            run(control_kernel, plan.programs, sums, indices, squares, plan.work, tables.pointers, tables.numbers,
-                tables.ranks, tables.facts, tables.keys, plan.table, plan.programs, controls.WIDTH,
-                FUNCTION=self.function, COUNTS=counts, DRAWS=draws, MOVES=counts and plan.moves, CFG=cfg,
-                BLOCK=controls.LOOK_BLOCK, registers=controls.LOOK_REGISTERS)  # fmt: skip
-
-        look(cfg, True, plan.at_once)
-        again = derived(cfg, recomputed=plan.moves)
+        tables, nothing = self.tables, self.nothing
+        again = derived(self.cfg, statistics=False, recomputed=plan.moves, ranked=self.ranked)
+        if not self.ranked:
+            self._look(derived(self.cfg, statistics=False), True, plan.at_once, nothing, nothing)
         if not plan.at_once:
-            look(again, False, True)
-        run(limit_kernel, tables.tensors, sums, indices, squares, tables.numbers, self.groups.hyper, tables.pointers,
-            tables.ranks, tables.facts, tables.keys, plan.table, plan.programs, CFG=again,
-            BLOCK=controls.LIMIT_BLOCK, warps=controls.LIMIT_WARPS)  # fmt: skip
+            self._look(again, False, True, nothing, nothing)
+        run(limit_kernel, tables.tensors, *self.drawn, self.settled, self.tied, self.repaired, tables.numbers,
+            self.groups.hyper, tables.pointers, tables.ranks, tables.facts, tables.keys, plan.table, self.repairers,
+            plan.programs, CFG=again, BLOCK=controls.LIMIT_BLOCK, warps=controls.LIMIT_WARPS)  # fmt: skip
         return derived(self.cfg, recomputed=plan.moves, drawn=True)
 
     def _report(self) -> Tensor:
-        tables, cfg = self.tables, derived(self.cfg, bracketed=self.one_pass)
+        tables, cfg = self.tables, derived(self.cfg, bracketed=self.one_pass, pending=self.pending)
         out = torch.empty(tables.tensors, 7, dtype=torch.float64, device=self.batch.device)
         run(report_kernel, tables.tensors, out, self.partials, self.settled, self.tied, self.repaired, tables.numbers,
             self.groups.hyper, tables.ranks, tables.facts, self.repairers, self.batch.programs,

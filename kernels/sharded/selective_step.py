@@ -1,6 +1,6 @@
 """The step of shards: the parts of it that need other ranks, and the order in which these are asked.
 
-The rounds of tensors of one policy (`docs/sharded.md` has the table):
+The rounds of tensors of one policy (`docs/guides/sharded.md` has the table):
 
 - none, if neither the selection nor the strength looks at more than single coordinates;
 - one, if sums are needed;

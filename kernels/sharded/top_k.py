@@ -30,7 +30,7 @@ def key_of(score: Tensor) -> Tensor:
 
 def counts_of(digit: Tensor, bins: int) -> Tensor:
     """The number of each integer in [0, bins): int32, 1-d. Other integers don't count. A GPU is not waited for."""
-    if digit.is_cuda:  # integers out of range are left out, but for the end of the range itself: one bin more
+    if digit.is_cuda:  # integers out of range are left out, except for the end of the range: one bin more
         return torch.histc(digit.to(torch.int32), bins=bins + 1, min=0, max=bins + 1)[:bins].to(torch.int32)
     digit = torch.where((digit >= 0) & (digit < bins), digit, bins)
     return torch.bincount(digit.reshape(-1).to(torch.int64), minlength=bins + 1)[:bins].to(torch.int32)

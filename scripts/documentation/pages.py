@@ -7,50 +7,80 @@ is here, generated parts are comments, and links to files beside docs/ lead to a
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from . import reference
+from . import keywords, notebook, reference
 
 NAV = {
-    "Start": ["quick-start", "pretraining", "fine-tuning", "examples"],
+    "Start": ["guides/install", "guides/quick-start", "guides/worth-it", "guides/faq", "guides/coming-from"],
     "Guides": [
-        "choose-a-policy",
-        "write-a-policy",
-        "preconditioner",
-        "preconditioner-eigenbasis",
-        "checkpoints",
-        "distributed",
-        "sharded",
-        "stacks",
-        "muon",
-        "watching",
-        "compare",
+        "guides/pretraining",
+        "guides/fine-tuning",
+        "guides/muon",
+        "guides/choose-a-policy",
+        "guides/write-a-policy",
+        "guides/rotate",
+        "guides/decay",
+        "guides/stacks",
+        "guides/distributed",
+        "guides/sharded",
+        "guides/checkpoints",
+        "guides/watching",
+        "guides/compare",
+        "guides/doctor",
+        "guides/examples",
     ],
-    "Performance and evidence": ["performance", "evidence", "conformance"],
-    "How it works": ["step", "policies", "decay", "capture", "kernels", "design"],
+    "Performance and evidence": ["performance", "evidence"],
+    "How it works": [
+        "how-it-works/step",
+        "how-it-works/capture",
+        "how-it-works/rotation",
+        "how-it-works/kernels",
+        "design",
+    ],
+    "Internals": [
+        "internals/design-notes",
+        "internals/gpu-kernels",
+        "internals/cpu-top-k",
+        "internals/rotation",
+        "internals/performance",
+        "internals/sharded",
+    ],
     "Reference": [
-        "api",
+        "reference/index",
         "reference/optimizer",
+        "reference/explain",
+        "reference/state",
         "reference/policies",
+        "reference/rules",
         "reference/selections",
         "reference/preconditioners",
         "reference/watching",
         "reference/testing",
+        "reference/bases",
+        "reference/conformance",
         "reference/compare",
         "reference/bench",
+        "reference/doctor",
         "reference/kernels",
     ],
 }
 INDEX = "<!-- reference-index -->"
 SHOWN = "<!-- examples -->"
-_EXAMPLE = re.compile(r"\]\(\.\./examples/([\w.]+)\)")
+_EXAMPLE = re.compile(r"\]\((?:\.\./)+examples/([\w.]+)\)")
+_CARDS = re.compile(r"^<!-- cards -->\n\n((?:(?:- |  ).*\n|\n(?=- |  ))+)", re.MULTILINE)
+_OUTPUT = re.compile(r"^<!-- output -->\n(```text\n.*?^```\n)", re.MULTILINE | re.DOTALL)
 _LANGUAGES = {".py": "python", ".yaml": "yaml"}
 
 
 def prepared(docs: Path, name: str, text: str) -> str:
     """A page's text in the form that Sphinx gets."""
     text = reference.expand(text)
-    text = _EXAMPLE.sub(lambda found: f"]({'../' * name.count('/')}examples.md#{_slug(found[1])})", text)
+    text = _EXAMPLE.sub(lambda found: f"]({'../' * name.count('/')}guides/examples.md#{_slug(found[1])})", text)
+    text = _CARDS.sub(_in_box("cards"), text)
+    text = _OUTPUT.sub(_in_box("output"), text)
+    text = keywords.with_entries(name, text)
     if name == "index":
         text += "\n" + "\n".join(_toctree(part, pages) for part, pages in NAV.items())
     if INDEX in text:
@@ -58,6 +88,11 @@ def prepared(docs: Path, name: str, text: str) -> str:
     if SHOWN in text:
         text = text.replace(SHOWN, _examples(docs.parent / "examples"))
     return text
+
+
+def _in_box(kind: str) -> Callable[[re.Match[str]], str]:
+    """Puts what a comment marks into a box, which site.css lays out: cards; output, whose long lines are wrapped."""
+    return lambda found: f"::::{{container}} {kind}\n{found[1]}::::\n"
 
 
 def _toctree(part: str, pages: list[str]) -> str:
@@ -76,8 +111,15 @@ def _index(docs: Path) -> str:
 
 
 def _examples(folder: Path) -> str:
-    files = sorted(file for file in folder.iterdir() if file.suffix in _LANGUAGES)
-    return "\n\n".join(f"## {f.name}\n\n````{_LANGUAGES[f.suffix]}\n{f.read_text()}````" for f in files)
+    files = sorted(file for file in folder.iterdir() if file.suffix in (*_LANGUAGES, ".ipynb"))
+    return "\n\n".join(f"## {file.name}\n\n{_shown(file)}" for file in files)
+
+
+def _shown(file: Path) -> str:
+    """A file as Markdown: a program in a fence, a notebook as text with fences."""
+    if file.suffix == ".ipynb":
+        return notebook.as_markdown(notebook.read(file))
+    return f"````{_LANGUAGES[file.suffix]}\n{file.read_text()}````"
 
 
 def _slug(file: str) -> str:

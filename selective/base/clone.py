@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
-import sys
 import types
 import warnings
 from collections import OrderedDict, defaultdict
@@ -17,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.base.process_settings import settings_of_torch
+from selective.generators import generators_restored
 
 # Step counters that some packages keep in the group. They are 0 in a clone, whose state is empty.
 COUNTERS = ("step", "k")
@@ -123,35 +122,11 @@ def unnoticed() -> Iterator[None]:
     s instead of 0.05 s.
     """
     threads = torch.get_num_threads()
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
     try:
         torch.set_num_threads(1)
-        with warnings.catch_warnings(), settings_of_torch(), torch.no_grad():
+        with generators_restored(), warnings.catch_warnings(), settings_of_torch(), torch.no_grad():
             warnings.simplefilter("ignore")
             with torch.compiler.set_stance("force_eager"):
                 yield
     finally:
         torch.set_num_threads(threads)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-
-
-def reseed(seed: int) -> None:
-    """Seed all random generators, so that every run gets the same random numbers. Call it inside `unnoticed()`.
-
-    `torch.manual_seed` is not used: if CUDA has not been initialized, it leaves a seed behind that takes effect later.
-    """
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)

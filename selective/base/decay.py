@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.base.clone import COUNTERS, clone_with_stand_ins, reseed, unnoticed
+from selective.base.clone import COUNTERS, clone_with_stand_ins, unnoticed
 from selective.base.facts import (
     DECAY,
     FROM_SECOND_STEP,
@@ -24,6 +24,7 @@ from selective.base.facts import (
 )
 from selective.base.state_entries import dequantized
 from selective.base.step_base import call_step
+from selective.generators import seed_all
 
 Scalar = float | Tensor
 DecayFormula = Callable[[Optimizer, Mapping[str, Any], Tensor], Scalar]
@@ -150,6 +151,6 @@ def _one_step(base: Optimizer, group: Mapping[str, Any], param: Tensor, start: T
     for key, value in base.state.get(param, {}).items():
         is_shaped = isinstance(value, Tensor) and value.dtype == param.dtype and value.shape == param.shape
         clone.state[clone_param][key] = value.detach().to(start.dtype, copy=True) if is_shaped else copy.deepcopy(value)
-    reseed(0)
+    seed_all(0)
     call_step(clone)
     return clone_param.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -172,6 +173,8 @@ class FusedSGD(FusedRule):
 
 class FusedLion(FusedRule):
     """Lion of pytorch_optimizer, without its extras (gradient centralisation, AdaNorm, cautious, clipping)."""
+
+    moment_kinds = replace(FusedRule.moment_kinds, full_steps=True)
 
     def supports(self, group: Group) -> str | None:
         for flag in ("use_gc", "adanorm", "cautious"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -50,3 +51,30 @@ def scalar(value: Any) -> float:
 def plain_number(value: Any) -> spec.Scalar:
     """Return a hyper-parameter as a Python number; a tensor that is not on the CPU as it is, without waiting for it."""
     return value if isinstance(value, torch.Tensor) and value.device.type != "cpu" else scalar(value)
+
+
+_NUMBERS = ("lr", "eps", "weight_decay", "momentum", "dampening", "betas")
+
+
+def check_numbers(base: Optimizer, group: dict[str, Any]) -> None:
+    """Refuse a hyper-parameter of a known base that is no number, by the number of its group.
+
+    Raises:
+        TypeError: it is something else. A tensor of one element is a number.
+        ValueError: `betas` are not two.
+    """
+    for name in _NUMBERS:
+        if name not in group:
+            continue
+        value = group[name]
+        several = name == "betas" and isinstance(value, (tuple, list))
+        values = value if several else [value]
+        if all(isinstance(x, Real) or (isinstance(x, Tensor) and x.numel() == 1) for x in values):
+            if not several or len(value) == 2:
+                continue
+        number = next((i for i, other in enumerate(base.param_groups) if other is group), "...")
+        message = (
+            f"SelectiveUpdate: param_groups[{number}][{name!r}] is {value!r}, must be "
+            f"{'two numbers' if name == 'betas' else 'a number'}; nothing has moved"
+        )
+        raise ValueError(message) if several and len(value) != 2 else TypeError(message)

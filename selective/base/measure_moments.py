@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,8 @@ _STEPS, _RATE = 12, 1e-6
 _SAME = 0.9  # the cosine between an entry and the same one with opposite gradients is 1 for squares, -1 for averages
 _LARGER = 4.0  # factor on gradients; a power of 2, which does not change rounding
 _FEW = 8  # one in this many coordinates is made larger
+_TINY = 1e-12  # factor on few gradients: Adam's update shrinks with them, because of its eps
+_FULL = 0.9  # an update of a sign-like base is at least this share of the largest; they are equal but for rounding
 _NEAR = 0.25  # largest distance of a degree from a whole number; it is below 0.02 for all classes found
 
 
@@ -45,6 +47,8 @@ class Moments:
     """Entries that grow with the absolute value of the gradient. They are carried as the roots of second moments."""
     fixed: Mapping[str, str] = field(default_factory=dict)
     """Entries that cannot be carried into another basis, with the reason in words."""
+    full_steps: bool = False
+    """True if each coordinate's update is as large as all others, however small its gradient is: it is a sign."""
 
 
 UPDATE_SQUARES = {"torch.Adadelta": {"acc_delta"}, "pytorch_optimizer.AdaDelta": {"acc_delta"}}
@@ -65,17 +69,28 @@ def measure_moments(base: Optimizer, group: Mapping[str, Any]) -> Moments:
             except (CannotClone, StepFailed):
                 continue
             update_squares = UPDATE_SQUARES.get(qualified_name(type(base)), set())
-            return _by_kind(_observations(prober, few, *runs), update_squares)
+            kinds = _by_kind(_observations(prober, few, *runs), update_squares)
+            return replace(kinds, full_steps=_takes_full_steps(prober, few))
     return Moments()
 
 
-def _run(prober: Prober, change: Callable[[Tensor, Tensor], Tensor], few: Sequence[Tensor]) -> Recording:
+def _run(
+    prober: Prober, change: Callable[[Tensor, Tensor], Tensor], few: Sequence[Tensor], steps: int = _STEPS
+) -> Recording:
     """Run a clone on changed gradients. `change` gets a gradient and the marked coordinates of its stand-in, `few`."""
 
     def grads(step: int, index: int, p: Tensor) -> Tensor:
         return change(prober.grads(step % STEPS, index, p), few[index])
 
-    return prober.run(prober.small, grads, lr=_RATE, steps=_STEPS)
+    return prober.run(prober.small, grads, lr=_RATE, steps=steps)
+
+
+def _takes_full_steps(prober: Prober, few: Sequence[Tensor]) -> bool:
+    """Return True if coordinates with next to no gradient make the same first step as the others."""
+    record = _run(prober, lambda grad, marked: torch.where(marked, _TINY * grad, grad), few, steps=1)
+    updates = [(before - after).abs() for before, after in zip(*record.params, strict=True)]
+    pairs = [(u[m.flatten()], u[~m.flatten()]) for u, m in zip(updates, few, strict=True)]
+    return all(bool(large.max() > 0) and bool(small.min() > _FULL * large.max()) for small, large in pairs)
 
 
 def _smallest_gradients(prober: Prober, index: int) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.base.clone import StepFailed, clone_with_stand_ins, reseed
+from selective.base.clone import StepFailed, clone_with_stand_ins
 from selective.base.state_entries import dequantized, state_entries
 from selective.base.step_base import call_step
+from selective.generators import seed_all
 from selective.parameter import initialized
 
 STEPS = 10  # RAdam's rectification begins at step 6, SOAP moves from the second, Prodigy's scale shows after four
@@ -93,7 +94,7 @@ def run(
     if construct:
         clone.state.update(constructed_state(clone))
     record = Recording(params=[[_flat(p) for p in params]])
-    reseed(0)
+    seed_all(0)
     for t in range(steps):
         for i, p in enumerate(params):
             p.grad = grads(t, i, p.detach().to("cpu", torch.float64)).to(device, dtype, copy=True)

@@ -181,49 +181,63 @@ def _why_delta(group: dict[str, Any], facts: BaseFacts) -> str | None:
 class GroupFlags:
     """The options of a base's group that a capture is chosen by; looked through again only if one was replaced.
 
-    A number counts only as zero or not: some optimizers count steps in the group, schedulers change betas and decay.
+    A number counts only as zero or not, and several numbers do not count: some optimizers count steps in the group,
+    schedulers write betas, momentum and decay in every step.
     """
 
     def __init__(self) -> None:
         self._keys: list[str] = []
         self._values: list[Any] = []
         self._skipped: list[int] = []
-        self._flags: tuple[tuple[str, object], ...] = ()
+        self._flags: tuple[object, ...] = ()
+        self._named: tuple[object, ...] = ()  # `_flags` with the names
 
     def are_of(self, group: dict[str, Any]) -> bool:
-        """True if these are the flags of this group: it has the same keys, and no flag was replaced."""
-        return list(group) == self._keys and all(map(is_, self._values_of(group), self._values))
+        """True if these are the flags of this group: it has the same keys, and no flag has changed."""
+        return list(group) == self._keys and self._are_of_values(self._values_of(group))
 
     def _values_of(self, group: dict[str, Any]) -> list[Any]:
-        """The values that are flags, and None in the place of others. The group has the keys that are known."""
+        """The values that may be flags, and None in the place of others. The group has the keys that are known."""
         values = list(group.values())
         for place in self._skipped:
             values[place] = None
         return values
 
-    def of(self, group: dict[str, Any]) -> tuple[tuple[str, object], ...]:
-        """Return the flags of this group."""
+    def _are_of_values(self, values: list[Any]) -> bool:
+        if all(map(is_, values, self._values)):
+            return True
+        same = tuple(map(_flag, values)) == self._flags
+        if same:
+            self._values = values
+        return same
+
+    def of(self, group: dict[str, Any]) -> tuple[object, ...]:
+        """Return the names and the values of this group's flags: the same object while they are equal."""
         keys = list(group)
         if keys != self._keys:
-            self._keys, self._values = keys, []
+            self._keys, self._flags = keys, ()
             self._skipped = [place for place, key in enumerate(keys) if key in _NO_FLAGS]
+            self._values = [_NEVER] * len(keys)
         values = self._values_of(group)
-        if len(values) != len(self._values) or not all(map(is_, values, self._values)):
-            self._values = values
-            self._flags = tuple(
-                (k, v if isinstance(v, (bool, str)) else v != 0)
-                for k, v in zip(keys, values, strict=True)
-                if isinstance(v, (bool, str, int, float))
-            )
-        return self._flags
+        if not self._are_of_values(values):
+            self._values, self._flags = values, tuple(map(_flag, values))
+            self._named = (tuple(keys), *self._flags)
+        return self._named
 
 
+def _flag(value: object) -> object:
+    if isinstance(value, (bool, str)):
+        return value
+    return value != 0 if isinstance(value, (int, float)) else None
+
+
+_NEVER = object()
 _NO_FLAGS = frozenset(("params", "lr", "step", "initial_lr", "param_names"))
 
 
 def capture_key(
     of_base: tuple[object, ...],
-    flags: tuple[tuple[str, object], ...],
+    flags: tuple[object, ...],
     param_kinds: ParamKinds,
     classes: tuple[type, ...],
     needs: frozenset[str],

@@ -5,7 +5,7 @@ The base's `step()` is not called, so that nothing has to be copied. The state s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ class FusedJob(Job):
     """The job of a group whose rule our kernels compute."""
 
     steps_base = False
+    rule: spec.Rule  # of this step
 
     def __init__(self, *args: Any, fused_rule: FusedRule, kept_items: KeptItems, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -31,41 +32,41 @@ class FusedJob(Job):
         at_random = self.decay is not None and self.decay.at_random  # no kernel draws
         self.specs = None if at_random else kept_items.specs(self.policy, self.parameters)
         self.own_code = self.specs is None
+        self.all_items: list[DeviceItems] = []
+        self.steps: list[Callable[[], None]] = []  # steps in kernels that `after_base` begins or takes
+
+    def prepare(self) -> None:
+        rule = self.kept_items.rule(self.fused_rule, self.context.base, self.group)
+        self.rule = with_own_factor(rule, self.decay, self.group)
+        make_state = partial(self.fused_rule.init_state, self.group)
+        self.all_items = self.kept_items.with_gradients(self.context, self.parameters, self.policy, make_state)
+        if self.specs is not None:
+            for device_items in self.all_items:
+                self._begin_in_kernel(device_items, *self.specs)
 
     def before_base(self) -> None:
         if self.own_code:  # it may raise half-way through the group, which is restored then
             self.saved = [parameter.tensor.clone() for parameter in self.parameters]
 
     def after_base(self) -> None:
-        rule = self.kept_items.rule(self.fused_rule, self.context.base, self.group)
-        rule = with_own_factor(rule, self.decay, self.group)
-        make_state = partial(self.fused_rule.init_state, self.group)
-        all_items = self.kept_items.with_gradients(self.context, self.parameters, self.policy, make_state)
-        try:
-            for device_items in all_items:
-                if self.specs is None:
-                    for parameter, item in zip(device_items.parameters, device_items.items, strict=True):
-                        self._step_with_own_code(parameter, item, rule)
-                    device_items.let_go()
-                else:
-                    self._step_in_kernel(device_items, rule, *self.specs)
-        except BaseException:
-            for device_items in all_items:
+        if self.specs is None:
+            for device_items in self.all_items:
+                for parameter, item in zip(device_items.parameters, device_items.items, strict=True):
+                    self._step_with_own_code(parameter, item, self.rule)
                 device_items.let_go()
-            raise
+        for step in self.steps:
+            step()
         self.fused_rule.count_step_in_group(self.group)
 
-    def _step_in_kernel(
-        self, device_items: DeviceItems, rule: spec.Rule, selection: spec.Selection, strength: spec.Strength
-    ) -> None:
-        """Let one kernel compute rule and mask on one device.
+    def _begin_in_kernel(self, device_items: DeviceItems, selection: spec.Selection, strength: spec.Strength) -> None:
+        """Let one kernel compute rule and mask on one device, in a call that is checked and not made yet.
 
-        A sharded step is only started; `run_jobs` finishes it through `context.exchange`. So is one whose kernel may
-        take the tensors of other jobs, too, through `context.calls`.
+        `run_jobs` checks and makes it, together with those of other jobs, if it is in `context.calls`. A sharded step
+        is begun in `after_base`, and `run_jobs` finishes it through `context.exchange`.
         """
         context = self.context
         draw, decay = context.draw_on(device_items.device), None if self.decay is None else self.decay.spec()
-        how = spec.StepSpec(rule, selection, strength, draw, context.report is not None, decay)
+        how = spec.StepSpec(self.rule, selection, strength, draw, context.report is not None, decay)
 
         def done(sums: Sequence[spec.Sums] | None) -> None:
             device_items.let_go()
@@ -73,11 +74,17 @@ class FusedJob(Job):
                 context.report.add_all(device_items.names, sums)
 
         if device_items.is_sharded:
-            context.exchange.add(begin_sharded(device_items.items, **vars(how)), len(device_items.items), done)
+            parts = begin_sharded(device_items.items, **vars(how))
+            self.steps.append(partial(context.exchange.add, parts, len(device_items.items), done))
         elif context.calls is not None:
             context.calls.add(device_items, how, done, context.graphs)
         else:
-            done(selective_step(device_items.items, **vars(how)))
+            self.steps.append(lambda: done(selective_step(device_items.items, **vars(how))))
+
+    def restore(self) -> None:
+        for device_items in self.all_items:
+            device_items.let_go()
+        super().restore()
 
     def _step_with_own_code(self, parameter: Parameter, item: spec.Item, rule: spec.Rule) -> None:
         """Compute the rule of one parameter, and mask its update by the policy's own code."""

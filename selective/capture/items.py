@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.base.fused_rules import FusedRule
+from selective.base.hyperparameters import check_numbers
 from selective.capture.job import StepContext
 from selective.kernels import Backend, backend_in_use, spec
 from selective.parameter import Parameter
@@ -146,12 +147,21 @@ class KeptItems:
         self._token = context.base_token if complete else None
 
     def rule(self, fused_rule: FusedRule, base: Optimizer, group: dict[str, Any]) -> spec.Rule:
-        """Return the group's hyper-parameters as a rule: the same object, as long as nothing of it was replaced."""
-        numbers = fused_rule.numbers(group)
+        """Return the group's hyper-parameters as a rule: the same object, as long as nothing of it was replaced.
+
+        Raises TypeError or ValueError if one of them is no number.
+        """
+        try:
+            numbers = fused_rule.numbers(group)
+        except (TypeError, ValueError):
+            check_numbers(base, group)
+            raise
         if numbers is None:
+            check_numbers(base, group)
             return fused_rule.kernel_rule(base, group)
         rule_of = fused_rule, *numbers
         if self._rule is None or not all(map(is_, rule_of, self._rule_of)):
+            check_numbers(base, group)
             self._rule, self._rule_of = fused_rule.kernel_rule(base, group), rule_of
         return self._rule
 

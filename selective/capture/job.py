@@ -64,8 +64,9 @@ class StepContext:
 class Job:
     """One parameter group's part of a step. `before_base` runs before the base's step, `after_base` after it.
 
-    `before_base` changes no parameter, but may exchange its memory. `restore` puts the parameters back to their values
-    before `before_base`.
+    `prepare` runs before both, for all groups. It reads what the step needs and refuses what can't be stepped. It
+    changes no parameter and no moment, but may make state that a first step lacks. `before_base` changes no parameter,
+    but may exchange its memory. `restore` puts the parameters back to their values before `before_base`.
     """
 
     context: StepContext
@@ -82,6 +83,8 @@ class Job:
     def own_code(self) -> bool:
         """True if the policy runs code of its own, which may raise."""
         return has_own_code(self.policy, [parameter.tensor for parameter in self.parameters])
+
+    def prepare(self) -> None: ...
 
     def before_base(self) -> None: ...
 

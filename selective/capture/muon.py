@@ -19,6 +19,7 @@ from torch import Tensor
 
 from selective import foreach
 from selective.base.fused_rules import FusedRule
+from selective.base.hyperparameters import check_numbers
 from selective.base.muon import MuonNumbers, numbers_of
 from selective.capture.generic import Captured, GenericJob, by_value
 from selective.capture.muon_stacks import Stack, parts_in_stacks
@@ -35,8 +36,11 @@ class MuonJob(GenericJob):
         super().__init__(*args, **kwargs)
         self.fused_rule = fused_rule
 
-    def before_base(self) -> None:
+    def prepare(self) -> None:
+        check_numbers(self.context.base, self.group)
         self.numbers = numbers_of(self.group)
+
+    def before_base(self) -> None:
         self.remember()
 
     def keep_parameters(self) -> list[Tensor]:

@@ -49,9 +49,12 @@ class RotatedFusedJob(RotatedJob):
         self.in_kernel = self.specs is not None and not self.in_original and not self.decays_by_unmasked
         self.in_stacks = False
 
+    def prepare(self) -> None:
+        self._undecayed_rule()  # it is kept; here it is refused if it can't be read off the group
+        self.factors = self._factors()
+
     def before_base(self) -> None:
         super().before_base()
-        self.factors = self._factors()
         if self.hides_gradients:  # the base skips parameters without a gradient
             for p in self.tensors():
                 self.hidden.lend(p, None)

@@ -5,7 +5,7 @@
 
 It computes what `RotatedFusedJob` computes bucket by bucket. Everything that lists are made of lasts from step to step:
 stacks, views of buffers, the items of kernels. So a step makes about ten launches for each shape, and a dozen besides,
-however many parameters there are. The gradients are copied into their stack for the products, and once more for the
+however many parameters there are. The gradients are copied into their stack for the products, and again for the
 averages, because in between its memory holds the updates. That costs less than the memory of another stack.
 """
 
@@ -27,6 +27,7 @@ from selective.policies import Dense
 from selective.policies.kernel_terms import Specs, specs_of
 from selective.preconditioner.stacked import Averaging, Part, StackedEigenbasis
 from selective.rotation.buffers import Buffer, aligned, all_in_use
+from selective.rotation.noise import clear_noise_
 from selective.rotation.rotation import Rotation
 from selective.rotation.stacks import Bucket, Stacks
 
@@ -98,6 +99,9 @@ class Round:
             if rotation.has_refreshed:
                 with rotation.named("denoise"):
                     basis.denoise(self.parts)
+            if rotation.full_steps:
+                for part in self.parts:
+                    clear_noise_(part.result)
             self.given.flat.zero_()
             sums = selective_step(self.items, **calls.rule)
             with rotation.named("project_out"):

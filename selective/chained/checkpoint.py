@@ -12,6 +12,7 @@ from selective.chained.matches_bare import check_bare
 from selective.chained.members import Members
 from selective.checkpoint.frame import check_group_sizes
 from selective.checkpoint.rollback import base_snapshot, snapshot
+from selective.messages.said_by import member, said_by
 from selective.optimizer import SelectiveUpdate
 from selective.state.entries import own_part, restore_dtypes
 
@@ -25,7 +26,8 @@ def save(members: Members) -> dict[str, Any]:
     groups: list[dict[str, Any]] = []
     extras: dict[str, Any] = {}
     for name, optimizer in members:
-        saved = optimizer.state_dict()
+        with said_by(member(name)):
+            saved = optimizer.state_dict()
         start, numbers = sum(len(group["params"]) for group in groups), dict[Any, int]()
         for group in saved["param_groups"]:
             for index in group["params"]:
@@ -47,7 +49,7 @@ def load(members: Members, checkpoint: dict[str, Any]) -> None:
     """
     check_group_sizes(checkpoint, members.groups())
     parts = _split(members, checkpoint)
-    undo_all = [_snapshot(optimizer) for optimizer in members.optimizers]
+    undo_all = [member_snapshot(optimizer) for optimizer in members.optimizers]
     try:
         for (name, optimizer), part in zip(members, parts, strict=True):
             _load_member(name, optimizer, part)
@@ -107,12 +109,12 @@ def _load_bare(optimizer: Optimizer, part: dict[str, Any]) -> None:
             restore_dtypes(optimizer.state[p], part["state"][index])
 
 
-def _snapshot(optimizer: Optimizer) -> Callable[[], None]:
+def member_snapshot(optimizer: Optimizer) -> Callable[[], None]:
     """Return a function that puts a member back as it is now."""
     if isinstance(optimizer, SelectiveUpdate):
         return snapshot(optimizer.base, optimizer.groups, optimizer.store, optimizer.count)
     inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
-    undo_all = [*(_snapshot(optimizer) for optimizer in inner), base_snapshot(optimizer)]
+    undo_all = [*(member_snapshot(optimizer) for optimizer in inner), base_snapshot(optimizer)]
 
     def undo() -> None:
         for undo_part in undo_all:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from selective.chained.group_list import GroupList
 from selective.chained.shared_defaults import SharedDefaults
+from selective.messages.said_by import CHAIN, member, said_by
 from selective.optimizer import SelectiveUpdate
 from selective.parameter import Parameter
 from selective.plan.shared_parameters import check_sharing
@@ -60,7 +62,8 @@ class Members:
 
     def add_group(self, member: Optimizer, group: dict[str, Any]) -> None:
         """Add a group to a member; nothing is added if a parameter would be in two of them."""
-        member.add_param_group(group)
+        with self.naming(member):
+            member.add_param_group(group)
         try:
             self.check_apart()
         except ValueError:
@@ -124,7 +127,12 @@ class Members:
                             f"each parameter to one member"
                         )
         everything = [pair for name, optimizer in self for pair in _parameters(name, optimizer)]
-        check_sharing([parameter for parameter, _ in everything], [ours for _, ours in everything])
+        with said_by(CHAIN):
+            check_sharing([parameter for parameter, _ in everything], [ours for _, ours in everything])
+
+    def naming(self, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """A context in which this member's errors begin with its name."""
+        return said_by(next(member(name) for name, each in self if each is optimizer))
 
 
 def named_members(members: Any) -> Members:

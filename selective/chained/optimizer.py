@@ -18,6 +18,7 @@ from selective.chained.step import step_members
 from selective.checkpoint.frame import checked_frame
 from selective.checkpoint.pickles import Version, same_version
 from selective.messages.assignments import in_the_groups, in_the_members
+from selective.messages.said_by import CHAIN, said_by
 from selective.optimizer import SelectiveUpdate
 from selective.plan.policy_groups import PolicyGroup, PreconditionerGroup
 from selective.state.init_state import make_base_state
@@ -203,7 +204,8 @@ class ChainedOptimizer(Optimizer):
         self._members.number()
         for optimizer in self.members:
             if isinstance(optimizer, SelectiveUpdate):
-                optimizer.init_state()
+                with self._members.naming(optimizer):
+                    optimizer.init_state()
             else:
                 for group in optimizer.param_groups:
                     make_base_state(optimizer, group, group["params"])
@@ -227,12 +229,13 @@ class ChainedOptimizer(Optimizer):
         Raises:
             ValueError: a member can't take its part, for the reason that the message gives.
         """
-        checkpoint = checked_frame(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            result = hook(self, checkpoint)
-            checkpoint = checkpoint if result is None else checked_frame(result)
-        self._members.number()
-        load(self._members, checkpoint)
+        with said_by(CHAIN):
+            checkpoint = checked_frame(state_dict)
+            for hook in self._optimizer_load_state_dict_pre_hooks.values():
+                result = hook(self, checkpoint)
+                checkpoint = checkpoint if result is None else checked_frame(result)
+            self._members.number()
+            load(self._members, checkpoint)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

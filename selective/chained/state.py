@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
+from selective.chained.checkpoint import member_snapshot
 from selective.chained.members import Members
 
 
@@ -29,7 +30,9 @@ class ChainedState(MutableMapping[Any, Any]):
         return owner.state[param]  # as torch's does it: a parameter of a group has an empty state at first
 
     def __setitem__(self, param: Any, entries: Any) -> None:
-        self._owner(param).state[param] = entries
+        owner = self._owner(param)
+        with self._members.naming(owner):
+            owner.state[param] = entries
 
     def __delitem__(self, param: Any) -> None:
         for optimizer in self._members.optimizers:
@@ -61,12 +64,22 @@ class ChainedState(MutableMapping[Any, Any]):
             optimizer.state.clear()
 
     def replace(self, states: Mapping[Any, Any]) -> None:
-        """Write these states instead of all that there is. Nothing is written if one belongs to no member."""
+        """Write these states instead of all that there is.
+
+        Nothing is written if one belongs to no member, or if a member refuses one.
+        """
         parts: dict[int, dict[Any, Any]] = {id(optimizer): {} for optimizer in self._members.optimizers}
         for param, entries in states.items():
             parts[id(self._owner(param))][param] = entries
-        for optimizer in self._members.optimizers:
-            optimizer.state = defaultdict(dict, parts[id(optimizer)])  # as torch's is
+        undo_all = [member_snapshot(optimizer) for optimizer in self._members.optimizers]
+        try:
+            for optimizer in self._members.optimizers:
+                with self._members.naming(optimizer):
+                    optimizer.state = defaultdict(dict, parts[id(optimizer)])  # as torch's is
+        except BaseException:
+            for undo in undo_all:
+                undo()
+            raise
 
     def _owner(self, param: Any) -> Any:
         owner = self._members.owner_of(param)

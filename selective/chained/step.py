@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from selective.base.step_base import base_hooks, run_step
 from selective.chained.members import Members, present_parameters
 from selective.kernels import Exchange
+from selective.messages.said_by import CHAIN, member, said_by
 from selective.optimizer import SelectiveUpdate
 from selective.step.begin import BegunStep, begin_step, take_steps
 from selective.step.gradients import has_nonfinite, is_initialisation
@@ -24,10 +25,11 @@ def step_members(members: Members) -> None:
     """
     members.number()
     together, others = members.stepped_together()
+    names = {id(optimizer): name for name, optimizer in members}
     with ExitStack() as hooks:
         for optimizer in members.optimizers:
             hooks.enter_context(base_hooks(optimizer))
-        begun = [begin_step(optimizer.runner, optimizer.groups) for optimizer in together]
+        begun = [begin_step(optimizer.runner, optimizer.groups, member(names[id(optimizer)])) for optimizer in together]
         recording = any(step.recording for step in begun)
         if not recording and is_initialisation(members.groups()):
             for step in begun:
@@ -39,7 +41,8 @@ def step_members(members: Members) -> None:
         elif begun:
             take_steps(begun, Exchange())
         for optimizer in others:
-            run_step(optimizer)
+            with said_by(member(names[id(optimizer)])):
+                run_step(optimizer)
 
 
 def _is_skipped(members: Members, begun: Sequence[BegunStep]) -> bool:
@@ -53,7 +56,8 @@ def _is_skipped(members: Members, begun: Sequence[BegunStep]) -> bool:
         return False
     silent = [p for name, optimizer in members if not _looks(optimizer) for p in present_parameters(name, optimizer)]
     steps = max((optimizer.count.steps for optimizer in members.wrapped), default=0)
-    return has_nonfinite([silent], "raise" if "raise" in said else "skip", steps) or skipped > 0
+    with said_by(CHAIN):
+        return has_nonfinite([silent], "raise" if "raise" in said else "skip", steps) or skipped > 0
 
 
 def _looks(optimizer: Optimizer) -> bool:

@@ -85,7 +85,13 @@ def first_saved(entries: Sequence[dict[str, Tensor]], key: str, family: type[C],
 def _check_entries(
     plan: GroupPlan, store: StateStore, member: Parameter, policy: Policy, entries: dict[str, Tensor]
 ) -> None:
-    """Refuse entries that this optimizer would not have made."""
+    """Refuse entries that this optimizer would not have made.
+
+    Of a parameter whose step is the base's alone, all are taken, and deleted before the next step: older versions saved
+    what a policy had left behind when the parameter was moved to another group.
+    """
+    if not store.keeps(plan, member):
+        return
     saved = {k: v for k, v in own_tensors(entries, member.tensor).items() if not is_of_basis(k)}
     wanted = store.fresh_entries(plan, member, policy)
     if (MOMENTUM in saved) != (MOMENTUM in wanted):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from selective.compare.config import ConfigError
-from selective.compare.generators import generators_restored
 from selective.compare.setup import Setup
 from selective.compare.task import Batches, evaluated, name_of, start_of, to_device
 from selective.compare.train import fingerprint
+from selective.generators import generators_restored
 from selective.parameter import is_lazy
 
 

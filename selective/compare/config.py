@@ -121,7 +121,9 @@ class CompareConfig(_Config):
     )
     policies_in_spaces: bool = Field(True, description="also run the policies in each preconditioner's space")
     optimizers: tuple[str, ...] = Field(
-        (), description="functions that make an optimizer, beside the base: module:name or path/to/file.py:name"
+        (),
+        description="beside the base: functions that make an optimizer, module:name or path/to/file.py:name; "
+        "or names of classes, as in `base`",
     )
     controls: bool = Field(True, description="each policy beside a random mask of the same share and norm")
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds)] = Field((0, 1, 2), min_length=1)

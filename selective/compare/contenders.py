@@ -1,6 +1,6 @@
 """The contenders: a base optimizer alone and under each policy, and each policy's matched random control.
 
-With preconditioners, all of them come once more in the space of each. Optimizers that functions of the user's make
+With preconditioners, all of them come again in the space of each. Optimizers that functions of the user's make
 come last.
 """
 

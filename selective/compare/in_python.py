@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from selective import Policy, Preconditioner, policy_from
+from selective.base.by_name import optimizer_class
 from selective.compare.config import ConfigError, LoopConfig, build
 from selective.compare.extras import require
 from selective.compare.optimizers import Maker, name_of_maker
@@ -53,7 +54,8 @@ def compare(
             `path/to/file.py:name`. None is the built-in GPT on bytes.
         contenders: policies (`Cautious()`, "MGUP") and preconditioners (`Soap()`, "soap"), which go around `base`; and
             functions that make an optimizer, `maker(params, lr)` or `maker(model, lr)`, or their names
-            (`module:name`). A mapping gives functions names of your own: `{"muon": lambda model, lr: ...}`. Classes of
+            (`module:name`). A class of optimizers can be given by its name alone ("lion", "SGD"), as `base` can. A
+            mapping gives functions names of your own: `{"muon": lambda model, lr: ...}`. Classes of
             optimizers are such functions. The model is passed if the first parameter is called `model`, and parameter
             groups otherwise, with weight decay on matrices only. A parameter `seed` gets the run's seed, and `rest_lr`
             the second learning rate (without `rest_lrs`, its default, or the first).
@@ -197,18 +199,23 @@ def _classified(contender: Any, makers: dict[str, Maker]) -> tuple[str, list[Any
 
 
 def _by_name(contender: str | Mapping[str, Any]) -> tuple[str, list[Any]]:
-    """A policy or a preconditioner that is given by its kind."""
-    attempts: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+    """A policy or a preconditioner that is given by its kind, or a class of optimizers by its name."""
+    attempts: list[tuple[str, Callable[[Any], Any]]] = [
         ("policies", policy_from),
         ("preconditioners", preconditioner_of),
-    )
+    ]
+    if isinstance(contender, str):
+        attempts.append(("optimizers", optimizer_class))
     reasons = []
     for kind, parse in attempts:
         try:
-            return kind, [parse(contender)]
+            parsed = parse(contender)
         except ValueError as error:
             reasons.append(str(error))
-    raise ConfigError(f"contenders: {contender!r} is no policy and no preconditioner:\n  " + "\n  ".join(reasons))
+        else:
+            return kind, [contender if kind == "optimizers" else parsed]
+    what = "is no policy and no preconditioner" + (", and no optimizer has this name" if len(attempts) > 2 else "")
+    raise ConfigError(f"contenders: {contender!r} {what}:\n  " + "\n  ".join(reasons))
 
 
 def _named(where: str, maker: Any, makers: dict[str, Maker], name: str | None = None) -> str:

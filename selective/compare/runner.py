@@ -25,11 +25,11 @@ from selective.compare.check_task import try_out
 from selective.compare.config import CompareConfig, ConfigError, build, differences, dump
 from selective.compare.contenders import Run, contenders, runs
 from selective.compare.devices import cores, worker_count
-from selective.compare.generators import generators_restored
 from selective.compare.setup import Given, prepare
 from selective.compare.summary import Summary, as_json, summarise
 from selective.compare.task import start_of
 from selective.compare.train import Record, fingerprint, write_atomically
+from selective.generators import generators_restored
 
 SCHEMA = 1  # the version of the form of results.json
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from selective.base.by_name import optimizer_class
 from selective.compare.config import CompareConfig, ConfigError
 from selective.compare.gpt_task import GPTTask
 from selective.compare.optimizers import Maker, takes_rest_lr
@@ -73,6 +74,14 @@ def prepare(config: CompareConfig, given: Given | None = None) -> Setup:
 
 def _maker(reference: str) -> Maker:
     what = f"optimizer {reference}"
+    if ":" not in reference:
+        try:
+            return optimizer_class(reference)
+        except ValueError as error:
+            raise ConfigError(
+                f"{what}: {reference!r} names no object; write module:name, or path/to/file.py:name. As a name of a "
+                f"class it is unknown: {error}"
+            ) from error
     maker: Any = load_object(reference, what)
     if not callable(maker):
         raise ConfigError(

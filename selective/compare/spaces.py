@@ -12,7 +12,7 @@ from selective import Preconditioner, param_groups_for
 
 JOINED = {"qkv": 3, "mlp_in": 2}
 """Of the comparison's GPT: queries, keys and values; gate and value. Rotated as one matrix each they were worse than
-not rotated at all, in a run of 34M parameters: docs/preconditioner-eigenbasis.md."""
+not rotated at all, in a run of 34M parameters: docs/how-it-works/rotation.md."""
 
 
 def preconditioner_of(data: Any) -> Preconditioner:

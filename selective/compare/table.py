@@ -9,7 +9,6 @@ from typing import Any
 
 from selective.compare.devices import worker_count
 from selective.compare.extras import require
-from selective.compare.generators import generators_restored
 from selective.compare.intervals import Interval
 from selective.compare.runner import Comparison
 from selective.compare.summary import Row, Summary, summarise
@@ -17,6 +16,7 @@ from selective.compare.task import name_of, start_of, unit_of
 from selective.compare.train import Record
 from selective.compare.words import so_far
 from selective.compare.workers import Progress
+from selective.generators import generators_restored
 
 
 @contextmanager

@@ -21,7 +21,7 @@ class Task(Protocol):
     A task also has one of two methods that make the batches:
 
     - `batches(seed)` returns an iterable, such as a `DataLoader`, a list, or a generator. It is begun again when it
-      ends. A run that is resumed draws all earlier batches once more and drops them.
+      ends. A run that is resumed draws all earlier batches again and drops them.
     - `batch(seed, step)` returns the batch of one step (0, 1, ...). It depends on its arguments alone, so that a
       resumed run begins at once. If a task has both, this one is used.
 

@@ -1,8 +1,8 @@
 """The line of `explain()` on the learning rate: by how much a policy or a rotation changes the length of a step.
 
-Sources: the mean multipliers follow from the policy's numbers, and stand in docs/choose-a-policy.md and
-docs/policies.md. The rates of rotated spaces are those that were best in the runs of docs/evidence.md and of
-docs/preconditioner-eigenbasis.md ("What it gains"): with running averages 2 to 4 times the base's (0.004 for 0.002,
+Sources: the mean multipliers follow from the policy's numbers, and stand in docs/guides/choose-a-policy.md and
+docs/reference/rules.md. The rates of rotated spaces are those that were best in the runs of docs/evidence.md
+and of docs/how-it-works/rotation.md ("What it gains"): with running averages 2 to 4 times the base's (0.004 for 0.002,
 0.008 for 0.002, 0.006 for 0.0015), and with the gradient of one step 1 to 2 times.
 """
 

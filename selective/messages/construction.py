@@ -14,7 +14,7 @@ F = TypeVar("F", bound=Callable[..., None])
 
 
 class _NotGiven:
-    """The type of `NOT_GIVEN`, which prints as None: what follows is the same, but for a warning."""
+    """The type of `NOT_GIVEN`, which prints as None: what follows is the same, except for a warning."""
 
     def __repr__(self) -> str:
         return "None"

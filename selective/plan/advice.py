@@ -14,6 +14,7 @@ from selective.base.hyperparameters import plain_number
 from selective.messages.user_line import warn
 from selective.plan.group_plan import GroupPlan
 from selective.plan.options import Options
+from selective.plan.oversized import warn_of_oversized
 from selective.plan.policy_groups import KEYS, PolicyGroup
 from selective.policies import Policy
 from selective.policies.kernel_terms import Specs
@@ -23,6 +24,23 @@ _NEAR = 0.8  # difflib's ratio: "polcy" is near "policy" (0.91); "no_decay" (0.7
 _NEAR_FIELD = 0.85  # "alpa" is near "alpha" (0.89), "stage" (0.83) not near "stagger", as which people number layers
 _NEAR_OPTION = 0.9  # "weight_decy" is near "weight_decay" (0.96); "max_momentum" (0.8) is not near "momentum"
 _CAUTIOUS_KEYS = ("caution", "cautious")  # timm's and HeavyBall's name, pytorch_optimizer's
+
+
+def warn_of_rotations(plans: Sequence[GroupPlan]) -> None:
+    """Warn of sides that are out of proportion, and of sharded matrices that are left as they are.
+
+    Several matrices in one are not rotated where they are a DTensor: a part of it is not some rows of one of them.
+    """
+    warn_of_oversized(plans)
+    for plan in plans:
+        joined = [] if plan.rotation is None else plan.rotation.joined_shards
+        if joined:
+            more = f" and {len(joined) - 1:,} more" if len(joined) > 1 else ""
+            warn(
+                f"SelectiveUpdate: {joined[0]!r}{more} of param_groups[{plan.number}] are not rotated: matrix_view="
+                f"{plan.preconditioning.matrix_view!r} makes several matrices of a DTensor, of which only one can be "
+                f"rotated. Put them into a group with matrix_view='matrices', or with preconditioner None"
+            )
 
 
 def warn_of_stray_keys(

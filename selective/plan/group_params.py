@@ -44,8 +44,11 @@ class GroupParams:
         self.device: torch.device | None = None  # the one that they are all on; None where there are several
         self.has_complex = False
         self.has_sparse = False  # among the gradients
+        self.has_unfit = False  # among the gradients: True if one has another shape than its parameter
+        self._grad_layouts: Layouts | None = None  # if all were there, strided and of the right shape, the last time
         self._flags: list[bool] = []  # which had a gradient, the last time that some had none ...
         self._present: list[Parameter] = []  # ... and those that had
+        self.with_entries: list[Parameter] | None = None  # those whose entries in our state were made last
         self.dtypes_checked = False  # True if the base's state has the dtypes in which it steps: Note [whose precision]
         self.state_checked = False  # True if all state of these parameters fits them: state/check_before_step.py
         self.memory_changed = True  # True if their memory has changed since the check of shared memory
@@ -82,7 +85,7 @@ class GroupParams:
         tensors, pointers = self.tensors, self._pointers
         shapes = [None if is_lazy(p) else p.shape for p in tensors] if self._lazy else [p.shape for p in tensors]
         if self._looked and same_memory and len(pointers) == len(tensors) and 0 not in pointers:
-            devices = self._looked[1]  # an address belongs to one device, but for that of an empty tensor
+            devices = self._looked[1]  # an address belongs to one device, except for that of an empty tensor
         else:
             devices = [p.device for p in tensors]
         looked = [p.dtype for p in tensors], devices, shapes, [*map(Tensor.stride, self._plain)]
@@ -103,14 +106,22 @@ class GroupParams:
         self._cuda_devices = frozenset(device for device in self.devices if device.type == "cuda")
         self.has_complex = any(dtype.is_complex for dtype in dtypes)
         self.parameters = list(self.parameters)  # another list: items made of the old one are made anew
-        self._flags = []
+        self._flags, self._grad_layouts = [], None
 
     def with_gradient(self) -> list[Parameter]:
         """Those that have a gradient now: the same list as long as they are the same."""
-        layouts = [None if (grad := p.grad) is None else grad.layout for p in self.tensors]
+        grads = [p.grad for p in self.tensors]
+        if self._grad_layouts is not None and self._grad_layouts.are_of(grads):  # as in most steps
+            return self.parameters
+        layouts = [None if grad is None else grad.layout for grad in grads]
         kinds = set(layouts)
         self.has_sparse = kinds != _STRIDED and bool(kinds - {None, torch.strided})
+        self.has_unfit = any(
+            grad is not None and grad.shape != p.shape for grad, p in zip(grads, self.tensors, strict=True)
+        )
+        self._grad_layouts = None
         if None not in kinds:
+            self._grad_layouts = None if self.has_sparse or self.has_unfit else layouts_of(grads)
             return self.parameters
         flags = [layout is not None for layout in layouts]
         if flags != self._flags:

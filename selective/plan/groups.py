@@ -17,7 +17,7 @@ from selective.plan.flattened import refuse_joined
 from selective.plan.group_params import GroupParams
 from selective.plan.group_plan import Choice, GroupPlan
 from selective.plan.options import Options
-from selective.plan.policy_groups import KEYS, PolicyGroup, take_decay, take_policy, take_preconditioner
+from selective.plan.policy_groups import KEYS, PolicyGroup, take_keys
 from selective.plan.refusals import check_complete, check_decay, check_flattened, check_momentum, check_shards
 from selective.plan.rotation_plan import RotationPlan, check_change
 from selective.plan.shared_parameters import check_sharing
@@ -203,10 +203,7 @@ class Groups:
 
     def take_in(self, group: dict[str, Any]) -> PolicyGroup:
         """Remove the keys of ours (`KEYS`) from a base group; return what they say as a `PolicyGroup`."""
-        known, default = self.base.defaults, self.default
-        policy = take_policy(group, default.policy, known)
-        preconditioning = take_preconditioner(group, default.preconditioning, known)
-        return PolicyGroup(policy, preconditioning, take_decay(group, default.decaying.decay, known))
+        return take_keys(group, self.default, self.base.defaults)
 
     def _choice_of(self, policy_group: PolicyGroup) -> Choice | None:
         chosen = [(plan.policy_group, plan.choice) for plan in self.plans] + self._choices
@@ -321,6 +318,7 @@ class Groups:
         if rotation.shapes:
             moments = moments_of(self.base, plan.group, capture.facts)
             check_moments(self.base, plan.group, plan.number, moments, preconditioner)
+            rotation.full_steps = moments.full_steps
         return rotation
 
     def _take_policies(self) -> None:

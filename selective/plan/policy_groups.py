@@ -236,6 +236,20 @@ def _leaves(data: dict[str, Any], prefix: str) -> list[str]:
     return names
 
 
+def take_keys(group: dict[str, Any], default: PolicyGroup, known: Collection[str]) -> PolicyGroup:
+    """Move all of `KEYS` out of a group. If one of them is refused, the group keeps them all.
+
+    `default` is for keys that the group does not have, `known` are the base's own options.
+    """
+    rest = dict(group)
+    policy = take_policy(rest, default.policy, known)
+    preconditioning = take_preconditioner(rest, default.preconditioning, known)
+    taken = PolicyGroup(policy, preconditioning, take_decay(rest, default.decaying.decay, known))
+    for key in [key for key in group if key not in rest]:
+        del group[key]
+    return taken
+
+
 def take_policy(group: dict[str, Any], default: Policy, known: Collection[str]) -> Policy:
     """Move a group's `policy` out of it: the default where it names none, `Dense()` where it says None.
 

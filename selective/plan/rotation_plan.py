@@ -40,13 +40,15 @@ class RotationPlan:
     reasons_not_rotated: dict[str, str] = field(default_factory=dict)  # of the others, by name
     preconditioners: dict[Tensor, Preconditioner] = field(default_factory=dict)  # DTensors: with their rotated side
     gathered: set[Tensor] = field(default_factory=set)  # ... and those that are rotated as wholes
+    joined_shards: list[str] = field(default_factory=list)  # ... and the names of those that are several matrices
+    full_steps: bool = False  # True if the base takes full steps on noise: Note [signs of noise]
     sizes: dict[Tensor, torch.Size] = field(default_factory=dict)  # of all that have a shape already
     _split: tuple[list[Parameter], list[Parameter], list[Parameter]] = field(default=([], [], []))
 
     def __post_init__(self) -> None:
         self.sizes = {p.tensor: p.tensor.shape for p in self.members if not is_lazy(p.tensor)}
         for parameter in self.members:
-            found = self._on_shards(parameter.tensor) if is_dtensor(parameter.tensor) else None
+            found = self._on_shards(parameter.name, parameter.tensor) if is_dtensor(parameter.tensor) else None
             found = found or matrix_shape(parameter.tensor, self.matrix_view)
             if not isinstance(found, str) and not self.preconditioner_for(parameter.tensor).takes(found):
                 found = self._why_not_taken(parameter.tensor, found)
@@ -72,7 +74,7 @@ class RotationPlan:
             for side in left_out
         )
 
-    def _on_shards(self, tensor: Tensor) -> Shape | str:
+    def _on_shards(self, name: str, tensor: Tensor) -> Shape | str:
         """Return the shape of the whole matrix of a DTensor; a reason if it can't be rotated."""
         if tensor.dim() > 2:  # a part is not some rows or columns of a matrix, in each view
             return f"{tensor.dim()}-D, and of DTensors only 2-D ones are rotated"
@@ -80,6 +82,7 @@ class RotationPlan:
         if isinstance(shape, str):
             return shape
         if shape[0] > 1:
+            self.joined_shards.append(name)
             return (
                 f"a DTensor, and matrix_view={self.matrix_view!r} makes {shape[0]} matrices of it: 'matrices' takes one"
             )

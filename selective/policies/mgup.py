@@ -17,7 +17,7 @@ class MGUP(Policy):
     d is the tensor's number of elements. alpha = 1/tau and gamma = tau unless given.
 
     Source: arXiv 2606.17526. The official code differs in two points: its gamma is 0.1, and a tensor with K = 0 (one
-    element) stays at × gamma for ever, where we leave it dense. `MGUP(alpha=2, gamma=0.1)` follows its AdamW and Lion;
+    element) stays at × gamma forever, where we leave it dense. `MGUP(alpha=2, gamma=0.1)` follows its AdamW and Lion;
     with `score="nesterov"` it follows its Muon. For large models the authors advise alpha in [1, 1.5] and gamma in
     [0.5, 1]. Their convergence proof needs gamma > 0.
     """

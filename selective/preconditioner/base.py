@@ -98,7 +98,7 @@ class Preconditioner(Configured):
         return "parameters"
 
     def is_overdue(self, state: State, steps: int) -> bool:
-        """Return True if a parameter that is not due is refreshed all the same, because it got no basis when it was.
+        """Return True if a parameter that is not due is refreshed anyway, because it got no basis when it was.
 
         It is called in every step for every parameter that is not due. So it should read only tensors of `state` that
         are on the CPU.
@@ -112,7 +112,7 @@ class Preconditioner(Configured):
     def stands_still(self, steps: int) -> bool:
         """Return True if a rotated parameter skips this step: the base gets no gradient of it, and it does not move.
 
-        It is refreshed and observed all the same.
+        It is refreshed and observed anyway.
 
         Args:
             steps: as for `is_due`.
@@ -186,7 +186,7 @@ class Preconditioner(Configured):
         """Set elements of rotated gradients to 0 that are nothing but rounding noise.
 
         It is called only for parameters that were refreshed in this step. If a basis was made from the gradient itself,
-        most elements of the rotated gradient are 0 but for rounding.
+        most elements of the rotated gradient are 0 except for rounding.
 
         Args:
             states: the states.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selective.kernels import float32_product, has_float32_products
 
-BY_KERNEL: dict[str, bool] = {"symmetric": True, "triangular": True, "general": True, "panels": False}
+BY_KERNEL: dict[str, bool] = {"symmetric": True, "triangular": True, "general": True, "panels": True}
 """The kinds of products in a refresh that the kernel computes where it can; the others are torch's."""
 BLOCK = 256
 """Rows of a block. All of `solvers.cholesky` on an H100, for stacks of 16 and 32 matrices of 2,048 rows, takes 2.13 and

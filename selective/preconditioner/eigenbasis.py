@@ -77,7 +77,7 @@ class Eigenbasis(Preconditioner):
     arithmetic, but of a kind that is fast on GPUs. On a CPU "eigh" takes no longer than either."""
     carry: CarryName = "squared"
     """The way in which the base's moments are carried into the new basis. "squared": first moments by the maps from
-    basis to basis, exactly but for rounding (`precision`), and second moments by the squares of these maps. So no
+    basis to basis, exactly except for rounding (`precision`), and second moments by the squares of these maps. So no
     second moment is too small for its first moment, and no step is larger than the base's own could be, also on sparse
     gradients. "rotate": first moments by the maps, while second moments stay with their columns, which "qr" and
     "cholesky" sort by eigenvalue. This is SOAP's way, and it diverges on one-hot inputs. "keep": moments are not
@@ -100,7 +100,7 @@ class Eigenbasis(Preconditioner):
     of float32's rounding noise."""
     floor: float = Field(default=16.0, ge=0)
     """With the statistic "gradient", in the step of a refresh: elements of the rotated gradient below floor · eps · σ₁
-    are set to 0. There the gradient is diagonal but for rounding (or has orthogonal rows, if one side is rotated), and
+    are set to 0. There the gradient is diagonal up to rounding (or has orthogonal rows, if one side is rotated), and
     Adam's normalisation would turn rounding noise into full steps. For 16 to 512 rows, steps from products in float32
     and in float64 differed by 30 to 95% without a floor, by up to 20% with 8, and by up to 6% with 16. 0 turns it
     off."""

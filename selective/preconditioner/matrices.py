@@ -107,7 +107,7 @@ def lies_in_order(size: torch.Size, shape: Shape) -> bool:
 
 
 def _side_by_side(size: torch.Size, shape: Shape) -> int:
-    """Return how many of the matrices of `shape` lie side by side in a tensor of `size`: 1 but for "columns:k".
+    """Return how many of the matrices of `shape` lie side by side in a tensor of `size`: 1 except for "columns:k".
 
     Both shapes together say it. Only in that view a tensor of 2 or 3 dimensions has the rows of one matrix, and the
     columns of several. Factors of second moments ([batch, rows] or [batch, columns]) have 1 column or 1 row as

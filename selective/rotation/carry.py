@@ -30,6 +30,7 @@ from selective.preconditioner.matrices import from_matrices
 from selective.rotation.basis import Carried
 from selective.rotation.contract import exact_products
 from selective.rotation.moments import Entry, entries_of
+from selective.rotation.noise import clear_noise_
 
 Change = Callable[[Tensor], Tensor]  # takes and returns float32 [batch, rows, columns]
 Around = Callable[[Change], Change]  # adapts a change of whole matrices to this rank's parts
@@ -89,8 +90,10 @@ class MomentCarrier:
         divided = [entry for entry in firsts if entry.name in self.moments.of_gradient]
         bounds = [self._bounds(entry, divided) if _squares(maps) else [] for entry in others]
         if maps.left is not None or maps.right is not None:
+            change = first_moment_map(maps, looks)
+            change = without_noise(change) if self.moments.full_steps else change
             for tensor in (*(entry.tensor for entry in firsts), *own_momenta):
-                rewrite(tensor, shape, around(first_moment_map(maps, looks)), valid, self.precision)
+                rewrite(tensor, shape, around(change), valid, self.precision)
         for entry, limits in zip(others, bounds, strict=True):
             self._carry_second(entry, maps, valid, limits, around, looks)
 
@@ -135,6 +138,18 @@ def _squares(maps: Carry) -> bool:
 def first_moment_map(maps: Carry, precision: Precision) -> Change:
     """Return the change x -> left x right."""
     return _linear(maps.left, maps.right, precision)
+
+
+def without_noise(change: Change) -> Change:
+    """Return `change`, with zeros in the place of rounding noise in its results: Note [signs of noise]."""
+
+    def changed(x: Tensor) -> Tensor:
+        y = change(x)
+        y = y.clone() if y is x else y
+        clear_noise_(y)
+        return y
+
+    return changed
 
 
 def second_moment_map(maps: Carry, precision: Precision, *, squared: bool = True) -> Change | None:
@@ -270,7 +285,7 @@ def rotate_existing_moments(base: Optimizer, param: Tensor, moments: Moments, sh
     seconds = [entry for entry in whole if entry not in firsts]
     limits = [[(m, _largest_ratio(m, entry)) for m in divided] for entry in seconds]
     for entry in firsts:
-        rewrite(entry.tensor, shape, project)
+        rewrite(entry.tensor, shape, without_noise(project) if moments.full_steps else project)
     for entry, bounds in zip(seconds, limits, strict=True):
         floors = [_floor(m, bound, entry) for m, bound in bounds]
         rewrite(entry.tensor, shape, _estimated(project, floors, squared=not entry.is_norm))
@@ -285,7 +300,7 @@ ROUNDED = 2**-7  # largest relative change of a number by an identity whose prod
 def _estimated(project: Change, floors: Sequence[Tensor], *, squared: bool) -> Change:
     """Return the change that averages the squares of `project` of the root of x with random signs.
 
-    With `squared=False`, x holds roots. x stays as it is if `project` is the identity but for rounding.
+    With `squared=False`, x holds roots. x stays as it is if `project` is the identity except for rounding.
     """
 
     def change(x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from selective.rotation.contract import (
     is_foreign,
     is_memory_of,
 )
+from selective.rotation.noise import clear_noise_
 from selective.rotation.refresh_gathered import gather_matrices, part_of, refresh_gathered
 from selective.rotation.refresh_sharded import refresh_shards
 from selective.rotation.refresh_together import due_runs, in_parts, refresh_together
@@ -51,9 +52,11 @@ class Rotation:
         count: int,
         mask_space: MaskSpace,
         stacks: Stacks | None = None,
+        full_steps: bool = False,
     ) -> None:
         self.preconditioner, self.bases, self.count, self.mask_space = preconditioner, bases, count, mask_space
         self.stacks = stacks  # in which the entries of all of these bases lie
+        self.full_steps = full_steps  # True if the base takes full steps on noise: Note [signs of noise]
         self.is_foreign = is_foreign(preconditioner)
         self._finite: dict[int, Tensor] = {}
         self._refreshed: set[int] = set()  # in this step
@@ -81,7 +84,7 @@ class Rotation:
         """Iterate over buckets: parameters of equal shape, shard and device, at most `limit` elements together.
 
         The default limit is `ROTATED`. Elements of sharded matrices are counted over all ranks, so that all have the
-        same buckets and can gather together.
+        same buckets and can gather at once.
         """
         by_kind: dict[tuple[object, ...], list[int]] = {}
         for index in indices:
@@ -283,7 +286,7 @@ class Rotation:
 
         float32, or with `narrow` in the dtype that the preconditioner returns.
         """
-        rotated = self._project("project_in", indices, grads)
+        rotated = self._project("project_in", indices, grads, clears=self.full_steps)
         fresh = [k for k, i in enumerate(indices) if i in self._refreshed]
         if fresh:
             for k, denoised in zip(fresh, self._denoised(indices, fresh, rotated), strict=True):
@@ -303,7 +306,9 @@ class Rotation:
         moved = self._project("project_out", indices, xs, narrow=narrow)
         return moved if narrow else foreach.in_dtype(moved, torch.float32)
 
-    def _project(self, what: str, indices: list[int], xs: Sequence[Tensor], *, narrow: bool = False) -> list[Tensor]:
+    def _project(
+        self, what: str, indices: list[int], xs: Sequence[Tensor], *, narrow: bool = False, clears: bool = False
+    ) -> list[Tensor]:
         shape = self.bases[indices[0]].shape
         matrices = [in_own_dtype(x.detach(), shape) if narrow else as_matrix(x, shape) for x in xs]
         first = self.bases[indices[0]]
@@ -312,10 +317,13 @@ class Rotation:
         with self.named(what):
             projected = getattr(self.preconditioner, what)(self._states(indices), matrices)
             projected = check_projected(projected, first.whole if first.gathers else shape, len(xs))
-        if first.gathers and first.shard is not None:
-            projected = [part_of(y, first.shard) for y in projected]
         if self.is_foreign:
             projected = [y.clone() if is_memory_of(y, x) else y for x, y in zip(matrices, projected, strict=True)]
+        if clears:
+            for y in projected:
+                clear_noise_(y)
+        if first.gathers and first.shard is not None:
+            projected = [part_of(y, first.shard) for y in projected]
         return [from_matrices(y, x.shape) for x, y in zip(xs, projected, strict=True)]
 
     def _gathered(self, indices: list[int], parts: Sequence[Tensor]) -> list[Tensor]:

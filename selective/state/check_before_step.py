@@ -7,6 +7,7 @@ extended with it. The wrapper's own entries are remade, unless the user has writ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -35,25 +36,56 @@ def check_state(plans: Sequence[GroupPlan], store: StateStore) -> None:
     unchecked = [plan for plan in plans if not plan.params.state_checked]
     for plan in unchecked:
         for parameter in _there(plan):
-            _check_gradient_shape(parameter)
+            check_gradient_shape(parameter)
             if store.keeps(plan, parameter):  # else its step is the base's alone
                 _check_base_entries(store.base, plan, parameter)
     if unchecked:
         complete(unchecked, store)
     for plan in unchecked:
-        plan.params.state_checked = True
+        plan.params.state_checked, plan.params.with_entries = True, None
         plan.params.old_shapes.clear()
 
 
 def complete(plans: Sequence[GroupPlan], store: StateStore) -> None:
-    """Make the wrapper's missing entries, and remake those that no longer fit their parameter."""
-    for plan in plans:
-        if plan.params.state_checked:
-            continue
-        for parameter in _there(plan):
-            own = store.table.get(parameter.tensor)
-            if own is not None:
-                _complete(store, plan, parameter, own)
+    """Make the wrapper's missing entries, remake those that no longer fit their parameter, and delete needless ones.
+
+    A parameter that has come from another group loses the state of a policy that it no longer has.
+    """
+    unchecked = [plan for plan in plans if not plan.params.state_checked]
+    stored = [
+        (plan, parameter, own)
+        for plan in unchecked
+        for parameter in _there(plan)
+        if (own := store.table.get(parameter.tensor)) is not None
+    ]
+    for plan, parameter, own in stored:
+        _check_space(store, plan, parameter, own)
+    for plan, parameter, own in stored:
+        _complete(store, plan, parameter, own)
+    for plan in unchecked:
+        if any(p in store.table for p in plan.params.tensors):  # then a checkpoint has entries of all that have stepped
+            store.join_base([plan])
+
+
+def _check_space(store: StateStore, plan: GroupPlan, parameter: Parameter, own: OwnEntries) -> None:
+    """Raise if a parameter was moved out of the space in which its moments were collected."""
+    shape, p = _shape_in(own), parameter.tensor
+    if shape is None or prod(shape) != p.numel() or p in plan.params.old_shapes or not store.base.state.get(p):
+        return  # there is nothing to move, or the user has changed the parameter and its state together
+    rotated, now = plan.rotated_as(parameter), "its group here has no preconditioner for it"
+    if rotated is not None:
+        if own.written or own.removed or shape != tuple(rotated[1]):
+            return
+        rotation, whole = rotated
+        wanted = basis_form_of(rotation.preconditioner_for(p), whole, p.device)
+        if {BASIS + name for name in wanted} == own.present_basis_form().keys():
+            return
+        now = f"its group here has {rotation.preconditioner!r}"
+    raise ValueError(
+        f"SelectiveUpdate: parameter {parameter.name!r} has moments in the space of a preconditioner, and {now}, as if "
+        f"it had come from another group: there they would mean nothing. Move it back, or delete all of the "
+        f"parameter's state (del opt.state[p]), and it starts anew"
+    )
 
 
 def _check_base_entries(base: Optimizer, plan: GroupPlan, parameter: Parameter) -> None:
@@ -84,10 +116,12 @@ def _check_base_entries(base: Optimizer, plan: GroupPlan, parameter: Parameter) 
 
 
 def _complete(store: StateStore, plan: GroupPlan, parameter: Parameter, own: OwnEntries) -> None:
+    if not store.keeps(plan, parameter):
+        store.forget(parameter)
+        return
     before = dict(own)
-    if store.keeps(plan, parameter):
-        _complete_entries(store, plan, parameter, own)
-        _complete_basis(store, plan, parameter, own)
+    _complete_entries(store, plan, parameter, own)
+    _complete_basis(store, plan, parameter, own)
     if own.keys() != before.keys() or any(own[key] is not value for key, value in before.items()):
         store.mark_replaced()
     own.find_divided([parameter.tensor.shape])
@@ -163,7 +197,8 @@ def _is_of(shape: torch.Size, was: torch.Size | None, now: torch.Size) -> bool:
     return shape == was or (alike and any(s == w != n for s, w, n in zip(shape, was, now, strict=True)))
 
 
-def _check_gradient_shape(parameter: Parameter) -> None:
+def check_gradient_shape(parameter: Parameter) -> None:
+    """Refuse a gradient that has another shape than its parameter."""
     p = parameter.tensor
     if p.grad is not None and p.grad.shape != p.shape:
         raise ValueError(

@@ -77,6 +77,18 @@ class StateStore:
                 if wanted(parameter) and self.keeps(plan, parameter):
                     self.get_or_make(plan, parameter)
 
+    def make_present(self, plans: Iterable[GroupPlan], present: Iterable[list[Parameter]]) -> None:
+        """Make the entries of the parameters that have a gradient, by group, before anything moves.
+
+        A policy's `init_state` may raise. `present` is compared by identity, as in `KeptItems.with_gradients`.
+        """
+        for plan, parameters in zip(plans, present, strict=True):
+            if plan.params.with_entries is not parameters:
+                for parameter in parameters:
+                    if self.keeps(plan, parameter):
+                        self.get_or_make(plan, parameter)
+                plan.params.with_entries = parameters
+
     def join_base(self, plans: Iterable[GroupPlan]) -> None:
         """Make the entries of parameters of which the base holds state already.
 
@@ -153,6 +165,11 @@ class StateStore:
     def mark_replaced(self) -> None:
         """Copy the table, by whose identity others notice that entries were replaced."""
         self.table = dict(self.table)
+
+    def forget(self, parameter: Parameter) -> None:
+        """Forget the entries of a parameter whose step is the base's alone by now."""
+        self.mark_replaced()
+        del self.table[parameter.tensor]
 
     def forget_all_but(self, there: Collection[Tensor]) -> None:
         """Forget parameters that are in no group, and of which the base has no state either."""

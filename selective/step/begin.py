@@ -16,14 +16,15 @@ from selective.base.step_base import base_hooks, run_step_on
 from selective.capture.job import Job
 from selective.capture.kernel_calls import KernelCalls
 from selective.kernels import Exchange
+from selective.messages.said_by import said_by
 from selective.parameter import Parameter
+from selective.plan.advice import warn_of_rotations
 from selective.plan.groups import Groups
-from selective.plan.oversized import warn_of_oversized
 from selective.state.check_before_step import check_state
 from selective.state.store import follow_changes
 from selective.statistics import StepStatistics
 from selective.step.gradients import check_gradients, has_nonfinite
-from selective.step.run import StepRunner, fit_base_states, run_jobs
+from selective.step.run import Part, StepRunner, fit_base_states, run_jobs
 from selective.step_count import check_recordable, is_recording
 
 
@@ -37,6 +38,7 @@ class BegunStep:
     recording: bool  # True if the step goes into a CUDA graph
     report: StepStatistics | None = None
     clocked: set[torch.device] = field(default_factory=set)
+    said_by: str | None = None  # with which its errors begin; None: with "SelectiveUpdate"
 
     def initialise(self) -> None:
         """Make state as torch.distributed.checkpoint asks for it: the base steps, and nothing of ours is counted."""
@@ -47,7 +49,8 @@ class BegunStep:
 
     def has_nonfinite(self) -> bool:
         """True if a gradient is not finite and `on_nonfinite` is "skip"; a FloatingPointError if it is "raise"."""
-        return has_nonfinite(self.present, self.runner.options.on_nonfinite, self.runner.count.steps)
+        with said_by(self.said_by):
+            return has_nonfinite(self.present, self.runner.options.on_nonfinite, self.runner.count.steps)
 
     def skip(self) -> None:
         """Count the step as skipped."""
@@ -56,16 +59,22 @@ class BegunStep:
     def check(self) -> None:
         """The rest of step 2: does the state fit its parameters?"""
         if not self.recording:
-            check_state(self.groups.plans, self.runner.store)
+            with said_by(self.said_by):
+                check_state(self.groups.plans, self.runner.store)
 
     def make_jobs(self, exchange: Exchange | None, calls: KernelCalls | None) -> list[Job]:
         """Return the jobs of steps 3 to 7. `exchange` and `calls` are those that several optimizers share."""
+        with said_by(self.said_by):
+            return self._make_jobs(exchange, calls)
+
+    def _make_jobs(self, exchange: Exchange | None, calls: KernelCalls | None) -> list[Job]:
         runner = self.runner
         if not self.recording:
             fit_base_states(runner.store.base, self.groups.plans)
         self.report = StepStatistics() if runner.options.statistics else None
         self.clocked = self.groups.clocked()
         runner.count.start(self.clocked, self.recording)
+        runner.store.make_present(self.groups.plans, self.present)
         return runner.jobs(self.groups, self.present, self.report, self.recording, exchange, calls)
 
     def finish(self) -> None:
@@ -82,16 +91,24 @@ def run_closure(closure: Callable[[], Any] | None) -> Any:
         return closure()
 
 
-def begin_step(runner: StepRunner, groups: Groups) -> BegunStep:
-    """Follow what was changed since the last step, and check the gradients: the end of step 1, and step 2."""
+def begin_step(runner: StepRunner, groups: Groups, who: str | None = None) -> BegunStep:
+    """Follow what was changed since the last step, and check the gradients: the end of step 1, and step 2.
+
+    Errors begin with `who`; None: with "SelectiveUpdate".
+    """
+    with said_by(who):
+        return _begin_step(runner, groups, who)
+
+
+def _begin_step(runner: StepRunner, groups: Groups, who: str | None) -> BegunStep:
     rotations = [plan.rotation for plan in groups.plans]
     follow_changes(groups, runner.store)
     changed = [plan for plan, before in zip(groups.plans, rotations, strict=False) if plan.rotation is not before]
     if changed:  # a limit was set, or a parameter has its shape only now: construction could not warn
-        warn_of_oversized(changed)
+        warn_of_rotations(changed)
     present = [plan.params.with_gradient() for plan in groups.plans]
     check_gradients(groups.plans, present)
-    return BegunStep(runner, groups, present, _is_recorded(runner, groups))
+    return BegunStep(runner, groups, present, _is_recorded(runner, groups), said_by=who)
 
 
 def take_steps(begun: Sequence[BegunStep], exchange: Exchange | None = None) -> None:
@@ -102,7 +119,8 @@ def take_steps(begun: Sequence[BegunStep], exchange: Exchange | None = None) -> 
     calls = KernelCalls()
     for step in begun:
         step.check()
-    run_jobs([(step.runner, step.make_jobs(exchange, calls)) for step in begun], calls)
+    parts = [Part(step.runner, step.make_jobs(exchange, calls), step.said_by) for step in begun]
+    run_jobs(parts, calls)
     for step in begun:
         step.finish()
 

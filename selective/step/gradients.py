@@ -12,17 +12,25 @@ from selective.plan.group_plan import GroupPlan
 from selective.plan.options import OnNonfinite
 from selective.sharding.collectives import seen_by_all
 from selective.sharding.dtensor import local_like, local_of
+from selective.state.check_before_step import check_gradient_shape
 
 ELSEWHERE = "(of another rank)"
 
 
 def check_gradients(plans: list[GroupPlan], present: list[list[Parameter]]) -> None:
-    """Refuse sparse and complex gradients where a policy or a rotation has to look at them, by the parameter's name."""
+    """Refuse gradients of another shape than their parameter, and sparse and complex ones, by the parameter's name.
+
+    Where neither a policy nor a rotation has to look at them, sparse and complex ones are handed to the base.
+    """
     for plan, parameters in zip(plans, present, strict=True):
-        if not (plan.params.has_sparse or plan.params.has_complex):
+        params = plan.params
+        if params.has_unfit:
+            for parameter in parameters:
+                check_gradient_shape(parameter)
+        if not (params.has_sparse or params.has_complex):
             continue
         for parameter in parameters:
-            if plan.masks_or_rotates(parameter):  # others are handed to the base as they are
+            if plan.masks_or_rotates(parameter):
                 rotated = plan.rotated_as(parameter) is not None
                 _check_gradient(parameter, "policy and preconditioner" if rotated else "policy")
 

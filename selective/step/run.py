@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from selective.capture.kernel_calls import KernelCalls
 from selective.capture.own_code import PolicyError
 from selective.capture.rotated import RotatedJob
 from selective.kernels import Exchange, KernelDifference, spec
+from selective.messages.said_by import said_by
 from selective.parameter import Parameter
 from selective.plan.group_plan import GroupPlan
 from selective.plan.groups import Groups
@@ -108,7 +110,9 @@ class StepRunner:
         """The rotation of these parameters of one group."""
         places, count = groups.turns(rotation_plan.preconditioner)
         bases, stacks = bases_of(plan, rotated, self.store, places)
-        rotation = Rotation(rotation_plan.preconditioner, bases, count, self.options.mask_space, stacks)
+        rotation = Rotation(
+            rotation_plan.preconditioner, bases, count, self.options.mask_space, stacks, rotation_plan.full_steps
+        )
         if report is not None:
             reported = rotation
             if stacks is not None:
@@ -118,7 +122,7 @@ class StepRunner:
 
     def run(self, jobs: list[Job]) -> None:
         """Run steps 3 to 7, and the preconditioner's part of 8. If anything raises, the parameters are put back."""
-        run_jobs([(self, jobs)])
+        run_jobs([Part(self, jobs)])
 
     def explain_failure(self, error: BaseException, current: Job | None, custom: list[Job]) -> None:
         """Raise somebody else's error again, with the step and what is as it was before."""
@@ -138,12 +142,20 @@ class StepRunner:
             ) from error
 
 
-def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls | None = None) -> None:
+class Part(NamedTuple):
+    """One optimizer's part of a step."""
+
+    runner: StepRunner
+    jobs: list[Job]
+    said_by: str | None = None  # with which its errors begin; None: with "SelectiveUpdate"
+
+
+def run_jobs(parts: Sequence[Part], calls: KernelCalls | None = None) -> None:
     """Run the jobs of one optimizer, or of several that step together. If anything raises, all parameters are put back.
 
     `calls` are the kernel calls that the jobs have left to be made together.
     """
-    jobs = [job for _, own in parts for job in own]
+    jobs = [job for part in parts for job in part.jobs]
     custom = [job for job in jobs if job.own_code]
     if custom:
         for job in jobs:
@@ -151,31 +163,36 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
                 job.keep_copy = True
     untouched = not (custom or any(map(_runs_code_of_others, parts)))
     if untouched:
-        for each, own in parts:
-            token = each.store.token_of_base()
-            for job in own:
+        for part in parts:
+            token = part.runner.store.token_of_base()
+            for job in part.jobs:
                 job.context.base_token = token
-    runner_of = {id(job): runner for runner, own in parts for job in own}
-    runner, current = parts[0][0], None
+    part_of = {id(job): part for part in parts for job in part.jobs}
+    part, current = parts[0], None
     with ExitStack() as hooks:
-        for each, _ in parts:
-            hooks.enter_context(base_hooks(each.store.base))
+        for each in parts:
+            hooks.enter_context(base_hooks(each.runner.store.base))
         try:
             for job in jobs:
-                runner = runner_of[id(job)]
+                part = part_of[id(job)]
+                job.prepare()
+            if calls is not None:
+                calls.check(untouched)
+            for job in jobs:
+                part = part_of[id(job)]
                 job.before_base()
-            for each, own in parts:
-                stepping = [job for job in own if job.steps_base]
+            for part in parts:
+                stepping = [job for job in part.jobs if job.steps_base]
                 if stepping:
                     with bases_without_decay(stepping):
                         groups = {id(job.group): job.group for job in stepping}
-                        run_step_on(each.store.base, list(groups.values()))
+                        run_step_on(part.runner.store.base, list(groups.values()))
             for job in sorted(jobs, key=lambda job: not job.own_code) if custom else jobs:  # what may raise goes first
-                runner, current = runner_of[id(job)], job
+                part, current = part_of[id(job)], job
                 job.after_base()
             current = None
             if calls is not None:
-                calls.run(untouched)
+                calls.run()
             for exchange in {id(job.context.exchange): job.context.exchange for job in jobs}.values():
                 exchange.run()
         except BaseException as error:
@@ -187,17 +204,17 @@ def run_jobs(parts: Sequence[tuple[StepRunner, list[Job]]], calls: KernelCalls |
                 every = (parameter for job in jobs for parameter in job.parameters)
                 error.name = next((p.name for p in every if p.address == error.address), None)
                 raise
-            runner.explain_failure(error, current, custom)
-            raise
+            with said_by(part.said_by):
+                part.runner.explain_failure(error, current, custom)
+                raise
 
 
-def _runs_code_of_others(part: tuple[StepRunner, list[Job]]) -> bool:
+def _runs_code_of_others(part: Part) -> bool:
     """True if code runs in this part of a step that may change any parameter, gradient or state: a hook, or a step.
 
     The step of a class whose rule we know changes nothing but the groups that it is called on.
     """
-    runner, jobs = part
-    base = runner.store.base
+    base, jobs = part.runner.store.base, part.jobs
     if base._optimizer_step_pre_hooks:
         return True
     steps = [job for job in jobs if job.steps_base]

@@ -15,7 +15,7 @@ from selective.testing.harness import NotApplicable, build, require, set_learnin
 from selective.testing.report import conformance_checks
 from selective.testing.subject import Subject
 
-_WARM = 4  # steps that may compile: once for the first learning rate, and once more for any other
+_WARM = 4  # steps that may compile: once for the first learning rate, and again for any other
 
 
 @conformance_checks.register(

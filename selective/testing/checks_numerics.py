@@ -160,7 +160,7 @@ def inexact_moments_are_understood(subject: Subject) -> None:
 
 
 def _aligned_steps(subject: Subject, aligned: int) -> tuple[Tensor, Tensor]:
-    """The wrapper's and the base's second step, whose gradient opposes the momentum but for `aligned` coordinates."""
+    """The wrapper's and the base's second step, whose gradient opposes the momentum except in `aligned` coordinates."""
     shape = (1000, 1000) if subject.model == "mixed" else (256, 128)
     generator = torch.Generator().manual_seed(7)
     first = torch.randint(0, 2, shape, generator=generator).float().mul_(2).sub_(1)

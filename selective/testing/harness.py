@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from selective.generators import generators_restored
 from selective.testing.model import ConformanceModel
 from selective.testing.subject import Subject
 
@@ -40,18 +39,13 @@ def require(condition: bool, message: str) -> None:
 @contextmanager
 def isolated() -> Iterator[None]:
     """Run with one thread, and restore every global generator afterwards, because trainers seed them."""
-    threads, python = torch.get_num_threads(), random.getstate()
-    numpy = sys.modules.get("numpy")
-    theirs = numpy.random.get_state() if numpy is not None else None
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with generators_restored():
             yield
     finally:
         torch.set_num_threads(threads)
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(theirs)
 
 
 def build(

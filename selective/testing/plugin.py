@@ -106,7 +106,7 @@ class Conformance:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:
-        """Add the checks, first of all plugins, so that `-k` and `--deselect` see them."""
+        """Add the checks before other plugins do, so that `-k` and `--deselect` see them."""
         for subject in self.subjects:
             suite = Suite.from_parent(session, name=subject.name, nodeid=subject.name)
             suite.subject = subject

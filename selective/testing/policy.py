@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from selective.generators import generators_restored, seed_all
 from selective.kernels import spec
 from selective.optimizer import SelectiveUpdate
 from selective.policies import Policy, policy_from
@@ -113,19 +114,14 @@ def view_is_not_written(policy: Policy) -> None:
 @_register
 def global_generators_are_left_alone(policy: Policy) -> None:
     """Randomness comes from `view.random`, so that replicas with other global seeds select the same coordinates."""
-    python = random.getstate()
     masks = []
-    with torch.random.fork_rng(devices=[]):
-        try:
-            for seed in (11, 12):
-                torch.manual_seed(seed)
-                random.seed(seed)
-                before = torch.get_rng_state(), random.getstate()
-                masks.append(_mask(policy, _view(policy, _tensors((64, 3)))).clone())
-                moved = not torch.equal(torch.get_rng_state(), before[0]) or random.getstate() != before[1]
-                require(not moved, "mask() moved a global generator; use view.random().")
-        finally:
-            random.setstate(python)
+    with generators_restored():
+        for seed in (11, 12):
+            seed_all(seed)
+            before = torch.get_rng_state(), random.getstate()
+            masks.append(_mask(policy, _view(policy, _tensors((64, 3)))).clone())
+            moved = not torch.equal(torch.get_rng_state(), before[0]) or random.getstate() != before[1]
+            require(not moved, "mask() moved a global generator; use view.random().")
     text = difference(masks[1], masks[0])
     require(text is None, f"with another global seed the mask {text}; use view.random().")
 

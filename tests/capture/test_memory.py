@@ -1,4 +1,4 @@
-"""The memory that is alive while the base steps, against what docs/capture.md and `explain()` say."""
+"""The memory that is alive while the base steps, against what docs/how-it-works/capture.md and `explain()` say."""
 
 from __future__ import annotations
 

@@ -40,16 +40,16 @@ def test_contenders_of_every_kind(tmp_path) -> None:
     everyone = [
         Cautious(), Soap(), MGUP, {"kind": "MGUP", "tau": 0.25}, of_params, torch.optim.RMSprop, momentum,
         {"mine": lambda model, lr: SelectiveUpdate(torch.optim.Adam(model.parameters(), lr=lr), policy=Cautious())},
-        f"{FILE}:of_model",
+        f"{FILE}:of_model", "nadam",
     ]  # fmt: skip
     ended = quietly(tmp_path, everyone, rest_lrs=[], policies_in_spaces=False, task=Line())
     assert not ended.failed, ended.failed
     assert [c.label for c in ended.contenders] == [
         "AdamW", "Cautious()", "MGUP()", "MGUP(tau=0.25)", "AdamW in Soap()",
-        "of_params", "RMSprop", "SGD(momentum=0.5)", "mine", "of_model",
+        "of_params", "RMSprop", "SGD(momentum=0.5)", "mine", "of_model", "nadam",
     ]  # fmt: skip
-    assert [c.role for c in ended.contenders[5:]] == ["optimizer"] * 5
-    assert len({record["parameters_sha256"] for record in ended.records.values()}) == 10
+    assert [c.role for c in ended.contenders[5:]] == ["optimizer"] * 6
+    assert len({record["parameters_sha256"] for record in ended.records.values()}) == 11
     assert ended.records["seed0-08-mine-lr0.01"]["share"]["by_parameter"]["0.weight"]
 
 
@@ -64,7 +64,8 @@ class Line(type(LINE)):
     ("contenders", "says"),
     [
         ("Cautious", r"is a string; write a list: \['Cautious'\]"),
-        (["Cautios"], "'Cautios' is no policy and no preconditioner"),
+        (["Cautios"], "'Cautios' is no policy and no preconditioner, and no optimizer has this name:"),
+        (["adamm"], r"no optimizer 'adamm' \(did you mean 'Adam'\?\)"),
         ([lambda params, lr: None], "a function needs a name"),
         ([3], "3 is no policy, preconditioner, or function"),
         ([torch.optim.SGD([nn.Parameter(torch.ones(1))])], "SGD is an optimizer over some parameters already"),
@@ -331,3 +332,13 @@ def test_a_script_with_workers(tmp_path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "ok", done.stderr
+
+
+def test_a_bare_name_is_a_class_on_the_command_line_as_well() -> None:
+    given = settings(_parser().parse_args(["compare", "--optimizer", "nadam", "--optimizer", "torch.optim:SGD"]))
+    setup = prepare(build(given))
+    assert setup.makers == {"nadam": torch.optim.NAdam, "torch.optim:SGD": torch.optim.SGD}
+    with pytest.raises(
+        ConfigError, match=r"'nadamm' names no object.* unknown: no optimizer 'nadamm' \(did you mean 'NAdam'\?\)"
+    ):
+        prepare(build({"optimizers": ["nadamm"]}))

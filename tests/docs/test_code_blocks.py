@@ -18,9 +18,11 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from forked_scripts import ForkedScripts
 from optional import THEIR_WARNINGS, missing
 
 from selective import Policy, Preconditioner, Selection, Strength
@@ -104,6 +106,32 @@ def test_python_blocks_run(page: Path) -> None:
     run_page(page.read_text(), str(page))
 
 
+def new_side(diff: str) -> str:
+    """The code that a diff leads to: its added lines, and those that stay."""
+    return "".join(line[2:] for line in diff.splitlines(keepends=True) if not line.startswith("-"))
+
+
+@pytest.mark.usefixtures("_as_a_reader")
+def test_what_the_diffs_of_coming_from_lead_to_runs() -> None:
+    blocks = blocks_of((ROOT / "docs" / "guides" / "coming-from.md").read_text())
+    diffs = [block for block in blocks if block.language == "diff"]
+    assert len(diffs) >= 7
+    for block in diffs:
+        namespace: dict[str, Any] = {}
+        for code in [b.code for b in blocks if b.language == "python"] + [new_side(block.code)]:
+            exec(compile(code, f"coming-from.md:{block.line}", "exec", dont_inherit=True), namespace)
+        loss = namespace["model"](torch.randn(8, 16)).square().mean()
+        loss.backward()
+        before = [p.detach().clone() for p in namespace["model"].parameters()]
+        namespace["opt"].step()
+        namespace["opt"].step()  # SOAP only looks in its first step
+        assert all(not torch.equal(p, b) for p, b in zip(namespace["model"].parameters(), before, strict=True))
+
+
+def test_the_old_side_of_a_diff_is_left_out() -> None:
+    assert new_side("- a = 1\n+ b = 2\n  c = 3\n") == "b = 2\nc = 3\n"
+
+
 def test_a_block_that_fails_is_noticed() -> None:
     with pytest.raises(ZeroDivisionError):
         run_page("```python\n1 / 0\n```\n", "page")
@@ -125,11 +153,16 @@ def test_few_blocks_are_left_out_and_each_says_why() -> None:
     assert len(comments) - len(skipped) >= 20, "the pages' blocks are not found any more"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quick-start.md"])
-def test_the_quick_start_runs_alone(page: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/quick-start.md"])
+def test_the_quick_start_runs_alone(page: str, forked_scripts: ForkedScripts, tmp_path: Path) -> None:
+    """README's in a fresh interpreter."""
     first = next(b for b in blocks_of((ROOT / page).read_text()) if b.language == "python")
     script = tmp_path / "quick_start.py"
     script.write_text(first.code)
+    if page != "README.md":
+        code, _, errors = forked_scripts.run(script, tmp_path)
+        assert code == 0, errors
+        return
     done = subprocess.run([sys.executable, "-W", "error", str(script)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

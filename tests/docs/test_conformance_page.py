@@ -1,4 +1,4 @@
-"""docs/conformance.md is what scripts/conformance_table.py makes of the suite and of what was found."""
+"""docs/reference/conformance.md is what scripts/conformance_table.py makes of the suite and of what was found."""
 
 from __future__ import annotations
 

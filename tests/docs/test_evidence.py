@@ -110,6 +110,6 @@ def test_the_table_of_selective_decay_is_what_its_runs_give() -> None:
         f"{against(cautious, control)} |",
         f"| `RandomDecay()` | {said(t_interval(control), 3)} | {against(control, base)} | |",
     ]
-    page = (ROOT / "docs" / "decay.md").read_text()
+    page = (ROOT / "docs" / "guides" / "decay.md").read_text()
     start = page.index("<!-- from measurements/decay -->")
     assert page[start:].split("\n\n")[1].splitlines()[2:] == rows

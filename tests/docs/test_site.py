@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from documentation.check import problems
+from documentation.keywords import KEYWORDS, with_entries
 from documentation.pages import NAV, prepared
 from documentation.reference import public_names
+from site_search import node, search
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -20,7 +22,7 @@ DOCS = ROOT / "docs"
 
 def build(docs: Path, out: Path) -> subprocess.CompletedProcess[str]:
     """As `make docs` does."""
-    if not all(importlib.util.find_spec(name) for name in ("sphinx", "myst_parser", "furo")):
+    if not all(importlib.util.find_spec(name) for name in ("sphinx", "myst_parser", "furo", "sphinx_copybutton")):
         assert not os.environ.get("CI"), "CI installs the extra `docs`"
         pytest.skip("the site is built with the extra `docs`, which is not installed")
     # Away from the root, which `-m` would put on sys.path.
@@ -55,7 +57,25 @@ def assert_complete(tmp_path: Path) -> None:
     reference = "".join(file.read_text() for file in (tmp_path / "site" / "reference").glob("*.html"))
     for name in ("selective.SelectiveUpdate.step", "selective.MGUP", "selective.kernels.top_k"):
         assert f'id="{name}"' in reference
-    assert (tmp_path / "site" / "searchindex.js").exists()
+    assert_search(tmp_path / "site")
+
+
+def assert_search(site: Path) -> None:
+    """The site's own search answers each keyword with its page. It runs in node, which the tools for types bring."""
+    if (command := node()) is None:
+        assert not os.environ.get("CI"), "CI installs the extra `dev`, which brings node"
+        return
+    words = {word: place.partition("#")[0] for place, words in KEYWORDS.items() for word in words}
+    answers = search(site, list(words), command)
+    first = {word: (pages or [""])[0].partition("#")[0] for word, pages in answers.items()}
+    assert {word: page for word, page in first.items() if page != words[word]} == {}
+    for word, page in {
+        "install": "guides/install",
+        "muon": "guides/muon",
+        "lora": "guides/fine-tuning",
+        "slow": "performance",
+    }.items():
+        assert first[word] == page
 
 
 def test_what_is_wrong_with_a_page_fails_the_build(tmp_path: Path) -> None:
@@ -64,7 +84,7 @@ def test_what_is_wrong_with_a_page_fails_the_build(tmp_path: Path) -> None:
     for name in ("scripts", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     with open(tmp_path / "docs" / "index.md", "a") as page:
-        page.write("\n[one](no-such-page.md) [two](policies.md#no-such-anchor) [three](../examples/no_such_file.py)\n")
+        page.write("\n[one](no-such-page.md) [two](performance.md#no-such-anchor) [three](../examples/no_file.py)\n")
         page.write('\n<a href="no-such-file.html">four</a> <script src="https://example.org/x.js"></script>\n')
     (tmp_path / "docs" / "forgotten.md").write_text("# Forgotten\n")
     done = build(tmp_path / "docs", tmp_path / "site")
@@ -75,7 +95,7 @@ def test_what_is_wrong_with_a_page_fails_the_build(tmp_path: Path) -> None:
     for part in (
         "no-such-page.md",
         "no-such-anchor",
-        "no_such_filepy",
+        "no_filepy",
         "no-such-file.html leads nowhere",
         "fetched from another host: https://example.org/x.js",
         "forgotten.md: WARNING: document isn't included in any toctree",
@@ -121,12 +141,30 @@ def test_every_page_is_in_the_nav_once() -> None:
     assert set(listed) == there
 
 
+def test_keywords_belong_to_a_page_once() -> None:
+    words = [word for words in KEYWORDS.values() for word in words]
+    assert len(words) == len(set(words))
+    assert {place.partition("#")[0] for place in KEYWORDS} <= {name for names in NAV.values() for name in names}
+    text = "# A\n\n```python\n# B\n```\n\n## Why is my step slow?\n\nc\n"
+    with pytest.raises(ValueError, match="guides/faq#which-learning-rate: there is no such heading"):
+        with_entries("guides/faq", text)
+
+
 def test_pages_are_prepared() -> None:
     index = prepared(DOCS, "index", "# Home\n")
     assert all(f":caption: {part}" in index for part in NAV)
-    assert prepared(DOCS, "stacks", "[a](../examples/a_b.py)") == "[a](examples.md#a_bpy)"
-    assert prepared(DOCS, "reference/x", "[a](../examples/a.py)") == "[a](../examples.md#apy)"
-    everything = prepared(DOCS, "api", (DOCS / "api.md").read_text())
+    assert prepared(DOCS, "x", "[a](../examples/a_b.py)") == "[a](guides/examples.md#a_bpy)"
+    cards = prepared(DOCS, "index", "# A\n\n<!-- cards -->\n\n- **[b](c)**\n\n  d\n- e\n\nf\n")
+    assert "::::{container} cards\n- **[b](c)**\n\n  d\n- e\n::::\n\nf\n" in cards
+    output = prepared(DOCS, "x", "<!-- output -->\n```text\na\n```\n\nb\n")
+    assert output == "::::{container} output\n```text\na\n```\n::::\n\nb\n"
+    install = prepared(DOCS, "guides/install", (DOCS / "guides" / "install.md").read_text())
+    assert install.startswith("# Install\n\n```{index} ! install, ! ")
+    assert "## On an NVIDIA GPU\n\n```{index} ! triton, " in install
+    assert prepared(DOCS, "guides/x", "[a](../../examples/a.py)") == "[a](../guides/examples.md#apy)"
+    everything = prepared(DOCS, "reference/index", (DOCS / "reference" / "index.md").read_text())
     assert all(f"<{name}>" in everything for name in public_names() if name.startswith("selective.testing."))
-    examples = prepared(DOCS, "examples", (DOCS / "examples.md").read_text())
-    assert all(file.read_text() in examples for file in (ROOT / "examples").iterdir() if file.is_file())
+    examples = prepared(DOCS, "guides/examples", (DOCS / "guides" / "examples.md").read_text())
+    assert all(
+        file.read_text() in examples for file in (ROOT / "examples").iterdir() if file.suffix in (".py", ".yaml")
+    )

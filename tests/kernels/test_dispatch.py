@@ -16,9 +16,14 @@ from selective.kernels import (
     Item,
     Selection,
     SGDRule,
+    StepCall,
+    StepSpec,
     Strength,
     _dispatch,
+    _together,
+    check_steps,
     selective_step,
+    selective_steps,
     top_k,
     use_backend,
 )
@@ -41,6 +46,22 @@ def test_gradient_of_another_shape(make):
     refused(
         item, ADAM, Selection("everything"), Strength("fixed"), r"parameter 5 has shape \(3, 4\), the parameter \(4"
     )
+
+
+def test_calls_are_checked_once_and_before_all_of_them(make, monkeypatch):
+    """`check_steps` refuses and moves nothing; `selective_steps` takes what it returns without a second check."""
+    spec = StepSpec(ADAM, Selection("agreement"), Strength("fixed"), Draw(0, 0))
+    good, bad = make(ADAM, (4, 3)), make(ADAM, (4, 3))
+    bad.grad = torch.zeros(3, 4)
+    before = good.param.clone()
+    for refuse in (check_steps, selective_steps):
+        with pytest.raises(ValueError, match=r"has shape \(3, 4\)"):
+            refuse([StepCall([good], spec), StepCall([bad], spec)])
+    assert torch.equal(good.param, before)
+    checked = check_steps([StepCall([good], spec)])
+    monkeypatch.setattr(_together, "_paths", None)
+    assert selective_steps(checked) == [None]
+    assert not torch.equal(good.param, before)
 
 
 def test_complex_is_refused():

@@ -1,4 +1,4 @@
-"""The step once more, from docs/design.md, in float64 and Python: shares no code with the kernels that it judges."""
+"""The step once more, from docs/reference/kernels.md, in float64 and Python, without any code of the kernels."""
 
 from __future__ import annotations
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from parts import groups_of, two_groups
 
-from selective import Cautious, Dense, Soap
+from selective import Cautious, Dense, SelectiveUpdate, Soap
 from selective.plan.groups import Groups
 
 
@@ -111,3 +113,48 @@ def test_an_undone_refresh_says_its_switch_again() -> None:
     assert groups.update().switched == []
     groups.policies[0].policy = Cautious()
     assert groups.update().switched == [groups.plans[0]]
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
+def test_numbers_that_a_scheduler_writes_are_no_reason_to_decide_again(base: Any, monkeypatch) -> None:
+    """OneCycleLR writes another rate, and other betas or another momentum, in every step."""
+    p, calls = torch.nn.Parameter(torch.ones(3)), []
+    numbers = {"lr": 0.1, "weight_decay": 0.1} | ({"momentum": 0.9} if base is torch.optim.SGD else {})
+    optimizer = SelectiveUpdate(base([p], **numbers), policy=Cautious())
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=9)
+    real = Groups.update_plans
+
+    def counted(groups: Groups) -> Any:
+        calls.append(groups)
+        return real(groups)
+
+    def step() -> int:
+        p.grad = torch.ones(3)
+        calls.clear()
+        optimizer.step()
+        scheduler.step()
+        return len(calls)
+
+    step()
+    monkeypatch.setattr(Groups, "update_plans", counted)
+    assert [step() for _ in range(3)] == [0, 0, 0]
+    optimizer.param_groups[0]["weight_decay"] = 0.2
+    assert step() == 0
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    assert step() == 1
+    optimizer.param_groups[0]["maximize"] = True
+    assert [step(), step()] == [1, 0]
+
+
+def test_a_group_that_is_refused_keeps_all_that_it_says() -> None:
+    """As it was: it had lost its policy, and was dense when the other key was mended."""
+    base = two_groups()
+    groups = groups_of(base)
+    groups.update()
+    base.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "policy": "Cautious", "preconditioner": "no"})
+    with pytest.raises(ValueError, match="'no'"):
+        groups.update()
+    base.param_groups[2]["preconditioner"] = None
+    groups.update()
+    assert groups.policies[2].policy == Cautious()
+    assert not {"policy", "preconditioner"} & base.param_groups[2].keys()

@@ -165,7 +165,7 @@ class Adam:
 
 
 def stepped(basis: Eigenbasis, state: Any, adam: Adam, steps: int, grad: Tensor) -> Tensor | None:
-    """One step in the order of docs/step.md, for one matrix: the update, or None where nothing moves."""
+    """One step in the order of docs/how-it-works/step.md, for one matrix: the update, or None where nothing moves."""
     states, grads = [state], [grad.float()[None]]
     update = None
     if basis.is_due(steps, 0, 1):

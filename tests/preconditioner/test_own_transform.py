@@ -1,4 +1,4 @@
-"""A transform of somebody's own, as docs/preconditioner.md shows one: a Hadamard rotation of the rows."""
+"""A transform of somebody's own, as docs/reference/preconditioners.md shows one: a Hadamard rotation of the rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/sharded_bench.py on two ranks and tiny shapes: what it counts is what docs/sharded.md says. No times."""
+"""scripts/sharded_bench.py on two ranks, with tiny shapes: it counts what docs/guides/sharded.md says. No times."""
 
 from __future__ import annotations
 

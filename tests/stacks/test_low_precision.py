@@ -124,8 +124,8 @@ def _bytes(value: Any) -> int:
     return value.nbytes
 
 
-# What docs/stacks.md says, in bytes for each element of the matrix. Beside it a policy is 528 bytes a tensor (step,
-# seed, JSON), a preconditioner's counts and JSON about as much, 8-bit tables of 256 float32 1 KiB a moment.
+# What docs/guides/stacks.md says, in bytes for each element of the matrix. Beside it a policy is 528 bytes a tensor
+# (step, seed, JSON), a preconditioner's counts and JSON about as much, 8-bit tables of 256 float32 1 KiB a moment.
 SMALL = 4_096
 SIDES = 4 * (WIDE**2 + DEEP**2) / NUMBER  # one float32 square matrix a side
 BYTES: dict[str, tuple[Callable[[Any], Optimizer], torch.dtype, dict[str, Any], float]] = {

@@ -103,4 +103,4 @@ def test_whose_code_runs_in_a_step_is_known(cls: Any, change: Any, dense: bool, 
     give_gradients(optimizer.base)
     plans = optimizer.groups.plans
     jobs = optimizer.runner.jobs(optimizer.groups, [plan.params.parameters for plan in plans], None, recording=False)
-    assert run._runs_code_of_others((optimizer.runner, jobs)) is others
+    assert run._runs_code_of_others(run.Part(optimizer.runner, jobs)) is others

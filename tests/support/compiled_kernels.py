@@ -2,7 +2,7 @@
 
 Triton's compiler refuses code that the interpreter accepts (a name that changes its type in a loop). The steps are
 taken on CPU tensors. No launch happens, and our steps do not read what one would have written. It prints a line for
-each kernel.
+each kernel, and before them a line for each group of three arguments: WHAT KINDS RULES.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sharded_pieces import shards
 from step_cases import KINDS, RULES
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompilationError
 
 from selective.kernels import Control, Decay, Draw, Item, Selection, Strength
 from selective.kernels.gpu import launch, plan, products
@@ -37,7 +37,7 @@ NORMS = {  # of the update, whose moments are stored while it is summed up
 STILL = Selection("agreement"), Strength("fixed", 1.0, -1.0, still=True)
 TYPES = {
     torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64", torch.int8: "*i8",
-    torch.bfloat16: "*bf16",
+    torch.bfloat16: "*bf16", torch.float16: "*fp16",
 }  # fmt: skip
 SHARDED = {
     "top_k": (Selection("top_k", fraction=0.4), Strength("fixed", 2.0, 0.5)),
@@ -92,12 +92,16 @@ def _type_of(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
+def _parted(rule: str) -> tuple[str, str, str]:
+    return rule.partition("/")
+
+
 def whole_tensors(kinds: list[str], rules: list[str]) -> None:
     """A kind is "top_k"; with selective decay "top_k+update"; its matched random control "control:top_k".
 
-    "unscaled:top_k" is a control that does not keep the norm.
+    "unscaled:top_k" is a control that does not keep the norm. A rule is "adamw"; of bfloat16 tensors "adamw/bfloat16".
     """
-    for rule in (RULES[name] for name in rules):
+    for rule, dtype in ((RULES[name], getattr(torch, of or "float32")) for name, _, of in map(_parted, rules)):
         for name, _, of in (kind.partition("+") for kind in kinds):
             controlled, _, kind = name.rpartition(":")
             selection, strength = {"still": STILL, **NORMS, **KINDS}[kind]
@@ -105,11 +109,11 @@ def whole_tensors(kinds: list[str], rules: list[str]) -> None:
                 selection = replace(selection, control=Control(norm=controlled == "control"))
             decay: Any = Decay(of=of) if of else None  # type: ignore[arg-type]
             for statistics in (False, True):
-                p = torch.randn(300_000)  # drawn from, bracketed and settled
+                p = torch.randn(300_000, dtype=dtype)  # drawn from, bracketed and settled
                 state = {"step": torch.tensor(3.0), "exp_avg": p.clone(), "exp_avg_sq": p.square()}
                 if getattr(rule, "amsgrad", False):
                     state["max_exp_avg_sq"] = p.square()
-                item = Item(p, torch.randn(300_000), state, 0)
+                item = Item(p, torch.randn(300_000, dtype=dtype), state, 0)
                 plan.selective_step([item], StepSpec(rule, selection, strength, Draw(1, 2), statistics, decay))
 
 
@@ -168,10 +172,14 @@ def changes_its_type(x_ptr, n):
 
 
 def what_is_refused(kinds: list[str], rules: list[str]) -> None:
-    launch.run(changes_its_type, 1, torch.zeros(1, dtype=torch.int64), 5)
+    try:
+        launch.run(changes_its_type, 1, torch.zeros(1, dtype=torch.int64), 5)
+    except CompilationError as error:
+        print(type(error).__name__, flush=True)
 
 
 def main(what: str, kinds: str, rules: str) -> None:
+    print("group:", what, kinds, rules, flush=True)
     compiler: Any = Compiler()
     launch.run = by_kernels.run = shard_sums.run = products.run = compiler
     steps = {"whole": whole_tensors, "parts": parts_of_tensors, "matrices": matrices, "refused": what_is_refused}
@@ -180,4 +188,5 @@ def main(what: str, kinds: str, rules: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for at in range(1, len(sys.argv), 3):
+        main(*sys.argv[at : at + 3])

@@ -75,6 +75,8 @@ class Config:
     fourth: Any
     block: int  # elements of a program
     amsgrad: bool = False
+    usual: bool = False  # the rate is not negative; averages move by less than half of the way to the gradient
+    extreme_eps: bool = False  # adam: eps is not 0, and not from 2^-126 to 2^126
     coupled: bool = False  # weight decay is added to the gradient, so that the parameter has to be read first
     maximize: bool = False
     decays: bool = False  # the parameter is multiplied by a factor
@@ -89,6 +91,8 @@ class Config:
     strict: bool = True
     score: str = "update"
     bracketed: bool = False  # top_k: scores inside of the bracket are left to a later kernel
+    # top_k: the threshold is known but for the few scores of one bin of its histogram, which go to a list
+    pending: bool = False
     arguments: int = 0  # function: how many numbers it takes
     strength: str = "fixed"
     of: str = "update"
@@ -104,6 +108,7 @@ class Config:
     marked: bool = False  # an earlier kernel has stored a bit for each element: 1 where it is selected
     control: bool = False  # a matched random control is selected in the place of what `selection` says
     control_norm: bool = False  # its multipliers are scaled so that the norm of the masked update stays
+    ranked: bool = False  # with `sums`: the control draws in the pass that counts scores, as K is known before
     drawn: bool = False  # the control's limit is known: `select` takes the control's coordinates
     decay: str = "everywhere"  # or "cautious": the elements that the factor reaches
     decay_of: str = "update"

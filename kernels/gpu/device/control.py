@@ -1,11 +1,14 @@
 """A matched random control: as many coordinates of each tensor as its policy selects, those with the largest numbers.
 
 The random numbers are hashes of an element's index, so to form one again costs no memory traffic. They are uniform:
-where it is known how many are selected, the limit among the numbers is known but for a few standard deviations, the
+where it is known how many are selected, the limit among the numbers is known except for a few standard deviations, the
 *bracket*.
 
 1. `control_kernel` with COUNTS looks at what the policy selects: how many, and their sums.
 2. `control_kernel` with DRAWS adds up the control's coordinates above the bracket, and lists the few inside of it.
+With `CFG.ranked` 1 and 2 are one launch, which also counts the scores of an exact top-K; what is undecided there is
+settled before 3.
+
 3. `limit_kernel` (`limit.py`) ranks the list of a tensor, which gives the limit exactly, and the two multipliers.
 
 The pass over everything then selects by number and limit (`by_number` in `selections.py`). The same definition in plain
@@ -19,12 +22,15 @@ import triton.language as tl
 
 from .config import (
     ABOVE,
+    BRACKET,
     FACTS,
     HIGHEST,
     KEYS,
+    LARGE,
     LIST_AT,
     LISTED,
     LOWEST,
+    MODE,
     MOVING,
     NUMBERS,
     NUMEL,
@@ -39,8 +45,9 @@ from .config import (
     WANTED,
 )
 from .elements import is_aligned, load_moved, pointers_of, row_of, store_moments
+from .scores import count_scores
 from .selections import random_number, select, stands_still
-from .sums import store_sums, three_sums
+from .sums import store_sums, three_sums, two_sums
 
 NUMBERS_END = tl.constexpr(1 << 24)  # random numbers are below this
 SLACK = tl.constexpr(24.0)  # ranks by which a bracket is wider: few selected are not spread as a normal distribution
@@ -75,9 +82,9 @@ def _list(ranks, indices, squares_ptr, offs, squares, inside, room, CFG: tl.cons
 
 @triton.jit
 def _look(
-    offs, mask, pointers, row, ranks, facts, keys, out, apart, indices, squares_ptr, room, low, high,
-    FUNCTION: tl.constexpr, FAST: tl.constexpr, COUNTS: tl.constexpr, DRAWS: tl.constexpr, MOVES: tl.constexpr,
-    CFG: tl.constexpr,
+    offs, mask, pointers, row, ranks, facts, keys, marks_ptr, histogram_ptr, out, apart, indices, squares_ptr, room,
+    low, high, FUNCTION: tl.constexpr, FAST: tl.constexpr, COUNTS: tl.constexpr, DRAWS: tl.constexpr,
+    MOVES: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
     """Look at one block, for `control_kernel`. Columns of sums lie `apart` numbers apart."""
     _, g, u, m, previous, x, y, z = load_moved(pointers, offs, mask, row, False, FAST, CFG)
@@ -87,7 +94,17 @@ def _look(
     if CFG.still:
         moving = mask & (stands_still(u, g) == 0)
     squares = tl.where(moving, u * u, 0.0)
-    if COUNTS:
+    if CFG.ranked:
+        chosen, undecided, key = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION, FAST, CFG)
+        if not FAST:
+            undecided = undecided & mask
+        selected_ptr = marks_ptr + apart * (CFG.block // 32)
+        count_scores(chosen & mask, undecided, key, ranks, marks_ptr, selected_ptr, histogram_ptr, CFG)
+        decided = tl.where(undecided, 0.0, squares)  # the others are added when they are settled
+        theirs, rest = two_sums(tl.where(chosen, decided, 0.0), tl.where(chosen, 0.0, decided))
+        tl.store(out + apart * THEIRS_SQ, theirs)
+        tl.store(out + apart * THEIR_REST_SQ, rest)
+    elif COUNTS:
         chosen, _, _ = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION, False, CFG)
         if CFG.strength != "fixed" and CFG.estimate == "exact":
             store_sums(out, apart, chosen, g, u, m, mask, CFG)
@@ -117,9 +134,10 @@ def _look(
 
 @triton.jit
 def control_kernel(
-    sums_ptr, indices_ptr, squares_ptr, work_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr, plan_ptr,
+    sums_ptr, indices_ptr, squares_ptr, marks_ptr, histograms_ptr,
+    work_ptr, pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, keys_ptr, plan_ptr,
     apart, width, FUNCTION: tl.constexpr, COUNTS: tl.constexpr, DRAWS: tl.constexpr, MOVES: tl.constexpr,
-    CFG: tl.constexpr, BLOCK: tl.constexpr,
+    BINS: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Look at BLOCK elements of one tensor a program: those of the policy are counted, or the control draws, or both.
 
@@ -127,7 +145,9 @@ def control_kernel(
     element. MOVES also stores the moments, which are final: 8 bytes more. DRAWS reads what the update is made of (8 of
     moments that were stored), and nothing where the norm does not matter and nothing stands still; it writes 8 bytes
     for each element inside of the bracket, some 6 sqrt(n) of a tensor of n. Both in one launch read once: that needs
-    the number that the policy selects in advance, and WANTED is it, for top-K. Besides, each program writes up to 36
+    the number that the policy selects in advance, and WANTED is it, for top-K. With `CFG.ranked` the threshold is not
+    known yet: what is above the bracket and below it is added up, and scores are counted and marked, as the pass over
+    everything does with `CFG.sums`; BLOCK has to be `CFG.block`. Besides, each program writes up to 36
     bytes. Nothing but the moments moves.
     """
     program = tl.program_id(0)
@@ -149,9 +169,14 @@ def control_kernel(
             tl.store(ranks + HIGHEST, high.to(tl.int64))
     start = part.to(tl.int64) * BLOCK
     offs = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
-    if (start + BLOCK <= numel) & is_aligned(pointers):
-        _look(offs, offs >= 0, pointers, row, ranks, facts, keys, out, apart, indices_ptr + first, squares_ptr + first,
-              room, low, high, FUNCTION, True, COUNTS, DRAWS, MOVES, CFG)  # fmt: skip
+    marks = marks_ptr + program.to(tl.int64) * (CFG.block // 32)
+    histogram = histograms_ptr + tl.load(facts + LARGE) * BINS
+    fast = (start + BLOCK <= numel) & is_aligned(pointers)
+    if CFG.ranked:
+        fast = fast & (tl.load(ranks + MODE) == BRACKET)
+    if fast:
+        _look(offs, offs >= 0, pointers, row, ranks, facts, keys, marks, histogram, out, apart, indices_ptr + first,
+              squares_ptr + first, room, low, high, FUNCTION, True, COUNTS, DRAWS, MOVES, CFG)  # fmt: skip
     else:
-        _look(offs, offs < numel, pointers, row, ranks, facts, keys, out, apart, indices_ptr + first,
+        _look(offs, offs < numel, pointers, row, ranks, facts, keys, marks, histogram, out, apart, indices_ptr + first,
               squares_ptr + first, room, low, high, FUNCTION, False, COUNTS, DRAWS, MOVES, CFG)  # fmt: skip

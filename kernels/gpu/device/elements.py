@@ -114,8 +114,10 @@ def load_moved(pointers, offs, mask, row, NEEDS_PARAM: tl.constexpr, FAST: tl.co
     d = read(pointers, offs, mask, FOURTH, CFG.fourth, FAST)
     g = gradient(read(pointers, offs, mask, GRAD, CFG.grad, FAST), p, row, CFG)
     u, m, previous, x, y, z = moved(g, a, b, c, d, row, CFG)
-    climbs = tl.where(tl.load(row + RATE) < 0, -1.0, 1.0)  # by a negative rate: `as_seen` of the reference
-    return p, g * climbs, u, m * climbs, previous * climbs, x, y, z
+    if not CFG.usual:  # by a negative rate it climbs: `as_seen` of the reference
+        climbs = tl.where(tl.load(row + RATE) < 0, -1.0, 1.0)
+        g, m, previous = g * climbs, m * climbs, previous * climbs
+    return p, g, u, m, previous, x, y, z
 
 
 @triton.jit

@@ -38,7 +38,7 @@ from .elements import load_moved, pointers_of, row_of
 from .numbers import CONTROL_CAP, REST, SELECTED, group_row
 from .scores import descend
 from .selections import random_number, stands_still
-from .strengths import is_finite, multipliers_of
+from .strengths import is_finite, multipliers_of, with_settled
 
 NO_INDEX = tl.constexpr(0xFFFFFFFF)  # the largest uint32
 
@@ -157,14 +157,18 @@ def _scale(wanted, have, cap):
 
 @triton.jit
 def limit_kernel(
-    sums_ptr, indices_ptr, squares_ptr, numbers_ptr, hyper_ptr, pointers_ptr, ranks_ptr, facts_ptr, keys_ptr, plan_ptr,
-    apart, CFG: tl.constexpr, BLOCK: tl.constexpr,
+    sums_ptr, indices_ptr, squares_ptr, settled_ptr, tied_ptr, repaired_ptr,
+    numbers_ptr, hyper_ptr, pointers_ptr, ranks_ptr, facts_ptr, keys_ptr, plan_ptr, programs, apart,
+    CFG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Find one tensor's limit a program, and store it and the two multipliers.
 
     Reads the tensor's rows of sums once, and its list five times or more, from the cache. A list that does not hold the
     limit, or has overflowed, is of no use: then the whole tensor is ranked here, which takes long. By chance that
     happens to one tensor in 10^8 steps. It may also happen to a top-K that selects fewer than K because of NaN.
+
+    With `CFG.ranked`, what was settled after the count is added to the policy's sums: 8 bytes for each program of
+    settle, or of repair (`programs`).
     """
     t = tl.program_id(0)
     facts, row, keys = row_of(facts_ptr, t, FACTS), row_of(numbers_ptr, t, NUMBERS), row_of(keys_ptr, t, KEYS)
@@ -180,12 +184,18 @@ def limit_kernel(
         selected = tl.load(row + STRENGTH_SELECTED).to(tl.float64)
         rest = tl.load(row + STRENGTH_REST).to(tl.float64)
     dense = tl.load(ranks + MODE) == DENSE
+    if CFG.ranked:
+        picked = tl.where(dense, numel, picked)
+        tl.store(ranks + PICKED, picked)
     selected, rest = tl.where(dense, 1.0, selected), tl.where(dense, 1.0, rest)
 
     moving = numel
     if CFG.still:
         moving = tl.load(ranks + MOVING)
     theirs, their_rest, ours, others, above = _last_sums(sums_ptr + at, apart, rows, BLOCK, CFG)
+    if CFG.ranked:
+        theirs, their_rest = with_settled(theirs, their_rest, settled_ptr, tied_ptr, repaired_ptr, programs, ranks,
+                                          facts, BLOCK)  # fmt: skip
     limit, cutoff = tl.where(picked >= moving, -1, NUMBERS_END).to(tl.int64), picked * 0 - 1
     if (picked > 0) & (picked < moving):
         need, listed = picked - above.to(tl.int64), tl.load(ranks + LISTED)

@@ -1,7 +1,7 @@
 """Products of float32 matrices on tensor cores, as exact as float32: whole ones, and symmetric ones by half.
 
 Note [three products]: a tensor core multiplies numbers of 11 bits (TF32). A float32 number is the sum of two of them,
-big and small, but for a rest of 2^-24 of it. `tl.dot(..., input_precision="tf32x3")` adds up big * big, big * small and
+big and small, up to a rest of 2^-24 of it. `tl.dot(..., input_precision="tf32x3")` adds up big * big, big * small and
 small * big. The products are exact. The sums are not: a tensor core rounds them towards zero, so that all errors of a
 sum of squares have one sign, and grow with the number of terms, and not with its root. Three products over 2,048 terms
 in one sum gave an orthogonal Q an error of 5e-4 in Q^T Q, where float32 has 3e-5. Therefore only `DEPTH` terms are

@@ -2,8 +2,8 @@
 
 The same rules as `kernels/reference/rules.py`. Kernels are compiled without contracting products and sums to fused
 multiply-adds; those that are wanted are written out. So a score is the same bits in every kernel that forms it.
-Division and root are the GPU's fast ones, off by two units in the last place at most; docs/kernels.md has the cost of
-the correctly rounded ones.
+Division and root are the GPU's fast ones, off by two units in the last place at most;
+docs/internals/gpu-kernels.md has the cost of the correctly rounded ones.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .config import B2, DECAY, EPS, LOOKAHEAD, MOMENTUM, RATE, UNBIAS, UNDAMPED, W1, W2
+from .rounding import IN_PTX
 
 
 @triton.jit
@@ -19,6 +20,16 @@ def lerp(start, end, weight):
     """start + weight (end - start), exactly `end` at a weight of 1: torch.lerp."""
     apart = end - start
     return tl.where(weight < 0.5, tl.fma(weight, apart, start), end - apart * (1.0 - weight))
+
+
+@triton.jit
+def averaged(average, g, weight, CFG: tl.constexpr):
+    """`lerp` from a running average to the gradient, which takes half as many instructions if `CFG.usual`."""
+    if CFG.usual:
+        moved_on = tl.fma(weight, g - average, average)
+    else:
+        moved_on = lerp(average, g, weight)
+    return moved_on
 
 
 @triton.jit
@@ -32,11 +43,28 @@ def gradient(g, p, row, CFG: tl.constexpr):
 
 
 @triton.jit
+def quotient(x, y, CFG: tl.constexpr):
+    """x / y, the same bits as the GPU's fast division, for the denominator of Adam's update.
+
+    The fast division scales both if y is above 2^126 or below 2^-126, and six of its eight instructions are for that.
+    Denominators are not above: the root of a float32 is below 2^64. Nor is one below and not 0, as the root of the
+    least float32 is above 2^-75, unless eps is (`CFG.extreme_eps`).
+    """
+    if IN_PTX and not CFG.extreme_eps:
+        inverse = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True,
+                                            pack=1)  # fmt: skip
+        q = x * inverse
+    else:
+        q = x / y
+    return q
+
+
+@triton.jit
 def _adam(g, a, b, c, row, CFG: tl.constexpr):
     if CFG.recomputed:
         m, v, largest = a, b, c
     else:
-        m = lerp(a, g, tl.load(row + W1))
+        m = averaged(a, g, tl.load(row + W1), CFG)
         v = tl.fma(tl.load(row + B2), b, (tl.load(row + W2) * g) * g)  # in torch's order: overflows where it does
         largest = c
         if CFG.amsgrad:
@@ -45,8 +73,8 @@ def _adam(g, a, b, c, row, CFG: tl.constexpr):
     under = v
     if CFG.amsgrad:
         under = largest
-    u = m / tl.fma(tl.load(row + UNBIAS), tl.sqrt(under), tl.load(row + EPS)) * tl.load(row + RATE)
-    return u, m, v, largest
+    size = tl.fma(tl.load(row + UNBIAS), tl.sqrt(under), tl.load(row + EPS))
+    return quotient(m, size, CFG) * tl.load(row + RATE), m, v, largest
 
 
 @triton.jit
@@ -68,9 +96,9 @@ def _sgd(g, a, row, CFG: tl.constexpr):
 
 @triton.jit
 def _lion(g, a, row, CFG: tl.constexpr):
-    c = lerp(a, g, tl.load(row + W1))
+    c = averaged(a, g, tl.load(row + W1), CFG)
     sign = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, 0.0))  # 0 for NaN, as torch
-    return sign * tl.load(row + RATE), lerp(a, g, tl.load(row + W2))
+    return sign * tl.load(row + RATE), averaged(a, g, tl.load(row + W2), CFG)
 
 
 @triton.jit

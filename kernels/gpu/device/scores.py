@@ -5,17 +5,14 @@ The docstring of `top_k/` says how the K-th score is found with them.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from .config import COUNTED, HIGH, LOW
 from .elements import load_moved
-from .rounding import INTERPRETED
+from .rounding import IN_PTX
 from .rules import score_of
 
-# True where kernels are compiled for NVIDIA's GPUs; False takes Triton's own atomics there, too.
-IN_PTX = tl.constexpr(not INTERPRETED and torch.version.hip is None and getattr(torch.version, "xpu", None) is None)
 DIGIT = tl.constexpr(2048)  # `repair.py` ranks a key's 32 bits as digits of 11, 11 and 10 bits
 LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # a cutoff behind every index
 
@@ -29,11 +26,16 @@ def key_of(score):
 
 
 @triton.jit
+def shift_of(low, high):
+    """The binary logarithm of the number of keys in a bin of this bracket, int32."""
+    size = (high - low).to(tl.float32).to(tl.uint32, bitcast=True) >> 23  # 127 + its binary logarithm
+    return tl.maximum(size.to(tl.int32) - 127 + 1 - 11, 0)
+
+
+@triton.jit
 def bin_of(key, low, high):
     """The bin of the bracket that a key lies in, of 2,048 bins at most: monotone, and the same in every kernel."""
-    size = (high - low).to(tl.float32).to(tl.uint32, bitcast=True) >> 23  # 127 + its binary logarithm
-    shift = tl.maximum(size.to(tl.int32) - 127 + 1 - 11, 0)
-    return ((key - low) >> shift.to(tl.uint32)).to(tl.int32)
+    return ((key - low) >> shift_of(low, high).to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit

@@ -5,12 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .config import BRACKET, FACTS, KEYS, LARGE, MODE, NUMBERS, NUMEL, RANKS
+from .config import BRACKET, DENSE, FACTS, KEYS, LARGE, MODE, NUMBERS, NUMEL, RANKS
 from .elements import is_aligned, load_moved, multiplier, pointers_of, row_of, stepped, store_moments, store_param
 from .rounding import INTERPRETED
+from .rules import score_of
 from .scores import count_scores, load_marks
 from .selections import select
 from .sums import sums_of_squares
+from .top_k.two_passes import FIELDS, borders_of, has_one_border, list_undecided
 
 
 @triton.jit
@@ -38,13 +40,24 @@ def _report(partial_ptr, rows, chosen, undecided, g, u, masked):
 
 @triton.jit
 def _block(
-    offs, mask, pointers, row, ranks, facts, keys, marks_ptr, histogram_ptr, partial_ptr, rows,
+    start, offs, mask, pointers, row, ranks, facts, keys, marks_ptr, histogram_ptr, partial_ptr, rows,
     FUNCTION: tl.constexpr, FAST: tl.constexpr, BINS: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
-    """Step one block. FAST promises that it is whole, aligned and, if `CFG.bracketed`, of a tensor with a bracket."""
+    """Step one block. FAST promises that it is whole and aligned, and of a tensor that `CFG` has a short way for."""
     p, g, u, m, previous, x, y, z = load_moved(pointers, offs, mask, row, CFG.writes and CFG.rule != "given", FAST, CFG)
     if CFG.marked:
         chosen, undecided = load_marks(marks_ptr, CFG), offs < 0
+    elif CFG.pending:
+        score = score_of(g, u, m, row, CFG)
+        border, low, last = borders_of(start, ranks, CFG.block, FAST)
+        if not FAST:
+            score = tl.where(mask, score, float("nan"))
+        chosen = score > border
+        undecided = (score >= low) & (chosen == 0)
+        if not FAST:
+            dense = offs * 0 + tl.load(ranks + MODE) == DENSE
+            chosen = chosen | ((score == border) & (offs <= last)) | dense
+        multiples = multiplier(chosen, u, g, row, CFG)  # so that one number of each element is kept, and not two bits
     else:
         chosen, undecided, key = select(offs, g, u, m, previous, row, ranks, facts, keys, FUNCTION,
                                         CFG.bracketed and FAST, CFG)  # fmt: skip
@@ -59,7 +72,13 @@ def _block(
         selected_sq, rest_sq = sums_of_squares(chosen, mask & (undecided == 0), g, u, m, CFG)
         tl.store(partial_ptr, selected_sq)
         tl.store(partial_ptr + rows, rest_sq)
-    multiples = multiplier(chosen, u, g, row, CFG)
+    if not CFG.pending:
+        multiples = multiplier(chosen, u, g, row, CFG)
+    else:
+        origin = p
+        if CFG.rule == "given":
+            origin = y
+        list_undecided(undecided, histogram_ptr, score, offs, u, g, origin, ranks, BINS // FIELDS)
     if CFG.statistics:
         gradient, update = g, u
         if not FAST:
@@ -98,8 +117,11 @@ def selective_step_kernel(
     the moments and a second bit an element, behind the bits of all undecided ones, that says if the element is above
     the bracket: it writes 8.25 bytes an element, and 8 a program with the sums over what is decided.
 
+    With `CFG.pending` the few elements in a tensor's bracket are written as if they were not selected, and appended to
+    its list, 20 bytes and an atomic each. `histograms_ptr` has the lists then, BINS numbers a tensor.
+
     Whole blocks of tensors whose addresses are all multiples of 16 take vector loads, the others masked loads; if
-    `CFG.bracketed`, tensors without a bracket take masked loads as well.
+    `CFG.bracketed`, tensors without a bracket take masked loads as well, and if `CFG.pending`, dense ones do.
     """
     BLOCK: tl.constexpr = CFG.block
     program = tl.program_id(0)
@@ -113,9 +135,11 @@ def selective_step_kernel(
     fast = (start + BLOCK <= numel) & is_aligned(pointers)
     if CFG.bracketed:
         fast = fast & (tl.load(ranks + MODE) == BRACKET)
+    if CFG.pending:
+        fast = fast & has_one_border(ranks, start, BLOCK)
     if fast:
-        _block(offs, offs >= 0, pointers, row, ranks, facts, keys, marks, histogram, partial, rows,
+        _block(start, offs, offs >= 0, pointers, row, ranks, facts, keys, marks, histogram, partial, rows,
                FUNCTION, True, BINS, CFG)  # fmt: skip
     else:
-        _block(offs, offs < numel, pointers, row, ranks, facts, keys, marks, histogram, partial, rows,
+        _block(start, offs, offs < numel, pointers, row, ranks, facts, keys, marks, histogram, partial, rows,
                FUNCTION, False, BINS, CFG)  # fmt: skip

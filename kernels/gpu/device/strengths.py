@@ -91,6 +91,27 @@ def multipliers_of(sums, apart, rows, hyper, pointers, facts, WIDTH: tl.constexp
 
 
 @triton.jit
+def with_settled(selected_sq, rest_sq, settled_ptr, tied_ptr, repaired_ptr, programs, ranks, facts,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    """A tensor's sums over the selected and over the rest, from those of a count: with what was settled after it.
+
+    A repair, whose `programs` have a row of two sums each, has added up everything anew.
+    """
+    if tl.load(ranks + TIED) < 0:
+        repaired = repaired_ptr + tl.program_id(0).to(tl.int64) * programs * 2
+        selected_sq = column_sum(repaired, 0, programs, 0, 2, BLOCK)
+        rest_sq = column_sum(repaired, 0, programs, 1, 2, BLOCK)
+    else:
+        settles, first = tl.load(facts + SETTLES).to(tl.int32), tl.load(facts + SETTLE_AT)
+        tied = tied_ptr + tl.program_id(0).to(tl.int64) * 2
+        selected_sq += column_sum(settled_ptr, first, settles, 0, 2, BLOCK)
+        rest_sq += column_sum(settled_ptr, first, settles, 1, 2, BLOCK)
+        selected_sq += tl.load(tied).to(tl.float64)
+        rest_sq += tl.load(tied + 1).to(tl.float64)
+    return selected_sq, rest_sq
+
+
+@triton.jit
 def ranked_strengths_kernel(
     numbers_ptr, sums_ptr, settled_ptr, tied_ptr, repaired_ptr, hyper_ptr, ranks_ptr, facts_ptr, programs, apart,
     BLOCK: tl.constexpr,
@@ -103,21 +124,11 @@ def ranked_strengths_kernel(
     """
     t = tl.program_id(0)
     facts, ranks, row = row_of(facts_ptr, t, FACTS), row_of(ranks_ptr, t, RANKS), row_of(numbers_ptr, t, NUMBERS)
-    at = tl.load(facts + CHUNK_AT)
-    if tl.load(ranks + TIED) < 0:
-        repaired = repaired_ptr + t.to(tl.int64) * programs * 2
-        selected_sq = column_sum(repaired, 0, programs, 0, 2, BLOCK)
-        rest_sq = column_sum(repaired, 0, programs, 1, 2, BLOCK)
-    else:
-        chunks, settles = tl.load(facts + CHUNKS).to(tl.int32), tl.load(facts + SETTLES).to(tl.int32)
-        tied, first = tied_ptr + t.to(tl.int64) * 2, tl.load(facts + SETTLE_AT)
-        selected_sq = column_sum(sums_ptr, at, chunks, 0, 1, BLOCK) + column_sum(
-            settled_ptr, first, settles, 0, 2, BLOCK
-        )
-        rest_sq = column_sum(sums_ptr + apart, at, chunks, 0, 1, BLOCK)
-        rest_sq += column_sum(settled_ptr, first, settles, 1, 2, BLOCK)
-        selected_sq += tl.load(tied).to(tl.float64)
-        rest_sq += tl.load(tied + 1).to(tl.float64)
+    at, chunks = tl.load(facts + CHUNK_AT), tl.load(facts + CHUNKS).to(tl.int32)
+    selected_sq = column_sum(sums_ptr, at, chunks, 0, 1, BLOCK)
+    rest_sq = column_sum(sums_ptr + apart, at, chunks, 0, 1, BLOCK)
+    selected_sq, rest_sq = with_settled(selected_sq, rest_sq, settled_ptr, tied_ptr, repaired_ptr, programs, ranks,
+                                        facts, BLOCK)  # fmt: skip
     hyper = group_row(hyper_ptr, facts)
     rest, dense = tl.load(hyper + REST), tl.load(ranks + MODE) == DENSE
     selected = _norm_preserving(selected_sq, rest_sq, rest, tl.load(hyper + CAP))

@@ -218,6 +218,10 @@ def report_kernel(
             tied = tied_ptr + t.to(tl.int64) * 2
             selected += column_sum(settled_ptr, first, settles, 0, 2, BLOCK) + tl.load(tied)
             masked += column_sum(settled_ptr, first, settles, 1, 2, BLOCK) + tl.load(tied + 1)
+    if CFG.pending:
+        tied = tied_ptr + t.to(tl.int64) * 2
+        selected += tl.load(tied).to(tl.float64)
+        masked += tl.load(tied + 1).to(tl.float64)
     if CFG.control:  # coordinates that stand still are counted, too
         selected = tl.load(ranks + PICKED).to(tl.float64)
     on_selected, on_rest = tl.load(row + STRENGTH_SELECTED).to(tl.float64), tl.load(row + STRENGTH_REST).to(tl.float64)

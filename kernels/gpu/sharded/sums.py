@@ -59,7 +59,7 @@ def shard_sums_kernel(
     """SPAN elements of one tensor a program, before anything moves: a row of `NAMES`.
 
     Reads gradient and first moment, and with STATISTICS or top-K the second too (8 or 12 bytes an element of AdamW in
-    float32); writes 32 bytes a program. An agreement of Adam's update goes by the momentum's sign here, as in
+    float32); writes 32 bytes a program. An agreement of Adam's update follows the momentum's sign here, as in
     `sums_kernel`: where the second moment is out of float32's range, statistics count otherwise than the step selects.
     """
     program = tl.program_id(0)

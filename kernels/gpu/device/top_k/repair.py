@@ -23,6 +23,7 @@ from ..config import (
     NUMBERS,
     NUMEL,
     PARAM,
+    PICKED,
     RANKS,
     STRENGTH_SELECTED,
     TIED,
@@ -205,4 +206,7 @@ def repair_kernel(
             tl.store(ranks + HIGH, prefix.to(tl.int64))
             tl.store(ranks + CUTOFF, cutoff)
             tl.store(ranks + MODE, cutoff * 0 + EXACT)
+            if CFG.ranked:
+                wanted = tl.load(ranks + WANTED)
+                tl.store(ranks + PICKED, tl.where(prefix == 0, wanted - left, wanted))
             tl.store(ranks + TIED, cutoff * 0 - 1)

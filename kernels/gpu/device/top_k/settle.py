@@ -21,6 +21,7 @@ from ..config import (
     MODE,
     NUMBERS,
     PARAM,
+    PICKED,
     RANKS,
     TIED,
     WANTED,
@@ -33,7 +34,7 @@ TINY = 1024  # elements of the critical bin that can be listed; if there are mor
 
 
 @triton.jit
-def _note(broken_ptr, t):
+def note(broken_ptr, t):
     """Put a tensor on the list of those that need repair. The list's order is arbitrary; the results are not."""
     place = tl.atomic_add(broken_ptr, 1, sem="relaxed")
     tl.store(broken_ptr + 1 + place, t)
@@ -59,7 +60,7 @@ def find_kernel(ranks_ptr, histograms_ptr, broken_ptr, tensors_ptr, facts_ptr, B
         tl.store(ranks + CRITICAL, tl.where(missed, -1, critical).to(tl.int64))
         tl.store(ranks + LEFT, rank - tl.sum(tl.where(places > critical, histogram, 0)))
         if missed:
-            _note(broken_ptr, t)
+            note(broken_ptr, t)
 
 
 @triton.jit
@@ -167,7 +168,7 @@ def settle_kernel(
 
 
 @triton.jit
-def _by_rank(keys_ptr, place, x, i, listed):
+def by_rank_of_list(keys_ptr, place, x, i, listed):
     """The numbers of a list in the order of their ranks, so that a sum does not depend on the list's order.
 
     They are stored over the list's keys, which are not needed any more.
@@ -195,7 +196,7 @@ def ties_kernel(
     count, masked = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     if (tl.load(ranks + MODE) == BRACKET) & (critical >= 0):
         if listed > TINY:
-            _note(broken_ptr, t)
+            note(broken_ptr, t)
         else:
             row, pointers = row_of(numbers_ptr, t, NUMBERS), pointers_of(pointers_ptr, t)
             i = tl.arange(0, TINY)
@@ -214,24 +215,26 @@ def ties_kernel(
             if CFG.share_known:  # fewer than K are selected, so the multiplier was another: `repair.py` corrects it
                 fewer = tl.sum((last & (key == 0)).to(tl.int32))
             if fewer > 0:
-                _note(broken_ptr, t)
+                note(broken_ptr, t)
             else:
                 if CFG.writes:
                     key, u, g, p = keys_at(pointers, row, index, todo, False, CFG)
                     each = decide(pointers, row, index, todo, chosen, u, g, p, CFG)
                     count = tl.sum((todo & chosen).to(tl.float32))
-                    masked = tl.sum(_by_rank(tiny + TINY, place, each, i, todo))
+                    masked = tl.sum(by_rank_of_list(tiny + TINY, place, each, i, todo))
                 if CFG.sums:
                     chunks = tl.load(row_of(facts_ptr, t, FACTS) + CHUNK_AT)
                     add_marks(selected_ptr + chunks * (CFG.block // 32), index, todo & chosen)
                     _, u, _, _ = keys_at(pointers, row, index, todo, False, CFG)
                     # squares of the rest as negative numbers, NaN among them
-                    signed = _by_rank(tiny + TINY, place, tl.where(chosen, u * u, -u * u), i, todo)
+                    signed = by_rank_of_list(tiny + TINY, place, tl.where(chosen, u * u, -u * u), i, todo)
                     count = tl.sum(tl.where(signed > 0, signed, 0.0))
                     masked = tl.sum(tl.where(signed > 0, 0.0, -signed))
                 if critical < BINS:
                     tl.store(ranks + HIGH, tl.max(tl.where(last, key.to(tl.int64), 0)))
                     tl.store(ranks + CUTOFF, tl.max(tl.where(last, index, -1)))
+                if CFG.ranked:
+                    tl.store(ranks + PICKED, tl.load(ranks + WANTED) - left + tl.sum((todo & chosen).to(tl.int64)))
                 tl.store(ranks + MODE, left * 0 + EXACT)
     if (CFG.writes and CFG.statistics) or CFG.sums:
         partial = partials_ptr + t.to(tl.int64) * 2

@@ -11,6 +11,7 @@ from ..config import (
     FACTS,
     MODE,
     NUMBERS,
+    PICKED,
     RANKS,
     SAMPLES,
     SAMPLES_AT,
@@ -72,6 +73,8 @@ def whole_kernel(
             cutoff = _cutoff(samples, count, key, wanted - more, BLOCK)
         wide = key.to(tl.int64)
         keep(ranks, wide, wide, cutoff, wide * 0 + EXACT)
+        if CFG.ranked:
+            tl.store(ranks + PICKED, tl.where(key == 0, more, wanted).to(tl.int64))
         if CFG.share_known:
             if key == 0:
                 row = row_of(numbers_ptr, t, NUMBERS)
