@@ -196,7 +196,7 @@ class Matched:
         size, width = t.numel(), (high + 1 - low) << 16
         share = count / size
         last, half = width * share - ((high + 1) << 16), WIDTH * width * math.sqrt(share * (1 - share) / size)
-        collector = ranking.Collector(count, size, last - half, last + half)
+        collector = ranking.Collector(count, size, last - half, last + half, t)
         collector.add(t, 0)
         threshold = collector.settle() or ranking.exact(t, count)
         return threshold.mark(t, 0, t)

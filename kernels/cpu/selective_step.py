@@ -2,11 +2,12 @@
 
 One pass (everything, agreement, Bernoulli or a sampled threshold, with fixed strengths): moments, mask and parameter
 of a chunk are done while it is in the cache. Extra memory: the chunk buffers, at most 12 of 0.5 MiB for each thread,
-which are kept.
+which are kept, and with exact top-K one of 2 MiB.
 
 Two passes (exact top-K; strengths that need a sum): the first moves the moments, leaves d = -u in a scratch tensor
-and counts; the second applies the mask. A matched control draws between the two. Extra memory, freed when the call
-ends, is that of the call's largest tensor, in bytes an element:
+and counts; the second applies the mask. A matched control draws between the two, and multiplies d by the mask in a pass
+of its own, which adds up the norm. Extra memory, freed when the call ends, is that of the call's largest tensor, in
+bytes an element:
 
 - 4 for d (8 in float64; 0 if a capture already holds d as float32);
 - 1 for marks, if a strength reads them again or a control draws;
@@ -58,6 +59,7 @@ class _Step:
         self.threshold: ranking.Threshold | None = None
         # True if a chunk is selected in as soon as it has moved, because nothing is ranked or only a sample was.
         self.at_once = True
+        self.sample: Tensor | None = None  # -score of some elements, of which the bracket is made
         self.scores: Tensor | None = None  # -score of the whole tensor, if it cannot be formed again
         self.x: Tensor | None = None  # likewise the x of norm_preserving
 
@@ -120,8 +122,8 @@ class _Step:
         minus_updates = self._minus_updates()
         in_place = self._masks_in_place()
         marks = self._marks() if self.at_once else None
-        collector = None if self.at_once else self._collector()
         self._keep_whole()
+        collector = None if self.at_once else self._collector()
         for start, end in spans(self.numel):
             piece = self.mover(start, end, minus_updates[start:end], self.selector.keep_previous)
             self._first_pass(start, end, piece, marks, collector)
@@ -183,16 +185,17 @@ class _Step:
 
     def _collector(self) -> ranking.Collector:
         if self.numel <= 4 * ranking.SAMPLE:  # everything is collected: no sample needed
-            return ranking.Collector(self.k, self.numel, -torch.inf, torch.inf)
+            return ranking.Collector(self.k, self.numel, -torch.inf, torch.inf, self.scores)
         piece = self.mover.peek_runs(ranking.bracket_runs(self.numel), ranking.RUN)
-        sample = negated_score(self.selection, self.rule, piece, torch.empty_like(piece.minus_update))
-        return ranking.Collector(self.k, self.numel, *ranking.bracket(sample, self.k, self.numel))
+        self.sample = negated_score(self.selection, self.rule, piece, torch.empty_like(piece.minus_update))
+        ends = ranking.bracket(self.sample, self.k, self.numel, ranking.WIDTH)
+        return ranking.Collector(self.k, self.numel, *ends, self.scores)
 
     def _first_pass(
         self, start: int, end: int, piece: Slice, marks: Tensor | None, collector: ranking.Collector | None
     ) -> None:
         if collector is not None:
-            t = buffer("selected", end - start, self.dtype) if self.scores is None else self.scores[start:end]
+            t = collector.room(start, end, self.dtype)
             collector.add(negated_score(self.selection, self.rule, piece, t), start)
             if self.x is not None:
                 assert piece.momentum is not None
@@ -222,8 +225,8 @@ class _Step:
 
     def _rank(self, minus_updates: Tensor, collector: ranking.Collector) -> Tensor | None:
         """Settle the threshold; mark the tensor if a strength or a control depends on what is selected."""
-        self.threshold = collector.settle()
-        if self.threshold is None:  # the bracket has missed
+        self.threshold = collector.settle() or self._rank_beside(minus_updates, collector)
+        if self.threshold is None:
             self._rank_whole(minus_updates)
         if self.strength.kind in ("fixed", "alignment") and self.matched is None:
             return None
@@ -231,6 +234,18 @@ class _Step:
         for start, end in spans(self.numel):
             self._note(start, end, self._again(minus_updates, start, end), marks)
         return marks
+
+    def _rank_beside(self, minus_updates: Tensor, missed: ranking.Collector) -> ranking.Threshold | None:
+        """The threshold, from a wider bracket than the one that has missed; None if that has missed, too."""
+        if self.sample is None:
+            return None
+        collector = missed.beside(*ranking.bracket(self.sample, self.k, self.numel, ranking.RESCUE))
+        for start, end in spans(self.numel):
+            t = collector.room(start, end, self.dtype)
+            if self.scores is None:
+                negated_score(self.selection, self.rule, self._again(minus_updates, start, end), t)
+            collector.add(t, start)
+        return collector.settle()
 
     def _rank_whole(self, minus_updates: Tensor) -> None:
         """Find the threshold among all scores."""

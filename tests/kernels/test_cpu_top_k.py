@@ -71,10 +71,48 @@ def test_however_wrong_a_bracket_is_the_step_is_the_same(rule, score, strength, 
     assert int(wanted.selected) == int(0.3 * NUMEL)
     assert misses == []
     for item, lie in zip(wrong, LIES, strict=True):
-        monkeypatch.setattr(ranking, "bracket", lambda sample, k, numel, lie=lie: lie)
+        monkeypatch.setattr(ranking, "bracket", lambda sample, k, numel, width, lie=lie: lie)
         assert step(item, rule, score, strength) == wanted
         assert_equal(item, right)
     assert misses == [NUMEL] * len(LIES)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("share", [0.2, 0.4])
+def test_a_bracket_that_misses_by_little_is_looked_at_beside(share, score, make, copy, misses, monkeypatch):
+    """Brackets of 5 % below and above the K-th of 30 %: the same bits, and the tensor is not ranked as a whole."""
+    right = make(ADAM, (NUMEL,), seed=1)
+    near = copy(right)
+    wanted = step(right, score=score)
+    widths = []
+
+    def shifted(sample, k, numel, width):
+        widths.append(width)
+        if width == ranking.RESCUE:
+            return -math.inf, math.inf  # one end of each bracket is that of the bracket that has missed
+        ends = [int(sample.numel() * (share + more)) for more in (-0.025, 0.025)]
+        lower, upper = (float(sample.kthvalue(end).values) for end in ends)
+        return lower, upper
+
+    monkeypatch.setattr(ranking, "bracket", shifted)
+    assert step(near, score=score) == wanted
+    assert_equal(near, right)
+    assert widths == [ranking.WIDTH, ranking.RESCUE]
+    assert misses == []
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    count=st.integers(0, 5_000),
+    share=st.sampled_from([0.0, 0.001, 0.02, 0.5, 0.999, 1.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_marks_are_counted_and_found(count, share, seed):
+    marks = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < share
+    wanted = marks.nonzero().view(-1)
+    assert chunks.count_marks(marks.to(torch.uint8)) == wanted.numel()
+    assert torch.equal(chunks.ones_of(marks), wanted)
+    assert torch.equal(chunks.scattered_ones(marks).sort().values, wanted)
 
 
 OTHERS = [(rule, torch.float32) for rule in (LionRule(0.5, 0.9, 0.99), SGDRule(0.5, 0.9))]
@@ -87,7 +125,7 @@ def test_other_rules_and_dtypes_too(rule, dtype, make, copy, misses, monkeypatch
     wrong = copy(right)
     wanted = step(right, rule)
     assert int(wanted.selected) == int(0.3 * NUMEL)
-    monkeypatch.setattr(ranking, "bracket", lambda sample, k, numel: (1e3, 2e3))
+    monkeypatch.setattr(ranking, "bracket", lambda sample, k, numel, width: (1e3, 2e3))
     assert step(wrong, rule) == wanted
     assert_equal(wrong, right)
     assert misses == [NUMEL]
@@ -124,7 +162,7 @@ def test_awkward_numbers_select_what_a_stable_sort_selects(transcription, values
             results.append((item.param, int(sums.selected)))
         # AdamW of the same gradients, by a bracket and as a whole: its updates are not rounded as the definition's
         ways = []
-        for bracket in (ranking.bracket, lambda sample, k, numel: (math.inf, math.inf)):
+        for bracket in (ranking.bracket, lambda sample, k, numel, width: (math.inf, math.inf)):
             patch.setattr(ranking, "bracket", bracket)
             item = Item(
                 torch.zeros(numel), grad.clone(),
@@ -224,7 +262,7 @@ def test_a_bracket_holds_the_rank_nearly_always(kind):
             runs = ranking.bracket_runs(t.numel())
             sample = t.view(-1, ranking.RUN).index_select(0, runs).view(-1)
         k = int(0.2 * t.numel())
-        lower, upper = ranking.bracket(sample, k, t.numel())
+        lower, upper = ranking.bracket(sample, k, t.numel(), 3.0)
         value = float(t.kthvalue(k).values)
         misses += not lower <= value <= upper
     assert misses <= 2
