@@ -47,11 +47,6 @@ class Totals:
         return Sums(numel, *row.unbind())
 
 
-@functools.cache
-def _one(dtype: torch.dtype) -> Tensor:
-    return torch.ones(1, dtype=dtype, device="cpu")
-
-
 class Multipliers:
     """Turns 1.0 and 0.0 into the two multipliers, exactly those two as the dtype has them."""
 
@@ -86,6 +81,7 @@ class Applier:
         rule = spec.rule
         self.flat, self.dtype, self.still, self.draw, self.address = flat, dtype, still, spec.draw, address
         self.pair = pair
+        self.selected = pair[0] if dtype == torch.float64 else _single(pair[0])
         self.factor = float(number(decay_factor(rule)))
         self.decay, self.climbs = spec.decay, spec.decay is not None and float(rate_of(rule)) < 0
         self.offset = rule.offset if isinstance(rule, GivenRule) else 0.0
@@ -101,7 +97,7 @@ class Applier:
         count = end - start
         if totals is not None:
             totals.selected += count if chosen is None else float(chosen.sum())
-        mask = self.multipliers.selected if chosen is None else self.multipliers(chosen)
+        mask = self.selected if chosen is None else self.multipliers(chosen)
         masked = buffer("masked", count, self.dtype)
         if self.still:
             mask = torch.mul(minus_update, grad, out=masked).ne_(0).mul_(mask)
@@ -125,27 +121,13 @@ class Applier:
     def write_masked(self, masked: Tensor) -> None:
         """Step the whole tensor, given -u times the mask, up to the factor of the selected.
 
-        Only where decay reaches every coordinate, and without an offset. One operation, which needs no buffer and so no
-        chunks, unless the parameter or where it starts has another dtype.
+        Only where decay reaches every coordinate, and without an offset.
         """
-        whole = self.flat.param.dtype == self.start.dtype == self.dtype
-        for start, end in spans(masked.numel(), masked.numel() if whole else None):
-            param, origin = self.flat.param[start:end], self.start[start:end]
-            if origin.dtype != self.dtype:
-                origin = buffer("start", end - start, self.dtype).copy_(origin)
-            out = param if whole else buffer("result", end - start, self.dtype)
-            self._add(masked[start:end], origin, out)
-            if out is not param:
-                store(param, out, self.draw, self.address, start)
-
-    def _add(self, masked: Tensor, origin: Tensor, out: Tensor) -> None:
-        """Write the parameter's new value to `out`, by one operation."""
-        selected = self.pair[0] if self.dtype == torch.float64 else _single(self.pair[0])
-        if self.factor == 1:
-            torch.add(origin, masked, alpha=selected, out=out)
-        else:  # an outer product with a vector of one 1: `addr` is the operation that multiplies both of its terms
-            column = out.view(-1, 1)
-            torch.addr(origin.view(-1, 1), masked, _one(self.dtype), beta=self.factor, alpha=selected, out=column)
+        for start, end in spans(masked.numel()):
+            part = masked[start:end]
+            if self.selected != 1:
+                part = torch.mul(part, self.selected, out=buffer("masked", end - start, self.dtype))
+            self._write(start, end, part, part, part)
 
     def _write(self, start: int, end: int, masked: Tensor, minus_update: Tensor, grad: Tensor) -> None:
         param, origin = self.flat.param[start:end], self.start[start:end]

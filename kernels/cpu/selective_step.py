@@ -2,11 +2,12 @@
 
 One pass (everything, agreement, Bernoulli or a sampled threshold, with fixed strengths): moments, mask and parameter
 of a chunk are done while it is in the cache. Extra memory: the chunk buffers, at most 12 of 0.5 MiB for each thread,
-which are kept.
+which are kept, and with exact top-K one of 2 MiB.
 
 Two passes (exact top-K; strengths that need a sum): the first moves the moments, leaves d = -u in a scratch tensor
-and counts; the second applies the mask. A matched control draws between the two. Extra memory, freed when the call
-ends, is that of the call's largest tensor, in bytes an element:
+and counts; the second applies the mask. A matched control draws between the two, and multiplies d by the mask in a pass
+of its own, which adds up the norm. Extra memory, freed when the call ends, is that of the call's largest tensor, in
+bytes an element:
 
 - 4 for d (8 in float64; 0 if a capture already holds d as float32);
 - 1 for marks, if a strength reads them again or a control draws;
@@ -184,7 +185,7 @@ class _Step:
 
     def _collector(self) -> ranking.Collector:
         if self.numel <= 4 * ranking.SAMPLE:  # everything is collected: no sample needed
-            return ranking.Collector(self.k, self.numel, -torch.inf, torch.inf)
+            return ranking.Collector(self.k, self.numel, -torch.inf, torch.inf, self.scores)
         piece = self.mover.peek_runs(ranking.bracket_runs(self.numel), ranking.RUN)
         self.sample = negated_score(self.selection, self.rule, piece, torch.empty_like(piece.minus_update))
         ends = ranking.bracket(self.sample, self.k, self.numel, ranking.WIDTH)

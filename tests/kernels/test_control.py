@@ -12,6 +12,7 @@ from torch import Tensor
 from selective.kernels import (
     AdamRule,
     Control,
+    Decay,
     Draw,
     GivenRule,
     Item,
@@ -147,6 +148,35 @@ def test_every_selection_and_strength_as_the_definition(shape, control, make, co
             item = make(rule, shape, seed=3)
             item.grad.view(-1)[::5] = 0.0  # some stand still
             assert_same(item, copy, rule, replace(selection, control=control), strength)
+
+
+def test_small_tensors_that_are_ranked_in_order_too(make, copy) -> None:
+    for strength, norm, shape in itertools.product(STRENGTHS[:3], (True, False), [(63,), (9, 23), (2_048,)]):
+        item = make(ADAM, shape, seed=6)
+        item.grad.view(-1)[::5] = 0.0
+        assert_same(item, copy, ADAM, Selection("top_k", fraction=0.9, control=Control(norm=norm)), strength)
+
+
+@pytest.mark.parametrize(
+    ("rule", "decay"),
+    [
+        (GivenRule(), None),
+        (GivenRule(), Decay("cautious")),
+        (GivenRule(negated=True), None),
+        (GivenRule(negated=True), Decay("cautious")),
+        (GivenRule(negated=True, offset=1.0), None),
+    ],
+)
+def test_updates_that_are_read_after_the_draw(rule, decay, make, copy, small_chunks) -> None:
+    """The mask is multiplied into the update only where nothing reads it again, and never into that of a capture."""
+    item = make(rule, (40, 60), seed=2)
+    other, update = copy(item), item.state["update"].clone()
+    kw = {"rule": replace(rule, factor=0.9), "strength": STRENGTHS[0], "draw": Draw(3, 4), "decay": decay}
+    selection = Selection("agreement", control=Control())
+    selective_step([item], selection=selection, backend="cpu", **kw)
+    selective_step([other], selection=selection, backend="reference", **kw)
+    torch.testing.assert_close(item.param, other.param, rtol=3e-6, atol=1e-6)  # see `assert_same`
+    assert torch.equal(item.state["update"], update)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -77,6 +77,44 @@ def test_however_wrong_a_bracket_is_the_step_is_the_same(rule, score, strength, 
     assert misses == [NUMEL] * len(LIES)
 
 
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("share", [0.2, 0.4])
+def test_a_bracket_that_misses_by_little_is_looked_at_beside(share, score, make, copy, misses, monkeypatch):
+    """Brackets of 5 % below and above the K-th of 30 %: the same bits, and the tensor is not ranked as a whole."""
+    right = make(ADAM, (NUMEL,), seed=1)
+    near = copy(right)
+    wanted = step(right, score=score)
+    widths = []
+
+    def shifted(sample, k, numel, width):
+        widths.append(width)
+        if width == ranking.RESCUE:
+            return -math.inf, math.inf  # one end of each bracket is that of the bracket that has missed
+        ends = [int(sample.numel() * (share + more)) for more in (-0.025, 0.025)]
+        lower, upper = (float(sample.kthvalue(end).values) for end in ends)
+        return lower, upper
+
+    monkeypatch.setattr(ranking, "bracket", shifted)
+    assert step(near, score=score) == wanted
+    assert_equal(near, right)
+    assert widths == [ranking.WIDTH, ranking.RESCUE]
+    assert misses == []
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    count=st.integers(0, 5_000),
+    share=st.sampled_from([0.0, 0.001, 0.02, 0.5, 0.999, 1.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_marks_are_counted_and_found(count, share, seed):
+    marks = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < share
+    wanted = marks.nonzero().view(-1)
+    assert chunks.count_marks(marks.to(torch.uint8)) == wanted.numel()
+    assert torch.equal(chunks.ones_of(marks), wanted)
+    assert torch.equal(chunks.scattered_ones(marks).sort().values, wanted)
+
+
 OTHERS = [(rule, torch.float32) for rule in (LionRule(0.5, 0.9, 0.99), SGDRule(0.5, 0.9))]
 OTHERS += [(ADAM, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64)]
 
