@@ -1,7 +1,7 @@
-"""The command `selective` with its subcommands compare, bench and explain, which are imported when they run.
+"""The command `selective` with its subcommands compare, bench, explain and doctor, which are imported when they run.
 
-Exit codes: 0 done; 1 a run failed; 2 the request can't be met (the message says why); 130 interrupted, with the
-finished results kept.
+Exit codes: 0 done; 1 a run failed, or the doctor found something to mend; 2 the request can't be met (the message says
+why); 130 interrupted, with the finished results kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="selective", description="Selective updates for PyTorch optimizers.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(required=True, metavar="compare | bench | explain")
+    commands = parser.add_subparsers(required=True, metavar="compare | bench | explain | doctor")
     compare = commands.add_parser(
         "compare",
         help="train a model under several optimizers and say whether selection helped",
@@ -51,7 +51,30 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--policy", type=_policy, default="MGUP", help="name or JSON (default: MGUP)")
     explain.add_argument("--preconditioner", type=_policy, help="name or JSON, as in compare (default: none)")
     explain.set_defaults(run=_explain)
+    doctor = commands.add_parser(
+        "doctor",
+        help="look at your optimizer before it trains, and take three steps",
+        description="Make your optimizer, say what it will do and what it costs, take three steps on random gradients, "
+        "and say what should be mended. Exit code: 0 nothing to mend, 1 something to mend, 2 it can't be made.",
+        epilog="Examples: selective doctor train.py:make_optimizer --model train.py:make_model; "
+        "selective doctor torch.optim:AdamW --model train.py:make_model",
+    )
+    _doctor_options(doctor)
     return parser
+
+
+def _doctor_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "factory",
+        help="a function that makes the optimizer, module:name or path/to/file.py:name; it takes nothing, the model, "
+        "or the model's parameters",
+    )
+    add("--model", metavar="NAME", help="the model, or a function that makes it, named in the same way")
+    add("--lr", type=float, default=1e-3, help="learning rate for a factory that needs one (default: 1e-3)")
+    add("--device", help='where the model is moved first, such as "cuda" (default: where it is)')
+    add("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=_doctor)
 
 
 def _compare_options(parser: argparse.ArgumentParser) -> None:
@@ -165,6 +188,12 @@ def _explain(options: argparse.Namespace) -> int:
     from selective.compare.command import explain
 
     return explain(options.base, options.base_options, options.policy, options.preconditioner)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from selective.doctor.command import run
+
+    return run(options.factory, options.model, options.lr, options.device, options.json)
 
 
 class _Version(argparse.Action):

@@ -64,18 +64,19 @@ def off_diagonal(gram: Tensor) -> float:
 
 
 def draw(before: Tensor, after: Tensor, file: Path) -> None:
-    figure = Figure(figsize=(10.6, 3.9), dpi=110, layout="constrained")
+    figure = Figure(figsize=(4.8, 5.4), dpi=170, layout="constrained")
     FigureCanvasAgg(figure)
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.15])
+    axes = figure.subplot_mosaic([["before", "after"], ["diagonal", "diagonal"]])
+    left, middle = axes["before"], axes["after"]
     largest = float(torch.stack((before, after)).abs().max())
-    for axes, gram, title in ((left, before, "as it is"), (middle, after, "rotated")):
+    for panel, gram, title in ((left, before, "as it is"), (middle, after, "rotated")):
         size = (gram.abs() / largest).clamp(min=1e-9).log10()
-        image = axes.imshow(size.numpy(), vmin=-4, vmax=0, cmap="magma", interpolation="nearest")
-        axes.set_title(f"{title}: {off_diagonal(gram):.0%} off the diagonal", loc="left")
-        axes.set_xlabel("column of the gradient" if gram is before else "column of the rotated gradient")
-    bar = figure.colorbar(image, ax=[left, middle], shrink=0.8, ticks=[-4, -3, -2, -1, 0])
+        image = panel.imshow(size.numpy(), vmin=-4, vmax=0, cmap="magma", interpolation="nearest")
+        panel.set_title(f"{title}: {off_diagonal(gram):.0%}\noff the diagonal", loc="left", fontsize="medium")
+        panel.set_xlabel("column" if gram is before else "rotated column")
+    bar = figure.colorbar(image, ax=[left, middle], shrink=0.8, location="right", ticks=[-4, -3, -2, -1, 0])
     bar.ax.set_yticklabels(["$10^{-4}$", "$10^{-3}$", "$10^{-2}$", "0.1", "1"])
-    _diagonals(right, before, after)
+    _diagonals(axes["diagonal"], before, after)
     figure.savefig(file, metadata={"Software": None})
 
 

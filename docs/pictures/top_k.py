@@ -95,7 +95,7 @@ def find(scores: Tensor) -> Found:
 
 
 def draw(scores: Tensor, found: Found, file: Path) -> None:
-    figure = Figure(figsize=(8.6, 7.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(5.2, 8.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     everything, bracket, bins = figure.subplots(3, 1)
     _everything(everything, scores, found)
@@ -119,11 +119,11 @@ def _everything(axes: Any, scores: Tensor, found: Found) -> None:
     axes.set_xlim(-4e-8, 6e-8)
     low, high = score(found.low), score(found.high)
     share = float(((scores >= low) & (scores <= high)).double().mean())
-    axes.axvspan(low, high, color=BLUE, alpha=0.3, label=f"the bracket: {share:.1%} of the elements are undecided")
+    axes.axvspan(low, high, color=BLUE, alpha=0.3, label=f"the bracket: {share:.1%} undecided")
     _marks(axes, found)
-    axes.set_title(f"1  A sample of {SAMPLES:,} of {len(scores):,} scores gives the bracket", loc="left")
-    axes.text(-3.9e-8, axes.get_ylim()[1] * 0.5, "below: × γ, written")
-    axes.text(5.9e-8, axes.get_ylim()[1] * 0.5, "above: × α, written", ha="right")
+    axes.set_title(f"1  A sample of {SAMPLES:,} of {len(scores):,} scores\ngives the bracket", loc="left")
+    axes.text(-3.9e-8, axes.get_ylim()[1] * 0.5, "below: × γ")
+    axes.text(5.9e-8, axes.get_ylim()[1] * 0.5, "above: × α", ha="right")
     axes.legend(loc="upper right", frameon=False)
 
 
@@ -131,7 +131,7 @@ def _bracket(axes: Any, found: Found) -> None:
     edges = [score(found.low + (i << found.shift)) for i in range(len(found.counts) + 1)]
     axes.stairs(found.counts.numpy(), edges, fill=True, color=BLUE, alpha=0.4)
     _marks(axes, found)
-    axes.set_title(f"2  The bracket's histogram, {len(found.counts):,} bins: which one holds the K-th", loc="left")
+    axes.set_title(f"2  The bracket's histogram, {len(found.counts):,} bins:\nwhich one holds the K-th", loc="left")
     axes.set_xlim(edges[0], edges[-1])
 
 
@@ -148,8 +148,7 @@ def _bins(axes: Any, scores: Tensor, found: Found) -> None:
         axes.plot(near[which].numpy(), height[which].numpy(), ".", color=colour, label=label)
     axes.plot(score(found.kth), float(height[chosen][0]), "o", markersize=12, fillstyle="none", color=ORANGE,
               label="the K-th")  # fmt: skip
-    listed = int(found.counts[found.critical])
-    axes.set_title(f"3  The critical bin (shaded): its {listed} elements are ranked one by one", loc="left")
+    axes.set_title("3  The critical bin (shaded):\nits elements are ranked one by one", loc="left")
     axes.set_xlim(edges[0], edges[-1])
     axes.set_yticks([])
     axes.legend(loc="lower right", frameon=False)

@@ -65,9 +65,9 @@ def curves(samples: list[Sample], name: str) -> tuple[list[int], torch.Tensor]:
 
 
 def draw(runs: dict[str, list[Sample]], file: Path) -> None:
-    figure = Figure(figsize=(11.5, 3.7), dpi=110, layout="constrained")
+    figure = Figure(figsize=(4.6, 8.4), dpi=170, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, title) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
+    for axes, (name, title) in zip(figure.subplots(3, 1), PANELS.items(), strict=True):
         for label, samples in runs.items():
             steps, (low, mean, high) = curves(samples, name)
             colour = POLICIES[label][1]

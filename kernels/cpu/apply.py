@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..reference.rounding import store
 from ..reference.rules import decay_factor, number, rate_of
 from ..spec import GivenRule, StepSpec, Sums
-from .chunks import Flat, buffer
+from .chunks import Flat, buffer, spans
 from .decay import decayed_where, decaying
 
 
@@ -30,6 +31,12 @@ class Totals:
     update_grad: float = 0.0
     masked_sq: float = 0.0
 
+    def add(self, minus_update: Tensor, grad: Tensor) -> None:
+        """Add the sums of one chunk that do not depend on the mask."""
+        self.update_sq += float(torch.dot(minus_update, minus_update))
+        self.grad_sq += float(torch.dot(grad, grad))
+        self.update_grad -= float(torch.dot(minus_update, grad))
+
     def sums(self, numel: int, selected: float, rest: float) -> Sums:
         """The report of a tensor of `numel` elements with these two multipliers."""
         row = torch.tensor(
@@ -40,6 +47,36 @@ class Totals:
         return Sums(numel, *row.unbind())
 
 
+@functools.cache
+def _one(dtype: torch.dtype) -> Tensor:
+    return torch.ones(1, dtype=dtype, device="cpu")
+
+
+class Multipliers:
+    """Turns 1.0 and 0.0 into the two multipliers, exactly those two as the dtype has them."""
+
+    def __init__(self, selected: float, rest: float, dtype: torch.dtype) -> None:
+        single = dtype != torch.float64
+        self.selected, self.rest, self.dtype = selected, rest, dtype
+        if single:
+            self.selected, self.rest = _single(selected), _single(rest)
+        self.difference = self.selected - self.rest
+        if single:
+            self.difference = _single(self.difference)
+        together = _single(self.difference + self.rest) if single else self.difference + self.rest
+        self.one_operation = together == self.selected  # else the selected would get a neighbour of their multiplier
+        self.rest_alone = torch.tensor(self.rest, dtype=dtype, device="cpu")
+
+    def __call__(self, chosen: Tensor) -> Tensor:
+        """The mask of a chunk, in the memory of `chosen`, which is 1.0 where selected, else 0.0."""
+        if self.one_operation:
+            if self.rest == 0:
+                return chosen if self.difference == 1 else chosen.mul_(self.difference)
+            return torch.add(self.rest_alone, chosen, alpha=self.difference, out=chosen)
+        others = torch.neg(chosen, out=buffer("masked", chosen.numel(), self.dtype)).add_(1.0)
+        return chosen.mul_(self.selected).add_(others, alpha=self.rest)
+
+
 class Applier:
     """Writes the parameter of one tensor, whose two multipliers are known."""
 
@@ -48,28 +85,11 @@ class Applier:
     ) -> None:
         rule = spec.rule
         self.flat, self.dtype, self.still, self.draw, self.address = flat, dtype, still, spec.draw, address
-        self.selected, self.rest = pair if dtype == torch.float64 else (_single(pair[0]), _single(pair[1]))
+        self.pair = pair
         self.factor = float(number(decay_factor(rule)))
         self.decay, self.climbs = spec.decay, spec.decay is not None and float(rate_of(rule)) < 0
         self.offset = rule.offset if isinstance(rule, GivenRule) else 0.0
         self.start = flat.state["start"] if isinstance(rule, GivenRule) else flat.param
-        self.difference = self.selected - self.rest
-        if dtype != torch.float64:
-            self.difference = _single(self.difference)
-            together = _single(self.difference + self.rest)
-        else:
-            together = self.difference + self.rest
-        self.one_operation = together == self.selected  # else the selected would get a neighbour of their multiplier
-        self.rest_alone = torch.tensor(self.rest, dtype=dtype, device="cpu")
-
-    def _mask(self, chosen: Tensor) -> Tensor:
-        """Turn 1.0 and 0.0 into the two multipliers, in place and exactly those two."""
-        if self.one_operation:
-            if self.rest == 0:
-                return chosen.mul_(self.difference)
-            return torch.add(self.rest_alone, chosen, alpha=self.difference, out=chosen)
-        others = torch.neg(chosen, out=buffer("masked", chosen.numel(), self.dtype)).add_(1.0)
-        return chosen.mul_(self.selected).add_(others, alpha=self.rest)
 
     def __call__(
         self, start: int, end: int, minus_update: Tensor, grad: Tensor, chosen: Tensor | None, totals: Totals | None
@@ -81,16 +101,14 @@ class Applier:
         count = end - start
         if totals is not None:
             totals.selected += count if chosen is None else float(chosen.sum())
-        mask = self.selected if chosen is None else self._mask(chosen)
+        mask = self.multipliers.selected if chosen is None else self.multipliers(chosen)
         masked = buffer("masked", count, self.dtype)
         if self.still:
             mask = torch.mul(minus_update, grad, out=masked).ne_(0).mul_(mask)
             mask = buffer("selected", count, self.dtype).copy_(mask)
         if totals is not None:
             torch.mul(minus_update, mask, out=masked)
-            totals.update_sq += float(torch.dot(minus_update, minus_update))
-            totals.grad_sq += float(torch.dot(grad, grad))
-            totals.update_grad -= float(torch.dot(minus_update, grad))
+            totals.add(minus_update, grad)
             totals.masked_sq += float(torch.dot(masked, masked))
         if self.offset != 0:
             mask = mask.sub_(self.offset) if isinstance(mask, Tensor) else mask - self.offset
@@ -99,6 +117,35 @@ class Applier:
         elif totals is None or self.offset != 0:
             torch.mul(minus_update, mask, out=masked)
         self._write(start, end, masked, minus_update, grad)
+
+    @functools.cached_property
+    def multipliers(self) -> Multipliers:
+        return Multipliers(*self.pair, self.dtype)
+
+    def write_masked(self, masked: Tensor) -> None:
+        """Step the whole tensor, given -u times the mask, up to the factor of the selected.
+
+        Only where decay reaches every coordinate, and without an offset. One operation, which needs no buffer and so no
+        chunks, unless the parameter or where it starts has another dtype.
+        """
+        whole = self.flat.param.dtype == self.start.dtype == self.dtype
+        for start, end in spans(masked.numel(), masked.numel() if whole else None):
+            param, origin = self.flat.param[start:end], self.start[start:end]
+            if origin.dtype != self.dtype:
+                origin = buffer("start", end - start, self.dtype).copy_(origin)
+            out = param if whole else buffer("result", end - start, self.dtype)
+            self._add(masked[start:end], origin, out)
+            if out is not param:
+                store(param, out, self.draw, self.address, start)
+
+    def _add(self, masked: Tensor, origin: Tensor, out: Tensor) -> None:
+        """Write the parameter's new value to `out`, by one operation."""
+        selected = self.pair[0] if self.dtype == torch.float64 else _single(self.pair[0])
+        if self.factor == 1:
+            torch.add(origin, masked, alpha=selected, out=out)
+        else:  # an outer product with a vector of one 1: `addr` is the operation that multiplies both of its terms
+            column = out.view(-1, 1)
+            torch.addr(origin.view(-1, 1), masked, _one(self.dtype), beta=self.factor, alpha=selected, out=column)
 
     def _write(self, start: int, end: int, masked: Tensor, minus_update: Tensor, grad: Tensor) -> None:
         param, origin = self.flat.param[start:end], self.start[start:end]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -48,6 +49,14 @@ def spans(numel: int, length: int | None = None) -> Iterator[tuple[int, int]]:
         yield start, min(start + length, numel)
 
 
+def backwards(numel: int) -> Iterator[tuple[int, int]]:
+    """The chunks from the last to the first.
+
+    A pass that goes backwards begins with what the pass before it has left in the cache.
+    """
+    return reversed(list(spans(numel)))
+
+
 def keep_marks(selected: Tensor, marks: Tensor) -> None:
     """Write 1.0 and 0.0 of a chunk to `marks` as uint8, by way of int32: a third of the time of a direct conversion."""
     marks.copy_(buffer("wide marks", selected.numel(), torch.int32).copy_(selected))
@@ -56,6 +65,23 @@ def keep_marks(selected: Tensor, marks: Tensor) -> None:
 def count_ones(marks: Tensor) -> int:
     """The number of 1.0 among a chunk's marks of 1.0 and 0.0: exact, and half the time of a sum."""
     return int(torch.dot(marks, marks))
+
+
+def count_marks(marks: Tensor) -> int:
+    """The number of 1 among marks of one byte, each 0 or 1: exact, and a third of the time of a conversion and a dot.
+
+    The bytes of words of 8 marks are added up side by side, 128 words at most, so that none overflows. The marks begin
+    at a multiple of 8 bytes.
+    """
+    words = marks.numel() // 8
+    rows = min(words, 128)
+    summed = words // rows * rows * 8 if rows else 0
+    count = 0
+    if summed:
+        count = int(marks[:summed].view(torch.int64).view(rows, -1).sum(0).view(torch.uint8).sum())
+    if summed < marks.numel():
+        count += int(marks[summed:].sum())
+    return count
 
 
 def ones_of(marks: Tensor) -> Tensor:
@@ -72,6 +98,27 @@ def ones_of(marks: Tensor) -> Tensor:
     inside = torch.nonzero(marks.view(-1, 8).index_select(0, words).view(-1)).view(-1)
     ones = words.mul_(8).index_select(0, inside >> 3)
     return ones.add_(inside.bitwise_and_(7))
+
+
+def scattered_ones(marks: Tensor) -> Tensor:
+    """The indices that `ones_of` returns, in no order: two thirds of its time where one mark in 50 is set.
+
+    The lowest mark of each word of eight is the exponent of the word's lowest bit, so that no byte is looked at alone.
+    The words that have more marks go round again.
+    """
+    rest = marks.numel() % 8
+    if rest or sys.byteorder != "little":
+        whole = marks.numel() - rest if sys.byteorder == "little" else 0
+        return torch.cat([scattered_ones(marks[:whole]), torch.nonzero(marks[whole:]).view(-1).add_(whole)])
+    left = marks.view(torch.int64)
+    words = torch.nonzero(left).view(-1)
+    left, ones = left.index_select(0, words), [words[:0]]
+    while words.numel():
+        lowest = torch.neg(left).bitwise_and_(left)  # 256^k, whose exponent in float64 is 1023 + 8 k = 8 (127 + k) + 7
+        ones.append(lowest.to(torch.float64).view(torch.int64).bitwise_right_shift_(55).add_(words, alpha=8).sub_(127))
+        more = torch.nonzero(left.bitwise_xor_(lowest)).view(-1)
+        words, left = words.index_select(0, more), left.index_select(0, more)
+    return torch.cat(ones)
 
 
 class Scratch:

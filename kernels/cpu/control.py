@@ -1,36 +1,45 @@
 """A matched random control of one tensor: the sums of the policy's selection, then as many others, at random.
 
 The control takes the coordinates with the largest random numbers, as many as the policy selects. As the numbers are
-uniform, the last one that is taken lies within a few standard deviations of a known value. So one pass marks every
-number above that bracket by its upper 8 bits, and collects the few numbers inside of it; only those are formed as a
-whole and ranked. Small tensors, and tensors whose bracket has missed, are ranked as a whole: slower, with the same
-answer.
+uniform, the last one that is taken lies within a few standard deviations of a known value. So one pass over the numbers
+marks all above that bracket by their upper 8 bits, and lists the few inside of it; only those are formed as a whole and
+ranked. Small tensors, and tensors whose bracket has missed, are ranked as a whole: slower, with the same answer.
+
+The draw reads no update, unless coordinates stand still. What comes after it reads the update twice: for the norm, and
+for the parameter.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..reference.control import scale_of
 from ..spec import Control, Draw
 from . import random as numbers
 from . import top_k as ranking
-from .chunks import CHUNK, buffer, count_ones, keep_marks, ones_of, spans
+from .apply import Multipliers
+from .chunks import CHUNK, backwards, buffer, count_marks, count_ones, keep_marks, ones_of, spans
 
 SMALL = 2_048  # elements; up to here the whole tensor is ranked: fewer operations than a bracket takes
 WIDTH = 3.5  # half the bracket, in standard deviations of the last number's place: misses once in 2,000 tensors
 
 WIDE = numbers.GROUP * CHUNK  # elements whose bytes are looked at together: their hashes fill one chunk's buffer
 
+
+@functools.cache
+def _places() -> Tensor:
+    return torch.arange(SMALL, device="cpu")
+
+
 Gradient = Callable[[int, int], Tensor]  # of a chunk, from one element to another
 
 
 class Matched:
-    """One tensor's control: `add` each chunk with what the policy selects there, then `draw`."""
+    """One tensor's control: `add` each chunk with what the policy selects there, `draw`, then `scale` or `mask_`."""
 
     def __init__(
         self, control: Control, rest: float, numel: int, dtype: torch.dtype, draw: Draw, address: int, still: bool
@@ -39,12 +48,15 @@ class Matched:
         self.address, self.still, self.random = address, still, draw
         self.count = 0  # the number that the policy selects
         self.moving = 0 if still else numel  # the number that do not stand still
-        self.theirs_sq = self.ours_sq = self.all_sq = 0.0
+        self.theirs_sq = self.all_sq = 0.0  # of u, where the policy selects and everywhere
 
-    def add(self, minus_update: Tensor, grad: Tensor, selected: Tensor | None) -> None:
-        """Add one chunk of the policy's selection: 1.0 and 0.0, None if everything is selected."""
+    def add(self, minus_update: Tensor, grad: Tensor, selected: Tensor | None, count: int) -> None:
+        """Add one chunk of the policy's selection: 1.0 and 0.0, of which `count` are 1.0; None if all is selected.
+
+        Overwrites `selected`.
+        """
         n = minus_update.numel()
-        self.count += n if selected is None else count_ones(selected)
+        self.count += count
         if self.still:
             moves = self._moves(minus_update, grad)
             moving = count_ones(moves)
@@ -58,34 +70,75 @@ class Matched:
         if selected is None:
             self.theirs_sq += every
         else:
-            chosen = torch.mul(minus_update, selected, out=buffer("products", n, self.dtype))
-            self.theirs_sq += float(torch.dot(chosen, minus_update))
+            self.theirs_sq += float(torch.dot(selected.mul_(minus_update), minus_update))
 
     def _moves(self, minus_update: Tensor, grad: Tensor) -> Tensor:
         """1.0 where a coordinate moves if its multiplier is not 0, 0.0 where it stands still anyhow."""
         return torch.mul(minus_update, grad, out=buffer("moves", minus_update.numel(), self.dtype)).ne_(0)
 
-    def draw(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, selected: float, rest: float) -> float:
-        """Fill `marks` (uint8, of the whole tensor) with 1 where the control selects, else 0.
-
-        Returns the factor on both multipliers, `selected` and `rest`.
-        """
-        if self.count <= 0 or self.count >= self.numel:  # the same coordinates
-            marks.fill_(int(self.count > 0))
-            return 1.0
+    def draw(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor) -> None:
+        """Fill `marks` (uint8, of the whole tensor) with 1 where the control selects, else 0."""
         self.still = self.moving < self.numel  # else nothing has to be left out
-        if self.numel <= SMALL or self.count >= self.moving or not self._by_bracket(minus_updates, gradient, marks):
+        if not self._chooses:
+            marks.fill_(int(self.count > 0))
+        elif self.numel <= SMALL:
+            self._by_order(minus_updates, gradient, marks)
+        elif self.count >= self.moving or not self._by_bracket(minus_updates, gradient, marks):
             self._as_a_whole(minus_updates, gradient, marks)
-        return self._scale(selected, rest) if self.control.norm else 1.0
 
-    def _scale(self, selected: float, rest: float) -> float:
-        sums = torch.tensor([self.theirs_sq, self.ours_sq, self.all_sq], dtype=torch.float64, device="cpu")
-        theirs, ours, every = sums.unbind()
+    @property
+    def _chooses(self) -> bool:
+        """False if none or all are selected: then the control's coordinates are those of the policy."""
+        return 0 < self.count < self.numel
+
+    # --- the norm ---
+
+    def scale(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, selected: float, rest: float) -> float:
+        """The factor on both multipliers, `selected` and `rest`, from what the control has drawn."""
+        if not self.control.norm or not self._chooses:
+            return 1.0
+        ours = 0.0
+        for start, end in backwards(self.numel):
+            minus_update = minus_updates[start:end]
+            chosen = buffer("selected", end - start, self.dtype).copy_(marks[start:end])
+            if self.still:
+                chosen = self._only_moving(chosen, minus_update, gradient, start)
+            ours += float(torch.dot(chosen.mul_(minus_update), minus_update))
+        theirs, every = self.theirs_sq, self.all_sq
         if rest == 0:  # then `all_sq` was not added up
-            every = torch.maximum(theirs, ours)
-        wanted = selected * selected * theirs + rest * rest * (every - theirs).clamp(min=0)
-        have = selected * selected * ours + rest * rest * (every - ours).clamp(min=0)
-        return float(scale_of(self.control, wanted, have))
+            every = max(theirs, ours)
+        return self._scale_to(selected * selected * ours + rest * rest * max(every - ours, 0.0), selected, rest)
+
+    def mask_(
+        self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, selected: float, rest: float
+    ) -> tuple[float, float]:
+        """Multiply -u by `selected` where the control has drawn, and by `rest` elsewhere, in place.
+
+        Returns the factor on both, and the sum of squares of what is now in `minus_updates`.
+        """
+        multiply, have = Multipliers(selected, rest, self.dtype), 0.0
+        for start, end in backwards(self.numel):
+            minus_update, chosen = minus_updates[start:end], buffer("selected", end - start, self.dtype)
+            mask = multiply(chosen.copy_(marks[start:end]))
+            if self.still:
+                mask = self._only_moving(mask, minus_update, gradient, start)
+            have += float(torch.dot(minus_update.mul_(mask), minus_update))
+        return self._scale_to(have, selected, rest) if self._chooses else 1.0, have
+
+    def _only_moving(self, mask: Tensor, minus_update: Tensor, gradient: Gradient, start: int) -> Tensor:
+        """The mask of a chunk, times 0 where a coordinate stands still, in place."""
+        return mask.mul_(self._moves(minus_update, gradient(start, start + mask.numel())))
+
+    def _scale_to(self, have: float, selected: float, rest: float) -> float:
+        """The factor that turns `have`, the sum of (mask u)^2 of the control, into that of its policy.
+
+        `scale_of` of the reference, in Python's float64: a tenth of the time for one number.
+        """
+        theirs, others = self.theirs_sq, max(self.all_sq - self.theirs_sq, 0.0) if rest != 0 else 0.0
+        wanted = selected * selected * theirs + rest * rest * others
+        if not (have > 0 and math.isfinite(wanted + have)):
+            return 1.0
+        return min(math.sqrt(wanted / have), self.control.cap)
 
     # --- the selection ---
 
@@ -99,49 +152,65 @@ class Matched:
     def _by_bracket(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor) -> bool:
         """Select by a bracket. False if the bracket has missed: then `marks` are not right."""
         low, high = self._bracket()
-        above, self.ours_sq = 0, 0.0
-        places, hashes = [], []
-        for first, last in spans(self.numel, WIDE):
-            random = numbers.Ranking(self.random, self.address, first, last - first)
-            torch.gt(random.upper, high, out=marks[first:last])
-            inside = torch.sub(random.upper, low, out=buffer("inside", last - first, torch.uint8))
-            inside.le_(high - low)  # uint8: numbers below `low` wrap around
-            for start, end in spans(last - first):
-                within = slice(first + start, first + end)
-                above += self._above(minus_updates[within], gradient, marks[within], inside[start:end], within.start)
+        above, places, hashes = 0, [], []
+        for start, end in spans(self.numel, WIDE):
+            random, drawn = numbers.Ranking(self.random, self.address, start, end - start), marks[start:end]
+            torch.gt(random.upper, high, out=drawn)
+            inside = buffer("inside", end - start, torch.uint8)
+            if low == high:
+                torch.eq(random.upper, low, out=inside)
+            else:
+                torch.sub(random.upper, low, out=inside).le_(high - low)  # uint8: numbers below `low` wrap around
+            if self.still:
+                self._leave_out_still(minus_updates, gradient, drawn, inside, start)
+            above += count_marks(drawn)
             place = ones_of(inside)
             hashes.append(random.hashes_at(place))
-            places.append(place.add_(first))
+            places.append(place.add_(start))
         missing, index = self.count - above, ranking.joined(places)
         if not 0 <= missing <= index.numel():
             return False
         if missing > 0:
-            taken = index.index_select(0, self._first(numbers.ranking_at(ranking.joined(hashes), index), missing))
-            marks.index_fill_(0, taken, 1)
-            if self.control.norm:
-                some = minus_updates.index_select(0, taken)
-                self.ours_sq += float(torch.dot(some, some))
+            t = numbers.ranking_at(ranking.joined(hashes), index).to(torch.float32).neg_()  # exact: 24 bits
+            drawn = self._first(t, missing, low, high)
+            marks.index_copy_(0, index, buffer("drawn", index.numel(), torch.uint8).copy_(drawn))
         return True
 
-    def _above(self, minus_update: Tensor, gradient: Gradient, above: Tensor, inside: Tensor, start: int) -> int:
-        """Count the marks `above` of one chunk and add up its squares. Marks of what stands still are taken back."""
-        n = minus_update.numel()
-        if self.still:
-            moves = buffer("upper moves", n, torch.uint8).copy_(self._moves(minus_update, gradient(start, start + n)))
-            above.mul_(moves)
-            inside.mul_(moves)
-        chosen = buffer("selected", n, self.dtype).copy_(above)
-        count = count_ones(chosen)
-        if self.control.norm:
-            self.ours_sq += float(torch.dot(chosen.mul_(minus_update), minus_update))
-        return count
+    def _leave_out_still(
+        self, minus_updates: Tensor, gradient: Gradient, drawn: Tensor, inside: Tensor, first: int
+    ) -> None:
+        """Take back the marks of what stands still, of elements from `first` on."""
+        for start, end in spans(drawn.numel()):
+            here = slice(first + start, first + end)
+            moves = self._moves(minus_updates[here], gradient(here.start, here.stop))
+            moves = buffer("upper moves", end - start, torch.uint8).copy_(moves)
+            drawn[start:end].mul_(moves)
+            inside[start:end].mul_(moves)
 
-    def _first(self, random: Tensor, count: int) -> Tensor:
-        """The places in the list of the `count` largest numbers, the first of those that are equal. Ascending."""
-        size = random.numel()
+    def _first(self, t: Tensor, count: int, low: int, high: int) -> Tensor:
+        """1.0 at the `count` smallest of a list, the first of those that are equal, else 0.0, in the memory of `t`.
+
+        The list has numbers of the bracket from `low` to `high`, negated. They are uniform, so that a bracket for the
+        last of the `count` is known here, too.
+        """
+        size, width = t.numel(), (high + 1 - low) << 16
+        share = count / size
+        last, half = width * share - ((high + 1) << 16), WIDTH * width * math.sqrt(share * (1 - share) / size)
+        collector = ranking.Collector(count, size, last - half, last + half, t)
+        collector.add(t, 0)
+        threshold = collector.settle() or ranking.exact(t, count)
+        return threshold.mark(t, 0, t)
+
+    def _by_order(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor) -> None:
+        """Select in a small tensor: as `_as_a_whole`, in fewer operations."""
+        random = numbers.ranking_of_all(self.random, self.address, self.numel)
+        for start, end in spans(self.numel if self.still else 0):
+            moves = self._moves(minus_updates[start:end], gradient(start, end))
+            random[start:end].add_(1).mul_(moves.to(torch.int32)).sub_(1)  # -1: after all others, in their order
         # No two keys are equal: below the number, which has 24 bits, stands the place from the end.
-        keys = random.to(torch.int64).bitwise_left_shift_(32).add_(torch.arange(size - 1, -1, -1, device="cpu"))
-        return torch.nonzero(keys >= keys.kthvalue(size - count + 1).values).view(-1)
+        keys = random.to(torch.int64).bitwise_left_shift_(32).sub_(_places()[: self.numel])
+        limit = keys.kthvalue(self.numel - self.count + 1).values
+        torch.ge(keys, limit, out=marks.view(torch.bool))
 
     def _as_a_whole(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor) -> None:
         """Select by ranking the random numbers of the whole tensor."""
@@ -153,13 +222,5 @@ class Matched:
             if self.still:  # -1: after all others, in their order
                 t[start:end].add_(1).mul_(self._moves(minus_updates[start:end], gradient(start, end))).sub_(1)
         threshold = ranking.exact(t.neg_(), self.count)
-        self.ours_sq = 0.0
         for start, end in spans(self.numel):
-            chosen, minus_update = buffer("selected", end - start, self.dtype), minus_updates[start:end]
-            chosen.copy_(threshold.mark(t[start:end], start, t[start:end]))
-            keep_marks(chosen, marks[start:end])
-            if self.control.norm:
-                chosen.mul_(minus_update)
-                if self.still:
-                    chosen.mul_(self._moves(minus_update, gradient(start, end)))
-                self.ours_sq += float(torch.dot(chosen, minus_update))
+            keep_marks(threshold.mark(t[start:end], start, t[start:end]), marks[start:end])

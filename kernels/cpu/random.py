@@ -20,7 +20,7 @@ import sys
 import torch
 from torch import Tensor
 
-from ..reference.random import GROUP, A, B, keys, numbers_of_group, signed32
+from ..reference.random import GOLDEN, GROUP, A, B, keys, signed32
 from ..spec import Draw
 from .chunks import buffer
 
@@ -104,7 +104,34 @@ class Ranking:
 
 def ranking_at(hashes: Tensor, index: Tensor) -> Tensor:
     """The 24-bit numbers (int32) of elements of a tensor, from their groups' hashes."""
-    return numbers_of_group(hashes, index.to(torch.int32).bitwise_and_(GROUP - 1))
+    place = index.to(torch.int32).bitwise_and_(number(GROUP - 1))
+    upper = torch.bitwise_right_shift(hashes, place << 3).bitwise_and_(number(0xFF))
+    lower = place.add_(number(1)).mul_(number(GOLDEN)).bitwise_xor_(hashes)
+    return _joined(upper, lower)
+
+
+def ranking_of_all(draw: Draw, address: int, count: int) -> Tensor:
+    """The 24-bit numbers (int32) of all elements of a small tensor."""
+    random = Ranking(draw, address, 0, count)
+    lower = random.hashes.view(-1, 1).bitwise_xor(_multiples_of_golden()).view(-1)[:count]
+    return _joined(random.upper.to(torch.int32), lower)
+
+
+@functools.cache
+def _multiples_of_golden() -> Tensor:
+    return torch.arange(1, GROUP + 1, dtype=torch.int32, device="cpu") * GOLDEN
+
+
+def _joined(upper: Tensor, lower: Tensor) -> Tensor:
+    """The numbers of these upper 8 bits, and of the lower 16 that follow from `lower`. Overwrites both.
+
+    The lower bits are the upper half of a hash, which the last of its shifts leaves alone.
+    """
+    scratch = torch.bitwise_right_shift(lower, number(16))
+    lower.bitwise_xor_(scratch.bitwise_and_(number(0xFFFF)))
+    _mix_(lower, scratch)
+    lower.bitwise_right_shift_(number(16)).bitwise_and_(number(0xFFFF))
+    return upper.bitwise_left_shift_(number(16)).bitwise_or_(lower)
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from ..reference.rules import Advanced, begin
 from ..spec import GivenRule, Item, StepSpec, Sums, check_kinds
 from . import top_k as ranking
 from .apply import Applier, Totals
-from .chunks import Flat, Scratch, buffer, keep_marks, spans
+from .chunks import Flat, Scratch, buffer, count_ones, keep_marks, spans
 from .control import Matched
 from .rules import Mover, Slice
 from .selections import Selector, negated_score
@@ -58,6 +58,7 @@ class _Step:
         self.threshold: ranking.Threshold | None = None
         # True if a chunk is selected in as soon as it has moved, because nothing is ranked or only a sample was.
         self.at_once = True
+        self.sample: Tensor | None = None  # -score of some elements, of which the bracket is made
         self.scores: Tensor | None = None  # -score of the whole tensor, if it cannot be formed again
         self.x: Tensor | None = None  # likewise the x of norm_preserving
 
@@ -118,12 +119,15 @@ class _Step:
 
     def _two_passes(self, totals: Totals | None) -> tuple[float, float]:
         minus_updates = self._minus_updates()
+        in_place = self._masks_in_place()
         marks = self._marks() if self.at_once else None
-        collector = None if self.at_once else self._collector()
         self._keep_whole()
+        collector = None if self.at_once else self._collector()
         for start, end in spans(self.numel):
             piece = self.mover(start, end, minus_updates[start:end], self.selector.keep_previous)
             self._first_pass(start, end, piece, marks, collector)
+            if in_place and totals is not None:
+                totals.add(piece.minus_update, piece.grad)
         if collector is not None:
             marks = self._rank(minus_updates, collector)
         selected, rest = self.strength.selected, self.strength.rest
@@ -133,10 +137,22 @@ class _Step:
             selected = rest = 1.0
         if self.matched is not None:
             marks = self.scratch.get("marks", self.numel, torch.uint8)
-            scale = self.matched.draw(minus_updates, self.mover.gradient, marks, selected, rest)
+            self.matched.draw(minus_updates, self.mover.gradient, marks)
+            if in_place:
+                return self._second_pass_in_place(minus_updates, marks, selected, rest, totals)
+            scale = self.matched.scale(minus_updates, self.mover.gradient, marks, selected, rest)
             selected, rest = selected * scale, rest * scale
         self._second_pass(minus_updates, marks, self._applier((selected, rest)), totals)
         return selected, rest
+
+    def _masks_in_place(self) -> bool:
+        """True if a control multiplies d by the mask, before it knows the factor that keeps the norm.
+
+        Then it reads and writes less than with marks. It can't where something reads the update after that.
+        """
+        if self.matched is None or not self.matched.control.norm or self.spec.decay is not None:
+            return False
+        return not (isinstance(self.rule, GivenRule) and (self.rule.offset != 0 or self._holds_minus_updates()))
 
     def _marks(self) -> Tensor | None:
         """Memory for what is selected (uint8); None if nothing reads it again, or if to select again is as fast."""
@@ -149,9 +165,13 @@ class _Step:
 
     def _minus_updates(self) -> Tensor:
         """Memory for d of the whole tensor; if a capture has left d in float32, the tensor that holds it."""
-        if isinstance(self.rule, GivenRule) and self.rule.negated and self.flat.state["update"].dtype == self.dtype:
+        if self._holds_minus_updates():
             return self.flat.state["update"]
         return self.scratch.get("minus_updates", self.numel, self.dtype)
+
+    def _holds_minus_updates(self) -> bool:
+        rule = self.rule
+        return isinstance(rule, GivenRule) and rule.negated and self.flat.state["update"].dtype == self.dtype
 
     def _keep_whole(self) -> None:
         """Allocate memory for what the second pass cannot form from d and g: anything with the momentum in it."""
@@ -166,33 +186,36 @@ class _Step:
         if self.numel <= 4 * ranking.SAMPLE:  # everything is collected: no sample needed
             return ranking.Collector(self.k, self.numel, -torch.inf, torch.inf)
         piece = self.mover.peek_runs(ranking.bracket_runs(self.numel), ranking.RUN)
-        sample = negated_score(self.selection, self.rule, piece, torch.empty_like(piece.minus_update))
-        return ranking.Collector(self.k, self.numel, *ranking.bracket(sample, self.k, self.numel))
+        self.sample = negated_score(self.selection, self.rule, piece, torch.empty_like(piece.minus_update))
+        ends = ranking.bracket(self.sample, self.k, self.numel, ranking.WIDTH)
+        return ranking.Collector(self.k, self.numel, *ends, self.scores)
 
     def _first_pass(
         self, start: int, end: int, piece: Slice, marks: Tensor | None, collector: ranking.Collector | None
     ) -> None:
         if collector is not None:
-            t = buffer("selected", end - start, self.dtype) if self.scores is None else self.scores[start:end]
+            t = collector.room(start, end, self.dtype)
             collector.add(negated_score(self.selection, self.rule, piece, t), start)
             if self.x is not None:
                 assert piece.momentum is not None
                 self.x[start:end].copy_(piece.momentum)
             if self.strength.kind == "alignment":
-                self.gatherer.add(piece, None)
+                self.gatherer.add(piece, None, end - start)
             return
         self._note(start, end, piece, marks)
 
     def _note(self, start: int, end: int, piece: Slice, marks: Tensor | None) -> None:
         """Select in a chunk, remember it in `marks`, and add it to the sums of the strength and of the control."""
-        selected = self._select(start, end, piece)
+        selected, count = self._select(start, end, piece), end - start
+        if selected is not None and (self.matched is not None or self.strength.kind == "mean_preserving"):
+            count = count_ones(selected)
         if self.at_once or self.strength.kind != "alignment":  # else it was added before anything was ranked
-            self.gatherer.add(piece, selected)
-        if self.matched is not None:
-            self.matched.add(piece.minus_update, piece.grad, selected)
+            self.gatherer.add(piece, selected, count)
         if marks is not None:
             assert selected is not None
             keep_marks(selected, marks[start:end])
+        if self.matched is not None:
+            self.matched.add(piece.minus_update, piece.grad, selected, count)
 
     def _again(self, minus_updates: Tensor, start: int, end: int) -> Slice:
         """The chunk again, from what the first pass has left."""
@@ -201,8 +224,8 @@ class _Step:
 
     def _rank(self, minus_updates: Tensor, collector: ranking.Collector) -> Tensor | None:
         """Settle the threshold; mark the tensor if a strength or a control depends on what is selected."""
-        self.threshold = collector.settle()
-        if self.threshold is None:  # the bracket has missed
+        self.threshold = collector.settle() or self._rank_beside(minus_updates, collector)
+        if self.threshold is None:
             self._rank_whole(minus_updates)
         if self.strength.kind in ("fixed", "alignment") and self.matched is None:
             return None
@@ -210,6 +233,18 @@ class _Step:
         for start, end in spans(self.numel):
             self._note(start, end, self._again(minus_updates, start, end), marks)
         return marks
+
+    def _rank_beside(self, minus_updates: Tensor, missed: ranking.Collector) -> ranking.Threshold | None:
+        """The threshold, from a wider bracket than the one that has missed; None if that has missed, too."""
+        if self.sample is None:
+            return None
+        collector = missed.beside(*ranking.bracket(self.sample, self.k, self.numel, ranking.RESCUE))
+        for start, end in spans(self.numel):
+            t = collector.room(start, end, self.dtype)
+            if self.scores is None:
+                negated_score(self.selection, self.rule, self._again(minus_updates, start, end), t)
+            collector.add(t, start)
+        return collector.settle()
 
     def _rank_whole(self, minus_updates: Tensor) -> None:
         """Find the threshold among all scores."""
@@ -230,6 +265,19 @@ class _Step:
             else:
                 selected = None
             apply(start, end, piece.minus_update, piece.grad, selected, totals)
+
+    def _second_pass_in_place(
+        self, minus_updates: Tensor, marks: Tensor, selected: float, rest: float, totals: Totals | None
+    ) -> tuple[float, float]:
+        """The second pass of a control that multiplies d by its mask. Returns both multipliers."""
+        assert self.matched is not None
+        inside = (1.0, 0.0) if rest == 0 else (selected, rest)  # of the factor, which is one multiplication for all
+        scale, masked_sq = self.matched.mask_(minus_updates, self.mover.gradient, marks, *inside)
+        factor = scale * selected if rest == 0 else scale
+        self._applier((factor, 0.0)).write_masked(minus_updates)
+        if totals is not None:
+            totals.selected, totals.masked_sq = self.matched.count, factor * factor * masked_sq
+        return selected * scale, rest * scale
 
 
 def selective_step(items: Sequence[Item], spec: StepSpec) -> list[Sums] | None:

@@ -30,10 +30,13 @@ class Gatherer:
         assert x is not None
         return x
 
-    def add(self, piece: Slice, selected: Tensor | None) -> None:
-        """Add one chunk. `selected` is 1.0 where selected, else 0.0; None if everything is selected."""
-        count, kind = piece.grad.numel(), self.strength.kind
-        products = buffer("products", count, piece.grad.dtype)
+    def add(self, piece: Slice, selected: Tensor | None, count: int) -> None:
+        """Add one chunk. `selected` is 1.0 where selected, else 0.0; None if everything is selected.
+
+        `count` is the number of the selected; only mean_preserving reads it.
+        """
+        kind = self.strength.kind
+        products = buffer("products", piece.grad.numel(), piece.grad.dtype)
 
         def sum_of(a: Tensor, b: Tensor) -> float:
             return float(torch.mul(a, b, out=products).sum(dtype=torch.float64))
@@ -47,7 +50,7 @@ class Gatherer:
         elif self.sampled:
             return
         elif kind == "mean_preserving":
-            self.selected += count if selected is None else float(selected.sum())
+            self.selected += count
         elif kind == "norm_preserving":
             x = self.quantity(piece)
             whole = sum_of(x, x)

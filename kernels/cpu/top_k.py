@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from . import chunks
-from .chunks import buffer, count_ones, ones_of, spans
+from .chunks import buffer, count_ones, ones_of, scattered_ones, spans
 
-WIDTH = 3.0  # half the bracket, in standard deviations of the sample's rank: misses in 0.3 % of the tensors
+WIDTH = 2.0  # half the bracket, in standard deviations of the sample's rank: misses in 5 % of the tensors
+RESCUE = 6.0  # the same of the bracket that is looked at then, on the side on which the first one has missed
 SAMPLE = 16_384  # the fewest scores that a bracket is made of; 4 times as many at most
 SHARE = 32  # one score in so many is sampled, between these limits
 SHORT = 4_096  # values; up to here a plain `nonzero` takes less time than many small operations
 INNER = 512  # the fewest values that the bracket of a list is made of
+TOGETHER = 4  # chunks whose marks are looked through together: long enough for torch to divide among its threads
 RUN = 32  # neighbours taken together: two cache lines of float32, which memory hands out nearly as fast as one
 
 
@@ -61,12 +63,18 @@ def _pieces(t: Tensor) -> tuple[Tensor, ...]:
     return (t,) if t.numel() <= chunks.CHUNK else t.split(chunks.CHUNK)
 
 
-def _places(t: Tensor, lower: float, upper: float) -> Tensor:
-    """The indices at which a chunk is in `[lower, upper]`, ascending. NaN is not."""
+def _mark_inside(t: Tensor, lower: float, upper: float, marks: Tensor) -> Tensor:
+    """Write where a chunk is in `[lower, upper]` to `marks`, bool. NaN is not."""
     n = t.numel()
     # Operations whose result is bool are five times slower here than those on floats, so: float first.
-    within = torch.clamp(t, lower, upper, out=buffer("below", n, t.dtype)).eq_(t)  # NaN is not equal to itself
-    return ones_of(buffer("inside", n, torch.bool).copy_(within))
+    return marks.copy_(
+        torch.clamp(t, lower, upper, out=buffer("below", n, t.dtype)).eq_(t)
+    )  # NaN is not equal to itself
+
+
+def _places(t: Tensor, lower: float, upper: float) -> Tensor:
+    """The indices at which a chunk is in `[lower, upper]`, ascending."""
+    return ones_of(_mark_inside(t, lower, upper, buffer("inside", t.numel(), torch.bool)))
 
 
 def _inside(t: Tensor, lower: float, upper: float) -> Tensor:
@@ -119,7 +127,7 @@ def smallest(t: Tensor, ranks: tuple[int, ...]) -> list[float]:
     if n >= 16 * INNER:
         sample = t[:: n // max(INNER, n // 64)]
         m = sample.numel()
-        margin = 2 * WIDTH * math.sqrt(m / 4) + 1
+        margin = 6 * math.sqrt(m / 4) + 1
         lower, upper = _around(sample, min(ranks) / n * m - margin, max(ranks) / n * m + margin)
         below = _count_below(t, lower)
         inside = t.index_select(0, _inside(t, lower, upper))
@@ -164,8 +172,8 @@ def exact(t: Tensor, k: int) -> Threshold:
     return Threshold(*_settle(t, k))
 
 
-def bracket(sample: Tensor, k: int, numel: int) -> tuple[float, float]:
-    """Two values between which the K-th smallest t most likely lies.
+def bracket(sample: Tensor, k: int, numel: int, width: float) -> tuple[float, float]:
+    """Two values between which the K-th smallest t most likely lies: `width` standard deviations to either side.
 
     `sample` is t at some positions, in runs of `RUN` neighbours. Neighbours may be alike, so the deviation of a rank is
     measured on the runs. It is not taken for smaller than that of independent numbers. The ranks of the two in the
@@ -176,7 +184,7 @@ def bracket(sample: Tensor, k: int, numel: int) -> tuple[float, float]:
     known = None
     if n >= 8 * INNER:
         few = sample[:: n // INNER].contiguous()
-        reach = 1.2 * WIDTH * math.sqrt(few.numel() / 4) + 1
+        reach = 1.2 * width * math.sqrt(few.numel() / 4) + 1
         ranks = [min(max(round(share * few.numel() + x), 1), few.numel()) for x in (-reach, 0, reach)]
         first, middle, last = (_kthvalue(few, rank) for rank in ranks)
         ends = (first, _count_below(sample, first)), (last, _count_below(sample, last))
@@ -184,7 +192,7 @@ def bracket(sample: Tensor, k: int, numel: int) -> tuple[float, float]:
         known = Counted(sample, [ends[0], (middle, count_ones(below)), ends[1]])
         runs = below.view(-1, RUN).sum(1)
         deviation = max(deviation, math.sqrt(runs.numel()) * float(runs.std()))
-    margin = WIDTH * deviation + 1
+    margin = width * deviation + 1
     if known is not None:
         lower, upper = known.at(wanted - margin, margin / 10), known.at(wanted + margin, margin / 10)
         if lower is not None and upper is not None:
@@ -193,38 +201,72 @@ def bracket(sample: Tensor, k: int, numel: int) -> tuple[float, float]:
 
 
 class Collector:
-    """Counts, chunk by chunk, the t below the bracket, and collects those inside."""
+    """Counts, chunk by chunk, the t below the bracket, and collects those inside.
 
-    def __init__(self, k: int, numel: int, lower: float, upper: float) -> None:
-        self.k, self.numel, self.lower, self.upper = k, numel, lower, upper
+    Chunks come one after the other. The caller writes t of a chunk to its `room`, and calls `add`. `whole` is memory
+    for t of the whole tensor, if the caller has that; the room is a part of it then.
+    """
+
+    def __init__(self, k: int, numel: int, lower: float, upper: float, whole: Tensor | None = None) -> None:
+        self.k, self.numel, self.lower, self.upper, self.whole = k, numel, lower, upper, whole
+        self.everything = lower == -math.inf and upper == math.inf  # of a small tensor
         self.below = 0
+        self.begun = self.done = 0  # the chunks from `begun` to `done` are marked, and not looked through
         self.values: list[Tensor] = []
         self.indices: list[Tensor] = []
 
+    def room(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Memory for t of the chunk `[start, end)`."""
+        if self.whole is not None:
+            return self.whole[start:end]
+        if self.everything:
+            return buffer("selected", end - start, dtype)
+        return buffer("scores", TOGETHER * chunks.CHUNK, dtype)[start - self.begun : end - self.begun]
+
     def add(self, t: Tensor, start: int) -> None:
-        """Add one chunk, whose first element is element `start`."""
-        if self.lower == -math.inf and self.upper == math.inf:  # all of a small tensor
+        """Add one chunk, whose first element is element `start`. `t` is in its `room`."""
+        count = t.numel()
+        if self.everything:
             self.values.append(t.clone())
-            self.indices.append(torch.arange(start, start + t.numel(), device="cpu"))
+            self.indices.append(torch.arange(start, start + count, device="cpu"))
             return
+        within = buffer("below", count, t.dtype)
         if self.lower > -math.inf:
-            self.below += count_ones(torch.lt(t, self.lower, out=buffer("below", t.numel(), t.dtype)))
-        places = _places(t, self.lower, self.upper)
-        self.values.append(t.index_select(0, places))
-        self.indices.append(places.add_(start))
+            self.below += count_ones(torch.lt(t, self.lower, out=within))
+        marks = self._marks(max(TOGETHER * chunks.CHUNK, count))
+        _mark_inside(t, self.lower, self.upper, marks[start - self.begun : start - self.begun + count])
+        self.done = start + count
+        if self.done - self.begun + chunks.CHUNK > marks.numel() or self.done == self.numel:
+            self._look_through(marks[: self.done - self.begun], t.dtype)
+
+    def _marks(self, count: int) -> Tensor:
+        return buffer("inside", count, torch.bool)
+
+    def _look_through(self, marks: Tensor, dtype: torch.dtype) -> None:
+        """Move what is inside of the bracket to the lists."""
+        places = scattered_ones(marks)
+        self.values.append(self.room(self.begun, self.done, dtype).index_select(0, places))
+        self.indices.append(places.add_(self.begun))
+        self.begun = self.done
 
     def settle(self) -> Threshold | None:
         """The threshold; None if the bracket has missed."""
         t, indices, rank = joined(self.values), joined(self.indices), self.k - self.below
-        whole = self.lower == -math.inf and self.upper == math.inf  # then NaN is in the list
-        valid = _count_up_to(t, math.inf) if whole else t.numel()
+        valid = _count_up_to(t, math.inf) if self.everything else t.numel()  # where all is collected, NaN is, too
         if not 1 <= rank <= valid:
             return None
         places, smaller = _near(Counted(t, [(self.lower, 0), (self.upper, valid)]), rank)
         if places is not None:
             t, indices = t.index_select(0, places), indices.index_select(0, places)
-        value, last = _settle(t, rank - smaller)
-        return Threshold(value, int(indices[last]))
+        value = smallest(t, (rank - smaller,))[0]
+        ties = indices.index_select(0, _inside(t, value, value))
+        last = rank - smaller - _count_below(t, value)
+        return Threshold(value, int(ties.kthvalue(last).values))
+
+    def beside(self, lower: float, upper: float) -> Collector:
+        """A collector of the side on which this one has missed, up to the ends of a wider bracket."""
+        ends = (lower, self.lower) if self.k <= self.below else (self.upper, upper)
+        return Collector(self.k, self.numel, *ends, self.whole)
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -250,6 +292,14 @@ def bracket_runs(numel: int) -> Tensor:
     return torch.arange(runs, device="cpu") * (available - 1) // (runs - 1)
 
 
+def _by(collector: Collector) -> Threshold | None:
+    """The threshold, from a collector that has all t of the tensor; None if its bracket has missed."""
+    assert collector.whole is not None
+    for start, end in spans(collector.numel):
+        collector.add(collector.whole[start:end], start)
+    return collector.settle()
+
+
 def top_k(score: Tensor, k: int) -> Tensor:
     """`selective.kernels.top_k` on the CPU."""
     t = score.detach().reshape(-1).to(torch.float64 if score.dtype == torch.float64 else torch.float32).neg()
@@ -257,10 +307,8 @@ def top_k(score: Tensor, k: int) -> Tensor:
     threshold: Threshold | None = None
     if numel > 4 * SAMPLE and 0 < k < numel:
         sample = t[: numel // RUN * RUN].view(-1, RUN).index_select(0, bracket_runs(numel)).view(-1)
-        collector = Collector(k, numel, *bracket(sample, k, numel))
-        for start, end in spans(numel):
-            collector.add(t[start:end], start)
-        threshold = collector.settle()
+        collector = Collector(k, numel, *bracket(sample, k, numel, WIDTH), t)
+        threshold = _by(collector) or _by(collector.beside(*bracket(sample, k, numel, RESCUE)))
     if threshold is None:
         threshold = exact(t, k)
     return threshold.mark(t, 0, t).to(torch.bool).reshape(score.shape)

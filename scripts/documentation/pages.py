@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import keywords, reference
+from . import keywords, notebook, reference
 
 NAV = {
     "Start": ["guides/install", "guides/quick-start", "guides/worth-it", "guides/faq", "guides/coming-from"],
@@ -28,6 +28,7 @@ NAV = {
         "guides/checkpoints",
         "guides/watching",
         "guides/compare",
+        "guides/doctor",
         "guides/examples",
     ],
     "Performance and evidence": ["performance", "evidence"],
@@ -49,6 +50,8 @@ NAV = {
     "Reference": [
         "reference/index",
         "reference/optimizer",
+        "reference/explain",
+        "reference/state",
         "reference/policies",
         "reference/rules",
         "reference/selections",
@@ -59,6 +62,7 @@ NAV = {
         "reference/conformance",
         "reference/compare",
         "reference/bench",
+        "reference/doctor",
         "reference/kernels",
     ],
 }
@@ -107,8 +111,15 @@ def _index(docs: Path) -> str:
 
 
 def _examples(folder: Path) -> str:
-    files = sorted(file for file in folder.iterdir() if file.suffix in _LANGUAGES)
-    return "\n\n".join(f"## {f.name}\n\n````{_LANGUAGES[f.suffix]}\n{f.read_text()}````" for f in files)
+    files = sorted(file for file in folder.iterdir() if file.suffix in (*_LANGUAGES, ".ipynb"))
+    return "\n\n".join(f"## {file.name}\n\n{_shown(file)}" for file in files)
+
+
+def _shown(file: Path) -> str:
+    """A file as Markdown: a program in a fence, a notebook as text with fences."""
+    if file.suffix == ".ipynb":
+        return notebook.as_markdown(notebook.read(file))
+    return f"````{_LANGUAGES[file.suffix]}\n{file.read_text()}````"
 
 
 def _slug(file: str) -> str:

@@ -28,6 +28,7 @@ PACKAGES = (
     "selective.testing",
     "selective.compare",
     "selective.bench",
+    "selective.doctor",
     "selective.kernels",
 )
 # Modules without an __all__, and their names that are for users.

@@ -91,11 +91,12 @@ def make(name: str, parts: Parts, vocabulary: int, out: Path) -> None:
     end = tokenizer.token_to_id(END)
 
     def tokens(texts: list[str]) -> Tensor:
-        numbers: list[int] = []
+        parts = []
         for first in range(0, len(texts), 256):
-            for encoded in tokenizer.encode_batch(texts[first : first + 256]):
-                numbers += [*encoded.ids, end]
-        return torch.tensor(numbers, dtype=torch.int32)
+            encoded = tokenizer.encode_batch(texts[first : first + 256])
+            numbers = [number for document in encoded for number in (*document.ids, end)]
+            parts.append(torch.tensor(numbers, dtype=torch.int32))
+        return torch.cat(parts)
 
     out.mkdir(parents=True, exist_ok=True)
     as_text = tokenizer.to_str()

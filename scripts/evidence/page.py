@@ -13,10 +13,11 @@ _MARKED = re.compile(r"(<!-- evidence: ([^>]+?) -->\n\n)((?:\|.*\n)*)")
 def filled(page: str, results: Results) -> str:
     """The page with its tables as the records give them. Raises KeyError for a mark that no table has."""
 
-    def table(match: re.Match[str]) -> str:
-        return match[1] + "\n".join(TABLES[match[2]](results)) + "\n"
+    def made(match: re.Match[str]) -> str:
+        table = "\n".join(TABLES[match[2]](results)) + "\n"
+        return match[1] + table + ("" if match[3] else "\n")  # an empty line ends a table
 
-    return _MARKED.sub(table, page)
+    return _MARKED.sub(made, page)
 
 
 def marks(page: str) -> list[str]:

@@ -4,48 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from evidence.runs import Results, Run, best_rate, next_rates
-from evidence.setups import POLICIES, control_of
+from evidence.ranking import best_setups
+from evidence.runs import Results, Run
+from evidence.setups import POLICIES, READINGS
+from evidence.sweeps import control, rest_sweep, seeds, settled, sweep, swept_control
 
-SEEDS = (0, 1, 2)
 LONGER = 1.5  # the share of the steps that the baseline gets in the comparison of whole schedules
-GRIDS: dict[str, tuple[float, ...]] = {
-    "AdamW": (7.5e-4, 1.5e-3, 3e-3, 6e-3),
-    "Lion": (7.5e-5, 1.5e-4, 3e-4, 6e-4),
-}
 Plan = Callable[[Results], Iterator[Run]]
 
-
-def sweep(results: Results, task: str, setup: str, grid: Sequence[float]) -> Iterator[Run]:
-    """The runs that a setup's sweep over learning rates still needs, with seed 0, and those that it has."""
-    losses = results.losses(task, setup)
-    for lr in sorted({*losses, *next_rates(losses, grid)}, key=lambda lr: (lr not in grid, lr)):
-        yield Run(task, setup, lr)
-
-
-def settled(results: Results, task: str, setup: str, grid: Sequence[float]) -> float | None:
-    """The best learning rate of a sweep that is done. None if it is not done, or if all of its runs diverged."""
-    losses = results.losses(task, setup)
-    return None if next_rates(losses, grid) else best_rate(losses)
-
-
-def seeds(
-    results: Results, task: str, setup: str, grid: Sequence[float], part: float = 1.0, all_seeds: Sequence[int] = SEEDS
-) -> Iterator[Run]:
-    """The runs of all seeds at the best learning rate, once the sweep is done."""
-    lr = settled(results, task, setup, grid)
-    if lr is not None:
-        yield from (Run(task, setup, lr, seed, part=part) for seed in all_seeds)
-
-
-def around(results: Results, task: str, setup: str, grid: Sequence[float]) -> tuple[float, ...]:
-    """The two learning rates at which a control begins: the best of its policy, and the better one beside it."""
-    lr = settled(results, task, setup, grid)
-    if lr is None:
-        return ()
-    losses = results.losses(task, setup)
-    beside = [rate for rate in (lr / 2, 2 * lr) if rate in losses]
-    return (lr, *sorted(beside, key=losses.__getitem__)[:1])
+# Stage 2. The first ones are also tried with a rate of its own for what is no inner matrix.
+APART = ("AdamW", "AdamW in Soap", "Cautious on AdamW in Soap")
+DECAYS = ("CautiousDecay on AdamW in Soap", "Cautious, CautiousDecay on AdamW in Soap")
+RIVALS = ("pytorch_optimizer SOAP", "AdamW in the momentum's basis", "AdamW in AdaDiag++")
+NORMS = ("AdamW, norm controlled", "AdamW in Soap, norm controlled")
+AVERAGED = "Cautious on AdamW in Soap, tail averaged"
+# Stage 3
+MUON_MASKS = tuple(f"{name} on Muon" for name in ("Cautious", "MGUP mild", "MGUP official"))
+MUON_MORE = ("Muon, whitened",)
+# Stages 4 and 5: everyone of the first, and the best of the second with three seeds at 34M
+BASELINES = ("AdamW", "Muon")
+CANDIDATES = ("AdamW in Soap", *APART[2:], *DECAYS, *RIVALS[1:], *NORMS, AVERAGED, *MUON_MASKS, *MUON_MORE)
+# Stage 6: MGUP's own setting, which has one rate for all bases
+THEIR_RATE, THEIR_STEPS = 3e-4, 2000 / 600
+THEIRS = tuple(setup for base in ("AdamW", "Lion", "Muon") for setup in (base, f"MGUP official on {base}"))
 
 
 def masks(results: Results, task: str, base: str, policies: Sequence[str]) -> Iterator[Run]:
@@ -54,28 +35,27 @@ def masks(results: Results, task: str, base: str, policies: Sequence[str]) -> It
     A control has two rates at first. Its sweep goes on to the rates beside its best at the end, when everything else
     is done, and its seeds are at the best of those that it has.
     """
-    grid = GRIDS[base]
     masked = [f"{name} on {base}" for name in policies]
     for setup in (base, *masked):
-        yield from sweep(results, task, setup, grid)
+        yield from sweep(results, task, setup)
     for setup in (base, *masked):
-        yield from seeds(results, task, setup, grid)
-    yield from seeds(results, task, base, grid, LONGER)
+        yield from seeds(results, task, setup)
+    yield from seeds(results, task, base, part=LONGER)
     for setup in masked:
-        yield from _control(results, task, setup, grid)
+        yield from control(results, task, setup)
     for setup in masked:
-        if two := around(results, task, setup, grid):
-            yield from sweep(results, task, control_of(setup), two)
-            yield from seeds(results, task, control_of(setup), two)
+        yield from swept_control(results, task, setup)
 
 
-def _control(results: Results, task: str, setup: str, grid: Sequence[float]) -> Iterator[Run]:
-    """The first two rates of a setup's control, and its seeds at the better one."""
-    control, two = control_of(setup), around(results, task, setup, grid)
-    yield from (Run(task, control, lr) for lr in two)
-    losses = results.losses(task, control)
-    if two and losses.keys() >= set(two) and (lr := best_rate(losses)) is not None:
-        yield from (Run(task, control, lr, seed) for seed in SEEDS)
+def of_each(results: Results, task: str, setups: Sequence[str], apart: bool = False) -> Iterator[Run]:
+    """The sweeps of some setups, then their seeds; with `apart` also the sweeps over the other rate."""
+    for setup in setups:
+        yield from sweep(results, task, setup)
+    if apart:
+        for setup in setups:
+            yield from rest_sweep(results, task, setup)
+    for setup in setups:
+        yield from seeds(results, task, setup, apart=apart)
 
 
 def stage_1(results: Results) -> Iterator[Run]:
@@ -84,7 +64,57 @@ def stage_1(results: Results) -> Iterator[Run]:
         yield from masks(results, "python-34m", base, list(POLICIES))
 
 
-STAGES: dict[int, Plan] = {1: stage_1}
+def stage_2(results: Results) -> Iterator[Run]:
+    """34M on Python source: the best composition."""
+    task = "python-34m"
+    yield from of_each(results, task, APART)
+    yield from of_each(results, task, APART, apart=True)
+    yield from of_each(results, task, DECAYS)
+    lr = settled(results, task, "Cautious on AdamW in Soap")
+    if lr is not None:  # an average changes no step, so that the best rate stays the best
+        yield from (Run(task, AVERAGED, lr, seed) for seed in (0, 1, 2))
+    yield from of_each(results, task, RIVALS)
+    yield from control(results, task, "Cautious on AdamW in Soap")
+    yield from control(results, task, DECAYS[0])
+    yield from of_each(results, task, NORMS, apart=True)
+
+
+def stage_3(results: Results) -> Iterator[Run]:
+    """34M on Python source: Muon with its auxiliary AdamW's rate swept, bare, masked, and whitened."""
+    task = "python-34m"
+    yield from of_each(results, task, ["Muon"], apart=True)
+    yield from of_each(results, task, MUON_MASKS, apart=True)
+    yield from of_each(results, task, MUON_MORE, apart=True)
+    yield from control(results, task, MUON_MASKS[0])
+
+
+def stage_4(results: Results) -> Iterator[Run]:
+    """110M on Python source: AdamW, Muon and the two setups that were best at 34M."""
+    yield from _short_list(results, "python-110m")
+
+
+def stage_5(results: Results) -> Iterator[Run]:
+    """English text, the same short list, at 34M and at 110M."""
+    yield from _short_list(results, "english-34m")
+    yield from _short_list(results, "english-110m")
+
+
+def stage_6(results: Results) -> Iterator[Run]:
+    """MGUP's own setting with one seed, other readings of AlphaAdam, and Magma."""
+    yield from (Run("english-34m-256", setup, THEIR_RATE, rest_lr=_rest(setup), part=THEIR_STEPS) for setup in THEIRS)
+    yield from of_each(results, "python-34m", [f"{name} on AdamW" for name in READINGS])
+
+
+def _rest(setup: str) -> float | None:
+    return THEIR_RATE if "Muon" in setup else None
+
+
+def _short_list(results: Results, task: str) -> Iterator[Run]:
+    yield from of_each(results, task, BASELINES[:1])
+    yield from of_each(results, task, [*BASELINES[1:], *best_setups(results, "python-34m", CANDIDATES, 2)], apart=True)
+
+
+STAGES: dict[int, Plan] = {1: stage_1, 2: stage_2, 3: stage_3, 4: stage_4, 5: stage_5, 6: stage_6}
 
 
 def wanted(results: Results, stages: Sequence[int]) -> list[Run]:

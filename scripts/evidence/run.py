@@ -2,7 +2,8 @@
 
     python scripts/evidence/run.py --out docs/measurements/evidence --stage 1 --seconds 550
     python scripts/evidence/run.py --out docs/measurements/evidence --table
-    python scripts/evidence/run.py --out docs/measurements/evidence --page docs/evidence.md
+    python scripts/evidence/run.py --out docs/measurements/evidence \\
+        --page docs/evidence.md --picture docs/pictures/evidence.svg
 
 The runs come in the order of `plan.py`. Each is written to a file of its own, and a run that has its file is not
 repeated. So the work can be done in several sittings, each ended by `--seconds`. On a machine with several GPUs each
@@ -29,6 +30,7 @@ if __name__ == "__main__":  # the folder `evidence` is imported from `scripts`
 
 from evidence.claims import next_run
 from evidence.page import all_tables, filled
+from evidence.picture import draw
 from evidence.plan import STAGES, wanted
 from evidence.runs import Results, Run
 from evidence.setups import optimizer_of
@@ -46,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--alone", action="store_true", help="note in the records that each run has its GPU to itself")
     add("--table", action="store_true", help="only print the tables")
     add("--page", type=Path, help="only write the tables into this page, behind their marks")
+    add("--picture", type=Path, help="only draw the picture into this file, with the other files beside --out")
     add("--list", action="store_true", help="only print the runs that are left, as far as they are known")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add("--one-process", action="store_true", help="use one GPU, even if there are several")
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     stages = options.stage or [*STAGES]
-    if options.list or options.table or options.page:
+    if options.list or options.table or options.page or options.picture:
         show(options, stages)
         return 0
     gpus = torch.cuda.device_count() if options.device == "cuda" and not options.one_process else 1
@@ -74,6 +77,8 @@ def show(options: argparse.Namespace, stages: list[int]) -> None:
         print(all_tables(results))
     if options.page:
         options.page.write_text(filled(options.page.read_text(), results))
+    if options.picture:
+        options.picture.write_text(draw(options.out.parent))
 
 
 def work(options: argparse.Namespace, stages: list[int]) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from selective.compare.race import final
 
 Record = dict[str, Any]  # plain JSON data, as `training.py` makes it
+Point = tuple[float, float | None]  # `lr` and `rest_lr` of a run
 MOST_RATES = 10  # of a sweep, which goes on while its best rate is at an edge
 
 
@@ -43,28 +46,38 @@ class Results:
 
     def __init__(self, records: Iterable[Record]) -> None:
         self.records = list(records)
+        self._of: dict[tuple[str, str, float], list[Record]] = {}
+        for record in self.records:
+            self._of.setdefault((record["task"], record["setup"], record["part"]), []).append(record)
 
     @classmethod
     def read(cls, folder: Path) -> Results:
         return cls(json.loads(file.read_text()) for file in sorted(folder.glob("*/*-seed*.json")))
 
-    def of(
-        self, task: str, setup: str, lr: float | None = None, rest_lr: float | None = None, part: float = 1.0
-    ) -> list[Record]:
-        """The records of a setup; those at one learning rate, if one is given."""
-        wanted = (task, setup, part, rest_lr)
-        mine = [r for r in self.records if (r["task"], r["setup"], r["part"], r["rest_lr"]) == wanted]
-        return [r for r in mine if lr in (None, r["lr"])]
+    def of(self, task: str, setup: str, part: float = 1.0) -> list[Record]:
+        """The records of a setup at all rates, of runs with this share of the steps."""
+        return self._of.get((task, setup, part), [])
+
+    def points(self, task: str, setup: str) -> dict[Point, float]:
+        """The final losses of seed 0 by both learning rates; infinite where the run diverged."""
+        return {(r["lr"], r["rest_lr"]): final(r) for r in self.of(task, setup) if r["seed"] == 0}
 
     def losses(self, task: str, setup: str, rest_lr: float | None = None) -> dict[float, float]:
-        """The final losses of seed 0 by learning rate; infinite where the run diverged."""
-        return {r["lr"]: final(r) for r in self.of(task, setup, rest_lr=rest_lr) if r["seed"] == 0}
+        """The final losses of seed 0 by learning rate, where what is no inner matrix has the rate `rest_lr`.
 
-    def by_seed(
-        self, task: str, setup: str, lr: float, rest_lr: float | None = None, part: float = 1.0
-    ) -> dict[int, Record]:
-        """The records at one learning rate by seed."""
-        return {r["seed"]: r for r in self.of(task, setup, lr, rest_lr, part)}
+        None: the rate of the matrices.
+        """
+        points = self.points(task, setup).items()
+        return {lr: loss for (lr, rest), loss in points if rest == rest_lr}
+
+    def rest_losses(self, task: str, setup: str, lr: float) -> dict[float, float]:
+        """The final losses of seed 0 by the rate of what is no inner matrix; the matrices have the rate `lr`."""
+        points = self.points(task, setup).items()
+        return {lr if rest is None else rest: loss for (rate, rest), loss in points if rate == lr}
+
+    def by_seed(self, task: str, setup: str, point: Point, part: float = 1.0) -> dict[int, Record]:
+        """The records at a pair of learning rates by seed."""
+        return {r["seed"]: r for r in self.of(task, setup, part) if (r["lr"], r["rest_lr"]) == point}
 
 
 def next_rates(losses: dict[float, float], grid: Sequence[float]) -> list[float]:
@@ -88,6 +101,19 @@ def best_rate(losses: dict[float, float]) -> float | None:
     return lr if math.isfinite(loss) else None
 
 
+def best_point(points: Mapping[Point, float]) -> Point | None:
+    """The pair of learning rates with the lowest loss. None if there is none, or if all runs diverged."""
+    losses = [(loss, lr, rest) for (lr, rest), loss in points.items() if math.isfinite(loss)]
+    return min(losses, key=lambda entry: entry[:2])[1:] if losses else None
+
+
 def at_edge(losses: dict[float, float]) -> bool:
     """True if the best rate is the lowest or the highest one that was tried."""
     return best_rate(losses) in (None, min(losses), max(losses))
+
+
+def step_seconds(record: Record) -> float:
+    """The median seconds of a step, over the intervals between evaluations."""
+    seconds, steps = record["seconds_to_validation"], record["validation"]["step"]
+    intervals = zip(itertools.pairwise(seconds), itertools.pairwise(steps), strict=True)
+    return statistics.median((b - a) / (after - before) for (a, b), (before, after) in intervals)

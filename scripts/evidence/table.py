@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 
-from evidence.plan import GRIDS, LONGER
-from evidence.runs import Record, Results, at_edge, best_rate
-from evidence.setups import CONTROL, POLICIES, control_of
+from evidence.bases import BASES
+from evidence.plan import THEIR_RATE, THEIR_STEPS, THEIRS
+from evidence.rows import AT_ANOTHER_S_BEST, COMPOSED, MUON, READINGS_ROWS, Row, masked_rows, short_list
+from evidence.runs import Point, Record, Results, at_edge, best_point, best_rate, step_seconds
+from evidence.sweeps import first_rest, grid_of
 from selective.compare.intervals import Interval, t_interval
 from selective.compare.race import final, race
 from selective.compare.summary import paired
 
 NOT_RUN = "not run"
 NONE = "–"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A setup, the one with which it is compared, and the share of the steps that it has."""
-
-    setup: str
-    base: str
-    part: float = 1.0
-
-    @property
-    def label(self) -> str:
-        return self.setup if self.part == 1 else f"{self.setup}, {self.part:g} × the steps"
-
-    @property
-    def control(self) -> str | None:
-        """The setup's control, if it has one. A control has none itself."""
-        return control_of(self.setup) if " on " in self.setup and not self.setup.startswith(CONTROL) else None
-
-
-def masked_rows(base: str) -> list[Row]:
-    """A base, with more steps, and with each policy and that policy's control."""
-    masked = [f"{name} on {base}" for name in POLICIES]
-    with_controls = [Row(setup, base) for name in masked for setup in (name, control_of(name))]
-    return [Row(base, base), Row(base, base, LONGER), *with_controls]
 
 
 def said(interval: Interval, digits: int = 3, sign: str = "") -> str:
@@ -55,33 +31,55 @@ class Comparison:
     def __init__(self, results: Results, task: str) -> None:
         self.results, self.task = results, task
 
-    def rate(self, setup: str) -> float | None:
-        return best_rate(self.results.losses(self.task, setup))
+    def point(self, row: Row) -> Point | None:
+        """The best rate, or the best pair of rates if what is no inner matrix has a rate of its own."""
+        points = self.results.points(self.task, row.setup)
+        if not row.apart:
+            return best_point({point: loss for point, loss in points.items() if point[1] == first_rest(row.setup)})
+        point = best_point(points)
+        unswept = point is not None and row.tuned_apart and len(self._rests(row, point)) < 2
+        return None if unswept else point
 
     def by_seed(self, row: Row) -> dict[int, Record]:
         """The row's runs by seed. A row with another share of the steps is at the rate that was best with all."""
-        lr = self.rate(row.setup)
-        return {} if lr is None else self.results.by_seed(self.task, row.setup, lr, part=row.part)
+        point = self.point(row)
+        return {} if point is None else self.results.by_seed(self.task, row.setup, point, row.part)
 
     def line(self, row: Row) -> str:
         """The row as a line of the table."""
-        losses = self.results.losses(self.task, row.setup)
-        mine = self.by_seed(row)
-        if not mine:
-            state = "diverged at every rate" if losses and best_rate(losses) is None else NOT_RUN
+        mine, point = self.by_seed(row), self.point(row)
+        if not mine or point is None:
+            tried = self.results.points(self.task, row.setup)
+            state = "diverged at every rate" if tried and best_point(tried) is None else NOT_RUN
             return _line([row.label, *[NONE] * 2, state, *[NONE] * 5])
-        rate = f"{self.rate(row.setup):g}{' (edge)' if at_edge(losses) else ''}"
+        rate = self._rate(row, point)
         if any(r["diverged"] for r in mine.values()):
             return _line([row.label, rate, str(len(mine)), "a seed diverged", *[NONE] * 5])
         loss = said(t_interval([final(r) for r in mine.values()]))
-        times = [_step_seconds(r) for r in mine.values() if r["alone"]]
+        times = [step_seconds(r) for r in mine.values() if r["alone"]]
         step = f"{1e3 * statistics.fmean(times):.1f}" if times else NONE
         return _line([row.label, rate, str(len(mine)), loss, *self._against(row, mine), step])
 
+    def _rate(self, row: Row, point: Point) -> str:
+        """The rates of a row, with a word on those that are at the edge of what was tried."""
+        lr, rest = point
+        if row.setup in AT_ANOTHER_S_BEST:
+            return f"{lr:g}"
+        swept = {}
+        for (rate, _), loss in self.results.points(self.task, row.setup).items():
+            swept[rate] = min(loss, swept.get(rate, loss))
+        text = f"{lr:g}{' (edge)' if at_edge(swept) else ''}"
+        if not row.apart:
+            return text
+        return f"{text}, rest {lr if rest is None else rest:g}{' (edge)' if at_edge(self._rests(row, point)) else ''}"
+
+    def _rests(self, row: Row, point: Point) -> dict[float, float]:
+        return self.results.rest_losses(self.task, row.setup, point[0])
+
     def _against(self, row: Row, mine: dict[int, Record]) -> list[str]:
         """Differences from base and control, and the races against the base."""
-        base = {} if row == Row(row.base, row.base) else self._finished(Row(row.base, row.base))
-        control = {} if row.control is None else self._finished(Row(row.control, row.base))
+        base = {} if row == row.baseline else self._finished(row.baseline)
+        control = {} if row.control is None else self._finished(row.control)
         differences = [paired(mine, theirs) for theirs in (base, control)]
         cells = [NONE if d is None else said(d, sign="+") for d in differences]
         if row.control is not None and not control:
@@ -104,13 +102,6 @@ def _ratio(pairs: Sequence[tuple[Record, Record]], axis: str) -> str:
     return said(run.ratio, 2)
 
 
-def _step_seconds(record: Record) -> float:
-    """The median seconds of a step, over the intervals between evaluations."""
-    seconds, steps = record["seconds_to_validation"], record["validation"]["step"]
-    intervals = zip(itertools.pairwise(seconds), itertools.pairwise(steps), strict=True)
-    return statistics.median((b - a) / (after - before) for (a, b), (before, after) in intervals)
-
-
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -129,7 +120,7 @@ def comparison_table(results: Results, task: str, rows: Sequence[Row]) -> list[s
 
 def rates_table(results: Results, task: str, setups: Sequence[str], grid: Sequence[float]) -> list[str]:
     """The final losses of seed 0 at every rate that was tried."""
-    losses = {setup: results.losses(task, setup) for setup in setups}
+    losses = {setup: results.losses(task, setup, first_rest(setup)) for setup in setups}
     rates = sorted({*grid, *(lr for swept in losses.values() for lr in swept)})
 
     def cell(swept: dict[float, float], lr: float) -> str:
@@ -144,16 +135,36 @@ def rates_table(results: Results, task: str, setups: Sequence[str], grid: Sequen
     ]
 
 
-def _of_masks(task: str, base: str) -> dict[str, Callable[[Results], list[str]]]:
-    rows = masked_rows(base)
-    setups = list(dict.fromkeys(row.setup for row in rows))
+def their_table(results: Results) -> list[str]:
+    """MGUP's own setting: one rate for all bases, one seed, and the difference from the same base without MGUP."""
+    task, part = "english-34m-256", THEIR_STEPS
+    losses = {setup: [final(r) for r in results.of(task, setup, part) if r["seed"] == 0] for setup in THEIRS}
+    lines = _head(["setup", "rate", "final loss", "against the base"])
+    for setup, mine in losses.items():
+        base = [] if setup in BASES else losses[setup.rpartition(" on ")[2]]
+        difference = f"{mine[0] - base[0]:+.3f}".replace("-", "−") if mine and base else NONE
+        lines.append(_line([setup, f"{THEIR_RATE:g}", f"{mine[0]:.3f}" if mine else NOT_RUN, difference]))
+    return lines
+
+
+def _of_rows(task: str, name: str, rows: Sequence[Row]) -> dict[str, Callable[[Results], list[str]]]:
+    setups = list(dict.fromkeys(row.setup for row in rows if row.setup not in AT_ANOTHER_S_BEST))
+    grid = grid_of(setups[0])
     return {
-        f"{task} {base}": lambda results: comparison_table(results, task, rows),
-        f"{task} {base} rates": lambda results: rates_table(results, task, setups, GRIDS[base]),
+        f"{task} {name}": lambda results: comparison_table(results, task, rows),
+        f"{task} {name} rates": lambda results: rates_table(results, task, setups, grid),
     }
 
 
 TABLES: dict[str, Callable[[Results], list[str]]] = {
-    **_of_masks("python-34m", "AdamW"),
-    **_of_masks("python-34m", "Lion"),
+    **_of_rows("python-34m", "AdamW", masked_rows("AdamW")),
+    **_of_rows("python-34m", "Lion", masked_rows("Lion")),
+    **_of_rows("python-34m", "composed", COMPOSED),
+    **_of_rows("python-34m", "Muon", MUON),
+    **_of_rows("python-34m", "readings", READINGS_ROWS),
+    "mgup's setting": their_table,
+    **{
+        task: partial(lambda task, results: comparison_table(results, task, short_list(results)), task)
+        for task in ("python-110m", "english-34m", "english-110m")
+    },
 }

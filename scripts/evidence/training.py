@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from evidence.prototypes.stepper import Finishes, Stepper
 from evidence.runs import Record, Run
 from selective.compare.config import LoopConfig
 from selective.compare.task import Batches, evaluated, facts_of, start_of, to_device
 from selective.compare.train import fingerprint, schedule
 
 LOOP = LoopConfig(warmup=0.1, final_lr=0.1, clip=1.0)  # pyright: ignore[reportCallIssue]
-UNTIMED_STEPS = 3  # of a setup's first run, in which kernels are compiled
+UNTIMED_STEPS = 12  # of a setup's first run on a GPU: kernels are compiled, and Soap refreshes its bases once
 
 
 class Trainer:
@@ -28,7 +28,7 @@ class Trainer:
     Args:
         task: a task of `selective compare`. A batch is a tensor, or a tuple of tensors, with an example in each row.
             A `micro_batch` says how many examples are put through the model at once; without it, all are.
-        optimizer_of: makes the optimizer of a run over the model.
+        optimizer_of: makes the optimizer of a run over the model, for a number of steps.
         steps: the steps of a whole run.
         evaluate_every: steps from one evaluation to the next.
         device: "cuda" or "cpu".
@@ -37,7 +37,7 @@ class Trainer:
     def __init__(
         self,
         task: Any,
-        optimizer_of: Callable[[Run, nn.Module], Optimizer],
+        optimizer_of: Callable[[Run, nn.Module, int], Stepper],
         steps: int,
         evaluate_every: int,
         device: str,
@@ -54,9 +54,9 @@ class Trainer:
         """Do a run: train from its seed's start on its seed's batches, to the end or until it diverges."""
         self._warm_up(run)
         self._restart(run.seed)
-        optimizer = self.optimizer_of(run, self.model)
-        rates = [group["lr"] for group in optimizer.param_groups]
         steps = round(self.steps * run.part)
+        optimizer = self.optimizer_of(run, self.model, steps)
+        rates = [group["lr"] for group in optimizer.param_groups]
         multiplier, batches = schedule(LOOP, steps), Batches(self.task, run.seed)
         record = self._new_record(run, steps)
         if self.device == "cuda":
@@ -64,6 +64,8 @@ class Trainer:
         begun = since = time.perf_counter()
         trained = 0.0
         for step in range(steps + 1):
+            if step == steps and isinstance(optimizer, Finishes):
+                optimizer.finish()
             if step % self.evaluate_every == 0 or step == steps:
                 self._synchronize()
                 trained += time.perf_counter() - since
@@ -103,7 +105,7 @@ class Trainer:
         record["validation"]["loss"].append(value)
         record["seconds_to_validation"].append(round(seconds, 4))
 
-    def _step(self, optimizer: Optimizer, batch: Any) -> None:
+    def _step(self, optimizer: Stepper, batch: Any) -> None:
         """One step. The host waits for nothing."""
         optimizer.zero_grad()
         for part, share in self._parts(to_device(batch, self.device)):
@@ -127,11 +129,11 @@ class Trainer:
         self.model.load_state_dict(self._starts[seed])
 
     def _warm_up(self, run: Run) -> None:
-        """Compile what a setup needs, once, so that no run's time has it."""
-        if run.setup in self._warm:
+        """Compile what a setup needs on a GPU, once, so that no run's time has it."""
+        if self.device == "cpu" or run.setup in self._warm:
             return
         self._restart(run.seed)
-        optimizer, batches = self.optimizer_of(run, self.model), Batches(self.task, run.seed)
+        optimizer, batches = self.optimizer_of(run, self.model, self.steps), Batches(self.task, run.seed)
         for step in range(UNTIMED_STEPS):
             self._step(optimizer, batches.at(step))
         evaluated(self.task, self.model, run.seed)

@@ -1,4 +1,4 @@
-"""The text of `opt.explain()`: a paragraph for each kind of parameter group."""
+"""The text of `opt.explain()`: a paragraph for each kind of parameter group. `paragraphs` has them as data."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from selective.capture.choose import Capture
 from selective.explain.launches import explain_launches
 from selective.explain.memory import memory_lines, temporary_memory
 from selective.explain.own_code import why_own_code
+from selective.explain.paragraph import Line, Paragraph, under
 from selective.explain.rate import rate_advice
 from selective.explain.rotated import explain_rotations
 from selective.explain.sharded import explain_shards, in_plain_torch
@@ -27,35 +28,45 @@ from selective.sharding.dtensor import local_of
 from selective.state.store import StateStore
 
 _MOST = 6  # names in a title
-_TRITON = "Triton"
+TRITON = "Triton"
+"""The text of the line on kernels where Triton steps a group."""
 _DRAWN = "reference (plain torch), because RandomDecay has no kernel"
 _DRAWN_MEMORY = "one copy of the group's parameters during the step, because RandomDecay has no kernel"
 
 
 def explain(base: Optimizer, plans: Sequence[GroupPlan], options: Options, store: StateStore) -> str:
     """A paragraph for each kind of parameter group, in plain words. Groups of which the same can be said share one."""
+    of_groups = paragraphs(base, plans, options, store)
+    total = sum(paragraph.lasting_bytes for paragraph in of_groups)
+    texts = [f"SelectiveUpdate over {type(base).__module__}.{type(base).__name__}", *map(str, of_groups)]
+    if len(of_groups) > 1 and total:
+        texts.append(f"all groups: {total:,} bytes that last, beside the base's state")
+    return "\n".join(texts)
+
+
+def paragraphs(base: Optimizer, plans: Sequence[GroupPlan], options: Options, store: StateStore) -> list[Paragraph]:
+    """Return the paragraphs of `explain`. The plans are up to date."""
     alike: dict[object, list[GroupPlan]] = {}
     for plan in plans:
         alike.setdefault(_same_for(base, plan, options), []).append(plan)
-    lines, total = [f"SelectiveUpdate over {type(base).__module__}.{type(base).__name__}"], 0
-    for members in alike.values():
-        plan = members[0]
-        policy = plan.policy
-        memory, lasting = memory_lines(members, store, _temporary(plan))
-        total += lasting
-        lines += [_title(members), *_facts(base, plan, options)]
-        rotations = [one.rotation for one in members if one.rotation is not None]
-        if rotations:
-            on_stacks = explain_stacks(members, options.mask_space)
-            lines += explain_rotations(rotations, policy, options.mask_space, on_stacks)
-        lines += _under("memory", memory)
-        advice = rate_advice(policy, _rotating(plan))
-        lines += [] if advice is None else [f"  rate      {advice}"]
-        notes = _notes(base, plan)
-        lines += [f"  note      {notes}"] if notes else []
-    if len(alike) > 1:
-        lines.append(f"all groups: {total:,} bytes that last, beside the base's state" if total else "")
-    return "\n".join(line for line in lines if line)
+    return [_paragraph(base, members, options, store) for members in alike.values()]
+
+
+def _paragraph(base: Optimizer, members: Sequence[GroupPlan], options: Options, store: StateStore) -> Paragraph:
+    """Return the paragraph of groups that are alike."""
+    plan = members[0]
+    policy = plan.policy
+    memory, lasting = memory_lines(members, store, _temporary(plan))
+    lines = _facts(base, plan, options)
+    rotations = [one.rotation for one in members if one.rotation is not None]
+    if rotations:
+        on_stacks = explain_stacks(members, options.mask_space)
+        lines += explain_rotations(rotations, policy, options.mask_space, on_stacks)
+    lines += under("memory", memory)
+    advice, notes = rate_advice(policy, _rotating(plan)), _notes(base, plan)
+    lines += [] if advice is None else [Line("rate", advice)]
+    lines += [Line("note", notes)] if notes else []
+    return Paragraph(tuple(member.number for member in members), _title(members), tuple(lines), lasting)
 
 
 def _same_for(base: Optimizer, plan: GroupPlan, options: Options) -> object:
@@ -77,24 +88,22 @@ def _draws(plan: GroupPlan) -> bool:
     return plan.decay is not None and plan.decay.at_random
 
 
-def _facts(base: Optimizer, plan: GroupPlan, options: Options) -> list[str]:
+def _facts(base: Optimizer, plan: GroupPlan, options: Options) -> list[Line]:
     """Return the lines that do not depend on which parameters the group has."""
     group, policy, capture = plan.group, plan.policy, plan.capture
     lines = [
-        f"  policy    {policy!r}",
-        f"  capture   {capture.way}: {capture.reason}",
-        f"  decay     {_decay(capture) if plan.decay is None else _selective_decay(plan.decay, capture)}",
-        f"  momentum  {_momentum(capture, group, options.momentum_beta)}",
+        Line("policy", repr(policy)),
+        Line("capture", f"{capture.way}: {capture.reason}"),
+        Line("decay", _decay(capture) if plan.decay is None else _selective_decay(plan.decay, capture)),
+        Line("momentum", _momentum(capture, group, options.momentum_beta)),
     ]
     selection = _selection(policy, group)
     kernels = _kernels(base, group, policy, capture, options.scope, options.rounding)
     kernels = _DRAWN if kernels and _draws(plan) else kernels
     shards = explain_shards(group, policy, capture, options.scope, options.statistics and not plan.is_dense)
-    lines += [f"  selection {selection}"] if selection else []
-    lines += [f"  kernels   {kernels}"] if kernels else []
-    launches = explain_launches(plan, options) if kernels == _TRITON else None
-    lines += [f"  launches  {launches}"] if launches else []
-    lines += [f"  sharded   {shards}"] if shards else []
+    launches = explain_launches(plan, options) if kernels == TRITON else None
+    more = {"selection": selection, "kernels": kernels, "launches": launches, "sharded": shards}
+    lines += [Line(label, text) for label, text in more.items() if text]
     return lines
 
 
@@ -122,11 +131,6 @@ def _numbers(numbers: list[int]) -> str:
     for run in runs:
         texts += [f"[{run[0]}] to [{run[-1]}]"] if len(run) > 2 else [f"[{number}]" for number in run]
     return ", ".join(texts)
-
-
-def _under(name: str, texts: Sequence[str]) -> list[str]:
-    """Return the lines of several texts under one name."""
-    return [f"  {name if i == 0 else '':<10}{text}" for i, text in enumerate(texts)]
 
 
 def _rotating(plan: GroupPlan) -> Preconditioner | None:
@@ -202,7 +206,7 @@ def _kernels(
         why = why_reference(spec.Item(here, grad, state, 0), rule)
         if why is not None:
             return f"reference (plain torch), because {why}"
-    return _TRITON
+    return TRITON
 
 
 def _notes(base: Optimizer, plan: GroupPlan) -> str:

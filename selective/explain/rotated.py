@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from selective.explain.paragraph import Line
 from selective.plan.rotation_plan import RotationPlan
 from selective.policies import Dense, Policy
 from selective.preconditioner import LargeSide, Shape
@@ -17,30 +18,30 @@ _SHARDED = "nothing is sent for it in a step, two all-reduces in one with a refr
 
 def explain_rotations(
     rotations: Sequence[RotationPlan], policy: Policy, mask_space: str, on_stacks: Sequence[str]
-) -> list[str]:
+) -> list[Line]:
     """The lines of groups that are alike, under those that hold for the parameters that are not rotated.
 
-    `on_stacks` are the lines that say how the rotated ones are stepped together.
+    `on_stacks` are the texts that say how the rotated ones are stepped together.
     """
     first = rotations[0]
-    lines = [f"  rotated   {_rotated(rotations)}, by {first.preconditioner!r}"]
+    lines = [Line("rotated", f"{_rotated(rotations)}, by {first.preconditioner!r}")]
     params = [(rotation, p) for rotation in rotations for p in rotation.shapes]
     if params:
-        lines += [f"            {first.capture.way}: {_way(first)}", *on_stacks]
+        lines += [Line("", text) for text in (f"{first.capture.way}: {_way(first)}", *on_stacks)]
         gathered = [p for rotation, p in params if p in rotation.gathered]
         sharded = sum(shard_of(p) is not None for _, p in params) - len(gathered)
         if sharded:
-            lines.append(f"            {sharded:,} of them sharded: {_SHARDED}")
+            lines.append(Line("", f"{sharded:,} of them sharded: {_SHARDED}"))
         if gathered:
-            lines.append(f"            {len(gathered):,} of them sharded: {_gathering(first, gathered)}")
-    lines += [f"  left out  {text}" for text in _left_out(rotations)]
+            lines.append(Line("", f"{len(gathered):,} of them sharded: {_gathering(first, gathered)}"))
+    lines += [Line("left out", text) for text in _left_out(rotations)]
     by_reason: dict[str, list[str]] = {}
     for rotation in rotations:
         for name, why in rotation.reasons_not_rotated.items():
             by_reason.setdefault(why, []).append(name)
-    lines += [f"  not       {_listed(names)}: {why}" for why, names in by_reason.items()]
+    lines += [Line("not", f"{_listed(names)}: {why}") for why, names in by_reason.items()]
     if not isinstance(policy, Dense) and params:
-        lines.append(f"  mask      made in the {mask_space} space of rotated parameters")
+        lines.append(Line("mask", f"made in the {mask_space} space of rotated parameters"))
     return lines
 
 

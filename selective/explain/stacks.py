@@ -10,20 +10,20 @@ from selective.policies.kernel_terms import has_own_code
 from selective.preconditioner import Eigenbasis
 from selective.state.kept_bases import why_not_stacked
 
-TOGETHER = "            in stacks: all matrices of one shape share each product"
+TOGETHER = "in stacks: all matrices of one shape share each product"
 
 
 def explain_stacks(plans: Sequence[GroupPlan], mask_space: str) -> list[str]:
-    """Return the lines on groups that are alike; none if no preconditioner of ours is around a known rule."""
-    lines: dict[str, None] = {}
+    """Return the texts on groups that are alike; none if no preconditioner of ours is around a known rule."""
+    texts: dict[str, None] = {}
     for plan in plans:
         rotation = plan.rotation
         if rotation is None or not rotation.shapes or rotation.capture.way != "fused":
             continue
         if isinstance(rotation.preconditioner, Eigenbasis):
             reason = _why_not(plan, mask_space)
-            lines[TOGETHER if reason is None else f"            matrix by matrix, or few at a time: {reason}"] = None
-    return list(lines)
+            texts[TOGETHER if reason is None else f"matrix by matrix, or few at a time: {reason}"] = None
+    return list(texts)
 
 
 def _why_not(plan: GroupPlan, mask_space: str) -> str | None:

@@ -33,6 +33,14 @@ def text_file(folder: Path, size: int = 4000) -> Path:
     return path
 
 
+def policy_file(folder: Path) -> None:
+    """A module `my_policies` with a policy of a user's own, for `imports`."""
+    (folder / "my_policies.py").write_text(
+        "import torch\nfrom selective import Policy\n\n\nclass HalfOfIt(Policy):\n    rest: float = 0.5\n\n"
+        "    def mask(self, view):\n        return torch.where(view.update * view.grad > 0, 1.0, self.rest)\n"
+    )
+
+
 def tiny(folder: Path, **changes: Any) -> CompareConfig:
     """A comparison that trains in a fraction of a second; `changes` are merged in."""
     return build(merge(merge(TINY, {"data": {"file": str(text_file(folder))}}), changes))

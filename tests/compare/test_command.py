@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compare_helpers import TINY, records, text_file
+from compare_helpers import TINY, policy_file, records, text_file
 
 from selective.cli import main
 from selective.compare import build, memory, summarise
@@ -120,14 +120,11 @@ def test_the_folder_of_the_results_is_a_file(tmp_path, capsys):
 
 
 def test_a_policy_of_ones_own(tmp_path, capsys, monkeypatch):
-    """With two workers, which are other processes: they have to find the class too."""
-    (tmp_path / "my_policies.py").write_text(
-        "import torch\nfrom selective import Policy\n\n\nclass HalfOfIt(Policy):\n    rest: float = 0.5\n\n"
-        "    def mask(self, view):\n        return torch.where(view.update * view.grad > 0, 1.0, self.rest)\n"
-    )
+    """Processes have to find the class, too: test_resume.py, `test_processes_and_one_process_agree`."""
+    policy_file(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     out = tmp_path / "out"
-    described = ["compare", "--config", config_file(tmp_path), "--out", str(out), "--workers", "2"]
+    described = ["compare", "--config", config_file(tmp_path), "--out", str(out)]
     assert main([*described, "--import", "my_policies", "--policy", '{"kind": "HalfOfIt", "rest": 0.2}']) == 0
     assert "HalfOfIt(rest=0.2)" in capsys.readouterr().out
     assert main(["compare", "--out", str(out), "--resume"]) == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare_helpers import TINY, ignore, never, text_file, tiny, trainer
+from compare_helpers import TINY, ignore, never, policy_file, text_file, tiny, trainer
 
 from selective.compare import Comparison, ConfigError, build, workers
 from selective.compare.config import merge
@@ -117,14 +117,18 @@ def test_resuming_something_else_is_refused(tmp_path):
         Comparison(longer, tmp_path / "out", resume=True)
 
 
-def test_processes_and_one_process_agree(tmp_path):
-    config = tiny(tmp_path, policies=["MGUP", "RandomMask"])
+def test_processes_and_one_process_agree(tmp_path, monkeypatch):
+    """One of the policies is the user's own, whose class the processes have to find."""
+    policy_file(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    changes = {"imports": ["my_policies"], "policies": [{"kind": "HalfOfIt", "rest": 0.2}, "RandomMask"]}
+    config = tiny(tmp_path, **changes)
     threads = torch.get_num_threads()
     alone = Comparison(config, tmp_path / "alone")
     assert alone.run(ignore)
     assert torch.get_num_threads() == threads
     seen = []
-    apart = Comparison(tiny(tmp_path, policies=["MGUP", "RandomMask"], workers=2), tmp_path / "apart")
+    apart = Comparison(tiny(tmp_path, **changes, workers=2), tmp_path / "apart")
     assert apart.run(seen.append)
     assert prints(apart) == prints(alone)
     assert {message.key for message in seen if isinstance(message, workers.Progress)} == set(apart.records)
@@ -155,9 +159,7 @@ def test_a_run_whose_checkpoint_is_broken_fails_and_the_others_go_on(tmp_path, c
 def test_ctrl_c_keeps_what_there_is_and_resume_goes_on(tmp_path, count):
     """A real SIGINT to the real command, in the middle of a run."""
     settings = merge(TINY, {"data": {"file": str(text_file(tmp_path))}, "policies": ["RandomMask"], "workers": count})
-    settings = merge(
-        settings, {"seeds": [0, 1, 2], "steps": 150, "loop": {"evaluate_every": 50, "checkpoint_every": 20}}
-    )
+    settings = merge(settings, {"seeds": [0, 1], "steps": 100, "loop": {"evaluate_every": 50, "checkpoint_every": 10}})
     (tmp_path / "mine.json").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "selective.cli", "compare", "--config", str(tmp_path / "mine.json")]
     interrupted = [*command, "--out", str(tmp_path / "stopped")]

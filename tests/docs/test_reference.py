@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import pkgutil
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -41,6 +43,22 @@ def test_a_name_without_an_entry_is_noticed() -> None:
     assert without_entry(reference.public_names(), lacking) == ["selective.MGUP", "selective.policies.MGUP"]
     with pytest.raises(AttributeError):
         reference.expand("<!-- reference: selective.NoSuchName -->")
+
+
+def without_example(pages: list[str]) -> list[str]:
+    """Public classes and functions of `selective` that no block of code on these pages uses."""
+    code = "\n".join(
+        block for page in pages for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    )
+    used = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+    return sorted(set(selective.__all__) - used)
+
+
+def test_every_class_has_an_example() -> None:
+    """The blocks run in test_code_blocks.py."""
+    assert without_example([page.read_text() for page in PAGES]) == []
+    only = "MGUP\n```python\nfrom selective import Cautious, MGUP\nMGUP()\n```\n"
+    assert without_example([only]) == sorted(set(selective.__all__) - {"MGUP"})
 
 
 def test_the_packages_are_those_with_public_names() -> None:

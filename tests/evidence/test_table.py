@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from evidence.page import filled, marks
+from evidence.rows import Row
 from evidence.runs import Results, Run
-from evidence.table import TABLES, Comparison, Row
+from evidence.table import TABLES, Comparison
 
 TASK = "python-34m"
 
@@ -85,7 +86,7 @@ def test_a_page_is_filled_and_a_changed_record_is_noticed(records: list[dict[str
     written = filled(page, Results(records))
     assert "| old |" not in written
     assert "\n\nText.\n" in written
-    assert written.endswith("\nEnd.\n")
+    assert written.endswith("|\n\nEnd.\n")
     assert filled(written, Results(records)) == written
     changed = copy.deepcopy(records)
     changed[0]["validation"]["loss"][-1] -= 0.01
@@ -95,7 +96,7 @@ def test_a_page_is_filled_and_a_changed_record_is_noticed(records: list[dict[str
 
 
 def test_controls_have_no_control() -> None:
-    assert Row("Cautious on AdamW", "AdamW").control == "random like Cautious on AdamW"
+    assert Row("Cautious on AdamW", "AdamW").control == Row("random like Cautious on AdamW", "AdamW")
     assert Row("random like Cautious on AdamW", "AdamW").control is None
     assert Row("AdamW", "AdamW").control is None
-    assert Comparison(Results([]), TASK).rate("AdamW") is None
+    assert Comparison(Results([]), TASK).point(Row("AdamW", "AdamW")) is None

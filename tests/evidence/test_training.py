@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evidence import plan, run, tasks
+from evidence import plan, run, runs, sweeps, tasks
 from evidence.runs import Results, Run
 from evidence.setups import optimizer_of
 from evidence.tokens import read, write
@@ -33,6 +33,8 @@ def small(monkeypatch: pytest.MonkeyPatch, task: tasks.TextTask) -> None:
     """A stage with one policy, and the toy text in the place of the large one."""
     monkeypatch.setitem(tasks.TASKS, "python-34m", lambda: task)
     monkeypatch.setitem(plan.STAGES, 1, lambda results: plan.masks(results, "python-34m", "AdamW", ["Cautious"]))
+    monkeypatch.setitem(sweeps.GRIDS, "AdamW", (1e-3, 2e-3))
+    monkeypatch.setattr(runs, "MOST_RATES", 2)  # a toy is best at the highest rate, and a sweep would go on
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -93,7 +95,7 @@ def test_a_run_that_diverges_ends_early(task: tasks.TextTask) -> None:
 
 
 def test_policies_are_for_the_inner_matrices(task: tasks.TextTask) -> None:
-    optimizer = optimizer_of(Run("toy", "Cautious on AdamW", 1e-3, rest_lr=2e-3), task.model(0))
+    optimizer = optimizer_of(Run("toy", "Cautious on AdamW", 1e-3, rest_lr=2e-3), task.model(0), 1)
     assert isinstance(optimizer, SelectiveUpdate)
     told = str(optimizer.explain())
     assert "(matrices): 7 tensors" in told
@@ -101,12 +103,13 @@ def test_policies_are_for_the_inner_matrices(task: tasks.TextTask) -> None:
     assert [(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
         ("matrices", 1e-3, 0.1), ("embeddings", 2e-3, 0.1), ("head", 2e-3, 0.1), ("vectors", 2e-3, 0.0)
     ]  # fmt: skip
-    bare = optimizer_of(Run("toy", "AdamW", 1e-3, rest_lr=2e-3), task.model(0))
+    bare = optimizer_of(Run("toy", "AdamW", 1e-3, rest_lr=2e-3), task.model(0), 1)
     assert [(g["lr"], g["weight_decay"]) for g in bare.param_groups] == [
         (g["lr"], g["weight_decay"]) for g in optimizer.param_groups
     ]
 
 
+@pytest.mark.slow
 def test_the_task_in_a_comparison(task: tasks.TextTask, tmp_path: Path) -> None:
     found = compare(task, ["cautious"], lrs=[1e-2], seeds=2, steps=2, out=tmp_path / "comparison", show=False)
     assert not found.failed

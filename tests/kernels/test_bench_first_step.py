@@ -72,7 +72,7 @@ def test_the_table_says_what_is_missed() -> None:
 
 def test_a_process_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)first step of AdamW, small, MGUPP: .*did you mean 'MGUP'"):
-        measure_first_steps(rounds=1, models=["small"], cases=[("AdamW", "MGUPP")])
+        first_step._in_a_fresh_process("AdamW", "small", "MGUPP", "1", "process_time")
 
 
 def test_from_the_command_line(tmp_path: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

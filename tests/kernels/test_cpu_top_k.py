@@ -71,7 +71,7 @@ def test_however_wrong_a_bracket_is_the_step_is_the_same(rule, score, strength, 
     assert int(wanted.selected) == int(0.3 * NUMEL)
     assert misses == []
     for item, lie in zip(wrong, LIES, strict=True):
-        monkeypatch.setattr(ranking, "bracket", lambda sample, k, numel, lie=lie: lie)
+        monkeypatch.setattr(ranking, "bracket", lambda sample, k, numel, width, lie=lie: lie)
         assert step(item, rule, score, strength) == wanted
         assert_equal(item, right)
     assert misses == [NUMEL] * len(LIES)
@@ -87,7 +87,7 @@ def test_other_rules_and_dtypes_too(rule, dtype, make, copy, misses, monkeypatch
     wrong = copy(right)
     wanted = step(right, rule)
     assert int(wanted.selected) == int(0.3 * NUMEL)
-    monkeypatch.setattr(ranking, "bracket", lambda sample, k, numel: (1e3, 2e3))
+    monkeypatch.setattr(ranking, "bracket", lambda sample, k, numel, width: (1e3, 2e3))
     assert step(wrong, rule) == wanted
     assert_equal(wrong, right)
     assert misses == [NUMEL]
@@ -124,7 +124,7 @@ def test_awkward_numbers_select_what_a_stable_sort_selects(transcription, values
             results.append((item.param, int(sums.selected)))
         # AdamW of the same gradients, by a bracket and as a whole: its updates are not rounded as the definition's
         ways = []
-        for bracket in (ranking.bracket, lambda sample, k, numel: (math.inf, math.inf)):
+        for bracket in (ranking.bracket, lambda sample, k, numel, width: (math.inf, math.inf)):
             patch.setattr(ranking, "bracket", bracket)
             item = Item(
                 torch.zeros(numel), grad.clone(),
@@ -224,7 +224,7 @@ def test_a_bracket_holds_the_rank_nearly_always(kind):
             runs = ranking.bracket_runs(t.numel())
             sample = t.view(-1, ranking.RUN).index_select(0, runs).view(-1)
         k = int(0.2 * t.numel())
-        lower, upper = ranking.bracket(sample, k, t.numel())
+        lower, upper = ranking.bracket(sample, k, t.numel(), 3.0)
         value = float(t.kthvalue(k).values)
         misses += not lower <= value <= upper
     assert misses <= 2

@@ -76,7 +76,10 @@ def test_every_pair_is_tried():
 
 @pytest.mark.parametrize("rule, selection, strength, dtypes", CELLS)
 def test_is_the_reference_and_near_float64(rule, selection, strength, dtypes, device, monkeypatch, transcription):
-    """A small tensor, and one whose scores are ranked by a bracket; SGD in its first step and later."""
+    """A small tensor, and one whose scores are ranked by a bracket; SGD in its first step and later.
+
+    Where nothing is ranked, one of the two: the other is tried with the next strength and dtypes.
+    """
     few_samples(monkeypatch)
     parity = CELLS.index((rule, selection, strength, dtypes)) % 2
     how = (RULES[rule], SELECTIONS[selection], STRENGTHS[strength])
@@ -84,7 +87,8 @@ def test_is_the_reference_and_near_float64(rule, selection, strength, dtypes, de
         with pytest.raises(ValueError, match="needs a momentum, and SGDRule has none"):
             gpu(copied(made(how[0], (9,)), device), how[0], selection=how[1], strength=how[2])
         return
-    for shape, seed in (((11, 71), parity), ((2, 1250), 1 - parity)):
+    starts = [((11, 71), parity), ((2, 1250), 1 - parity)]
+    for shape, seed in starts if CUDA or how[1].kind == "top_k" else starts[parity:][:1]:
         agrees(*how, DTYPES[dtypes], shape, seed, device, transcription, str(shape))
 
 
@@ -117,10 +121,12 @@ def test_real_sizes(rule, dtypes, selection, strength, device):
     assert int(off.sum()) <= 4
 
 
-@pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS)
-@pytest.mark.parametrize("negated", [False, True])
-def test_a_given_update_may_lie_in_the_parameter(negated, selection, device, monkeypatch):
+@pytest.mark.parametrize("place, selection", list(enumerate(SELECTIONS.values())), ids=SELECTIONS)
+@pytest.mark.parametrize("turn", [0, pytest.param(1, marks=[] if CUDA else pytest.mark.slow)])
+def test_a_given_update_may_lie_in_the_parameter(turn, place, selection, device, monkeypatch):
+    """Negated or not, in turns."""
     few_samples(monkeypatch)
+    negated = bool((place + turn) % 2)
     rule, strength = GivenRule(factor=0.9, negated=negated), Strength("norm_preserving", rest=0.25)
     apart = made(rule, (2300,))
     apart.param.copy_(apart.state["update"])

@@ -88,7 +88,7 @@ def test_step_selects_exactly_k(rule, score, ties, miss, monkeypatch, copy):
     exact = threshold.exact
     monkeypatch.setattr(threshold, "exact", lambda t, k: (missed.append(1), exact(t, k))[1])
     if miss:
-        monkeypatch.setattr(threshold, "bracket", lambda sample, k, numel: (-1e-30, -1e-31))
+        monkeypatch.setattr(threshold, "bracket", lambda sample, k, numel, width: (-1e-30, -1e-31))
     selection = Selection("top_k", fraction=0.25, score=score)
     item = items(rule, 12_345, ties)
     other = copy(item)
@@ -106,7 +106,7 @@ def test_step_selects_exactly_k(rule, score, ties, miss, monkeypatch, copy):
 def test_without_the_fallback_a_missed_bracket_selects_wrongly(monkeypatch):
     """The failing twin: what the miss would do if it went unnoticed."""
     monkeypatch.setattr(threshold, "SAMPLE", 256)
-    monkeypatch.setattr(threshold, "bracket", lambda sample, k, numel: (-1e-2, -1e-3))
+    monkeypatch.setattr(threshold, "bracket", lambda sample, k, numel, width: (-1e-2, -1e-3))
 
     def unnoticed(self):
         t = torch.cat(self.values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import pytorch_optimizer
@@ -87,17 +88,19 @@ NAMES = [
     for policy in POLICIES
 ]
 
-ON_CAPTURES = [
-    (base, name, way)
-    for base in BASES
+ON_EVERY_CAPTURE = ("alpha", "mgup-nesterov", "cautious", "magma", "grams")
+IN_FLOAT32: list[Any] = [(base, name, "auto") for base, name in NAMES]
+IN_FLOAT32 += [  # one of each kind; the others are slow
+    pytest.param(base, name, "scratch", marks=[] if name in ON_EVERY_CAPTURE else pytest.mark.slow)
+    for base, name in NAMES
     if base != "muon"
-    for name in ("alpha", "mgup-nesterov", "cautious", "magma", "grams")
-    for way in ("scratch", "delta")
-]
-IN_FLOAT32 = [
-    (base, name, way) for base, name in NAMES for way in ("auto", "scratch") if base != "muon" or way == "auto"
 ]
 IN_FLOAT32.append(("muon-stepped", "mgup-nesterov", "scratch"))  # the others of these steps are the same in float64
+
+
+ON_CAPTURES = [
+    (base, name, way) for base in BASES if base != "muon" for name in ON_EVERY_CAPTURE for way in ("scratch", "delta")
+]
 
 
 def official(score: str) -> tuple[Policy, rules.Rule]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 from typing import Any
 
@@ -60,10 +61,25 @@ def assert_same(a: Net, b: Net) -> None:
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("policy", [MGUP(), Dense(), Magma()], ids=["mgup", "dense", "magma"])
-@pytest.mark.parametrize("name", ["adamw-foreach", "sgd-momentum", "nadam", "adafactor", "po-lion", "optimi-adamw"])
-@pytest.mark.parametrize("at", [0, 4, 5, 6])
+DTYPES = (torch.float32, torch.bfloat16)
+POLICIES = (MGUP(), Dense(), Magma())
+RESUMED = ("adamw-foreach", "sgd-momentum", "nadam", "adafactor", "po-lion", "optimi-adamw")
+
+
+def cells() -> list[Any]:
+    """All of them; in the ordinary lane a cell for each base and step, in which policies and dtypes take turns."""
+    cells = []
+    for i, name in enumerate(RESUMED):
+        for j, at in enumerate((0, 4, 5, 6)):
+            often = POLICIES[(i + j) % 3], DTYPES[(i // 3 + j) % 2]
+            for policy, dtype in itertools.product(POLICIES, DTYPES):
+                marks = [] if (policy, dtype) == often else [pytest.mark.slow]
+                label = f"{name}-{type(policy).__name__}-{str(dtype)[6:]}-{at}"
+                cells.append(pytest.param(name, policy, dtype, at, marks=marks, id=label))
+    return cells
+
+
+@pytest.mark.parametrize(("name", "policy", "dtype", "at"), cells())
 def test_a_run_goes_on_bit_for_bit_between_refreshes(name: str, policy: Any, dtype: torch.dtype, at: int) -> None:
     preconditioner = Turning(waits=True, every=3)
     net, optimizer = made(name, dtype, policy=policy, preconditioner=preconditioner)

@@ -68,9 +68,17 @@ def train(name: str, dtype: torch.dtype, steps: int, **options: Any) -> list[tor
     return [p.detach() for p in params]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", NAMES)
+def cells() -> list[Any]:
+    """Every base with every policy, with the dtypes in turns; the other half is slow."""
+    return [
+        pytest.param(name, policy, dtype, marks=[] if (i + j + k) % 2 else pytest.mark.slow)
+        for i, name in enumerate(NAMES)
+        for j, policy in enumerate(POLICIES)
+        for k, dtype in enumerate((torch.float32, torch.bfloat16))
+    ]
+
+
+@pytest.mark.parametrize(("name", "policy", "dtype"), cells())
 def test_the_identity_changes_nothing_but_rounding(name: str, policy: str, dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"policy": POLICIES[policy]}
     needs_momentum = bool(POLICIES[policy].needs() & {"momentum", "previous_momentum"})

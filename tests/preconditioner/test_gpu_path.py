@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import combinations as combinations_of
 from itertools import product
 from typing import Any
 
@@ -41,11 +42,19 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def combinations() -> Iterator[Any]:
-    """All of them; half is slow, and what is not has every pair of two properties."""
-    for places in product(*map(range, (len(SPACES), len(NAMES), len(POLICIES), len(DTYPES)))):
-        space, name, policy, dtype = list(SPACES)[places[0]], NAMES[places[1]], POLICIES[places[2]], DTYPES[places[3]]
-        marks = [pytest.mark.slow] if sum(places) % 2 else []
+    """All of them; three in four are slow, and what is not has every pair of two properties."""
+    for s, n, p, d in product(*map(range, (len(SPACES), len(NAMES), len(POLICIES), len(DTYPES)))):
+        space, name, policy, dtype = list(SPACES)[s], NAMES[n], POLICIES[p], DTYPES[d]
+        marks = [] if (s, d) == ((n + p) % 2, (n + p // 2) % 2) else [pytest.mark.slow]
         yield pytest.param(SPACES[space], name, policy, dtype, marks=marks, id=f"{space}-{name}-{policy}-{dtype}")
+
+
+def test_every_pair_of_properties_is_tried() -> None:
+    often = [cell.values for cell in combinations() if not cell.marks]
+    for a, b in combinations_of(range(4), 2):
+        pairs = {(repr(cell[a]), repr(cell[b])) for cell in often}
+        assert len(pairs) == len({pair[0] for pair in pairs}) * len({pair[1] for pair in pairs})
+    assert len(often) == 12
 
 
 @pytest.mark.parametrize("space, name, policy, dtype", list(combinations()))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from sharded_world import run_cases
 
 from selective import SelectiveUpdate
+
+RunCases = Callable[..., None]  # conftest.py
 
 FAST = {
     "selection": (
@@ -20,8 +22,7 @@ FAST = {
         "an_error_puts_parameters_back",
     ),
     "traffic": (
-        "numbers_are_the_table", "bytes_of_a_tensor", "explain_says_it", "groups_and_meshes_share",
-        "local_scope_sends_nothing",
+        "numbers_are_the_table", "bytes_of_a_tensor", "groups_and_meshes_share", "local_scope_sends_nothing",
     ),
     "training": (
         "one_policy_everywhere", "local_scope_goes_elsewhere", "replicas_stay_together", "beside_what_is_ignored",
@@ -57,6 +58,8 @@ SLOW = {
     "resharded, every configuration": "checkpoints:resharded_in_every_run",
     "full state, every configuration": "checkpoints:full_state_of_every_run",
     "given gradients": "selection:every_policy_and_base",
+    "other bases and dtypes, everywhere": "selection:everything_everywhere",
+    "selective decay, everywhere": "decay:decays_as_one_device_everywhere",
     "Triton's kernels": "selection:triton_kernels",
     "Triton's kernels, everywhere": "selection:triton_kernels_everywhere",
     "a small Llama, AdamW": "training:every_policy_over_adamw",
@@ -65,24 +68,24 @@ SLOW = {
 }
 
 
-@pytest.mark.timeout(600)  # a minute and a half on two idle cores
-def test_every_layout_does_what_one_device_does(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)  # less than a minute on two idle cores
+def test_every_layout_does_what_one_device_does(run_cases: RunCases, tmp_path: Path) -> None:
     run_cases([f"sharded_cases_{part}:{name}" for part, names in FAST.items() for name in names], 4, tmp_path, 580)
 
 
-def test_rotations_do_what_they_do_on_one_device(tmp_path: Path) -> None:
+def test_rotations_do_what_they_do_on_one_device(run_cases: RunCases, tmp_path: Path) -> None:
     decay = "sharded_cases_decay:rotated_parameters_decay_as_on_one_device"
     run_cases([*(f"sharded_cases_rotation:{name}" for name in ROTATION), decay], 4, tmp_path)
 
 
-def test_other_sides_do_what_they_do_on_one_device(tmp_path: Path) -> None:
+def test_other_sides_do_what_they_do_on_one_device(run_cases: RunCases, tmp_path: Path) -> None:
     run_cases([f"sharded_cases_rotation:{name}" for name in GATHERED], 4, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("case", SLOW.values(), ids=SLOW.keys())
-def test_every_policy_over_every_base(case: str, tmp_path: Path) -> None:
+def test_every_policy_over_every_base(case: str, run_cases: RunCases, tmp_path: Path) -> None:
     run_cases([f"sharded_cases_{case}"], 4, tmp_path, 2900)
 
 
@@ -92,13 +95,19 @@ def test_an_unknown_scope_is_refused() -> None:
         SelectiveUpdate(base, scope="all")  # type: ignore[arg-type]
 
 
-def test_a_failing_case_is_noticed(tmp_path: Path) -> None:
+def test_a_failing_case_is_noticed(run_cases: RunCases, tmp_path: Path) -> None:
     """The twin: what one rank alone finds wrong comes back, and nobody is waited for."""
     with pytest.raises(AssertionError, match="rank 1, sharded_cases_world:fails_on_one_rank"):
         run_cases(["sharded_cases_world:fails_on_one_rank"], 2, tmp_path)
 
 
-def test_a_rank_that_dies_ends_the_run(tmp_path: Path) -> None:
+def test_a_set_that_does_not_end_is_killed_and_the_next_one_runs(run_cases: RunCases, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"'sharded_cases_world:waits'.* have not ended after 2 s"):
+        run_cases(["sharded_cases_world:waits"], 2, tmp_path, 2)
+    run_cases(["sharded_cases_world:does_nothing"], 2, tmp_path)
+
+
+def test_a_rank_that_dies_ends_the_run(run_cases: RunCases, tmp_path: Path) -> None:
     """The others get torch's own error, and the run goes on from its checkpoint to where it would have ended."""
     with pytest.raises(AssertionError, match=r"Connection|timed out|reset|closed"):
         run_cases(["sharded_cases_world:dies_in_a_step"], 2, tmp_path)

@@ -88,16 +88,25 @@ def by_hand(case: str, steps: int = 6, clip: float = 1.0) -> tuple[Any, Any]:
     return model, optimizer
 
 
-@pytest.mark.parametrize("as_class", [False, True], ids=["instance", "class"])
-@pytest.mark.parametrize("case", CASES)
+def cases_and_forms(begin_with_class: bool) -> list[Any]:
+    """Every case as an instance and as a class; half of them in turns, the other half in the slow lane."""
+    return [
+        pytest.param(
+            case, as_class, id=f"{case}-{'class' if as_class else 'instance'}",
+            marks=[] if as_class == (begin_with_class != bool(place % 2)) else pytest.mark.slow,
+        )
+        for place, case in enumerate(CASES) for as_class in (False, True)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "as_class"), cases_and_forms(begin_with_class=True))
 def test_steps_are_those_of_the_plain_loop(case: str, as_class: bool, tmp_path: Path) -> None:
     found = run(case, tmp_path, as_class)
     assert_same(found, by_hand(case))
     assert differences(found, by_hand(case, clip=0.01))
 
 
-@pytest.mark.parametrize("as_class", [False, True], ids=["instance", "class"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "as_class"), cases_and_forms(begin_with_class=False))
 def test_a_checkpoint_goes_on_bit_for_bit(case: str, as_class: bool, tmp_path: Path) -> None:
     whole = run(case, tmp_path, as_class, save=3)
     assert {path.name for path in tmp_path.iterdir()} >= {"checkpoint-3", "checkpoint-6"}

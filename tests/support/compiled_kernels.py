@@ -2,7 +2,7 @@
 
 Triton's compiler refuses code that the interpreter accepts (a name that changes its type in a loop). The steps are
 taken on CPU tensors. No launch happens, and our steps do not read what one would have written. It prints a line for
-each kernel.
+each kernel, and before them a line for each group of three arguments: WHAT KINDS RULES.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sharded_pieces import shards
 from step_cases import KINDS, RULES
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompilationError
 
 from selective.kernels import Control, Decay, Draw, Item, Selection, Strength
 from selective.kernels.gpu import launch, plan, products
@@ -172,10 +172,14 @@ def changes_its_type(x_ptr, n):
 
 
 def what_is_refused(kinds: list[str], rules: list[str]) -> None:
-    launch.run(changes_its_type, 1, torch.zeros(1, dtype=torch.int64), 5)
+    try:
+        launch.run(changes_its_type, 1, torch.zeros(1, dtype=torch.int64), 5)
+    except CompilationError as error:
+        print(type(error).__name__, flush=True)
 
 
 def main(what: str, kinds: str, rules: str) -> None:
+    print("group:", what, kinds, rules, flush=True)
     compiler: Any = Compiler()
     launch.run = by_kernels.run = shard_sums.run = products.run = compiler
     steps = {"whole": whole_tensors, "parts": parts_of_tensors, "matrices": matrices, "refused": what_is_refused}
@@ -184,4 +188,5 @@ def main(what: str, kinds: str, rules: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for at in range(1, len(sys.argv), 3):
+        main(*sys.argv[at : at + 3])

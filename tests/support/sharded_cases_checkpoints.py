@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from selective import MGUP, AlphaConsistency, Magma, RandomMask, SelectiveUpdate, Soap
@@ -218,7 +219,6 @@ def read_before_the_first_step(world: World) -> None:
 
 def zero_redundancy(world: World) -> None:
     """Each rank wraps its share of the parameters. A state consolidated on one resumes on all, bit for bit."""
-    from torch.distributed.optim import ZeroRedundancyOptimizer
 
     def build() -> Any:
         make = torch.Generator().manual_seed(0)

@@ -21,9 +21,14 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
 SHAPES = [(7, 5), (24, 6), (5,), (2, 9)]  # rows without a gradient, fewer rows than ranks
 
 
-def decays_as_one_device(world: World) -> None:
-    """The same bits in every layout. NAdam's own decay would be coupled, so it is switched off."""
-    for base, options in CASES:
+def decays_as_one_device_everywhere(world: World) -> None:
+    """The same in every layout; for the slow lane."""
+    decays_as_one_device(world, everywhere=True)
+
+
+def decays_as_one_device(world: World, everywhere: bool = False) -> None:
+    """The same bits in two layouts for each case. NAdam's own decay would be coupled, so it is switched off."""
+    for number, (base, options) in enumerate(CASES):
 
         def make(params: Any, base: Any = base) -> Any:
             made = base(params)
@@ -32,7 +37,7 @@ def decays_as_one_device(world: World) -> None:
             return made
 
         single = Run(make, options, shapes=SHAPES).train(range(2))
-        for name, (mesh, place) in layouts(world, everywhere=False).items():
+        for name, (mesh, place) in layouts(world, everywhere, None if everywhere else number).items():
             ours = Run(make, options, mesh, place, shapes=SHAPES).train(range(2))
             compare(ours, single, f"{base.__name__}, {options}, {name}")
 

@@ -54,13 +54,12 @@ class ByRow(Policy):
 
 
 def own_code_in_every_layout(world: World) -> None:
-    """Own code gives the same bits as on one device, fused and through scratch."""
-    for policy in (Whole(), Elementwise(), ByRow()):
-        for base in (adamw, nadam) if isinstance(policy, Whole) else (adamw,):
-            single = Run(base, {"policy": policy}).train(range(2))
-            for name, (mesh, place) in layouts(world, everywhere=False).items():
-                ours = Run(base, {"policy": policy}, mesh, place).train(range(2))
-                compare(ours, single, f"{policy!r}, {base.__name__}, {name}")
+    """Own code gives the same bits as on one device, fused and, in two layouts, through scratch."""
+    for base, policies in ((adamw, (Whole(), Elementwise(), ByRow())), (nadam, (Whole(),))):
+        single = Run(base, {"policy": policies}).train(range(2))
+        for name, (mesh, place) in layouts(world, everywhere=False, number=None if base is adamw else 4).items():
+            ours = Run(base, {"policy": policies}, mesh, place).train(range(2))
+            compare(ours, single, f"{policies!r}, {base.__name__}, {name}")
 
 
 def state_is_cut_as_the_parameter(world: World) -> None:

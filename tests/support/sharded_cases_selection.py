@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sharded_runs import Make, Run, adamw, columns, compare, layouts, lion, nadam, rows, sgd
+from sharded_runs import Make, Run, adamw, columns, compare, layouts, lion, nadam, parts, rows, sgd
 from sharded_world import World
 
 from selective import (
@@ -25,6 +25,8 @@ from selective import (
     TopK,
 )
 from selective.kernels import use_backend
+from selective.kernels.gpu.sharded import plan as shard_plan
+from selective.kernels.gpu.sharded import step as shards
 
 POLICIES: dict[str, Any] = {
     "MGUP": MGUP(),
@@ -46,10 +48,10 @@ BASES = {"AdamW": adamw, "SGD": sgd, "Lion": lion}
 
 
 def _all_layouts(world: World, base: Any, options: dict[str, Any], steps: int, what: str, **how: Any) -> None:
-    """A single-process run, and one for each layout."""
-    nan, everywhere = how.pop("nan", False), how.pop("everywhere", False)
+    """A single-process run, and one for each layout; for two layouts if the case has a `number`."""
+    nan, everywhere, number = how.pop("nan", False), how.pop("everywhere", False), how.pop("number", None)
     single = Run(base, options, **how).train(range(steps), nan)
-    for name, (mesh, place) in layouts(world, everywhere).items():
+    for name, (mesh, place) in layouts(world, everywhere, None if everywhere else number).items():
         ours = Run(base, options, mesh, place, **how).train(range(steps), nan)
         compare(ours, single, f"{what}, {name}")
 
@@ -66,18 +68,25 @@ def every_policy_and_base(world: World) -> None:
             _all_layouts(world, make, {"policy": policy}, 10, f"{name}, {base}", everywhere=True)
 
 
-def other_bases(world: World) -> None:
+def everything_everywhere(world: World) -> None:
+    """The cases below that go through two layouts each, in all of them; for the slow lane."""
+    for case in (other_bases, delta_capture, other_dtypes, samples):
+        case(world, everywhere=True)
+
+
+def other_bases(world: World, everywhere: bool = False) -> None:
     """SGD and Lion fused, NAdam through scratch, and a momentum of our own."""
-    for base in (sgd, lion, nadam):
-        _all_layouts(world, base, {"policy": MGUP()}, 2, base.__name__)
-    _all_layouts(world, nadam, {"policy": AlphaConsistency(), "momentum_beta": 0.9}, 2, "momentum_beta")
+    for number, base in enumerate((sgd, lion, nadam)):
+        _all_layouts(world, base, {"policy": MGUP()}, 2, base.__name__, number=number, everywhere=everywhere)
+    own = {"policy": AlphaConsistency(), "momentum_beta": 0.9}
+    _all_layouts(world, nadam, own, 2, "momentum_beta", number=3, everywhere=everywhere)
 
 
-def delta_capture(world: World) -> None:
+def delta_capture(world: World, everywhere: bool = False) -> None:
     """Delta capture, in float32 and with float32 copies of bfloat16 parameters."""
     options = {"policy": MGUP(), "capture": "delta"}
-    _all_layouts(world, nadam, options, 2, "delta")
-    _all_layouts(world, nadam, options, 2, "delta, bfloat16", dtype=torch.bfloat16)
+    for number, dtype in ((4, torch.float32), (0, torch.bfloat16)):
+        _all_layouts(world, nadam, options, 2, f"delta, {dtype}", dtype=dtype, number=number, everywhere=everywhere)
 
 
 def kernels_of_whole_tensors(world: World) -> None:
@@ -85,20 +94,17 @@ def kernels_of_whole_tensors(world: World) -> None:
 
     A coordinate that is selected differently is at least the learning rate, 1e-2, away.
     """
-    for name in ("CautiousMGUP", "Grams", "RandomMask", "RandomMask of rows", "SkipUpdate"):
-        options = {"policy": POLICIES[name], "statistics": False}
-        single = Run(adamw, options, backend="auto").train(range(3)).values()
-        for layout, (mesh, place) in layouts(world, everywhere=False).items():
-            found = Run(adamw, options, mesh, place, backend="auto").train(range(3)).values()
-            for mine, theirs in zip(found, single, strict=True):
-                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=f"{name}, {layout}")
+    names = ("CautiousMGUP", "Grams", "RandomMask", "RandomMask of rows", "SkipUpdate")
+    options = {"policy": tuple(POLICIES[name] for name in names), "statistics": False}
+    single = Run(adamw, options, backend="auto").train(range(3))
+    for layout, (mesh, place) in layouts(world, everywhere=False).items():
+        run = Run(adamw, options, mesh, place, backend="auto").train(range(3))
+        for number, (mine, theirs) in enumerate(parts(run, single)):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=f"{layout}, parameter {number}")
 
 
 def few_blocks() -> None:
     """Let the interpreter's programs cover 64 elements, not eight times 1,024."""
-    from selective.kernels.gpu.sharded import plan as shard_plan
-    from selective.kernels.gpu.sharded import step as shards
-
     shard_plan.SPAN = shards.BLOCK = shards.TABLE_BLOCK = 64
 
 
@@ -120,15 +126,14 @@ def _triton_kernels(world: World, bases: dict[str, Make]) -> None:
     for name, base in bases.items():
         how: dict[str, Any] = {"backend": "gpu", "shapes": [(7, 5), (24, 6)]}
         options = {"policy": POLICIES[name], "statistics": base is not nadam}
-        single = Run(base, options, **how).train(range(2)).values()
+        single = Run(base, options, **how).train(range(2))
         for place in (rows, columns):
-            run = Run(base, options, world.mesh(world.size), place, **how)
-            found = run.train(range(2)).values()
+            run = Run(base, options, world.mesh(world.size), place, **how).train(range(2))
             with use_backend("gpu"):
                 said = run.optimizer.explain()
             by_torch = name == "MGUP" and place is columns and world.size > 1  # ties have no kernels there
             assert ("kernels   reference" in said) == by_torch and ("kernels   Triton" in said) != by_torch
-            for mine, theirs in zip(found, single, strict=True):
+            for mine, theirs in parts(run, single):
                 torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=f"{name}, {place.__name__}")
     run = Run(adamw, {"policy": MGUP(), "stochastic_rounding": True}, world.mesh(world.size), rows, backend="gpu",
               shapes=[(7, 5)], dtype=torch.bfloat16).train(range(2))  # fmt: skip
@@ -139,12 +144,13 @@ def _triton_kernels(world: World, bases: dict[str, Make]) -> None:
 def what_one_rank_notes(world: World) -> None:
     """A foreign entry in one rank's state does not change the ranks' collectives or their order."""
     few_blocks()
-    run = Run(adamw, {"policy": MGUP()}, world.mesh(world.size), rows, backend="gpu", shapes=[(8, 6)] * 3)
+    run = Run(adamw, {"policy": MGUP()}, world.mesh(world.size), rows, backend="gpu", shapes=[(8, 6)] * 2)
     run.train(range(1))
     if world.rank == 0:
         run.optimizer.base.state[run.params[1]]["debug"] = torch.zeros(3)
-    single = Run(adamw, {"policy": MGUP()}, backend="gpu", shapes=[(8, 6)] * 3).train(range(3)).values()
-    for mine, theirs in zip(run.train(range(1, 3)).values(), single, strict=True):
+    run.train(range(1, 2))
+    single = Run(adamw, {"policy": MGUP()}, shapes=[(8, 6)] * 2).train(range(2))
+    for mine, theirs in parts(run, single):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -154,16 +160,18 @@ def not_finite(world: World) -> None:
     _all_layouts(world, sgd, {"policy": policies, "statistics": False}, 2, "not finite", nan=True)
 
 
-def other_dtypes(world: World) -> None:
+def other_dtypes(world: World, everywhere: bool = False) -> None:
     """float64 is ranked by 64 bits; stochastic rounding of bfloat16 draws by the whole tensor's index."""
-    _all_layouts(world, adamw, {"policy": MGUP()}, 2, "float64", dtype=torch.float64)
+    how: dict[str, Any] = {"everywhere": everywhere, "dtype": torch.float64}
+    _all_layouts(world, adamw, {"policy": MGUP()}, 2, "float64", number=1, **how)
+    how["dtype"] = torch.bfloat16
     rounded = {"policy": MGUP(), "stochastic_rounding": True}
-    _all_layouts(world, adamw, rounded, 2, "bfloat16", dtype=torch.bfloat16)
+    _all_layouts(world, adamw, rounded, 2, "bfloat16", number=2, **how)
     rounded = {"policy": CautiousMGUP(), "stochastic_rounding": True}
-    _all_layouts(world, sgd, rounded, 2, "bfloat16, agreement", dtype=torch.bfloat16)
+    _all_layouts(world, sgd, rounded, 2, "bfloat16, agreement", number=3, **how)
 
 
-def samples(world: World) -> None:
+def samples(world: World, everywhere: bool = False) -> None:
     """Sampled quantiles and strengths look at the same elements in every layout."""
     shapes = [(300, 301), (7, 3)]
     policies = (
@@ -171,8 +179,9 @@ def samples(world: World) -> None:
         Policy(selection=TopK(), strength=NormPreserving(estimate="sampled")),
         Cautious(estimate="sampled"),
     )
-    for policy in policies:
-        _all_layouts(world, adamw, {"policy": policy}, 2, repr(policy), shapes=shapes)
+    for number, policy in enumerate(policies):
+        how: dict[str, Any] = {"shapes": shapes, "number": number, "everywhere": everywhere}
+        _all_layouts(world, adamw, {"policy": policy}, 2, repr(policy), **how)
 
 
 def massive_ties(world: World) -> None:
@@ -188,10 +197,8 @@ def massive_ties(world: World) -> None:
                 p.grad = run.cut(grad)
             run.optimizer.step()
             runs.append(run)
-        single = runs[0].values()
         for run in runs[1:]:
-            for mine, theirs in zip(run.values(), single, strict=True):
-                assert torch.equal(mine, theirs)
+            assert all(torch.equal(mine, theirs) for mine, theirs in parts(run, runs[0]))
 
 
 def local_scope_differs(world: World) -> None:

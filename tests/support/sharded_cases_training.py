@@ -58,10 +58,16 @@ def both(model: SmallLlama, mesh: Any) -> None:
 
 
 def trained(
-    base: Any, options: dict[str, Any], steps: int, cut: Cut | None = None, mesh: Any = None, data: Any = None
+    base: Any,
+    options: dict[str, Any],
+    steps: int,
+    cut: Cut | None = None,
+    mesh: Any = None,
+    data: Any = None,
+    layers: int = 1,
 ) -> tuple[list[Tensor], list[float]]:
     """Train, and return parameters and losses. `data` is the mesh dimension over which the batch is divided."""
-    model = small_llama()
+    model = small_llama(layers)
     if cut is not None:
         cut(model, mesh)
     optimizer = SelectiveUpdate(base(list(model.parameters())), **options)
@@ -106,9 +112,9 @@ def one_policy_everywhere(world: World) -> None:
 def _every_policy(world: World, base: str) -> None:
     """Train 30 steps on 1 to 4 processes, by rows and columns; for the slow lane."""
     for name, policy in POLICIES.items():
-        wanted = trained(BASES[base], {"policy": policy}, 30)
+        wanted = trained(BASES[base], {"policy": policy}, 30, layers=2)
         for layout, (cut, mesh, data) in _layouts(world, everywhere=True).items():
-            found = trained(BASES[base], {"policy": policy}, 30, cut, mesh, data)
+            found = trained(BASES[base], {"policy": policy}, 30, cut, mesh, data, layers=2)
             _close(found, wanted, f"{name}, {base}, {layout}")
 
 

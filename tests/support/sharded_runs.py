@@ -6,12 +6,13 @@ leaves the arithmetic to torch's fused optimizers, which round differently in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from older_torch import cuts_strided_shards_evenly_only
+from pytorch_optimizer import Lion
 from sharded_world import World
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -45,8 +46,6 @@ def sgd(params: Params) -> Optimizer:
 
 
 def lion(params: Params) -> Optimizer:
-    from pytorch_optimizer import Lion
-
     # the base's own step, which dense groups take, can't mix tensors and DTensors in one foreach operation
     return Lion(params, lr=1e-3, weight_decay=0.1, foreach=False)
 
@@ -127,13 +126,23 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def parts(ours: Run, single: Run) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of each parameter, and what it is a part of on one device. Nothing is sent."""
+    for mine, theirs in zip(ours.params, single.params, strict=True):
+        yield local(mine.detach()), local(ours.cut(theirs.detach()))
+
+
+def local(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def compare(ours: Run, single: Run, what: str) -> None:
     """Require the same bits of every parameter, and the same statistics up to the rounding of their sums.
 
     Float32 products are summed in float64 in another order, and rounded to float32: two roundings of 2^-24. The norm
     after the mask comes from two sums.
     """
-    for index, (mine, theirs) in enumerate(zip(ours.values(), single.values(), strict=True)):
+    for index, (mine, theirs) in enumerate(parts(ours, single)):
         assert torch.equal(mine.nan_to_num(7.5), theirs.nan_to_num(7.5)), f"{what}: parameter {index}"
     if single.optimizer.runner.report is None:
         return
@@ -144,8 +153,11 @@ def compare(ours: Run, single: Run, what: str) -> None:
             assert close or value != value, f"{what}: {name} {key} {value} {wanted[key]}"
 
 
-def layouts(world: World, everywhere: bool = True) -> dict[str, tuple[Any, Place]]:
-    """Yield layouts: rows and columns over 1 to 4 ranks (only some without `everywhere`), two-dimensional meshes."""
+def layouts(world: World, everywhere: bool = True, number: int | None = None) -> dict[str, tuple[Any, Place]]:
+    """Return layouts: rows and columns over 1 to 4 ranks (only some without `everywhere`), two-dimensional meshes.
+
+    With a `number` only two of them, others for each number: in five numbers every layout comes about twice.
+    """
     found: dict[str, tuple[Any, Place]] = {}
     for size in range(1, world.size + 1):
         mesh = world.mesh(size)
@@ -158,4 +170,7 @@ def layouts(world: World, everywhere: bool = True) -> dict[str, tuple[Any, Place
         found["hsdp"] = mesh, lambda t: [Replicate(), Shard(0)]
         found["rows and columns"] = mesh, lambda t: [Shard(0), Shard(t.dim() - 1)]
         found["strided"] = mesh, strided
-    return {name: one for name, one in found.items() if one[0] is not None}
+    names = list(found)
+    if number is not None:
+        names = [names[at % len(names)] for at in (number, number + 2)]
+    return {name: found[name] for name in names if found[name][0] is not None}

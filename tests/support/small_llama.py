@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VOCABULARY, WIDTH, HIDDEN, HEADS, LAYERS, LENGTH, BATCH = 36, 24, 48, 2, 2, 8, 12
+VOCABULARY, WIDTH, HIDDEN, HEADS, LENGTH, BATCH = 36, 24, 48, 2, 8, 12
 
 
 class Attention(nn.Module):
@@ -52,10 +52,10 @@ class Block(nn.Module):
 
 
 class SmallLlama(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
         self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -65,11 +65,11 @@ class SmallLlama(nn.Module):
         return self.head(self.norm(x))
 
 
-def small_llama() -> SmallLlama:
+def small_llama(layers: int = 1) -> SmallLlama:
     """The model in float64, with the same weights in every call. Leaves the global generator as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return SmallLlama().double()
+        return SmallLlama(layers).double()
 
 
 def batch(step: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`SelectiveUpdate` against the public suite: AdamW with all policies, all bases with one (slow: with three)."""
+"""`SelectiveUpdate` against the public suite: AdamW with policies of each kind, bases of each kind with one policy."""
 
 from __future__ import annotations
 
@@ -102,8 +102,10 @@ def subject(base: str, policy: str) -> Subject:
 
 
 # Slow: what steps by the same code as another one here, and all bases with two policies more.
-TWICE = [("adamw", "norm-of-gradient"), ("adamw", "skip"), ("adamw", "cautious-mgup")]
-TWICE += [(base, "mgup") for base in ("adamw-plain", "adamw-foreach", "adam", "sgd", "radam", "adamax")]
+TWICE = [("adamw", name) for name in ("norm-of-gradient", "skip", "cautious-mgup", "mgup-official", "grams")]
+TWICE += [("adamw", "random-matched")]
+ALIKE = ("adamw-plain", "adamw-foreach", "adamw-fused", "adam", "sgd", "radam", "adamax", "adagrad")
+TWICE += [(base, "mgup") for base in ALIKE]
 CROSS: list[Any] = [("adamw", policy) for policy in POLICIES]
 CROSS += [(base, "mgup") for base in BASES if base != "adamw"]
 CROSS = [pair for pair in CROSS if pair not in TWICE]

@@ -69,10 +69,7 @@ TWINS: dict[str, set[str]] = {
 }  # fmt: skip
 
 # The others are slow: each runs most of the suite, and `test_suite.py` runs each twin against one check of it.
-OFTEN = (
-    "IgnoresAddedGroups", "ClosureTwice", "LosesStateOnLoad", "CountsOutsideTheState", "ClaimsToUnscale",
-    "BlanketGetattr", "KeepsEveryUpdate", "NoCap",
-)  # fmt: skip
+OFTEN = ("IgnoresAddedGroups", "LosesStateOnLoad", "BlanketGetattr", "NoCap")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,24 @@
+"""The ranking of setups by their final loss over seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from evidence.runs import Results, best_point
+from evidence.sweeps import SEEDS
+from selective.compare.race import final
+
+
+def mean_loss(results: Results, task: str, setup: str) -> float:
+    """The mean final loss of a setup at its best rates. Infinite if a seed diverged, or is missing."""
+    point = best_point(results.points(task, setup))
+    runs = {} if point is None else results.by_seed(task, setup, point)
+    return statistics.fmean(final(r) for r in runs.values()) if runs.keys() >= set(SEEDS) else math.inf
+
+
+def best_setups(results: Results, task: str, setups: Sequence[str], count: int) -> list[str]:
+    """The setups with the lowest mean losses, the best one first. There may be fewer that have all seeds."""
+    losses = sorted((mean_loss(results, task, setup), setup) for setup in setups)
+    return [setup for loss, setup in losses if math.isfinite(loss)][:count]

@@ -1,0 +1,118 @@
+"""docs/evidence.md and its picture say what the records give; a record that says otherwise is noticed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from evidence.earlier import of_gain
+from evidence.page import filled, marks
+from evidence.picture import draw
+from evidence.plan import LONGER
+from evidence.runs import Record, Results
+from evidence.setups import POLICIES
+from evidence.table import TABLES, said
+
+from selective.compare.intervals import t_interval
+from selective.compare.race import final, race
+from selective.compare.summary import paired
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "evidence.md").read_text()
+MEASUREMENTS = DOCS / "measurements"
+AGAIN = "run.py with --page docs/evidence.md --picture docs/pictures/evidence.svg makes it"
+FILES = ("evidence", "gain", "gain-times", "2026-11-29-demo.json")
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    for name in FILES:
+        copy = shutil.copytree if (MEASUREMENTS / name).is_dir() else shutil.copy
+        copy(MEASUREMENTS / name, tmp_path / name)
+    return tmp_path
+
+
+def change(file: Path) -> None:
+    """Make a run's final loss a tenth lower."""
+    record = json.loads(file.read_text())
+    record["validation"]["loss"][-1] -= 0.1
+    file.write_text(json.dumps(record))
+
+
+def claims(measurements: Path) -> set[str]:
+    """The means with their intervals that the page's sentences have."""
+    evidence = Results.read(measurements / "evidence")
+    gain, times = of_gain(measurements / "gain"), of_gain(measurements / "gain-times")
+
+    def runs(results: Results, task: str, setup: str, lr: float) -> dict[int, Record]:
+        mine = results.by_seed(task, setup, (lr, None))
+        assert mine.keys() == {0, 1, 2}, setup
+        return mine
+
+    adamw, soap, cautious = (
+        runs(gain, "gain", setup, lr)
+        for setup, lr in (("AdamW", 1.5e-3), ("Soap squared", 6e-3), ("Cautious in Soap squared", 6e-3))
+    )
+    base, timed = runs(times, "gain-times", "AdamW", 1.5e-3), runs(times, "gain-times", "Cautious in Soap tf32", 6e-3)
+    tuned = runs(evidence, "python-34m", "AdamW", 3e-3)
+    alpha = runs(evidence, "python-34m", "AlphaConsistency on AdamW", 3e-3)
+    longer = evidence.by_seed("python-34m", "AdamW", (3e-3, None), LONGER)
+    pairs = [(timed[seed], base[seed]) for seed in base]
+    ratios = [race(pairs, axis).ratio for axis in ("step", "seconds")]
+    ratios.append(race([(alpha[seed], tuned[seed]) for seed in tuned], "step").ratio)
+    differences = [paired(mine, theirs) for mine, theirs in (
+        (alpha, tuned), (longer, tuned), (soap, adamw), (cautious, adamw), (cautious, soap)
+    )]  # fmt: skip
+    return {
+        said(t_interval([final(run) for run in adamw.values()])),
+        *(said(ratio, 2) for ratio in ratios if ratio is not None),
+        *(said(difference, sign="+") for difference in differences if difference is not None),
+    }
+
+
+def sentences(page: str) -> str:
+    """What the page says of its records, without the tables that are made of them and without the demo."""
+    first = page.partition("## Should you use this")[2].partition("## Does selection help")[0]
+    rest = page.partition("## With 34M parameters")[2].partition("## Everything else")[0]
+    return first + re.sub(r"<!-- evidence: [^>]+ -->\n\n(\|.*\n)*", "", rest)
+
+
+def test_the_tables_are_what_the_records_give(copied: Path) -> None:
+    assert filled(PAGE, Results.read(MEASUREMENTS / "evidence")) == PAGE, AGAIN
+    assert len(marks(PAGE)) > 3
+    assert set(marks(PAGE)) <= TABLES.keys()
+    change(copied / "evidence" / "python-34m" / "AdamW-lr0.003-seed1.json")
+    assert filled(PAGE, Results.read(copied / "evidence")) != PAGE
+
+
+def test_the_sentences_have_the_figures_of_the_records(copied: Path) -> None:
+    stated = set(re.findall(r"[+−]?\d+\.\d+ ± \d+\.\d+", sentences(PAGE)))
+    assert stated == claims(MEASUREMENTS)
+    change(copied / "gain-times" / "AdamW-lr0.0015-seed1.json")
+    assert stated != claims(copied)
+
+
+def test_which_masks_gain_as_the_page_says() -> None:
+    assert "`AlphaConsistency()` gains over a tuned AdamW" in PAGE
+    assert "`Cautious()` and both settings of\nMGUP gain nothing that three seeds show" in PAGE
+    lines = TABLES["python-34m AdamW"](Results.read(MEASUREMENTS / "evidence"))
+    rows = {line[2:].partition(" | ")[0]: line.split(" | ") for line in lines}
+    highest = {}
+    for name in POLICIES:
+        row = rows[f"{name} on AdamW"]
+        assert row[2] == "3"
+        mean, half = (float(number.replace("−", "-")) for number in row[4].split(" ± "))
+        highest[name] = mean + half
+    assert [name for name, end in highest.items() if end < 0] == ["AlphaConsistency"]
+    control = rows["random like AlphaConsistency on AdamW"][3]
+    assert ("its control was not run" in PAGE) == (control == "not run"), "the page has to say what the control gives"
+
+
+def test_the_picture_is_of_the_files(copied: Path) -> None:
+    picture = (DOCS / "pictures" / "evidence.svg").read_text()
+    assert draw(MEASUREMENTS) == picture, AGAIN
+    change(copied / "gain" / "Soap-squared-lr0.006-seed2.json")
+    assert draw(copied) != picture
