@@ -130,7 +130,7 @@ class SelectiveUpdate(Optimizer):
             self.store.join_base(self.groups.plans)
             if self.groups.places:
                 warn_of_two_rotations(base)
-                warn_of_rotations(self.groups.plans)
+            warn_of_rotations(self.groups.plans)
             warn_of_no_decay(base, self.groups.plans)
             given = (
                 policy is not NOT_GIVEN

@@ -22,7 +22,6 @@ STAIRS = [
         "selective.bind",
         "selective.configured",
         "selective.foreach",
-        "selective.generators",
         "selective.parameter",
         "selective.sharding",
         "selective.statistics",

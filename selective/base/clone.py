@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from selective.base.generators import generators_restored
 from selective.base.process_settings import settings_of_torch
-from selective.generators import generators_restored
 
 # Step counters that some packages keep in the group. They are 0 in a clone, whose state is empty.
 COUNTERS = ("step", "k")

@@ -22,9 +22,9 @@ from selective.base.facts import (
     TRANSFORMERS_ADAFACTOR,
     BaseFacts,
 )
+from selective.base.generators import seed_all
 from selective.base.state_entries import dequantized
 from selective.base.step_base import call_step
-from selective.generators import seed_all
 
 Scalar = float | Tensor
 DecayFormula = Callable[[Optimizer, Mapping[str, Any], Tensor], Scalar]

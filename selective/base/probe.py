@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.base.clone import StepFailed, clone_with_stand_ins
+from selective.base.generators import seed_all
 from selective.base.state_entries import dequantized, state_entries
 from selective.base.step_base import call_step
-from selective.generators import seed_all
 from selective.parameter import initialized
 
 STEPS = 10  # RAdam's rectification begins at step 6, SOAP moves from the second, Prodigy's scale shows after four

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selective.base.generators import generators_restored
 from selective.compare.config import ConfigError
 from selective.compare.setup import Setup
 from selective.compare.task import Batches, evaluated, name_of, start_of, to_device
 from selective.compare.train import fingerprint
-from selective.generators import generators_restored
 from selective.parameter import is_lazy
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from selective.generators import seed_all
+from selective.base.generators import seed_all
 
 
 def seed_generators(seed: int, step: int | None) -> None:

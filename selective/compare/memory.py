@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from selective.base.generators import generators_restored
 from selective.compare.config import ConfigError
 from selective.compare.contenders import Run, contenders, make
 from selective.compare.setup import Setup
 from selective.compare.task import start_of
-from selective.generators import generators_restored
 
 HOW = (
     "Of a fresh model with random gradients. state_bytes: all tensors in optimizer.state after two steps. peak_bytes: "

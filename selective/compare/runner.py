@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from selective.base.generators import generators_restored
 from selective.compare import memory, workers
 from selective.compare.check_task import try_out
 from selective.compare.config import CompareConfig, ConfigError, build, differences, dump
@@ -29,7 +30,6 @@ from selective.compare.setup import Given, prepare
 from selective.compare.summary import Summary, as_json, summarise
 from selective.compare.task import start_of
 from selective.compare.train import Record, fingerprint, write_atomically
-from selective.generators import generators_restored
 
 SCHEMA = 1  # the version of the form of results.json
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from selective.base.generators import generators_restored
 from selective.compare.devices import worker_count
 from selective.compare.extras import require
 from selective.compare.intervals import Interval
@@ -16,7 +17,6 @@ from selective.compare.task import name_of, start_of, unit_of
 from selective.compare.train import Record
 from selective.compare.words import so_far
 from selective.compare.workers import Progress
-from selective.generators import generators_restored
 
 
 @contextmanager

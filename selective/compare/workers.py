@@ -26,6 +26,7 @@ from typing import Any, cast
 
 import torch
 
+from selective.base.generators import generators_restored
 from selective.compare.config import ConfigError, build
 from selective.compare.contenders import Run, runs
 from selective.compare.devices import devices
@@ -33,7 +34,6 @@ from selective.compare.optimizers import name_of_maker
 from selective.compare.setup import Given, Setup, prepare
 from selective.compare.task import name_of
 from selective.compare.train import Record, Trainer, new_record
-from selective.generators import generators_restored
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,10 @@ class GroupParams:
         names = self._names or [f"param_groups[{number}][{i}]" for i in range(len(self.tensors))]
         self.parameters = [Parameter(p, address + i, names[i], number) for i, p in enumerate(self.tensors)]
         self._ids = {id(p) for p in self.tensors}
+        # those that have come into the group since its state was checked
+        self.arrived: set[Tensor] = set()
+        if before is not None:
+            self.arrived = {p for p in self.tensors if p in before.arrived or not before.has(p)}
         self._looked: tuple[list[Any], ...] = ()
         self._layouts: Layouts | None = None  # those that `_looked` has; None if a tensor is none of torch's own
         self._pointers: list[int] = []

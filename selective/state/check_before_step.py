@@ -44,6 +44,7 @@ def check_state(plans: Sequence[GroupPlan], store: StateStore) -> None:
     for plan in unchecked:
         plan.params.state_checked, plan.params.with_entries = True, None
         plan.params.old_shapes.clear()
+        plan.params.arrived.clear()
 
 
 def complete(plans: Sequence[GroupPlan], store: StateStore) -> None:
@@ -74,8 +75,8 @@ def _check_space(store: StateStore, plan: GroupPlan, parameter: Parameter, own: 
         return  # there is nothing to move, or the user has changed the parameter and its state together
     rotated, now = plan.rotated_as(parameter), "its group here has no preconditioner for it"
     if rotated is not None:
-        if own.written or own.removed or shape != tuple(rotated[1]):
-            return
+        if p not in plan.params.arrived or own.written or own.removed or shape != tuple(rotated[1]):
+            return  # a basis that was loaded may have another form than one that is made here
         rotation, whole = rotated
         wanted = basis_form_of(rotation.preconditioner_for(p), whole, p.device)
         if {BASIS + name for name in wanted} == own.present_basis_form().keys():

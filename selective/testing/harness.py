@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from selective.generators import generators_restored
+from selective.base.generators import generators_restored
 from selective.testing.model import ConformanceModel
 from selective.testing.subject import Subject
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from selective.generators import generators_restored, seed_all
+from selective.base.generators import generators_restored, seed_all
 from selective.kernels import spec
 from selective.optimizer import SelectiveUpdate
 from selective.policies import Policy, policy_from
