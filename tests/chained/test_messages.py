@@ -14,7 +14,7 @@ from selective import Cautious, ChainedOptimizer, Policy, SelectiveUpdate
 from selective.policies.view import StepView
 
 
-class Fails(Policy):
+class FailsInAMember(Policy):
     def mask(self, view: StepView) -> Tensor:
         raise ZeroDivisionError("not this one")
 
@@ -80,7 +80,7 @@ FAULTS: list[tuple[Callable[[ChainedOptimizer], None], dict[str, Any], str]] = [
     (no_number, {}, f"{LAST}param_groups[0]['lr'] is '1e-3'"),
     (moments_of_another_shape, {}, f"{LAST}parameter 'param_groups[0][0]' has shape (2, 3), and 'exp_avg'"),
     (not_finite, {"on_nonfinite": "raise"}, f"{LAST}the gradient of parameter 'param_groups[0][0]' is not finite"),
-    (ChainedOptimizer.step, {"policy": Fails()}, f"{LAST}Fails failed in step 0"),
+    (ChainedOptimizer.step, {"policy": FailsInAMember()}, f"{LAST}FailsInAMember failed in step 0"),
     (a_group, {}, f"{LAST}a parameter group has 'tau' beside its policy"),
     (a_state, {}, LAST),
     (a_checkpoint, {}, "ChainedOptimizer: member 'last': "),
