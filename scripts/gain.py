@@ -20,17 +20,17 @@ import json
 import math
 import sysconfig
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from gain_plan import carries, decays, next_run, times
+from evidence import runs
+from evidence.claims import next_run
+from evidence.training import Trainer
+from gain_plan import Run, carries, decays, plan, results, times
 from gain_table import table
-from gain_train import Trainer
+from gain_train import trainer_of
 
 from selective.compare.train import write_atomically
-
-WARM_UP = 12  # steps; Soap refreshes its bases in the eleventh
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,23 +53,22 @@ def main(argv: list[str] | None = None) -> int:
     begun = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     trainer: Trainer | None = None
-    warm: set[str] = set()
     longest = 0.0
     only = carries if options.carries else decays if options.decays else times if options.times else None
-    for run in () if options.table else next_run(options.out, begun + options.seconds, only):
+
+    def wanted() -> list[Run]:
+        return list(plan(lambda: results(options.out)) if only is None else only())
+
+    for run in () if options.table else next_run(options.out, begun + options.seconds, wanted):
         if time.perf_counter() - begun + longest > options.seconds:
             print("out of time; the same command goes on from here")
             break
-        trainer = trainer or Trainer(options)
-        if options.times and run.setup not in warm:  # its kernels are compiled
-            trainer.go(replace(run, part=WARM_UP / options.steps))
-            warm.add(run.setup)
-        record = trainer.go(run)
+        trainer = trainer or trainer_of(options)
+        record = trainer.go(runs.Run("gain", run.setup, run.lr, run.seed, part=run.part))
         longest = max(longest, record["seconds"])
-        where = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-        record |= {"torch": torch.__version__, "device": where, "date": time.strftime("%Y-%m-%d")}
         write_atomically(options.out / run.file, json.dumps(record).encode())
-        print(f"{run.file}: {record['validation']['loss'][-1]:.4f}, {record['seconds']:.0f} s", flush=True)
+        ended = "diverged" if record["diverged"] else f"{record['validation']['loss'][-1]:.4f}"
+        print(f"{run.file}: {ended}, {record['seconds']:.0f} s", flush=True)
     print(table(options.out))
     return 0
 

@@ -1,18 +1,14 @@
-"""The plan of `gain.py`: its runs in their order, the results of those that are done, and claims on the next."""
+"""The plan of `gain.py`: its runs in their order, and the results of those that are done."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import math
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from evidence.earlier import of_gain
 
 from selective import AdaDiag, CautiousDecay, Preconditioner, RandomDecay, Soap
 from selective.policies import Decay
@@ -133,44 +129,9 @@ def times() -> Iterator[Run]:
     yield from (Run(setup, factor * lr) for setup, lr in pairs for factor in (0.5, 2.0))
 
 
-@contextmanager
-def claimed(out: Path, run: Run) -> Iterator[bool]:
-    """Yield True if this process may do the run. The claim ends with the context, or with the process."""
-    folder = Path(tempfile.gettempdir(), f"gain-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}")
-    folder.mkdir(exist_ok=True)
-    with (folder / run.file).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield not (out / run.file).exists()
-
-
-def next_run(out: Path, deadline: float, only: Callable[[], Iterator[Run]] | None = None) -> Iterator[Run]:
-    """Yield one run after the other, of `plan` or of `only` those, and hold a claim on it meanwhile.
-
-    If all runs that are left are claimed, it waits until one is free, or until the deadline (`time.perf_counter`).
-    """
-    while True:
-        wanted = plan(lambda: results(out)) if only is None else only()
-        left = [run for run in wanted if not (out / run.file).exists()]
-        if not left:
-            return
-        for run in left:
-            with claimed(out, run) as mine:
-                if mine:
-                    yield run
-                    break
-        else:
-            if time.perf_counter() > deadline:
-                return
-            time.sleep(1)
-
-
 def results(folder: Path) -> list[dict[str, Any]]:
-    """Read all records. A record without `part` is that of a whole run."""
-    return [{"part": 1.0} | json.loads(file.read_text()) for file in sorted(folder.glob("*-seed*.json"))]
+    """Read all records, in the form of evidence/runs.py."""
+    return of_gain(folder).records
 
 
 def best(done: list[dict[str, Any]], setup: str) -> tuple[float, float]:
@@ -182,4 +143,5 @@ def best(done: list[dict[str, Any]], setup: str) -> tuple[float, float]:
 
 
 def final(run: dict[str, Any]) -> float:
-    return run["validation"]["loss"][-1]
+    """The last loss, or infinity if the run diverged."""
+    return math.inf if run.get("diverged") else run["validation"]["loss"][-1]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from pathlib import Path
 from typing import Any
 
+from evidence.runs import step_seconds
 from gain_plan import best, final, results
 
 from selective.compare.intervals import steps_to, t_interval
@@ -91,7 +91,7 @@ def _times(done: Records) -> list[str]:
     Once they are those of the runs themselves, and once the number of steps times the median time of a step, which
     compiling does not count in. Only runs that recorded their times are in it.
     """
-    timed = [r for r in done if "seconds" in r["validation"] and len(r["validation"]["loss"]) > 1]
+    timed = [r for r in done if r["seconds_to_validation"] and len(r["validation"]["loss"]) > 1]
     adamw = _adamw(timed)
     lines = []
     for setup in dict.fromkeys(r["setup"] for r in timed):
@@ -103,12 +103,12 @@ def _times(done: Records) -> list[str]:
             lines += [f"| {setup} | {lr:g} | {len(mine)} | not reached | | | |"] if mine else []
             continue
         steps = [_steps(r, final(base)) or math.nan for r, base in reached]
-        own = [_seconds(r, final(base)) / base["validation"]["seconds"][-1] for r, base in reached]
+        own = [_seconds(r, final(base)) / base["seconds_to_validation"][-1] for r, base in reached]
         product = [
-            s * _step_seconds(r) / (base["steps"] * _step_seconds(base))
+            s * step_seconds(r) / (base["steps"] * step_seconds(base))
             for s, (r, base) in zip(steps, reached, strict=True)
         ]
-        milliseconds = 1e3 * statistics.mean(_step_seconds(r) for r in mine)
+        milliseconds = 1e3 * statistics.mean(step_seconds(r) for r in mine)
         shares = f"{t_interval(own)} | {t_interval(product)} ({len(reached)} of {len(mine)})"
         lines.append(
             f"| {setup} | {lr:g} | {len(mine)} | {statistics.mean(steps):.0f} | {milliseconds:.1f} | {shares} |"
@@ -152,16 +152,9 @@ def _differences(mine: Records, theirs: dict[int, dict[str, Any]]) -> list[str] 
 
 def _seconds(run: dict[str, Any], loss: float) -> float:
     """The seconds of training until this loss was reached, which it was."""
-    reached = steps_to(loss, run["validation"]["seconds"], run["validation"]["loss"])
+    reached = steps_to(loss, run["seconds_to_validation"], run["validation"]["loss"])
     assert reached is not None
     return reached
-
-
-def _step_seconds(run: dict[str, Any]) -> float:
-    """The median seconds of a step, over the intervals between evaluations."""
-    seconds, steps = run["validation"]["seconds"], run["validation"]["step"]
-    intervals = zip(itertools.pairwise(seconds), itertools.pairwise(steps), strict=True)
-    return statistics.median((b - a) / (after - before) for (a, b), (before, after) in intervals)
 
 
 def _steps(run: dict[str, Any], loss: float) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ def of_gain(folder: Path) -> Results:
 
 
 def _of_gain(record: dict[str, Any], task: str) -> Record:
-    ends = record["validation"]["loss"][-1]
-    seconds = record["validation"].get("seconds")
-    return {"part": 1.0, **record, "task": task, "rest_lr": None, "seconds_to_validation": seconds,
-            "diverged": not ends < float("inf"), "alone": seconds is not None}  # fmt: skip
+    """The record with what the first ones lack: `part`, and times and divergence in a place of their own."""
+    validation = record["validation"]
+    lacking = {"part": 1.0, "rest_lr": None, "diverged": not math.isfinite(validation["loss"][-1]),
+               "seconds_to_validation": validation.get("seconds")}  # fmt: skip
+    whole = {**lacking, **record, "task": task}
+    return {"alone": whole["seconds_to_validation"] is not None, **whole}
 
 
 def of_demo(file: Path) -> dict[int, dict[int, Record]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,3 +110,10 @@ def best_point(points: Mapping[Point, float]) -> Point | None:
 def at_edge(losses: dict[float, float]) -> bool:
     """True if the best rate is the lowest or the highest one that was tried."""
     return best_rate(losses) in (None, min(losses), max(losses))
+
+
+def step_seconds(record: Record) -> float:
+    """The median seconds of a step, over the intervals between evaluations."""
+    seconds, steps = record["seconds_to_validation"], record["validation"]["step"]
+    intervals = zip(itertools.pairwise(seconds), itertools.pairwise(steps), strict=True)
+    return statistics.median((b - a) / (after - before) for (a, b), (before, after) in intervals)

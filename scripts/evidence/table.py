@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,7 +9,7 @@ from functools import partial
 from evidence.bases import BASES
 from evidence.plan import THEIR_RATE, THEIR_STEPS, THEIRS
 from evidence.rows import AT_ANOTHER_S_BEST, COMPOSED, MUON, READINGS_ROWS, Row, masked_rows, short_list
-from evidence.runs import Point, Record, Results, at_edge, best_point, best_rate
+from evidence.runs import Point, Record, Results, at_edge, best_point, best_rate, step_seconds
 from evidence.sweeps import first_rest, grid_of
 from selective.compare.intervals import Interval, t_interval
 from selective.compare.race import final, race
@@ -57,7 +56,7 @@ class Comparison:
         if any(r["diverged"] for r in mine.values()):
             return _line([row.label, rate, str(len(mine)), "a seed diverged", *[NONE] * 5])
         loss = said(t_interval([final(r) for r in mine.values()]))
-        times = [_step_seconds(r) for r in mine.values() if r["alone"]]
+        times = [step_seconds(r) for r in mine.values() if r["alone"]]
         step = f"{1e3 * statistics.fmean(times):.1f}" if times else NONE
         return _line([row.label, rate, str(len(mine)), loss, *self._against(row, mine), step])
 
@@ -101,13 +100,6 @@ def _ratio(pairs: Sequence[tuple[Record, Record]], axis: str) -> str:
     if run.ratio is None:
         return f"in {run.reached} of {len(pairs)} seeds"
     return said(run.ratio, 2)
-
-
-def _step_seconds(record: Record) -> float:
-    """The median seconds of a step, over the intervals between evaluations."""
-    seconds, steps = record["seconds_to_validation"], record["validation"]["step"]
-    intervals = zip(itertools.pairwise(seconds), itertools.pairwise(steps), strict=True)
-    return statistics.median((b - a) / (after - before) for (a, b), (before, after) in intervals)
 
 
 def _line(cells: Sequence[str]) -> str:

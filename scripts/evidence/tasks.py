@@ -31,6 +31,7 @@ class TextTask:
         micro_batch: windows that are put through the model at once, if the loop can split a batch.
         evaluate_windows: held-out windows in an evaluation, evenly spread and the same each time.
         name: of the task, for titles.
+        fused: queries, keys and values are one matrix, and a SwiGLU's gate and value another.
 
     On a GPU, matrix products are in bfloat16 (autocast), and the loss is compiled once: training and evaluation put
     windows of one shape through one graph.
@@ -47,8 +48,10 @@ class TextTask:
         micro_batch: int = 64,
         evaluate_windows: int = 512,
         name: str = "text",
+        fused: bool = False,
     ) -> None:
         self.name, self.shape, self.batch_size, self.micro_batch = name, shape, batch_size, micro_batch
+        self.fused = fused
         self.tokens, self.train, self.held_out = tokens, tokens.train, tokens.held_out
         room = len(self.held_out) - shape.context - 1
         if room < 0 or len(self.train) <= shape.context + 1:
@@ -62,7 +65,7 @@ class TextTask:
         return self
 
     def model(self, seed: int) -> nn.Module:
-        return llama_model(self.shape, seed, self.tokens.vocabulary)
+        return llama_model(self.shape, seed, self.tokens.vocabulary, self.fused)
 
     def batch(self, seed: int, step: int) -> Tensor:
         """The windows of one step, int64 (batch_size, context + 1), from places that seed and step fix."""

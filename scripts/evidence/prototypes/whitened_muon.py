@@ -20,9 +20,9 @@ class WhitenedMuon(Optimizer):
 
         P = QLᵀ u QR;  v = 0.9 v + 0.1 P²;  s = QL (P / √v) QRᵀ;  W -= lr · NewtonSchulz(s)
 
-    u is Nesterov's momentum, and QL and QR are the eigenbases of the running Gram matrices of both sides, each followed by a
-    power step and a QR every `refresh_every` steps. Decay, scale and momentum are those of torch's Muon. The rule is
-    that of a public run of GPT-2 124M.
+    u is Nesterov's momentum. QL and QR are the eigenbases of running Gram matrices, one of each side. They follow them
+    by a power step and a QR every `refresh_every` steps. Decay, scale and momentum are those of torch's Muon. It is
+    the rule of a public run of GPT-2 124M.
     """
 
     def __init__(
