@@ -33,6 +33,7 @@ KEYWORDS = {
     "guides/checkpoints": ["checkpoint", "resume", "save"],
     "guides/watching": ["logging", "tensorboard", "wandb", "statistics"],
     "guides/compare": ["compare", "sweep", "seeds"],
+    "guides/doctor": ["doctor", "diagnose", "check my optimizer"],
     "guides/examples": ["examples"],
     "performance#why-is-my-step-slow": ["slow", "slow step"],
     "performance": ["speed", "performance", "benchmark"],

@@ -78,7 +78,7 @@ def as_markdown(notebook: Notebook) -> str:
             continue
         parts.append(f"```python\n{text}\n```")
         output = "".join(line for each in cell["outputs"] for line in each["text"])
-        parts += [f"```text\n{output.rstrip()}\n```"] if output else []
+        parts += [f"<!-- output -->\n```text\n{output.rstrip()}\n```"] if output else []
     return "\n\n".join(parts)
 
 

@@ -70,7 +70,7 @@ INDEX = "<!-- reference-index -->"
 SHOWN = "<!-- examples -->"
 _EXAMPLE = re.compile(r"\]\((?:\.\./)+examples/([\w.]+)\)")
 _CARDS = re.compile(r"^<!-- cards -->\n\n((?:(?:- |  ).*\n|\n(?=- |  ))+)", re.MULTILINE)
-_OUTPUT = re.compile(r"^<!-- output -->\n(```text\n.*?^```\n)", re.MULTILINE | re.DOTALL)
+_OUTPUT = re.compile(r"^<!-- (?:output|printed) -->\n(```text\n.*?^```\n)", re.MULTILINE | re.DOTALL)
 _LANGUAGES = {".py": "python", ".yaml": "yaml"}
 
 
@@ -79,7 +79,6 @@ def prepared(docs: Path, name: str, text: str) -> str:
     text = reference.expand(text)
     text = _EXAMPLE.sub(lambda found: f"]({'../' * name.count('/')}guides/examples.md#{_slug(found[1])})", text)
     text = _CARDS.sub(_in_box("cards"), text)
-    text = _OUTPUT.sub(_in_box("output"), text)
     text = keywords.with_entries(name, text)
     if name == "index":
         text += "\n" + "\n".join(_toctree(part, pages) for part, pages in NAV.items())
@@ -87,7 +86,7 @@ def prepared(docs: Path, name: str, text: str) -> str:
         text = text.replace(INDEX, _index(docs))
     if SHOWN in text:
         text = text.replace(SHOWN, _examples(docs.parent / "examples"))
-    return text
+    return _OUTPUT.sub(_in_box("output"), text)
 
 
 def _in_box(kind: str) -> Callable[[re.Match[str]], str]:

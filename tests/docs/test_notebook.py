@@ -84,7 +84,7 @@ def test_a_cell_that_fails_is_named() -> None:
 def test_a_notebook_as_a_part_of_a_page() -> None:
     text = notebook.as_markdown(notebook.with_outputs(small(), ["3\n", "", "4 A\n"]))
     assert text.startswith(
-        "### Title\ntext\n\n```python\nx = 3\nprint(x)\n```\n\n```text\n3\n```\n\n```python\nclass A:"
+        "### Title\ntext\n\n```python\nx = 3\nprint(x)\n```\n\n<!-- output -->\n```text\n3\n```\n\n```python\nclass A:"
     )
     assert text.count("```text") == 2
 
