@@ -32,7 +32,8 @@ def run(tmp_path: Path, found: str, *tests: str) -> subprocess.CompletedProcess[
         "def test_bad(): assert False\n"
         "@pytest.mark.skip\ndef test_skipped(): pass\n"
     )
-    environment = {**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}", "FOUND": found}
+    quick = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "pytest_timeout"}
+    environment = {**os.environ, **quick, "PATH": f"{fake.parent}:{os.environ['PATH']}", "FOUND": found}
     command = [sys.executable, str(SCRIPT), "--jobs", "2", "--logs", str(tmp_path / "logs"), "test_few.py", *tests]
     return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
 

@@ -29,7 +29,7 @@ _SAME = 0.9  # the cosine between an entry and the same one with opposite gradie
 _LARGER = 4.0  # factor on gradients; a power of 2, which does not change rounding
 _FEW = 8  # one in this many coordinates is made larger
 _TINY = 1e-12  # factor on few gradients: Adam's update shrinks with them, because of its eps
-_FULL = 0.9  # an update of a sign-like base is at least this share of the largest; they are equal but for rounding
+_FULL = 0.9  # an update of a sign-like base is at least this share of the largest; they are equal up to rounding
 _NEAR = 0.25  # largest distance of a degree from a whole number; it is below 0.02 for all classes found
 
 

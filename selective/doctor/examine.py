@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 from selective import Cautious, SelectiveUpdate, __version__
-from selective.compare.generators import generators_restored
 from selective.doctor import cautions
 from selective.doctor.cautions import advice, mend
 from selective.doctor.facts import described, groups_of, memory_of, steps_of, wrapped_in
@@ -17,6 +16,7 @@ from selective.doctor.restore import restored
 from selective.doctor.subject import Factory, Model, Subject, has_values, load_subject
 from selective.doctor.take_steps import SIZE, not_finite, take_steps
 from selective.doctor.words import listed
+from selective.generators import generators_restored
 
 
 def doctor(factory: Factory, *, model: Model | None = None, lr: float = 1e-3, device: str | None = None) -> Report:

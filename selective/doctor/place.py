@@ -9,6 +9,7 @@ from pathlib import Path
 
 _NOT_THE_USER = ("selective", "torch")  # top-level packages
 _INSTALLED = tuple(os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "purelib", "platlib"))
+_FOLDERS = ("site-packages", "dist-packages")  # of other environments that are on the path
 _MOST_CHARACTERS = 300  # of an error's message
 
 
@@ -47,5 +48,7 @@ def short_path(file: str) -> str:
 
 def _is_of_user(file: str, module: str) -> bool:
     if module.partition(".")[0] in _NOT_THE_USER or file.startswith("<"):
+        return False
+    if any(folder in Path(file).parts for folder in _FOLDERS):
         return False
     return not os.path.realpath(file).startswith(_INSTALLED)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from selective.doctor.report import Finding, Group, Memory, Report, Steps, Trial
 from selective.doctor.words import counted
 
-WIDTH = 100
+WIDTH = 80
 _LABEL = 12
 _MOST_GROUPS = 3
+_UNSTEADY = 3  # times as long as the fastest of the timed steps
 _MOST_CHARACTERS = 120  # of the names of rotated parameters
 # Labels of `explain()` that are worth their lines here, with the most texts of each. The others are in the JSON form.
 _FACTS = {"policy": 1, "capture": 1, "kernels": 1, "rotated": 1, "left out": 2, "rate": 1, "note": 1}
@@ -35,9 +36,7 @@ def verdict(report: Report) -> str:
     """Return the last line of the text."""
     wrong, better = len(report.of_level("mend")), len(report.of_level("advice"))
     first = f"{counted(wrong, 'thing')} to mend" if wrong else "Nothing to mend"
-    return (
-        f"{first}{f', {better} to think about' if better else ''}. Everything is put back as it was before the steps."
-    )
+    return f"{first}{f', {better} to think about' if better else ''}. Everything is as it was before the steps."
 
 
 def _of_trial(report: Report, trial: Trial) -> list[str]:
@@ -50,7 +49,7 @@ def _of_trial(report: Report, trial: Trial) -> list[str]:
     lines += _of_memory(trial.memory)
     if trial.steps is not None:
         lines += _of_steps(trial.steps)
-    question = "Does it train better? selective compare --task ... tries it on your model"
+    question = "Does it train better? selective compare --task ... tries it"
     return [*lines, *_labelled("then", question)]
 
 
@@ -96,6 +95,8 @@ def _of_steps(steps: Steps) -> list[str]:
         return _labelled("steps", f"none could be taken: {steps.failure}")
     times = f"{_ms(steps.host_ms)} ms" if steps.host_ms else "none was timed"
     on_gpu = f" on the host, {_ms(steps.device_ms)} ms until the GPU was done" if steps.device_ms else ""
+    if steps.host_ms and max(steps.host_ms) > _UNSTEADY * min(steps.host_ms):
+        on_gpu += " (so different that they mean little: is the machine busy?)"
     before = f"the slowest of {len(steps.warm_up_ms)} before took {_ms([max(steps.warm_up_ms)])} ms"
     fine = "all values finite" if not steps.not_finite else "with values that are not finite"
     lines = _labelled("steps", f"{times}{on_gpu}; {before}; {fine}")

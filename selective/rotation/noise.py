@@ -1,7 +1,7 @@
 """Rounding noise in rotated matrices, for a base whose update does not shrink with the gradient.
 
 Note [signs of noise]: a row of zeros, such as that of a token that never occurs, is a null direction of all gradients.
-Basis vectors of null directions are orthogonal to the others but for rounding. So the rotated gradient has noise there,
+Basis vectors of null directions are orthogonal to the others up to rounding. So the rotated gradient has noise there,
 and not zeros. Adam divides noise by the root of its square, to which ε is added. Lion takes its sign and makes full
 steps: rows that no gradient had touched moved by more than a hundred times the learning rate. So elements of rotated
 gradients, and of first moments that were carried into a new basis, are set to 0 below `FLOOR` · eps · ‖X‖, with
@@ -25,7 +25,7 @@ FLOOR = 64.0
 def clear_noise_(x: Tensor) -> None:
     """Set elements of matrices [..., rows, columns] to 0 that are rounding noise, in place: Note [signs of noise].
 
-    They are read for the norms, and once more to be written. Matrices that are not finite stay as they are.
+    They are read for the norms, and again to be written. Matrices that are not finite stay as they are.
     """
     if not x.numel():
         return

@@ -57,9 +57,19 @@ def test_a_fine_optimizer_has_no_finding() -> None:
     assert all(time > 0 for time in report.steps.host_ms)
     assert report.steps.graph is False
     said = str(report)
-    assert said.endswith("Nothing to mend. Everything is put back as it was before the steps.")
+    assert said.endswith("Nothing to mend. Everything is as it was before the steps.")
     assert max(map(len, said.splitlines())) <= WIDTH
     assert len(said.splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize(
+    ("times", "unsteady"), [([1.0, 2.9, 2.0], False), ([1.0, 2.0, 3.1], True), ([250.0] * 3, False)]
+)
+def test_times_that_differ_widely_are_marked(times: list[float], unsteady: bool) -> None:
+    report = doctor(for_model(model()))
+    said = str(report.model_copy(update={"steps": report.steps.model_copy(update={"host_ms": times})}))
+    assert ("is the machine busy?" in " ".join(said.split())) == unsteady
+    assert f"{times[0]:.3g}, " in said
 
 
 def test_memory_is_what_the_optimizer_holds_after_a_step() -> None:
@@ -205,7 +215,7 @@ def infinite_rate(net: nn.Module) -> SelectiveUpdate:
     return SelectiveUpdate(torch.optim.AdamW([net[1].weight], lr=1e38), policy=Cautious())
 
 
-class Fails(Policy):
+class HasNoLuck(Policy):
     """A policy whose code raises."""
 
     def mask(self, view: Any) -> Tensor:
@@ -214,9 +224,9 @@ class Fails(Policy):
 
 def test_a_step_that_raises() -> None:
     net = model()
-    report = doctor(for_model(net, policy=Fails()), model=net)
+    report = doctor(for_model(net, policy=HasNoLuck()), model=net)
     failure = text_of(report, "step_failed")
-    assert failure.startswith("step 1 raises PolicyError: SelectiveUpdate: Fails failed in step 0")
+    assert failure.startswith("step 1 raises PolicyError: SelectiveUpdate: HasNoLuck failed in step 0")
     assert "test_findings.py, line" in failure
     assert report.steps.taken == 0
     assert report.memory is None

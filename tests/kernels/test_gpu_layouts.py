@@ -120,8 +120,16 @@ PLACES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("places", PLACES, ids="-".join)
+def cases_in_places() -> list:
+    """All of them; exact top-K in each, the other cases in every second one, in turns."""
+    cells = [(i + j, case, places) for i, case in enumerate(CASES) for j, places in enumerate(PLACES)]
+    return [
+        pytest.param(case, places, marks=[] if case == "top_k" or turn % 2 else pytest.mark.slow)
+        for turn, case, places in cells
+    ]
+
+
+@pytest.mark.parametrize(("case", "places"), cases_in_places())
 def test_layouts_write_through(places, case, device, monkeypatch):
     few_samples(monkeypatch)
     for name, rule in tried(case, device).items():

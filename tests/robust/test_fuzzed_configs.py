@@ -94,13 +94,13 @@ def compares(found: Any) -> bool:
 
 @pytest.mark.parametrize("name", PARSERS)
 @given(found=anything)
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_policies_and_preconditioners(name: str, found: Any) -> None:
     holds(PARSERS[name], found)
 
 
 @given(found=comparisons)
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_comparisons(found: dict[str, Any]) -> None:
     compares(found)
 

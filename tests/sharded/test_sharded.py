@@ -101,6 +101,12 @@ def test_a_failing_case_is_noticed(run_cases: RunCases, tmp_path: Path) -> None:
         run_cases(["sharded_cases_world:fails_on_one_rank"], 2, tmp_path)
 
 
+def test_a_set_that_does_not_end_is_killed_and_the_next_one_runs(run_cases: RunCases, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"'sharded_cases_world:waits'.* have not ended after 2 s"):
+        run_cases(["sharded_cases_world:waits"], 2, tmp_path, 2)
+    run_cases(["sharded_cases_world:does_nothing"], 2, tmp_path)
+
+
 def test_a_rank_that_dies_ends_the_run(run_cases: RunCases, tmp_path: Path) -> None:
     """The others get torch's own error, and the run goes on from its checkpoint to where it would have ended."""
     with pytest.raises(AssertionError, match=r"Connection|timed out|reset|closed"):

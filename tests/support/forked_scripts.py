@@ -53,15 +53,15 @@ def serve() -> None:
 
     import selective  # noqa: F401
 
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    for line in sys.stdin:
-        request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            answers.close()
-            run_here(**request)
-            return  # to the interpreter's own end, in which a script may fail as well
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers)
+    with os.fdopen(os.dup(1), "w", buffering=1) as answers:
+        for line in sys.stdin:
+            request = json.loads(line)
+            child = os.fork()
+            if child == 0:
+                answers.close()
+                run_here(**request)
+                return  # to the interpreter's own end, in which a script may fail as well
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers)
 
 
 def run_here(path: str, folder: str, output: str, arguments: list[str]) -> None:

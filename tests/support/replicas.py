@@ -1,15 +1,18 @@
 """Replicas over gloo: a process for each rank, which trains all configurations one after the other.
 
-It runs as a script for each rank, so that torch is imported once for all configurations, and writes to a file.
+It runs as a script, imports torch once for all configurations and ranks, and forks the ranks, which write to files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import traceback
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -88,22 +91,34 @@ def main(rank: int, world: int, folder: Path) -> None:
 def train_replicas(world: int, configurations: dict[str, Configuration], folder: Path) -> dict[str, list[list[str]]]:
     """The digests of every rank, for each configuration."""
     (folder / "configurations.json").write_text(json.dumps(configurations))
-    commands = [[sys.executable, __file__, str(rank), str(world), str(folder)] for rank in range(world)]
-    logs = [(folder / f"{rank}.log") for rank in range(world)]
-    running = []
-    for command, log in zip(commands, logs, strict=True):
-        with open(log, "w") as file:
-            running.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a fork copies one thread only
+    with open(folder / "all.log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(world), str(folder)], stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True, env=environment,
+        )  # fmt: skip
     try:
-        codes = [process.wait(240) for process in running]
+        code = process.wait(240)
     finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    assert codes == [0] * world, "\n".join(log.read_text() for log in logs)
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert code == 0, (folder / "all.log").read_text()
     each = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
     return {name: [found[name] for found in each] for name in configurations}
 
 
+def fork_ranks(world: int, folder: Path) -> int:
+    """Returns how many ranks have failed."""
+    for rank in range(world):
+        if os.fork() == 0:
+            try:
+                main(rank, world, folder)
+            except Exception:
+                traceback.print_exc()
+                os._exit(1)
+    return sum(os.wait()[1] != 0 for _ in range(world))
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    sys.exit(fork_ranks(int(sys.argv[1]), Path(sys.argv[2])))

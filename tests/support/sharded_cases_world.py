@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,14 @@ NAME = ADAMW
 def fails_on_one_rank(world: World) -> None:
     assert world.rank == 0, "as it should"
     dist.barrier()
+
+
+def waits(world: World) -> None:
+    time.sleep(100)
+
+
+def does_nothing(world: World) -> None:
+    """A case that no rank can fail."""
 
 
 def dies_in_a_step(world: World) -> None:

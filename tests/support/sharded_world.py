@@ -145,16 +145,17 @@ class Starter:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps(vars(request)).encode() + b"\n")
         group = int(process.stdout.readline())
-        ended = False
         try:
             ended = bool(select.select([process.stdout], [], [], seconds)[0])
-            assert ended, f"{request.names} have not ended after {seconds} s"
-            return int(process.stdout.readline())
+        except BaseException:  # interrupted: the answer is not read any more
+            self.stop()
+            raise
         finally:
             with contextlib.suppress(ProcessLookupError):  # all have ended
                 os.killpg(group, signal.SIGKILL)
-            if not ended:
-                self.stop()
+        failed = int(process.stdout.readline())
+        assert ended, f"{request.names} have not ended after {seconds} s"
+        return failed
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self.process is None:

@@ -91,7 +91,7 @@ class Config:
     strict: bool = True
     score: str = "update"
     bracketed: bool = False  # top_k: scores inside of the bracket are left to a later kernel
-    # top_k: the threshold is known but for the few scores of one bin of its histogram, which go to a list
+    # top_k: the threshold is known except for the few scores of one bin of its histogram, which go to a list
     pending: bool = False
     arguments: int = 0  # function: how many numbers it takes
     strength: str = "fixed"

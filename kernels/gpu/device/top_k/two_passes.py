@@ -177,7 +177,7 @@ def narrow_kernel(
 
 @triton.jit
 def has_one_border(ranks, start, BLOCK: tl.constexpr):
-    """True if one comparison selects among BLOCK elements from index `start` on, but for those that go to a list.
+    """True if one comparison selects among BLOCK elements from index `start` on, except for those that go to a list.
 
     That is if all scores that equal an exact threshold, which counts up to an index, are selected there, or none is. A
     threshold of 0 is that of a tensor with fewer than K scores, and a dense tensor has none.
