@@ -20,7 +20,7 @@ NORMS = ("AdamW, norm controlled", "AdamW in Soap, norm controlled")
 AVERAGED = "Cautious on AdamW in Soap, tail averaged"
 # Stage 3
 MUON_MASKS = tuple(f"{name} on Muon" for name in ("Cautious", "MGUP mild", "MGUP official"))
-MUON_MORE = ("Muon, whitened",)
+MUON_MORE = ("Muon, whitened", "Muon, Cautious before the orthogonalisation", "Muon, Cautious by rows")
 # Stages 4 and 5: everyone of the first, and the best of the second with three seeds at 34M
 BASELINES = ("AdamW", "Muon")
 CANDIDATES = ("AdamW in Soap", *APART[2:], *DECAYS, *RIVALS[1:], *NORMS, AVERAGED, *MUON_MASKS, *MUON_MORE)
