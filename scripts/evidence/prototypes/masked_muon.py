@@ -17,8 +17,8 @@ class MaskedMuon(Optimizer):
     """Muon over matrices, with a mask by the agreement of momentum and gradient.
 
     With `where="before"` coordinates of Nesterov's momentum u with u · g <= 0 are zeroed before the orthogonalisation,
-    so that the step is orthogonal with the mask, too. With `where="rows"` whole rows of the orthogonal update o are zeroed
-    where the sum of o · g over the row is not positive, and the others are divided by their share.
+    so that a masked step is orthogonal, too. With `where="rows"` whole rows of the orthogonal update o are zeroed where
+    the sum of o · g over the row is not positive, and the others are divided by their share.
     """
 
     def __init__(
