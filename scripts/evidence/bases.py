@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from evidence.prototypes.masked_muon import MaskedMuon
 from evidence.prototypes.momentum_basis import MomentumBasis
 from evidence.prototypes.whitened_muon import WhitenedMuon
 
@@ -29,6 +30,10 @@ def _muon(groups: Groups) -> Optimizer:
     return torch.optim.Muon(groups)
 
 
+def _masked_rows(groups: Groups) -> Optimizer:
+    return MaskedMuon(groups, where="rows")
+
+
 def _soap(groups: Groups) -> Optimizer:
     from pytorch_optimizer import SOAP
 
@@ -43,4 +48,6 @@ BASES: dict[str, Callable[[Groups], Optimizer]] = {
     "SOAP": _soap,
     "momentum basis": MomentumBasis,
     "whitened Muon": WhitenedMuon,
+    "masked before Muon": MaskedMuon,
+    "Muon masked by rows": _masked_rows,
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from evidence.ranking import best_setups
 from evidence.runs import Results, Run
 from evidence.setups import POLICIES, READINGS
-from evidence.sweeps import control, rest_sweep, seeds, settled, sweep, swept_control
+from evidence.sweeps import MORE_SEEDS, control, rest_sweep, seeds, settled, sweep, swept_control
 
 LONGER = 1.5  # the share of the steps that the baseline gets in the comparison of whole schedules
 Plan = Callable[[Results], Iterator[Run]]
@@ -20,13 +20,16 @@ NORMS = ("AdamW, norm controlled", "AdamW in Soap, norm controlled")
 AVERAGED = "Cautious on AdamW in Soap, tail averaged"
 # Stage 3
 MUON_MASKS = tuple(f"{name} on Muon" for name in ("Cautious", "MGUP mild", "MGUP official"))
-MUON_MORE = ("Muon, whitened",)
+MUON_MORE = ("Muon, whitened", "Muon, Cautious before the orthogonalisation", "Muon, Cautious by rows")
 # Stages 4 and 5: everyone of the first, and the best of the second with three seeds at 34M
 BASELINES = ("AdamW", "Muon")
 CANDIDATES = ("AdamW in Soap", *APART[2:], *DECAYS, *RIVALS[1:], *NORMS, AVERAGED, *MUON_MASKS, *MUON_MORE)
 # Stage 6: MGUP's own setting, which has one rate for all bases
 THEIR_RATE, THEIR_STEPS = 3e-4, 2000 / 600
 THEIRS = tuple(setup for base in ("AdamW", "Lion", "Muon") for setup in (base, f"MGUP official on {base}"))
+# Stage 7: fine-tuning
+FINE_GRID = (2.5e-5, 5e-5, 1e-4, 2e-4)
+FINE_TUNED = ("AdamW", *(f"{name} on AdamW" for name in POLICIES), *APART[1:])
 
 
 def masks(results: Results, task: str, base: str, policies: Sequence[str]) -> Iterator[Run]:
@@ -105,6 +108,15 @@ def stage_6(results: Results) -> Iterator[Run]:
     yield from of_each(results, "python-34m", [f"{name} on AdamW" for name in READINGS])
 
 
+def stage_7(results: Results) -> Iterator[Run]:
+    """Fine-tuning of MiniLM, with five seeds."""
+    task = "foldoc-minilm"
+    for setup in FINE_TUNED:
+        yield from sweep(results, task, setup, FINE_GRID)
+    for setup in FINE_TUNED:
+        yield from seeds(results, task, setup, FINE_GRID, all_seeds=MORE_SEEDS)
+
+
 def _rest(setup: str) -> float | None:
     return THEIR_RATE if "Muon" in setup else None
 
@@ -114,7 +126,7 @@ def _short_list(results: Results, task: str) -> Iterator[Run]:
     yield from of_each(results, task, [*BASELINES[1:], *best_setups(results, "python-34m", CANDIDATES, 2)], apart=True)
 
 
-STAGES: dict[int, Plan] = {1: stage_1, 2: stage_2, 3: stage_3, 4: stage_4, 5: stage_5, 6: stage_6}
+STAGES: dict[int, Plan] = {1: stage_1, 2: stage_2, 3: stage_3, 4: stage_4, 5: stage_5, 6: stage_6, 7: stage_7}
 
 
 def wanted(results: Results, stages: Sequence[int]) -> list[Run]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from evidence.plan import APART, AVERAGED, CANDIDATES, DECAYS, LONGER, MUON_MASKS, MUON_MORE, NORMS, RIVALS
+from evidence.plan import APART, AVERAGED, CANDIDATES, DECAYS, FINE_TUNED, LONGER, MUON_MASKS, MUON_MORE, NORMS, RIVALS
 from evidence.ranking import best_setups
 from evidence.runs import Results
 from evidence.setups import POLICIES, READINGS, control_of, has_control
@@ -70,6 +70,7 @@ MUON = [
     *(_row(setup, "Muon") for setup in ("Muon", MUON_MASKS[0], control_of(MUON_MASKS[0]), *MUON_MASKS[1:], *MUON_MORE)),
 ]
 READINGS_ROWS = [Row("AdamW", "AdamW"), *(Row(f"{name} on AdamW", "AdamW") for name in READINGS)]
+FINE_ROWS = [Row(setup, "AdamW") for setup in FINE_TUNED]
 
 
 def short_list(results: Results) -> list[Row]:

@@ -101,6 +101,8 @@ SETUPS: dict[str, Setup] = {
     "Muon": MUON,
     **_masked(MUON, "Muon", {name: POLICIES[name] for name in ("Cautious", "MGUP mild", "MGUP official")}),
     "Muon, whitened": Setup("whitened Muon", "Muon", rest="AdamW"),
+    "Muon, Cautious before the orthogonalisation": replace(MUON, base="masked before Muon"),
+    "Muon, Cautious by rows": replace(MUON, base="Muon masked by rows"),
     "Muon, tail averaged": replace(MUON, around=TailAverage),
 }
 

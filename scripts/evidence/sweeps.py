@@ -12,6 +12,7 @@ from evidence.runs import Point, Results, Run, best_point, best_rate, next_rates
 from evidence.setups import control_of, setup_of
 
 SEEDS = (0, 1, 2)
+MORE_SEEDS = (0, 1, 2, 3, 4)  # of fine-tuning, whose differences are small
 GRIDS: dict[str, tuple[float, ...]] = {
     "AdamW": (7.5e-4, 1.5e-3, 3e-3, 6e-3),
     "Lion": (7.5e-5, 1.5e-4, 3e-4, 6e-4),
@@ -76,7 +77,13 @@ def rest_settled(results: Results, task: str, setup: str) -> Point | None:
 
 
 def seeds(
-    results: Results, task: str, setup: str, grid: Sequence[float] = (), part: float = 1.0, apart: bool = False
+    results: Results,
+    task: str,
+    setup: str,
+    grid: Sequence[float] = (),
+    part: float = 1.0,
+    apart: bool = False,
+    all_seeds: Sequence[int] = SEEDS,
 ) -> Iterator[Run]:
     """The runs of all seeds at the best rate, or with `apart` at the best pair of rates, once it is known."""
     if apart:
@@ -85,7 +92,7 @@ def seeds(
         lr = settled(results, task, setup, grid)
         point = None if lr is None else (lr, first_rest(setup))
     if point is not None:
-        yield from (Run(task, setup, point[0], seed, point[1], part) for seed in SEEDS)
+        yield from (Run(task, setup, point[0], seed, point[1], part) for seed in all_seeds)
 
 
 def around(results: Results, task: str, setup: str) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from functools import partial
 
 from evidence.bases import BASES
 from evidence.plan import THEIR_RATE, THEIR_STEPS, THEIRS
-from evidence.rows import AT_ANOTHER_S_BEST, COMPOSED, MUON, READINGS_ROWS, Row, masked_rows, short_list
+from evidence.rows import AT_ANOTHER_S_BEST, COMPOSED, FINE_ROWS, MUON, READINGS_ROWS, Row, masked_rows, short_list
 from evidence.runs import Point, Record, Results, at_edge, best_point, best_rate, step_seconds
 from evidence.sweeps import first_rest, grid_of
 from selective.compare.intervals import Interval, t_interval
@@ -163,6 +163,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     **_of_rows("python-34m", "Muon", MUON),
     **_of_rows("python-34m", "readings", READINGS_ROWS),
     "mgup's setting": their_table,
+    "foldoc-minilm": lambda results: comparison_table(results, "foldoc-minilm", FINE_ROWS),
     **{
         task: partial(lambda task, results: comparison_table(results, task, short_list(results)), task)
         for task in ("python-110m", "english-34m", "english-110m")

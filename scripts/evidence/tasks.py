@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evidence.classify import SubjectTask
+from evidence.foldoc import read as entries_of_foldoc
 from evidence.llama import llama_model
 from evidence.tokens import FOLDER, Tokens, read
 from selective.compare.config import ModelConfig
@@ -145,10 +147,15 @@ def english_110m() -> TextTask:
     return llama("english-16k", "110m")
 
 
+def foldoc_minilm() -> SubjectTask:
+    return SubjectTask(entries_of_foldoc(), name="foldoc-minilm")
+
+
 TASKS: dict[str, Callable[[], Any]] = {
     "python-34m": python_34m,
     "english-34m": english_34m,
     "english-34m-256": english_34m_256,
     "python-110m": python_110m,
     "english-110m": english_110m,
+    "foldoc-minilm": foldoc_minilm,
 }

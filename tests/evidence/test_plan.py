@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from evidence import plan, sweeps
-from evidence.runs import MOST_RATES, Results, Run, at_edge, best_rate, next_rates
+from evidence.runs import MOST_RATES, Results, Run, at_edge, best_point, best_rate, next_rates
 from evidence.setups import CONTROL, POLICIES, control_of, setup_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,3 +124,27 @@ def test_names_of_setups() -> None:
         setup_of("random like AdamW")
     with pytest.raises(KeyError):
         setup_of("Cautious")
+
+
+def test_both_rates_are_swept_and_the_best_setups_go_on() -> None:
+    """Stages 2 to 4: no best rate is left at an edge, and 110M is for the baselines and the two best at 34M."""
+    offsets = {"Cautious on AdamW in Soap": -3.0, "Muon, whitened": -2.0}
+
+    def loss(run: Run) -> float:
+        best = sweeps.GRIDS[setup_of(run.setup).rates][1]
+        own = run.lr if run.rest_lr is None else run.rest_lr
+        wanted = 1.5 * (sweeps.first_rest(run.setup) or best)
+        return 20 + offsets.get(run.setup, 0) + bowl(best)(run.lr) + bowl(wanted)(own) + 0.01 * run.seed
+
+    order = carried_out(lambda results: plan.wanted(results, [2, 3, 4]), loss, most=600)
+    results = Results(record(run, loss(run)) for run in order)
+    for setup in (*plan.APART, "Muon", *plan.MUON_MASKS, *plan.MUON_MORE, *plan.NORMS):
+        point = best_point(results.points("python-34m", setup))
+        assert point is not None
+        assert results.by_seed("python-34m", setup, point).keys() == {0, 1, 2}, setup
+        assert not at_edge(results.rest_losses("python-34m", setup, point[0])), setup
+        mine = [run for run in order if run.setup == setup and run.task == "python-34m"]
+        seeded = next(i for i, run in enumerate(mine) if run.seed and (run.lr, run.rest_lr) == point)
+        assert not [run for run in mine[seeded:] if run.rest_lr not in (point[1], None)], "seeds come after the sweep"
+    assert {run.setup for run in order if run.task == "python-110m"} == {"AdamW", "Muon", *offsets}
+    assert not [run for run in order if run.part != 1]

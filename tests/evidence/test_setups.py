@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from evidence.plan import STAGES, wanted
+from evidence.prototypes.masked_muon import MaskedMuon
 from evidence.prototypes.momentum_basis import MomentumBasis
 from evidence.prototypes.norm_control import NormControl
 from evidence.prototypes.stepper import Finishes, by_kind
@@ -132,3 +133,21 @@ def test_whitened_muon_is_muon_where_all_directions_are_alike() -> None:
         ends.append(p.detach())
     assert torch.linalg.svdvals(ends[0]).min() > 0.6
     assert torch.linalg.svdvals(ends[1]).min() > 0.6
+
+
+def test_a_mask_around_the_orthogonalisation() -> None:
+    """Momentum of an opposite gradient: coordinates, or rows, that disagree with the present gradient are left out."""
+    first = torch.eye(4) + 0.1
+    second = first.clone()
+    second[0] *= -0.5  # the first row turns round, too little for its momentum to turn as well
+    for where in ("before", "rows"):
+        p = nn.Parameter(torch.zeros(4, 4))
+        optimizer = MaskedMuon([p], lr=1.0, weight_decay=0.0, momentum=0.95, where=where)
+        p.grad = 100 * first
+        optimizer.step()
+        before = p.detach().clone()
+        p.grad = second
+        optimizer.step()
+        moved = p.detach() - before
+        assert torch.equal(moved[0], torch.zeros(4)), where
+        assert (moved[1:].norm(dim=1) > 0.5).all(), where

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selective.kernels.newton_schulz import newton_schulz_
+from evidence.prototypes.orthogonal import nesterov, orthogonalised, subtract
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch's Muon
 DECAY_OF_SQUARES = 0.9
 
 
@@ -44,10 +42,7 @@ class WhitenedMuon(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    update = self._whitened(p.grad, self.state[p], group)
-                    newton_schulz_([update[None]], [1.0], steps=5, coefficients=COEFFICIENTS, eps=1e-7)
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(update, alpha=group["lr"] * math.sqrt(max(1.0, p.shape[0] / p.shape[1])))
+                    subtract(p, orthogonalised(self._whitened(p.grad, self.state[p], group)), group)
 
     def _whitened(self, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """Nesterov's momentum, whitened. All averages move."""
@@ -63,8 +58,7 @@ class WhitenedMuon(Optimizer):
             elif state["step"] % group["refresh_every"] == 0:
                 state[basis] = torch.linalg.qr(state[side] @ state[basis])[0]
         state["step"] += 1
-        state["m"].lerp_(grad, 1 - group["momentum"])
-        update = grad.lerp(state["m"], group["momentum"])
+        update = nesterov(grad, state["m"], group["momentum"])
         left, right = state["basis of left"], state["basis of right"]
         rotated = left.T @ update @ right
         state["v"].mul_(DECAY_OF_SQUARES).addcmul_(rotated, rotated, value=1 - DECAY_OF_SQUARES)
