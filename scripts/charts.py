@@ -40,11 +40,11 @@ POLICIES = {
 FOREACH = {"torch foreach": "*torch AdamW, foreach=True"}
 CHARTS = {
     "step-h200": Chart(
-        "A step of 1.1B parameters on an H200", ("2026-11-28-h200-llama-1b.json",), {**POLICIES, **FOREACH}
+        "A step of 1.1B parameters on an H200", ("2026-11-29-h200-llama-1b-later.json",), {**POLICIES, **FOREACH}
     ),
     "step-h200-bfloat16": Chart(
         "The same in bfloat16",
-        ("2026-11-28-h200-llama-1b-bfloat16.json",),
+        ("2026-11-29-h200-llama-1b-bfloat16-lists.json",),
         {**{row: POLICIES[row] for row in ("CautiousMGUP", "MGUP (sampled)", "MGUP")}, **FOREACH},
     ),
     "step-cpu": Chart(

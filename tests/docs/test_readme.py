@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -23,8 +23,9 @@ from demo_results import best_rows, less_time, summary_of
 from PIL import Image
 
 from selective.compare.config import ModelConfig
-from selective.compare.intervals import Interval, t_interval
+from selective.compare.intervals import Interval
 from selective.compare.model import GPT
+from selective.compare.race import race
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,10 +36,9 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 MEASUREMENTS = ROOT / "docs" / "measurements"
 DEMO, FRESH = "2026-11-29-demo.json", "2026-11-29-demo-fresh-seeds.json"
-H200, CPU = "2026-11-28-h200-llama-1b.json", "2026-11-28-cpu-transformer-30m.json"
+H200, CPU = "2026-11-29-h200-llama-1b-later.json", "2026-11-28-cpu-transformer-30m.json"
 ROTATIONS = "2026-11-29-h200-rotations.json"
 PEERS = ("2026-11-28-h200-gpt2-peers.json", "2026-11-28-h200-gpt2-peers-more.json")
-GAIN = "gain"
 FILES = (DEMO, FRESH, H200, CPU, ROTATIONS, *PEERS)
 CAUTIOUS, SOAP = 1, 3  # the demo's contenders
 
@@ -56,7 +56,7 @@ class Files:
 
     def __init__(self, folder: Path) -> None:
         self.read = {name: json.loads((folder / name).read_text()) for name in FILES}
-        self.gain = [json.loads(file.read_text()) for file in sorted((folder / GAIN).glob("*-seed?.json"))]
+        self.folder = folder
 
     def demo(self, name: str, contender: int) -> SimpleNamespace:
         """Of a contender at its best rate: its row, how many times less time it takes to AdamW's loss, its control."""
@@ -65,21 +65,17 @@ class Files:
         time = less_time(self.read[name], contender)
         return SimpleNamespace(row=best_rows(summary)[contender], less_time=time, control=control)
 
-    def whole_runs(self, setup: str) -> list[dict[str, Any]]:
-        """A setup's runs at its best rate, by seed."""
-        part = importlib.import_module("gain_plan")
-        lr, _ = part.best([{"part": 1.0} | r for r in self.gain], setup)
-        return sorted((r for r in self.gain if (r["setup"], r["lr"]) == (setup, lr)), key=lambda r: r["seed"])
-
-    def fewer_steps(self, setup: str) -> Interval:
-        """How many times fewer steps than AdamW to its final loss, paired by seed."""
-        table = importlib.import_module("gain_table")
-        pairs = list(zip(self.whole_runs(setup), self.whole_runs("AdamW"), strict=True))
-        assert all(mine["seed"] == base["seed"] for mine, base in pairs)
-        return t_interval([mine["steps"] / table._steps(mine, table.final(base)) for mine, base in pairs])
-
-    def fastest(self, setup: str) -> float:
-        return min(run["seconds"] for run in self.whole_runs(setup))
+    def race(self, task: str, setup: str, lr: float, base_lr: float, axis: str) -> Interval:
+        """How many times fewer steps, or seconds, than AdamW to its final loss, at three seeds."""
+        if task == "gain-times":
+            results = importlib.import_module("evidence.earlier").of_gain(self.folder / task)
+        else:
+            results = importlib.import_module("evidence.runs").Results.read(self.folder / "evidence")
+        mine, base = results.by_seed(task, setup, (lr, None)), results.by_seed(task, "AdamW", (base_lr, None))
+        assert mine.keys() == base.keys() == {0, 1, 2}
+        ratio = race([(mine[seed], base[seed]) for seed in base], axis).ratio
+        assert ratio is not None
+        return ratio
 
     def step(self, file: str, row: str) -> float:
         """A benchmark's median ratio to torch's fused step."""
@@ -122,9 +118,12 @@ def demo_rotation(files: Files) -> list[str]:
 
 
 def at_34m(files: Files) -> list[str]:
-    setups = ("Soap squared", "Cautious in Soap squared")
-    assert {len(files.whole_runs(setup)) for setup in (*setups, "AdamW")} == {3}
-    return ["3", *(number(files.fewer_steps(setup), 2) for setup in setups)]
+    axes = ("step", "seconds")
+    return ["3", *(number(files.race("gain-times", "Cautious in Soap tf32", 6e-3, 1.5e-3, axis), 2) for axis in axes)]
+
+
+def mask_alone(files: Files) -> list[str]:
+    return [number(files.race("python-34m", "AlphaConsistency on AdamW", 3e-3, 3e-3, "step"), 2)]
 
 
 def against(file: str) -> Callable[[Files], list[str]]:
@@ -145,11 +144,11 @@ CLAIMS: dict[str, Callable[[Files], list[str]]] = {
     rf"a GPT of {N}M parameters": demo_model,
     rf"on a CPU, {N} steps, {N} seeds": demo_setting,
     rf"final loss in {PM} times fewer steps and {PM} times less time": demo_gain,
-    rf"\*\*no time today\*\*: {PM} times fewer steps and {PM} times less time": demo_rotation,
-    rf"on an H200 \({N} seeds\) `Soap\(\)` takes {PM} times fewer steps, and {PM} with": at_34m,
-    rf"fastest run took {N} s, and AdamW's {N} s\.": lambda files: [
-        f"{files.fastest(s):.0f}" for s in ("Soap", "AdamW")
-    ],
+    rf"\*\*no time\*\*: {PM} times fewer steps and {PM} times less time": demo_rotation,
+    rf"\({N} seeds\) `Cautious\(\)` in `Soap\(\)` takes {PM} times fewer steps and \*\*{PM} times less time\*\*": (
+        at_34m
+    ),
+    rf"`AlphaConsistency\(\)` takes {PM} times fewer steps": mask_alone,
     rf"optimizer step of {N}B parameters": lambda files: [f"{files.read[H200]['results'][0]['parameters'] / 1e9:.1f}"],
     rf"takes {N} × torch's fused AdamW with `CautiousMGUP\(\)`, {N} × with `MGUP\(\)` and {N} × with `Cautious\(\)`": (
         lambda files: [f"{files.step(H200, policy):.2f}" for policy in POLICIES]
@@ -208,11 +207,8 @@ def wrong(text: str, files: Files) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # where gain_table's own imports are found
-    yield
-    for name in ("gain_plan", "gain_table"):
-        sys.modules.pop(name, None)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # where the package `evidence` is
 
 
 def test_the_figures_are_those_of_the_files() -> None:
@@ -236,15 +232,14 @@ def tamper(content: Any) -> Any:
     return changed
 
 
-GAINS = (
-    "AdamW-lr0.0015-seed1.json",
-    "Soap-lr0.006-seed2.json",
-    "Soap-squared-lr0.006-seed0.json",
-    "Cautious-in-Soap-squared-lr0.006-seed2.json",
+RUNS = (
+    "gain-times/AdamW-lr0.0015-seed1.json",
+    "gain-times/Cautious-in-Soap-tf32-lr0.006-seed0.json",
+    "evidence/python-34m/AlphaConsistency-on-AdamW-lr0.003-seed0.json",
 )
 
 
-@pytest.mark.parametrize("name", [*FILES, *(f"{GAIN}/{name}" for name in GAINS)])
+@pytest.mark.parametrize("name", [*FILES, *RUNS])
 def test_a_file_that_says_otherwise_is_noticed(name: str, tmp_path: Path) -> None:
     shutil.copytree(MEASUREMENTS, tmp_path / "m")
     file = tmp_path / "m" / name
