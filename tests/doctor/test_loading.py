@@ -89,7 +89,7 @@ NET = linear()
         (adamw, NET),
         (lambda params, lr: adamw(params, lr), NET),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None),
 )
 def test_what_can_be_handed_over(factory: Any, model: Any) -> None:
     report = doctor(factory, model=model)
@@ -136,7 +136,7 @@ def raises() -> Any:
         (pair, lambda: 3, "is a int; an nn.Module is needed"),
         (pair, raises, "model raises raises ValueError: first line"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None),
 )
 def test_what_is_no_optimizer_is_said_in_one_line(factory: Any, model: Any, says: str) -> None:
     with pytest.raises(CannotLoad, match=says) as caught:
