@@ -34,6 +34,14 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True)
+def _graphs_of_its_own() -> Iterator[None]:
+    """Each test may record as many CUDA graphs as a process may."""
+    yield
+    if graphs := sys.modules.get("selective.kernels.gpu.graphs"):
+        graphs.BUDGET._recorded.clear()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     moving = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if moving:  # each worker would have another name for it, and pytest-xdist would run nothing

@@ -33,22 +33,32 @@ def eigenvectors(stack: Tensor) -> tuple[Tensor, Tensor]:
 def solve_in_threads(stack: Tensor, threads: int) -> tuple[Tensor, Tensor]:
     """Solve the matrices of a stack in so many threads. Arguments, result and error are those of `eigenvectors`."""
     values, vectors = stack.new_empty(stack.shape[:-1]), torch.empty_like(stack)
-    _solve(stack, values, vectors, [0])  # the first call of a process loads the library, which two threads must not do
+    inference = torch.is_inference_mode_enabled()  # which threads don't take over
+    _solve(
+        stack, values, vectors, [0], inference
+    )  # the first call of a process loads the library, which two threads must not do
     rest = range(1, len(stack))
     parts = [rest[number::threads] for number in range(min(threads, len(rest)))]
     with ThreadPoolExecutor(max(1, len(parts))) as pool, _streams_for(stack, len(parts)) as streams:
-        jobs = [pool.submit(_solve, stack, values, vectors, part, s) for part, s in zip(parts, streams, strict=True)]
+        jobs = [
+            pool.submit(_solve, stack, values, vectors, part, inference, stream)
+            for part, stream in zip(parts, streams, strict=True)
+        ]
         for job in jobs:
             job.result()
     return values, vectors
 
 
-@torch.no_grad()
 def _solve(
-    stack: Tensor, values: Tensor, vectors: Tensor, numbers: Sequence[int], stream: torch.cuda.Stream | None = None
+    stack: Tensor,
+    values: Tensor,
+    vectors: Tensor,
+    numbers: Sequence[int],
+    inference: bool,
+    stream: torch.cuda.Stream | None = None,
 ) -> None:
     """Solve the matrices of these numbers in a stream, and write the results to their places."""
-    with torch.cuda.stream(stream):  # does nothing without a stream
+    with torch.inference_mode(inference), torch.no_grad(), torch.cuda.stream(stream):  # no stream: the current one
         for number in numbers:
             solved = torch.linalg.eigh(stack[number])
             values[number].copy_(solved.eigenvalues)

@@ -27,6 +27,13 @@ def test_threads_give_the_bits_of_one(device: str, batch: int, dtype: torch.dtyp
     assert torch.equal(vectors, expected.eigenvectors)
 
 
+def test_threads_work_in_inference_mode() -> None:
+    stack = grams(5, 40)
+    with torch.inference_mode():
+        values, _ = solve_in_threads(stack, THREADS)
+    assert torch.equal(values, torch.linalg.eigh(stack).eigenvalues)
+
+
 def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     stack, solve = grams(5, 40), torch.linalg.eigh
 
