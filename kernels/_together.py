@@ -38,7 +38,11 @@ def check_steps(calls: Sequence[StepCall], *, backend: Backend = "auto") -> Chec
     """Refuse what `selective_steps` would refuse. Returns the calls as it takes them without a second check.
 
     Nothing moves. Between this and the step, nobody may change the layouts of the tensors or replace their state.
+
+    Raises ValueError for a call without items too: leave it out.
     """
+    if 0 in [len(call.items) for call in calls]:
+        raise ValueError("check_steps: a call has no items; leave it out")
     if "function" in [call.spec.selection.kind for call in calls]:
         calls = [StepCall(call.items, _with_triton_function(call.spec), graphs=call.graphs) for call in calls]
     parts = _parts(calls, backend)

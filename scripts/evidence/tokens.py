@@ -35,7 +35,10 @@ class Tokens:
 
 def write(name: str, train: Tensor, held_out: Tensor, facts: dict[str, Any], folder: Path = FOLDER) -> None:
     """Write `NAME.tokens.xz`, both parts as little-endian uint16, and `NAME.json`. Tokens are below 65,536."""
-    content = torch.cat((train, held_out)).numpy().astype("<u2").tobytes()
+    numbers = torch.cat((train, held_out))
+    if len(numbers) and int(numbers.max()) >= 1 << 16:
+        raise ValueError(f"{name}: the token {int(numbers.max())} does not fit into 16 bits; take a smaller vocabulary")
+    content = numbers.numpy().astype("<u2").tobytes()
     facts = {**facts, "train": len(train), "held_out": len(held_out), "sha256": hashlib.sha256(content).hexdigest()}
     write_atomically(folder / f"{name}.tokens.xz", lzma.compress(content, preset=6))
     write_atomically(folder / f"{name}.json", (json.dumps(facts, indent=1) + "\n").encode())

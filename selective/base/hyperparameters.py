@@ -67,14 +67,23 @@ def check_numbers(base: Optimizer, group: dict[str, Any]) -> None:
         if name not in group:
             continue
         value = group[name]
-        several = name == "betas" and isinstance(value, (tuple, list))
-        values = value if several else [value]
-        if all(isinstance(x, Real) or (isinstance(x, Tensor) and x.numel() == 1) for x in values):
-            if not several or len(value) == 2:
+        several = name == "betas" and _has_several(value)
+        values = list(value) if several else [value]
+        if all(map(_is_number, values)):
+            if not several or len(values) == 2:
                 continue
         number = next((i for i, other in enumerate(base.param_groups) if other is group), "...")
         message = (
             f"SelectiveUpdate: param_groups[{number}][{name!r}] is {value!r}, must be "
             f"{'two numbers' if name == 'betas' else 'a number'}; nothing has moved"
         )
-        raise ValueError(message) if several and len(value) != 2 else TypeError(message)
+        raise ValueError(message) if several and len(values) != 2 else TypeError(message)
+
+
+def _is_number(value: Any) -> bool:
+    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real) or hasattr(value, "__float__")
+
+
+def _has_several(value: Any) -> bool:
+    """True for a sequence of any class: a tuple, a list, a tensor of one dimension, a configuration's own list."""
+    return value.dim() > 0 if isinstance(value, Tensor) else hasattr(value, "__len__") and not isinstance(value, str)

@@ -89,8 +89,11 @@ def _takes_full_steps(prober: Prober, few: Sequence[Tensor]) -> bool:
     """Return True if coordinates with next to no gradient make the same first step as the others."""
     record = _run(prober, lambda grad, marked: torch.where(marked, _TINY * grad, grad), few, steps=1)
     updates = [(before - after).abs() for before, after in zip(*record.params, strict=True)]
-    pairs = [(u[m.flatten()], u[~m.flatten()]) for u, m in zip(updates, few, strict=True)]
-    return all(bool(large.max() > 0) and bool(small.min() > _FULL * large.max()) for small, large in pairs)
+    # Vectors are never rotated, and a 0-d parameter has one coordinate only.
+    pairs = [(u[m.flatten()], u[~m.flatten()]) for u, m in zip(updates, few, strict=True) if m.dim() > 1]
+    return bool(pairs) and all(
+        bool(large.max() > 0) and bool(small.min() > _FULL * large.max()) for small, large in pairs
+    )
 
 
 def _smallest_gradients(prober: Prober, index: int) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.base.base_facts import BaseFacts
+from selective.base.fused_rules import fused_rule
+from selective.base.hyperparameters import check_numbers
 from selective.foreach import copies
 from selective.kernels import Exchange, spec
 from selective.parameter import Parameter
@@ -99,6 +101,10 @@ class DenseJob(Job):
     """The job of a group that the base steps without us."""
 
     keep_copy = False  # True if other groups run a policy's own code, which may raise: then there is a copy to restore
+
+    def prepare(self) -> None:
+        if fused_rule(self.context.base) is not None:
+            check_numbers(self.context.base, self.group)
 
     def before_base(self) -> None:
         if self.keep_copy:

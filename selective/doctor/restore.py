@@ -73,7 +73,8 @@ class _Before:
         self._keep(optimizer.store.table)
         runner, count, store = optimizer.runner, optimizer.count, optimizer.store
         report, skipped = runner.report, count.skipped
-        self._undo += [count.snapshot(), optimizer.groups.snapshot(), store.mark_replaced]
+        # The table is put back first: another one may have taken its place. Then its copy is noticed as a new one.
+        self._undo += [count.snapshot(), optimizer.groups.snapshot(), store.snapshot(), store.mark_replaced]
 
         def undo() -> None:
             runner.report, count.skipped = report, skipped

@@ -59,6 +59,7 @@ class Groups:
         self.recorded: list[DeviceItems] = []  # of groups that were edited since: CUDA graphs read their tables
         self._of_base: tuple[object, ...] = ()  # `base_key` of the base, as of the last step
         self._settled = False  # True if the last update got to its end
+        self._was_settled = False  # True if any has
         self._clocked: set[torch.device] | None = None  # as of the last update; None: not asked for since
         self._edited = False  # whether parameters have left a group, and may have left all
         self._choices = list(zip(self.policies, choices, strict=False))  # of plans that are still to be made
@@ -88,7 +89,7 @@ class Groups:
         self._plan_rotations(with_basis)
         self._check_sharing()
         changes = Changes(switched, self.forget_removed())
-        self._settled = True
+        self._settled = self._was_settled = True
         return changes
 
     def _are_as_before(self) -> bool:
@@ -118,6 +119,8 @@ class Groups:
         for number, (group, policy_group) in enumerate(zip(groups, self.policies, strict=False)):
             if number == len(self.plans):
                 params, choice = GroupParams(group, number, address), self._choice_of(policy_group)
+                if self._was_settled:  # a group that was added in training may have parameters of another one
+                    params.arrived = set(params.tensors)
                 self.plans.append(GroupPlan(number, group, policy_group, params, choice))
             elif len(self.plans) > len(groups) and self.plans[number].policy_group is not policy_group:
                 self._drop_removed(number, policy_group)
@@ -149,6 +152,7 @@ class Groups:
     def look_anew(self) -> None:
         """Drop all items and marks, because state was replaced: the next step rebuilds and rechecks."""
         for plan in self.plans:
+            plan.params.arrived.clear()  # what was loaded or written is of this group
             plan.look_anew()
 
     def clocked(self) -> set[torch.device]:

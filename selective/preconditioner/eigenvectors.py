@@ -39,7 +39,8 @@ def solve_in_threads(stack: Tensor, threads: int) -> tuple[Tensor, Tensor]:
     )  # the first call of a process loads the library, which two threads must not do
     rest = range(1, len(stack))
     parts = [rest[number::threads] for number in range(min(threads, len(rest)))]
-    with ThreadPoolExecutor(max(1, len(parts))) as pool, _streams_for(stack, len(parts)) as streams:
+    # The threads have ended before the current stream waits for theirs, also after an error.
+    with _streams_for(stack, len(parts)) as streams, ThreadPoolExecutor(max(1, len(parts))) as pool:
         jobs = [
             pool.submit(_solve, stack, values, vectors, part, inference, stream)
             for part, stream in zip(parts, streams, strict=True)

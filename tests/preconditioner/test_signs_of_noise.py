@@ -139,3 +139,21 @@ def test_matrices_that_are_not_finite_or_empty_stay() -> None:
         noise.clear_noise_(x)
         assert torch.equal(x.nan_to_num(7.0), before.nan_to_num(7.0))
     noise.clear_noise_(torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize("others", [[], [(3,)], [()], [(3,), ()]], ids=str)
+def test_signs_are_seen_beside_vectors_and_numbers(others: list[tuple[int, ...]]) -> None:
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in [(8, 6), *others]]
+    base = Signs(params)
+    assert measured_moments(base, base.param_groups[0]).full_steps
+
+
+@pytest.mark.parametrize("base", [torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Adamax])
+def test_a_parameter_without_dimensions_may_stand_beside_rotated_ones(base: Any) -> None:
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in [(8, 6), ()]]
+    optimizer = SelectiveUpdate(base(params), policy=None, preconditioner=Soap())
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in params)

@@ -128,3 +128,33 @@ def test_moments_of_a_rotated_space_are_not_taken_out_of_it(first: str, second: 
     del optimizer.state[p]
     train(optimizer, range(2, 4))
     assert float(optimizer.base.state[p]["step"]) in (1.0, 2.0)  # Soap's first step collects only
+
+
+def test_a_group_that_is_added_takes_no_moments_of_another_space() -> None:
+    optimizer = built("rotated", "dense")
+    train(optimizer, range(3))
+    moved = optimizer.param_groups[0]["params"].pop()
+    optimizer.add_param_group({"params": [moved], "preconditioner": AdaDiag()})
+    before = [p.clone() for p in params_of(optimizer)]
+    with pytest.raises(ValueError, match="in the space of a preconditioner"):
+        train(optimizer, range(3, 4))
+    assert all(map(torch.equal, before, params_of(optimizer)))
+    del optimizer.state[moved]
+    train(optimizer, range(3, 5))
+
+
+def test_a_group_that_is_added_and_loaded_goes_on() -> None:
+    """Groups that are added before a load are those of the file."""
+    optimizers = [built("rotated", "dense") for _ in range(2)]
+    for optimizer in optimizers:
+        train(optimizer, range(1))
+        extra = torch.nn.Parameter(torch.ones(4, 5))
+        optimizer.add_param_group({"params": [extra], "preconditioner": AdaDiag(), "policy": Cautious()})
+    first, second = optimizers
+    train(first, range(1, 4))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for mine, theirs in zip(params_of(second), params_of(first), strict=True):
+        mine.data.copy_(theirs)
+    for optimizer in optimizers:
+        train(optimizer, range(4, 7))
+    assert all(map(torch.equal, params_of(first), params_of(second)))

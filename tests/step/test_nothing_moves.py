@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserList
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -71,9 +72,12 @@ def give(optimizer: SelectiveUpdate, number: int, groups: slice = slice(None)) -
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(("other", "rotated"), [("dense", False), ("rotated", False), ("rotated and dense", True)])
-def test_a_group_that_can_not_be_stepped_stops_the_others(other: str, rotated: bool, fault: str) -> None:
-    last = {"preconditioner": Soap()} if rotated else {}
+@pytest.mark.parametrize(
+    ("other", "last"),
+    [("dense", {}), ("rotated", {}), ("rotated and dense", {"preconditioner": Soap()}), ("masked", {"policy": None})],
+    ids=["dense", "rotated", "rotated and dense", "masked, and dense last"],
+)
+def test_a_group_that_can_not_be_stepped_stops_the_others(other: str, last: dict[str, Any], fault: str) -> None:
     optimizer = built(other, last)
     for number in range(2):
         give(optimizer, number)
@@ -128,3 +132,14 @@ def test_a_new_policy_s_state_that_can_not_be_made_stops_the_others(monkeypatch:
     assert all(map(torch.equal, before, [p for group in optimizer.param_groups for p in group["params"]]))
     optimizer.step()
     assert optimizer.count.steps == 3
+
+
+@pytest.mark.parametrize("betas", [UserList([0.9, 0.99]), torch.tensor([0.9, 0.99])], ids=["a list", "a tensor"])
+def test_betas_may_be_any_sequence_of_two(betas: Any) -> None:
+    optimizer, other = built("masked", {"betas": betas}), built("masked", {"betas": (0.9, 0.99)})
+    for one in (optimizer, other):
+        give(one, 0)
+        one.step()
+    for mine, theirs in zip(optimizer.param_groups, other.param_groups, strict=True):
+        for a, b in zip(mine["params"], theirs["params"], strict=True):
+            torch.testing.assert_close(a, b)  # a tensor has betas of float32
