@@ -111,13 +111,19 @@ def new_side(diff: str) -> str:
     return "".join(line[2:] for line in diff.splitlines(keepends=True) if not line.startswith("-"))
 
 
+def timms_adamw(model: torch.nn.Module, name: str, lr: float, layer_decay: float) -> torch.optim.Optimizer:
+    """In the place of timm's `create_optimizer_v2`, which the suite does not install."""
+    assert (name, layer_decay) == ("adamw", 0.75)
+    return torch.optim.AdamW(model.parameters(), lr=lr)
+
+
 @pytest.mark.usefixtures("_as_a_reader")
 def test_what_the_diffs_of_coming_from_lead_to_runs() -> None:
     blocks = blocks_of((ROOT / "docs" / "guides" / "coming-from.md").read_text())
     diffs = [block for block in blocks if block.language == "diff"]
     assert len(diffs) >= 7
     for block in diffs:
-        namespace: dict[str, Any] = {}
+        namespace: dict[str, Any] = {"create_optimizer_v2": timms_adamw}
         for code in [b.code for b in blocks if b.language == "python"] + [new_side(block.code)]:
             exec(compile(code, f"coming-from.md:{block.line}", "exec", dont_inherit=True), namespace)
         loss = namespace["model"](torch.randn(8, 16)).square().mean()
