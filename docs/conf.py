@@ -1,4 +1,4 @@
-"""How `make docs` builds the site. Warnings are errors there: a dead link, a dead anchor, a page outside of the nav."""
+"""The settings of the site that `make docs` builds. Dead links, and pages outside of the nav, are errors there."""
 
 from __future__ import annotations
 

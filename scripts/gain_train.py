@@ -1,4 +1,4 @@
-"""What `gain.py` trains: its text, its model, and the optimizers of its runs."""
+"""The text, the model and the optimizers of the runs of `gain.py`."""
 
 from __future__ import annotations
 

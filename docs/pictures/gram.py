@@ -59,7 +59,7 @@ def covariances(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def off_diagonal(gram: Tensor) -> float:
-    """Which share of the squares is off the diagonal."""
+    """The share of the squares that is off the diagonal."""
     return float(1 - gram.diagonal().square().sum() / gram.square().sum())
 
 

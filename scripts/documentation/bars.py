@@ -94,7 +94,7 @@ def _row(bar: Bar, top: int, scale: float, digits: int, line: float | None) -> l
 
 
 def figures_in(svg: str) -> dict[str, str]:
-    """What a chart says: the text of the figures by the label of their row."""
+    """Return what a chart says: the text of the figures by the label of their row."""
     labels = re.findall(r'<text class="label"[^>]*>(.*?)</text>', svg)
     figures = re.findall(r'<text class="figures"[^>]*>(.*?)</text>', svg)
     return dict(zip(map(unescape, labels), map(unescape, figures), strict=True))

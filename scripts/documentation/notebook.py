@@ -48,7 +48,7 @@ def printed(notebook: Notebook, where: str) -> list[str]:
 
 
 def stored(notebook: Notebook) -> list[str]:
-    """What each code cell prints, as the file has it."""
+    """Return the output of each code cell, as the file has it."""
     return ["".join(line for output in cell["outputs"] for line in output["text"]) for cell in code_cells(notebook)]
 
 

@@ -30,7 +30,7 @@ LONGEST = 40  # words of a sentence on a page
 
 
 def vocabulary(file: Path = VOCABULARY) -> dict[str, str]:
-    """What to write instead, by phrase.
+    """Read the phrases, each with the one to write instead.
 
     Raises:
         ValueError: a line is not "phrase -> instead".

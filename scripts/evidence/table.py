@@ -93,7 +93,7 @@ class Comparison:
 
 
 def _ratio(pairs: Sequence[tuple[Record, Record]], axis: str) -> str:
-    """How many times fewer steps, or less time, the base's final loss took."""
+    """The factor of fewer steps, or of less time, that the base's final loss took."""
     if not pairs:
         return NONE
     run = race(pairs, "step" if axis == "step" else "seconds")

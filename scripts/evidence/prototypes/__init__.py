@@ -1,1 +1,1 @@
-"""What the library does not have: optimizers and wrappers that are measured before they are built."""
+"""Optimizers and wrappers that the library does not have: they are measured before they are built."""

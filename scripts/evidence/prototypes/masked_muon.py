@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from evidence.prototypes.orthogonal import nesterov, orthogonalised, subtract
+from evidence.prototypes.stepper import with_gradients
 
 LEAST = 0.1  # of the mean of a mask, by which the rest is scaled up
 
@@ -34,20 +35,16 @@ class MaskedMuon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    subtract(p, self._masked(p, group), group)
+        for p, grad, group in with_gradients(self):
+            subtract(p, self._masked(grad, self.state[p], group), group)
 
-    def _masked(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+    def _masked(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         """The orthogonal update with its mask. The momentum moves."""
-        assert p.grad is not None
-        state = self.state[p]
         if not state:
-            state["m"] = torch.zeros_like(p)
-        update = nesterov(p.grad, state["m"], group["momentum"])
+            state["m"] = torch.zeros_like(grad)
+        update = nesterov(grad, state["m"], group["momentum"])
         if group["where"] == "before":
-            return orthogonalised(update * (update * p.grad > 0))
+            return orthogonalised(update * (update * grad > 0))
         update = orthogonalised(update)
-        agree = ((update * p.grad).sum(1, keepdim=True) > 0).to(update.dtype)
+        agree = ((update * grad).sum(1, keepdim=True) > 0).to(update.dtype)
         return update * agree / agree.mean().clamp(min=LEAST)

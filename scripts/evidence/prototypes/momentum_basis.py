@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from evidence.prototypes.stepper import with_gradients
+
 
 class MomentumBasis(Optimizer):
     """AdamW whose second moment is of the gradient in a one-sided basis of matrices (Conda).
@@ -38,18 +40,14 @@ class MomentumBasis(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(self._update(p, group), alpha=group["lr"])
+        for p, grad, group in with_gradients(self):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(self._update(grad, self.state[p], group), alpha=group["lr"])
 
-    def _update(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """What is subtracted from a parameter, times the rate. The moments move."""
-        assert p.grad is not None
-        wide = p.shape[0] <= p.shape[1]
-        grad = p.grad if wide else p.grad.T  # the basis is that of the rows
-        state = self.state[p]
+    def _update(self, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """Return the update, which is subtracted from the parameter times the rate. The moments move."""
+        wide = grad.shape[0] <= grad.shape[1]
+        grad = grad if wide else grad.T  # the basis is that of the rows
         if not state:
             state |= {"step": 0, "m": torch.zeros_like(grad), "v": torch.zeros_like(grad)}
         first, second = group["betas"]

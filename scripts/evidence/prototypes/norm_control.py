@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evidence.prototypes.stepper import by_kind
+from evidence.prototypes.stepper import Around, by_kind
 
 EPS = 1e-12
 many: Any = torch  # the home of the multi-tensor functions, for which torch declares no types
 
 
-class NormControl:
+class NormControl(Around):
     """Moves each inner matrix by the rate times its norm, in the direction of the optimizer's update, norm unchanged.
 
         r = ‖W‖;  W' = W - lr · r · u / ‖u‖;  W = W' · r / ‖W'‖
@@ -25,18 +25,11 @@ class NormControl:
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, steps: int) -> None:
-        self.optimizer = optimizer
+        super().__init__(optimizer)
         matrices = {id(p) for p in by_kind(model)["matrices"]}
         self.groups = [group for group in optimizer.param_groups if all(id(p) in matrices for p in group["params"])]
         for group in self.groups:
             group["weight_decay"] = 0.0
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def step(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evidence.prototypes.stepper import by_kind
+from evidence.prototypes.stepper import Around, by_kind
 
 many: Any = torch  # the home of the multi-tensor functions, for which torch declares no types
 SHARE = 0.5  # of the average in the final weights
@@ -16,7 +16,7 @@ WINDOW = 1 / 20  # τ as a share of the steps
 BEGINS = 5  # times τ before the end
 
 
-class TailAverage:
+class TailAverage(Around):
     """Averages weights over the end of a run: e += (w - e) / τ after each step, and w = (w + e) / 2 at the end.
 
     τ is a twentieth of the steps, and the average begins 5 τ before the end. Embeddings are left out. These are the
@@ -24,19 +24,12 @@ class TailAverage:
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, steps: int) -> None:
-        self.optimizer = optimizer
+        super().__init__(optimizer)
         self.window = max(1.0, WINDOW * steps)
         self.first = steps - round(BEGINS * self.window)
         self.averaged = [p for kind, mine in by_kind(model).items() if kind != "embeddings" for p in mine]
         self.averages: list[Tensor] = []
         self.done = 0
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def step(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from evidence.prototypes.orthogonal import nesterov, orthogonalised, subtract
+from evidence.prototypes.stepper import with_gradients
 
 DECAY_OF_SQUARES = 0.9
 
@@ -39,10 +40,8 @@ class WhitenedMuon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    subtract(p, orthogonalised(self._whitened(p.grad, self.state[p], group)), group)
+        for p, grad, group in with_gradients(self):
+            subtract(p, orthogonalised(self._whitened(grad, self.state[p], group)), group)
 
     def _whitened(self, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """Nesterov's momentum, whitened. All averages move."""
