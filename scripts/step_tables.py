@@ -1,6 +1,6 @@
 """Writes the tables of what a step costs, each from a measurement file, behind its mark `<!-- steps: FILE -->`.
 
-    python scripts/step_tables.py            writes them into docs/performance.md and docs/reference/performance-tables.md
+    python scripts/step_tables.py            writes them into the pages, which `PAGES` names
     python scripts/step_tables.py --check    exits with 1 if a page has other tables than its files give
 
 The table behind `<!-- steps: ratios -->` has the policies' ratios from several files.
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+    return f"| {' | '.join(cells)} |".replace("|  ", "| ")  # an empty cell is one space
 
 
 def _head(cells: list[str]) -> list[str]:

@@ -107,7 +107,8 @@ def unsaid(page: str, results: Results) -> list[str]:
 def test_every_setup_has_a_row_or_is_said_to_be_not_run() -> None:
     results = Results.read(MEASUREMENTS / "evidence")
     assert unsaid(PAGE, results) == []
-    assert unsaid(PAGE.replace("| english-110m |", "| english |"), results) == ["english-110m: AdamW", "english-110m: Muon"]
+    without = PAGE.replace("| english-110m |", "| english |")
+    assert unsaid(without, results) == ["english-110m: AdamW", "english-110m: Muon"]
     more = Results([*results.records, {**results.records[0], "setup": "Lion"}])
     assert "python-34m Lion has no mark" in unsaid(PAGE, more)
 
