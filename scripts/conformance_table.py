@@ -104,14 +104,14 @@ def table(results: dict[str, Any]) -> str:
     """The table of checks × wrappers, and a list of the columns' wrappers."""
     columns = results["columns"]
     cells = [{outcome["check"]: _cell(outcome) for outcome in column["outcomes"]} for column in columns]
-    lines = ["| row | check | " + " | ".join(column["title"] for column in columns) + " |"]
+    lines = ["| check | row | " + " | ".join(column["title"] for column in columns) + " |"]
     lines.append("| --- | --- |" + " --- |" * len(columns))
     for outcome in columns[0]["outcomes"]:
         lines.append(
-            f"| {outcome['row']} | `{outcome['check']}` | " + " | ".join(c[outcome["check"]] for c in cells) + " |"
+            f"| `{outcome['check']}` | {outcome['row']} | " + " | ".join(c[outcome["check"]] for c in cells) + " |"
         )
     totals = [str(sum(outcome["verdict"] == "failed" for outcome in column["outcomes"])) for column in columns]
-    lines += ["| | **no**, in all | " + " | ".join(totals) + " |", ""]
+    lines += ["| **no**, in all | | " + " | ".join(totals) + " |", ""]
     for column in columns:
         named = f'`--wrapper "{column["wrapper"]}"` over `{column["base"].partition(":")[2]}`'
         lines.append(f"- {column['title']}: {column['distribution']} {_public(column['version'])}, {named}")
@@ -147,10 +147,10 @@ def checks() -> str:
     """The table of the checks, with the harm that a failure does."""
     from selective.testing import all_checks
 
-    lines = ["| row | check | what is checked | otherwise |", "| --- | --- | --- | --- |"]
+    lines = ["| check | row | what is checked | otherwise |", "| --- | --- | --- | --- |"]
     for check in all_checks():
         doc = " ".join(check.doc.split("\n\n")[0].split())
-        lines.append(f"| {check.row} | `{check.name}` | {doc} | {check.why} |")
+        lines.append(f"| `{check.name}` | {check.row} | {doc} | {check.why} |")
     return "\n".join(lines)
 
 

@@ -72,6 +72,7 @@ SHOWN = "<!-- examples -->"
 _EXAMPLE = re.compile(r"\]\((?:\.\./)+examples/([\w.]+)\)")
 _CARDS = re.compile(r"^<!-- cards -->\n\n((?:(?:- |  ).*\n|\n(?=- |  ))+)", re.MULTILINE)
 _OUTPUT = re.compile(r"^<!-- (?:output|printed) -->\n(```text\n.*?^```\n)", re.MULTILINE | re.DOTALL)
+_APART = re.compile(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)|(?<=±) (?=\d)|(?<=\d) (?=%)", re.DOTALL)
 _LANGUAGES = {".py": "python", ".yaml": "yaml"}
 
 
@@ -87,12 +88,17 @@ def prepared(docs: Path, name: str, text: str) -> str:
         text = text.replace(INDEX, _index(docs))
     if SHOWN in text:
         text = text.replace(SHOWN, _examples(docs.parent / "examples"))
-    return _OUTPUT.sub(_in_box("output"), text)
+    return _OUTPUT.sub(_in_box("output"), _APART.sub(_together, text))
 
 
 def _in_box(kind: str) -> Callable[[re.Match[str]], str]:
     """Puts what a comment marks into a box, which site.css lays out: cards; output, whose long lines are wrapped."""
     return lambda found: f"::::{{container}} {kind}\n{found[1]}::::\n"
+
+
+def _together(found: re.Match[str]) -> str:
+    """A space that no line may end at, between a number and its "±" or "%". Code stays as it is."""
+    return found[0] if found[1] else "\N{NO-BREAK SPACE}"
 
 
 def _toctree(part: str, pages: list[str]) -> str:

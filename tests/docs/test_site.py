@@ -158,6 +158,8 @@ def test_pages_are_prepared() -> None:
     assert "::::{container} cards\n- **[b](c)**\n\n  d\n- e\n::::\n\nf\n" in cards
     output = prepared(DOCS, "x", "<!-- output -->\n```text\na\n```\n\nb\n")
     assert output == "::::{container} output\n```text\na\n```\n::::\n\nb\n"
+    spaces = prepared(DOCS, "x", "2 ± 1 %, `3 ± 1`\n\n````text\n``` 4 ± 1\n````\n\n5 ± 1\n")
+    assert spaces == "2 ±\xa01\xa0%, `3 ± 1`\n\n````text\n``` 4 ± 1\n````\n\n5 ±\xa01\n"
     install = prepared(DOCS, "guides/install", (DOCS / "guides" / "install.md").read_text())
     assert install.startswith("# Install\n\n```{index} ! install, ! ")
     assert "## On an NVIDIA GPU\n\n```{index} ! triton, " in install
