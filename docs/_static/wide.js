@@ -1,6 +1,6 @@
 // Lays out what is wider than the page: tables and drawings scroll sideways and say so, lines of code are wrapped.
 (() => {
-  const SHORT = 24; // a word of code with no more letters is not cut
+  const SHORT = 20; // a word of code with no more letters is not cut
   const LONG = 30; // a cell with more letters gets a column that can be read
 
   // A wrapped line goes on further in than it begins, or below the text of "  policy     Cautious()".
@@ -44,7 +44,7 @@
       word.classList.toggle("short", word.textContent.length <= SHORT);
     }
     for (const name of document.querySelectorAll("td:first-child code .pre")) {
-      name.innerHTML = name.innerHTML.replace(/[_(,=](?=\w)/g, "$&<wbr>");
+      if (name.textContent.length > SHORT) name.innerHTML = name.innerHTML.replace(/[_(,=](?=\w)/g, "$&<wbr>");
     }
     for (const cell of document.querySelectorAll("td")) {
       cell.classList.toggle("long", cell.textContent.length > LONG);
