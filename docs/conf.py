@@ -20,6 +20,7 @@ release = version = __version__
 
 extensions = ["myst_parser", "sphinx_copybutton"]
 myst_enable_extensions = ["colon_fence", "fieldlist"]
+myst_disable_syntax = ["myst_line_comment"]  # a line that begins with "% of" is text
 myst_heading_anchors = 4  # the anchors that GitHub makes
 smartquotes_action = "D"  # dashes only: "fused" in the text is what is written in Python
 exclude_patterns = ["measurements", "pictures"]

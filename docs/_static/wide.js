@@ -43,8 +43,8 @@
     for (const word of document.querySelectorAll("code .pre")) {
       word.classList.toggle("short", word.textContent.length <= SHORT);
     }
-    for (const name of document.querySelectorAll("td:first-child code .pre")) {
-      if (name.textContent.length > SHORT) name.innerHTML = name.innerHTML.replace(/[_(,=](?=\w)/g, "$&<wbr>");
+    for (const name of document.querySelectorAll("td code .pre:not(.short)")) {
+      name.innerHTML = name.innerHTML.replace(/[_(,=./](?=\w)/g, "$&<wbr>");
     }
     for (const cell of document.querySelectorAll("td")) {
       cell.classList.toggle("long", cell.textContent.length > LONG);

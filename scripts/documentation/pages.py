@@ -72,7 +72,7 @@ SHOWN = "<!-- examples -->"
 _EXAMPLE = re.compile(r"\]\((?:\.\./)+examples/([\w.]+)\)")
 _CARDS = re.compile(r"^<!-- cards -->\n\n((?:(?:- |  ).*\n|\n(?=- |  ))+)", re.MULTILINE)
 _OUTPUT = re.compile(r"^<!-- (?:output|printed) -->\n(```text\n.*?^```\n)", re.MULTILINE | re.DOTALL)
-_APART = re.compile(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)|(?<=±) (?=\d)|(?<=\d) (?=%)", re.DOTALL)
+_APART = re.compile(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)|(?<=±)\s(?=\d)|(?<=\d)\s(?=%)", re.DOTALL)
 _LANGUAGES = {".py": "python", ".yaml": "yaml"}
 
 

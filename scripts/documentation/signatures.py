@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, ForwardRef
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -23,6 +23,8 @@ class _Text:
 
 
 def _annotation(value: Any) -> _Text:
+    if isinstance(value, ForwardRef):  # of a NamedTuple's fields
+        value = value.__forward_arg__
     return _Text((value if isinstance(value, str) else inspect.formatannotation(value)).strip('"'))
 
 

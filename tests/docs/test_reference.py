@@ -17,6 +17,7 @@ from documentation.signatures import signature
 
 import selective
 from selective import MGUP, Eigenbasis, Policy, SelectiveUpdate
+from selective.preconditioner import Refreshed
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,6 +114,7 @@ def test_signatures() -> None:
 
     assert signature(function) == "(a: int, *rest: str, b: list[int] | None = None, c=len) -> dict[str, int]"
     assert signature(function, bound=True).startswith("(*rest: str")
+    assert signature(Refreshed).startswith("(new: bool, order: Tensor | None = None")
     assert signature(Policy) == "()"
     assert signature(selective.PolicyError) == ""
     shown = signature(Eigenbasis)

@@ -86,10 +86,12 @@ def test_what_is_wrong_with_a_page_fails_the_build(tmp_path: Path) -> None:
     with open(tmp_path / "docs" / "index.md", "a") as page:
         page.write("\n[one](no-such-page.md) [two](performance.md#no-such-anchor) [three](../examples/no_file.py)\n")
         page.write('\n<a href="no-such-file.html">four</a> <script src="https://example.org/x.js"></script>\n')
+        page.write("\n% of a page is no comment\n")
     (tmp_path / "docs" / "forgotten.md").write_text("# Forgotten\n")
     done = build(tmp_path / "docs", tmp_path / "site")
     assert done.returncode != 0
     found = done.stderr.splitlines()
+    assert "% of a page is no comment" in (tmp_path / "site" / "index.html").read_text()
     assert len(found) == 9, done.stderr  # the three links are found in the sources, and in the built page
     assert_complete(tmp_path)
     for part in (
@@ -158,7 +160,7 @@ def test_pages_are_prepared() -> None:
     assert "::::{container} cards\n- **[b](c)**\n\n  d\n- e\n::::\n\nf\n" in cards
     output = prepared(DOCS, "x", "<!-- output -->\n```text\na\n```\n\nb\n")
     assert output == "::::{container} output\n```text\na\n```\n::::\n\nb\n"
-    spaces = prepared(DOCS, "x", "2 ± 1 %, `3 ± 1`\n\n````text\n``` 4 ± 1\n````\n\n5 ± 1\n")
+    spaces = prepared(DOCS, "x", "2 ± 1\n%, `3 ± 1`\n\n````text\n``` 4 ± 1\n````\n\n5 ± 1\n")
     assert spaces == "2 ±\xa01\xa0%, `3 ± 1`\n\n````text\n``` 4 ± 1\n````\n\n5 ±\xa01\n"
     install = prepared(DOCS, "guides/install", (DOCS / "guides" / "install.md").read_text())
     assert install.startswith("# Install\n\n```{index} ! install, ! ")
