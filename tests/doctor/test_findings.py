@@ -1,4 +1,4 @@
-"""What the doctor finds: for each finding an optimizer that has it, and one that does not."""
+"""The doctor's findings: for each an optimizer that has it, and one that does not."""
 
 from __future__ import annotations
 
