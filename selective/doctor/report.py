@@ -97,6 +97,7 @@ class Report(_Data):
     devices: list[str]
     dtypes: list[str]
     groups: list[Group]
+    """Empty for a bare optimizer. A member of a chain that is not wrapped has one."""
     memory: Memory | None
     """None if no step could be taken."""
     steps: Steps
