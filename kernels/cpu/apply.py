@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import struct
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +11,8 @@ from torch import Tensor
 from ..reference.rounding import store
 from ..reference.rules import decay_factor, number, rate_of
 from ..spec import GivenRule, StepSpec, Sums
-from .chunks import Flat, buffer, spans
+from .chunks import Flat, buffer, rounded, spans
 from .decay import decayed_where, decaying
-
-
-def _single(x: float) -> float:
-    """`x` rounded to float32, if it is in float32's range."""
-    return struct.unpack("f", struct.pack("f", x))[0] if abs(x) < 3e38 else x
 
 
 @dataclass
@@ -54,11 +48,11 @@ class Multipliers:
         single = dtype != torch.float64
         self.selected, self.rest, self.dtype = selected, rest, dtype
         if single:
-            self.selected, self.rest = _single(selected), _single(rest)
+            self.selected, self.rest = rounded(selected), rounded(rest)
         self.difference = self.selected - self.rest
         if single:
-            self.difference = _single(self.difference)
-        together = _single(self.difference + self.rest) if single else self.difference + self.rest
+            self.difference = rounded(self.difference)
+        together = rounded(self.difference + self.rest) if single else self.difference + self.rest
         self.one_operation = together == self.selected  # else the selected would get a neighbour of their multiplier
         self.rest_alone = torch.tensor(self.rest, dtype=dtype, device="cpu")
 
@@ -81,7 +75,7 @@ class Applier:
         rule = spec.rule
         self.flat, self.dtype, self.still, self.draw, self.address = flat, dtype, still, spec.draw, address
         self.pair = pair
-        self.selected = pair[0] if dtype == torch.float64 else _single(pair[0])
+        self.selected = pair[0] if dtype == torch.float64 else rounded(pair[0])
         self.factor = float(number(decay_factor(rule)))
         self.decay, self.climbs = spec.decay, spec.decay is not None and float(rate_of(rule)) < 0
         self.offset = rule.offset if isinstance(rule, GivenRule) else 0.0
@@ -111,7 +105,8 @@ class Applier:
         if not isinstance(mask, Tensor) and mask == 1.0:
             masked = minus_update
         elif totals is None or self.offset != 0:
-            torch.mul(minus_update, mask, out=masked)
+            # In the mask's own memory, if it has one: one buffer fewer has to stay in the cache.
+            masked = torch.mul(minus_update, mask, out=mask if isinstance(mask, Tensor) else masked)
         self._write(start, end, masked, minus_update, grad)
 
     @functools.cached_property
