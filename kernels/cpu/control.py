@@ -22,7 +22,8 @@ from ..spec import Control, Draw
 from . import random as numbers
 from . import top_k as ranking
 from .apply import Multipliers
-from .chunks import CHUNK, backwards, buffer, count_marks, count_ones, keep_marks, ones_of, spans
+from .chunks import CHUNK, backwards, buffer, count_marks, count_ones, keep_marks, spans
+from .undecided import Undecided
 
 SMALL = 2_048  # elements; up to here the whole tensor is ranked: fewer operations than a bracket takes
 WIDTH = 3.5  # half the bracket, in standard deviations of the last number's place: misses once in 2,000 tensors
@@ -152,7 +153,7 @@ class Matched:
     def _by_bracket(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor) -> bool:
         """Select by a bracket. False if the bracket has missed: then `marks` are not right."""
         low, high = self._bracket()
-        above, places, hashes = 0, [], []
+        above, undecided = 0, Undecided(low, high)
         for start, end in spans(self.numel, WIDE):
             random, drawn = numbers.Ranking(self.random, self.address, start, end - start), marks[start:end]
             torch.gt(random.upper, high, out=drawn)
@@ -164,17 +165,8 @@ class Matched:
             if self.still:
                 self._leave_out_still(minus_updates, gradient, drawn, inside, start)
             above += count_marks(drawn)
-            place = ones_of(inside)
-            hashes.append(random.hashes_at(place))
-            places.append(place.add_(start))
-        missing, index = self.count - above, ranking.joined(places)
-        if not 0 <= missing <= index.numel():
-            return False
-        if missing > 0:
-            t = numbers.ranking_at(ranking.joined(hashes), index).to(torch.float32).neg_()  # exact: 24 bits
-            drawn = self._first(t, missing, low, high)
-            marks.index_copy_(0, index, buffer("drawn", index.numel(), torch.uint8).copy_(drawn))
-        return True
+            undecided.add(random.hashes, inside, drawn)
+        return undecided.mark(self.count - above)
 
     def _leave_out_still(
         self, minus_updates: Tensor, gradient: Gradient, drawn: Tensor, inside: Tensor, first: int
@@ -186,20 +178,6 @@ class Matched:
             moves = buffer("upper moves", end - start, torch.uint8).copy_(moves)
             drawn[start:end].mul_(moves)
             inside[start:end].mul_(moves)
-
-    def _first(self, t: Tensor, count: int, low: int, high: int) -> Tensor:
-        """1.0 at the `count` smallest of a list, the first of those that are equal, else 0.0, in the memory of `t`.
-
-        The list has numbers of the bracket from `low` to `high`, negated. They are uniform, so that a bracket for the
-        last of the `count` is known here, too.
-        """
-        size, width = t.numel(), (high + 1 - low) << 16
-        share = count / size
-        last, half = width * share - ((high + 1) << 16), WIDTH * width * math.sqrt(share * (1 - share) / size)
-        collector = ranking.Collector(count, size, last - half, last + half, t)
-        collector.add(t, 0)
-        threshold = collector.settle() or ranking.exact(t, count)
-        return threshold.mark(t, 0, t)
 
     def _by_order(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor) -> None:
         """Select in a small tensor: as `_as_a_whole`, in fewer operations."""
