@@ -96,6 +96,7 @@ class Ranking:
         self.skipped = start - first * GROUP  # elements of the first group that are before the chunk
         size = self.skipped + count
         self.upper = _bytes(self.hashes)[self.skipped : size]  # uint8, one for each element
+        self.spare = shifted.view(torch.uint8)[:count]  # memory for as many marks: it is in the cache, and done with
 
     def hashes_at(self, places: Tensor) -> Tensor:
         """The groups' hashes (int32) of elements at these places of the chunk, for `ranking_at`."""

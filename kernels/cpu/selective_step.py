@@ -126,9 +126,9 @@ class _Step:
         collector = None if self.at_once else self._collector()
         for start, end in spans(self.numel):
             piece = self.mover(start, end, minus_updates[start:end], self.selector.keep_previous)
-            self._first_pass(start, end, piece, marks, collector)
+            update_sq = self._first_pass(start, end, piece, marks, collector)
             if in_place and totals is not None:
-                totals.add(piece.minus_update, piece.grad)
+                totals.add(piece.minus_update, piece.grad, update_sq)
         if collector is not None:
             marks = self._rank(minus_updates, collector)
         selected, rest = self.strength.selected, self.strength.rest
@@ -193,7 +193,8 @@ class _Step:
 
     def _first_pass(
         self, start: int, end: int, piece: Slice, marks: Tensor | None, collector: ranking.Collector | None
-    ) -> None:
+    ) -> float | None:
+        """Select in a chunk, or collect its scores. Returns the sum of u^2 if a control has added it up."""
         if collector is not None:
             t = collector.room(start, end, self.dtype)
             collector.add(negated_score(self.selection, self.rule, piece, t), start)
@@ -202,11 +203,14 @@ class _Step:
                 self.x[start:end].copy_(piece.momentum)
             if self.strength.kind == "alignment":
                 self.gatherer.add(piece, None, end - start)
-            return
-        self._note(start, end, piece, marks)
+            return None
+        return self._note(start, end, piece, marks)
 
-    def _note(self, start: int, end: int, piece: Slice, marks: Tensor | None) -> None:
-        """Select in a chunk, remember it in `marks`, and add it to the sums of the strength and of the control."""
+    def _note(self, start: int, end: int, piece: Slice, marks: Tensor | None) -> float | None:
+        """Select in a chunk, remember it in `marks`, and add it to the sums of the strength and of the control.
+
+        Returns what `Matched.add` does.
+        """
         selected, count = self._select(start, end, piece), end - start
         if selected is not None and (self.matched is not None or self.strength.kind == "mean_preserving"):
             count = count_ones(selected)
@@ -215,8 +219,10 @@ class _Step:
         if marks is not None:
             assert selected is not None
             keep_marks(selected, marks[start:end])
-        if self.matched is not None:
-            self.matched.add(piece.minus_update, piece.grad, selected, count)
+        if self.matched is None:
+            return None
+        product = self.selector.product if self.selector.keep_product else None
+        return self.matched.add(piece.minus_update, piece.grad, selected, count, product)
 
     def _again(self, minus_updates: Tensor, start: int, end: int) -> Slice:
         """The chunk again, from what the first pass has left."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import random as numbers
 from . import top_k as ranking
-from .chunks import count_marks, ones_of
+from .chunks import ones_of
 
 WORD = 8  # elements of a word
 WIDTH = 3.5  # half the bracket within the list, in standard deviations of the last number's place
@@ -22,8 +22,9 @@ WIDTH = 3.5  # half the bracket within the list, in standard deviations of the l
 class Undecided:
     """Lists the elements inside of the bracket from `low` to `high`; then marks those with the largest numbers."""
 
-    def __init__(self, low: int, high: int) -> None:
-        self.low, self.width = low, (high + 1 - low) << 16
+    def __init__(self, low: int, high: int, moving: int) -> None:
+        """`moving` is the number of the tensor's elements that are ranked at all."""
+        self.low, self.width, self.density = low, (high + 1 - low) << 16, moving / (1 << 24)
         self.words: list[Tensor] = []  # int64, of each piece: the places of its words
         self.marks: list[Tensor] = []  # int64, of each piece: the marks of all of its words
         self.inside: list[Tensor] = []  # int64: eight marks of one byte each, 1 for an element that is undecided
@@ -57,14 +58,10 @@ class Undecided:
 
         False, and nothing is marked, if the list does not have so many, or if `count` is below 0.
         """
-        inside = ranking.joined(self.inside).view(torch.uint8)
-        size = count_marks(inside)
-        if not 0 <= count <= size:
-            return False
-        if count > 0:
-            drawn = inside if count == size else self._largest(inside, size, count)
+        drawn = self._largest(count) if count > 0 else None
+        if drawn is not None:
             self._write(drawn.view(torch.int64))
-        return True
+        return count == 0 or drawn is not None
 
     def _write(self, drawn: Tensor) -> None:
         """Add the marks of the listed words to those of the tensor. No byte has both."""
@@ -75,32 +72,39 @@ class Undecided:
             marks, padded = self.tail
             marks.copy_(padded[: marks.numel()])
 
-    def _keys(self, inside: Tensor) -> Tensor:
+    def _keys(self) -> Tensor:
         """Of each element of the words: 1 more than its number's distance from the bracket's lower end; 0 elsewhere."""
         keys = numbers.ranking_of_words(ranking.joined(self.hashes))
+        inside = ranking.joined(self.inside).view(torch.uint8)
         return keys.sub_((self.low << 16) - 1).mul_(inside.to(torch.int32))
 
-    def _largest(self, inside: Tensor, size: int, count: int) -> Tensor:
-        """Marks (uint8) of the `count` largest of `size` numbers.
+    def _largest(self, count: int) -> Tensor | None:
+        """Marks (uint8) of the `count` largest numbers; None if there are fewer.
 
-        They are uniform, so that a bracket for the last of them is known here, too.
+        They are uniform, `density` of them for each value, so that a bracket for the last of them is known here, too.
         """
-        keys, share = self._keys(inside), count / size
-        half = WIDTH * self.width * math.sqrt(share * (1 - share) / size) + 1
-        last = self.width * (1 - share)
+        keys, last, half = self._keys(), self.width - count / self.density, WIDTH * math.sqrt(count) / self.density
         lower, upper = max(math.floor(last - half), 1), math.ceil(last + half)
-        drawn = torch.gt(keys, upper, out=torch.empty_like(keys)).to(torch.uint8)
-        near = torch.ge(keys, lower, out=torch.empty_like(keys)).to(torch.uint8)
-        places, missing = ones_of(near.sub_(drawn)), count - count_marks(drawn)
+        drawn = _marks(keys, upper + 1)
+        missing = count - int(drawn.sum())
+        places = ones_of(_marks(keys, lower).sub_(drawn))
         if not 0 <= missing <= places.numel():
             return self._by_order(keys, count)
         order = keys.index_select(0, places).sort(descending=True, stable=True).indices
         return drawn.index_fill_(0, places.index_select(0, order[:missing]), 1)
 
-    def _by_order(self, keys: Tensor, count: int) -> Tensor:
+    def _by_order(self, keys: Tensor, count: int) -> Tensor | None:
         """`_largest` without a bracket: if it has missed."""
-        order = keys.sort(descending=True, stable=True).indices
-        return torch.zeros(keys.numel(), dtype=torch.uint8, device="cpu").index_fill_(0, order[:count], 1)
+        ordered = keys.sort(descending=True, stable=True)
+        if count > keys.numel() or ordered.values[count - 1] == 0:
+            return None
+        drawn = torch.zeros(keys.numel(), dtype=torch.uint8, device="cpu")
+        return drawn.index_fill_(0, ordered.indices[:count], 1)
+
+
+def _marks(keys: Tensor, lowest: int) -> Tensor:
+    """1 where a key is `lowest` or more, else 0: uint8, by way of int32, which is faster than bool."""
+    return torch.ge(keys, lowest, out=torch.empty_like(keys)).to(torch.uint8)
 
 
 def _padded(x: Tensor, size: int) -> Tensor:

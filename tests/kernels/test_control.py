@@ -234,7 +234,7 @@ def test_equal_numbers_go_to_the_lower_index(brackets) -> None:
 @pytest.mark.parametrize("bracket", [(0, 0), (255, 255), (40, 41)])
 def test_a_bracket_that_misses_is_noticed(bracket, make, copy, brackets, monkeypatch) -> None:
     """The last of half of the numbers lies at 128: none of these has it, and the whole tensor is ranked instead."""
-    monkeypatch.setattr(cpu_control.Matched, "_bracket", lambda self: bracket)
+    monkeypatch.setattr(cpu_control.Matched, "_bracket", lambda self, width: bracket)
     selection, strength = Selection("top_k", control=Control()), Strength("fixed", 2.0, 0.5)
     assert_same(make(ADAM, (300, 50), seed=1), copy, ADAM, selection, strength)
     assert brackets == [15_000]
