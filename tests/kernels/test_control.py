@@ -26,6 +26,7 @@ from selective.kernels import (
 )
 from selective.kernels.cpu import control as cpu_control
 from selective.kernels.cpu import random as numbers
+from selective.kernels.cpu import undecided
 from selective.kernels.reference.control import matched, random_subset
 from selective.kernels.reference.random import ranking_bits
 
@@ -135,6 +136,7 @@ def assert_same(item: Item, copy, rule, selection: Selection, strength: Strength
     # Sums of float32 products chunk by chunk: a relative error of 1e-6 each, see `Totals`; a root of a quotient of two
     torch.testing.assert_close(ours.strength_selected, wanted.strength_selected, rtol=3e-6, atol=1e-12)
     torch.testing.assert_close(ours.masked_sq, wanted.masked_sq, rtol=6e-6, atol=1e-12)
+    torch.testing.assert_close(ours.update_sq, wanted.update_sq, rtol=3e-6, atol=1e-12)
     # 8 eps of numbers of this size for each path's own arithmetic, and the 3e-6 of the scale on updates below 0.2
     scale = torch.maximum(item.param.abs(), other.param.abs()) + 0.1
     assert bool(((item.param - other.param).abs() <= 8 * EPS * scale + 6e-7).all())
@@ -209,6 +211,53 @@ def test_the_choice_is_the_definitions_bit_for_bit(numel: int) -> None:
         some = torch.zeros(numel, dtype=torch.bool)
         some[:count] = True
         assert torch.equal(chosen_by_cpu(numel, count, Draw(1, 7), 4), random_subset(some, None, Draw(1, 7), 4))
+
+
+def assert_the_definitions_choice(numel: int) -> None:
+    for count in (1, numel // 50, numel // 3, numel - 1):
+        some = torch.zeros(numel, dtype=torch.bool)
+        some[:count] = True
+        assert torch.equal(chosen_by_cpu(numel, count, Draw(1, 7), 4), random_subset(some, None, Draw(1, 7), 4))
+
+
+@pytest.mark.parametrize("numel", [8_192, 10_003, 12_289])
+def test_a_tensor_of_several_pieces_and_a_last_word_that_is_not_full(numel, brackets, monkeypatch) -> None:
+    monkeypatch.setattr(cpu_control, "WIDE", 4_096)
+    assert_the_definitions_choice(numel)
+    assert not brackets
+
+
+def test_a_bracket_that_misses_has_a_wider_one_behind_it(brackets, monkeypatch) -> None:
+    """The first bracket lies three deviations beside; the tensor is not ranked as a whole."""
+    widths, bracket = [], cpu_control.Matched._bracket
+
+    def shifted(self, width):
+        widths.append(width)
+        low, high = bracket(self, width)
+        return (low, high) if width == cpu_control.RESCUE else (high + 1, high + 1)
+
+    monkeypatch.setattr(cpu_control.Matched, "_bracket", shifted)
+    some = torch.zeros(50_000, dtype=torch.bool)
+    some[:17_000] = True
+    assert torch.equal(chosen_by_cpu(50_000, 17_000, Draw(1, 7), 4), random_subset(some, None, Draw(1, 7), 4))
+    assert widths == [cpu_control.WIDTH, cpu_control.RESCUE]
+    assert not brackets
+
+
+def test_a_list_whose_own_bracket_misses_is_put_in_order(brackets, monkeypatch) -> None:
+    """Brackets of no width: most of them miss."""
+    ordered: list[int] = []
+    by_order = undecided.Undecided._by_order
+
+    def counted(self, keys, count):
+        ordered.append(count)
+        return by_order(self, keys, count)
+
+    monkeypatch.setattr(undecided.Undecided, "_by_order", counted)
+    monkeypatch.setattr(undecided, "WIDTH", 0.0)
+    assert_the_definitions_choice(60_000)
+    assert ordered
+    assert not brackets
 
 
 def test_draws_are_those_that_were_written_down() -> None:
