@@ -14,11 +14,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..spec import Control, Draw
+from ..spec import Control, Draw, Strength
 from . import random as numbers
 from . import top_k as ranking
 from .apply import Multipliers
@@ -37,6 +38,15 @@ def _places() -> Tensor:
 
 
 Gradient = Callable[[int, int], Tensor]  # of a chunk, from one element to another
+
+
+def with_needed_norm(control: Control, strength: Strength) -> Control:
+    """The control; without a norm to keep if every choice of coordinates has the policy's.
+
+    So it is where both multipliers have one size, as those of `Grams`.
+    """
+    same = strength.kind == "fixed" and abs(strength.selected) == abs(strength.rest) and control.cap >= 1
+    return replace(control, norm=False) if same else control
 
 
 class Matched:

@@ -2,7 +2,7 @@
 
 One pass (everything, agreement, Bernoulli or a sampled threshold, with fixed strengths): moments, mask and parameter
 of a chunk are done while it is in the cache. Extra memory: the chunk buffers, at most 12 of 0.5 MiB for each thread,
-which are kept, and with exact top-K one of 2 MiB.
+which are kept, with exact top-K one of 2 MiB, and with a control two of 1 MiB.
 
 Two passes (exact top-K; strengths that need a sum): the first moves the moments, leaves d = -u in a scratch tensor
 and counts; the second applies the mask. A matched control draws between the two, and multiplies d by the mask in a pass
@@ -12,8 +12,8 @@ bytes an element:
 - 4 for d (8 in float64; 0 if a capture already holds d as float32);
 - 1 for marks, if a strength reads them again or a control draws;
 - 4 for top-K by a momentum score, and 4 for top-K that keeps the norm of the momentum;
-- about 0.5 for the list inside the bracket, up to 24 where very many scores are equal, and 4 to 12 if a bracket has
-  missed.
+- about 0.5 for the list inside the bracket, 1 for that of a control, up to 24 where very many scores are equal, and 4
+  to 12 if a bracket has missed.
 
 Non-contiguous tensors are copied while they are stepped.
 """
@@ -31,7 +31,7 @@ from ..spec import GivenRule, Item, StepSpec, Sums, check_kinds
 from . import top_k as ranking
 from .apply import Applier, Totals
 from .chunks import Flat, Scratch, buffer, count_ones, keep_marks, spans
-from .control import Matched
+from .control import Matched, with_needed_norm
 from .rules import Mover, Slice
 from .selections import Selector, negated_score
 from .strengths import Gatherer
@@ -53,8 +53,9 @@ class _Step:
         self.selector = Selector(spec, item, self.flat)
         self.matched: Matched | None = None  # its control, if there is a choice to be controlled for
         if selection.control is not None and self.k != 0 and not self.selector.everything:
+            control = with_needed_norm(selection.control, strength)
             self.matched = Matched(
-                selection.control, strength.rest, self.numel, self.dtype, spec.draw, item.address, strength.still
+                control, strength.rest, self.numel, self.dtype, spec.draw, item.address, strength.still
             )
         self.threshold: ranking.Threshold | None = None
         # True if a chunk is selected in as soon as it has moved, because nothing is ranked or only a sample was.
@@ -106,7 +107,8 @@ class _Step:
         return self.threshold.mark(t, start, out)
 
     def _applier(self, pair: tuple[float, float]) -> Applier:
-        still = self.strength.still and self.k != 0
+        # A control has seen whether there is a coordinate that stands still.
+        still = self.strength.still and self.k != 0 if self.matched is None else self.matched.still
         return Applier(self.spec, self.flat, self.dtype, pair, still=still, address=self.item.address)
 
     def _one_pass(self, totals: Totals | None) -> tuple[float, float]:

@@ -55,6 +55,16 @@ STRENGTHS = [
 CASES = list(itertools.product(SELECTIONS, STRENGTHS))
 
 
+def counted(function, name, calls):
+    """`function`, which notes `name` in `calls` each time."""
+
+    def noted(*arguments):
+        calls.append(name)
+        return function(*arguments)
+
+    return noted
+
+
 @pytest.fixture
 def brackets(monkeypatch):
     """Tensors of any size are drawn from by a bracket; counts those that are ranked as a whole all the same."""
@@ -62,11 +72,11 @@ def brackets(monkeypatch):
     whole: list[int] = []
     ranked = cpu_control.Matched._as_a_whole
 
-    def counted(self, *arguments):
+    def noted(self, *arguments):
         whole.append(self.numel)
         return ranked(self, *arguments)
 
-    monkeypatch.setattr(cpu_control.Matched, "_as_a_whole", counted)
+    monkeypatch.setattr(cpu_control.Matched, "_as_a_whole", noted)
     return whole
 
 
@@ -246,14 +256,9 @@ def test_a_bracket_that_misses_has_a_wider_one_behind_it(brackets, monkeypatch) 
 
 def test_a_list_whose_own_bracket_misses_is_put_in_order(brackets, monkeypatch) -> None:
     """Brackets of no width: most of them miss."""
-    ordered: list[int] = []
-    by_order = undecided.Undecided._by_order
-
-    def counted(self, keys, count):
-        ordered.append(count)
-        return by_order(self, keys, count)
-
-    monkeypatch.setattr(undecided.Undecided, "_by_order", counted)
+    ordered: list[str] = []
+    by_order = counted(undecided.Undecided._by_order, "by order", ordered)
+    monkeypatch.setattr(undecided.Undecided, "_by_order", by_order)
     monkeypatch.setattr(undecided, "WIDTH", 0.0)
     assert_the_definitions_choice(60_000)
     assert ordered
@@ -300,6 +305,25 @@ def test_the_norm_is_the_policys_and_the_cap_holds(make, copy) -> None:
         (halved,) = selective_step([copy(item)], selection=capped, **kw)
         if float(policy.selected) < item.param.numel():  # else it is the policy's own step
             assert float(halved.masked_sq) < 0.5 * float(policy.masked_sq)
+
+
+def test_a_norm_is_kept_only_where_a_choice_changes_it(make, copy, monkeypatch) -> None:
+    """Multipliers of one size give every choice the policy's norm; unequal ones and a cap below 1 do not."""
+    calls: list[str] = []
+    monkeypatch.setattr(cpu_control.Matched, "mask_", counted(cpu_control.Matched.mask_, "mask_", calls))
+    selection = Selection("agreement", control=Control())
+    capped = replace(selection, control=Control(cap=0.5))
+    for chosen, strength, wanted in (
+        (selection, Strength("fixed", 1.0, -1.0, still=True), []),
+        (selection, Strength("fixed", -2.0, 2.0), []),
+        (selection, Strength("fixed", 2.0, 1.0), ["mask_"]),
+        (capped, Strength("fixed", 1.0, -1.0, still=True), ["mask_"]),
+    ):
+        calls.clear()
+        item = make(ADAM, (90, 50), seed=5)
+        item.grad.view(-1)[::5] = 0.0  # some stand still
+        assert_same(item, copy, ADAM, chosen, strength)
+        assert calls == wanted
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
