@@ -3,7 +3,8 @@
 The control takes the coordinates with the largest random numbers, as many as the policy selects. As the numbers are
 uniform, the last one that is taken lies within a few standard deviations of a known value. So one pass over the numbers
 marks all above that bracket by their upper 8 bits, and lists the few inside of it; only those are formed as a whole and
-ranked. Small tensors, and tensors whose bracket has missed, are ranked as a whole: slower, with the same answer.
+ranked. If the bracket misses, a wider one is tried. Small tensors, and those whose brackets have both missed, are
+ranked as a whole: slower, with the same answer.
 
 The draw reads no update, unless coordinates stand still. What comes after it reads the update twice: for the norm, and
 for the parameter.
