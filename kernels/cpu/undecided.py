@@ -1,7 +1,7 @@
 """The elements of a tensor whose upper 8 bits lie inside of a matched control's bracket, and which of them are drawn.
 
 They are kept in words of eight neighbours, as marks of one byte and as hashes. To find words takes fewer operations
-than to find elements. The neighbours beside it cost little, as an operation on a short list is mostly its call.
+than to find elements. An element's neighbours cost little, as an operation on a short list is mostly its call.
 """
 
 from __future__ import annotations
