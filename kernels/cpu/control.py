@@ -24,7 +24,7 @@ from ..spec import Control, Draw, Strength
 from . import random as numbers
 from . import top_k as ranking
 from .apply import Multipliers
-from .chunks import CHUNK, backwards, buffer, count_marks, count_ones, keep_marks, spans
+from .chunks import CHUNK, backwards, buffer, count_marks, count_ones, keep_marks, spans, sum_of_squares
 from .undecided import Undecided
 
 SMALL = 2_048  # elements; up to here the whole tensor is ranked: fewer operations than a bracket takes
@@ -81,12 +81,12 @@ class Matched:
                 minus_update = moves.mul_(minus_update)
         if not self.control.norm:
             return None
-        every = float(torch.dot(minus_update, minus_update)) if selected is None or self.rest != 0 else None
+        every = sum_of_squares(minus_update) if selected is None or self.rest != 0 else None
         self.all_sq += every or 0.0
         if selected is None:
             self.theirs_sq += every or 0.0
         else:
-            self.theirs_sq += float(torch.dot(selected.mul_(minus_update), minus_update))
+            self.theirs_sq += sum_of_squares(selected.mul_(minus_update), out=selected)
         return every if whole else None
 
     def _moves(self, minus_update: Tensor, grad: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class Matched:
             chosen = buffer("selected", end - start, self.dtype).copy_(marks[start:end])
             if self.still:
                 chosen = self._only_moving(chosen, minus_update, gradient, start)
-            ours += float(torch.dot(chosen.mul_(minus_update), minus_update))
+            ours += sum_of_squares(chosen.mul_(minus_update), out=chosen)
         theirs, every = self.theirs_sq, self.all_sq
         if rest == 0:  # then `all_sq` was not added up
             every = max(theirs, ours)
@@ -141,7 +141,7 @@ class Matched:
             mask = multiply(chosen.copy_(marks[start:end]))
             if self.still:
                 mask = self._only_moving(mask, minus_update, gradient, start)
-            have += float(torch.dot(minus_update.mul_(mask), minus_update))
+            have += sum_of_squares(minus_update.mul_(mask), out=chosen)
         return self._scale_to(have, selected, rest) if self._chooses else 1.0, have
 
     def _only_moving(self, mask: Tensor, minus_update: Tensor, gradient: Gradient, start: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from selective.kernels import (
 from selective.kernels.cpu import control as cpu_control
 from selective.kernels.cpu import random as numbers
 from selective.kernels.cpu import undecided
+from selective.kernels.cpu.chunks import CHUNK, sum_of_squares
 from selective.kernels.reference.control import matched, random_subset
 from selective.kernels.reference.random import ranking_bits
 
@@ -357,3 +359,13 @@ def test_shards_refuse(make) -> None:
     item.shard = Shard((6, 4), (((0, 6),), ((0, 4),)), None)
     with pytest.raises(ValueError, match="matched control, which looks at the whole of tensors"):
         begin_sharded([item], **kw)
+
+
+@pytest.mark.parametrize("value", [0.99999, 1e-3, 0.7, 0.31622])
+def test_squares_that_are_equal_add_up(value: float) -> None:
+    """Those of Adam's first step: the roundings of a running sum all go one way, those of sums in pairs do not."""
+    x = torch.full((CHUNK,), value)
+    exact = float(x.double().square().sum())
+    assert abs(sum_of_squares(x) / exact - 1) < 1e-6
+    running = numpy.cumsum(x.square().numpy(), dtype=numpy.float32)[-1]
+    assert abs(float(running) / exact - 1) > 1e-6
