@@ -2,9 +2,10 @@
 
     python scripts/evidence/pictures.py
 
-The packages with their versions and licences are listed in `sources.py`: clip art and stamps, the latter half
-photographs. Each picture is cut to what is not transparent, laid on white, and scaled into a square. Pictures of the
-same name are held out together, or not at all. It needs the package Pillow. Nothing of it is in the repository.
+The packages with their versions and licences are listed in `sources.py`: clip art, and stamps of a painting program,
+some of which are photographs. Each picture is cut to what is not transparent, laid on white, and scaled into a square.
+Pictures of the same name are held out together, or not at all. It needs the package Pillow. Nothing of it is in the
+repository.
 """
 
 from __future__ import annotations

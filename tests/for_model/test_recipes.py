@@ -6,7 +6,6 @@ import inspect
 import json
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,9 @@ import torch
 from torch import nn
 
 from selective import RECIPES, Cautious, ChainedOptimizer, Recipe, SelectiveUpdate, Soap, param_groups_for
+from selective.compare.config import ConfigError, build
 from selective.compare.optimizers import call_maker
+from selective.compare.setup import prepare
 from selective.for_model.recipes import OPTIMIZERS
 
 ROOT = Path(__file__).parents[2]
@@ -129,10 +130,17 @@ def test_evidence_that_is_missing_is_noticed() -> None:
 
 
 def test_a_recipe_can_be_compared() -> None:
-    """`compare` calls it as a function that makes an optimizer, and gives it the rate of each run."""
-    maker = partial(SelectiveUpdate.for_model, recipe="soap-cautious")
-    opt = call_maker("soap-cautious", maker, small(), [], 2e-3, None, 0)
-    assert {g["lr"] for g in opt.param_groups} == {2e-3}
+    """Its optimizer gets the rate of each run, and the second one for what is no matrix."""
+    names = ["recipe:soap-cautious", "recipe:muon"]
+    setup = prepare(build({"optimizers": names, "lr": [2e-3], "rest_lr": [1e-3]}, "this test"))
+    for name in names:
+        for rest_lr in (None, 1e-3):
+            opt = call_maker(name, setup.makers[name], small(), [], 2e-3, rest_lr, 0)
+            assert [g["lr"] for g in opt.param_groups] == [2e-3, *[rest_lr or 2e-3] * 3]
+    with pytest.raises(
+        ConfigError, match=r"optimizer recipe:sop: for_model: there is no recipe 'sop' \(did you mean 'soap'"
+    ):
+        prepare(build({"optimizers": ["recipe:sop"]}, "this test"))
 
 
 def test_weight_decay_is_the_same_as_of_param_groups_for() -> None:
