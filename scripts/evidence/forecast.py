@@ -70,6 +70,10 @@ class Seconds:
         known = next((self._of[key] for key in _keys(run.task, run.setup) if key in self._of), None)
         return None if known is None else statistics.median(known) * round(steps * run.part)
 
+    def knows(self, run: Run) -> bool:
+        """True if a run of the same task and setup is done."""
+        return (run.task, run.setup) in self._of
+
 
 def _keys(task: str, setup: str) -> list[tuple[str, ...]]:
     """What tells how long a run takes, the best first."""
@@ -86,12 +90,13 @@ def outlook(results: Results, stages: Iterable[int], steps: int) -> str:
     for stage in stages:
         runs = wanted(whole, [stage])
         left = [run for run in runs if run not in done]
-        times = [seconds.of(run, steps) for run in left]
-        known = [time for time in times if time is not None]
+        known = [time for run in left if (time := seconds.of(run, steps)) is not None]
+        like_others = sum(not seconds.knows(run) for run in left) - (len(left) - len(known))
         said = [f"stage {stage}: {len(runs) - len(left)} of about {len(runs)} runs are done"]
         if known:
             said.append(f"{len(known)} that are left take about {sum(known):,.0f} s")
-        if unknown := len(times) - len(known):
+            said[-1] += f" if {like_others} of them are as fast as other setups" if like_others else ""
+        if unknown := len(left) - len(known):
             said.append(f"{unknown} are of a size that was not timed yet")
         lines.append("; ".join(said))
     return "\n".join(lines)

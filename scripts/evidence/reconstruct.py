@@ -26,13 +26,13 @@ class PictureTask:
         pictures: to train on, and held out.
         shape: of the model.
         batch_size: pictures in a step.
-        evaluated: held-out pictures in an evaluation, at most. A multiple of the batch is compiled once.
+        evaluated: held-out pictures in an evaluation, at most. A multiple of the batch needs no graph of its own.
         name: of the task, for titles.
     """
 
     unit = "squared error of a normalised pixel"
     parts = None  # no weight is several matrices
-    micro_batch = None
+    micro_batch: int | None = None  # all at once
 
     def __init__(
         self,
@@ -85,7 +85,8 @@ class PictureTask:
         device = next(model.parameters()).device
         total = torch.zeros((), dtype=torch.float64, device=device)
         with torch.enable_grad():  # the graph that was compiled for training
-            parts = (part.to(device).split(self.batch_size) for part in (self.held_out, self._held_out_order))
+            size = self.micro_batch or self.batch_size  # as in training, so that one shape is compiled
+            parts = (part.to(device).split(size) for part in (self.held_out, self._held_out_order))
             for batch in zip(*parts, strict=True):
                 total += self.loss(model, batch).detach().double() * len(batch[0])
         return float(total) / len(self.held_out)

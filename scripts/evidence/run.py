@@ -34,7 +34,7 @@ if __name__ == "__main__":  # the folder `evidence` is imported from `scripts`
 
 from evidence.claims import next_run
 from evidence.dry_run import dry_run, rows_of, without_data
-from evidence.forecast import outlook
+from evidence.forecast import Seconds, outlook
 from evidence.page import all_tables, filled
 from evidence.picture import draw
 from evidence.plan import STAGES, wanted
@@ -106,6 +106,13 @@ def try_out(options: argparse.Namespace, stages: list[int]) -> int:
     return 1 if failed else 0
 
 
+def expected(run: Run, results: Results, steps: int, slowest: float) -> float:
+    """The seconds of a run: those of its setup, or else of the slowest step of this sitting and of other setups."""
+    seconds = Seconds(results)
+    known = seconds.of(run, steps) or 0.0
+    return known if seconds.knows(run) else max(known, slowest * steps * run.part)
+
+
 def work(options: argparse.Namespace, stages: list[int]) -> int:
     """Do runs until none is left, or until time is up."""
     print(outlook(Results.read(options.out), stages, options.steps), flush=True)
@@ -114,7 +121,7 @@ def work(options: argparse.Namespace, stages: list[int]) -> int:
     trainer: tuple[str, Trainer] | None = None  # of one task: the memory is for one model
     slowest = 0.0  # seconds of a step, with everything
     for run in next_run(options.out, deadline, lambda: wanted(Results.read(options.out), stages)):
-        if time.perf_counter() + slowest * options.steps * run.part > deadline:
+        if time.perf_counter() + expected(run, Results.read(options.out), options.steps, slowest) > deadline:
             print("out of time; the same command goes on from here")
             break
         if trainer is None or trainer[0] != run.task:

@@ -79,10 +79,10 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 def recipe_named(name: Any) -> Recipe:
     """The recipe with this name, in any case. Raises ValueError, which lists the names, if there is none."""
-    plain = name.strip().lower().replace("_", "-") if isinstance(name, str) else None
+    plain = name.strip().lower().replace("_", "-") if isinstance(name, str) else ""
     if plain in RECIPES:
         return RECIPES[plain]
-    near = get_close_matches(plain or "", RECIPES, n=1)
+    near = get_close_matches(plain, RECIPES, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(f"for_model: there is no recipe {name!r}{hint}; the recipes are {', '.join(RECIPES)}")
 

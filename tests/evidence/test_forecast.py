@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 from evidence.forecast import Seconds, completed, forecast, outlook, run_of
 from evidence.plan import STAGES, wanted
 from evidence.ranking import best_setups
+from evidence.run import expected
 from evidence.runs import Results, Run
 from evidence.sweeps import SEEDS
 
@@ -68,6 +70,15 @@ def test_seconds_are_of_the_nearest_runs() -> None:
     assert seconds.of(Run("python-110m", "AdamW", 9e-3), 600) is None
 
 
+def test_a_run_is_expected_to_take_as_long_as_its_setup() -> None:
+    results = Results([record(Run("python-34m", "AdamW", 1e-3), seconds=30)])
+    same, other = Run("python-34m", "AdamW", 2e-3), Run("python-34m", "Muon", 2e-3)
+    assert expected(same, results, 600, slowest=0.1) == pytest.approx(30)
+    assert expected(other, results, 600, slowest=0.1) == pytest.approx(60)
+    assert expected(other, results, 600, slowest=0.0) == pytest.approx(30)
+    assert expected(other, Results([]), 600, slowest=0.0) == 0
+
+
 def test_the_outlook_has_a_line_for_each_stage() -> None:
     runs = forecast(Results([]), [1])
     nothing, some = (
@@ -77,5 +88,5 @@ def test_the_outlook_has_a_line_for_each_stage() -> None:
         nothing[0] == f"stage 1: 0 of about {len(runs)} runs are done; {len(runs)} are of a size that was not timed yet"
     )
     assert some[0].startswith("stage 1: 1 of about ")
-    assert " that are left take about " in some[0]
+    assert re.search(r"; (\d+) that are left take about [\d,]+ s if \d+ of them are as fast as other setups$", some[0])
     assert some[1].endswith("are of a size that was not timed yet")
