@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from documentation.bars import Bar, chart, figures_in
 
@@ -72,13 +73,18 @@ CHARTS = {
 }
 
 
+def versus_fused(row: dict[str, Any]) -> float:
+    """The median over the rounds of a row's time over that of torch's fused AdamW."""
+    return median(a / b for a, b in zip(row["seconds"], row["fused_seconds"], strict=True))
+
+
 def bars(one: Chart, measurements: Path) -> list[Bar]:
     """The rows of a chart, from the files in this folder."""
     runs = [json.loads((measurements / name).read_text())["results"][0]["measurements"] for name in one.files]
     drawn = []
     for row, label in one.rows.items():
         rows = [measured for run in runs for measured in run if measured["name"] == row]
-        figures = sorted(median(a / b for a, b in zip(r["seconds"], r["fused_seconds"], strict=True)) for r in rows)
+        figures = sorted(map(versus_fused, rows))
         drawn.append(Bar(label.removeprefix("*"), figures, ours=not label.startswith("*")))
     return drawn
 

@@ -62,6 +62,7 @@ NAV = {
         "reference/conformance",
         "reference/compare",
         "reference/bench",
+        "reference/performance-tables",
         "reference/doctor",
         "reference/kernels",
     ],

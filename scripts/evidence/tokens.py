@@ -39,6 +39,8 @@ def write(name: str, train: Tensor, held_out: Tensor, facts: dict[str, Any], fol
 
 def read(name: str, folder: Path = FOLDER) -> Tokens:
     """Read what `write` wrote. Raises as `unpack` does."""
-    content, facts = unpack(name, "tokens", f"python scripts/evidence/data.py {name}", folder)
+    text, large, _ = name.partition("-16k")
+    options = f" --vocabulary 16384 --name {name}" if large else ""
+    content, facts = unpack(name, "tokens", f"python scripts/evidence/data.py {text}{options}", folder)
     numbers = torch.frombuffer(content, dtype=torch.uint16).to(torch.int32)
     return Tokens(numbers[: facts["train"]], numbers[facts["train"] :], facts)

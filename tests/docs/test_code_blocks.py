@@ -8,6 +8,7 @@ printed. `<!-- needs: accelerate -->` above a block runs it only where that can 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
@@ -32,6 +33,7 @@ from selective.cli import _parser
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MOST_SKIPPED = 4  # of all pages together
+SETTINGS = ("lr", "betas", "eps", "weight_decay")  # which both sides of a diff state alike
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,24 @@ def test_python_blocks_run(page: Path) -> None:
     run_page(page.read_text(), str(page))
 
 
-def new_side(diff: str) -> str:
-    """The code that a diff leads to: its added lines, and those that stay."""
-    return "".join(line[2:] for line in diff.splitlines(keepends=True) if not line.startswith("-"))
+def new_side(diff: str, left_out: str = "-") -> str:
+    """The code that a diff leads to: its added lines, and those that stay. With `left_out="+"`: what it comes from."""
+    return "".join(line[2:] for line in diff.splitlines(keepends=True) if not line.startswith(left_out))
+
+
+def settings(code: str) -> dict[str, list[float]]:
+    """The numbers that all calls together give to each of SETTINGS."""
+    given: dict[str, list[float]] = {}
+    for call in ast.walk(ast.parse(code)):
+        for keyword in call.keywords if isinstance(call, ast.Call) else []:
+            if keyword.arg in SETTINGS:
+                numbers = [part.value for part in ast.walk(keyword.value) if isinstance(part, ast.Constant)]
+                given.setdefault(keyword.arg, []).extend(n for n in numbers if isinstance(n, int | float))
+    return {name: sorted(numbers) for name, numbers in given.items()}
+
+
+def same_settings(diff: str) -> bool:
+    return settings(new_side(diff)) == settings(new_side(diff, left_out="+"))
 
 
 def timms_adamw(model: torch.nn.Module, name: str, lr: float, layer_decay: float) -> torch.optim.Optimizer:
@@ -134,8 +151,21 @@ def test_what_the_diffs_of_coming_from_lead_to_runs() -> None:
         assert all(not torch.equal(p, b) for p, b in zip(namespace["model"].parameters(), before, strict=True))
 
 
-def test_the_old_side_of_a_diff_is_left_out() -> None:
-    assert new_side("- a = 1\n+ b = 2\n  c = 3\n") == "b = 2\nc = 3\n"
+def test_both_sides_of_the_diffs_of_coming_from_have_the_same_settings() -> None:
+    blocks = blocks_of((ROOT / "docs" / "guides" / "coming-from.md").read_text())
+    assert [block.line for block in blocks if block.language == "diff" and not same_settings(block.code)] == []
+
+
+def test_one_side_of_a_diff_is_left_out() -> None:
+    diff = "- a = 1\n+ b = 2\n  c = 3\n"
+    assert (new_side(diff), new_side(diff, left_out="+")) == ("b = 2\nc = 3\n", "a = 1\nc = 3\n")
+
+
+def test_settings_of_one_side_only_are_noticed() -> None:
+    assert same_settings("- f(lr=1.0, betas=(0.9, 0.95))\n+ g(lr=1.0, betas=(0.9, 0.95), policy='x')\n")
+    assert same_settings("- f(lr=0.1)\n- g(lr=0.2)\n+ f(lr={'matrices': 0.2, 'rest': 0.1})\n")
+    assert not same_settings("- f(lr=1.0)\n+ f(lr=1.0, weight_decay=0.01)\n")
+    assert not same_settings("- f(lr=1.0, betas=(0.9, 0.95))\n+ f(lr=1.0, betas=(0.95, 0.95))\n")
 
 
 def test_a_block_that_fails_is_noticed() -> None:
@@ -149,6 +179,25 @@ def test_a_block_that_fails_is_noticed() -> None:
     with pytest.raises(ZeroDivisionError):
         run_page("<!-- needs: torch, pytest -->\n```python\n1 / 0\n```\n", "page")
     run_page("<!-- no-run: it divides by zero -->\n```python\n1 / 0\n```\n", "page")
+
+
+def stray_outputs(text: str) -> list[int]:
+    """The lines of comments `<!-- output -->` that do not stand right above a block, so that nothing is compared."""
+    lines = text.splitlines()
+    return [
+        number
+        for number, (line, below) in enumerate(zip(lines, [*lines[1:], ""], strict=True), 1)
+        if line.strip() == "<!-- output -->" and not below.startswith("```")
+    ]
+
+
+def test_every_output_is_compared() -> None:
+    found = {str(page.relative_to(ROOT)): stray_outputs(page.read_text()) for page in PAGES}
+    assert {page: lines for page, lines in found.items() if lines} == {}
+
+
+def test_an_output_that_nothing_compares_is_noticed() -> None:
+    assert stray_outputs("<!-- output -->\n```text\n1\n```\n<!-- output -->\n\n```text\n2\n```\n") == [5]
 
 
 def test_few_blocks_are_left_out_and_each_says_why() -> None:

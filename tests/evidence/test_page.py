@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from evidence.earlier import of_gain
-from evidence.page import filled, marks
+from evidence.page import filled, marks, missing, rows_with_runs
 from evidence.picture import draw
 from evidence.plan import LONGER
 from evidence.runs import Record, Results
 from evidence.setups import POLICIES
-from evidence.table import TABLES, said
+from evidence.table import NOT_RUN, TABLES, said
 
 from selective.compare.intervals import t_interval
 from selective.compare.race import final, race
@@ -76,16 +76,41 @@ def claims(measurements: Path) -> set[str]:
 def sentences(page: str) -> str:
     """What the page says of its records, without the tables that are made of them and without the demo."""
     first = page.partition("## Should you use this")[2].partition("## Does selection help")[0]
-    rest = page.partition("## With 34M parameters")[2].partition("## Everything else")[0]
+    rest = page.partition("## With 34M parameters")[2].partition("## Not run yet")[0]
     return first + re.sub(r"<!-- evidence: [^>]+ -->\n\n(\|.*\n)*", "", rest)
 
 
 def test_the_tables_are_what_the_records_give(copied: Path) -> None:
     assert filled(PAGE, Results.read(MEASUREMENTS / "evidence")) == PAGE, AGAIN
-    assert len(marks(PAGE)) > 3
-    assert set(marks(PAGE)) <= TABLES.keys()
+    assert len(marks(PAGE)) > 1
+    assert set(marks(PAGE)) <= {*TABLES, NOT_RUN}
     change(copied / "evidence" / "python-34m" / "AdamW-lr0.003-seed1.json")
     assert filled(PAGE, Results.read(copied / "evidence")) != PAGE
+
+
+def unsaid(page: str, results: Results) -> list[str]:
+    """The setups of all tables that the page neither has in a row nor names as not run."""
+    named = {}
+    for line in page.partition(f"<!-- evidence: {NOT_RUN} -->")[2].splitlines():
+        name, _, labels = line.strip("| ").partition(" | ")
+        named.setdefault(name, labels.split("; "))
+    found = []
+    for name in (name for name in TABLES if not name.endswith(" rates")):
+        absent = missing(name, results)
+        found += [f"{name}: {label}" for label in absent if label not in named.get(name, [])]
+        run = rows_with_runs(name, results)[2:]
+        if not all(line in page for line in run):
+            found.append(f"{name} has no mark")
+    return found
+
+
+def test_every_setup_has_a_row_or_is_said_to_be_not_run() -> None:
+    results = Results.read(MEASUREMENTS / "evidence")
+    assert unsaid(PAGE, results) == []
+    without = PAGE.replace("| english-110m |", "| english |")
+    assert unsaid(without, results) == ["english-110m: AdamW", "english-110m: Muon"]
+    more = Results([*results.records, {**results.records[0], "setup": "Lion"}])
+    assert "python-34m Lion has no mark" in unsaid(PAGE, more)
 
 
 def test_the_sentences_have_the_figures_of_the_records(copied: Path) -> None:
@@ -96,8 +121,9 @@ def test_the_sentences_have_the_figures_of_the_records(copied: Path) -> None:
 
 
 def test_which_masks_gain_as_the_page_says() -> None:
-    assert "`AlphaConsistency()` gains over a tuned AdamW" in PAGE
-    assert "`Cautious()` and both settings of\nMGUP gain nothing that three seeds show" in PAGE
+    text = " ".join(PAGE.split())
+    assert "`AlphaConsistency()` gains over a tuned AdamW" in text
+    assert "`Cautious()` and both settings of MGUP gain nothing that three seeds show" in text
     lines = TABLES["python-34m AdamW"](Results.read(MEASUREMENTS / "evidence"))
     rows = {line[2:].partition(" | ")[0]: line.split(" | ") for line in lines}
     highest = {}
@@ -108,7 +134,7 @@ def test_which_masks_gain_as_the_page_says() -> None:
         highest[name] = mean + half
     assert [name for name, end in highest.items() if end < 0] == ["AlphaConsistency"]
     control = rows["random like AlphaConsistency on AdamW"]
-    said = "one seed of its control ended at −0.039" in PAGE
+    said = "one seed of its control ended at −0.039" in text
     assert said == (control[2] == "1" and control[4] == "−0.039"), "the page has to say what the control gives"
 
 
