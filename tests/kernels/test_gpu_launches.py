@@ -1,4 +1,4 @@
-"""The launches of a step do not depend on the number of groups: the table in docs/how-it-works/kernels.md."""
+"""The launches of a step do not depend on the number of groups: the table in docs/internals/gpu-kernels.md."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ def traffic(run: Run) -> list[int]:
     return found
 
 
-# The numbers of docs/guides/sharded.md: collectives of a step with statistics and without, by rows and by columns; and
-# the bytes of a tensor cut by rows over 4 ranks, with statistics and without.
+# Collectives of a step with statistics and without, by rows and by columns, as docs/guides/sharded.md has them; and the
+# bytes of a tensor cut by rows over 4 ranks, with statistics and without, of which the page has the most.
 TABLE = {
     "CautiousMGUP": ((1, 0), (1, 0), (800, 0)),
     "Grams": ((1, 0), (1, 0), (800, 0)),
