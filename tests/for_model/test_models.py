@@ -228,7 +228,7 @@ def test_a_lora_model() -> None:
 
 
 class Timm(nn.Module):
-    """What timm's models answer: the head by `get_classifier`, and what does not decay by name and by keyword."""
+    """Answers as timm's models do: the head by `get_classifier`, and what does not decay by name and by keyword."""
 
     def __init__(self) -> None:
         super().__init__()

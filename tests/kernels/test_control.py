@@ -194,7 +194,7 @@ def test_other_dtypes_and_more_than_one_chunk(dtype, make, copy) -> None:
 
 
 def chosen_by_cpu(numel: int, count: int, draw: Draw, address: int) -> Tensor:
-    """Which of a tensor's elements the control of some `count` of them moves."""
+    """The elements of a tensor that the control of `count` of them moves."""
     item = Item(torch.zeros(numel), torch.ones(numel), {}, address)
     selection = Selection("top_k", fraction=min((count + 0.5) / numel, 1.0), control=Control(norm=False))
     selective_step(
