@@ -76,7 +76,7 @@ class Seconds:
 
 
 def _keys(task: str, setup: str) -> list[tuple[str, ...]]:
-    """What tells how long a run takes, the best first."""
+    """The keys under which times are kept that tell how long a run takes, the best first."""
     size = task.partition("-")[2]
     return [(task, setup), (size, "of any text", setup), (size,)]
 
