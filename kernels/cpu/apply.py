@@ -14,6 +14,7 @@ from ..reference.rules import decay_factor, number, rate_of
 from ..spec import GivenRule, StepSpec, Sums
 from .chunks import Flat, buffer, spans
 from .decay import decayed_where, decaying
+from .scaled import add_scaled_
 
 
 def _single(x: float) -> float:
@@ -31,9 +32,9 @@ class Totals:
     update_grad: float = 0.0
     masked_sq: float = 0.0
 
-    def add(self, minus_update: Tensor, grad: Tensor) -> None:
-        """Add the sums of one chunk that do not depend on the mask."""
-        self.update_sq += float(torch.dot(minus_update, minus_update))
+    def add(self, minus_update: Tensor, grad: Tensor, update_sq: float | None = None) -> None:
+        """Add the sums of one chunk that do not depend on the mask. `update_sq` is the sum of u^2, if it is known."""
+        self.update_sq += float(torch.dot(minus_update, minus_update)) if update_sq is None else update_sq
         self.grad_sq += float(torch.dot(grad, grad))
         self.update_grad -= float(torch.dot(minus_update, grad))
 
@@ -123,6 +124,10 @@ class Applier:
 
         Only where decay reaches every coordinate, and without an offset.
         """
+        param = self.flat.param
+        if self.decay is None and self.start is param and param.dtype == self.dtype:
+            add_scaled_(param, self.factor, masked, self.selected)
+            return
         for start, end in spans(masked.numel()):
             part = masked[start:end]
             if self.selected != 1:
