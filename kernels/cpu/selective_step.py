@@ -2,7 +2,7 @@
 
 One pass (everything, agreement, Bernoulli or a sampled threshold, with fixed strengths): moments, mask and parameter
 of a chunk are done while it is in the cache. Extra memory: the chunk buffers, at most 12 of 0.5 MiB for each thread,
-which are kept, and with exact top-K 10 MiB more.
+which are kept, with exact top-K 10 MiB more, and with a control two of 1 MiB.
 
 Two passes (exact top-K; strengths that need a sum): the first moves the moments, leaves d = -u in a scratch tensor
 and counts; the second applies the mask. A matched control draws between the two, and multiplies d by the mask in a pass
@@ -12,8 +12,8 @@ bytes an element:
 - 4 for d (8 in float64; 0 if a capture already holds d as float32);
 - 1 for marks, with exact top-K, if a strength reads them again, or if a control draws;
 - 4 for top-K by a momentum score, and 4 for top-K that keeps the norm of the momentum;
-- about 0.5 for the list inside the bracket, up to 24 where very many scores are equal, and 4 to 12 if a bracket has
-  missed.
+- about 0.5 for the list inside the bracket, 1 for that of a control, up to 24 where very many scores are equal, and 4
+  to 12 if a bracket has missed.
 
 Non-contiguous tensors are copied while they are stepped.
 """
@@ -32,7 +32,7 @@ from . import chunks
 from . import top_k as ranking
 from .apply import Applier, Totals
 from .chunks import Flat, Scratch, buffer, count_ones, keep_marks, spans
-from .control import Matched
+from .control import Matched, with_needed_norm
 from .rules import Mover, Slice
 from .selections import Selector, negated_score
 from .strengths import Gatherer
@@ -54,8 +54,9 @@ class _Step:
         self.selector = Selector(spec, item, self.flat)
         self.matched: Matched | None = None  # its control, if there is a choice to be controlled for
         if selection.control is not None and self.k != 0 and not self.selector.everything:
+            control = with_needed_norm(selection.control, strength)
             self.matched = Matched(
-                selection.control, strength.rest, self.numel, self.dtype, spec.draw, item.address, strength.still
+                control, strength.rest, self.numel, self.dtype, spec.draw, item.address, strength.still
             )
         self.threshold: ranking.Threshold | None = None
         # True if a chunk is selected in as soon as it has moved, because nothing is ranked or only a sample was.
@@ -110,7 +111,8 @@ class _Step:
         return self.threshold.mark(t, start, out)
 
     def _applier(self, pair: tuple[float, float]) -> Applier:
-        still = self.strength.still and self.k != 0
+        # A control has seen whether there is a coordinate that stands still.
+        still = self.strength.still and self.k != 0 if self.matched is None else self.matched.still
         return Applier(self.spec, self.flat, self.dtype, pair, still=still, address=self.item.address)
 
     def _one_pass(self, totals: Totals | None) -> tuple[float, float]:
@@ -130,9 +132,9 @@ class _Step:
         collector = None if self.at_once else self._collector()
         for start, end in spans(self.numel):
             piece = self.mover(start, end, minus_updates[start:end], self.selector.keep_previous)
-            self._first_pass(start, end, piece, marks, collector)
+            update_sq = self._first_pass(start, end, piece, marks, collector)
             if in_place and totals is not None:
-                totals.add(piece.minus_update, piece.grad)
+                totals.add(piece.minus_update, piece.grad, update_sq)
         if collector is not None:
             marks = self._rank(minus_updates, collector)
         selected, rest = self.strength.selected, self.strength.rest
@@ -199,7 +201,8 @@ class _Step:
 
     def _first_pass(
         self, start: int, end: int, piece: Slice, marks: Tensor | None, collector: ranking.Collector | None
-    ) -> None:
+    ) -> float | None:
+        """Select in a chunk, or collect its scores. Returns the sum of u^2 if a control has added it up."""
         if collector is not None:
             t = collector.room(start, end, self.dtype)
             collector.add(negated_score(self.selection, self.rule, piece, t), start)
@@ -208,11 +211,14 @@ class _Step:
                 self.x[start:end].copy_(piece.momentum)
             if self.strength.kind == "alignment":
                 self.gatherer.add(piece, None, end - start)
-            return
-        self._note(start, end, piece, marks)
+            return None
+        return self._note(start, end, piece, marks)
 
-    def _note(self, start: int, end: int, piece: Slice, marks: Tensor | None) -> None:
-        """Select in a chunk, remember it in `marks`, and add it to the sums of the strength and of the control."""
+    def _note(self, start: int, end: int, piece: Slice, marks: Tensor | None) -> float | None:
+        """Select in a chunk, remember it in `marks`, and add it to the sums of the strength and of the control.
+
+        Returns what `Matched.add` does.
+        """
         selected, count = self._select(start, end, piece), end - start
         if selected is not None and (self.matched is not None or self.strength.kind == "mean_preserving"):
             count = count_ones(selected)
@@ -221,8 +227,10 @@ class _Step:
         if marks is not None:
             assert selected is not None
             keep_marks(selected, marks[start:end])
-        if self.matched is not None:
-            self.matched.add(piece.minus_update, piece.grad, selected, count)
+        if self.matched is None:
+            return None
+        product = self.selector.product if self.selector.keep_product else None
+        return self.matched.add(piece.minus_update, piece.grad, selected, count, product)
 
     def _again(self, minus_updates: Tensor, start: int, end: int) -> Slice:
         """The chunk again, from what the first pass has left."""
