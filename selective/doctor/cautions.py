@@ -42,7 +42,7 @@ def of_warnings(subject: Subject, wrapped: Sequence[SelectiveUpdate]) -> list[Fi
     """Return what was warned of while the optimizer was made, and what the library warns of in such an optimizer."""
     ours = [text for text, _ in subject.warnings if text.startswith(_OURS)]
     theirs = [
-        f"your code warns in {place}: {in_one_line(text)}" for text, place in subject.warnings if text not in ours
+        f"a warning from {place}: {in_one_line(text)}" for text, place in subject.warnings if text not in ours
     ]
     ours += [text for optimizer in wrapped for text in warnings_of(optimizer)]
     found = [mend("warned", text.removeprefix("SelectiveUpdate: ")) for text in dict.fromkeys(ours)]

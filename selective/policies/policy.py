@@ -146,10 +146,9 @@ class Combined(Policy):
         return self.selection, self.strength
 
     def code_name(self) -> str:
-        selects = type(self.selection).select is not Selection.select
-        multiplies = type(self.strength).multipliers is not Strength.multipliers
-        own = [type(part).__name__ for part, is_own in ((self.selection, selects), (self.strength, multiplies)) if is_own]
-        return " and ".join(own) or self.kind
+        own = [type(self.selection)] if type(self.selection).select is not Selection.select else []
+        own += [type(self.strength)] if type(self.strength).multipliers is not Strength.multipliers else []
+        return " and ".join(part.__name__ for part in own) or self.kind
 
 
 def policy_from(data: Any) -> Policy:
