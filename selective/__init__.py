@@ -5,6 +5,7 @@ opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGU
 
 from selective.capture.own_code import PolicyError
 from selective.chained.optimizer import ChainedOptimizer
+from selective.for_model.recipes import RECIPES, Recipe
 from selective.optimizer import SelectiveUpdate
 from selective.param_groups.by_kind import param_groups_for
 from selective.policies import (
@@ -43,6 +44,7 @@ from selective.watching import watch
 
 __all__ = [
     "MGUP",
+    "RECIPES",
     "AdaDiag",
     "Agreement",
     "Alignment",
@@ -67,6 +69,7 @@ __all__ = [
     "PreconditionerError",
     "RandomDecay",
     "RandomMask",
+    "Recipe",
     "Selection",
     "SelectiveUpdate",
     "SkipUpdate",

@@ -105,8 +105,8 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         "--optimizer",
         action="append",
         metavar="NAME",
-        help="a function (params, lr) or (model, lr) that makes an optimizer, module:name or path/to/file.py:name; or "
-        "the name of a class, as in --base; repeatable",
+        help="a function (params, lr) or (model, lr) that makes an optimizer, module:name or path/to/file.py:name; "
+        "the name of a class, as in --base; or recipe:NAME, such as recipe:soap-cautious; repeatable",
     )
     add("--base", help="class of torch.optim or an installed package, in any case, or module:Class (default: AdamW)")
     add("--base-options", type=_json, metavar="JSON", help="keyword arguments of the base")

@@ -114,7 +114,7 @@ def all_imports(root: Path) -> list[Import]:
 
 
 def step_of(module: str) -> int:
-    """Which step a module stands on."""
+    """The step that a module stands on."""
     name = ".".join(module.split(".")[:2])
     rest = next(i for i, step in enumerate(STAIRS) if "selective.optimizer" in step)
     return next((i for i, step in enumerate(STAIRS) if name in step), rest)
@@ -178,7 +178,7 @@ def test_imports_go_one_way():
 
 
 def test_few_modules_lie_directly_in_the_package():
-    """What a newcomer sees first: the face and what all folders stand on. Everything else has a folder."""
+    """They are the first that a newcomer sees: the face and what all folders stand on. Everything else has a folder."""
     modules = sorted(file.name for file in (ROOT / "selective").glob("*.py"))
     assert len(modules) <= 12, modules
 
@@ -268,7 +268,7 @@ def test_right_imports_are_let_through(tmp_path):
 
 
 def test_import_selective_needs_no_triton(tmp_path):
-    """Where it is installed it is left alone, too: tests/test_lean_import.py."""
+    """An installed Triton is left alone, too: tests/test_lean_import.py."""
     # `None` in sys.modules makes an import of that name fail, as where the package isn't installed.
     code = (
         "import sys; sys.modules['triton'] = None; import torch; before = set(sys.modules); "

@@ -1,4 +1,4 @@
-"""What `import selective` and a first step on a CPU load beyond torch: nothing that takes long without being needed."""
+"""`import selective` and a first step on a CPU load nothing beyond torch that takes long without being needed."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 The control takes the coordinates with the largest random numbers, as many as the policy selects. As the numbers are
 uniform, the last one that is taken lies within a few standard deviations of a known value. So one pass over the numbers
 marks all above that bracket by their upper 8 bits, and lists the few inside of it; only those are formed as a whole and
-ranked. Small tensors, and tensors whose bracket has missed, are ranked as a whole: slower, with the same answer.
+ranked. If the bracket misses, a wider one is tried. Small tensors, and those whose brackets have both missed, are
+ranked as a whole: slower, with the same answer.
 
 The draw reads no update, unless coordinates stand still. What comes after it reads the update twice: for the norm, and
 for the parameter.
@@ -14,20 +15,22 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..spec import Control, Draw
+from ..spec import Control, Draw, Strength
 from . import random as numbers
 from . import top_k as ranking
 from .apply import Multipliers
-from .chunks import CHUNK, backwards, buffer, count_marks, count_ones, keep_marks, ones_of, spans
+from .chunks import CHUNK, backwards, buffer, count_marks, count_ones, keep_marks, spans, sum_of_squares
+from .undecided import Undecided
 
 SMALL = 2_048  # elements; up to here the whole tensor is ranked: fewer operations than a bracket takes
-WIDTH = 3.5  # half the bracket, in standard deviations of the last number's place: misses once in 2,000 tensors
-
-WIDE = numbers.GROUP * CHUNK  # elements whose bytes are looked at together: their hashes fill one chunk's buffer
+WIDTH = 2.0  # half the bracket, in standard deviations of the last place: misses in up to 5 % of the tensors
+RESCUE = 6.0  # the same of the bracket that is looked at then
+WIDE = 8 * CHUNK  # elements whose bytes are looked at together: with fewer, the calls of operations take more time
 
 
 @functools.cache
@@ -36,6 +39,15 @@ def _places() -> Tensor:
 
 
 Gradient = Callable[[int, int], Tensor]  # of a chunk, from one element to another
+
+
+def with_needed_norm(control: Control, strength: Strength) -> Control:
+    """The control; without a norm to keep if every choice of coordinates has the policy's.
+
+    So it is where both multipliers have one size, as those of `Grams`.
+    """
+    same = strength.kind == "fixed" and abs(strength.selected) == abs(strength.rest) and control.cap >= 1
+    return replace(control, norm=False) if same else control
 
 
 class Matched:
@@ -50,27 +62,32 @@ class Matched:
         self.moving = 0 if still else numel  # the number that do not stand still
         self.theirs_sq = self.all_sq = 0.0  # of u, where the policy selects and everywhere
 
-    def add(self, minus_update: Tensor, grad: Tensor, selected: Tensor | None, count: int) -> None:
+    def add(
+        self, minus_update: Tensor, grad: Tensor, selected: Tensor | None, count: int, product: Tensor | None = None
+    ) -> float | None:
         """Add one chunk of the policy's selection: 1.0 and 0.0, of which `count` are 1.0; None if all is selected.
 
-        Overwrites `selected`.
+        `product` is -u g, if the selection has it. Overwrites `selected` and `product`. Returns the sum of u^2, if that
+        was needed.
         """
-        n = minus_update.numel()
+        n, whole = minus_update.numel(), True
         self.count += count
         if self.still:
-            moves = self._moves(minus_update, grad)
+            moves = self._moves(minus_update, grad) if product is None else product.ne_(0)
             moving = count_ones(moves)
             self.moving += moving
-            if moving < n:  # those that stand still have no part in a norm
+            whole = moving == n
+            if not whole:  # those that stand still have no part in a norm
                 minus_update = moves.mul_(minus_update)
         if not self.control.norm:
-            return
-        every = float(torch.dot(minus_update, minus_update)) if selected is None or self.rest != 0 else 0.0
-        self.all_sq += every
+            return None
+        every = sum_of_squares(minus_update) if selected is None or self.rest != 0 else None
+        self.all_sq += every or 0.0
         if selected is None:
-            self.theirs_sq += every
+            self.theirs_sq += every or 0.0
         else:
-            self.theirs_sq += float(torch.dot(selected.mul_(minus_update), minus_update))
+            self.theirs_sq += sum_of_squares(selected.mul_(minus_update), out=selected)
+        return every if whole else None
 
     def _moves(self, minus_update: Tensor, grad: Tensor) -> Tensor:
         """1.0 where a coordinate moves if its multiplier is not 0, 0.0 where it stands still anyhow."""
@@ -83,7 +100,9 @@ class Matched:
             marks.fill_(int(self.count > 0))
         elif self.numel <= SMALL:
             self._by_order(minus_updates, gradient, marks)
-        elif self.count >= self.moving or not self._by_bracket(minus_updates, gradient, marks):
+        elif self.count >= self.moving or not any(
+            self._by_bracket(minus_updates, gradient, marks, width) for width in (WIDTH, RESCUE)
+        ):
             self._as_a_whole(minus_updates, gradient, marks)
 
     @property
@@ -103,7 +122,7 @@ class Matched:
             chosen = buffer("selected", end - start, self.dtype).copy_(marks[start:end])
             if self.still:
                 chosen = self._only_moving(chosen, minus_update, gradient, start)
-            ours += float(torch.dot(chosen.mul_(minus_update), minus_update))
+            ours += sum_of_squares(chosen.mul_(minus_update), out=chosen)
         theirs, every = self.theirs_sq, self.all_sq
         if rest == 0:  # then `all_sq` was not added up
             every = max(theirs, ours)
@@ -122,7 +141,7 @@ class Matched:
             mask = multiply(chosen.copy_(marks[start:end]))
             if self.still:
                 mask = self._only_moving(mask, minus_update, gradient, start)
-            have += float(torch.dot(minus_update.mul_(mask), minus_update))
+            have += sum_of_squares(minus_update.mul_(mask), out=chosen)
         return self._scale_to(have, selected, rest) if self._chooses else 1.0, have
 
     def _only_moving(self, mask: Tensor, minus_update: Tensor, gradient: Gradient, start: int) -> Tensor:
@@ -142,21 +161,21 @@ class Matched:
 
     # --- the selection ---
 
-    def _bracket(self) -> tuple[int, int]:
+    def _bracket(self, width: float) -> tuple[int, int]:
         """The upper 8 bits, lowest and highest, that the last number which is selected most likely has."""
         share = 1 - self.count / self.moving
-        half = WIDTH * math.sqrt(share * (1 - share) / self.moving) + 1 / self.moving
+        half = width * math.sqrt(share * (1 - share) / self.moving) + 1 / self.moving
         low, high = math.floor(256 * (share - half)), math.floor(256 * (share + half))
         return max(low, 0), min(high, 255)
 
-    def _by_bracket(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor) -> bool:
+    def _by_bracket(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, width: float) -> bool:
         """Select by a bracket. False if the bracket has missed: then `marks` are not right."""
-        low, high = self._bracket()
-        above, places, hashes = 0, [], []
+        low, high = self._bracket(width)
+        above, undecided = 0, Undecided(low, high, self.moving)
         for start, end in spans(self.numel, WIDE):
             random, drawn = numbers.Ranking(self.random, self.address, start, end - start), marks[start:end]
             torch.gt(random.upper, high, out=drawn)
-            inside = buffer("inside", end - start, torch.uint8)
+            inside = random.spare
             if low == high:
                 torch.eq(random.upper, low, out=inside)
             else:
@@ -164,17 +183,8 @@ class Matched:
             if self.still:
                 self._leave_out_still(minus_updates, gradient, drawn, inside, start)
             above += count_marks(drawn)
-            place = ones_of(inside)
-            hashes.append(random.hashes_at(place))
-            places.append(place.add_(start))
-        missing, index = self.count - above, ranking.joined(places)
-        if not 0 <= missing <= index.numel():
-            return False
-        if missing > 0:
-            t = numbers.ranking_at(ranking.joined(hashes), index).to(torch.float32).neg_()  # exact: 24 bits
-            drawn = self._first(t, missing, low, high)
-            marks.index_copy_(0, index, buffer("drawn", index.numel(), torch.uint8).copy_(drawn))
-        return True
+            undecided.add(random.hashes, inside, drawn)
+        return undecided.mark(self.count - above)
 
     def _leave_out_still(
         self, minus_updates: Tensor, gradient: Gradient, drawn: Tensor, inside: Tensor, first: int
@@ -186,20 +196,6 @@ class Matched:
             moves = buffer("upper moves", end - start, torch.uint8).copy_(moves)
             drawn[start:end].mul_(moves)
             inside[start:end].mul_(moves)
-
-    def _first(self, t: Tensor, count: int, low: int, high: int) -> Tensor:
-        """1.0 at the `count` smallest of a list, the first of those that are equal, else 0.0, in the memory of `t`.
-
-        The list has numbers of the bracket from `low` to `high`, negated. They are uniform, so that a bracket for the
-        last of the `count` is known here, too.
-        """
-        size, width = t.numel(), (high + 1 - low) << 16
-        share = count / size
-        last, half = width * share - ((high + 1) << 16), WIDTH * width * math.sqrt(share * (1 - share) / size)
-        collector = ranking.Collector(count, size, last - half, last + half, t)
-        collector.add(t, 0)
-        threshold = collector.settle() or ranking.exact(t, count)
-        return threshold.mark(t, 0, t)
 
     def _by_order(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor) -> None:
         """Select in a small tensor: as `_as_a_whole`, in fewer operations."""

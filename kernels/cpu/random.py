@@ -96,6 +96,7 @@ class Ranking:
         self.skipped = start - first * GROUP  # elements of the first group that are before the chunk
         size = self.skipped + count
         self.upper = _bytes(self.hashes)[self.skipped : size]  # uint8, one for each element
+        self.spare = shifted.view(torch.uint8)[:count]  # memory for as many marks: it is in the cache, and done with
 
     def hashes_at(self, places: Tensor) -> Tensor:
         """The groups' hashes (int32) of elements at these places of the chunk, for `ranking_at`."""
@@ -112,9 +113,18 @@ def ranking_at(hashes: Tensor, index: Tensor) -> Tensor:
 
 def ranking_of_all(draw: Draw, address: int, count: int) -> Tensor:
     """The 24-bit numbers (int32) of all elements of a small tensor."""
-    random = Ranking(draw, address, 0, count)
-    lower = random.hashes.view(-1, 1).bitwise_xor(_multiples_of_golden()).view(-1)[:count]
-    return _joined(random.upper.to(torch.int32), lower)
+    return _of_groups(Ranking(draw, address, 0, count).hashes)[:count]
+
+
+def ranking_of_words(hashes: Tensor) -> Tensor:
+    """The 24-bit numbers (int32) of the elements of words, eight each, from the hashes (int64, two groups' each)."""
+    return _of_groups(hashes.view(torch.int32))
+
+
+def _of_groups(hashes: Tensor) -> Tensor:
+    """The 24-bit numbers of all elements of these groups."""
+    lower = hashes.view(-1, 1).bitwise_xor(_multiples_of_golden()).view(-1)
+    return _joined(_bytes(hashes).to(torch.int32), lower)
 
 
 @functools.cache

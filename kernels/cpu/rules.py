@@ -203,17 +203,20 @@ class Mover:
         Runs are gathered ten times faster than elements.
         """
 
-        def gather(t: Tensor) -> Tensor:
-            return t[: t.numel() // length * length].view(-1, length).index_select(0, runs).view(-1)
+        count = runs.numel() * length
 
-        state = {name: gather(value) for name, value in self.flat.state.items()}
+        def gather(name: str, t: Tensor) -> Tensor:
+            out = buffer(f"sampled {name}", count, t.dtype)
+            torch.index_select(t[: t.numel() // length * length].view(-1, length), 0, runs, out=out.view(-1, length))
+            return out
+
+        state = {name: gather(name, value) for name, value in self.flat.state.items()}
         sampled = copy.copy(self)
-        grad = gather(self.flat.grad)
+        grad = gather("grad", self.flat.grad)
         reads_param = self.run is None or self.rule.coupled_decay != 0  # else anything of its shape will do
-        param = gather(self.flat.param) if reads_param else grad
+        param = gather("param", self.flat.param) if reads_param else grad
         sampled.flat = Flat(Item(param, grad, state, 0), writes_state=False)
         if self.run is not None:
             assert self.rule.first_moment is not None
             sampled.moment = state[self.rule.first_moment]
-        count = runs.numel() * length
-        return sampled(0, count, torch.empty(count, dtype=self.dtype, device="cpu"))
+        return sampled(0, count, buffer("sampled update", count, self.dtype))

@@ -12,7 +12,7 @@ from ..reference.random import uniform_bits
 from ..reference.rules import nesterov
 from ..spec import Item, Rule, Selection, StepSpec, refuse_kind, refuse_score
 from . import random as numbers
-from .chunks import Flat, spans
+from .chunks import Flat, buffer, spans
 from .rules import Slice
 
 
@@ -40,6 +40,9 @@ class Selector:
         selection, draw = spec.selection, spec.draw
         self.selection, self.item, self.draw = selection, item, draw
         self.keep_previous = spec.keeps_previous
+        # A control asks which coordinates stand still, by the product that an agreement is about.
+        self.keep_product = selection.control is not None and spec.strength.still
+        self.product: Tensor | None = None  # -u g of the last chunk, if it is kept
         self.everything = selection.kind == "everything"
         if self.keep_previous:
             name = spec.rule.previous_momentum
@@ -68,8 +71,9 @@ class Selector:
     def _agreement(self, piece: Slice, out: Tensor) -> Tensor:
         strict, product = self.selection.strict, self.selection.product
         if product == "update":  # d = -u turns the comparison around
-            torch.mul(piece.minus_update, piece.grad, out=out)
-            return out.lt_(0) if strict else out.le_(0)
+            self.product = buffer("product", out.numel(), out.dtype) if self.keep_product else out
+            torch.mul(piece.minus_update, piece.grad, out=self.product)
+            return (torch.lt if strict else torch.le)(self.product, 0, out=out)
         x = piece.momentum if product == "momentum" else piece.previous
         assert x is not None
         torch.mul(x, piece.grad, out=out)

@@ -2,7 +2,7 @@
 
 One pass (everything, agreement, Bernoulli or a sampled threshold, with fixed strengths): moments, mask and parameter
 of a chunk are done while it is in the cache. Extra memory: the chunk buffers, at most 12 of 0.5 MiB for each thread,
-which are kept, and with exact top-K one of 2 MiB.
+which are kept, with exact top-K 10 MiB more, and with a control two of 1 MiB.
 
 Two passes (exact top-K; strengths that need a sum): the first moves the moments, leaves d = -u in a scratch tensor
 and counts; the second applies the mask. A matched control draws between the two, and multiplies d by the mask in a pass
@@ -10,10 +10,10 @@ of its own, which adds up the norm. Extra memory, freed when the call ends, is t
 bytes an element:
 
 - 4 for d (8 in float64; 0 if a capture already holds d as float32);
-- 1 for marks, if a strength reads them again or a control draws;
+- 1 for marks, with exact top-K, if a strength reads them again, or if a control draws;
 - 4 for top-K by a momentum score, and 4 for top-K that keeps the norm of the momentum;
-- about 0.5 for the list inside the bracket, up to 24 where very many scores are equal, and 4 to 12 if a bracket has
-  missed.
+- about 0.5 for the list inside the bracket, 1 for that of a control, up to 24 where very many scores are equal, and 4
+  to 12 if a bracket has missed.
 
 Non-contiguous tensors are copied while they are stepped.
 """
@@ -28,10 +28,11 @@ from torch import Tensor
 from ..reference.random import sample_positions
 from ..reference.rules import Advanced, begin
 from ..spec import GivenRule, Item, StepSpec, Sums, check_kinds
+from . import chunks
 from . import top_k as ranking
 from .apply import Applier, Totals
 from .chunks import Flat, Scratch, buffer, count_ones, keep_marks, spans
-from .control import Matched
+from .control import Matched, with_needed_norm
 from .rules import Mover, Slice
 from .selections import Selector, negated_score
 from .strengths import Gatherer
@@ -53,8 +54,9 @@ class _Step:
         self.selector = Selector(spec, item, self.flat)
         self.matched: Matched | None = None  # its control, if there is a choice to be controlled for
         if selection.control is not None and self.k != 0 and not self.selector.everything:
+            control = with_needed_norm(selection.control, strength)
             self.matched = Matched(
-                selection.control, strength.rest, self.numel, self.dtype, spec.draw, item.address, strength.still
+                control, strength.rest, self.numel, self.dtype, spec.draw, item.address, strength.still
             )
         self.threshold: ranking.Threshold | None = None
         # True if a chunk is selected in as soon as it has moved, because nothing is ranked or only a sample was.
@@ -62,6 +64,7 @@ class _Step:
         self.sample: Tensor | None = None  # -score of some elements, of which the bracket is made
         self.scores: Tensor | None = None  # -score of the whole tensor, if it cannot be formed again
         self.x: Tensor | None = None  # likewise the x of norm_preserving
+        self.chosen: Tensor | None = None  # 1 where exact top-K selects (uint8), of a tensor that is not small
 
     def run(self) -> Sums | None:
         """Step the tensor; its report, if statistics are asked for."""
@@ -101,12 +104,15 @@ class _Step:
             return self.selector(start, end, piece, out)
         if self.k == 0:
             return None
+        if self.chosen is not None:
+            return out.copy_(self.chosen[start:end])
         assert self.threshold is not None
         t = negated_score(self.selection, self.rule, piece, out) if self.scores is None else self.scores[start:end]
         return self.threshold.mark(t, start, out)
 
     def _applier(self, pair: tuple[float, float]) -> Applier:
-        still = self.strength.still and self.k != 0
+        # A control has seen whether there is a coordinate that stands still.
+        still = self.strength.still and self.k != 0 if self.matched is None else self.matched.still
         return Applier(self.spec, self.flat, self.dtype, pair, still=still, address=self.item.address)
 
     def _one_pass(self, totals: Totals | None) -> tuple[float, float]:
@@ -126,9 +132,9 @@ class _Step:
         collector = None if self.at_once else self._collector()
         for start, end in spans(self.numel):
             piece = self.mover(start, end, minus_updates[start:end], self.selector.keep_previous)
-            self._first_pass(start, end, piece, marks, collector)
+            update_sq = self._first_pass(start, end, piece, marks, collector)
             if in_place and totals is not None:
-                totals.add(piece.minus_update, piece.grad)
+                totals.add(piece.minus_update, piece.grad, update_sq)
         if collector is not None:
             marks = self._rank(minus_updates, collector)
         selected, rest = self.strength.selected, self.strength.rest
@@ -187,13 +193,16 @@ class _Step:
         if self.numel <= 4 * ranking.SAMPLE:  # everything is collected: no sample needed
             return ranking.Collector(self.k, self.numel, -torch.inf, torch.inf, self.scores)
         piece = self.mover.peek_runs(ranking.bracket_runs(self.numel), ranking.RUN)
-        self.sample = negated_score(self.selection, self.rule, piece, torch.empty_like(piece.minus_update))
+        room = buffer("sampled scores", piece.minus_update.numel(), self.dtype)
+        self.sample = negated_score(self.selection, self.rule, piece, room)
         ends = ranking.bracket(self.sample, self.k, self.numel, ranking.WIDTH)
-        return ranking.Collector(self.k, self.numel, *ends, self.scores)
+        self.chosen = self.scratch.get("marks", self.numel, torch.uint8)
+        return ranking.Collector(self.k, self.numel, *ends, self.scores, self.chosen)
 
     def _first_pass(
         self, start: int, end: int, piece: Slice, marks: Tensor | None, collector: ranking.Collector | None
-    ) -> None:
+    ) -> float | None:
+        """Select in a chunk, or collect its scores. Returns the sum of u^2 if a control has added it up."""
         if collector is not None:
             t = collector.room(start, end, self.dtype)
             collector.add(negated_score(self.selection, self.rule, piece, t), start)
@@ -202,11 +211,14 @@ class _Step:
                 self.x[start:end].copy_(piece.momentum)
             if self.strength.kind == "alignment":
                 self.gatherer.add(piece, None, end - start)
-            return
-        self._note(start, end, piece, marks)
+            return None
+        return self._note(start, end, piece, marks)
 
-    def _note(self, start: int, end: int, piece: Slice, marks: Tensor | None) -> None:
-        """Select in a chunk, remember it in `marks`, and add it to the sums of the strength and of the control."""
+    def _note(self, start: int, end: int, piece: Slice, marks: Tensor | None) -> float | None:
+        """Select in a chunk, remember it in `marks`, and add it to the sums of the strength and of the control.
+
+        Returns what `Matched.add` does.
+        """
         selected, count = self._select(start, end, piece), end - start
         if selected is not None and (self.matched is not None or self.strength.kind == "mean_preserving"):
             count = count_ones(selected)
@@ -215,8 +227,10 @@ class _Step:
         if marks is not None:
             assert selected is not None
             keep_marks(selected, marks[start:end])
-        if self.matched is not None:
-            self.matched.add(piece.minus_update, piece.grad, selected, count)
+        if self.matched is None:
+            return None
+        product = self.selector.product if self.selector.keep_product else None
+        return self.matched.add(piece.minus_update, piece.grad, selected, count, product)
 
     def _again(self, minus_updates: Tensor, start: int, end: int) -> Slice:
         """The chunk again, from what the first pass has left."""
@@ -224,28 +238,34 @@ class _Step:
         return Slice(minus_updates[start:end], self.mover.seen_gradient(start, end), x, None)
 
     def _rank(self, minus_updates: Tensor, collector: ranking.Collector) -> Tensor | None:
-        """Settle the threshold; mark the tensor if a strength or a control depends on what is selected."""
-        self.threshold = collector.settle() or self._rank_beside(minus_updates, collector)
-        if self.threshold is None:
+        """Settle who is selected; mark the tensor if a strength or a control depends on that."""
+        if not (self._settle(collector) or self._settle_beside(minus_updates, collector)):
             self._rank_whole(minus_updates)
         if self.strength.kind in ("fixed", "alignment") and self.matched is None:
-            return None
-        marks = self._marks()
+            return self.chosen
+        marks = self._marks() if self.chosen is None else None
         for start, end in spans(self.numel):
             self._note(start, end, self._again(minus_updates, start, end), marks)
-        return marks
+        return self.chosen if marks is None else marks
 
-    def _rank_beside(self, minus_updates: Tensor, missed: ranking.Collector) -> ranking.Threshold | None:
-        """The threshold, from a wider bracket than the one that has missed; None if that has missed, too."""
+    def _settle(self, collector: ranking.Collector) -> bool:
+        """Find the threshold in what is collected, and complete the marks. False if the bracket has missed."""
+        self.threshold = collector.settle()
+        if self.threshold is not None and self.chosen is not None:
+            collector.mark(self.threshold)
+        return self.threshold is not None
+
+    def _settle_beside(self, minus_updates: Tensor, missed: ranking.Collector) -> bool:
+        """The same by a wider bracket than the one that has missed. False if that has missed, too."""
         if self.sample is None:
-            return None
+            return False
         collector = missed.beside(*ranking.bracket(self.sample, self.k, self.numel, ranking.RESCUE))
         for start, end in spans(self.numel):
             t = collector.room(start, end, self.dtype)
             if self.scores is None:
                 negated_score(self.selection, self.rule, self._again(minus_updates, start, end), t)
             collector.add(t, start)
-        return collector.settle()
+        return self._settle(collector)
 
     def _rank_whole(self, minus_updates: Tensor) -> None:
         """Find the threshold among all scores."""
@@ -254,10 +274,15 @@ class _Step:
             whole = torch.empty(self.numel, dtype=self.dtype, device="cpu")
             for start, end in spans(self.numel):
                 negated_score(self.selection, self.rule, self._again(minus_updates, start, end), whole[start:end])
-        self.threshold = ranking.exact(whole, self.k)
+        self.threshold = threshold = ranking.exact(whole, self.k)
+        for start, end in spans(self.numel if self.chosen is not None else 0):
+            assert self.chosen is not None
+            selected = threshold.mark(whole[start:end], start, buffer("selected", end - start, self.dtype))
+            keep_marks(selected, self.chosen[start:end])
 
     def _second_pass(self, minus_updates: Tensor, marks: Tensor | None, apply: Applier, totals: Totals | None) -> None:
-        for start, end in spans(self.numel):
+        # Of marks, only the mask is in more than one operation, so that two chunks of it stay in the cache.
+        for start, end in spans(self.numel, None if marks is None else 2 * chunks.CHUNK):
             piece = self._again(minus_updates, start, end)
             if marks is not None:
                 selected: Tensor | None = buffer("selected", end - start, self.dtype).copy_(marks[start:end])

@@ -18,15 +18,18 @@ import torch
 from torch import Tensor
 
 from . import chunks
-from .chunks import buffer, count_ones, ones_of, scattered_ones, spans
+from .chunks import buffer, count_marks, count_ones, ones_of, rounded, scattered_ones, spans
 
 WIDTH = 2.0  # half the bracket, in standard deviations of the sample's rank: misses in 5 % of the tensors
 RESCUE = 6.0  # the same of the bracket that is looked at then, on the side on which the first one has missed
 SAMPLE = 16_384  # the fewest scores that a bracket is made of; 4 times as many at most
 SHARE = 32  # one score in so many is sampled, between these limits
 SHORT = 4_096  # values; up to here a plain `nonzero` takes less time than many small operations
+FEW = 4_096  # values; in a list of up to so many, `kthvalue` takes no longer than bins
+BINS = 256  # of a list
+NARROWEST = 1e-30  # the width of a bracket; of a narrower one, a bin's width may be rounded to nothing
 INNER = 512  # the fewest values that the bracket of a list is made of
-TOGETHER = 4  # chunks whose marks are looked through together: long enough for torch to divide among its threads
+TOGETHER = 8  # chunks whose marks are looked through together: long enough for torch to divide among its threads
 RUN = 32  # neighbours taken together: two cache lines of float32, which memory hands out nearly as fast as one
 
 
@@ -51,30 +54,23 @@ class Threshold:
 
 def _count_below(t: Tensor, value: float) -> int:
     """The number of elements of `t` that are smaller than `value`."""
-    return sum(count_ones(torch.lt(x, value, out=buffer("below", x.numel(), t.dtype))) for x in _pieces(t))
+    return sum([count_ones(torch.lt(x, value, out=buffer("below", x.numel(), t.dtype))) for x in _pieces(t)])
 
 
 def _count_up_to(t: Tensor, value: float) -> int:
     """The number of elements of `t` that are not greater than `value`; NaN is."""
-    return sum(count_ones(torch.le(x, value, out=buffer("below", x.numel(), t.dtype))) for x in _pieces(t))
+    return sum([count_ones(torch.le(x, value, out=buffer("below", x.numel(), t.dtype))) for x in _pieces(t)])
 
 
 def _pieces(t: Tensor) -> tuple[Tensor, ...]:
     return (t,) if t.numel() <= chunks.CHUNK else t.split(chunks.CHUNK)
 
 
-def _mark_inside(t: Tensor, lower: float, upper: float, marks: Tensor) -> Tensor:
-    """Write where a chunk is in `[lower, upper]` to `marks`, bool. NaN is not."""
-    n = t.numel()
-    # Operations whose result is bool are five times slower here than those on floats, so: float first.
-    return marks.copy_(
-        torch.clamp(t, lower, upper, out=buffer("below", n, t.dtype)).eq_(t)
-    )  # NaN is not equal to itself
-
-
 def _places(t: Tensor, lower: float, upper: float) -> Tensor:
     """The indices at which a chunk is in `[lower, upper]`, ascending."""
-    return ones_of(_mark_inside(t, lower, upper, buffer("inside", t.numel(), torch.bool)))
+    n = t.numel()
+    within = torch.clamp(t, lower, upper, out=buffer("below", n, t.dtype)).eq_(t)  # NaN is not equal to itself
+    return ones_of(buffer("inside", n, torch.bool).copy_(within))
 
 
 def _inside(t: Tensor, lower: float, upper: float) -> Tensor:
@@ -103,7 +99,7 @@ class Counted:
                 return None
             (a, below_a), (b, below_b) = self.points[after - 1], self.points[after]
             x = a + (b - a) * (rank - below_a) / (below_b - below_a)
-            x = float(torch.tensor(x, dtype=self.t.dtype, device="cpu"))  # a number that t can be
+            x = x if self.t.dtype == torch.float64 else rounded(x)  # a number that t can be
             if not a < x < b:
                 return None
             count = _count_below(self.t, x)
@@ -177,7 +173,7 @@ def bracket(sample: Tensor, k: int, numel: int, width: float) -> tuple[float, fl
 
     `sample` is t at some positions, in runs of `RUN` neighbours. Neighbours may be alike, so the deviation of a rank is
     measured on the runs. It is not taken for smaller than that of independent numbers. The ranks of the two in the
-    sample are right to a tenth of the width: exact ones take five times as long.
+    sample are right to 40 % of the width, and most often to 10 %: exact ones take five times as long.
     """
     n, share = sample.numel(), k / numel
     wanted, deviation = share * n, math.sqrt(n * share * (1 - share))
@@ -194,24 +190,36 @@ def bracket(sample: Tensor, k: int, numel: int, width: float) -> tuple[float, fl
         deviation = max(deviation, math.sqrt(runs.numel()) * float(runs.std()))
     margin = width * deviation + 1
     if known is not None:
-        lower, upper = known.at(wanted - margin, margin / 10), known.at(wanted + margin, margin / 10)
+        slack = 0.4 * margin
+        lower, upper = known.at(wanted - margin, slack), known.at(wanted + margin, slack)
         if lower is not None and upper is not None:
             return lower[0], upper[0]
     return _around(sample, wanted - margin, wanted + margin)
 
 
 class Collector:
-    """Counts, chunk by chunk, the t below the bracket, and collects those inside.
+    """Marks, chunk by chunk, the t below the bracket, and collects those inside.
 
     Chunks come one after the other. The caller writes t of a chunk to its `room`, and calls `add`. `whole` is memory
-    for t of the whole tensor, if the caller has that; the room is a part of it then.
+    for t of the whole tensor, if the caller has that; the room is a part of it then. `marks` is memory for the
+    selection, one byte an element, if the caller reads it: `mark` completes it.
     """
 
-    def __init__(self, k: int, numel: int, lower: float, upper: float, whole: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        k: int,
+        numel: int,
+        lower: float,
+        upper: float,
+        whole: Tensor | None = None,
+        marks: Tensor | None = None,
+    ) -> None:
         self.k, self.numel, self.lower, self.upper, self.whole = k, numel, lower, upper, whole
+        self.marks = marks
         self.everything = lower == -math.inf and upper == math.inf  # of a small tensor
         self.below = 0
-        self.begun = self.done = 0  # the chunks from `begun` to `done` are marked, and not looked through
+        self.is_below = self.is_inside = torch.empty(0, dtype=torch.bool, device="cpu")
+        self.begun = self.done = 0  # the chunks from `begun` to `done` are added, and not looked through
         self.values: list[Tensor] = []
         self.indices: list[Tensor] = []
 
@@ -230,21 +238,27 @@ class Collector:
             self.values.append(t.clone())
             self.indices.append(torch.arange(start, start + count, device="cpu"))
             return
-        within = buffer("below", count, t.dtype)
-        if self.lower > -math.inf:
-            self.below += count_ones(torch.lt(t, self.lower, out=within))
-        marks = self._marks(max(TOGETHER * chunks.CHUNK, count))
-        _mark_inside(t, self.lower, self.upper, marks[start - self.begun : start - self.begun + count])
+        if start == self.begun:
+            self._begin(max(count, min(TOGETHER * chunks.CHUNK, self.numel)))
+        first, last = start - self.begun, start - self.begun + count
+        # Operations whose result is bool are five times slower here than those on floats, so: float first.
+        compared = buffer("below", count, t.dtype)
+        self.is_below[first:last].copy_(torch.lt(t, self.lower, out=compared))
+        self.is_inside[first:last].copy_(torch.le(t, self.upper, out=compared))  # NaN is in neither
         self.done = start + count
-        if self.done - self.begun + chunks.CHUNK > marks.numel() or self.done == self.numel:
-            self._look_through(marks[: self.done - self.begun], t.dtype)
+        if self.done == self.numel or last > self.is_inside.numel() - chunks.CHUNK:
+            self._look_through(self.is_below[:last].view(torch.uint8), self.is_inside[:last].view(torch.uint8), t.dtype)
 
-    def _marks(self, count: int) -> Tensor:
-        return buffer("inside", count, torch.bool)
+    def _begin(self, length: int) -> None:
+        """Begin with chunks that are looked through together: `length` elements at most."""
+        marks = buffer("below marks", length, torch.uint8) if self.marks is None else self.marks[self.begun :]
+        self.is_below = marks.view(torch.bool)
+        self.is_inside = buffer("inside", length, torch.uint8).view(torch.bool)
 
-    def _look_through(self, marks: Tensor, dtype: torch.dtype) -> None:
-        """Move what is inside of the bracket to the lists."""
-        places = scattered_ones(marks)
+    def _look_through(self, below: Tensor, inside: Tensor, dtype: torch.dtype) -> None:
+        """Count what is below the bracket, and move what is inside to the lists. `inside` also has what is below."""
+        self.below += count_marks(below)
+        places = scattered_ones(inside.bitwise_xor_(below))
         self.values.append(self.room(self.begun, self.done, dtype).index_select(0, places))
         self.indices.append(places.add_(self.begun))
         self.begun = self.done
@@ -252,21 +266,44 @@ class Collector:
     def settle(self) -> Threshold | None:
         """The threshold; None if the bracket has missed."""
         t, indices, rank = joined(self.values), joined(self.indices), self.k - self.below
+        self.values, self.indices = [t], [indices]
         valid = _count_up_to(t, math.inf) if self.everything else t.numel()  # where all is collected, NaN is, too
         if not 1 <= rank <= valid:
             return None
-        places, smaller = _near(Counted(t, [(self.lower, 0), (self.upper, valid)]), rank)
-        if places is not None:
-            t, indices = t.index_select(0, places), indices.index_select(0, places)
-        value = smallest(t, (rank - smaller,))[0]
+        value = self._value(t, rank)
+        if _count_up_to(t, value) == rank:
+            return Threshold(value, self.numel)
         ties = indices.index_select(0, _inside(t, value, value))
-        last = rank - smaller - _count_below(t, value)
-        return Threshold(value, int(ties.kthvalue(last).values))
+        return Threshold(value, int(ties.kthvalue(rank - _count_below(t, value)).values))
+
+    def _value(self, t: Tensor, rank: int) -> float:
+        """The value at this rank of the list.
+
+        Bins of equal width say where it is, so that only what is in its own bin is ranked. All are rounded alike:
+        a larger t is never in a lower bin.
+        """
+        width = self.upper - self.lower
+        if t.numel() <= FEW or not NARROWEST < width < 1 / NARROWEST:
+            return smallest(t, (rank,))[0]
+        bins = torch.sub(t, self.lower).mul_(BINS / width).to(torch.int32)
+        up_to = torch.bincount(bins).cumsum(0)
+        its = int(torch.searchsorted(up_to, rank))
+        smaller = int(up_to[its - 1]) if its else 0
+        return smallest(t.index_select(0, torch.nonzero(bins == its).view(-1)), (rank - smaller,))[0]
+
+    def mark(self, threshold: Threshold) -> None:
+        """Complete `marks`, given what `settle` has returned."""
+        assert self.marks is not None
+        (t,), (indices,) = self.values, self.indices
+        chosen = t <= threshold.value
+        if threshold.cutoff < self.numel:
+            chosen.logical_and_((t < threshold.value).logical_or_(indices <= threshold.cutoff))
+        self.marks.scatter_(0, indices, chosen.view(torch.uint8))
 
     def beside(self, lower: float, upper: float) -> Collector:
         """A collector of the side on which this one has missed, up to the ends of a wider bracket."""
         ends = (lower, self.lower) if self.k <= self.below else (self.upper, upper)
-        return Collector(self.k, self.numel, *ends, self.whole)
+        return Collector(self.k, self.numel, *ends, self.whole, self.marks)
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -274,22 +311,12 @@ def joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _near(known: Counted, rank: int) -> tuple[Tensor | None, int]:
-    """The places of a list's elements near this rank, and the number of smaller ones; None if not easily told."""
-    t = known.t
-    reach = max(16.0, t.numel() / 256)
-    if t.numel() <= SHORT:
-        return None, 0
-    lower, upper = known.at(rank - 1 - reach, reach), known.at(rank + reach, reach)
-    if lower is None or upper is None:
-        return None, 0
-    return _inside(t, lower[0], upper[0]), lower[1]
-
-
 def bracket_runs(numel: int) -> Tensor:
     """The numbers of the aligned runs of `RUN` neighbours that the bracket is made from: spread evenly, int64."""
     runs, available = min(max(numel // SHARE, SAMPLE), 4 * SAMPLE) // RUN, numel // RUN
-    return torch.arange(runs, device="cpu") * (available - 1) // (runs - 1)
+    # By way of float64: a division of integers takes ten times as long.
+    numbers = torch.arange(runs, dtype=torch.float64, device="cpu")
+    return numbers.mul_((available - 1) / (runs - 1)).to(torch.int64)
 
 
 def _by(collector: Collector) -> Threshold | None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from evidence.attention import Attention
+
 PAD = 0  # the token that is no part of a text
 
 
@@ -15,17 +17,12 @@ class Layer(nn.Module):
 
     def __init__(self, width: int, hidden: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.attention = Attention(width, heads)
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.attention_norm, self.norm = (nn.LayerNorm(width, eps=1e-12) for _ in range(2))
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        queries, keys, values = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
-        )
-        seen = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=real[:, None, None, :])
-        x = self.attention_norm(x + self.out(seen.transpose(1, 2).flatten(2)))
+        x = self.attention_norm(x + self.attention(x, real[:, None, None, :]))
         return self.norm(x + self.down(nn.functional.gelu(self.up(x))))
 
 
@@ -59,9 +56,9 @@ class Classifier(nn.Module):
 
 
 _NAMES = {
-    "attention.self.query": "query", "attention.self.key": "key", "attention.self.value": "value",
-    "attention.output.dense": "out", "attention.output.LayerNorm": "attention_norm", "intermediate.dense": "up",
-    "output.dense": "down", "output.LayerNorm": "norm",
+    **{f"attention.self.{name}": f"attention.{name}" for name in ("query", "key", "value")},
+    "attention.output.dense": "attention.out", "attention.output.LayerNorm": "attention_norm",
+    "intermediate.dense": "up", "output.dense": "down", "output.LayerNorm": "norm",
 }  # fmt: skip
 
 

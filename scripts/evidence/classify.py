@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evidence.bert import pretrained
+from evidence.draws import of_epoch, sent
 from evidence.foldoc import Entries
 
 
@@ -44,26 +46,30 @@ class SubjectTask:
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         """The entries of one step, which seed and step fix."""
         tokens, classes = self.train
-        epoch, place = divmod(step, len(tokens) // self.batch_size)
-        digest = hashlib.sha256(f"epoch {seed} {epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        order = torch.randperm(len(tokens), generator=generator)
-        chosen = order[place * self.batch_size : (place + 1) * self.batch_size].to(tokens.device)
+        chosen = sent(of_epoch(len(tokens), self.batch_size, seed, step), tokens.device)
         return tokens[chosen], classes[chosen]
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The mean cross entropy in nats per entry."""
         tokens, classes = batch
-        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
-            return nn.functional.cross_entropy(model(tokens).float(), classes)
+        return nn.functional.cross_entropy(self._logits(model, tokens), classes)
 
     def evaluate(self, model: nn.Module) -> float:
         """The mean loss of the held-out entries."""
+        return self._of_held_out(model, nn.functional.cross_entropy)
+
+    def measures(self, model: nn.Module) -> dict[str, float]:
+        """The share of the held-out entries whose subject is the one with the highest logit."""
+        return {
+            "accuracy": self._of_held_out(model, lambda logits, classes: (logits.argmax(1) == classes).double().mean())
+        }
+
+    def _of_held_out(self, model: nn.Module, measure: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """The mean over the held-out entries of a measure of logits and classes. It waits for the device once."""
         device = next(model.parameters()).device
         total = torch.zeros((), dtype=torch.float64, device=device)
-        with torch.no_grad():
-            for tokens, classes in zip(*(part.to(device).split(256) for part in self.held_out), strict=True):
-                total += self.loss(model, (tokens, classes)).double() * len(tokens)
+        for tokens, classes in zip(*(part.to(device).split(256) for part in self.held_out), strict=True):
+            total += measure(self._logits(model, tokens), classes).detach().double() * len(tokens)
         return float(total) / len(self.held_out[0])
 
     def facts(self) -> dict[str, Any]:
@@ -71,3 +77,7 @@ class SubjectTask:
         for tensor in (self.entries.tokens, self.entries.classes, self.entries.held_out):
             content.update(tensor.numpy().tobytes())
         return {"entries": content.hexdigest(), "batch": self.batch_size}
+
+    def _logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
+            return model(tokens).float()

@@ -24,8 +24,9 @@ if __name__ == "__main__":  # the folder `evidence` is imported from `scripts`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from evidence.documents import HELD_OUT, Document, documents, without_copies
-from evidence.sources import TEXTS
-from evidence.tokens import FOLDER, write
+from evidence.packed import FOLDER
+from evidence.sources import TEXTS, facts_of
+from evidence.tokens import write
 
 END = "<|end|>"  # after each document
 
@@ -60,10 +61,7 @@ def of_packages(text: str, folder: Path) -> Parts:
     for source in TEXTS[text]:
         mine = documents(source, folder)
         characters = sum(len(document.text) for document in mine)
-        sources.append(
-            {"package": source.package, "version": source.version, "registry": source.registry,
-             "licence": source.licence, "documents": len(mine), "characters": characters}
-        )  # fmt: skip
+        sources.append({**facts_of(source), "documents": len(mine), "characters": characters})
         everything += mine
     everything = without_copies(everything)
     rule = f"documents whose name's hash is in the first {HELD_OUT:.0%}; copies are left out"

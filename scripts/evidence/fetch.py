@@ -32,7 +32,7 @@ def _archive(source: Source, folder: Path) -> Path | None:
     name = source.package.lstrip("@").replace("/", "-")
     patterns = {
         "PyPI": f"{name.replace('-', '_')}-{source.version}-*.whl",
-        "Debian": f"{name}_{source.version}_*.deb",
+        "Debian": f"{name}_{source.version.replace(':', '%3a')}_*.deb",
         "npm": f"{name}-{source.version}.tgz",
     }
     return next(iter(sorted(folder.glob(patterns[source.registry]))), None)

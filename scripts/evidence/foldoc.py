@@ -28,8 +28,8 @@ if __name__ == "__main__":  # the folder `evidence` is imported from `scripts`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from evidence.fetch import fetched, files_of
-from evidence.sources import FOLDOC, MINILM
-from evidence.tokens import FOLDER
+from evidence.packed import FOLDER
+from evidence.sources import FOLDOC, MINILM, facts_of
 
 NAME = "foldoc-minilm.safetensors"
 SUBJECTS, LENGTH, HELD_OUT = 16, 128, 0.1
@@ -83,10 +83,7 @@ def make(folder: Path = FOLDER) -> Path:
     weights = {name: tensor for name, tensor in load(files["model.safetensors"]).items() if tensor.is_floating_point()}
     weights[WORDS] = weights[WORDS][used]
     weights[PLACES] = weights[PLACES][:LENGTH].clone()
-    facts = {"subjects": names, "entries": len(texts), "sources": [
-        {"package": s.package, "version": s.version, "registry": s.registry, "licence": s.licence}
-        for s in (FOLDOC, MINILM)
-    ]}  # fmt: skip
+    facts = {"subjects": names, "entries": len(texts), "sources": list(map(facts_of, (FOLDOC, MINILM)))}
     content = {f"weights.{name}": tensor.half().contiguous() for name, tensor in weights.items()}
     content |= {"tokens": tokens.int(), "classes": torch.tensor(classes, dtype=torch.int32)}
     content["held_out"] = torch.tensor([is_held_out(text) for text in texts])

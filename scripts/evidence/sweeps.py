@@ -95,9 +95,9 @@ def seeds(
         yield from (Run(task, setup, point[0], seed, point[1], part) for seed in all_seeds)
 
 
-def around(results: Results, task: str, setup: str) -> tuple[float, ...]:
+def around(results: Results, task: str, setup: str, grid: Sequence[float] = ()) -> tuple[float, ...]:
     """The two learning rates at which a control begins: the best of its policy, and the better one beside it."""
-    lr = settled(results, task, setup)
+    lr = settled(results, task, setup, grid)
     if lr is None:
         return ()
     losses = results.losses(task, setup, first_rest(setup))
@@ -105,19 +105,21 @@ def around(results: Results, task: str, setup: str) -> tuple[float, ...]:
     return (lr, *sorted(beside, key=losses.__getitem__)[:1])
 
 
-def control(results: Results, task: str, setup: str) -> Iterator[Run]:
+def control(
+    results: Results, task: str, setup: str, grid: Sequence[float] = (), all_seeds: Sequence[int] = SEEDS
+) -> Iterator[Run]:
     """The first two rates of a setup's control, and its seeds at the better one.
 
     What is no inner matrix has the rate that is best for the setup, where that is another one.
     """
-    name, rest, two = control_of(setup), first_rest(setup), around(results, task, setup)
+    name, rest, two = control_of(setup), first_rest(setup), around(results, task, setup, grid)
     if rest is not None:
         point = rest_settled(results, task, setup)
         rest, two = (None, ()) if point is None else (point[1], two)
     yield from (Run(task, name, lr, rest_lr=rest) for lr in two)
     losses = results.losses(task, name, rest)
     if two and losses.keys() >= set(two) and (lr := best_rate(losses)) is not None:
-        yield from (Run(task, name, lr, seed, rest) for seed in SEEDS)
+        yield from (Run(task, name, lr, seed, rest) for seed in all_seeds)
 
 
 def swept_control(results: Results, task: str, setup: str) -> Iterator[Run]:

@@ -8,7 +8,17 @@ from functools import partial
 
 from evidence.bases import BASES
 from evidence.plan import THEIR_RATE, THEIR_STEPS, THEIRS
-from evidence.rows import AT_ANOTHER_S_BEST, COMPOSED, FINE_ROWS, MUON, READINGS_ROWS, Row, masked_rows, short_list
+from evidence.rows import (
+    AT_ANOTHER_S_BEST,
+    COMPOSED,
+    FINE_ROWS,
+    MUON,
+    PICTURE_ROWS,
+    READINGS_ROWS,
+    Row,
+    masked_rows,
+    short_list,
+)
 from evidence.runs import Point, Record, Results, at_edge, best_point, best_rate, step_seconds
 from evidence.sweeps import first_rest, grid_of
 from selective.compare.intervals import Interval, t_interval
@@ -26,10 +36,14 @@ def said(interval: Interval, digits: int = 3, sign: str = "") -> str:
 
 
 class Comparison:
-    """The rows of one task, each at its best rate."""
+    """The rows of one task, each at its best rate.
 
-    def __init__(self, results: Results, task: str) -> None:
-        self.results, self.task = results, task
+    With `measure`, a share that the records have besides the loss, a line ends with it in percent, and with its
+    difference from the base.
+    """
+
+    def __init__(self, results: Results, task: str, measure: str | None = None) -> None:
+        self.results, self.task, self.measure = results, task, measure
 
     def point(self, row: Row) -> Point | None:
         """The best rate, or the best pair of rates if what is no inner matrix has a rate of its own."""
@@ -51,14 +65,15 @@ class Comparison:
         if not mine or point is None:
             tried = self.results.points(self.task, row.setup)
             state = "diverged at every rate" if tried and best_point(tried) is None else NOT_RUN
-            return _line([row.label, *[NONE] * 2, state, *[NONE] * 5])
+            return _line([row.label, *[NONE] * 2, state, *[NONE] * 5, *self._measured(row, {})])
         rate = self._rate(row, point)
         if any(r["diverged"] for r in mine.values()):
-            return _line([row.label, rate, str(len(mine)), "a seed diverged", *[NONE] * 5])
+            return _line([row.label, rate, str(len(mine)), "a seed diverged", *[NONE] * 5, *self._measured(row, {})])
         loss = said(t_interval([final(r) for r in mine.values()]))
         times = [step_seconds(r) for r in mine.values() if r["alone"]]
         step = f"{1e3 * statistics.fmean(times):.1f}" if times else NONE
-        return _line([row.label, rate, str(len(mine)), loss, *self._against(row, mine), step])
+        cells = [row.label, rate, str(len(mine)), loss, *self._against(row, mine), step]
+        return _line([*cells, *self._measured(row, mine)])
 
     def _rate(self, row: Row, point: Point) -> str:
         """The rates of a row, with a word on those that are at the edge of what was tried."""
@@ -88,6 +103,23 @@ class Comparison:
         alone = [pair for pair in pairs if all(record["alone"] for record in pair)]
         return [*cells, _ratio(pairs, "step"), _ratio(alone, "seconds")]
 
+    def _measured(self, row: Row, mine: dict[int, Record]) -> list[str]:
+        """The measure in percent, and its difference from the base in points, paired by seed; nothing without one."""
+        if self.measure is None:
+            return []
+        base = {} if row == row.baseline else self._finished(row.baseline)
+        values, others = (self._percent(records) for records in (mine, base))
+        differences = [values[seed] - others[seed] for seed in values if seed in others]
+        return [
+            said(t_interval(list(values.values())), 2) if values else NONE,
+            said(t_interval(differences), 2, sign="+") if differences else NONE,
+        ]
+
+    def _percent(self, records: dict[int, Record]) -> dict[int, float]:
+        """The measure by seed, of the records that have it."""
+        measures = {seed: record.get("measures", {}).get(self.measure) for seed, record in records.items()}
+        return {seed: 100 * value for seed, value in measures.items() if value is not None}
+
     def _finished(self, row: Row) -> dict[int, Record]:
         return {seed: record for seed, record in self.by_seed(row).items() if not record["diverged"]}
 
@@ -110,11 +142,16 @@ def _head(cells: Sequence[str]) -> list[str]:
     return [_line(cells), _line(["---"] * len(cells))]
 
 
-def comparison_table(results: Results, task: str, rows: Sequence[Row]) -> list[str]:
-    """Each row at its best rate: loss, differences, steps and time to the base's loss, and the time of a step."""
+def comparison_table(results: Results, task: str, rows: Sequence[Row], measure: str | None = None) -> list[str]:
+    """Each row at its best rate: loss, differences, steps and time to the base's loss, and the time of a step.
+
+    With `measure`, also what the records have besides the loss, such as accuracy.
+    """
     heads = ["setup", "best rate", "n", "final loss", "against the base", "against its control", "times fewer steps",
              "times less time", "ms a step"]  # fmt: skip
-    comparison = Comparison(results, task)
+    comparison = Comparison(results, task, measure)
+    if measure is not None:
+        heads += [f"{measure}, %", f"{measure} against the base"]
     return [*_head(heads), *(comparison.line(row) for row in rows)]
 
 
@@ -163,7 +200,8 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     **_of_rows("python-34m", "Muon", MUON),
     **_of_rows("python-34m", "readings", READINGS_ROWS),
     "mgup's setting": their_table,
-    "foldoc-minilm": lambda results: comparison_table(results, "foldoc-minilm", FINE_ROWS),
+    "foldoc-minilm": lambda results: comparison_table(results, "foldoc-minilm", FINE_ROWS, "accuracy"),
+    "pictures-mae": lambda results: comparison_table(results, "pictures-mae", PICTURE_ROWS),
     **{
         task: partial(lambda task, results: comparison_table(results, task, short_list(results)), task)
         for task in ("python-110m", "english-34m", "english-110m")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from evidence.classify import SubjectTask
+from evidence.draws import generator, sent
 from evidence.foldoc import read as entries_of_foldoc
 from evidence.llama import llama_model
-from evidence.tokens import FOLDER, Tokens, read
+from evidence.packed import FOLDER
+from evidence.pictures import read as read_pictures
+from evidence.reconstruct import PictureTask
+from evidence.tokens import Tokens, read
 from selective.compare.config import ModelConfig
 from selective.compare.model import loss as loss_of
 
@@ -71,9 +74,9 @@ class TextTask:
 
     def batch(self, seed: int, step: int) -> Tensor:
         """The windows of one step, int64 (batch_size, context + 1), from places that seed and step fix."""
-        digest = hashlib.sha256(f"batch {seed} {step}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        starts = torch.randint(len(self.train) - self.shape.context, (self.batch_size,), generator=generator)
+        starts = torch.randint(
+            len(self.train) - self.shape.context, (self.batch_size,), generator=generator(f"batch {seed} {step}")
+        )
         return self._windows(self.train, starts)
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ class TextTask:
 
     def _windows(self, text: Tensor, starts: Tensor) -> Tensor:
         places = torch.arange(self.shape.context + 1, device=text.device)
-        return text[starts.to(text.device)[:, None] + places].long()
+        return text[sent(starts, text.device)[:, None] + places].long()
 
     def _forward(self, batch: Tensor) -> Callable[[nn.Module, Tensor], Tensor]:
         if not batch.is_cuda:
@@ -151,6 +154,10 @@ def foldoc_minilm() -> SubjectTask:
     return SubjectTask(entries_of_foldoc(), name="foldoc-minilm")
 
 
+def pictures_mae() -> PictureTask:
+    return PictureTask(read_pictures())
+
+
 TASKS: dict[str, Callable[[], Any]] = {
     "python-34m": python_34m,
     "english-34m": english_34m,
@@ -158,4 +165,5 @@ TASKS: dict[str, Callable[[], Any]] = {
     "python-110m": python_110m,
     "english-110m": english_110m,
     "foldoc-minilm": foldoc_minilm,
+    "pictures-mae": pictures_mae,
 }

@@ -27,7 +27,8 @@ class Trainer:
 
     Args:
         task: a task of `selective compare`. A batch is a tensor, or a tuple of tensors, with an example in each row.
-            A `micro_batch` says how many examples are put through the model at once; without it, all are.
+            A `micro_batch` says how many examples are put through the model at once; without it, all are. What
+            `measures(model)` returns, a number by name, is in the record; it is called after the last step.
         optimizer_of: makes the optimizer of a run over the model, for a number of steps.
         steps: the steps of a whole run.
         evaluate_every: steps from one evaluation to the next.
@@ -77,6 +78,8 @@ class Trainer:
                 group["lr"] = rate * multiplier(step)
             self._step(optimizer, batches.at(step))
         record["seconds"] = round(time.perf_counter() - begun, 3)
+        if not record["diverged"]:
+            record["measures"] = self._measures()
         if self.device == "cuda":
             record["peak_bytes"] = torch.cuda.max_memory_allocated()
         record["parameters_sha256"] = fingerprint(self.model)
@@ -104,6 +107,17 @@ class Trainer:
         record["validation"]["step"].append(step)
         record["validation"]["loss"].append(value)
         record["seconds_to_validation"].append(round(seconds, 4))
+
+    def _measures(self) -> dict[str, float]:
+        """The task's measures of the final model besides the loss, such as accuracy, by name."""
+        measures = getattr(self.task, "measures", None)
+        if measures is None:
+            return {}
+        self.model.eval()
+        with torch.no_grad():
+            found = measures(self.model)
+        self.model.train()
+        return {name: float(value) for name, value in found.items()}
 
     def _step(self, optimizer: Stepper, batch: Any) -> None:
         """One step. The host waits for nothing."""

@@ -16,7 +16,6 @@ from torch import Tensor
 from selective import foreach
 from selective.base.hyperparameters import LOW_PRECISION, lookahead
 from selective.capture.decay import decaying_coordinates
-from selective.capture.items import KeptItems
 from selective.capture.own_code import masked_step
 from selective.capture.remember import RememberingJob
 from selective.kernels import apply_mask, begin_sharded, selective_step, spec, turned
@@ -38,11 +37,11 @@ class GenericJob(RememberingJob):
     offset, negated = 0.0, False  # of the GivenRule
     makes_updates = False  # True if `captured` makes new tensors
 
-    def __init__(self, *args: Any, kept_items: KeptItems, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.kept_items, self.calls = kept_items, 0
+        self.calls = 0
         at_random = self.decay is not None and self.decay.at_random  # no kernel draws
-        self.specs = None if at_random else kept_items.specs(self.policy, self.parameters)
+        self.specs = None if at_random else self.kept_items.specs(self.policy, self.parameters)
         self.kernel_decay = None if self.decay is None else self.decay.spec()  # of the next calls
         self.own_code = self.specs is None
 
@@ -148,7 +147,7 @@ class GenericJob(RememberingJob):
         gradient = None if grad is None else item.grad.to(dtype)
         gradient, momentum, previous = (turned(x, rule.rate) for x in (gradient, momentum, previous))
         param = local_of(self.saved[index])
-        if "param" in self.policy.needs():  # a policy that writes on it must not write on what is put back
+        if "param" in self.reads:  # a policy that writes on it must not write on what is put back
             param = param.clone()
         tensors = Tensors(param, update, gradient, momentum, previous, rule.momentum_beta)
         mask = masked_step(self.context, self.policy, parameter, tensors, item.shard)

@@ -187,7 +187,7 @@ class KeptItems:
         return described.specs if asked[2] else None
 
     def describe_launches(self) -> list[str]:
-        """How the launches of the last step were made, in words; nothing before the first step, and on a CPU."""
+        """The ways in which the last step's launches were made, in words; none before the first step, and on a CPU."""
         caches = [*(each.items.cache for each in self._lists), *self._tables.values()]
         described = (cache.get("describe_launches") for cache in caches)
         return [text for describe in described if describe is not None for text in describe()]

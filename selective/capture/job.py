@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +17,6 @@ from selective.foreach import copies
 from selective.kernels import Exchange, spec
 from selective.parameter import Parameter
 from selective.policies import Decay, Policy
-from selective.policies.kernel_terms import has_own_code
 from selective.statistics import StepStatistics
 
 
@@ -80,11 +78,7 @@ class Job:
     decay: Decay | None = None  # None: decoupled decay reaches every coordinate
 
     steps_base = True  # True if the base's own step has to run for this group
-
-    @cached_property
-    def own_code(self) -> bool:
-        """True if the policy runs code of its own, which may raise."""
-        return has_own_code(self.policy, [parameter.tensor for parameter in self.parameters])
+    own_code = False  # True if the policy runs code of its own, which may raise
 
     def prepare(self) -> None: ...
 

@@ -12,6 +12,7 @@ from selective import foreach
 from selective.base.base_facts import decay_factor, momentum_entry
 from selective.base.hyperparameters import plain_number, sign_of, sign_of_rate
 from selective.capture.decay import own_factor
+from selective.capture.items import KeptItems
 from selective.capture.job import Job
 from selective.kernels import spec
 
@@ -19,9 +20,10 @@ from selective.kernels import spec
 class RememberingJob(Job):
     """The job of a group whose base steps by itself; it has the gradients and momenta as a policy reads them."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, kept_items: KeptItems, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.reads = self.policy.needs()
+        self.kept_items = kept_items
+        self.reads = kept_items.describe(self.policy).needs
         self.sign = sign_of(self.context.base, self.group)
         self.wants_grad = (
             "grad" in self.reads or self.context.own_momentum is not None or self.context.report is not None

@@ -21,7 +21,7 @@ from selective.base.fused_rules import fused_rule
 from selective.capture.generic import Captured, GenericJob, by_value
 from selective.kernels import apply_mask, selective_step, spec
 from selective.policies import Dense
-from selective.policies.kernel_terms import specs_of
+from selective.policies.kernel_terms import everything_as_it_is
 from selective.preconditioner import as_matrix
 from selective.rotation.basis import Carried, CarriedTogether
 from selective.rotation.carry import MomentCarrier, as_it_is
@@ -227,8 +227,7 @@ class RotatedJob(GenericJob):
 
     def _write(self, items: list[spec.Item], rule: spec.GivenRule) -> None:
         """Write the masked updates to their parameters, with decay."""
-        described, draw = specs_of(Dense()), self.context.draw_on(items[0].param.device)
-        assert described is not None
+        (selection, strength), draw = everything_as_it_is(), self.context.draw_on(items[0].param.device)
         decay = None if self.decay is None else self.decay.spec("gradient" if self.decays_by_unmasked else "update")
         if self.decay is not None and self.decay.at_random:
             for item in items:
@@ -238,9 +237,7 @@ class RotatedJob(GenericJob):
             return
         passing = self.kept_items.passing(self.calls, items, self.policy, self.context.recording)
         self.calls += 1
-        selective_step(
-            passing, rule=rule, selection=described[0], strength=described[1], draw=draw, decay=decay
-        )  # fmt: skip
+        selective_step(passing, rule=rule, selection=selection, strength=strength, draw=draw, decay=decay)
 
     def _address(self, index: int) -> int:
         return self.parameters[index].address

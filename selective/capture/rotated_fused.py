@@ -15,11 +15,10 @@ from torch import Tensor
 from selective.base.fused_rules import FusedRule, FusedSGD
 from selective.base.lent_gradients import LentGradients
 from selective.capture.rotated import RotatedJob
-from selective.capture.rotated_planned import Calls, KeptStep, everything_as_it_is
+from selective.capture.rotated_planned import Calls, KeptStep
 from selective.kernels import advance, begin_sharded, selective_step, spec
 from selective.parameter import Parameter
-from selective.policies import Dense
-from selective.policies.kernel_terms import specs_of
+from selective.policies.kernel_terms import everything_as_it_is
 from selective.preconditioner.stacked import StackedEigenbasis
 from selective.sharding.dtensor import is_dtensor, local_like, wrapped_like
 
@@ -208,8 +207,7 @@ class RotatedFusedJob(RotatedJob):
 
     def _step_in_two_kernels(self, indices: list[int], items: list[spec.Item], rule: spec.Rule) -> None:
         """Let one kernel compute the rule, and a second one the mask, because the decay reads the unmasked update."""
-        described, draw = specs_of(Dense()), self.context.draw_on(items[0].param.device)
-        assert described is not None
+        (selection, strength), draw = everything_as_it_is(), self.context.draw_on(items[0].param.device)
         previous: list[Tensor | None] = [None] * len(items)
         if "previous_momentum" in self.reads:
             stored = [item.state.get(rule.previous_momentum or "") for item in items]
@@ -220,9 +218,8 @@ class RotatedFusedJob(RotatedJob):
         alone = [replace(item, shard=None) for item in items]  # the rule looks at single coordinates
         passing = self.kept_items.passing(self.calls, alone, self.policy, self.context.recording)
         self.calls += 1
-        selective_step(
-            passing, rule=rule, selection=described[0], strength=described[1], draw=replace(draw, stochastic=False)
-        )  # fmt: skip
+        draw = replace(draw, stochastic=False)
+        selective_step(passing, rule=rule, selection=selection, strength=strength, draw=draw)
         momenta = [item.state[rule.first_moment or ""] if "momentum" in self.reads else None for item in alone]
         self.take(indices, [item.grad for item in alone], momenta, previous)
         self.mask_and_apply(indices, [item.param for item in alone], negated=True)

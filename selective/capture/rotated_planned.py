@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from operator import is_
 from typing import Any
 
@@ -23,8 +22,6 @@ from selective.foreach import many_of
 from selective.kernels import selective_step, spec
 from selective.kernels.lasting import lasting
 from selective.parameter import Parameter
-from selective.policies import Dense
-from selective.policies.kernel_terms import Specs, specs_of
 from selective.preconditioner.stacked import Averaging, Part, StackedEigenbasis
 from selective.rotation.buffers import Buffer, aligned, all_in_use
 from selective.rotation.noise import clear_noise_
@@ -224,11 +221,3 @@ def _rounds(buckets: Sequence[Bucket], limit: int) -> Iterator[list[Bucket]]:
         count += numel
     if taken:
         yield taken
-
-
-@cache
-def everything_as_it_is() -> Specs:
-    """Return the selection and the strength that leave an update as it is."""
-    described = specs_of(Dense())
-    assert described is not None
-    return described

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.chained.members import Members
+from selective.explain.title import title_of
 from selective.optimizer import SelectiveUpdate
-from selective.parameter import Parameter, initialized
+from selective.parameter import Parameter
 from selective.plan.group_plan import GroupPlan
 
 
@@ -80,10 +81,5 @@ def explain(members: Members) -> str:
 
 def _explain_bare(optimizer: Optimizer) -> str:
     kind = type(optimizer)
-    lines = [f"{kind.__module__}.{kind.__name__}, stepped as it is: no policy, no preconditioner"]
-    for number, group in enumerate(optimizer.param_groups):
-        tensors, count = len(group["params"]), sum(p.numel() for p in initialized(group["params"]))
-        lines.append(
-            f"param_groups[{number}]: {tensors:,} tensor{'s' * (tensors != 1)}, {count:,} element{'s' * (count != 1)}"
-        )
-    return "\n".join(lines)
+    groups = [title_of({number: group}) for number, group in enumerate(optimizer.param_groups)]
+    return "\n".join([f"{kind.__module__}.{kind.__name__}, stepped as it is: no policy, no preconditioner", *groups])

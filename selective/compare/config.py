@@ -123,7 +123,7 @@ class CompareConfig(_Config):
     optimizers: tuple[str, ...] = Field(
         (),
         description="beside the base: functions that make an optimizer, module:name or path/to/file.py:name; "
-        "or names of classes, as in `base`",
+        "names of classes, as in `base`; or recipe:NAME, a name in selective.RECIPES",
     )
     controls: bool = Field(True, description="each policy beside a random mask of the same share and norm")
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds)] = Field((0, 1, 2), min_length=1)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from selective import SelectiveUpdate
 from selective.compare.config import ConfigError
+from selective.for_model.recipes import recipe_named
 
 Maker = Callable[..., torch.optim.Optimizer]
 """A function or class that makes an optimizer: `maker(params, lr)` or `maker(model, lr)`.
@@ -20,6 +22,7 @@ otherwise parameter groups are, with weight decay on matrices only. Further para
 `seed`, that of the run, and `rest_lr`, the second learning rate. If none is swept, that is `lr`, or its own default.
 """
 
+RECIPE = "recipe:"  # in front of the name of a recipe, as a contender
 _MODEL = ("model", "module", "network", "net")
 
 
@@ -77,6 +80,17 @@ def name_of_maker(maker: Maker) -> str:
         return f"{name_of_maker(maker.func)}({options})"
     name = getattr(maker, "__name__", "")
     return "" if name == "<lambda>" else name
+
+
+def recipe_maker(name: str) -> Maker:
+    """The function that makes the optimizer of a recipe. Raises ValueError if there is none of this name."""
+    recipe_named(name)
+
+    def make(model: nn.Module, lr: float, rest_lr: float | None = None) -> torch.optim.Optimizer:
+        rates = lr if rest_lr is None else {"matrices": lr, "rest": rest_lr}
+        return SelectiveUpdate.for_model(model, recipe=name, lr=rates)
+
+    return make
 
 
 def _groups_for(maker: Maker, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

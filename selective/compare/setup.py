@@ -9,7 +9,7 @@ from typing import Any, cast
 from selective.base.by_name import optimizer_class
 from selective.compare.config import CompareConfig, ConfigError
 from selective.compare.gpt_task import GPTTask
-from selective.compare.optimizers import Maker, takes_rest_lr
+from selective.compare.optimizers import RECIPE, Maker, recipe_maker, takes_rest_lr
 from selective.compare.references import load_object, load_task
 from selective.compare.task import check_is_task, facts_of, name_of
 
@@ -74,6 +74,11 @@ def prepare(config: CompareConfig, given: Given | None = None) -> Setup:
 
 def _maker(reference: str) -> Maker:
     what = f"optimizer {reference}"
+    if reference.startswith(RECIPE):
+        try:
+            return recipe_maker(reference.removeprefix(RECIPE))
+        except ValueError as error:
+            raise ConfigError(f"{what}: {error}") from error
     if ":" not in reference:
         try:
             return optimizer_class(reference)

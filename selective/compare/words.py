@@ -47,7 +47,7 @@ def _words(effect: Effect) -> str:
 
 
 def _why_no_loss(effect: Effect) -> str:
-    """Why the contender's rival has no loss of a seed that the contender has one of."""
+    """The reason why the contender's rival has no loss of a seed of which the contender has one."""
     return "failed, as the notes say" if effect.base_failed else "diverged at every learning rate"
 
 

@@ -15,11 +15,13 @@ from selective.doctor.subject import Subject, has_values
 from selective.doctor.words import counted, in_one_line, is_or_are, listed
 from selective.for_model.two_bases import kind_of
 from selective.kernels import spec, why_reference
+from selective.param_groups.joined_weights import JOINED_VIEWS
 from selective.param_groups.settings import MATRICES
 from selective.plan.advice import warn_of_needless_mask, warn_of_no_decay, warn_of_stray_keys
 from selective.plan.oversized import warn_of_oversized
-from selective.plan.rotation_plan import warn_of_two_rotations
+from selective.plan.rotation_plan import RotationPlan, warn_of_two_rotations
 from selective.policies.kernel_terms import specs_of
+from selective.sharding.dtensor import is_dtensor
 
 _OURS = ("SelectiveUpdate", "ChainedOptimizer", "for_model", "selective", "param_groups_for")
 _MOST_WARNINGS = 4  # of other people's code
@@ -77,12 +79,14 @@ def of_model(subject: Subject) -> Iterator[Finding]:
     of_model = dict(subject.model.named_parameters())
     in_model = {id(p) for p in of_model.values()}
     stepped = {id(p) for p in subject.parameters}
-    strange = len(stepped - in_model)
+    names = subject.names()
+    strange = list(dict.fromkeys(names[p] for p in subject.parameters if id(p) not in in_model))
     if strange:
         yield mend(
             "not_in_model",
-            f"{counted(strange, 'tensor')} of the optimizer {is_or_are(strange)} not in the model. Make the model "
-            f"once, move it to its device, and make the optimizer after that",
+            f"{counted(len(strange), 'tensor')} of the optimizer {is_or_are(len(strange))} not in the model: "
+            f"{listed(strange)}. Make the model once, move it to its device, tie its weights, and make the optimizer "
+            f"after that",
         )
     left = [name for name, p in of_model.items() if p.requires_grad and id(p) not in stepped]
     if left and stepped & in_model:
@@ -95,13 +99,14 @@ def of_model(subject: Subject) -> Iterator[Finding]:
 
 def of_groups(subject: Subject, wrapped: Sequence[SelectiveUpdate]) -> Iterator[Finding]:
     """Yield findings on which parameters are masked and rotated, and on their dtype."""
-    kinds, names = kinds_of(subject), subject.names()
+    kinds, names = kinds_of(subject), subject.names(tied=True)
     for optimizer in wrapped:
         plans = optimizer.groups.plans
         masked = [p for plan in plans if not plan.is_dense for p in plan.params.tensors]
         rotated = [p for plan in plans if plan.rotation is not None for p in plan.rotation.shapes]
         yield from _on_others(masked, kinds, names, "policy", "masks")
         yield from _on_others(rotated, kinds, names, "preconditioner", "rotates")
+        yield from _on_joined([plan.rotation for plan in plans if plan.rotation is not None], kinds, names)
         keep_residue = any(plan.capture.facts.residue for plan in plans)
         if not (optimizer.options.rounding or keep_residue):
             yield from _low_precision(masked)
@@ -155,12 +160,13 @@ def of_values(not_finite: Sequence[str]) -> Iterator[Finding]:
 def kinds_of(subject: Subject) -> dict[int, str]:
     """Return the kind of each parameter by `id`: "matrices", "vectors", "embeddings" and others of `param_groups_for`.
 
-    Without a model only vectors are known.
+    Of weights that are known to hold several matrices it is how they lie: "rows:3". Without a model only vectors are
+    known.
     """
     model = subject.model
     if model is not None and not any(nn.parameter.is_lazy(p) for p in model.parameters()):
         if any(p.requires_grad for p in model.parameters()):
-            groups = param_groups_for(model, ask=True)
+            groups = param_groups_for(model, parts="auto", ask=True)
             return {id(p): kind_of(group) for group in groups for _, p in group["params"]}
     present = [p for p in subject.parameters if has_values(p)]
     return {id(p): "vectors" for p in present if p.dim() < 2 or p.numel() == max(p.shape)}
@@ -181,6 +187,26 @@ def _on_others(
             f"{does}_others",
             f"the {what} {does} more than the matrices inside of the model ({others}). Usually the base alone steps "
             f"those: SelectiveUpdate.for_model(model, ...) does it so, and so does {what}=None in a parameter group",
+        )
+
+
+def _on_joined(
+    rotations: Iterable[RotationPlan], kinds: Mapping[int, str], names: Mapping[Tensor, str]
+) -> Iterator[Finding]:
+    """Yield a finding if weights that hold several matrices are rotated as one."""
+    by_view: dict[str, list[str]] = {}
+    for rotation in rotations:
+        for p in rotation.shapes:
+            kind = kinds.get(id(p), "matrices")
+            if kind in JOINED_VIEWS and rotation.matrix_view not in JOINED_VIEWS and not is_dtensor(p):
+                by_view.setdefault(kind, []).append(names[p])
+    if by_view:
+        joined = "; ".join(f"matrix_view={view!r}: {listed(of_view)}" for view, of_view in by_view.items())
+        yield advice(
+            "rotates_joined",
+            f"the preconditioner rotates weights as one matrix that hold several ({joined}). Usually each of them has "
+            f"a basis of its own: SelectiveUpdate.for_model(model, ...) and param_groups_for(model, parts='auto') do "
+            f"it so, and so does such a matrix_view in a parameter group",
         )
 
 

@@ -16,6 +16,7 @@ from selective.doctor.take_steps import Taken
 from selective.explain.groups import TRITON, paragraphs
 from selective.explain.memory import bytes_of_bases
 from selective.explain.paragraph import Paragraph
+from selective.explain.title import title_of
 from selective.state.store import follow_changes
 
 _NO_GPU = "no Triton: the parameters are on {}, and Triton's kernels need an NVIDIA GPU"
@@ -43,13 +44,16 @@ def _class(optimizer: Optimizer) -> str:
 
 
 def groups_of(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[Group]:
-    """Return what `explain()` says of each kind of group, with these names of parameters."""
+    """Return what `explain()` says of each kind of group, with these names of parameters.
+
+    A chain has those of its members, bare ones included. Another bare optimizer has none.
+    """
     if isinstance(optimizer, ChainedOptimizer):
         named = zip(optimizer.names, optimizer.members, strict=True)
         return [
             group.model_copy(update={"title": f"member {name!r}, {group.title}"})
             for name, member in named
-            for group in groups_of(member, names)
+            for group in groups_of(member, names) or [_bare(member)]
         ]
     if not isinstance(optimizer, SelectiveUpdate):
         return []
@@ -78,6 +82,13 @@ def _group(paragraph: Paragraph, params: Sequence[Tensor], places: Mapping[str, 
         device = params[0].device.type
         facts.setdefault("kernels", [_NO_GPU.format("a CPU" if device == "cpu" else device)])
     return Group(title=paragraph.title, numbers=list(paragraph.numbers), facts=facts)
+
+
+def _bare(member: Optimizer) -> Group:
+    """Return the one paragraph of a chain's member that is not wrapped."""
+    groups = dict(enumerate(member.param_groups))
+    facts = {"policy": ["none"], "capture": [f"none: {_class(member)} steps these by itself"]}
+    return Group(title=title_of(groups), numbers=list(groups), facts=facts)
 
 
 def memory_of(optimizer: Optimizer, params: Sequence[Tensor]) -> Memory:

@@ -1,4 +1,4 @@
-"""What the doctor found, as data. `str(report)` is the text for the terminal."""
+"""The findings of the doctor, as data. `str(report)` is the text for the terminal."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Finding(_Data):
     code: str
     """A short name that stays the same when the text changes, such as "not_finite"."""
     text: str
-    """What is wrong, where, and what to do."""
+    """The fault, its place, and what to do."""
 
 
 class Group(_Data):
-    """What is said of one kind of parameter group. Groups of which the same can be said share one entry."""
+    """The facts of one kind of parameter group. Groups of which the same can be said share one entry."""
 
     title: str
     numbers: list[int]
@@ -43,9 +43,9 @@ class Memory(_Data):
     base: int
     """State of the base optimizer."""
     selection: int
-    """What the wrapper keeps for policies, for a momentum of its own, and for what rounding has left."""
+    """State of the wrapper for policies, for a momentum of its own, and for what rounding has left."""
     rotation: int
-    """What the wrapper keeps of the bases of rotated parameters."""
+    """State of the wrapper for the bases of rotated parameters."""
     elements: int
     """The number of the parameters' elements, so that the bytes of one can be said."""
 
@@ -65,11 +65,11 @@ class Steps(_Data):
     """True if the last step replayed a CUDA graph of the wrapper, False if not. None if that is not known, as for a
     bare optimizer."""
     graph_reasons: list[str]
-    """How launches were made, in words."""
+    """The ways in which launches were made, in words."""
     not_finite: list[str]
     """Names of parameters with a NaN or an infinity after the steps."""
     failure: str | None
-    """Why the steps ended early, or why none was taken. None if all were taken."""
+    """The reason why the steps ended early, or why none was taken. None if all were taken."""
 
 
 class Trial(_Data):
@@ -77,14 +77,14 @@ class Trial(_Data):
 
     policy: str
     refusal: str | None
-    """Why it can't be wrapped. None if it can."""
+    """The reason why it can't be wrapped. None if it can."""
     groups: list[Group]
     memory: Memory | None
     steps: Steps | None
 
 
 class Report(_Data):
-    """What `doctor` found out about an optimizer."""
+    """All that `doctor` found out about an optimizer."""
 
     schema_version: Literal[1] = 1
     versions: dict[str, str]
@@ -97,6 +97,7 @@ class Report(_Data):
     devices: list[str]
     dtypes: list[str]
     groups: list[Group]
+    """Empty for a bare optimizer. A member of a chain that is not wrapped has one."""
     memory: Memory | None
     """None if no step could be taken."""
     steps: Steps

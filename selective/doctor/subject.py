@@ -40,15 +40,21 @@ class Subject:
         """The parameters of all groups."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def names(self) -> dict[Tensor, str]:
-        """Return a name for each parameter: the model's, the one that stands in its group, or its place."""
+    def names(self, *, tied: bool = False) -> dict[Tensor, str]:
+        """Return a name for each parameter: the model's, the one that stands in its group, or its place.
+
+        Of several names in the model it is the first, or all of them with `tied`: "embed.weight = head.weight".
+        """
         names: dict[Tensor, str] = {}
         for number, group in enumerate(self.optimizer.param_groups):
             own = group.get("param_names", [f"param_groups[{number}][{i}]" for i in range(len(group["params"]))])
             names.update(zip(group["params"], own, strict=False))
         if self.model is not None:
             in_model = list(self.model.named_parameters(remove_duplicate=False))
-            names.update((p, name) for name, p in reversed(in_model))  # of several names the first
+            of_each: dict[Tensor, list[str]] = {}
+            for name, p in in_model:
+                of_each.setdefault(p, []).append(name)
+            names.update((p, " = ".join(several if tied else several[:1])) for p, several in of_each.items())
         return names
 
 

@@ -17,6 +17,7 @@ from selective.explain.rate import rate_advice
 from selective.explain.rotated import explain_rotations
 from selective.explain.sharded import explain_shards, in_plain_torch
 from selective.explain.stacks import explain_stacks
+from selective.explain.title import title_of
 from selective.kernels import backend_in_use, spec, why_reference
 from selective.parameter import initialized
 from selective.plan.group_plan import GroupPlan
@@ -27,7 +28,6 @@ from selective.preconditioner import Preconditioner
 from selective.sharding.dtensor import local_of
 from selective.state.store import StateStore
 
-_MOST = 6  # names in a title
 TRITON = "Triton"
 """The text of the line on kernels where Triton steps a group."""
 _DRAWN = "reference (plain torch), because RandomDecay has no kernel"
@@ -66,7 +66,8 @@ def _paragraph(base: Optimizer, members: Sequence[GroupPlan], options: Options, 
     advice, notes = rate_advice(policy, _rotating(plan)), _notes(base, plan)
     lines += [] if advice is None else [Line("rate", advice)]
     lines += [Line("note", notes)] if notes else []
-    return Paragraph(tuple(member.number for member in members), _title(members), tuple(lines), lasting)
+    title = title_of({member.number: member.group for member in members})
+    return Paragraph(tuple(member.number for member in members), title, tuple(lines), lasting)
 
 
 def _same_for(base: Optimizer, plan: GroupPlan, options: Options) -> object:
@@ -107,38 +108,8 @@ def _facts(base: Optimizer, plan: GroupPlan, options: Options) -> list[Line]:
     return lines
 
 
-def _title(plans: Sequence[GroupPlan]) -> str:
-    """Return the first line of a paragraph: the numbers of the groups, their names, and how much is in them."""
-    params = [p for plan in plans for p in plan.group["params"]]
-    shaped = initialized(params)
-    count, without = sum(p.numel() for p in shaped), len(params) - len(shaped)
-    names = [str(plan.group["name"]) for plan in plans if "name" in plan.group]
-    named = f" ({', '.join(names[:_MOST])}{', ...' if len(names) > _MOST else ''})" if names else ""
-    more = f", and {_count(without, 'tensor')} without a shape yet" if without else ""
-    numbers = _numbers([plan.number for plan in plans])
-    return f"param_groups{numbers}{named}: {_count(len(params), 'tensor')}, {_count(count, 'element')}{more}"
-
-
-def _numbers(numbers: list[int]) -> str:
-    """Return "[0], [2] to [5]"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    texts = []
-    for run in runs:
-        texts += [f"[{run[0]}] to [{run[-1]}]"] if len(run) > 2 else [f"[{number}]" for number in run]
-    return ", ".join(texts)
-
-
 def _rotating(plan: GroupPlan) -> Preconditioner | None:
     return plan.rotation.preconditioner if plan.rotation is not None and plan.rotation.shapes else None
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _decay(capture: Capture) -> str:

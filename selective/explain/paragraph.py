@@ -1,4 +1,4 @@
-"""What `explain()` says of one kind of parameter group, as data: a title, and lines of a label and a text."""
+"""The words of `explain()` on one kind of parameter group, as data: a title, and lines of a label and a text."""
 
 from __future__ import annotations
 

@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 
 from selective.for_model.decided import decided
 from selective.for_model.make_base import BaseOptimizer, check_options, make_base, maker
+from selective.for_model.recipes import with_recipe
 from selective.for_model.two_bases import taken_by_matrices, with_rates_of_rest
 from selective.param_groups.by_kind import ParamGroups, param_groups_for
+from selective.param_groups.settings import NO_DECAY
 from selective.plan.policy_groups import KEYS
 from selective.policies import Policy
 from selective.policies.view import StepView
@@ -27,6 +29,7 @@ def for_model(
     model: nn.Module,
     base: BaseOptimizer = "adamw",
     *,
+    recipe: str | None = None,
     lr: float | Mapping[str, float] | None = None,
     weight_decay: float | None = None,
     policy: Policy | Callable[[StepView], Any] | str | Mapping[str, Any] | None = None,
@@ -36,7 +39,7 @@ def for_model(
     parts: Mapping[str, int | str] | Literal["auto"] | None = "auto",
     embeddings: Sequence[str] = (),
     head: Sequence[str] = (),
-    no_decay: Collection[str] = ("vectors", "embeddings"),
+    no_decay: Collection[str] = NO_DECAY,
     verbose: bool = False,
     **options: Any,
 ) -> Any:
@@ -54,14 +57,19 @@ def for_model(
     the second: embeddings, head, routers, vectors, convolutions, and stacks of experts. A joined weight is one matrix
     to Muon: `parts` is for rotations.
 
+        opt = SelectiveUpdate.for_model(model, recipe="soap-cautious")
+
+    takes the settings of a run that was measured (`selective.RECIPES`). What you give besides stands in their place.
+
     Args:
         model: the model. Its frozen parameters are left out, so a LoRA model has its adapters in the optimizer only.
         base: the base optimizer: a class's name in torch.optim or an installed package, in any case; `module:Class`; a
             class; or a function that takes parameter groups and returns an optimizer. If it has a parameter `lr`, it
             gets the rate of the first group, too; each group has its own.
-        lr: the learning rate, or one for each kind. None: the base's own.
+        recipe: a name in `selective.RECIPES`. It names the optimizers, so `base`, `matrices` and `rest` are left out.
+        lr: the learning rate, or one for each kind. None: the recipe's, or the base's own.
         weight_decay: of all parameters but those in `no_decay`, and those that the model's `no_weight_decay()` names.
-            None: the base's own.
+            None: the recipe's, or the base's own.
         policy: what selects, as in `SelectiveUpdate`; or a mapping from kinds to policies. "dense" makes the groups
             only.
         preconditioner: what rotates, as in `SelectiveUpdate`; or a mapping from kinds to preconditioners.
@@ -70,7 +78,7 @@ def for_model(
         parts: weights that are several matrices in one, as in `param_groups_for`. "auto" recognises the queries, keys
             and values of most models, GPT-2's among them, and the gates and values of SwiGLUs.
         embeddings, head: names of further parameters or modules that belong there.
-        no_decay: the kinds that do not decay.
+        no_decay: the kinds that do not decay. Embeddings do, unless you name them.
         verbose: print what was decided: the groups, the reason for each parameter, and `explain()`.
         options: keyword arguments of `SelectiveUpdate` (`seed`, `mask_space`, ...) and of the base (`betas`, ...). With
             two bases, an option goes to each that takes it; `functools.partial(torch.optim.Muon, momentum=0.9)` as a
@@ -82,9 +90,18 @@ def for_model(
 
     Raises:
         TypeError: `model` is no `nn.Module`, the base is an optimizer that exists already, or nobody takes an option.
-        ValueError: the base is not found or refuses its parameters, a kind does not exist or has no learning rate, or
-            there is nothing to train.
+        ValueError: the recipe or the base is not found, the base refuses its parameters, a kind does not exist or has
+            no learning rate, or there is nothing to train.
     """
+    if recipe is not None:
+        given = {
+            "base": base, "lr": lr, "weight_decay": weight_decay, "policy": policy, "preconditioner": preconditioner,
+            "matrices": matrices, "rest": rest,
+        }  # fmt: skip
+        return for_model(
+            cls, model, parts=parts, embeddings=embeddings, head=head, no_decay=no_decay, verbose=verbose,
+            **with_recipe(recipe, given, options),
+        )  # fmt: skip
     ours = [name for name in inspect.signature(cls.__init__).parameters if name not in _OWN]
     of_wrapper = {name: value for name, value in options.items() if name in ours}
     of_bases = {name: value for name, value in options.items() if name not in ours}

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from selective.param_groups.by_model import Answers, ask_model
 from selective.param_groups.joined_auto import known_to_be_joined
 from selective.param_groups.joined_weights import HEAD, NamedParameter, hint, taken_apart
-from selective.param_groups.settings import KINDS, MISSING, VIEWS, checked_number, for_each_kind
+from selective.param_groups.settings import KINDS, MISSING, NO_DECAY, VIEWS, checked_number, for_each_kind
 from selective.parameter import is_lazy
 from selective.policies import Policy, policy_from
 from selective.policies.view import StepView
@@ -51,7 +51,7 @@ def param_groups_for(
     model: nn.Module,
     *,
     weight_decay: float | None = None,
-    no_decay: Collection[str] = ("vectors",),
+    no_decay: Collection[str] = NO_DECAY,
     embeddings: Sequence[str] = (),
     head: Sequence[str] = (),
     parts: Mapping[str, int | str] | Literal["auto"] | None = None,

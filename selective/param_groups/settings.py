@@ -17,6 +17,7 @@ VIEWS = (*JOINED_VIEWS, "conv", "experts")  # kinds with the name of their `matr
 MATRICES = ("matrices", *VIEWS)
 KINDS = (*MATRICES, "embeddings", "head", "routers", "vectors")
 REST = "rest"
+NO_DECAY = ("vectors",)  # unless the user says otherwise, as in nanoGPT and transformers, where embeddings decay
 
 
 MISSING: Any = object()

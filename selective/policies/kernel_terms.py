@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from torch import Tensor
 
 from selective.kernels import spec, why_own_code
-from selective.policies import Policy
+from selective.policies import Dense, Policy
 from selective.policies.function import OfFunction
 from selective.sharding.dtensor import is_dtensor
 
@@ -47,6 +47,14 @@ def specs_of(policy: Policy) -> Specs | None:
     """
     owner = {name: next(c for c in type(policy).__mro__ if name in c.__dict__) for name in ("mask", "specs")}
     return policy.specs() if issubclass(owner["specs"], owner["mask"]) else None
+
+
+@cache
+def everything_as_it_is() -> Specs:
+    """Return the selection and the strength that leave an update as it is."""
+    specs = specs_of(Dense())
+    assert specs is not None
+    return specs
 
 
 def _depends_on_the_parameter(selection: spec.Selection) -> bool:

@@ -57,7 +57,7 @@ def _expected(subject: Subject) -> dict[str, Tensor]:
 
 @stack_checks.register(16, _OTHER_RUN)
 def accelerate_prepares_it(subject: Subject) -> None:
-    """What accelerate's `prepare` returns steps as the plain loop, bit for bit."""
+    """The optimizer that accelerate's `prepare` returns steps as the plain loop does, bit for bit."""
     (accelerate,) = _needed("accelerate")
     expected = _expected(subject)
     state = accelerate.state

@@ -1,4 +1,4 @@
-"""What a measurement finds in bases made for the purpose, and that it leaves nothing behind."""
+"""A measurement finds the facts of bases made for the purpose, and leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def captured(way: str) -> list[tuple[Tensor, Tensor]]:
 
 
 def share_lost(update: Tensor, exact: Tensor) -> float:
-    """How many updates are seen as exactly 0 that are not."""
+    """The share of the updates that are seen as exactly 0 and are not."""
     return float(((update == 0) & (exact != 0)).double().mean())
 
 
@@ -113,7 +113,7 @@ def test_no_capture_loses_an_update(way: str) -> None:
 
 @pytest.mark.parametrize("way", LIMITS)
 def test_signs_are_those_of_the_exact_update(way: str) -> None:
-    """What an agreement needs. A difference of bfloat16 numbers has no sign for most of them."""
+    """An agreement needs them. A difference of bfloat16 numbers has no sign for most of them."""
     for update, exact in captured(way):
         assert float((update.sign() != exact.sign()).double().mean()) <= 1e-3
     wrong = [float((update.sign() != exact.sign()).double().mean()) for update, exact in differences()]

@@ -1,4 +1,4 @@
-"""What counts as a gradient that is not finite."""
+"""The gradients that count as not finite."""
 
 from __future__ import annotations
 

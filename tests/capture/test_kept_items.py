@@ -35,7 +35,7 @@ from changes import (
     step,
 )
 
-from selective import MGUP, Magma, SelectiveUpdate, Soap
+from selective import MGUP, Dense, Magma, SelectiveUpdate, Soap
 from selective.capture import items, kernel_calls
 from selective.kernels import spec
 from selective.plan.group_params import GroupParams
@@ -216,6 +216,30 @@ def test_replaced_state_is_free_where_gradients_are_missing(space: Any) -> None:
         step(*((other,) if space is None else (first, other)))
     gc.collect()
     assert moment() is None
+
+
+@pytest.mark.parametrize("policy", [MGUP(), Dense()], ids=repr)
+@pytest.mark.parametrize("space", [None, Soap(refresh_every=2)], ids=["plain", "rotated"])
+@pytest.mark.parametrize("capture", ["fused", "scratch", "delta"])
+def test_a_policy_is_asked_for_its_parts_once(
+    monkeypatch: pytest.MonkeyPatch, capture: Any, space: Any, policy: Any
+) -> None:
+    """It is frozen, and it makes them anew whenever it is asked. Another policy object is asked again."""
+    asked: list[type] = []
+    for cls in (MGUP, Dense):
+        monkeypatch.setattr(cls, "parts", lambda self, real=cls.parts: (asked.append(type(self)), real(self))[1])
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((4, 3), (5,))]
+    base = torch.optim.AdamW(params) if capture == "fused" else torch.optim.NAdam(params)
+    optimizer = SelectiveUpdate(base, policy=policy, preconditioner=space, capture=capture)
+    counts = []
+    for number in range(5):
+        if number == 3:
+            optimizer.policy_groups[0].policy = type(policy)()
+        asked.clear()
+        step(optimizer, number)
+        counts.append(len(asked))
+    assert counts[2] == counts[4] == 0
+    assert counts[3] > 0 or (isinstance(policy, Dense) and space is None)
 
 
 def test_a_group_on_two_devices_has_a_list_for_each(monkeypatch: pytest.MonkeyPatch) -> None:

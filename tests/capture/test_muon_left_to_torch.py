@@ -1,4 +1,4 @@
-"""What of Muon is left to the base's own step, and that `explain()` has the reason."""
+"""Some of Muon's parameters are left to the base's own step, and `explain()` has the reason."""
 
 from __future__ import annotations
 

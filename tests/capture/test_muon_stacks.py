@@ -77,7 +77,7 @@ class Made(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype,bytes_each", [(torch.float32, 12), (torch.bfloat16, 16)], ids=str)
 def test_memory_of_a_step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bytes_each: int) -> None:
-    """What docs/how-it-works/capture.md says, of square matrices, which take most. In low precision, not at once."""
+    """It is as docs/how-it-works/capture.md says, for square matrices: the largest. In low precision, not at once."""
     monkeypatch.setattr(generic, "selective_step", lambda items, **options: None)
     params = make_params(dtype, shapes=[(64, 64)] * 4)
     optimizer = wrapped(params, wrap={"statistics": False})

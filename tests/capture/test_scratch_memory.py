@@ -1,4 +1,4 @@
-"""Whose memory scratch capture steps on: exchanged for zeros where that can be done, zeroed in place elsewhere."""
+"""The memory that scratch capture steps on: exchanged for zeros where that can be done, zeroed in place elsewhere."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_nobody_has_moved_where_a_policy_raises() -> None:
 
 
 def moved(members: Callable[[list[nn.Parameter]], list[Any]], steps: int = 1) -> list[Tensor]:
-    """Where two equal vectors with equal gradients are changed, each a member of its own."""
+    """The places at which two equal vectors with equal gradients are changed, each a member of its own."""
     vectors = [nn.Parameter(torch.zeros(64)) for _ in range(2)]
     opt = ChainedOptimizer(members(vectors))
     for _ in range(steps):

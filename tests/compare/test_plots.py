@@ -1,4 +1,4 @@
-"""What the pictures show, read off the figures before they are saved."""
+"""The pictures show what they should, read off the figures before they are saved."""
 
 from __future__ import annotations
 

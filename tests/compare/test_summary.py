@@ -1,4 +1,4 @@
-"""What is said about runs: intervals against known values, and verdicts about runs that are made up."""
+"""The summary of runs: intervals against known values, and verdicts about runs that are made up."""
 
 from __future__ import annotations
 

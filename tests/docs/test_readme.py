@@ -68,7 +68,7 @@ class Files:
         return SimpleNamespace(row=best_rows(summary)[contender], less_time=time, control=control)
 
     def race(self, task: str, setup: str, lr: float, base_lr: float, axis: str) -> Interval:
-        """How many times fewer steps, or seconds, than AdamW to its final loss, at three seeds."""
+        """The factor by which steps, or seconds, are fewer than AdamW's to its final loss, at three seeds."""
         if task == "gain-times":
             results = importlib.import_module("evidence.earlier").of_gain(self.folder / task)
         else:
@@ -200,7 +200,7 @@ def measured(text: str) -> str:
 
 
 def wrong(text: str, files: Files) -> list[str]:
-    """What is said otherwise than the files have it, and numbers that no claim covers."""
+    """Return what is said otherwise than the files have it, and numbers that no claim covers."""
     found, covered, line = [], set(), measured(text)
     for pattern, figures in CLAIMS.items():
         matches = list(re.finditer(pattern, line))

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from documentation.openings import openings, question
 from documentation.prose import markdown, prose_of, sentences
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,28 @@ def g():
         "a warning, "
         "once more",
     )
+'''
+QUESTIONS = '''"""What a module has."""
+
+
+class A:
+    """Whose it is."""
+    x: int = 1
+    """Where it lies."""
+    y = "What is no docstring"
+
+    def f(self):
+        """
+        Which of them.
+        """
+
+    async def g(self):
+        """Whether it is one, or not."""
+
+    def h(self):
+        """Return what is asked for."""
+        def inner():
+            """When it is called."""
 '''
 
 
@@ -90,3 +113,23 @@ def test_a_line_of_the_vocabulary_that_is_no_rule_is_refused(tmp_path: Path) -> 
     (tmp_path / "words.txt").write_text("once more: again\n")
     with pytest.raises(ValueError, match="phrase -> instead"):
         vocabulary(tmp_path / "words.txt")
+
+
+def test_docstrings_that_open_with_a_question_word_have_their_line(tmp_path: Path) -> None:
+    module = tmp_path / "a.py"
+    module.write_text(QUESTIONS)
+    found = [line.removeprefix(f"{module}:").partition(":")[0] for line in openings([module])]
+    assert sorted(map(int, found)) == [1, 5, 7, 11, 16, 21]
+    assert all(" is or does, and does not open with 'W" in line for line in openings([module]))
+    module.write_text(MODULE)
+    assert list(openings([module])) == []
+
+
+def test_a_condition_may_open_a_docstring() -> None:
+    """As long as it is a whole sentence: something follows from it."""
+    assert question("If brackets miss, no element goes to a list.") is None
+    assert question("When it fails,\nthe old basis stays.") is None
+    assert question("If brackets miss. No, that is not all") == "If"
+    assert question("When a solver fails: float64, the CPU") == "When"
+    assert question("Whatever the base is, it is stepped") is None
+    assert question("However it is called") is None

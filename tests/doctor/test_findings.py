@@ -1,4 +1,4 @@
-"""What the doctor finds: for each finding an optimizer that has it, and one that does not."""
+"""The doctor's findings: for each an optimizer that has it, and one that does not."""
 
 from __future__ import annotations
 
@@ -273,12 +273,77 @@ def test_the_members_of_a_chain() -> None:
     )
     report = doctor(chain, model=net)
     assert report.wrapped
-    assert [group.title.partition(",")[0] for group in report.groups] == ["member 'matrices'"]
+    assert [group.title.partition(" (")[0] for group in report.groups] == [
+        "member 'matrices', param_groups[0]: 2 tensors, 42 elements",
+        "member 'rest', param_groups[0]: 5 tensors, 53 elements",
+    ]
+    assert report.groups[1].facts == {
+        "policy": ["none"],
+        "capture": ["none: torch.optim.adamw.AdamW steps these by itself"],
+    }
+    assert "AdamW steps these by itself" in " ".join(str(report).split())
     assert report.optimizer.startswith("ChainedOptimizer of SelectiveUpdate over torch.optim")
     assert report.memory is not None
     of_muon = sum(p.numel() for p in matrices)
     of_adamw = 8 * (report.elements - of_muon) + 4 * (len(rest) + 1)
     assert report.memory.base == 4 * of_muon + of_adamw
+
+
+def test_a_bare_members_groups_share_a_paragraph() -> None:
+    net = model()
+    bare = torch.optim.AdamW([{"params": [p], "name": name} for name, p in net[2:].named_parameters()])
+    wrapped = SelectiveUpdate(torch.optim.AdamW([net[1].weight]), policy=Cautious())
+    (_, group) = doctor(ChainedOptimizer({"first": wrapped, "bare": bare})).groups
+    named = "(2.weight, 2.bias, 3.weight, 3.bias)"
+    assert group.title == f"member 'bare', param_groups[0] to [3] {named}: 4 tensors, 33 elements"
+    assert group.numbers == [0, 1, 2, 3]
+
+
+class Attention(nn.Module):
+    """An attention whose queries, keys and values are joined, and a stack of experts whose halves are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(6, 18, bias=False)
+        self.gate_up_proj = nn.Parameter(torch.randn(2, 8, 6))
+        self.down_proj = nn.Parameter(torch.randn(2, 6, 4))
+
+
+def rotated_groups(net: Attention, **of_qkv: Any) -> SelectiveUpdate:
+    groups = [
+        {"params": [net.qkv.weight], **of_qkv},
+        {"params": [net.gate_up_proj, net.down_proj], "matrix_view": "experts"},
+    ]
+    return SelectiveUpdate(torch.optim.AdamW(groups, weight_decay=0), preconditioner=Soap())
+
+
+def test_weights_that_are_several_matrices_and_are_rotated_as_one() -> None:
+    net = Attention()
+    report = doctor(rotated_groups(net), model=net)
+    assert codes(report, "advice") == ["rotates_joined"]
+    said = text_of(report, "rotates_joined")
+    assert "(matrix_view='rows:3': qkv.weight; matrix_view='rows:2': gate_up_proj)" in said
+    assert report.exit_code == 0
+    assert doctor(rotated_groups(net)).findings == []  # without the model nobody says what a weight is for
+    apart = doctor(rotated_groups(net, matrix_view="rows:3"), model=net)
+    assert "(matrix_view='rows:2': gate_up_proj)" in text_of(apart, "rotates_joined")
+    left = doctor(rotated_groups(net, preconditioner=None, policy="cautious"), model=net)
+    assert "qkv" not in text_of(left, "rotates_joined")  # a mask is of coordinates, whatever a matrix is
+    assert doctor(for_model(net, preconditioner="soap"), model=net).findings == []
+
+
+def test_tied_weights_have_all_their_names() -> None:
+    net = nn.ModuleDict({"embed": nn.Embedding(8, 4), "inside": nn.Linear(4, 4), "head": nn.Linear(4, 8, bias=False)})
+    optimizer = SelectiveUpdate(torch.optim.AdamW(net.parameters(), weight_decay=0), policy=Cautious())
+    assert "embeddings: embed.weight; " in text_of(doctor(optimizer, model=net), "masks_others")
+    net["head"].weight = net["embed"].weight
+    late = doctor(optimizer, model=net)
+    assert "1 tensor of the optimizer is not in the model: param_groups[0][3]. " in text_of(late, "not_in_model")
+    assert "tie its weights, and make the optimizer after that" in text_of(late, "not_in_model")
+    tied = SelectiveUpdate(torch.optim.AdamW(net.parameters(), weight_decay=0), policy=Cautious())
+    report = doctor(tied, model=net)
+    assert "embeddings: embed.weight = head.weight; " in text_of(report, "masks_others")
+    assert codes(report, "mend") == []
 
 
 def test_groups_that_no_kernel_steps() -> None:

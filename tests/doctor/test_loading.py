@@ -1,4 +1,4 @@
-"""What the doctor is handed: functions, optimizers and names of them; and the errors where there is no optimizer."""
+"""The doctor takes functions, optimizers and names of them; its errors where there is no optimizer."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def train(optimizer: torch.optim.Optimizer, params: Params, first: int, last: in
 
 
 def everything(optimizer: torch.optim.Optimizer, params: Params) -> dict[str, Any]:
-    """What can be seen of an optimizer and its parameters, as copies."""
+    """Return all that can be seen of an optimizer and its parameters, as copies."""
     seen = {
         "params": [p.detach().clone() for p in params],
         "grads": [None if p.grad is None else p.grad.clone() for p in params],

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from evidence.bert import pretrained
-from evidence.classify import SubjectTask
-from evidence.foldoc import Entries, is_held_out, subjects_of
+from evidence.foldoc import is_held_out, subjects_of
 from evidence.runs import Run
 from evidence.setups import optimizer_of
+from evidence.toys import HIDDEN, LENGTH, WIDTH, WORDS, bert_weights, toy_subjects
 from evidence.training import Trainer
-from torch import Tensor
+from torch import nn
 
-WIDTH, HIDDEN, WORDS, LENGTH = 64, 16, 20, 6  # two heads
 DICTIONARY = """alpha
 
    <language, history> An old one.
@@ -31,30 +30,6 @@ delta
 """
 
 
-def weights() -> dict[str, Tensor]:
-    """Of a `BertModel` with two layers, by its names."""
-    generator = torch.Generator().manual_seed(0)
-    names = {"embeddings.word_embeddings": (WORDS, WIDTH), "embeddings.position_embeddings": (LENGTH, WIDTH),
-             "embeddings.token_type_embeddings": (2, WIDTH), "embeddings.LayerNorm": (WIDTH,)}  # fmt: skip
-    for layer in (0, 1):
-        names |= {f"encoder.layer.{layer}.{name}": shape for name, shape in {
-            **{f"attention.self.{name}": (WIDTH, WIDTH) for name in ("query", "key", "value")},
-            "attention.output.dense": (WIDTH, WIDTH), "attention.output.LayerNorm": (WIDTH,),
-            "intermediate.dense": (HIDDEN, WIDTH), "output.dense": (WIDTH, HIDDEN), "output.LayerNorm": (WIDTH,),
-        }.items()}  # fmt: skip
-    made = {f"{name}.weight": 0.3 * torch.randn(shape, generator=generator) for name, shape in names.items()}
-    biased = {name: shape for name, shape in names.items() if "embeddings.w" not in name and "_embeddings" not in name}
-    return made | {f"{name}.bias": 0.3 * torch.randn(shape[0], generator=generator) for name, shape in biased.items()}
-
-
-def entries() -> Entries:
-    """Texts of one to five tokens; the class is that of the first token."""
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(1, WORDS, (60, LENGTH), generator=generator)
-    tokens[torch.arange(LENGTH) > torch.randint(1, LENGTH, (60, 1), generator=generator)] = 0
-    return Entries(tokens, tokens[:, 0] % 3, torch.arange(60) % 5 == 0, weights(), {"subjects": ["a", "b", "c"]})
-
-
 def test_subjects_of_a_dictionary() -> None:
     texts, classes, names = subjects_of(DICTIONARY, 2)
     assert names == ["language", "tool"]
@@ -67,20 +42,21 @@ def test_subjects_of_a_dictionary() -> None:
 
 
 def test_padding_and_segments() -> None:
-    model = pretrained(weights(), 3, seed=0)
+    model = pretrained(bert_weights(), 3, seed=0)
     texts = torch.tensor([[3, 7, 0, 0], [3, 7, 5, 0]])
     torch.testing.assert_close(model(texts[:1]), model(texts[:1, :2]))
     assert not torch.allclose(model(texts)[0], model(texts)[1])
-    other = weights() | {"embeddings.token_type_embeddings.weight": torch.zeros(2, WIDTH)}
+    other = bert_weights() | {"embeddings.token_type_embeddings.weight": torch.zeros(2, WIDTH)}
     assert not torch.allclose(pretrained(other, 3, seed=0)(texts), model(texts))
-    assert not torch.equal(pretrained(weights(), 3, seed=1).head.weight, model.head.weight)
+    assert not torch.equal(pretrained(bert_weights(), 3, seed=1).head.weight, model.head.weight)
 
 
 def test_the_task_is_learned_by_the_loop() -> None:
-    task = SubjectTask(entries(), batch_size=8)
+    task = toy_subjects()
     record = Trainer(task, optimizer_of, 40, 20, "cpu").go(Run("toy", "Cautious on AdamW", 3e-3))
     assert record["validation"]["loss"][-1] < record["validation"]["loss"][0]
     assert record["validation"]["step"] == [0, 20, 40]
+    assert record["measures"]["accuracy"] > 0.5, "chance is a third"
     first = torch.cat([task.batch(0, step)[0] for step in range(6)])
     assert len(first.unique(dim=0)) == len(task.train[0].unique(dim=0)), "an epoch has everyone once"
     assert not torch.equal(task.batch(0, 0)[0], task.batch(0, 6)[0])
@@ -94,6 +70,25 @@ def test_the_task_is_learned_by_the_loop() -> None:
     assert dict(kinds)["head"] == 1
 
 
+def test_accuracy_is_the_share_of_right_answers() -> None:
+    class Constant(nn.Module):
+        """Answers with the same class, whatever the text."""
+
+        def __init__(self, answer: int) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(nn.functional.one_hot(torch.tensor(answer), 3).float())
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.logits.expand(len(tokens), -1)
+
+    task = toy_subjects()
+    classes = task.held_out[1]
+    for answer in range(3):
+        share = (classes == answer).double().mean().item()
+        assert task.measures(Constant(answer)) == {"accuracy": pytest.approx(share)}
+    assert sum(task.measures(Constant(answer))["accuracy"] for answer in range(3)) == pytest.approx(1)
+
+
 @pytest.mark.slow
 def test_states_are_those_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
@@ -102,8 +97,10 @@ def test_states_are_those_of_transformers() -> None:
         max_position_embeddings=LENGTH,
     )  # fmt: skip
     theirs = transformers.BertModel(config, add_pooling_layer=False).eval()
-    theirs.load_state_dict(weights(), strict=False)
+    theirs.load_state_dict(bert_weights(), strict=False)
     tokens = torch.tensor([[3, 7, 5, 0, 0], [3, 7, 5, 9, 1]])
     wanted = theirs(tokens, attention_mask=(tokens != 0).long()).last_hidden_state
     real = tokens != 0
-    torch.testing.assert_close(pretrained(weights(), 3, 0).states(tokens)[real], wanted[real], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        pretrained(bert_weights(), 3, 0).states(tokens)[real], wanted[real], rtol=1e-4, atol=1e-5
+    )

@@ -74,7 +74,7 @@ def claims(measurements: Path) -> set[str]:
 
 
 def sentences(page: str) -> str:
-    """What the page says of its records, without the tables that are made of them and without the demo."""
+    """The page's sentences on its records, without the tables that are made of them and without the demo."""
     first = page.partition("## Should you use this")[2].partition("## Does selection help")[0]
     rest = page.partition("## With 34M parameters")[2].partition("## Not run yet")[0]
     return first + re.sub(r"<!-- evidence: [^>]+ -->\n\n(\|.*\n)*", "", rest)

@@ -97,7 +97,7 @@ def test_the_order_of_the_first_stage() -> None:
 
 
 def test_seeds_wait_for_the_whole_sweep_but_other_sweeps_do_not() -> None:
-    """What a second process finds while the first one is at the last rate of a sweep."""
+    """So a second process finds it while the first one is at the last rate of a sweep."""
     runs = [Run("python-34m", "AdamW", lr) for lr in sweeps.GRIDS["AdamW"]]
     results = Results(record(run, bowl(3e-3)(run.lr)) for run in runs[:-1])
     left = [run for run in plan.wanted(results, [1]) if run not in runs[:-1]]

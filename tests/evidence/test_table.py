@@ -72,6 +72,22 @@ def test_runs_that_are_missing_or_diverged_are_said(records: list[dict[str, Any]
     assert cells(everything)["AdamW"][2] == "diverged at every rate"
 
 
+def test_accuracy_stands_beside_the_loss() -> None:
+    def tuned(setup: str, seed: int, **more: Any) -> dict[str, Any]:
+        return record(setup, 1e-4, seed, [3, 2, 1 + seed]) | {"task": "foldoc-minilm"} | more
+
+    runs = [tuned("AdamW", seed, measures={"accuracy": 0.5 + 0.01 * seed}) for seed in (0, 1, 2)]
+    runs += [tuned("Cautious on AdamW", seed, measures={"accuracy": 0.52 + 0.01 * seed}) for seed in (0, 1, 2)]
+    runs.append(tuned("MGUP mild on AdamW", 0))
+    table = cells(runs, "foldoc-minilm")
+    assert TABLES["foldoc-minilm"](Results(runs))[0].endswith("| ms a step | accuracy, % | accuracy against the base |")
+    assert table["AdamW"][-2:] == ["51.00 ± 2.48", "–"]
+    assert table["Cautious on AdamW"][-2:] == ["53.00 ± 2.48", "+2.00 ± 0.00"]
+    assert table["MGUP mild on AdamW"][-2:] == ["–", "–"], "a record from before has no accuracy"
+    assert table["MGUP official on AdamW"][-2:] == ["–", "–"]
+    assert {len(row) for row in table.values()} == {10}
+
+
 def test_all_rates(records: list[dict[str, Any]]) -> None:
     records.append(record("AdamW", 8e-3, 0, [5.0], diverged=True))
     rates = cells(records, f"{TASK} AdamW rates")

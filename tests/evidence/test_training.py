@@ -124,5 +124,7 @@ def test_tokens_that_are_not_those_of_their_facts_are_refused(task: tasks.TextTa
     (folder / "other.tokens.xz").replace(folder / "toy.tokens.xz")
     with pytest.raises(ValueError, match="not the file that toy"):
         read("toy", folder)
-    with pytest.raises(FileNotFoundError, match=r"data\.py novel"):
+    with pytest.raises(FileNotFoundError, match=r"data\.py novel`"):
         read("novel", folder)
+    with pytest.raises(FileNotFoundError, match=r"data\.py python --vocabulary 16384 --name python-16k`"):
+        read("python-16k", folder)

@@ -54,7 +54,7 @@ def test_it_is_what_one_would_write_by_hand() -> None:
     vectors = [twin[name].bias for name in ("up", "down", "head")]
     groups = [
         {"params": matrices, "weight_decay": 0.1, "policy": MGUP(), "preconditioner": Soap(refresh_every=2)},
-        {"params": [twin["embed"].weight], "weight_decay": 0.0},
+        {"params": [twin["embed"].weight], "weight_decay": 0.1},
         {"params": [twin["head"].weight], "weight_decay": 0.1},
         {"params": vectors, "weight_decay": 0.0},
     ]
@@ -74,7 +74,7 @@ def test_ways_to_name_a_base(base: Any) -> None:
     opt = SelectiveUpdate.for_model(small(), base, lr=3e-3, weight_decay=0.2, policy="cautious")
     assert type(opt.base) is torch.optim.AdamW
     assert [(g["name"], g["lr"], g["weight_decay"]) for g in opt.param_groups] == [
-        ("matrices", 3e-3, 0.2), ("embeddings", 3e-3, 0.0), ("head", 3e-3, 0.2), ("vectors", 3e-3, 0.0),
+        ("matrices", 3e-3, 0.2), ("embeddings", 3e-3, 0.2), ("head", 3e-3, 0.2), ("vectors", 3e-3, 0.0),
     ]  # fmt: skip
     assert [name for g in opt.param_groups for name in g["param_names"]] == [
         "up.weight", "down.weight", "embed.weight", "head.weight", "up.bias", "down.bias", "head.bias",

@@ -71,7 +71,7 @@ def test_gpt2() -> None:
     assert settings(opt) == {
         "matrices": (0.1, "Cautious", soap, "matrices"),
         "columns:3": (0.1, "Cautious", soap, "columns:3"),
-        "embeddings": (0.0, "Dense", None, "matrices"),
+        "embeddings": (0.1, "Dense", None, "matrices"),
         "vectors": (0.0, "Dense", None, "matrices"),
     }
     assert {group["lr"] for group in opt.param_groups} == {1e-2}
@@ -107,7 +107,7 @@ def test_mixtral() -> None:
     chosen = settings(opt)
     assert chosen["routers"] == (0.01, "Dense", None, "matrices")  # AdamW's own decay, and not selected, not rotated
     assert chosen["rows:2"][1:] == ("MGUP", chosen["matrices"][2], "rows:2")
-    assert (chosen["vectors"][0], chosen["embeddings"][0], chosen["head"][0]) == (0.0, 0.0, 0.01)
+    assert (chosen["vectors"][0], chosen["embeddings"][0], chosen["head"][0]) == (0.0, 0.01, 0.01)
     ids = torch.arange(16)[None]
     first, last = trained(opt, lambda: model(ids, labels=ids).loss)
     assert last < first
@@ -228,7 +228,7 @@ def test_a_lora_model() -> None:
 
 
 class Timm(nn.Module):
-    """What timm's models answer: the head by `get_classifier`, and what does not decay by name and by keyword."""
+    """Answers as timm's models do: the head by `get_classifier`, and what does not decay by name and by keyword."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the kernel tests share."""
+"""Fixtures that the kernel tests share."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def copy():
 
 @pytest.fixture(scope="module")
 def device():
-    """Where the GPU path is tried: on a GPU where there is one, else on the CPU, interpreted.
+    """The device on which the GPU path is tried: a GPU where there is one, else the CPU, interpreted.
 
     The interpreter computes with numpy, which warns of overflows and NaN that are meant to happen.
     """

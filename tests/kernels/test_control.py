@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from selective.kernels import (
 )
 from selective.kernels.cpu import control as cpu_control
 from selective.kernels.cpu import random as numbers
+from selective.kernels.cpu import undecided
+from selective.kernels.cpu.chunks import CHUNK, sum_of_squares
 from selective.kernels.reference.control import matched, random_subset
 from selective.kernels.reference.random import ranking_bits
 
@@ -54,6 +57,16 @@ STRENGTHS = [
 CASES = list(itertools.product(SELECTIONS, STRENGTHS))
 
 
+def counted(function, name, calls):
+    """`function`, which notes `name` in `calls` each time."""
+
+    def noted(*arguments):
+        calls.append(name)
+        return function(*arguments)
+
+    return noted
+
+
 @pytest.fixture
 def brackets(monkeypatch):
     """Tensors of any size are drawn from by a bracket; counts those that are ranked as a whole all the same."""
@@ -61,11 +74,11 @@ def brackets(monkeypatch):
     whole: list[int] = []
     ranked = cpu_control.Matched._as_a_whole
 
-    def counted(self, *arguments):
+    def noted(self, *arguments):
         whole.append(self.numel)
         return ranked(self, *arguments)
 
-    monkeypatch.setattr(cpu_control.Matched, "_as_a_whole", counted)
+    monkeypatch.setattr(cpu_control.Matched, "_as_a_whole", noted)
     return whole
 
 
@@ -135,6 +148,7 @@ def assert_same(item: Item, copy, rule, selection: Selection, strength: Strength
     # Sums of float32 products chunk by chunk: a relative error of 1e-6 each, see `Totals`; a root of a quotient of two
     torch.testing.assert_close(ours.strength_selected, wanted.strength_selected, rtol=3e-6, atol=1e-12)
     torch.testing.assert_close(ours.masked_sq, wanted.masked_sq, rtol=6e-6, atol=1e-12)
+    torch.testing.assert_close(ours.update_sq, wanted.update_sq, rtol=3e-6, atol=1e-12)
     # 8 eps of numbers of this size for each path's own arithmetic, and the 3e-6 of the scale on updates below 0.2
     scale = torch.maximum(item.param.abs(), other.param.abs()) + 0.1
     assert bool(((item.param - other.param).abs() <= 8 * EPS * scale + 6e-7).all())
@@ -194,7 +208,7 @@ def test_other_dtypes_and_more_than_one_chunk(dtype, make, copy) -> None:
 
 
 def chosen_by_cpu(numel: int, count: int, draw: Draw, address: int) -> Tensor:
-    """Which of a tensor's elements the control of some `count` of them moves."""
+    """The elements of a tensor that the control of `count` of them moves."""
     item = Item(torch.zeros(numel), torch.ones(numel), {}, address)
     selection = Selection("top_k", fraction=min((count + 0.5) / numel, 1.0), control=Control(norm=False))
     selective_step(
@@ -209,6 +223,48 @@ def test_the_choice_is_the_definitions_bit_for_bit(numel: int) -> None:
         some = torch.zeros(numel, dtype=torch.bool)
         some[:count] = True
         assert torch.equal(chosen_by_cpu(numel, count, Draw(1, 7), 4), random_subset(some, None, Draw(1, 7), 4))
+
+
+def assert_the_definitions_choice(numel: int) -> None:
+    for count in (1, numel // 50, numel // 3, numel - 1):
+        some = torch.zeros(numel, dtype=torch.bool)
+        some[:count] = True
+        assert torch.equal(chosen_by_cpu(numel, count, Draw(1, 7), 4), random_subset(some, None, Draw(1, 7), 4))
+
+
+@pytest.mark.parametrize("numel", [8_192, 10_003, 12_289])
+def test_a_tensor_of_several_pieces_and_a_last_word_that_is_not_full(numel, brackets, monkeypatch) -> None:
+    monkeypatch.setattr(cpu_control, "WIDE", 4_096)
+    assert_the_definitions_choice(numel)
+    assert not brackets
+
+
+def test_a_bracket_that_misses_has_a_wider_one_behind_it(brackets, monkeypatch) -> None:
+    """The first bracket lies three deviations beside; the tensor is not ranked as a whole."""
+    widths, bracket = [], cpu_control.Matched._bracket
+
+    def shifted(self, width):
+        widths.append(width)
+        low, high = bracket(self, width)
+        return (low, high) if width == cpu_control.RESCUE else (high + 1, high + 1)
+
+    monkeypatch.setattr(cpu_control.Matched, "_bracket", shifted)
+    some = torch.zeros(50_000, dtype=torch.bool)
+    some[:17_000] = True
+    assert torch.equal(chosen_by_cpu(50_000, 17_000, Draw(1, 7), 4), random_subset(some, None, Draw(1, 7), 4))
+    assert widths == [cpu_control.WIDTH, cpu_control.RESCUE]
+    assert not brackets
+
+
+def test_a_list_whose_own_bracket_misses_is_put_in_order(brackets, monkeypatch) -> None:
+    """Brackets of no width: most of them miss."""
+    ordered: list[str] = []
+    by_order = counted(undecided.Undecided._by_order, "by order", ordered)
+    monkeypatch.setattr(undecided.Undecided, "_by_order", by_order)
+    monkeypatch.setattr(undecided, "WIDTH", 0.0)
+    assert_the_definitions_choice(60_000)
+    assert ordered
+    assert not brackets
 
 
 def test_draws_are_those_that_were_written_down() -> None:
@@ -234,7 +290,7 @@ def test_equal_numbers_go_to_the_lower_index(brackets) -> None:
 @pytest.mark.parametrize("bracket", [(0, 0), (255, 255), (40, 41)])
 def test_a_bracket_that_misses_is_noticed(bracket, make, copy, brackets, monkeypatch) -> None:
     """The last of half of the numbers lies at 128: none of these has it, and the whole tensor is ranked instead."""
-    monkeypatch.setattr(cpu_control.Matched, "_bracket", lambda self: bracket)
+    monkeypatch.setattr(cpu_control.Matched, "_bracket", lambda self, width: bracket)
     selection, strength = Selection("top_k", control=Control()), Strength("fixed", 2.0, 0.5)
     assert_same(make(ADAM, (300, 50), seed=1), copy, ADAM, selection, strength)
     assert brackets == [15_000]
@@ -251,6 +307,25 @@ def test_the_norm_is_the_policys_and_the_cap_holds(make, copy) -> None:
         (halved,) = selective_step([copy(item)], selection=capped, **kw)
         if float(policy.selected) < item.param.numel():  # else it is the policy's own step
             assert float(halved.masked_sq) < 0.5 * float(policy.masked_sq)
+
+
+def test_a_norm_is_kept_only_where_a_choice_changes_it(make, copy, monkeypatch) -> None:
+    """Multipliers of one size give every choice the policy's norm; unequal ones and a cap below 1 do not."""
+    calls: list[str] = []
+    monkeypatch.setattr(cpu_control.Matched, "mask_", counted(cpu_control.Matched.mask_, "mask_", calls))
+    selection = Selection("agreement", control=Control())
+    capped = replace(selection, control=Control(cap=0.5))
+    for chosen, strength, wanted in (
+        (selection, Strength("fixed", 1.0, -1.0, still=True), []),
+        (selection, Strength("fixed", -2.0, 2.0), []),
+        (selection, Strength("fixed", 2.0, 1.0), ["mask_"]),
+        (capped, Strength("fixed", 1.0, -1.0, still=True), ["mask_"]),
+    ):
+        calls.clear()
+        item = make(ADAM, (90, 50), seed=5)
+        item.grad.view(-1)[::5] = 0.0  # some stand still
+        assert_same(item, copy, ADAM, chosen, strength)
+        assert calls == wanted
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -284,3 +359,13 @@ def test_shards_refuse(make) -> None:
     item.shard = Shard((6, 4), (((0, 6),), ((0, 4),)), None)
     with pytest.raises(ValueError, match="matched control, which looks at the whole of tensors"):
         begin_sharded([item], **kw)
+
+
+@pytest.mark.parametrize("value", [0.99999, 1e-3, 0.7, 0.31622])
+def test_squares_that_are_equal_add_up(value: float) -> None:
+    """Those of Adam's first step: the roundings of a running sum all go one way, those of sums in pairs do not."""
+    x = torch.full((CHUNK,), value)
+    exact = float(x.double().square().sum())
+    assert abs(sum_of_squares(x) / exact - 1) < 1e-6
+    running = numpy.cumsum(x.square().numpy(), dtype=numpy.float32)[-1]
+    assert abs(float(running) / exact - 1) > 1e-6

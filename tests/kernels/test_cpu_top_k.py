@@ -115,6 +115,33 @@ def test_marks_are_counted_and_found(count, share, seed):
     assert torch.equal(chunks.scattered_ones(marks).sort().values, wanted)
 
 
+LISTS = {
+    "uniform": lambda t: t,
+    "few values": lambda t: t.mul(8).round(),
+    "one value": lambda t: torch.full_like(t, -0.5),
+    "neighbouring numbers": lambda t: (t.mul(100).round() + 0x3F800000).to(torch.int32).view(torch.float32).to(t.dtype),
+    "subnormal": lambda t: t * 1e-41,
+    "huge": lambda t: t * 6e38 - 3e38,
+    "infinite": lambda t: torch.where(t < 0.4, -math.inf, torch.where(t > 0.6, math.inf, t)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", LISTS)
+def test_a_list_is_settled_by_bins_as_by_a_stable_sort(kind, dtype, monkeypatch):
+    monkeypatch.setattr(ranking, "FEW", 4)
+    for seed in range(8):
+        t = LISTS[kind](torch.rand(NUMEL, generator=torch.Generator().manual_seed(seed), dtype=dtype))
+        k = 1_500 + 100 * seed
+        order = t.sort(stable=True)
+        lower, upper = (float(order.values[k + side]) for side in (-400, 400))
+        collector = ranking.Collector(k, NUMEL, lower, upper, t, torch.empty(NUMEL, dtype=torch.uint8))
+        for start, end in chunks.spans(NUMEL):
+            collector.add(t[start:end], start)
+        collector.mark(collector.settle())
+        assert torch.equal(collector.marks.nonzero().view(-1), order.indices[:k].sort().values)
+
+
 OTHERS = [(rule, torch.float32) for rule in (LionRule(0.5, 0.9, 0.99), SGDRule(0.5, 0.9))]
 OTHERS += [(ADAM, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64)]
 

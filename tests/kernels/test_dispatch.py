@@ -1,4 +1,4 @@
-"""What is refused, before anything has moved."""
+"""Refusals, before anything has moved."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def without_triton(monkeypatch):
 
 
 def path_of(device: str) -> str:
-    """Which path an item takes there. There is no GPU here: the item is one by its device alone."""
+    """The path that an item takes there. There is no GPU here: the item is one by its device alone."""
     item = SimpleNamespace(param=SimpleNamespace(device=torch.device(device)))
     return _dispatch._implementation(item, ADAM, Selection("agreement"), "auto")  # type: ignore[arg-type]
 

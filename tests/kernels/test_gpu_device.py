@@ -1,4 +1,4 @@
-"""What only a GPU can show: the host never waits, nothing is compiled twice, and steps can be recorded in a graph."""
+"""Facts that only a GPU can show: the host never waits, nothing is compiled twice, steps can be recorded in a graph."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def new_gradients(items: list[Item], number: int) -> list[torch.Tensor]:
 
 
 def compiled() -> int:
-    """How many variants of our kernels there are."""
+    """The number of compiled variants of our kernels."""
     import triton
 
     from selective.kernels import gpu

@@ -32,7 +32,7 @@ class CompiledKernel:
 
 
 class Unknown:
-    """What some other version of Triton may return."""
+    """An object as some other version of Triton may return."""
 
 
 def body(x_ptr, y_ptr, n, width, FLAG: constexpr, BLOCK: constexpr):  # type: ignore[name-defined]  # noqa: F821

@@ -1,4 +1,4 @@
-"""What changes between steps, or is unusual from the start: no table that was made of something else may be read."""
+"""Changes between steps, and what is unusual from the start: no table that was made of something else may be read."""
 
 from __future__ import annotations
 

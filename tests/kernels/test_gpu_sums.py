@@ -1,4 +1,4 @@
-"""What a step of the GPU path reports, and the sums that strengths are made of: right, in any number of programs."""
+"""The report of a step of the GPU path, and the sums that strengths are made of: right, in any number of programs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_constants_are_reported_as_they_are_written(device):
 
 @pytest.mark.parametrize("kind", ["mean_preserving", "norm_preserving"])
 def test_a_preserved_sum_is_preserved(kind, device):
-    """What the strength promises, from what the step did: the mean of the mask, the norm of the update."""
+    """The strength keeps its promise, by what the step did: the mean of the mask, the norm of the update."""
     start = made(ADAM, (2000,))
     start.param.zero_()
     item = copied(start, device)

@@ -49,7 +49,7 @@ def own_scores(item: Item, rule, score: str = "update") -> tuple[torch.Tensor, t
 
 
 def selected_by(item: Item, rule, selection, strength) -> tuple[torch.Tensor, int]:
-    """What one step selects, read off the parameter: it was zero, and only the selected move, by u, which is not 0."""
+    """The selection of a step, read off the parameter: it was zero, and only the selected move, by u, never 0."""
     item = copied(item)
     item.param.zero_()
     if "start" in item.state:
@@ -179,8 +179,11 @@ def test_without_the_repair_a_selection_is_wrong(way, trouble, device, monkeypat
 
 @pytest.mark.parametrize("rule", [ADAM, IN_PLACE, replace(IN_PLACE, offset=1.0, factor=0.9)], ids=str)
 def test_a_missed_bracket_is_the_same_step(rule, device, monkeypatch):
-    """What was mended is rounded twice where it had been decided: at most three roundings, of half a unit of the
-    largest number in it, more than in one go, and one that is not shared."""
+    """A mended element is rounded twice where it had been decided.
+
+    That is at most three roundings, of half a unit of the largest number in it, more than in one go, and one that is
+    not shared.
+    """
     few_samples(monkeypatch)
     start = start_of(rule, F32, "normal", device)
     if isinstance(rule, GivenRule):

@@ -1,4 +1,4 @@
-"""When the launches of a plan are recorded, replayed and made one by one; and that replays read what has changed.
+"""Launches of a plan are recorded, replayed or made one by one, and replays read what has changed.
 
 What is recorded here are lists of launches with their arguments, on the CPU: as in a CUDA graph, a replay repeats the
 numbers and addresses that a launch was handed, and only tables in memory can bring new ones.

@@ -1,4 +1,4 @@
-"""Where the mask is 1 the step is torch's own: from the same state, to 4 eps of the larger of |p| and |u|."""
+"""The step is torch's own where the mask is 1: from the same state, to 4 eps of the larger of |p| and |u|."""
 
 from __future__ import annotations
 

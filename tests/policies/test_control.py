@@ -53,7 +53,7 @@ CLOSE = 1e-13
 
 
 def counted(mask: Tensor) -> int:
-    """How many have the larger multiplier."""
+    """The number of elements with the larger multiplier."""
     return int((mask > mask.max() - 1e-9).sum()) if float(mask.max() - mask.min()) > 1e-9 else mask.numel()
 
 
@@ -85,7 +85,7 @@ def test_the_choice_is_by_seed_and_not_by_torchs_generators() -> None:
 
 
 def test_the_random_subset_is_fair() -> None:
-    """Which coordinates: over 400 seeds each of 31 is chosen as often as the policy chooses in all."""
+    """Over 400 seeds each of 31 coordinates is chosen as often as the policy chooses in all."""
     hits, total = torch.zeros(31), 0
     for seed in range(400):
         mask = masks(RandomMask.matching(MGUP(tau=0.4), norm=False), seed=seed, steps=1)[1]

@@ -50,7 +50,7 @@ def bounded_floats(metadata: list[Any]) -> st.SearchStrategy[float]:
 
 
 def values(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
-    """What a field of this type may hold."""
+    """The values that a field of this type may hold."""
     if get_origin(annotation) is Literal:
         return st.sampled_from(get_args(annotation))
     if get_origin(annotation) in (Union, UnionType):

@@ -77,7 +77,7 @@ def written_factor(name: str, p: torch.Tensor, grads: list[torch.Tensor]) -> flo
 
 
 def measured_decay(name: str, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """What the base's own decay makes of the parameters in its first step: p + (with decay - without)."""
+    """The parameters after the base's own decay alone, in its first step: p + (with decay - without)."""
     moved = []
     for decay in (True, False):
         twins = [torch.nn.Parameter(p.detach().clone()) for p in params]

@@ -1,4 +1,4 @@
-"""How a selection with a kernel of its own is written, what is refused, and what the contract check catches."""
+"""A selection with a kernel of its own: its form, what is refused, and what the contract check catches."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def rotated(basis: Eigenbasis, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def differ(given: Tensor, exact: Tensor) -> float:
-    """How much of the step depends on the order in which the products were added up."""
+    """The part of the step that depends on the order in which the products were added up."""
     first, second = first_step(given), first_step(exact)
     return float((first - second).norm() / second.norm())
 

@@ -1,4 +1,4 @@
-"""What a rotation must not change, and what it has to: against plain torch, and against Adam written out."""
+"""A rotation changes what it has to and nothing else: against plain torch, and against Adam written out."""
 
 from __future__ import annotations
 

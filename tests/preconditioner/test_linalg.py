@@ -53,7 +53,7 @@ SETTINGS = [legacy, legacy_lowest, one_for_all, for_products]
 
 
 class Watch(TorchDispatchMode):
-    """Which precision products and factorisations ran in: the flags at each of them."""
+    """Records the precision that products and factorisations ran in: the flags at each of them."""
 
     def __init__(self) -> None:
         super().__init__()

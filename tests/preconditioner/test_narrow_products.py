@@ -54,7 +54,7 @@ def test_other_captures_and_a_mask_of_the_original_space_are_given_float32(captu
 
 
 def test_stochastic_rounding_is_the_parameters_alone() -> None:
-    """What is rotated back is rounded to nearest, so that float32 parameters do not depend on the draw."""
+    """An update that is rotated back is rounded to nearest, so that float32 parameters do not depend on the draw."""
     given = [trained(Narrow(), "adamw", CautiousMGUP(), stochastic_rounding=on)[0] for on in (False, True)]
     assert torch.equal(*given)
 

@@ -44,7 +44,7 @@ def trained(count: int, space: Any, last: int) -> SelectiveUpdate:
 
 
 def operations(count: int, space: Any, number: int = 5) -> Counter[str]:
-    """What is launched in step `number`, without the two kernel calls of step 5 to 7."""
+    """Count the launches of step `number`, without the two kernel calls of step 5 to 7."""
     optimizer, calls = trained(count, space, number), []
     with pytest.MonkeyPatch.context() as patch:
         for module in KERNELS:

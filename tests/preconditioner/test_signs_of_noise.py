@@ -48,7 +48,7 @@ def lion(params: Any) -> torch.optim.Optimizer:
 
 
 def distances(make: Any, space: Any, rows: int, columns: int, seed: int, policy: Any = None) -> tuple[float, float]:
-    """How far, in learning rates, an element moved that no gradient has touched, and one that was touched.
+    """The distances, in learning rates, that an element moved which no gradient has touched, and one that was touched.
 
     Gradients are in as many rows as columns, and their σ are between 1 and 2: all directions there are seen from the
     first step on, and are told from null ones.

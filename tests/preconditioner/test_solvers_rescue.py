@@ -1,4 +1,4 @@
-"""When a solver fails: float64, the CPU, the old basis, each counted; and what is not finite reaches none."""
+"""The ways on after a solver fails: float64, the CPU, the old basis, each counted. No solver gets a NaN or infinity."""
 
 from __future__ import annotations
 

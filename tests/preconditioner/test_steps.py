@@ -1,4 +1,4 @@
-"""Who is rotated, missing and broken gradients, standing still, errors: what a step does around a basis."""
+"""A step around a basis: who is rotated, missing and broken gradients, standing still, errors."""
 
 from __future__ import annotations
 
@@ -626,7 +626,7 @@ def test_every_base_steps(name: str, dtype: torch.dtype) -> None:
 
 
 def test_second_moments_follow_an_order() -> None:
-    """Where the preconditioner says that the new basis is the old one in another order."""
+    """They do if the preconditioner says that the new basis is the old one in another order."""
     for name, keys in (("adam-amsgrad", ["exp_avg_sq", "max_exp_avg_sq"]), ("adafactor", ["row_var", "col_var"])):
         params, optimizer = wrapped(name, preconditioner=Shuffles())
         for step in range(4):

@@ -107,7 +107,7 @@ def test_ignore_is_what_the_base_does(capture: str) -> None:
 @pytest.mark.parametrize("capture", CAPTURES)
 @pytest.mark.parametrize("policy", [RandomMask(), MGUP(), Magma()], ids=lambda p: p.kind)
 def test_ignore_stays_with_the_parameter(capture: str, rotated: bool, policy: Any) -> None:
-    """What one parameter's NaN does, it does to that one: the others are those of the run without."""
+    """A parameter's NaN changes that parameter alone: the others are those of the run without."""
     optimizer, twin = (make(capture, rotated, "ignore", policy) for _ in range(2))
     for step in range(5):
         give(optimizer, step, BAD["nan"] if step == 2 else None, "c")

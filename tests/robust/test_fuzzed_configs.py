@@ -59,7 +59,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
 
 
 def holds(parse: Callable[[Any], Any], found: Any) -> bool:
-    """Whether it was refused with an error for users (any other propagates), or is one that survives JSON."""
+    """True if it was refused with an error for users (any other propagates), or is one that survives JSON."""
     made, reason = None, None
     try:
         made = parse(found)

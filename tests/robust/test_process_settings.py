@@ -1,4 +1,4 @@
-"""What is set for the whole process: default device and dtype, inference mode, autocast, deterministic algorithms.
+"""Settings of the whole process: default device and dtype, inference mode, autocast, deterministic algorithms.
 
 Each step is as without, or as the bare base's under the same setting: in every capture, with own momentum and rotated.
 """
@@ -234,7 +234,7 @@ class Audit(TorchFunctionMode):
 
 
 def _is_undecided(function: Any, args: Any, kwargs: Any) -> bool:
-    """Whether the dtype is the default one: integers are int64 whatever that is."""
+    """True if the dtype is the default one: integers are int64 whatever that is."""
     integers = function is torch.arange or (function is torch.tensor and isinstance(args[0], int))
     return kwargs.get("dtype") is None and not integers
 

@@ -24,7 +24,7 @@ def _forget() -> Any:
 
 
 class Run:
-    """What a user of accelerate writes. `schedule`: the learning rate falls by a tenth every step."""
+    """A run as a user of accelerate writes it. `schedule`: the learning rate falls by a tenth every step."""
 
     def __init__(self, case: str, accumulate: int = 1, schedule: bool = False) -> None:
         self.accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)

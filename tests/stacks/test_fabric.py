@@ -34,7 +34,7 @@ class Run:
         self.wrapped.zero_grad()
 
     def counts(self) -> set[int]:
-        """What is read, by each way there is."""
+        """The step counts that are read, by each way there is."""
         params = self.optimizer.param_groups[0]["params"]
         found = [int(one.state[p][STEP]) for one in (self.wrapped, self.optimizer) for p in params]
         return {*found, *(int(entries[STEP]) for entries in self.wrapped.state_dict()["state"].values())}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def python(code: str, cwd: Path, path: Path | None = None) -> str:
-    """What `code` prints, run in `cwd`, which is first on sys.path, with `path` behind it."""
+    """Return what `code` prints, run in `cwd`, which is first on sys.path, with `path` behind it."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     if path is not None:
         environment["PYTHONPATH"] = str(path)

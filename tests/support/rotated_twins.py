@@ -58,7 +58,7 @@ def bucket_by_bucket(patch: pytest.MonkeyPatch) -> None:
 
 
 def both(run: Callable[[], Any]) -> tuple[Any, Any]:
-    """What `run` returns if parameters are stepped in stacks, and if they are not."""
+    """Return the results of `run` with parameters that are stepped in stacks, and with ones that are not."""
     with pytest.MonkeyPatch.context() as patch:
         bucket_by_bucket(patch)
         plain = run()

@@ -44,7 +44,7 @@ class Identity(Optimizer):
         return self.unpatched_step(closure)
 
     def unpatched_step(self, closure: Any) -> Any:
-        """What a subclass overrides: of `step`, torch patches each class's own, and hooks would fire for each."""
+        """The step that a subclass overrides: torch patches each class's own `step`, and hooks would fire for each."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

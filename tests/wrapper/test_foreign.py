@@ -1,4 +1,4 @@
-"""What is not this optimizer's: checkpoints of other bases and models, policies switched or set in the wrong place."""
+"""Things that are not this optimizer's: checkpoints of other bases or models, policies switched or in a wrong place."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_an_assigned_count_would_be_read_for_ever(monkeypatch: pytest.MonkeyPatc
 
 
 def test_copies_are_their_own() -> None:
-    """What is shared with a stand-in is not shared with a copy."""
+    """A copy shares nothing that an optimizer shares with its stand-in."""
     optimizer = make()
     step(optimizer, 0)
     copied = copy.deepcopy(optimizer)

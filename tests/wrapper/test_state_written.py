@@ -223,7 +223,7 @@ def every_entry(state: Any, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def replace(opt: Optimizer, change: Callable[[Tensor], Tensor], loop: Callable[..., None] = every_entry) -> None:
-    """What gsplat's strategies do: all parameters and their states are changed alike, and take the place of the old."""
+    """Do as gsplat's strategies: change all parameters and their states alike, and put them in the place of the old."""
     for group in opt.param_groups:
         for index, p in enumerate(group["params"]):
             state = opt.state[p]

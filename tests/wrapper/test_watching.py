@@ -15,7 +15,7 @@ from selective.watching import OVERVIEW, Sample, _Copy, tensorboard
 
 
 class Board:
-    """What a SummaryWriter has."""
+    """A SummaryWriter, as far as it is needed."""
 
     def __init__(self) -> None:
         self.scalars: list[tuple[str, float, int]] = []
