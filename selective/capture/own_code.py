@@ -34,7 +34,7 @@ def make_view(
     return StepView(
         tensors,
         reads=policy.needs(),
-        who=type(policy).__name__,
+        who=policy.code_name(),
         name=parameter.name,
         draw=context.draw,
         address=parameter.address,
@@ -142,7 +142,7 @@ def _wrote_on_view(policy: Policy, parameter: Parameter, tensors: Tensors, befor
     changed = zip(TENSORS, before, _versions(tensors), strict=True)
     name = next(name for name, old, new in changed if old != new)
     return ValueError(
-        f"{type(policy).__name__}: mask() wrote on view.{name} of parameter {parameter.name!r}, which the step still "
+        f"{policy.code_name()}: mask() wrote on view.{name} of parameter {parameter.name!r}, which the step still "
         f"needs; compute a new tensor (view.{name} * 2 in the place of view.{name}.mul_(2)), or write on view.{name}"
         f".clone()"
     )
@@ -150,7 +150,7 @@ def _wrote_on_view(policy: Policy, parameter: Parameter, tensors: Tensors, befor
 
 def _checked_mask(policy: Policy, parameter: Parameter, mask: object, view: StepView) -> Tensor:
     """Return a policy's mask in the dtype of the view; refuse it if it is no bool or float tensor that broadcasts."""
-    who, where = type(policy).__name__, f"parameter {parameter.name!r}"
+    who, where = policy.code_name(), f"parameter {parameter.name!r}"
     if not isinstance(mask, Tensor):
         raise TypeError(f"{who}: mask() returned {type(mask).__name__} for {where}; return a bool or float tensor")
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
@@ -172,7 +172,7 @@ def _checked_mask(policy: Policy, parameter: Parameter, mask: object, view: Step
 
 def _check_state(policy: Policy, parameter: Parameter, state: dict[str, Tensor], new: dict[str, Tensor]) -> None:
     """Refuse a policy's new state if its names, shapes or dtypes differ from those of the old one."""
-    who = type(policy).__name__
+    who = policy.code_name()
     if new.keys() != state.keys():
         raise ValueError(
             f"{who}: mask() returned state {sorted(new)} for parameter {parameter.name!r}, init_state made "

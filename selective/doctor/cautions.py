@@ -43,9 +43,7 @@ def advice(code: str, text: str) -> Finding:
 def of_warnings(subject: Subject, wrapped: Sequence[SelectiveUpdate]) -> list[Finding]:
     """Return what was warned of while the optimizer was made, and what the library warns of in such an optimizer."""
     ours = [text for text, _ in subject.warnings if text.startswith(_OURS)]
-    theirs = [
-        f"your code warns in {place}: {in_one_line(text)}" for text, place in subject.warnings if text not in ours
-    ]
+    theirs = [f"a warning from {place}: {in_one_line(text)}" for text, place in subject.warnings if text not in ours]
     ours += [text for optimizer in wrapped for text in warnings_of(optimizer)]
     found = [mend("warned", text.removeprefix("SelectiveUpdate: ")) for text in dict.fromkeys(ours)]
     return found + [advice("other_warning", text) for text in theirs[:_MOST_WARNINGS]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import FunctionType
 
 from selective.messages.short import short
@@ -28,7 +29,11 @@ _WAYS = {
 def of_another_family(wanted: str, actual: str, it: str) -> str:
     """Say of which family `it` is (its repr, or its name), and where it goes. For a `wanted` policy, for instance."""
     way = _WAYS.get((wanted, actual), f"a {wanted} is needed here")
-    return f"{wanted}: {it} is a {actual}; {way.format(it=it)}"
+    text = f"{wanted}: {it} is a {actual}; {way.format(it=it)}"
+    if wanted == "policy" and actual in ("selection", "strength") and it[:1] == "'":  # a name: on a command line, say
+        data = {"kind": "Policy", "selection": "...", "strength": "...", actual: it.strip("'")}
+        text += f"; as JSON: {json.dumps(data)}"
+    return text
 
 
 def missing_function(kind: str) -> str:

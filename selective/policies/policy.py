@@ -64,6 +64,10 @@ class Policy(Configured):
         """The selection and the strength that this policy stands for; None if it only has a `mask`."""
         return None
 
+    def code_name(self) -> str:
+        """The name of the class, or classes, whose code makes the mask: for messages."""
+        return type(self).__name__
+
     def specs(self) -> tuple[spec.Selection, spec.Strength] | None:
         """This policy in the kernels' terms; None if it, its selection or its strength exists in Python only."""
         parts = self.parts()
@@ -140,6 +144,11 @@ class Combined(Policy):
 
     def parts(self) -> tuple[Selection, Strength]:
         return self.selection, self.strength
+
+    def code_name(self) -> str:
+        own = [type(self.selection)] if type(self.selection).select is not Selection.select else []
+        own += [type(self.strength)] if type(self.strength).multipliers is not Strength.multipliers else []
+        return " and ".join(part.__name__ for part in own) or self.kind
 
 
 def policy_from(data: Any) -> Policy:

@@ -95,7 +95,7 @@ class StepView:
             line = ", ".join(repr(x) for x in sorted(self._reads | {what}))
             raise AttributeError(
                 f"{self._who}: view.{what} was read but is not declared; what the base overwrites has to be kept "
-                f"before it steps. Add to the class: reads: ClassVar = frozenset({{{line}}})"
+                f"before it steps. Write in the class: reads: ClassVar = frozenset({{{line}}})"
             )
         tensor = getattr(self._tensors, what)
         if tensor is None:

@@ -138,7 +138,7 @@ class StepRunner:
         policies = [job for job in custom if not isinstance(job, RotatedJob) or job.specs is None]
         if policies and current is not None and isinstance(error, Exception):
             raise PolicyError(
-                f"SelectiveUpdate: {type(current.policy).__name__} failed in step {self.count.steps}: {error}\n{after}"
+                f"SelectiveUpdate: {current.policy.code_name()} failed in step {self.count.steps}: {error}\n{after}"
             ) from error
 
 

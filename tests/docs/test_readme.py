@@ -138,8 +138,14 @@ def against(file: str) -> Callable[[Files], list[str]]:
 
 
 def rotated_step(files: Files) -> list[str]:
-    one = files.rotation("one-sided tf32")
-    return [f"{one['seconds'] * 1e3:.0f}", f"{one['facts']['bytes'] / 1e9:.1f}"]
+    one, dense = files.rotation("one-sided tf32"), files.rotation("dense")
+    times = f"{one['seconds'] * 1e3:.0f}", f"{dense['seconds'] * 1e3:.1f}"
+    return [*times, f"{one['facts']['bytes'] / 1e9:.1f}"]
+
+
+def on_cpu(files: Files) -> list[str]:
+    size = files.read[CPU]["results"][0]["parameters"] / 1e6
+    return [str(files.read[CPU]["threads"]), f"{size:.0f}", *(f"{files.step(CPU, policy):.1f}" for policy in POLICIES)]
 
 
 def soap_bytes(files: Files) -> list[str]:
@@ -161,10 +167,8 @@ CLAIMS: dict[str, Callable[[Files], list[str]]] = {
     rf"takes {N} × torch's fused AdamW with `CautiousMGUP\(\)`, {N} × with `MGUP\(\)` and {N} × with `Cautious\(\)`": (
         lambda files: [f"{files.step(H200, policy):.2f}" for policy in POLICIES]
     ),
-    rf"On {N} CPU cores these are {N} ×, {N} × and {N} ×": (
-        lambda files: [str(files.read[CPU]["threads"]), *(f"{files.step(CPU, policy):.1f}" for policy in POLICIES)]
-    ),
-    rf"`AdaDiag\(\)` takes {N} ms in TF32, and its bases {N} GB\.": rotated_step,
+    rf"On {N} CPU cores and {N}M parameters these are {N} ×, {N} × and {N} ×": on_cpu,
+    rf"`AdaDiag\(\)` takes {N} ms in TF32, and {N} ms without a rotation\. Its bases take {N} GB\.": rotated_step,
     rf"`Soap\(\)` keeps {N} GB there": soap_bytes,
     rf"`Cautious\(\)` ends {PM} nats a byte below AdamW and {PM} below its control": against(DEMO),
     rf"Fresh seeds agree: {PM} and {PM}": against(FRESH),

@@ -157,7 +157,7 @@ def test_warnings_of_the_users_own_code_are_passed_on() -> None:
         return for_model(net)
 
     report = doctor(make, model=net)
-    assert text_of(report, "other_warning").startswith("your code warns in ")
+    assert text_of(report, "other_warning").startswith("a warning from ")
     assert text_of(report, "other_warning").endswith(": something is old")
     assert report.exit_code == 0
 

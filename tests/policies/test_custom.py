@@ -10,7 +10,7 @@ import pytorch_optimizer
 import torch
 from torch import Tensor
 
-from selective import Cautious, Policy, SelectiveUpdate
+from selective import Cautious, Policy, PolicyError, SelectiveUpdate
 from selective.policies import Agreement, Fixed, Selection, Strength
 
 WAYS = ["fused", "scratch", "delta"]
@@ -253,3 +253,36 @@ def test_a_hyper_parameter_beside_its_policy_is_refused() -> None:
     group = {"params": [torch.nn.Parameter(torch.ones(3))], "policy": "MGUP", "tau": 0.3}
     with pytest.raises(ValueError, match=r"'tau' beside its policy MGUP\(\).*'policy': \{'kind': 'MGUP', 'tau'"):
         SelectiveUpdate(torch.optim.AdamW([group]))
+
+
+class Undeclared(Selection):
+    reads: ClassVar[frozenset[str]] = frozenset({"momentum"})
+
+    def select(self, view):
+        return view.momentum * view.grad > 0
+
+
+class UndeclaredStrength(OwnTwice):
+    def multipliers(self, view, selected):
+        return view.param.mean(), 0.0, {}
+
+
+@pytest.mark.parametrize(
+    ("policy", "named"),
+    [
+        (Policy(selection=Undeclared(), strength=Fixed()), "Undeclared"),
+        (Policy(selection=Agreement(), strength=UndeclaredStrength()), "UndeclaredStrength"),
+        (Policy(selection=OwnAgreement(), strength=UndeclaredStrength()), "OwnAgreement and UndeclaredStrength"),
+    ],
+)
+def test_an_error_names_the_class_whose_code_it_is(policy: Policy, named: str) -> None:
+    with pytest.raises(PolicyError) as found:
+        step(make(policy), 0)
+    assert str(found.value).startswith(f"SelectiveUpdate: {named} failed in step 0: {named}: view.")
+    assert "Write in the class: reads: ClassVar = frozenset({" in str(found.value)
+    assert policy.code_name() == named and "Combined" not in str(found.value)
+
+
+def test_a_policy_of_known_parts_is_called_policy() -> None:
+    assert Policy(selection=Agreement(), strength=Fixed()).code_name() == "Policy"
+    assert Cautious().code_name() == "Cautious"

@@ -65,6 +65,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a selection": (lambda: policy_from(TopK()), "TopK() is a selection; pass Policy(selection=TopK(), strength=...)"),
     "a strength's name": (lambda: policy_from("Fixed"), "'Fixed' is a strength; pass Policy(selection=..., strength="),
+    "a selection's name": (
+        lambda: policy_from("TopK"),
+        """strength=...); as JSON: {"kind": "Policy", "selection": "TopK", "strength": "..."}""",
+    ),
     "a preconditioner": (lambda: policy_from(Soap()), "Soap() is a preconditioner; pass it as preconditioner=Soap()"),
     "a decay": (lambda: policy_from(CautiousDecay()), "CautiousDecay() is a decay; pass it as decay=CautiousDecay()"),
     "a decay's name": (
