@@ -14,7 +14,8 @@ import gc
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 from weakref import WeakSet
 
@@ -97,6 +98,16 @@ class Budget:
             return None
         beside = f" beside the {_mib(taken)} of other graphs" if taken else ""
         return f"a graph would keep {_mib(nbytes)}{beside}, and graphs may keep {_mib(self.most_bytes)} on a device"
+
+    @contextmanager
+    def unlimited(self) -> Iterator[None]:
+        """A context in which any number of recordings of any size may be made."""
+        limits = self.most, self.most_bytes, self.most_recorded
+        self.most = self.most_bytes = self.most_recorded = sys.maxsize
+        try:
+            yield
+        finally:
+            self.most, self.most_bytes, self.most_recorded = limits
 
     def nbytes(self, device: torch.device | None = None) -> int:
         """The memory that all recordings on this device keep; None: on all of them."""

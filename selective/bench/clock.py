@@ -12,6 +12,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,13 @@ class HostClock:
     def host_seconds(self, stepping: Stepping) -> float | None:
         """Seconds for which a step keeps the host; None on a CPU, where that is the whole step."""
         return None
+
+    def graphs_of_all(self) -> AbstractContextManager[object]:
+        """Return a context in which each step records a CUDA graph if it can, however many optimizers there are.
+
+        A process may record a few. A benchmark has dozens of optimizers in one, each in place of a user's only one.
+        """
+        return nullcontext()
 
     def extra_bytes(self, stepping: Stepping, steps: int = 1) -> int:
         """The most bytes that one of so many steps held at a time beyond those from before, by torch's allocator."""
@@ -129,6 +138,13 @@ class CudaClock(HostClock):
         take_in_a_row(stepping, steps)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+
+    def graphs_of_all(self) -> AbstractContextManager[object]:
+        try:
+            graphs = import_module("selective.kernels.gpu.graphs")
+        except ImportError:  # without Triton there are none
+            return nullcontext()
+        return graphs.BUDGET.unlimited()
 
     def held_bytes(self) -> int | None:
         """With what CUDA graphs of steps keep reserved, which torch does not count as allocated."""

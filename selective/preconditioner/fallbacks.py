@@ -45,13 +45,23 @@ def solve_all(problems: Sequence[Problem]) -> tuple[list[list[NewBasis]], bool]:
     return solve_and_read(problems, None)[:2]
 
 
-def solve_and_read(problems: Sequence[Problem], flag: Tensor | None) -> tuple[list[list[NewBasis]], bool, bool]:
-    """As `solve_all`; return also the value of `flag`, a 0-d bool on the device, without another wait for it."""
+def solve_and_read(
+    problems: Sequence[Problem],
+    flag: Tensor | None,
+    meanwhile: Callable[[list[list[Tensor]]], object] | None = None,
+) -> tuple[list[list[NewBasis]], bool, bool]:
+    """As `solve_all`; return also the value of `flag`, a 0-d bool on the device, without another wait for it.
+
+    `meanwhile` is called with the bases of each problem, on each of its sides, before the host waits. They are those
+    that are returned if every matrix got one. A GPU does what it launches while the host wakes up and goes on.
+    """
     done = [_attempt(problem, problem.solve, torch.float32, problem.matrix.device) for problem in problems]
     bad = [~_all_trusted(sides) for sides in done]
     flags = torch.stack([torch.stack((b & j.usable, ~j.usable)).any(1) for b, j in zip(bad, problems, strict=True)])
-    read = flags.any(0) if flag is None else torch.cat((flags.any(0), flag.view(1)))
-    failed, unusable, *rest = read.tolist()  # the one place that waits for the device
+    reading = _Reading(flags.any(0) if flag is None else torch.cat((flags.any(0), flag.view(1))))
+    if meanwhile is not None:
+        meanwhile([[side.solved.basis for side in sides] for sides in done])
+    failed, unusable, *rest = reading.wait()  # the one place that waits for the device
     results = []
     for problem, sides in zip(problems, done, strict=True):
         nothing = torch.zeros_like(problem.usable)
@@ -60,6 +70,24 @@ def solve_and_read(problems: Sequence[Problem], flag: Tensor | None) -> tuple[li
     if failed:
         _warn(sum(int(side.kept.sum()) for sides in results for side in sides))  # waits, as each further try has
     return results, not (failed or unusable), any(rest)
+
+
+class _Reading:
+    """Values on their way to the host. It waits for what was launched before them, and for nothing after."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.event: torch.cuda.Event | None = None
+        if values.is_cuda:
+            there = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+            values = there.copy_(values, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        self.values = values
+
+    def wait(self) -> list[bool]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.values.tolist()
 
 
 def _warn(kept: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
@@ -189,17 +189,21 @@ def carries(
     news: list[bool],
     batch: int,
     everything: bool,
+    turned: Mapping[Side, Tensor] | None = None,
 ) -> list[Carry | None]:
     """Return the maps from the old bases to the new ones, for each `batch` of matrices; None where nothing is new.
 
-    `everything` is True if each matrix has a new basis.
+    `everything` is True if each matrix has a new basis. Then `turned` may have the maps, as `turn` returns them.
     """
     if options.carry == "keep":
         return [Carry() if new else None for new in news]
     parts: dict[str, Sequence[Tensor | None]] = {}
     nothing: list[Tensor | None] = [None] * len(news)
     for side, new_basis in bases.items():
-        map_ = turn(new_basis.basis, old[side], None if everything else new_basis.changed)
+        if turned is not None and everything:
+            map_ = turned[side]
+        else:
+            map_ = turn(new_basis.basis, old[side], None if everything else new_basis.changed)
         parts[side] = (map_ if side == "rows" else map_.mT).split(batch)
         if options.carry == "rotate":
             parts[f"{side}_order"] = order_of(new_basis.order, new_basis.changed, new_basis.basis).split(batch)

@@ -7,7 +7,7 @@ nothing is written before all of it has succeeded.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,19 @@ from torch import Tensor
 from selective.preconditioner.base import Carry, Side, State
 from selective.preconditioner.fallbacks import NewBasis, Problem, solve_and_read
 from selective.preconditioner.linalg import REFRESHED, batches, per_matrix
-from selective.preconditioner.refresh import Input, Options, carries, faults, noise_of, problems_of, solver_for
+from selective.preconditioner.refresh import (
+    Input,
+    Options,
+    carries,
+    faults,
+    noise_of,
+    problems_of,
+    solver_for,
+    turn,
+)
 from selective.preconditioner.shards import side_of
+
+Result = TypeVar("Result")
 
 
 class Due(NamedTuple):
@@ -48,8 +59,16 @@ def refresh_stacks(options: Options, dues: Sequence[Due]) -> list[Renewed | None
     work = [_Work(options, due) for due in dues]
     joined = _Joined([problem for each in work for problem in each.problems])
     spoilt = ~torch.stack([due.finite.all() for due in dues]).all()
-    solved, everything, is_spoilt = solve_and_read(joined.problems, spoilt)
-    results = iter(joined.apart(solved))
+
+    def form_maps(bases: list[list[Tensor]]) -> None:
+        """Form the maps before it is known if all bases can be trusted, so that the device has work meanwhile."""
+        parts = iter(joined.apart(bases, lambda basis, part: basis[part]))
+        for each in work:
+            each.form_maps([basis for _ in each.problems for basis in next(parts)])
+
+    meanwhile = None if options.carry == "keep" else form_maps
+    solved, everything, is_spoilt = solve_and_read(joined.problems, spoilt, meanwhile)
+    results = iter(joined.apart(solved, _part_of))
     writes: list[Callable[[], object]] = []
     renewed = []
     for each in work:
@@ -75,16 +94,23 @@ class _Joined:
             self.members += [members[part] for part in batches(len(members), numel, REFRESHED)]
         self.problems = [_as_one([problems[i] for i in members]) for members in self.members]
 
-    def apart(self, solved: Sequence[list[NewBasis]]) -> list[list[NewBasis]]:
-        """Return the results of the problems, in their order."""
-        results: list[list[NewBasis]] = [[]] * len(self.sizes)
-        for members, bases in zip(self.members, solved, strict=True):
+    def apart(self, solved: Sequence[list[Result]], part_of: Callable[[Result, slice], Result]) -> list[list[Result]]:
+        """Return the results of the problems, on each side of them, in their order.
+
+        `part_of` cuts the results of some matrices out of those of all.
+        """
+        results: list[list[Result]] = [[]] * len(self.sizes)
+        for members, sides in zip(self.members, solved, strict=True):
             start = 0
             for number in members:
                 part = slice(start, start + self.sizes[number])
-                results[number] = [NewBasis(*(None if x is None else x[part] for x in basis)) for basis in bases]  # type: ignore[arg-type]
+                results[number] = [part_of(side, part) for side in sides]
                 start = part.stop
         return results
+
+
+def _part_of(basis: NewBasis, part: slice) -> NewBasis:
+    return NewBasis(*(None if x is None else x[part] for x in basis))  # type: ignore[arg-type]
 
 
 def _as_one(problems: Sequence[Problem]) -> Problem:
@@ -108,6 +134,11 @@ class _Work:
         self.batch = len(due.grads) // due.count
         solver = solver_for(options.solver, int(due.state["refreshes"][0]))
         self.problems, self.inputs = problems_of(options, solver, sides, self.old, [due.state], [due.grads])
+        self.turned: dict[Side, Tensor] | None = None  # maps to bases that may yet turn out not to be trusted
+
+    def form_maps(self, bases: Sequence[Tensor]) -> None:
+        """Form the maps to bases of which the host does not know yet if they can be trusted."""
+        self.turned = {side: turn(basis, old, None) for (side, old), basis in zip(self.old.items(), bases, strict=True)}
 
     def finish(self, new: Sequence[NewBasis], everything: bool, writes: list[Callable[[], object]]) -> Renewed | None:
         """Append what has to be written, and return the maps. `everything`: each matrix has a new basis."""
@@ -126,7 +157,8 @@ class _Work:
         for side, basis in bases.items():
             chosen = basis.basis if everything else torch.where(per_matrix(basis.changed), basis.basis, self.old[side])
             writes.append(lambda side=side, chosen=chosen: state[f"{side}_basis"].copy_(chosen))
-        (maps,) = carries(self.options, bases, self.old, [any(is_new)], len(due.grads), everything)
+        turned, self.turned = self.turned, None
+        (maps,) = carries(self.options, bases, self.old, [any(is_new)], len(due.grads), everything, turned)
         return None if maps is None else Renewed(maps, None if everything else changed)
 
     def _set_noise(self, basis: NewBasis, matrix: Input, writes: list[Callable[[], object]]) -> None:

@@ -221,6 +221,25 @@ def test_rows_that_do_not_fit_together_take_turns_in_parts(monkeypatch):
     assert [each for each in told if isinstance(each, str)] == ["tiny: round 2 of 2, 1 rows"] * 2
 
 
+def test_every_row_on_a_gpu_may_record_a_graph(monkeypatch):
+    """All rows are in one process, in place of many processes with a row each."""
+    from selective.kernels.gpu.graphs import BUDGET
+
+    seen = []
+
+    def first_step(self, stepping, steps):
+        seen.append(BUDGET.most_bytes)
+        return 0.0
+
+    timed = rig()
+    limits = BUDGET.most_bytes
+    timed.clock.graphs_of_all = CudaClock.graphs_of_all.__get__(timed.clock)
+    monkeypatch.setattr(TrainingRig, "_warm_up", first_step)
+    timed.run([ROWS[FUSED]])
+    assert seen[0] == sys.maxsize
+    assert BUDGET.most_bytes == limits
+
+
 def test_after_a_deadline_nothing_is_begun():
     result = rig(deadline=time.monotonic() - 1).run([ROWS[FUSED], ROWS["MGUP"]])
     assert [m.outcome for m in result.measurements] == ["no time left"] * 2

@@ -217,6 +217,22 @@ def test_number_and_memory_of_graphs_are_bounded() -> None:
     assert steps.describe() == "replayed as a CUDA graph"
 
 
+def test_a_benchmark_may_record_a_graph_for_each_of_its_optimizers() -> None:
+    """Afterwards the limits are what they were."""
+    budget = Budget(most=1, most_bytes=10 << 20, most_recorded=1)
+    with budget.unlimited():
+        for _ in range(3):
+            _, steps = repeated(ListRecorder(), 20 << 20, budget=budget)
+            step(steps, WARM + 1)
+            assert steps.describe() == "replayed as a CUDA graph"
+    assert (budget.most, budget.most_bytes, budget.most_recorded) == (1, 10 << 20, 1)
+    _, steps = repeated(ListRecorder(), budget=budget)
+    step(steps, WARM + 1)
+    description = steps.describe()
+    assert description is not None
+    assert description.startswith("made one by one, because 3 graphs have been recorded")
+
+
 def test_graphs_of_optimizers_that_are_garbage_make_room() -> None:
     budget = Budget(most=1)
     _, steps = repeated(ListRecorder(), budget=budget)

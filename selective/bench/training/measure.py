@@ -73,17 +73,21 @@ class TrainingRig:
     def run(self, rows: Sequence[Row]) -> TrainingResult:
         """Measure all rows, torch's fused step before all others. After Ctrl-C, what was measured by then."""
         try:
-            for row in sorted(rows, key=lambda row: row.name != FUSED):
-                if self._is_late(self._round_seconds()):
-                    self._add(RowMeasurement(row.name, "no time left", "the time was up before it was begun"))
-                    continue
-                self._one(row)
-                if sum(self._held(timed) for timed in self.turns) > self.most_bytes:
-                    self._take_turns()
-            self._take_turns()
+            with self.clock.graphs_of_all():
+                self._all(rows)
         except KeyboardInterrupt:
             self.result.interrupted = True
         return self.result
+
+    def _all(self, rows: Sequence[Row]) -> None:
+        for row in sorted(rows, key=lambda row: row.name != FUSED):
+            if self._is_late(self._round_seconds()):
+                self._add(RowMeasurement(row.name, "no time left", "the time was up before it was begun"))
+                continue
+            self._one(row)
+            if sum(self._held(timed) for timed in self.turns) > self.most_bytes:
+                self._take_turns()
+        self._take_turns()
 
     def _is_late(self, coming: float) -> bool:
         """True if something that takes so many seconds would not end before the deadline."""
