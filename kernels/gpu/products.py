@@ -25,13 +25,22 @@ class Tiles(NamedTuple):
 
 
 PRECISION = "tf32x3"  # "ieee" does not use tensor cores; "tf32" has 11 bits
-LARGE, SMALL = Tiles(128, 64, 32, 8, 3, registers=128), Tiles(64, 64, 32, 4, 3)
+LARGE, SMALL = Tiles(128, 64, 32, 4, 4), Tiles(64, 64, 32, 4, 3)
 FROM = 256  # rows and columns of a result from which LARGE tiles are taken
+SHARED = 128 << 10  # bytes of shared memory that a program may take where LARGE has its four stages, of 24 KiB each
 
 
-def tiles_for(rows: int, columns: int) -> Tiles:
-    """The tiles for results of this size."""
-    return LARGE if min(rows, columns) >= FROM else SMALL
+def tiles_for(rows: int, columns: int, device: torch.device) -> Tiles:
+    """The tiles for results of this size, on this device. GPUs for desktops have room for three stages."""
+    if min(rows, columns) < FROM:
+        return SMALL
+    return LARGE if device.type != "cuda" or _shared_bytes(device) >= SHARED else LARGE._replace(stages=3)
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """The shared memory that a program may take; 0 where torch does not tell."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
 
 
 def multiplies(*tensors: Tensor) -> bool:
@@ -94,7 +103,7 @@ def _launch(
 ) -> None:
     """Launch the kernel; `average` has its factors, flags and weight, or is None for a product by itself."""
     count, rows, columns = out.shape
-    tile = tiles_for(rows, columns)
+    tile = tiles_for(rows, columns, out.device)
     down = cdiv(rows, tile.rows)
     if SYMMETRIC:
         tiles = down * (down + 1) // 2 * (tile.rows // tile.columns)

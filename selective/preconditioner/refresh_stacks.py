@@ -14,7 +14,7 @@ from torch import Tensor
 
 from selective.preconditioner.base import Carry, Side, State
 from selective.preconditioner.fallbacks import NewBasis, Problem, solve_and_read
-from selective.preconditioner.linalg import REFRESHED, batches, per_matrix
+from selective.preconditioner.linalg import batches, per_matrix, refreshed_at_once
 from selective.preconditioner.refresh import (
     Input,
     Options,
@@ -91,7 +91,8 @@ class _Joined:
         self.members: list[list[int]] = []
         for members in by_kind.values():
             numel = max(problems[members[0]].matrix[0].numel() * self.sizes[i] for i in members)
-            self.members += [members[part] for part in batches(len(members), numel, REFRESHED)]
+            limit = refreshed_at_once(problems[members[0]].matrix.device)
+            self.members += [members[part] for part in batches(len(members), numel, limit)]
         self.problems = [_as_one([problems[i] for i in members]) for members in self.members]
 
     def apart(self, solved: Sequence[list[Result]], part_of: Callable[[Result, slice], Result]) -> list[list[Result]]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from selective.preconditioner import Eigenbasis
-from selective.preconditioner.linalg import REFRESHED
 from selective.preconditioner.refresh import solver_for
 from selective.preconditioner.refresh_stacks import Due, Renewed, refresh_stacks
 from selective.rotation.basis import CarriedTogether, Matrices
@@ -37,8 +36,8 @@ def due_runs(options: Eigenbasis, buckets: Sequence[Bucket], due: Collection[int
     return runs
 
 
-def in_parts(options: Eigenbasis, buckets: Sequence[Bucket]) -> Iterator[list[Bucket]]:
-    """Divide buckets into lists whose matrices are refreshed together: `REFRESHED` elements, or one bucket."""
+def in_parts(options: Eigenbasis, buckets: Sequence[Bucket], limit: int) -> Iterator[list[Bucket]]:
+    """Divide buckets into lists whose matrices are refreshed together: `limit` elements at most, or one bucket."""
     part: list[Bucket] = []
     count = 0
     for bucket in buckets:
@@ -46,7 +45,7 @@ def in_parts(options: Eigenbasis, buckets: Sequence[Bucket]) -> Iterator[list[Bu
         numel = len(bucket.indices) * batch * sum(side**2 for side in sides)
         if options.refreshes_from_gradients():
             numel += len(bucket.indices) * math.prod(bucket.shape)
-        if part and count + numel > REFRESHED:
+        if part and count + numel > limit:
             yield part
             part, count = [], 0
         part.append(bucket)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selective import foreach
 from selective.preconditioner import Carry, Eigenbasis, Preconditioner, State, as_matrix
-from selective.preconditioner.linalg import batches
+from selective.preconditioner.linalg import batches, refreshed_at_once
 from selective.preconditioner.matrices import from_matrices, in_own_dtype
 from selective.rotation.basis import Basis, Carried, CarriedTogether, MaskSpace, Matrices, PreconditionerError
 from selective.rotation.contract import (
@@ -132,7 +132,8 @@ class Rotation:
     def _refresh_together(self, stacks: Stacks, due: set[int], matrices: Matrices) -> Iterator[CarriedTogether]:
         """Refresh stacked bases that are due."""
         assert isinstance(self.preconditioner, Eigenbasis)
-        for part in in_parts(self.preconditioner, due_runs(self.preconditioner, stacks.buckets, due)):
+        limit = refreshed_at_once(self.bases[0].device)
+        for part in in_parts(self.preconditioner, due_runs(self.preconditioner, stacks.buckets, due), limit):
             with self.named("refresh"):
                 carried = list(refresh_together(self.preconditioner, part, self._finite, matrices))
             self._refreshed.update(i for bucket in part for i in bucket.indices)

@@ -30,6 +30,16 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "SMALL", SMALL_TILES)
 
 
+@pytest.mark.parametrize(("kib", "stages"), [(0, 3), (99, 3), (163, 4), (227, 4)])
+def test_tiles_fit_into_the_memory_of_a_processor(kib: int, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_shared_bytes", lambda device: kib << 10)
+    gpu = torch.device("cuda", 0)
+    assert products.tiles_for(512, 512, gpu) == products.LARGE._replace(stages=stages)
+    tiles = products.LARGE._replace(stages=stages)
+    assert 4 * tiles.stages * tiles.depth * (tiles.rows + tiles.columns) <= max(kib, 99) << 10
+    assert products.tiles_for(512, 16, gpu) == products.SMALL
+
+
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -314,3 +315,11 @@ def test_nothing_waits_for_numbers_in_a_step_without_a_refresh() -> None:
 def test_the_limits_are_what_their_docstrings_say() -> None:
     assert linalg.STACKED * 4 == 16 * 2**20
     assert linalg.REFRESHED * 4 == 512 * 2**20
+
+
+@pytest.mark.parametrize(("gib", "mib"), [(24, 512), (63, 512), (64, 1024), (140, 1024)])
+def test_more_is_refreshed_together_on_a_large_gpu(gib: int, mib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(total_memory=gib << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    assert linalg.refreshed_at_once(torch.device("cuda", 0)) * 4 == mib * 2**20
+    assert linalg.refreshed_at_once(torch.device("cpu")) == linalg.REFRESHED

@@ -29,6 +29,7 @@ from selective import (
 )
 from selective.explain.stacks import TOGETHER
 from selective.preconditioner import refresh as refreshing
+from selective.preconditioner import refresh_stacks
 from selective.preconditioner.solvers import SOLVERS, Solved
 from selective.rotation import stacks
 from selective.rotation.rotation import Rotation
@@ -175,6 +176,27 @@ def test_many_rounds_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- refreshes ---
+
+
+@pytest.mark.parametrize("statistic", ["ema", "gradient"])
+def test_a_refresh_in_parts_is_that_of_all_together(statistic: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part is one bucket here, where a large GPU has all of them in one. The host looks once for each part."""
+
+    def run(limit: int) -> tuple[dict[str, Any], int]:
+        looks.clear()
+        for place in ("rotation.rotation", "preconditioner.refresh_stacks"):
+            monkeypatch.setattr(f"selective.{place}.refreshed_at_once", lambda _: limit)
+        optimizer = build(Eigenbasis(statistic=statistic, solver="cholesky", refresh_every=2))
+        for number in range(6):
+            step(optimizer, number)
+        return outcome(optimizer), len(looks)
+
+    looks: list[int] = []
+    solve = refresh_stacks.solve_and_read
+    monkeypatch.setattr(refresh_stacks, "solve_and_read", lambda *given: (looks.append(1), solve(*given))[1])
+    (found, many), (expected, few) = run(1), run(2**28)
+    assert_same(found, expected)
+    assert many > few > 0
 
 
 @pytest.mark.parametrize("carry", ["squared", "rotate", "keep"])
