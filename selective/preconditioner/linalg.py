@@ -24,8 +24,8 @@ REFRESHED = 2**27
 """Elements that are refreshed together, 512 MiB a stack. On an H100 and for 2,048 rows, a stack of 32 matrices took 1.8
 ms a matrix to solve, one of 16 took 2.1, one of 4 took 4.2: factoring a single matrix leaves most of a GPU idle."""
 REFRESHED_ON_LARGE = 2**28
-"""The same on a GPU with `LARGE_GPU` bytes or more. On an H200, 36 matrices of 2,048 rows take 60 ms in one stack. Stacks
-of 24 and 12 take 49 and 28."""
+"""The same on a GPU with `LARGE_GPU` bytes or more. On an H200, 36 matrices of 2,048 rows take 60 ms in one stack.
+Stacks of 24 and 12 take 49 and 28."""
 LARGE_GPU = 64 << 30
 LOOSE = 3e-3
 """Largest ‖QᵀQ − I‖ of a basis that is trusted. One Newton-Schulz step takes the spectral norm to ¾ of its square,
