@@ -44,13 +44,19 @@ class Options(Protocol):
     def floor(self) -> float: ...
 
 
+class Facts(NamedTuple):
+    """What a refresh has to know of matrices after they were solved."""
+
+    scale: Tensor  # [batch]; the gradient's σ₁ is scale · √(largest eigenvalue)
+    finite: Tensor  # bool [batch]
+
+
 class Input(NamedTuple):
     """The matrices that a side's solver gets, scaled to a largest element of 1."""
 
     matrix: Tensor
-    scale: Tensor  # [batch]; the gradient's σ₁ is scale · √(largest eigenvalue)
-    finite: Tensor  # bool [batch]
     usable: Tensor  # bool [batch]: True where the matrix is finite and not zero
+    facts: Facts
 
 
 def refresh(
@@ -84,14 +90,14 @@ def _refresh(
     options: Options, solver: SolverName, sides: Sequence[Side], states: Sequence[State], grads: Sequence[Tensor]
 ) -> list[Carry | None]:
     old: dict[Side, Tensor] = {side: stack([state[f"{side}_basis"] for state in states]) for side in sides}
-    problems, inputs = problems_of(options, solver, sides, old, states, grads)
+    problems, facts = problems_of(options, solver, sides, old, states, grads)
     solved, everything = solve_all(problems)
     bases: dict[Side, NewBasis] = dict(zip(sides, [basis for problem in solved for basis in problem], strict=True))
     batch = len(grads[0])
     if not everything:
-        _count(states, batch, list(bases.values()), inputs)
+        _count(states, batch, list(bases.values()), facts)
     if "noise" in states[0]:
-        noise = noise_of(inputs[0], next(iter(bases.values())), options.floor)
+        noise = noise_of(facts[0], next(iter(bases.values())), options.floor)
         copy_to([state["noise"] for state in states], noise.split(batch))
     changed = torch.stack([new_basis.changed for new_basis in bases.values()]).any(0)
     news = [True] * len(states) if everything else [bool(part.any()) for part in changed.split(batch)]
@@ -110,15 +116,15 @@ def problems_of(
     old: dict[Side, Tensor],
     states: Sequence[State],
     grads: Sequence[Tensor],
-) -> tuple[list[Problem], list[Input]]:
-    """Return a problem for each side, or one if the SVD of the gradient gives both; and the inputs of the solvers."""
+) -> tuple[list[Problem], list[Facts]]:
+    """Return a problem for each side, or one if the SVD of the gradient gives both; and the facts of their matrices."""
     if options.statistic == "gradient":
         grad = _scaled(stack(grads))
         if solver == "svd":
             vectors = partial(singular_vectors, rows="rows" in sides, columns="columns" in sides)
             last = partial(_by_grams, sides=sides)
             problem = Problem(grad.matrix, [old[s] for s in sides], grad.usable, lambda g, _: vectors(g), last)
-            return [problem], [grad]
+            return [problem], [grad.facts]
         inputs = [_normalised(gram(grad.matrix, side), grad) for side in sides]
     else:
         inputs = [_normalised(stack([state[f"{side}_gram"] for state in states])) for side in sides]
@@ -126,7 +132,7 @@ def problems_of(
     solve = partial(_one_side, SOLVERS[solver], sort)
     last = partial(_one_side, eigh, sort)
     problems = [Problem(i.matrix, [old[s]], i.usable, solve, last, solver) for i, s in zip(inputs, sides, strict=True)]
-    return problems, inputs
+    return problems, [each.facts for each in inputs]
 
 
 def _one_side(solver: Solver, sort: bool, matrix: Tensor, old: list[Tensor]) -> list[Solved]:
@@ -144,7 +150,7 @@ def _scaled(grad: Tensor) -> Input:
     largest = grad.abs().amax((-2, -1))
     usable = is_finite & (largest > 0)
     scaled = stand_in(grad / per_matrix(largest), usable)
-    return Input(scaled, torch.where(usable, largest, 1.0), is_finite, usable)
+    return Input(scaled, usable, Facts(torch.where(usable, largest, 1.0), is_finite))
 
 
 def _normalised(grams: Tensor, grad: Input | None = None) -> Input:
@@ -153,32 +159,32 @@ def _normalised(grams: Tensor, grad: Input | None = None) -> Input:
     `grad` are the scaled gradients that they were made of, if they are not running averages.
     """
     largest = grams.diagonal(dim1=-2, dim2=-1).amax(-1)
-    is_finite = finite(grams) if grad is None else grad.finite
+    is_finite = finite(grams) if grad is None else grad.facts.finite
     usable = (is_finite & (largest > 0)) if grad is None else grad.usable
     matrix = stand_in(grams / per_matrix(largest), usable)
-    scale = torch.where(usable, largest, 1.0).sqrt() * (1.0 if grad is None else grad.scale)
-    return Input(matrix, scale, is_finite, usable)
+    scale = torch.where(usable, largest, 1.0).sqrt() * (1.0 if grad is None else grad.facts.scale)
+    return Input(matrix, usable, Facts(scale, is_finite))
 
 
-def _count(states: Sequence[State], batch: int, bases: Sequence[NewBasis], inputs: Sequence[Input]) -> None:
+def _count(states: Sequence[State], batch: int, bases: Sequence[NewBasis], facts: Sequence[Facts]) -> None:
     """Add to the counters of the states; a matrix counts once, even if several of its sides are concerned."""
-    for name, which in faults(bases, inputs).items():
+    for name, which in faults(bases, facts).items():
         add_to([state[name] for state in states], which.view(-1, batch).sum(1))
 
 
-def faults(bases: Sequence[NewBasis], inputs: Sequence[Input]) -> dict[str, Tensor]:
+def faults(bases: Sequence[NewBasis], facts: Sequence[Facts]) -> dict[str, Tensor]:
     """Return for each of `COUNTS` which matrices it concerns, on any of their sides: bool [batch]."""
     return {
-        "skipped": torch.stack([~i.finite for i in inputs]).any(0),
+        "skipped": torch.stack([~each.finite for each in facts]).any(0),
         "float64": torch.stack([b.float64 for b in bases]).any(0),
         "cpu": torch.stack([b.cpu for b in bases]).any(0),
         "kept": torch.stack([b.kept for b in bases]).any(0),
     }
 
 
-def noise_of(matrix: Input, basis: NewBasis, floor: float) -> Tensor:
+def noise_of(facts: Facts, basis: NewBasis, floor: float) -> Tensor:
     """Return the size of rounding noise in rotated gradients, [batch]; 0 where the basis is not new."""
-    largest = matrix.scale * basis.values.amax(-1).clamp(min=0).sqrt()  # the gradient's σ₁
+    largest = facts.scale * basis.values.amax(-1).clamp(min=0).sqrt()  # the gradient's σ₁
     return torch.where(basis.changed, floor * torch.finfo(torch.float32).eps * largest, 0.0)
 
 

@@ -16,7 +16,7 @@ from selective.preconditioner.base import Carry, Side, State
 from selective.preconditioner.fallbacks import NewBasis, Problem, solve_and_read
 from selective.preconditioner.linalg import batches, per_matrix, refreshed_at_once
 from selective.preconditioner.refresh import (
-    Input,
+    Facts,
     Options,
     carries,
     faults,
@@ -57,14 +57,14 @@ def refresh_stacks(options: Options, dues: Sequence[Due]) -> list[Renewed | None
     A basis stays as it is, with all that belongs to it, if the gradient of its parameter is not finite.
     """
     work = [_Work(options, due) for due in dues]
-    joined = _Joined([problem for each in work for problem in each.problems])
+    joined = _Joined([problem for each in work for problem in each.handed_over()])
     spoilt = ~torch.stack([due.finite.all() for due in dues]).all()
 
     def form_maps(bases: list[list[Tensor]]) -> None:
         """Form the maps before it is known if all bases can be trusted, so that the device has work meanwhile."""
         parts = iter(joined.apart(bases, lambda basis, part: basis[part]))
         for each in work:
-            each.form_maps([basis for _ in each.problems for basis in next(parts)])
+            each.form_maps([basis for _ in range(each.problem_count) for basis in next(parts)])
 
     meanwhile = None if options.carry == "keep" else form_maps
     solved, everything, is_spoilt = solve_and_read(joined.problems, spoilt, meanwhile)
@@ -72,7 +72,7 @@ def refresh_stacks(options: Options, dues: Sequence[Due]) -> list[Renewed | None
     writes: list[Callable[[], object]] = []
     renewed = []
     for each in work:
-        bases = [basis for _ in each.problems for basis in next(results)]
+        bases = [basis for _ in range(each.problem_count) for basis in next(results)]
         renewed.append(each.finish(bases, everything and not is_spoilt, writes))
     for write in writes:  # nothing raises any more
         write()
@@ -134,8 +134,14 @@ class _Work:
         self.old: dict[Side, Tensor] = {side: due.state[f"{side}_basis"] for side in sides}
         self.batch = len(due.grads) // due.count
         solver = solver_for(options.solver, int(due.state["refreshes"][0]))
-        self.problems, self.inputs = problems_of(options, solver, sides, self.old, [due.state], [due.grads])
+        self.problems, self.facts = problems_of(options, solver, sides, self.old, [due.state], [due.grads])
+        self.problem_count = len(self.problems)
         self.turned: dict[Side, Tensor] | None = None  # maps to bases that may yet turn out not to be trusted
+
+    def handed_over(self) -> list[Problem]:
+        """Return the problems, and keep none of their matrices."""
+        problems, self.problems = self.problems, []
+        return problems
 
     def form_maps(self, bases: Sequence[Tensor]) -> None:
         """Form the maps to bases of which the host does not know yet if they can be trusted."""
@@ -149,12 +155,12 @@ class _Work:
         bases = dict(zip(self.old, new, strict=True))
         changed = torch.stack([basis.changed for basis in new]).any(0).view(due.count, -1).any(1)
         is_new = [True] * due.count if everything else changed.tolist()
-        for name, which in () if everything else faults(new, self.inputs).items():
+        for name, which in () if everything else faults(new, self.facts).items():
             amounts = which.view(due.count, -1).sum(1) * due.finite
             writes.append(lambda name=name, amounts=amounts: state[name].add_(amounts))
         writes.append(lambda: state["refreshes"].add_(torch.tensor(is_new, dtype=torch.int64, device="cpu")))
         if "noise" in state:
-            self._set_noise(next(iter(bases.values())), self.inputs[0], writes)
+            self._set_noise(next(iter(bases.values())), self.facts[0], writes)
         for side, basis in bases.items():
             chosen = basis.basis if everything else torch.where(per_matrix(basis.changed), basis.basis, self.old[side])
             writes.append(lambda side=side, chosen=chosen: state[f"{side}_basis"].copy_(chosen))
@@ -162,8 +168,8 @@ class _Work:
         (maps,) = carries(self.options, bases, self.old, [any(is_new)], len(due.grads), everything, turned)
         return None if maps is None else Renewed(maps, None if everything else changed)
 
-    def _set_noise(self, basis: NewBasis, matrix: Input, writes: list[Callable[[], object]]) -> None:
-        old, noise = self.due.state["noise"], noise_of(matrix, basis, self.options.floor)
+    def _set_noise(self, basis: NewBasis, facts: Facts, writes: list[Callable[[], object]]) -> None:
+        old, noise = self.due.state["noise"], noise_of(facts, basis, self.options.floor)
         kept = torch.where(self._by_matrix(self.due.finite), noise, old)
         writes.append(lambda: old.copy_(kept))
 

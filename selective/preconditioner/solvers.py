@@ -102,12 +102,16 @@ def cholesky(gram: Tensor, old: Tensor, sort: bool = True) -> Solved:
     turned, values, order = _product(gram, old)
     old = in_order(old, order)
     small = lower_product(old, in_order(turned, order))
+    del turned  # each of these is as large as the stack of Gram matrices
     small.diagonal(dim1=-2, dim2=-1).add_(shift * gram.flatten(1).norm(dim=1)[:, None])
     root = factor(small).lower
-    root = root / root.norm(dim=-2, keepdim=True)
+    del small
+    root = root.div_(root.norm(dim=-2, keepdim=True))
     square = squared(root)
     square.diagonal(dim1=-2, dim2=-1).add_(SQUARED_SHIFT * torch.finfo(gram.dtype).eps)
-    return _placed(over(times_lower(old, root), factor(square)), values, order, sort)
+    moved = times_lower(old, root)
+    del old, root
+    return _placed(over(moved, factor(square)), values, order, sort)
 
 
 def _product(gram: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
