@@ -38,7 +38,8 @@ class Eigenbasis(Preconditioner):
     eigh in float64 on the CPU (`cpu`). If that fails too, the old basis stays, bit for bit, with a warning (`kept`).
     `report()` has these counts.
 
-    Only `refresh` waits for the device: once in 512 MiB of matrices, and inside torch's eigh and svd.
+    Only `refresh` waits for the device: once in 512 MiB of matrices (1 GiB on a GPU of 64 GiB or more), and inside
+    torch's eigh and svd.
 
     Raises:
         ValueError: a field is out of its range, or `skip_first_step` has no effect with the other fields.
