@@ -58,7 +58,7 @@ def solve_and_read(
     done = [_attempt(problem, problem.solve, torch.float32, problem.matrix.device) for problem in problems]
     bad = [~_all_trusted(sides) for sides in done]
     flags = torch.stack([torch.stack((b & j.usable, ~j.usable)).any(1) for b, j in zip(bad, problems, strict=True)])
-    reading = _Reading(flags.any(0) if flag is None else torch.cat((flags.any(0), flag.view(1))))
+    reading = Reading(flags.any(0) if flag is None else torch.cat((flags.any(0), flag.view(1))))
     if meanwhile is not None:
         meanwhile([[side.solved.basis for side in sides] for sides in done])
     failed, unusable, *rest = reading.wait()  # the one place that waits for the device
@@ -72,16 +72,17 @@ def solve_and_read(
     return results, not (failed or unusable), any(rest)
 
 
-class _Reading:
+class Reading:
     """Values on their way to the host. It waits for what was launched before them, and for nothing after."""
 
     def __init__(self, values: Tensor) -> None:
         self.event: torch.cuda.Event | None = None
         if values.is_cuda:
+            stream = torch.cuda.current_stream(values.device)  # the values need not be on the current device
             there = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             values = there.copy_(values, non_blocking=True)
             self.event = torch.cuda.Event()
-            self.event.record()
+            self.event.record(stream)
         self.values = values
 
     def wait(self) -> list[bool]:

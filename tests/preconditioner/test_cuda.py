@@ -11,6 +11,7 @@ from rotated_twins import both
 from transforms import FixedRotation, Turning
 
 from selective import MGUP, AdaDiag, Cautious, Dense, Eigenbasis, Policy, SelectiveUpdate
+from selective.preconditioner.fallbacks import Reading
 
 pytestmark = pytest.mark.gpu
 
@@ -100,6 +101,18 @@ def test_a_refresh_in_stacks_waits_once_for_the_gpu(stagger: Any, monkeypatch: p
         implicit = sum("synchronizing CUDA operation" in str(warning.message) for warning in seen)
         waits.append((implicit, len(for_events)))
     assert (min(waits), max(waits)) == ((0, 0), (0, 1))
+
+
+def test_flags_are_read_when_their_own_gpu_has_written_them() -> None:
+    """The last GPU need not be the current one. Its stream is busy while another one's has nothing to do."""
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    flags = torch.zeros(3, dtype=torch.bool, device=last)
+    Reading(flags).wait()  # pinned memory that is used again
+    with torch.cuda.device(last):
+        torch.cuda._sleep(200_000_000)
+        flags.fill_(True)
+    with torch.cuda.device(0):
+        assert Reading(flags).wait() == [True] * 3
 
 
 @pytest.mark.parametrize("space", [Eigenbasis(**OFTEN), Eigenbasis(sides="one", **OFTEN), AdaDiag(refresh_every=3)])
