@@ -18,7 +18,17 @@ from ..spec import Item
 #   8k 119.5, 16k 82.2, 32k 62.0, 64k 44.2, 128k 38.1, 256k 37.4, 512k 42.4
 # Smaller chunks pay for calls (about 1 us an operation, and a fork and join of the threads each), larger ones leave
 # the cache. 128k needs half of the memory of 256k and holds up better where the L2 is smaller.
-CHUNK = 131_072
+CHUNK = 131_072  # for one thread
+MOST = 4  # times as many, where there are more threads
+
+
+def chunk() -> int:
+    """Elements of a chunk with this number of threads: as many for each of them as for one alone, up to a bound.
+
+    torch divides an operation among its threads, and each has its own cache. The bound is one of memory: 16 threads
+    work on that many elements.
+    """
+    return CHUNK * min(torch.get_num_threads(), MOST)
 
 
 PLACES = 0x0001020304050607  # times 256^k, the highest of the eight bytes of the product is k
@@ -55,7 +65,7 @@ def buffer(name: str, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def spans(numel: int, length: int | None = None) -> Iterator[tuple[int, int]]:
     """Start and end of each chunk, or of each piece of another length; nothing for an empty tensor."""
-    length = length or CHUNK
+    length = length or chunk()
     for start in range(0, numel, length):
         yield start, min(start + length, numel)
 

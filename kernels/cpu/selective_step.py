@@ -282,7 +282,7 @@ class _Step:
 
     def _second_pass(self, minus_updates: Tensor, marks: Tensor | None, apply: Applier, totals: Totals | None) -> None:
         # Of marks, only the mask is in more than one operation, so that two chunks of it stay in the cache.
-        for start, end in spans(self.numel, None if marks is None else 2 * chunks.CHUNK):
+        for start, end in spans(self.numel, None if marks is None else 2 * chunks.chunk()):
             piece = self._again(minus_updates, start, end)
             if marks is not None:
                 selected: Tensor | None = buffer("selected", end - start, self.dtype).copy_(marks[start:end])
