@@ -58,7 +58,10 @@ class Multipliers:
             self.difference = rounded(self.difference)
         together = rounded(self.difference + self.rest) if single else self.difference + self.rest
         self.one_operation = together == self.selected  # else the selected would get a neighbour of their multiplier
-        self.rest_alone = torch.tensor(self.rest, dtype=dtype, device="cpu")
+
+    @functools.cached_property
+    def rest_alone(self) -> Tensor:
+        return torch.tensor(self.rest, dtype=self.dtype, device="cpu")
 
     def __call__(self, chosen: Tensor) -> Tensor:
         """The mask of a chunk, in the memory of `chosen`, which is 1.0 where selected, else 0.0."""

@@ -116,9 +116,12 @@ def ranking_of_all(draw: Draw, address: int, count: int) -> Tensor:
     return _of_groups(Ranking(draw, address, 0, count).hashes)[:count]
 
 
-def ranking_of_words(hashes: Tensor) -> Tensor:
-    """The 24-bit numbers (int32) of the elements of words, eight each, from the hashes (int64, two groups' each)."""
-    return _of_groups(hashes.view(torch.int32))
+def ordered(random: Tensor, places: Tensor) -> Tensor:
+    """Keys (int64) of which no two are equal: larger for a larger number, and of equal ones for the lower place.
+
+    Below the number, which has 24 bits, stands the place from the end.
+    """
+    return random.to(torch.int64).bitwise_left_shift_(38).sub_(places)
 
 
 def _of_groups(hashes: Tensor) -> Tensor:

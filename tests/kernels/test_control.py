@@ -25,9 +25,9 @@ from selective.kernels import (
     selective_step,
     uniform_bits,
 )
+from selective.kernels.cpu import chunks
 from selective.kernels.cpu import control as cpu_control
 from selective.kernels.cpu import random as numbers
-from selective.kernels.cpu import undecided
 from selective.kernels.cpu.chunks import CHUNK, sum_of_squares
 from selective.kernels.reference.control import matched, random_subset
 from selective.kernels.reference.random import ranking_bits
@@ -234,7 +234,7 @@ def assert_the_definitions_choice(numel: int) -> None:
 
 @pytest.mark.parametrize("numel", [8_192, 10_003, 12_289])
 def test_a_tensor_of_several_pieces_and_a_last_word_that_is_not_full(numel, brackets, monkeypatch) -> None:
-    monkeypatch.setattr(cpu_control, "WIDE", 4_096)
+    monkeypatch.setattr(chunks, "CHUNK", 256)  # pieces of 2,048 for each thread
     assert_the_definitions_choice(numel)
     assert not brackets
 
@@ -253,17 +253,6 @@ def test_a_bracket_that_misses_has_a_wider_one_behind_it(brackets, monkeypatch) 
     some[:17_000] = True
     assert torch.equal(chosen_by_cpu(50_000, 17_000, Draw(1, 7), 4), random_subset(some, None, Draw(1, 7), 4))
     assert widths == [cpu_control.WIDTH, cpu_control.RESCUE]
-    assert not brackets
-
-
-def test_a_list_whose_own_bracket_misses_is_put_in_order(brackets, monkeypatch) -> None:
-    """Brackets of no width: most of them miss."""
-    ordered: list[str] = []
-    by_order = counted(undecided.Undecided._by_order, "by order", ordered)
-    monkeypatch.setattr(undecided.Undecided, "_by_order", by_order)
-    monkeypatch.setattr(undecided, "WIDTH", 0.0)
-    assert_the_definitions_choice(60_000)
-    assert ordered
     assert not brackets
 
 
