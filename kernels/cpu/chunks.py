@@ -19,7 +19,7 @@ from ..spec import Item
 # Smaller chunks pay for calls (about 1 us an operation, and a fork and join of the threads each), larger ones leave
 # the cache. 128k needs half of the memory of 256k and holds up better where the L2 is smaller.
 CHUNK = 131_072  # for one thread
-MOST = 4  # times as many at most, where there are more threads
+MOST = 4  # times as many, where there are more threads
 
 
 def chunk() -> int:
@@ -35,10 +35,7 @@ PLACES = 0x0001020304050607  # times 256^k, the highest of the eight bytes of th
 
 
 class _Buffers(threading.local):
-    """Chunk-sized tensors by name, for each thread that steps its own, kept between steps.
-
-    In float32 each has 0.5 MiB for every thread of torch, up to `MOST`.
-    """
+    """Chunk-sized tensors by name, for each thread its own, kept between steps: 0.5 MiB each in float32."""
 
     def __init__(self) -> None:
         self.held: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -100,16 +97,6 @@ def sum_of_squares(x: Tensor, out: Tensor | None = None) -> float:
     if out is None:
         out = buffer("products", x.numel(), x.dtype)
     return float(torch.mul(x, x, out=out).sum())
-
-
-def dot(x: Tensor, y: Tensor) -> float:
-    """Σxy of a chunk: float32 dot products of `CHUNK` elements each, added up in float64.
-
-    A dot product has a few running sums, so that those of longer pieces would be less exact.
-    """
-    if x.numel() <= CHUNK:
-        return float(torch.dot(x, y))
-    return sum(float(torch.dot(a, b)) for a, b in zip(x.split(CHUNK), y.split(CHUNK), strict=True))
 
 
 def count_ones(marks: Tensor) -> int:
