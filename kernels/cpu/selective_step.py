@@ -1,8 +1,9 @@
 """The step over chunks that stay in the cache: one pass over the memory if the mask is local, two if it is not.
 
 One pass (everything, agreement, Bernoulli or a sampled threshold, with fixed strengths): moments, mask and parameter
-of a chunk are done while it is in the cache. Extra memory: the chunk buffers, at most 12 of 0.5 MiB for each thread,
-which are kept, with exact top-K 10 MiB more, and with a control two of 1 MiB.
+of a chunk are done while it is in the cache. Extra memory: the chunk buffers, at most 12 of 0.5 MiB, with exact top-K
+10 MiB more, and with a control two of 1 MiB. They are kept, and each thread that steps has its own. Where torch has
+more than one thread for an operation, all but the 10 MiB are two, three or four times as large.
 
 Two passes (exact top-K; strengths that need a sum): the first moves the moments, leaves d = -u in a scratch tensor
 and counts; the second applies the mask. A matched control draws between the two, and multiplies d by the mask in a pass
@@ -12,7 +13,7 @@ bytes an element:
 - 4 for d (8 in float64; 0 if a capture already holds d as float32);
 - 1 for marks, with exact top-K, if a strength reads them again, or if a control draws;
 - 4 for top-K by a momentum score, and 4 for top-K that keeps the norm of the momentum;
-- about 0.5 for the list inside the bracket, 1 for that of a control, up to 24 where very many scores are equal, and 4
+- about 0.5 for the list inside the bracket, as for that of a control, up to 24 where very many scores are equal, and 4
   to 12 if a bracket has missed.
 
 Non-contiguous tensors are copied while they are stepped.
