@@ -24,13 +24,13 @@ from ..spec import Control, Draw, Strength
 from . import random as numbers
 from . import top_k as ranking
 from .apply import Multipliers
-from .chunks import CHUNK, backwards, buffer, count_marks, count_ones, keep_marks, spans, sum_of_squares
+from .chunks import backwards, buffer, chunk, count_marks, count_ones, keep_marks, spans, sum_of_squares
 from .undecided import Undecided
 
 SMALL = 2_048  # elements; up to here the whole tensor is ranked: fewer operations than a bracket takes
 WIDTH = 2.0  # half the bracket, in standard deviations of the last place: misses in up to 5 % of the tensors
 RESCUE = 6.0  # the same of the bracket that is looked at then
-WIDE = 8 * CHUNK  # elements whose bytes are looked at together: with fewer, the calls of operations take more time
+WIDE = 8  # chunks whose bytes are looked at together: with fewer, the calls of operations take more time
 
 
 @functools.cache
@@ -50,17 +50,37 @@ def with_needed_norm(control: Control, strength: Strength) -> Control:
     return replace(control, norm=False) if same else control
 
 
+def gain_of(selected: float, rest: float) -> float | None:
+    """The c of mask = rest (1 + c chosen), by which one operation masks a chunk; None where that would round too much.
+
+    Within the bounds the mask is right to 1.5 eps, and (mask u / rest)^2 is at most a million times u^2: it overflows
+    only where an update is larger than 1e16. An infinite update may become NaN.
+    """
+    return (selected - rest) / rest if abs(rest) <= abs(selected) <= 1024 * abs(rest) and rest != 0 else None
+
+
 class Matched:
     """One tensor's control: `add` each chunk with what the policy selects there, `draw`, then `scale` or `mask_`."""
 
     def __init__(
-        self, control: Control, rest: float, numel: int, dtype: torch.dtype, draw: Draw, address: int, still: bool
+        self,
+        control: Control,
+        strength: Strength,
+        numel: int,
+        dtype: torch.dtype,
+        draw: Draw,
+        address: int,
+        in_place: bool,
     ) -> None:
-        self.control, self.rest, self.numel, self.dtype = control, rest, numel, dtype
-        self.address, self.still, self.random = address, still, draw
+        """`in_place`: what comes after the draw is `mask_`, and not `scale`."""
+        self.control, self.rest, self.numel, self.dtype = control, strength.rest, numel, dtype
+        self.address, self.still, self.random = address, strength.still, draw
+        # Where both multipliers are known, (mask u)^2 is added up, which takes fewer operations than its two parts.
+        self.gain = gain_of(strength.selected, strength.rest) if in_place and strength.kind == "fixed" else None
         self.count = 0  # the number that the policy selects
-        self.moving = 0 if still else numel  # the number that do not stand still
+        self.moving = 0 if self.still else numel  # the number that do not stand still
         self.theirs_sq = self.all_sq = 0.0  # of u, where the policy selects and everywhere
+        self.masked_sq = 0.0  # of mask u / rest, in place of the two, where `gain` is known
 
     def add(
         self, minus_update: Tensor, grad: Tensor, selected: Tensor | None, count: int, product: Tensor | None = None
@@ -81,6 +101,9 @@ class Matched:
                 minus_update = moves.mul_(minus_update)
         if not self.control.norm:
             return None
+        if self.gain is not None:
+            self._add_masked(minus_update, selected, self.gain)
+            return None
         every = sum_of_squares(minus_update) if selected is None or self.rest != 0 else None
         self.all_sq += every or 0.0
         if selected is None:
@@ -88,6 +111,14 @@ class Matched:
         else:
             self.theirs_sq += sum_of_squares(selected.mul_(minus_update), out=selected)
         return every if whole else None
+
+    def _add_masked(self, minus_update: Tensor, selected: Tensor | None, gain: float) -> None:
+        """Add one chunk to `masked_sq`. Overwrites `selected`."""
+        if selected is None:
+            self.masked_sq += sum_of_squares(minus_update) * (1 + gain) ** 2
+        else:
+            masked = torch.addcmul(minus_update, minus_update, selected, value=gain, out=selected)
+            self.masked_sq += sum_of_squares(masked, out=masked)
 
     def _moves(self, minus_update: Tensor, grad: Tensor) -> Tensor:
         """1.0 where a coordinate moves if its multiplier is not 0, 0.0 where it stands still anyhow."""
@@ -130,19 +161,30 @@ class Matched:
 
     def mask_(
         self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, selected: float, rest: float
-    ) -> tuple[float, float]:
-        """Multiply -u by `selected` where the control has drawn, and by `rest` elsewhere, in place.
+    ) -> tuple[float, float, float]:
+        """Multiply -u by the mask of what the control has drawn, up to a factor, in place.
 
-        Returns the factor on both, and the sum of squares of what is now in `minus_updates`.
+        Returns the factor on both multipliers, that by which `minus_updates` is still to be multiplied, and the sum of
+        (mask u)^2 after both.
         """
-        multiply, have = Multipliers(selected, rest, self.dtype), 0.0
+        inside, unit = (
+            ((1.0, 0.0), selected) if rest == 0 else ((selected, rest), rest if self.gain is not None else 1.0)
+        )
+        multiply, have = Multipliers(*inside, self.dtype), 0.0
         for start, end in backwards(self.numel):
             minus_update, chosen = minus_updates[start:end], buffer("selected", end - start, self.dtype)
-            mask = multiply(chosen.copy_(marks[start:end]))
-            if self.still:
-                mask = self._only_moving(mask, minus_update, gradient, start)
-            have += sum_of_squares(minus_update.mul_(mask), out=chosen)
-        return self._scale_to(have, selected, rest) if self._chooses else 1.0, have
+            chosen.copy_(marks[start:end])
+            moves = self._moves(minus_update, gradient(start, end)) if self.still else None
+            if self.gain is None:
+                minus_update.mul_(multiply(chosen))
+            else:
+                minus_update.addcmul_(minus_update, chosen, value=self.gain)
+            if moves is not None:
+                minus_update.mul_(moves)
+            have += sum_of_squares(minus_update, out=chosen)
+        have *= unit * unit
+        scale = self._scale_to(have, selected, rest) if self._chooses else 1.0
+        return scale, scale * unit, scale * scale * have
 
     def _only_moving(self, mask: Tensor, minus_update: Tensor, gradient: Gradient, start: int) -> Tensor:
         """The mask of a chunk, times 0 where a coordinate stands still, in place."""
@@ -155,6 +197,8 @@ class Matched:
         """
         theirs, others = self.theirs_sq, max(self.all_sq - self.theirs_sq, 0.0) if rest != 0 else 0.0
         wanted = selected * selected * theirs + rest * rest * others
+        if self.gain is not None:
+            wanted = rest * rest * self.masked_sq
         if not (have > 0 and math.isfinite(wanted + have)):
             return 1.0
         return min(math.sqrt(wanted / have), self.control.cap)
@@ -171,8 +215,8 @@ class Matched:
     def _by_bracket(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, width: float) -> bool:
         """Select by a bracket. False if the bracket has missed: then `marks` are not right."""
         low, high = self._bracket(width)
-        above, undecided = 0, Undecided(low, high, self.moving)
-        for start, end in spans(self.numel, WIDE):
+        above, undecided = 0, Undecided()
+        for start, end in spans(self.numel, WIDE * chunk()):
             random, drawn = numbers.Ranking(self.random, self.address, start, end - start), marks[start:end]
             torch.gt(random.upper, high, out=drawn)
             inside = random.spare
@@ -183,8 +227,8 @@ class Matched:
             if self.still:
                 self._leave_out_still(minus_updates, gradient, drawn, inside, start)
             above += count_marks(drawn)
-            undecided.add(random.hashes, inside, drawn)
-        return undecided.mark(self.count - above)
+            undecided.add(random, start, inside)
+        return undecided.mark(self.count - above, marks)
 
     def _leave_out_still(
         self, minus_updates: Tensor, gradient: Gradient, drawn: Tensor, inside: Tensor, first: int
@@ -203,8 +247,7 @@ class Matched:
         for start, end in spans(self.numel if self.still else 0):
             moves = self._moves(minus_updates[start:end], gradient(start, end))
             random[start:end].add_(1).mul_(moves.to(torch.int32)).sub_(1)  # -1: after all others, in their order
-        # No two keys are equal: below the number, which has 24 bits, stands the place from the end.
-        keys = random.to(torch.int64).bitwise_left_shift_(32).sub_(_places()[: self.numel])
+        keys = numbers.ordered(random, _places()[: self.numel])
         limit = keys.kthvalue(self.numel - self.count + 1).values
         torch.ge(keys, limit, out=marks.view(torch.bool))
 

@@ -68,11 +68,24 @@ def _first_xor(x: Tensor, start: int, key: int) -> None:
     done, count = 0, x.numel()
     while done < count:
         upper, lower = (start + done) >> 16, (start + done) & (BLOCK - 1)
-        take = min(count - done, BLOCK - lower)
-        high = (upper ^ (key >> 16)) & 0xFFFF
-        constant = signed32(high << 16 | (high ^ key & 0xFFFF))
-        torch.bitwise_xor(_lower_halves()[lower : lower + take], constant, out=x[done : done + take])
+        blocks = (count - done) // BLOCK if lower == 0 else 0
+        if blocks > 1:  # one operation for all
+            constants = torch.tensor(
+                [[_constant(upper + i, key)] for i in range(blocks)], dtype=torch.int32, device="cpu"
+            )
+            take = blocks * BLOCK
+            torch.bitwise_xor(_lower_halves(), constants, out=x[done : done + take].view(blocks, BLOCK))
+        else:
+            take = min(count - done, BLOCK - lower)
+            part = x[done : done + take]
+            torch.bitwise_xor(_lower_halves()[lower : lower + take], _constant(upper, key), out=part)
         done += take
+
+
+def _constant(upper: int, key: int) -> int:
+    """`_first_xor` of the indices with this upper half, given their lower half."""
+    high = (upper ^ (key >> 16)) & 0xFFFF
+    return signed32(high << 16 | (high ^ key & 0xFFFF))
 
 
 def finish_(x: Tensor) -> Tensor:
@@ -116,9 +129,12 @@ def ranking_of_all(draw: Draw, address: int, count: int) -> Tensor:
     return _of_groups(Ranking(draw, address, 0, count).hashes)[:count]
 
 
-def ranking_of_words(hashes: Tensor) -> Tensor:
-    """The 24-bit numbers (int32) of the elements of words, eight each, from the hashes (int64, two groups' each)."""
-    return _of_groups(hashes.view(torch.int32))
+def ordered(random: Tensor, places: Tensor) -> Tensor:
+    """Keys (int64) of which no two are equal: larger for a larger number, and of equal ones for the lower place.
+
+    Below the number, which has 24 bits, stands the place from the end.
+    """
+    return random.to(torch.int64).bitwise_left_shift_(38).sub_(places)
 
 
 def _of_groups(hashes: Tensor) -> Tensor:

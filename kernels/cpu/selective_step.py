@@ -1,8 +1,9 @@
 """The step over chunks that stay in the cache: one pass over the memory if the mask is local, two if it is not.
 
 One pass (everything, agreement, Bernoulli or a sampled threshold, with fixed strengths): moments, mask and parameter
-of a chunk are done while it is in the cache. Extra memory: the chunk buffers, at most 12 of 0.5 MiB for each thread,
-which are kept, with exact top-K 10 MiB more, and with a control two of 1 MiB.
+of a chunk are done while it is in the cache. Extra memory: the chunk buffers, at most 12 of 0.5 MiB, with exact top-K
+10 MiB more, and with a control two of 1 MiB. They are kept, and each thread that steps has its own. Where torch has
+more than one thread for an operation, all but the 10 MiB are two, three or four times as large.
 
 Two passes (exact top-K; strengths that need a sum): the first moves the moments, leaves d = -u in a scratch tensor
 and counts; the second applies the mask. A matched control draws between the two, and multiplies d by the mask in a pass
@@ -12,7 +13,7 @@ bytes an element:
 - 4 for d (8 in float64; 0 if a capture already holds d as float32);
 - 1 for marks, with exact top-K, if a strength reads them again, or if a control draws;
 - 4 for top-K by a momentum score, and 4 for top-K that keeps the norm of the momentum;
-- about 0.5 for the list inside the bracket, 1 for that of a control, up to 24 where very many scores are equal, and 4
+- about 0.5 for the list inside the bracket, as for that of a control, up to 24 where very many scores are equal, and 4
   to 12 if a bracket has missed.
 
 Non-contiguous tensors are copied while they are stepped.
@@ -53,11 +54,11 @@ class _Step:
         self.k = selection.k_of(self.numel) if selection.kind == "top_k" else -1
         self.selector = Selector(spec, item, self.flat)
         self.matched: Matched | None = None  # its control, if there is a choice to be controlled for
+        self.in_place = False  # True if the control multiplies d by the mask before it knows the factor
         if selection.control is not None and self.k != 0 and not self.selector.everything:
             control = with_needed_norm(selection.control, strength)
-            self.matched = Matched(
-                control, strength.rest, self.numel, self.dtype, spec.draw, item.address, strength.still
-            )
+            self.in_place = control.norm and self._can_mask_in_place()
+            self.matched = Matched(control, strength, self.numel, self.dtype, spec.draw, item.address, self.in_place)
         self.threshold: ranking.Threshold | None = None
         # True if a chunk is selected in as soon as it has moved, because nothing is ranked or only a sample was.
         self.at_once = True
@@ -126,7 +127,7 @@ class _Step:
 
     def _two_passes(self, totals: Totals | None) -> tuple[float, float]:
         minus_updates = self._minus_updates()
-        in_place = self._masks_in_place()
+        in_place = self.in_place
         marks = self._marks() if self.at_once else None
         self._keep_whole()
         collector = None if self.at_once else self._collector()
@@ -152,12 +153,12 @@ class _Step:
         self._second_pass(minus_updates, marks, self._applier((selected, rest)), totals)
         return selected, rest
 
-    def _masks_in_place(self) -> bool:
-        """True if a control multiplies d by the mask, before it knows the factor that keeps the norm.
+    def _can_mask_in_place(self) -> bool:
+        """True if a control may multiply d by the mask, before it knows the factor that keeps the norm.
 
         Then it reads and writes less than with marks. It can't where something reads the update after that.
         """
-        if self.matched is None or not self.matched.control.norm or self.spec.decay is not None:
+        if self.spec.decay is not None:
             return False
         return not (isinstance(self.rule, GivenRule) and (self.rule.offset != 0 or self._holds_minus_updates()))
 
@@ -282,7 +283,7 @@ class _Step:
 
     def _second_pass(self, minus_updates: Tensor, marks: Tensor | None, apply: Applier, totals: Totals | None) -> None:
         # Of marks, only the mask is in more than one operation, so that two chunks of it stay in the cache.
-        for start, end in spans(self.numel, None if marks is None else 2 * chunks.CHUNK):
+        for start, end in spans(self.numel, None if marks is None else 2 * chunks.chunk()):
             piece = self._again(minus_updates, start, end)
             if marks is not None:
                 selected: Tensor | None = buffer("selected", end - start, self.dtype).copy_(marks[start:end])
@@ -297,12 +298,10 @@ class _Step:
     ) -> tuple[float, float]:
         """The second pass of a control that multiplies d by its mask. Returns both multipliers."""
         assert self.matched is not None
-        inside = (1.0, 0.0) if rest == 0 else (selected, rest)  # of the factor, which is one multiplication for all
-        scale, masked_sq = self.matched.mask_(minus_updates, self.mover.gradient, marks, *inside)
-        factor = scale * selected if rest == 0 else scale
+        scale, factor, masked_sq = self.matched.mask_(minus_updates, self.mover.gradient, marks, selected, rest)
         self._applier((factor, 0.0)).write_masked(minus_updates)
         if totals is not None:
-            totals.selected, totals.masked_sq = self.matched.count, factor * factor * masked_sq
+            totals.selected, totals.masked_sq = self.matched.count, masked_sq
         return selected * scale, rest * scale
 
 

@@ -29,7 +29,9 @@ FEW = 4_096  # values; in a list of up to so many, `kthvalue` takes no longer th
 BINS = 256  # of a list
 NARROWEST = 1e-30  # the width of a bracket; of a narrower one, a bin's width may be rounded to nothing
 INNER = 512  # the fewest values that the bracket of a list is made of
-TOGETHER = 8  # chunks whose marks are looked through together: long enough for torch to divide among its threads
+TOGETHER = (
+    8  # chunks of one thread whose marks are looked through together: long enough for torch to divide among its threads
+)
 RUN = 32  # neighbours taken together: two cache lines of float32, which memory hands out nearly as fast as one
 
 
@@ -63,7 +65,7 @@ def _count_up_to(t: Tensor, value: float) -> int:
 
 
 def _pieces(t: Tensor) -> tuple[Tensor, ...]:
-    return (t,) if t.numel() <= chunks.CHUNK else t.split(chunks.CHUNK)
+    return (t,) if t.numel() <= chunks.chunk() else t.split(chunks.chunk())
 
 
 def _places(t: Tensor, lower: float, upper: float) -> Tensor:
@@ -246,7 +248,7 @@ class Collector:
         self.is_below[first:last].copy_(torch.lt(t, self.lower, out=compared))
         self.is_inside[first:last].copy_(torch.le(t, self.upper, out=compared))  # NaN is in neither
         self.done = start + count
-        if self.done == self.numel or last > self.is_inside.numel() - chunks.CHUNK:
+        if self.done == self.numel or last > self.is_inside.numel() - chunks.chunk():
             self._look_through(self.is_below[:last].view(torch.uint8), self.is_inside[:last].view(torch.uint8), t.dtype)
 
     def _begin(self, length: int) -> None:

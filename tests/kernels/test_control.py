@@ -25,9 +25,9 @@ from selective.kernels import (
     selective_step,
     uniform_bits,
 )
+from selective.kernels.cpu import chunks
 from selective.kernels.cpu import control as cpu_control
 from selective.kernels.cpu import random as numbers
-from selective.kernels.cpu import undecided
 from selective.kernels.cpu.chunks import CHUNK, sum_of_squares
 from selective.kernels.reference.control import matched, random_subset
 from selective.kernels.reference.random import ranking_bits
@@ -85,8 +85,9 @@ def brackets(monkeypatch):
 @pytest.mark.parametrize("start", [0, 5, 65_530, 2**31 - 10, 2**32 - 70_000, 7 * 2**32 + 65_535])
 def test_the_short_hash_is_the_definitions(start: int) -> None:
     for draw, address in ((Draw(0, 0), 0), (Draw(17, 5), 9), (Draw(-3, 2**40), 7)):
-        wanted = uniform_bits(draw, address, 70_001, offset=start)
-        assert torch.equal(numbers.finish_(numbers.unfinished(draw, address, start, 70_001).clone()), wanted)
+        for count in (70_001, 200_001):  # of the second, several blocks are whole
+            wanted = uniform_bits(draw, address, count, offset=start)
+            assert torch.equal(numbers.finish_(numbers.unfinished(draw, address, start, count).clone()), wanted)
 
 
 @pytest.mark.parametrize("draw", [Draw(0, 0), Draw(2**63 + 5, 10**9), Draw(-1, 1)])
@@ -234,7 +235,7 @@ def assert_the_definitions_choice(numel: int) -> None:
 
 @pytest.mark.parametrize("numel", [8_192, 10_003, 12_289])
 def test_a_tensor_of_several_pieces_and_a_last_word_that_is_not_full(numel, brackets, monkeypatch) -> None:
-    monkeypatch.setattr(cpu_control, "WIDE", 4_096)
+    monkeypatch.setattr(chunks, "CHUNK", 256)  # pieces of 2,048 for each thread
     assert_the_definitions_choice(numel)
     assert not brackets
 
@@ -256,15 +257,26 @@ def test_a_bracket_that_misses_has_a_wider_one_behind_it(brackets, monkeypatch) 
     assert not brackets
 
 
-def test_a_list_whose_own_bracket_misses_is_put_in_order(brackets, monkeypatch) -> None:
-    """Brackets of no width: most of them miss."""
-    ordered: list[str] = []
-    by_order = counted(undecided.Undecided._by_order, "by order", ordered)
-    monkeypatch.setattr(undecided.Undecided, "_by_order", by_order)
-    monkeypatch.setattr(undecided, "WIDTH", 0.0)
-    assert_the_definitions_choice(60_000)
-    assert ordered
-    assert not brackets
+@pytest.mark.parametrize("first", [0, 2**32 - 2, 2**37])
+def test_keys_are_in_the_order_of_the_definition(first: int) -> None:
+    """Larger numbers first, and of equal ones the lower place, also of places that have more than 32 bits."""
+    random = torch.tensor([5, 2**24 - 1, 0, 5, 2**24 - 1, -1, 0], dtype=torch.int32)
+    keys = numbers.ordered(random, torch.arange(first, first + len(random)))
+    assert keys.argsort(descending=True).tolist() == [1, 4, 0, 3, 2, 6, 5]
+
+
+def test_the_number_of_threads_does_not_change_the_choice() -> None:
+    threads, chosen = torch.get_num_threads(), []
+    some = torch.zeros(400_000, dtype=torch.bool)
+    some[:130_000] = True
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            chosen.append(chosen_by_cpu(400_000, 130_000, Draw(1, 7), 4))
+    finally:
+        torch.set_num_threads(threads)
+    wanted = random_subset(some, None, Draw(1, 7), 4)
+    assert all(torch.equal(each, wanted) for each in chosen)
 
 
 def test_draws_are_those_that_were_written_down() -> None:
@@ -326,6 +338,30 @@ def test_a_norm_is_kept_only_where_a_choice_changes_it(make, copy, monkeypatch) 
         item.grad.view(-1)[::5] = 0.0  # some stand still
         assert_same(item, copy, ADAM, chosen, strength)
         assert calls == wanted
+
+
+@pytest.mark.parametrize(
+    ("selected", "rest", "gain"),
+    [(2.0, 0.5, 3.0), (1.0, -1.0, -2.0), (0.5, 2.0, None), (2.0, 0.0, None), (0.0, 0.0, None), (2.0, 1e-4, None)],
+)
+def test_a_mask_in_one_operation_is_that_of_two(selected, rest, gain, make, copy, monkeypatch) -> None:
+    """Only where the multiplier of the selected is the larger one, and not much larger."""
+    assert cpu_control.gain_of(selected, rest) == gain
+    cap = 2.0 if abs(selected) != abs(rest) else 0.9  # below 1, a norm is formed for multipliers of one size, too
+    chosen, strength = Selection("agreement", control=Control(cap=cap)), Strength("fixed", selected, rest, still=True)
+    one = make(ADAM, (90, 50), seed=5)
+    one.grad.view(-1)[::5] = 0.0  # some stand still
+    two = copy(one)
+    assert_same(copy(one), copy, ADAM, chosen, strength)
+    made: list[None] = []
+    monkeypatch.setattr(cpu_control, "gain_of", lambda *pair: made.append(None))
+    kw = {"rule": ADAM, "selection": chosen, "strength": strength, "draw": Draw(3, 4), "backend": "cpu"}
+    selective_step([two], **kw)
+    monkeypatch.undo()
+    selective_step([one], **kw)
+    assert made  # the second path was taken
+    # 2 eps of the parameter, and the 3e-6 of the scale on updates below 0.02, see `assert_same`
+    torch.testing.assert_close(one.param, two.param, rtol=2 * EPS, atol=6e-8)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

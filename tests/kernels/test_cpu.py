@@ -180,6 +180,40 @@ def test_fused_kernels_are_used_where_they_agree_and_only_there(make, copy, monk
     moments._trusted.cache_clear()
 
 
+@pytest.fixture
+def torch_threads():
+    """Sets torch's number of threads, and puts it back."""
+    threads = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(threads)
+
+
+def test_a_chunk_grows_with_the_threads_up_to_a_bound(torch_threads):
+    sizes = []
+    for count in (1, 2, 3, 4, 5, 16):
+        torch_threads(count)
+        sizes.append(chunks.chunk() // CHUNK)
+        assert next(chunks.spans(10 * CHUNK)) == (0, chunks.chunk())
+    assert sizes == [1, 2, 3, 4, 4, 4]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_another_number_of_threads_is_followed_from_step_to_step(case, make, copy, torch_threads, monkeypatch):
+    """Chunks, buffers and kept parts of them have other sizes in the second step, and the first ones in the third."""
+    monkeypatch.setattr(chunks, "CHUNK", 1_024)
+    selection, strength = CASES[case]
+    item = make(ADAM, (7, 1_001), seed=8)
+    other = copy(item)
+    kw = {"rule": ADAM, "selection": selection, "strength": strength, "draw": Draw(3, 4)}
+    for count in (2, 1, 4, 2):
+        torch_threads(count)
+        selective_step([item], backend="cpu", **kw)
+        selective_step([other], backend="reference", **kw)
+    scale = torch.maximum(item.param.abs(), other.param.abs()) + 0.1
+    apart = (item.param - other.param).abs() > 4 * 8 * EPS * scale + 4 * 6e-7  # of four steps, see `test_control.py`
+    assert apart.sum() <= 4 * 4  # see `assert_same`
+
+
 def test_scratch_is_of_the_largest_tensor_and_nothing_is_kept(make, monkeypatch):
     """The documented memory: 4 bytes an element for d, 1 for marks; allocated once for all tensors."""
     made = []
