@@ -29,9 +29,7 @@ FEW = 4_096  # values; in a list of up to so many, `kthvalue` takes no longer th
 BINS = 256  # of a list
 NARROWEST = 1e-30  # the width of a bracket; of a narrower one, a bin's width may be rounded to nothing
 INNER = 512  # the fewest values that the bracket of a list is made of
-TOGETHER = (
-    8  # chunks of one thread whose marks are looked through together: long enough for torch to divide among its threads
-)
+TOGETHER = 8  # chunks of one thread whose marks are looked through together: long enough for torch to divide them
 RUN = 32  # neighbours taken together: two cache lines of float32, which memory hands out nearly as fast as one
 
 
