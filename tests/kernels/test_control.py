@@ -386,6 +386,19 @@ def test_a_number_that_is_not_finite_stays_where_it_is(backend, bad, make) -> No
     assert float(above) == 2.0
 
 
+@pytest.mark.parametrize("rest", [0.0, 0.5])
+def test_an_infinite_update_is_infinite_in_the_definition_too(rest, make, copy) -> None:
+    """It is no NaN, whichever way a chunk is masked, and the others are stepped by the same multipliers."""
+    item = make(GivenRule(), (40, 100))
+    item.state["update"][3, :20] = torch.inf
+    item.grad[3, :20] = 1.0  # all are selected by the policy
+    selection = Selection("agreement", control=Control())
+    other, ours, wanted = both(item, copy, GivenRule(), selection, Strength("fixed", 2.0, rest))
+    assert torch.equal(item.param.isnan(), other.param.isnan())
+    torch.testing.assert_close(ours.masked_sq, wanted.masked_sq, equal_nan=True)
+    assert float(ours.strength_selected) == float(wanted.strength_selected)
+
+
 def test_shards_refuse(make) -> None:
     item = make(ADAM, (6, 4))
     kw = {

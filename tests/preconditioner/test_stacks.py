@@ -28,8 +28,8 @@ from selective import (
     Soap,
 )
 from selective.explain.stacks import TOGETHER
+from selective.preconditioner import fallbacks, refresh_stacks
 from selective.preconditioner import refresh as refreshing
-from selective.preconditioner import refresh_stacks
 from selective.preconditioner.solvers import SOLVERS, Solved
 from selective.rotation import stacks
 from selective.rotation.rotation import Rotation
@@ -229,6 +229,34 @@ def test_solvers_that_fail_are_rescued_in_stacks_too(
               for name in ("float64", "kept")]  # fmt: skip
     assert sum(counts[0]) > 0 and sum(counts[1]) > 0
     assert torch.float64 in asked
+
+
+def test_maps_that_were_formed_too_early_are_not_kept_for_the_fallbacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are as large as all bases of a part, and a fallback needs memory of its own."""
+    real, turn, try_again = SOLVERS["eigh"], refresh_stacks.turn, fallbacks._try_again
+    formed: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def noted(*given: Any) -> torch.Tensor:
+        formed.append(weakref.ref(result := turn(*given)))
+        return result
+
+    def counting(*given: Any) -> Any:
+        alive.append(sum(map_() is not None for map_ in formed))
+        return try_again(*given)
+
+    def wrong(gram: torch.Tensor, old: torch.Tensor, sort: bool = True) -> Solved:
+        solved = real(gram, old, sort)
+        return solved._replace(basis=2 * solved.basis) if gram.dtype == torch.float32 else solved
+
+    monkeypatch.setitem(SOLVERS, "eigh", wrong)
+    monkeypatch.setattr(refresh_stacks, "turn", noted)
+    monkeypatch.setattr(fallbacks, "_try_again", counting)
+    optimizer = build(Eigenbasis(solver="eigh", refresh_every=2, start_step=1))
+    for number in range(6):
+        step(optimizer, number)
+    assert formed and alive
+    assert max(alive) == 0
 
 
 def test_an_error_in_a_refresh_changes_no_basis(monkeypatch: pytest.MonkeyPatch) -> None:
