@@ -14,7 +14,7 @@ from ..reference.selective_step import Mask, mask_of, sums_of
 from ..reference.strengths import total
 from ..spec import SUM_NAMES, GivenRule, Item, StepSpec
 from .borders import choices_of, product_may_turn
-from .roundings import ROUNDINGS, STRENGTH, SUMS, Errors, errors_of, near_zero, spacing
+from .roundings import ROUNDINGS, STRENGTH, SUMS, SUMS_ON_CPU, Errors, errors_of, near_zero, spacing
 
 
 class Range(NamedTuple):
@@ -118,15 +118,16 @@ def _add_sums(expected: Expected, step: _Step) -> None:
     reports = [sums_of(mask, step.moved) for mask in step.masks]
     first, largest = reports[0], _largest([mask.values.abs() for mask in step.masks])
     of_update = total(u.abs() * errors.update)
+    adding = SUMS_ON_CPU if u.device.type == "cpu" else SUMS
     room = {
         "selected": 0.0,
         "strength_selected": (STRENGTH + _slack(step)) * first.strength_selected.abs(),
         "strength_rest": (STRENGTH + _slack(step)) * first.strength_rest.abs(),
-        "update_sq": SUMS * first.update_sq + 2 * of_update,
-        "grad_sq": SUMS * first.grad_sq + 2 * total(g.abs() * errors.grad),
-        "update_grad": SUMS * (first.update_sq * first.grad_sq).sqrt()
+        "update_sq": adding * first.update_sq + 2 * of_update,
+        "grad_sq": adding * first.grad_sq + 2 * total(g.abs() * errors.grad),
+        "update_grad": adding * (first.update_sq * first.grad_sq).sqrt()
         + total(g.abs() * errors.update + u.abs() * errors.grad),
-        "masked_sq": (SUMS + 2 * _slack(step)) * first.masked_sq + 2 * of_update * largest.amax().square()
+        "masked_sq": (adding + 2 * _slack(step)) * first.masked_sq + 2 * of_update * largest.amax().square()
         if u.numel()
         else 0.0,
     }

@@ -21,6 +21,9 @@ STRENGTH = (
     1e-6  # relative, of a multiplier that is made of sums: a GPU and a CPU add up thousands of squares in float32
 )
 SUMS = 1e-5  # relative, of a reported sum: a float32 sum of some thousand squares, each of them a few eps off
+# The same on a CPU: dot products of up to 524,288 numbers in a few running sums. If all squares are equal, as in Adam's
+# first step, their roundings go one way: 5e-4 was measured with a single thread, 1e-5 with squares of several sizes.
+SUMS_ON_CPU = 1e-3
 
 
 def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from .scaled import add_scaled_
 class Totals:
     """The sums of statistics: float32 dot products within a chunk, float64 across.
 
-    The relative error is about 1e-6; where all numbers are of one size, such as in Adam's first step, up to 2e-4.
+    The relative error is about 1e-6; where all numbers are of one size, such as in Adam's first step, up to 5e-4.
     """
 
     selected: float = 0.0

@@ -95,7 +95,7 @@ def sum_of_squares(x: Tensor, out: Tensor | None = None) -> float:
     """Σx² of a chunk; `out` is memory for the squares, None for a buffer.
 
     torch adds up in pairs: a relative error of 1e-7. A dot product takes half the time, but has a few running sums. The
-    squares of Adam's first step are equal, so that all their roundings go one way: 5e-5 to 2e-4 in a chunk.
+    squares of Adam's first step are equal, so that all their roundings go one way: 1e-5 to 5e-4 in a chunk.
     """
     if out is None:
         out = buffer("products", x.numel(), x.dtype)

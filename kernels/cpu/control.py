@@ -53,10 +53,10 @@ def with_needed_norm(control: Control, strength: Strength) -> Control:
 def gain_of(selected: float, rest: float) -> float | None:
     """The c of mask = rest (1 + c chosen), by which one operation masks a chunk; None where that would round too much.
 
-    Within the bounds the mask is right to 1.5 eps, and (mask u / rest)^2 is at most a million times u^2: it overflows
-    only where an update is larger than 1e16. An infinite update may become NaN.
+    Within the bounds the mask is right to 1.5 eps, and (mask u / rest)^2 is at most a thousand times u^2: it overflows
+    only where an update is larger than 5e17.
     """
-    return (selected - rest) / rest if abs(rest) <= abs(selected) <= 1024 * abs(rest) and rest != 0 else None
+    return (selected - rest) / rest if abs(rest) <= abs(selected) <= 32 * abs(rest) and rest != 0 else None
 
 
 class Matched:
@@ -145,8 +145,11 @@ class Matched:
 
     def scale(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, selected: float, rest: float) -> float:
         """The factor on both multipliers, `selected` and `rest`, from what the control has drawn."""
-        if not self.control.norm or not self._chooses:
+        if not self.control.norm:
             return 1.0
+        if not self._chooses:
+            wanted = self._wanted(selected, rest)
+            return self._scale_to(wanted, wanted)
         ours = 0.0
         for start, end in backwards(self.numel):
             minus_update = minus_updates[start:end]
@@ -157,7 +160,8 @@ class Matched:
         theirs, every = self.theirs_sq, self.all_sq
         if rest == 0:  # then `all_sq` was not added up
             every = max(theirs, ours)
-        return self._scale_to(selected * selected * ours + rest * rest * max(every - ours, 0.0), selected, rest)
+        have = selected * selected * ours + rest * rest * max(every - ours, 0.0)
+        return self._scale_to(have, self._wanted(selected, rest))
 
     def mask_(
         self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, selected: float, rest: float
@@ -167,38 +171,41 @@ class Matched:
         Returns the factor on both multipliers, that by which `minus_updates` is still to be multiplied, and the sum of
         (mask u)^2 after both.
         """
-        inside, unit = (
-            ((1.0, 0.0), selected) if rest == 0 else ((selected, rest), rest if self.gain is not None else 1.0)
-        )
+        # With an infinite update nothing is kept, and one that is not selected must not become infinity times 0.
+        gain = self.gain if math.isfinite(self.masked_sq) else None
+        inside, unit = ((1.0, 0.0), selected) if rest == 0 else ((selected, rest), 1.0 if gain is None else rest)
         multiply, have = Multipliers(*inside, self.dtype), 0.0
         for start, end in backwards(self.numel):
             minus_update, chosen = minus_updates[start:end], buffer("selected", end - start, self.dtype)
             chosen.copy_(marks[start:end])
             moves = self._moves(minus_update, gradient(start, end)) if self.still else None
-            if self.gain is None:
+            if gain is None:
                 minus_update.mul_(multiply(chosen))
             else:
-                minus_update.addcmul_(minus_update, chosen, value=self.gain)
+                minus_update.addcmul_(minus_update, chosen, value=gain)
             if moves is not None:
                 minus_update.mul_(moves)
             have += sum_of_squares(minus_update, out=chosen)
         have *= unit * unit
-        scale = self._scale_to(have, selected, rest) if self._chooses else 1.0
+        scale = self._scale_to(have, have if not self._chooses else self._wanted(selected, rest))
         return scale, scale * unit, scale * scale * have
 
     def _only_moving(self, mask: Tensor, minus_update: Tensor, gradient: Gradient, start: int) -> Tensor:
         """The mask of a chunk, times 0 where a coordinate stands still, in place."""
         return mask.mul_(self._moves(minus_update, gradient(start, start + mask.numel())))
 
-    def _scale_to(self, have: float, selected: float, rest: float) -> float:
-        """The factor that turns `have`, the sum of (mask u)^2 of the control, into that of its policy.
+    def _wanted(self, selected: float, rest: float) -> float:
+        """The sum of (mask u)^2 of the policy."""
+        if self.gain is not None:
+            return rest * rest * self.masked_sq
+        others = max(self.all_sq - self.theirs_sq, 0.0) if rest != 0 else 0.0
+        return selected * selected * self.theirs_sq + rest * rest * others
+
+    def _scale_to(self, have: float, wanted: float) -> float:
+        """The factor that turns `have`, the sum of (mask u)^2 of the control, into `wanted`, that of its policy.
 
         `scale_of` of the reference, in Python's float64: a tenth of the time for one number.
         """
-        theirs, others = self.theirs_sq, max(self.all_sq - self.theirs_sq, 0.0) if rest != 0 else 0.0
-        wanted = selected * selected * theirs + rest * rest * others
-        if self.gain is not None:
-            wanted = rest * rest * self.masked_sq
         if not (have > 0 and math.isfinite(wanted + have)):
             return 1.0
         return min(math.sqrt(wanted / have), self.control.cap)

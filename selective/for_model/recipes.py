@@ -51,7 +51,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             **_IN_SOAP,
         ),
         "adamw-alpha-consistency": _recipe(
-            "a mask alone, which keeps no state: 1.22 times fewer steps than AdamW; a random mask gained part of it",
+            "a mask alone, which keeps no state: 1.22 times fewer steps than AdamW; not shown to beat a random mask",
             "evidence/python-34m/AlphaConsistency-on-AdamW-lr0.003-seed*.json",
             **_OF_ADAMW,
             policy="alphaconsistency",

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,26 +43,39 @@ class NewBasis(NamedTuple):
 
 def solve_all(problems: Sequence[Problem]) -> tuple[list[list[NewBasis]], bool]:
     """Return the new bases of each problem, and True if every matrix got one: then the host need not check each."""
-    return solve_and_read(problems, None)[:2]
+    solved = solve_and_read(problems, None, lambda _: None)
+    return solved.bases, solved.everything
+
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class SolvedAndRead(Generic[Made]):
+    """The results of `solve_and_read`."""
+
+    bases: list[list[NewBasis]]  # of each problem, on each of its sides
+    everything: bool  # every matrix got a new basis, and the flag is False
+    made: Made | None  # None unless `everything`
 
 
 def solve_and_read(
-    problems: Sequence[Problem],
-    flag: Tensor | None,
-    meanwhile: Callable[[list[list[Tensor]]], object] | None = None,
-) -> tuple[list[list[NewBasis]], bool, bool]:
-    """As `solve_all`; return also the value of `flag`, a 0-d bool on the device, without another wait for it.
+    problems: Sequence[Problem], flag: Tensor | None, make: Callable[[list[list[Tensor]]], Made]
+) -> SolvedAndRead[Made]:
+    """Solve all problems, and make something of the new bases, with one wait for the device.
 
-    `meanwhile` is called with the bases of each problem, on each of its sides, before the host waits. They are those
-    that are returned if every matrix got one. A GPU does what it launches while the host wakes up and goes on.
+    `make` is called with the bases of each problem, on each of its sides, before the host knows if all of them can be
+    trusted. A GPU does what it launches while the host waits and goes on. If not, or if `flag` is True, which is a 0-d
+    bool on the device, what it has made is dropped before any matrix is solved again.
     """
     done = [_attempt(problem, problem.solve, torch.float32, problem.matrix.device) for problem in problems]
     bad = [~_all_trusted(sides) for sides in done]
     flags = torch.stack([torch.stack((b & j.usable, ~j.usable)).any(1) for b, j in zip(bad, problems, strict=True)])
     reading = Reading(flags.any(0) if flag is None else torch.cat((flags.any(0), flag.view(1))))
-    if meanwhile is not None:
-        meanwhile([[side.solved.basis for side in sides] for sides in done])
-    failed, unusable, *rest = reading.wait()  # the one place that waits for the device
+    made = make([[side.solved.basis for side in sides] for sides in done])
+    failed, unusable, *flags_read = reading.wait()  # the one place that waits for the device
+    everything = not (failed or unusable or any(flags_read))
+    made = made if everything else None
     results = []
     for problem, sides in zip(problems, done, strict=True):
         nothing = torch.zeros_like(problem.usable)
@@ -69,7 +83,7 @@ def solve_and_read(
         results.append(_select(problem, *tries, everything=not (failed or unusable)))
     if failed:
         _warn(sum(int(side.kept.sum()) for sides in results for side in sides))  # waits, as each further try has
-    return results, not (failed or unusable), any(rest)
+    return SolvedAndRead(results, everything, made)
 
 
 class Reading:

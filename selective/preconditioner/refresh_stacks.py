@@ -60,20 +60,19 @@ def refresh_stacks(options: Options, dues: Sequence[Due]) -> list[Renewed | None
     joined = _Joined([problem for each in work for problem in each.handed_over()])
     spoilt = ~torch.stack([due.finite.all() for due in dues]).all()
 
-    def form_maps(bases: list[list[Tensor]]) -> None:
-        """Form the maps before it is known if all bases can be trusted, so that the device has work meanwhile."""
+    def maps_of(bases: list[list[Tensor]]) -> list[dict[Side, Tensor]] | None:
+        if options.carry == "keep":
+            return None
         parts = iter(joined.apart(bases, lambda basis, part: basis[part]))
-        for each in work:
-            each.form_maps([basis for _ in range(each.problem_count) for basis in next(parts)])
+        return [each.maps_to([basis for _ in range(each.problem_count) for basis in next(parts)]) for each in work]
 
-    meanwhile = None if options.carry == "keep" else form_maps
-    solved, everything, is_spoilt = solve_and_read(joined.problems, spoilt, meanwhile)
-    results = iter(joined.apart(solved, _part_of))
+    solved = solve_and_read(joined.problems, spoilt, maps_of)
+    results = iter(joined.apart(solved.bases, _part_of))
     writes: list[Callable[[], object]] = []
     renewed = []
-    for each in work:
+    for each, maps in zip(work, solved.made or [None] * len(work), strict=True):
         bases = [basis for _ in range(each.problem_count) for basis in next(results)]
-        renewed.append(each.finish(bases, everything and not is_spoilt, writes))
+        renewed.append(each.finish(bases, solved.everything, maps, writes))
     for write in writes:  # nothing raises any more
         write()
     return renewed
@@ -136,19 +135,27 @@ class _Work:
         solver = solver_for(options.solver, int(due.state["refreshes"][0]))
         self.problems, self.facts = problems_of(options, solver, sides, self.old, [due.state], [due.grads])
         self.problem_count = len(self.problems)
-        self.turned: dict[Side, Tensor] | None = None  # maps to bases that may yet turn out not to be trusted
 
     def handed_over(self) -> list[Problem]:
         """Return the problems, and keep none of their matrices."""
         problems, self.problems = self.problems, []
         return problems
 
-    def form_maps(self, bases: Sequence[Tensor]) -> None:
-        """Form the maps to bases of which the host does not know yet if they can be trusted."""
-        self.turned = {side: turn(basis, old, None) for (side, old), basis in zip(self.old.items(), bases, strict=True)}
+    def maps_to(self, bases: Sequence[Tensor]) -> dict[Side, Tensor]:
+        """Return the maps to new bases of all matrices."""
+        return {side: turn(basis, old, None) for (side, old), basis in zip(self.old.items(), bases, strict=True)}
 
-    def finish(self, new: Sequence[NewBasis], everything: bool, writes: list[Callable[[], object]]) -> Renewed | None:
-        """Append what has to be written, and return the maps. `everything`: each matrix has a new basis."""
+    def finish(
+        self,
+        new: Sequence[NewBasis],
+        everything: bool,
+        turned: dict[Side, Tensor] | None,
+        writes: list[Callable[[], object]],
+    ) -> Renewed | None:
+        """Append what has to be written, and return the maps.
+
+        `everything`: each matrix has a new basis. Then `turned` may have the maps already.
+        """
         due, state = self.due, self.due.state
         if not everything:
             new = [basis._replace(changed=basis.changed & self._by_matrix(due.finite)) for basis in new]
@@ -164,7 +171,6 @@ class _Work:
         for side, basis in bases.items():
             chosen = basis.basis if everything else torch.where(per_matrix(basis.changed), basis.basis, self.old[side])
             writes.append(lambda side=side, chosen=chosen: state[f"{side}_basis"].copy_(chosen))
-        turned, self.turned = self.turned, None
         (maps,) = carries(self.options, bases, self.old, [any(is_new)], len(due.grads), everything, turned)
         return None if maps is None else Renewed(maps, None if everything else changed)
 

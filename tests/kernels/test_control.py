@@ -399,6 +399,20 @@ def test_an_infinite_update_is_infinite_in_the_definition_too(rest, make, copy) 
     assert float(ours.strength_selected) == float(wanted.strength_selected)
 
 
+@pytest.mark.parametrize("rest", [0.0, 0.5, -1.0])
+@pytest.mark.parametrize("agree", [True, False])
+@pytest.mark.parametrize("size", [(40, 100), (30,)])
+def test_a_cap_below_1_holds_where_there_is_no_choice(size, agree, rest, make, copy) -> None:
+    """All or none are selected, so that the control's coordinates are those of the policy."""
+    item = make(GivenRule(), size)
+    item.grad.copy_(item.state["update"] if agree else -item.state["update"])
+    selection = Selection("agreement", control=Control(cap=0.5))
+    other, ours, wanted = both(item, copy, GivenRule(), selection, Strength("fixed", 2.0, rest))
+    assert float(ours.strength_rest) == float(wanted.strength_rest)
+    assert float(ours.strength_selected) == float(wanted.strength_selected)
+    torch.testing.assert_close(item.param, other.param)
+
+
 def test_shards_refuse(make) -> None:
     item = make(ADAM, (6, 4))
     kw = {
