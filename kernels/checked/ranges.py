@@ -14,7 +14,7 @@ from ..reference.selective_step import Mask, mask_of, sums_of
 from ..reference.strengths import total
 from ..spec import SUM_NAMES, GivenRule, Item, StepSpec
 from .borders import choices_of, product_may_turn
-from .roundings import ROUNDINGS, STRENGTH, SUMS, SUMS_ON_CPU, Errors, errors_of, near_zero, spacing
+from .roundings import ROUNDINGS, STRENGTH, Errors, error_of_sums, errors_of, near_zero, spacing
 
 
 class Range(NamedTuple):
@@ -118,7 +118,7 @@ def _add_sums(expected: Expected, step: _Step) -> None:
     reports = [sums_of(mask, step.moved) for mask in step.masks]
     first, largest = reports[0], _largest([mask.values.abs() for mask in step.masks])
     of_update = total(u.abs() * errors.update)
-    adding = SUMS_ON_CPU if u.device.type == "cpu" else SUMS
+    adding = error_of_sums(u.numel(), u.device.type == "cpu")
     room = {
         "selected": 0.0,
         "strength_selected": (STRENGTH + _slack(step)) * first.strength_selected.abs(),

@@ -21,9 +21,17 @@ STRENGTH = (
     1e-6  # relative, of a multiplier that is made of sums: a GPU and a CPU add up thousands of squares in float32
 )
 SUMS = 1e-5  # relative, of a reported sum: a float32 sum of some thousand squares, each of them a few eps off
-# The same on a CPU: dot products of up to 524,288 numbers in a few running sums. If all squares are equal, as in Adam's
-# first step, their roundings go one way: 5e-4 was measured with a single thread, 1e-5 with squares of several sizes.
-SUMS_ON_CPU = 1e-3
+LONGEST, RUNNING = 524_288, 16  # of a dot product on a CPU: its numbers at most, and its running sums at least
+
+
+def error_of_sums(numel: int, on_cpu: bool) -> float:
+    """The relative error of a reported sum of a tensor of so many elements.
+
+    A CPU adds up dot products, each in a few running sums. If all squares are equal, as in Adam's first step, the
+    roundings of a running sum go one way. Each is half an eps of the sum by then, which is half of the last one on
+    average. 5e-4 of the 1e-3 that are allowed for the longest were measured, with a single thread.
+    """
+    return SUMS + (min(numel, LONGEST) / RUNNING * 2**-25 if on_cpu else 0.0)
 
 
 def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
