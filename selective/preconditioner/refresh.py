@@ -45,7 +45,7 @@ class Options(Protocol):
 
 
 class Facts(NamedTuple):
-    """What a refresh has to know of matrices after they were solved."""
+    """The facts of matrices that a refresh needs after they were solved."""
 
     scale: Tensor  # [batch]; the gradient's σ₁ is scale · √(largest eigenvalue)
     finite: Tensor  # bool [batch]
