@@ -37,12 +37,12 @@ def trained(layout: Layout, steps: int, **options: Any) -> tuple[SelectiveUpdate
     ranks, size = layout.ranks, SIZES["tiny"]
     torch.manual_seed(ranks.rank)
     model = layout.cut_model(Llama(size, ranks.device))
-    params = dict(model.named_parameters())
+    params: dict[str, Tensor] = dict(model.named_parameters())
     members = list(params.values())
     groups = [{"params": members[i :: len(POLICIES)], "policy": policy} for i, policy in enumerate(POLICIES)]
     options.setdefault("seed", 1)
     optimizer = SelectiveUpdate(torch.optim.AdamW(groups, lr=1e-3), **options)
-    losses = []
+    losses: list[float] = []
     share, shares = layout.batches
     for step in range(steps):
         values = torch.Generator().manual_seed(step % BATCHES)

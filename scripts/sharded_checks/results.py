@@ -49,7 +49,8 @@ def write(file: Path, run: dict[str, Any], results: Sequence[Result]) -> None:
     """Write the results so far. A file that exists is always whole."""
     records = [{**asdict(result), "numbers": _plain(result.numbers)} for result in results]
     temporary = file.with_name(file.name + ".part")
-    temporary.write_text(json.dumps({"about": run, "results": records}, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    temporary.write_text(f'{{"about": {json.dumps(run)},\n"results": [\n{lines}\n]}}\n')
     temporary.replace(file)
 
 

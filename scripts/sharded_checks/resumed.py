@@ -3,8 +3,7 @@
 The batches of a step are the same for any number of processes, and gradients are summed in another order. What that
 does to the losses is measured: the undisturbed runs on one process and on all differ by it. A resumed run may differ
 from the undisturbed run on one by `TIMES` as much, and by the last digit that is printed. On as many processes as
-before it has to print the same digits. A run that went on without its optimizer's state is further away, which
-`tests/sharded/test_script.py` shows.
+before it has to print the same digits.
 """
 
 from __future__ import annotations

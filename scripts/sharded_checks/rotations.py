@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -46,7 +45,7 @@ def rotations(layout: Layout, bases: Sequence[str]) -> Iterator[Result]:
             yield Result("rotations", layout.name, base, None, reason)
             continue
         for kind in ("unsharded", "gathered"):
-            yield _from_one_basis(layout, base, kind)
+            yield from_one_basis(layout, base, kind)
 
 
 def _space(sides: Any, layout: Layout) -> Eigenbasis:
@@ -54,7 +53,7 @@ def _space(sides: Any, layout: Layout) -> Eigenbasis:
     return Eigenbasis(sides=sides, solver="eigh", statistic="ema", stagger=False, refresh_every=1000)
 
 
-def _from_one_basis(layout: Layout, base: str, kind: str) -> Result:
+def from_one_basis(layout: Layout, base: str, kind: str) -> Result:
     """Go on from the checkpoint of a run of whole tensors, on these and in the layout."""
     side = UNSHARDED.get(layout.name, "columns")
     shapes, device = SHAPES[kind][side], layout.ranks.device

@@ -9,12 +9,14 @@ the same bits are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .given import Given, Shapes
+from selective import Policy
+
+from .given import Given
 from .layouts import Layout, whole
 from .optimizers import BASES, POLICIES, lacking
 from .results import Result
@@ -25,22 +27,24 @@ STEPS = 3
 SHAPES = [(7, 5), (24, 8), (16, 24), (5,), (1,), (4, 1), (2, 9), (3, 4, 2)]
 
 
-def selections(layout: Layout, bases: Sequence[str], **options: Any) -> Iterator[Result]:
-    """A result for each base and policy."""
+def selections(
+    layout: Layout, bases: Sequence[str], policies: Mapping[str, Policy] = POLICIES, **options: Any
+) -> Iterator[Result]:
+    """A result for each base and policy. `options` are those of the wrapper on the layout's side alone."""
     for base in bases:
         if reason := lacking(base):
             yield Result("selections", layout.name, base, None, reason)
         else:
-            yield from _of_base(layout, base, SHAPES, **options)
+            yield from _of_base(layout, base, policies, **options)
 
 
-def _of_base(layout: Layout, base: str, shapes: Shapes, **options: Any) -> Iterator[Result]:
-    """Step all policies together. `options` are those of the wrapper on the layout's side alone."""
+def _of_base(layout: Layout, base: str, policies: Mapping[str, Policy], **options: Any) -> Iterator[Result]:
+    """Step all policies together."""
     torch.manual_seed(layout.ranks.rank)  # which no policy may draw from
-    how: dict[str, Any] = {"policies": tuple(POLICIES.values())}
-    single = Given(BASES[base], shapes, layout.ranks.device, **how)
-    ours = Given(BASES[base], shapes, layout.ranks.device, layout=layout, **how, **options)
-    wrong, different, furthest = [0] * len(POLICIES), [0] * len(POLICIES), [0.0] * len(POLICIES)
+    how: dict[str, Any] = {"policies": tuple(policies.values())}
+    single = Given(BASES[base], SHAPES, layout.ranks.device, **how)
+    ours = Given(BASES[base], SHAPES, layout.ranks.device, layout=layout, **how, **options)
+    wrong, different, furthest = [0] * len(policies), [0] * len(policies), [0.0] * len(policies)
     for number in range(STEPS):
         for run in (single, ours):
             with torch.no_grad():
@@ -50,12 +54,12 @@ def _of_base(layout: Layout, base: str, shapes: Shapes, **options: Any) -> Itera
         for index, (mine, theirs) in enumerate(zip(ours.params, single.params, strict=True)):
             here, there = whole(mine), theirs.detach()
             off = (here - there).abs() / torch.maximum(here.abs(), there.abs()).clamp_min(torch.finfo(here.dtype).tiny)
-            at = index // len(shapes)
+            at = index // len(SHAPES)
             wrong[at] += int((~(off <= ROUNDING)).sum())
             different[at] += int((here != there).sum())
             furthest[at] = max(furthest[at], float(off.max()))
-    count = STEPS * sum(p.numel() for p in single.params) // len(POLICIES)
-    for at, name in enumerate(POLICIES):
+    count = STEPS * sum(p.numel() for p in single.params) // len(policies)
+    for at, name in enumerate(policies):
         bits = different[at] == 0
         passed = wrong[at] == 0 and (bits or layout.ranks.on_gpu)
         said = "the same bits" if bits else f"{wrong[at]} selected otherwise, {different[at]} other bits, of {count}"
