@@ -23,6 +23,7 @@ tensor parallelism over two, and `ddp`. The checks, each of which its file in `s
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import tempfile
@@ -126,15 +127,17 @@ def started(args: argparse.Namespace, argv: list[str]) -> tuple[dict[str, object
 
 def resuming(args: argparse.Namespace) -> Iterator[Result]:
     """Kill and resume the example, for each number of processes and layout that it has."""
-    for count in args.processes:
-        for layout in [name for name in ("fsdp", "hsdp") if name in args.layout]:
-            for asynchronous in (False, True):
-                every = [Result("resumed", layout, "all", None, unfit(layout, count) or "")]
-                for result in (
-                    every if unfit(layout, count) else resumed(count, layout == "hsdp", asynchronous, args.cpu)
-                ):
-                    result.processes = count
-                    yield result
+    layouts = [name for name in ("fsdp", "hsdp") if name in args.layout]
+    for count, layout, asynchronous in itertools.product(args.processes, layouts, (False, True)):
+        reason = unfit(layout, count)
+        every = resumed(count, layout == "hsdp", asynchronous, args.cpu) if reason is None else ()
+        try:
+            for result in every or [Result("resumed", layout, "all", None, str(reason))]:
+                result.processes = count
+                yield result
+        except (RuntimeError, TimeoutError) as error:  # a run that has ended early, or not at all
+            print(error, file=sys.stderr)
+            yield Result("resumed", layout, "all", False, str(error).splitlines()[0], {}, count)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,13 +152,14 @@ def main(argv: list[str] | None = None) -> int:
     if gpus and max(args.processes) > gpus:
         raise SystemExit(f"--processes {max(args.processes)}: there are {gpus} GPUs; --cpu takes gloo")
     about, found = started(args, argv)
-    if "resumed" in args.check:
-        for result in resuming(args):
+    about["command"] = "python scripts/sharded.py " + " ".join(argv)
+    for result in itertools.chain([None], resuming(args) if "resumed" in args.check else ()):
+        if result is not None:
             print(result, flush=True)
             found.append(result)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        results.write(args.out, about | {"command": "python scripts/sharded.py " + " ".join(argv)}, found)
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            results.write(args.out, about, found)
     counts = [sum(result.passed is passed for result in found) for passed in (True, False, None)]
     print("{} ok, {} failed, {} not run".format(*counts))
     return int(counts[1] > 0)

@@ -120,7 +120,7 @@ class Contender:
         return time.perf_counter()
 
     def counted(self) -> dict[str, Any]:
-        """What the optimizer's step sends and launches, and if it makes the host wait. All ranks count together."""
+        """Count what the optimizer's step sends and launches, and its waits for the GPU. All ranks count together."""
         self.backward()
         with all_reduces() as sent:
             self.optimizer.step()
@@ -135,18 +135,23 @@ class Contender:
 
 
 def rows_of(layout: Layout, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time all contenders of one layout in turns, so that all meet the same conditions."""
+    """Time the contenders of one layout, each in turns with torch's AdamW, so that both meet the same conditions.
+
+    There are two models at a time, and the row of AdamW is that of the first race.
+    """
     makers = contenders(args.contender, args.statistics, layout.name)
-    racing = {name: Contender(make, layout, args) for name, make in makers.items()}
-    for _ in range(args.warmup + args.steps):
-        for contender in racing.values():
-            contender.step()
     rows = []
-    for name, contender in racing.items():
+    for name in makers:
+        racing = {one: Contender(makers[one], layout, args) for one in dict.fromkeys((PLAIN, name))}
+        for _ in range(args.warmup + args.steps):
+            for contender in racing.values():
+                contender.step()
         row: dict[str, Any] = {"layout": layout.name, "processes": layout.ranks.size, "contender": name}
         if layout.ranks.on_gpu:
-            row |= _times(contender, racing[PLAIN], args.warmup)
-        rows.append({**row, **contender.counted()})
+            row |= _times(racing[name], racing[PLAIN], args.warmup)
+        rows.append({**row, **racing[name].counted()})
+        del racing
+        gc.collect()  # FSDP's modules and parameters refer to each other
     return rows
 
 
@@ -170,7 +175,6 @@ def on_this_rank(args: argparse.Namespace) -> None:
         for name in args.layout:
             reason = unfit(name, ranks.size)
             rows += rows_of(Layout(name, ranks), args) if reason is None else [_refused(name, ranks, reason)]
-            gc.collect()
             if ranks.rank == 0:
                 args.out.write_text(json.dumps({"about": about(ranks.device), "rows": rows}))
     except BaseException:

@@ -1,7 +1,7 @@
 """torch's own sharded Muon, wrapped: its update where every multiplier is 1, and exactly K of it under top-K.
 
-Rounding. torch adds the rate times the update to the parameter. The wrapper has that product rounded once more, before
-it adds. So a step differs by at most 2 · 2^-24 of the greatest coordinate, and gradients are given, so that nothing
+Rounding. torch adds the rate times the update to the parameter. The wrapper rounds that product first, and then
+the sum. So a step differs by at most 2 · 2^-24 of the greatest coordinate, and gradients are given, so that nothing
 feeds back: steps add up.
 """
 

@@ -8,7 +8,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import IO, Any
@@ -64,6 +65,21 @@ def join(cpu: bool = False) -> Ranks:
     return Ranks(device)
 
 
+@contextmanager
+def deterministic(ranks: Ranks) -> Iterator[None]:
+    """Let torch take operations that give the same bits each time, where it has them.
+
+    Otherwise ranks that make the same gradient, as those of tensor parallelism do of an embedding, add it on a GPU in
+    different orders, and are apart before an optimizer sees it.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(ranks.on_gpu or before, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def is_rank() -> bool:
     """True in a process that `Processes` or torchrun has started."""
     return "RANK" in os.environ
@@ -79,6 +95,7 @@ class Processes:
         shared = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         shared["PYTHONUNBUFFERED"] = "1"
         shared.setdefault("OMP_NUM_THREADS", "1")
+        shared.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `deterministic`
         self.output = output
         self.processes = [
             subprocess.Popen(

@@ -13,6 +13,7 @@ from selective import MGUP, Cautious, Eigenbasis, Magma, RandomMask, SelectiveUp
 
 from .layouts import Layout, as_bytes, whole
 from .model import SIZES, Llama, next_token_loss
+from .processes import deterministic
 from .results import Result
 
 POLICIES = (MGUP(), Cautious(), RandomMask(), Magma(), RandomMask.matching(MGUP()))
@@ -23,7 +24,8 @@ def replicas(layout: Layout, steps: int, **options: Any) -> Iterator[Result]:
     """Train with five policies, and with a rotation. `options` are those of the wrapper."""
     spaces = {"five policies": None, "rotated": Eigenbasis(sides="unsharded", refresh_every=20)}
     for name, space in spaces.items():
-        optimizer, params, losses = trained(layout, steps, preconditioner=space, **options)
+        with deterministic(layout.ranks):
+            optimizer, params, losses = trained(layout, steps, preconditioner=space, **options)
         differing = differing_entries(layout, optimizer, params)
         falls = all(torch.isfinite(torch.tensor(losses))) and (steps < 100 or losses[-1] < losses[0])
         said = f"the same bits after {steps} steps" if not differing else f"other bits: {', '.join(differing[:4])}"

@@ -3,7 +3,7 @@
 The batches of a step are the same for any number of processes, and gradients are summed in another order. What that
 does to the losses is measured: the undisturbed runs on one process and on all differ by it. A resumed run may differ
 from the undisturbed run on one by `TIMES` as much, and by the last digit that is printed. On as many processes as
-before it has to print the same digits.
+before it has to print the same digits. (Not on GPUs, where torch adds an embedding's gradient in any order.)
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from .processes import Processes
 from .results import Result
@@ -42,18 +44,20 @@ def resumed(processes: int, hsdp: bool, asynchronous: bool, cpu: bool) -> Iterat
 
         one, all_ = train(1, "one"), train(processes, "all")
         spread = max(abs(one[step] - all_[step]) for step in one)
+        same_order = cpu or not torch.cuda.is_available()
         before = train(processes, "killed", KILLED_AT)
         for count in sorted({processes, max(processes // 2, 1), 1}, reverse=True):
             shutil.copytree(folder / "killed", folder / f"on-{count}")
             after = train(count, f"on-{count}")
-            yield _judged(layout, f"{saves}, killed on {processes}, resumed on {count}", before, after,
-                          all_ if count == processes else one, spread if count != processes else 0.0)  # fmt: skip
+            same = count == processes
+            allowed = 0.0 if same and same_order else TIMES * spread + LAST_DIGIT
+            case = f"{saves}, killed on {processes}, resumed on {count}"
+            yield _judged(layout, case, before, after, all_ if same else one, allowed)
 
 
-def _judged(layout: str, case: str, before: Losses, after: Losses, undisturbed: Losses, spread: float) -> Result:
+def _judged(layout: str, case: str, before: Losses, after: Losses, undisturbed: Losses, allowed: float) -> Result:
     first = min(after, default=0)
     apart = max((abs(loss - undisturbed[step]) for step, loss in after.items()), default=0.0)
-    allowed = TIMES * spread + LAST_DIGIT if spread else 0.0
     goes_on = 1 < first <= max(before) and max(after, default=0) == STEPS
     said = f"killed after step {max(before)}, went on with {first}, losses {apart:.1e} apart, at most {allowed:.1e}"
     numbers = {"killed_after": max(before), "first_step": first, "apart": apart, "allowed": allowed}
