@@ -105,24 +105,24 @@ def _write(args: argparse.Namespace, ranks: Ranks, found: list[Result]) -> None:
         results.write(args.out, results.about(ranks.device), found)
 
 
-def started(args: argparse.Namespace, argv: list[str]) -> tuple[dict[str, object], list[Result]]:
-    """Start the processes of each run, and return what they found."""
-    found: list[Result] = []
-    about: dict[str, object] = {}
-    if set(args.check) & set(ON_RANKS):
-        for count in args.processes:
-            with tempfile.TemporaryDirectory() as folder:
-                out = Path(folder) / "results.json"
-                command = [sys.executable, str(Path(__file__).resolve()), *argv, "--out", str(out)]
-                code = Processes(command, count).wait(args.seconds)
-                here: list[Result] = []
-                if out.exists():
-                    about, here = results.read(out)
-            if code not in (0, FAILED):
-                here.append(Result("all", "all", "the processes", False, f"ended with {code}", {}, count))
-                print(here[-1], flush=True)
-            found += here
-    return about, found
+def started(args: argparse.Namespace, argv: list[str], count: int, layout: str, checks: list[str]) -> list[Result]:
+    """Start processes for these checks. After an error, those that have no result are started again, one by one."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "results.json"
+        command = [sys.executable, str(Path(__file__).resolve()), *argv, "--out", str(out)]
+        try:
+            code = Processes([*command, "--layout", layout, "--check", *checks], count).wait(args.seconds)
+            ended = f"ended with {code}" if code not in (0, FAILED) else ""
+        except TimeoutError as error:
+            ended = str(error)
+        found = results.read(out)[1] if out.exists() else []
+    if ended:
+        found.append(Result(checks[0] if len(checks) == 1 else "all", layout, "the processes", False, ended, {}, count))
+        print(found[-1], flush=True)
+        for check in checks if len(checks) > 1 else ():
+            if all(result.check != check for result in found):
+                found += started(args, argv, count, layout, [check])
+    return found
 
 
 def resuming(args: argparse.Namespace) -> Iterator[Result]:
@@ -140,6 +140,16 @@ def resuming(args: argparse.Namespace) -> Iterator[Result]:
             yield Result("resumed", layout, "all", False, str(error).splitlines()[0], {}, count)
 
 
+def sittings(args: argparse.Namespace, argv: list[str]) -> Iterator[list[Result]]:
+    """Run everything that was asked for, a part at a time, so that what is lost with an error is little."""
+    checks = [check for check in ON_RANKS if check in args.check]
+    for count, layout in itertools.product(args.processes, args.layout if checks else ()):
+        yield started(args, argv, count, layout, checks)
+    for result in resuming(args) if "resumed" in args.check else ():
+        print(result, flush=True)
+        yield [result]
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = options(argv)
@@ -151,12 +161,11 @@ def main(argv: list[str] | None = None) -> int:
     args.processes = args.processes or [gpus or 4]
     if gpus and max(args.processes) > gpus:
         raise SystemExit(f"--processes {max(args.processes)}: there are {gpus} GPUs; --cpu takes gloo")
-    about, found = started(args, argv)
+    about = results.about(torch.device("cuda" if gpus else "cpu"))
     about["command"] = "python scripts/sharded.py " + " ".join(argv)
-    for result in itertools.chain([None], resuming(args) if "resumed" in args.check else ()):
-        if result is not None:
-            print(result, flush=True)
-            found.append(result)
+    found: list[Result] = []
+    for more in sittings(args, argv):
+        found += more
         if args.out is not None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             results.write(args.out, about, found)

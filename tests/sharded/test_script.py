@@ -51,10 +51,28 @@ def test_the_script_starts_processes_and_writes_what_they_found(tmp_path: Path) 
 
 def test_a_failed_check_is_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     failed = Result("selections", "fsdp", "SGD, MGUP", False, "3 selected otherwise", {}, 2)
-    monkeypatch.setattr(sharded, "started", lambda args, argv: ({}, [failed]))
-    assert sharded.main(["--cpu", "--check", "selections"]) == 1
+    monkeypatch.setattr(sharded, "started", lambda *_: [failed])
+    assert sharded.main(["--cpu", "--check", "selections", "--layout", "fsdp"]) == 1
     assert "0 ok, 1 failed, 0 not run" in capsys.readouterr().out
     assert str(failed).startswith("FAILED  selections  fsdp          2 processes  SGD, MGUP: ")
+
+
+def test_checks_after_an_error_are_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Processes that end with an error, the first time before any result, are started again for one check each."""
+    asked = []
+
+    class Ending:
+        def __init__(self, command: list[str], size: int) -> None:
+            asked.append(command[len(command) - command[::-1].index("--check") :])
+
+        def wait(self, seconds: float) -> int:
+            return sharded.CRASHED
+
+    monkeypatch.setattr(sharded, "Processes", Ending)
+    arguments = ["--cpu", "--check", "muon", "waits", "--layout", "ddp", "--processes", "2"]
+    assert sharded.main(arguments) == 1
+    assert asked == [["muon", "waits"], ["muon"], ["waits"]]
+    assert capsys.readouterr().out.count("the processes: ended with 2") == 3
 
 
 def test_a_process_that_ends_badly_ends_the_others() -> None:
