@@ -52,13 +52,13 @@ def options() -> argparse.Namespace:
 
 
 def start(cpu: bool) -> torch.device:
-    """The process group: torchrun's, or one of this process alone. Asynchronous saves need gloo, too."""
+    """The process group: torchrun's, or one of this process alone."""
     kind = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if kind == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **alone)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", **alone)
     return device
 
 
@@ -79,12 +79,12 @@ def sharded(model: GPT, args: argparse.Namespace, device: torch.device) -> GPT:
     return fully_shard(model, mesh=mesh, mp_policy=around)
 
 
-def save(folder: Path, step: int, model: GPT, optimizer: SelectiveUpdate, asynchronous: bool) -> Future[Any] | None:
-    """Save a checkpoint. If that is asynchronous, the future ends when it is whole."""
+def save(folder: Path, step: int, model: GPT, optimizer: SelectiveUpdate, group: Any) -> Future[Any] | None:
+    """Save a checkpoint: over a process `group` of its own, in a thread whose end the future is, else at once."""
     parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     where = folder / f"step-{step}"
-    if asynchronous:
-        return dcp.async_save(parts, checkpoint_id=where)  # type: ignore[return-value]  # by its default type
+    if group is not None:
+        return dcp.async_save(parts, checkpoint_id=where, process_group=group)  # type: ignore[return-value]
     dcp.save(parts, checkpoint_id=where)
     return None
 
@@ -119,6 +119,8 @@ def main() -> None:
     if rank == 0:
         print(optimizer.explain(), f"from step {done} on, {ranks} ranks", sep="\n")
     saving: Future[Any] | None = None
+    # The thread that saves talks to other ranks while they train. In one group the two would wait for each other.
+    saving_group = dist.new_group(backend="gloo") if args.asynchronous else None
     for step in range(done, args.steps):
         windows = batch(text, 0, step, args.batch, args.context)[rank::ranks].to(device)
         here = loss(model, windows)
@@ -132,7 +134,7 @@ def main() -> None:
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             if saving is not None:
                 saving.result()  # one at a time
-            saving = save(folder, step + 1, model, optimizer, args.asynchronous)
+            saving = save(folder, step + 1, model, optimizer, saving_group)
     if saving is not None:
         saving.result()
     dist.barrier()
