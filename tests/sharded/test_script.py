@@ -96,5 +96,7 @@ def test_what_a_resumed_run_has_to_do(after: dict[int, float], passed: bool) -> 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["saves", "asynchronous saves"])
 def test_killed_and_resumed(asynchronous: bool) -> None:
-    found = list(resumed.resumed(2, hsdp=False, asynchronous=asynchronous, cpu=True))
-    assert len(found) == 2 and all(result.passed for result in found), found
+    """Over the training's own gloo group, asynchronous saves of four processes never ended, those of two did."""
+    processes = 4 if asynchronous else 2
+    found = list(resumed.resumed(processes, hsdp=False, asynchronous=asynchronous, cpu=True))
+    assert len(found) == (3 if asynchronous else 2) and all(result.passed for result in found), found
