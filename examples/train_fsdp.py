@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,15 +42,18 @@ def options() -> argparse.Namespace:
         "--recompute", action="store_true", help="recompute the activations of blocks in the backward pass"
     )
     parser.add_argument("--compile", action="store_true", help="compile each block")
+    parser.add_argument("--replicas", type=int, default=1, help="HSDP: so many replicas, each of which is sharded")
+    parser.add_argument("--asynchronous", action="store_true", help="go on while a checkpoint is written")
+    parser.add_argument("--cpu", action="store_true", help="take no GPU")
     parser.add_argument(
         "--folder", type=Path, help="folder of checkpoints, which all ranks see; default for a single rank: a new one"
     )
     return parser.parse_args()
 
 
-def start() -> torch.device:
+def start(cpu: bool) -> torch.device:
     """The process group: torchrun's, or one of this process alone."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if kind == "cuda":
@@ -59,7 +64,9 @@ def start() -> torch.device:
 
 def sharded(model: GPT, args: argparse.Namespace, device: torch.device) -> GPT:
     """Shard the blocks first, then the rest, as FSDP2 requires. Recomputing and compiling are inside of the shards."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    shards = dist.get_world_size() // args.replicas
+    shape, names = ((args.replicas, shards), ("replicate", "shard")) if args.replicas > 1 else ((shards,), ("shard",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     dtype = torch.bfloat16 if args.bfloat16 else None
     within = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     around = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
@@ -72,9 +79,14 @@ def sharded(model: GPT, args: argparse.Namespace, device: torch.device) -> GPT:
     return fully_shard(model, mesh=mesh, mp_policy=around)
 
 
-def save(folder: Path, step: int, model: GPT, optimizer: SelectiveUpdate) -> None:
+def save(folder: Path, step: int, model: GPT, optimizer: SelectiveUpdate, group: Any) -> Future[Any] | None:
+    """Save a checkpoint: over a process `group` of its own, in a thread whose end the future is, else at once."""
     parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.save(parts, checkpoint_id=folder / f"step-{step}")
+    where = folder / f"step-{step}"
+    if group is not None:
+        return dcp.async_save(parts, checkpoint_id=where, process_group=group)  # type: ignore[return-value]
+    dcp.save(parts, checkpoint_id=where)
+    return None
 
 
 def resume(folder: Path, model: GPT, optimizer: SelectiveUpdate) -> int:
@@ -90,7 +102,8 @@ def resume(folder: Path, model: GPT, optimizer: SelectiveUpdate) -> int:
 
 
 def main() -> None:
-    args, device = options(), start()
+    args = options()
+    device = start(args.cpu)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if args.folder is None and ranks > 1:
         raise SystemExit("--folder: all ranks have to write to the same one")
@@ -105,6 +118,9 @@ def main() -> None:
     done = resume(folder, model, optimizer)
     if rank == 0:
         print(optimizer.explain(), f"from step {done} on, {ranks} ranks", sep="\n")
+    saving: Future[Any] | None = None
+    # The thread that saves talks to other ranks while they train. In one group the two would wait for each other.
+    saving_group = dist.new_group(backend="gloo") if args.asynchronous else None
     for step in range(done, args.steps):
         windows = batch(text, 0, step, args.batch, args.context)[rank::ranks].to(device)
         here = loss(model, windows)
@@ -116,7 +132,11 @@ def main() -> None:
         if rank == 0:
             print(f"step {step + 1} loss {mean.item() / ranks:.6f}")
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            save(folder, step + 1, model, optimizer)
+            if saving is not None:
+                saving.result()  # one at a time
+            saving = save(folder, step + 1, model, optimizer, saving_group)
+    if saving is not None:
+        saving.result()
     dist.barrier()
     dist.destroy_process_group()
     if rank == 0:

@@ -1,180 +1,178 @@
-"""Compares a sharded step with the step of whole tensors: the same bits, its time, its collectives.
+"""Checks sharded steps against steps of whole tensors, in every layout, on any number of GPUs or processes.
 
-    torchrun --standalone --nproc-per-node 2 scripts/sharded.py --shapes llama-60m
+    python scripts/sharded.py --processes 4 --out results/sharded.json
+    python scripts/sharded.py --processes 4 --layout hsdp fsdp-tp --check selections rotations
 
-It uses NCCL on GPUs and gloo elsewhere. Every rank keeps one set of parameters whole and one cut by rows over all
-ranks, gives both the same gradients, and compares them after a few steps (`same bits`, on the shapes of `--check`). On
-a CPU both sides use the reference, because the CPU's kernels for whole tensors round differently. Then it times steps
-on shards, in turns, against torch's fused AdamW on the same shards. The time is the median of `--rounds` on the
-slowest rank. `host waits` says if a step makes the host wait for the GPU. `launches` counts the kernels, copies and
-fills that a step puts on the GPU, those of the collectives included.
+It starts the processes itself, over NCCL if there are GPUs, and over gloo otherwise. It prints a line for each check,
+and exits with 1 if one has failed. `--out` writes what was measured. Under torchrun, on one host or several, it is one
+of the processes:
+
+    torchrun --nnodes 2 --nproc-per-node 8 ... scripts/sharded.py
+
+Layouts: `fsdp` by rows and `fsdp-columns`, `hsdp` with two shards and as many replicas as that leaves, `fsdp-tp` with
+tensor parallelism over two, and `ddp`. The checks, each of which its file in `sharded_checks` describes:
+
+    selections   the same coordinates as on whole tensors, given the same updates: every base, every policy
+    rotations    from one stored basis, on the side that is whole and gathered: the same end, to rounding
+    replicas     all ranks have the same bits after 200 steps of training
+    muon         torch's own sharded Muon, to its rounding, or the words in which it is refused
+    waits        no step makes the host wait for the GPU
+    resumed      examples/train_fsdp.py, killed and resumed on fewer processes (not under torchrun)
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from typing import Any
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from sharded_checks import results
+from sharded_checks.layouts import LAYOUTS, Layout, unfit
+from sharded_checks.muon import muon
+from sharded_checks.optimizers import BASES
+from sharded_checks.processes import Processes, Ranks, is_rank, join
+from sharded_checks.replicas import replicas
+from sharded_checks.results import Result
+from sharded_checks.resumed import resumed
+from sharded_checks.rotations import rotations
+from sharded_checks.selections import selections
+from sharded_checks.waits import waits
 
-from selective import MGUP, Cautious, CautiousMGUP, Policy, RandomMask, SelectiveUpdate
-from selective.bench.clock import clock_of
-from selective.bench.rotations import TimedCall
-from selective.bench.shapes import SHAPES
-from selective.bench.traffic import all_reduces
-from selective.kernels import use_backend
-
-POLICIES: dict[str, Policy] = {
-    "CautiousMGUP": CautiousMGUP(), "RandomMask": RandomMask(), "Cautious": Cautious(), "MGUP": MGUP(),
-}  # fmt: skip
-
-
-def parameters(shapes: list[tuple[int, ...]], mesh: Any, device: str, cut: bool) -> list[nn.Parameter]:
-    """Parameters with the same values on every rank, whole or cut by rows."""
-    values = torch.Generator(device).manual_seed(0)
-    params = []
-    for shape in shapes:
-        whole = torch.randn(shape, generator=values, device=device) * 0.02
-        params.append(nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None) if cut else whole))
-    return params
+ON_RANKS = ("selections", "rotations", "replicas", "muon", "waits")
+CHECKS = (*ON_RANKS, "resumed")
+FAILED, CRASHED = 1, 2  # what a process ends with if a check has failed, and after an error
 
 
-def give_gradients(params: list[nn.Parameter], step: int, device: str) -> None:
-    values = torch.Generator(device).manual_seed(1 + step)
-    for p in params:
-        whole = torch.randn(p.shape, generator=values, device=device)
-        if isinstance(p, DTensor):
-            whole = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
-        p.grad = whole
+def options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--processes", type=int, nargs="+", help="numbers of processes, one after the other; default: all GPUs, or 4")
+    add("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    add("--check", nargs="+", choices=CHECKS, default=list(CHECKS))
+    add("--base", nargs="+", choices=BASES, default=list(BASES))
+    add("--steps", type=int, default=200, help="steps of the training of `replicas`")
+    add("--out", type=Path, help="JSON file of the results")
+    add("--cpu", action="store_true", help="gloo, also where there are GPUs")
+    add("--seconds", type=float, default=3000, help="limit of the processes of one run")
+    return parser.parse_args(argv)
 
 
-def same_bits(policy: Policy, shapes: list[tuple[int, ...]], mesh: Any, device: str) -> bool:
-    """True if shards and whole tensors are the same after three steps, on every rank."""
-    runs: list[list[Tensor]] = []
-    for cut in (False, True):
-        params = parameters(shapes, mesh, device, cut)
-        optimizer = SelectiveUpdate(torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1), policy=policy)
-        for step in range(3):
-            give_gradients(params, step, device)
-            with use_backend("reference" if device == "cpu" else "auto"):
-                optimizer.step()
-        runs.append([p.full_tensor() if isinstance(p, DTensor) else p for p in params])
-    same = torch.tensor(all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), dtype=torch.int32, device=device)
-    dist.all_reduce(same, op=dist.ReduceOp.MIN)
-    return bool(same)
+def checks_of(layout: Layout, args: argparse.Namespace) -> Iterator[Result]:
+    """Run the checks of one layout on this rank."""
+    functions: dict[str, Callable[[], Iterator[Result]]] = {
+        "selections": lambda: selections(layout, args.base),
+        "rotations": lambda: rotations(layout, args.base),
+        "replicas": lambda: replicas(layout, args.steps),
+        "muon": lambda: muon(layout),
+        "waits": lambda: waits(layout),
+    }
+    for name in ON_RANKS:
+        if name in args.check:
+            yield from functions[name]()
 
 
-def sent_by(step: Callable[[], Any]) -> tuple[int, int]:
-    """The number of all-reduces of one step, and their bytes."""
-    with all_reduces() as sizes:
-        step()
-    return len(sizes), sum(sizes)
-
-
-def waits(step: Callable[[], Any], device: str) -> str:
-    """ "yes" with the reason, or "no": does a step make the host wait for the GPU?"""
-    if device == "cpu":
-        return "-"
-    torch.cuda.set_sync_debug_mode("error")
+def on_this_rank(args: argparse.Namespace) -> list[Result]:
+    """Run all layouts as one of the processes. An error on one rank ends it, so that no other waits."""
+    ranks, found = join(args.cpu), []
     try:
-        step()
-    except RuntimeError as error:
-        return f"yes ({str(error).splitlines()[0][:60]})"
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return "no"
-
-
-def launched_by(step: Callable[[], Any], device: str) -> str:
-    """The number of launches of one step, or "-" if a rank can't count: all ranks must take the same steps."""
-    clock = clock_of(device.partition(":")[0])
-    probe = TimedCall(lambda: torch.zeros(1, device=device))
-    able = torch.tensor(int(clock.launches(probe) is not None), device=device)
-    dist.all_reduce(able, op=dist.ReduceOp.MIN)
-    counts = clock.launches(TimedCall(step)) if bool(able) else None
-    return "-" if counts is None else str(sum(counts.values()))
-
-
-def timed(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
-    """The milliseconds of each step function, called in turns: the median of the rounds on the slowest rank."""
-    milliseconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            dist.barrier()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            milliseconds[name].append((time.perf_counter() - start) * 1e3)
-    medians = torch.tensor([statistics.median(times) for times in milliseconds.values()], device=device)
-    dist.all_reduce(medians, op=dist.ReduceOp.MAX)
-    return dict(zip(steps, medians.tolist(), strict=True))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("--shapes", choices=sorted(SHAPES), default="llama-60m")
-    parser.add_argument("--check", choices=sorted(SHAPES), default="transformer-30m")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--tensors", type=int, default=None, help="number of tensors to take of the shapes")
-    options = parser.parse_args()
-    gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if gpu else "gloo")
-    device = f"cuda:{dist.get_rank() % torch.cuda.device_count()}" if gpu else "cpu"
-    if gpu:
-        torch.cuda.set_device(device)
-    mesh = init_device_mesh("cuda" if gpu else "cpu", (dist.get_world_size(),))
-    checked, shapes = SHAPES[options.check][: options.tensors], SHAPES[options.shapes][: options.tensors]
-    equal = {name: same_bits(policy, checked, mesh, device) for name, policy in POLICIES.items()}
-
-    def over(make: Callable[[list[nn.Parameter]], Any]) -> Any:
-        params = parameters(shapes, mesh, device, cut=True)
-        give_gradients(params, 0, device)
-        optimizer = make(params)
-        optimizer.step()  # state, tables and compiled kernels
-        return optimizer.step
-
-    steps: dict[str, Any] = {"AdamW fused": over(lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True))}
-    for name, policy in POLICIES.items():
-        for suffix, collected in (("", False), (", statistics", True)):
-            steps[name + suffix] = over(
-                lambda p, policy=policy, collected=collected: SelectiveUpdate(
-                    torch.optim.AdamW(p, lr=1e-3), policy=policy, statistics=collected
-                )
-            )
-    sent, waited = {n: sent_by(s) for n, s in steps.items()}, {n: waits(s, device) for n, s in steps.items()}
-    times = timed(steps, options.rounds, device)
-    launched = {name: launched_by(step, device) for name, step in steps.items()}
-    if dist.get_rank() == 0:
-        name = torch.cuda.get_device_name() if gpu else "CPU"
-        print(
-            f"{dist.get_world_size()} ranks, {name}, torch {torch.__version__}, {options.shapes}, {len(shapes)} tensors"
-        )
-        print("| step | ms | × AdamW fused | launches | all-reduces | bytes | host waits | same bits |")
-        print("|" + " --- |" * 8)
-        for step, ms in times.items():
-            ratio, (count, size) = ms / times["AdamW fused"], sent[step]
-            bits = {True: "yes", False: "NO"}.get(equal.get(step.partition(",")[0]), "-")  # type: ignore[arg-type]
-            sending = f"{launched[step]} | {count} | {size:,} | {waited[step]}"
-            print(f"| {step} | {ms:.2f} | {ratio:.2f} | {sending} | {bits} |")
+        for name in args.layout:
+            reason = unfit(name, ranks.size)
+            layout = Layout(name, ranks)
+            every = checks_of(layout, args) if reason is None else [Result("all", name, "all", None, reason)]
+            for result in every:
+                result.processes = ranks.size
+                found.append(results.agreed(ranks.gathered(result)))
+                if ranks.rank == 0:
+                    print(found[-1], flush=True)
+                    _write(args, ranks, found)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(CRASHED)
     dist.barrier()
-    dist.destroy_process_group()
-    if not all(equal.values()):
-        raise SystemExit("shards and whole tensors differ")
+    return found
+
+
+def _write(args: argparse.Namespace, ranks: Ranks, found: list[Result]) -> None:
+    if args.out is not None:
+        results.write(args.out, results.about(ranks.device), found)
+
+
+def started(args: argparse.Namespace, argv: list[str], count: int, layout: str, checks: list[str]) -> list[Result]:
+    """Start processes for these checks. After an error, those that have no result are started again, one by one."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "results.json"
+        command = [sys.executable, str(Path(__file__).resolve()), *argv, "--out", str(out)]
+        try:
+            code = Processes([*command, "--layout", layout, "--check", *checks], count).wait(args.seconds)
+            ended = f"ended with {code}" if code not in (0, FAILED) else ""
+        except TimeoutError as error:
+            ended = str(error)
+        found = results.read(out)[1] if out.exists() else []
+    if ended:
+        found.append(Result(checks[0] if len(checks) == 1 else "all", layout, "the processes", False, ended, {}, count))
+        print(found[-1], flush=True)
+        for check in checks if len(checks) > 1 else ():
+            if all(result.check != check for result in found):
+                found += started(args, argv, count, layout, [check])
+    return found
+
+
+def resuming(args: argparse.Namespace) -> Iterator[Result]:
+    """Kill and resume the example, for each number of processes and layout that it has."""
+    layouts = [name for name in ("fsdp", "hsdp") if name in args.layout]
+    for count, layout, asynchronous in itertools.product(args.processes, layouts, (False, True)):
+        reason = unfit(layout, count)
+        every = resumed(count, layout == "hsdp", asynchronous, args.cpu) if reason is None else ()
+        try:
+            for result in every or [Result("resumed", layout, "all", None, str(reason))]:
+                result.processes = count
+                yield result
+        except (RuntimeError, TimeoutError) as error:  # a run that has ended early, or not at all
+            print(error, file=sys.stderr)
+            yield Result("resumed", layout, "all", False, str(error).splitlines()[0], {}, count)
+
+
+def sittings(args: argparse.Namespace, argv: list[str]) -> Iterator[list[Result]]:
+    """Run everything that was asked for, a part at a time, so that what is lost with an error is little."""
+    checks = [check for check in ON_RANKS if check in args.check]
+    for count, layout in itertools.product(args.processes, args.layout if checks else ()):
+        yield started(args, argv, count, layout, checks)
+    for result in resuming(args) if "resumed" in args.check else ():
+        print(result, flush=True)
+        yield [result]
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = options(argv)
+    if is_rank():
+        found = on_this_rank(args)
+        sys.stdout.flush()  # and no end of the interpreter, in which gloo's threads have aborted
+        os._exit(FAILED if any(result.passed is False for result in found) else 0)
+    gpus = 0 if args.cpu else torch.cuda.device_count()
+    args.processes = args.processes or [gpus or 4]
+    if gpus and max(args.processes) > gpus:
+        raise SystemExit(f"--processes {max(args.processes)}: there are {gpus} GPUs; --cpu takes gloo")
+    about = results.about(torch.device("cuda" if gpus else "cpu"))
+    about["command"] = "python scripts/sharded.py " + " ".join(argv)
+    found: list[Result] = []
+    for more in sittings(args, argv):
+        found += more
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            results.write(args.out, about, found)
+    counts = [sum(result.passed is passed for result in found) for passed in (True, False, None)]
+    print("{} ok, {} failed, {} not run".format(*counts))
+    return int(counts[1] > 0)
 
 
 if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)  # when the interpreter ends, gloo's threads have aborted processes that had all results
+    sys.exit(main())

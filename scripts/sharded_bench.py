@@ -1,121 +1,252 @@
-"""Times steps under FSDP2: torch's fused AdamW, and `SelectiveUpdate` around it, in turns in one run.
+"""Times whole training steps in every layout: torch's fused AdamW, and `SelectiveUpdate` around it, in turns.
 
-torchrun --nproc-per-node N scripts/sharded_bench.py [--layers 12 --width 1024 ...]
+    python scripts/sharded_bench.py --processes 1 2 4 --layout fsdp hsdp fsdp-tp ddp --model llama-110m --out FILE
+    python scripts/sharded_bench.py --processes 2 --shapes llama-60m --statistics
 
-Rank 0 prints a line of JSON for each contender: the median milliseconds of a whole training step (forward, backward,
-optimizer) and of the optimizer's step alone, their ratios to AdamW's, and the collectives and bytes of an optimizer's
-step.
+A row for each contender: the median milliseconds of a step (forward, backward, optimizer) and of the optimizer alone,
+on the slowest rank, their ratios to AdamW's in the same layout, and the launches, collectives, bytes and host waits of
+the optimizer's step. With `--shapes` there is no model: the optimizer steps parameters of these shapes. It starts the
+processes itself, as `sharded.py` does, and runs under torchrun, too. On CPUs it counts, and reports no times.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from sharded_checks.layouts import LAYOUTS, Bag, Layout, cut_like, unfit
+from sharded_checks.model import SIZES, Llama, next_token_loss
+from sharded_checks.processes import Processes, Ranks, is_rank, join
+from sharded_checks.results import about
+from sharded_checks.waits import waiting
+from torch.optim import Optimizer
 
-from selective import MGUP, Cautious, CautiousMGUP, Eigenbasis, SelectiveUpdate
+from selective import MGUP, Cautious, CautiousMGUP, Eigenbasis, RandomMask, SelectiveUpdate
+from selective.bench.clock import clock_of
+from selective.bench.rotations import TimedCall
+from selective.bench.shapes import SHAPES
 from selective.bench.traffic import all_reduces
-from selective.compare.config import ModelConfig
-from selective.compare.model import GPT, loss
 
-Make = Callable[[torch.optim.Optimizer], torch.optim.Optimizer]
-CONTENDERS: dict[str, Make] = {
-    "torch AdamW": lambda base: base,
-    "agreement": lambda base: SelectiveUpdate(base, policy=CautiousMGUP(), statistics=False),
-    "agreement, mean-preserving": lambda base: SelectiveUpdate(base, policy=Cautious(), statistics=False),
-    "exact top-K": lambda base: SelectiveUpdate(base, policy=MGUP(), statistics=False),
-    "rotated, unsharded side": lambda base: SelectiveUpdate(
-        base, preconditioner=Eigenbasis(sides="unsharded", refresh_every=10**6, stagger=False), statistics=False
-    ),
+Make = Callable[[Optimizer], Optimizer]
+PLAIN = "torch AdamW"
+SELDOM: dict[str, Any] = {"refresh_every": 10**6, "stagger": False}  # a step between refreshes
+OPTIONS: dict[str, dict[str, Any]] = {
+    "agreement": {"policy": CautiousMGUP()},
+    "agreement, mean-preserving": {"policy": Cautious()},
+    "exact top-K": {"policy": MGUP()},
+    "random": {"policy": RandomMask()},
+    "rotated, unsharded side": {"preconditioner": Eigenbasis(sides="unsharded", **SELDOM)},
+    "rotated, gathered": {"preconditioner": Eigenbasis(sides="two", **SELDOM)},
 }
+
+COLUMNS = ("processes", "layout", "contender", "ms", "× AdamW", "optimizer, ms", "× AdamW", "launches", "collectives",
+           "bytes", "host waits")  # fmt: skip
+
+
+def contenders(wanted: list[str] | None, with_statistics: bool, layout: str) -> dict[str, Make]:
+    """The contenders of these names; by default all. Nothing is unsharded where nothing is sharded."""
+    names = [name for name in wanted or OPTIONS if not (layout == "ddp" and name == "rotated, unsharded side")]
+    found: dict[str, Make] = {PLAIN: lambda base: base}
+    for name in names:
+        for reported in (False, True) if with_statistics and "policy" in OPTIONS[name] else (False,):
+            options = {**OPTIONS[name], "statistics": reported}
+            found[name + ", statistics" * reported] = lambda base, options=options: SelectiveUpdate(base, **options)
+    return found
 
 
 class Contender:
-    """A sharded model and its optimizer."""
+    """A model, or parameters alone, in one layout, with an optimizer over them."""
 
-    def __init__(self, make: Make, config: ModelConfig, device: torch.device) -> None:
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        self.device, self.model = device, GPT(config, seed=0).to(device)
-        for block in self.model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
-        self.optimizer = make(torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True))
+    def __init__(self, make: Make, layout: Layout, args: argparse.Namespace) -> None:
+        self.layout, self.ranks, self.args = layout, layout.ranks, args
+        if args.shapes is None:
+            self.size = SIZES[args.model]
+            self.module = layout.cut_model(Llama(self.size, self.ranks.device))
+        else:
+            values = torch.Generator(self.ranks.device).manual_seed(0)
+            shapes = SHAPES[args.shapes][: args.tensors]
+            self.module = layout.cut_bag(
+                Bag(torch.randn(s, generator=values, device=self.ranks.device) * 0.02 for s in shapes)
+            )
+        params = list(self.module.parameters())
+        self.optimizer = make(torch.optim.AdamW(params, lr=1e-4, fused=True))
+        self.draws = torch.Generator().manual_seed(0)
         self.whole: list[float] = []
         self.own: list[float] = []
 
-    def step(self, windows: torch.Tensor) -> None:
+    def backward(self) -> None:
+        """Make gradients: those of a batch, or given ones, which stay."""
+        if self.args.shapes is not None:
+            for number, p in enumerate(self.module.parameters()):
+                if p.grad is None:
+                    values = torch.Generator(self.ranks.device).manual_seed(number)
+                    p.grad = cut_like(torch.randn(p.shape, generator=values, device=self.ranks.device), p)
+            return
+        share, shares = self.layout.batches
+        windows = torch.randint(
+            self.size.vocabulary, (shares, self.args.batch, self.size.context), generator=self.draws
+        )
+        with torch.autocast(self.ranks.device.type, torch.bfloat16):
+            loss = next_token_loss(self.module, windows[share].to(self.ranks.device))
+        loss.backward()
+
+    def step(self) -> None:
+        dist.barrier()
         began = self._now()
-        loss(self.model, windows).backward()
+        self.backward()
         before = self._now()
         self.optimizer.step()
         after = self._now()
-        self.optimizer.zero_grad()
+        if self.args.shapes is None:
+            self.optimizer.zero_grad()
         self.whole.append((after - began) * 1e3)
         self.own.append((after - before) * 1e3)
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.ranks.on_gpu:
+            torch.cuda.synchronize()
         return time.perf_counter()
 
-
-def measured(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    config = ModelConfig(layers=args.layers, width=args.width, heads=args.heads, context=args.context)
-    contenders = {name: Contender(make, config, device) for name, make in CONTENDERS.items()}
-    draws = torch.Generator().manual_seed(dist.get_rank())
-    for _ in range(args.warmup + args.steps):
-        windows = torch.randint(256, (args.batch, args.context + 1), generator=draws).to(device)
-        for contender in contenders.values():  # in turns, so that all meet the same conditions
-            contender.step(windows)
-    rows = []
-    plain = contenders["torch AdamW"]
-    for name, contender in contenders.items():
+    def counted(self) -> dict[str, Any]:
+        """Count what the optimizer's step sends and launches, and its waits for the GPU. All ranks count together."""
+        self.backward()
         with all_reduces() as sent:
-            contender.step(windows)
-        whole, optimizer_only = (
-            statistics.median(times[args.warmup : -1]) for times in (contender.whole, contender.own)
-        )
-        ratios = [
-            statistics.median(a / b for a, b in zip(mine[args.warmup : -1], theirs[args.warmup :], strict=False))
-            for mine, theirs in ((contender.whole, plain.whole), (contender.own, plain.own))
-        ]
-        row = {"contender": name, "step_ms": whole, "optimizer_ms": optimizer_only, "step_ratio": ratios[0]}
-        rows.append({**row, "optimizer_ratio": ratios[1], "collectives": len(sent), "bytes": sum(sent)})
+            self.optimizer.step()
+        row: dict[str, Any] = {"collectives": len(sent), "bytes": sum(sent), "launches": None, "waits": None}
+        if self.ranks.on_gpu:
+            row["waits"] = waiting(self.optimizer.step) or "no"
+            clock = clock_of("cuda")
+            probe = clock.launches(TimedCall(lambda: torch.zeros(1, device=self.ranks.device)))
+            if all(self.ranks.gathered(probe is not None)):  # else ranks would take different numbers of steps
+                row["launches"] = sum((clock.launches(TimedCall(self.optimizer.step)) or {}).values())
+        return row
+
+
+def rows_of(layout: Layout, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time the contenders of one layout, each in turns with torch's AdamW, so that both meet the same conditions.
+
+    There are two models at a time, and the row of AdamW is that of the first race.
+    """
+    makers = contenders(args.contender, args.statistics, layout.name)
+    rows = []
+    for name in makers:
+        racing = {one: Contender(makers[one], layout, args) for one in dict.fromkeys((PLAIN, name))}
+        for _ in range(args.warmup + args.steps):
+            for contender in racing.values():
+                contender.step()
+        row: dict[str, Any] = {"layout": layout.name, "processes": layout.ranks.size, "contender": name}
+        if layout.ranks.on_gpu:
+            row |= _times(racing[name], racing[PLAIN], args.warmup)
+        rows.append({**row, **racing[name].counted()})
+        del racing
+        gc.collect()  # FSDP's modules and parameters refer to each other
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"layers": 12, "width": 1024, "heads": 16, "context": 512, "batch": 8, "steps": 30, "warmup": 5}
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if kind == "cuda" else kind)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    rows = measured(args, device)
-    if dist.get_rank() == 0:
-        about = {"ranks": dist.get_world_size(), "device": torch.cuda.get_device_name() if kind == "cuda" else "CPU"}
-        print(json.dumps({**about, "torch": torch.__version__, **vars(args)}))
-        for row in rows:
-            print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}))
+def _times(contender: Contender, plain: Contender, warmup: int) -> dict[str, float]:
+    """Medians on the slowest rank, and medians of the ratios of neighbouring steps."""
+    mine, theirs = ((c.whole[warmup:], c.own[warmup:]) for c in (contender, plain))
+    medians = [statistics.median(times) for times in mine]
+    ratios = [
+        statistics.median(a / b for a, b in zip(here, there, strict=True))
+        for here, there in zip(mine, theirs, strict=True)
+    ]
+    slowest = [max(values) for values in zip(*contender.ranks.gathered(medians + ratios), strict=True)]
+    names = ("step_ms", "optimizer_ms", "step_ratio", "optimizer_ratio")
+    return {name: round(value, 4) for name, value in zip(names, slowest, strict=True)}
+
+
+def on_this_rank(args: argparse.Namespace) -> None:
+    """Time all layouts as one of the processes. The first one writes the rows."""
+    ranks, rows = join(args.cpu), []
+    try:
+        for name in args.layout:
+            reason = unfit(name, ranks.size)
+            rows += rows_of(Layout(name, ranks), args) if reason is None else [_refused(name, ranks, reason)]
+            if ranks.rank == 0:
+                args.out.write_text(json.dumps({"about": about(ranks.device), "rows": rows}))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # so that no other rank waits
     dist.barrier()
-    dist.destroy_process_group()
+
+
+def _refused(name: str, ranks: Ranks, reason: str) -> dict[str, Any]:
+    return {"layout": name, "processes": ranks.size, "contender": None, "not_run": reason}
+
+
+def printed(row: dict[str, Any]) -> str:
+    """One row of the table. What was not measured is a dash."""
+    if "not_run" in row:
+        return f"| {row['processes']} | {row['layout']} | not run: {row['not_run']} |" + " |" * 7
+    keys = ("step_ms", "step_ratio", "optimizer_ms", "optimizer_ratio", "launches", "collectives", "bytes", "waits")
+    cells = [row["processes"], row["layout"], row["contender"], *(row.get(key) for key in keys)]
+    return f"| {' | '.join(_cell(value) for value in cells)} |"
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--processes", type=int, nargs="+", help="numbers of processes, one after the other; default: all GPUs, or 4")
+    add("--layout", nargs="+", choices=LAYOUTS, default=["fsdp"])
+    add("--model", choices=SIZES, default="llama-110m" if torch.cuda.is_available() else "tiny")
+    add("--shapes", choices=sorted(SHAPES), help="no model: parameters of these shapes")
+    add("--tensors", type=int, help="number of tensors to take of the shapes")
+    add("--contender", nargs="+", choices=OPTIONS, help="default: all")
+    add("--statistics", action="store_true", help="policies with statistics, too")
+    for name, default in {"batch": 8, "steps": 30, "warmup": 5}.items():
+        add(f"--{name}", type=int, default=default)
+    add("--out", type=Path, help="JSON file of the rows")
+    add("--cpu", action="store_true", help="gloo, also where there are GPUs")
+    add("--seconds", type=float, default=3000, help="limit of the processes of one run")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = options(argv)
+    if is_rank():
+        args.out = args.out or Path("sharded_bench.json")
+        on_this_rank(args)
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads have aborted the interpreter's end
+    found: dict[str, Any] = {"command": "python scripts/sharded_bench.py " + " ".join(argv), "rows": []}
+    for number, count in enumerate(args.processes or [(0 if args.cpu else torch.cuda.device_count()) or 4]):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "rows.json"
+            code = Processes([sys.executable, str(Path(__file__).resolve()), *argv, "--out", str(out)], count).wait(
+                args.seconds
+            )
+            here = json.loads(out.read_text()) if out.exists() else {"about": {}, "rows": []}
+        if number == 0:
+            print(", ".join(here["about"].values()), args.shapes or args.model)
+            print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
+        print("\n".join(printed(row) for row in here["rows"]), flush=True)
+        found = {**found, "about": here["about"], "rows": found["rows"] + here["rows"]}
+        if args.out is not None:
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
+        if code:
+            print(f"{count} processes ended with {code}", file=sys.stderr)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)  # when the interpreter ends, gloo's threads have aborted processes that had all results
+    sys.exit(main())

@@ -39,6 +39,8 @@ def test_two_ranks_and_then_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_flag(tmp_path: Path) -> None:
-    """bfloat16 and recomputed activations: another rounding, the same training."""
+    """bfloat16 and recomputed activations: another rounding, the same training. Replicas go on from shards."""
     found = losses(TORCHRUN, tmp_path / "run", 4, "--bfloat16", "--recompute", "--policy", "Cautious")
     assert found[4] < found[1]
+    more = ["--replicas", "2", "--asynchronous", "--policy", "Cautious"]
+    assert list(losses(TORCHRUN, tmp_path / "run", 6, *more)) == [5, 6]
