@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from sharded_checks.layouts import LAYOUTS, Bag, Layout, cut_like, unfit
-from sharded_checks.model import SIZES, Llama, next_token_loss
+from sharded_checks.model import SIZES, Llama
 from sharded_checks.processes import Processes, Ranks, is_rank, join
 from sharded_checks.results import about
 from sharded_checks.waits import waiting
@@ -38,6 +38,7 @@ from selective.bench.clock import clock_of
 from selective.bench.rotations import TimedCall
 from selective.bench.shapes import SHAPES
 from selective.bench.traffic import all_reduces
+from selective.compare.model import loss as next_token_loss
 
 Make = Callable[[Optimizer], Optimizer]
 PLAIN = "torch AdamW"

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selective.compare.model import rotate
+
 
 @dataclass(frozen=True)
 class Size:
@@ -45,17 +47,11 @@ class Block(nn.Module):
         normed = self.attention_norm(x)
         q, k, v = (part(normed).unflatten(-1, (-1, self.features)).transpose(1, 2) for part in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(
-            _rotated(q, cos, sin), _rotated(k, cos, sin), v, is_causal=True, enable_gqa=True
+            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=True
         )
         x = x + self.o(mixed.transpose(1, 2).flatten(-2))
         normed = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions (arXiv 2104.09864), with the first half of the features paired with the second."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
 class Llama(nn.Module):
@@ -89,8 +85,3 @@ class Llama(nn.Module):
         for block in self.blocks:
             x = block(x, self.cos[:length], self.sin[:length])
         return self.head(self.norm(x))
-
-
-def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
-    logits = model(windows[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from selective import MGUP, Cautious, Eigenbasis, Magma, RandomMask, SelectiveUpdate
+from selective.compare.model import loss as next_token_loss
 
 from .layouts import Layout, as_bytes, whole
-from .model import SIZES, Llama, next_token_loss
+from .model import SIZES, Llama
 from .processes import deterministic
 from .results import Result
 

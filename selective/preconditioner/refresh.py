@@ -206,10 +206,10 @@ def carries(
     parts: dict[str, Sequence[Tensor | None]] = {}
     nothing: list[Tensor | None] = [None] * len(news)
     for side, new_basis in bases.items():
-        if turned is not None and everything:
-            map_ = turned[side]
-        else:
+        if turned is None:
             map_ = turn(new_basis.basis, old[side], None if everything else new_basis.changed)
+        else:
+            map_ = turned[side]
         parts[side] = (map_ if side == "rows" else map_.mT).split(batch)
         if options.carry == "rotate":
             parts[f"{side}_order"] = order_of(new_basis.order, new_basis.changed, new_basis.basis).split(batch)
