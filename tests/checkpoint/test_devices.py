@@ -32,7 +32,7 @@ def test_texts_of_parameters_without_data_stay_readable() -> None:
 def test_a_full_state_dict_goes_back_into_a_run_on_a_gpu() -> None:
     def run() -> tuple[torch.nn.Module, SelectiveUpdate]:
         module = torch.nn.Linear(6, 4, device="cuda")
-        return module, SelectiveUpdate(torch.optim.AdamW(module.parameters()), MGUP(), Eigenbasis())
+        return module, SelectiveUpdate(torch.optim.AdamW(module.parameters()), MGUP(), preconditioner=Eigenbasis())
 
     full = StateDictOptions(full_state_dict=True)
     (module, optimizer), (fresh, loaded) = run(), run()
