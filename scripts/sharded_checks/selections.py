@@ -3,7 +3,7 @@
 Parameters are set to zero before each step, so that after it they are the rate times multiplier times update, without
 the rounding of an addition. Two multipliers of a policy differ by far more than `ROUNDING`, so that a coordinate
 further apart was selected on one side only. The same multiplier can differ by the rounding of its float32 value and of
-two products with it, 2^-24 each: 1e-6 allows for ten of them. An update is a sum itself, and rounding is relative to its
+two products with it, 2^-24 each: 1e-6 allows for ten of them. An update is a sum, and its rounding is relative to its
 addends: where these cancel, as in SGD's momentum and gradient, it is large beside the update. So 1e-6 of the greatest
 coordinate of the step is allowed as well, which hides a selection only where the update is about as small as that.
 Where both sides take the same operations, as on a CPU, the same bits are asked for.
