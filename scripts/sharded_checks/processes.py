@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import IO, Any
@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 TIMEOUT = timedelta(seconds=300)  # for a rank that waits for another
 
@@ -70,12 +71,14 @@ def deterministic(ranks: Ranks) -> Iterator[None]:
     """Let torch take operations that give the same bits each time, where it has them.
 
     Otherwise ranks that make the same gradient, as those of tensor parallelism do of an embedding, add it on a GPU in
-    different orders, and are apart before an optimizer sees it.
+    different orders, and are apart before an optimizer sees it. Attention stays in any order if it may only warn, so
+    that on a GPU it is made of plain products.
     """
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(ranks.on_gpu or before, warn_only=True)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH) if ranks.on_gpu else nullcontext():
+            yield
     finally:
         torch.use_deterministic_algorithms(before)
 

@@ -3,8 +3,10 @@
 Parameters are set to zero before each step, so that after it they are the rate times multiplier times update, without
 the rounding of an addition. Two multipliers of a policy differ by far more than `ROUNDING`, so that a coordinate
 further apart was selected on one side only. The same multiplier can differ by the rounding of its float32 value and of
-two products with it, 2^-24 each: 1e-6 allows for ten of them. Where both sides take the same operations, as on a CPU,
-the same bits are asked for.
+two products with it, 2^-24 each: 1e-6 allows for ten of them. An update is a sum, and its rounding is relative to its
+addends: where these cancel, as in SGD's momentum and gradient, it is large beside the update. So 1e-6 of the greatest
+coordinate of the step is allowed as well, which hides a selection only where the update is about as small as that.
+Where both sides take the same operations, as on a CPU, the same bits are asked for.
 """
 
 from __future__ import annotations
@@ -51,10 +53,13 @@ def _of_base(layout: Layout, base: str, policies: Mapping[str, Policy], **option
                 for p in run.params:
                     p.zero_()
             run.step(number)
+        largest = [0.0] * len(policies)
+        for index, theirs in enumerate(single.params):
+            largest[index // len(SHAPES)] = max(largest[index // len(SHAPES)], float(theirs.detach().abs().max()))
         for index, (mine, theirs) in enumerate(zip(ours.params, single.params, strict=True)):
-            here, there = whole(mine), theirs.detach()
-            off = (here - there).abs() / torch.maximum(here.abs(), there.abs()).clamp_min(torch.finfo(here.dtype).tiny)
-            at = index // len(SHAPES)
+            here, there, at = whole(mine), theirs.detach(), index // len(SHAPES)
+            sizes = torch.maximum(here.abs(), there.abs()) + largest[at]
+            off = (here - there).abs() / sizes.clamp_min(torch.finfo(here.dtype).tiny)
             wrong[at] += int((~(off <= ROUNDING)).sum())
             different[at] += int((here != there).sum())
             furthest[at] = max(furthest[at], float(off.max()))

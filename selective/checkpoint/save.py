@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -28,9 +29,20 @@ def save(base: Optimizer, groups: Groups, store: StateStore, count: StepCount) -
         for index, p in zip(group["params"], plan.group["params"], strict=True):
             own = store.table.get(p)
             if own is not None:
-                state.setdefault(index, {}).update({**store.saved(plan, own), **wholes.get(p, {})})
+                entries = {**store.saved(plan, own), **wholes.get(p, {})}
+                state.setdefault(index, {}).update(placed(entries, p))
     saved["state"] = state
     return saved
+
+
+def placed(entries: Mapping[str, Tensor], param: Tensor) -> dict[str, Tensor]:
+    """Return the entries with those that have dimensions on the parameter's device; numbers stay where they are.
+
+    torch's `set_optimizer_state_dict` refuses to load a full state dict if two such tensors are on different devices.
+    """
+    if param.is_meta:  # which would lose what the bytes say
+        return dict(entries)
+    return {key: value.to(param.device) if value.dim() > 0 else value for key, value in entries.items()}
 
 
 def _check_all_there(base: Optimizer) -> None:
