@@ -253,7 +253,7 @@ class Step:
         else:
             self._pass(cfg, marks, histograms, sums if cfg.sums else None)
         again = derived(cfg, recomputed=cfg.writes or cfg.sums)
-        run(find_kernel, count, tables.ranks, histograms, broken, top_k.large, tables.facts, BINS=BINS)
+        run(find_kernel, count, tables.ranks, histograms, broken, top_k.large, tables.facts, BINS=BINS, TINY=TINY)
         settles = top_k.settle_work.shape[0]
         todo = self.empty(settles * SETTLE_ROOM, torch.int32)
         run(settle_kernel, settles, self.settled, tiny, todo, marks, self.marks, top_k.settle_work, tables.pointers,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -22,6 +22,8 @@ class Workload:
 
     Args:
         shapes: the parameters' shapes.
+        untouched: the share of the first rows that has no gradient, by the parameter's place. So it is with the rows
+            of an embedding whose tokens are not in the batch.
         unaligned: the shapes of further parameters whose storage (and their gradients') begins one element into an
             allocation.
         dtype: the dtype of both.
@@ -34,9 +36,10 @@ class Workload:
         dtype: torch.dtype = torch.float32,
         *,
         unaligned: Sequence[Shape] = (),
+        untouched: Mapping[int, float] | None = None,
         seed: int = 0,
     ) -> None:
-        self.seed = seed
+        self.seed, self.untouched = seed, dict(untouched or {})
         places = [(shape, 0) for shape in shapes] + [(shape, 1) for shape in unaligned]
         self.params = [Parameter(_empty(shape, offset, device, dtype)) for shape, offset in places]
         self.grads = [_empty(shape, offset, device, dtype) for shape, offset in places]
@@ -63,8 +66,10 @@ class Workload:
 
     def fresh_gradients(self) -> None:
         """Draw new gradients in place, because under constant ones momentum and gradient would come to agree."""
-        for g in self.grads:
+        for place, g in enumerate(self.grads):
             self._draw(g)
+            if place in self.untouched:
+                g[: int(self.untouched[place] * len(g))] = 0
 
     def hand_out(self) -> None:
         """Set every `.grad` (some optimizers clear it)."""

@@ -33,7 +33,7 @@ from selective.bench.training.profile import profile_text
 from selective.bench.training.proofs import prove_apart, prove_here
 from selective.bench.training.prove import prove
 from selective.bench.training.records import RowMeasurement, TrainingResult
-from selective.bench.training.report import training_json, training_table
+from selective.bench.training.report import training_heading, training_json, training_table
 from selective.bench.training.rows import FUSED, Row, training_rows
 from selective.bench.training.steps import AlternatingGradients, host_seconds, in_a_row, wall_seconds
 from selective.bench.workload import Stepping, Workload
@@ -264,6 +264,17 @@ def test_gradients_at_new_addresses():
         places.append(grad.data_ptr())
     assert places == [other.data_ptr(), workload.grads[0].data_ptr()] * 2
     assert rig(new_gradients=True).run([ROWS[FUSED]]).measurements[0].outcome == "timed"
+
+
+def test_an_embeddings_untouched_rows_have_no_gradient():
+    made = rig(untouched=0.5)
+    places = [place for place, kind in enumerate(made.kinds) if kind == "embeddings"]
+    assert places
+    for place, grad in enumerate(made.workload.grads):
+        rows = grad.flatten(1).any(1) if grad.dim() > 1 else grad != 0
+        assert rows[: len(grad) // 2].any() == (place not in places)
+        assert rows[len(grad) // 2 :].any()
+    assert "50% of an embedding's rows have none" in training_heading(made.result)
 
 
 def test_the_host_is_timed_with_an_idle_device(monkeypatch):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .config import COUNTED, HIGH, LOW
+from .config import COUNTED, CROWDED, HIGH, LOW
 from .elements import load_moved
 from .rounding import IN_PTX
 from .rules import score_of
@@ -98,6 +98,21 @@ def count_bins(histogram_ptr, bins, inside):
 
 
 @triton.jit
+def count_crowd(histogram_ptr, bins, inside):
+    """`count_bins` where many elements of a block share a bin: the lowest and the highest bin take one addition each.
+
+    Equal scores of a crowd are at an end of the bracket. Millions of additions to one number take milliseconds.
+    """
+    lowest, highest = tl.min(tl.where(inside, bins, DIGIT)), tl.max(tl.where(inside, bins, -1))
+    if highest >= 0:
+        at_lowest, at_highest = inside & (bins == lowest), inside & (bins == highest)
+        tl.atomic_add(histogram_ptr + lowest, tl.sum(at_lowest.to(tl.int32)), sem="relaxed")
+        if highest > lowest:
+            tl.atomic_add(histogram_ptr + highest, tl.sum(at_highest.to(tl.int32)), sem="relaxed")
+        count_bins(histogram_ptr, bins, inside & (bins > lowest) & (bins < highest))
+
+
+@triton.jit
 def count_scores(chosen, undecided, key, ranks, marks_ptr, selected_ptr, histogram_ptr, CFG: tl.constexpr):
     """Count the elements of a block above the bracket, and mark the undecided ones (a bit each, and a histogram).
 
@@ -120,7 +135,10 @@ def count_scores(chosen, undecided, key, ranks, marks_ptr, selected_ptr, histogr
         count = population((words >> 32).to(tl.uint32)).to(tl.int64)
     tl.atomic_add(ranks + COUNTED, tl.sum(count), sem="relaxed")
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
-    count_bins(histogram_ptr, bin_of(key, low, high), undecided)
+    if tl.load(ranks + CROWDED) != 0:
+        count_crowd(histogram_ptr, bin_of(key, low, high), undecided)
+    else:
+        count_bins(histogram_ptr, bin_of(key, low, high), undecided)
 
 
 @triton.jit

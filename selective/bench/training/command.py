@@ -35,6 +35,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "as there are cores, up to 16, on cuda; 0 on a cpu, which is this process alone)")  # fmt: skip
     add("--new-gradients", action="store_true", help="every step finds its gradients in other tensors, as after "
         "zero_grad()")  # fmt: skip
+    add("--untouched", type=float, default=0.0, metavar="SHARE", help="the share of an embedding's rows that has no "
+        "gradient, because their tokens are not in the batch (default: 0)")  # fmt: skip
     add("--profile", metavar="NAME", help="only say where the time of this row's step goes, on the host and on the "
         "device")  # fmt: skip
 
@@ -68,7 +70,8 @@ def training(
     proof = _proof(rows, device, sets[0], options, deadline, tell)
     for model in sets:
         rig = TrainingRig(
-            model, device, proof=proof, rounds=options.rounds, new_gradients=options.new_gradients, deadline=deadline,
+            model, device, proof=proof, rounds=options.rounds, new_gradients=options.new_gradients,
+            untouched=options.untouched, deadline=deadline,
             tell=lambda what: tell(one_line(what) if isinstance(what, RowMeasurement) else what), save=save,
         )  # fmt: skip
         results.append(rig.result)

@@ -47,6 +47,7 @@ class TrainingRig:
         proof: checks a row's result before it is measured.
         rounds: the number of rounds. A row's first one is right after it was made ready.
         new_gradients: every step finds its gradients in other tensors, as after `zero_grad()`.
+        untouched: the share of an embedding's rows that has no gradient.
         deadline: by `time.monotonic`; no row is begun, and no round but its first, that would not end before it.
         tell: is called with a line of text for each row and round.
         save: is called with the result whenever it has grown.
@@ -54,14 +55,15 @@ class TrainingRig:
 
     def __init__(
         self, model: str, device: str, *, proof: Proof, rounds: int = 5, new_gradients: bool = False,
-        deadline: float | None = None, tell: Callable[[RowMeasurement | str], None] | None = None,
+        untouched: float = 0.0, deadline: float | None = None, tell: Callable[[RowMeasurement | str], None] | None = None,
         save: Callable[[TrainingResult], None] | None = None,
     ) -> None:  # fmt: skip
         self.clock: HostClock = clock_of(device)
         self.kinds = [kind for kind, _ in MODELS[model]]
-        self.workload = Workload([shape for _, shape in MODELS[model]], device)
+        embeddings = {place: untouched for place, kind in enumerate(self.kinds) if kind == "embeddings" and untouched}
+        self.workload = Workload([shape for _, shape in MODELS[model]], device, untouched=embeddings)
         self.result = TrainingResult(
-            model, device, len(self.workload.params), self.workload.elements, rounds, new_gradients
+            model, device, len(self.workload.params), self.workload.elements, rounds, new_gradients, untouched
         )
         self.proof, self.deadline = proof, deadline
         self._tell, self._save = tell, save

@@ -76,6 +76,7 @@ class TrainingResult:
     elements: int
     rounds: int
     new_gradients: bool = False
+    untouched: float = 0.0  # the share of an embedding's rows that has no gradient
     measurements: list[RowMeasurement] = field(default_factory=list)
     interrupted: bool = False  # rows or rounds are missing
 

@@ -84,6 +84,8 @@ def training_table(result: TrainingResult) -> str:
 def training_heading(result: TrainingResult) -> str:
     """The line above the table: the model, the rounds, and where gradients lie."""
     gradients = "at new addresses in each step" if result.new_gradients else "at the same addresses"
+    if result.untouched:
+        gradients += f", {result.untouched:.0%} of an embedding's rows have none"
     return (
         f"{result.model}: {result.elements / 1e6:,.1f} M parameters in {result.tensors} tensors, float32, "
         f"{result.rounds} rounds, gradients {gradients}" + (", interrupted" if result.interrupted else "")

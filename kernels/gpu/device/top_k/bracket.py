@@ -15,6 +15,7 @@ from ..config import (
     BRACKET,
     BRACKET_RUN,
     COUNTED,
+    CROWDED,
     CUTOFF,
     DENSE,
     EXACT,
@@ -38,6 +39,7 @@ from ..scores import LAST, descend, keys_at
 
 FIRST_DIGIT = tl.constexpr(512)
 NEXT_DIGIT = tl.constexpr(4096)  # of 12 bits; the last one's 11 fit too
+CROWD = tl.constexpr(64)  # a 64th of a sample between two neighbouring floats of 13 bits: no usual distribution has it
 SLOTS = tl.constexpr(512 + 2 * 4096)  # counts of a tensor: of the first digit, and two histograms of a next one
 
 
@@ -184,7 +186,7 @@ def bracket_kernel(
 ):  # fmt: skip
     """Store the bracket of one tensor a program, rounded outwards to 21 bits. SAMPLED: its threshold, a quantile.
 
-    `width` is half the bracket in standard deviations.
+    `width` is half the bracket in standard deviations. CROWDED says if many samples share the first 21 bits of an end.
     """
     t = tl.load(tensors_ptr + tl.program_id(0))
     facts, ranks = row_of(facts_ptr, t, FACTS), row_of(ranks_ptr, t, RANKS)
@@ -193,7 +195,7 @@ def bracket_kernel(
     above, below = _targets(spreads_ptr, ranks, facts, width, SAMPLED)
     first, nexts = _first_digits(histograms_ptr, large), _next_digits(histograms_ptr, large, 0)
     digit, left, _ = descend(first, tl.minimum(tl.maximum(above, 1), count))
-    second, left, _ = descend(nexts, left)
+    second, left, alike = descend(nexts, left)
     upper = (digit << 12) | second
     if SAMPLED:
         third, _, _ = descend(_next_digits(histograms_ptr, large, 1), left)
@@ -203,10 +205,11 @@ def bracket_kernel(
         high = tl.where(above >= 1, ((upper << 11) | 2047).to(tl.int64), none + 0xFFFFFFFF)
         other, left, _ = descend(first, tl.minimum(tl.maximum(below, 1), count))
         nexts += tl.where(other == digit, 0, _next_digits(histograms_ptr, large, 1) - nexts)
-        second, _, _ = descend(nexts, left)
+        second, _, others = descend(nexts, left)
         low = tl.where(below <= count, (((other << 12) | second) << 11).to(tl.int64), none)
         low = tl.minimum(low, high)  # a negative width, by which tests make a bracket miss
         cutoff, mode = none - 1, none + BRACKET
+        tl.store(ranks + CROWDED, (tl.maximum(alike, others) > count // CROWD).to(tl.int64))
     if tl.load(ranks + MODE) != DENSE:
         keep(ranks, low, high, cutoff, mode)
 

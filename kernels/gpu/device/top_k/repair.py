@@ -1,8 +1,9 @@
 """Exact ranking of whole tensors, whatever their scores look like: for those whose bracket missed or list overflowed.
 
 One launch, whose programs run at the same time and wait for each other: a radix select over the keys (11, 11 and 10
-bits), then the index that splits the equal ones, then the step of the elements that are still undecided. If no tensor
-needs it, the launch ends after a few microseconds. The host never learns which it was.
+bits), then the index that splits the equal ones, then the step of the elements that are still undecided. The first part
+is left out where the K-th key is known (TIE): that of an embedding is 0 in each step in which fewer than K coordinates
+have a gradient. If no tensor needs it, the launch ends after a few microseconds. The host never learns which it was.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..config import (
     PICKED,
     RANKS,
     STRENGTH_SELECTED,
+    TIE,
     TIED,
     WANTED,
 )
@@ -48,13 +50,18 @@ def _meet(counter_ptr, target):
 @triton.jit
 def _count_digits(histogram_ptr, pointers, row, start, end, numel, prefix, taken, to, BLOCK: tl.constexpr,
                   CFG: tl.constexpr):  # fmt: skip
-    """Count the digits that begin at bit `to`, of the keys whose first `taken` bits are `prefix`."""
+    """Count the digits that begin at bit `to`, of the keys whose first `taken` bits are `prefix`.
+
+    They are added up here first, because many may be equal.
+    """
+    counts = tl.zeros([DIGIT], tl.int32)
     for at in range(start, end, BLOCK):
         offs = at + tl.arange(0, BLOCK)
         key, _, _, _ = keys_at(pointers, row, offs, offs < numel, False, CFG)
         inside = (offs < numel) & ((key.to(tl.uint64) >> (32 - taken).to(tl.uint64)) == prefix.to(tl.uint64))
         digit = (key >> to.to(tl.uint32)) & tl.where(to == 0, 1023, 2047).to(tl.uint32)
-        tl.atomic_add(histogram_ptr + digit, 1, mask=inside, sem="relaxed")
+        counts += tl.histogram(digit.to(tl.int32), DIGIT, mask=inside)
+    tl.atomic_add(histogram_ptr + tl.arange(0, DIGIT), counts, mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
@@ -143,12 +150,15 @@ def repair_kernel(
 ):  # fmt: skip
     """Rank the tensors on the list `broken_ptr` exactly, and finish their step. Reads a tensor's scores six times.
 
+    Where the K-th key is known (TIE), it reads them three times: to count its equals, to find the last one of them that
+    is selected (one program), and to finish.
+
     All `programs` of the launch have to run at the same time. `meeting_ptr` and `histograms_ptr` (twice three
     histograms) have to be zero before. PROGRAMS is a power of two, not less than `programs`. Without `CFG.writes` only
     the threshold is kept, the multiplier with `CFG.share_known`, and marks and sums with `CFG.sums`.
     """
     pid = tl.program_id(0)
-    met = 0
+    met, ranked = 0, 0  # of the tensors, those without a TIE
     for i in range(tl.load(broken_ptr)):
         t = tl.load(broken_ptr + 1 + i)
         pointers, row = pointers_of(pointers_ptr, t), row_of(numbers_ptr, t, NUMBERS)
@@ -157,22 +167,25 @@ def repair_kernel(
         each = tl.cdiv(tl.cdiv(numel, BLOCK), programs) * BLOCK
         start = pid.to(tl.int64) * each
         end = tl.minimum(start + each, numel)
-        histograms = histograms_ptr + (i % 2) * (3 * DIGIT)
-        left, prefix = tl.load(ranks + WANTED).to(tl.int32), tl.full((), 0, tl.uint32)
+        histograms = histograms_ptr + (ranked % 2) * (3 * DIGIT)
+        tie = tl.load(ranks + TIE)
+        left = tl.where(tie >= 0, tl.load(ranks + LEFT), tl.load(ranks + WANTED)).to(tl.int32)
+        prefix = tl.where(tie >= 0, tie, 0).to(tl.uint32)
         places = tl.arange(0, DIGIT)
         to = left * 0 + 21
-        for digit in range(3):
+        for digit in range(tl.where(tie >= 0, 0, 3)):
             taken = 11 * digit + left * 0
             _count_digits(histograms + digit * DIGIT, pointers, row, start, end, numel, prefix, taken, to, BLOCK, CFG)
             met += programs
             _meet(meeting_ptr, met)
-            if (digit == 0) & (pid == 0):  # everybody is done with the last tensor's histograms
-                other = histograms_ptr + ((i + 1) % 2) * (3 * DIGIT)
+            if (digit == 0) & (pid == 0):  # everybody is done with the histograms of the tensor that was ranked before
+                other = histograms_ptr + ((ranked + 1) % 2) * (3 * DIGIT)
                 for k in range(3):
                     tl.store(other + k * DIGIT + places, tl.zeros([DIGIT], tl.int32))
             found, left, _ = descend(tl.load(histograms + digit * DIGIT + places, cache_modifier=".cg"), left)
             prefix = (prefix << tl.where(digit < 2, 11, 10).to(tl.uint32)) | found
             to = tl.maximum(to - 11, 0)
+        ranked += tl.where(tie >= 0, 0, 1)
         equal = _equal(pointers, row, start, end, numel, prefix, BLOCK, CFG)
         tl.store(equals_ptr + pid, equal)
         met += programs

@@ -23,12 +23,13 @@ from ..config import (
     PARAM,
     PICKED,
     RANKS,
+    TIE,
     TIED,
     WANTED,
 )
 from ..elements import column, multiplier, pointers_of, row_of, stepped
 from ..rounding import narrow
-from ..scores import add_marks, bin_of, keys_at, population
+from ..scores import add_marks, bin_of, keys_at, population, shift_of
 
 TINY = 1024  # elements of the critical bin that can be listed; if there are more, repair.py ranks the tensor
 
@@ -41,10 +42,14 @@ def note(broken_ptr, t):
 
 
 @triton.jit
-def find_kernel(ranks_ptr, histograms_ptr, broken_ptr, tensors_ptr, facts_ptr, BINS: tl.constexpr):
+def find_kernel(
+    ranks_ptr, histograms_ptr, broken_ptr, tensors_ptr, facts_ptr, BINS: tl.constexpr, TINY: tl.constexpr
+):  # fmt: skip
     """Find the bin of one tensor's histogram a program that holds the K-th score, and the rank inside of it (LEFT).
 
-    CRITICAL becomes that bin; BINS if nothing in the bracket is selected; -1 if the bracket has missed.
+    CRITICAL becomes that bin; BINS if nothing in the bracket is selected; -1 if the bracket has missed, or the bin
+    holds more than TINY elements. Then `repair.py` steps what is undecided. It needs no search if the bin is a single
+    key, which TIE becomes.
     """
     t = tl.load(tensors_ptr + tl.program_id(0))
     ranks, large = row_of(ranks_ptr, t, RANKS), tl.load(row_of(facts_ptr, t, FACTS) + LARGE)
@@ -57,9 +62,14 @@ def find_kernel(ranks_ptr, histograms_ptr, broken_ptr, tensors_ptr, facts_ptr, B
         critical = tl.max(tl.where(from_here >= rank, places, -1))
         critical = tl.where(rank == 0, BINS, critical)
         missed = (rank < 0) | (rank > total)
-        tl.store(ranks + CRITICAL, tl.where(missed, -1, critical).to(tl.int64))
+        held = tl.sum(tl.where(places == critical, histogram, 0))
+        overfull = (missed == 0) & (held > TINY)
+        low, high = tl.load(ranks + LOW), tl.load(ranks + HIGH)
+        single = overfull & (shift_of(low.to(tl.uint32), high.to(tl.uint32)) == 0)
+        tl.store(ranks + TIE, tl.where(single, low + critical, -1))
+        tl.store(ranks + CRITICAL, tl.where(missed | overfull, -1, critical).to(tl.int64))
         tl.store(ranks + LEFT, rank - tl.sum(tl.where(places > critical, histogram, 0)))
-        if missed:
+        if missed | overfull:
             note(broken_ptr, t)
 
 
@@ -195,47 +205,44 @@ def ties_kernel(
     critical, listed = tl.load(ranks + CRITICAL), tl.load(ranks + TIED).to(tl.int32)
     count, masked = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     if (tl.load(ranks + MODE) == BRACKET) & (critical >= 0):
-        if listed > TINY:
+        row, pointers = row_of(numbers_ptr, t, NUMBERS), pointers_of(pointers_ptr, t)
+        i = tl.arange(0, TINY)
+        tiny = tiny_ptr + tl.load(row_of(facts_ptr, t, FACTS) + LARGE) * (2 * TINY)
+        index = tl.load(tiny + i, mask=i < listed, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+        key = tl.load(tiny + TINY + i, mask=i < listed, other=0).to(tl.uint32, bitcast=True)
+        place = tl.zeros([TINY], tl.int32)
+        for j in range(listed):
+            other = tl.load(tiny + TINY + j).to(tl.uint32, bitcast=True)
+            before = tl.load(tiny + j).to(tl.uint32, bitcast=True).to(tl.int64)
+            place += ((other > key) | ((other == key) & (before < index))).to(tl.int32)
+        left = tl.load(ranks + LEFT)
+        todo = i < listed
+        chosen, last = (place < left) & (key != 0), todo & (place == left - 1)
+        fewer = listed * 0
+        if CFG.share_known:  # fewer than K are selected, so the multiplier was another: `repair.py` corrects it
+            fewer = tl.sum((last & (key == 0)).to(tl.int32))
+        if fewer > 0:
             note(broken_ptr, t)
         else:
-            row, pointers = row_of(numbers_ptr, t, NUMBERS), pointers_of(pointers_ptr, t)
-            i = tl.arange(0, TINY)
-            tiny = tiny_ptr + tl.load(row_of(facts_ptr, t, FACTS) + LARGE) * (2 * TINY)
-            index = tl.load(tiny + i, mask=i < listed, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
-            key = tl.load(tiny + TINY + i, mask=i < listed, other=0).to(tl.uint32, bitcast=True)
-            place = tl.zeros([TINY], tl.int32)
-            for j in range(listed):
-                other = tl.load(tiny + TINY + j).to(tl.uint32, bitcast=True)
-                before = tl.load(tiny + j).to(tl.uint32, bitcast=True).to(tl.int64)
-                place += ((other > key) | ((other == key) & (before < index))).to(tl.int32)
-            left = tl.load(ranks + LEFT)
-            todo = i < listed
-            chosen, last = (place < left) & (key != 0), todo & (place == left - 1)
-            fewer = listed * 0
-            if CFG.share_known:  # fewer than K are selected, so the multiplier was another: `repair.py` corrects it
-                fewer = tl.sum((last & (key == 0)).to(tl.int32))
-            if fewer > 0:
-                note(broken_ptr, t)
-            else:
-                if CFG.writes:
-                    key, u, g, p = keys_at(pointers, row, index, todo, False, CFG)
-                    each = decide(pointers, row, index, todo, chosen, u, g, p, CFG)
-                    count = tl.sum((todo & chosen).to(tl.float32))
-                    masked = tl.sum(by_rank_of_list(tiny + TINY, place, each, i, todo))
-                if CFG.sums:
-                    chunks = tl.load(row_of(facts_ptr, t, FACTS) + CHUNK_AT)
-                    add_marks(selected_ptr + chunks * (CFG.block // 32), index, todo & chosen)
-                    _, u, _, _ = keys_at(pointers, row, index, todo, False, CFG)
-                    # squares of the rest as negative numbers, NaN among them
-                    signed = by_rank_of_list(tiny + TINY, place, tl.where(chosen, u * u, -u * u), i, todo)
-                    count = tl.sum(tl.where(signed > 0, signed, 0.0))
-                    masked = tl.sum(tl.where(signed > 0, 0.0, -signed))
-                if critical < BINS:
-                    tl.store(ranks + HIGH, tl.max(tl.where(last, key.to(tl.int64), 0)))
-                    tl.store(ranks + CUTOFF, tl.max(tl.where(last, index, -1)))
-                if CFG.ranked:
-                    tl.store(ranks + PICKED, tl.load(ranks + WANTED) - left + tl.sum((todo & chosen).to(tl.int64)))
-                tl.store(ranks + MODE, left * 0 + EXACT)
+            if CFG.writes:
+                key, u, g, p = keys_at(pointers, row, index, todo, False, CFG)
+                each = decide(pointers, row, index, todo, chosen, u, g, p, CFG)
+                count = tl.sum((todo & chosen).to(tl.float32))
+                masked = tl.sum(by_rank_of_list(tiny + TINY, place, each, i, todo))
+            if CFG.sums:
+                chunks = tl.load(row_of(facts_ptr, t, FACTS) + CHUNK_AT)
+                add_marks(selected_ptr + chunks * (CFG.block // 32), index, todo & chosen)
+                _, u, _, _ = keys_at(pointers, row, index, todo, False, CFG)
+                # squares of the rest as negative numbers, NaN among them
+                signed = by_rank_of_list(tiny + TINY, place, tl.where(chosen, u * u, -u * u), i, todo)
+                count = tl.sum(tl.where(signed > 0, signed, 0.0))
+                masked = tl.sum(tl.where(signed > 0, 0.0, -signed))
+            if critical < BINS:
+                tl.store(ranks + HIGH, tl.max(tl.where(last, key.to(tl.int64), 0)))
+                tl.store(ranks + CUTOFF, tl.max(tl.where(last, index, -1)))
+            if CFG.ranked:
+                tl.store(ranks + PICKED, tl.load(ranks + WANTED) - left + tl.sum((todo & chosen).to(tl.int64)))
+            tl.store(ranks + MODE, left * 0 + EXACT)
     if (CFG.writes and CFG.statistics) or CFG.sums:
         partial = partials_ptr + t.to(tl.int64) * 2
         tl.store(partial, count)

@@ -21,6 +21,7 @@ import triton.language as tl
 from ..config import (
     BRACKET,
     COUNTED,
+    CROWDED,
     CUTOFF,
     EXACT,
     FACTS,
@@ -33,13 +34,14 @@ from ..config import (
     NUMBERS,
     NUMEL,
     RANKS,
+    TIE,
     TIED,
     WANTED,
 )
 from ..elements import is_aligned, load_moved, multiplier, pointers_of, row_of, stepped, store_param
 from ..rounding import IN_PTX
 from ..rules import score_of
-from ..scores import key_of, shift_of
+from ..scores import count_crowd, key_of, shift_of
 from .settle import by_rank_of_list, note
 
 LOWEST = tl.constexpr(0x007FFFFF)  # the key of minus infinity: below it is NaN's alone
@@ -111,8 +113,13 @@ def _count(offs, mask, pointers, row, ranks, histogram, FAST: tl.constexpr, CFG:
     score = score_of(g, u, m, row, CFG)
     if not FAST:
         score = tl.where(mask, score, float("nan"))
-    above = _count_inside(histogram, score, _score_with(lowest), _score_with(highest), lowest,
-                          shift_of(lowest, highest))  # fmt: skip
+    low, high, shift = _score_with(lowest), _score_with(highest), shift_of(lowest, highest)
+    if tl.load(ranks + CROWDED) != 0:
+        above = (score > high).to(tl.int32)
+        bins = ((key_of(score) - lowest) >> shift.to(tl.uint32)).to(tl.int32)
+        count_crowd(histogram, bins, (score >= low) & (above == 0))
+    else:
+        above = _count_inside(histogram, score, low, high, lowest, shift)
     tl.atomic_add(ranks + COUNTED, tl.sum(above).to(tl.int64), sem="relaxed")
 
 
@@ -147,8 +154,9 @@ def narrow_kernel(
 ):  # fmt: skip
     """Narrow the bracket of one tensor a program to the bin that holds the K-th score. LEFT is the rank inside of it.
 
-    Reads a histogram, 8 KiB. A tensor whose bracket has missed, or whose bin holds more than TINY scores, is noted. If
-    everything above the bracket is selected, and nothing inside, then its upper end is the threshold.
+    Reads a histogram, 8 KiB. A tensor whose bracket has missed, or whose bin holds more than TINY scores, is noted; if
+    the bin is a single key, that is TIE. If everything above the bracket is selected, and nothing inside, then its
+    upper end is the threshold.
     """
     t = tl.load(tensors_ptr + tl.program_id(0))
     ranks, large = row_of(ranks_ptr, t, RANKS), tl.load(row_of(facts_ptr, t, FACTS) + LARGE)
@@ -163,7 +171,12 @@ def narrow_kernel(
         begin = low.to(tl.int64) + (critical.to(tl.int64) << shift)
         end = tl.minimum(begin + (tl.full((), 1, tl.int64) << shift) - 1, high.to(tl.int64))
         held = tl.sum(tl.where(places == critical, histogram, 0))
-        if (rank < 0) | (rank > total) | ((rank > 0) & (held > TINY)):
+        missed = (rank < 0) | (rank > total)
+        overfull = (missed == 0) & (rank > 0) & (held > TINY)
+        left = rank - tl.sum(tl.where(places > critical, histogram, 0))
+        tl.store(ranks + TIE, tl.where(overfull & (shift == 0), begin, -1))
+        tl.store(ranks + LEFT, left)
+        if missed | overfull:
             note(broken_ptr, t)
         elif rank == 0:
             tl.store(ranks + HIGH, high.to(tl.int64))
@@ -172,7 +185,6 @@ def narrow_kernel(
         else:
             tl.store(ranks + LOW, begin)
             tl.store(ranks + HIGH, end)
-            tl.store(ranks + LEFT, rank - tl.sum(tl.where(places > critical, histogram, 0)))
 
 
 @triton.jit
