@@ -21,9 +21,13 @@ from selective.preconditioner.eigenbasis import Eigenbasis
 from selective.preconditioner.linalg import float32_products, in_precision, per_matrix
 from selective.preconditioner.matrices import lies_in_order
 
-LARGEST = 3 * 2**20
-"""Elements of the largest matrix that is copied into a stack in every step, 12 MiB. The time for larger ones is not
-that of launches, and the copies would add to it: 16 bytes an element in a step. It has yet to be measured on a GPU."""
+USUAL = 3 * 2**20
+"""Elements of a matrix, on average over a group, up to which the group is stepped in stacks: 12 MiB. The time for larger
+ones is not that of launches, and the copies into stacks would add to it: 16 bytes an element in a step."""
+
+LARGEST = 2**26
+"""Elements of the largest matrix that is part of a stack, 256 MiB. An embedding among the matrices of a small model does
+not keep the others from their stacks."""
 
 
 def steps_in_stacks(preconditioner: Preconditioner) -> bool:
@@ -35,6 +39,11 @@ def steps_in_stacks(preconditioner: Preconditioner) -> bool:
 def fits_in_stacks(size: torch.Size, shape: Shape) -> bool:
     """True if a contiguous tensor of this size, read as matrices of `shape`, is part of a stack without a copy."""
     return math.prod(shape) <= LARGEST and lies_in_order(size, shape)
+
+
+def are_usual(shapes: Sequence[Shape]) -> bool:
+    """True if these matrices are so small on average that a step in stacks is faster."""
+    return sum(map(math.prod, shapes)) <= USUAL * len(shapes)
 
 
 class Part(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from selective.parameter import Parameter
 from selective.plan.group_plan import GroupPlan
 from selective.plan.rotation_plan import RotationPlan
-from selective.preconditioner.stacked import LARGEST, fits_in_stacks, steps_in_stacks
+from selective.preconditioner.stacked import LARGEST, USUAL, are_usual, fits_in_stacks, steps_in_stacks
 from selective.rotation.basis import Basis
 from selective.rotation.kept_bases import KeptBases
 from selective.rotation.stacks import Stacks
@@ -91,4 +91,6 @@ def why_not_stacked(rotation: RotationPlan, members: list[Parameter]) -> str | N
         return "they are not on one CPU or GPU"
     if not all(fits_in_stacks(t.shape, rotation.shapes[t]) for t in tensors):
         return f"one has matrices side by side, or one of more than {LARGEST:,} elements"
+    if not are_usual([rotation.shapes[t] for t in tensors]):
+        return f"they have more than {USUAL:,} elements on average"
     return None

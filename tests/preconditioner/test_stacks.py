@@ -28,7 +28,7 @@ from selective import (
     Soap,
 )
 from selective.explain.stacks import TOGETHER
-from selective.preconditioner import fallbacks, refresh_stacks
+from selective.preconditioner import fallbacks, refresh_stacks, stacked
 from selective.preconditioner import refresh as refreshing
 from selective.preconditioner.solvers import SOLVERS, Solved
 from selective.rotation import stacks
@@ -115,6 +115,31 @@ def test_what_is_stepped_in_stacks(name: str) -> None:
     said = build(**{"shapes": (*SHAPES, (2, 12)), **options}).explain()
     assert (TOGETHER in said) == planned
     assert ("few at a time: " in said) == (not planned and name != "a base without a rule")
+
+
+@pytest.mark.parametrize(
+    ("usual", "largest", "reason"),
+    [(70, 300, None), (70, 200, "or one of more than"), (60, 300, "elements on average")],
+)
+def test_an_embedding_keeps_nobody_from_the_stacks(
+    usual: int, largest: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One large matrix is part of the stacks if the group's matrices are small on average, and it is not too large."""
+    shapes = ((60, 5), *[(4, 3)] * 8)  # 300 elements, and 12 each: 69.6 on average in the first group, of five
+    monkeypatch.setattr(stacked, "USUAL", usual)
+    monkeypatch.setattr(stacked, "LARGEST", largest)
+
+    def run() -> dict[str, Any]:
+        optimizer = build(Eigenbasis(max_dim=8), MGUP(), shapes=shapes)
+        for number in range(4):
+            step(optimizer, number)
+        seen.append(in_stacks(optimizer))
+        assert reason is None or reason in optimizer.explain()
+        return outcome(optimizer)
+
+    seen: list[list[bool]] = []
+    assert_same(*both(run))
+    assert seen == [[False, False], [reason is None, True]]
 
 
 @pytest.mark.parametrize("view", ["conv", "experts", "rows:2", "columns:2"])
