@@ -22,12 +22,12 @@ from selective.preconditioner.linalg import float32_products, in_precision, per_
 from selective.preconditioner.matrices import lies_in_order
 
 USUAL = 3 * 2**20
-"""Elements of a matrix, on average over a group, up to which the group is stepped in stacks: 12 MiB. The time for larger
-ones is not that of launches, and the copies into stacks would add to it: 16 bytes an element in a step."""
+"""Elements of a matrix, on average over a group, up to which the group is stepped in stacks: 12 MiB. The time for
+larger ones is not that of launches, and the copies into stacks would add to it: 16 bytes an element in a step."""
 
 LARGEST = 2**26
-"""Elements of the largest matrix that is part of a stack, 256 MiB. An embedding among the matrices of a small model does
-not keep the others from their stacks."""
+"""Elements of the largest matrix that is part of a stack, 256 MiB. An embedding among the matrices of a small model
+does not keep the others from their stacks."""
 
 
 def steps_in_stacks(preconditioner: Preconditioner) -> bool:

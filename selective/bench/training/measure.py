@@ -55,7 +55,8 @@ class TrainingRig:
 
     def __init__(
         self, model: str, device: str, *, proof: Proof, rounds: int = 5, new_gradients: bool = False,
-        untouched: float = 0.0, deadline: float | None = None, tell: Callable[[RowMeasurement | str], None] | None = None,
+        untouched: float = 0.0, deadline: float | None = None,
+        tell: Callable[[RowMeasurement | str], None] | None = None,
         save: Callable[[TrainingResult], None] | None = None,
     ) -> None:  # fmt: skip
         self.clock: HostClock = clock_of(device)
