@@ -208,14 +208,21 @@ def begin_sharded(
 
 
 def _begin_sharded(items: Sequence[Item], spec: StepSpec, backend: Backend) -> list[sharded.RunningPart]:
-    check_items(items, spec)
+    asked = _chosen(backend)
+    buckets = sharded.kept_buckets(items, spec, asked)
+    if buckets is None:
+        check_items(items, spec)
     if checked.is_on() and not sharded.is_local(spec):
         checked.refuse_shards()
 
     def kernels(item: Item) -> Any:
         return _gpu().ShardKernels if _implementation(item, spec.rule, spec.selection, backend) == "gpu" else None
 
-    return sharded.sharded_step(items, spec, local_step=partial(_step_here, backend=backend), kernels=kernels)
+    if buckets is None:
+        buckets = sharded.buckets_of(items, spec, kernels)
+        sharded.keep_buckets(items, spec, asked, buckets)
+    local_step = partial(_step_here, backend=backend)
+    return sharded.sharded_step(items, spec, local_step=local_step, kernels=kernels, buckets=buckets)
 
 
 def _with_shards(items: Sequence[Item], spec: StepSpec, backend: Backend) -> Sequence[Sums] | None:

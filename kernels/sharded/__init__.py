@@ -4,18 +4,22 @@
 GPU, `kernels/gpu/sharded/step.py` steps most shards instead: `gpu_path.py` says which.
 """
 
+from .buckets import buckets_of, is_local, keep_buckets, kept_buckets
 from .exchange import Exchange, RunningPart, in_order, run
 from .gpu_path import has_gpu_kernel
 from .own_code import kth_smallest, mask_report, run_alone, sum_over_shards
-from .selective_step import count_rounds, is_local, sharded_step
+from .selective_step import count_rounds, sharded_step
 
 __all__ = [
     "Exchange",
     "RunningPart",
+    "buckets_of",
     "count_rounds",
     "has_gpu_kernel",
     "in_order",
     "is_local",
+    "keep_buckets",
+    "kept_buckets",
     "kth_smallest",
     "mask_report",
     "run",

@@ -22,9 +22,9 @@ from ..shard import Shard
 from ..spec import SUM_NAMES, Item, ItemList, StepSpec, Sums, SumsTable, check_kinds
 from . import ties
 from . import top_k as ranking
+from .buckets import Buckets, buckets_of, is_local
 from .exact_sums import WIDTH, digits, number
 from .exchange import Part, RunningPart
-from .gpu_path import has_gpu_kernel, kind_of
 from .strengths import names_of_sums, needs_sums, sums_with_ties
 from .tensor_step import ShardedTensorStep
 
@@ -48,6 +48,7 @@ def sharded_step(
     *,
     local_step: LocalStep,
     kernels: Callable[[Item], type[Kernels] | None] = lambda item: None,
+    buckets: Buckets | None = None,
 ) -> list[RunningPart]:
     """The parts of the step of these shards, not yet run: `exchange.run` runs them.
 
@@ -56,6 +57,7 @@ def sharded_step(
         spec: holds for all items.
         local_step: the step of whole tensors, for shards that can be stepped as if they were whole.
         kernels: the Triton kernels that step shards of an item's dtype and device; None if there are none.
+        buckets: those of these items, if they are known.
 
     Returns:
         One part for each bucket of items that go together. A part's sums come in the order of its `places`.
@@ -66,7 +68,8 @@ def sharded_step(
     check_kinds("the sharded step", spec)
     _refuse_whole(spec)
     steps, used = [], set()
-    for (_, _, _, here, step_kernels, *_), places in _buckets(items, spec, kernels).items():
+    known = buckets_of(items, spec, kernels) if buckets is None else buckets
+    for (_, _, _, here, step_kernels, *_), places in known.items():
         mine = items if len(places) == len(items) else [items[place] for place in places]
         theirs = cast("type[Kernels] | None", step_kernels)
         if here:
@@ -96,41 +99,9 @@ def _refuse_whole(spec: StepSpec) -> None:
         )
 
 
-def _buckets(
-    items: Sequence[Item], spec: StepSpec, kernels: Callable[[Item], type[Kernels] | None]
-) -> dict[tuple[object, ...], list[int]]:
-    """The places of the items that go together, by what they have in common.
-
-    All ranks have to build the same buckets, so these do not depend on how much of a tensor is here. A key is: process
-    group, device, is a float64 top-K, is stepped like a whole tensor, the Triton kernels, and what one kernel can take.
-    """
-    selection = spec.selection
-    buckets: dict[tuple[object, ...], list[int]] = {}
-    for place, item in enumerate(items):
-        assert item.shard is not None
-        double = item.param.dtype == torch.float64 and selection.kind == "top_k"
-        here = is_local(spec) and not (selection.kind == "bernoulli" and item.shard.first(selection.unit) is None)
-        able = spec.statistics and item.shard.numel < 1 << 31 if here else has_gpu_kernel(item, spec)
-        step_kernels = kernels(item) if able else None
-        same = () if here or step_kernels is None else kind_of(item, spec)
-        key = (id(item.shard.group), item.param.device, double, here, step_kernels, *same)
-        buckets.setdefault(key, []).append(place)
-    return buckets
-
-
 def _cache(items: Sequence[Item], places: list[int]) -> dict[Any, Any]:
     """The dictionary that is kept from step to step for the items at these places."""
     return items.cache.setdefault(("shards", *places), {}) if isinstance(items, ItemList) else {}
-
-
-def is_local(spec: StepSpec) -> bool:
-    """True if the kernels for whole tensors do the same on shards: nothing but single coordinates is looked at.
-
-    For masks they draw random numbers from a place in the whole tensor on; for rounding they do not have that place.
-    """
-    if spec.selection.kind == "top_k" or spec.keeps_previous or spec.strength.kind != "fixed":
-        return False
-    return not spec.draw.stochastic
 
 
 def count_rounds(spec: StepSpec, shards: Sequence[Shard], dtype: torch.dtype) -> int:

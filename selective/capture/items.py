@@ -48,7 +48,8 @@ class DeviceItems:
             p = parameter.tensor
             assert p.grad is not None
             item.param, item.grad = local_of(p), local_like(p.grad, p)
-            item.state = {key: local_like(value, p) for key, value in state.items()}
+            if item.state is state or not _are_locals(item.state, state):
+                item.state = {key: local_like(value, p) for key, value in state.items()}
 
     def let_go(self) -> None:
         """Drop the gradients, so that `zero_grad` frees them, and give the base the state that the rule has made."""
@@ -201,6 +202,13 @@ class KeptItems:
             specs = specs_of(policy)
             if specs is not None:
                 upload(*specs)
+
+
+def _are_locals(known: dict[str, Any], state: dict[str, Any]) -> bool:
+    """True if `known` has the local tensors of `state`: nothing was replaced since, and nothing is redistributed."""
+    if len(known) != len(state):
+        return False
+    return all(known.get(key) is getattr(value, "_local_tensor", value) for key, value in state.items())
 
 
 def _build(
