@@ -41,20 +41,16 @@ def change(file: Path) -> None:
     file.write_text(json.dumps(record))
 
 
+def runs(results: Results, task: str, setup: str, lr: float) -> dict[int, Record]:
+    """The three runs of a setup at a rate, by seed."""
+    mine = results.by_seed(task, setup, (lr, None))
+    assert mine.keys() == {0, 1, 2}, setup
+    return mine
+
+
 def claims(measurements: Path) -> set[str]:
     """The means with their intervals that the page's sentences have."""
     evidence = Results.read(measurements / "evidence")
-    gain = of_gain(measurements / "gain")
-
-    def runs(results: Results, task: str, setup: str, lr: float) -> dict[int, Record]:
-        mine = results.by_seed(task, setup, (lr, None))
-        assert mine.keys() == {0, 1, 2}, setup
-        return mine
-
-    other, other_soap, other_cautious = (
-        runs(gain, "gain", setup, lr)
-        for setup, lr in (("AdamW", 1.5e-3), ("Soap squared", 6e-3), ("Cautious in Soap squared", 6e-3))
-    )
     soap, cautious = (
         runs(evidence, "python-34m", setup, 6e-3) for setup in ("AdamW in Soap", "Cautious on AdamW in Soap")
     )
@@ -79,7 +75,7 @@ def claims(measurements: Path) -> set[str]:
     ]  # fmt: skip
     differences = [paired(mine, theirs) for mine, theirs in (
         (alpha, tuned), (longer, tuned), (soap, tuned), (cautious, tuned), (cautious, soap), (soap, longer),
-        (cautious, longer), (other_soap, other), (other_cautious, other),
+        (cautious, longer),
         (alpha, alpha_control), (alpha_control, tuned), (lion_alpha, lion), (lion_cautious, lion),
         (lion_cautious, lion_cautious_control), (lion_alpha_control, lion), (lion_longer, lion),
     )]  # fmt: skip
@@ -201,6 +197,20 @@ def test_the_page_on_rotations_has_the_same_figures() -> None:
     rows = rows_of("composed")
     steps = [rows[name][8].rstrip(" |") for name in ("Cautious on AdamW in Soap", "AdamW")]
     assert "with steps of {} ms and AdamW's of {}".format(*steps) in " ".join(first.split())
+    other = " ".join(page.partition("**On other Python text**")[2].partition("\n\n")[0].split())
+    assert re.findall(r"[+−]?\d+\.\d+ ± \d+\.\d+", other) == on_other_text()
+
+
+def on_other_text() -> list[str]:
+    """The figures of the older runs, on other text: of `Soap()`, and of `Cautious()` in it."""
+    gain = of_gain(MEASUREMENTS / "gain")
+    adamw = runs(gain, "gain", "AdamW", 1.5e-3)
+    soap, cautious = (runs(gain, "gain", f"{name} squared", 6e-3) for name in ("Soap", "Cautious in Soap"))
+    differences = [paired(mine, theirs) for mine, theirs in ((soap, adamw), (cautious, adamw), (cautious, soap))]
+    speeds = [race([(mine[seed], adamw[seed]) for seed in adamw], "step").ratio for mine in (soap, cautious)]
+    first, second, third = (said(one, sign="+") for one in differences if one is not None)
+    of_soap, of_cautious = (said(one, 2) for one in speeds if one is not None)
+    return [first, of_soap, second, third, of_cautious]
 
 
 def rows_of(base: str) -> dict[str, list[str]]:
