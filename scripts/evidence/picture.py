@@ -5,14 +5,14 @@ It is readable at the width of a phone, and has the same bytes on every machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from evidence.earlier import of_demo, of_gain
+from evidence.earlier import of_demo
 from evidence.rows import Row, masked_rows
-from evidence.runs import Record, Results, best_point
+from evidence.runs import Record, Results
 from evidence.setups import CONTROL
 from evidence.table import Comparison, said
 from selective.compare.intervals import Interval, t_interval
@@ -65,26 +65,21 @@ def _shown(label: str, mine: Mapping[int, Record], base: Mapping[int, Record]) -
     return [Shown(label, differences)] if finite else []
 
 
-def _masks(measurements: Path) -> list[Shown]:
+def _rows(measurements: Path, rows: Sequence[Row], label: Callable[[Row], str]) -> list[Shown]:
+    """The rows of the model with 34M parameters that have enough seeds at their best rate."""
     comparison = Comparison(Results.read(measurements / "evidence"), "python-34m")
     base = comparison.by_seed(Row("AdamW", "AdamW"))
+    return [shown for row in rows for shown in _shown(label(row), comparison.by_seed(row), base)]
+
+
+def _masks(measurements: Path) -> list[Shown]:
     rows = [row for row in masked_rows("AdamW")[2:] if not row.setup.startswith(CONTROL)]
-    return [s for row in rows for s in _shown(row.setup.removesuffix(" on AdamW"), comparison.by_seed(row), base)]
+    return _rows(measurements, rows, lambda row: row.setup.removesuffix(" on AdamW"))
 
 
 def _rotations(measurements: Path) -> list[Shown]:
-    results = of_gain(measurements / "gain")
-    names = {
-        "AdaDiag++ squared": 'AdaDiag(sides="two")',
-        "Soap squared": "Soap()",
-        "Cautious in Soap squared": "Cautious() in Soap()",
-    }
-
-    def best(setup: str) -> dict[int, Record]:
-        point = best_point(results.points("gain", setup))
-        return {} if point is None else results.by_seed("gain", setup, point)
-
-    return [s for setup, label in names.items() for s in _shown(label, best(setup), best("AdamW"))]
+    names = {"AdamW in Soap": "Soap()", "Cautious on AdamW in Soap": "Cautious() in Soap()"}
+    return _rows(measurements, [Row(setup, "AdamW") for setup in names], lambda row: names[row.setup])
 
 
 def _demo(measurements: Path) -> list[Shown]:

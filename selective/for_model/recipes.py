@@ -39,15 +39,14 @@ def _recipe(says: str, *evidence: str, **settings: Any) -> Recipe:
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "soap-cautious": _recipe(
-            "the best composition so far: 1.62 times fewer steps and 1.37 times less time than AdamW",
-            "gain-times/Cautious-in-Soap-tf32-lr0.006-seed*.json",
-            "gain/Cautious-in-Soap-squared-lr0.006-seed*.json",
+            "the best composition so far: 1.54 times fewer steps and 1.32 times less time than AdamW",
+            "evidence/python-34m/Cautious-on-AdamW-in-Soap-lr0.006-seed*.json",
             **_IN_SOAP,
             policy="cautious",
         ),
         "soap": _recipe(
             "the rotation alone, which has most of that gain",
-            "gain/Soap-squared-lr0.006-seed*.json",
+            "evidence/python-34m/AdamW-in-Soap-lr0.006-seed*.json",
             **_IN_SOAP,
         ),
         "adamw-alpha-consistency": _recipe(
@@ -65,13 +64,13 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             lr=1.5e-3,
         ),
         "muon": _recipe(
-            "the baseline to compare with: one seed, the highest rate that was tried, and AdamW's rate not swept",
-            "gain/Muon-lr0.04-seed0.json",
+            "the baseline to compare with: one seed, and the rest at the highest rate that was tried",
+            "evidence/python-34m/Muon-lr0.04-rest0.006-seed0.json",
             matrices="muon",
             rest="adamw",
             betas=(0.9, 0.95),
             weight_decay=0.1,
-            lr={"matrices": 0.04, "rest": 1.5e-3},
+            lr={"matrices": 0.04, "rest": 6e-3},
         ),
     }
 )

@@ -103,7 +103,7 @@ def shown(recipe: Recipe) -> list[dict[str, Any]]:
 def test_the_evidence_is_there_and_has_the_recipe_s_rate(name: str) -> None:
     recipe = RECIPES[name]
     runs = shown(recipe)
-    assert {run["lr"] for run in runs} == {rates_of(recipe)[0]}
+    assert {(run["lr"], *[rest for rest in [run["rest_lr"]] if rest is not None]) for run in runs} == {rates_of(recipe)}
     assert {run["seed"] for run in runs} == ({0} if "one seed" in recipe.says else {0, 1, 2})
     page = (ROOT / "docs" / "evidence.md").read_text()  # tests/evidence/test_page.py computes its figures again
     assert all(f"{figure} ±" in page for figure in re.findall(r"(\d+\.\d+) times", recipe.says))
