@@ -24,7 +24,7 @@ from ..spec import Control, Draw, Strength
 from . import random as numbers
 from . import top_k as ranking
 from .apply import Multipliers
-from .chunks import backwards, buffer, chunk, count_marks, count_ones, keep_marks, spans, sum_of_squares
+from .chunks import Squares, backwards, buffer, chunk, count_marks, count_ones, keep_marks, spans, sum_of_squares
 from .undecided import Undecided
 
 SMALL = 2_048  # elements; up to here the whole tensor is ranked: fewer operations than a bracket takes
@@ -36,6 +36,16 @@ WIDE = 8  # chunks whose bytes are looked at together: with fewer, the calls of 
 @functools.cache
 def _places() -> Tensor:
     return torch.arange(SMALL, device="cpu")
+
+
+@functools.cache
+def _minus_one() -> Tensor:
+    return torch.tensor(-1, dtype=torch.int8, device="cpu")
+
+
+def _add_gained_(minus_update: Tensor, chosen: Tensor, gain: float) -> Tensor:
+    """-u (1 + gain chosen), in place."""
+    return minus_update.addcmul_(minus_update, chosen, value=gain)
 
 
 Gradient = Callable[[int, int], Tensor]  # of a chunk, from one element to another
@@ -77,10 +87,12 @@ class Matched:
         self.address, self.still, self.random = address, strength.still, draw
         # Where both multipliers are known, (mask u)^2 is added up, which takes fewer operations than its two parts.
         self.gain = gain_of(strength.selected, strength.rest) if in_place and strength.kind == "fixed" else None
+        # True if the policy's selection is only counted, and what stands still, too.
+        self.counts_only = not control.norm and strength.kind == "fixed" and strength.still
         self.count = 0  # the number that the policy selects
         self.moving = 0 if self.still else numel  # the number that do not stand still
         self.theirs_sq = self.all_sq = 0.0  # of u, where the policy selects and everywhere
-        self.masked_sq = 0.0  # of mask u / rest, in place of the two, where `gain` is known
+        self.masked_sq = Squares()  # of mask u / rest, in place of the two, where `gain` is known
 
     def add(
         self, minus_update: Tensor, grad: Tensor, selected: Tensor | None, count: int, product: Tensor | None = None
@@ -112,13 +124,16 @@ class Matched:
             self.theirs_sq += sum_of_squares(selected.mul_(minus_update), out=selected)
         return every if whole else None
 
+    def add_counts(self, count: int, moving: int) -> None:
+        """Add one chunk of which `count` are selected and `moving` do not stand still, if that is all that is needed."""
+        self.count += count
+        self.moving += moving
+
     def _add_masked(self, minus_update: Tensor, selected: Tensor | None, gain: float) -> None:
         """Add one chunk to `masked_sq`. Overwrites `selected`."""
         if selected is None:
-            self.masked_sq += sum_of_squares(minus_update) * (1 + gain) ** 2
-        else:
-            masked = torch.addcmul(minus_update, minus_update, selected, value=gain, out=selected)
-            self.masked_sq += sum_of_squares(masked, out=masked)
+            selected = buffer("selected", minus_update.numel(), self.dtype).fill_(1.0)
+        self.masked_sq.add(torch.addcmul(minus_update, minus_update, selected, value=gain, out=selected))
 
     def _moves(self, minus_update: Tensor, grad: Tensor) -> Tensor:
         """1.0 where a coordinate moves if its multiplier is not 0, 0.0 where it stands still anyhow."""
@@ -164,31 +179,43 @@ class Matched:
         return self._scale_to(have, self._wanted(selected, rest))
 
     def mask_(
-        self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, selected: float, rest: float
+        self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, selected: float, rest: float, squared: bool
     ) -> tuple[float, float, float]:
-        """Multiply -u by the mask of what the control has drawn, up to a factor, in place.
+        """Multiply -u by the mask of what the control has drawn, up to a factor, in place. Overwrites `marks`.
 
         Returns the factor on both multipliers, that by which `minus_updates` is still to be multiplied, and the sum of
-        (mask u)^2 after both.
+        (mask u)^2 after both; 0 for that if neither `squared` nor the norm asks for it.
         """
-        # With an infinite update nothing is kept, and one that is not selected must not become infinity times 0.
-        gain = self.gain if math.isfinite(self.masked_sq) else None
-        inside, unit = ((1.0, 0.0), selected) if rest == 0 else ((selected, rest), 1.0 if gain is None else rest)
-        multiply, have = Multipliers(*inside, self.dtype), 0.0
+        marks, mask_chunk_, unit = self._masking(marks, selected, rest)
+        squares = Squares()
         for start, end in backwards(self.numel):
-            minus_update, chosen = minus_updates[start:end], buffer("selected", end - start, self.dtype)
-            chosen.copy_(marks[start:end])
+            minus_update = minus_updates[start:end]
             moves = self._moves(minus_update, gradient(start, end)) if self.still else None
-            if gain is None:
-                minus_update.mul_(multiply(chosen))
-            else:
-                minus_update.addcmul_(minus_update, chosen, value=gain)
+            mask_chunk_(minus_update, buffer("selected", end - start, self.dtype).copy_(marks[start:end]))
             if moves is not None:
                 minus_update.mul_(moves)
-            have += sum_of_squares(minus_update, out=chosen)
-        have *= unit * unit
-        scale = self._scale_to(have, have if not self._chooses else self._wanted(selected, rest))
+            if squared or self.control.norm:
+                squares.add(minus_update)
+        have = squares.take() * unit * unit
+        scale = 1.0
+        if self.control.norm:
+            scale = self._scale_to(have, have if not self._chooses else self._wanted(selected, rest))
         return scale, scale * unit, scale * scale * have
+
+    def _masking(
+        self, marks: Tensor, selected: float, rest: float
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor], object], float]:
+        """The marks that a chunk is masked by, the operation on -u and those as floats, and what remains as a factor."""
+        if selected == -rest:  # the marks become signs while they are bytes
+            signs = marks.view(torch.int8)
+            torch.add(_minus_one(), signs, alpha=2, out=signs)
+            return signs, Tensor.mul_, selected
+        # With an infinite update nothing is kept, and one that is not selected must not become infinity times 0.
+        if self.gain is not None and self.control.norm and math.isfinite(self.masked_sq.take()):
+            return marks, functools.partial(_add_gained_, gain=self.gain), rest
+        inside, unit = ((1.0, 0.0), selected) if rest == 0 else ((selected, rest), 1.0)
+        multiply = Multipliers(*inside, self.dtype)
+        return marks, lambda minus_update, chosen: minus_update.mul_(multiply(chosen)), unit
 
     def _only_moving(self, mask: Tensor, minus_update: Tensor, gradient: Gradient, start: int) -> Tensor:
         """The mask of a chunk, times 0 where a coordinate stands still, in place."""
@@ -197,7 +224,7 @@ class Matched:
     def _wanted(self, selected: float, rest: float) -> float:
         """The sum of (mask u)^2 of the policy."""
         if self.gain is not None:
-            return rest * rest * self.masked_sq
+            return rest * rest * self.masked_sq.take()
         others = max(self.all_sq - self.theirs_sq, 0.0) if rest != 0 else 0.0
         return selected * selected * self.theirs_sq + rest * rest * others
 
@@ -225,17 +252,17 @@ class Matched:
         above, undecided = 0, Undecided()
         for start, end in spans(self.numel, WIDE * chunk()):
             random, drawn = numbers.Ranking(self.random, self.address, start, end - start), marks[start:end]
-            torch.gt(random.upper, high, out=drawn)
+            torch.gt(random.upper, numbers.byte(high), out=drawn)
             inside = random.spare
             if low == high:
-                torch.eq(random.upper, low, out=inside)
+                torch.eq(random.upper, numbers.byte(low), out=inside)
             else:
-                torch.sub(random.upper, low, out=inside).le_(high - low)  # uint8: numbers below `low` wrap around
+                torch.sub(random.upper, numbers.byte(low), out=inside).le_(numbers.byte(high - low))  # uint8: numbers below `low` wrap around
             if self.still:
                 self._leave_out_still(minus_updates, gradient, drawn, inside, start)
             above += count_marks(drawn)
             undecided.add(random, start, inside)
-        return undecided.mark(self.count - above, marks)
+        return undecided.mark(self.count - above, marks, low == high)
 
     def _leave_out_still(
         self, minus_updates: Tensor, gradient: Gradient, drawn: Tensor, inside: Tensor, first: int
@@ -255,8 +282,7 @@ class Matched:
             moves = self._moves(minus_updates[start:end], gradient(start, end))
             random[start:end].add_(1).mul_(moves.to(torch.int32)).sub_(1)  # -1: after all others, in their order
         keys = numbers.ordered(random, _places()[: self.numel])
-        limit = keys.kthvalue(self.numel - self.count + 1).values
-        torch.ge(keys, limit, out=marks.view(torch.bool))
+        torch.le(keys, keys.kthvalue(self.count).values, out=marks.view(torch.bool))
 
     def _as_a_whole(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor) -> None:
         """Select by ranking the random numbers of the whole tensor."""

@@ -25,12 +25,19 @@ from ..spec import Draw
 from .chunks import buffer
 
 BLOCK = 1 << 16
+BLOCKS = 16  # whose constants are kept
 
 
 @functools.cache
 def number(value: int) -> Tensor:
     """An int32 number as a 0-d tensor. As a Python number it would be made and converted in every operation: 5 us."""
     return torch.tensor(value, dtype=torch.int32, device="cpu")
+
+
+@functools.cache
+def byte(value: int) -> Tensor:
+    """The same of a byte."""
+    return torch.tensor(value, dtype=torch.uint8, device="cpu")
 
 
 @functools.cache
@@ -68,11 +75,10 @@ def _first_xor(x: Tensor, start: int, key: int) -> None:
     done, count = 0, x.numel()
     while done < count:
         upper, lower = (start + done) >> 16, (start + done) & (BLOCK - 1)
-        blocks = (count - done) // BLOCK if lower == 0 else 0
+        blocks = min((count - done) // BLOCK, BLOCKS - upper % BLOCKS) if lower == 0 else 0
         if blocks > 1:  # one operation for all
-            constants = torch.tensor(
-                [[_constant(upper + i, key)] for i in range(blocks)], dtype=torch.int32, device="cpu"
-            )
+            first = upper % BLOCKS
+            constants = _constants_of_blocks()[first : first + blocks].bitwise_xor(_constant(upper - first, key))
             take = blocks * BLOCK
             torch.bitwise_xor(_lower_halves(), constants, out=x[done : done + take].view(blocks, BLOCK))
         else:
@@ -80,6 +86,12 @@ def _first_xor(x: Tensor, start: int, key: int) -> None:
             part = x[done : done + take]
             torch.bitwise_xor(_lower_halves()[lower : lower + take], _constant(upper, key), out=part)
         done += take
+
+
+@functools.cache
+def _constants_of_blocks() -> Tensor:
+    """`_constant` of the first blocks under a key of 0: that of another key, or further blocks, is an xor away."""
+    return torch.tensor([[_constant(upper, 0)] for upper in range(BLOCKS)], dtype=torch.int32, device="cpu")
 
 
 def _constant(upper: int, key: int) -> int:
@@ -98,30 +110,35 @@ def finish_(x: Tensor) -> Tensor:
 class Ranking:
     """The numbers of a chunk that a matched control ranks (`ranking_bits`): their upper 8 bits, and the hashes.
 
-    The chunk is elements `start` to `start + count` of the tensor. It lives in buffers of this thread, until the next.
+    The chunk is elements `start` to `start + count` of the tensor, and begins with a group. It lives in buffers of this
+    thread, until the next.
     """
 
     def __init__(self, draw: Draw, address: int, start: int, count: int) -> None:
-        first = start // GROUP
-        x = unfinished(draw, address, first, -(-(start + count) // GROUP) - first)
+        x = unfinished(draw, address, start // GROUP, -(-count // GROUP))
         shifted = torch.bitwise_right_shift(x, number(16), out=buffer("shifted", x.numel(), torch.int32))
         self.hashes = x.bitwise_xor_(shifted.bitwise_and_(number(0xFFFF)))
-        self.skipped = start - first * GROUP  # elements of the first group that are before the chunk
-        size = self.skipped + count
-        self.upper = _bytes(self.hashes)[self.skipped : size]  # uint8, one for each element
-        self.spare = shifted.view(torch.uint8)[:count]  # memory for as many marks: it is in the cache, and done with
+        upper, spare = _bytes(self.hashes), shifted.view(torch.uint8)
+        whole = count % GROUP == 0
+        self.upper = upper if whole else upper[:count]  # uint8, one for each element
+        self.spare = spare if whole else spare[:count]  # memory for as many marks: it is in the cache, and done with
 
     def hashes_at(self, places: Tensor) -> Tensor:
         """The groups' hashes (int32) of elements at these places of the chunk, for `ranking_at`."""
-        return self.hashes.index_select(0, (places + self.skipped).bitwise_right_shift_(2))
+        return self.hashes.index_select(0, places.bitwise_right_shift(2))
 
 
-def ranking_at(hashes: Tensor, index: Tensor) -> Tensor:
-    """The 24-bit numbers (int32) of elements of a tensor, from their groups' hashes."""
-    place = index.to(torch.int32).bitwise_and_(number(GROUP - 1))
-    upper = torch.bitwise_right_shift(hashes, place << 3).bitwise_and_(number(0xFF))
-    lower = place.add_(number(1)).mul_(number(GOLDEN)).bitwise_xor_(hashes)
-    return _joined(upper, lower)
+def ranking_at(hashes: Tensor, index: Tensor, alike: bool = False) -> Tensor:
+    """The 24-bit numbers (int32) of elements of a tensor, from their groups' hashes.
+
+    `alike`: only the lower 16 bits, because the upper ones are those of all.
+    """
+    place = index.bitwise_and(GROUP - 1)
+    lower = _lower_bits_(_multiples_of_golden().index_select(0, place).bitwise_xor_(hashes))
+    if alike:
+        return lower
+    upper = torch.bitwise_right_shift(hashes, _shifts().index_select(0, place)).bitwise_and_(number(0xFF))
+    return lower.add_(upper, alpha=1 << 16)
 
 
 def ranking_of_all(draw: Draw, address: int, count: int) -> Tensor:
@@ -130,17 +147,17 @@ def ranking_of_all(draw: Draw, address: int, count: int) -> Tensor:
 
 
 def ordered(random: Tensor, places: Tensor) -> Tensor:
-    """Keys (int64) of which no two are equal: larger for a larger number, and of equal ones for the lower place.
+    """Keys (int64) of which no two are equal: smaller for a larger number, and of equal ones for the lower place.
 
-    Below the number, which has 24 bits, stands the place from the end.
+    Above the place stands the number, which has 24 bits, with a minus.
     """
-    return random.to(torch.int64).bitwise_left_shift_(38).sub_(places)
+    return torch.sub(places, random, alpha=1 << 38)
 
 
 def _of_groups(hashes: Tensor) -> Tensor:
     """The 24-bit numbers of all elements of these groups."""
-    lower = hashes.view(-1, 1).bitwise_xor(_multiples_of_golden()).view(-1)
-    return _joined(_bytes(hashes).to(torch.int32), lower)
+    lower = _lower_bits_(hashes.view(-1, 1).bitwise_xor(_multiples_of_golden()).view(-1))
+    return lower.add_(_bytes(hashes), alpha=1 << 16)
 
 
 @functools.cache
@@ -148,16 +165,20 @@ def _multiples_of_golden() -> Tensor:
     return torch.arange(1, GROUP + 1, dtype=torch.int32, device="cpu") * GOLDEN
 
 
-def _joined(upper: Tensor, lower: Tensor) -> Tensor:
-    """The numbers of these upper 8 bits, and of the lower 16 that follow from `lower`. Overwrites both.
+@functools.cache
+def _shifts() -> Tensor:
+    return torch.arange(0, 8 * GROUP, 8, dtype=torch.int32, device="cpu")
 
-    The lower bits are the upper half of a hash, which the last of its shifts leaves alone.
+
+def _lower_bits_(x: Tensor) -> Tensor:
+    """Turn hashes of groups, xor-ed with their elements' multiples of `GOLDEN`, into the lower 16 bits, in place.
+
+    They are the upper half of a hash, which the last of its shifts leaves alone.
     """
-    scratch = torch.bitwise_right_shift(lower, number(16))
-    lower.bitwise_xor_(scratch.bitwise_and_(number(0xFFFF)))
-    _mix_(lower, scratch)
-    lower.bitwise_right_shift_(number(16)).bitwise_and_(number(0xFFFF))
-    return upper.bitwise_left_shift_(number(16)).bitwise_or_(lower)
+    scratch = torch.bitwise_right_shift(x, number(16))
+    x.bitwise_xor_(scratch.bitwise_and_(number(0xFFFF)))
+    _mix_(x, scratch)
+    return x.bitwise_right_shift_(number(16)).bitwise_and_(number(0xFFFF))
 
 
 def _bytes(x: Tensor) -> Tensor:

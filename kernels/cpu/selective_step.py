@@ -57,8 +57,10 @@ class _Step:
         self.in_place = False  # True if the control multiplies d by the mask before it knows the factor
         if selection.control is not None and self.k != 0 and not self.selector.everything:
             control = with_needed_norm(selection.control, strength)
-            self.in_place = control.norm and self._can_mask_in_place()
+            self.in_place = self._can_mask_in_place()
             self.matched = Matched(control, strength, self.numel, self.dtype, spec.draw, item.address, self.in_place)
+        # True if nothing but numbers is asked of the policy's selection: then it is not formed.
+        self.counts_only = self.matched is not None and self.matched.counts_only and self.selector.counts_by_sign
         self.threshold: ranking.Threshold | None = None
         # True if a chunk is selected in as soon as it has moved, because nothing is ranked or only a sample was.
         self.at_once = True
@@ -220,6 +222,10 @@ class _Step:
 
         Returns what `Matched.add` does.
         """
+        if self.counts_only:
+            assert self.matched is not None
+            self.matched.add_counts(*self.selector.counts(piece))
+            return None
         selected, count = self._select(start, end, piece), end - start
         if selected is not None and (self.matched is not None or self.strength.kind == "mean_preserving"):
             count = count_ones(selected)
@@ -298,7 +304,9 @@ class _Step:
     ) -> tuple[float, float]:
         """The second pass of a control that multiplies d by its mask. Returns both multipliers."""
         assert self.matched is not None
-        scale, factor, masked_sq = self.matched.mask_(minus_updates, self.mover.gradient, marks, selected, rest)
+        scale, factor, masked_sq = self.matched.mask_(
+            minus_updates, self.mover.gradient, marks, selected, rest, totals is not None
+        )
         self._applier((factor, 0.0)).write_masked(minus_updates)
         if totals is not None:
             totals.selected, totals.masked_sq = self.matched.count, masked_sq

@@ -20,18 +20,19 @@ class Undecided:
         """Add a piece, whose first element is `start`. `inside` (uint8) is 1 where a number is in the bracket."""
         places = scattered_ones(inside)
         self.hashes.append(random.hashes_at(places))
-        self.places.append(places.add_(start))
+        self.places.append(places.add_(start) if start else places)
 
-    def mark(self, count: int, marks: Tensor) -> bool:
+    def mark(self, count: int, marks: Tensor, alike: bool) -> bool:
         """Mark the `count` elements with the largest numbers, the first of those that are equal.
 
-        False, and nothing is marked, if the list does not have so many, or if `count` is below 0.
+        `alike`: the upper 8 bits of all are equal. False, and nothing is marked, if the list does not have so many, or
+        if `count` is below 0.
         """
         places = ranking.joined(self.places)
         if not 0 <= count <= places.numel():
             return False
         if count > 0:
-            random = numbers.ranking_at(ranking.joined(self.hashes), places)
-            largest = numbers.ordered(random, places).topk(count, sorted=False).indices
-            marks.index_fill_(0, places.index_select(0, largest), 1)
+            random = numbers.ranking_at(ranking.joined(self.hashes), places, alike)
+            first = numbers.ordered(random, places).topk(count, largest=False, sorted=False).indices
+            marks.index_fill_(0, places.index_select(0, first), 1)
         return True
