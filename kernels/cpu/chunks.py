@@ -202,11 +202,12 @@ class Scratch:
         self.held: dict[tuple[str, torch.dtype], Tensor] = {}
         self.largest = 0  # elements of the call's largest tensor: memory is allocated once, at that size
 
-    def get(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
+    def get(self, name: str, count: int, dtype: torch.dtype, first: int = 0) -> Tensor:
+        """`count` elements from `first` on of the memory of that name."""
         held = self.held.get((name, dtype))
-        if held is None or held.numel() < count:
-            held = self.held[(name, dtype)] = torch.empty(max(count, self.largest), dtype=dtype, device="cpu")
-        return held[:count]
+        if held is None or held.numel() < first + count:
+            held = self.held[(name, dtype)] = torch.empty(max(first + count, self.largest), dtype=dtype, device="cpu")
+        return held[first : first + count]
 
 
 class Flat:

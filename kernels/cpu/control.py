@@ -1,13 +1,7 @@
-"""A matched random control of one tensor: the sums of the policy's selection, then as many others, at random.
+"""A matched random control of one tensor: the sums of the policy's selection, and what is done with as many others.
 
-The control takes the coordinates with the largest random numbers, as many as the policy selects. As the numbers are
-uniform, the last one that is taken lies within a few standard deviations of a known value. So one pass over the numbers
-marks all above that bracket by their upper 8 bits, and lists the few inside of it; only those are formed as a whole and
-ranked. If the bracket misses, a wider one is tried. Small tensors, and those whose brackets have both missed, are
-ranked as a whole: slower, with the same answer.
-
-The draw reads no update, unless coordinates stand still. What comes after it reads the update twice: for the norm, and
-for the parameter.
+`draw.py` chooses those. That reads no update, unless coordinates stand still. What comes after it reads the update
+twice: for the norm, and for the parameter.
 """
 
 from __future__ import annotations
@@ -20,22 +14,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..spec import Control, Draw, Strength
-from . import random as numbers
-from . import top_k as ranking
+from ..spec import Control, Strength
 from .apply import Multipliers
-from .chunks import Squares, backwards, buffer, chunk, count_marks, count_ones, keep_marks, spans, sum_of_squares
-from .undecided import Undecided
-
-SMALL = 2_048  # elements; up to here the whole tensor is ranked: fewer operations than a bracket takes
-WIDTH = 2.0  # half the bracket, in standard deviations of the last place: misses in up to 5 % of the tensors
-RESCUE = 6.0  # the same of the bracket that is looked at then
-WIDE = 8  # chunks whose bytes are looked at together: with fewer, the calls of operations take more time
-
-
-@functools.cache
-def _places() -> Tensor:
-    return torch.arange(SMALL, device="cpu")
+from .chunks import Squares, backwards, buffer, count_ones, sum_of_squares
+from .draw import Target
 
 
 @functools.cache
@@ -70,7 +52,7 @@ def gain_of(selected: float, rest: float) -> float | None:
 
 
 class Matched:
-    """One tensor's control: `add` each chunk with what the policy selects there, `draw`, then `scale` or `mask_`."""
+    """One tensor's control: `add` each chunk with what the policy selects there; after the draw `scale` or `mask_`."""
 
     def __init__(
         self,
@@ -78,13 +60,11 @@ class Matched:
         strength: Strength,
         numel: int,
         dtype: torch.dtype,
-        draw: Draw,
-        address: int,
         in_place: bool,
     ) -> None:
         """`in_place`: what comes after the draw is `mask_`, and not `scale`."""
         self.control, self.rest, self.numel, self.dtype = control, strength.rest, numel, dtype
-        self.address, self.still, self.random = address, strength.still, draw
+        self.still = strength.still
         # Where both multipliers are known, (mask u)^2 is added up, which takes fewer operations than its two parts.
         self.gain = gain_of(strength.selected, strength.rest) if in_place and strength.kind == "fixed" else None
         # True if the policy's selection is only counted, and what stands still, too.
@@ -139,17 +119,16 @@ class Matched:
         """1.0 where a coordinate moves if its multiplier is not 0, 0.0 where it stands still anyhow."""
         return torch.mul(minus_update, grad, out=buffer("moves", minus_update.numel(), self.dtype)).ne_(0)
 
-    def draw(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor) -> None:
-        """Fill `marks` (uint8, of the whole tensor) with 1 where the control selects, else 0."""
+    def target(self, address: int, offset: int, minus_updates: Tensor, gradient: Gradient) -> Target:
+        """What the draw has to know, once all chunks are added: the marks of the tensor begin at `offset`."""
+        self.masked_sq.take()  # its memory is that of every tensor
         self.still = self.moving < self.numel  # else nothing has to be left out
-        if not self._chooses:
-            marks.fill_(int(self.count > 0))
-        elif self.numel <= SMALL:
-            self._by_order(minus_updates, gradient, marks)
-        elif self.count >= self.moving or not any(
-            self._by_bracket(minus_updates, gradient, marks, width) for width in (WIDTH, RESCUE)
-        ):
-            self._as_a_whole(minus_updates, gradient, marks)
+        self.minus_updates, self.gradient = minus_updates, gradient
+
+        def moves(start: int, end: int) -> Tensor:
+            return self._moves(minus_updates[start:end], gradient(start, end))
+
+        return Target(address, self.numel, offset, self.count, self.moving, moves)
 
     @property
     def _chooses(self) -> bool:
@@ -158,7 +137,7 @@ class Matched:
 
     # --- the norm ---
 
-    def scale(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, selected: float, rest: float) -> float:
+    def scale(self, marks: Tensor, selected: float, rest: float) -> float:
         """The factor on both multipliers, `selected` and `rest`, from what the control has drawn."""
         if not self.control.norm:
             return 1.0
@@ -167,10 +146,10 @@ class Matched:
             return self._scale_to(wanted, wanted)
         ours = 0.0
         for start, end in backwards(self.numel):
-            minus_update = minus_updates[start:end]
+            minus_update = self.minus_updates[start:end]
             chosen = buffer("selected", end - start, self.dtype).copy_(marks[start:end])
             if self.still:
-                chosen = self._only_moving(chosen, minus_update, gradient, start)
+                chosen = self._only_moving(chosen, minus_update, start)
             ours += sum_of_squares(chosen.mul_(minus_update), out=chosen)
         theirs, every = self.theirs_sq, self.all_sq
         if rest == 0:  # then `all_sq` was not added up
@@ -178,19 +157,16 @@ class Matched:
         have = selected * selected * ours + rest * rest * max(every - ours, 0.0)
         return self._scale_to(have, self._wanted(selected, rest))
 
-    def mask_(
-        self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, selected: float, rest: float, squared: bool
-    ) -> tuple[float, float, float]:
+    def mask_(self, marks: Tensor, selected: float, rest: float, squared: bool) -> tuple[float, float, float]:
         """Multiply -u by the mask of what the control has drawn, up to a factor, in place. Overwrites `marks`.
 
-        Returns the factor on both multipliers, that by which `minus_updates` is still to be multiplied, and the sum of
-        (mask u)^2 after both; 0 for that if neither `squared` nor the norm asks for it.
+        Returns the factor on both multipliers, that by which -u is still to be multiplied, and the sum of (mask u)^2 after both; 0 for that if neither `squared` nor the norm asks for it.
         """
         marks, mask_chunk_, unit = self._masking(marks, selected, rest)
         squares = Squares()
         for start, end in backwards(self.numel):
-            minus_update = minus_updates[start:end]
-            moves = self._moves(minus_update, gradient(start, end)) if self.still else None
+            minus_update = self.minus_updates[start:end]
+            moves = self._moves(minus_update, self.gradient(start, end)) if self.still else None
             mask_chunk_(minus_update, buffer("selected", end - start, self.dtype).copy_(marks[start:end]))
             if moves is not None:
                 minus_update.mul_(moves)
@@ -217,9 +193,9 @@ class Matched:
         multiply = Multipliers(*inside, self.dtype)
         return marks, lambda minus_update, chosen: minus_update.mul_(multiply(chosen)), unit
 
-    def _only_moving(self, mask: Tensor, minus_update: Tensor, gradient: Gradient, start: int) -> Tensor:
+    def _only_moving(self, mask: Tensor, minus_update: Tensor, start: int) -> Tensor:
         """The mask of a chunk, times 0 where a coordinate stands still, in place."""
-        return mask.mul_(self._moves(minus_update, gradient(start, start + mask.numel())))
+        return mask.mul_(self._moves(minus_update, self.gradient(start, start + mask.numel())))
 
     def _wanted(self, selected: float, rest: float) -> float:
         """The sum of (mask u)^2 of the policy."""
@@ -236,63 +212,3 @@ class Matched:
         if not (have > 0 and math.isfinite(wanted + have)):
             return 1.0
         return min(math.sqrt(wanted / have), self.control.cap)
-
-    # --- the selection ---
-
-    def _bracket(self, width: float) -> tuple[int, int]:
-        """The upper 8 bits, lowest and highest, that the last number which is selected most likely has."""
-        share = 1 - self.count / self.moving
-        half = width * math.sqrt(share * (1 - share) / self.moving) + 1 / self.moving
-        low, high = math.floor(256 * (share - half)), math.floor(256 * (share + half))
-        return max(low, 0), min(high, 255)
-
-    def _by_bracket(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, width: float) -> bool:
-        """Select by a bracket. False if the bracket has missed: then `marks` are not right."""
-        low, high = self._bracket(width)
-        above, undecided = 0, Undecided()
-        for start, end in spans(self.numel, WIDE * chunk()):
-            random, drawn = numbers.Ranking(self.random, self.address, start, end - start), marks[start:end]
-            torch.gt(random.upper, numbers.byte(high), out=drawn)
-            inside = random.spare
-            if low == high:
-                torch.eq(random.upper, numbers.byte(low), out=inside)
-            else:
-                torch.sub(random.upper, numbers.byte(low), out=inside).le_(numbers.byte(high - low))  # uint8: numbers below `low` wrap around
-            if self.still:
-                self._leave_out_still(minus_updates, gradient, drawn, inside, start)
-            above += count_marks(drawn)
-            undecided.add(random, start, inside)
-        return undecided.mark(self.count - above, marks, low == high)
-
-    def _leave_out_still(
-        self, minus_updates: Tensor, gradient: Gradient, drawn: Tensor, inside: Tensor, first: int
-    ) -> None:
-        """Take back the marks of what stands still, of elements from `first` on."""
-        for start, end in spans(drawn.numel()):
-            here = slice(first + start, first + end)
-            moves = self._moves(minus_updates[here], gradient(here.start, here.stop))
-            moves = buffer("upper moves", end - start, torch.uint8).copy_(moves)
-            drawn[start:end].mul_(moves)
-            inside[start:end].mul_(moves)
-
-    def _by_order(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor) -> None:
-        """Select in a small tensor: as `_as_a_whole`, in fewer operations."""
-        random = numbers.ranking_of_all(self.random, self.address, self.numel)
-        for start, end in spans(self.numel if self.still else 0):
-            moves = self._moves(minus_updates[start:end], gradient(start, end))
-            random[start:end].add_(1).mul_(moves.to(torch.int32)).sub_(1)  # -1: after all others, in their order
-        keys = numbers.ordered(random, _places()[: self.numel])
-        torch.le(keys, keys.kthvalue(self.count).values, out=marks.view(torch.bool))
-
-    def _as_a_whole(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor) -> None:
-        """Select by ranking the random numbers of the whole tensor."""
-        t = torch.empty(self.numel, dtype=torch.float32, device="cpu")
-        for start, end in spans(self.numel):
-            index = torch.arange(start, end, device="cpu")
-            random = numbers.Ranking(self.random, self.address, start, end - start)
-            t[start:end].copy_(numbers.ranking_at(random.hashes_at(index - start), index))
-            if self.still:  # -1: after all others, in their order
-                t[start:end].add_(1).mul_(self._moves(minus_updates[start:end], gradient(start, end))).sub_(1)
-        threshold = ranking.exact(t.neg_(), self.count)
-        for start, end in spans(self.numel):
-            keep_marks(threshold.mark(t[start:end], start, t[start:end]), marks[start:end])

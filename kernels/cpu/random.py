@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -53,21 +54,32 @@ def _mix_(x: Tensor, scratch: Tensor) -> None:
     x.mul_(number(B))
 
 
-def unfinished(draw: Draw, address: int, start: int, count: int) -> Tensor:
-    """The hashes of elements `start`, `start + 1`, ... before the last shift: int32, in a buffer of this thread."""
+Part = tuple[int, int, int]  # the address of a tensor, the first of its elements that are meant, and how many those are
+
+
+def unfinished(draw: Draw, parts: Sequence[Part]) -> Tensor:
+    """The hashes of these elements before the last shift, one part after the other: int32, in a buffer of this thread."""
+    count = sum(count for _, _, count in parts)
     x, scratch = buffer("bits", count, torch.int32), buffer("shifted", count, torch.int32)
-    done = 0
-    while done < count:  # the keys change every 2^32 elements
-        high = (start + done) >> 32
-        take = min(count - done, ((high + 1) << 32) - start - done)
-        key, second = keys(draw, address, high)
-        part, rest = x[done : done + take], scratch[done : done + take]
-        _first_xor(part, (start + done) & 0xFFFFFFFF, key)
-        _mix_(part, rest)
+    keyed = list(_keyed(draw, x, parts))
+    for part, start, key, _ in keyed:
+        _first_xor(part, start, key)
+    _mix_(x, scratch)
+    for part, _, _, second in keyed:
         part.bitwise_xor_(signed32(second ^ ((second & 0xFFFFFFFF) >> 16)))
-        _mix_(part, rest)
-        done += take
+    _mix_(x, scratch)
     return x
+
+
+def _keyed(draw: Draw, x: Tensor, parts: Sequence[Part]) -> Iterator[tuple[Tensor, int, int, int]]:
+    """Places in `x` of elements with the same keys, their first 32-bit index, and the two keys."""
+    done = 0
+    for address, start, count in parts:
+        while count > 0:  # the keys change every 2^32 elements
+            high, low = start >> 32, start & 0xFFFFFFFF
+            take = min(count, (1 << 32) - low)
+            yield x if take == x.numel() else x[done : done + take], low, *keys(draw, address, high)
+            done, start, count = done + take, start + take, count - take
 
 
 def _first_xor(x: Tensor, start: int, key: int) -> None:
@@ -108,42 +120,37 @@ def finish_(x: Tensor) -> Tensor:
 
 
 class Ranking:
-    """The numbers of a chunk that a matched control ranks (`ranking_bits`): their upper 8 bits, and the hashes.
+    """The numbers that matched controls rank (`ranking_bits`), of parts of tensors: upper 8 bits, and hashes.
 
-    The chunk is elements `start` to `start + count` of the tensor, and begins with a group. It lives in buffers of this
-    thread, until the next.
+    A part begins with a group, and all but the last have whole ones. It lives in buffers of this thread, until the next.
     """
 
-    def __init__(self, draw: Draw, address: int, start: int, count: int) -> None:
-        x = unfinished(draw, address, start // GROUP, -(-count // GROUP))
+    def __init__(self, draw: Draw, parts: Sequence[Part]) -> None:
+        count = sum(count for _, _, count in parts)
+        x = unfinished(draw, [(address, start // GROUP, -(-count // GROUP)) for address, start, count in parts])
         shifted = torch.bitwise_right_shift(x, number(16), out=buffer("shifted", x.numel(), torch.int32))
         self.hashes = x.bitwise_xor_(shifted.bitwise_and_(number(0xFFFF)))
-        upper, spare = _bytes(self.hashes), shifted.view(torch.uint8)
-        whole = count % GROUP == 0
-        self.upper = upper if whole else upper[:count]  # uint8, one for each element
-        self.spare = spare if whole else spare[:count]  # memory for as many marks: it is in the cache, and done with
+        self.upper = _bytes(self.hashes)[:count]  # uint8, one for each element
+        self.spare = shifted.view(torch.uint8)[:count]  # memory for as many marks: it is in the cache, and done with
 
     def hashes_at(self, places: Tensor) -> Tensor:
-        """The groups' hashes (int32) of elements at these places of the chunk, for `ranking_at`."""
+        """The groups' hashes (int32) of elements at these places among all parts, for `ranking_at`."""
         return self.hashes.index_select(0, places.bitwise_right_shift(2))
 
 
-def ranking_at(hashes: Tensor, index: Tensor, alike: bool = False) -> Tensor:
-    """The 24-bit numbers (int32) of elements of a tensor, from their groups' hashes.
-
-    `alike`: only the lower 16 bits, because the upper ones are those of all.
-    """
+def ranking_at(hashes: Tensor, index: Tensor) -> Tensor:
+    """The 24-bit numbers (int32) of elements, from their groups' hashes and their indices, or what differs by groups."""
     place = index.bitwise_and(GROUP - 1)
-    lower = _lower_bits_(_multiples_of_golden().index_select(0, place).bitwise_xor_(hashes))
-    if alike:
-        return lower
-    upper = torch.bitwise_right_shift(hashes, _shifts().index_select(0, place)).bitwise_and_(number(0xFF))
-    return lower.add_(upper, alpha=1 << 16)
+    lower = _multiples_of_golden().index_select(0, place).bitwise_xor_(hashes)
+    scratch = torch.bitwise_right_shift(lower, number(16))
+    lower.bitwise_xor_(scratch.bitwise_and_(number(0xFFFF)))
+    _mix_(lower, scratch)
+    lower.bitwise_right_shift_(number(16)).bitwise_and_(number(0xFFFF))  # the last shift leaves these bits alone
+    upper = torch.bitwise_right_shift(hashes, _shifts().index_select(0, place), out=scratch)
+    return lower.add_(upper.bitwise_and_(number(0xFF)), alpha=1 << 16)
 
 
-def ranking_of_all(draw: Draw, address: int, count: int) -> Tensor:
-    """The 24-bit numbers (int32) of all elements of a small tensor."""
-    return _of_groups(Ranking(draw, address, 0, count).hashes)[:count]
+PLACE_BITS = 38
 
 
 def ordered(random: Tensor, places: Tensor) -> Tensor:
@@ -151,13 +158,12 @@ def ordered(random: Tensor, places: Tensor) -> Tensor:
 
     Above the place stands the number, which has 24 bits, with a minus.
     """
-    return torch.sub(places, random, alpha=1 << 38)
+    return torch.sub(places, random, alpha=1 << PLACE_BITS)
 
 
-def _of_groups(hashes: Tensor) -> Tensor:
-    """The 24-bit numbers of all elements of these groups."""
-    lower = _lower_bits_(hashes.view(-1, 1).bitwise_xor(_multiples_of_golden()).view(-1))
-    return lower.add_(_bytes(hashes), alpha=1 << 16)
+def places_of(keys: Tensor) -> Tensor:
+    """The places that `ordered` has put into these keys."""
+    return keys.bitwise_and((1 << PLACE_BITS) - 1)
 
 
 @functools.cache
@@ -168,17 +174,6 @@ def _multiples_of_golden() -> Tensor:
 @functools.cache
 def _shifts() -> Tensor:
     return torch.arange(0, 8 * GROUP, 8, dtype=torch.int32, device="cpu")
-
-
-def _lower_bits_(x: Tensor) -> Tensor:
-    """Turn hashes of groups, xor-ed with their elements' multiples of `GOLDEN`, into the lower 16 bits, in place.
-
-    They are the upper half of a hash, which the last of its shifts leaves alone.
-    """
-    scratch = torch.bitwise_right_shift(x, number(16))
-    x.bitwise_xor_(scratch.bitwise_and_(number(0xFFFF)))
-    _mix_(x, scratch)
-    return x.bitwise_right_shift_(number(16)).bitwise_and_(number(0xFFFF))
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -21,22 +21,26 @@ Non-contiguous tensors are copied while they are stepped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..reference.random import sample_positions
 from ..reference.rules import Advanced, begin
-from ..spec import GivenRule, Item, StepSpec, Sums, check_kinds
+from ..spec import Draw, GivenRule, Item, StepSpec, Sums, check_kinds
 from . import chunks
 from . import top_k as ranking
 from .apply import Applier, Totals
 from .chunks import Flat, Scratch, buffer, count_ones, keep_marks, spans
 from .control import Matched, with_needed_norm
+from .draw import Target, room
+from .draw import draw as draw_marks
 from .rules import Mover, Slice
 from .selections import Selector, negated_score
 from .strengths import Gatherer
+
+TOGETHER = 1 << 21  # elements of the controls that are drawn together: d and marks of so many stay in the cache
 
 
 class _Step:
@@ -58,7 +62,7 @@ class _Step:
         if selection.control is not None and self.k != 0 and not self.selector.everything:
             control = with_needed_norm(selection.control, strength)
             self.in_place = self._can_mask_in_place()
-            self.matched = Matched(control, strength, self.numel, self.dtype, spec.draw, item.address, self.in_place)
+            self.matched = Matched(control, strength, self.numel, self.dtype, self.in_place)
         # True if nothing but numbers is asked of the policy's selection: then it is not formed.
         self.counts_only = self.matched is not None and self.matched.counts_only and self.selector.counts_by_sign
         self.threshold: ranking.Threshold | None = None
@@ -68,18 +72,50 @@ class _Step:
         self.scores: Tensor | None = None  # -score of the whole tensor, if it cannot be formed again
         self.x: Tensor | None = None  # likewise the x of norm_preserving
         self.chosen: Tensor | None = None  # 1 where exact top-K selects (uint8), of a tensor that is not small
+        self.offset = 0  # of this tensor in `scratch`, where those of others lie beside it
+        self.totals = Totals() if spec.statistics else None
 
     def run(self) -> Sums | None:
-        """Step the tensor; its report, if statistics are asked for."""
-        totals = Totals() if self.spec.statistics else None
+        """Step the tensor; its report, if statistics are asked for. Of a control: `prepare`, the draw, and `finish`."""
         self._sample()
-        self.at_once = self.k <= 0 or self.threshold is not None
-        if self.strength.kind == "fixed" and self.at_once and self.matched is None:
-            pair = self._one_pass(totals)
+        if self.strength.kind == "fixed" and self.at_once:
+            pair = self._one_pass(self.totals)
         else:
-            pair = self._two_passes(totals)
+            self._all_but_parameter()
+            pair = self.pair
+            self._second_pass(self.minus_updates, self.marks, self._applier(pair), self.totals)
+        return self._report(pair)
+
+    def prepare(self) -> Target:
+        """Step all but the parameter; what a control has to draw."""
+        assert self.matched is not None
+        self._sample()
+        self._all_but_parameter()
+        return self.matched.target(self.item.address, self.offset, self.minus_updates, self.mover.gradient)
+
+    def finish(self) -> Sums | None:
+        """Step the parameter, by what a control has drawn. The report, if statistics are asked for."""
+        assert self.matched is not None
+        marks = self._get("marks", torch.uint8)
+        selected, rest = self.pair
+        if self.in_place:
+            scale, factor, masked_sq = self.matched.mask_(marks, selected, rest, self.totals is not None)
+            self._applier((factor, 0.0)).write_masked(self.minus_updates)
+            if self.totals is not None:
+                self.totals.selected, self.totals.masked_sq = self.matched.count, masked_sq
+        else:
+            scale = self.matched.scale(marks, selected, rest)
+            applier = self._applier((selected * scale, rest * scale))
+            self._second_pass(self.minus_updates, marks, applier, self.totals)
+        return self._report((selected * scale, rest * scale))
+
+    def _report(self, pair: tuple[float, float]) -> Sums | None:
         self.flat.write_back()
-        return totals.sums(self.numel, *pair) if totals is not None else None
+        return self.totals.sums(self.numel, *pair) if self.totals is not None else None
+
+    def _get(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Memory of the size of the tensor."""
+        return self.scratch.get(name, self.numel, dtype, self.offset)
 
     def _sample(self) -> None:
         """Compute what a sampled estimate needs, before the moments move."""
@@ -95,6 +131,7 @@ class _Step:
             t = torch.where(torch.isnan(t), torch.inf, t)
             rank = max(self.selection.k_of(t.numel()), 1)
             self.threshold = ranking.Threshold(ranking.smallest(t, (rank,))[0], self.numel)
+        self.at_once = self.k <= 0 or self.threshold is not None
 
     def _peeked_scores(self, peeked: Advanced) -> Tensor:
         piece = Slice(-peeked.update, peeked.grad, peeked.momentum, None)
@@ -127,33 +164,23 @@ class _Step:
             apply(start, end, piece.minus_update, piece.grad, self._select(start, end, piece), totals)
         return pair
 
-    def _two_passes(self, totals: Totals | None) -> tuple[float, float]:
-        minus_updates = self._minus_updates()
-        in_place = self.in_place
-        marks = self._marks() if self.at_once else None
+    def _all_but_parameter(self) -> None:
+        """The first of two passes: leave d of the whole tensor, marks of it if they are read again, and multipliers."""
+        self.minus_updates = self._minus_updates()
+        self.marks = self._marks() if self.at_once else None
         self._keep_whole()
         collector = None if self.at_once else self._collector()
         for start, end in spans(self.numel):
-            piece = self.mover(start, end, minus_updates[start:end], self.selector.keep_previous)
-            update_sq = self._first_pass(start, end, piece, marks, collector)
-            if in_place and totals is not None:
-                totals.add(piece.minus_update, piece.grad, update_sq)
+            piece = self.mover(start, end, self.minus_updates[start:end], self.selector.keep_previous)
+            update_sq = self._first_pass(start, end, piece, self.marks, collector)
+            if self.in_place and self.totals is not None:
+                self.totals.add(piece.minus_update, piece.grad, update_sq)
         if collector is not None:
-            marks = self._rank(minus_updates, collector)
-        selected, rest = self.strength.selected, self.strength.rest
+            self.marks = self._rank(self.minus_updates, collector)
+        self.pair = (1.0, 1.0) if self.k == 0 else (self.strength.selected, self.strength.rest)
         if self.strength.kind != "fixed":
-            selected, rest = self.gatherer.multipliers(self.item, marks)
-        if self.k == 0:
-            selected = rest = 1.0
-        if self.matched is not None:
-            marks = self.scratch.get("marks", self.numel, torch.uint8)
-            self.matched.draw(minus_updates, self.mover.gradient, marks)
-            if in_place:
-                return self._second_pass_in_place(minus_updates, marks, selected, rest, totals)
-            scale = self.matched.scale(minus_updates, self.mover.gradient, marks, selected, rest)
-            selected, rest = selected * scale, rest * scale
-        self._second_pass(minus_updates, marks, self._applier((selected, rest)), totals)
-        return selected, rest
+            pair = self.gatherer.multipliers(self.item, self.marks)
+            self.pair = (1.0, 1.0) if self.k == 0 else pair
 
     def _can_mask_in_place(self) -> bool:
         """True if a control may multiply d by the mask, before it knows the factor that keeps the norm.
@@ -171,13 +198,13 @@ class _Step:
             return None
         if self.matched is not None and not self.gatherer.sampled:
             return None
-        return self.scratch.get("marks", self.numel, torch.uint8)
+        return self._get("marks", torch.uint8)
 
     def _minus_updates(self) -> Tensor:
         """Memory for d of the whole tensor; if a capture has left d in float32, the tensor that holds it."""
         if self._holds_minus_updates():
             return self.flat.state["update"]
-        return self.scratch.get("minus_updates", self.numel, self.dtype)
+        return self._get("minus_updates", self.dtype)
 
     def _holds_minus_updates(self) -> bool:
         rule = self.rule
@@ -199,7 +226,7 @@ class _Step:
         room = buffer("sampled scores", piece.minus_update.numel(), self.dtype)
         self.sample = negated_score(self.selection, self.rule, piece, room)
         ends = ranking.bracket(self.sample, self.k, self.numel, ranking.WIDTH)
-        self.chosen = self.scratch.get("marks", self.numel, torch.uint8)
+        self.chosen = self._get("marks", torch.uint8)
         return ranking.Collector(self.k, self.numel, *ends, self.scores, self.chosen)
 
     def _first_pass(
@@ -299,18 +326,32 @@ class _Step:
                 selected = None
             apply(start, end, piece.minus_update, piece.grad, selected, totals)
 
-    def _second_pass_in_place(
-        self, minus_updates: Tensor, marks: Tensor, selected: float, rest: float, totals: Totals | None
-    ) -> tuple[float, float]:
-        """The second pass of a control that multiplies d by its mask. Returns both multipliers."""
-        assert self.matched is not None
-        scale, factor, masked_sq = self.matched.mask_(
-            minus_updates, self.mover.gradient, marks, selected, rest, totals is not None
-        )
-        self._applier((factor, 0.0)).write_masked(minus_updates)
-        if totals is not None:
-            totals.selected, totals.masked_sq = self.matched.count, masked_sq
-        return selected * scale, rest * scale
+
+def _run(batch: list[_Step], draw: Draw, scratch: Scratch) -> list[Sums | None]:
+    """Step the tensors of a batch: controls that are drawn together, or one tensor without a control."""
+    if batch[0].matched is None:
+        return [step.run() for step in batch]
+    targets = [step.prepare() for step in batch]
+    draw_marks(draw, targets, scratch.get("marks", batch[-1].offset + room(batch[-1].numel), torch.uint8))
+    return [step.finish() for step in batch]
+
+
+def _batches(items: Sequence[Item], spec: StepSpec, scratch: Scratch) -> Iterator[list[_Step]]:
+    """The steps of these tensors, in their order; those that lie side by side in `scratch` together."""
+    batch: list[_Step] = []
+    for item in items:
+        step = _Step(item, spec, scratch)
+        if batch:
+            end = batch[-1].offset + room(batch[-1].numel)
+            together = batch[0].matched is not None and step.matched is not None
+            if together and end + room(step.numel) <= min(scratch.largest, TOGETHER):
+                step.offset = end
+            else:
+                yield batch
+                batch = []
+        batch.append(step)
+    if batch:
+        yield batch
 
 
 def selective_step(items: Sequence[Item], spec: StepSpec) -> list[Sums] | None:
@@ -318,5 +359,7 @@ def selective_step(items: Sequence[Item], spec: StepSpec) -> list[Sums] | None:
     check_kinds("the CPU", spec)
     scratch = Scratch()
     scratch.largest = max((item.param.numel() for item in items), default=0)
-    sums = [_Step(item, spec, scratch).run() for item in items]
+    if spec.selection.control is not None:
+        scratch.largest = room(scratch.largest)
+    sums = [s for batch in _batches(items, spec, scratch) for s in _run(batch, spec.draw, scratch)]
     return [s for s in sums if s is not None] if spec.statistics else None

@@ -27,6 +27,7 @@ from selective.kernels import (
 )
 from selective.kernels.cpu import chunks
 from selective.kernels.cpu import control as cpu_control
+from selective.kernels.cpu import draw as cpu_draw
 from selective.kernels.cpu import random as numbers
 from selective.kernels.cpu.chunks import CHUNK, sum_of_squares
 from selective.kernels.reference.control import matched, random_subset
@@ -70,15 +71,15 @@ def counted(function, name, calls):
 @pytest.fixture
 def brackets(monkeypatch):
     """Tensors of any size are drawn from by a bracket; counts those that are ranked as a whole all the same."""
-    monkeypatch.setattr(cpu_control, "SMALL", 0)
+    monkeypatch.setattr(cpu_draw, "SMALL", 0)
     whole: list[int] = []
-    ranked = cpu_control.Matched._as_a_whole
+    ranked = cpu_draw._as_a_whole
 
-    def noted(self, *arguments):
-        whole.append(self.numel)
-        return ranked(self, *arguments)
+    def noted(source, target, marks):
+        whole.append(target.numel)
+        return ranked(source, target, marks)
 
-    monkeypatch.setattr(cpu_control.Matched, "_as_a_whole", noted)
+    monkeypatch.setattr(cpu_draw, "_as_a_whole", noted)
     return whole
 
 
@@ -87,7 +88,7 @@ def test_the_short_hash_is_the_definitions(start: int) -> None:
     for draw, address in ((Draw(0, 0), 0), (Draw(17, 5), 9), (Draw(-3, 2**40), 7)):
         for count in (70_001, 200_001):  # of the second, several blocks are whole
             wanted = uniform_bits(draw, address, count, offset=start)
-            assert torch.equal(numbers.finish_(numbers.unfinished(draw, address, start, count).clone()), wanted)
+            assert torch.equal(numbers.finish_(numbers.unfinished(draw, [(address, start, count)]).clone()), wanted)
 
 
 @pytest.mark.parametrize("draw", [Draw(0, 0), Draw(2**63 + 5, 10**9), Draw(-1, 1)])
@@ -101,7 +102,7 @@ def test_ranking_numbers_are_the_documented_ones(draw: Draw, transcription) -> N
 def test_ranking_numbers_of_a_chunk_are_the_definitions(start: int) -> None:
     draw, count = Draw(17, 5), 70_001
     wanted = ranking_bits(draw, 9, start + count)[start:]
-    chunk = numbers.Ranking(draw, 9, start, count)
+    chunk = numbers.Ranking(draw, [(9, start, count)])
     assert torch.equal(chunk.upper.to(torch.int32), wanted >> 16)
     places = torch.arange(count)
     assert torch.equal(numbers.ranking_at(chunk.hashes_at(places), places + start), wanted)
@@ -110,7 +111,7 @@ def test_ranking_numbers_of_a_chunk_are_the_definitions(start: int) -> None:
 def test_ranking_numbers_past_two_to_the_34(transcription) -> None:
     """Groups past 2^32 have other keys."""
     draw, start = Draw(3, 1), 2**34 - 8
-    chunk = numbers.Ranking(draw, 9, start, 16)
+    chunk = numbers.Ranking(draw, [(9, start, 16)])
     places = torch.arange(16)
     ours = numbers.ranking_at(chunk.hashes_at(places), places + start)
     assert torch.equal(ours >> 16, chunk.upper.to(torch.int32))
@@ -242,18 +243,18 @@ def test_a_tensor_of_several_pieces_and_a_last_word_that_is_not_full(numel, brac
 
 def test_a_bracket_that_misses_has_a_wider_one_behind_it(brackets, monkeypatch) -> None:
     """The first bracket lies three deviations beside; the tensor is not ranked as a whole."""
-    widths, bracket = [], cpu_control.Matched._bracket
+    widths, bracket = [], cpu_draw.Target.bracket
 
     def shifted(self, width):
         widths.append(width)
         low, high = bracket(self, width)
-        return (low, high) if width == cpu_control.RESCUE else (high + 1, high + 1)
+        return (low, high) if width == cpu_draw.RESCUE else (high + 1, high + 1)
 
-    monkeypatch.setattr(cpu_control.Matched, "_bracket", shifted)
+    monkeypatch.setattr(cpu_draw.Target, "bracket", shifted)
     some = torch.zeros(50_000, dtype=torch.bool)
     some[:17_000] = True
     assert torch.equal(chosen_by_cpu(50_000, 17_000, Draw(1, 7), 4), random_subset(some, None, Draw(1, 7), 4))
-    assert widths == [cpu_control.WIDTH, cpu_control.RESCUE]
+    assert widths == [cpu_draw.WIDTH, cpu_draw.RESCUE]
     assert not brackets
 
 
@@ -302,7 +303,7 @@ def test_equal_numbers_go_to_the_lower_index(brackets) -> None:
 @pytest.mark.parametrize("bracket", [(0, 0), (255, 255), (40, 41)])
 def test_a_bracket_that_misses_is_noticed(bracket, make, copy, brackets, monkeypatch) -> None:
     """The last of half of the numbers lies at 128: none of these has it, and the whole tensor is ranked instead."""
-    monkeypatch.setattr(cpu_control.Matched, "_bracket", lambda self, width: bracket)
+    monkeypatch.setattr(cpu_draw.Target, "bracket", lambda self, width: bracket)
     selection, strength = Selection("top_k", control=Control()), Strength("fixed", 2.0, 0.5)
     assert_same(make(ADAM, (300, 50), seed=1), copy, ADAM, selection, strength)
     assert brackets == [15_000]
