@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..spec import Control, Strength
 from .apply import Multipliers
-from .chunks import Squares, backwards, buffer, count_ones, sum_of_squares
+from .chunks import Squares, backwards, buffer, chunk, count_ones, sum_of_squares
 from .draw import Target
 
 
@@ -164,13 +164,17 @@ class Matched:
         """
         marks, mask_chunk_, unit = self._masking(marks, selected, rest)
         squares = Squares()
-        for start, end in backwards(self.numel):
-            minus_update = self.minus_updates[start:end]
-            moves = self._moves(minus_update, self.gradient(start, end)) if self.still else None
-            mask_chunk_(minus_update, buffer("selected", end - start, self.dtype).copy_(marks[start:end]))
+        adds = squared or self.control.norm
+        length = chunk()
+        pieces = list(zip(self.minus_updates.split(length), marks.split(length), strict=True))
+        for i in range(len(pieces) - 1, -1, -1):  # backwards: the last ones are still in the cache
+            minus_update, some = pieces[i]
+            n = minus_update.numel()
+            moves = self._moves(minus_update, self.gradient(i * length, i * length + n)) if self.still else None
+            mask_chunk_(minus_update, buffer("selected", n, self.dtype).copy_(some))
             if moves is not None:
                 minus_update.mul_(moves)
-            if squared or self.control.norm:
+            if adds:
                 squares.add(minus_update)
         have = squares.take() * unit * unit
         scale = 1.0

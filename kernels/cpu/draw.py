@@ -153,16 +153,11 @@ def _counts(drawn: Tensor, piece: list[Segment]) -> list[int]:
 
     The bytes of the 128 words of a row are added up side by side, so that none overflows.
     """
-    bytes_of_rows = drawn.view(torch.int64).view(-1, ROW // 8).sum(1).view(torch.uint8)
+    rows = drawn.view(torch.int64).view(-1, ROW // 8).sum(1)
     if len(piece) == 1:
-        return [int(bytes_of_rows.sum())]
-    of_rows = bytes_of_rows.view(-1, 8).sum(1).tolist()
-    counts, row = [], 0
-    for _, a, b in piece:
-        end = row + room(b - a) // ROW
-        counts.append(sum(of_rows[row:end]))
-        row = end
-    return counts
+        return [int(rows.view(torch.uint8).sum())]
+    counts = rows.split([room(b - a) // ROW for _, a, b in piece])
+    return [int(count.view(torch.uint8).sum()) for count in counts]
 
 
 def _rank(

@@ -40,7 +40,7 @@ from .rules import Mover, Slice
 from .selections import Selector, negated_score
 from .strengths import Gatherer
 
-TOGETHER = 1 << 21  # elements of the controls that are drawn together: d and marks of so many stay in the cache
+TOGETHER = 1 << 22  # elements of the controls that are drawn together: d and marks of so many stay in the cache
 
 
 class _Step:
@@ -256,7 +256,8 @@ class _Step:
         selected, count = self._select(start, end, piece), end - start
         if selected is not None and (self.matched is not None or self.strength.kind == "mean_preserving"):
             count = count_ones(selected)
-        if self.at_once or self.strength.kind != "alignment":  # else it was added before anything was ranked
+        # Of an alignment it was added before anything was ranked.
+        if self.strength.kind != "fixed" and (self.at_once or self.strength.kind != "alignment"):
             self.gatherer.add(piece, selected, count)
         if marks is not None:
             assert selected is not None
@@ -333,7 +334,8 @@ def _run(batch: list[_Step], draw: Draw, scratch: Scratch) -> list[Sums | None]:
         return [step.run() for step in batch]
     targets = [step.prepare() for step in batch]
     draw_marks(draw, targets, scratch.get("marks", batch[-1].offset + room(batch[-1].numel), torch.uint8))
-    return [step.finish() for step in batch]
+    # Backwards: what the last tensors have left is still in the cache.
+    return [step.finish() for step in reversed(batch)][::-1]
 
 
 def _batches(items: Sequence[Item], spec: StepSpec, scratch: Scratch) -> Iterator[list[_Step]]:
