@@ -170,8 +170,7 @@ class _Step:
         self.marks = self._marks() if self.at_once else None
         self._keep_whole()
         collector = None if self.at_once else self._collector()
-        for start, end in spans(self.numel):
-            piece = self.mover(start, end, self.minus_updates[start:end], self.selector.keep_previous)
+        for start, end, piece in self.mover.chunks(self.minus_updates, self.selector.keep_previous):
             update_sq = self._first_pass(start, end, piece, self.marks, collector)
             if self.in_place and self.totals is not None:
                 self.totals.add(piece.minus_update, piece.grad, update_sq)
