@@ -27,7 +27,7 @@ ROW = 1_024  # elements; a tensor's marks begin at a multiple of it, so that tho
 SMALL = 2_048  # elements; up to here all numbers of a tensor are listed, because a bracket would hold many of them
 WIDTH = 2.0  # half the bracket, in standard deviations of the last place: misses in up to 5 % of the tensors
 RESCUE = 6.0  # the same of the bracket that is looked at then
-WIDE = 8  # chunks whose bytes are a piece: with fewer, the calls of operations take more time
+PIECE = 1 << 22  # elements, whose hashes are formed together: with fewer, the calls of operations take more time
 
 
 def room(numel: int) -> int:
@@ -84,7 +84,7 @@ def _by_brackets(source: Draw, targets: list[Target], marks: Tensor, width: floa
     above = dict.fromkeys(targets, 0)
     places: list[Tensor] = []  # of marks whose numbers are inside of a bracket, ascending
     hashes: list[Tensor] = []  # of the groups that they belong to
-    for piece in _pieces(targets, room(WIDE * chunk())):
+    for piece in _pieces(targets, PIECE):
         (first, begin, _) = piece[0]
         start, length = first.offset + begin, sum(room(b - a) for _, a, b in piece)
         random = numbers.Ranking(source, [(target.address, a, room(b - a)) for target, a, b in piece])
@@ -99,8 +99,13 @@ def _by_brackets(source: Draw, targets: list[Target], marks: Tensor, width: floa
                 inside[here.stop : done].zero_()
             if target.still:
                 _leave_out_still(target, a, drawn[here], inside[here])
-        for (target, _, _), count in zip(piece, _counts(drawn, piece), strict=True):
-            above[target] += count
+        rows = drawn.view(torch.int64).view(-1, ROW // 8).sum(1).view(torch.uint8)  # side by side, so none overflows
+        done = 0
+        for target, a, b in piece:
+            size = room(b - a) // (ROW // 8)
+            if target.numel > SMALL:  # else none is above the bracket
+                above[target] += int(rows[done : done + size].sum())
+            done += size
         found = ones_of(inside)
         hashes.append(random.hashes_at(found))
         places.append(found.add_(start) if start else found)
@@ -146,18 +151,6 @@ def _leave_out_still(target: Target, first: int, drawn: Tensor, inside: Tensor) 
         moves = buffer("upper moves", end - start, torch.uint8).copy_(moves)
         drawn[start:end].mul_(moves)
         inside[start:end].mul_(moves)
-
-
-def _counts(drawn: Tensor, piece: list[Segment]) -> list[int]:
-    """The number of marks in each segment of a piece.
-
-    The bytes of the 128 words of a row are added up side by side, so that none overflows.
-    """
-    rows = drawn.view(torch.int64).view(-1, ROW // 8).sum(1)
-    if len(piece) == 1:
-        return [int(rows.view(torch.uint8).sum())]
-    counts = rows.split([room(b - a) // ROW for _, a, b in piece])
-    return [int(count.view(torch.uint8).sum()) for count in counts]
 
 
 def _rank(

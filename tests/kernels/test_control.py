@@ -25,7 +25,6 @@ from selective.kernels import (
     selective_step,
     uniform_bits,
 )
-from selective.kernels.cpu import chunks
 from selective.kernels.cpu import control as cpu_control
 from selective.kernels.cpu import draw as cpu_draw
 from selective.kernels.cpu import random as numbers
@@ -236,7 +235,7 @@ def assert_the_definitions_choice(numel: int) -> None:
 
 @pytest.mark.parametrize("numel", [8_192, 10_003, 12_289])
 def test_a_tensor_of_several_pieces_and_a_last_word_that_is_not_full(numel, brackets, monkeypatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK", 256)  # pieces of 2,048 for each thread
+    monkeypatch.setattr(cpu_draw, "PIECE", 2_048)
     assert_the_definitions_choice(numel)
     assert not brackets
 
