@@ -173,26 +173,36 @@ def ones_of(marks: Tensor) -> Tensor:
     return ones.add_(inside.bitwise_and_(7))
 
 
-def scattered_ones(marks: Tensor) -> Tensor:
-    """The indices that `ones_of` returns, in no order: half of its time where one mark in 50 is set.
+def split_ones(marks: Tensor) -> tuple[Tensor, Tensor]:
+    """The indices of `ones_of` in two parts, each ascending: the first of every word of eight, and the others.
 
-    The lowest mark of each word of eight is found by a multiplication, so that no byte is looked at alone. Only the few
-    words that have more marks are looked at by bytes. Marks are 0 or 1.
+    It takes half of the time where one mark in 50 is set: the lowest mark of a word is found by a multiplication, so
+    that no byte is looked at alone. Only the few words that have more marks are looked at by bytes. Marks are 0 or 1,
+    and as many as whole words have.
     """
-    rest = marks.numel() % 8
-    if rest or sys.byteorder != "little":
-        whole = marks.numel() - rest if sys.byteorder == "little" else 0
-        return torch.cat([scattered_ones(marks[:whole]), torch.nonzero(marks[whole:]).view(-1).add_(whole)])
+    if sys.byteorder != "little":
+        ones = ones_of(marks)
+        return ones, ones[:0]
     words = torch.nonzero(marks.view(torch.int64)).view(-1)
     left = marks.view(torch.int64).index_select(0, words)
     lowest = torch.neg(left).bitwise_and_(left)  # 256^k
     more = torch.nonzero(left.bitwise_xor_(lowest)).view(-1)
     ones = lowest.mul_(PLACES).bitwise_right_shift_(56).add_(words, alpha=8)
     if more.numel() == 0:
-        return ones
+        return ones, more
     others = torch.nonzero(left.index_select(0, more).view(torch.uint8)).view(-1)
     words = words.index_select(0, more).index_select(0, others >> 3)
-    return torch.cat([ones, others.bitwise_and_(7).add_(words, alpha=8)])
+    return ones, others.bitwise_and_(7).add_(words, alpha=8)
+
+
+def scattered_ones(marks: Tensor) -> Tensor:
+    """The indices that `ones_of` returns, in no order, in the time of `split_ones`."""
+    rest = marks.numel() % 8
+    parts = list(split_ones(marks[: marks.numel() - rest]))
+    if rest:
+        parts.append(torch.nonzero(marks[-rest:]).view(-1).add_(marks.numel() - rest))
+    parts = [part for part in parts if part.numel() > 0] or parts[:1]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Scratch:

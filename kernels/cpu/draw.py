@@ -11,6 +11,8 @@ because those before them have left little of its code in the cache.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from torch import Tensor
 from ..spec import Draw
 from . import random as numbers
 from . import top_k as ranking
-from .chunks import buffer, chunk, keep_marks, ones_of, spans
+from .chunks import buffer, chunk, keep_marks, spans, split_ones
 
 ROW = 1_024  # elements; a tensor's marks begin at a multiple of it, so that those of several are counted together
 SMALL = 2_048  # elements; up to here all numbers of a tensor are listed, because a bracket would hold many of them
@@ -82,8 +84,7 @@ def _by_brackets(source: Draw, targets: list[Target], marks: Tensor, width: floa
     """Draw by brackets. Returns the tensors whose brackets have missed: their marks are not right."""
     brackets = {target: target.bracket(width) for target in targets}
     above = dict.fromkeys(targets, 0)
-    places: list[Tensor] = []  # of marks whose numbers are inside of a bracket, ascending
-    hashes: list[Tensor] = []  # of the groups that they belong to
+    lists = _List(), _List()
     for piece in _pieces(targets, PIECE):
         (first, begin, _) = piece[0]
         start, length = first.offset + begin, sum(room(b - a) for _, a, b in piece)
@@ -106,10 +107,9 @@ def _by_brackets(source: Draw, targets: list[Target], marks: Tensor, width: floa
             if target.numel > SMALL:  # else none is above the bracket
                 above[target] += int(rows[done : done + size].sum())
             done += size
-        found = ones_of(inside)
-        hashes.append(random.hashes_at(found))
-        places.append(found.add_(start) if start else found)
-    return _rank(targets, above, hashes, places, marks)
+        for found, list_ in zip(split_ones(inside), lists, strict=True):
+            list_.add(random, found, start)
+    return _rank(targets, above, lists, marks)
 
 
 def _pieces(targets: list[Target], length: int) -> Iterator[list[Segment]]:
@@ -153,30 +153,52 @@ def _leave_out_still(target: Target, first: int, drawn: Tensor, inside: Tensor) 
         inside[start:end].mul_(moves)
 
 
-def _rank(
-    targets: list[Target], above: dict[Target, int], hashes: list[Tensor], places: list[Tensor], marks: Tensor
-) -> list[Target]:
+class _List:
+    """Places of marks whose numbers are inside of a bracket, ascending, and their groups' hashes."""
+
+    def __init__(self) -> None:
+        self.places: list[Tensor] = []
+        self.hashes: list[Tensor] = []
+
+    def add(self, random: numbers.Ranking, found: Tensor, start: int) -> None:
+        """Add places of a piece, whose first mark is `start`."""
+        if found.numel() > 0:
+            self.hashes.append(random.hashes_at(found))
+            self.places.append(found.add_(start) if start else found)
+
+    def keys(self, targets: list[Target]) -> list[Tensor]:
+        """The keys (`ordered`) of what is listed of each tensor."""
+        if not self.places:
+            return [_nothing()] * len(targets)
+        places = ranking.joined(self.places)
+        ends = [places.numel()]
+        if len(targets) > 1:
+            offsets = torch.tensor([target.offset for target in targets[1:]], dtype=torch.int64, device="cpu")
+            ends[:0] = torch.searchsorted(places, offsets).tolist()
+        keys = numbers.ordered(numbers.ranking_at(ranking.joined(self.hashes), places), places)
+        return [keys[start:end] for start, end in itertools.pairwise([0, *ends])]
+
+
+@functools.cache
+def _nothing() -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device="cpu")
+
+
+def _rank(targets: list[Target], above: dict[Target, int], lists: tuple[_List, _List], marks: Tensor) -> list[Target]:
     """Mark those in the lists that are drawn, of each tensor the largest. Returns the tensors with too few or too many.
 
     `above` are the numbers of marks that are already set.
     """
-    if not targets:
-        return []
-    listed = ranking.joined(places)
-    keys = numbers.ordered(numbers.ranking_at(ranking.joined(hashes), listed), listed)
-    edges = [0, listed.numel()]
-    if len(targets) > 1:
-        offsets = torch.tensor([target.offset for target in targets], dtype=torch.int64, device="cpu")
-        edges[:1] = torch.searchsorted(listed, offsets).tolist()
-    missed, first = [], []
-    for i, target in enumerate(targets):
+    missed, drawn = [], []
+    for target, *parts in zip(targets, *(each.keys(targets) for each in lists), strict=True):
+        keys = ranking.joined([part for part in parts if part.numel() > 0] or parts[:1])
         count = target.count - above[target]
-        if not 0 <= count <= edges[i + 1] - edges[i]:
+        if not 0 <= count <= keys.numel():
             missed.append(target)
         elif count > 0:
-            first.append(keys[edges[i] : edges[i + 1]].topk(count, largest=False, sorted=False).values)
-    if first:
-        marks.index_fill_(0, numbers.places_of(ranking.joined(first)), 1)
+            drawn.append(keys.topk(count, sorted=False).values)
+    if drawn:
+        marks.index_fill_(0, numbers.places_of(ranking.joined(drawn)), 1)
     return missed
 
 

@@ -154,16 +154,16 @@ PLACE_BITS = 38
 
 
 def ordered(random: Tensor, places: Tensor) -> Tensor:
-    """Keys (int64) of which no two are equal: smaller for a larger number, and of equal ones for the lower place.
+    """Keys (int64) of which no two are equal: larger for a larger number, and of equal ones for the lower place.
 
-    Above the place stands the number, which has 24 bits, with a minus.
+    Below the number, which has 24 bits, stands the place from the end. Overwrites `places`.
     """
-    return torch.sub(places, random, alpha=1 << PLACE_BITS)
+    return torch.add(places.neg_(), random, alpha=1 << PLACE_BITS)
 
 
 def places_of(keys: Tensor) -> Tensor:
     """The places that `ordered` has put into these keys."""
-    return keys.bitwise_and((1 << PLACE_BITS) - 1)
+    return torch.neg(keys).bitwise_and_((1 << PLACE_BITS) - 1)
 
 
 @functools.cache

@@ -261,8 +261,10 @@ def test_a_bracket_that_misses_has_a_wider_one_behind_it(brackets, monkeypatch) 
 def test_keys_are_in_the_order_of_the_definition(first: int) -> None:
     """Larger numbers first, and of equal ones the lower place, also of places that have more than 32 bits."""
     random = torch.tensor([5, 2**24 - 1, 0, 5, 2**24 - 1, -1, 0], dtype=torch.int32)
-    keys = numbers.ordered(random, torch.arange(first, first + len(random)))
-    assert keys.argsort().tolist() == [1, 4, 0, 3, 2, 6, 5]
+    places = torch.arange(first, first + len(random))
+    keys = numbers.ordered(random, places.clone())
+    assert keys.argsort(descending=True).tolist() == [1, 4, 0, 3, 2, 6, 5]
+    assert torch.equal(numbers.places_of(keys[random >= 0]), places[random >= 0])
 
 
 def test_the_number_of_threads_does_not_change_the_choice() -> None:
