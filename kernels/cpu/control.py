@@ -105,7 +105,7 @@ class Matched:
         return every if whole else None
 
     def add_counts(self, count: int, moving: int) -> None:
-        """Add one chunk of which `count` are selected and `moving` do not stand still, if that is all that is needed."""
+        """Add one chunk of which `count` are selected and `moving` do not stand still; for `counts_only`."""
         self.count += count
         self.moving += moving
 
@@ -160,7 +160,8 @@ class Matched:
     def mask_(self, marks: Tensor, selected: float, rest: float, squared: bool) -> tuple[float, float, float]:
         """Multiply -u by the mask of what the control has drawn, up to a factor, in place. Overwrites `marks`.
 
-        Returns the factor on both multipliers, that by which -u is still to be multiplied, and the sum of (mask u)^2 after both; 0 for that if neither `squared` nor the norm asks for it.
+        Returns the factor on both multipliers, that by which -u is still to be multiplied, and the sum of (mask u)^2
+        after both; 0 for that if neither `squared` nor the norm asks for it.
         """
         marks, mask_chunk_, unit = self._masking(marks, selected, rest)
         squares = Squares()
@@ -185,7 +186,10 @@ class Matched:
     def _masking(
         self, marks: Tensor, selected: float, rest: float
     ) -> tuple[Tensor, Callable[[Tensor, Tensor], object], float]:
-        """The marks that a chunk is masked by, the operation on -u and those as floats, and what remains as a factor."""
+        """Marks, the operation that masks -u of a chunk by them (as floats), and the factor that is left.
+
+        It may write to `marks`.
+        """
         if selected == -rest:  # the marks become signs while they are bytes
             signs = marks.view(torch.int8)
             torch.add(_minus_one(), signs, alpha=2, out=signs)

@@ -10,6 +10,7 @@ another key. Written as operations on whole chunks that is 27; 12 of them are en
 - The last shift leaves the upper half alone as well, so that it costs nothing where only upper bits are wanted.
 
 A matched control has numbers of another form (`Ranking`): a quarter of the hashes, and 3 operations more for each.
+Those of several tensors are formed together.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ Part = tuple[int, int, int]  # the address of a tensor, the first of its element
 
 
 def unfinished(draw: Draw, parts: Sequence[Part]) -> Tensor:
-    """The hashes of these elements before the last shift, one part after the other: int32, in a buffer of this thread."""
+    """The hashes of these elements before the last shift, part after part: int32, in a buffer of this thread."""
     count = sum(count for _, _, count in parts)
     x, scratch = buffer("bits", count, torch.int32), buffer("shifted", count, torch.int32)
     keyed = list(_keyed(draw, x, parts))
@@ -122,7 +123,7 @@ def finish_(x: Tensor) -> Tensor:
 class Ranking:
     """The numbers that matched controls rank (`ranking_bits`), of parts of tensors: upper 8 bits, and hashes.
 
-    A part begins with a group, and all but the last have whole ones. It lives in buffers of this thread, until the next.
+    A part begins with a group, and all but the last have whole ones. All is in buffers of this thread, until the next.
     """
 
     def __init__(self, draw: Draw, parts: Sequence[Part]) -> None:
@@ -139,7 +140,7 @@ class Ranking:
 
 
 def ranking_at(hashes: Tensor, index: Tensor) -> Tensor:
-    """The 24-bit numbers (int32) of elements, from their groups' hashes and their indices, or what differs by groups."""
+    """The 24-bit numbers (int32) of elements, from their groups' hashes and their indices, up to a multiple of 4."""
     place = index.bitwise_and(GROUP - 1)
     lower = _multiples_of_golden().index_select(0, place).bitwise_xor_(hashes)
     scratch = torch.bitwise_right_shift(lower, number(16))
