@@ -120,7 +120,7 @@ class Matched:
         return torch.mul(minus_update, grad, out=buffer("moves", minus_update.numel(), self.dtype)).ne_(0)
 
     def target(self, address: int, offset: int, minus_updates: Tensor, gradient: Gradient) -> Target:
-        """What the draw has to know, once all chunks are added: the marks of the tensor begin at `offset`."""
+        """The facts that the draw needs, once all chunks are added; the marks of the tensor begin at `offset`."""
         self.masked_sq.take()  # its memory is that of every tensor
         self.still = self.moving < self.numel  # else nothing has to be left out
         self.minus_updates, self.gradient = minus_updates, gradient

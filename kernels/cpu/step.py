@@ -63,7 +63,7 @@ class Step:
         return self._report(pair)
 
     def prepare(self) -> Target:
-        """Step all but the parameter; what a control has to draw."""
+        """Step all but the parameter. Returns what a control has to draw."""
         assert self.matched is not None
         self._sample()
         self._all_but_parameter()
