@@ -1,13 +1,7 @@
-"""A matched random control of one tensor: the sums of the policy's selection, then as many others, at random.
+"""A matched random control of one tensor: the sums of the policy's selection, and what is done with as many others.
 
-The control takes the coordinates with the largest random numbers, as many as the policy selects. As the numbers are
-uniform, the last one that is taken lies within a few standard deviations of a known value. So one pass over the numbers
-marks all above that bracket by their upper 8 bits, and lists the few inside of it; only those are formed as a whole and
-ranked. If the bracket misses, a wider one is tried. Small tensors, and those whose brackets have both missed, are
-ranked as a whole: slower, with the same answer.
-
-The draw reads no update, unless coordinates stand still. What comes after it reads the update twice: for the norm, and
-for the parameter.
+`draw.py` chooses those. That reads no update, unless coordinates stand still. What comes after it reads the update
+twice: for the norm, and for the parameter.
 """
 
 from __future__ import annotations
@@ -20,22 +14,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..spec import Control, Draw, Strength
-from . import random as numbers
-from . import top_k as ranking
+from ..spec import Control, Strength
 from .apply import Multipliers
-from .chunks import backwards, buffer, chunk, count_marks, count_ones, keep_marks, spans, sum_of_squares
-from .undecided import Undecided
-
-SMALL = 2_048  # elements; up to here the whole tensor is ranked: fewer operations than a bracket takes
-WIDTH = 2.0  # half the bracket, in standard deviations of the last place: misses in up to 5 % of the tensors
-RESCUE = 6.0  # the same of the bracket that is looked at then
-WIDE = 8  # chunks whose bytes are looked at together: with fewer, the calls of operations take more time
+from .chunks import Squares, backwards, buffer, chunk, count_ones, sum_of_squares
+from .draw import Target
 
 
 @functools.cache
-def _places() -> Tensor:
-    return torch.arange(SMALL, device="cpu")
+def _minus_one() -> Tensor:
+    return torch.tensor(-1, dtype=torch.int8, device="cpu")
+
+
+def _add_gained_(minus_update: Tensor, chosen: Tensor, gain: float) -> Tensor:
+    """-u (1 + gain chosen), in place."""
+    return minus_update.addcmul_(minus_update, chosen, value=gain)
 
 
 Gradient = Callable[[int, int], Tensor]  # of a chunk, from one element to another
@@ -60,7 +52,7 @@ def gain_of(selected: float, rest: float) -> float | None:
 
 
 class Matched:
-    """One tensor's control: `add` each chunk with what the policy selects there, `draw`, then `scale` or `mask_`."""
+    """One tensor's control: `add` each chunk with what the policy selects there; after the draw `scale` or `mask_`."""
 
     def __init__(
         self,
@@ -68,19 +60,19 @@ class Matched:
         strength: Strength,
         numel: int,
         dtype: torch.dtype,
-        draw: Draw,
-        address: int,
         in_place: bool,
     ) -> None:
         """`in_place`: what comes after the draw is `mask_`, and not `scale`."""
         self.control, self.rest, self.numel, self.dtype = control, strength.rest, numel, dtype
-        self.address, self.still, self.random = address, strength.still, draw
+        self.still = strength.still
         # Where both multipliers are known, (mask u)^2 is added up, which takes fewer operations than its two parts.
         self.gain = gain_of(strength.selected, strength.rest) if in_place and strength.kind == "fixed" else None
+        # True if the policy's selection is only counted, and what stands still, too.
+        self.counts_only = not control.norm and strength.kind == "fixed" and strength.still
         self.count = 0  # the number that the policy selects
         self.moving = 0 if self.still else numel  # the number that do not stand still
         self.theirs_sq = self.all_sq = 0.0  # of u, where the policy selects and everywhere
-        self.masked_sq = 0.0  # of mask u / rest, in place of the two, where `gain` is known
+        self.masked_sq = Squares()  # of mask u / rest, in place of the two, where `gain` is known
 
     def add(
         self, minus_update: Tensor, grad: Tensor, selected: Tensor | None, count: int, product: Tensor | None = None
@@ -112,29 +104,31 @@ class Matched:
             self.theirs_sq += sum_of_squares(selected.mul_(minus_update), out=selected)
         return every if whole else None
 
+    def add_counts(self, count: int, moving: int) -> None:
+        """Add one chunk of which `count` are selected and `moving` do not stand still; for `counts_only`."""
+        self.count += count
+        self.moving += moving
+
     def _add_masked(self, minus_update: Tensor, selected: Tensor | None, gain: float) -> None:
         """Add one chunk to `masked_sq`. Overwrites `selected`."""
         if selected is None:
-            self.masked_sq += sum_of_squares(minus_update) * (1 + gain) ** 2
-        else:
-            masked = torch.addcmul(minus_update, minus_update, selected, value=gain, out=selected)
-            self.masked_sq += sum_of_squares(masked, out=masked)
+            selected = buffer("selected", minus_update.numel(), self.dtype).fill_(1.0)
+        self.masked_sq.add(torch.addcmul(minus_update, minus_update, selected, value=gain, out=selected))
 
     def _moves(self, minus_update: Tensor, grad: Tensor) -> Tensor:
         """1.0 where a coordinate moves if its multiplier is not 0, 0.0 where it stands still anyhow."""
         return torch.mul(minus_update, grad, out=buffer("moves", minus_update.numel(), self.dtype)).ne_(0)
 
-    def draw(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor) -> None:
-        """Fill `marks` (uint8, of the whole tensor) with 1 where the control selects, else 0."""
+    def target(self, address: int, offset: int, minus_updates: Tensor, gradient: Gradient) -> Target:
+        """The facts that the draw needs, once all chunks are added; the marks of the tensor begin at `offset`."""
+        self.masked_sq.take()  # its memory is that of every tensor
         self.still = self.moving < self.numel  # else nothing has to be left out
-        if not self._chooses:
-            marks.fill_(int(self.count > 0))
-        elif self.numel <= SMALL:
-            self._by_order(minus_updates, gradient, marks)
-        elif self.count >= self.moving or not any(
-            self._by_bracket(minus_updates, gradient, marks, width) for width in (WIDTH, RESCUE)
-        ):
-            self._as_a_whole(minus_updates, gradient, marks)
+        self.minus_updates, self.gradient = minus_updates, gradient
+
+        def moves(start: int, end: int) -> Tensor:
+            return self._moves(minus_updates[start:end], gradient(start, end))
+
+        return Target(address, self.numel, offset, self.count, self.moving, moves)
 
     @property
     def _chooses(self) -> bool:
@@ -143,7 +137,7 @@ class Matched:
 
     # --- the norm ---
 
-    def scale(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, selected: float, rest: float) -> float:
+    def scale(self, marks: Tensor, selected: float, rest: float) -> float:
         """The factor on both multipliers, `selected` and `rest`, from what the control has drawn."""
         if not self.control.norm:
             return 1.0
@@ -152,10 +146,10 @@ class Matched:
             return self._scale_to(wanted, wanted)
         ours = 0.0
         for start, end in backwards(self.numel):
-            minus_update = minus_updates[start:end]
+            minus_update = self.minus_updates[start:end]
             chosen = buffer("selected", end - start, self.dtype).copy_(marks[start:end])
             if self.still:
-                chosen = self._only_moving(chosen, minus_update, gradient, start)
+                chosen = self._only_moving(chosen, minus_update, start)
             ours += sum_of_squares(chosen.mul_(minus_update), out=chosen)
         theirs, every = self.theirs_sq, self.all_sq
         if rest == 0:  # then `all_sq` was not added up
@@ -163,41 +157,58 @@ class Matched:
         have = selected * selected * ours + rest * rest * max(every - ours, 0.0)
         return self._scale_to(have, self._wanted(selected, rest))
 
-    def mask_(
-        self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, selected: float, rest: float
-    ) -> tuple[float, float, float]:
-        """Multiply -u by the mask of what the control has drawn, up to a factor, in place.
+    def mask_(self, marks: Tensor, selected: float, rest: float, squared: bool) -> tuple[float, float, float]:
+        """Multiply -u by the mask of what the control has drawn, up to a factor, in place. Overwrites `marks`.
 
-        Returns the factor on both multipliers, that by which `minus_updates` is still to be multiplied, and the sum of
-        (mask u)^2 after both.
+        Returns the factor on both multipliers, that by which -u is still to be multiplied, and the sum of (mask u)^2
+        after both; 0 for that if neither `squared` nor the norm asks for it.
         """
-        # With an infinite update nothing is kept, and one that is not selected must not become infinity times 0.
-        gain = self.gain if math.isfinite(self.masked_sq) else None
-        inside, unit = ((1.0, 0.0), selected) if rest == 0 else ((selected, rest), 1.0 if gain is None else rest)
-        multiply, have = Multipliers(*inside, self.dtype), 0.0
-        for start, end in backwards(self.numel):
-            minus_update, chosen = minus_updates[start:end], buffer("selected", end - start, self.dtype)
-            chosen.copy_(marks[start:end])
-            moves = self._moves(minus_update, gradient(start, end)) if self.still else None
-            if gain is None:
-                minus_update.mul_(multiply(chosen))
-            else:
-                minus_update.addcmul_(minus_update, chosen, value=gain)
+        marks, mask_chunk_, unit = self._masking(marks, selected, rest)
+        squares = Squares()
+        adds = squared or self.control.norm
+        length = chunk()
+        pieces = list(zip(self.minus_updates.split(length), marks.split(length), strict=True))
+        for i in range(len(pieces) - 1, -1, -1):  # backwards: the last ones are still in the cache
+            minus_update, some = pieces[i]
+            n = minus_update.numel()
+            moves = self._moves(minus_update, self.gradient(i * length, i * length + n)) if self.still else None
+            mask_chunk_(minus_update, buffer("selected", n, self.dtype).copy_(some))
             if moves is not None:
                 minus_update.mul_(moves)
-            have += sum_of_squares(minus_update, out=chosen)
-        have *= unit * unit
-        scale = self._scale_to(have, have if not self._chooses else self._wanted(selected, rest))
+            if adds:
+                squares.add(minus_update)
+        have = squares.take() * unit * unit
+        scale = 1.0
+        if self.control.norm:
+            scale = self._scale_to(have, have if not self._chooses else self._wanted(selected, rest))
         return scale, scale * unit, scale * scale * have
 
-    def _only_moving(self, mask: Tensor, minus_update: Tensor, gradient: Gradient, start: int) -> Tensor:
+    def _masking(
+        self, marks: Tensor, selected: float, rest: float
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor], object], float]:
+        """Marks, the operation that masks -u of a chunk by them (as floats), and the factor that is left.
+
+        It may write to `marks`.
+        """
+        if selected == -rest:  # the marks become signs while they are bytes
+            signs = marks.view(torch.int8)
+            torch.add(_minus_one(), signs, alpha=2, out=signs)
+            return signs, Tensor.mul_, selected
+        # With an infinite update nothing is kept, and one that is not selected must not become infinity times 0.
+        if self.gain is not None and self.control.norm and math.isfinite(self.masked_sq.take()):
+            return marks, functools.partial(_add_gained_, gain=self.gain), rest
+        inside, unit = ((1.0, 0.0), selected) if rest == 0 else ((selected, rest), 1.0)
+        multiply = Multipliers(*inside, self.dtype)
+        return marks, lambda minus_update, chosen: minus_update.mul_(multiply(chosen)), unit
+
+    def _only_moving(self, mask: Tensor, minus_update: Tensor, start: int) -> Tensor:
         """The mask of a chunk, times 0 where a coordinate stands still, in place."""
-        return mask.mul_(self._moves(minus_update, gradient(start, start + mask.numel())))
+        return mask.mul_(self._moves(minus_update, self.gradient(start, start + mask.numel())))
 
     def _wanted(self, selected: float, rest: float) -> float:
         """The sum of (mask u)^2 of the policy."""
         if self.gain is not None:
-            return rest * rest * self.masked_sq
+            return rest * rest * self.masked_sq.take()
         others = max(self.all_sq - self.theirs_sq, 0.0) if rest != 0 else 0.0
         return selected * selected * self.theirs_sq + rest * rest * others
 
@@ -209,64 +220,3 @@ class Matched:
         if not (have > 0 and math.isfinite(wanted + have)):
             return 1.0
         return min(math.sqrt(wanted / have), self.control.cap)
-
-    # --- the selection ---
-
-    def _bracket(self, width: float) -> tuple[int, int]:
-        """The upper 8 bits, lowest and highest, that the last number which is selected most likely has."""
-        share = 1 - self.count / self.moving
-        half = width * math.sqrt(share * (1 - share) / self.moving) + 1 / self.moving
-        low, high = math.floor(256 * (share - half)), math.floor(256 * (share + half))
-        return max(low, 0), min(high, 255)
-
-    def _by_bracket(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor, width: float) -> bool:
-        """Select by a bracket. False if the bracket has missed: then `marks` are not right."""
-        low, high = self._bracket(width)
-        above, undecided = 0, Undecided()
-        for start, end in spans(self.numel, WIDE * chunk()):
-            random, drawn = numbers.Ranking(self.random, self.address, start, end - start), marks[start:end]
-            torch.gt(random.upper, high, out=drawn)
-            inside = random.spare
-            if low == high:
-                torch.eq(random.upper, low, out=inside)
-            else:
-                torch.sub(random.upper, low, out=inside).le_(high - low)  # uint8: numbers below `low` wrap around
-            if self.still:
-                self._leave_out_still(minus_updates, gradient, drawn, inside, start)
-            above += count_marks(drawn)
-            undecided.add(random, start, inside)
-        return undecided.mark(self.count - above, marks)
-
-    def _leave_out_still(
-        self, minus_updates: Tensor, gradient: Gradient, drawn: Tensor, inside: Tensor, first: int
-    ) -> None:
-        """Take back the marks of what stands still, of elements from `first` on."""
-        for start, end in spans(drawn.numel()):
-            here = slice(first + start, first + end)
-            moves = self._moves(minus_updates[here], gradient(here.start, here.stop))
-            moves = buffer("upper moves", end - start, torch.uint8).copy_(moves)
-            drawn[start:end].mul_(moves)
-            inside[start:end].mul_(moves)
-
-    def _by_order(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor) -> None:
-        """Select in a small tensor: as `_as_a_whole`, in fewer operations."""
-        random = numbers.ranking_of_all(self.random, self.address, self.numel)
-        for start, end in spans(self.numel if self.still else 0):
-            moves = self._moves(minus_updates[start:end], gradient(start, end))
-            random[start:end].add_(1).mul_(moves.to(torch.int32)).sub_(1)  # -1: after all others, in their order
-        keys = numbers.ordered(random, _places()[: self.numel])
-        limit = keys.kthvalue(self.numel - self.count + 1).values
-        torch.ge(keys, limit, out=marks.view(torch.bool))
-
-    def _as_a_whole(self, minus_updates: Tensor, gradient: Gradient, marks: Tensor) -> None:
-        """Select by ranking the random numbers of the whole tensor."""
-        t = torch.empty(self.numel, dtype=torch.float32, device="cpu")
-        for start, end in spans(self.numel):
-            index = torch.arange(start, end, device="cpu")
-            random = numbers.Ranking(self.random, self.address, start, end - start)
-            t[start:end].copy_(numbers.ranking_at(random.hashes_at(index - start), index))
-            if self.still:  # -1: after all others, in their order
-                t[start:end].add_(1).mul_(self._moves(minus_updates[start:end], gradient(start, end))).sub_(1)
-        threshold = ranking.exact(t.neg_(), self.count)
-        for start, end in spans(self.numel):
-            keep_marks(threshold.mark(t[start:end], start, t[start:end]), marks[start:end])

@@ -10,12 +10,14 @@ another key. Written as operations on whole chunks that is 27; 12 of them are en
 - The last shift leaves the upper half alone as well, so that it costs nothing where only upper bits are wanted.
 
 A matched control has numbers of another form (`Ranking`): a quarter of the hashes, and 3 operations more for each.
+Those of several tensors are formed together.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,12 +27,19 @@ from ..spec import Draw
 from .chunks import buffer
 
 BLOCK = 1 << 16
+BLOCKS = 16  # whose constants are kept
 
 
 @functools.cache
 def number(value: int) -> Tensor:
     """An int32 number as a 0-d tensor. As a Python number it would be made and converted in every operation: 5 us."""
     return torch.tensor(value, dtype=torch.int32, device="cpu")
+
+
+@functools.cache
+def byte(value: int) -> Tensor:
+    """The same of a byte."""
+    return torch.tensor(value, dtype=torch.uint8, device="cpu")
 
 
 @functools.cache
@@ -46,21 +55,32 @@ def _mix_(x: Tensor, scratch: Tensor) -> None:
     x.mul_(number(B))
 
 
-def unfinished(draw: Draw, address: int, start: int, count: int) -> Tensor:
-    """The hashes of elements `start`, `start + 1`, ... before the last shift: int32, in a buffer of this thread."""
+Part = tuple[int, int, int]  # the address of a tensor, the first of its elements that are meant, and how many those are
+
+
+def unfinished(draw: Draw, parts: Sequence[Part]) -> Tensor:
+    """The hashes of these elements before the last shift, part after part: int32, in a buffer of this thread."""
+    count = sum(count for _, _, count in parts)
     x, scratch = buffer("bits", count, torch.int32), buffer("shifted", count, torch.int32)
-    done = 0
-    while done < count:  # the keys change every 2^32 elements
-        high = (start + done) >> 32
-        take = min(count - done, ((high + 1) << 32) - start - done)
-        key, second = keys(draw, address, high)
-        part, rest = x[done : done + take], scratch[done : done + take]
-        _first_xor(part, (start + done) & 0xFFFFFFFF, key)
-        _mix_(part, rest)
+    keyed = list(_keyed(draw, x, parts))
+    for part, start, key, _ in keyed:
+        _first_xor(part, start, key)
+    _mix_(x, scratch)
+    for part, _, _, second in keyed:
         part.bitwise_xor_(signed32(second ^ ((second & 0xFFFFFFFF) >> 16)))
-        _mix_(part, rest)
-        done += take
+    _mix_(x, scratch)
     return x
+
+
+def _keyed(draw: Draw, x: Tensor, parts: Sequence[Part]) -> Iterator[tuple[Tensor, int, int, int]]:
+    """Places in `x` of elements with the same keys, their first 32-bit index, and the two keys."""
+    done = 0
+    for address, start, count in parts:
+        while count > 0:  # the keys change every 2^32 elements
+            high, low = start >> 32, start & 0xFFFFFFFF
+            take = min(count, (1 << 32) - low)
+            yield x if take == x.numel() else x[done : done + take], low, *keys(draw, address, high)
+            done, start, count = done + take, start + take, count - take
 
 
 def _first_xor(x: Tensor, start: int, key: int) -> None:
@@ -68,11 +88,10 @@ def _first_xor(x: Tensor, start: int, key: int) -> None:
     done, count = 0, x.numel()
     while done < count:
         upper, lower = (start + done) >> 16, (start + done) & (BLOCK - 1)
-        blocks = (count - done) // BLOCK if lower == 0 else 0
+        blocks = min((count - done) // BLOCK, BLOCKS - upper % BLOCKS) if lower == 0 else 0
         if blocks > 1:  # one operation for all
-            constants = torch.tensor(
-                [[_constant(upper + i, key)] for i in range(blocks)], dtype=torch.int32, device="cpu"
-            )
+            first = upper % BLOCKS
+            constants = _constants_of_blocks()[first : first + blocks].bitwise_xor(_constant(upper - first, key))
             take = blocks * BLOCK
             torch.bitwise_xor(_lower_halves(), constants, out=x[done : done + take].view(blocks, BLOCK))
         else:
@@ -80,6 +99,12 @@ def _first_xor(x: Tensor, start: int, key: int) -> None:
             part = x[done : done + take]
             torch.bitwise_xor(_lower_halves()[lower : lower + take], _constant(upper, key), out=part)
         done += take
+
+
+@functools.cache
+def _constants_of_blocks() -> Tensor:
+    """`_constant` of the first blocks under a key of 0: that of another key, or further blocks, is an xor away."""
+    return torch.tensor([[_constant(upper, 0)] for upper in range(BLOCKS)], dtype=torch.int32, device="cpu")
 
 
 def _constant(upper: int, key: int) -> int:
@@ -96,51 +121,50 @@ def finish_(x: Tensor) -> Tensor:
 
 
 class Ranking:
-    """The numbers of a chunk that a matched control ranks (`ranking_bits`): their upper 8 bits, and the hashes.
+    """The numbers that matched controls rank (`ranking_bits`), of parts of tensors: upper 8 bits, and hashes.
 
-    The chunk is elements `start` to `start + count` of the tensor. It lives in buffers of this thread, until the next.
+    A part begins with a group, and all but the last have whole ones. All is in buffers of this thread, until the next.
     """
 
-    def __init__(self, draw: Draw, address: int, start: int, count: int) -> None:
-        first = start // GROUP
-        x = unfinished(draw, address, first, -(-(start + count) // GROUP) - first)
+    def __init__(self, draw: Draw, parts: Sequence[Part]) -> None:
+        count = sum(count for _, _, count in parts)
+        x = unfinished(draw, [(address, start // GROUP, -(-count // GROUP)) for address, start, count in parts])
         shifted = torch.bitwise_right_shift(x, number(16), out=buffer("shifted", x.numel(), torch.int32))
         self.hashes = x.bitwise_xor_(shifted.bitwise_and_(number(0xFFFF)))
-        self.skipped = start - first * GROUP  # elements of the first group that are before the chunk
-        size = self.skipped + count
-        self.upper = _bytes(self.hashes)[self.skipped : size]  # uint8, one for each element
+        self.upper = _bytes(self.hashes)[:count]  # uint8, one for each element
         self.spare = shifted.view(torch.uint8)[:count]  # memory for as many marks: it is in the cache, and done with
 
     def hashes_at(self, places: Tensor) -> Tensor:
-        """The groups' hashes (int32) of elements at these places of the chunk, for `ranking_at`."""
-        return self.hashes.index_select(0, (places + self.skipped).bitwise_right_shift_(2))
+        """The groups' hashes (int32) of elements at these places among all parts, for `ranking_at`."""
+        return self.hashes.index_select(0, places.bitwise_right_shift(2))
 
 
 def ranking_at(hashes: Tensor, index: Tensor) -> Tensor:
-    """The 24-bit numbers (int32) of elements of a tensor, from their groups' hashes."""
-    place = index.to(torch.int32).bitwise_and_(number(GROUP - 1))
-    upper = torch.bitwise_right_shift(hashes, place << 3).bitwise_and_(number(0xFF))
-    lower = place.add_(number(1)).mul_(number(GOLDEN)).bitwise_xor_(hashes)
-    return _joined(upper, lower)
+    """The 24-bit numbers (int32) of elements, from their groups' hashes and their indices, up to a multiple of 4."""
+    place = index.bitwise_and(GROUP - 1)
+    lower = _multiples_of_golden().index_select(0, place).bitwise_xor_(hashes)
+    scratch = torch.bitwise_right_shift(lower, number(16))
+    lower.bitwise_xor_(scratch.bitwise_and_(number(0xFFFF)))
+    _mix_(lower, scratch)
+    lower.bitwise_right_shift_(number(16)).bitwise_and_(number(0xFFFF))  # the last shift leaves these bits alone
+    upper = torch.bitwise_right_shift(hashes, _shifts().index_select(0, place), out=scratch)
+    return lower.add_(upper.bitwise_and_(number(0xFF)), alpha=1 << 16)
 
 
-def ranking_of_all(draw: Draw, address: int, count: int) -> Tensor:
-    """The 24-bit numbers (int32) of all elements of a small tensor."""
-    return _of_groups(Ranking(draw, address, 0, count).hashes)[:count]
+PLACE_BITS = 38
 
 
 def ordered(random: Tensor, places: Tensor) -> Tensor:
     """Keys (int64) of which no two are equal: larger for a larger number, and of equal ones for the lower place.
 
-    Below the number, which has 24 bits, stands the place from the end.
+    Below the number, which has 24 bits, stands the place from the end. Overwrites `places`.
     """
-    return random.to(torch.int64).bitwise_left_shift_(38).sub_(places)
+    return torch.add(places.neg_(), random, alpha=1 << PLACE_BITS)
 
 
-def _of_groups(hashes: Tensor) -> Tensor:
-    """The 24-bit numbers of all elements of these groups."""
-    lower = hashes.view(-1, 1).bitwise_xor(_multiples_of_golden()).view(-1)
-    return _joined(_bytes(hashes).to(torch.int32), lower)
+def places_of(keys: Tensor) -> Tensor:
+    """The places that `ordered` has put into these keys."""
+    return torch.neg(keys).bitwise_and_((1 << PLACE_BITS) - 1)
 
 
 @functools.cache
@@ -148,16 +172,9 @@ def _multiples_of_golden() -> Tensor:
     return torch.arange(1, GROUP + 1, dtype=torch.int32, device="cpu") * GOLDEN
 
 
-def _joined(upper: Tensor, lower: Tensor) -> Tensor:
-    """The numbers of these upper 8 bits, and of the lower 16 that follow from `lower`. Overwrites both.
-
-    The lower bits are the upper half of a hash, which the last of its shifts leaves alone.
-    """
-    scratch = torch.bitwise_right_shift(lower, number(16))
-    lower.bitwise_xor_(scratch.bitwise_and_(number(0xFFFF)))
-    _mix_(lower, scratch)
-    lower.bitwise_right_shift_(number(16)).bitwise_and_(number(0xFFFF))
-    return upper.bitwise_left_shift_(number(16)).bitwise_or_(lower)
+@functools.cache
+def _shifts() -> Tensor:
+    return torch.arange(0, 8 * GROUP, 8, dtype=torch.int32, device="cpu")
 
 
 def _bytes(x: Tensor) -> Tensor:

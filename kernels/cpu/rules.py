@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ..reference.rules import Advanced, Numbers, as_seen, begin, compute_dtype, move, number, rate_of
 from ..spec import AdamRule, GivenRule, Item, Rule, SGDRule
-from .chunks import Flat, buffer
+from .chunks import Flat, buffer, chunk, spans
 
 # Private functions of torch, so looked up and not taken for granted (see `_trusted`).
 _FUSED_ADAM: Any = getattr(torch, "_fused_adam_", None)
 _FUSED_SGD: Any = getattr(torch, "_fused_sgd_", None)
 
-Run = Callable[["Mover", int, int, Tensor, Tensor], None]  # (mover, start, end, gradient, zeros that become -u)
+# (mover, a chunk of the state that the rule moves, gradient, zeros that become -u)
+Run = Callable[["Mover", Mapping[str, Tensor], Tensor, Tensor], None]
 
 
 @dataclass
@@ -36,22 +37,22 @@ class Slice:
     previous: Tensor | None
 
 
-def _run_adam(mover: Mover, start: int, end: int, grad: Tensor, out: Tensor) -> None:
-    rule, state = mover.rule, mover.flat.state
+def _run_adam(mover: Mover, state: Mapping[str, Tensor], grad: Tensor, out: Tensor) -> None:
+    rule = mover.rule
     assert isinstance(rule, AdamRule)
-    largest = [state["max_exp_avg_sq"][start:end]] if rule.amsgrad else []
+    largest = [state["max_exp_avg_sq"]] if rule.amsgrad else []
     _FUSED_ADAM(  # weight decay stays with us: the zeros have nothing to decay
-        [out], [grad], [state["exp_avg"][start:end]], [state["exp_avg_sq"][start:end]], largest, [mover.step],
+        [out], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], largest, [mover.step],
         lr=mover.lr, beta1=mover.beta1, beta2=mover.beta2, weight_decay=0.0, eps=rule.eps,
         amsgrad=rule.amsgrad, maximize=False,
     )  # fmt: skip
 
 
-def _run_sgd(mover: Mover, start: int, end: int, grad: Tensor, out: Tensor) -> None:
+def _run_sgd(mover: Mover, state: Mapping[str, Tensor], grad: Tensor, out: Tensor) -> None:
     rule = mover.rule
     assert isinstance(rule, SGDRule)
     _FUSED_SGD(
-        [out], [grad], [mover.flat.state["momentum_buffer"][start:end]], weight_decay=0.0, momentum=rule.momentum,
+        [out], [grad], [state["momentum_buffer"]], weight_decay=0.0, momentum=rule.momentum,
         lr=mover.lr, dampening=rule.dampening, nesterov=rule.nesterov, maximize=False,
         is_first_step=mover.numbers.first,
     )  # fmt: skip
@@ -128,14 +129,20 @@ class Mover:
             assert rule.first_moment is not None
             count = item.state["step"] if rule.counts_steps else torch.zeros((), device="cpu")
             self.step = count.to(torch.float32)
-            self.moment = flat.state[rule.first_moment]
+            self.first_moment = rule.first_moment
+            self.moved_state = {name: flat.state[name] for name in rule.state_names}
+
+    @property
+    def grad_is_plain(self) -> bool:
+        """True if the base sees the gradient as it is."""
+        return self.flat.grad.dtype == self.dtype and self.rule.coupled_decay == 0 and not self.rule.maximize
 
     def gradient(self, start: int, end: int) -> Tensor:
         """The gradient as the base sees it; the same bits before and after the moments have moved."""
-        rule, grad = self.rule, self.flat.grad[start:end]
-        decay, negate = rule.coupled_decay, rule.maximize
-        if grad.dtype == self.dtype and decay == 0 and not negate:
+        grad = self.flat.grad[start:end]
+        if self.grad_is_plain:
             return grad
+        decay, negate = self.rule.coupled_decay, self.rule.maximize
         out = buffer("grad", end - start, self.dtype)
         out.copy_(grad)
         if negate:
@@ -162,13 +169,31 @@ class Mover:
         grad = self.gradient(start, end)
         if self.run is None:
             return self._plain(start, end, out, grad, keep_previous)
+        state = {name: value[start:end] for name, value in self.moved_state.items()}
         previous = None
         if keep_previous:
             previous = buffer("previous", end - start, self.dtype)
-            previous.copy_(self.moment[start:end])
+            previous.copy_(state[self.first_moment])
         out.zero_()
-        self.run(self, start, end, grad, out)
-        return Slice(out, grad, self.moment[start:end], previous)
+        self.run(self, state, grad, out)
+        return Slice(out, grad, state[self.first_moment], previous)
+
+    def chunks(self, out: Tensor, keep_previous: bool) -> Iterator[tuple[int, int, Slice]]:
+        """Move all chunks, one after the other, d to `out`. Yields start, end and what a call returns."""
+        length, end = chunk(), 0
+        if self.run is None or self.climbs or keep_previous or not self.grad_is_plain or out.numel() == 0:
+            for start, end in spans(out.numel()):
+                yield start, end, self(start, end, out[start:end], keep_previous)
+            return
+        # All views of the tensors are made at once, because a slice takes 8 us where it comes between other operations.
+        names = list(self.moved_state)
+        states = zip(*(value.unsafe_split(length) for value in self.moved_state.values()), strict=True)
+        pieces = zip(out.unsafe_split(length), self.flat.grad.unsafe_split(length), states, strict=True)
+        for minus_update, grad, views in pieces:
+            start, end = end, end + grad.numel()
+            state = dict(zip(names, views, strict=True))
+            self.run(self, state, grad, minus_update.zero_())
+            yield start, end, Slice(minus_update, grad, state[self.first_moment], None)
 
     def _plain(self, start: int, end: int, out: Tensor, grad: Tensor, keep: bool) -> Slice:
         state = {name: value[start:end] for name, value in self.flat.state.items()}
@@ -217,6 +242,5 @@ class Mover:
         param = gather("param", self.flat.param) if reads_param else grad
         sampled.flat = Flat(Item(param, grad, state, 0), writes_state=False)
         if self.run is not None:
-            assert self.rule.first_moment is not None
-            sampled.moment = state[self.rule.first_moment]
+            sampled.moved_state = {name: state[name] for name in self.moved_state}
         return sampled(0, count, buffer("sampled update", count, self.dtype))

@@ -12,7 +12,7 @@ from ..reference.random import uniform_bits
 from ..reference.rules import nesterov
 from ..spec import Item, Rule, Selection, StepSpec, refuse_kind, refuse_score
 from . import random as numbers
-from .chunks import Flat, buffer, spans
+from .chunks import Flat, buffer, count_ones, spans
 from .rules import Slice
 
 
@@ -43,6 +43,7 @@ class Selector:
         # A control asks which coordinates stand still, by the product that an agreement is about.
         self.keep_product = selection.control is not None and spec.strength.still
         self.product: Tensor | None = None  # -u g of the last chunk, if it is kept
+        self.counts_by_sign = selection.kind == "agreement" and selection.product == "update"
         self.everything = selection.kind == "everything"
         if self.keep_previous:
             name = spec.rule.previous_momentum
@@ -68,6 +69,19 @@ class Selector:
             return self._agreement(piece, out)
         refuse_kind("the CPU", "selection", self.selection.kind)
 
+    def counts(self, piece: Slice) -> tuple[int, int]:
+        """The numbers of coordinates of a chunk that are selected, and that do not stand still.
+
+        Of an agreement with the update, where nothing else is asked of its selection.
+        """
+        n, dtype = piece.grad.numel(), piece.grad.dtype
+        product = torch.mul(piece.minus_update, piece.grad, out=buffer("product", n, dtype))
+        signs = torch.sign(product, out=buffer("selected", n, dtype))
+        if float(torch.dot(signs, signs)) == n:  # no zero, and no NaN, whose sign is 0: two operations fewer
+            return (n - int(signs.sum())) // 2, n
+        selected = count_ones(self._agreement(piece, signs))
+        return selected, count_ones(torch.ne(product, 0, out=product))
+
     def _agreement(self, piece: Slice, out: Tensor) -> Tensor:
         strict, product = self.selection.strict, self.selection.product
         if product == "update":  # d = -u turns the comparison around
@@ -85,5 +99,5 @@ class Selector:
             length = max(self.item.param.numel() // self.units.numel(), 1)
             rows = self.units[start // length : (end - 1) // length + 1].repeat_interleave(length)
             return out.copy_(rows[start % length : start % length + count])
-        hashes = numbers.unfinished(self.draw, self.item.address, start + self.first, count)
+        hashes = numbers.unfinished(self.draw, [(self.item.address, start + self.first, count)])
         return out.copy_(numbers.finish_(hashes).lt_(self.limit))

@@ -1,14 +1,14 @@
 """The step over chunks that stay in the cache: one pass over the memory if the mask is local, two if it is not.
 
 One pass (everything, agreement, Bernoulli or a sampled threshold, with fixed strengths): moments, mask and parameter
-of a chunk are done while it is in the cache. Extra memory: the chunk buffers, at most 12 of 0.5 MiB, with exact top-K
-10 MiB more, and with a control two of 1 MiB. They are kept, and each thread that steps has its own. Where torch has
-more than one thread for an operation, all but the 10 MiB are two, three or four times as large.
+of a chunk are done while it is in the cache. Extra memory: the chunk buffers, at most 13 of 0.5 MiB, with exact top-K
+10 MiB more, and with a control two of up to 4 MiB. They are kept, and each thread that steps has its own. Where torch
+has more than one thread for an operation, the chunk buffers are two, three or four times as large.
 
 Two passes (exact top-K; strengths that need a sum): the first moves the moments, leaves d = -u in a scratch tensor
 and counts; the second applies the mask. A matched control draws between the two, and multiplies d by the mask in a pass
-of its own, which adds up the norm. Extra memory, freed when the call ends, is that of the call's largest tensor, in
-bytes an element:
+of its own, which adds up the norm. Small tensors are drawn together: as many as are no larger than the largest one.
+Extra memory, freed when the call ends, is that of the call's largest tensor, in bytes an element:
 
 - 4 for d (8 in float64; 0 if a capture already holds d as float32);
 - 1 for marks, with exact top-K, if a strength reads them again, or if a control draws;
@@ -21,288 +21,45 @@ Non-contiguous tensors are copied while they are stepped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
-from ..reference.random import sample_positions
-from ..reference.rules import Advanced, begin
-from ..spec import GivenRule, Item, StepSpec, Sums, check_kinds
-from . import chunks
-from . import top_k as ranking
-from .apply import Applier, Totals
-from .chunks import Flat, Scratch, buffer, count_ones, keep_marks, spans
-from .control import Matched, with_needed_norm
-from .rules import Mover, Slice
-from .selections import Selector, negated_score
-from .strengths import Gatherer
+from ..spec import Draw, Item, StepSpec, Sums, check_kinds
+from .chunks import Scratch
+from .draw import draw as draw_marks
+from .draw import room
+from .step import Step
+
+TOGETHER = 1 << 22  # elements of the controls that are drawn together, at most: with fewer, more calls of operations
 
 
-class _Step:
-    """One tensor's step."""
+def _run(batch: list[Step], draw: Draw, scratch: Scratch) -> list[Sums | None]:
+    """Step the tensors of a batch: controls that are drawn together, or one tensor without a control."""
+    if batch[0].matched is None:
+        return [step.run() for step in batch]
+    targets = [step.prepare() for step in batch]
+    draw_marks(draw, targets, scratch.get("marks", batch[-1].offset + room(batch[-1].numel), torch.uint8))
+    # Backwards: what the last tensors have left is still in the cache.
+    return [step.finish() for step in reversed(batch)][::-1]
 
-    def __init__(self, item: Item, spec: StepSpec, scratch: Scratch) -> None:
-        rule, selection, strength = spec.rule, spec.selection, spec.strength
-        self.item, self.spec, self.rule, self.selection, self.strength = item, spec, rule, selection, strength
-        self.scratch = scratch
-        numbers = begin(item, rule)
-        self.flat = Flat(item, writes_state=not isinstance(rule, GivenRule))
-        self.numel = item.param.numel()
-        self.mover = Mover(item, rule, numbers, self.flat)
-        self.dtype = self.mover.dtype
-        self.k = selection.k_of(self.numel) if selection.kind == "top_k" else -1
-        self.selector = Selector(spec, item, self.flat)
-        self.matched: Matched | None = None  # its control, if there is a choice to be controlled for
-        self.in_place = False  # True if the control multiplies d by the mask before it knows the factor
-        if selection.control is not None and self.k != 0 and not self.selector.everything:
-            control = with_needed_norm(selection.control, strength)
-            self.in_place = control.norm and self._can_mask_in_place()
-            self.matched = Matched(control, strength, self.numel, self.dtype, spec.draw, item.address, self.in_place)
-        self.threshold: ranking.Threshold | None = None
-        # True if a chunk is selected in as soon as it has moved, because nothing is ranked or only a sample was.
-        self.at_once = True
-        self.sample: Tensor | None = None  # -score of some elements, of which the bracket is made
-        self.scores: Tensor | None = None  # -score of the whole tensor, if it cannot be formed again
-        self.x: Tensor | None = None  # likewise the x of norm_preserving
-        self.chosen: Tensor | None = None  # 1 where exact top-K selects (uint8), of a tensor that is not small
 
-    def run(self) -> Sums | None:
-        """Step the tensor; its report, if statistics are asked for."""
-        totals = Totals() if self.spec.statistics else None
-        self._sample()
-        self.at_once = self.k <= 0 or self.threshold is not None
-        if self.strength.kind == "fixed" and self.at_once and self.matched is None:
-            pair = self._one_pass(totals)
-        else:
-            pair = self._two_passes(totals)
-        self.flat.write_back()
-        return totals.sums(self.numel, *pair) if totals is not None else None
-
-    def _sample(self) -> None:
-        """Compute what a sampled estimate needs, before the moments move."""
-        wanted = self.strength.is_sampled
-        by_sample = self.k > 0 and self.selection.quantile == "sampled"
-        positions = None
-        if wanted or by_sample:
-            positions = sample_positions(self.spec.draw, self.item.address, self.numel, "cpu")
-        peeked = None if positions is None else self.mover.peek(positions)
-        self.gatherer = Gatherer(self.strength, positions if wanted else None, peeked)
-        if by_sample and peeked is not None:
-            t = self._peeked_scores(peeked)
-            t = torch.where(torch.isnan(t), torch.inf, t)
-            rank = max(self.selection.k_of(t.numel()), 1)
-            self.threshold = ranking.Threshold(ranking.smallest(t, (rank,))[0], self.numel)
-
-    def _peeked_scores(self, peeked: Advanced) -> Tensor:
-        piece = Slice(-peeked.update, peeked.grad, peeked.momentum, None)
-        return negated_score(self.selection, self.rule, piece, torch.empty_like(peeked.update))
-
-    def _select(self, start: int, end: int, piece: Slice) -> Tensor | None:
-        """1.0 where a chunk is selected, else 0.0; None if everything is selected."""
-        out = buffer("selected", end - start, self.dtype)
-        if self.k < 0:
-            return self.selector(start, end, piece, out)
-        if self.k == 0:
-            return None
-        if self.chosen is not None:
-            return out.copy_(self.chosen[start:end])
-        assert self.threshold is not None
-        t = negated_score(self.selection, self.rule, piece, out) if self.scores is None else self.scores[start:end]
-        return self.threshold.mark(t, start, out)
-
-    def _applier(self, pair: tuple[float, float]) -> Applier:
-        # A control has seen whether there is a coordinate that stands still.
-        still = self.strength.still and self.k != 0 if self.matched is None else self.matched.still
-        return Applier(self.spec, self.flat, self.dtype, pair, still=still, address=self.item.address)
-
-    def _one_pass(self, totals: Totals | None) -> tuple[float, float]:
-        pair = (1.0, 1.0) if self.k == 0 else (self.strength.selected, self.strength.rest)
-        apply = self._applier(pair)
-        for start, end in spans(self.numel):
-            out = buffer("minus_update", end - start, self.dtype)
-            piece = self.mover(start, end, out, self.selector.keep_previous)
-            apply(start, end, piece.minus_update, piece.grad, self._select(start, end, piece), totals)
-        return pair
-
-    def _two_passes(self, totals: Totals | None) -> tuple[float, float]:
-        minus_updates = self._minus_updates()
-        in_place = self.in_place
-        marks = self._marks() if self.at_once else None
-        self._keep_whole()
-        collector = None if self.at_once else self._collector()
-        for start, end in spans(self.numel):
-            piece = self.mover(start, end, minus_updates[start:end], self.selector.keep_previous)
-            update_sq = self._first_pass(start, end, piece, marks, collector)
-            if in_place and totals is not None:
-                totals.add(piece.minus_update, piece.grad, update_sq)
-        if collector is not None:
-            marks = self._rank(minus_updates, collector)
-        selected, rest = self.strength.selected, self.strength.rest
-        if self.strength.kind != "fixed":
-            selected, rest = self.gatherer.multipliers(self.item, marks)
-        if self.k == 0:
-            selected = rest = 1.0
-        if self.matched is not None:
-            marks = self.scratch.get("marks", self.numel, torch.uint8)
-            self.matched.draw(minus_updates, self.mover.gradient, marks)
-            if in_place:
-                return self._second_pass_in_place(minus_updates, marks, selected, rest, totals)
-            scale = self.matched.scale(minus_updates, self.mover.gradient, marks, selected, rest)
-            selected, rest = selected * scale, rest * scale
-        self._second_pass(minus_updates, marks, self._applier((selected, rest)), totals)
-        return selected, rest
-
-    def _can_mask_in_place(self) -> bool:
-        """True if a control may multiply d by the mask, before it knows the factor that keeps the norm.
-
-        Then it reads and writes less than with marks. It can't where something reads the update after that.
-        """
-        if self.spec.decay is not None:
-            return False
-        return not (isinstance(self.rule, GivenRule) and (self.rule.offset != 0 or self._holds_minus_updates()))
-
-    def _marks(self) -> Tensor | None:
-        """Memory for what is selected (uint8); None if nothing reads it again, or if to select again is as fast."""
-        by_update = self.k > 0 and self.selection.score == "update" and self.strength.kind in ("fixed", "alignment")
-        if self.selector.everything or self.k == 0 or (by_update and not self.gatherer.sampled):
-            return None
-        if self.matched is not None and not self.gatherer.sampled:
-            return None
-        return self.scratch.get("marks", self.numel, torch.uint8)
-
-    def _minus_updates(self) -> Tensor:
-        """Memory for d of the whole tensor; if a capture has left d in float32, the tensor that holds it."""
-        if self._holds_minus_updates():
-            return self.flat.state["update"]
-        return self.scratch.get("minus_updates", self.numel, self.dtype)
-
-    def _holds_minus_updates(self) -> bool:
-        rule = self.rule
-        return isinstance(rule, GivenRule) and rule.negated and self.flat.state["update"].dtype == self.dtype
-
-    def _keep_whole(self) -> None:
-        """Allocate memory for what the second pass cannot form from d and g: anything with the momentum in it."""
-        if self.at_once:
-            return
-        if self.selection.score != "update":
-            self.scores = self.scratch.get("scores", self.numel, self.dtype)
-        if self.strength.kind == "norm_preserving" and self.strength.of == "momentum":
-            self.x = self.scratch.get("x", self.numel, self.dtype)
-
-    def _collector(self) -> ranking.Collector:
-        if self.numel <= 4 * ranking.SAMPLE:  # everything is collected: no sample needed
-            return ranking.Collector(self.k, self.numel, -torch.inf, torch.inf, self.scores)
-        piece = self.mover.peek_runs(ranking.bracket_runs(self.numel), ranking.RUN)
-        room = buffer("sampled scores", piece.minus_update.numel(), self.dtype)
-        self.sample = negated_score(self.selection, self.rule, piece, room)
-        ends = ranking.bracket(self.sample, self.k, self.numel, ranking.WIDTH)
-        self.chosen = self.scratch.get("marks", self.numel, torch.uint8)
-        return ranking.Collector(self.k, self.numel, *ends, self.scores, self.chosen)
-
-    def _first_pass(
-        self, start: int, end: int, piece: Slice, marks: Tensor | None, collector: ranking.Collector | None
-    ) -> float | None:
-        """Select in a chunk, or collect its scores. Returns the sum of u^2 if a control has added it up."""
-        if collector is not None:
-            t = collector.room(start, end, self.dtype)
-            collector.add(negated_score(self.selection, self.rule, piece, t), start)
-            if self.x is not None:
-                assert piece.momentum is not None
-                self.x[start:end].copy_(piece.momentum)
-            if self.strength.kind == "alignment":
-                self.gatherer.add(piece, None, end - start)
-            return None
-        return self._note(start, end, piece, marks)
-
-    def _note(self, start: int, end: int, piece: Slice, marks: Tensor | None) -> float | None:
-        """Select in a chunk, remember it in `marks`, and add it to the sums of the strength and of the control.
-
-        Returns what `Matched.add` does.
-        """
-        selected, count = self._select(start, end, piece), end - start
-        if selected is not None and (self.matched is not None or self.strength.kind == "mean_preserving"):
-            count = count_ones(selected)
-        if self.at_once or self.strength.kind != "alignment":  # else it was added before anything was ranked
-            self.gatherer.add(piece, selected, count)
-        if marks is not None:
-            assert selected is not None
-            keep_marks(selected, marks[start:end])
-        if self.matched is None:
-            return None
-        product = self.selector.product if self.selector.keep_product else None
-        return self.matched.add(piece.minus_update, piece.grad, selected, count, product)
-
-    def _again(self, minus_updates: Tensor, start: int, end: int) -> Slice:
-        """The chunk again, from what the first pass has left."""
-        x = None if self.x is None else self.x[start:end]
-        return Slice(minus_updates[start:end], self.mover.seen_gradient(start, end), x, None)
-
-    def _rank(self, minus_updates: Tensor, collector: ranking.Collector) -> Tensor | None:
-        """Settle who is selected; mark the tensor if a strength or a control depends on that."""
-        if not (self._settle(collector) or self._settle_beside(minus_updates, collector)):
-            self._rank_whole(minus_updates)
-        if self.strength.kind in ("fixed", "alignment") and self.matched is None:
-            return self.chosen
-        marks = self._marks() if self.chosen is None else None
-        for start, end in spans(self.numel):
-            self._note(start, end, self._again(minus_updates, start, end), marks)
-        return self.chosen if marks is None else marks
-
-    def _settle(self, collector: ranking.Collector) -> bool:
-        """Find the threshold in what is collected, and complete the marks. False if the bracket has missed."""
-        self.threshold = collector.settle()
-        if self.threshold is not None and self.chosen is not None:
-            collector.mark(self.threshold)
-        return self.threshold is not None
-
-    def _settle_beside(self, minus_updates: Tensor, missed: ranking.Collector) -> bool:
-        """The same by a wider bracket than the one that has missed. False if that has missed, too."""
-        if self.sample is None:
-            return False
-        collector = missed.beside(*ranking.bracket(self.sample, self.k, self.numel, ranking.RESCUE))
-        for start, end in spans(self.numel):
-            t = collector.room(start, end, self.dtype)
-            if self.scores is None:
-                negated_score(self.selection, self.rule, self._again(minus_updates, start, end), t)
-            collector.add(t, start)
-        return self._settle(collector)
-
-    def _rank_whole(self, minus_updates: Tensor) -> None:
-        """Find the threshold among all scores."""
-        whole = self.scores
-        if whole is None:
-            whole = torch.empty(self.numel, dtype=self.dtype, device="cpu")
-            for start, end in spans(self.numel):
-                negated_score(self.selection, self.rule, self._again(minus_updates, start, end), whole[start:end])
-        self.threshold = threshold = ranking.exact(whole, self.k)
-        for start, end in spans(self.numel if self.chosen is not None else 0):
-            assert self.chosen is not None
-            selected = threshold.mark(whole[start:end], start, buffer("selected", end - start, self.dtype))
-            keep_marks(selected, self.chosen[start:end])
-
-    def _second_pass(self, minus_updates: Tensor, marks: Tensor | None, apply: Applier, totals: Totals | None) -> None:
-        # Of marks, only the mask is in more than one operation, so that two chunks of it stay in the cache.
-        for start, end in spans(self.numel, None if marks is None else 2 * chunks.chunk()):
-            piece = self._again(minus_updates, start, end)
-            if marks is not None:
-                selected: Tensor | None = buffer("selected", end - start, self.dtype).copy_(marks[start:end])
-            elif self.k > 0:
-                selected = self._select(start, end, piece)
+def _batches(items: Sequence[Item], spec: StepSpec, scratch: Scratch) -> Iterator[list[Step]]:
+    """The steps of these tensors, in their order; those that lie side by side in `scratch` together."""
+    batch: list[Step] = []
+    for item in items:
+        step = Step(item, spec, scratch)
+        if batch:
+            end = batch[-1].offset + room(batch[-1].numel)
+            together = batch[0].matched is not None and step.matched is not None
+            if together and end + room(step.numel) <= min(scratch.largest, TOGETHER):
+                step.offset = end
             else:
-                selected = None
-            apply(start, end, piece.minus_update, piece.grad, selected, totals)
-
-    def _second_pass_in_place(
-        self, minus_updates: Tensor, marks: Tensor, selected: float, rest: float, totals: Totals | None
-    ) -> tuple[float, float]:
-        """The second pass of a control that multiplies d by its mask. Returns both multipliers."""
-        assert self.matched is not None
-        scale, factor, masked_sq = self.matched.mask_(minus_updates, self.mover.gradient, marks, selected, rest)
-        self._applier((factor, 0.0)).write_masked(minus_updates)
-        if totals is not None:
-            totals.selected, totals.masked_sq = self.matched.count, masked_sq
-        return selected * scale, rest * scale
+                yield batch
+                batch = []
+        batch.append(step)
+    if batch:
+        yield batch
 
 
 def selective_step(items: Sequence[Item], spec: StepSpec) -> list[Sums] | None:
@@ -310,5 +67,7 @@ def selective_step(items: Sequence[Item], spec: StepSpec) -> list[Sums] | None:
     check_kinds("the CPU", spec)
     scratch = Scratch()
     scratch.largest = max((item.param.numel() for item in items), default=0)
-    sums = [_Step(item, spec, scratch).run() for item in items]
+    if spec.selection.control is not None:
+        scratch.largest = room(scratch.largest)
+    sums = [s for batch in _batches(items, spec, scratch) for s in _run(batch, spec.draw, scratch)]
     return [s for s in sums if s is not None] if spec.statistics else None

@@ -25,8 +25,8 @@ from selective.kernels import (
     selective_step,
     uniform_bits,
 )
-from selective.kernels.cpu import chunks
 from selective.kernels.cpu import control as cpu_control
+from selective.kernels.cpu import draw as cpu_draw
 from selective.kernels.cpu import random as numbers
 from selective.kernels.cpu.chunks import CHUNK, sum_of_squares
 from selective.kernels.reference.control import matched, random_subset
@@ -70,15 +70,15 @@ def counted(function, name, calls):
 @pytest.fixture
 def brackets(monkeypatch):
     """Tensors of any size are drawn from by a bracket; counts those that are ranked as a whole all the same."""
-    monkeypatch.setattr(cpu_control, "SMALL", 0)
+    monkeypatch.setattr(cpu_draw, "SMALL", 0)
     whole: list[int] = []
-    ranked = cpu_control.Matched._as_a_whole
+    ranked = cpu_draw._as_a_whole
 
-    def noted(self, *arguments):
-        whole.append(self.numel)
-        return ranked(self, *arguments)
+    def noted(source, target, marks):
+        whole.append(target.numel)
+        return ranked(source, target, marks)
 
-    monkeypatch.setattr(cpu_control.Matched, "_as_a_whole", noted)
+    monkeypatch.setattr(cpu_draw, "_as_a_whole", noted)
     return whole
 
 
@@ -87,7 +87,7 @@ def test_the_short_hash_is_the_definitions(start: int) -> None:
     for draw, address in ((Draw(0, 0), 0), (Draw(17, 5), 9), (Draw(-3, 2**40), 7)):
         for count in (70_001, 200_001):  # of the second, several blocks are whole
             wanted = uniform_bits(draw, address, count, offset=start)
-            assert torch.equal(numbers.finish_(numbers.unfinished(draw, address, start, count).clone()), wanted)
+            assert torch.equal(numbers.finish_(numbers.unfinished(draw, [(address, start, count)]).clone()), wanted)
 
 
 @pytest.mark.parametrize("draw", [Draw(0, 0), Draw(2**63 + 5, 10**9), Draw(-1, 1)])
@@ -97,11 +97,11 @@ def test_ranking_numbers_are_the_documented_ones(draw: Draw, transcription) -> N
     assert ranking_bits(draw, 9, 300_000)[some].tolist() == wanted
 
 
-@pytest.mark.parametrize("start", [0, 5, 65_533, 131_072])
+@pytest.mark.parametrize("start", [0, 8, 65_536, 131_072])
 def test_ranking_numbers_of_a_chunk_are_the_definitions(start: int) -> None:
     draw, count = Draw(17, 5), 70_001
     wanted = ranking_bits(draw, 9, start + count)[start:]
-    chunk = numbers.Ranking(draw, 9, start, count)
+    chunk = numbers.Ranking(draw, [(9, start, count)])
     assert torch.equal(chunk.upper.to(torch.int32), wanted >> 16)
     places = torch.arange(count)
     assert torch.equal(numbers.ranking_at(chunk.hashes_at(places), places + start), wanted)
@@ -110,7 +110,7 @@ def test_ranking_numbers_of_a_chunk_are_the_definitions(start: int) -> None:
 def test_ranking_numbers_past_two_to_the_34(transcription) -> None:
     """Groups past 2^32 have other keys."""
     draw, start = Draw(3, 1), 2**34 - 8
-    chunk = numbers.Ranking(draw, 9, start, 16)
+    chunk = numbers.Ranking(draw, [(9, start, 16)])
     places = torch.arange(16)
     ours = numbers.ranking_at(chunk.hashes_at(places), places + start)
     assert torch.equal(ours >> 16, chunk.upper.to(torch.int32))
@@ -235,25 +235,25 @@ def assert_the_definitions_choice(numel: int) -> None:
 
 @pytest.mark.parametrize("numel", [8_192, 10_003, 12_289])
 def test_a_tensor_of_several_pieces_and_a_last_word_that_is_not_full(numel, brackets, monkeypatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK", 256)  # pieces of 2,048 for each thread
+    monkeypatch.setattr(cpu_draw, "PIECE", 2_048)
     assert_the_definitions_choice(numel)
     assert not brackets
 
 
 def test_a_bracket_that_misses_has_a_wider_one_behind_it(brackets, monkeypatch) -> None:
     """The first bracket lies three deviations beside; the tensor is not ranked as a whole."""
-    widths, bracket = [], cpu_control.Matched._bracket
+    widths, bracket = [], cpu_draw.Target.bracket
 
     def shifted(self, width):
         widths.append(width)
         low, high = bracket(self, width)
-        return (low, high) if width == cpu_control.RESCUE else (high + 1, high + 1)
+        return (low, high) if width == cpu_draw.RESCUE else (high + 1, high + 1)
 
-    monkeypatch.setattr(cpu_control.Matched, "_bracket", shifted)
+    monkeypatch.setattr(cpu_draw.Target, "bracket", shifted)
     some = torch.zeros(50_000, dtype=torch.bool)
     some[:17_000] = True
     assert torch.equal(chosen_by_cpu(50_000, 17_000, Draw(1, 7), 4), random_subset(some, None, Draw(1, 7), 4))
-    assert widths == [cpu_control.WIDTH, cpu_control.RESCUE]
+    assert widths == [cpu_draw.WIDTH, cpu_draw.RESCUE]
     assert not brackets
 
 
@@ -261,8 +261,10 @@ def test_a_bracket_that_misses_has_a_wider_one_behind_it(brackets, monkeypatch) 
 def test_keys_are_in_the_order_of_the_definition(first: int) -> None:
     """Larger numbers first, and of equal ones the lower place, also of places that have more than 32 bits."""
     random = torch.tensor([5, 2**24 - 1, 0, 5, 2**24 - 1, -1, 0], dtype=torch.int32)
-    keys = numbers.ordered(random, torch.arange(first, first + len(random)))
+    places = torch.arange(first, first + len(random))
+    keys = numbers.ordered(random, places.clone())
     assert keys.argsort(descending=True).tolist() == [1, 4, 0, 3, 2, 6, 5]
+    assert torch.equal(numbers.places_of(keys[random >= 0]), places[random >= 0])
 
 
 def test_the_number_of_threads_does_not_change_the_choice() -> None:
@@ -302,7 +304,7 @@ def test_equal_numbers_go_to_the_lower_index(brackets) -> None:
 @pytest.mark.parametrize("bracket", [(0, 0), (255, 255), (40, 41)])
 def test_a_bracket_that_misses_is_noticed(bracket, make, copy, brackets, monkeypatch) -> None:
     """The last of half of the numbers lies at 128: none of these has it, and the whole tensor is ranked instead."""
-    monkeypatch.setattr(cpu_control.Matched, "_bracket", lambda self, width: bracket)
+    monkeypatch.setattr(cpu_draw.Target, "bracket", lambda self, width: bracket)
     selection, strength = Selection("top_k", control=Control()), Strength("fixed", 2.0, 0.5)
     assert_same(make(ADAM, (300, 50), seed=1), copy, ADAM, selection, strength)
     assert brackets == [15_000]
@@ -324,14 +326,14 @@ def test_the_norm_is_the_policys_and_the_cap_holds(make, copy) -> None:
 def test_a_norm_is_kept_only_where_a_choice_changes_it(make, copy, monkeypatch) -> None:
     """Multipliers of one size give every choice the policy's norm; unequal ones and a cap below 1 do not."""
     calls: list[str] = []
-    monkeypatch.setattr(cpu_control.Matched, "mask_", counted(cpu_control.Matched.mask_, "mask_", calls))
+    monkeypatch.setattr(cpu_control.Matched, "_scale_to", counted(cpu_control.Matched._scale_to, "scaled", calls))
     selection = Selection("agreement", control=Control())
     capped = replace(selection, control=Control(cap=0.5))
     for chosen, strength, wanted in (
         (selection, Strength("fixed", 1.0, -1.0, still=True), []),
         (selection, Strength("fixed", -2.0, 2.0), []),
-        (selection, Strength("fixed", 2.0, 1.0), ["mask_"]),
-        (capped, Strength("fixed", 1.0, -1.0, still=True), ["mask_"]),
+        (selection, Strength("fixed", 2.0, 1.0), ["scaled"]),
+        (capped, Strength("fixed", 1.0, -1.0, still=True), ["scaled"]),
     ):
         calls.clear()
         item = make(ADAM, (90, 50), seed=5)

@@ -1,0 +1,218 @@
+"""The draw of matched controls: of several tensors together, as many coordinates of each as its policy selects.
+
+Those with the largest random numbers are taken. As the numbers are uniform, the last one that is taken lies within a
+few standard deviations of a known value. So one pass over the numbers marks all above that bracket by their upper 8
+bits, and lists the few inside of it; only those are formed as a whole and ranked. If the bracket of a tensor misses, a
+wider one is tried. Then its numbers are ranked as a whole: slower, with the same answer.
+
+Most operations are on a piece, which several tensors share: torch's operations take 5 to 50 us before they begin,
+because those before them have left little of its code in the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..spec import Draw
+from . import random as numbers
+from . import top_k as ranking
+from .chunks import buffer, chunk, keep_marks, spans, split_ones
+
+ROW = 1_024  # elements; a tensor's marks begin at a multiple of it, so that those of several are counted together
+SMALL = 2_048  # elements; up to here all numbers of a tensor are listed, because a bracket would hold many of them
+WIDTH = 2.0  # half the bracket, in standard deviations of the last place: misses in up to 5 % of the tensors
+RESCUE = 6.0  # the same of the bracket that is looked at then
+PIECE = 1 << 22  # elements, whose hashes are formed together: with fewer, the calls of operations take more time
+
+
+def room(numel: int) -> int:
+    """The marks that a tensor of `numel` elements takes up."""
+    return -(-numel // ROW) * ROW
+
+
+@dataclass(eq=False)
+class Target:
+    """One tensor that is drawn from. Its marks are `offset` to `offset + numel` of those of all."""
+
+    address: int
+    numel: int
+    offset: int
+    count: int  # how many are drawn
+    moving: int  # how many do not stand still
+    moves: Callable[[int, int], Tensor]  # of a chunk: 0.0 where a coordinate stands still, else another number
+
+    @property
+    def still(self) -> bool:
+        """True if something stands still, which is drawn after all others."""
+        return self.moving < self.numel
+
+    def bracket(self, width: float) -> tuple[int, int]:
+        """The upper 8 bits, lowest and highest, that the last number which is drawn most likely has."""
+        if self.numel <= SMALL:
+            return 0, 255
+        share = 1 - self.count / self.moving
+        half = width * math.sqrt(share * (1 - share) / self.moving) + 1 / self.moving
+        low, high = math.floor(256 * (share - half)), math.floor(256 * (share + half))
+        return max(low, 0), min(high, 255)
+
+
+Segment = tuple[Target, int, int]  # some elements of a tensor, which begin at a multiple of `ROW`
+
+
+def draw(source: Draw, targets: Iterable[Target], marks: Tensor) -> None:
+    """Write 1 to `marks` (uint8) where a tensor's control selects, else 0. What lies between tensors is overwritten."""
+    chosen, missed = [], []
+    for target in targets:
+        if not 0 < target.count < target.numel:
+            marks[target.offset : target.offset + target.numel].fill_(int(target.count > 0))
+        else:  # where all that moves is drawn, so is some that does not
+            (chosen if target.count < target.moving or not target.still else missed).append(target)
+    for target in _by_brackets(source, chosen, marks, WIDTH):
+        missed += _by_brackets(source, [target], marks, RESCUE)
+    for target in missed:
+        _as_a_whole(source, target, marks)
+
+
+def _by_brackets(source: Draw, targets: list[Target], marks: Tensor, width: float) -> list[Target]:
+    """Draw by brackets. Returns the tensors whose brackets have missed: their marks are not right."""
+    brackets = {target: target.bracket(width) for target in targets}
+    above = dict.fromkeys(targets, 0)
+    lists = _List(), _List()
+    for piece in _pieces(targets, PIECE):
+        (first, begin, _) = piece[0]
+        start, length = first.offset + begin, sum(room(b - a) for _, a, b in piece)
+        random = numbers.Ranking(source, [(target.address, a, room(b - a)) for target, a, b in piece])
+        drawn, inside = marks[start : start + length], random.spare
+        done = 0
+        for target, a, b in piece:
+            here = slice(done, done + b - a)
+            _mark(random.upper[here], drawn[here], inside[here], brackets[target])
+            done += room(b - a)
+            if here.stop < done:
+                drawn[here.stop : done].zero_()
+                inside[here.stop : done].zero_()
+            if target.still:
+                _leave_out_still(target, a, drawn[here], inside[here])
+        rows = drawn.view(torch.int64).view(-1, ROW // 8).sum(1).view(torch.uint8)  # side by side, so none overflows
+        done = 0
+        for target, a, b in piece:
+            size = room(b - a) // (ROW // 8)
+            if target.numel > SMALL:  # else none is above the bracket
+                above[target] += int(rows[done : done + size].sum())
+            done += size
+        for found, list_ in zip(split_ones(inside), lists, strict=True):
+            list_.add(random, found, start)
+    return _rank(targets, above, lists, marks)
+
+
+def _pieces(targets: list[Target], length: int) -> Iterator[list[Segment]]:
+    """Segments that lie side by side in the marks, up to `length` marks at a time."""
+    piece: list[Segment] = []
+    end = left = 0
+    for target in targets:
+        a = 0
+        while a < target.numel:
+            if piece and (left == 0 or target.offset + a != end):
+                yield piece
+                piece = []
+            if not piece:
+                left = length
+            b = min(target.numel, a + left)
+            piece.append((target, a, b))
+            left -= room(b - a)
+            end = target.offset + a + room(b - a)
+            a = b
+    if piece:
+        yield piece
+
+
+def _mark(upper: Tensor, drawn: Tensor, inside: Tensor, bracket: tuple[int, int]) -> None:
+    """Write 1 where the upper 8 bits are above the bracket to `drawn`, where they are in it to `inside`; else 0."""
+    low, high = bracket
+    torch.gt(upper, numbers.byte(high), out=drawn)
+    if low == high:
+        torch.eq(upper, numbers.byte(low), out=inside)
+    else:
+        torch.sub(upper, numbers.byte(low), out=inside)  # numbers below `low` wrap around
+        inside.le_(numbers.byte(high - low))
+
+
+def _leave_out_still(target: Target, first: int, drawn: Tensor, inside: Tensor) -> None:
+    """Take back the marks of what stands still, of elements from `first` on."""
+    for start, end in spans(drawn.numel()):
+        moves = target.moves(first + start, first + end)
+        moves = buffer("upper moves", end - start, torch.uint8).copy_(moves)
+        drawn[start:end].mul_(moves)
+        inside[start:end].mul_(moves)
+
+
+class _List:
+    """Places of marks whose numbers are inside of a bracket, ascending, and their groups' hashes."""
+
+    def __init__(self) -> None:
+        self.places: list[Tensor] = []
+        self.hashes: list[Tensor] = []
+
+    def add(self, random: numbers.Ranking, found: Tensor, start: int) -> None:
+        """Add places of a piece, whose first mark is `start`."""
+        if found.numel() > 0:
+            self.hashes.append(random.hashes_at(found))
+            self.places.append(found.add_(start) if start else found)
+
+    def keys(self, targets: list[Target]) -> list[Tensor]:
+        """The keys (`ordered`) of what is listed of each tensor."""
+        if not self.places:
+            return [_nothing()] * len(targets)
+        places = ranking.joined(self.places)
+        ends = [places.numel()]
+        if len(targets) > 1:
+            offsets = torch.tensor([target.offset for target in targets[1:]], dtype=torch.int64, device="cpu")
+            ends[:0] = torch.searchsorted(places, offsets).tolist()
+        keys = numbers.ordered(numbers.ranking_at(ranking.joined(self.hashes), places), places)
+        return [keys[start:end] for start, end in itertools.pairwise([0, *ends])]
+
+
+@functools.cache
+def _nothing() -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device="cpu")
+
+
+def _rank(targets: list[Target], above: dict[Target, int], lists: tuple[_List, _List], marks: Tensor) -> list[Target]:
+    """Mark those in the lists that are drawn, of each tensor the largest. Returns the tensors with too few or too many.
+
+    `above` are the numbers of marks that are already set.
+    """
+    missed, drawn = [], []
+    for target, *parts in zip(targets, *(each.keys(targets) for each in lists), strict=True):
+        keys = ranking.joined([part for part in parts if part.numel() > 0] or parts[:1])
+        count = target.count - above[target]
+        if not 0 <= count <= keys.numel():
+            missed.append(target)
+        elif count > 0:
+            drawn.append(keys.topk(count, sorted=False).values)
+    if drawn:
+        marks.index_fill_(0, numbers.places_of(ranking.joined(drawn)), 1)
+    return missed
+
+
+def _as_a_whole(source: Draw, target: Target, marks: Tensor) -> None:
+    """Draw by ranking the random numbers of the whole tensor."""
+    t = torch.empty(target.numel, dtype=torch.float32, device="cpu")
+    for start, end in spans(target.numel, room(chunk())):
+        index = torch.arange(start, end, device="cpu")
+        random = numbers.Ranking(source, [(target.address, start, end - start)])
+        t[start:end].copy_(numbers.ranking_at(random.hashes_at(index - start), index))
+    for start, end in spans(target.numel if target.still else 0):
+        # -1: after all others, in their order
+        t[start:end].add_(1).mul_(target.moves(start, end)).sub_(1)
+    threshold = ranking.exact(t.neg_(), target.count)
+    for start, end in spans(target.numel):
+        drawn = marks[target.offset + start : target.offset + end]
+        keep_marks(threshold.mark(t[start:end], start, t[start:end]), drawn)
