@@ -195,14 +195,19 @@ def split_ones(marks: Tensor) -> tuple[Tensor, Tensor]:
     return ones, others.bitwise_and_(7).add_(words, alpha=8)
 
 
+def joined(parts: list[Tensor]) -> Tensor:
+    """The parts one after the other. What is in one part alone is not copied."""
+    filled = [part for part in parts if part.numel() > 0] or parts[:1]
+    return filled[0] if len(filled) == 1 else torch.cat(filled)
+
+
 def scattered_ones(marks: Tensor) -> Tensor:
     """The indices that `ones_of` returns, in no order, in the time of `split_ones`."""
     rest = marks.numel() % 8
     parts = list(split_ones(marks[: marks.numel() - rest]))
     if rest:
         parts.append(torch.nonzero(marks[-rest:]).view(-1).add_(marks.numel() - rest))
-    parts = [part for part in parts if part.numel() > 0] or parts[:1]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined(parts)
 
 
 class Scratch:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..spec import Draw
 from . import random as numbers
 from . import top_k as ranking
-from .chunks import buffer, chunk, keep_marks, spans, split_ones
+from .chunks import buffer, chunk, joined, keep_marks, spans, split_ones
 
 ROW = 1_024  # elements; a tensor's marks begin at a multiple of it, so that those of several are counted together
 SMALL = 2_048  # elements; up to here all numbers of a tensor are listed, because a bracket would hold many of them
@@ -170,12 +170,12 @@ class _List:
         """The keys (`ordered`) of what is listed of each tensor."""
         if not self.places:
             return [_nothing()] * len(targets)
-        places = ranking.joined(self.places)
+        places = joined(self.places)
         ends = [places.numel()]
         if len(targets) > 1:
             offsets = torch.tensor([target.offset for target in targets[1:]], dtype=torch.int64, device="cpu")
             ends[:0] = torch.searchsorted(places, offsets).tolist()
-        keys = numbers.ordered(numbers.ranking_at(ranking.joined(self.hashes), places), places)
+        keys = numbers.ordered(numbers.ranking_at(joined(self.hashes), places), places)
         return [keys[start:end] for start, end in itertools.pairwise([0, *ends])]
 
 
@@ -191,14 +191,14 @@ def _rank(targets: list[Target], above: dict[Target, int], lists: tuple[_List, _
     """
     missed, drawn = [], []
     for target, *parts in zip(targets, *(each.keys(targets) for each in lists), strict=True):
-        keys = ranking.joined([part for part in parts if part.numel() > 0] or parts[:1])
+        keys = joined(parts)
         count = target.count - above[target]
         if not 0 <= count <= keys.numel():
             missed.append(target)
         elif count > 0:
             drawn.append(keys.topk(count, sorted=False).values)
     if drawn:
-        marks.index_fill_(0, numbers.places_of(ranking.joined(drawn)), 1)
+        marks.index_fill_(0, numbers.places_of(joined(drawn)), 1)
     return missed
 
 

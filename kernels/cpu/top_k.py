@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import chunks
-from .chunks import buffer, count_marks, count_ones, ones_of, rounded, scattered_ones, spans
+from .chunks import buffer, count_marks, count_ones, joined, ones_of, rounded, scattered_ones, spans
 
 WIDTH = 2.0  # half the bracket, in standard deviations of the sample's rank: misses in 5 % of the tensors
 RESCUE = 6.0  # the same of the bracket that is looked at then, on the side on which the first one has missed
@@ -77,8 +77,7 @@ def _inside(t: Tensor, lower: float, upper: float) -> Tensor:
     """The indices at which a list of any length is in `[lower, upper]`, ascending."""
     if t.numel() <= SHORT:
         return torch.nonzero((t >= lower) & (t <= upper)).view(-1)
-    parts = [_places(t[start:end], lower, upper).add_(start) for start, end in spans(t.numel())]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined([_places(t[start:end], lower, upper).add_(start) for start, end in spans(t.numel())])
 
 
 class Counted:
@@ -304,11 +303,6 @@ class Collector:
         """A collector of the side on which this one has missed, up to the ends of a wider bracket."""
         ends = (lower, self.lower) if self.k <= self.below else (self.upper, upper)
         return Collector(self.k, self.numel, *ends, self.whole, self.marks)
-
-
-def joined(parts: list[Tensor]) -> Tensor:
-    """The parts one after the other; a single one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def bracket_runs(numel: int) -> Tensor:

@@ -28,7 +28,7 @@ def test_texts_of_parameters_without_data_stay_readable() -> None:
     assert torch.equal(placed({"text": text}, torch.empty(3, 2, device="meta"))["text"], text)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: on a CPU nothing is on another device")
+@pytest.mark.gpu  # on a CPU nothing is on another device
 def test_a_full_state_dict_goes_back_into_a_run_on_a_gpu() -> None:
     def run() -> tuple[torch.nn.Module, SelectiveUpdate]:
         module = torch.nn.Linear(6, 4, device="cuda")
