@@ -12,7 +12,7 @@ from evidence.earlier import of_gain
 from evidence.page import filled, marks, missing, rows_with_runs
 from evidence.picture import draw
 from evidence.plan import LONGER
-from evidence.runs import Record, Results, step_seconds
+from evidence.runs import Record, Results, final, step_seconds
 from evidence.setups import POLICIES
 from evidence.table import NOT_RUN, TABLES, said
 
@@ -41,9 +41,48 @@ def change(file: Path) -> None:
     file.write_text(json.dumps(record))
 
 
-def runs(results: Results, task: str, setup: str, lr: float) -> dict[int, Record]:
-    """The three runs of a setup at a rate, by seed."""
-    mine = results.by_seed(task, setup, (lr, None))
+# Setups at their best rates: setup, rate of the inner matrices, rate of the rest (None: the same), part of the steps.
+ADAMW = ("AdamW", 3e-3, None, 1.0)
+ADAMW_APART = ("AdamW", 3e-3, 6e-3, 1.0)
+ADAMW_LONGER = ("AdamW", 3e-3, None, LONGER)
+ALPHA = ("AlphaConsistency on AdamW", 3e-3, None, 1.0)
+ALPHA_CONTROL = ("random like AlphaConsistency on AdamW", 3e-3, None, 1.0)
+LION = ("Lion", 3e-4, None, 1.0)
+LION_LONGER = ("Lion", 3e-4, None, LONGER)
+LION_ALPHA = ("AlphaConsistency on Lion", 3e-4, None, 1.0)
+LION_ALPHA_CONTROL = ("random like AlphaConsistency on Lion", 3e-4, None, 1.0)
+LION_CAUTIOUS = ("Cautious on Lion", 3e-4, None, 1.0)
+LION_CAUTIOUS_CONTROL = ("random like Cautious on Lion", 3e-4, None, 1.0)
+SOAP = ("AdamW in Soap", 6e-3, None, 1.0)
+SOAP_APART = ("AdamW in Soap", 6e-3, 12e-3, 1.0)
+CAUTIOUS = ("Cautious on AdamW in Soap", 6e-3, None, 1.0)
+CAUTIOUS_APART = ("Cautious on AdamW in Soap", 6e-3, 12e-3, 1.0)
+DECAY = ("CautiousDecay on AdamW in Soap", 6e-3, None, 1.0)
+CAUTIOUS_DECAY = ("Cautious, CautiousDecay on AdamW in Soap", 6e-3, None, 1.0)
+AVERAGED = ("Cautious on AdamW in Soap, tail averaged", 6e-3, None, 1.0)
+
+# What the page's sentences compare: final losses, and steps or seconds to the other's final loss.
+DIFFERENCES = (
+    (ALPHA, ADAMW), (ADAMW_LONGER, ADAMW), (ALPHA, ALPHA_CONTROL), (ALPHA_CONTROL, ADAMW),
+    (LION_ALPHA, LION), (LION_CAUTIOUS, LION), (LION_CAUTIOUS, LION_CAUTIOUS_CONTROL), (LION_ALPHA_CONTROL, LION),
+    (LION_LONGER, LION),
+    (SOAP, ADAMW), (CAUTIOUS, ADAMW), (CAUTIOUS, SOAP), (SOAP, ADAMW_LONGER), (CAUTIOUS, ADAMW_LONGER),
+    (ADAMW_APART, ADAMW), (SOAP_APART, ADAMW_APART), (CAUTIOUS_APART, ADAMW_APART), (SOAP_APART, SOAP),
+    (CAUTIOUS_APART, CAUTIOUS),
+    (DECAY, SOAP), (CAUTIOUS_DECAY, CAUTIOUS), (AVERAGED, CAUTIOUS),
+)  # fmt: skip
+RATIOS = (
+    (ALPHA, ADAMW, "step"), (LION_ALPHA, LION, "step"), (CAUTIOUS, SOAP, "step"),
+    (SOAP, ADAMW, "step"), (SOAP, ADAMW, "seconds"), (CAUTIOUS, ADAMW, "step"), (CAUTIOUS, ADAMW, "seconds"),
+    (CAUTIOUS_APART, ADAMW_APART, "step"), (CAUTIOUS_APART, ADAMW_APART, "seconds"),
+)  # fmt: skip
+
+
+def runs(
+    results: Results, task: str, setup: str, lr: float, rest_lr: float | None = None, part: float = 1.0
+) -> dict[int, Record]:
+    """The three runs of a setup at its rates, by seed."""
+    mine = results.by_seed(task, setup, (lr, rest_lr), part)
     assert mine.keys() == {0, 1, 2}, setup
     return mine
 
@@ -51,34 +90,12 @@ def runs(results: Results, task: str, setup: str, lr: float) -> dict[int, Record
 def claims(measurements: Path) -> set[str]:
     """The means with their intervals that the page's sentences have."""
     evidence = Results.read(measurements / "evidence")
-    soap, cautious = (
-        runs(evidence, "python-34m", setup, 6e-3) for setup in ("AdamW in Soap", "Cautious on AdamW in Soap")
-    )
-    tuned = runs(evidence, "python-34m", "AdamW", 3e-3)
-    alpha = runs(evidence, "python-34m", "AlphaConsistency on AdamW", 3e-3)
-    alpha_control = runs(evidence, "python-34m", "random like AlphaConsistency on AdamW", 3e-3)
-    lion, lion_alpha, lion_cautious, lion_alpha_control, lion_cautious_control = (
-        runs(evidence, "python-34m", setup, 3e-4)
-        for setup in (
-            "Lion", "AlphaConsistency on Lion", "Cautious on Lion",
-            "random like AlphaConsistency on Lion", "random like Cautious on Lion",
-        )
-    )  # fmt: skip
-    longer = evidence.by_seed("python-34m", "AdamW", (3e-3, None), LONGER)
-    lion_longer = evidence.by_seed("python-34m", "Lion", (3e-4, None), LONGER)
+    by_seed = {name: runs(evidence, "python-34m", *name) for pair in DIFFERENCES for name in pair}
     ratios = [
-        race([(mine[seed], theirs[seed]) for seed in theirs], axis).ratio
-        for mine, theirs, axis in (
-            (alpha, tuned, "step"), (lion_alpha, lion, "step"), (cautious, soap, "step"),
-            (soap, tuned, "step"), (soap, tuned, "seconds"), (cautious, tuned, "step"), (cautious, tuned, "seconds"),
-        )
-    ]  # fmt: skip
-    differences = [paired(mine, theirs) for mine, theirs in (
-        (alpha, tuned), (longer, tuned), (soap, tuned), (cautious, tuned), (cautious, soap), (soap, longer),
-        (cautious, longer),
-        (alpha, alpha_control), (alpha_control, tuned), (lion_alpha, lion), (lion_cautious, lion),
-        (lion_cautious, lion_cautious_control), (lion_alpha_control, lion), (lion_longer, lion),
-    )]  # fmt: skip
+        race([(by_seed[mine][seed], by_seed[theirs][seed]) for seed in by_seed[theirs]], axis).ratio
+        for mine, theirs, axis in RATIOS
+    ]
+    differences = [paired(by_seed[mine], by_seed[theirs]) for mine, theirs in DIFFERENCES]
     return {
         *(said(ratio, 2) for ratio in ratios if ratio is not None),
         *(said(difference, sign="+") for difference in differences if difference is not None),
@@ -120,7 +137,8 @@ def test_every_setup_has_a_row_or_is_said_to_be_not_run() -> None:
     results = Results.read(MEASUREMENTS / "evidence")
     assert unsaid(PAGE, results) == []
     without = PAGE.replace("| english-110m |", "| english |")
-    assert unsaid(without, results) == ["english-110m: AdamW", "english-110m: Muon"]
+    named = [f"english-110m: {setup}" for setup in missing("english-110m", results)]
+    assert len(named) == 4 and unsaid(without, results) == named
     more = Results([*results.records, {**results.records[0], "setup": "Magma on AdamW"}])
     assert "python-34m readings has no mark" in unsaid(PAGE, more)
 
@@ -158,8 +176,16 @@ def test_the_sentences_on_compositions_rest_on_settled_rows_with_three_seeds() -
         assert sum(interval(rows[name][4])) < 0 < 1 < interval(rows[name][7])[0] - interval(rows[name][7])[1]
     assert "the random control was not run on this text" in text
     assert rows["Cautious on AdamW in Soap"][5] == f"control {NOT_RUN}"
-    assert '"Rates apart" is unfinished, and its rows with one or two seeds' in text
-    assert {cells[2] for name, cells in rows.items() if name.endswith("rates apart")} == {"1", "2"}
+    apart = [cells for name, cells in rows.items() if name.endswith("rates apart")]
+    assert len(apart) == 3 and {cells[2] for cells in apart} == {"3"}
+    assert "have twice the inner matrices' rate" in text
+    assert all(float(rest) == 2 * float(lr) for lr, rest in (cells[1].split(", rest ") for cells in apart))
+    nothing = text.partition("**Nothing that three seeds show**")[2].partition("Whether")[0]
+    figures = re.findall(r"\(([+−]?\d+\.\d+ ± \d+\.\d+)", nothing)
+    assert len(figures) == 3
+    for figure in figures:
+        mean, half = interval(figure)
+        assert mean - half < 0 < mean + half, figure
     assert "times fewer steps, which includes 1" in text
     more, half = interval(re.findall(r"took (\S+ ± \S+) times fewer steps, which includes 1", text)[0])
     assert more - half < 1 < more
@@ -184,9 +210,9 @@ def test_the_page_says_of_muon_that_its_sweep_has_begun() -> None:
     assert begun.keys() == {"Muon", "Cautious on Muon"}
     assert all("(edge)" in cells[1] for cells in begun.values())
     assert "The sweep has begun. Each row is one run, at rates that are not settled" in text
-    best = min(cells[3] for name, cells in rows_of("composed").items() if name.startswith("Cautious on AdamW in Soap"))
-    assert f"The best run ended at {rows['Muon'][3]}, and so did the best one of `Cautious()` in `Soap()`" in text
-    assert best.startswith(rows["Muon"][3])
+    first = runs(Results.read(MEASUREMENTS / "evidence"), "python-34m", *CAUTIOUS_APART)[0]
+    assert f"The best run, with seed 0, ended at {rows['Muon'][3]}, and so did" in text
+    assert f"{final(first):.3f}" == rows["Muon"][3]
 
 
 def test_the_page_on_rotations_has_the_same_figures() -> None:
