@@ -229,7 +229,7 @@ class Step:
         for level in (1, 2) if sampled else (1,):
             run(digits_kernel, programs, histograms, spreads, samples, work, tables.ranks, tables.facts, WIDTH,
                 SAMPLED=sampled, LEVEL=level, BLOCK=sizes.SAMPLE_BLOCK)  # fmt: skip
-        run(bracket_kernel, count, tables.ranks, histograms, spreads, tables.facts, top_k.large, WIDTH,
+        run(bracket_kernel, count, tables.ranks, histograms, spreads, samples, tables.facts, top_k.large, WIDTH,
             SAMPLED=sampled)  # fmt: skip
 
     def _count_and_settle(self, cfg: Config) -> None:
@@ -303,7 +303,7 @@ class Step:
         if cfg.statistics or cfg.sums:
             self.repaired = self.empty(self.tables.tensors * programs * 2)
         self.repairers = programs
-        equals = self.empty(programs, torch.int64)
+        equals = self.empty(2 * programs, torch.int64)
         tables = self.tables
         run(repair_kernel, programs, self.repaired, self.marks, broken, meeting, histograms, equals, tables.pointers,
             tables.numbers, tables.ranks, tables.facts, self.groups.hyper, programs, BINS=BINS,

@@ -63,12 +63,11 @@ def test_the_kth_score_of_a_crowd_is_known_before_the_repair(way, like, device, 
     gpu(item, rule, selection=K, strength=strength)
     (ranks,) = before_repair
     row = ranks[0]
-    assert int(row[config.CROWDED.value]) == (like != "normal")
-    tie = int(row[config.TIE.value])
-    if like == "untouched rows":
-        assert tie == ZERO
+    crowd, tie = int(row[config.CROWD.value]), int(row[config.TIE.value])
+    if like == "normal":
+        assert (crowd, tie) == (0, -1)
     else:
-        assert (tie > ZERO) if like == "constant" else (tie == -1)
+        assert crowd == tie and (tie == ZERO) == (like == "untouched rows")
 
 
 def test_known_and_unknown_thresholds_take_turns(device, before_repair, monkeypatch):

@@ -25,12 +25,12 @@ NUMBERS = tl.constexpr(20)
 # (USER is the first of four)
 
 # Columns of a tensor's row of int64 ranks: the bracket or the threshold of its scores, as keys (`key_of`).
-# CROWDED is 1 if the sample has many equal scores at an end of the bracket. TIE is the K-th key where more scores equal
-# it than a list holds; -1 elsewhere.
+# CROWD is the key of a score that much of the sample has, at an end of the bracket; 0 if there is none. TIE is the K-th
+# key where more scores equal it than a list holds; -1 elsewhere.
 # The last seven are a matched control's: how many its policy selects, how many coordinates move, its list's length,
 # the bracket of its random numbers, and its limit: the last number that is selected, and the last index at which it is.
 RANKS = tl.constexpr(20)
-(LOW, HIGH, CUTOFF, MODE, WANTED, COUNTED, CRITICAL, LEFT, TIED, SEEN, CROWDED, TIE, PICKED, MOVING, LISTED, LOWEST,
+(LOW, HIGH, CUTOFF, MODE, WANTED, COUNTED, CRITICAL, LEFT, TIED, SEEN, CROWD, TIE, PICKED, MOVING, LISTED, LOWEST,
  HIGHEST, LIMIT, LIMIT_AT) = (tl.constexpr(i) for i in range(19))  # fmt: skip
 EXACT, BRACKET, DENSE = (tl.constexpr(i) for i in range(3))  # values of MODE
 

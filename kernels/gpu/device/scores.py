@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .config import COUNTED, CROWDED, HIGH, LOW
+from .config import COUNTED, CROWD, HIGH, LOW
 from .elements import load_moved
 from .rounding import IN_PTX
 from .rules import score_of
@@ -98,21 +98,6 @@ def count_bins(histogram_ptr, bins, inside):
 
 
 @triton.jit
-def count_crowd(histogram_ptr, bins, inside):
-    """`count_bins` where many elements of a block share a bin: the lowest and the highest bin take one addition each.
-
-    Equal scores of a crowd are at an end of the bracket. Millions of additions to one number take milliseconds.
-    """
-    lowest, highest = tl.min(tl.where(inside, bins, DIGIT)), tl.max(tl.where(inside, bins, -1))
-    if highest >= 0:
-        at_lowest, at_highest = inside & (bins == lowest), inside & (bins == highest)
-        tl.atomic_add(histogram_ptr + lowest, tl.sum(at_lowest.to(tl.int32)), sem="relaxed")
-        if highest > lowest:
-            tl.atomic_add(histogram_ptr + highest, tl.sum(at_highest.to(tl.int32)), sem="relaxed")
-        count_bins(histogram_ptr, bins, inside & (bins > lowest) & (bins < highest))
-
-
-@triton.jit
 def count_scores(chosen, undecided, key, ranks, marks_ptr, selected_ptr, histogram_ptr, CFG: tl.constexpr):
     """Count the elements of a block above the bracket, and mark the undecided ones (a bit each, and a histogram).
 
@@ -120,25 +105,34 @@ def count_scores(chosen, undecided, key, ranks, marks_ptr, selected_ptr, histogr
 
     Made so that the block's warps meet as rarely as possible. One sum yields bits and count: 32 elements lie within a
     warp, their bits in the lower half of a word and their count, or the bits that are counted, in the upper half.
+
+    Equal scores of a crowd are added up first: millions of additions to one number take milliseconds.
     """
     WORDS: tl.constexpr = CFG.block // 32
+    low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
+    bins, crowd = bin_of(key, low, high), tl.load(ranks + CROWD)
+    at = tl.where(crowd > 0, bin_of(crowd.to(tl.uint32), low, high), -1)
+    alike = undecided & (bins == at)
     place = tl.arange(0, 32).to(tl.uint32)[None, :]
     bits = tl.reshape(undecided.to(tl.uint32), [WORDS, 32]) << place
-    above = tl.reshape(chosen.to(tl.uint64), [WORDS, 32])
     if CFG.sums:
-        above = above << place.to(tl.uint64)
+        above = tl.reshape(chosen.to(tl.uint64), [WORDS, 32]) << place.to(tl.uint64)
+    else:
+        tl.static_assert(CFG.block < 65536, "a block's two counts fit into half of a word")
+        above = tl.reshape(tl.where(alike, 65536, chosen.to(tl.int32)).to(tl.uint64), [WORDS, 32])
     words = tl.sum(bits.to(tl.uint64) | (above << 32), 1)
     tl.store(marks_ptr + tl.arange(0, WORDS), words.to(tl.uint32).to(tl.int32, bitcast=True))
     count = (words >> 32).to(tl.int64)
     if CFG.sums:
         tl.store(selected_ptr + tl.arange(0, WORDS), (words >> 32).to(tl.uint32).to(tl.int32, bitcast=True))
-        count = population((words >> 32).to(tl.uint32)).to(tl.int64)
-    tl.atomic_add(ranks + COUNTED, tl.sum(count), sem="relaxed")
-    low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
-    if tl.load(ranks + CROWDED) != 0:
-        count_crowd(histogram_ptr, bin_of(key, low, high), undecided)
+        count = tl.sum(population((words >> 32).to(tl.uint32)).to(tl.int64))
+        if crowd > 0:
+            count += tl.sum(alike.to(tl.int64)) << 16
     else:
-        count_bins(histogram_ptr, bin_of(key, low, high), undecided)
+        count = tl.sum(count)
+    tl.atomic_add(ranks + COUNTED, count & 65535, sem="relaxed")
+    tl.atomic_add(histogram_ptr + at, (count >> 16).to(tl.int32), mask=count > 65535, sem="relaxed")
+    count_bins(histogram_ptr, bins, undecided & (alike == 0))
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from ..config import (
     BRACKET,
     BRACKET_RUN,
     COUNTED,
-    CROWDED,
+    CROWD,
     CUTOFF,
     DENSE,
     EXACT,
@@ -39,7 +39,8 @@ from ..scores import LAST, descend, keys_at
 
 FIRST_DIGIT = tl.constexpr(512)
 NEXT_DIGIT = tl.constexpr(4096)  # of 12 bits; the last one's 11 fit too
-CROWD = tl.constexpr(64)  # a 64th of a sample between two neighbouring floats of 13 bits: no usual distribution has it
+MANY = tl.constexpr(64)  # a 64th of a sample between two neighbouring floats of 13 bits: no usual distribution has it
+LOOKS, LOOK_BLOCK = tl.constexpr(16), tl.constexpr(1024)  # where a crowd is looked for in a sample
 SLOTS = tl.constexpr(512 + 2 * 4096)  # counts of a tensor: of the first digit, and two histograms of a next one
 
 
@@ -181,12 +182,25 @@ def digits_kernel(
 
 
 @triton.jit
+def _crowd(samples, count, most):
+    """The most frequent of the keys whose first 21 bits are `most`, in some blocks of a sample; the least of several."""
+    counts, places = tl.zeros([2048], tl.int32), tl.arange(0, 2048)
+    for look in range(LOOKS):
+        i = look * (count // LOOKS) + tl.arange(0, LOOK_BLOCK)
+        key = load_keys(samples, i, count)
+        counts += tl.histogram((key & 2047).to(tl.int32), 2048, mask=(i < count) & ((key >> 11) == most))
+    third = tl.min(tl.where(counts == tl.max(counts), places, 2048))
+    return (most << 11) | third.to(tl.uint32)
+
+
+@triton.jit
 def bracket_kernel(
-    ranks_ptr, histograms_ptr, spreads_ptr, facts_ptr, tensors_ptr, width, SAMPLED: tl.constexpr
+    ranks_ptr, histograms_ptr, spreads_ptr, samples_ptr, facts_ptr, tensors_ptr, width, SAMPLED: tl.constexpr
 ):  # fmt: skip
     """Store the bracket of one tensor a program, rounded outwards to 21 bits. SAMPLED: its threshold, a quantile.
 
-    `width` is half the bracket in standard deviations. CROWDED says if many samples share the first 21 bits of an end.
+    `width` is half the bracket in standard deviations. If many samples share the first 21 bits of an end, CROWD becomes
+    the most frequent key among them.
     """
     t = tl.load(tensors_ptr + tl.program_id(0))
     facts, ranks = row_of(facts_ptr, t, FACTS), row_of(ranks_ptr, t, RANKS)
@@ -209,7 +223,11 @@ def bracket_kernel(
         low = tl.where(below <= count, (((other << 12) | second) << 11).to(tl.int64), none)
         low = tl.minimum(low, high)  # a negative width, by which tests make a bracket miss
         cutoff, mode = none - 1, none + BRACKET
-        tl.store(ranks + CROWDED, (tl.maximum(alike, others) > count // CROWD).to(tl.int64))
+        crowd = none
+        if tl.maximum(alike, others) > count // MANY:
+            most = tl.where(alike > others, upper, (other << 12) | second)
+            crowd = _crowd(samples_ptr + tl.load(facts + SAMPLES_AT), count, most).to(tl.int64)
+        tl.store(ranks + CROWD, tl.where((crowd >= low) & (crowd <= high), crowd, 0))
     if tl.load(ranks + MODE) != DENSE:
         keep(ranks, low, high, cutoff, mode)
 

@@ -76,6 +76,16 @@ def _equal(pointers, row, start, end, numel, wanted, BLOCK: tl.constexpr, CFG: t
 
 
 @triton.jit
+def _owner(equals_ptr, left, programs, PROGRAMS: tl.constexpr):
+    """(the program whose range has the left-th of the equal keys, its rank among those of the range); -1 if none has."""
+    others = tl.arange(0, PROGRAMS)
+    equals = tl.load(equals_ptr + others, mask=others < programs, other=0, cache_modifier=".cg")
+    so_far = tl.cumsum(equals, 0)
+    owner = tl.max(tl.where((so_far - equals < left) & (left <= so_far), others, -1))
+    return owner, left - tl.sum(tl.where(others < owner, equals, 0))
+
+
+@triton.jit
 def _place(pointers, row, start, end, numel, wanted, left, BLOCK: tl.constexpr, CFG: tl.constexpr):
     """The index of the left-th key of this range that is equal to `wanted`."""
     found = start * 0 - 1
@@ -150,11 +160,11 @@ def repair_kernel(
 ):  # fmt: skip
     """Rank the tensors on the list `broken_ptr` exactly, and finish their step. Reads a tensor's scores six times.
 
-    Where the K-th key is known (TIE), it reads them three times: to count its equals, to find the last one of them that
-    is selected (one program), and to finish.
+    Where the K-th key is known (TIE), it reads them twice: to count its equals, and to finish. The last one of them that
+    is selected lies in the range of one program, which all programs share out to look for it.
 
     All `programs` of the launch have to run at the same time. `meeting_ptr` and `histograms_ptr` (twice three
-    histograms) have to be zero before. PROGRAMS is a power of two, not less than `programs`. Without `CFG.writes` only
+    histograms) have to be zero before. `equals_ptr` has room for two numbers a program. PROGRAMS is a power of two, not less than `programs`. Without `CFG.writes` only
     the threshold is kept, the multiplier with `CFG.share_known`, and marks and sums with `CFG.sums`.
     """
     pid = tl.program_id(0)
@@ -186,14 +196,19 @@ def repair_kernel(
             prefix = (prefix << tl.where(digit < 2, 11, 10).to(tl.uint32)) | found
             to = tl.maximum(to - 11, 0)
         ranked += tl.where(tie >= 0, 0, 1)
-        equal = _equal(pointers, row, start, end, numel, prefix, BLOCK, CFG)
-        tl.store(equals_ptr + pid, equal)
+        tl.store(equals_ptr + pid, _equal(pointers, row, start, end, numel, prefix, BLOCK, CFG))
         met += programs
         _meet(meeting_ptr, met)
-        others = tl.arange(0, PROGRAMS)
-        before = tl.sum(tl.load(equals_ptr + others, mask=others < pid, other=0, cache_modifier=".cg"))
-        if (before < left) & (left <= before + equal):
-            tl.store(ranks + LEFT, _place(pointers, row, start, end, numel, prefix, left - before, BLOCK, CFG))
+        owner, left_there = _owner(equals_ptr, left, programs, PROGRAMS)
+        share = tl.cdiv(each, BLOCK * programs) * BLOCK  # of the owner's range
+        begin = owner * each + pid * share
+        stop = tl.where(owner < 0, begin, tl.minimum(begin + share, tl.minimum((owner + 1) * each, numel)))
+        tl.store(equals_ptr + programs + pid, _equal(pointers, row, begin, stop, numel, prefix, BLOCK, CFG))
+        met += programs
+        _meet(meeting_ptr, met)
+        owner, left_there = _owner(equals_ptr + programs, left_there, programs, PROGRAMS)
+        if owner == pid:
+            tl.store(ranks + LEFT, _place(pointers, row, begin, stop, numel, prefix, left_there, BLOCK, CFG))
         met += programs
         _meet(meeting_ptr, met)
         cutoff = tl.load(ranks + LEFT, cache_modifier=".cg")

@@ -21,7 +21,7 @@ import triton.language as tl
 from ..config import (
     BRACKET,
     COUNTED,
-    CROWDED,
+    CROWD,
     CUTOFF,
     EXACT,
     FACTS,
@@ -41,7 +41,7 @@ from ..config import (
 from ..elements import is_aligned, load_moved, multiplier, pointers_of, row_of, stepped, store_param
 from ..rounding import IN_PTX
 from ..rules import score_of
-from ..scores import count_crowd, key_of, shift_of
+from ..scores import key_of, shift_of
 from .settle import by_rank_of_list, note
 
 LOWEST = tl.constexpr(0x007FFFFF)  # the key of minus infinity: below it is NaN's alone
@@ -65,16 +65,17 @@ def _ends(low, high):
 
 
 @triton.jit
-def _count_inside(histogram_ptr, score, low, high, lowest, shift):
-    """Add 1 to the bins of the scores from `low` to `high`. Returns 1 where a score is above, else 0; int32.
+def _count_inside(histogram_ptr, score, low, high, lowest, shift, crowded):
+    """Add 1 to the bins of the scores from `low` to `high`, except `crowded`, a crowd's bin.
 
-    `lowest` is the key of `low`. In NVIDIA's instructions the keys are made behind a branch, of the few inside.
+    Returns int32: 1 where a score is above, 65,536 where it is in the crowd's bin, else 0. `lowest` is the key of
+    `low`. In NVIDIA's instructions the keys are made behind a branch, of the few inside.
     """
     if IN_PTX:
         above = tl.inline_asm_elementwise(
             """
             {
-                .reg .pred above, inside;
+                .reg .pred above, inside, crowded;
                 .reg .b32 key, flip;
                 .reg .b64 address;
                 .reg .f32 score;
@@ -89,19 +90,22 @@ def _count_inside(histogram_ptr, score, low, high, lowest, shift):
                 xor.b32 key, key, flip;
                 sub.s32 key, key, $5;
                 shr.u32 key, key, $6;
+                setp.eq.s32 crowded, key, $7;
+                @crowded mov.b32 $0, 65536;
                 mad.wide.u32 address, key, 4, $1;
-                red.relaxed.gpu.global.add.s32 [address], 1;
+                @!crowded red.relaxed.gpu.global.add.s32 [address], 1;
             DONE:
             }
             """,
-            "=r,l,f,f,f,r,r", [histogram_ptr.to(tl.int64), score, low, high, lowest, shift],
+            "=r,l,f,f,f,r,r,r", [histogram_ptr.to(tl.int64), score, low, high, lowest, shift, crowded],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
     else:
         above = (score > high).to(tl.int32)
         inside = (score >= low) & (above == 0)
         bins = ((key_of(score) - lowest) >> shift.to(tl.uint32)).to(tl.int32)
-        tl.atomic_add(histogram_ptr + tl.where(inside, bins, 0), 1, mask=inside, sem="relaxed")
+        tl.atomic_add(histogram_ptr + tl.where(inside, bins, 0), 1, mask=inside & (bins != crowded), sem="relaxed")
+        above += tl.where(inside & (bins == crowded), 65536, 0)
     return above
 
 
@@ -113,14 +117,12 @@ def _count(offs, mask, pointers, row, ranks, histogram, FAST: tl.constexpr, CFG:
     score = score_of(g, u, m, row, CFG)
     if not FAST:
         score = tl.where(mask, score, float("nan"))
-    low, high, shift = _score_with(lowest), _score_with(highest), shift_of(lowest, highest)
-    if tl.load(ranks + CROWDED) != 0:
-        above = (score > high).to(tl.int32)
-        bins = ((key_of(score) - lowest) >> shift.to(tl.uint32)).to(tl.int32)
-        count_crowd(histogram, bins, (score >= low) & (above == 0))
-    else:
-        above = _count_inside(histogram, score, low, high, lowest, shift)
-    tl.atomic_add(ranks + COUNTED, tl.sum(above).to(tl.int64), sem="relaxed")
+    shift, crowd = shift_of(lowest, highest), tl.load(ranks + CROWD)
+    at = tl.where(crowd > 0, ((crowd.to(tl.uint32) - lowest) >> shift.to(tl.uint32)).to(tl.int32), -1)
+    tl.static_assert(score.shape[0] < 65536, "a block's two counts fit into a number")
+    found = tl.sum(_count_inside(histogram, score, _score_with(lowest), _score_with(highest), lowest, shift, at))
+    tl.atomic_add(ranks + COUNTED, (found & 65535).to(tl.int64), sem="relaxed")
+    tl.atomic_add(histogram + at, found >> 16, mask=found > 65535, sem="relaxed")
 
 
 @triton.jit
@@ -131,7 +133,7 @@ def count_kernel(
     """Count the scores of BLOCK elements of one tensor a program: above its bracket, and inside of it by bins.
 
     Reads what scores are made of: AdamW 12 bytes an element in float32 and 6 in 16 bits, by momentum 8 and 4. Writes
-    nothing but an atomic for each score inside of the bracket, and one a program. Nothing is counted of a tensor
+    nothing but an atomic for each score inside of the bracket, and two a program: one of them for a crowd of equals. Nothing is counted of a tensor
     without a bracket.
     """
     program = tl.program_id(0)
