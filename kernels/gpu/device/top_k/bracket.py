@@ -183,7 +183,7 @@ def digits_kernel(
 
 @triton.jit
 def _crowd(samples, count, most):
-    """The most frequent of the keys whose first 21 bits are `most`, in some blocks of a sample; the least of several."""
+    """The most frequent key with the first 21 bits `most`, in some blocks of a sample; the least of several."""
     counts, places = tl.zeros([2048], tl.int32), tl.arange(0, 2048)
     for look in range(LOOKS):
         i = look * (count // LOOKS) + tl.arange(0, LOOK_BLOCK)

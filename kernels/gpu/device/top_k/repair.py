@@ -77,7 +77,7 @@ def _equal(pointers, row, start, end, numel, wanted, BLOCK: tl.constexpr, CFG: t
 
 @triton.jit
 def _owner(equals_ptr, left, programs, PROGRAMS: tl.constexpr):
-    """(the program whose range has the left-th of the equal keys, its rank among those of the range); -1 if none has."""
+    """(the program in whose range the left-th of the equal keys lies, its rank there); -1 if there is none."""
     others = tl.arange(0, PROGRAMS)
     equals = tl.load(equals_ptr + others, mask=others < programs, other=0, cache_modifier=".cg")
     so_far = tl.cumsum(equals, 0)
@@ -160,12 +160,13 @@ def repair_kernel(
 ):  # fmt: skip
     """Rank the tensors on the list `broken_ptr` exactly, and finish their step. Reads a tensor's scores six times.
 
-    Where the K-th key is known (TIE), it reads them twice: to count its equals, and to finish. The last one of them that
-    is selected lies in the range of one program, which all programs share out to look for it.
+    Where the K-th key is known (TIE), it reads them twice: to count its equals, and to finish. The last one of them
+    that is selected lies in the range of one program. All programs share that range out to look for it.
 
     All `programs` of the launch have to run at the same time. `meeting_ptr` and `histograms_ptr` (twice three
-    histograms) have to be zero before. `equals_ptr` has room for two numbers a program. PROGRAMS is a power of two, not less than `programs`. Without `CFG.writes` only
-    the threshold is kept, the multiplier with `CFG.share_known`, and marks and sums with `CFG.sums`.
+    histograms) have to be zero before. `equals_ptr` has room for two numbers a program. PROGRAMS is a power of two, not
+    less than `programs`. Without `CFG.writes` only the threshold is kept, the multiplier with `CFG.share_known`, and
+    marks and sums with `CFG.sums`.
     """
     pid = tl.program_id(0)
     met, ranked = 0, 0  # of the tensors, those without a TIE

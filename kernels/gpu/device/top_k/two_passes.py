@@ -133,8 +133,8 @@ def count_kernel(
     """Count the scores of BLOCK elements of one tensor a program: above its bracket, and inside of it by bins.
 
     Reads what scores are made of: AdamW 12 bytes an element in float32 and 6 in 16 bits, by momentum 8 and 4. Writes
-    nothing but an atomic for each score inside of the bracket, and two a program: one of them for a crowd of equals. Nothing is counted of a tensor
-    without a bracket.
+    nothing but an atomic for each score inside of the bracket, and two a program: one of them for a crowd of equals.
+    Nothing is counted of a tensor without a bracket.
     """
     program = tl.program_id(0)
     t, part = tl.load(work_ptr + 2 * program), tl.load(work_ptr + 2 * program + 1)
