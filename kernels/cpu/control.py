@@ -19,6 +19,8 @@ from .apply import Multipliers
 from .chunks import Squares, backwards, buffer, chunk, count_ones, sum_of_squares
 from .draw import Target
 
+WIDE = 2  # chunks that a control's passes take together: their calls take more time than a cache that is too small
+
 
 @functools.cache
 def _minus_one() -> Tensor:
@@ -166,7 +168,7 @@ class Matched:
         marks, mask_chunk_, unit = self._masking(marks, selected, rest)
         squares = Squares()
         adds = squared or self.control.norm
-        length = chunk()
+        length = WIDE * chunk()
         pieces = list(zip(self.minus_updates.split(length), marks.split(length), strict=True))
         for i in range(len(pieces) - 1, -1, -1):  # backwards: the last ones are still in the cache
             minus_update, some = pieces[i]
