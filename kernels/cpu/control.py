@@ -159,6 +159,7 @@ class Matched:
         have = selected * selected * ours + rest * rest * max(every - ours, 0.0)
         return self._scale_to(have, self._wanted(selected, rest))
 
+    @torch.inference_mode()  # as the draw
     def mask_(self, marks: Tensor, selected: float, rest: float, squared: bool) -> tuple[float, float, float]:
         """Multiply -u by the mask of what the control has drawn, up to a factor, in place. Overwrites `marks`.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -146,11 +148,14 @@ class Step:
         self.marks = self._marks() if self.at_once else None
         self._keep_whole()
         collector = None if self.at_once else self._collector()
-        wide = WIDE if self.matched is not None and collector is None else 1
-        for start, end, piece in self.mover.chunks(self.minus_updates, self.selector.keep_previous, wide):
-            update_sq = self._first_pass(start, end, piece, self.marks, collector)
-            if self.in_place and self.totals is not None:
-                self.totals.add(piece.minus_update, piece.grad, update_sq)
+        wide, mode = 1, contextlib.nullcontext()
+        if self.matched is not None and collector is None:  # of a collector, tensors are written to later
+            wide, mode = WIDE, torch.inference_mode()
+        with mode:
+            for start, end, piece in self.mover.chunks(self.minus_updates, self.selector.keep_previous, wide):
+                update_sq = self._first_pass(start, end, piece, self.marks, collector)
+                if self.in_place and self.totals is not None:
+                    self.totals.add(piece.minus_update, piece.grad, update_sq)
         if collector is not None:
             self.marks = self._rank(self.minus_updates, collector)
         self.pair = (1.0, 1.0) if self.k == 0 else (self.strength.selected, self.strength.rest)
