@@ -165,7 +165,7 @@ def test_the_demo_is_a_comparison():
     ]  # fmt: skip
     below, middle, above = config.lr
     assert below < middle < above
-    assert config.rates["policy"] == config.rates["control"] == (middle,)
+    assert config.rates == {"policy": (2e-3,), "control": (middle,), "rotation": (4e-3,)}
     assert config.seeds == (0, 1, 2, 3, 4)
     assert not set(config.seeds) & set(range(100, 105))  # on which its settings were fixed
     quick = example("demo-quick.yaml")
