@@ -76,7 +76,8 @@ def _bytes(setup: Setup, run: Run) -> dict[str, Any]:
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(device, parameter.dtype)
     kind = torch.device(device).type
     # The profiler below torch.profiler's, which makes an object of every event: most of the time that this takes.
-    with profile(use_device=kind if kind == "cuda" else None, use_kineto=True, profile_memory=True) as profiler:
+    profiler = profile(use_device=kind if kind == "cuda" else None, use_kineto=True, profile_memory=True)
+    with profiler:
         torch.empty(1, device=device)  # one event for sure: a plain SGD allocates nothing
         optimizer = make(setup, run, model)
         optimizer.step()
