@@ -26,7 +26,7 @@ $(VENV)/.ready-demo: pyproject.toml scripts/setup_env.py
 	@$(PYTHON) scripts/setup_env.py --venv "$(VENV)" --for demo
 
 # --resume also begins; other seeds (DEMO_ARGS="--first-seed 10") need another folder (OUT=results/again).
-demo: $(VENV)/.ready-demo ## five minutes: does it help? A small GPT at five seeds; table and pictures in results/demo
+demo: $(VENV)/.ready-demo ## four minutes: does it help? A small GPT at five seeds; table and pictures in results/demo
 	@$(BIN)/selective compare --config examples/demo.yaml --out "$(OUT)/demo" --resume $(DEMO_ARGS)
 
 demo-quick: $(VENV)/.ready-demo ## one minute: the same with one seed, which is no evidence

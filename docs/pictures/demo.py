@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from selective.compare import build, summarise
 from selective.compare.plots import write_plots
 
-RESULTS = Path(__file__).parents[1] / "measurements" / "2026-11-29-demo.json"
+RESULTS = Path(__file__).parents[1] / "measurements" / "2026-11-30-demo.json"
 
 
 def draw(results: Path, target: Path) -> None:

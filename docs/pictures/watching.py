@@ -2,8 +2,9 @@
 
     python docs/pictures/watching.py [FILE]
 
-The demo's GPT (0.67M parameters) is trained for 80 steps on the source of Python's standard library under each policy,
-on one CPU core, in about 20 seconds. Lines are means over the tensors, bands the tenth to the ninetieth percentile.
+The built-in GPT (0.67M parameters) is trained for 80 steps on the source of Python's standard library under each
+policy, on one CPU core, in about 20 seconds. Lines are means over the tensors, bands the tenth to the ninetieth
+percentile.
 """
 
 from __future__ import annotations

@@ -221,7 +221,9 @@ class Scratch:
         """`count` elements from `first` on of the memory of that name."""
         held = self.held.get((name, dtype))
         if held is None or held.numel() < first + count:
-            held = self.held[(name, dtype)] = torch.empty(max(first + count, self.largest), dtype=dtype, device="cpu")
+            with lasting():  # parts of a control's step are in inference mode
+                held = torch.empty(max(first + count, self.largest), dtype=dtype, device="cpu")
+            self.held[(name, dtype)] = held
         return held[first : first + count]
 
 

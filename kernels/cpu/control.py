@@ -19,6 +19,8 @@ from .apply import Multipliers
 from .chunks import Squares, backwards, buffer, chunk, count_ones, sum_of_squares
 from .draw import Target
 
+WIDE = 2  # chunks that a control's passes take together: their calls take more time than a cache that is too small
+
 
 @functools.cache
 def _minus_one() -> Tensor:
@@ -157,6 +159,7 @@ class Matched:
         have = selected * selected * ours + rest * rest * max(every - ours, 0.0)
         return self._scale_to(have, self._wanted(selected, rest))
 
+    @torch.inference_mode()  # as the draw
     def mask_(self, marks: Tensor, selected: float, rest: float, squared: bool) -> tuple[float, float, float]:
         """Multiply -u by the mask of what the control has drawn, up to a factor, in place. Overwrites `marks`.
 
@@ -166,7 +169,7 @@ class Matched:
         marks, mask_chunk_, unit = self._masking(marks, selected, rest)
         squares = Squares()
         adds = squared or self.control.norm
-        length = chunk()
+        length = WIDE * chunk()
         pieces = list(zip(self.minus_updates.split(length), marks.split(length), strict=True))
         for i in range(len(pieces) - 1, -1, -1):  # backwards: the last ones are still in the cache
             minus_update, some = pieces[i]

@@ -178,11 +178,11 @@ class Mover:
         self.run(self, state, grad, out)
         return Slice(out, grad, state[self.first_moment], previous)
 
-    def chunks(self, out: Tensor, keep_previous: bool) -> Iterator[tuple[int, int, Slice]]:
-        """Move all chunks, one after the other, d to `out`. Yields start, end and what a call returns."""
-        length, end = chunk(), 0
+    def chunks(self, out: Tensor, keep_previous: bool, wide: int = 1) -> Iterator[tuple[int, int, Slice]]:
+        """Move all chunks, `wide` of them at a time, d to `out`. Yields start, end and what a call returns."""
+        length, end = wide * chunk(), 0
         if self.run is None or self.climbs or keep_previous or not self.grad_is_plain or out.numel() == 0:
-            for start, end in spans(out.numel()):
+            for start, end in spans(out.numel(), length):
                 yield start, end, self(start, end, out[start:end], keep_previous)
             return
         # All views of the tensors are made at once, because a slice takes 8 us where it comes between other operations.

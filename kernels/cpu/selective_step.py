@@ -3,7 +3,8 @@
 One pass (everything, agreement, Bernoulli or a sampled threshold, with fixed strengths): moments, mask and parameter
 of a chunk are done while it is in the cache. Extra memory: the chunk buffers, at most 13 of 0.5 MiB, with exact top-K
 10 MiB more, and with a control two of up to 4 MiB. They are kept, and each thread that steps has its own. Where torch
-has more than one thread for an operation, the chunk buffers are two, three or four times as large.
+has more than one thread for an operation, the chunk buffers are two, three or four times as large; with a control,
+those of its passes are twice as large as that.
 
 Two passes (exact top-K; strengths that need a sum): the first moves the moments, leaves d = -u in a scratch tensor
 and counts; the second applies the mask. A matched control draws between the two, and multiplies d by the mask in a pass

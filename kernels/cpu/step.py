@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from . import chunks
 from . import top_k as ranking
 from .apply import Applier, Totals
 from .chunks import Flat, Scratch, buffer, count_ones, keep_marks, spans
-from .control import Matched, with_needed_norm
+from .control import WIDE, Matched, with_needed_norm
 from .draw import Target
 from .rules import Mover, Slice
 from .selections import Selector, negated_score
@@ -146,10 +148,14 @@ class Step:
         self.marks = self._marks() if self.at_once else None
         self._keep_whole()
         collector = None if self.at_once else self._collector()
-        for start, end, piece in self.mover.chunks(self.minus_updates, self.selector.keep_previous):
-            update_sq = self._first_pass(start, end, piece, self.marks, collector)
-            if self.in_place and self.totals is not None:
-                self.totals.add(piece.minus_update, piece.grad, update_sq)
+        wide, mode = 1, contextlib.nullcontext()
+        if self.matched is not None and collector is None:  # of a collector, tensors are written to later
+            wide, mode = WIDE, torch.inference_mode()
+        with mode:
+            for start, end, piece in self.mover.chunks(self.minus_updates, self.selector.keep_previous, wide):
+                update_sq = self._first_pass(start, end, piece, self.marks, collector)
+                if self.in_place and self.totals is not None:
+                    self.totals.add(piece.minus_update, piece.grad, update_sq)
         if collector is not None:
             self.marks = self._rank(self.minus_updates, collector)
         self.pair = (1.0, 1.0) if self.k == 0 else (self.strength.selected, self.strength.rest)

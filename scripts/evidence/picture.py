@@ -83,14 +83,14 @@ def _rotations(measurements: Path) -> list[Shown]:
 
 
 def _demo(measurements: Path) -> list[Shown]:
-    runs = of_demo(measurements / "2026-11-29-demo.json")
+    runs = of_demo(measurements / "2026-11-30-demo.json")
     return [s for index, label in ((1, "Cautious()"), (3, "Soap()")) for s in _shown(label, runs[index], runs[0])]
 
 
 SECTIONS: dict[str, Callable[[Path], list[Shown]]] = {
     "34M parameters, a mask alone": _masks,
     "34M parameters, a rotation": _rotations,
-    "0.67M parameters, the demo": _demo,
+    "0.47M parameters, the demo": _demo,
 }
 
 

@@ -22,7 +22,7 @@ from selective.foreach import many_of
 from selective.kernels import selective_step, spec
 from selective.kernels.lasting import lasting
 from selective.parameter import Parameter
-from selective.preconditioner.stacked import Averaging, Part, StackedEigenbasis
+from selective.preconditioner.stacked import Averaging, Part, StackedEigenbasis, has_two_sides
 from selective.rotation.buffers import Buffer, aligned, all_in_use
 from selective.rotation.noise import clear_noise_
 from selective.rotation.rotation import Rotation
@@ -56,12 +56,16 @@ class Round:
         numels = [aligned(rows * m * n) for rows, m, n in shapes]
         self.part = slice(buckets[0].start, buckets[-1].part.stop)
         self.given, self.rotated = Buffer(sum(numels), device), Buffer(sum(numels), device)
-        self.halfway = Buffer(max(numels), device)
+        two_sided = [has_two_sides(bucket.state) for bucket in buckets]
+        self.halfway = Buffer(max((n for n, two in zip(numels, two_sided, strict=True) if two), default=0), device)
         self.indices = [i for bucket in buckets for i in bucket.indices]
         self.parameters = [parameters[i] for i in self.indices]
         with all_in_use(self.buffers), lasting():
             given, rotated = self.given.views(shapes), self.rotated.views(shapes)
-            halfway = [self.halfway.views([shape])[0] for shape in shapes]
+            halfway = [
+                self.halfway.views([shape])[0] if two else result
+                for shape, two, result in zip(shapes, two_sided, rotated, strict=True)
+            ]
             self.parts = [
                 Part(len(bucket.indices), bucket.state, *stacks)
                 for bucket, *stacks in zip(buckets, given, halfway, rotated, strict=True)

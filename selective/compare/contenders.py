@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -135,6 +135,25 @@ def runs(config: CompareConfig) -> list[Run]:
     """List all runs, seed by seed: an interrupted comparison has every contender for the seeds that it finished."""
     field = contenders(config)
     return [Run(c, lr, seed, rest) for seed in config.seeds for c in field for lr, rest in c.pairs]
+
+
+LONGEST_FIRST = ("optimizer", "rotation", "control", "policy", "baseline")  # what a step costs on a CPU, as a rule
+
+
+def longest_first(listed: Sequence[Run]) -> list[Run]:
+    """The runs, seed by seed as before, and in each seed those that are likely to take long before the others.
+
+    Workers that take them in this order end at nearly the same time: the last run of all is a short one.
+    """
+    seeds = list(dict.fromkeys(run.seed for run in listed))
+    return sorted(
+        listed,
+        key=lambda run: (
+            seeds.index(run.seed),
+            run.contender.maker is None and run.contender.preconditioner is None,
+            LONGEST_FIRST.index(run.contender.role),
+        ),
+    )
 
 
 def base_class(name: str) -> type[torch.optim.Optimizer]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 from selective.base.generators import generators_restored
 from selective.compare.config import ConfigError
@@ -36,7 +36,7 @@ def measure(setup: Setup) -> list[dict[str, Any]]:
     the bytes of a contender for which the memory is not enough, and all excess if that is the base.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to the terminal each time
-    with profile(activities=[ProfilerActivity.CPU], acc_events=True):
+    with profile():
         pass  # if its first use is in another thread, it complains on the terminal
     measured: list[dict[str, Any]] = []
     with generators_restored():
@@ -74,16 +74,16 @@ def _bytes(setup: Setup, run: Run) -> dict[str, Any]:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(device, parameter.dtype)
-    activities = [ProfilerActivity.CPU]
-    if torch.device(device).type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+    kind = torch.device(device).type
+    # The profiler below torch.profiler's, which makes an object of every event: most of the time that this takes.
+    profiler = profile(use_device=kind if kind == "cuda" else None, use_kineto=True, profile_memory=True)
+    with profiler:
         torch.empty(1, device=device)  # one event for sure: a plain SGD allocates nothing
         optimizer = make(setup, run, model)
         optimizer.step()
         optimizer.step()
     state = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(optimizer.state))
-    return {"state_bytes": state, "peak_bytes": _peak(profiler, torch.device(device).type)}
+    return {"state_bytes": state, "peak_bytes": _peak(profiler, kind)}
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

@@ -28,7 +28,7 @@ import torch
 
 from selective.base.generators import generators_restored
 from selective.compare.config import ConfigError, build
-from selective.compare.contenders import Run, runs
+from selective.compare.contenders import Run, longest_first, runs
 from selective.compare.devices import devices
 from selective.compare.optimizers import name_of_maker
 from selective.compare.setup import Given, Setup, prepare
@@ -145,7 +145,7 @@ def _on(setup: Setup, device: str) -> Setup:
 def apart(
     setup: Setup, given: Given, todo: Sequence[Run], checkpoints: Path, workers: int, stop: Stop, handle: Handler
 ) -> None:
-    """Execute all runs in `workers` processes; each takes the next run when it is free.
+    """Execute all runs in `workers` processes; each takes the next run when it is free, of a seed the longest first.
 
     Raises:
         WorkerFailed: a process can't set the comparison up, or none can be started.
@@ -187,7 +187,7 @@ class Pool:
         self._setup, self._given, self._checkpoints = setup, given, checkpoints
         self._stop, self._handle = stop, handle
         self._place = {run.key: index for index, run in enumerate(runs(setup.config))}
-        self._waiting = list(todo)
+        self._waiting = longest_first(todo)
         self._workers: dict[Connection, _Worker] = {}
         self._stopping = False
 

@@ -52,8 +52,13 @@ class Part(NamedTuple):
     count: int
     state: State
     given: Tensor  # what is rotated
-    halfway: Tensor  # one product later, where there are two
+    halfway: Tensor  # one product later, where there are two; else any tensor
     result: Tensor
+
+
+def has_two_sides(state: State) -> bool:
+    """True if stacks have bases of both sides."""
+    return len(shards.side_of(state)) == 2
 
 
 class StackedEigenbasis:

@@ -42,12 +42,19 @@ def schedules_do_not_recompile(subject: Subject) -> None:
 
 @contextmanager
 def _new_objects_only() -> Iterator[None]:
-    """Leave existing objects out of the garbage collector's lists, which are long in a large process."""
+    """Leave existing objects out of the garbage collector's lists, which are long in a large process.
+
+    `unfreeze` would also bring back what the process has frozen itself. There, all objects stay frozen.
+    """
+    was_frozen = gc.get_freeze_count() > 0
+    if was_frozen:
+        gc.collect()  # what is garbage now would never be freed
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not was_frozen:
+            gc.unfreeze()
 
 
 def _living_bytes() -> int:

@@ -11,7 +11,7 @@ from compare_helpers import tiny
 from selective import MGUP, AlphaConsistency
 from selective.compare import ConfigError, build
 from selective.compare import config as configuration
-from selective.compare.contenders import base_class, contenders, make, runs, written
+from selective.compare.contenders import base_class, contenders, longest_first, make, runs, written
 from selective.compare.extras import MissingExtra, require
 from selective.compare.model import GPT
 from selective.compare.setup import prepare
@@ -66,6 +66,21 @@ def test_each_policy_beside_its_control_where_there_is_one():
 def test_seeds_are_outermost():
     config = build({"policies": ["MGUP"], "seeds": [3, 4], "lr": [1e-3, 1e-2]})
     assert [run.seed for run in runs(config)] == [3] * 6 + [4] * 6
+
+
+def test_workers_take_the_longest_runs_of_a_seed_first():
+    """Else the last run of all may be a long one, for which the other cores wait."""
+    data = {"policies": ["MGUP"], "preconditioners": ["soap"], "optimizers": ["SGD"], "lr": [1e-3], "seeds": [4, 3]}
+    listed = runs(build(data))
+    taken = longest_first(listed)
+    assert set(taken) == set(listed)
+    assert [run.seed for run in taken] == [4] * 7 + [3] * 7
+    assert [run.contender.label for run in taken[:7]] == [
+        "SGD", "AdamW in Soap()", "random like MGUP() in Soap()", "MGUP() in Soap()",
+        "random like MGUP()", "MGUP()", "AdamW",
+    ]  # fmt: skip
+    left = listed[5:]  # after an interruption
+    assert longest_first(left) == [run for run in taken if run in left]
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
@@ -150,7 +165,7 @@ def test_the_demo_is_a_comparison():
     ]  # fmt: skip
     below, middle, above = config.lr
     assert below < middle < above
-    assert config.rates["policy"] == config.rates["control"] == (middle,)
+    assert config.rates == {"policy": (2e-3,), "control": (middle,), "rotation": (4e-3,)}
     assert config.seeds == (0, 1, 2, 3, 4)
     assert not set(config.seeds) & set(range(100, 105))  # on which its settings were fixed
     quick = example("demo-quick.yaml")

@@ -26,6 +26,15 @@ def test_the_standard_library_is_split_by_whole_files():
     assert not validation & larger  # a file does not change sides with the cap
 
 
+def test_installed_packages_and_tests_are_no_text(tmp_path):
+    for name in ("a.py", "b/c.py", "b/test.py", "site-packages/d.py", "b/test/e.py", "b/tests/f/g.py", "b/h.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("pass\n")
+    found = {path.relative_to(tmp_path).as_posix() for path in data.source_files(tmp_path)}
+    assert found == {"a.py", "b/c.py", "b/test.py"}
+
+
 def test_a_file_is_cut_at_its_end(tmp_path):
     path = tmp_path / "numbers.txt"
     path.write_bytes(bytes(range(200)))

@@ -23,7 +23,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "evidence.md").read_text()
 MEASUREMENTS = DOCS / "measurements"
 AGAIN = "run.py with --page docs/evidence.md --picture docs/pictures/evidence.svg makes it"
-FILES = ("evidence", "gain", "2026-11-29-demo.json")
+FILES = ("evidence", "gain", "2026-11-30-demo.json")
 
 
 @pytest.fixture

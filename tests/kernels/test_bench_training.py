@@ -365,6 +365,8 @@ def test_a_profile_says_where_the_time_goes(capsys):
         (["--dtype", "bfloat16"], "leave --shapes, --dtype and --controls out"),
         (["--rotations"], "give one of them"),
         (["--sets", "huge"], "invalid choice: 'huge'"),
+        (["--untouched", "1.5"], "--untouched: invalid share value: '1.5'"),
+        (["--untouched", "nan"], "--untouched: invalid share value: 'nan'"),
         (["--only", "no such name"], "no name has it"),
     ],
 )

@@ -125,3 +125,35 @@ def test_squares_of_many_chunks_add_up(value, backwards) -> None:
     for _ in range(2_000):
         running.addcmul_(pieces[0][:1], pieces[0][:1])
     assert abs(float(running) / (2_000 * float(pieces[0][:1].double().square())) - 1) > 1e-6  # the twin: never summed
+
+
+@pytest.mark.parametrize("kind", ["fixed", "signs", "alignment", "top_k"])
+def test_a_step_leaves_no_tensor_of_inference_mode(kind, make) -> None:
+    """Parts of a control's step are in it. torch refuses to write to its tensors outside, as the next step would."""
+    strength = {"signs": STRENGTHS["signs"], "alignment": Strength("alignment", rest=0.5)}.get(kind)
+    selection = Selection("top_k", fraction=0.3, control=Control()) if kind == "top_k" else AGREEMENT
+    items = [make(ADAM, (n,), seed=n, address=n) for n in (7, 2_049, 300_001)]
+    chunks._buffers.held.clear()  # so that this step makes them
+    chunks._buffers.exact.clear()
+    kw = {"rule": ADAM, "selection": selection, "strength": strength or STRENGTHS["constants"], "statistics": True}
+    sums = selective_step(items, draw=Draw(3, 4), backend="cpu", **kw)
+    kept = [t for item in items for t in (item.param, *item.state.values(), *item.policy_state.values())]
+    kept += [x for row in sums for x in vars(row).values() if isinstance(x, torch.Tensor)]
+    kept += [*chunks._buffers.held.values(), *chunks._buffers.exact.values()]
+    assert len(kept) > 20
+    assert not any(t.is_inference() for t in kept)
+    with torch.inference_mode():
+        assert torch.empty(1).is_inference()  # the twin: what is made there without care
+    selective_step(items, draw=Draw(3, 5), backend="cpu", **kw)
+
+
+def test_counts_of_segments() -> None:
+    """Exact where all marks of a row are set, and for segments that hold nothing."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = [cpu_draw.ROW, 3 * cpu_draw.ROW, 70 * cpu_draw.ROW, cpu_draw.ROW]
+    marks = (torch.rand(sum(sizes), generator=generator) < 0.3).to(torch.uint8)
+    marks[: sizes[0]] = 1
+    marks[-sizes[3] :] = 0
+    wanted = [int(part.sum()) for part in marks.split(sizes)]
+    assert cpu_draw._counts(marks, sizes) == wanted
+    assert cpu_draw._counts(marks, [marks.numel()]) == [sum(wanted)]

@@ -32,6 +32,7 @@ from selective.preconditioner import fallbacks, refresh_stacks, stacked
 from selective.preconditioner import refresh as refreshing
 from selective.preconditioner.solvers import SOLVERS, Solved
 from selective.rotation import stacks
+from selective.rotation.buffers import aligned
 from selective.rotation.rotation import Rotation
 from selective.rotation.stacks import Stacks
 
@@ -577,6 +578,20 @@ def test_buffers_have_memory_in_a_step_alone() -> None:
     assert [buffer.flat.untyped_storage().nbytes() for buffer in one_round.buffers] == [0, 0, 0]
     with one_round.given.in_use():
         assert one_round.given.flat.untyped_storage().nbytes() == 4 * one_round.given.flat.numel()
+
+
+def test_what_is_halfway_has_room_for_the_largest_shape_with_two_sides() -> None:
+    """With max_dim=8 the embedding has one side, and needs one product."""
+    optimizer = build(Eigenbasis(max_dim=8), shapes=((60, 5), *[(4, 3)] * 8))
+    for number in range(3):
+        step(optimizer, number)
+    embedding, others = (plan.kept_step._step.rounds for plan in optimizer.groups.plans)
+    assert [one.halfway.flat.numel() for one in embedding] == [aligned(4 * 12)]
+    assert [one.halfway.flat.numel() for one in others] == [aligned(4 * 12)]
+    alone = build(Eigenbasis(sides="rows"))
+    for number in range(3):
+        step(alone, number)
+    assert [plan.kept_step._step.rounds[0].halfway.flat.numel() for plan in alone.groups.plans] == [0, 0]
 
 
 def test_entries_are_there_once() -> None:

@@ -23,6 +23,7 @@ FAST = {
     ),
     "traffic": (
         "numbers_are_the_table", "bytes_of_a_tensor", "groups_and_meshes_share", "local_scope_sends_nothing",
+        "another_collective_is_noticed",
     ),
     "training": (
         "one_policy_everywhere", "local_scope_goes_elsewhere", "replicas_stay_together", "beside_what_is_ignored",

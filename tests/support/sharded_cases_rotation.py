@@ -114,16 +114,17 @@ CASES: dict[str, tuple[Make, Any, dict[str, Any]]] = {
 def from_a_stored_basis(world: World, everywhere: bool = False) -> None:
     """Checkpoints of one device go on in every layout, up to rounding, without new bases.
 
-    Unless `everywhere`, only the first case runs in every layout, the others in one each.
+    Unless `everywhere`, only the first case runs in every layout, the others in one each, and all go on for two steps
+    instead of four.
     """
-    wrong, cuts = [], list(layouts(world, everywhere))
+    wrong, cuts, end = [], list(layouts(world, everywhere)), 7 if everywhere else 5
     for number, (name, (base, policy, more)) in enumerate(CASES.items()):
         for layout, mesh, place, side in cuts if everywhere else in_turn(cuts, number, world):
             fixed = {**EVERY, "refresh_every": 1000, "statistic": "ema"}
             one = Run(base, options(policy, Eigenbasis(**{**fixed, "sides": side}), **more)).train(range(3))
             ours = Run(base, options(policy, Eigenbasis(**fixed), **more), mesh, place)
-            load(ours, saved(one)).train(range(3, 7))
-            one.train(range(3, 7))
+            load(ours, saved(one)).train(range(3, end))
+            one.train(range(3, end))
             rotated = sum("_basis" in key for state in bases(ours) for key in state)
             if apart(ours, one) > CLOSE or not rotated:
                 wrong.append((name, layout, apart(ours, one), rotated))
@@ -195,7 +196,7 @@ def the_same_bits_on_all_ranks(world: World) -> None:
     for layout, mesh, place, _ in layouts(world):
         if mesh.size() < world.size:
             continue
-        run = Run(adamw, options(MGUP(), Eigenbasis(**{**EVERY, "solver": "cholesky"})), mesh, place).train(range(10))
+        run = Run(adamw, options(MGUP(), Eigenbasis(**{**EVERY, "solver": "cholesky"})), mesh, place).train(range(6))
         entries = [v for own in run.optimizer.store.table.values() for k, v in sorted(own.items()) if "_gram" not in k]
         mine = torch.cat([v.flatten().view(torch.uint8) for v in entries if not isinstance(v, DTensor)])
         others = [torch.empty_like(mine) for _ in range(world.size)]
@@ -212,12 +213,12 @@ def what_is_sent(world: World) -> None:
             how = Eigenbasis(**{**EVERY, "statistic": statistic})
             run = Run(adamw, options(Dense(), how), mesh, place, shapes=shapes)
             sent = []
-            for step in range(9):
+            for step in range(6):
                 with counted() as found:
                     run.step(step)
                 sent.append(found)
             first = 1 if statistic == "ema" else 0
-            due = [step for step in range(9) if step >= first and (step - first) % 4 == 0]
+            due = [step for step in range(6) if step >= first and (step - first) % 4 == 0]
             lengths = [min(shape) for shape in shapes if len(shape) > 1]
             noise = 4 if statistic == "gradient" else 0
             grams = sum(4 * (n * n + 1) for n in lengths)
@@ -297,7 +298,7 @@ class Rotated(Training):
         self.model, self.mesh = small_llama().float(), mesh
         if mesh is not None:
             by_rows(self.model, mesh)
-        how = Eigenbasis(sides="unsharded", refresh_every=1000)  # first bases in the first ten steps
+        how = Eigenbasis(sides="unsharded", refresh_every=1000, stagger=False)  # one refresh, before step 1
         base = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.optimizer = SelectiveUpdate(base, policy=Cautious(), preconditioner=how)
 
@@ -306,19 +307,19 @@ def saved_by_torch(world: World) -> None:
     """Files of 4 ranks, read on 2 and on one, have whole averages, and the run goes on, flattened or not."""
     mesh, pair = world.mesh(world.size), world.mesh(2)
     for flatten in (False, True):
-        run, folder = Rotated(mesh).train(range(12)), world.folder / f"rotated {flatten}"
+        run, folder = Rotated(mesh).train(range(3)), world.folder / f"rotated {flatten}"
         run.save(folder, flatten)
         averages = summed_entries(run.optimizer.groups.plans, run.optimizer.store.table)
-        run.train(range(12, 15))
+        run.train(range(3, 6))
         ends = []
         if pair is not None:
-            ends.append(Rotated(pair).load(folder, flatten).train(range(12, 15)).values())
+            ends.append(Rotated(pair).load(folder, flatten).train(range(3, 6)).values())
         if world.rank == 0:
             one = Rotated().load(folder, flatten)
             for p, q in zip(run.model.parameters(), one.model.parameters(), strict=True):
                 for key, value in averages.get(p, {}).items():
                     assert torch.equal(one.optimizer.store.table[q][key], value), key
-            ends.append(one.train(range(12, 15)).values())
+            ends.append(one.train(range(3, 6)).values())
         wanted = run.values()
         for end in ends:
             furthest = max(float((a - b).abs().max()) for a, b in zip(end, wanted, strict=True))
@@ -391,7 +392,8 @@ def other_sides_are_gathered(world: World) -> None:
     take their signs, and Cautious count them. One gradient is the statistic only around SGD: Adam would divide a
     momentum of rounding errors by the root of 0. The matrices are those of which it determines the whole basis, because
     the longer side has a null space. In AdaDiag++'s basis that gradient is diagonal, so that top-K would rank rounding
-    errors: hence its mask. Only the first case runs in every layout here, the others in one each.
+    errors: hence its mask. Only the first case runs in every layout here, the others in one each, and they go on for
+    three steps and one more instead of four and two.
     """
     _gathered(world, everywhere=False)
 
@@ -406,21 +408,21 @@ def _gathered(world: World, everywhere: bool) -> None:
     cuts = [(name, mesh, place) for name, mesh, place, _ in layouts(world, everywhere=False)]
     if square is not None:
         cuts.append(("both", square, lambda t: [Shard(0), Shard(t.dim() - 1)]))
-    wrong = []
+    wrong, then, end = [], *((10, 12) if everywhere else (9, 10))
     for number, (name, (base, policy, how, more)) in enumerate(GATHERED.items()):
         determined = {"rows": WIDE, "columns": TALL, "two": SQUARE}
         shapes = determined[how.sides] if isinstance(how, AdaDiag) else BOTH
         one = Run(base, options(policy, how, **more), shapes=shapes).train(range(6))
         start = saved(one)
-        one.train(range(6, 12))
+        one.train(range(6, end))
         whole_side = {"rows": "columns", "columns": "rows"}.get(how.sides, "none")  # type: ignore[attr-defined]
         gathering = [cut for cut in cuts if whole_side not in cut[0].replace("hsdp", "rows")]
         for layout, mesh, place in gathering if everywhere else in_turn(gathering, number, world):
             fresh = Run(base, options(policy, how, **more), mesh, place, shapes=shapes)
-            ours = load(fresh, copy.deepcopy(start)).train(range(6, 10))
+            ours = load(fresh, copy.deepcopy(start)).train(range(6, then))
             back = load(Run(base, options(policy, how, **more), shapes=shapes), saved(ours))
-            ours.train(range(10, 12))
-            back.train(range(10, 12))
+            ours.train(range(then, end))
+            back.train(range(then, end))
             rotated = sum("_basis" in key for state in bases(ours) for key in state)
             furthest = max(apart(ours, one), apart(ours, back))
             if furthest > NEAR or rotated != sum("_basis" in key for state in bases(one) for key in state):

@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 import quick_interpreter
 import torch
+import torch._dynamo  # which the first step of an optimizer imports: before the ranks are forked
 import torch.distributed as dist
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 
 import pytest
 import torch
@@ -118,6 +119,22 @@ def test_an_error_that_does_not_help_is_a_failure():
         conformance_checks["configs_are_validated"](
             wrapped(Identity, config=ConfigClaims(unhelpful, CLAIMS.good, CLAIMS.out_of_range))
         )
+
+
+def test_what_the_process_has_frozen_stays_frozen():
+    """... and what it has not frozen does not stay frozen."""
+    memory = ["memory_does_not_grow", "memory_is_as_claimed"]
+    frozen = gc.get_freeze_count()  # tests/conftest.py
+    assert frozen > 10_000
+    check_wrapper(wrapped(Identity), only=memory).raise_if_failed()
+    assert gc.get_freeze_count() > 0.9 * frozen
+    gc.unfreeze()
+    try:
+        check_wrapper(wrapped(Identity), only=memory).raise_if_failed()
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.collect()
+        gc.freeze()
 
 
 def test_every_check_has_a_wrapper_that_fails_it():

@@ -35,10 +35,18 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "as there are cores, up to 16, on cuda; 0 on a cpu, which is this process alone)")  # fmt: skip
     add("--new-gradients", action="store_true", help="every step finds its gradients in other tensors, as after "
         "zero_grad()")  # fmt: skip
-    add("--untouched", type=float, default=0.0, metavar="SHARE", help="the share of an embedding's rows that has no "
+    add("--untouched", type=share, default=0.0, metavar="SHARE", help="the share of an embedding's rows that has no "
         "gradient, because their tokens are not in the batch (default: 0)")  # fmt: skip
     add("--profile", metavar="NAME", help="only say where the time of this row's step goes, on the host and on the "
         "device")  # fmt: skip
+
+
+def share(text: str) -> float:
+    """Return a number from 0 to 1. Raises ValueError, which argparse says in its own words."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise ValueError(text)
+    return number
 
 
 def training(
