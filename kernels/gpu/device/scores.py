@@ -109,6 +109,7 @@ def count_scores(chosen, undecided, key, ranks, marks_ptr, selected_ptr, histogr
     Equal scores of a crowd are added up first: millions of additions to one number take milliseconds.
     """
     WORDS: tl.constexpr = CFG.block // 32
+    tl.static_assert(CFG.block < 32768, "a block's two counts fit into 31 bits")
     low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
     bins, crowd = bin_of(key, low, high), tl.load(ranks + CROWD)
     at = tl.where(crowd > 0, bin_of(crowd.to(tl.uint32), low, high), -1)
@@ -118,7 +119,6 @@ def count_scores(chosen, undecided, key, ranks, marks_ptr, selected_ptr, histogr
     if CFG.sums:
         above = tl.reshape(chosen.to(tl.uint64), [WORDS, 32]) << place.to(tl.uint64)
     else:
-        tl.static_assert(CFG.block < 65536, "a block's two counts fit into half of a word")
         above = tl.reshape(tl.where(alike, 65536, chosen.to(tl.int32)).to(tl.uint64), [WORDS, 32])
     words = tl.sum(bits.to(tl.uint64) | (above << 32), 1)
     tl.store(marks_ptr + tl.arange(0, WORDS), words.to(tl.uint32).to(tl.int32, bitcast=True))

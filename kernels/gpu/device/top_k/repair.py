@@ -86,6 +86,17 @@ def _owner(equals_ptr, left, programs, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
+def _share(equals_ptr, left, pid, numel, programs, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's share (start, end) of the range in which the left-th equal key lies, and its rank in that range."""
+    each = tl.cdiv(tl.cdiv(numel, BLOCK), programs) * BLOCK
+    owner, left_there = _owner(equals_ptr, left, programs, PROGRAMS)
+    share = tl.cdiv(each, BLOCK * programs) * BLOCK
+    begin = owner * each + pid * share
+    stop = tl.where(owner < 0, begin, tl.minimum(begin + share, tl.minimum((owner + 1) * each, numel)))
+    return begin, stop, left_there
+
+
+@triton.jit
 def _place(pointers, row, start, end, numel, wanted, left, BLOCK: tl.constexpr, CFG: tl.constexpr):
     """The index of the left-th key of this range that is equal to `wanted`."""
     found = start * 0 - 1
@@ -158,7 +169,7 @@ def repair_kernel(
     pointers_ptr, numbers_ptr, ranks_ptr, facts_ptr, hyper_ptr, programs,
     BINS: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, CFG: tl.constexpr,
 ):  # fmt: skip
-    """Rank the tensors on the list `broken_ptr` exactly, and finish their step. Reads a tensor's scores six times.
+    """Rank the tensors on the list `broken_ptr` exactly, and finish their step. Reads a tensor's scores five times.
 
     Where the K-th key is known (TIE), it reads them twice: to count its equals, and to finish. The last one of them
     that is selected lies in the range of one program. All programs share that range out to look for it.
@@ -200,10 +211,7 @@ def repair_kernel(
         tl.store(equals_ptr + pid, _equal(pointers, row, start, end, numel, prefix, BLOCK, CFG))
         met += programs
         _meet(meeting_ptr, met)
-        owner, left_there = _owner(equals_ptr, left, programs, PROGRAMS)
-        share = tl.cdiv(each, BLOCK * programs) * BLOCK  # of the owner's range
-        begin = owner * each + pid * share
-        stop = tl.where(owner < 0, begin, tl.minimum(begin + share, tl.minimum((owner + 1) * each, numel)))
+        begin, stop, left_there = _share(equals_ptr, left, pid, numel, programs, PROGRAMS, BLOCK)
         tl.store(equals_ptr + programs + pid, _equal(pointers, row, begin, stop, numel, prefix, BLOCK, CFG))
         met += programs
         _meet(meeting_ptr, met)

@@ -119,7 +119,7 @@ def _count(offs, mask, pointers, row, ranks, histogram, FAST: tl.constexpr, CFG:
         score = tl.where(mask, score, float("nan"))
     shift, crowd = shift_of(lowest, highest), tl.load(ranks + CROWD)
     at = tl.where(crowd > 0, ((crowd.to(tl.uint32) - lowest) >> shift.to(tl.uint32)).to(tl.int32), -1)
-    tl.static_assert(score.shape[0] < 65536, "a block's two counts fit into a number")
+    tl.static_assert(score.shape[0] < 32768, "a block's two counts fit into an int32")
     found = tl.sum(_count_inside(histogram, score, _score_with(lowest), _score_with(highest), lowest, shift, at))
     tl.atomic_add(ranks + COUNTED, (found & 65535).to(tl.int64), sem="relaxed")
     tl.atomic_add(histogram + at, found >> 16, mask=found > 65535, sem="relaxed")
