@@ -208,7 +208,7 @@ def _are_locals(known: dict[str, Any], state: dict[str, Any]) -> bool:
     """True if `known` has the local tensors of `state`: nothing was replaced since, and nothing is redistributed."""
     if len(known) != len(state):
         return False
-    return all(known.get(key) is getattr(value, "_local_tensor", value) for key, value in state.items())
+    return all(known.get(key) is local_of(value) for key, value in state.items())
 
 
 def _build(

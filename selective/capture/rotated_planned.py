@@ -56,15 +56,15 @@ class Round:
         numels = [aligned(rows * m * n) for rows, m, n in shapes]
         self.part = slice(buckets[0].start, buckets[-1].part.stop)
         self.given, self.rotated = Buffer(sum(numels), device), Buffer(sum(numels), device)
-        two_sided = [has_two_sides(bucket.state) for bucket in buckets]
-        self.halfway = Buffer(max((n for n, two in zip(numels, two_sided, strict=True) if two), default=0), device)
+        between = [n if has_two_sides(bucket.state) else 0 for n, bucket in zip(numels, buckets, strict=True)]
+        self.halfway = Buffer(max(between), device)
         self.indices = [i for bucket in buckets for i in bucket.indices]
         self.parameters = [parameters[i] for i in self.indices]
         with all_in_use(self.buffers), lasting():
             given, rotated = self.given.views(shapes), self.rotated.views(shapes)
             halfway = [
-                self.halfway.views([shape])[0] if two else result
-                for shape, two, result in zip(shapes, two_sided, rotated, strict=True)
+                self.halfway.views([shape])[0] if n else result
+                for shape, n, result in zip(shapes, between, rotated, strict=True)
             ]
             self.parts = [
                 Part(len(bucket.indices), bucket.state, *stacks)

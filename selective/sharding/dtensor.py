@@ -51,8 +51,7 @@ def local_like(tensor: Tensor, param: Tensor) -> Tensor:
         return local_of(tensor)
     dtensor: DTensor = tensor  # type: ignore[assignment]
     like: DTensor = param  # type: ignore[assignment]
-    meshes = dtensor.device_mesh, like.device_mesh
-    if dtensor.placements != like.placements or not (meshes[0] is meshes[1] or meshes[0] == meshes[1]):
+    if dtensor.placements != like.placements or dtensor.device_mesh != like.device_mesh:
         dtensor = dtensor.redistribute(like.device_mesh, like.placements)
     return dtensor._local_tensor
 

@@ -196,7 +196,7 @@ def the_same_bits_on_all_ranks(world: World) -> None:
     for layout, mesh, place, _ in layouts(world):
         if mesh.size() < world.size:
             continue
-        run = Run(adamw, options(MGUP(), Eigenbasis(**{**EVERY, "solver": "cholesky"})), mesh, place).train(range(6))
+        run = Run(adamw, options(MGUP(), Eigenbasis(**{**EVERY, "solver": "cholesky"})), mesh, place).train(range(10))
         entries = [v for own in run.optimizer.store.table.values() for k, v in sorted(own.items()) if "_gram" not in k]
         mine = torch.cat([v.flatten().view(torch.uint8) for v in entries if not isinstance(v, DTensor)])
         others = [torch.empty_like(mine) for _ in range(world.size)]
@@ -213,12 +213,12 @@ def what_is_sent(world: World) -> None:
             how = Eigenbasis(**{**EVERY, "statistic": statistic})
             run = Run(adamw, options(Dense(), how), mesh, place, shapes=shapes)
             sent = []
-            for step in range(6):
+            for step in range(9):
                 with counted() as found:
                     run.step(step)
                 sent.append(found)
             first = 1 if statistic == "ema" else 0
-            due = [step for step in range(6) if step >= first and (step - first) % 4 == 0]
+            due = [step for step in range(9) if step >= first and (step - first) % 4 == 0]
             lengths = [min(shape) for shape in shapes if len(shape) > 1]
             noise = 4 if statistic == "gradient" else 0
             grams = sum(4 * (n * n + 1) for n in lengths)
@@ -298,7 +298,7 @@ class Rotated(Training):
         self.model, self.mesh = small_llama().float(), mesh
         if mesh is not None:
             by_rows(self.model, mesh)
-        how = Eigenbasis(sides="unsharded", refresh_every=1000, stagger=False)  # one refresh, before step 1
+        how = Eigenbasis(sides="unsharded", refresh_every=1000)  # first bases in the first ten steps
         base = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.optimizer = SelectiveUpdate(base, policy=Cautious(), preconditioner=how)
 
@@ -307,19 +307,19 @@ def saved_by_torch(world: World) -> None:
     """Files of 4 ranks, read on 2 and on one, have whole averages, and the run goes on, flattened or not."""
     mesh, pair = world.mesh(world.size), world.mesh(2)
     for flatten in (False, True):
-        run, folder = Rotated(mesh).train(range(3)), world.folder / f"rotated {flatten}"
+        run, folder = Rotated(mesh).train(range(12)), world.folder / f"rotated {flatten}"
         run.save(folder, flatten)
         averages = summed_entries(run.optimizer.groups.plans, run.optimizer.store.table)
-        run.train(range(3, 6))
+        run.train(range(12, 15))
         ends = []
         if pair is not None:
-            ends.append(Rotated(pair).load(folder, flatten).train(range(3, 6)).values())
+            ends.append(Rotated(pair).load(folder, flatten).train(range(12, 15)).values())
         if world.rank == 0:
             one = Rotated().load(folder, flatten)
             for p, q in zip(run.model.parameters(), one.model.parameters(), strict=True):
                 for key, value in averages.get(p, {}).items():
                     assert torch.equal(one.optimizer.store.table[q][key], value), key
-            ends.append(one.train(range(3, 6)).values())
+            ends.append(one.train(range(12, 15)).values())
         wanted = run.values()
         for end in ends:
             furthest = max(float((a - b).abs().max()) for a, b in zip(end, wanted, strict=True))
