@@ -42,34 +42,42 @@ def note(broken_ptr, t):
 
 
 @triton.jit
+def critical_bin(ranks, histogram_ptr, low, high, BINS: tl.constexpr, TINY: tl.constexpr):
+    """(bin, lost): the bin of a tensor's histogram that holds the K-th score; BINS if nothing in it is selected.
+
+    `low` and `high` are the ends of the bracket, uint32 keys. Stores the rank inside of the bin (LEFT). `lost` is true
+    if the bracket has missed, or the bin holds more than TINY elements; if such a bin is a single key, TIE becomes it.
+    """
+    places = tl.arange(0, BINS)
+    histogram = tl.load(histogram_ptr + places)
+    total, rank = tl.sum(histogram), tl.load(ranks + WANTED) - tl.load(ranks + COUNTED)
+    from_here = total - tl.cumsum(histogram, 0) + histogram
+    critical = tl.max(tl.where(from_here >= rank, places, -1))
+    critical = tl.where(rank == 0, BINS, critical)
+    missed = (rank < 0) | (rank > total)
+    overfull = (missed == 0) & (tl.sum(tl.where(places == critical, histogram, 0)) > TINY)
+    single = overfull & (shift_of(low, high) == 0)
+    tl.store(ranks + TIE, tl.where(single, low.to(tl.int64) + critical, -1))
+    tl.store(ranks + LEFT, rank - tl.sum(tl.where(places > critical, histogram, 0)))
+    return critical, missed | overfull
+
+
+@triton.jit
 def find_kernel(
     ranks_ptr, histograms_ptr, broken_ptr, tensors_ptr, facts_ptr, BINS: tl.constexpr, TINY: tl.constexpr
 ):  # fmt: skip
-    """Find the bin of one tensor's histogram a program that holds the K-th score, and the rank inside of it (LEFT).
+    """Find the bin that holds the K-th score, for one tensor a program. Reads a histogram, 8 KiB.
 
-    CRITICAL becomes that bin; BINS if nothing in the bracket is selected; -1 if the bracket has missed, or the bin
-    holds more than TINY elements. Then `repair.py` steps what is undecided. It needs no search if the bin is a single
-    key, which TIE becomes.
+    CRITICAL becomes that bin; BINS if nothing in the bracket is selected; -1 for a tensor that `critical_bin` has lost.
+    Then `repair.py` steps what is undecided.
     """
     t = tl.load(tensors_ptr + tl.program_id(0))
     ranks, large = row_of(ranks_ptr, t, RANKS), tl.load(row_of(facts_ptr, t, FACTS) + LARGE)
     if tl.load(ranks + MODE) == BRACKET:
-        places = tl.arange(0, BINS)
-        histogram = tl.load(histograms_ptr + large * BINS + places)
-        total = tl.sum(histogram)
-        rank = tl.load(ranks + WANTED) - tl.load(ranks + COUNTED)
-        from_here = total - tl.cumsum(histogram, 0) + histogram
-        critical = tl.max(tl.where(from_here >= rank, places, -1))
-        critical = tl.where(rank == 0, BINS, critical)
-        missed = (rank < 0) | (rank > total)
-        held = tl.sum(tl.where(places == critical, histogram, 0))
-        overfull = (missed == 0) & (held > TINY)
-        low, high = tl.load(ranks + LOW), tl.load(ranks + HIGH)
-        single = overfull & (shift_of(low.to(tl.uint32), high.to(tl.uint32)) == 0)
-        tl.store(ranks + TIE, tl.where(single, low + critical, -1))
-        tl.store(ranks + CRITICAL, tl.where(missed | overfull, -1, critical).to(tl.int64))
-        tl.store(ranks + LEFT, rank - tl.sum(tl.where(places > critical, histogram, 0)))
-        if missed | overfull:
+        low, high = tl.load(ranks + LOW).to(tl.uint32), tl.load(ranks + HIGH).to(tl.uint32)
+        critical, lost = critical_bin(ranks, histograms_ptr + large * BINS, low, high, BINS, TINY)
+        tl.store(ranks + CRITICAL, tl.where(lost, -1, critical).to(tl.int64))
+        if lost:
             note(broken_ptr, t)
 
 

@@ -34,15 +34,13 @@ from ..config import (
     NUMBERS,
     NUMEL,
     RANKS,
-    TIE,
     TIED,
-    WANTED,
 )
 from ..elements import is_aligned, load_moved, multiplier, pointers_of, row_of, stepped, store_param
 from ..rounding import IN_PTX
 from ..rules import score_of
 from ..scores import key_of, shift_of
-from .settle import by_rank_of_list, note
+from .settle import by_rank_of_list, critical_bin, note
 
 LOWEST = tl.constexpr(0x007FFFFF)  # the key of minus infinity: below it is NaN's alone
 BELOW_ZERO = tl.constexpr(0x7FFFFFFE)  # the key of the largest number below zero; 0x7FFFFFFF is no score's
@@ -154,39 +152,27 @@ def count_kernel(
 def narrow_kernel(
     ranks_ptr, histograms_ptr, broken_ptr, tensors_ptr, facts_ptr, BINS: tl.constexpr, TINY: tl.constexpr
 ):  # fmt: skip
-    """Narrow the bracket of one tensor a program to the bin that holds the K-th score. LEFT is the rank inside of it.
+    """Narrow the bracket of one tensor a program to the bin that holds the K-th score. Reads a histogram, 8 KiB.
 
-    Reads a histogram, 8 KiB. A tensor whose bracket has missed, or whose bin holds more than TINY scores, is noted; if
-    the bin is a single key, that is TIE. If everything above the bracket is selected, and nothing inside, then its
-    upper end is the threshold.
+    A tensor that `critical_bin` has lost is noted. If everything above the bracket is selected, and nothing inside,
+    then its upper end is the threshold.
     """
     t = tl.load(tensors_ptr + tl.program_id(0))
     ranks, large = row_of(ranks_ptr, t, RANKS), tl.load(row_of(facts_ptr, t, FACTS) + LARGE)
     if tl.load(ranks + MODE) == BRACKET:
-        places = tl.arange(0, BINS)
-        histogram = tl.load(histograms_ptr + large * BINS + places)
-        total, rank = tl.sum(histogram), tl.load(ranks + WANTED) - tl.load(ranks + COUNTED)
-        from_here = total - tl.cumsum(histogram, 0) + histogram
-        critical = tl.max(tl.where(from_here >= rank, places, -1))
         low, high = _ends(tl.load(ranks + LOW), tl.load(ranks + HIGH))
-        shift = shift_of(low, high)
+        critical, lost = critical_bin(ranks, histograms_ptr + large * BINS, low, high, BINS, TINY)
+        shift, highest = shift_of(low, high), high.to(tl.int64)
         begin = low.to(tl.int64) + (critical.to(tl.int64) << shift)
-        end = tl.minimum(begin + (tl.full((), 1, tl.int64) << shift) - 1, high.to(tl.int64))
-        held = tl.sum(tl.where(places == critical, histogram, 0))
-        missed = (rank < 0) | (rank > total)
-        overfull = (missed == 0) & (rank > 0) & (held > TINY)
-        left = rank - tl.sum(tl.where(places > critical, histogram, 0))
-        tl.store(ranks + TIE, tl.where(overfull & (shift == 0), begin, -1))
-        tl.store(ranks + LEFT, left)
-        if missed | overfull:
+        if lost:
             note(broken_ptr, t)
-        elif rank == 0:
-            tl.store(ranks + HIGH, high.to(tl.int64))
-            tl.store(ranks + CUTOFF, begin * 0 - 1)
-            tl.store(ranks + MODE, begin * 0 + EXACT)
+        elif critical == BINS:
+            tl.store(ranks + HIGH, highest)
+            tl.store(ranks + CUTOFF, highest * 0 - 1)
+            tl.store(ranks + MODE, highest * 0 + EXACT)
         else:
             tl.store(ranks + LOW, begin)
-            tl.store(ranks + HIGH, end)
+            tl.store(ranks + HIGH, tl.minimum(begin + (tl.full((), 1, tl.int64) << shift) - 1, highest))
 
 
 @triton.jit
