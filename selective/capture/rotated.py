@@ -73,7 +73,8 @@ class RotatedJob(GenericJob):
 
     def raw_grads(self) -> list[Tensor]:
         """Return this rank's parts of the gradients. All tensors of a job but the parameters themselves are parts."""
-        if self.rotation.stacks is not None:  # all of them are plain tensors
+        stacks = self.rotation.stacks
+        if stacks is not None and not stacks.on_ranks:
             return super().raw_grads()
         return [local_like(p.grad, p) for p in self.tensors() if p.grad is not None]
 

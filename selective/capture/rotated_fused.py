@@ -92,7 +92,7 @@ class RotatedFusedJob(RotatedJob):
         return any(table[p].get("momentum_buffer") is None for p in self.tensors())
 
     def _step_in_stacks(self) -> None:
-        """Take steps 4 to 8 for all parameters together."""
+        """Take steps 4 to 8 for all parameters together, or begin them."""
         rotation, context = self.rotation, self.context
         assert rotation.stacks is not None
         limit, token = rotation.bucket_elements(narrow=True), context.base_token
@@ -105,12 +105,11 @@ class RotatedFusedJob(RotatedJob):
                 if not state:
                     self.fused_rule.init_state(self.group, p, state)
         planned = self.kept_step.get(
-            rotation.stacks, self.parameters, states, context.own_table, context.own_state, limit
+            rotation.stacks, self.parameters, states, context.own_table, context.own_state, self.shard, limit
         )
         self.kept_step.trust(token)
         basis = StackedEigenbasis(rotation.preconditioner)  # type: ignore[arg-type]  # as `Stacks` are of these alone
         planned.step(rotation, basis, self.gradients, self._kernel_calls())
-        planned.observe(rotation, basis, self.gradients)
 
     def _kernel_calls(self) -> Calls:
         """Return the arguments of the kernel calls of a step in stacks."""
@@ -133,7 +132,7 @@ class RotatedFusedJob(RotatedJob):
             "selection": everything, "strength": as_it_is, "draw": draw,
             "decay": None if self.decay is None else self.decay.spec("update"), "graphs": self.context.graphs,
         }  # fmt: skip
-        return Calls(rule_call, write_call, add)
+        return Calls(rule_call, write_call, add, self.context.exchange)
 
     def _undecayed_rule(self) -> spec.Rule:
         """Return the rule of the rotated space.

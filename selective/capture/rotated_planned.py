@@ -5,21 +5,26 @@
 
 It computes what `RotatedFusedJob` computes bucket by bucket. Everything that lists are made of lasts from step to step:
 stacks, views of buffers, the items of kernels. So a step makes about ten launches for each shape, and a dozen besides,
-however many parameters there are. The gradients are copied into their stack for the products, and again for the
-averages, because in between its memory holds the updates. That costs less than the memory of another stack.
+however many parameters there are. The gradients are copied into their stack for the averages, and again for the
+products, because what is left out of averages may be written over.
+
+Of sharded parameters the stacks hold this rank's parts. Where the mask needs sums over the ranks, the products that
+come after it wait for the end of the step, when all groups' sums are made together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import is_
 from typing import Any
 
 from torch import Tensor
 
 from selective.foreach import many_of
-from selective.kernels import selective_step, spec
+from selective.kernels import Exchange, begin_sharded, selective_step, spec
 from selective.kernels.lasting import lasting
 from selective.parameter import Parameter
 from selective.preconditioner.stacked import Averaging, Part, StackedEigenbasis, has_two_sides
@@ -27,6 +32,7 @@ from selective.rotation.buffers import Buffer, aligned, all_in_use
 from selective.rotation.noise import clear_noise_
 from selective.rotation.rotation import Rotation
 from selective.rotation.stacks import Bucket, Stacks
+from selective.sharding.dtensor import is_dtensor, local_like, local_of
 
 States = Sequence[dict[str, Any]]  # of each parameter
 Report = Callable[[list[Parameter], Sequence[spec.Sums]], None]
@@ -39,6 +45,19 @@ class Calls:
     rule: dict[str, Any]
     write: dict[str, Any]
     report: Report | None  # gets the statistics
+    exchange: Exchange  # makes the sums over the ranks
+
+
+class Member:
+    """A parameter, and what is made of it and its state on this rank."""
+
+    def __init__(
+        self, parameter: Parameter, state: dict[str, Any], own: dict[str, Tensor], shard: spec.Shard | None
+    ) -> None:
+        p = parameter.tensor
+        self.parameter, self.own, self.shard = parameter, own, shard
+        self.tensor: Tensor = local_of(p)
+        self.state = {name: local_like(x, p) for name, x in state.items()} if is_dtensor(p) else state
 
 
 class Round:
@@ -48,10 +67,8 @@ class Round:
     `halfway` is as large as the largest bucket with two sides.
     """
 
-    def __init__(
-        self, buckets: Sequence[Bucket], parameters: Sequence[Parameter], states: States, own_states: States
-    ) -> None:
-        device = parameters[0].tensor.device
+    def __init__(self, buckets: Sequence[Bucket], members: Sequence[Member]) -> None:
+        device = members[0].tensor.device
         shapes = [(len(b.indices) * b.shape[0], *b.shape[1:]) for b in buckets]
         numels = [aligned(rows * m * n) for rows, m, n in shapes]
         self.part = slice(buckets[0].start, buckets[-1].part.stop)
@@ -59,7 +76,8 @@ class Round:
         between = [n if has_two_sides(bucket.state) else 0 for n, bucket in zip(numels, buckets, strict=True)]
         self.halfway = Buffer(max(between), device)
         self.indices = [i for bucket in buckets for i in bucket.indices]
-        self.parameters = [parameters[i] for i in self.indices]
+        self.members = [members[i] for i in self.indices]
+        self.is_sharded = self.members[0].shard is not None
         with all_in_use(self.buffers), lasting():
             given, rotated = self.given.views(shapes), self.rotated.views(shapes)
             halfway = [
@@ -73,10 +91,10 @@ class Round:
             self.views = self._by_parameter(buckets, given)
             results = self._by_parameter(buckets, rotated)
         self.items, self.writes = spec.ItemList(), spec.ItemList()
-        for i, parameter, buffer, result in zip(self.indices, self.parameters, self.views, results, strict=True):
-            p, address = parameter.tensor, parameter.address
-            self.items.append(spec.Item(buffer, result, states[i], address, own_states[i]))
-            self.writes.append(spec.Item(p, result, {"update": result, "start": p}, address))
+        for one, buffer, result in zip(self.members, self.views, results, strict=True):
+            p, address, shard = one.tensor, one.parameter.address, one.shard
+            self.items.append(spec.Item(buffer, result, one.state, address, one.own, shard))
+            self.writes.append(spec.Item(p, result, {"update": result, "start": p}, address, shard=shard))
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -85,31 +103,52 @@ class Round:
     def _by_parameter(self, buckets: Sequence[Bucket], stacks: Sequence[Tensor]) -> list[Tensor]:
         """Return a view of each parameter's part of the stacks, of the parameter's shape."""
         parts = (part for bucket, x in zip(buckets, stacks, strict=True) for part in x.split(bucket.shape[0]))
-        return [x.view(parameter.tensor.shape) for parameter, x in zip(self.parameters, parts, strict=True)]
+        return [x.view(one.tensor.shape) for one, x in zip(self.members, parts, strict=True)]
 
     def gather(self, gradients: Sequence[Tensor]) -> None:
         """Copy the gradients, given by index, into their stacks."""
         many_of._foreach_copy_(self.views, [gradients[i] for i in self.indices])
 
     def step(self, basis: StackedEigenbasis, rotation: Rotation, gradients: Sequence[Tensor], calls: Calls) -> None:
-        """Take steps 4 to 7 for these parameters."""
-        with all_in_use(self.buffers):
-            self.gather(gradients)
-            with rotation.named("project_in"):
-                basis.project(self.parts, into=True)
-            if rotation.has_refreshed:
-                with rotation.named("denoise"):
-                    basis.denoise(self.parts)
-            if rotation.full_steps:
-                for part in self.parts:
-                    clear_noise_(part.result)
-            self.given.flat.zero_()
-            sums = selective_step(self.items, **calls.rule)
+        """Take steps 4 to 7 for these parameters, or begin them: `calls.exchange` ends them if sums are needed."""
+        with ExitStack() as memory:
+            memory.enter_context(all_in_use(self.buffers))
+            self._rotate(basis, rotation, gradients)
+            if not self.is_sharded:
+                self._write(memory, basis, rotation, calls, selective_step(self.items, **calls.rule))
+                return
+            begun = begin_sharded(self.items, **calls.rule)
+            then = partial(self._write, memory.pop_all(), basis, rotation, calls)
+        calls.exchange.add(begun, len(self.items), then)
+
+    def _rotate(self, basis: StackedEigenbasis, rotation: Rotation, gradients: Sequence[Tensor]) -> None:
+        """Put the rotated gradients into `rotated`, and zeros into `given`."""
+        self.gather(gradients)
+        with rotation.named("project_in"):
+            basis.project(self.parts, into=True)
+        if rotation.has_refreshed:
+            with rotation.named("denoise"):
+                basis.denoise(self.parts)
+        if rotation.full_steps:
+            for part in self.parts:
+                clear_noise_(part.result)
+        self.given.flat.zero_()
+
+    def _write(
+        self,
+        memory: AbstractContextManager[object],
+        basis: StackedEigenbasis,
+        rotation: Rotation,
+        calls: Calls,
+        sums: Sequence[spec.Sums] | None,
+    ) -> None:
+        """Apply the masked updates in `given` to the parameters, and leave the memory of the buffers."""
+        with memory:
             with rotation.named("project_out"):
                 basis.project(self.parts, into=False)
             selective_step(self.writes, **calls.write)
         if sums is not None and calls.report is not None:
-            calls.report(self.parameters, sums)
+            calls.report([one.parameter for one in self.members], sums)
 
     def average(self, basis: StackedEigenbasis, gradients: Sequence[Tensor], averaging: Averaging) -> None:
         """Let the averages take up the gradients."""
@@ -121,24 +160,34 @@ class Round:
 class PlannedStep:
     """The rounds of one group's step: as many buckets at a time as `limit` elements allow."""
 
-    def __init__(
-        self, stacks: Stacks, parameters: Sequence[Parameter], states: States, own_states: States, limit: int
-    ) -> None:
-        self.stacks, self.parameters, self.states = stacks, list(parameters), list(states)
-        self.rounds = [Round(part, parameters, states, own_states) for part in _rounds(stacks.buckets, limit)]
+    def __init__(self, stacks: Stacks, states: States, members: Sequence[Member], limit: int) -> None:
+        self.stacks, self.states = stacks, list(states)
+        self.parameters = [one.parameter for one in members]
+        self.locals = _locals(stacks, self.parameters, self.states)
+        self.rounds = [Round(part, members) for part in _rounds(stacks.buckets, limit)]
         self._averagings: list[Averaging] = []
 
+    def are_in_place(self) -> bool:
+        """True if the local tensors of DTensors are those that this step was made of; plain ones are looked at later.
+
+        Kernels look at the addresses of what they get, and would not notice that another tensor is meant.
+        """
+        return _same(self.locals, _locals(self.stacks, self.parameters, self.states))
+
     def step(self, rotation: Rotation, basis: StackedEigenbasis, gradients: Sequence[Tensor], calls: Calls) -> None:
-        """Take steps 4 to 7 for all parameters; `gradients` are not rotated."""
+        """Take steps 4 to 8 for all parameters; `gradients` are not rotated.
+
+        The averages are first, and not last, because the step may end after this call. It does not read them.
+        """
+        if basis.options.observes():
+            self._observe(rotation, basis, gradients)
         for one_round in self.rounds:
             one_round.step(basis, rotation, gradients, calls)
+        basis.forget_noise([bucket.state for bucket in self.stacks.buckets])
 
-    def observe(self, rotation: Rotation, basis: StackedEigenbasis, gradients: Sequence[Tensor]) -> None:
+    def _observe(self, rotation: Rotation, basis: StackedEigenbasis, gradients: Sequence[Tensor]) -> None:
         """Take step 8: what `Rotation.observe` does."""
         with rotation.named("observe"):
-            basis.forget_noise([bucket.state for bucket in self.stacks.buckets])
-            if not basis.options.observes():
-                return
             if not self._averagings:
                 self._averagings = [self._averaging(one_round) for one_round in self.rounds]
             for one_round, averaging in zip(self.rounds, self._averagings, strict=True):
@@ -147,7 +196,7 @@ class PlannedStep:
     def _averaging(self, one_round: Round) -> Averaging:
         stacks, part = self.stacks, one_round.part
         counters = stacks.not_finite[part], stacks.numbers["skipped"][part]
-        return Averaging(stacks.shapes[part], stacks.not_finite.device, *counters)
+        return Averaging(stacks.wholes[part], stacks.not_finite.device, *counters)
 
 
 class KeptStep:
@@ -193,18 +242,35 @@ class KeptStep:
         states: States,
         own: object,
         own_state: Callable[[Parameter], dict[str, Any]],
+        shard: Callable[[int], spec.Shard | None],
         limit: int,
     ) -> PlannedStep:
         """Return the step of these parameters with this state of the base, as it was kept or made anew.
 
-        `own` is the table that `own_state` reads: another one if an entry of it was replaced.
+        `own` is the table that `own_state` reads: another one if an entry of it was replaced. `shard` gets an index.
         """
         kept = self._step
-        if kept is None or kept.stacks is not stacks or own is not self._own or not _same(kept.states, states):
+        if (
+            kept is None
+            or kept.stacks is not stacks
+            or own is not self._own
+            or not _same(kept.states, states)
+            or not kept.are_in_place()
+        ):
             self.drop()
-            kept = PlannedStep(stacks, parameters, states, [own_state(p) for p in parameters], limit)
+            given = enumerate(zip(parameters, states, strict=True))
+            members = [Member(p, state, own_state(p), shard(i)) for i, (p, state) in given]
+            kept = PlannedStep(stacks, states, members, limit)
             self._step, self._own = kept, own
         return kept
+
+
+def _locals(stacks: Stacks, parameters: Sequence[Parameter], states: States) -> list[object]:
+    """Return the local tensors of DTensors and of their state; none of plain tensors."""
+    if not stacks.on_ranks:
+        return []
+    found = [local_of(parameter.tensor) for parameter in parameters]
+    return [*found, *(local_of(x) for state in states for x in state.values())]
 
 
 def _same(before: Sequence[object], now: Sequence[object]) -> bool:
@@ -212,12 +278,11 @@ def _same(before: Sequence[object], now: Sequence[object]) -> bool:
 
 
 def _rounds(buckets: Sequence[Bucket], limit: int) -> Iterator[list[Bucket]]:
-    """Divide buckets, in order, into lists of at most `limit` elements, or of one bucket."""
+    """Divide buckets, in order, into lists of at most `limit` elements, or of one bucket: the same on all ranks."""
     taken: list[Bucket] = []
     count = 0
     for bucket in buckets:
-        batch, rows, columns = bucket.shape
-        numel = len(bucket.indices) * batch * rows * columns
+        numel = len(bucket.indices) * bucket.form.most
         if taken and count + numel > limit:
             yield taken
             taken, count = [], 0

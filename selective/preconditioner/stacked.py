@@ -36,14 +36,17 @@ def steps_in_stacks(preconditioner: Preconditioner) -> bool:
     return ours and isinstance(preconditioner, Eigenbasis) and preconditioner.precision != "bfloat16"
 
 
-def fits_in_stacks(size: torch.Size, shape: Shape) -> bool:
-    """True if a contiguous tensor of this size, read as matrices of `shape`, is part of a stack without a copy."""
-    return math.prod(shape) <= LARGEST and lies_in_order(size, shape)
+def fits_in_stacks(size: torch.Size, shape: Shape, numel: int) -> bool:
+    """True if a contiguous tensor of this size, read as matrices of `shape`, is part of a stack without a copy.
+
+    `numel` are its elements, of a sharded one those of a part.
+    """
+    return numel <= LARGEST and lies_in_order(size, shape)
 
 
-def are_usual(shapes: Sequence[Shape]) -> bool:
-    """True if these matrices are so small on average that a step in stacks is faster."""
-    return sum(map(math.prod, shapes)) <= USUAL * len(shapes)
+def are_usual(numels: Sequence[int]) -> bool:
+    """True if matrices with so many elements are so small on average that a step in stacks is faster."""
+    return sum(numels) <= USUAL * len(numels)
 
 
 class Part(NamedTuple):
@@ -123,8 +126,8 @@ class Flags(NamedTuple):
 class Averaging:
     """Finds out which gradients can enter the averages, and counts the others. All of it stays on the device.
 
-    `shapes` are those of all parameters, in the order of the parts. `not_finite` counts gradients, and `skipped`
-    matrices: int64 [parameters], in the same order.
+    `shapes` are those of the matrices of all parameters, in the order of the parts: of sharded ones the wholes, whose
+    averages the ranks add up. `not_finite` counts gradients, and `skipped` matrices: int64 [parameters], in that order.
     """
 
     def __init__(self, shapes: Sequence[Shape], device: torch.device, not_finite: Tensor, skipped: Tensor) -> None:
@@ -144,6 +147,9 @@ class Averaging:
         """Count gradients that are not finite or too large, and say what to do with the matrices of each part."""
         largest = torch.empty_like(self.limits)
         for part, numbers in zip(parts, _split(largest, parts), strict=True):
+            if not part.given.numel():  # a shard may be empty
+                numbers.zero_()
+                continue
             # NaN if there is one
             torch.linalg.vector_norm(part.given.view(part.count, -1), float("inf"), 1, out=numbers)
         fits, finite = largest < self.limits, largest < float("inf")

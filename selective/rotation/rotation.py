@@ -119,7 +119,7 @@ class Rotation:
                 self._check_finite(to_check, list(grads.values()), count=not (observes and in_stacks))
             if due and reads and self.bases[due[0]].shard is None:
                 yield from self._refresh(due, self._clean(due, [grads[i] for i in due]))
-        if self.stacks is not None:
+        if self.stacks is not None and self.bases[0].shard is None:  # either all are sharded, or none is
             yield from self._refresh_together(self.stacks, due_now, matrices)
         if not reads:
             unsharded = [i for i in everything if self.bases[i].shard is None]

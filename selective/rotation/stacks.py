@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,17 +40,32 @@ def over_memory_of(view: Tensor) -> Tensor:
     return dlpack.from_dlpack(dlpack.to_dlpack(view))  # pyright: ignore[reportPrivateImportUsage]
 
 
+class Form(NamedTuple):
+    """What parameters have in common whose entries are stacked together.
+
+    Parameters are divided by `whole` and `most`, which are the same on all ranks: what ranks add up has one order.
+    """
+
+    shape: Shape  # of this rank's part of the matrices
+    whole: Shape  # of the matrices
+    most: int  # elements of the largest part of a parameter that any rank has
+
+
 @dataclass
 class Bucket:
-    """Parameters of one shape, whose entries are stacked in this order.
+    """Parameters of one form, whose entries are stacked in this order.
 
     `state` has the stacks by name: [count * d, ...] of entries [d, ...], and [count] of single numbers.
     """
 
     indices: list[int]  # of the parameters
     start: int  # the place of the first one among all that are stacked
-    shape: Shape
+    form: Form
     state: State = field(default_factory=dict)
+
+    @property
+    def shape(self) -> Shape:
+        return self.form.shape
 
     @property
     def part(self) -> slice:
@@ -62,7 +78,7 @@ class Bucket:
         if (first, stop) == (0, count):
             return self
         state = {name: x[len(x) // count * first : len(x) // count * stop] for name, x in self.state.items()}
-        return Bucket(self.indices[first:stop], self.start + first, self.shape, state)
+        return Bucket(self.indices[first:stop], self.start + first, self.form, state)
 
 
 class Stacks:
@@ -70,14 +86,21 @@ class Stacks:
 
     `tables` have the entries of each parameter. Those whose names begin with `prefix` are the preconditioner's state.
     `steps` and `not_finite` name two counters. The stacks of single numbers span all buckets, in the order of `order`.
+    `on_ranks` is True if the parameters are DTensors.
     """
 
     def __init__(
-        self, tables: Sequence[Table], shapes: Sequence[Shape], prefix: str, steps: str, not_finite: str
+        self,
+        tables: Sequence[Table],
+        forms: Sequence[Form],
+        prefix: str,
+        steps: str,
+        not_finite: str,
+        on_ranks: bool = False,
     ) -> None:
-        self.buckets = _buckets(shapes)
+        self.buckets, self.on_ranks = _buckets(forms), on_ranks
         self.order = [i for bucket in self.buckets for i in bucket.indices]
-        self.shapes = [shapes[i] for i in self.order]
+        self.wholes = [forms[i].whole for i in self.order]
         self.names = [[n for n in table if n.startswith(prefix) or n in (steps, not_finite)] for table in tables]
         ordered, numbers = [tables[i] for i in self.order], dict[str, Tensor]()
         with lasting():
@@ -117,16 +140,17 @@ class Stacks:
         return [*map(Tensor.data_ptr, self.entries)] == self.addresses
 
 
-def _buckets(shapes: Sequence[Shape]) -> list[Bucket]:
-    """Divide parameters, given by the shapes of their matrices, into buckets of at most `STACKED` elements."""
-    by_shape: dict[Shape, list[int]] = {}
-    for index, shape in enumerate(shapes):
-        by_shape.setdefault(shape, []).append(index)
+def _buckets(forms: Sequence[Form]) -> list[Bucket]:
+    """Divide parameters into buckets whose largest matrices have at most `STACKED` elements."""
+    by_form: dict[Form, list[int]] = {}
+    for index, form in enumerate(forms):
+        by_form.setdefault(form, []).append(index)
     buckets: list[Bucket] = []
     start = 0
-    for (batch, rows, columns), indices in by_shape.items():
+    for form, indices in by_form.items():
+        batch, rows, columns = form.whole
         for part in batches(len(indices), batch * max(rows, columns) ** 2, STACKED):
-            buckets.append(Bucket(indices[part], start, (batch, rows, columns)))
+            buckets.append(Bucket(indices[part], start, form))
             start += len(indices[part])
     return buckets
 

@@ -15,8 +15,8 @@ from selective.plan.rotation_plan import RotationPlan
 from selective.preconditioner.stacked import LARGEST, USUAL, are_usual, fits_in_stacks, steps_in_stacks
 from selective.rotation.basis import Basis
 from selective.rotation.kept_bases import KeptBases
-from selective.rotation.stacks import Stacks
-from selective.sharding.dtensor import is_dtensor
+from selective.rotation.stacks import Form, Stacks
+from selective.sharding.dtensor import is_dtensor, largest_part, shard_of
 from selective.state.entries import BASIS, BASIS_SKIPPED, BASIS_STEPS
 from selective.state.rotation_state import stored_basis
 from selective.state.store import StateStore
@@ -63,8 +63,10 @@ def _keep(plan: GroupPlan, members: list[Parameter], store: StateStore, places: 
         stacks = None
         plan.forget_bases()
         if _can_be_stacked(rotation, members):
-            shapes = [rotation.shapes[p.tensor] for p in members]
-            stacks = Stacks(tables, shapes, BASIS, BASIS_STEPS, BASIS_SKIPPED)
+            tensors = [p.tensor for p in members]
+            forms = [Form(rotation.local_shape(t), rotation.shapes[t], largest_part(t)) for t in tensors]
+            on_ranks = any(map(is_dtensor, tensors))
+            stacks = Stacks(tables, forms, BASIS, BASIS_STEPS, BASIS_SKIPPED, on_ranks)
     bases = [
         stored_basis(plan, parameter, own, places[parameter.tensor])
         for parameter, own in zip(members, tables, strict=True)
@@ -78,19 +80,24 @@ def _can_be_stacked(rotation: RotationPlan, members: list[Parameter]) -> bool:
 
 
 def why_not_stacked(rotation: RotationPlan, members: list[Parameter]) -> str | None:
-    """Return the reason why these parameters can't be stepped in stacks, in words; None if they can."""
+    """Return the reason why these parameters can't be stepped in stacks, in words; None if they can.
+
+    It is the same on all ranks, which add up sums in the order of a step.
+    """
     tensors = [p.tensor for p in members]
     if rotation.capture.way != "fused":
         return "the base steps them by itself"
     if not steps_in_stacks(rotation.preconditioner):
         return f"{type(rotation.preconditioner).__name__} multiplies in bfloat16, or with code of its own"
-    if any(is_dtensor(t) for t in tensors):
-        return "one is a DTensor"
+    if any(t in rotation.gathered for t in tensors):
+        return "one is gathered from the ranks"
+    if len({shard_of(t) is None for t in tensors}) > 1:
+        return "some of them are sharded, and others are not"
     devices = {t.device for t in tensors}
     if len(devices) > 1 or any(device.type not in DEVICES for device in devices):
         return "they are not on one CPU or GPU"
-    if not all(fits_in_stacks(t.shape, rotation.shapes[t]) for t in tensors):
+    if not all(fits_in_stacks(t.shape, rotation.shapes[t], largest_part(t)) for t in tensors):
         return f"one has matrices side by side, or one of more than {LARGEST:,} elements"
-    if not are_usual([rotation.shapes[t] for t in tensors]):
+    if not are_usual([largest_part(t) for t in tensors]):
         return f"they have more than {USUAL:,} elements on average"
     return None
