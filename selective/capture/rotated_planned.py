@@ -92,9 +92,9 @@ class Round:
             results = self._by_parameter(buckets, rotated)
         self.items, self.writes = spec.ItemList(), spec.ItemList()
         for one, buffer, result in zip(self.members, self.views, results, strict=True):
-            p, address, shard = one.tensor, one.parameter.address, one.shard
-            self.items.append(spec.Item(buffer, result, one.state, address, one.own, shard))
-            self.writes.append(spec.Item(p, result, {"update": result, "start": p}, address, shard=shard))
+            p, address = one.tensor, one.parameter.address
+            self.items.append(spec.Item(buffer, result, one.state, address, one.own, one.shard))
+            self.writes.append(spec.Item(p, result, {"update": result, "start": p}, address))
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -146,7 +146,10 @@ class Round:
         with memory:
             with rotation.named("project_out"):
                 basis.project(self.parts, into=False)
-            selective_step(self.writes, **calls.write)
+            writes: Sequence[spec.Item] = self.writes
+            if self.is_sharded and calls.write["draw"].stochastic:  # which reads places in the whole
+                writes = [replace(item, shard=one.shard) for item, one in zip(writes, self.members, strict=True)]
+            selective_step(writes, **calls.write)
         if sums is not None and calls.report is not None:
             calls.report([one.parameter for one in self.members], sums)
 

@@ -51,6 +51,10 @@ GATHERED = (
     "other_sides_are_gathered", "gathering_is_said_and_counted", "nan_in_one_rank_s_part",
     "a_failing_refresh_ends_the_step_everywhere", "a_refresh_sends_what_is_rotated",
 )  # fmt: skip
+STACKS = (
+    "as_matrix_by_matrix", "to_rounding", "other_local_tensors_are_noticed", "without_looking_they_are_not_noticed",
+    "buffers_have_memory_in_a_step_alone",
+)  # fmt: skip
 SLOW = {
     "rotated, a small Llama": "rotation:the_loss_of_a_small_llama",
     "rotated, everywhere": "rotation:from_a_stored_basis_everywhere",
@@ -81,6 +85,10 @@ def test_rotations_do_what_they_do_on_one_device(run_cases: RunCases, tmp_path: 
 
 def test_other_sides_do_what_they_do_on_one_device(run_cases: RunCases, tmp_path: Path) -> None:
     run_cases([f"sharded_cases_rotation:{name}" for name in GATHERED], 4, tmp_path)
+
+
+def test_rotations_in_stacks_do_what_they_do_matrix_by_matrix(run_cases: RunCases, tmp_path: Path) -> None:
+    run_cases([f"sharded_cases_stacks:{name}" for name in STACKS], 4, tmp_path)
 
 
 @pytest.mark.slow
