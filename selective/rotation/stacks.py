@@ -43,12 +43,14 @@ def over_memory_of(view: Tensor) -> Tensor:
 class Form(NamedTuple):
     """What parameters have in common whose entries are stacked together.
 
-    Parameters are divided by `whole` and `most`, which are the same on all ranks: what ranks add up has one order.
+    All ranks divide parameters alike, so that what they add up has one order. Parts of one shape don't suffice for
+    that: on another rank, the parts of what is cut over other dimensions of a mesh may differ.
     """
 
     shape: Shape  # of this rank's part of the matrices
     whole: Shape  # of the matrices
     most: int  # elements of the largest part of a parameter that any rank has
+    cut: int = 0  # another number for what is cut in another way
 
 
 @dataclass

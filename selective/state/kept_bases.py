@@ -64,7 +64,9 @@ def _keep(plan: GroupPlan, members: list[Parameter], store: StateStore, places: 
         plan.forget_bases()
         if _can_be_stacked(rotation, members):
             tensors = [p.tensor for p in members]
-            forms = [Form(rotation.local_shape(t), rotation.shapes[t], largest_part(t)) for t in tensors]
+            forms = [
+                Form(rotation.local_shape(t), rotation.shapes[t], largest_part(t), id(shard_of(t))) for t in tensors
+            ]
             on_ranks = any(map(is_dtensor, tensors))
             stacks = Stacks(tables, forms, BASIS, BASIS_STEPS, BASIS_SKIPPED, on_ranks)
     bases = [

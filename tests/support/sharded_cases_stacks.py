@@ -115,6 +115,31 @@ def to_rounding(world: World) -> None:
     assert not wrong, wrong
 
 
+class CutInTwoWays(Run):
+    """Every other parameter is cut over the first dimension of a mesh, and the others over the second one."""
+
+    calls = 0
+
+    def cut(self, whole: Tensor) -> Tensor:
+        number = self.calls % (len(self.shapes) + 1)  # all parameters, or all gradients, are cut in order
+        self.calls += 1
+        self.place = lambda t: [Shard(0), Replicate()] if number % 2 else [Replicate(), Shard(0)]
+        return super().cut(whole)
+
+
+def one_shape_cut_in_two_ways(world: World) -> None:
+    """All ranks add up the same parameters, though on some of them all parts have one shape, and on others not."""
+    mesh = world.mesh(2, 2, names=("replicate", "shard"))
+    how = {"policy": Cautious(), "preconditioner": Eigenbasis(**EVERY)}
+    shapes = [(17, 8)] * 4
+    run = CutInTwoWays(adamw, how, mesh, shapes=shapes).train(range(5))
+    assert planned(run)
+    with matrix_by_matrix():
+        other = CutInTwoWays(adamw, how, mesh, shapes=shapes).train(range(5))
+    assert apart(run, other) < CLOSE
+    assert statistics_apart(run, other) < CLOSE
+
+
 def replace_local_tensors(run: Run) -> None:
     """Give the parameters and their state other local tensors, as a wrapper of modules may do."""
     for p in run.params:
