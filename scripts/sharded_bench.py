@@ -136,24 +136,34 @@ class Contender:
 
 
 def rows_of(layout: Layout, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time the contenders of one layout, each in turns with torch's AdamW, so that both meet the same conditions.
-
-    There are two models at a time, and the row of AdamW is that of the first race.
-    """
+    """Time the contenders of one layout, then count what they do: torch's profiler makes later launches slower."""
     makers = contenders(args.contender, args.statistics, layout.name)
+    times = {name: _raced(makers, name, layout, args) if layout.ranks.on_gpu else {} for name in makers}
     rows = []
-    for name in makers:
-        racing = {one: Contender(makers[one], layout, args) for one in dict.fromkeys((PLAIN, name))}
-        for _ in range(args.warmup + args.steps):
-            for contender in racing.values():
-                contender.step()
-        row: dict[str, Any] = {"layout": layout.name, "processes": layout.ranks.size, "contender": name}
-        if layout.ranks.on_gpu:
-            row |= _times(racing[name], racing[PLAIN], args.warmup)
-        rows.append({**row, **racing[name].counted()})
-        del racing
+    for name, make in makers.items():
+        contender = Contender(make, layout, args)
+        for _ in range(args.warmup):
+            contender.step()
+        row = {"layout": layout.name, "processes": layout.ranks.size, "contender": name}
+        rows.append({**row, **times[name], **contender.counted()})
+        del contender
         gc.collect()  # FSDP's modules and parameters refer to each other
     return rows
+
+
+def _raced(makers: dict[str, Make], name: str, layout: Layout, args: argparse.Namespace) -> dict[str, float]:
+    """Time one contender in turns with torch's AdamW, so that both meet the same conditions.
+
+    There are two models at a time; of AdamW itself one.
+    """
+    racing = {one: Contender(makers[one], layout, args) for one in dict.fromkeys((PLAIN, name))}
+    for _ in range(args.warmup + args.steps):
+        for contender in racing.values():
+            contender.step()
+    times = _times(racing[name], racing[PLAIN], args.warmup)
+    del racing
+    gc.collect()
+    return times
 
 
 def _times(contender: Contender, plain: Contender, warmup: int) -> dict[str, float]:
