@@ -184,7 +184,7 @@ def selective_step(
     """
     spec = StepSpec(rule, selection, strength, draw, statistics, decay)
     if [item for item in items if item.shard is not None]:  # a list, because every step comes here
-        return _with_shards(items, spec, backend, graphs)
+        return _with_shards(items, spec, backend)
     return _step_here(items, spec, backend, graphs)
 
 
@@ -198,19 +198,16 @@ def begin_sharded(
     statistics: bool = False,
     backend: Backend = "auto",
     decay: Decay | None = None,
-    graphs: bool = False,
 ) -> list[sharded.RunningPart]:
     """`selective_step` of items that are all shards, not yet run.
 
     Takes and refuses the same as `selective_step`. Give the result to an `Exchange`, so that these items share their
-    collectives with those of other calls. `graphs` has an effect where no collective is between launches.
+    collectives with those of other calls.
     """
-    return _begin_sharded(items, StepSpec(rule, selection, strength, draw, statistics, decay), backend, graphs)
+    return _begin_sharded(items, StepSpec(rule, selection, strength, draw, statistics, decay), backend)
 
 
-def _begin_sharded(
-    items: Sequence[Item], spec: StepSpec, backend: Backend, graphs: bool = False
-) -> list[sharded.RunningPart]:
+def _begin_sharded(items: Sequence[Item], spec: StepSpec, backend: Backend) -> list[sharded.RunningPart]:
     asked = _chosen(backend)
     buckets = sharded.kept_buckets(items, spec, asked)
     if buckets is None:
@@ -224,18 +221,16 @@ def _begin_sharded(
     if buckets is None:
         buckets = sharded.buckets_of(items, spec, kernels)
         sharded.keep_buckets(items, spec, asked, buckets)
-    local_step = partial(_step_here, backend=backend, graphs=graphs)
+    local_step = partial(_step_here, backend=backend)
     return sharded.sharded_step(items, spec, local_step=local_step, kernels=kernels, buckets=buckets)
 
 
-def _with_shards(
-    items: Sequence[Item], spec: StepSpec, backend: Backend, graphs: bool = False
-) -> Sequence[Sums] | None:
+def _with_shards(items: Sequence[Item], spec: StepSpec, backend: Backend) -> Sequence[Sums] | None:
     """The step of a list that has both shards and whole tensors."""
     shards = [i for i, item in enumerate(items) if item.shard is not None]
     others = [i for i, item in enumerate(items) if item.shard is None]
-    mine = items if len(shards) == len(items) else [items[i] for i in shards]
-    steps = _begin_sharded(mine, spec, backend, graphs)
+    mine = items if len(shards) == len(items) else [items[i] for i in shards]  # a kept list knows its buckets
+    steps = _begin_sharded(mine, spec, backend)
     for one in steps:
         one.resume()
     sums: dict[int, Sums] = {}

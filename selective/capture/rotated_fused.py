@@ -113,8 +113,10 @@ class RotatedFusedJob(RotatedJob):
 
     def _kernel_calls(self) -> Calls:
         """Return the arguments of the kernel calls of a step in stacks."""
-        assert self.specs is not None
+        stacks = self.rotation.stacks
+        assert self.specs is not None and stacks is not None
         report, draw = self.context.report, self.context.draw_on(self.parameters[0].tensor.device)
+        graphs = {} if stacks.on_ranks else {"graphs": self.context.graphs}  # none is recorded between collectives
         everything, as_it_is = everything_as_it_is()
 
         def add(parameters: list[Parameter], sums: Sequence[spec.Sums]) -> None:
@@ -124,13 +126,13 @@ class RotatedFusedJob(RotatedJob):
         rule_call = {
             "rule": self._undecayed_rule(), "selection": self.specs[0], "strength": self.specs[1],
             "draw": _unrounded(draw),  # the parameter is rounded when it is written
-            "statistics": report is not None, "graphs": self.context.graphs,
+            "statistics": report is not None, **graphs,
         }  # fmt: skip
         rate = 1.0 if self.decay is None else self.rate
         write_call = {
             "rule": spec.GivenRule(self.factors[0], 0.0, negated=True, rate=rate),
             "selection": everything, "strength": as_it_is, "draw": draw,
-            "decay": None if self.decay is None else self.decay.spec("update"), "graphs": self.context.graphs,
+            "decay": None if self.decay is None else self.decay.spec("update"), **graphs,
         }  # fmt: skip
         return Calls(rule_call, write_call, add, self.context.exchange)
 
