@@ -1,0 +1,108 @@
+"""The step of small tensors together, where every coordinate gets the same multiplier and nothing is reported.
+
+A tensor alone takes some 20 calls of torch, each longer than its work if the tensor is small. Here the rule and the
+write to the parameters are a few calls for as many tensors as a chunk has room for. Each element goes through the
+operations of `Step`, so that the results are the same bits. All writes to rotated parameters come here, whatever their
+policy, and so does the rule of a rotated group without a policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.rules import decay_factor, number
+from ..spec import AdamRule, GivenRule, Item, SGDRule, StepSpec
+from .chunks import buffer, chunk, rounded
+from .rules import fused_kernel, move_by_adam, move_by_sgd
+
+many_of: Any = torch  # has the multi-tensor functions, for which torch declares no types
+
+
+def is_uniform(spec: StepSpec) -> bool:
+    """True if every coordinate gets the same multiplier, and nothing but the parameter's step is asked for."""
+    selection, strength, rule = spec.selection, spec.strength, spec.rule
+    if selection.kind != "everything" or selection.control is not None or spec.decay is not None or spec.statistics:
+        return False
+    if strength.kind != "fixed" or strength.still:
+        return False
+    if isinstance(rule, GivenRule):
+        return rule.negated and rule.offset == 0
+    if rule.coupled_decay != 0 or rule.maximize or isinstance(number(rule.lr), Tensor):
+        return False
+    return fused_kernel(rule) is not None
+
+
+def step_together(items: Sequence[Item], spec: StepSpec) -> list[Item]:
+    """Step all tensors for which it can be done together, and return the others. `spec` is uniform."""
+    rule, others = spec.rule, list[Item]()
+    names = ("update", "start") if isinstance(rule, GivenRule) else rule.state_names
+    multiplier, factor = rounded(spec.strength.selected), float(number(decay_factor(rule)))
+    for batch in _batches(items, names, others):
+        minus_updates = _given(batch) if isinstance(rule, GivenRule) else _moved(batch, spec)
+        if multiplier != 1:
+            minus_updates = list(many_of._foreach_mul(minus_updates, multiplier))
+        _write([item.param for item in batch], _starts(batch, rule), minus_updates, factor)
+    return others
+
+
+def _batches(items: Sequence[Item], names: Sequence[str], others: list[Item]) -> Iterator[list[Item]]:
+    """Divide items into lists of at most a chunk's elements. Those that are stepped alone are added to `others`."""
+    batch, count, most = list[Item](), 0, chunk()
+    for item in items:
+        numel = item.param.numel()
+        if not 0 < numel <= most or not _is_plain(item, names):
+            others.append(item)
+            continue
+        if count + numel > most:
+            yield batch
+            batch, count = [], 0
+        batch.append(item)
+        count += numel
+    if batch:
+        yield batch
+
+
+def _is_plain(item: Item, names: Sequence[str]) -> bool:
+    """True if all tensors that the step reads or writes are there, in float32 and without gaps in memory."""
+    shape = item.param.shape
+    for tensor in (item.param, item.grad, *map(item.state.get, names)):
+        if tensor is None or tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.shape != shape:
+            return False
+    return True
+
+
+def _given(batch: list[Item]) -> list[Tensor]:
+    return [item.state["update"] for item in batch]
+
+
+def _starts(batch: list[Item], rule: object) -> list[Tensor]:
+    return [item.state["start"] if isinstance(rule, GivenRule) else item.param for item in batch]
+
+
+def _moved(batch: list[Item], spec: StepSpec) -> list[Tensor]:
+    """Count the step and move the moments. Returns -u of each tensor, in the memory of a buffer."""
+    rule, sizes = spec.rule, [item.param.numel() for item in batch]
+    flat = buffer("minus_update", sum(sizes)).zero_()
+    minus_updates = [x.view(item.param.shape) for x, item in zip(flat.split(sizes), batch, strict=True)]
+    grads, states = [item.grad.detach() for item in batch], [item.state for item in batch]
+    if isinstance(rule, AdamRule):
+        steps = [state["step"] for state in states]
+        many_of._foreach_add_(steps, 1)
+        steps = [step.to(torch.float32) for step in steps]  # as torch's kernel wants them
+        move_by_adam(rule, minus_updates, grads, states, steps)
+    else:
+        assert isinstance(rule, SGDRule)
+        move_by_sgd(rule, minus_updates, grads, states, first=False)
+    return minus_updates
+
+
+def _write(params: list[Tensor], starts: list[Tensor], minus_updates: list[Tensor], factor: float) -> None:
+    """param <- factor start - u, rounded once."""
+    if factor == 1 and all(param is start for param, start in zip(params, starts, strict=True)):
+        many_of._foreach_add_(params, minus_updates)
+        return
+    many_of._foreach_copy_(params, many_of._foreach_add(minus_updates, starts, alpha=factor))
