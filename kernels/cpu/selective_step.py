@@ -17,7 +17,7 @@ Extra memory, freed when the call ends, is that of the call's largest tensor, in
 - about 0.5 for the list inside the bracket, as for that of a control, up to 24 where very many scores are equal, and 4
   to 12 if a bracket has missed.
 
-Non-contiguous tensors are copied while they are stepped. Small ones without a mask are stepped together (`together.py`).
+Non-contiguous tensors are copied while they are stepped. Small ones without a mask are stepped together: `together.py`.
 """
 
 from __future__ import annotations

@@ -114,14 +114,17 @@ class StackedEigenbasis:
 
 
 class Flags(NamedTuple):
-    """By part, for each matrix [count * batch]: True if its gradient is left out, and the factor of its averages."""
+    """By part, for each matrix [count * batch]: True if its gradient is left out, and the factor of its averages.
 
-    left_out: list[Tensor]
-    factors: list[Tensor]
+    On a CPU they are None and one number where no gradient is left out.
+    """
+
+    left_out: Sequence[Tensor | None]
+    factors: Sequence[Tensor | float]
 
 
 class Averaging:
-    """Finds out which gradients can enter the averages, and counts the others. All of it stays on the device.
+    """Finds out which gradients can enter the averages, and counts the others. On a GPU all of it stays there.
 
     `shapes` are those of all parameters, in the order of the parts. `not_finite` counts gradients, and `skipped`
     matrices: int64 [parameters], in the same order.
@@ -146,7 +149,10 @@ class Averaging:
         for part, numbers in zip(parts, _split(largest, parts), strict=True):
             # NaN if there is one
             torch.linalg.vector_norm(part.given.view(part.count, -1), float("inf"), 1, out=numbers)
-        fits, finite = largest < self.limits, largest < float("inf")
+        fits = largest < self.limits
+        if fits.device.type == "cpu" and fits.all():  # the usual case; on a GPU the host would have to wait
+            return Flags([None] * len(parts), [beta] * len(parts))
+        finite = largest < float("inf")
         too_large = finite.logical_xor(fits)
         self.not_finite.add_(finite.logical_not())
         self.skipped.add_(too_large if self.batches is None else too_large * self.batches)
