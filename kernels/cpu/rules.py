@@ -114,15 +114,18 @@ def _trusted(rule: Rule) -> bool:
     )
 
 
+# The rules on which torch's kernels are tried, with amsgrad or nesterov and without.
+_TRIED_ADAM = {amsgrad: AdamRule(1e-2, 0.9, 0.99, 1e-8, amsgrad=amsgrad) for amsgrad in (False, True)}
+_TRIED_SGD = {nesterov: SGDRule(0.1, 0.9, 0.0 if nesterov else 0.3, nesterov) for nesterov in (False, True)}
+
+
 def fused_kernel(rule: Rule) -> Run | None:
     """torch's fused kernel for float32 tensors; None if it has none for this rule, or was not seen to agree."""
     if isinstance(rule, AdamRule):
-        run, plain = _run_adam, AdamRule(1e-2, 0.9, 0.99, 1e-8, amsgrad=rule.amsgrad)
-    elif isinstance(rule, SGDRule) and rule.momentum != 0:
-        run, plain = _run_sgd, SGDRule(0.1, 0.9, 0.0 if rule.nesterov else 0.3, rule.nesterov)
-    else:
-        return None
-    return run if _trusted(plain) else None
+        return _run_adam if _trusted(_TRIED_ADAM[bool(rule.amsgrad)]) else None
+    if isinstance(rule, SGDRule) and rule.momentum != 0:
+        return _run_sgd if _trusted(_TRIED_SGD[bool(rule.nesterov)]) else None
+    return None
 
 
 def _fused(item: Item, rule: Rule, flat: Flat, numbers: Numbers) -> Run | None:

@@ -8,7 +8,7 @@ policy, and so does the rule of a rotated group without a policy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference.rules import decay_factor, number
 from ..spec import AdamRule, GivenRule, Item, SGDRule, StepSpec
-from .chunks import buffer, chunk, rounded
+from .chunks import buffers, chunk, rounded
 from .rules import fused_kernel, move_by_adam, move_by_sgd
 
 many_of: Any = torch  # has the multi-tensor functions, for which torch declares no types
@@ -31,6 +31,8 @@ def is_uniform(spec: StepSpec) -> bool:
         return False
     if isinstance(rule, GivenRule):
         return rule.negated and rule.offset == 0
+    if not isinstance(rule, (AdamRule, SGDRule)):
+        return False
     if rule.coupled_decay != 0 or rule.maximize or isinstance(number(rule.lr), Tensor):
         return False
     return fused_kernel(rule) is not None
@@ -39,31 +41,36 @@ def is_uniform(spec: StepSpec) -> bool:
 def step_together(items: Sequence[Item], spec: StepSpec) -> list[Item]:
     """Step all tensors for which it can be done together, and return the others. `spec` is uniform."""
     rule, others = spec.rule, list[Item]()
+    assert isinstance(rule, (AdamRule, SGDRule, GivenRule))
     names = ("update", "start") if isinstance(rule, GivenRule) else rule.state_names
     multiplier, factor = rounded(spec.strength.selected), float(number(decay_factor(rule)))
     for batch in _batches(items, names, others):
-        minus_updates = _given(batch) if isinstance(rule, GivenRule) else _moved(batch, spec)
+        if isinstance(rule, GivenRule):
+            minus_updates = [item.state["update"] for item in batch]
+        else:
+            minus_updates = _moved(batch, rule)
         if multiplier != 1:
-            minus_updates = list(many_of._foreach_mul(minus_updates, multiplier))
-        _write([item.param for item in batch], _starts(batch, rule), minus_updates, factor)
+            minus_updates = many_of._foreach_mul(minus_updates, multiplier)
+        for item, minus_update in zip(batch, minus_updates, strict=True):
+            start = item.state["start"] if isinstance(rule, GivenRule) else item.param
+            torch.add(minus_update, start, alpha=factor, out=item.param)
     return others
 
 
-def _batches(items: Sequence[Item], names: Sequence[str], others: list[Item]) -> Iterator[list[Item]]:
+def _batches(items: Sequence[Item], names: Sequence[str], others: list[Item]) -> list[list[Item]]:
     """Divide items into lists of at most a chunk's elements. Those that are stepped alone are added to `others`."""
-    batch, count, most = list[Item](), 0, chunk()
+    batches, count, most = list[list[Item]](), 0, chunk()
     for item in items:
         numel = item.param.numel()
         if not 0 < numel <= most or not _is_plain(item, names):
             others.append(item)
             continue
-        if count + numel > most:
-            yield batch
-            batch, count = [], 0
-        batch.append(item)
         count += numel
-    if batch:
-        yield batch
+        if not batches or count > most:
+            batches.append([])
+            count = numel
+        batches[-1].append(item)
+    return batches
 
 
 def _is_plain(item: Item, names: Sequence[str]) -> bool:
@@ -75,34 +82,16 @@ def _is_plain(item: Item, names: Sequence[str]) -> bool:
     return True
 
 
-def _given(batch: list[Item]) -> list[Tensor]:
-    return [item.state["update"] for item in batch]
-
-
-def _starts(batch: list[Item], rule: object) -> list[Tensor]:
-    return [item.state["start"] if isinstance(rule, GivenRule) else item.param for item in batch]
-
-
-def _moved(batch: list[Item], spec: StepSpec) -> list[Tensor]:
+def _moved(batch: list[Item], rule: AdamRule | SGDRule) -> list[Tensor]:
     """Count the step and move the moments. Returns -u of each tensor, in the memory of a buffer."""
-    rule, sizes = spec.rule, [item.param.numel() for item in batch]
-    flat = buffer("minus_update", sum(sizes)).zero_()
-    minus_updates = [x.view(item.param.shape) for x, item in zip(flat.split(sizes), batch, strict=True)]
-    grads, states = [item.grad.detach() for item in batch], [item.state for item in batch]
-    if isinstance(rule, AdamRule):
-        steps = [state["step"] for state in states]
-        many_of._foreach_add_(steps, 1)
-        steps = [step.to(torch.float32) for step in steps]  # as torch's kernel wants them
-        move_by_adam(rule, minus_updates, grads, states, steps)
-    else:
-        assert isinstance(rule, SGDRule)
+    flat, minus_updates = buffers("minus_update", [item.param.shape for item in batch])
+    flat.zero_()
+    grads, states = [item.grad for item in batch], [item.state for item in batch]
+    if isinstance(rule, SGDRule):
         move_by_sgd(rule, minus_updates, grads, states, first=False)
+        return minus_updates
+    steps = [state["step"] for state in states]
+    many_of._foreach_add_(steps, 1)
+    steps = [step if step.dtype == torch.float32 else step.to(torch.float32) for step in steps]  # as the kernel wants
+    move_by_adam(rule, minus_updates, grads, states, steps)
     return minus_updates
-
-
-def _write(params: list[Tensor], starts: list[Tensor], minus_updates: list[Tensor], factor: float) -> None:
-    """param <- factor start - u, rounded once."""
-    if factor == 1 and all(param is start for param, start in zip(params, starts, strict=True)):
-        many_of._foreach_add_(params, minus_updates)
-        return
-    many_of._foreach_copy_(params, many_of._foreach_add(minus_updates, starts, alpha=factor))

@@ -145,19 +145,29 @@ class Averaging:
 
     def look_at(self, parts: Sequence[Part], beta: float) -> Flags:
         """Count gradients that are not finite or too large, and say what to do with the matrices of each part."""
+        if self.limits.device.type == "cpu" and self._all_fit(parts):  # the usual case; for a GPU the host would wait
+            return Flags([None] * len(parts), [beta] * len(parts))
         largest = torch.empty_like(self.limits)
         for part, numbers in zip(parts, _split(largest, parts), strict=True):
             # NaN if there is one
             torch.linalg.vector_norm(part.given.view(part.count, -1), float("inf"), 1, out=numbers)
-        fits = largest < self.limits
-        if fits.device.type == "cpu" and fits.all():  # the usual case; on a GPU the host would have to wait
-            return Flags([None] * len(parts), [beta] * len(parts))
-        finite = largest < float("inf")
+        fits, finite = largest < self.limits, largest < float("inf")
         too_large = finite.logical_xor(fits)
         self.not_finite.add_(finite.logical_not())
         self.skipped.add_(too_large if self.batches is None else too_large * self.batches)
         left_out, factors = fits.logical_not(), torch.full_like(largest, beta).masked_fill_(too_large, 1.0)
         return Flags(_by_matrix(left_out, parts), _by_matrix(factors, parts))
+
+    def _all_fit(self, parts: Sequence[Part]) -> bool:
+        """True if all elements of all parts are within the limits, and none is NaN. It waits for the device."""
+        start = 0
+        for part in parts:
+            limit = float(self.limits[start])  # that of all matrices of one shape
+            smallest, largest = map(float, torch.aminmax(part.given))
+            if not (-limit < smallest and largest < limit):
+                return False
+            start += part.count
+        return True
 
 
 def _split(numbers: Tensor, parts: Sequence[Part]) -> list[Tensor]:
