@@ -218,4 +218,6 @@ def _put(side: _Try, where: Tensor, new: _Try) -> _Try:
 
 def stand_in(matrix: Tensor, usable: Tensor) -> Tensor:
     """Replace matrices that are not usable by the identity, so that no NaN or infinity reaches a solver."""
+    if not usable.is_cuda and usable.all():  # for a GPU the host would wait
+        return matrix
     return torch.where(per_matrix(usable), matrix, identity_like(matrix))

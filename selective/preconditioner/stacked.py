@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from selective.kernels import average_grams_
+from selective.kernels.lasting import lasting
 from selective.preconditioner import shards
 from selective.preconditioner.base import Preconditioner, Shape, State
 from selective.preconditioner.eigenbasis import Eigenbasis
@@ -46,14 +49,47 @@ def are_usual(shapes: Sequence[Shape]) -> bool:
     return sum(map(math.prod, shapes)) <= USUAL * len(shapes)
 
 
-class Part(NamedTuple):
-    """The matrices of `count` parameters in a step, [count * batch, m, n] each, and the stacks of their state."""
+class Product(NamedTuple):
+    """The factors of a product of matrices, and the tensor for its result."""
+
+    first: Tensor
+    second: Tensor
+    target: Tensor
+
+
+@dataclass(eq=False)
+class Part:
+    """The matrices of `count` parameters in a step, [count * batch, m, n] each, and the stacks of their state.
+
+    It is kept from step to step. So its state has the same stacks in all of them.
+    """
 
     count: int
     state: State
     given: Tensor  # what is rotated
     halfway: Tensor  # one product later, where there are two; else any tensor
     result: Tensor
+
+    @cached_property
+    def products_in(self) -> list[Product]:
+        """The products of PᵀXQ in their order."""
+        return self._products(into=True)
+
+    @cached_property
+    def products_out(self) -> list[Product]:
+        """The products of P X Qᵀ in their order."""
+        return self._products(into=False)
+
+    def _products(self, *, into: bool) -> list[Product]:
+        products, x, sides = [], self.given, shards.side_of(self.state)
+        with lasting():
+            for side in sides:
+                basis = self.state[f"{side}_basis"]
+                basis = basis.mT if into is (side == "rows") else basis
+                target = self.result if side == sides[-1] else self.halfway
+                products.append(Product(basis, x, target) if side == "rows" else Product(x, basis, target))
+                x = target
+        return products
 
 
 def has_two_sides(state: State) -> bool:
@@ -74,14 +110,8 @@ class StackedEigenbasis:
         """
         with in_precision(self.options.precision):
             for part in parts:
-                sides = shards.side_of(part.state)
-                x = part.given
-                for number, side in enumerate(sides):
-                    basis = part.state[f"{side}_basis"]
-                    basis = basis.mT if into is (side == "rows") else basis
-                    target = part.result if number == len(sides) - 1 else part.halfway
-                    torch.bmm(*((basis, x) if side == "rows" else (x, basis)), out=target)
-                    x = target
+                for first, second, target in part.products_in if into else part.products_out:
+                    torch.bmm(first, second, out=target)
 
     def denoise(self, parts: Sequence[Part]) -> None:
         """Set elements of the rotated gradients in `result` to 0 that are rounding noise, in place.
