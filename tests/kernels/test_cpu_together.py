@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from selective.kernels import AdamRule, Draw, GivenRule, LionRule, Selection, SGDRule, Strength, selective_step
+from selective.kernels.cpu import chunks, together
 from selective.kernels.cpu import selective_step as cpu_step
-from selective.kernels.cpu import together
 from selective.kernels.spec import StepSpec
 
 EVERYTHING = {"selection": Selection("everything"), "draw": Draw(0, 0)}
@@ -119,3 +119,23 @@ def test_which_steps_are_taken_together():
         uniform(statistics=True),
     ]  # fmt: skip
     assert not any(refused)
+
+
+def test_views_of_buffers_are_kept_until_the_buffer_grows():
+    name, shapes = "a buffer of this test", [torch.Size([2, 3]), torch.Size([4])]
+    flat, views = chunks.buffers(name, shapes)
+    assert chunks.buffers(name, shapes)[1] is views
+    assert [view.shape for view in views] == shapes
+    flat.copy_(torch.arange(10.0))
+    assert views[1].tolist() == [6, 7, 8, 9]
+    grown = chunks.buffer(name, 2 * chunks.CHUNK)
+    assert chunks.buffers(name, shapes)[0].data_ptr() == grown.data_ptr() != flat.data_ptr()
+    del chunks._buffers.held[name, torch.float32]
+    chunks._buffers.shaped.clear()
+    chunks._buffers.exact.clear()
+
+
+def test_few_sets_of_views_are_kept():
+    for count in range(1, 3 * chunks.SHAPED):
+        chunks.buffers("minus_update", [torch.Size([count])])
+        assert len(chunks._buffers.shaped) <= chunks.SHAPED
