@@ -2,8 +2,8 @@
 
 A tensor alone takes some 20 calls of torch, each longer than its work if the tensor is small. Here the rule and the
 write to the parameters are a few calls for as many tensors as a chunk has room for. Each element goes through the
-operations of `Step`, so that the results are the same bits. All writes to rotated parameters come here, whatever their
-policy, and so does the rule of a rotated group without a policy.
+operations of `Step`, so that the results are the same bits. The writes to rotated parameters in float32 come here,
+whatever their policy, and so does the rule of a rotated group without a policy.
 """
 
 from __future__ import annotations
