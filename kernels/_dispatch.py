@@ -275,8 +275,11 @@ def _paths(items: Sequence[Item], spec: StepSpec, backend: Backend) -> dict[Back
     """The indices of the items by the implementation that steps them. Refuses what can't be stepped."""
     check_items(items, spec)
     paths: dict[Backend, list[int]] = {}
+    on_cpu = _chosen(backend) in ("auto", "cpu")
     for i, item in enumerate(items):
-        paths.setdefault(_implementation(item, spec.rule, spec.selection, backend), []).append(i)
+        known = on_cpu and item.param.is_cpu
+        path = "cpu" if known else _implementation(item, spec.rule, spec.selection, backend)
+        paths.setdefault(path, []).append(i)
     if spec.selection.kind == "function":
         _check_function(items, paths, spec.rule)
     return paths

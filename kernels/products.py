@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -13,8 +14,8 @@ def average_grams_(
     columns: Tensor | None,
     x: Tensor,
     *,
-    factors: Tensor,
-    left_out: Tensor,
+    factors: Tensor | float,
+    left_out: Tensor | None,
     weight: float,
     backend: Backend = "auto",
 ) -> None:
@@ -24,19 +25,24 @@ def average_grams_(
         rows: float32 [count, m, m], contiguous; or None. On a GPU its lower half is read, and both are written.
         columns: float32 [count, n, n], likewise.
         x: float32 [count, m, n], in memory of any strides. It may be written to where a matrix is left out.
-        factors: float32 [count].
+        factors: float32 [count], or one number for all.
         left_out: bool [count]. Where it is True, a product counts as zeros, whatever is in G. With a factor of 1 an
-            average keeps its bits.
+            average keeps its bits. None: False everywhere.
         weight: of all products.
 
     A NaN or an infinity in a matrix that is not left out reaches its averages. On a GPU with Triton the products are
     three of TF32 each (Note [three products] in `gpu/device/products.py`), half of each is computed, and the results
     are symmetric to the bit. Elsewhere they are torch's: of the precision that torch's flags say.
     """
-    arguments = {"factors": factors, "left_out": left_out, "weight": weight}
     given = [each for each in (rows, columns, x) if each is not None]
-    implementation = _gpu() if _on_gpu(backend, *given) else reference
-    implementation.average_grams_(rows, columns, x, **arguments)
+    if not _on_gpu(backend, *given):
+        reference.average_grams_(rows, columns, x, factors=factors, left_out=left_out, weight=weight)
+        return
+    if left_out is None:
+        left_out = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    if not isinstance(factors, Tensor):
+        factors = torch.full((len(x),), factors, dtype=torch.float32, device=x.device)
+    _gpu().average_grams_(rows, columns, x, factors=factors, left_out=left_out, weight=weight)
 
 
 def float32_product(

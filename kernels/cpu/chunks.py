@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,11 +43,13 @@ class _Buffers(threading.local):
     def __init__(self) -> None:
         self.held: dict[tuple[str, torch.dtype], Tensor] = {}
         self.exact: dict[tuple[str, int, torch.dtype], Tensor] = {}  # parts of them, of whole chunks
+        self.shaped: dict[tuple[str, tuple[torch.Size, ...]], tuple[Tensor, list[Tensor]]] = {}  # of several tensors
 
     def get(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
         held = self.held.get((name, dtype))
         if held is None or held.numel() < count:
             self.exact.clear()
+            self.shaped.clear()
             with lasting():
                 held = self.held[(name, dtype)] = torch.empty(max(CHUNK, count), dtype=dtype, device="cpu")
         if count % CHUNK != 0:
@@ -64,6 +66,27 @@ def buffer(name: str, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The first `count` elements of this thread's buffer of that name. It may hold anything: write before reading."""
     kept = _buffers.exact.get((name, count, dtype))
     return _buffers.get(name, count, dtype) if kept is None else kept
+
+
+SHAPED = 64  # sets of views of buffers that are kept for each thread, at most
+
+
+def buffers(name: str, shapes: Sequence[torch.Size]) -> tuple[Tensor, list[Tensor]]:
+    """A float32 buffer for tensors of these shapes, one after the other: flat, and a view for each.
+
+    The views are kept for the next step, because making them takes longer than a small tensor's step.
+    """
+    key = name, tuple(shapes)
+    kept = _buffers.shaped.get(key)
+    if kept is None:
+        sizes = [shape.numel() for shape in shapes]
+        flat = buffer(name, sum(sizes))
+        with lasting():
+            kept = flat, [x.view(shape) for x, shape in zip(flat.split(sizes), shapes, strict=True)]
+        if len(_buffers.shaped) >= SHAPED:
+            _buffers.shaped.clear()
+        _buffers.shaped[key] = kept
+    return kept
 
 
 def spans(numel: int, length: int | None = None) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,25 +37,41 @@ class Slice:
     previous: Tensor | None
 
 
-def _run_adam(mover: Mover, state: Mapping[str, Tensor], grad: Tensor, out: Tensor) -> None:
-    rule = mover.rule
-    assert isinstance(rule, AdamRule)
-    largest = [state["max_exp_avg_sq"]] if rule.amsgrad else []
+def move_by_adam(
+    rule: AdamRule,
+    outs: list[Tensor],
+    grads: list[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    steps: list[Tensor],
+) -> None:
+    """Let torch's kernel move the moments of these tensors, and turn the zeros in `outs` into -u."""
+    largest = [state["max_exp_avg_sq"] for state in states] if rule.amsgrad else []
     _FUSED_ADAM(  # weight decay stays with us: the zeros have nothing to decay
-        [out], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], largest, [mover.step],
-        lr=mover.lr, beta1=mover.beta1, beta2=mover.beta2, weight_decay=0.0, eps=rule.eps,
-        amsgrad=rule.amsgrad, maximize=False,
+        outs, grads, [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], largest, steps,
+        lr=float(number(rule.lr)), beta1=float(number(rule.beta1)), beta2=float(number(rule.beta2)), weight_decay=0.0,
+        eps=rule.eps, amsgrad=rule.amsgrad, maximize=False,
     )  # fmt: skip
+
+
+def move_by_sgd(
+    rule: SGDRule, outs: list[Tensor], grads: list[Tensor], states: Sequence[Mapping[str, Tensor]], *, first: bool
+) -> None:
+    """The same of SGD with momentum. `first` is True if the momentum was made in this step."""
+    _FUSED_SGD(
+        outs, grads, [state["momentum_buffer"] for state in states], weight_decay=0.0, momentum=rule.momentum,
+        lr=float(number(rule.lr)), dampening=rule.dampening, nesterov=rule.nesterov, maximize=False,
+        is_first_step=first,
+    )  # fmt: skip
+
+
+def _run_adam(mover: Mover, state: Mapping[str, Tensor], grad: Tensor, out: Tensor) -> None:
+    assert isinstance(mover.rule, AdamRule)
+    move_by_adam(mover.rule, [out], [grad], [state], [mover.step])
 
 
 def _run_sgd(mover: Mover, state: Mapping[str, Tensor], grad: Tensor, out: Tensor) -> None:
-    rule = mover.rule
-    assert isinstance(rule, SGDRule)
-    _FUSED_SGD(
-        [out], [grad], [state["momentum_buffer"]], weight_decay=0.0, momentum=rule.momentum,
-        lr=mover.lr, dampening=rule.dampening, nesterov=rule.nesterov, maximize=False,
-        is_first_step=mover.numbers.first,
-    )  # fmt: skip
+    assert isinstance(mover.rule, SGDRule)
+    move_by_sgd(mover.rule, [out], [grad], [state], first=mover.numbers.first)
 
 
 def _example(rule: Rule) -> Item:
@@ -98,18 +114,29 @@ def _trusted(rule: Rule) -> bool:
     )
 
 
+# The rules on which torch's kernels are tried, with amsgrad or nesterov and without.
+_TRIED_ADAM = {amsgrad: AdamRule(1e-2, 0.9, 0.99, 1e-8, amsgrad=amsgrad) for amsgrad in (False, True)}
+_TRIED_SGD = {nesterov: SGDRule(0.1, 0.9, 0.0 if nesterov else 0.3, nesterov) for nesterov in (False, True)}
+
+
+def fused_kernel(rule: Rule) -> Run | None:
+    """torch's fused kernel for float32 tensors; None if it has none for this rule, or was not seen to agree."""
+    if isinstance(rule, AdamRule):
+        return _run_adam if _trusted(_TRIED_ADAM[bool(rule.amsgrad)]) else None
+    if isinstance(rule, SGDRule) and rule.momentum != 0:
+        return _run_sgd if _trusted(_TRIED_SGD[bool(rule.nesterov)]) else None
+    return None
+
+
 def _fused(item: Item, rule: Rule, flat: Flat, numbers: Numbers) -> Run | None:
     """torch's fused kernel for this tensor; None unless all is float32 and the kernel has been seen to agree."""
-    if isinstance(rule, AdamRule):
-        run, plain = _run_adam, AdamRule(1e-2, 0.9, 0.99, 1e-8, amsgrad=rule.amsgrad)
-    elif isinstance(rule, SGDRule) and rule.momentum != 0:
-        run, plain = _run_sgd, SGDRule(0.1, 0.9, 0.0 if rule.nesterov else 0.3, rule.nesterov)
-    else:
+    run = fused_kernel(rule)
+    if run is None:
         return None
     tensors = [flat.param, flat.grad, *(flat.state[name] for name in rule.state_names)]
     if any(t.dtype != torch.float32 for t in tensors) or isinstance(numbers.rate, Tensor):
         return None
-    return run if _trusted(plain) else None
+    return run
 
 
 class Mover:
@@ -123,9 +150,6 @@ class Mover:
         self.dtype, self.climbs = compute_dtype(flat.param), float(rate_of(rule)) < 0
         self.run = run or _fused(item, rule, flat, numbers)
         if self.run is not None:
-            assert isinstance(rule, (AdamRule, SGDRule))
-            self.lr = float(number(rule.lr))
-            self.beta1, self.beta2 = float(numbers.beta1), float(numbers.beta2)
             assert rule.first_moment is not None
             count = item.state["step"] if rule.counts_steps else torch.zeros((), device="cpu")
             self.step = count.to(torch.float32)

@@ -17,7 +17,7 @@ Extra memory, freed when the call ends, is that of the call's largest tensor, in
 - about 0.5 for the list inside the bracket, as for that of a control, up to 24 where very many scores are equal, and 4
   to 12 if a bracket has missed.
 
-Non-contiguous tensors are copied while they are stepped.
+Non-contiguous tensors are copied while they are stepped. Small ones without a mask are stepped together: `together.py`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from .chunks import Scratch
 from .draw import draw as draw_marks
 from .draw import room
 from .step import Step
+from .together import is_uniform, step_together
 
 TOGETHER = 1 << 22  # elements of the controls that are drawn together, at most: with fewer, more calls of operations
 
@@ -66,6 +67,8 @@ def _batches(items: Sequence[Item], spec: StepSpec, scratch: Scratch) -> Iterato
 def selective_step(items: Sequence[Item], spec: StepSpec) -> list[Sums] | None:
     """Steps 5 to 7 of these tensors, in place. See `selective.kernels.selective_step`."""
     check_kinds("the CPU", spec)
+    if is_uniform(spec):
+        items = step_together(items, spec)
     scratch = Scratch()
     scratch.largest = max((item.param.numel() for item in items), default=0)
     if spec.selection.control is not None:

@@ -69,9 +69,9 @@ def solve_and_read(
     bool on the device, what it has made is dropped before any matrix is solved again.
     """
     done = [_attempt(problem, problem.solve, torch.float32, problem.matrix.device) for problem in problems]
-    bad = [~_all_trusted(sides) for sides in done]
-    flags = torch.stack([torch.stack((b & j.usable, ~j.usable)).any(1) for b, j in zip(bad, problems, strict=True)])
-    reading = Reading(flags.any(0) if flag is None else torch.cat((flags.any(0), flag.view(1))))
+    usable = torch.cat([problem.usable for problem in problems])
+    flags = torch.stack((usable & ~torch.cat([_all_trusted(sides) for sides in done]), ~usable)).any(1)
+    reading = Reading(flags if flag is None else torch.cat((flags, flag.view(1))))
     made = make([[side.solved.basis for side in sides] for sides in done])
     failed, unusable, *flags_read = reading.wait()  # the one place that waits for the device
     everything = not (failed or unusable or any(flags_read))
@@ -162,8 +162,9 @@ def _try_again(problem: Problem, sides: list[_Try]) -> tuple[list[_Try], Tensor,
 
 
 def _select(problem: Problem, sides: list[_Try], float64: Tensor, cpu: Tensor, *, everything: bool) -> list[NewBasis]:
-    trusted = _all_trusted(sides)
-    changed, kept = trusted & problem.usable, problem.usable & ~trusted
+    changed, kept = _all_trusted(sides), float64
+    if not everything:  # else all are trusted and usable, and no flag of a fallback is set
+        changed, kept = changed & problem.usable, problem.usable & ~changed
     bases = []
     for old, ((basis, values, order), _) in zip(problem.old, sides, strict=True):
         basis = basis if everything else torch.where(per_matrix(changed), basis, old)
@@ -218,4 +219,6 @@ def _put(side: _Try, where: Tensor, new: _Try) -> _Try:
 
 def stand_in(matrix: Tensor, usable: Tensor) -> Tensor:
     """Replace matrices that are not usable by the identity, so that no NaN or infinity reaches a solver."""
+    if not usable.is_cuda and usable.all():  # for a GPU the host would wait
+        return matrix
     return torch.where(per_matrix(usable), matrix, identity_like(matrix))

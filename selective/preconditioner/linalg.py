@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any, Literal
 
 import torch
@@ -37,29 +37,48 @@ LOOSE_IN_TF32 = 2e-3
 up to 2⁻⁹ ‖E‖: 4e-6, beside the 3e-6 that are ¾ of the square."""
 
 
+MKLDNN: Any = torch.backends.mkldnn  # has flags of its own, for which torch declares no types
 _FLAGS = threading.RLock()
 
 
-@contextmanager
-def float32_products(precision: Literal["ieee", "tf32"] = "ieee") -> Iterator[None]:
+class _Products(ContextDecorator):
+    """The context that `float32_products` returns. It is a class because a step enters several for each group."""
+
+    def __init__(self, precision: Literal["ieee", "tf32"]) -> None:
+        self.precision = precision
+        # "none" is what flags say that nobody has set, and float32 then. It is the usual case.
+        self.as_good = ("ieee", "none") if precision == "ieee" else (precision,)
+        self.saved: list[list[tuple[Any, str]]] = []  # of each entry: the flags that were set, with what they had
+
+    def __enter__(self) -> None:
+        _FLAGS.acquire()
+        flags: tuple[Any, ...] = (torch.backends.cuda.matmul, MKLDNN.matmul)
+        found = [(flag, flag.fp32_precision) for flag in flags]
+        if all(before in self.as_good for _, before in found):
+            found = []
+        for flag, _ in found:
+            flag.fp32_precision = self.precision
+        self.saved.append(found)
+
+    def __exit__(self, *error: object) -> None:
+        for flag, before in self.saved.pop():
+            flag.fp32_precision = "none"  # then it reads as the backend's or torch's own flag: was it this?
+            if flag.fp32_precision != before:
+                flag.fp32_precision = before
+        _FLAGS.release()
+
+
+_PRODUCTS = {"ieee": _Products("ieee"), "tf32": _Products("tf32")}
+
+
+def float32_products(precision: Literal["ieee", "tf32"] = "ieee") -> _Products:
     """Set the precision of products of float32 matrices, and restore torch's flags afterwards.
 
     The flags of CUDA and of oneDNN are set, since on CPUs oneDNN may use TF32 or bfloat16 too. They belong to the
     process, so that products in other threads are affected meanwhile. A second thread that enters here waits, because
     both would otherwise restore each other's flags.
     """
-    flags = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul"))  # noqa: B009 (unknown to type checkers)
-    with _FLAGS:
-        saved = [flag.fp32_precision for flag in flags]
-        try:
-            for flag in flags:
-                flag.fp32_precision = precision
-            yield
-        finally:
-            for flag, before in zip(flags, saved, strict=True):
-                flag.fp32_precision = "none"  # then it reads as the backend's or torch's own flag: was it this?
-                if flag.fp32_precision != before:
-                    flag.fp32_precision = before
+    return _PRODUCTS[precision]
 
 
 def in_precision(precision: Precision) -> AbstractContextManager[None]:
@@ -140,7 +159,7 @@ def per_matrix(x: Tensor) -> Tensor:
 
 def finite(x: Tensor) -> Tensor:
     """Return bool [batch]: True where a matrix has finite elements only."""
-    return x.isfinite().flatten(1).all(1)
+    return x.abs().amax((1, 2)) < torch.inf  # NaN if there is one; `isfinite` takes four operations
 
 
 def identity_like(x: Tensor) -> Tensor:

@@ -160,11 +160,13 @@ class _Work:
         if not everything:
             new = [basis._replace(changed=basis.changed & self._by_matrix(due.finite)) for basis in new]
         bases = dict(zip(self.old, new, strict=True))
-        changed = torch.stack([basis.changed for basis in new]).any(0).view(due.count, -1).any(1)
-        is_new = [True] * due.count if everything else changed.tolist()
-        for name, which in () if everything else faults(new, self.facts).items():
-            amounts = which.view(due.count, -1).sum(1) * due.finite
-            writes.append(lambda name=name, amounts=amounts: state[name].add_(amounts))
+        changed, is_new = None, [True] * due.count
+        if not everything:
+            changed = torch.stack([basis.changed for basis in new]).any(0).view(due.count, -1).any(1)
+            is_new = changed.tolist()
+            for name, which in faults(new, self.facts).items():
+                amounts = which.view(due.count, -1).sum(1) * due.finite
+                writes.append(lambda name=name, amounts=amounts: state[name].add_(amounts))
         writes.append(lambda: state["refreshes"].add_(torch.tensor(is_new, dtype=torch.int64, device="cpu")))
         if "noise" in state:
             self._set_noise(next(iter(bases.values())), self.facts[0], writes)
@@ -172,7 +174,7 @@ class _Work:
             chosen = basis.basis if everything else torch.where(per_matrix(basis.changed), basis.basis, self.old[side])
             writes.append(lambda side=side, chosen=chosen: state[f"{side}_basis"].copy_(chosen))
         (maps,) = carries(self.options, bases, self.old, [any(is_new)], len(due.grads), everything, turned)
-        return None if maps is None else Renewed(maps, None if everything else changed)
+        return None if maps is None else Renewed(maps, changed)
 
     def _set_noise(self, basis: NewBasis, facts: Facts, writes: list[Callable[[], object]]) -> None:
         old, noise = self.due.state["noise"], noise_of(facts, basis, self.options.floor)

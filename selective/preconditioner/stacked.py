@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from selective.kernels import average_grams_
+from selective.kernels.lasting import lasting
 from selective.preconditioner import shards
 from selective.preconditioner.base import Preconditioner, Shape, State
 from selective.preconditioner.eigenbasis import Eigenbasis
@@ -49,14 +52,47 @@ def are_usual(numels: Sequence[int]) -> bool:
     return sum(numels) <= USUAL * len(numels)
 
 
-class Part(NamedTuple):
-    """The matrices of `count` parameters in a step, [count * batch, m, n] each, and the stacks of their state."""
+class Product(NamedTuple):
+    """The factors of a product of matrices, and the tensor for its result."""
+
+    first: Tensor
+    second: Tensor
+    target: Tensor
+
+
+@dataclass(eq=False)
+class Part:
+    """The matrices of `count` parameters in a step, [count * batch, m, n] each, and the stacks of their state.
+
+    It is kept from step to step. So its state has the same stacks in all of them.
+    """
 
     count: int
     state: State
     given: Tensor  # what is rotated
     halfway: Tensor  # one product later, where there are two; else any tensor
     result: Tensor
+
+    @cached_property
+    def products_in(self) -> list[Product]:
+        """The products of PᵀXQ in their order."""
+        return self._products(into=True)
+
+    @cached_property
+    def products_out(self) -> list[Product]:
+        """The products of P X Qᵀ in their order."""
+        return self._products(into=False)
+
+    def _products(self, *, into: bool) -> list[Product]:
+        products, x, sides = [], self.given, shards.side_of(self.state)
+        with lasting():
+            for side in sides:
+                basis = self.state[f"{side}_basis"]
+                basis = basis.mT if into is (side == "rows") else basis
+                target = self.result if side == sides[-1] else self.halfway
+                products.append(Product(basis, x, target) if side == "rows" else Product(x, basis, target))
+                x = target
+        return products
 
 
 def has_two_sides(state: State) -> bool:
@@ -77,14 +113,8 @@ class StackedEigenbasis:
         """
         with in_precision(self.options.precision):
             for part in parts:
-                sides = shards.side_of(part.state)
-                x = part.given
-                for number, side in enumerate(sides):
-                    basis = part.state[f"{side}_basis"]
-                    basis = basis.mT if into is (side == "rows") else basis
-                    target = part.result if number == len(sides) - 1 else part.halfway
-                    torch.bmm(*((basis, x) if side == "rows" else (x, basis)), out=target)
-                    x = target
+                for first, second, target in part.products_in if into else part.products_out:
+                    torch.bmm(first, second, out=target)
 
     def denoise(self, parts: Sequence[Part]) -> None:
         """Set elements of the rotated gradients in `result` to 0 that are rounding noise, in place.
@@ -117,14 +147,17 @@ class StackedEigenbasis:
 
 
 class Flags(NamedTuple):
-    """By part, for each matrix [count * batch]: True if its gradient is left out, and the factor of its averages."""
+    """By part, for each matrix [count * batch]: True if its gradient is left out, and the factor of its averages.
 
-    left_out: list[Tensor]
-    factors: list[Tensor]
+    On a CPU they are None and one number where no gradient is left out.
+    """
+
+    left_out: Sequence[Tensor | None]
+    factors: Sequence[Tensor | float]
 
 
 class Averaging:
-    """Finds out which gradients can enter the averages, and counts the others. All of it stays on the device.
+    """Finds out which gradients can enter the averages, and counts the others. On a GPU all of it stays there.
 
     `shapes` are those of the matrices of all parameters, in the order of the parts: of sharded ones the wholes, whose
     averages the ranks add up. `not_finite` counts gradients, and `skipped` matrices: int64 [parameters], in that order.
@@ -145,6 +178,8 @@ class Averaging:
 
     def look_at(self, parts: Sequence[Part], beta: float) -> Flags:
         """Count gradients that are not finite or too large, and say what to do with the matrices of each part."""
+        if self.limits.device.type == "cpu" and self._all_fit(parts):  # the usual case; for a GPU the host would wait
+            return Flags([None] * len(parts), [beta] * len(parts))
         largest = torch.empty_like(self.limits)
         for part, numbers in zip(parts, _split(largest, parts), strict=True):
             if not part.given.numel():  # a shard may be empty
@@ -158,6 +193,17 @@ class Averaging:
         self.skipped.add_(too_large if self.batches is None else too_large * self.batches)
         left_out, factors = fits.logical_not(), torch.full_like(largest, beta).masked_fill_(too_large, 1.0)
         return Flags(_by_matrix(left_out, parts), _by_matrix(factors, parts))
+
+    def _all_fit(self, parts: Sequence[Part]) -> bool:
+        """True if all elements of all parts are within the limits, and none is NaN. It waits for the device."""
+        start = 0
+        for part in parts:
+            limit = float(self.limits[start])  # that of all matrices of one shape
+            smallest, largest = map(float, torch.aminmax(part.given))
+            if not (-limit < smallest and largest < limit):
+                return False
+            start += part.count
+        return True
 
 
 def _split(numbers: Tensor, parts: Sequence[Part]) -> list[Tensor]:

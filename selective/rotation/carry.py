@@ -127,7 +127,7 @@ class MomentCarrier:
 
         rewrite(entry.tensor, entry.shape, raised, valid, self.precision)
         if floors:
-            keep_above_zero(entry, torch.stack(floors).amax(0), valid)
+            keep_above_zero(entry, floors, valid)
 
 
 def _squares(maps: Carry) -> bool:
@@ -221,7 +221,7 @@ def _floor(first: Entry, bound: spec.Scalar, second: Entry) -> Tensor:
     if isinstance(bound, Tensor):
         ratio = torch.where(bound > 0, ratio, 0.0)
     floor = (ratio if second.is_norm else ratio.square()).clamp(min=torch.finfo(ratio.dtype).tiny)
-    return torch.where(ratio == 0, 0.0, floor)
+    return floor.masked_fill_(ratio == 0, 0.0)
 
 
 def rewrite(
@@ -245,20 +245,23 @@ def rewrite(
         moment.copy_(from_matrices(changed, moment.shape).to(plain.dtype))
 
 
-def keep_above_zero(entry: Entry, floor: Tensor, valid: Tensor | None = None) -> None:
-    """Raise elements of a second moment that were rounded to 0 though their floor is above 0.
+def keep_above_zero(entry: Entry, floors: Sequence[Tensor], valid: Tensor | None = None) -> None:
+    """Raise elements of a second moment that were rounded to 0 though one of their floors is above 0.
 
     They become the smallest number that the storage does not round to 0. bfloat16 and float32 need nothing: their range
     is large enough. The smallest float16 is 6e-8, the square of 2.4e-4. Eight-bit storage has an unknown smallest
     number for each block, so the written value is raised until 0 is not read back, which waits for the device.
     """
     tensor = entry.tensor
+    is_plain = dequantized(tensor) is tensor
+    if is_plain and tensor.dtype != torch.float16:
+        return
+    floor = torch.stack(list(floors)).amax(0)
     wanted = floor > 0 if valid is None else (floor > 0) & valid
-    if dequantized(tensor) is tensor:
-        if tensor.dtype == torch.float16:
-            smallest = torch.finfo(tensor.dtype).smallest_normal * torch.finfo(tensor.dtype).eps
-            low = (as_matrix(tensor, entry.shape) == 0) & wanted
-            tensor.masked_fill_(from_matrices(low, tensor.shape), smallest)
+    if is_plain:
+        smallest = torch.finfo(tensor.dtype).smallest_normal * torch.finfo(tensor.dtype).eps
+        low = (as_matrix(tensor, entry.shape) == 0) & wanted
+        tensor.masked_fill_(from_matrices(low, tensor.shape), smallest)
         return
     for _ in range(MOST_RAISES):
         stored = as_matrix(dequantized(tensor), entry.shape)
@@ -290,7 +293,7 @@ def rotate_existing_moments(base: Optimizer, param: Tensor, moments: Moments, sh
         floors = [_floor(m, bound, entry) for m, bound in bounds]
         rewrite(entry.tensor, shape, _estimated(project, floors, squared=not entry.is_norm))
         if floors:
-            keep_above_zero(entry, torch.stack(floors).amax(0))
+            keep_above_zero(entry, floors)
 
 
 DRAWS = 16  # draws of signs: the average of 16 squares of normal numbers has a relative error of 35 %

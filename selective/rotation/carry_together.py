@@ -56,18 +56,20 @@ def _are_alike(some: Sequence[Sequence[Entry]], shape: Shape) -> bool:
 def _carry_stacked(
     carrier: MomentCarrier, some: Sequence[Sequence[Entry]], shape: Shape, maps: Carry, valid: Tensor | None
 ) -> None:
-    """Copy the entries into stacks, carry these, and copy them back."""
+    """Copy the entries into stacks, carry these, and copy them back. A single parameter's are carried in place."""
     batch, rows, columns = shape
     whole = (len(some) * batch, rows, columns)
-    stacks: list[Entry] = []
+    stacks: list[Entry] = list(some[0])
     copies: list[tuple[list[Tensor], list[Tensor]]] = []
-    for entries in zip(*some, strict=True):
-        tensors = [entry.tensor for entry in entries]
-        stack = torch.empty(whole, dtype=tensors[0].dtype, device=tensors[0].device)
-        parts = [part.view(tensors[0].shape) for part in stack.split(batch)]
-        copy_to(parts, tensors)
-        copies.append((tensors, parts))
-        stacks.append(replace(entries[0], tensor=stack, shape=whole))
+    if len(some) > 1 or not all(entry.tensor.is_contiguous() for entry in stacks):
+        stacks = []
+        for entries in zip(*some, strict=True):
+            tensors = [entry.tensor for entry in entries]
+            stack = torch.empty(whole, dtype=tensors[0].dtype, device=tensors[0].device)
+            parts = [part.view(tensors[0].shape) for part in stack.split(batch)]
+            copy_to(parts, tensors)
+            copies.append((tensors, parts))
+            stacks.append(replace(entries[0], tensor=stack, shape=whole))
     by_matrix = valid
     if valid is not None:
         by_matrix = per_matrix(valid if batch == 1 else valid.repeat_interleave(batch, output_size=whole[0]))

@@ -109,6 +109,22 @@ def test_averages_are_no_further_from_float64_than_twice_what_torch_is(
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("backend", ["gpu", "reference"])
+def test_one_factor_for_all_and_nothing_left_out(device: str, backend: Any) -> None:
+    """The bits that tensors of one value give."""
+    x, count = drawn(3, 20, 36).to(device), 3
+    tensors = {"factors": torch.full((count,), 0.9), "left_out": torch.zeros(count, dtype=torch.bool)}
+    outcomes = []
+    for numbers in ({"factors": 0.9, "left_out": None}, {name: t.to(device) for name, t in tensors.items()}):
+        averages = symmetric(count, 20).to(device), symmetric(count, 36, seed=2).to(device)
+        average_grams_(*averages, x, **numbers, weight=0.1, backend=backend)
+        outcomes.append(averages)
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    assert torch.equal(outcomes[0][1], outcomes[1][1])
+    assert not torch.equal(outcomes[0][0], symmetric(count, 20).to(device))
+
+
+@pytest.mark.usefixtures("small_tiles")
 @settings(max_examples=30 if CUDA else 2, deadline=None)
 @given(
     count=st.integers(1, 3), rows=st.integers(1, 70), columns=st.integers(1, 70), seed=st.integers(0, 99),

@@ -372,10 +372,10 @@ def test_a_second_moment_in_8_bits_is_not_rounded_to_nothing(space: str, monkeyp
 
 def test_what_is_raised_is_raised_no_further_than_it_takes() -> None:
     v = torch.zeros(1, 4, dtype=torch.float16)
-    keep_above_zero(Entry("v", v, (1, 1, 4)), torch.tensor([[[0.0, 1e-12, 1e-9, 1e-9]]]), torch.tensor(True))
+    keep_above_zero(Entry("v", v, (1, 1, 4)), [torch.tensor([[[0.0, 1e-12, 1e-9, 1e-9]]])], torch.tensor(True))
     assert v.tolist() == [[0.0, *[2.0**-24] * 3]]
     kept = torch.zeros(1, 4, dtype=torch.float16)
-    keep_above_zero(Entry("v", kept, (1, 1, 4)), torch.full((1, 1, 4), 1e-9), torch.tensor(False))
+    keep_above_zero(Entry("v", kept, (1, 1, 4)), [torch.full((1, 1, 4), 1e-9)], torch.tensor(False))
     assert not kept.any()  # a refresh that was undone
 
 
