@@ -36,7 +36,7 @@ else:
     from .reference.random import sample_positions, uniform, uniform_bits
     from .reference.rules import Advanced, as_seen, decay_factor, turned
     from .shard import Shard
-    from .sharded import Exchange
+    from .sharded import Exchange, RunningPart
     from .spec import (
         AdamRule,
         Control,
@@ -72,6 +72,7 @@ else:
         "KernelDifference",
         "LionRule",
         "Rule",
+        "RunningPart",
         "SGDRule",
         "Scalar",
         "Selection",

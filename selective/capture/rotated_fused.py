@@ -15,7 +15,7 @@ from torch import Tensor
 from selective.base.fused_rules import FusedRule, FusedSGD
 from selective.base.lent_gradients import LentGradients
 from selective.capture.rotated import RotatedJob
-from selective.capture.rotated_planned import Calls, KeptStep
+from selective.capture.rotated_planned import Calls, KeptStep, Step
 from selective.kernels import advance, begin_sharded, selective_step, spec
 from selective.parameter import Parameter
 from selective.policies.kernel_terms import everything_as_it_is
@@ -109,7 +109,7 @@ class RotatedFusedJob(RotatedJob):
         )
         self.kept_step.trust(token)
         basis = StackedEigenbasis(rotation.preconditioner)  # type: ignore[arg-type]  # as `Stacks` are of these alone
-        planned.step(rotation, basis, self.gradients, self._kernel_calls())
+        planned.step(Step(rotation, basis, self.gradients, self._kernel_calls()))
 
     def _kernel_calls(self) -> Calls:
         """Return the arguments of the kernel calls of a step in stacks."""
@@ -146,6 +146,7 @@ class RotatedFusedJob(RotatedJob):
 
     def restore(self) -> None:
         self.hidden.give_back()
+        self.kept_step.give_back()
         super().restore()
 
     def _step(self, indices: list[int], rotated: list[Tensor], in_kernel: bool) -> None:

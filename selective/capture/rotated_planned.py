@@ -5,17 +5,18 @@
 
 It computes what `RotatedFusedJob` computes bucket by bucket. Everything that lists are made of lasts from step to step:
 stacks, views of buffers, the items of kernels. So a step makes about ten launches for each shape, and a dozen besides,
-however many parameters there are. The gradients are copied into their stack for the averages, and again for the
-products, because what is left out of averages may be written over.
+however many parameters there are. The gradients are copied into their stack for the products, and again for the
+averages, because in between its memory holds the updates. That costs less than the memory of another stack.
 
-Of sharded parameters the stacks hold this rank's parts. Where the mask needs sums over the ranks, the products that
-come after it wait for the end of the step, when all groups' sums are made together.
+Of sharded parameters the stacks hold this rank's parts. Where the mask needs sums over the ranks, all that comes after
+it waits for the end of the step, when all groups' sums are made together. Another rank may take the same step bucket by
+bucket. So the rule is called for each bucket, as there: what ranks add up together has one order on all of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import is_
@@ -24,7 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from selective.foreach import many_of
-from selective.kernels import Exchange, begin_sharded, selective_step, spec
+from selective.kernels import Exchange, RunningPart, begin_sharded, selective_step, spec
 from selective.kernels.lasting import lasting
 from selective.parameter import Parameter
 from selective.preconditioner.stacked import Averaging, Part, StackedEigenbasis, has_two_sides
@@ -44,12 +45,22 @@ class Calls:
 
     rule: dict[str, Any]
     write: dict[str, Any]
-    report: Report | None  # gets the statistics
+    report: Report  # gets the statistics, if there are any
     exchange: Exchange  # makes the sums over the ranks
 
 
-class Member:
-    """A parameter, and what is made of it and its state on this rank."""
+@dataclass(frozen=True)
+class Step:
+    """One step: what all rounds work with. `gradients` are not rotated, and given by index."""
+
+    rotation: Rotation
+    basis: StackedEigenbasis
+    gradients: Sequence[Tensor]
+    calls: Calls
+
+
+class Stepped:
+    """A parameter that is stepped in stacks, with this rank's parts of it and of its state."""
 
     def __init__(
         self, parameter: Parameter, state: dict[str, Any], own: dict[str, Tensor], shard: spec.Shard | None
@@ -67,11 +78,12 @@ class Round:
     `halfway` is as large as the largest bucket with two sides.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], members: Sequence[Member]) -> None:
+    def __init__(self, buckets: Sequence[Bucket], members: Sequence[Stepped]) -> None:
         device = members[0].tensor.device
         shapes = [(len(b.indices) * b.shape[0], *b.shape[1:]) for b in buckets]
         numels = [aligned(rows * m * n) for rows, m, n in shapes]
         self.part = slice(buckets[0].start, buckets[-1].part.stop)
+        self.averaging: Averaging | None = None  # made in the first step that needs it
         self.given, self.rotated = Buffer(sum(numels), device), Buffer(sum(numels), device)
         between = [n if has_two_sides(bucket.state) else 0 for n, bucket in zip(numels, buckets, strict=True)]
         self.halfway = Buffer(max(between), device)
@@ -90,10 +102,13 @@ class Round:
             ]
             self.views = self._by_parameter(buckets, given)
             results = self._by_parameter(buckets, rotated)
-        self.items, self.writes = spec.ItemList(), spec.ItemList()
-        for one, buffer, result in zip(self.members, self.views, results, strict=True):
+        self.lists, self.writes = [spec.ItemList()], spec.ItemList()
+        first_of_buckets = {bucket.indices[0] for bucket in buckets[1:]} if self.is_sharded else set[int]()
+        for i, one, buffer, result in zip(self.indices, self.members, self.views, results, strict=True):
             p, address = one.tensor, one.parameter.address
-            self.items.append(spec.Item(buffer, result, one.state, address, one.own, one.shard))
+            if i in first_of_buckets:
+                self.lists.append(spec.ItemList())
+            self.lists[-1].append(spec.Item(buffer, result, one.state, address, one.own, one.shard))
             self.writes.append(spec.Item(p, result, {"update": result, "start": p}, address))
 
     @property
@@ -109,21 +124,29 @@ class Round:
         """Copy the gradients, given by index, into their stacks."""
         many_of._foreach_copy_(self.views, [gradients[i] for i in self.indices])
 
-    def step(self, basis: StackedEigenbasis, rotation: Rotation, gradients: Sequence[Tensor], calls: Calls) -> None:
-        """Take steps 4 to 7 for these parameters, or begin them: `calls.exchange` ends them if sums are needed."""
-        with ExitStack() as memory:
-            memory.enter_context(all_in_use(self.buffers))
-            self._rotate(basis, rotation, gradients)
-            if not self.is_sharded:
-                self._write(memory, basis, rotation, calls, selective_step(self.items, **calls.rule))
-                return
-            begun = begin_sharded(self.items, **calls.rule)
-            then = partial(self._write, memory.pop_all(), basis, rotation, calls)
-        calls.exchange.add(begun, len(self.items), then)
+    def give_back(self) -> None:
+        """Give the memory of all buffers back, whatever has become of the step."""
+        for buffer in self.buffers:
+            buffer.give_back()
 
-    def _rotate(self, basis: StackedEigenbasis, rotation: Rotation, gradients: Sequence[Tensor]) -> None:
+    def step(self, step: Step) -> None:
+        """Take steps 4 to 8 for these parameters, or begin them: the exchange ends them if sums are needed."""
+        for buffer in self.buffers:
+            buffer.take()
+        try:
+            self._rotate(step)
+            if self.is_sharded:
+                step.calls.exchange.add(self._begun(step.calls), len(self.members), partial(self._finish, step))
+            else:
+                self._finish(step, selective_step(self.lists[0], **step.calls.rule))
+        except BaseException:
+            self.give_back()
+            raise
+
+    def _rotate(self, step: Step) -> None:
         """Put the rotated gradients into `rotated`, and zeros into `given`."""
-        self.gather(gradients)
+        rotation, basis = step.rotation, step.basis
+        self.gather(step.gradients)
         with rotation.named("project_in"):
             basis.project(self.parts, into=True)
         if rotation.has_refreshed:
@@ -134,41 +157,48 @@ class Round:
                 clear_noise_(part.result)
         self.given.flat.zero_()
 
-    def _write(
-        self,
-        memory: AbstractContextManager[object],
-        basis: StackedEigenbasis,
-        rotation: Rotation,
-        calls: Calls,
-        sums: Sequence[spec.Sums] | None,
-    ) -> None:
-        """Apply the masked updates in `given` to the parameters, and leave the memory of the buffers."""
-        with memory:
+    def _begun(self, calls: Calls) -> list[RunningPart]:
+        """Begin the rule and the mask of each bucket, and return what is left of them."""
+        begun: list[RunningPart] = []
+        count = 0
+        for items in self.lists:
+            for part in begin_sharded(items, **calls.rule):
+                part.places = [count + place for place in part.places]
+                begun.append(part)
+            count += len(items)
+        return begun
+
+    def _finish(self, step: Step, sums: Sequence[spec.Sums] | None) -> None:
+        """Apply the masked updates in `given` to the parameters, and let the averages take up the gradients."""
+        rotation, basis, write = step.rotation, step.basis, step.calls.write
+        try:
             with rotation.named("project_out"):
                 basis.project(self.parts, into=False)
             writes: Sequence[spec.Item] = self.writes
-            if self.is_sharded and calls.write["draw"].stochastic:  # which reads places in the whole
+            if self.is_sharded and write["draw"].stochastic:  # which reads places in the whole
                 writes = [replace(item, shard=one.shard) for item, one in zip(writes, self.members, strict=True)]
-            selective_step(writes, **calls.write)
-        if sums is not None and calls.report is not None:
-            calls.report([one.parameter for one in self.members], sums)
-
-    def average(self, basis: StackedEigenbasis, gradients: Sequence[Tensor], averaging: Averaging) -> None:
-        """Let the averages take up the gradients."""
-        with self.given.in_use():
-            self.gather(gradients)
-            basis.average(averaging, self.parts)
+            selective_step(writes, **write)
+            self.rotated.give_back()
+            self.halfway.give_back()
+            with rotation.named("observe"):
+                basis.forget_noise([part.state for part in self.parts])
+                if self.averaging is not None:
+                    self.gather(step.gradients)
+                    basis.average(self.averaging, self.parts)
+        finally:
+            self.give_back()
+        if sums is not None:
+            step.calls.report([one.parameter for one in self.members], sums)
 
 
 class PlannedStep:
     """The rounds of one group's step: as many buckets at a time as `limit` elements allow."""
 
-    def __init__(self, stacks: Stacks, states: States, members: Sequence[Member], limit: int) -> None:
+    def __init__(self, stacks: Stacks, states: States, members: Sequence[Stepped], limit: int) -> None:
         self.stacks, self.states = stacks, list(states)
         self.parameters = [one.parameter for one in members]
         self.locals = _locals(stacks, self.parameters, self.states)
         self.rounds = [Round(part, members) for part in _rounds(stacks.buckets, limit)]
-        self._averagings: list[Averaging] = []
 
     def are_in_place(self) -> bool:
         """True if the local tensors of DTensors are those that this step was made of; plain ones are looked at later.
@@ -177,27 +207,16 @@ class PlannedStep:
         """
         return _same(self.locals, _locals(self.stacks, self.parameters, self.states))
 
-    def step(self, rotation: Rotation, basis: StackedEigenbasis, gradients: Sequence[Tensor], calls: Calls) -> None:
-        """Take steps 4 to 8 for all parameters; `gradients` are not rotated.
-
-        The averages are first, and not last, because the step may end after this call. It does not read them.
-        """
-        if basis.options.observes():
-            self._observe(rotation, basis, gradients)
+    def step(self, step: Step) -> None:
+        """Take steps 4 to 8 for all parameters, or begin them."""
+        observes = step.basis.options.observes()
         for one_round in self.rounds:
-            one_round.step(basis, rotation, gradients, calls)
-        basis.forget_noise([bucket.state for bucket in self.stacks.buckets])
+            if observes and one_round.averaging is None:
+                one_round.averaging = self._averaging(one_round.part)
+            one_round.step(step)
 
-    def _observe(self, rotation: Rotation, basis: StackedEigenbasis, gradients: Sequence[Tensor]) -> None:
-        """Take step 8: what `Rotation.observe` does."""
-        with rotation.named("observe"):
-            if not self._averagings:
-                self._averagings = [self._averaging(one_round) for one_round in self.rounds]
-            for one_round, averaging in zip(self.rounds, self._averagings, strict=True):
-                one_round.average(basis, gradients, averaging)
-
-    def _averaging(self, one_round: Round) -> Averaging:
-        stacks, part = self.stacks, one_round.part
+    def _averaging(self, part: slice) -> Averaging:
+        stacks = self.stacks
         counters = stacks.not_finite[part], stacks.numbers["skipped"][part]
         return Averaging(stacks.wholes[part], stacks.not_finite.device, *counters)
 
@@ -214,6 +233,12 @@ class KeptStep:
     def drop(self) -> None:
         """Forget it, so that state which was replaced is not kept in memory until the next step."""
         self._step, self._own, self._token = None, None, None
+
+    def give_back(self) -> None:
+        """Give the memory of a step back that was begun, and will not be ended."""
+        if self._step is not None:
+            for one_round in self._step.rounds:
+                one_round.give_back()
 
     def drop_unless(self, token: object) -> None:
         """Forget it in a step without it, if state may have been replaced since."""
@@ -262,7 +287,7 @@ class KeptStep:
         ):
             self.drop()
             given = enumerate(zip(parameters, states, strict=True))
-            members = [Member(p, state, own_state(p), shard(i)) for i, (p, state) in given]
+            members = [Stepped(p, state, own_state(p), shard(i)) for i, (p, state) in given]
             kept = PlannedStep(stacks, states, members, limit)
             self._step, self._own = kept, own
         return kept
@@ -281,11 +306,11 @@ def _same(before: Sequence[object], now: Sequence[object]) -> bool:
 
 
 def _rounds(buckets: Sequence[Bucket], limit: int) -> Iterator[list[Bucket]]:
-    """Divide buckets, in order, into lists of at most `limit` elements, or of one bucket: the same on all ranks."""
+    """Divide buckets, in order, into lists of at most `limit` elements, or of one bucket."""
     taken: list[Bucket] = []
     count = 0
     for bucket in buckets:
-        numel = len(bucket.indices) * bucket.form.most
+        numel = len(bucket.indices) * math.prod(bucket.shape)
         if taken and count + numel > limit:
             yield taken
             taken, count = [], 0

@@ -39,17 +39,14 @@ def steps_in_stacks(preconditioner: Preconditioner) -> bool:
     return ours and isinstance(preconditioner, Eigenbasis) and preconditioner.precision != "bfloat16"
 
 
-def fits_in_stacks(size: torch.Size, shape: Shape, numel: int) -> bool:
-    """True if a contiguous tensor of this size, read as matrices of `shape`, is part of a stack without a copy.
-
-    `numel` are its elements, of a sharded one those of a part.
-    """
-    return numel <= LARGEST and lies_in_order(size, shape)
+def fits_in_stacks(size: torch.Size, shape: Shape) -> bool:
+    """True if a contiguous tensor of this size, read as matrices of `shape`, is part of a stack without a copy."""
+    return math.prod(shape) <= LARGEST and lies_in_order(size, shape)
 
 
-def are_usual(numels: Sequence[int]) -> bool:
-    """True if matrices with so many elements are so small on average that a step in stacks is faster."""
-    return sum(numels) <= USUAL * len(numels)
+def are_usual(shapes: Sequence[Shape]) -> bool:
+    """True if these matrices are so small on average that a step in stacks is faster."""
+    return sum(map(math.prod, shapes)) <= USUAL * len(shapes)
 
 
 class Product(NamedTuple):

@@ -27,9 +27,17 @@ class Buffer:
         self._storage, self._bytes = self.flat.untyped_storage(), 4 * numel
         self._storage.resize_(0)
 
+    def take(self) -> None:
+        """Get memory, whose contents are undefined at first."""
+        self._storage.resize_(self._bytes)
+
+    def give_back(self) -> None:
+        """Give the memory back; nothing happens if there is none."""
+        self._storage.resize_(0)
+
     def in_use(self) -> AbstractContextManager[None]:
-        """Have memory, whose contents are undefined at first, inside of the block."""
-        return _InUse(self._storage, self._bytes)
+        """Have memory inside of the block."""
+        return _InUse(self)
 
     def views(self, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Return views of these shapes, one after the other, each at a multiple of `ALIGNED` elements.
@@ -47,14 +55,14 @@ class Buffer:
 class _InUse:
     """The context that `Buffer.in_use` returns. It is a class because a step enters several for each group."""
 
-    def __init__(self, storage: torch.UntypedStorage, size: int) -> None:
-        self.storage, self.size = storage, size
+    def __init__(self, buffer: Buffer) -> None:
+        self.buffer = buffer
 
     def __enter__(self) -> None:
-        self.storage.resize_(self.size)
+        self.buffer.take()
 
     def __exit__(self, *error: object) -> None:
-        self.storage.resize_(0)
+        self.buffer.give_back()
 
 
 def aligned(numel: int) -> int:

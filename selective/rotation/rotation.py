@@ -7,6 +7,7 @@ parameter's `skipped` counts such gradients. All of this happens on the device, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
@@ -33,7 +34,7 @@ from selective.rotation.noise import clear_noise_
 from selective.rotation.refresh_gathered import gather_matrices, part_of, refresh_gathered
 from selective.rotation.refresh_sharded import refresh_shards
 from selective.rotation.refresh_together import due_runs, in_parts, refresh_together
-from selective.rotation.stacks import Stacks
+from selective.rotation.stacks import STACKED, Stacks, size_of
 
 # Elements of matrices whose bases are refreshed together, if the refresh does not read their gradients.
 BASES = 2**28
@@ -83,16 +84,19 @@ class Rotation:
     def buckets(self, indices: Sequence[int], limit: int | None = None) -> Iterator[list[int]]:
         """Iterate over buckets: parameters of equal shape, shard and device, at most `limit` elements together.
 
-        The default limit is `ROTATED`. Elements of sharded matrices are counted over all ranks, so that all have the
-        same buckets and can gather at once.
+        The default limit is `ROTATED`. Sharded matrices are divided as those in stacks are (`size_of`), so that all
+        ranks have the same buckets, can gather at once, and add up sums in one order.
         """
         by_kind: dict[tuple[object, ...], list[int]] = {}
         for index in indices:
             basis = self.bases[index]
             by_kind.setdefault((basis.whole, basis.shape, id(basis.shard), basis.device), []).append(index)
         for same_kind in by_kind.values():
-            batch, rows, columns = self.bases[same_kind[0]].whole
-            parts = batches(len(same_kind), batch * rows * columns, ROTATED if limit is None else limit)
+            first = self.bases[same_kind[0]]
+            numel, most = math.prod(first.whole), ROTATED if limit is None else limit
+            if first.shard is not None:
+                numel, most = size_of(first.whole, first.state.values()), STACKED
+            parts = batches(len(same_kind), numel, most)
             yield from (same_kind[part] for part in parts)
 
     def bucket_elements(self, *, narrow: bool) -> int:

@@ -13,7 +13,8 @@ is there twice.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+import math
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from selective.preconditioner import Shape, State
 from selective.preconditioner.linalg import batches, copy_to
 
 STACKED = 2**27
-"""Elements of the largest matrices that are stacked together, 512 MiB."""
+"""Elements of the matrices, or of their largest entries, that are stacked together: 512 MiB."""
 
 Table = MutableMapping[str, Tensor]  # the entries of one parameter
 
@@ -41,16 +42,21 @@ def over_memory_of(view: Tensor) -> Tensor:
 
 
 class Form(NamedTuple):
-    """What parameters have in common whose entries are stacked together.
-
-    All ranks divide parameters alike, so that what they add up has one order. Parts of one shape don't suffice for
-    that: on another rank, the parts of what is cut over other dimensions of a mesh may differ.
-    """
+    """What parameters have in common whose entries are stacked together."""
 
     shape: Shape  # of this rank's part of the matrices
     whole: Shape  # of the matrices
-    most: int  # elements of the largest part of a parameter that any rank has
-    cut: int = 0  # another number for what is cut in another way
+    size: int  # see `size_of`
+    cut: int = 0  # another number for what is cut over ranks in another way
+
+
+def size_of(whole: Shape, state: Iterable[Tensor]) -> int:
+    """Return the elements of a parameter's matrices, or of its largest entry if that has more: the same on all ranks.
+
+    By it parameters are divided that are stacked or rotated together. Ranks add up the sums of such a part together. So
+    the division follows from these parameters alone, and not from others, which another rank may not have.
+    """
+    return max([math.prod(whole), *(entry.numel() for entry in state)])
 
 
 @dataclass
@@ -143,15 +149,14 @@ class Stacks:
 
 
 def _buckets(forms: Sequence[Form]) -> list[Bucket]:
-    """Divide parameters into buckets whose largest matrices have at most `STACKED` elements."""
+    """Divide parameters into buckets of at most `STACKED` elements, by `size_of`."""
     by_form: dict[Form, list[int]] = {}
     for index, form in enumerate(forms):
         by_form.setdefault(form, []).append(index)
     buckets: list[Bucket] = []
     start = 0
     for form, indices in by_form.items():
-        batch, rows, columns = form.whole
-        for part in batches(len(indices), batch * max(rows, columns) ** 2, STACKED):
+        for part in batches(len(indices), form.size, STACKED):
             buckets.append(Bucket(indices[part], start, form))
             start += len(indices[part])
     return buckets

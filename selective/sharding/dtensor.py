@@ -80,16 +80,6 @@ def whole_sides(param: Tensor) -> frozenset[Literal["rows", "columns"]]:
     return frozenset(side for side, dim in sides.items() if dim not in cut)
 
 
-def largest_part(param: Any) -> int:
-    """Return the number of elements of the largest part of a parameter that any rank has: the same on all ranks."""
-    sizes = list(param.shape)
-    if is_dtensor(param):
-        for mesh_dim, placement in enumerate(param.placements):
-            if _is_shard(placement):
-                sizes[placement.dim] = -(-sizes[placement.dim] // param.device_mesh.size(mesh_dim))
-    return math.prod(sizes)
-
-
 def is_first(param: Tensor) -> bool:
     """True on exactly one rank of the parameter's mesh, whose part counts in sums."""
     return not is_dtensor(param) or not any(param.device_mesh.get_coordinate() or ())  # type: ignore[attr-defined]

@@ -15,8 +15,8 @@ from selective.plan.rotation_plan import RotationPlan
 from selective.preconditioner.stacked import LARGEST, USUAL, are_usual, fits_in_stacks, steps_in_stacks
 from selective.rotation.basis import Basis
 from selective.rotation.kept_bases import KeptBases
-from selective.rotation.stacks import Form, Stacks
-from selective.sharding.dtensor import is_dtensor, largest_part, shard_of
+from selective.rotation.stacks import Form, Stacks, size_of
+from selective.sharding.dtensor import is_dtensor, local_of, shard_of
 from selective.state.entries import BASIS, BASIS_SKIPPED, BASIS_STEPS
 from selective.state.rotation_state import stored_basis
 from selective.state.store import StateStore
@@ -63,17 +63,20 @@ def _keep(plan: GroupPlan, members: list[Parameter], store: StateStore, places: 
         stacks = None
         plan.forget_bases()
         if _can_be_stacked(rotation, members):
-            tensors = [p.tensor for p in members]
-            forms = [
-                Form(rotation.local_shape(t), rotation.shapes[t], largest_part(t), id(shard_of(t))) for t in tensors
-            ]
-            on_ranks = any(map(is_dtensor, tensors))
+            forms = [_form(rotation, p.tensor, own) for p, own in zip(members, tables, strict=True)]
+            on_ranks = any(is_dtensor(p.tensor) for p in members)
             stacks = Stacks(tables, forms, BASIS, BASIS_STEPS, BASIS_SKIPPED, on_ranks)
     bases = [
         stored_basis(plan, parameter, own, places[parameter.tensor])
         for parameter, own in zip(members, tables, strict=True)
     ]
     plan.kept_bases = KeptBases(members, made_of, bases, stacks)
+
+
+def _form(rotation: RotationPlan, tensor: Tensor, own: Mapping[str, Tensor]) -> Form:
+    whole = rotation.shapes[tensor]
+    size = size_of(whole, (entry for name, entry in own.items() if name.startswith(BASIS)))
+    return Form(rotation.local_shape(tensor), whole, size, id(shard_of(tensor)))
 
 
 def _can_be_stacked(rotation: RotationPlan, members: list[Parameter]) -> bool:
@@ -84,7 +87,7 @@ def _can_be_stacked(rotation: RotationPlan, members: list[Parameter]) -> bool:
 def why_not_stacked(rotation: RotationPlan, members: list[Parameter]) -> str | None:
     """Return the reason why these parameters can't be stepped in stacks, in words; None if they can.
 
-    It is the same on all ranks, which add up sums in the order of a step.
+    Ranks may differ in it. Of shards, this rank's parts count.
     """
     tensors = [p.tensor for p in members]
     if rotation.capture.way != "fused":
@@ -98,8 +101,9 @@ def why_not_stacked(rotation: RotationPlan, members: list[Parameter]) -> str | N
     devices = {t.device for t in tensors}
     if len(devices) > 1 or any(device.type not in DEVICES for device in devices):
         return "they are not on one CPU or GPU"
-    if not all(fits_in_stacks(t.shape, rotation.shapes[t], largest_part(t)) for t in tensors):
+    shapes = [rotation.local_shape(t) for t in tensors]
+    if not all(fits_in_stacks(local_of(t).shape, shape) for t, shape in zip(tensors, shapes, strict=True)):
         return f"one has matrices side by side, or one of more than {LARGEST:,} elements"
-    if not are_usual([largest_part(t) for t in tensors]):
+    if not are_usual(shapes):
         return f"they have more than {USUAL:,} elements on average"
     return None

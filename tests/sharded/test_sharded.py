@@ -52,8 +52,9 @@ GATHERED = (
     "a_failing_refresh_ends_the_step_everywhere", "a_refresh_sends_what_is_rotated",
 )  # fmt: skip
 STACKS = (
-    "as_matrix_by_matrix", "to_rounding", "one_shape_cut_in_two_ways", "other_local_tensors_are_noticed",
-    "without_looking_they_are_not_noticed", "buffers_have_memory_in_a_step_alone",
+    "as_matrix_by_matrix", "in_many_rounds", "a_sum_over_the_ranks_can_not_overflow", "experts_of_some_ranks",
+    "one_shape_cut_in_two_ways", "other_local_tensors_are_noticed", "without_looking_they_are_not_noticed",
+    "buffers_have_memory_in_a_step_alone",
 )  # fmt: skip
 SLOW = {
     "rotated, a small Llama": "rotation:the_loss_of_a_small_llama",

@@ -6,7 +6,7 @@ leaves the arithmetic to torch's fused optimizers, which round differently in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,20 +97,20 @@ class Run:
             return whole
         return distribute_tensor(whole.clone(), self.mesh, self.place(whole), src_data_rank=None)
 
-    def step(self, number: int, nan: bool = False) -> None:
-        """Take one step with the gradients of that number."""
+    def step(self, number: int, nan: bool | Collection[int] = False) -> None:
+        """Take one step with the gradients of that number. `nan`: those with NaN, by index; True: all."""
         values = torch.Generator().manual_seed(100 + number)
-        for p in self.params:
+        for index, p in enumerate(self.params):
             grad = torch.randn(p.shape, generator=values, dtype=torch.float64).to(self.dtype)
             if p.dim() > 1 and p.shape[0] == 24:
                 grad[3:20] = 0  # as in an embedding, rows of tokens that are not in the batch
-            if nan and p.dim() > 1:
+            if p.dim() > 1 and (nan is True or (nan and index in nan)):
                 grad.view(-1)[::3] = float("nan")
             p.grad = self.cut(grad)
         with use_backend(self.backend):
             self.optimizer.step()
 
-    def train(self, steps: Sequence[int], nan: bool = False) -> Run:
+    def train(self, steps: Sequence[int], nan: bool | Collection[int] = False) -> Run:
         for number in steps:
             self.step(number, nan)
         return self
