@@ -159,19 +159,19 @@ class Ranking:
 
 
 def _columns(draw: Draw, parts: Sequence[Part], owners: Tensor) -> tuple[Tensor, Tensor]:
-    """What the place of a group in its row is xor-ed with at first, by row; and the xor between the rounds.
+    """Two columns for xors: with the place of a group in its row, and between the rounds.
 
-    The first is y ^ (y >> 16), where y is the index of the row's first group, with the first key.
+    The first has y ^ (y >> 16), where y is the index of the row's first group, xor-ed with the first key.
     """
-    befores, firsts, betweens, done = [], [], [], 0
+    offsets, firsts, betweens, done = [], [], [], 0
     for address, start, rows in parts:
         first, second = keys(draw, address, start // SAME_KEYS)
-        befores.append(start % SAME_KEYS // ROW - done)
+        offsets.append(start % SAME_KEYS // ROW - done)
         firsts.append(first)
         betweens.append(_between(second))
         done += rows
-    before, key, between = (of_rows(values, owners, torch.int32) for values in (befores, firsts, betweens))
-    y = _lower_halves()[:done].view(-1, 1).add(before)
+    offset, key, between = (of_rows(values, owners, torch.int32) for values in (offsets, firsts, betweens))
+    y = _lower_halves()[:done].view(-1, 1).add(offset)
     y.mul_(GROUPS).bitwise_xor_(key)
     return y.bitwise_xor_(torch.bitwise_right_shift(y, number(16)).bitwise_and_(number(0xFFFF))), between
 
