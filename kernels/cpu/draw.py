@@ -5,8 +5,9 @@ few standard deviations of a known value. So one pass over the numbers marks all
 bits, and lists the few inside of it; only those are formed as a whole and ranked. If the bracket of a tensor misses, a
 wider one is tried. Then its numbers are ranked as a whole: slower, with the same answer.
 
-Most operations are on a piece, which several tensors share: torch's operations take 5 to 50 us before they begin,
-because those before them have left little of its code in the cache.
+Operations are on a piece, which several tensors share: torch's operations take 5 to 50 us before they begin, because
+those before them have left little of its code in the cache. What differs between tensors is a column of numbers, one
+for each row of `ROW` elements.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from torch import Tensor
 from ..spec import Draw
 from . import random as numbers
 from . import top_k as ranking
-from .chunks import buffer, chunk, joined, keep_marks, spans, split_ones
+from .chunks import CHUNK, buffer, joined, keep_marks, spans, split_ones
+from .random import ROW, SAME_KEYS
 
-ROW = 1_024  # elements; a tensor's marks begin at a multiple of it, so that those of several are counted together
 SMALL = 2_048  # elements; up to here all numbers of a tensor are listed, because a bracket would hold many of them
 WIDTH = 2.0  # half the bracket, in standard deviations of the last place: misses in up to 5 % of the tensors
 RESCUE = 6.0  # the same of the bracket that is looked at then
@@ -88,19 +89,14 @@ def _by_brackets(source: Draw, targets: list[Target], marks: Tensor, width: floa
     listed = _List()
     for piece in _pieces(targets, PIECE):
         (first, begin, _) = piece[0]
-        sizes = [room(b - a) for _, a, b in piece]
+        parts = [(target.address, a, room(b - a) // ROW) for target, a, b in piece]
+        sizes = [rows * ROW for _, _, rows in parts]
         start, length = first.offset + begin, sum(sizes)
-        random = numbers.Ranking(source, [(target.address, a, room(b - a)) for target, a, b in piece])
+        owners = numbers.owners_of(parts)
+        random = numbers.Ranking(source, parts, owners)
         drawn, inside = marks[start : start + length], random.spare
-        # All views are made at once, because a slice takes 3 us where it comes between other operations.
-        views = zip(random.upper.split(sizes), drawn.split(sizes), inside.split(sizes), strict=True)
-        for (target, a, b), (upper, above_it, in_it) in zip(piece, views, strict=True):
-            _mark(upper, above_it, in_it, brackets[target])
-            if b - a < upper.numel():  # what lies between tensors
-                above_it[b - a :].zero_()
-                in_it[b - a :].zero_()
-            if target.still:
-                _leave_out_still(target, a, above_it[: b - a], in_it[: b - a])
+        _mark(random.upper, drawn, inside, [brackets[target] for target, _, _ in piece], owners)
+        _take_back(piece, start, drawn, inside)
         for (target, _, _), count in zip(piece, _counts(drawn, sizes), strict=True):
             above[target] += count
         listed.add(random, split_ones(inside), start)
@@ -129,7 +125,7 @@ def _pieces(targets: list[Target], length: int) -> Iterator[list[Segment]]:
                 piece = []
             if not piece:
                 left = length
-            b = min(target.numel, a + left)
+            b = min(target.numel, a + left, (a // SAME_KEYS + 1) * SAME_KEYS)
             piece.append((target, a, b))
             left -= room(b - a)
             end = target.offset + a + room(b - a)
@@ -138,15 +134,31 @@ def _pieces(targets: list[Target], length: int) -> Iterator[list[Segment]]:
         yield piece
 
 
-def _mark(upper: Tensor, drawn: Tensor, inside: Tensor, bracket: tuple[int, int]) -> None:
-    """Write 1 where the upper 8 bits are above the bracket to `drawn`, where they are in it to `inside`; else 0."""
-    low, high = bracket
-    torch.gt(upper, numbers.byte(high), out=drawn)
-    if low == high:
-        torch.eq(upper, numbers.byte(low), out=inside)
+def _mark(upper: Tensor, drawn: Tensor, inside: Tensor, brackets: list[tuple[int, int]], owners: Tensor) -> None:
+    """Write 1 where the upper 8 bits are above their bracket to `drawn`, where they are in it to `inside`; else 0.
+
+    `owners` are the places in `brackets` by row.
+    """
+    lows, highs = zip(*brackets, strict=True)
+    low, high = (numbers.of_rows(ends, owners, torch.uint8) for ends in (lows, highs))
+    upper, drawn, inside = (x.view(-1, ROW) for x in (upper, drawn, inside))
+    torch.gt(upper, high, out=drawn)
+    if lows == highs:
+        torch.eq(upper, low, out=inside)
     else:
-        torch.sub(upper, numbers.byte(low), out=inside)  # numbers below `low` wrap around
-        inside.le_(numbers.byte(high - low))
+        torch.sub(upper, low, out=inside)  # numbers below `low` wrap around
+        inside.le_(high.sub(low))
+
+
+def _take_back(piece: list[Segment], start: int, drawn: Tensor, inside: Tensor) -> None:
+    """Take back the marks of what lies between tensors, and of what stands still. The piece begins at `start`."""
+    for target, a, b in piece:
+        begin, end = target.offset + a - start, target.offset + b - start
+        if (b - a) % ROW:
+            drawn[end : begin + room(b - a)].zero_()
+            inside[end : begin + room(b - a)].zero_()
+        if target.still:
+            _leave_out_still(target, a, drawn[begin:end], inside[begin:end])
 
 
 def _leave_out_still(target: Target, first: int, drawn: Tensor, inside: Tensor) -> None:
@@ -218,9 +230,10 @@ def _rank(targets: list[Target], above: dict[Target, int], listed: _List, marks:
 def _as_a_whole(source: Draw, target: Target, marks: Tensor) -> None:
     """Draw by ranking the random numbers of the whole tensor."""
     t = torch.empty(target.numel, dtype=torch.float32, device="cpu")
-    for start, end in spans(target.numel, room(chunk())):
+    for start, end in spans(target.numel, CHUNK):
         index = torch.arange(start, end, device="cpu")
-        random = numbers.Ranking(source, [(target.address, start, end - start)])
+        parts = [(target.address, start, room(end - start) // ROW)]
+        random = numbers.Ranking(source, parts, numbers.owners_of(parts))
         t[start:end].copy_(numbers.ranking_at(random.hashes_at(index - start), index))
     for start, end in spans(target.numel if target.still else 0):
         # -1: after all others, in their order

@@ -10,14 +10,14 @@ another key. Written as operations on whole chunks that is 27; 12 of them are en
 - The last shift leaves the upper half alone as well, so that it costs nothing where only upper bits are wanted.
 
 A matched control has numbers of another form (`Ranking`): a quarter of the hashes, and 3 operations more for each.
-Those of several tensors are formed together.
+Those of several tensors are formed together, in rows whose keys differ.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from .chunks import buffer
 
 BLOCK = 1 << 16
 BLOCKS = 16  # whose constants are kept
+ROW = 1_024  # elements of a control's row, all of one tensor: as long as a broadcast number costs nothing
+GROUPS = ROW // GROUP  # of a row
+SAME_KEYS = GROUP << 32  # elements of a tensor; so many have the same keys
 
 
 @functools.cache
@@ -55,32 +58,27 @@ def _mix_(x: Tensor, scratch: Tensor) -> None:
     x.mul_(number(B))
 
 
-Part = tuple[int, int, int]  # the address of a tensor, the first of its elements that are meant, and how many those are
-
-
-def unfinished(draw: Draw, parts: Sequence[Part]) -> Tensor:
-    """The hashes of these elements before the last shift, part after part: int32, in a buffer of this thread."""
-    count = sum(count for _, _, count in parts)
+def unfinished(draw: Draw, address: int, start: int, count: int) -> Tensor:
+    """The hashes of `count` elements from `start` on, before the last shift: int32, in a buffer of this thread."""
     x, scratch = buffer("bits", count, torch.int32), buffer("shifted", count, torch.int32)
-    keyed = list(_keyed(draw, x, parts))
-    for part, start, key, _ in keyed:
-        _first_xor(part, start, key)
+    keyed, done = [], 0
+    while done < count:  # the keys change every 2^32 elements
+        high, low = start + done >> 32, start + done & 0xFFFFFFFF
+        part = x[done : min(count, done + (1 << 32) - low)]
+        first, second = keys(draw, address, high)
+        _first_xor(part, low, first)
+        keyed.append((part, second))
+        done += part.numel()
     _mix_(x, scratch)
-    for part, _, _, second in keyed:
-        part.bitwise_xor_(signed32(second ^ ((second & 0xFFFFFFFF) >> 16)))
+    for part, second in keyed:
+        part.bitwise_xor_(_between(second))
     _mix_(x, scratch)
     return x
 
 
-def _keyed(draw: Draw, x: Tensor, parts: Sequence[Part]) -> Iterator[tuple[Tensor, int, int, int]]:
-    """Places in `x` of elements with the same keys, their first 32-bit index, and the two keys."""
-    done = 0
-    for address, start, count in parts:
-        while count > 0:  # the keys change every 2^32 elements
-            high, low = start >> 32, start & 0xFFFFFFFF
-            take = min(count, (1 << 32) - low)
-            yield x if take == x.numel() else x[done : done + take], low, *keys(draw, address, high)
-            done, start, count = done + take, start + take, count - take
+def _between(second: int) -> int:
+    """The xor between the two rounds."""
+    return signed32(second ^ ((second & 0xFFFFFFFF) >> 16))
 
 
 def _first_xor(x: Tensor, start: int, key: int) -> None:
@@ -120,23 +118,62 @@ def finish_(x: Tensor) -> Tensor:
     return x.bitwise_right_shift_(number(8)).bitwise_and_(number(0xFFFFFF)).bitwise_xor_(scratch)
 
 
+Part = tuple[int, int, int]  # the address of a tensor, the first of some of its elements, and how many rows those are
+
+
+def owners_of(parts: Sequence[Part]) -> Tensor:
+    """The number of the part that each row is of."""
+    return torch.repeat_interleave(torch.tensor([rows for _, _, rows in parts], device="cpu"))
+
+
+def of_rows(values: Sequence[int], owners: Tensor, dtype: torch.dtype) -> Tensor:
+    """A column that has each row's number, given those of the parts. Of one part it is one number, for all rows."""
+    numbers = torch.tensor(values, dtype=dtype, device="cpu")
+    return (numbers if len(values) == 1 else numbers.index_select(0, owners)).view(-1, 1)
+
+
 class Ranking:
     """The numbers that matched controls rank (`ranking_bits`), of parts of tensors: upper 8 bits, and hashes.
 
-    A part begins with a group, and all but the last have whole ones. All is in buffers of this thread, until the next.
+    A part has whole rows, and begins with one. It does not cross a multiple of `SAME_KEYS`. The operations are on all
+    parts at once, because each takes 10 us or more before it begins. All is in buffers of this thread, until the next.
     """
 
-    def __init__(self, draw: Draw, parts: Sequence[Part]) -> None:
-        count = sum(count for _, _, count in parts)
-        x = unfinished(draw, [(address, start // GROUP, -(-count // GROUP)) for address, start, count in parts])
-        shifted = torch.bitwise_right_shift(x, number(16), out=buffer("shifted", x.numel(), torch.int32))
-        self.hashes = x.bitwise_xor_(shifted.bitwise_and_(number(0xFFFF)))
-        self.upper = _bytes(self.hashes)[:count]  # uint8, one for each element
-        self.spare = shifted.view(torch.uint8)[:count]  # memory for as many marks: it is in the cache, and done with
+    def __init__(self, draw: Draw, parts: Sequence[Part], owners: Tensor) -> None:
+        rows = sum(rows for _, _, rows in parts)
+        x, scratch = (buffer(name, rows * GROUPS, torch.int32) for name in ("bits", "shifted"))
+        table = x.view(rows, GROUPS)
+        first, between = _columns(draw, parts, owners)
+        torch.bitwise_xor(first, _lower_halves()[:GROUPS], out=table)
+        _mix_(x, scratch)
+        table.bitwise_xor_(between)
+        _mix_(x, scratch)
+        torch.bitwise_right_shift(x, number(16), out=scratch)
+        self.hashes = x.bitwise_xor_(scratch.bitwise_and_(number(0xFFFF)))
+        self.upper = _bytes(self.hashes)  # uint8, one for each element
+        self.spare = scratch.view(torch.uint8)  # memory for as many marks: it is in the cache, and done with
 
     def hashes_at(self, places: Tensor) -> Tensor:
         """The groups' hashes (int32) of elements at these places among all parts, for `ranking_at`."""
         return self.hashes.index_select(0, places.bitwise_right_shift(2))
+
+
+def _columns(draw: Draw, parts: Sequence[Part], owners: Tensor) -> tuple[Tensor, Tensor]:
+    """Two columns for xors: with the place of a group in its row, and between the rounds.
+
+    The first has y ^ (y >> 16), where y is the index of the row's first group, xor-ed with the first key.
+    """
+    offsets, firsts, betweens, done = [], [], [], 0
+    for address, start, rows in parts:
+        first, second = keys(draw, address, start // SAME_KEYS)
+        offsets.append(start % SAME_KEYS // ROW - done)
+        firsts.append(first)
+        betweens.append(_between(second))
+        done += rows
+    offset, key, between = (of_rows(values, owners, torch.int32) for values in (offsets, firsts, betweens))
+    y = _lower_halves()[:done].view(-1, 1).add(offset)
+    y.mul_(GROUPS).bitwise_xor_(key)
+    return y.bitwise_xor_(torch.bitwise_right_shift(y, number(16)).bitwise_and_(number(0xFFFF))), between
 
 
 def ranking_at(hashes: Tensor, index: Tensor) -> Tensor:

@@ -99,5 +99,5 @@ class Selector:
             length = max(self.item.param.numel() // self.units.numel(), 1)
             rows = self.units[start // length : (end - 1) // length + 1].repeat_interleave(length)
             return out.copy_(rows[start % length : start % length + count])
-        hashes = numbers.unfinished(self.draw, [(self.item.address, start + self.first, count)])
+        hashes = numbers.unfinished(self.draw, self.item.address, start + self.first, count)
         return out.copy_(numbers.finish_(hashes).lt_(self.limit))

@@ -87,7 +87,7 @@ def test_the_short_hash_is_the_definitions(start: int) -> None:
     for draw, address in ((Draw(0, 0), 0), (Draw(17, 5), 9), (Draw(-3, 2**40), 7)):
         for count in (70_001, 200_001):  # of the second, several blocks are whole
             wanted = uniform_bits(draw, address, count, offset=start)
-            assert torch.equal(numbers.finish_(numbers.unfinished(draw, [(address, start, count)]).clone()), wanted)
+            assert torch.equal(numbers.finish_(numbers.unfinished(draw, address, start, count).clone()), wanted)
 
 
 @pytest.mark.parametrize("draw", [Draw(0, 0), Draw(2**63 + 5, 10**9), Draw(-1, 1)])
@@ -97,25 +97,40 @@ def test_ranking_numbers_are_the_documented_ones(draw: Draw, transcription) -> N
     assert ranking_bits(draw, 9, 300_000)[some].tolist() == wanted
 
 
-@pytest.mark.parametrize("start", [0, 8, 65_536, 131_072])
-def test_ranking_numbers_of_a_chunk_are_the_definitions(start: int) -> None:
-    draw, count = Draw(17, 5), 70_001
-    wanted = ranking_bits(draw, 9, start + count)[start:]
-    chunk = numbers.Ranking(draw, [(9, start, count)])
-    assert torch.equal(chunk.upper.to(torch.int32), wanted >> 16)
-    places = torch.arange(count)
-    assert torch.equal(numbers.ranking_at(chunk.hashes_at(places), places + start), wanted)
+def ranking(draw: Draw, *parts: numbers.Part) -> numbers.Ranking:
+    return numbers.Ranking(draw, parts, numbers.owners_of(parts))
+
+
+@pytest.mark.parametrize("start", [0, 65, 256, 2**16])
+def test_ranking_numbers_of_rows_are_the_definitions(start: int) -> None:
+    """Of one tensor alone, and of several that are side by side. `start` is a row."""
+    draw, row = Draw(17, 5), numbers.ROW
+    parts = [(9, start * row, 70), (2**40, 0, 1), (3, 0, 300), (9, start * row, 1)]
+    for some in (parts[:1], parts[1:2], parts):
+        numbers_of = [ranking_bits(draw, address, first + rows * row)[first:] for address, first, rows in some]
+        index = torch.cat([first + torch.arange(rows * row) for _, first, rows in some])
+        wanted, chunk = torch.cat(numbers_of), ranking(draw, *some)
+        assert torch.equal(chunk.upper.to(torch.int32), wanted >> 16)
+        assert torch.equal(numbers.ranking_at(chunk.hashes_at(torch.arange(len(index))), index), wanted)
 
 
 def test_ranking_numbers_past_two_to_the_34(transcription) -> None:
     """Groups past 2^32 have other keys."""
-    draw, start = Draw(3, 1), 2**34 - 8
-    chunk = numbers.Ranking(draw, [(9, start, 16)])
-    places = torch.arange(16)
+    draw, row = Draw(3, 1), numbers.ROW
+    start = numbers.SAME_KEYS - row
+    chunk = ranking(draw, (9, start, 1), (9, start + row, 1))
+    places = torch.arange(row - 8, row + 8)
     ours = numbers.ranking_at(chunk.hashes_at(places), places + start)
-    assert torch.equal(ours >> 16, chunk.upper.to(torch.int32))
-    groups = [transcription.hash32(draw.seed, draw.step, 9, (start + i) // 4) for i in range(16)]
+    assert torch.equal(ours >> 16, chunk.upper[row - 8 : row + 8].to(torch.int32))
+    groups = [transcription.hash32(draw.seed, draw.step, 9, (start + int(i)) // 4) for i in places]
     assert (ours >> 16).tolist() == [h >> 8 * (i % 4) & 255 for i, h in enumerate(groups)]
+
+
+def test_a_piece_ends_where_the_keys_change(monkeypatch) -> None:
+    monkeypatch.setattr(cpu_draw, "SAME_KEYS", 8_192)
+    targets = [cpu_draw.Target(0, 1_000, 0, 1, 1_000, None), cpu_draw.Target(1, 20_000, 1_024, 1, 20_000, None)]
+    parts = [(target.address, a, b) for piece in cpu_draw._pieces(targets, 1 << 22) for target, a, b in piece]
+    assert parts == [(0, 0, 1_000), (1, 0, 8_192), (1, 8_192, 16_384), (1, 16_384, 20_000)]
 
 
 def test_ranking_numbers_are_good_ones() -> None:
