@@ -45,7 +45,7 @@ CHARTS = {
     ),
     "step-h200-bfloat16": Chart(
         "The same in bfloat16",
-        ("2026-11-30-h200-llama-1b-bfloat16-crowds.json",),
+        ("2026-11-30-h200-llama-1b-bfloat16-later.json",),
         {**{row: POLICIES[row] for row in ("CautiousMGUP", "MGUP (sampled)", "MGUP")}, **FOREACH},
     ),
     "step-cpu": Chart(

@@ -24,9 +24,11 @@ from selective.preconditioner.eigenbasis import Eigenbasis
 from selective.preconditioner.linalg import float32_products, in_precision, per_matrix
 from selective.preconditioner.matrices import lies_in_order
 
-USUAL = 3 * 2**20
-"""Elements of a matrix, on average over a group, up to which the group is stepped in stacks: 12 MiB. The time for
-larger ones is not that of launches, and the copies into stacks would add to it: 16 bytes an element in a step."""
+USUAL = 2**23
+"""Elements of a matrix, on average over a group, up to which the group is stepped in stacks: 32 MiB. The time for
+larger ones is not that of launches, and the copies into stacks would add to it: 16 bytes an element in a step. With
+7.1M elements on average, a step of 1.1B parameters took 114 ms in stacks, and 147 matrix by matrix (FSDP2, one H200).
+"""
 
 LARGEST = 2**26
 """Elements of the largest matrix that is part of a stack, 256 MiB. An embedding among the matrices of a small model
