@@ -42,7 +42,7 @@ def over_memory_of(view: Tensor) -> Tensor:
 
 
 class Form(NamedTuple):
-    """What parameters have in common whose entries are stacked together."""
+    """The properties that are common to parameters whose entries are stacked together."""
 
     shape: Shape  # of this rank's part of the matrices
     whole: Shape  # of the matrices
