@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import combinations as combinations_of
 from itertools import product
 from typing import Any
@@ -73,19 +72,17 @@ def test_the_kernels_step_rotated_parameters_as_the_reference_does(
 def test_the_kernels_step_in_stacks_as_the_reference_does(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The buffers of a step are elsewhere in each step, and the tables of the kernels follow them."""
     places: set[int] = set()
-    real = Buffer.in_use
+    real = Buffer.take
 
-    @contextmanager
-    def elsewhere(self: Buffer) -> Iterator[None]:
-        with real(self):
-            kept.append(torch.empty(self.flat.numel()))  # so that the next one can't have the same place
-            places.add(self.flat.data_ptr())
-            yield
+    def elsewhere(self: Buffer) -> None:
+        real(self)
+        kept.append(torch.empty(self.flat.numel()))  # so that the next one can't have the same place
+        places.add(self.flat.data_ptr())
 
     kept: list[torch.Tensor] = []
     options = {"policy": policy, "preconditioner": Eigenbasis(stagger=False, start_step=2)}
     expected = run("adamw-foreach", "reference", torch.float32, **options)
-    monkeypatch.setattr(Buffer, "in_use", elsewhere)
+    monkeypatch.setattr(Buffer, "take", elsewhere)
     found = run("adamw-foreach", "gpu", torch.float32, **options)
     assert len(places) > 3
     for a, b in zip(found, expected, strict=True):
