@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -35,9 +35,14 @@ class Buffer:
         """Give the memory back; nothing happens if there is none."""
         self._storage.resize_(0)
 
-    def in_use(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
         """Have memory inside of the block."""
-        return _InUse(self)
+        self.take()
+        try:
+            yield
+        finally:
+            self.give_back()
 
     def views(self, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Return views of these shapes, one after the other, each at a multiple of `ALIGNED` elements.
@@ -50,19 +55,6 @@ class Buffer:
                 views.append(self.flat[start : start + math.prod(shape)].view(shape))
                 start += aligned(math.prod(shape))
         return views
-
-
-class _InUse:
-    """The context that `Buffer.in_use` returns. It is a class because a step enters several for each group."""
-
-    def __init__(self, buffer: Buffer) -> None:
-        self.buffer = buffer
-
-    def __enter__(self) -> None:
-        self.buffer.take()
-
-    def __exit__(self, *error: object) -> None:
-        self.buffer.give_back()
 
 
 def aligned(numel: int) -> int:
