@@ -24,11 +24,13 @@ from selective.preconditioner.eigenbasis import Eigenbasis
 from selective.preconditioner.linalg import float32_products, in_precision, per_matrix
 from selective.preconditioner.matrices import lies_in_order
 
-USUAL = 2**23
-"""Elements of a matrix, on average over a group, up to which the group is stepped in stacks: 32 MiB. The time for
-larger ones is not that of launches, and the copies into stacks would add to it: 16 bytes an element in a step. With
-7.1M elements on average, a step of 1.1B parameters took 114 ms in stacks, and 147 matrix by matrix (FSDP2, one H200).
-"""
+USUAL = 3 * 2**20
+"""Elements of a matrix, on average over a group, up to which the group is stepped in stacks: 12 MiB. The time for
+larger ones is not that of launches, and the copies into stacks would add to it: 16 bytes an element in a step."""
+
+USUAL_ON_RANKS = 2**23
+"""The same for DTensors, 32 MiB of a rank's parts: matrix by matrix, each takes the host longer. With 7.1M elements on
+average, a step of 1.1B parameters took 114 ms in stacks, and 147 matrix by matrix (FSDP2, one H200)."""
 
 LARGEST = 2**26
 """Elements of the largest matrix that is part of a stack, 256 MiB. An embedding among the matrices of a small model
@@ -46,9 +48,9 @@ def fits_in_stacks(size: torch.Size, shape: Shape) -> bool:
     return math.prod(shape) <= LARGEST and lies_in_order(size, shape)
 
 
-def are_usual(shapes: Sequence[Shape]) -> bool:
-    """True if these matrices are so small on average that a step in stacks is faster."""
-    return sum(map(math.prod, shapes)) <= USUAL * len(shapes)
+def most_on_average(on_ranks: bool) -> int:
+    """Return the elements of a matrix, on average, up to which a step in stacks is faster; `on_ranks`: of DTensors."""
+    return USUAL_ON_RANKS if on_ranks else USUAL
 
 
 class Product(NamedTuple):

@@ -5,6 +5,7 @@ Their entries are stacked (Note [stacks] in `rotation/stacks.py`) where `capture
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from selective.parameter import Parameter
 from selective.plan.group_plan import GroupPlan
 from selective.plan.rotation_plan import RotationPlan
-from selective.preconditioner.stacked import LARGEST, USUAL, are_usual, fits_in_stacks, steps_in_stacks
+from selective.preconditioner.stacked import LARGEST, fits_in_stacks, most_on_average, steps_in_stacks
 from selective.rotation.basis import Basis
 from selective.rotation.kept_bases import KeptBases
 from selective.rotation.stacks import Form, Stacks, size_of
@@ -104,6 +105,7 @@ def why_not_stacked(rotation: RotationPlan, members: list[Parameter]) -> str | N
     shapes = [rotation.local_shape(t) for t in tensors]
     if not all(fits_in_stacks(local_of(t).shape, shape) for t, shape in zip(tensors, shapes, strict=True)):
         return f"one has matrices side by side, or one of more than {LARGEST:,} elements"
-    if not are_usual(shapes):
-        return f"they have more than {USUAL:,} elements on average"
+    most = most_on_average(any(map(is_dtensor, tensors)))
+    if sum(map(math.prod, shapes)) > most * len(shapes):
+        return f"they have more than {most:,} elements on average"
     return None
