@@ -96,6 +96,8 @@ def bytes_of_bases(rotations: Sequence[RotationPlan]) -> int:
 def _in_step(rotation: RotationPlan) -> str:
     if rotation.capture.way == "fused":
         text = "their float32 gradients and updates, of 512 MiB of them at a time"
+        if any(shard_of(p) is not None for p in rotation.shapes):
+            text += " (of all, where the mask needs sums over ranks)"
     else:
         text = f"float32 copies of their gradients and {'two of' if rotation.capture.way == 'delta' else 'one of'} them"
     if is_foreign(rotation.preconditioner):

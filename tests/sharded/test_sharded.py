@@ -60,6 +60,7 @@ SLOW = {
     "rotated, a small Llama": "rotation:the_loss_of_a_small_llama",
     "rotated, everywhere": "rotation:from_a_stored_basis_everywhere",
     "rotated by its own bases, everywhere": "rotation:from_its_own_bases_everywhere",
+    "rotated in stacks, everywhere": "stacks:as_matrix_by_matrix_everywhere",
     "gathered, everywhere": "rotation:other_sides_are_gathered_everywhere",
     "resharded, every configuration": "checkpoints:resharded_in_every_run",
     "full state, every configuration": "checkpoints:full_state_of_every_run",
