@@ -124,7 +124,7 @@ def _as_matrix_by_matrix(world: World, everywhere: bool) -> None:
     wrong = []
 
     def end(case: str, mesh: Any, place: Any) -> Run:
-        return run_of(case, mesh, place).train(range(4)).train([4], nan={2}).train(range(5, 8))
+        return run_of(case, mesh, place).train(range(3)).train([3], nan={2}).train(range(4, 6))
 
     for number, (case, (_, _, more)) in enumerate(CASES.items()):
         for layout, mesh, place in layouts(world, 0 if everywhere else number):
@@ -146,9 +146,9 @@ def in_many_rounds(world: World) -> None:
         for layout, mesh, place in layouts(world, number):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(rotation, "ROTATED", 20)
-                run = run_of(case, mesh, place, **more).train(range(8))
+                run = run_of(case, mesh, place, **more).train(range(5))
             with matrix_by_matrix():
-                other = run_of(case, mesh, place, **more).train(range(8))
+                other = run_of(case, mesh, place, **more).train(range(5))
             furthest, rounds = apart(run, other), [len(step.rounds) for step in planned(run)]
             if not (furthest < CLOSE and max(rounds, default=0) > 1):
                 wrong.append((case, layout, furthest, rounds))
