@@ -6,6 +6,7 @@ opt = SelectiveUpdate(torch.optim.AdamW(model.parameters(), lr=3e-4), policy=MGU
 from selective.capture.own_code import PolicyError
 from selective.chained.optimizer import ChainedOptimizer
 from selective.for_model.recipes import RECIPES, Recipe
+from selective.norms import Norm, NormControl, norm_from
 from selective.optimizer import SelectiveUpdate
 from selective.param_groups.by_kind import param_groups_for
 from selective.policies import (
@@ -62,6 +63,8 @@ __all__ = [
     "Grams",
     "Magma",
     "MeanPreserving",
+    "Norm",
+    "NormControl",
     "NormPreserving",
     "Policy",
     "PolicyError",
@@ -79,6 +82,7 @@ __all__ = [
     "TopK",
     "base_part",
     "decay_from",
+    "norm_from",
     "param_groups_for",
     "policy_from",
     "preconditioner_from",

@@ -21,10 +21,11 @@ from selective.explain.groups import explain
 from selective.for_model.for_model import for_model as optimizer_for_model
 from selective.messages.assignments import SET_POLICY, at_construction, in_the_groups
 from selective.messages.construction import NOT_GIVEN, names_unknown_arguments, nothing_to_do
+from selective.norms import Norm, norm_from
 from selective.plan.advice import warn_of_no_decay, warn_of_rotations
 from selective.plan.groups import Groups
 from selective.plan.options import Graph, OnNonfinite, Options, Scope
-from selective.plan.policy_groups import KEYS, DecayGroup, PolicyGroup, PreconditionerGroup
+from selective.plan.policy_groups import KEYS, DecayGroup, NormGroup, PolicyGroup, PreconditionerGroup
 from selective.plan.refusals import check_arguments
 from selective.plan.rotation_plan import warn_of_two_rotations
 from selective.policies import Decay, Policy, decay_from, policy_from
@@ -57,6 +58,8 @@ class SelectiveUpdate(Optimizer):
             there: dense) and is moved to `policy_groups`.
         decay: which coordinates decoupled weight decay reaches: `CautiousDecay(...)`, a kind's name or a dict with a
             `kind`; None: all. A `decay` in a parameter group overrides it (None there: all).
+        norm: what becomes of the norms of matrices: `NormControl(...)` keeps them, a kind's name or a dict with a
+            `kind`; None: the base moves them. A `norm` in a parameter group overrides it (None there: none).
         preconditioner: rotates the gradients of matrices before the base sees them: a `Preconditioner`, a kind's name
             or a dict with a `kind`. A `preconditioner` in a parameter group overrides it (None there: none).
         matrix_view: which parameters are matrices, and how: "matrices" (2-D ones only), "conv" (also [out, in, ...] as
@@ -88,6 +91,7 @@ class SelectiveUpdate(Optimizer):
     preconditioner = in_the_groups("preconditioner_groups[i].preconditioner")
     matrix_view = in_the_groups("preconditioner_groups[i].matrix_view")
     decay = in_the_groups("decay_groups[i].decay")
+    norm = in_the_groups("norm_groups[i].norm")
     mask_space, capture, momentum_beta, on_nonfinite = (at_construction() for _ in range(4))
     seed, stochastic_rounding, scope, graph = (at_construction() for _ in range(4))
 
@@ -98,6 +102,7 @@ class SelectiveUpdate(Optimizer):
         policy: Policy | Callable[[StepView], Any] | dict[str, Any] | str | None = NOT_GIVEN,
         *,
         decay: Decay | dict[str, Any] | str | None = None,
+        norm: Norm | dict[str, Any] | str | None = None,
         preconditioner: Preconditioner | dict[str, Any] | str | None = None,
         matrix_view: MatrixView = "matrices",
         mask_space: MaskSpace = "rotated",
@@ -118,7 +123,7 @@ class SelectiveUpdate(Optimizer):
         named = policy_from(None if policy is NOT_GIVEN else policy)
         view = check_matrix_view(matrix_view, "")
         preconditioning = PreconditionerGroup(preconditioner_from(preconditioner), view)
-        default = PolicyGroup(named, preconditioning, DecayGroup(decay_from(decay)))
+        default = PolicyGroup(named, preconditioning, DecayGroup(decay_from(decay)), NormGroup(norm_from(norm)))
         count = StepCount(seed)
         self._put_together(base, options, Groups(base, options, default), StateStore(base, options, count), count)
         self._constructing = True  # torch's constructor would build groups of its own; ours are the base's
@@ -134,7 +139,7 @@ class SelectiveUpdate(Optimizer):
             warn_of_no_decay(base, self.groups.plans)
             given = (
                 policy is not NOT_GIVEN
-                or any(each is not None for each in (decay, preconditioner))
+                or any(each is not None for each in (decay, norm, preconditioner))
                 or any(own for _, own in said)
             )
             if not given and on_nonfinite == "ignore":
@@ -225,6 +230,11 @@ class SelectiveUpdate(Optimizer):
         """The selective decay of each group with its hyper-parameters by name, as `policy_groups` has policies."""
         return tuple(group.decaying for group in self.policy_groups)
 
+    @property
+    def norm_groups(self) -> tuple[NormGroup, ...]:
+        """The rule about norms of each group with its hyper-parameters by name, as `policy_groups` has policies."""
+        return tuple(group.norming for group in self.policy_groups)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own `zero_grad`."""
         self.base.zero_grad(set_to_none=set_to_none)
@@ -247,7 +257,8 @@ class SelectiveUpdate(Optimizer):
         4. ... and rotate: g <- P^T g Q, of the parameters that it takes.
         5. The base's rule: moments move, always densely; out comes u.
         6. Select, then strengthen: mask = policy(g, u, m).
-        7. Apply p <- factor p - P (mask ⊙ u) Q^T; decoupled decay reaches every coordinate and is never masked.
+        7. Apply p <- factor p - P (mask ⊙ u) Q^T; decoupled decay reaches every coordinate and is never masked. With a
+           norm that is kept: turn p by a relative rate instead, and without decay.
         8. Let the preconditioner observe the gradients, count the step, hand out its statistics.
         """
         if torch.compiler.is_dynamo_compiling():
@@ -343,4 +354,6 @@ class SelectiveUpdate(Optimizer):
         rotated = f", preconditioner={', '.join(map(repr, found))}" if any(p is not None for p in found) else ""
         found = [group.decay for group in self.decay_groups]
         decays = f", decay={', '.join(map(repr, found))}" if any(d is not None for d in found) else ""
-        return f"{type(self).__name__}({self.base!r}, policy={policies}{decays}{rotated})"
+        found = [group.norm for group in self.norm_groups]
+        norms = f", norm={', '.join(map(repr, found))}" if any(n is not None for n in found) else ""
+        return f"{type(self).__name__}({self.base!r}, policy={policies}{decays}{norms}{rotated})"

@@ -29,6 +29,7 @@ STAIRS = [
         "selective.version",
     },
     {"selective.policies", "selective.preconditioner"},
+    {"selective.norms"},
     {"selective.base"},
     {"selective.rotation"},
     {"selective.capture", "selective.param_groups"},

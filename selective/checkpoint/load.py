@@ -12,9 +12,10 @@ from selective.base.mismatch import CheckpointMismatch
 from selective.checkpoint.frame import check_group_sizes, step_and_seed_of
 from selective.checkpoint.matches_base import check_base
 from selective.checkpoint.matches_basis import checked_preconditioners, first_warning
-from selective.checkpoint.matches_policies import checked_decays, checked_policies
+from selective.checkpoint.matches_policies import checked_decays, checked_norms, checked_policies
 from selective.checkpoint.rollback import rollback
 from selective.kernels.lasting import lasting
+from selective.norms import Norm
 from selective.plan.groups import Groups
 from selective.plan.oversized import oversized_as_saved
 from selective.policies import Decay, Policy
@@ -40,6 +41,7 @@ def load(checkpoint: dict[str, Any], base: Optimizer, groups: Groups, store: Sta
     numbers = step_and_seed_of(wrapper_entries, saved_indices)
     policies = checked_policies(groups.plans, store, saved_indices, wrapper_entries)
     decays = checked_decays(groups.plans, saved_indices, wrapper_entries)
+    norms = checked_norms(groups.plans, saved_indices, wrapper_entries)
     preconditioners = checked_preconditioners(groups.plans, saved_indices, wrapper_entries)
     base_entries = _cut(base, saved_indices, base_part(checkpoint))
     base_classes = {decode_note(entries[POLICY]) for entries in wrapper_entries.values()} - {""}
@@ -48,7 +50,7 @@ def load(checkpoint: dict[str, Any], base: Optimizer, groups: Groups, store: Sta
     oversized_before = oversized_as_saved(groups.plans)
     with rollback(base, groups, store, count, _cant_be_loaded):
         _load_base(base, saved_indices, base_entries)
-        _load_policies(groups, policies, decays, preconditioners)
+        _load_policies(groups, policies, decays, norms, preconditioners)
         params = (p for group in base.param_groups for p in group["params"])
         store.table = {
             p: own_tensors(wrapper_entries[i], p)
@@ -102,10 +104,13 @@ def _load_policies(
     groups: Groups,
     policies: Sequence[Policy],
     decays: Sequence[Decay | None],
+    norms: Sequence[Norm | None],
     preconditioners: Sequence[Preconditioner | None],
 ) -> None:
-    for plan, policy, decay, preconditioner in zip(groups.plans, policies, decays, preconditioners, strict=True):
-        plan.policy_group.policy, plan.policy_group.decaying.decay = policy, decay
+    rows = zip(groups.plans, policies, decays, norms, preconditioners, strict=True)
+    for plan, policy, decay, norm, preconditioner in rows:
+        own = plan.policy_group
+        own.policy, own.decaying.decay, own.norming.norm = policy, decay, norm
         if preconditioner is not None:
             plan.preconditioning.load(preconditioner)
         plan.look_anew()

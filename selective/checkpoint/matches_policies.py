@@ -1,4 +1,4 @@
-"""Checks that the policies and decays in a checkpoint fit this optimizer."""
+"""Checks that the policies, decays and norms in a checkpoint fit this optimizer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from selective.base.mismatch import CheckpointMismatch
 from selective.configured import Configured, kinds_of
+from selective.norms import Norm
 from selective.parameter import Parameter, is_lazy
 from selective.plan.group_plan import GroupPlan
 from selective.policies import Decay, Policy
 from selective.policies.function import with_live_function
-from selective.state.entries import DECAY, MOMENTUM, POLICY, decode_model
+from selective.state.entries import DECAY, MOMENTUM, NORM, POLICY, decode_model
 from selective.state.parameter_state import is_of_basis, own_tensors
 from selective.state.store import StateStore
 
@@ -56,19 +57,39 @@ def checked_decays(
 
     A group that was saved without one keeps what it has here.
     """
-    decays: list[Decay | None] = []
+    here = [plan.decay for plan in plans]
+    return _checked(plans, here, saved_indices, wrapper_entries, (DECAY, "decay", Decay))
+
+
+def checked_norms(
+    plans: Sequence[GroupPlan], saved_indices: Sequence[Any], wrapper_entries: Mapping[Any, dict[str, Tensor]]
+) -> list[Norm | None]:
+    """Return the rules about norms after loading, by group, as `checked_decays` does it for decays."""
+    here = [plan.norm for plan in plans]
+    return _checked(plans, here, saved_indices, wrapper_entries, (NORM, "norm", Norm))
+
+
+def _checked(
+    plans: Sequence[GroupPlan],
+    here: Sequence[C | None],
+    saved_indices: Sequence[Any],
+    wrapper_entries: Mapping[Any, dict[str, Tensor]],
+    what: tuple[str, str, type[C]],
+) -> list[C | None]:
+    key, argument, family = what
+    found: list[C | None] = []
     indices = iter(saved_indices)
-    for plan in plans:
+    for plan, own in zip(plans, here, strict=True):
         entries = [wrapper_entries.get(next(indices), {}) for _ in plan.params.parameters]
-        saved = first_saved(entries, DECAY, Decay, plan.number)
-        if saved is not None and type(saved) is not type(plan.decay):
+        saved = first_saved(entries, key, family, plan.number)
+        if saved is not None and type(saved) is not type(own):
             raise CheckpointMismatch(
-                f"param_groups[{plan.number}] has decay={plan.decay!r}, the checkpoint was made with {saved!r}",
-                "Construct the optimizer with that decay, or load only the base's part "
+                f"param_groups[{plan.number}] has {argument}={own!r}, the checkpoint was made with {saved!r}",
+                f"Construct the optimizer with that {argument}, or load only the base's part "
                 "(selective.base_part(state_dict))",
             )
-        decays.append(plan.decay if saved is None else saved)
-    return decays
+        found.append(own if saved is None else saved)
+    return found
 
 
 def first_saved(entries: Sequence[dict[str, Tensor]], key: str, family: type[C], number: int) -> C | None:

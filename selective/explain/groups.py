@@ -11,6 +11,7 @@ from selective.base.known import why_measured
 from selective.capture.choose import Capture
 from selective.explain.launches import explain_launches
 from selective.explain.memory import memory_lines, temporary_memory
+from selective.explain.norms import explain_norms
 from selective.explain.own_code import why_own_code
 from selective.explain.paragraph import Line, Paragraph, under
 from selective.explain.rate import rate_advice
@@ -95,7 +96,7 @@ def _facts(base: Optimizer, plan: GroupPlan, options: Options) -> list[Line]:
     lines = [
         Line("policy", repr(policy)),
         Line("capture", f"{capture.way}: {capture.reason}"),
-        Line("decay", _decay(capture) if plan.decay is None else _selective_decay(plan.decay, capture)),
+        Line("decay", _decay_of(plan)),
         Line("momentum", _momentum(capture, group, options.momentum_beta)),
     ]
     selection = _selection(policy, group)
@@ -103,13 +104,26 @@ def _facts(base: Optimizer, plan: GroupPlan, options: Options) -> list[Line]:
     kernels = _DRAWN if kernels and _draws(plan) else kernels
     shards = explain_shards(group, policy, capture, options.scope, options.statistics and not plan.is_dense)
     launches = explain_launches(plan, options) if kernels == TRITON else None
-    more = {"selection": selection, "kernels": kernels, "launches": launches, "sharded": shards}
+    more = {
+        "norm": explain_norms(plan),
+        "selection": selection,
+        "kernels": kernels,
+        "launches": launches,
+        "sharded": shards,
+    }
     lines += [Line(label, text) for label, text in more.items() if text]
     return lines
 
 
 def _rotating(plan: GroupPlan) -> Preconditioner | None:
     return plan.rotation.preconditioner if plan.rotation is not None and plan.rotation.shapes else None
+
+
+def _decay_of(plan: GroupPlan) -> str:
+    if plan.norms is not None and not plan.norms.reasons:
+        return f"none, because of {plan.norms.norm!r}"
+    text = _decay(plan.capture) if plan.decay is None else _selective_decay(plan.decay, plan.capture)
+    return text if plan.norms is None else f"{text}; not of the matrices whose norm is kept"
 
 
 def _decay(capture: Capture) -> str:

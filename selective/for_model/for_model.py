@@ -14,6 +14,7 @@ from selective.for_model.decided import decided
 from selective.for_model.make_base import BaseOptimizer, check_options, make_base, maker
 from selective.for_model.recipes import with_recipe
 from selective.for_model.two_bases import taken_by_matrices, with_rates_of_rest
+from selective.norms import Norm
 from selective.param_groups.by_kind import ParamGroups, param_groups_for
 from selective.param_groups.settings import NO_DECAY
 from selective.plan.policy_groups import KEYS
@@ -21,7 +22,13 @@ from selective.policies import Policy
 from selective.policies.view import StepView
 from selective.preconditioner import Preconditioner
 
-_OWN = ("self", "base", "policy", "preconditioner")  # of the wrapper's arguments, those that have a meaning here
+_OWN = (
+    "self",
+    "base",
+    "policy",
+    "preconditioner",
+    "norm",
+)  # of the wrapper's arguments, those that have a meaning here
 
 
 def for_model(
@@ -34,6 +41,7 @@ def for_model(
     weight_decay: float | None = None,
     policy: Policy | Callable[[StepView], Any] | str | Mapping[str, Any] | None = None,
     preconditioner: Preconditioner | str | Mapping[str, Any] | None = None,
+    norm: Norm | str | Mapping[str, Any] | None = None,
     matrices: BaseOptimizer | None = None,
     rest: BaseOptimizer | None = None,
     parts: Mapping[str, int | str] | Literal["auto"] | None = "auto",
@@ -48,7 +56,7 @@ def for_model(
         opt = SelectiveUpdate.for_model(model, "adamw", lr=1e-3, weight_decay=0.1, policy="cautious")
 
     `param_groups_for` sorts the trainable parameters, and asks the model for its head, its embeddings, and for what
-    does not decay. Policy and preconditioner are for the matrices: embeddings, head, routers and vectors are stepped as
+    does not decay. Policy, preconditioner and norm are for the matrices: embeddings, head, routers and vectors are stepped as
     the base does it. In a mapping by kind, such as `lr={"matrices": 1e-3, "rest": 3e-4}`, you say it yourself.
 
         opt = SelectiveUpdate.for_model(model, matrices="muon", rest="adamw", lr={"matrices": 0.02, "rest": 3e-4})
@@ -73,6 +81,8 @@ def for_model(
         policy: what selects, as in `SelectiveUpdate`; or a mapping from kinds to policies. "dense" makes the groups
             only.
         preconditioner: what rotates, as in `SelectiveUpdate`; or a mapping from kinds to preconditioners.
+        norm: what becomes of norms, as in `SelectiveUpdate`; or a mapping from kinds to such rules. The rate of the
+            matrices is relative to their norm then: give them one of their own.
         matrices, rest: a base for the matrices with two dimensions, and one for everything else. One that is not given
             is `base`.
         parts: weights that are several matrices in one, as in `param_groups_for`. "auto" recognises the queries, keys
@@ -96,7 +106,7 @@ def for_model(
     if recipe is not None:
         given = {
             "base": base, "lr": lr, "weight_decay": weight_decay, "policy": policy, "preconditioner": preconditioner,
-            "matrices": matrices, "rest": rest,
+            "norm": norm, "matrices": matrices, "rest": rest,
         }  # fmt: skip
         return for_model(
             cls, model, parts=parts, embeddings=embeddings, head=head, no_decay=no_decay, verbose=verbose,
@@ -112,15 +122,15 @@ def for_model(
     makers = [maker(base if each is None else each) for each in (matrices, rest)]
     check_options(list(dict.fromkeys(makers)), of_bases, ours)
     groups = _sorted(
-        model, lr=lr, weight_decay=weight_decay, policy=policy, preconditioner=preconditioner, parts=parts,
-        embeddings=embeddings, head=head, no_decay=no_decay,
+        model, lr=lr, weight_decay=weight_decay, policy=policy, preconditioner=preconditioner, norm=norm,
+        parts=parts, embeddings=embeddings, head=head, no_decay=no_decay,
     )  # fmt: skip
     members = {"matrices": [], "rest": list(groups)}
     if makers[0] is not makers[1]:
         members["matrices"], members["rest"] = taken_by_matrices(groups)
         with_rates_of_rest(members["rest"], lr)
     alone = not all(members.values())
-    if alone and policy is None and preconditioner is None and of_wrapper.get("decay") is None:
+    if alone and policy is preconditioner is norm is None and of_wrapper.get("decay") is None:
         warnings.warn(
             "for_model: neither a policy nor a preconditioner is given, so that every step is the base's own. Pass "
             "policy='cautious' or preconditioner='soap', for instance; policy='dense' if this is what you want",
@@ -153,8 +163,8 @@ def _sorted(model: nn.Module, *, no_decay: Collection[str], **settings: Any) -> 
 
 
 def _asks_for_wrapper(groups: list[dict[str, Any]]) -> bool:
-    """True if a group has a policy or a preconditioner."""
-    return any(group.get(key) is not None for group in groups for key in ("policy", "preconditioner"))
+    """True if a group has a policy, a preconditioner or a rule about norms."""
+    return any(group.get(key) is not None for group in groups for key in ("policy", "preconditioner", "norm"))
 
 
 def _without_our_keys(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,13 +10,17 @@ from selective.messages.short import short
 FUNCTION = "function "
 """The beginning of the kind of every policy that was made of a function."""
 
-_CLOSED = ("decay",)  # families whose kinds are those of the library
+_CLOSED = ("decay", "norm")  # families whose kinds are those of the library
 
 _WAYS = {
     ("policy", "selection"): "pass Policy(selection={it}, strength=...)",
     ("policy", "strength"): "pass Policy(selection=..., strength={it})",
     ("policy", "preconditioner"): "pass it as preconditioner={it}",
     ("policy", "decay"): "pass it as decay={it}",
+    ("policy", "norm"): "pass it as norm={it}",
+    ("decay", "norm"): "pass it as norm={it}",
+    ("norm", "decay"): "pass it as decay={it}",
+    ("norm", "policy"): "pass it as policy={it}",
     ("decay", "policy"): "pass it as policy={it}",
     ("preconditioner", "policy"): "pass it as policy={it}",
     ("selection", "strength"): "pass it as strength={it}",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from selective.norms import Norm, norm_from
 from selective.param_groups.by_model import Answers, ask_model
 from selective.param_groups.joined_auto import known_to_be_joined
 from selective.param_groups.joined_weights import HEAD, NamedParameter, hint, taken_apart
@@ -58,6 +59,7 @@ def param_groups_for(
     lr: float | Mapping[str, float] | None = None,
     policy: Policy | Callable[[StepView], Any] | str | Mapping[str, Any] | None = None,
     preconditioner: Preconditioner | str | Mapping[str, Any] | None = None,
+    norm: Norm | str | Mapping[str, Any] | None = None,
     ask: bool = False,
 ) -> ParamGroups:
     """Sort the trainable parameters of `model` into named groups, for a base that `SelectiveUpdate` wraps.
@@ -77,9 +79,9 @@ def param_groups_for(
 
         groups = param_groups_for(model, lr={"matrices": 1e-3, "rest": 3e-4}, policy="cautious", parts="auto")
 
-    `lr`, `policy` and `preconditioner` are one value, or a mapping from kinds to values. In a mapping "matrices" stands
+    `lr`, `policy`, `preconditioner` and `norm` are one value, or a mapping from kinds to values. In a mapping "matrices" stands
     for all kinds of the first list that it does not name, and "rest" for everything else that it does not name. One
-    learning rate is for all groups. One policy or preconditioner is for the first list, and None for the second.
+    learning rate is for all groups. One policy, preconditioner or norm is for the first list, and None for the second.
 
     Args:
         model: the model; its frozen parameters are left out.
@@ -97,6 +99,7 @@ def param_groups_for(
         lr: the groups' `lr`. None: groups have none, and the base's own applies.
         policy: the groups' `policy`. None: groups have none, and the wrapper's applies.
         preconditioner: the groups' `preconditioner`, instead of the wrapper's.
+        norm: the groups' `norm`. None: groups have none, and the wrapper's applies.
         ask: also ask the model: heads and embeddings are what `get_classifier()`, `get_output_embeddings()` and
             `get_input_embeddings()` return, and a last layer called `fc`; what `no_weight_decay()` names has a
             `weight_decay` of 0.0; LoRA adapters are matrices; and the routers of a mixture of experts are a kind of
@@ -131,6 +134,7 @@ def param_groups_for(
         "preconditioner": for_each_kind(
             "param_groups_for", "preconditioner", preconditioner, of_matrices=True, read=preconditioner_from
         ),
+        "norm": for_each_kind("param_groups_for", "norm", norm, of_matrices=True, read=norm_from),
     }
     parameters = list(_parameters(model))
     if not parameters:

@@ -85,6 +85,7 @@ def _hyper_parameters(number: int, policy_group: PolicyGroup) -> Iterator[tuple[
     yield from ((name, f"opt.policy_groups[{number}]") for name in policy_group)
     yield from ((name, f"opt.preconditioner_groups[{number}]") for name in policy_group.preconditioning)
     yield from ((name, f"opt.decay_groups[{number}]") for name in policy_group.decaying)
+    yield from ((name, f"opt.norm_groups[{number}]") for name in policy_group.norming)
 
 
 def warn_of_needless_mask(

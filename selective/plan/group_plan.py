@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from selective.capture.choose import Capture, GroupFlags
 from selective.capture.items import KeptItems
 from selective.capture.rotated_planned import KeptStep
+from selective.norms import Norm
 from selective.parameter import Parameter
 from selective.plan.group_params import GroupParams
+from selective.plan.norm_plan import NormPlan
 from selective.plan.policy_groups import PolicyGroup, PreconditionerGroup
 from selective.plan.rotation_plan import RotationPlan
 from selective.policies import Decay, Dense, Policy
@@ -35,6 +37,7 @@ class GroupPlan:
     params: GroupParams
     choice: Choice | None = None  # None until an update has chosen
     rotation: RotationPlan | None = None  # None where there is no preconditioner
+    norms: NormPlan | None = None  # None where no norm is kept
     kept: KeptItems = field(default_factory=KeptItems)  # of the parameters that are not rotated ...
     kept_rotated: KeptItems = field(default_factory=KeptItems)  # ... and of those that are
     flags: GroupFlags = field(default_factory=GroupFlags)  # of the base's group
@@ -58,6 +61,11 @@ class GroupPlan:
     def decay(self) -> Decay | None:
         """The group's current selective decay; None if decoupled decay reaches every coordinate."""
         return self.policy_group.decaying.decay
+
+    @property
+    def norm(self) -> Norm | None:
+        """The group's current rule about norms; None if the base moves them."""
+        return self.policy_group.norming.norm
 
     @property
     def steps_alone(self) -> bool:
@@ -90,8 +98,9 @@ class GroupPlan:
         return None if self.rotation is None or shape is None else (self.rotation, shape)
 
     def masks_or_rotates(self, parameter: Parameter) -> bool:
-        """True if this parameter is masked, rotated or decays selectively. Otherwise its step is the base's alone."""
-        return not self.steps_alone or self.rotated_as(parameter) is not None
+        """True if this parameter is masked, rotated, decays selectively or keeps its norm; else the base steps it."""
+        keeps_norm = self.norms is not None and parameter.tensor in self.norms.shapes
+        return not self.steps_alone or keeps_norm or self.rotated_as(parameter) is not None
 
     def is_as_before(self, group: dict[str, Any], policy_group: PolicyGroup, address: int) -> bool:
         """True if this group has what it was planned by. What of its parameters has changed is marked."""
@@ -104,6 +113,11 @@ class GroupPlan:
         if not all(map(is_, by_now, chosen_by)) or planned is not self.rotation:
             return False
         if self.rotation is not None and self.rotation.matrix_view != view:
+            return False
+        if self.norms is None:
+            if policy_group.norming._norm is not None:
+                return False
+        elif policy_group.norming._norm is not self.norms.norm or self.norms.matrix_view != view:
             return False
         if params.joined or not params.are_of(group, address) or not self.flags.are_of(group):
             return False

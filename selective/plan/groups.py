@@ -16,6 +16,7 @@ from selective.plan.advice import warn_of_needless_mask, warn_of_stray_keys
 from selective.plan.flattened import refuse_joined
 from selective.plan.group_params import GroupParams
 from selective.plan.group_plan import Choice, GroupPlan
+from selective.plan.norm_plan import update_norms
 from selective.plan.options import Options
 from selective.plan.policy_groups import KEYS, PolicyGroup, take_keys
 from selective.plan.refusals import check_complete, check_decay, check_flattened, check_momentum, check_shards
@@ -87,6 +88,7 @@ class Groups:
             plan.choice = choice
             plan.params.dtypes_checked = plan.params.state_checked = False
         self._plan_rotations(with_basis)
+        update_norms(self.base, plans)
         self._check_sharing()
         changes = Changes(switched, self.forget_removed())
         self._settled = self._was_settled = True
@@ -158,13 +160,15 @@ class Groups:
     def clocked(self) -> set[torch.device]:
         """The GPUs on which something is masked, whose steps are counted there: Note [the clock]."""
         if self._clocked is None:
-            masked = (plan for plan in self.plans if plan.rotation is not None or not plan.steps_alone)
+            ours = (plan.rotation is not None or plan.norms is not None or not plan.steps_alone for plan in self.plans)
+            masked = (plan for plan, is_ours in zip(self.plans, ours, strict=True) if is_ours)
             self._clocked = {device for plan in masked for device in plan.params.cuda_devices}
         return self._clocked
 
     def asks_others(self) -> bool:
         """True if a parameter that is masked has parts on other ranks, which a step has to ask."""
-        masked = (p for plan in self.plans if not plan.is_dense for p in plan.params.tensors)
+        asking = (plan for plan in self.plans if plan.norms is not None or not plan.is_dense)
+        masked = (p for plan in asking for p in plan.params.tensors)
         return self.options.scope == "global" and any(shard_of(p) is not None for p in masked)
 
     def choices(self) -> list[Choice | None]:
@@ -185,16 +189,16 @@ class Groups:
         """Return a function that puts plans and policies back. The base's groups have to be put back before it."""
         plans = [(plan, plan.choice, plan.rotation) for plan in self.plans]
         policies = [
-            (group, group.policy, group.decaying.decay, group.preconditioning, dict(vars(group.preconditioning)))
+            (group, group.policy, group.decaying.decay, group.norming.norm, dict(vars(group.preconditioning)))
             for group in self.policies
         ]
         places, shape_places = self.places, self.shape_places
 
         def undo() -> None:
             self.policies[:] = [group for group, *_ in policies]
-            for group, policy, decay, preconditioning, before in policies:
-                group.policy, group.decaying.decay = policy, decay
-                vars(preconditioning).update(before)
+            for group, policy, decay, norm, before in policies:
+                group.policy, group.decaying.decay, group.norming.norm = policy, decay, norm
+                vars(group.preconditioning).update(before)
             self.plans[:] = [plan for plan, *_ in plans]
             for plan, choice, rotation in plans:
                 plan.choice, plan.rotation = choice, rotation
@@ -250,7 +254,8 @@ class Groups:
     ) -> Choice:
         """Return the capture of a group in which something may have changed that the choice depends on."""
         number, params, policy, decay = plan.number, plan.params, plan.policy, plan.decay
-        if (is_distributed or params.joined) and not (plan.steps_alone and plan.preconditioning.preconditioner is None):
+        alone = plan.steps_alone and plan.norm is None and plan.preconditioning.preconditioner is None
+        if (is_distributed or params.joined) and not alone:
             if is_distributed:
                 check_flattened(params.parameters)
             if params.joined:
@@ -334,8 +339,8 @@ class Groups:
             late = next((key for key in KEYS if key in group and (key == "policy" or key not in known)), None)
             if late is not None:  # it would be without effect, and the group could not be saved
                 way = f"opt.preconditioner_groups[{number}]'s"
-                if late == "decay":
-                    way = f"opt.decay_groups[{number}].decay or its"
+                if late in ("decay", "norm"):
+                    way = f"opt.{late}_groups[{number}].{late} or its"
                 if late == "policy":
                     way = f"opt.policy_groups[{number}].policy (a Policy) or its"
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Policies, preconditioners and decays of parameter groups: a table of the wrapper's own, beside the base's groups."""
+"""What parameter groups have of ours (policy, preconditioner, decay, norm): a table beside the base's groups."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Callable, Collection, Iterator, MutableMapping
 from typing import Any
 
 from selective.configured import Configured
+from selective.norms import Norm, norm_from
 from selective.policies import Decay, Policy, decay_from, policy_from
 from selective.preconditioner import MatrixView, Preconditioner, check_matrix_view, preconditioner_from
 
-KEYS = ("policy", "preconditioner", "matrix_view", "decay")
+KEYS = ("policy", "preconditioner", "matrix_view", "decay", "norm")
 """Keys of a base group that belong to the wrapper, which moves them into a table of its own."""
 
 
 _NEVER: Any = object()
-_ATTRIBUTES = {"policy", "preconditioner", "matrix_view", "decay", "planned", "preconditioning", "decaying"}
+_ATTRIBUTES = {*KEYS, "planned", "preconditioning", "decaying", "norming"}
 
 
 class ModelGroup(MutableMapping[str, Any]):
@@ -164,6 +165,34 @@ class DecayGroup(ModelGroup):
         return f"DecayGroup({self._decay!r})"
 
 
+class NormGroup(ModelGroup):
+    """The rule about norms of one parameter group, with its hyper-parameters by name; empty where there is none.
+
+    `opt.norm_groups[0]["scale"] = 12` is used from the next step on.
+    """
+
+    def __init__(self, norm: Norm | None) -> None:
+        self._norm = norm
+
+    @property
+    def norm(self) -> Norm | None:
+        """Settable, in the same forms as `SelectiveUpdate(norm=...)`, and used from the next step on."""
+        return self._norm
+
+    @norm.setter
+    def norm(self, value: Any) -> None:
+        self._norm = norm_from(value)
+
+    def _model(self) -> Norm | None:
+        return self._norm
+
+    def _replace(self, model: Norm) -> None:
+        self._norm = model
+
+    def __repr__(self) -> str:
+        return f"NormGroup({self._norm!r})"
+
+
 class PolicyGroup(ModelGroup):
     """The policy of one parameter group, with its hyper-parameters by name.
 
@@ -176,8 +205,10 @@ class PolicyGroup(ModelGroup):
         policy: Policy,
         preconditioning: PreconditionerGroup | None = None,
         decaying: DecayGroup | None = None,
+        norming: NormGroup | None = None,
     ) -> None:
         self._policy = policy
+        self.norming = NormGroup(None) if norming is None else norming
         self.decaying = DecayGroup(None) if decaying is None else decaying
         self.preconditioning = PreconditionerGroup(None) if preconditioning is None else preconditioning
         self._listener: Callable[[Policy], None] | None = None
@@ -207,6 +238,9 @@ class PolicyGroup(ModelGroup):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_listener": None}  # who listens is not copied or pickled along
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"norming": NormGroup(None)} | state)  # pickles of older versions have no `norming`
 
     def _model(self) -> Policy:
         return self._policy
@@ -244,7 +278,8 @@ def take_keys(group: dict[str, Any], default: PolicyGroup, known: Collection[str
     rest = dict(group)
     policy = take_policy(rest, default.policy, known)
     preconditioning = take_preconditioner(rest, default.preconditioning, known)
-    taken = PolicyGroup(policy, preconditioning, take_decay(rest, default.decaying.decay, known))
+    decaying = take_decay(rest, default.decaying.decay, known)
+    taken = PolicyGroup(policy, preconditioning, decaying, take_norm(rest, default.norming.norm, known))
     for key in [key for key in group if key not in rest]:
         del group[key]
     return taken
@@ -308,3 +343,15 @@ def take_decay(group: dict[str, Any], default: Decay | None, known: Collection[s
         )
     del group["decay"]
     return DecayGroup(decay)
+
+
+def take_norm(group: dict[str, Any], default: Norm | None, known: Collection[str]) -> NormGroup:
+    """Move a group's `norm` out of it: the default where it names none; None there: the base moves the norms.
+
+    A `norm` that the base itself knows stays the base's.
+    """
+    if "norm" not in group or "norm" in known:
+        return NormGroup(default)
+    norm = norm_from(group["norm"])
+    del group["norm"]
+    return NormGroup(norm)

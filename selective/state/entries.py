@@ -27,6 +27,7 @@ PREFIX = "selective/"
 POLICY_STATE = PREFIX + "state/"
 STEP, SEED, POLICY, MOMENTUM, RESIDUE = (PREFIX + name for name in ("step", "seed", "policy", "momentum", "residue"))
 DECAY = PREFIX + "decay"  # of a group whose decay is selective
+NORM = PREFIX + "norm"  # of a group whose norms are kept
 BASIS = PREFIX + "basis/"  # what a preconditioner keeps of a parameter ...
 # ... which one it is, as what the parameter is rotated, how many steps it took so, how many gradients were left out
 PRECONDITIONER, BASIS_SHAPE = PREFIX + "preconditioner", PREFIX + "basis_shape"
@@ -35,7 +36,7 @@ _BLOCK = 512  # policies are padded to a multiple: loading in place needs the sa
 
 
 def encode_model(model: Configured, note: str = "") -> Tensor:
-    """A policy, preconditioner or decay as JSON bytes (uint8), padded with zeros; a note in the padding, if it fits."""
+    """A policy, preconditioner, decay or norm as JSON bytes (uint8), padded with zeros; a note in the padding, if it fits."""
     data, mark = model.to_saved().encode(), b"\0" + note.encode()
     size = len(data) + -len(data) % _BLOCK
     if note and len(data) + len(mark) <= size:

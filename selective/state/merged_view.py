@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from selective.state.entries import DECAY, POLICY, PRECONDITIONER, PREFIX, SEED, STEP
+from selective.state.entries import DECAY, NORM, POLICY, PRECONDITIONER, PREFIX, SEED, STEP
 from selective.state.parameter_state import OwnEntries, is_kept
 from selective.state.undivided import Undivided
 
-COMPUTED = (STEP, SEED, POLICY, DECAY, PRECONDITIONER)  # computed when they are read
+COMPUTED = (STEP, SEED, POLICY, DECAY, NORM, PRECONDITIONER)  # computed when they are read
 _MISSING: Any = object()
 
 

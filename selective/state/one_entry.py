@@ -15,6 +15,7 @@ from selective.state.entries import (
     BASIS_STEPS,
     DECAY,
     MOMENTUM,
+    NORM,
     POLICY,
     POLICY_STATE,
     PRECONDITIONER,
@@ -27,7 +28,7 @@ from selective.state.entries import (
 
 MOST_STEPS = 2**62  # far beyond any run, and still far from where a count in 64 bits goes over
 OF_A_BASIS = (PRECONDITIONER, BASIS_STEPS, BASIS_SHAPE, BASIS_SKIPPED)
-_KNOWN = {STEP, SEED, POLICY, DECAY, MOMENTUM, RESIDUE, *OF_A_BASIS}
+_KNOWN = {STEP, SEED, POLICY, DECAY, NORM, MOMENTUM, RESIDUE, *OF_A_BASIS}
 
 
 def check_known(key: str, where: str, refuse: Refusal = CheckpointMismatch) -> None:

@@ -23,6 +23,7 @@ from selective.state.entries import (
     BASIS_STEPS,
     DECAY,
     MOMENTUM,
+    NORM,
     POLICY,
     POLICY_STATE,
     PRECONDITIONER,
@@ -143,6 +144,8 @@ class StateStore:
         entries = {STEP: step, SEED: seed, POLICY: encode_model(plan.policy, class_names(self.base)), **own}
         if plan.decay is not None:
             entries[DECAY] = encode_model(plan.decay)
+        if plan.norm is not None:
+            entries[NORM] = encode_model(plan.norm)
         preconditioner = plan.preconditioning.preconditioner
         if preconditioner is not None and BASIS_STEPS in own:
             entries[PRECONDITIONER] = encode_model(preconditioner)

@@ -18,13 +18,24 @@ from torch.optim import Optimizer
 
 from selective.base.same_class import class_names
 from selective.configured import kinds_of
+from selective.norms import Norm
 from selective.parameter import is_lazy
 from selective.plan.groups import Groups
 from selective.plan.policy_groups import PolicyGroup
 from selective.policies import Decay, Policy
 from selective.policies.function import with_live_function
 from selective.preconditioner import Preconditioner
-from selective.state.entries import BASIS_STEPS, DECAY, POLICY, PRECONDITIONER, SEED, STEP, decode_model, encode_model
+from selective.state.entries import (
+    BASIS_STEPS,
+    DECAY,
+    NORM,
+    POLICY,
+    PRECONDITIONER,
+    SEED,
+    STEP,
+    decode_model,
+    encode_model,
+)
 from selective.state.merged_view import ComputedEntries, MergedEntry, StateBackend, shapes_of, split_own
 from selective.state.one_entry import check_known, number_of
 from selective.state.parameter_state import COUNTS, ON_THE_HOST, OwnEntries, in_dtype, is_kept, is_of_basis
@@ -55,8 +66,12 @@ class _Computed(ComputedEntries):
         if self.group is None:
             return [STEP, SEED]
         rotated = self.group.preconditioning.preconditioner is not None and BASIS_STEPS in own
-        decays = self.group.decaying.decay is not None
-        return [STEP, SEED, POLICY, *([DECAY] if decays else []), *([PRECONDITIONER] if rotated else [])]
+        there = {
+            DECAY: self.group.decaying.decay is not None,
+            NORM: self.group.norming.norm is not None,
+            PRECONDITIONER: rotated,
+        }
+        return [STEP, SEED, POLICY, *(key for key, is_there in there.items() if is_there)]
 
     def read(self, key: str) -> Tensor:
         if key in (STEP, SEED):
@@ -64,12 +79,11 @@ class _Computed(ComputedEntries):
         assert self.group is not None
         if key == POLICY:
             return encode_model(self.group.policy, class_names(self.base))
-        if key == DECAY:
-            assert self.group.decaying.decay is not None
-            return encode_model(self.group.decaying.decay)
-        preconditioner = self.group.preconditioning.preconditioner
-        assert preconditioner is not None
-        return encode_model(preconditioner)
+        group = self.group
+        others = {DECAY: group.decaying.decay, NORM: group.norming.norm}
+        found = others.get(key, group.preconditioning.preconditioner)
+        assert found is not None
+        return encode_model(found)
 
     def write(self, key: str, value: Any) -> None:
         self.judge(key, value)()
@@ -85,12 +99,12 @@ class _Computed(ComputedEntries):
             return partial(self._count, key, number)
         if not isinstance(value, Tensor):
             raise wrong_type_error(where, value, "a tensor of bytes")
-        family: Any = {POLICY: Policy, DECAY: Decay}.get(key, Preconditioner)
+        family: Any = {POLICY: Policy, DECAY: Decay, NORM: Norm}.get(key, Preconditioner)
         found = decode_model(in_dtype(value, torch.uint8), family, "a parameter's state", refused_write_error)
         if self.group is None:  # a parameter that comes into a group is under what that one says
             return lambda: None
         group = self.group
-        places = {POLICY: (group, "policy"), DECAY: (group.decaying, "decay")}
+        places = {POLICY: (group, "policy"), DECAY: (group.decaying, "decay"), NORM: (group.norming, "norm")}
         place, name = places.get(key, (group.preconditioning, "preconditioner"))
         now = getattr(place, name)
         if now is None or kinds_of(found.model_dump()) != kinds_of(now.model_dump()):
