@@ -22,13 +22,8 @@ from selective.policies import Policy
 from selective.policies.view import StepView
 from selective.preconditioner import Preconditioner
 
-_OWN = (
-    "self",
-    "base",
-    "policy",
-    "preconditioner",
-    "norm",
-)  # of the wrapper's arguments, those that have a meaning here
+# Those of the wrapper's arguments that have a meaning of their own here.
+_OWN = ("self", "base", "policy", "preconditioner", "norm")
 
 
 def for_model(
@@ -56,8 +51,9 @@ def for_model(
         opt = SelectiveUpdate.for_model(model, "adamw", lr=1e-3, weight_decay=0.1, policy="cautious")
 
     `param_groups_for` sorts the trainable parameters, and asks the model for its head, its embeddings, and for what
-    does not decay. Policy, preconditioner and norm are for the matrices: embeddings, head, routers and vectors are stepped as
-    the base does it. In a mapping by kind, such as `lr={"matrices": 1e-3, "rest": 3e-4}`, you say it yourself.
+    does not decay. Policy, preconditioner and norm are for the matrices: embeddings, head, routers and vectors are
+    stepped as the base does it. In a mapping by kind, such as `lr={"matrices": 1e-3, "rest": 3e-4}`, you say it
+    yourself.
 
         opt = SelectiveUpdate.for_model(model, matrices="muon", rest="adamw", lr={"matrices": 0.02, "rest": 3e-4})
 

@@ -1,9 +1,9 @@
 """The arithmetic of norm control, on stacks of parameters of one shape.
 
 Note [sums of norm control]: the new norm ‖W'‖ follows from three sums over a matrix, because W' = W + c·d:
-‖W'‖² = ‖W‖² + 2c W·d + c²‖d‖². So a sharded matrix takes one all-reduce of three numbers, and a matrix is written once.
-The sums are in float64, so that the norm does not drift over the steps of a run: their rounding, 1e-16, is far below that
-of the float32 weights, which is unbiased.
+‖W'‖² = ‖W‖² + 2c W·d + c²‖d‖². So a sharded matrix takes one all-reduce of three numbers, and is written once.
+The sums are in float64, so that the norm does not drift over the steps of a run: their rounding, 1e-16, is far below
+that of the float32 weights, which is unbiased.
 """
 
 from __future__ import annotations

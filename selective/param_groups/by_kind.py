@@ -79,9 +79,10 @@ def param_groups_for(
 
         groups = param_groups_for(model, lr={"matrices": 1e-3, "rest": 3e-4}, policy="cautious", parts="auto")
 
-    `lr`, `policy`, `preconditioner` and `norm` are one value, or a mapping from kinds to values. In a mapping "matrices" stands
-    for all kinds of the first list that it does not name, and "rest" for everything else that it does not name. One
-    learning rate is for all groups. One policy, preconditioner or norm is for the first list, and None for the second.
+    `lr`, `policy`, `preconditioner` and `norm` are one value, or a mapping from kinds to values. In a mapping
+    "matrices" stands for all kinds of the first list that it does not name, and "rest" for everything else that it does
+    not name. One learning rate is for all groups. One policy, preconditioner or norm is for the first list, and None
+    for the second.
 
     Args:
         model: the model; its frozen parameters are left out.

@@ -36,7 +36,7 @@ _BLOCK = 512  # policies are padded to a multiple: loading in place needs the sa
 
 
 def encode_model(model: Configured, note: str = "") -> Tensor:
-    """A policy, preconditioner, decay or norm as JSON bytes (uint8), padded with zeros; a note in the padding, if it fits."""
+    """A model, such as a policy, as JSON bytes (uint8), padded with zeros; a note in the padding, if it fits."""
     data, mark = model.to_saved().encode(), b"\0" + note.encode()
     size = len(data) + -len(data) % _BLOCK
     if note and len(data) + len(mark) <= size:

@@ -1,8 +1,8 @@
 """Norm control in a step: parameters are held before the jobs, and turned by what these have added to them.
 
-The base, the policy and the preconditioner step them as always. Where nobody looks at a parameter's value, the jobs step
-zeros, so that what they leave is the update itself: no digit of it is lost against a large weight, and weight decay,
-which multiplies, has no effect. Otherwise the update is the difference.
+The base, the policy and the preconditioner step them as always. Where nobody looks at a parameter's value, the jobs
+step zeros, so that what they leave is the update itself: no digit of it is lost against a large weight, and weight
+decay, which multiplies, has no effect. Otherwise the update is the difference.
 """
 
 from __future__ import annotations
