@@ -16,7 +16,7 @@ Plan = Callable[[Results], Iterator[Run]]
 APART = ("AdamW", "AdamW in Soap", "Cautious on AdamW in Soap")
 DECAYS = ("CautiousDecay on AdamW in Soap", "Cautious, CautiousDecay on AdamW in Soap")
 RIVALS = ("pytorch_optimizer SOAP", "AdamW in the momentum's basis", "AdamW in AdaDiag++")
-NORMS = ("AdamW, norm controlled", "AdamW in Soap, norm controlled")
+NORMS = tuple(f"{name}, norm controlled" for name in APART)
 AVERAGED = "Cautious on AdamW in Soap, tail averaged"
 # Stage 3
 MUON_MASKS = tuple(f"{name} on Muon" for name in ("Cautious", "MGUP mild", "MGUP official"))
@@ -81,6 +81,8 @@ def stage_2(results: Results) -> Iterator[Run]:
     yield from control(results, task, "Cautious on AdamW in Soap")
     yield from control(results, task, DECAYS[0])
     yield from of_each(results, task, NORMS, apart=True)
+    yield from control(results, task, NORMS[-1])
+    yield from swept_control(results, task, APART[-1])
 
 
 def stage_3(results: Results) -> Iterator[Run]:

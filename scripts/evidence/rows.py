@@ -77,6 +77,7 @@ COMPOSED = [
     Row(DECAYS[0], "AdamW"),
     Row(control_of(DECAYS[0]), "AdamW"),
     *(_row(setup, "AdamW") for setup in (*DECAYS[1:], AVERAGED, *RIVALS, *NORMS)),
+    _row(control_of(NORMS[-1]), "AdamW"),
 ]
 MUON = [
     *(_row(setup, "Muon") for setup in ("Muon", MUON_MASKS[0], control_of(MUON_MASKS[0]), *MUON_MASKS[1:], *MUON_MORE)),

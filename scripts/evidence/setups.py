@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from evidence.bases import BASES
-from evidence.prototypes.norm_control import NormControl
 from evidence.prototypes.stepper import Stepper
 from evidence.prototypes.tail_average import TailAverage
 from evidence.runs import Run
@@ -24,6 +23,8 @@ from selective import (
     Cautious,
     CautiousDecay,
     MeanPreserving,
+    Norm,
+    NormControl,
     Policy,
     Preconditioner,
     RandomDecay,
@@ -41,7 +42,7 @@ Around = Callable[[Optimizer, nn.Module, int], Stepper]
 
 @dataclass(frozen=True)
 class Setup:
-    """A base by its name in `BASES`. Policy and preconditioner are for the model's inner matrices alone.
+    """A base by its name in `BASES`. Policy, preconditioner and norm are for the model's inner matrices alone.
 
     `rest` is the base of embeddings, head and vectors, if it is another one. `around` is a prototype that is put around
     the optimizer; it is given the model and the number of steps. `rates` is the grid of the sweep, by its name in
@@ -53,12 +54,13 @@ class Setup:
     policy: Policy | None = None
     space: Preconditioner | None = None
     decay: Decay | None = None
+    norm: Norm | None = None
     rest: str | None = None
     around: Around | None = None
 
     @property
     def wrapped(self) -> bool:
-        return not self.policy is self.space is self.decay is None
+        return not self.policy is self.space is self.decay is self.norm is None
 
 
 POLICIES: dict[str, Policy] = {
@@ -96,8 +98,11 @@ SETUPS: dict[str, Setup] = {
     "pytorch_optimizer SOAP": Setup("SOAP", "Soap", rest="AdamW 0.95"),
     "AdamW in Soap, tail averaged": replace(IN_SOAP, around=TailAverage),
     "Cautious on AdamW in Soap, tail averaged": replace(IN_SOAP, policy=Cautious(), around=TailAverage),
-    "AdamW, norm controlled": Setup("AdamW", "norm control", around=NormControl),
-    "AdamW in Soap, norm controlled": replace(IN_SOAP, rates="norm control", around=NormControl),
+    "AdamW, norm controlled": Setup("AdamW", "norm control", norm=NormControl()),
+    "AdamW in Soap, norm controlled": replace(IN_SOAP, rates="norm control", norm=NormControl()),
+    "Cautious on AdamW in Soap, norm controlled": replace(
+        IN_SOAP, rates="norm control", policy=Cautious(), norm=NormControl()
+    ),
     "Muon": MUON,
     **_masked(MUON, "Muon", {name: POLICIES[name] for name in ("Cautious", "MGUP mild", "MGUP official")}),
     "Muon, whitened": Setup("whitened Muon", "Muon", rest="AdamW"),
@@ -159,7 +164,7 @@ def _two(setup: Setup, rates: float | dict[str, float], model: nn.Module, seed: 
 def _shared(setup: Setup) -> dict[str, Any]:
     decay = {} if setup.decay is None else {"decay": setup.decay}
     return {"weight_decay": DECAY, "no_decay": ("vectors",), "policy": setup.policy, "preconditioner": setup.space,
-            "parts": None, **decay}  # fmt: skip
+            "norm": setup.norm, "parts": None, **decay}  # fmt: skip
 
 
 def _bare(group: dict[str, Any]) -> dict[str, Any]:

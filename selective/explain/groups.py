@@ -11,7 +11,7 @@ from selective.base.known import why_measured
 from selective.capture.choose import Capture
 from selective.explain.launches import explain_launches
 from selective.explain.memory import memory_lines, temporary_memory
-from selective.explain.norms import explain_norms
+from selective.explain.norms import explain_norms, norm_advice
 from selective.explain.own_code import why_own_code
 from selective.explain.paragraph import Line, Paragraph, under
 from selective.explain.rate import rate_advice
@@ -64,7 +64,7 @@ def _paragraph(base: Optimizer, members: Sequence[GroupPlan], options: Options, 
         on_stacks = explain_stacks(members, options.mask_space)
         lines += explain_rotations(rotations, policy, options.mask_space, on_stacks)
     lines += under("memory", memory)
-    advice, notes = rate_advice(policy, _rotating(plan)), _notes(base, plan)
+    advice, notes = norm_advice(plan) or rate_advice(policy, _rotating(plan)), _notes(base, plan)
     lines += [] if advice is None else [Line("rate", advice)]
     lines += [Line("note", notes)] if notes else []
     title = title_of({member.number: member.group for member in members})

@@ -106,8 +106,8 @@ def check_norm(base: Optimizer, plan: GroupPlan) -> None:
         )
     if not plan.norms.from_zero and _decays(group):
         raise ValueError(
-            f"SelectiveUpdate: {norm!r} takes the place of weight decay, and that of {name} can't be told from the "
-            f"rest of its update, which looks at the parameter; set weight_decay=0 in {where}"
+            f"SelectiveUpdate: {norm!r} takes the place of weight decay, and here that of {name} can't be told from "
+            f"its update, because {name} or the policy looks at the parameters; set weight_decay=0 in {where}"
         )
 
 

@@ -293,7 +293,7 @@ def take_policy(group: dict[str, Any], default: Policy, known: Collection[str]) 
     if "policy" not in group:
         return default
     policy = policy_from(group["policy"])
-    fields = [name for name in type(policy).model_fields if name != "policy"]  # that one is the group's own key
+    fields = [name for name in type(policy).model_fields if name not in KEYS]  # those are the group's own keys
     stray = [name for name in fields if name in group and name not in known]
     if stray:
         raise ValueError(

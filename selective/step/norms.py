@@ -159,7 +159,8 @@ def _refuse_zeros(new: Sequence[Held], runner: StepRunner) -> None:
     for each, total in zip(new, totals, strict=True):
         empty = (total[0].reshape(len(each.members), -1) == 0).any(dim=1).tolist()
         for member, is_zero in zip(each.members, empty, strict=True):
-            if is_zero and member.tensor.numel():
+            whole = each.old[0] if runner.options.scope == "local" else member.tensor
+            if is_zero and whole.numel():  # a rank may have no part of it
                 raise ValueError(
                     f"SelectiveUpdate: {member.name!r}, or a matrix in it, is 0, and {_norms_of(each.plan).norm!r} "
                     f"would keep it so: begin with other values, or put it into a group whose norm is None"

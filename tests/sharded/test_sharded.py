@@ -41,6 +41,10 @@ FAST = {
         "refused_where_it_is_wrapped",
     ),
     "decay": ("decays_as_one_device",),
+    "norms": (
+        "turns_as_on_one_device", "rotated_ones_keep_their_norm", "replicas_have_the_same_bits",
+        "a_shard_s_own_norm_sends_nothing", "zeros_are_refused_on_all_ranks",
+    ),
 }  # fmt: skip
 ROTATION = (
     "from_a_stored_basis", "from_its_own_bases", "parts_that_are_not_summed_differ", "the_same_bits_on_all_ranks",
@@ -67,6 +71,7 @@ SLOW = {
     "given gradients": "selection:every_policy_and_base",
     "other bases and dtypes, everywhere": "selection:everything_everywhere",
     "selective decay, everywhere": "decay:decays_as_one_device_everywhere",
+    "norm control, everywhere": "norms:turns_as_on_one_device_everywhere",
     "Triton's kernels": "selection:triton_kernels",
     "Triton's kernels, everywhere": "selection:triton_kernels_everywhere",
     "a small Llama, AdamW": "training:every_policy_over_adamw",
