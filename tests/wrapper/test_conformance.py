@@ -21,6 +21,7 @@ from selective import (
     Dense,
     Grams,
     Magma,
+    NormControl,
     NormPreserving,
     Policy,
     RandomMask,
@@ -139,3 +140,19 @@ def test_conformance(base, policy):
     faults -= faults_of_older_torch(base)
     assert faults == FAULTS_OF_BASES.get(base, set()), str(report)
     assert len(report.outcomes) == len(conformance_checks)
+
+
+@pytest.mark.parametrize("policy", [MGUP(), pytest.param(Dense(), marks=pytest.mark.slow)], ids=repr)
+def test_conformance_where_norms_are_kept(policy: Policy) -> None:
+    """All but the two checks that begin with parameters of zeros, which are refused in words."""
+    kept = Subject(
+        name="norms kept over adamw",
+        base=BASES["adamw"],
+        wrap=lambda optimizer: SelectiveUpdate(optimizer, policy, norm=NormControl()),
+        config=CONFIG,
+        strict=True,
+    )
+    report = check_wrapper(kept)
+    failed = {outcome.check: outcome.message for outcome in report.failed}
+    assert failed.keys() == {"compensation_stays_within_its_cap", "nothing_aligned_stays_finite"}, str(report)
+    assert all("is 0, and NormControl() would keep it so" in message for message in failed.values()), str(report)
