@@ -25,6 +25,7 @@ KEYWORDS = {
     "guides/write-a-policy": ["custom policy", "own policy"],
     "guides/rotate": ["rotate", "soap", "shampoo", "adadiag", "preconditioner"],
     "guides/decay": ["weight decay", "decay"],
+    "guides/norm-control": ["norm control", "hyperball", "keep norms"],
     "guides/stacks": ["lightning", "accelerate", "gradscaler", "deepspeed", "trl"],
     "guides/stacks#hugging-faces-trainer": ["trainer", "hugging face"],
     "guides/stacks#low-precision": ["bfloat16", "8-bit"],

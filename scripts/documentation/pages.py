@@ -22,6 +22,7 @@ NAV = {
         "guides/write-a-policy",
         "guides/rotate",
         "guides/decay",
+        "guides/norm-control",
         "guides/stacks",
         "guides/distributed",
         "guides/sharded",

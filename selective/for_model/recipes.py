@@ -49,6 +49,19 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             "evidence/python-34m/AdamW-in-Soap-lr0.006-seed*.json",
             **_IN_SOAP,
         ),
+        "soap-norm-control": _recipe(
+            "norms kept in the rotation",
+            "evidence/python-34m/AdamW-in-Soap--norm-controlled-lr0.036-rest0.003-seed*.json",
+            **_IN_SOAP | {"lr": {"matrices": 0.036, "rest": 3e-3}},
+            norm="normcontrol",
+        ),
+        "adamw-norm-control": _recipe(
+            "norms kept, which keeps no state",
+            "evidence/python-34m/AdamW--norm-controlled-lr0.018-rest0.006-seed*.json",
+            **_OF_ADAMW,
+            norm="normcontrol",
+            lr={"matrices": 0.018, "rest": 6e-3},
+        ),
         "adamw-alpha-consistency": _recipe(
             "a mask alone, which keeps no state: 1.22 times fewer steps than AdamW; not shown to beat a random mask",
             "evidence/python-34m/AlphaConsistency-on-AdamW-lr0.003-seed*.json",
