@@ -92,7 +92,7 @@ def _rotations(measurements: Path) -> list[Shown]:
 
 
 def _two_rates(measurements: Path) -> list[Shown]:
-    """What has a rate of its own for embeddings, head and vectors. All are compared with AdamW at its one best rate."""
+    """The rows with a rate of its own for embeddings, head and vectors, against AdamW at its one best rate."""
     rows = [Row(setup, "AdamW", apart=True) for setup in TWO_RATES]
     return _rows(measurements, rows, lambda row: TWO_RATES[row.setup])
 
