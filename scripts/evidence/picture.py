@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 
 from evidence.earlier import of_demo
+from evidence.plan import APART
 from evidence.rows import Row, masked_rows
 from evidence.runs import Record, Results
 from evidence.setups import CONTROL
@@ -24,6 +25,14 @@ TITLE, UNIT = "Final loss against a tuned AdamW", "nats, below 0 is better; a do
 _LEFT, _ROW, _HEAD, _TOP, _BOTTOM = 12, 40, 30, 48, 34
 _FIRST, _LAST, _LOW, _HIGH = 30, 390, -0.28, 0.12  # pixels, and what they stand for
 _TICKS = (-0.2, -0.1, 0.0, 0.1)
+ROTATED = {"AdamW in Soap": "Soap()", "Cautious on AdamW in Soap": "Cautious() in Soap()"}
+TWO_RATES = {
+    "AdamW": "AdamW",
+    **ROTATED,
+    "AdamW, norm controlled": "norm control, a prototype",
+    "AdamW in Soap, norm controlled": "norm control in Soap()",
+    "Muon": "Muon",
+}
 _STYLE = """
   .card { fill: #ffffff; stroke: #d8dee4; }
   text { fill: #1f2328; font: 14px system-ui, sans-serif; }
@@ -78,8 +87,14 @@ def _masks(measurements: Path) -> list[Shown]:
 
 
 def _rotations(measurements: Path) -> list[Shown]:
-    names = {"AdamW in Soap": "Soap()", "Cautious on AdamW in Soap": "Cautious() in Soap()"}
+    names = {setup: ROTATED[setup] for setup in APART[1:]}
     return _rows(measurements, [Row(setup, "AdamW") for setup in names], lambda row: names[row.setup])
+
+
+def _two_rates(measurements: Path) -> list[Shown]:
+    """The rows with a rate of its own for embeddings, head and vectors, against AdamW at its one best rate."""
+    rows = [Row(setup, "AdamW", apart=True) for setup in TWO_RATES]
+    return _rows(measurements, rows, lambda row: TWO_RATES[row.setup])
 
 
 def _demo(measurements: Path) -> list[Shown]:
@@ -90,6 +105,7 @@ def _demo(measurements: Path) -> list[Shown]:
 SECTIONS: dict[str, Callable[[Path], list[Shown]]] = {
     "34M parameters, a mask alone": _masks,
     "34M parameters, a rotation": _rotations,
+    "34M parameters, two learning rates": _two_rates,
     "0.47M parameters, the demo": _demo,
 }
 

@@ -39,7 +39,7 @@ def _recipe(says: str, *evidence: str, **settings: Any) -> Recipe:
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "soap-cautious": _recipe(
-            "the best composition so far: 1.54 times fewer steps and 1.32 times less time than AdamW",
+            "a mask in a rotation, one rate for all: 1.54 times fewer steps and 1.32 times less time than AdamW",
             "evidence/python-34m/Cautious-on-AdamW-in-Soap-lr0.006-seed*.json",
             **_IN_SOAP,
             policy="cautious",
@@ -77,13 +77,13 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             lr=1.5e-3,
         ),
         "muon": _recipe(
-            "the baseline to compare with: one seed, and the rest at the highest rate that was tried",
-            "evidence/python-34m/Muon-lr0.04-rest0.006-seed0.json",
+            "the lowest final loss of these: 1.56 times fewer steps and 1.25 times less time than AdamW with one rate",
+            "evidence/python-34m/Muon-lr0.04-rest0.048-seed*.json",
             matrices="muon",
             rest="adamw",
             betas=(0.9, 0.95),
             weight_decay=0.1,
-            lr={"matrices": 0.04, "rest": 6e-3},
+            lr={"matrices": 0.04, "rest": 0.048},
         ),
     }
 )

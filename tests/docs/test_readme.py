@@ -28,6 +28,7 @@ from selective.compare.config import ModelConfig
 from selective.compare.intervals import Interval
 from selective.compare.model import GPT
 from selective.compare.race import race
+from selective.compare.summary import paired
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -76,6 +77,15 @@ class Files:
         assert ratio is not None
         return ratio
 
+    def difference(self, mine: tuple[str, float, float], theirs: tuple[str, float, float]) -> Interval:
+        """The difference of two setups' final losses with 34M parameters, each at its two rates, at three seeds."""
+        results = importlib.import_module("evidence.runs").Results.read(self.folder / "evidence")
+        first, second = (results.by_seed("python-34m", name, (lr, rest)) for name, lr, rest in (mine, theirs))
+        assert first.keys() == second.keys() == {0, 1, 2}
+        found = paired(first, second)
+        assert found is not None
+        return found
+
     def step(self, file: str, row: str) -> float:
         """A benchmark's median ratio to torch's fused step."""
         rows = {m["name"]: m for m in self.read[file]["results"][0]["measurements"]}
@@ -121,6 +131,14 @@ def at_34m(files: Files) -> list[str]:
     return ["3", *(number(files.race("python-34m", "Cautious on AdamW in Soap", 6e-3, 3e-3, axis), 2) for axis in axes)]
 
 
+def muon(files: Files) -> list[str]:
+    muon, masked = ("Muon", 4e-2, 4.8e-2), (("Cautious on Muon", 4e-2, 4.8e-2), ("MGUP mild on Muon", 2e-2, 2.4e-2))
+    assert all(files.difference(one, muon).sign == 1 for one in masked), "README says that masks on Muon hurt"
+    difference = files.difference(muon, ("Cautious on AdamW in Soap", 6e-3, 1.2e-2))
+    assert difference.sign == -1, "README says that Muon ends lower"
+    return [number(difference, 3)]
+
+
 def mask_alone(files: Files) -> list[str]:
     return [number(files.race("python-34m", "AlphaConsistency on AdamW", 3e-3, 3e-3, "step"), 2)]
 
@@ -159,6 +177,7 @@ CLAIMS: dict[str, Callable[[Files], list[str]]] = {
     rf"\({N} seeds\) `Cautious\(\)` in `Soap\(\)` takes {PM} times fewer steps and \*\*{PM} times less time\*\*": (
         at_34m
     ),
+    rf"Muon without a mask ends {PM} lower; masks on Muon hurt": muon,
     rf"`AlphaConsistency\(\)` takes {PM} times fewer steps": mask_alone,
     rf"optimizer step of {N}B parameters": lambda files: [f"{files.read[H200]['results'][0]['parameters'] / 1e9:.1f}"],
     rf"takes {N} × torch's fused AdamW with `CautiousMGUP\(\)`, {N} × with `MGUP\(\)` and {N} × with `Cautious\(\)`": (
@@ -246,6 +265,7 @@ RUNS = (
     "evidence/python-34m/AdamW-lr0.003-seed1.json",
     "evidence/python-34m/Cautious-on-AdamW-in-Soap-lr0.006-seed0.json",
     "evidence/python-34m/AlphaConsistency-on-AdamW-lr0.003-seed0.json",
+    "evidence/python-34m/Muon-lr0.04-rest0.048-seed0.json",
 )
 
 

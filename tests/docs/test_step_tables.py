@@ -45,3 +45,54 @@ def test_a_row_that_was_not_timed_has_no_line(tmp_path: Path) -> None:
     row["outcome"] = "refused"
     (tmp_path / name).write_text(json.dumps(content))
     assert "| Magma |" not in filled(f"<!-- steps: {name} -->\n\n", tmp_path)
+
+
+# Rows of two pages, by how they begin, and the steps of the training benchmark whose figures they have.
+TRAINING = "2026-11-30-h200-training-llama-34m-later.json"
+ROWS = {
+    "performance.md": {
+        "torch fused": "torch fused",
+        "`CautiousMGUP`": "CautiousMGUP",
+        "`Cautious`": "Cautious",
+        "`AlphaConsistency`": "AlphaConsistency",
+        "`MGUP`, exact top-K": "MGUP",
+        "`Soap()`, between refreshes": "Soap(cholesky, tf32), no refresh",
+        "`Soap()`, a refresh every ten steps": "Soap(cholesky, tf32), refresh every 10",
+        '`Soap(solver="qr", precision="float32")`, a refresh every ten steps': "Soap(qr, float32), refresh every 10",
+    },
+    "guides/muon.md": {
+        "bare": "torch Muon, AdamW for the rest",
+        '`Dense()`, `capture="fused"`': "Muon, Dense, capture='fused'",
+        '`MGUP()`, `capture="fused"`': "Muon, MGUP, capture='fused'",
+        '`MGUP()`, `capture="scratch"`': "Muon, MGUP, capture='scratch'",
+    },
+}
+
+
+def training_rows(name: str, file: Path) -> list[str]:
+    """The lines of a page's table of a step of `llama-34m`, as the file gives them."""
+    steps = {m["name"]: m for m in json.loads(file.read_text())["training"][0]["measurements"]}
+    lines = []
+    for label, row in ((label, steps[step]) for label, step in ROWS[name].items()):
+        wall, host, device = (1e3 * row[f"{key}_seconds"] for key in ("median", "host", "device"))
+        if name == "performance.md":
+            ratio = " " if "Soap" in label else f" {row['host_versus_fused']:.2f} ".replace(" 1.00 ", " 1 ")
+            digits = 1 if wall > 10 else 2
+            lines.append(f"| {label} |{ratio}| {wall:.{digits}f} | {device:.{digits}f} |")
+        else:
+            launches = sum(row["launches"].values())
+            lines.append(f"| {label} | {wall:.1f} | {host:.1f} | {device:.1f} | {launches:,.0f} |")
+    return lines
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_steps_of_llama_34m_are_those_of_their_file(name: str, tmp_path: Path) -> None:
+    file, page = DOCS / "measurements" / TRAINING, (DOCS / name).read_text()
+    expected = training_rows(name, file)
+    assert len(expected) == len(ROWS[name])
+    assert [line for line in expected if line not in page] == []
+    content = json.loads(file.read_text())
+    for row in content["training"][0]["measurements"]:
+        row["median_seconds"] *= 1.1
+    (tmp_path / TRAINING).write_text(json.dumps(content))
+    assert not [line for line in training_rows(name, tmp_path / TRAINING) if line in page]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evidence.prototypes.orthogonal import nesterov, orthogonalised, subtract
-from evidence.prototypes.stepper import with_gradients
+from evidence.prototypes.orthogonal import nesterov, orthogonalise_, subtract
+from evidence.prototypes.stacks import Stack, stacks_of
 
 LEAST = 0.1  # of the mean of a mask, by which the rest is scaled up
 
@@ -35,16 +35,24 @@ class MaskedMuon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         assert closure is None
-        for p, grad, group in with_gradients(self):
-            subtract(p, self._masked(grad, self.state[p], group), group)
+        stacks = stacks_of(self)
+        updates = [_update(stack) for stack in stacks]
+        orthogonalise_(updates)
+        for stack, update in zip(stacks, updates, strict=True):
+            subtract(stack, _masked_rows(update, stack.grads) if stack.group["where"] == "rows" else update)
 
-    def _masked(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        """The orthogonal update with its mask. The momentum moves."""
-        if not state:
-            state["m"] = torch.zeros_like(grad)
-        update = nesterov(grad, state["m"], group["momentum"])
-        if group["where"] == "before":
-            return orthogonalised(update * (update * grad > 0))
-        update = orthogonalised(update)
-        agree = ((update * grad).sum(1, keepdim=True) > 0).to(update.dtype)
-        return update * agree / agree.mean().clamp(min=LEAST)
+
+def _update(stack: Stack) -> Tensor:
+    """The update before it is orthogonalised. The momentum moves."""
+    if not stack.state:
+        stack.state["m"] = stack.zeros(*stack.grads.shape[1:])
+    taken = stack.taken()
+    update = nesterov(stack.grads, taken["m"], stack.group["momentum"])
+    stack.put_back(taken)
+    return update.mul_(update * stack.grads > 0) if stack.group["where"] == "before" else update
+
+
+def _masked_rows(update: Tensor, grads: Tensor) -> Tensor:
+    """The orthogonal updates with a mask of each one's rows."""
+    agree = ((update * grads).sum(2, keepdim=True) > 0).to(update.dtype)
+    return update * agree / agree.mean(1, keepdim=True).clamp(min=LEAST)

@@ -1,14 +1,21 @@
-"""The parts of a step of torch's Muon, for prototypes that put something before or behind the orthogonalisation."""
+"""The parts of a step of torch's Muon, for prototypes that put something before or behind the orthogonalisation.
+
+They take stacks [count, rows, columns] of matrices of one shape.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from evidence.prototypes.stacks import Stack
 from selective.kernels.newton_schulz import newton_schulz_
 
+many: Any = torch  # the home of the multi-tensor functions, for which torch declares no types
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS, EPS = 5, 1e-7
 
@@ -19,13 +26,21 @@ def nesterov(grad: Tensor, momentum: Tensor, beta: float) -> Tensor:
     return grad.lerp(momentum, beta)
 
 
-def orthogonalised(update: Tensor) -> Tensor:
-    """The nearest orthogonal matrix of an update, by Newton-Schulz. The update has the same memory."""
-    newton_schulz_([update[None]], [1.0], steps=STEPS, coefficients=COEFFICIENTS, eps=EPS)
-    return update
+def orthogonalise_(updates: Sequence[Tensor]) -> None:
+    """Put the nearest orthogonal matrix in the place of each, by Newton-Schulz.
+
+    All stacks of a shape, and of its transposed one, are iterated together.
+    """
+    alike: dict[object, list[Tensor]] = {}
+    for update in updates:
+        alike.setdefault((tuple(sorted(update.shape[1:])), update.device), []).append(update)
+    for stacks in alike.values():
+        newton_schulz_(stacks, [1.0] * len(stacks), steps=STEPS, coefficients=COEFFICIENTS, eps=EPS)
 
 
-def subtract(p: Tensor, update: Tensor, group: dict[str, Any]) -> None:
-    """Decay a parameter and subtract the update times the rate, with Muon's factor for tall matrices."""
-    p.mul_(1 - group["lr"] * group["weight_decay"])
-    p.sub_(update, alpha=group["lr"] * math.sqrt(max(1.0, p.shape[0] / p.shape[1])))
+def subtract(stack: Stack, update: Tensor) -> None:
+    """Decay parameters and subtract their updates times the rate, with Muon's factor for tall matrices."""
+    group, (rows, columns) = stack.group, update.shape[1:]
+    many._foreach_mul_(stack.params, 1 - group["lr"] * group["weight_decay"])
+    scale = group["lr"] * math.sqrt(max(1.0, rows / columns))
+    many._foreach_sub_(stack.params, list(update.unbind()), alpha=scale)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evidence.prototypes.orthogonal import nesterov, orthogonalised, subtract
-from evidence.prototypes.stepper import with_gradients
+from evidence.prototypes.eigenbases import Side, renew
+from evidence.prototypes.orthogonal import nesterov, orthogonalise_, subtract
+from evidence.prototypes.stacks import Stack, stacks_of
+from selective.preconditioner.solvers import cholesky, eigh
 
 DECAY_OF_SQUARES = 0.9
 
@@ -20,8 +22,11 @@ class WhitenedMuon(Optimizer):
         P = QLᵀ u QR;  v = 0.9 v + 0.1 P²;  s = QL (P / √v) QRᵀ;  W -= lr · NewtonSchulz(s)
 
     u is Nesterov's momentum. QL and QR are the eigenbases of running Gram matrices, one of each side. They follow them
-    by a power step and a QR every `refresh_every` steps. Decay, scale and momentum are those of torch's Muon. It is
-    the rule of a public run of GPT-2 124M.
+    by a power step and a QR every `refresh_every` steps, in which columns of larger eigenvalues come first, and go back
+    to their places afterwards. Decay, scale and momentum are those of torch's Muon. It is the rule of a public run of
+    GPT-2 124M.
+
+    Matrices of one shape are stepped in a stack. Each counts its own steps.
     """
 
     def __init__(
@@ -40,25 +45,54 @@ class WhitenedMuon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         assert closure is None
-        for p, grad, group in with_gradients(self):
-            subtract(p, orthogonalised(self._whitened(grad, self.state[p], group)), group)
+        works = [_Work(stack) for stack in stacks_of(self)]
+        renew([side for work in works for side in work.due()])
+        updates = [work.whitened() for work in works]
+        orthogonalise_(updates)
+        for work, update in zip(works, updates, strict=True):
+            subtract(work.stack, update)
 
-    def _whitened(self, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """Nesterov's momentum, whitened. All averages move."""
-        grams = {"left": grad @ grad.T, "right": grad.T @ grad}
-        if not state:
-            state |= {"step": 0, "m": torch.zeros_like(grad), "v": torch.zeros_like(grad)}
-            state |= {side: torch.zeros_like(gram) for side, gram in grams.items()}
-        for side, gram in grams.items():
-            state[side].lerp_(gram, 1 - group["beta"])
-            basis = f"basis of {side}"
-            if state["step"] == 0:
-                state[basis] = torch.linalg.eigh(state[side])[1]
-            elif state["step"] % group["refresh_every"] == 0:
-                state[basis] = torch.linalg.qr(state[side] @ state[basis])[0]
-        state["step"] += 1
-        update = nesterov(grad, state["m"], group["momentum"])
-        left, right = state["basis of left"], state["basis of right"]
-        rotated = left.T @ update @ right
-        state["v"].mul_(DECAY_OF_SQUARES).addcmul_(rotated, rotated, value=1 - DECAY_OF_SQUARES)
-        return left @ (rotated / state["v"].sqrt().add_(group["eps"])) @ right.T
+
+class _Work:
+    """The step of one stack until the orthogonalisation. The averages of the Gram matrices move at once."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack, grads = stack, stack.grads
+        if not stack.state:
+            _start(stack)
+        self.taken = stack.taken()
+        self.steps: list[int] = stack.state["steps"]  # of each matrix of the stack, until this step
+        beta = stack.group["beta"]
+        for side, x in (("left", grads), ("right", grads.mT)):
+            self.taken[side].baddbmm_(x, x.mT, beta=beta, alpha=1 - beta)
+
+    def due(self) -> list[Side]:
+        """The sides that get new bases in this step."""
+        sides = []
+        done = [self.steps[number] for number in self.stack.numbers]
+        begin = [i for i, steps in enumerate(done) if steps == 0]
+        follow = [i for i, steps in enumerate(done) if steps and steps % self.stack.group["refresh_every"] == 0]
+        for where, solver in ((begin, eigh), (follow, cholesky)):
+            if where:
+                sides += [Side(self.taken[s], self.taken[f"basis of {s}"], where, solver) for s in ("left", "right")]
+        return sides
+
+    def whitened(self) -> Tensor:
+        """Nesterov's momentum, whitened. All that was taken is put back."""
+        stack, taken = self.stack, self.taken
+        update = nesterov(stack.grads, taken["m"], stack.group["momentum"])
+        left, right = taken["basis of left"], taken["basis of right"]
+        rotated = left.mT @ update @ right
+        taken["v"].mul_(DECAY_OF_SQUARES).addcmul_(rotated, rotated, value=1 - DECAY_OF_SQUARES)
+        stack.put_back(taken)
+        for number in stack.numbers:
+            self.steps[number] += 1
+        return left @ rotated.div_(taken["v"].sqrt().add_(stack.group["eps"])) @ right.mT
+
+
+def _start(stack: Stack) -> None:
+    rows, columns = stack.grads.shape[1:]
+    stack.state |= {"steps": [0] * stack.count, "m": stack.zeros(rows, columns), "v": stack.zeros(rows, columns)}
+    for side, n in (("left", rows), ("right", columns)):
+        stack.state |= {side: stack.zeros(n, n), f"basis of {side}": stack.zeros(n, n)}
+        stack.state[f"basis of {side}"].diagonal(dim1=1, dim2=2).fill_(1)  # it stays if the first gradient is zero
