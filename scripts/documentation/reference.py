@@ -23,6 +23,7 @@ from .signatures import bounds, signature
 # Packages with an __all__. Each name in it has an entry in some page, under one of its full names.
 PACKAGES = (
     "selective",
+    "selective.norms",
     "selective.policies",
     "selective.preconditioner",
     "selective.testing",

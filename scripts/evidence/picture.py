@@ -29,7 +29,7 @@ ROTATED = {"AdamW in Soap": "Soap()", "Cautious on AdamW in Soap": "Cautious() i
 TWO_RATES = {
     "AdamW": "AdamW",
     **ROTATED,
-    "AdamW, norm controlled": "norm control, a prototype",
+    "AdamW, norm controlled": "norm control",
     "AdamW in Soap, norm controlled": "norm control in Soap()",
     "Muon": "Muon",
 }

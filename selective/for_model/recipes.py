@@ -50,13 +50,13 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             **_IN_SOAP,
         ),
         "soap-norm-control": _recipe(
-            "norms kept in the rotation",
+            "1.39 times fewer steps than AdamW with two rates, and a lower end than AdamW's in half as many steps more",
             "evidence/python-34m/AdamW-in-Soap--norm-controlled-lr0.036-rest0.003-seed*.json",
             **_IN_SOAP | {"lr": {"matrices": 0.036, "rest": 3e-3}},
             norm="normcontrol",
         ),
         "adamw-norm-control": _recipe(
-            "norms kept, which keeps no state",
+            "no rotation, and nothing is kept: 1.25 times fewer steps than AdamW with two rates",
             "evidence/python-34m/AdamW--norm-controlled-lr0.018-rest0.006-seed*.json",
             **_OF_ADAMW,
             norm="normcontrol",
@@ -77,7 +77,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             lr=1.5e-3,
         ),
         "muon": _recipe(
-            "the lowest final loss of these: 1.56 times fewer steps and 1.25 times less time than AdamW with one rate",
+            "as low an end as `soap-norm-control`: 1.56 times fewer steps, 1.25 times less time than AdamW at one rate",
             "evidence/python-34m/Muon-lr0.04-rest0.048-seed*.json",
             matrices="muon",
             rest="adamw",

@@ -76,7 +76,8 @@ DIFFERENCES = (
     (SOAP, ADAMW), (CAUTIOUS, ADAMW), (CAUTIOUS, SOAP), (SOAP, ADAMW_LONGER), (CAUTIOUS, ADAMW_LONGER),
     (CAUTIOUS, CAUTIOUS_CONTROL), (CAUTIOUS_CONTROL, SOAP),
     (ADAMW_APART, ADAMW), (SOAP_APART, ADAMW_APART), (CAUTIOUS_APART, ADAMW_APART),
-    (NORM, ADAMW_APART), (SOAP_NORM, SOAP_APART), (SOAP_NORM, CAUTIOUS_APART), (THEIR_SOAP, SOAP),
+    (NORM, ADAMW_APART), (SOAP_NORM, ADAMW_APART), (SOAP_NORM, ADAMW_LONGER),
+    (SOAP_NORM, SOAP_APART), (SOAP_NORM, CAUTIOUS_APART), (THEIR_SOAP, SOAP),
     (DECAY, SOAP), (DECAY, DECAY_CONTROL), (CAUTIOUS_DECAY, CAUTIOUS), (AVERAGED, CAUTIOUS),
     (MUON, ADAMW), (MUON, ADAMW_APART), (MUON, CAUTIOUS_APART), (MUON, SOAP_NORM),
     (MUON_CAUTIOUS, MUON), (MUON_MILD, MUON), (MUON_OFFICIAL, MUON),
@@ -85,7 +86,9 @@ RATIOS = (
     (ALPHA, ADAMW, "step"), (LION_ALPHA, LION, "step"),
     (SOAP, ADAMW, "step"), (SOAP, ADAMW, "seconds"), (CAUTIOUS, ADAMW, "step"), (CAUTIOUS, ADAMW, "seconds"),
     (CAUTIOUS_APART, ADAMW_APART, "step"), (CAUTIOUS_APART, ADAMW_APART, "seconds"),
-    (SOAP_NORM, ADAMW, "step"), (MUON, ADAMW, "step"), (MUON, ADAMW, "seconds"),
+    (SOAP_NORM, ADAMW, "step"), (SOAP_NORM, ADAMW_LONGER, "step"),
+    (SOAP_NORM, ADAMW_APART, "step"), (SOAP_NORM, ADAMW_APART, "seconds"),
+    (NORM, ADAMW_APART, "step"), (NORM, ADAMW_APART, "seconds"), (MUON, ADAMW, "step"), (MUON, ADAMW, "seconds"),
     (MUON, ADAMW_APART, "step"), (MUON, ADAMW_APART, "seconds"),
 )  # fmt: skip
 
@@ -240,7 +243,7 @@ def test_what_the_page_says_of_the_time_of_compositions() -> None:
 
 def test_what_the_page_says_of_muon() -> None:
     rows, text = rows_of("Muon"), " ".join(PAGE.split())
-    assert "Muon without a mask, or AdamW with `Cautious()` in `Soap()`. Muon ended lower." in text
+    assert "Muon without a mask, or AdamW in `Soap()` with `NormControl()`. They end equally low." in text
     of_muon = text.partition("### Muon")[2]
     assert "With 0.048 for AdamW's part, Muon ended at" in of_muon and rows["Muon"][1:3] == ["0.04, rest 0.048", "3"]
     assert shows_nothing(re.findall(r"it ended at (\S+ ± \S+), which shows no difference", of_muon)[0])
