@@ -30,9 +30,11 @@ else:
     from ._functions import evaluate_function, function_device
     from ._together import CheckedCalls, check_steps, selective_steps
     from .checked import KernelDifference, checked_steps
+    from .matrices import hold_matrices_, norm_sums, turn_matrices_
     from .newton_schulz import newton_schulz_
     from .products import average_grams_, float32_product, has_float32_products
     from .reference.decay import decaying, drawn_like
+    from .reference.matrices import turned_matrices
     from .reference.random import sample_positions, uniform, uniform_bits
     from .reference.rules import Advanced, as_seen, decay_factor, turned
     from .shard import Shard
@@ -46,6 +48,7 @@ else:
         Item,
         ItemList,
         LionRule,
+        Matrices,
         Rule,
         Scalar,
         Selection,
@@ -71,6 +74,7 @@ else:
         "ItemList",
         "KernelDifference",
         "LionRule",
+        "Matrices",
         "Rule",
         "RunningPart",
         "SGDRule",
@@ -97,12 +101,16 @@ else:
         "float32_product",
         "function_device",
         "has_float32_products",
+        "hold_matrices_",
         "newton_schulz_",
+        "norm_sums",
         "sample_positions",
         "selective_step",
         "selective_steps",
         "top_k",
+        "turn_matrices_",
         "turned",
+        "turned_matrices",
         "uniform",
         "uniform_bits",
         "use_backend",

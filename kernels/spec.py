@@ -201,6 +201,20 @@ class ItemList(list[Item]):
         self.cache: dict[Any, Any] = {}
 
 
+@dataclass(frozen=True)
+class Matrices:
+    """A reading of a parameter as matrices, for norm control: `count` of them, `rows` x `columns` each.
+
+    They lie one after the other in the row-major order of the parameter, unless there are several `beside` each other:
+    then the parameter has `beside` times as many columns.
+    """
+
+    count: int
+    rows: int
+    columns: int
+    beside: int = 1
+
+
 @dataclass
 class Sums:
     """The report of a tensor's step: 0-d float64 tensors on the tensor's device (numel: an int); no synchronisation."""

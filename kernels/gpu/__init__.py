@@ -9,7 +9,7 @@ The code that runs on the host is here:
 - `launch.py` has the launches of a step in order, and `direct.py` makes them without Triton's dispatcher. `graphs.py`
   says when they are recorded and replayed, `cuda_graphs.py` records them in a CUDA graph.
 - `top_k.py` has the function `top_k`, of one tensor of scores. `functions.py` compiles and evaluates a user's own
-  function. `products.py` has products of float32 matrices, and averages of Gram matrices.
+  function. `products.py` has products of float32 matrices, and averages of Gram matrices, `matrices.py` norm control.
 
 The code that runs on the GPU is in `device/`:
 
@@ -19,7 +19,7 @@ The code that runs on the GPU is in `device/`:
 - `control.py` and `limit.py` draw as many coordinates as a policy selects: its matched control.
 - `scores.py` and `top_k/` find the K-th score: `bracket.py` from a sample, `settle.py`, `repair.py`, and `small.py` for
   small tensors.
-- `products.py` multiplies float32 matrices on tensor cores.
+- `products.py` multiplies float32 matrices on tensor cores. `matrices.py` copies, adds up and turns matrices.
 - `config.py`, `elements.py`, `random.py` and `rounding.py` are shared by all.
 
 `sharded/` steps parts of tensors that other ranks have the rest of: `plan.py` and `step.py` on the host, and the
@@ -29,12 +29,14 @@ kernels in `top_k.py` and `sums.py`.
 from .eligible import unsupported
 from .functions import INTERPRETED, evaluate, jitted
 from .kept_plans import parts, plan_of
+from .matrices import hold_matrices_, holds, norm_sums, turn_matrices_
 from .plan import selective_step, selective_steps
 from .products import average_grams_, float32_product, multiplies
 from .sharded.step import ShardKernels
 from .top_k import ranks, top_k
 
 __all__ = [
-    "INTERPRETED", "ShardKernels", "average_grams_", "evaluate", "float32_product", "jitted", "multiplies", "parts",
-    "plan_of", "ranks", "selective_step", "selective_steps", "top_k", "unsupported",
+    "INTERPRETED", "ShardKernels", "average_grams_", "evaluate", "float32_product", "hold_matrices_", "holds", "jitted",
+    "multiplies", "norm_sums", "parts", "plan_of", "ranks", "selective_step", "selective_steps", "top_k",
+    "turn_matrices_", "unsupported",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """The definition: every kernel in plain torch over whole tensors. Never synchronises a GPU with the host."""
 
+from .matrices import hold_matrices_, norm_sums, turn_matrices_, turned_matrices
 from .newton_schulz import newton_schulz_
 from .products import average_grams_, float32_product
 from .random import SAMPLE_SIZE, sample_positions, uniform, uniform_bits
@@ -15,10 +16,14 @@ __all__ = [
     "average_grams_",
     "decay_factor",
     "float32_product",
+    "hold_matrices_",
     "newton_schulz_",
+    "norm_sums",
     "sample_positions",
     "selective_step",
     "top_k",
+    "turn_matrices_",
+    "turned_matrices",
     "uniform",
     "uniform_bits",
 ]

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from selective.base.hyperparameters import LOW_PRECISION
 from selective.norms import Norm
-from selective.norms.keep_norms import shape_of_norms
+from selective.norms.matrices import matrices_of
 from selective.parameter import Parameter, is_lazy
 from selective.preconditioner import MatrixView, Shape
 from selective.sharding.dtensor import is_dtensor
@@ -43,7 +43,7 @@ class NormPlan:
     def _shape_of(self, param: Tensor) -> Shape | str:
         if is_lazy(param):
             return "it has no shape yet"
-        shape = shape_of_norms(param, self.matrix_view)
+        shape = matrices_of(param, self.matrix_view)
         if is_dtensor(param) and not isinstance(shape, str) and (shape[0] > 1 or param.dim() != 2):
             return "several matrices in a DTensor, of which a rank may have any part"
         return shape

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective.base.hyperparameters import plain_number
-from selective.foreach import PART, copy_, zero_
-from selective.kernels import spec
+from selective.base.hyperparameters import LOW_PRECISION, plain_number
+from selective.foreach import PART, copy_
+from selective.kernels import Matrices, hold_matrices_, norm_sums, spec, turn_matrices_, turned_matrices
 from selective.kernels.reference.rounding import store
 from selective.norms import NormControl
-from selective.norms.keep_norms import Blocks, sums, turned_
+from selective.norms.matrices import reading
 from selective.parameter import Parameter
 from selective.plan.group_plan import GroupPlan
-from selective.preconditioner import Shape
+from selective.plan.norm_plan import NormPlan
 from selective.sharding.collectives import sums_over_ranks
 from selective.sharding.dtensor import local_of, shard_of
 from selective.step.run import StepRunner
@@ -33,15 +33,16 @@ from selective.step.run import StepRunner
 class Held:
     """Parameters of one group and one shape: their values before the step, stacked in their own dtype."""
 
-    plan: GroupPlan
+    norms: NormPlan
+    group: dict[str, Any]
     members: list[Parameter]
-    blocks: Blocks
+    tensors: list[Tensor]  # this rank's part of each
+    matrices: Matrices
     old: Tensor  # [n, *size]
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """This rank's part of each parameter."""
-        return [local_of(member.tensor.detach()) for member in self.members]
+    def sums(self) -> Tensor:
+        """The sums over what is here of each matrix, float64 [3, n, count]."""
+        return norm_sums(self.tensors, self.old, matrices=self.matrices, from_zero=self.norms.from_zero)
 
     def restore(self) -> None:
         """Put the values from before the step back."""
@@ -76,109 +77,107 @@ def hold_norms(runner: StepRunner, plans: Sequence[GroupPlan], present: Sequence
     Raises:
         ValueError: one that is stepped for the first time is 0. Nothing has moved then.
     """
-    held = [each for plan, members in zip(plans, present, strict=True) for each in _hold(plan, members)]
-    new = [each for each in held if not _norms_of(each.plan).seen.issuperset(m.tensor for m in each.members)]
-    if new and not _recording(new):
-        _refuse_zeros(new, runner)
-    for each in held:
-        if _norms_of(each.plan).from_zero:
-            zero_(each.tensors)
-    return held
+    alike = [each for plan, members in zip(plans, present, strict=True) for each in _alike(plan, members)]
+    new = [(norms, some) for norms, _, some in alike if not norms.seen.issuperset(m.tensor for m in some)]
+    if new and not _recording(new[0][1][0]):
+        _refuse_zeros(runner, new)
+    return [_hold(norms, group, some) for norms, group, some in alike]
 
 
 def turn(runner: StepRunner, held: Sequence[Held]) -> None:
     """Write the parameters that the step leads to: those before it, turned towards where it has moved them."""
-    if not held:
-        return
-    moved = [_moved(each) for each in held]
-    totals = _totals(runner, held, [each.old for each in held], moved)
-    for each, added, total in zip(held, moved, totals, strict=True):
-        norm, lr = _norms_of(each.plan).norm, plain_number(each.plan.group["lr"])
+    found = [each.sums() for each in held]
+    _add_up(runner, [(each.members, total) for each, total in zip(held, found, strict=True)])
+    for each, totals in zip(held, found, strict=True):
+        norm, lr = each.norms.norm, plain_number(each.group["lr"])
         assert isinstance(norm, NormControl)
-        new = turned_(each.blocks, _wide(each.old), added, total, abs(lr) * norm.scale)
-        _write(runner, each, new)
+        options: Any = {
+            "matrices": each.matrices, "from_zero": each.norms.from_zero, "rate": abs(lr) * norm.scale,
+        }  # fmt: skip
+        if runner.options.rounding and each.old.dtype in LOW_PRECISION:
+            _round(runner, each, turned_matrices(each.tensors, each.old, totals, **options))
+        else:
+            turn_matrices_(each.tensors, each.old, totals, **options)
 
 
-def _norms_of(plan: GroupPlan) -> Any:
-    assert plan.norms is not None
-    return plan.norms
+Alike = tuple[NormPlan, dict[str, Any], list[Parameter]]  # a group's rule, the group, parameters of one shape in it
 
 
-def _hold(plan: GroupPlan, members: Sequence[Parameter]) -> list[Held]:
-    """The parameters of one group that are under its rule, in stacks of one shape and at most `PART` elements."""
-    if plan.norms is None:
+def _alike(plan: GroupPlan, members: Sequence[Parameter]) -> list[Alike]:
+    """The parameters of one group that are under its rule, by shape, at most `PART` elements together."""
+    norms = plan.norms
+    if norms is None:
         return []
-    alike: dict[tuple[Any, ...], list[Parameter]] = {}
+    by_kind: dict[tuple[Any, ...], list[Parameter]] = {}
     for member in members:
-        shape = plan.norms.shapes.get(member.tensor)
+        shape = norms.shapes.get(member.tensor)
         if shape is not None:
             here = local_of(member.tensor)
-            alike.setdefault((here.shape, shape, here.dtype, here.device), []).append(member)
-    held = []
-    for (size, shape, *_), same in alike.items():
+            by_kind.setdefault((here.shape, shape, here.dtype, here.device), []).append(member)
+    found = []
+    for (size, *_), same in by_kind.items():
         count = max(1, PART // max(1, size.numel()))
-        for first in range(0, len(same), count):
-            some = same[first : first + count]
-            old = torch.stack([local_of(member.tensor.detach()) for member in some])
-            held.append(Held(plan, some, Blocks(size, _here(shape, size)), old))
-    return held
-
-
-def _here(shape: Shape, size: torch.Size) -> Shape:
-    """The shape of the matrix that is here: of a DTensor, which is one matrix, a part."""
-    return shape if size.numel() == shape[0] * shape[1] * shape[2] else (1, size[0], size[1])
-
-
-def _moved(held: Held) -> Tensor:
-    """What the step has added to the parameters, float32 or float64."""
-    now = torch.stack(held.tensors)
-    return _wide(now) if _norms_of(held.plan).from_zero else _wide(now).sub_(_wide(held.old))
-
-
-def _wide(stack: Tensor) -> Tensor:
-    return stack if stack.dtype == torch.float64 else stack.float()
-
-
-def _totals(runner: StepRunner, held: Sequence[Held], old: Sequence[Tensor], moved: Sequence[Tensor]) -> list[Tensor]:
-    """The sums over whole matrices, by stack. Ranks add them up in the order of the parameters."""
-    found = [sums(e.blocks, _wide(o), m) for e, o, m in zip(held, old, moved, strict=True)]
-    if runner.options.scope == "local":
-        return found
-    places = [(m.address, i, j) for i, e in enumerate(held) for j, m in enumerate(e.members)]
-    cut = [(i, j, shard) for _, i, j in sorted(places) if (shard := shard_of(held[i].members[j].tensor)) is not None]
-    wholes = sums_over_ranks([found[i][:, j] for i, j, _ in cut], [shard for *_, shard in cut])
-    for (i, j, _), whole in zip(cut, wholes, strict=True):
-        found[i][:, j] = whole
+        found += [(norms, plan.group, same[at : at + count]) for at in range(0, len(same), count)]
     return found
 
 
-def _refuse_zeros(new: Sequence[Held], runner: StepRunner) -> None:
+def _hold(norms: NormPlan, group: dict[str, Any], members: list[Parameter]) -> Held:
+    tensors = _here(members)
+    matrices = reading(tensors[0].shape, norms.shapes[members[0].tensor])
+    return Held(norms, group, members, tensors, matrices, hold_matrices_(tensors, zero=norms.from_zero))
+
+
+def _here(members: Sequence[Parameter]) -> list[Tensor]:
+    return [local_of(member.tensor.detach()) for member in members]
+
+
+def _add_up(runner: StepRunner, parts: Sequence[tuple[list[Parameter], Tensor]]) -> None:
+    """Add sums [k, n, count] over the ranks that have parts of the same n parameters, in place.
+
+    There is one all-reduce for each group of ranks. Parameters come in the order of their addresses, which all ranks
+    share, whatever shapes their parts have.
+    """
+    if runner.options.scope == "local":
+        return
+    rows = [(m.address, m.tensor, total[:, j]) for members, total in parts for j, m in enumerate(members)]
+    cut = [(row, shard) for _, tensor, row in sorted(rows, key=_first) if (shard := shard_of(tensor)) is not None]
+    wholes = sums_over_ranks([row for row, _ in cut], [shard for _, shard in cut])
+    for (row, _), whole in zip(cut, wholes, strict=True):
+        row.copy_(whole)
+
+
+def _first(row: tuple[int, Tensor, Tensor]) -> int:
+    return row[0]
+
+
+def _refuse_zeros(runner: StepRunner, new: Sequence[tuple[NormPlan, list[Parameter]]]) -> None:
     """Refuse a matrix that is 0, which would stay so. Waits for the device, in a parameter's first step only."""
-    nothing = [torch.zeros((), device=each.old.device).expand(each.old.shape) for each in new]
-    totals = _totals(runner, new, [each.old for each in new], nothing)
-    for each, total in zip(new, totals, strict=True):
-        empty = (total[0].reshape(len(each.members), -1) == 0).any(dim=1).tolist()
-        for member, is_zero in zip(each.members, empty, strict=True):
-            whole = each.old[0] if runner.options.scope == "local" else member.tensor
+    parts = []
+    for norms, members in new:
+        tensors = _here(members)
+        matrices = reading(tensors[0].shape, norms.shapes[members[0].tensor])
+        before = torch.stack(tensors)
+        parts.append((members, norm_sums(tensors, before, matrices=matrices, from_zero=True)[:1]))
+    _add_up(runner, parts)
+    for (norms, members), (_, squares) in zip(new, parts, strict=True):
+        empty = (squares[0] == 0).any(dim=1).tolist()
+        for member, is_zero in zip(members, empty, strict=True):
+            whole = local_of(member.tensor) if runner.options.scope == "local" else member.tensor
             if is_zero and whole.numel():  # a rank may have no part of it
                 raise ValueError(
-                    f"SelectiveUpdate: {member.name!r}, or a matrix in it, is 0, and {_norms_of(each.plan).norm!r} "
-                    f"would keep it so: begin with other values, or put it into a group whose norm is None"
+                    f"SelectiveUpdate: {member.name!r}, or a matrix in it, is 0, and {norms.norm!r} would keep it so: "
+                    f"begin with other values, or put it into a group whose norm is None"
                 )
-        _norms_of(each.plan).seen.update(member.tensor for member in each.members)
+        norms.seen.update(member.tensor for member in members)
 
 
-def _recording(held: Sequence[Held]) -> bool:
+def _recording(member: Parameter) -> bool:
     """True if the step goes into a CUDA graph, in which nothing can be read."""
-    return any(each.old.is_cuda for each in held) and torch.cuda.is_current_stream_capturing()
+    return member.tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _write(runner: StepRunner, held: Held, new: Tensor) -> None:
-    """Write a stack to its parameters, rounded as the step rounds."""
-    options, tensors = runner.options, held.tensors
-    if not options.rounding or held.old.dtype == new.dtype:
-        copy_(tensors, list(new.unbind()))
-        return
+def _round(runner: StepRunner, held: Held, new: Tensor) -> None:
+    """Write a stack to its parameters, rounded stochastically."""
     draw = spec.Draw(runner.count.seed, runner.count.steps, True, runner.count.clocks.on(new.device))
-    for member, tensor, exact in zip(held.members, tensors, new.unbind(), strict=True):
+    for member, tensor, exact in zip(held.members, held.tensors, new.unbind(), strict=True):
         store(tensor, exact, draw, member.address, shard=shard_of(member.tensor))

@@ -33,10 +33,12 @@ def compiled_in(done: subprocess.CompletedProcess[str], *group: str) -> set[str]
 def test_launches_compile_and_what_the_compiler_refuses_is_noticed(tmp_path: Path) -> None:
     """One process for what is often changed: exact top-K, products of matrices; and the failing twin."""
     top_k, product, refused = ("whole", "top_k", "adamw"), ("matrices", "40x64", "rows"), ("refused", "-", "-")
-    done = compiled(tmp_path, *top_k, *product, *refused)
+    norms = "norms", "float32", "zero"
+    done = compiled(tmp_path, *top_k, *product, *norms, *refused)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {"selective_step_kernel", "settle_kernel", "repair_kernel"} <= compiled_in(done, *top_k)
     assert "product_kernel" in compiled_in(done, *product)
+    assert {"hold_kernel", "norm_sums_kernel", "turn_kernel"} <= compiled_in(done, *norms)
     assert compiled_in(done, *refused) == {"CompilationError"}
 
 
@@ -109,6 +111,7 @@ def test_launches_compile_and_what_the_compiler_refuses_is_noticed(tmp_path: Pat
             {"keys_kernel", "digits_kernel", "numbers_of_kernel"},
             marks=pytest.mark.slow,
         ),
+        pytest.param("norms", "float32,bfloat16,float16", "zero,difference", {"turn_kernel"}, marks=pytest.mark.slow),
         pytest.param("matrices", "300x40", "rows,columns,neither", {"product_kernel"}, marks=pytest.mark.slow),
     ],
 )

@@ -22,8 +22,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompilationError
 
-from selective.kernels import Control, Decay, Draw, Item, Selection, Strength
+from selective.kernels import Control, Decay, Draw, Item, Matrices, Selection, Strength
 from selective.kernels.gpu import launch, plan, products
+from selective.kernels.gpu import matrices as norms
 from selective.kernels.gpu.sharded import step as by_kernels
 from selective.kernels.gpu.sharded import sums as shard_sums
 from selective.kernels.sharded.selective_step import sharded_step
@@ -158,6 +159,18 @@ def matrices(sizes: list[str], sides: list[str]) -> None:
     assert not _sums_outside(compiler.code[-1])
 
 
+def kept_norms(dtypes: list[str], starts: list[str]) -> None:
+    """A start is "zero" or "difference", with a rate that is a number, or a tensor."""
+    for dtype in (getattr(torch, name) for name in dtypes):
+        for start in starts:
+            for size in ((48, 32), (5, 7)):  # on addresses that are multiples of 16 bytes, and on others
+                options: Any = {"matrices": Matrices(1, *size), "from_zero": start == "zero"}
+                params, rate = [torch.ones(size, dtype=dtype)], torch.ones(()) if start == "zero" else 0.1
+                old = norms.hold_matrices_(params, zero=start == "zero")
+                totals = norms.norm_sums(params, old, **options)
+                norms.turn_matrices_(params, old, totals, **options, rate=rate)
+
+
 def _sums_outside(code: str) -> bool:
     """True if sums of a tensor core's results are formed by additions of its own."""
     return re.search(r"arith\.addf .*tensor<\d+x\d+xf32, #mma>", code) is not None
@@ -181,8 +194,14 @@ def what_is_refused(kinds: list[str], rules: list[str]) -> None:
 def main(what: str, kinds: str, rules: str) -> None:
     print("group:", what, kinds, rules, flush=True)
     compiler: Any = Compiler()
-    launch.run = by_kernels.run = shard_sums.run = products.run = compiler
-    steps = {"whole": whole_tensors, "parts": parts_of_tensors, "matrices": matrices, "refused": what_is_refused}
+    launch.run = by_kernels.run = shard_sums.run = products.run = norms.run = compiler
+    steps = {
+        "whole": whole_tensors,
+        "parts": parts_of_tensors,
+        "matrices": matrices,
+        "norms": kept_norms,
+        "refused": what_is_refused,
+    }
     steps[what](kinds.split(","), rules.split(","))
     assert compiler.done, "nothing was launched"
 
