@@ -18,6 +18,7 @@ from selective import (
     ChainedOptimizer,
     Dense,
     Eigenbasis,
+    NormControl,
     Policy,
     Preconditioner,
     RandomMask,
@@ -80,7 +81,7 @@ def training_rows(
         rows += [_of_policy(name, POLICIES[name], base, policy_on) for name in FIRST]
         rows += [_of_policy(f"control of {name}", RandomMask.matching(POLICIES[name]), base, policy_on)
                  for name in CONTROLS]  # fmt: skip
-    rows += _rotated(base) + _muon(base)
+    rows += _rotated(base) + _norms(base) + _muon(base)
     if peers:
         rows += _peers()
     for policy_on in groupings:
@@ -121,6 +122,21 @@ def _rotated(base: MakeOptimizer) -> list[Row]:
                 reports = None if isinstance(policy, Dense) else reporting
                 period = REFRESH_EVERY if refreshes else 1
                 rows.append(Row(without, "all", reports, policy, space, period))
+    return rows
+
+
+def _norms(base: MakeOptimizer) -> list[Row]:
+    """Norm control of the inner matrices, without a policy and with one."""
+
+    def inner(groups: Sequence[Group]) -> Optimizer:
+        return base([{**group, "norm": None} if "preconditioner" in group else group for group in groups])
+
+    rows = []
+    for name, policy in (("norms kept", Dense()), ("norms kept + Cautious", Cautious())):
+        without, reporting = (
+            wrapped(name, policy, inner, norm=NormControl(), statistics=statistics) for statistics in (False, True)
+        )
+        rows.append(Row(without, "all", None if isinstance(policy, Dense) else reporting, policy))
     return rows
 
 
