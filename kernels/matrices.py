@@ -1,4 +1,4 @@
-"""Norm control of lists of matrices: in Triton on a GPU, in plain torch elsewhere.
+"""Norm control of lists of matrices: in Triton on a GPU, over chunks on a CPU, in plain torch elsewhere.
 
 Three functions make it: `hold_matrices_` before a step, `norm_sums` and `turn_matrices_` after it. On a GPU each is one
 launch for all matrices of a shape, and `norm_sums` adds up its parts in another one.
@@ -7,11 +7,13 @@ launch for all matrices of a shape, and `norm_sums` adds up its parts in another
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from . import reference
 from ._dispatch import Backend, _chosen, _gpu, why_no_triton
+from .cpu import matrices as by_cpu
 from .spec import Matrices
 
 
@@ -20,9 +22,7 @@ def hold_matrices_(params: Sequence[Tensor], *, zero: bool, backend: Backend = "
 
     On a GPU it reads each element once, and writes it once, or twice with `zero`: 8 or 12 bytes of float32.
     """
-    if _on_gpu(backend, params):
-        return _gpu().hold_matrices_(params, zero=zero)
-    return reference.hold_matrices_(params, zero=zero)
+    return _path(backend, params).hold_matrices_(params, zero=zero)
 
 
 def norm_sums(
@@ -39,9 +39,7 @@ def norm_sums(
     On a GPU it reads both once: 8 bytes of float32 an element. Blocks are added up in float32, and these in float64, in
     a fixed order.
     """
-    if _on_gpu(backend, params, matrices):
-        return _gpu().norm_sums(params, old, matrices=matrices, from_zero=from_zero)
-    return reference.norm_sums(params, old, matrices=matrices, from_zero=from_zero)
+    return _path(backend, params, matrices).norm_sums(params, old, matrices=matrices, from_zero=from_zero)
 
 
 def turn_matrices_(
@@ -61,23 +59,19 @@ def turn_matrices_(
 
     On a GPU it reads parameters and copy, and writes the parameters: 12 bytes of float32 an element.
     """
-    if _on_gpu(backend, params, matrices):
-        _gpu().turn_matrices_(params, old, totals, matrices=matrices, from_zero=from_zero, rate=rate)
-        return
-    reference.turn_matrices_(params, old, totals, matrices=matrices, from_zero=from_zero, rate=rate)
+    path = _path(backend, params, matrices)
+    path.turn_matrices_(params, old, totals, matrices=matrices, from_zero=from_zero, rate=rate)
 
 
-def _on_gpu(backend: Backend, params: Sequence[Tensor], matrices: Matrices | None = None) -> bool:
-    """True if the kernels take these tensors. Matrices side by side are no stretches of memory, and are left to torch.
+def _path(backend: Backend, params: Sequence[Tensor], matrices: Matrices | None = None) -> Any:
+    """The module that takes these tensors. Matrices side by side are no stretches of memory, and are left to torch.
 
-    Raises a ValueError if the backend "gpu" is asked for and can't take them.
+    Raises a ValueError if the backend "gpu" is asked for, and there is none.
     """
     backend = _chosen(backend)
-    if backend not in ("auto", "gpu") or (backend == "auto" and not params[0].is_cuda):
-        return False
-    fits = matrices is None or matrices.beside == 1
-    if why_no_triton() is None and fits and _gpu().holds(params):
-        return True
     if backend == "gpu" and why_no_triton() is not None:
         raise ValueError(f"backend 'gpu' can't keep norms: {why_no_triton()}; pass backend='auto'")
-    return False
+    if backend == "gpu" or (backend == "auto" and params[0].is_cuda and why_no_triton() is None):
+        fits = matrices is None or matrices.beside == 1
+        return _gpu() if fits and _gpu().holds(params) else reference
+    return by_cpu if backend in ("auto", "cpu") and by_cpu.takes(params, matrices) else reference

@@ -63,15 +63,21 @@ def turned_matrices(
     rate: float | Tensor,
 ) -> Tensor:
     """Return what `turn_matrices_` writes, before it is rounded: float32 or float64 [n, *size]."""
+    of_old, of_moved = factors(totals, rate)
+    new = old.clone() if wide(old) is old else wide(old)
+    (w, dims), (d, _) = _as_matrices(new, matrices), _as_matrices(_moved(params, old, from_zero), matrices)
+    like = [1 if at in {dim % w.dim() for dim in dims} else size for at, size in enumerate(w.shape)]
+    w.mul_(of_old.to(w.dtype).view(like)).addcmul_(d, of_moved.to(w.dtype).view(like))
+    return new
+
+
+def factors(totals: Tensor, rate: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Return what W and d are multiplied by in the turned matrix, float64 [n, count] each."""
     square, product, length = totals
     step = rate * square.sqrt() / length.sqrt().clamp_min(LEAST)
     after = (square + 2 * step * product + step.square() * length).clamp_min(0).sqrt()
     shrink = square.sqrt() / after.clamp_min(LEAST)
-    new = old.clone() if wide(old) is old else wide(old)
-    (w, dims), (d, _) = _as_matrices(new, matrices), _as_matrices(_moved(params, old, from_zero), matrices)
-    like = [1 if at in {dim % w.dim() for dim in dims} else size for at, size in enumerate(w.shape)]
-    w.mul_(shrink.to(w.dtype).view(like)).addcmul_(d, (shrink * step).to(w.dtype).view(like))
-    return new
+    return shrink, shrink * step
 
 
 def wide(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from selective.kernels import (
     turned_matrices,
     use_backend,
 )
+from selective.kernels.cpu import matrices as by_cpu
 from selective.kernels.gpu import matrices as launches
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -38,6 +39,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small matrices have many programs, and the last one is not full."""
     monkeypatch.setattr(launches, "BLOCK", 64)
     monkeypatch.setattr(launches, "BLOCKS", 2)
+    monkeypatch.setattr(by_cpu, "CHUNK", 50)
 
 
 def drawn(size: tuple[int, ...], dtype: torch.dtype, count: int = 3, seed: int = 0) -> list[Tensor]:
@@ -67,21 +69,24 @@ def test_a_copy_has_all_bits(size: tuple[int, ...], zero: bool, dtype: torch.dty
     assert all(torch.equal(p, w) for p, w in zip(params, wanted, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CELLS = [("gpu", dtype) for dtype in DTYPES] + [("cpu", F32), ("cpu", torch.float64)] * (not CUDA)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CELLS, ids=lambda value: str(value).replace("gpu", "kernels"))
 @pytest.mark.parametrize("from_zero", [False, True])
 @pytest.mark.parametrize(("size", "matrices"), READINGS, ids=str)
 def test_the_turn_is_that_of_float64(
-    size: tuple[int, ...], matrices: Matrices, from_zero: bool, dtype: torch.dtype
+    size: tuple[int, ...], matrices: Matrices, from_zero: bool, backend: Any, dtype: torch.dtype
 ) -> None:
     """A few roundings of float32 of numbers below 8, and half a place of the parameter's dtype."""
     old, params = torch.stack(drawn(size, dtype)), drawn(size, dtype, seed=1)
     now, rate = torch.stack(params), 0.3
-    sums = norm_sums(params, old, matrices=matrices, from_zero=from_zero, backend="gpu")
+    sums = norm_sums(params, old, matrices=matrices, from_zero=from_zero, backend=backend)
     theirs = reference.norm_sums(params, old, matrices=matrices, from_zero=from_zero)
     assert sums.shape == theirs.shape == (3, 3, matrices.count)
     torch.testing.assert_close(sums, theirs, rtol=1e-5, atol=1e-5 * matrices.rows * matrices.columns)
     options: dict[str, Any] = {"matrices": matrices, "from_zero": from_zero}
-    turn_matrices_(params, old, sums, **options, rate=rate, backend="gpu")
+    turn_matrices_(params, old, sums, **options, rate=rate, backend=backend)
     wanted = exact(old, now, matrices, from_zero, rate)
     close = {"rtol": torch.finfo(dtype).eps / 2 + 1e-6, "atol": 4e-6}
     torch.testing.assert_close(torch.stack(params).double().reshape(wanted.shape), wanted, **close)
@@ -106,7 +111,7 @@ def test_a_turn_keeps_norms(
     torch.testing.assert_close(norms[1], norms[0], rtol=torch.finfo(dtype).eps + 1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["gpu", "reference"], ids=["kernels", "torch"])
+@pytest.mark.parametrize("backend", ["gpu", "reference", "cpu"], ids=["kernels", "torch", "chunks"])
 def test_nothing_moved_zeros_and_nan(backend: Any) -> None:
     """An update of 0 changes no bit, a matrix of zeros stays so, and a NaN reaches all of its matrix and no other."""
     matrices = Matrices(4, 2, 5)
