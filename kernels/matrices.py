@@ -36,8 +36,7 @@ def norm_sums(
         matrices: how one of them is read.
         from_zero: the step began at 0, so that d is what the parameters are now. Otherwise d is the difference.
 
-    On a GPU it reads both once: 8 bytes of float32 an element. Blocks are added up in float32, and these in float64, in
-    a fixed order.
+    Added up in float64, in a fixed order. On a GPU it reads both once: 8 bytes of float32 an element.
     """
     return _path(backend, params, matrices).norm_sums(params, old, matrices=matrices, from_zero=from_zero)
 
@@ -55,7 +54,9 @@ def turn_matrices_(
     """params <- W' ‖W‖ / ‖W'‖, where W' = W + rate ‖W‖ d / ‖d‖, rounded to nearest.
 
     The norm of W' follows from `totals`, the `norm_sums` over whole matrices: ‖W'‖² = ‖W‖² + 2 c W·d + c² ‖d‖², with
-    c = rate ‖W‖ / ‖d‖. Other arguments are as for `norm_sums`; `rate` is at least 0, a number or a tensor of one.
+    c = rate ‖W‖ / ‖d‖. A matrix stays as it is if nothing has moved, that is if d is 0, or a difference no larger than
+    rounding; and if W' would be next to 0, which takes a rate near 1. Other arguments are as for `norm_sums`. `rate` is
+    at least 0, a number or a tensor of one.
 
     On a GPU it reads parameters and copy, and writes the parameters: 12 bytes of float32 an element.
     """

@@ -24,6 +24,7 @@ from selective.messages.construction import NOT_GIVEN, names_unknown_arguments, 
 from selective.norms import Norm, norm_from
 from selective.plan.advice import warn_of_no_decay, warn_of_rotations
 from selective.plan.groups import Groups
+from selective.plan.norm_plan import warn_of_norms
 from selective.plan.options import Graph, OnNonfinite, Options, Scope
 from selective.plan.policy_groups import KEYS, DecayGroup, NormGroup, PolicyGroup, PreconditionerGroup
 from selective.plan.refusals import check_arguments
@@ -136,6 +137,7 @@ class SelectiveUpdate(Optimizer):
             if self.groups.places:
                 warn_of_two_rotations(base)
             warn_of_rotations(self.groups.plans)
+            warn_of_norms(self.groups.plans)
             warn_of_no_decay(base, self.groups.plans)
             given = (
                 policy is not NOT_GIVEN
@@ -210,6 +212,7 @@ class SelectiveUpdate(Optimizer):
             raise
         self.store.join_base(self.groups.plans)
         warn_of_rotations(self.groups.plans[-1:])
+        warn_of_norms(self.groups.plans[-1:])
 
     @property
     def policy(self) -> Policy:

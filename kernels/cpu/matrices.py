@@ -6,15 +6,17 @@ parameters, and makes no temporary of their size but the copy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ..reference.matrices import F64, factors
+from ..reference.matrices import F64, factors, noise_of
 from ..spec import Matrices
 
 CHUNK = 2**15  # elements: two of float32 are 256 KiB
+SMALL = 1e-30  # in float32, squares of the elements of a smaller sum may have lost digits
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -34,7 +36,8 @@ def hold_matrices_(params: Sequence[Tensor], *, zero: bool) -> Tensor:
     old = torch.empty((len(params), *params[0].shape), dtype=params[0].dtype)
     for row, p in zip(old, params, strict=True):
         row.copy_(p)
-        if zero:
+    if zero:
+        for p in params:
             p.zero_()
     return old
 
@@ -48,7 +51,7 @@ def norm_sums(params: Sequence[Tensor], old: Tensor, *, matrices: Matrices, from
         for before, after in zip(w.split(CHUNK), now.split(CHUNK), strict=True):
             d = after if from_zero else after - before
             for place, (a, b) in enumerate(((before, before), (before, d), (d, d))):
-                sums[place] += torch.dot(a, b).item()
+                sums[place] += _dot(a, b)
         found.append(sums)
     return torch.tensor(found, dtype=F64, device="cpu").T.reshape(3, len(params), matrices.count)
 
@@ -64,11 +67,20 @@ def turn_matrices_(
     rate: float | Tensor,
 ) -> None:
     """See `selective.kernels.turn_matrices_`."""
-    of_old, of_moved = (factor.flatten().tolist() for factor in factors(totals, rate))
+    both = factors(totals, rate, noise_of(old.dtype, from_zero))
+    of_old, of_moved = (factor.flatten().tolist() for factor in both)
     for (w, now), a, b in zip(_pairs(params, old, matrices), of_old, of_moved, strict=True):
         for before, after in zip(w.split(CHUNK), now.split(CHUNK), strict=True):
             d = after if from_zero else after.sub_(before)
             d.mul_(b).add_(before, alpha=a)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """The product of two vectors. Squares that float32 can't hold are added up in float64."""
+    found = torch.dot(a, b).item()
+    if SMALL < abs(found) < math.inf:
+        return found
+    return torch.dot(a.double(), b.double()).item()
 
 
 def _pairs(params: Sequence[Tensor], old: Tensor, matrices: Matrices) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..reference.matrices import noise_of
 from ..spec import Matrices
 from .device.config import DTYPES
 from .device.matrices import hold_kernel, norm_sums_kernel, turn_kernel
@@ -75,7 +76,8 @@ def turn_matrices_(
     with on(first.device):
         run(
             turn_kernel, len(params) * matrices.count * tiles, table, old, totals, rate if given else totals,
-            0.0 if given else float(rate), numel, matrices.count, tiles, totals[0].numel(),
+            0.0 if given else float(rate), noise_of(old.dtype, from_zero), numel, matrices.count, tiles,
+            totals[0].numel(),
             GIVEN=given, FROM_ZERO=from_zero, ALIGNED=aligned, DTYPE=DTYPES[first.dtype], BLOCK=BLOCK,
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Norm control of lists of matrices, in plain torch.
 
-Sums are in float64, so that a norm does not drift over the steps of a run: their rounding, 1e-16, is far below that of
-float32 weights, which is unbiased.
+Sums are in float64. Then a norm does not drift over the steps of a run, as their rounding, 1e-16, is far below that of
+float32 weights, which is unbiased; and no square of a float32 number is too large or too small.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from torch import Tensor
 
 from ..spec import Matrices
 
-LEAST = 1e-12  # the least norm that is divided by
 F64 = torch.float64
+LEAST = 1e-70  # ‖d‖² up to which nothing has moved: float32 has no factor that would make a turn of it
+MOST = 1e38  # the largest factor of d; float32 ends a little above it
+NEAR = 1e-2  # the share of ‖W‖ up to which W' counts as 0, which has no direction
+# The share of ‖W‖ up to which a difference of two parameters is rounding: a step that is masked out must not turn.
+NOISE = {torch.float64: 2.0**-52}
+FLOAT_NOISE = 2.0**-23
 many: Any = torch  # the home of the multi-tensor functions, for which torch declares no types
 
 
 @torch.no_grad()
 def hold_matrices_(params: Sequence[Tensor], *, zero: bool) -> Tensor:
     """Arguments as for `selective.kernels.hold_matrices_`."""
-    old = torch.stack(list(params))
+    old = _stack(params)
     if zero:
         many._foreach_zero_(list(params))
     return old
@@ -32,9 +37,8 @@ def hold_matrices_(params: Sequence[Tensor], *, zero: bool) -> Tensor:
 def norm_sums(params: Sequence[Tensor], old: Tensor, *, matrices: Matrices, from_zero: bool) -> Tensor:
     """Arguments as for `selective.kernels.norm_sums`."""
     w, d = wide(old), _moved(params, old, from_zero)
-    (w, dims), (d, _) = _as_matrices(w, matrices), _as_matrices(d, matrices)
-    squares = [torch.linalg.vector_norm(x, dim=dims, dtype=F64).square() for x in (w, d)]
-    return torch.stack([squares[0], (w * d).sum(dim=dims, dtype=F64), squares[1]]).view(3, len(old), matrices.count)
+    (w, dims), (d, _) = _as_matrices(w.double(), matrices), _as_matrices(d.double(), matrices)
+    return torch.stack([(a * b).sum(dim=dims) for a, b in ((w, w), (w, d), (d, d))]).view(3, len(old), matrices.count)
 
 
 @torch.no_grad()
@@ -63,7 +67,7 @@ def turned_matrices(
     rate: float | Tensor,
 ) -> Tensor:
     """Return what `turn_matrices_` writes, before it is rounded: float32 or float64 [n, *size]."""
-    of_old, of_moved = factors(totals, rate)
+    of_old, of_moved = factors(totals, rate, noise_of(old.dtype, from_zero))
     new = old.clone() if wide(old) is old else wide(old)
     (w, dims), (d, _) = _as_matrices(new, matrices), _as_matrices(_moved(params, old, from_zero), matrices)
     like = [1 if at in {dim % w.dim() for dim in dims} else size for at, size in enumerate(w.shape)]
@@ -71,13 +75,29 @@ def turned_matrices(
     return new
 
 
-def factors(totals: Tensor, rate: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Return what W and d are multiplied by in the turned matrix, float64 [n, count] each."""
+def noise_of(dtype: torch.dtype, from_zero: bool) -> float:
+    """The share of ‖W‖ up to which d is no movement. It is 0 for a step from 0, of which every digit is meant."""
+    return 0.0 if from_zero else NOISE.get(dtype, FLOAT_NOISE)
+
+
+def factors(totals: Tensor, rate: float | Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """Return what W and d are multiplied by in the turned matrix, float64 [n, count] each.
+
+    A matrix stays as it is if nothing has moved, and if W' would be next to 0, which only a rate near 1 can do.
+    """
     square, product, length = totals
-    step = rate * square.sqrt() / length.sqrt().clamp_min(LEAST)
-    after = (square + 2 * step * product + step.square() * length).clamp_min(0).sqrt()
-    shrink = square.sqrt() / after.clamp_min(LEAST)
-    return shrink, shrink * step
+    still = (length <= LEAST) | (length <= noise**2 * square)  # False where there is a NaN, which goes on
+    step = torch.where(still, 0.0, rate * (square / length).sqrt())
+    after = square + 2 * step * product + step.square() * length
+    still = still | (after <= NEAR**2 * square)
+    shrink = (square / after).sqrt()
+    still = still | (shrink * step >= MOST)
+    return torch.where(still, 1.0, shrink), torch.where(still, 0.0, shrink * step)
+
+
+def _stack(params: Sequence[Tensor]) -> Tensor:
+    """The parameters one after the other, each in row-major order, whatever the order in its memory is."""
+    return torch.stack([p.contiguous() for p in params])
 
 
 def wide(x: Tensor) -> Tensor:
@@ -87,7 +107,7 @@ def wide(x: Tensor) -> Tensor:
 
 def _moved(params: Sequence[Tensor], old: Tensor, from_zero: bool) -> Tensor:
     """d, what the step has added to the parameters."""
-    now = wide(torch.stack(list(params)))
+    now = wide(_stack(params))
     return now if from_zero else now.sub_(wide(old))
 
 

@@ -11,7 +11,7 @@ from selective.base.known import why_measured
 from selective.capture.choose import Capture
 from selective.explain.launches import explain_launches
 from selective.explain.memory import memory_lines, temporary_memory
-from selective.explain.norms import explain_norms, norm_advice
+from selective.explain.norms import explain_norms, held_memory, norm_advice
 from selective.explain.own_code import why_own_code
 from selective.explain.paragraph import Line, Paragraph, under
 from selective.explain.rate import rate_advice
@@ -79,11 +79,12 @@ def _same_for(base: Optimizer, plan: GroupPlan, options: Options) -> object:
 
 
 def _temporary(plan: GroupPlan) -> str:
-    return (
-        _DRAWN_MEMORY
-        if plan.capture.way == "fused" and _draws(plan)
-        else temporary_memory(plan.policy, plan.capture, plan.group)
-    )
+    drawn = plan.capture.way == "fused" and _draws(plan)
+    found = _DRAWN_MEMORY if drawn else temporary_memory(plan.policy, plan.capture, plan.group)
+    copy = held_memory(plan)
+    if not copy:
+        return found
+    return f"during the step {copy}" if found == "none" else f"{found}, and {copy}"
 
 
 def _draws(plan: GroupPlan) -> bool:
@@ -123,7 +124,7 @@ def _decay_of(plan: GroupPlan) -> str:
     if plan.norms is not None and not plan.norms.reasons:
         return f"none, because of {plan.norms.norm!r}"
     text = _decay(plan.capture) if plan.decay is None else _selective_decay(plan.decay, plan.capture)
-    return text if plan.norms is None else f"{text}; not of the matrices whose norm is kept"
+    return f"{text}; not of the matrices whose norm is kept" if plan.norms is not None and plan.norms.shapes else text
 
 
 def _decay(capture: Capture) -> str:

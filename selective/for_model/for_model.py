@@ -132,6 +132,12 @@ def for_model(
             "policy='cautious' or preconditioner='soap', for instance; policy='dense' if this is what you want",
             stacklevel=2,
         )
+    if norm is not None and lr is None:
+        warnings.warn(
+            "for_model: norm makes the rate of the matrices relative to their norms, and lr is left out: the base's "
+            "own is for updates. Begin with lr={'matrices': 0.018, 'rest': 3e-3}",
+            stacklevel=2,
+        )
     built: dict[str, Optimizer] = {}
     for (name, of_member), make in zip(members.items(), makers, strict=True):
         if of_member:

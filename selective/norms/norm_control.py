@@ -40,7 +40,9 @@ class NormControl(Norm):
     each matrix of a stack of experts, or of joined queries, keys and values, has a norm of its own. Vectors, and what
     has no matrices, are stepped by the base at `lr`, as without the rule.
 
-    A matrix that is 0 would stay 0. The first step refuses it.
+    A matrix that is 0 would stay 0. The first step refuses it. A matrix stays as it is in a step whose update is 0.
+    Where the update can only be got as a difference of parameters, because the base or the policy looks at them,
+    rounding counts as 0. The norm of 16-bit parameters follows their rounding: by about 1 % in 6,000 steps of bfloat16.
     """
 
     scale: float = Field(default=1.0, gt=0)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selective.base.hyperparameters import LOW_PRECISION
-from selective.norms import Norm
+from selective.messages.user_line import warn
+from selective.norms import Norm, NormControl
 from selective.norms.matrices import matrices_of
 from selective.parameter import Parameter, is_lazy
 from selective.preconditioner import MatrixView, Shape
@@ -45,7 +46,8 @@ class NormPlan:
             return "it has no shape yet"
         shape = matrices_of(param, self.matrix_view)
         if is_dtensor(param) and not isinstance(shape, str) and (shape[0] > 1 or param.dim() != 2):
-            return "several matrices in a DTensor, of which a rank may have any part"
+            many = f"{shape[0]} matrices in one" if shape[0] > 1 else f"{param.dim()}-D"
+            return f"a DTensor, and {many}: of sharded parameters only 2-D ones are, as one matrix"
         return shape
 
     def is_of(self, norm: Norm, view: MatrixView, members: list[Parameter], from_zero: bool) -> bool:
@@ -78,6 +80,25 @@ def update_norms(base: Optimizer, plans: Sequence[GroupPlan]) -> None:
         check_norm(base, plan)
 
 
+def warn_of_norms(plans: Sequence[GroupPlan]) -> None:
+    """Warn of parameters of two dimensions and more that are stepped by the base, at a rate that is relative to norms.
+
+    With a scale other than 1 the rate of the group is meant for them.
+    """
+    for plan in plans:
+        norms = plan.norms
+        if norms is None or not isinstance(norms.norm, NormControl) or norms.norm.scale != 1:
+            continue
+        beside = [m for m in norms.members if m.name in norms.reasons and not is_lazy(m.tensor) and m.tensor.dim() > 1]
+        if beside:
+            more = f" and {len(beside) - 1:,} more" if len(beside) > 1 else ""
+            warn(
+                f"SelectiveUpdate: {beside[0].name!r}{more} of param_groups[{plan.number}] are not under "
+                f"{norms.norm!r} ({norms.reasons[beside[0].name]}), and the base steps them at lr, which is relative "
+                f"to norms there. Give them a group with norm None and a rate of their own"
+            )
+
+
 def _steps_zeros(plan: GroupPlan) -> bool:
     """True if what the step does to a parameter does not depend on the parameter, except for decoupled decay."""
     facts = plan.capture.facts
@@ -105,9 +126,11 @@ def check_norm(base: Optimizer, plan: GroupPlan) -> None:
             f"those which the residues are of; switch them off in {name}, or train float32 parameters"
         )
     if not plan.norms.from_zero and _decays(group):
+        who = f"the policy {plan.policy!r}" if "param" in plan.policy.needs() else name
         raise ValueError(
             f"SelectiveUpdate: {norm!r} takes the place of weight decay, and here that of {name} can't be told from "
-            f"its update, because {name} or the policy looks at the parameters; set weight_decay=0 in {where}"
+            f"its update, because {who} looks at the parameters; set weight_decay=0 in {where}, and give what is to "
+            f"decay a group of its own"
         )
 
 

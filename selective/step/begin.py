@@ -24,7 +24,7 @@ from selective.state.check_before_step import check_state
 from selective.state.store import follow_changes
 from selective.statistics import StepStatistics
 from selective.step.gradients import check_gradients, has_nonfinite
-from selective.step.norms import norms_kept
+from selective.step.norms import NormsInStep
 from selective.step.run import Part, StepRunner, fit_base_states, run_jobs
 from selective.step_count import check_recordable, is_recording
 
@@ -121,8 +121,7 @@ def take_steps(begun: Sequence[BegunStep], exchange: Exchange | None = None) -> 
     for step in begun:
         step.check()
     parts = [Part(step.runner, step.make_jobs(exchange, calls), step.said_by) for step in begun]
-    with norms_kept([(step.runner, step.groups.plans, step.present) for step in begun]):
-        run_jobs(parts, calls)
+    run_jobs(parts, calls, NormsInStep([(step.runner, step.groups.plans, step.present) for step in begun]))
     for step in begun:
         step.finish()
 

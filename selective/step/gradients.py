@@ -31,8 +31,14 @@ def check_gradients(plans: list[GroupPlan], present: list[list[Parameter]]) -> N
             continue
         for parameter in parameters:
             if plan.masks_or_rotates(parameter):
-                rotated = plan.rotated_as(parameter) is not None
-                _check_gradient(parameter, "policy and preconditioner" if rotated else "policy")
+                _check_gradient(parameter, " and ".join(_keys_of(plan, parameter)))
+
+
+def _keys_of(plan: GroupPlan, parameter: Parameter) -> list[str]:
+    """The keys of a group that have to be None so that the base alone steps this parameter."""
+    keys = [] if plan.steps_alone else ["policy"]
+    keys += [] if plan.rotated_as(parameter) is None else ["preconditioner"]
+    return keys + (["norm"] if plan.norms is not None and parameter.tensor in plan.norms.shapes else [])
 
 
 def _check_gradient(parameter: Parameter, key: str) -> None:

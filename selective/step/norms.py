@@ -1,22 +1,21 @@
 """Norm control in a step: parameters are held before the jobs, and turned by what these have added to them.
 
-The base, the policy and the preconditioner step them as always. Where nobody looks at a parameter's value, the jobs
-step zeros, so that what they leave is the update itself: no digit of it is lost against a large weight, and weight
-decay, which multiplies, has no effect. Otherwise the update is the difference.
+The base, the policy and the preconditioner step them as always. Hooks of the base run before and after all of it. Where
+nobody looks at a parameter's value, the jobs step zeros, so that what they leave is the update itself. No digit is lost
+against a large weight then, and weight decay, which multiplies, has no effect. Otherwise the update is the difference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from selective.base.hyperparameters import LOW_PRECISION, plain_number
-from selective.foreach import PART, copy_
+from selective.foreach import PART, copy_, zero_
 from selective.kernels import Matrices, hold_matrices_, norm_sums, spec, turn_matrices_, turned_matrices
 from selective.kernels.reference.rounding import store
 from selective.norms import NormControl
@@ -24,9 +23,10 @@ from selective.norms.matrices import reading
 from selective.parameter import Parameter
 from selective.plan.group_plan import GroupPlan
 from selective.plan.norm_plan import NormPlan
+from selective.plan.options import Options
 from selective.sharding.collectives import sums_over_ranks
 from selective.sharding.dtensor import local_of, shard_of
-from selective.step.run import StepRunner
+from selective.step_count import StepCount
 
 
 @dataclass
@@ -44,47 +44,61 @@ class Held:
         """The sums over what is here of each matrix, float64 [3, n, count]."""
         return norm_sums(self.tensors, self.old, matrices=self.matrices, from_zero=self.norms.from_zero)
 
+
+class Runner(Protocol):
+    """What is needed of the runner of a step."""
+
+    options: Options
+    count: StepCount
+
+
+class NormsInStep:
+    """Norm control in one step of several optimizers: `hold`, then the step, then `turn`; `restore` after an error."""
+
+    def __init__(self, steps: Sequence[tuple[Runner, Sequence[GroupPlan], Sequence[list[Parameter]]]]) -> None:
+        self._steps = [(runner, plans, present) for runner, plans, present in steps if _any(plans)]
+        self._held: list[tuple[Runner, Held]] = []
+
+    def hold(self) -> None:
+        """Copy the parameters whose norm is kept, and let the step begin at zeros where it may.
+
+        Raises:
+            ValueError: one that is stepped for the first time is 0. Nothing has moved then.
+        """
+        alike = []
+        for runner, plans, present in self._steps:
+            mine = [each for plan, members in zip(plans, present, strict=True) for each in _alike(plan, members)]
+            new = [(norms, some) for norms, _, some in mine if not norms.seen.issuperset(m.tensor for m in some)]
+            if new and not _recording(new[0][1][0]):
+                _refuse_zeros(runner, new)
+            alike += [(runner, *each) for each in mine]
+        for runner, norms, group, members in alike:
+            tensors = _here(members)
+            by_kernel = norms.from_zero and tensors[0].is_cuda  # the copy and the zeros in one launch
+            old = hold_matrices_(tensors, zero=by_kernel)
+            matrices = reading(tensors[0].shape, norms.shapes[members[0].tensor])
+            self._held.append((runner, Held(norms, group, members, tensors, matrices, old)))
+            if norms.from_zero and not by_kernel:
+                zero_(tensors)
+
+    def turn(self) -> None:
+        """Write the parameters that the step leads to: those before it, turned towards where it has moved them."""
+        for runner, _, _ in self._steps:
+            turn(runner, [held for of, held in self._held if of is runner])
+        self._held = []
+
     def restore(self) -> None:
         """Put the values from before the step back."""
-        copy_(self.tensors, list(self.old.unbind()))
-
-
-@contextmanager
-def norms_kept(steps: Sequence[tuple[StepRunner, Sequence[GroupPlan], Sequence[list[Parameter]]]]) -> Iterator[None]:
-    """Take a step of these optimizers in the body, and keep the norms that are to be kept.
-
-    If the body raises, the parameters have the values that they had before.
-    """
-    held = [(runner, hold_norms(runner, plans, present)) for runner, plans, present in steps if _any(plans)]
-    try:
-        yield
-    except BaseException:
-        for _, of_one in held:
-            for each in of_one:
-                each.restore()
-        raise
-    for runner, of_one in held:
-        turn(runner, of_one)
+        for _, held in self._held:
+            copy_(held.tensors, list(held.old.unbind()))
+        self._held = []
 
 
 def _any(plans: Sequence[GroupPlan]) -> bool:
     return any(plan.norms is not None for plan in plans)
 
 
-def hold_norms(runner: StepRunner, plans: Sequence[GroupPlan], present: Sequence[list[Parameter]]) -> list[Held]:
-    """Copy the parameters whose norm is kept, and let the step begin at zeros where it may.
-
-    Raises:
-        ValueError: one that is stepped for the first time is 0. Nothing has moved then.
-    """
-    alike = [each for plan, members in zip(plans, present, strict=True) for each in _alike(plan, members)]
-    new = [(norms, some) for norms, _, some in alike if not norms.seen.issuperset(m.tensor for m in some)]
-    if new and not _recording(new[0][1][0]):
-        _refuse_zeros(runner, new)
-    return [_hold(norms, group, some) for norms, group, some in alike]
-
-
-def turn(runner: StepRunner, held: Sequence[Held]) -> None:
+def turn(runner: Runner, held: Sequence[Held]) -> None:
     """Write the parameters that the step leads to: those before it, turned towards where it has moved them."""
     found = [each.sums() for each in held]
     _add_up(runner, [(each.members, total) for each, total in zip(held, found, strict=True)])
@@ -121,17 +135,11 @@ def _alike(plan: GroupPlan, members: Sequence[Parameter]) -> list[Alike]:
     return found
 
 
-def _hold(norms: NormPlan, group: dict[str, Any], members: list[Parameter]) -> Held:
-    tensors = _here(members)
-    matrices = reading(tensors[0].shape, norms.shapes[members[0].tensor])
-    return Held(norms, group, members, tensors, matrices, hold_matrices_(tensors, zero=norms.from_zero))
-
-
 def _here(members: Sequence[Parameter]) -> list[Tensor]:
     return [local_of(member.tensor.detach()) for member in members]
 
 
-def _add_up(runner: StepRunner, parts: Sequence[tuple[list[Parameter], Tensor]]) -> None:
+def _add_up(runner: Runner, parts: Sequence[tuple[list[Parameter], Tensor]]) -> None:
     """Add sums [k, n, count] over the ranks that have parts of the same n parameters, in place.
 
     There is one all-reduce for each group of ranks. Parameters come in the order of their addresses, which all ranks
@@ -150,20 +158,20 @@ def _first(row: tuple[int, Tensor, Tensor]) -> int:
     return row[0]
 
 
-def _refuse_zeros(runner: StepRunner, new: Sequence[tuple[NormPlan, list[Parameter]]]) -> None:
+def _refuse_zeros(runner: Runner, new: Sequence[tuple[NormPlan, list[Parameter]]]) -> None:
     """Refuse a matrix that is 0, which would stay so. Waits for the device, in a parameter's first step only."""
     parts = []
     for norms, members in new:
         tensors = _here(members)
         matrices = reading(tensors[0].shape, norms.shapes[members[0].tensor])
-        before = torch.stack(tensors)
+        before = hold_matrices_(tensors, zero=False)
         parts.append((members, norm_sums(tensors, before, matrices=matrices, from_zero=True)[:1]))
     _add_up(runner, parts)
     for (norms, members), (_, squares) in zip(new, parts, strict=True):
         empty = (squares[0] == 0).any(dim=1).tolist()
         for member, is_zero in zip(members, empty, strict=True):
-            whole = local_of(member.tensor) if runner.options.scope == "local" else member.tensor
-            if is_zero and whole.numel():  # a rank may have no part of it
+            is_part = runner.options.scope == "local" and shard_of(member.tensor) is not None
+            if is_zero and member.tensor.numel() and not is_part:  # a part may be 0, or nothing
                 raise ValueError(
                     f"SelectiveUpdate: {member.name!r}, or a matrix in it, is 0, and {norms.norm!r} would keep it so: "
                     f"begin with other values, or put it into a group whose norm is None"
@@ -176,7 +184,7 @@ def _recording(member: Parameter) -> bool:
     return member.tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _round(runner: StepRunner, held: Held, new: Tensor) -> None:
+def _round(runner: Runner, held: Held, new: Tensor) -> None:
     """Write a stack to its parameters, rounded stochastically."""
     draw = spec.Draw(runner.count.seed, runner.count.steps, True, runner.count.clocks.on(new.device))
     for member, tensor, exact in zip(held.members, held.tensors, new.unbind(), strict=True):

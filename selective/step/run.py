@@ -36,6 +36,7 @@ from selective.state.kept_bases import bases_of
 from selective.state.parameter_state import OwnEntries
 from selective.state.store import StateStore
 from selective.statistics import StepStatistics
+from selective.step.norms import NormsInStep
 from selective.step_count import StepCount
 
 
@@ -150,10 +151,10 @@ class Part(NamedTuple):
     said_by: str | None = None  # with which its errors begin; None: with "SelectiveUpdate"
 
 
-def run_jobs(parts: Sequence[Part], calls: KernelCalls | None = None) -> None:
+def run_jobs(parts: Sequence[Part], calls: KernelCalls | None = None, norms: NormsInStep | None = None) -> None:
     """Run the jobs of one optimizer, or of several that step together. If anything raises, all parameters are put back.
 
-    `calls` are the kernel calls that the jobs have left to be made together.
+    `calls` are the kernel calls that the jobs have left to be made together. `norms` keeps norms around all of it.
     """
     jobs = [job for part in parts for job in part.jobs]
     custom = [job for job in jobs if job.own_code]
@@ -173,6 +174,8 @@ def run_jobs(parts: Sequence[Part], calls: KernelCalls | None = None) -> None:
         for each in parts:
             hooks.enter_context(base_hooks(each.runner.store.base))
         try:
+            if norms is not None:
+                norms.hold()
             for job in jobs:
                 part = part_of[id(job)]
                 job.prepare()
@@ -195,9 +198,13 @@ def run_jobs(parts: Sequence[Part], calls: KernelCalls | None = None) -> None:
                 calls.run()
             for exchange in {id(job.context.exchange): job.context.exchange for job in jobs}.values():
                 exchange.run()
+            if norms is not None:
+                norms.turn()
         except BaseException as error:
             for job in jobs:
                 job.restore()
+            if norms is not None:
+                norms.restore()
             if calls is not None:
                 calls.drop()
             if isinstance(error, KernelDifference):

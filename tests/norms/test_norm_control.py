@@ -23,6 +23,7 @@ from selective import (
     Policy,
     RandomMask,
     SelectiveUpdate,
+    SkipUpdate,
     Soap,
 )
 
@@ -175,7 +176,7 @@ def test_each_matrix_of_a_view_has_a_norm_of_its_own(view: Any) -> None:
     rows=st.integers(1, 7),
     columns=st.integers(1, 7),
     count=st.integers(1, 3),
-    rate=st.floats(0, 3),
+    rate=st.floats(0, 0.9),
     size=st.sampled_from([1e-12, 1e-3, 1.0, 1e6]),
     dtype=st.sampled_from([torch.float32, F64]),
 )
@@ -234,6 +235,67 @@ def test_a_tensor_is_a_rate_and_a_negative_one_climbs() -> None:
         ends.append([p.detach() - was for p, was in zip(params, start, strict=True)])
     assert all(torch.equal(a, b) for a, b in zip(ends[0], ends[1], strict=True))
     assert all(float((a * b).sum()) < 0 for a, b in zip(ends[0], ends[2], strict=True))
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-15, 1e15, 1e25])
+@pytest.mark.parametrize("weights", [1e-15, 1.0, 1e15])
+def test_sizes_do_not_count(size: float, weights: float) -> None:
+    """Neither those of the update nor those of the weights, as far as float32 has them. Float32 rounding."""
+    if weights / size > 1e38:
+        pytest.skip("float32 has no factor that is so large, and the matrix stays as it is")
+    ends = []
+    for scale, own in ((1.0, 1.0), (size, weights)):
+        params = parameters(torch.float32, ((12, 10),))
+        opt = SelectiveUpdate(SGD(params, lr=LR), norm=NormControl())
+        params[0].data.mul_(own)
+        give_grads(params, 0)
+        params[0].grad.mul_(scale)
+        opt.step()
+        ends.append(params[0].detach() / own)
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def test_a_matrix_that_the_mask_leaves_out_is_left_where_it_is() -> None:
+    """Also where the update is a difference of parameters, whose rounding would be taken for one."""
+    params = parameters(torch.float32, ((20, 20),) * 6)
+    base = Adafactor(params, lr=0.02, weight_decay=0.0)
+    opt = SelectiveUpdate(base, SkipUpdate(), norm=NormControl(), momentum_beta=0.9, seed=3)
+    give_grads(params, 0)
+    before = [p.detach().clone() for p in params]
+    opt.step()
+    shares = [float(one["share"]) for one in opt.statistics().values()]
+    turned_by = [float((p.detach() - w).norm() / w.norm()) for p, w in zip(params, before, strict=True)]
+    assert {share > 0 for share in shares} == {True, False}
+    assert [by > 0.01 for by in turned_by] == [share > 0 for share in shares]
+    assert all(by < 1e-7 for by, share in zip(turned_by, shares, strict=True) if share == 0)
+
+
+@pytest.mark.parametrize("rate", [0.9, 0.995, 0.9999999, 1.0, 1.0000001])
+def test_a_turn_through_zero_is_left_out(rate: float) -> None:
+    params = [torch.nn.Parameter(torch.tensor([[2.0]]))]
+    opt = SelectiveUpdate(SGD(params, lr=rate), norm=NormControl())
+    for _ in range(3):
+        params[0].grad = torch.tensor([[1.0]])
+        opt.step()
+    assert abs(params[0].item()) == pytest.approx(2.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["dense", "cautious"])
+def test_other_layouts_of_memory_step_alike(policy: str) -> None:
+    """A convolution in channels last, a transposed matrix, and both in the usual order. The same bits of sums apart."""
+    ends = []
+    for last in (False, True):
+        params = parameters(torch.float32, ((8, 3, 3, 3), (7, 6)))
+        if last:
+            params[0].data = params[0].data.contiguous(memory_format=torch.channels_last)
+            params[1].data = params[1].data.T.contiguous().T
+        opt = SelectiveUpdate(AdamW(params, lr=LR), POLICIES[policy], norm=NormControl(), matrix_view="conv")
+        for step in range(3):
+            give_grads(params, step)
+            opt.step()
+        assert params[0].is_contiguous(memory_format=torch.channels_last) == last
+        ends.append([p.detach().contiguous() for p in params])
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
 
 
 def test_missing_gradients_leave_matrices_alone() -> None:

@@ -16,6 +16,7 @@ from selective import (
     AlphaConsistency,
     Cautious,
     CautiousDecay,
+    ChainedOptimizer,
     NormControl,
     Policy,
     RandomMask,
@@ -25,6 +26,7 @@ from selective import (
     norm_from,
     param_groups_for,
 )
+from selective.step import norms
 
 LR = 0.05
 
@@ -222,6 +224,83 @@ def test_what_does_not_go_together_is_refused() -> None:
         SelectiveUpdate(theirs.Adafactor(parameters()), norm=NormControl())
 
 
+def test_who_looks_at_the_parameters_is_said() -> None:
+    class Reads(Policy):
+        reads = frozenset({"param", "update"})
+
+        def mask(self, view: Any) -> Any:
+            return view.param * view.update > 0
+
+    with pytest.raises(ValueError, match=r"because the policy Reads\(\) looks at the parameters"):
+        made(policy=Reads())
+    with pytest.raises(ValueError, match="because Adafactor looks at the parameters"):
+        SelectiveUpdate(Adafactor(parameters(), lr=LR, weight_decay=0.1), norm=NormControl())
+
+
+def test_a_sparse_gradient_is_refused_with_what_helps() -> None:
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    opt = SelectiveUpdate(SGD(embedding.parameters(), lr=LR), norm=NormControl())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match="put it into a parameter group with norm None"):
+        opt.step()
+
+
+def test_what_the_base_steps_at_a_relative_rate_is_warned_of() -> None:
+    shapes = ((6, 5), (4, 3, 2, 2))
+    with pytest.warns(UserWarning, match=r"'param_groups\[0\]\[1\]' of param_groups\[0\] are not under NormControl"):
+        made(params=parameters(shapes))
+    made(NormControl(scale=6.0), params=parameters(shapes))
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 7))
+    with pytest.warns(UserWarning, match="lr is left out"):
+        SelectiveUpdate.for_model(model, norm=NormControl())
+
+
+def test_a_refusal_in_one_member_of_a_chain_leaves_the_others() -> None:
+    fine, zero = parameters(((4, 4), (4, 4)))
+    zero.data.zero_()
+    members = {"a": made(params=[fine]), "b": SelectiveUpdate(SGD([zero], lr=LR), norm=NormControl())}
+    before = fine.detach().clone()
+    fine.grad, zero.grad = torch.ones(4, 4), torch.ones(4, 4)
+    with pytest.raises(ValueError, match="is 0, and NormControl"):
+        ChainedOptimizer(members).step()
+    assert torch.equal(fine, before)
+
+
+@pytest.mark.parametrize("where", ["hold_matrices_", "norm_sums", "turn_matrices_"])
+def test_an_error_in_the_rule_itself_puts_parameters_back(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call fails, when a first shape is held, added up or turned already."""
+    opt = made(params=parameters(((6, 5), (4, 4))))
+    train(opt, 0, 1)
+    before, real, calls = values(opt), getattr(norms, where), []
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        calls.append(where)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory today")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(norms, where, fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(opt, 1, 2)
+    assert all(torch.equal(a, b) for a, b in zip(values(opt), before, strict=True))
+
+
+def test_hooks_of_the_base_see_parameters_and_may_change_them() -> None:
+    params = parameters(((6, 5),))
+    base = AdamW(params, lr=LR)
+    opt = SelectiveUpdate(base, Cautious(), norm=NormControl())
+    seen: list[torch.Tensor] = []
+    base.register_step_pre_hook(lambda *_: seen.append(params[0].detach().clone()))
+    base.register_step_post_hook(lambda *_: seen.append(params[0].detach().clone()))
+    clamp = base.register_step_post_hook(lambda *_: params[0].data.clamp_(-0.5, 0.5))
+    start = params[0].detach().clone()
+    train(opt, 0, 1)
+    assert torch.equal(seen[0], start)
+    assert seen[1].norm().item() == pytest.approx(start.norm().item(), rel=1e-6) and not torch.equal(seen[1], start)
+    assert params[0].abs().max() <= 0.5
+    clamp.remove()
+
+
 def test_an_error_in_a_step_puts_the_parameters_back() -> None:
     class Fails(Policy):
         def mask(self, view: Any) -> Any:
@@ -245,4 +324,10 @@ def test_explain_says_what_is_kept() -> None:
     assert "relative to the norm: 0.009 (AdamW) to 0.018 (in Soap)" in text
     matrices = " ".join(made(params=parameters(((4, 3),))).explain().split())
     assert "none, because of NormControl()" in matrices
+    assert "and a copy of the matrices whose norm is kept, 48 bytes" in matrices
+    dense = SelectiveUpdate(AdamW(parameters(((4, 3),)), lr=LR), norm=NormControl()).explain()
+    assert "during the step a copy of the matrices whose norm is kept, 48 bytes" in " ".join(dense.split())
+    vectors = " ".join(made(params=parameters(((4,),))).explain().split())
+    assert "NormControl(): no parameter here; 1-D, no matrix" in vectors
+    assert "decoupled" in vectors and "whose norm is kept" not in vectors
     assert "norm=NormControl(scale=2.0)" in repr(made(NormControl(scale=2.0)))

@@ -11,9 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...reference import matrices as reference
 from .rounding import narrow, widen
 
-LEAST = tl.constexpr(1e-12)  # the least norm that is divided by, as in the reference
+LEAST = tl.constexpr(reference.LEAST)
+MOST = tl.constexpr(reference.MOST)
+NEAR_SQUARED = tl.constexpr(reference.NEAR**2)
 
 
 @triton.jit
@@ -55,7 +58,7 @@ def norm_sums_kernel(
 ):  # fmt: skip
     """A program's part of ‖W‖², W·d and ‖d‖² of one matrix, float64, in three columns `apart` numbers apart.
 
-    A program takes BLOCKS times BLOCK elements. A block is added up in float32, and the blocks in float64.
+    A program takes BLOCKS times BLOCK elements.
 
     Reads a parameter and its copy once: 8 bytes of float32 an element. Writes 24 bytes.
     """
@@ -71,26 +74,24 @@ def norm_sums_kernel(
     for block in range(BLOCKS):
         offs = first + block * BLOCK + tl.arange(0, BLOCK)
         w, d = _before_and_moved(at, old_ptr, offs, offs < numel, FROM_ZERO)
-        square += tl.sum(w * w).to(tl.float64)
-        product += tl.sum(w * d).to(tl.float64)
-        length += tl.sum(d * d).to(tl.float64)
+        w, d = w.to(tl.float64), d.to(tl.float64)
+        square += tl.sum(w * w)
+        product += tl.sum(w * d)
+        length += tl.sum(d * d)
     tl.store(out_ptr + program, square)
     tl.store(out_ptr + apart + program, product)
     tl.store(out_ptr + 2 * apart + program, length)
 
 
 @triton.jit
-def _at_least(x, least):
-    """The larger of both; NaN stays NaN."""
-    return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def turn_kernel(
-    pointers_ptr, old_ptr, totals_ptr, rate_ptr, rate, numel, count, tiles, apart,
+    pointers_ptr, old_ptr, totals_ptr, rate_ptr, rate, noise, numel, count, tiles, apart,
     GIVEN: tl.constexpr, FROM_ZERO: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """parameters <- (W + c d) ‖W‖ / ‖W + c d‖ with c = rate ‖W‖ / ‖d‖, rounded. GIVEN: the rate is in memory.
+    """parameters <- (W + c d) ‖W‖ / ‖W + c d‖ with c = rate ‖W‖ / ‖d‖, rounded.
+
+    GIVEN: the rate is in memory. A matrix stays as it is if ‖d‖ is at most `noise` times ‖W‖, and if W + c d would be
+    next to 0.
 
     A program takes BLOCK elements of one matrix. `totals_ptr` has the three sums of each, `apart` numbers apart.
 
@@ -104,10 +105,14 @@ def turn_kernel(
     relative = tl.full((), 0.0, tl.float64) + rate
     if GIVEN:
         relative = tl.load(rate_ptr).to(tl.float64)
-    norm = tl.sqrt(square)
-    step = relative * norm / _at_least(tl.sqrt(length), LEAST)
-    after = tl.sqrt(_at_least(square + 2 * step * product + step * step * length, 0.0))
-    shrink = norm / _at_least(after, LEAST)
+    # Comparisons are False where there is a NaN, which goes on.
+    still = (length <= LEAST) | (length <= noise * noise * square)
+    step = tl.where(still, 0.0, relative * tl.sqrt(square / tl.where(still, 1.0, length)))
+    after = square + 2 * step * product + step * step * length
+    still = still | (after <= NEAR_SQUARED * square)
+    shrink = tl.sqrt(square / tl.where(still, 1.0, after))
+    still = still | (shrink * step >= MOST)
+    shrink, step = tl.where(still, 1.0, shrink), tl.where(still, 0.0, step)
     at = tl.load(pointers_ptr + matrix // count).to(tl.pointer_type(DTYPE)) + (matrix % count) * numel
     if ALIGNED:
         at = tl.multiple_of(at, 16)
