@@ -225,14 +225,14 @@ def test_what_does_not_go_together_is_refused() -> None:
 
 
 def test_who_looks_at_the_parameters_is_said() -> None:
-    class Reads(Policy):
+    class LooksAtTheParameter(Policy):
         reads = frozenset({"param", "update"})
 
         def mask(self, view: Any) -> Any:
             return view.param * view.update > 0
 
-    with pytest.raises(ValueError, match=r"because the policy Reads\(\) looks at the parameters"):
-        made(policy=Reads())
+    with pytest.raises(ValueError, match=r"because the policy LooksAtTheParameter\(\) looks at the parameters"):
+        made(policy=LooksAtTheParameter())
     with pytest.raises(ValueError, match="because Adafactor looks at the parameters"):
         SelectiveUpdate(Adafactor(parameters(), lr=LR, weight_decay=0.1), norm=NormControl())
 
@@ -302,11 +302,11 @@ def test_hooks_of_the_base_see_parameters_and_may_change_them() -> None:
 
 
 def test_an_error_in_a_step_puts_the_parameters_back() -> None:
-    class Fails(Policy):
+    class HasNoMaskToday(Policy):
         def mask(self, view: Any) -> Any:
             raise RuntimeError("no mask today")
 
-    opt = made(policy=Fails())
+    opt = made(policy=HasNoMaskToday())
     before = values(opt)
     with pytest.raises(RuntimeError, match="no mask today"):
         train(opt, 0, 1)
