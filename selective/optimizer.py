@@ -59,7 +59,7 @@ class SelectiveUpdate(Optimizer):
             there: dense) and is moved to `policy_groups`.
         decay: which coordinates decoupled weight decay reaches: `CautiousDecay(...)`, a kind's name or a dict with a
             `kind`; None: all. A `decay` in a parameter group overrides it (None there: all).
-        norm: what becomes of the norms of matrices: `NormControl(...)` keeps them, a kind's name or a dict with a
+        norm: a rule about the norms of matrices: `NormControl(...)` keeps them, a kind's name or a dict with a
             `kind`; None: the base moves them. A `norm` in a parameter group overrides it (None there: none).
         preconditioner: rotates the gradients of matrices before the base sees them: a `Preconditioner`, a kind's name
             or a dict with a `kind`. A `preconditioner` in a parameter group overrides it (None there: none).

@@ -77,7 +77,7 @@ def for_model(
         policy: what selects, as in `SelectiveUpdate`; or a mapping from kinds to policies. "dense" makes the groups
             only.
         preconditioner: what rotates, as in `SelectiveUpdate`; or a mapping from kinds to preconditioners.
-        norm: what becomes of norms, as in `SelectiveUpdate`; or a mapping from kinds to such rules. The rate of the
+        norm: the rule about norms, as in `SelectiveUpdate`; or a mapping from kinds to such rules. The rate of the
             matrices is relative to their norm then: give them one of their own.
         matrices, rest: a base for the matrices with two dimensions, and one for everything else. One that is not given
             is `base`.

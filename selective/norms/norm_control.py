@@ -10,7 +10,7 @@ from selective.configured import Configured
 
 
 class Norm(Configured):
-    """What becomes of a matrix's norm in a step. `NormControl` keeps it; without a rule the base moves it."""
+    """A rule about a matrix's norm in a step. `NormControl` keeps it; without a rule the base moves it."""
 
     _family: ClassVar[str] = "norm"
     _registry: ClassVar[dict[str, type[Configured]]] = {}

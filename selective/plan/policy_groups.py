@@ -1,4 +1,4 @@
-"""What parameter groups have of ours (policy, preconditioner, decay, norm): a table beside the base's groups."""
+"""Policies, preconditioners, decays and norms of parameter groups: a table of ours, beside the base's groups."""
 
 from __future__ import annotations
 

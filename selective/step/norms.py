@@ -46,7 +46,7 @@ class Held:
 
 
 class Runner(Protocol):
-    """What is needed of the runner of a step."""
+    """The part of a step's runner that is needed."""
 
     options: Options
     count: StepCount
