@@ -11,7 +11,6 @@ from html import escape
 from pathlib import Path
 
 from evidence.earlier import of_demo
-from evidence.plan import APART
 from evidence.rows import Row, masked_rows
 from evidence.runs import Record, Results
 from evidence.setups import CONTROL
@@ -87,8 +86,7 @@ def _masks(measurements: Path) -> list[Shown]:
 
 
 def _rotations(measurements: Path) -> list[Shown]:
-    names = {setup: ROTATED[setup] for setup in APART[1:]}
-    return _rows(measurements, [Row(setup, "AdamW") for setup in names], lambda row: names[row.setup])
+    return _rows(measurements, [Row(setup, "AdamW") for setup in ROTATED], lambda row: ROTATED[row.setup])
 
 
 def _two_rates(measurements: Path) -> list[Shown]:

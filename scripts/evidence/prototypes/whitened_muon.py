@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from evidence.prototypes.eigenbases import Side, renew
 from evidence.prototypes.orthogonal import nesterov, orthogonalise_, subtract
 from evidence.prototypes.stacks import Stack, stacks_of
-from selective.preconditioner.solvers import cholesky, eigh
+from selective.preconditioner.solvers import SolverName
 
 DECAY_OF_SQUARES = 0.9
 
@@ -72,7 +72,8 @@ class _Work:
         done = [self.steps[number] for number in self.stack.numbers]
         begin = [i for i, steps in enumerate(done) if steps == 0]
         follow = [i for i, steps in enumerate(done) if steps and steps % self.stack.group["refresh_every"] == 0]
-        for where, solver in ((begin, eigh), (follow, cholesky)):
+        by_solver: dict[SolverName, list[int]] = {"eigh": begin, "cholesky": follow}
+        for solver, where in by_solver.items():
             if where:
                 sides += [Side(self.taken[s], self.taken[f"basis of {s}"], where, solver) for s in ("left", "right")]
         return sides
