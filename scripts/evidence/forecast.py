@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from evidence.plan import STAGES, wanted
-from evidence.runs import Record, Results, Run
+from evidence.plan import HOME, STAGES, wanted
+from evidence.runs import Record, Results, Run, best_point
 from evidence.setups import CONTROL
 from evidence.sweeps import first_rest, grid_of
 
@@ -23,15 +23,16 @@ def forecast(results: Results, stages: Sequence[int] = tuple(STAGES)) -> list[Ru
 def completed(results: Results) -> Results:
     """The results with records that are made up for all runs that are missing.
 
-    A run that is not there yet is taken to end with a loss that is lowest at the middle of its setup's first rates. So
-    the true plan may have a few runs more, where a best rate is at an edge, and other setups in its short lists.
+    A run that is not there yet is taken to end with a loss that is lowest at the rates that were best at 34M, or else
+    at the middle of its setup's first rates. So the true plan may have a few runs more, where a best rate is at an
+    edge, and other setups in its short lists.
     """
     for _ in range(MOST_ROUNDS):
         there = {run_of(record) for record in results.records}
         missing = [run for run in wanted(results, tuple(STAGES)) if run not in there]
         if not missing:
             return results
-        results = Results([*results.records, *map(_made_up, missing)])
+        results = Results([*results.records, *(_made_up(run, results) for run in missing)])
     return results
 
 
@@ -40,13 +41,14 @@ def run_of(record: Record) -> Run:
     return Run(*(record[key] for key in ("task", "setup", "lr", "seed", "rest_lr", "part")))
 
 
-def _made_up(run: Run) -> Record:
+def _made_up(run: Run, results: Results) -> Record:
     """The record that a run is taken to have, as far as a plan reads it."""
     setup = run.setup.removeprefix(CONTROL)
     grid = grid_of(setup)
-    away = abs(math.log2(run.lr / grid[len(grid) // 2]))
-    rest = run.rest_lr if run.rest_lr is not None else run.lr
-    away += abs(math.log2(rest / (first_rest(setup) or grid[len(grid) // 2])))
+    best, rest = best_point(results.points(HOME, setup)) if run.task != HOME else None, first_rest(setup)
+    lr, rest = best or (grid[len(grid) // 2], rest)
+    away = abs(math.log2(run.lr / lr))
+    away += abs(math.log2((run.lr if run.rest_lr is None else run.rest_lr) / (lr if rest is None else rest)))
     losses = {"step": [0], "loss": [WORSE + away]}
     return {**vars(run), "diverged": False, "validation": losses}
 

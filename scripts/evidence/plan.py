@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from evidence.ranking import best_setups
 from evidence.runs import Results, Run
 from evidence.setups import POLICIES, READINGS
-from evidence.sweeps import MORE_SEEDS, control, rest_sweep, seeds, settled, sweep, swept_control
+from evidence.sweeps import (
+    MORE_SEEDS,
+    SEEDS,
+    Start,
+    control,
+    rest_settled,
+    rest_sweep,
+    seeds,
+    settled,
+    start_around,
+    start_of,
+    sweep,
+    swept_control,
+)
 
 LONGER = 1.5  # the share of the steps that the baseline gets in the comparison of whole schedules
+HOME = "python-34m"  # the task on which the setups of all others are chosen
 Plan = Callable[[Results], Iterator[Run]]
 
 # Stage 2. The first ones are also tried with a rate of its own for what is no inner matrix.
@@ -17,18 +32,23 @@ APART = ("AdamW", "AdamW in Soap", "Cautious on AdamW in Soap")
 DECAYS = ("CautiousDecay on AdamW in Soap", "Cautious, CautiousDecay on AdamW in Soap")
 RIVALS = ("pytorch_optimizer SOAP", "AdamW in the momentum's basis", "AdamW in AdaDiag++")
 NORMS = tuple(f"{name}, norm controlled" for name in APART)
+MORE_NORMS = tuple(f"{name} on AdamW in Soap, norm controlled" for name in ("AlphaConsistency", "MGUP mild"))
 AVERAGED = "Cautious on AdamW in Soap, tail averaged"
+AVERAGED_NORM = f"{NORMS[-1]}, tail averaged"
 # Stage 3
 MUON_MASKS = tuple(f"{name} on Muon" for name in ("Cautious", "MGUP mild", "MGUP official"))
 MUON_MORE = ("Muon, whitened", "Muon, Cautious before the orthogonalisation", "Muon, Cautious by rows")
-# Stages 4 and 5: everyone of the first, and the best of the second with three seeds at 34M
-BASELINES = ("AdamW", "Muon")
-CANDIDATES = ("AdamW in Soap", *APART[2:], *DECAYS, *RIVALS[1:], *NORMS, AVERAGED, *MUON_MASKS, *MUON_MORE)
+MUON_NORMS = ("Muon, norm controlled", "Muon, whitened, norm controlled")
+# Stages 4 and 5: AdamW, Muon, and the best two of these with three seeds at 34M. An average over the end of a run can
+# be put around any of them, so it is no candidate of its own.
+CANDIDATES = (
+    *APART[1:], *DECAYS, *RIVALS[1:], *NORMS, *MORE_NORMS, *MUON_MASKS, *MUON_MORE, *MUON_NORMS,
+)  # fmt: skip
 # Stage 6: MGUP's own setting, which has one rate for all bases
 THEIR_RATE, THEIR_STEPS = 3e-4, 2000 / 600
 THEIRS = tuple(setup for base in ("AdamW", "Lion", "Muon") for setup in (base, f"MGUP official on {base}"))
 # Stage 7: fine-tuning, and pictures
-FINE_GRID = (2.5e-5, 5e-5, 1e-4, 2e-4)
+FINE = Start((2.5e-5, 5e-5, 1e-4, 2e-4))
 MASKED = tuple(f"{name} on AdamW" for name in POLICIES)
 FINE_TUNED = ("AdamW", *MASKED, *APART[1:])
 
@@ -51,15 +71,25 @@ def masks(results: Results, task: str, base: str, policies: Sequence[str]) -> It
         yield from swept_control(results, task, setup)
 
 
-def of_each(results: Results, task: str, setups: Sequence[str], apart: bool = False) -> Iterator[Run]:
-    """The sweeps of some setups, then their seeds; with `apart` also the sweeps over the other rate."""
-    for setup in setups:
-        yield from sweep(results, task, setup)
+def of_each(
+    results: Results,
+    task: str,
+    setups: Sequence[str],
+    apart: bool = False,
+    begin: Callable[[str], Start | None] = start_of,
+) -> Iterator[Run]:
+    """The sweeps of some setups, then their seeds; with `apart` also the sweeps over the other rate.
+
+    `begin` says where the sweep of a setup begins. None: that is not known yet.
+    """
+    starts = {setup: start for setup in setups if (start := begin(setup)) is not None}
+    for setup, start in starts.items():
+        yield from sweep(results, task, setup, start)
     if apart:
-        for setup in setups:
-            yield from rest_sweep(results, task, setup)
-    for setup in setups:
-        yield from seeds(results, task, setup, apart=apart)
+        for setup, start in starts.items():
+            yield from rest_sweep(results, task, setup, start)
+    for setup, start in starts.items():
+        yield from seeds(results, task, setup, start, apart=apart)
 
 
 def stage_1(results: Results) -> Iterator[Run]:
@@ -70,28 +100,35 @@ def stage_1(results: Results) -> Iterator[Run]:
 
 def stage_2(results: Results) -> Iterator[Run]:
     """34M on Python source: the best composition."""
-    task = "python-34m"
+    task = HOME
     yield from of_each(results, task, APART)
     yield from of_each(results, task, APART, apart=True)
     yield from of_each(results, task, DECAYS)
-    lr = settled(results, task, "Cautious on AdamW in Soap")
+    lr = settled(results, task, APART[-1])
     if lr is not None:  # an average changes no step, so that the best rate stays the best
-        yield from (Run(task, AVERAGED, lr, seed) for seed in (0, 1, 2))
+        yield from (Run(task, AVERAGED, lr, seed) for seed in SEEDS)
     yield from of_each(results, task, RIVALS)
-    yield from control(results, task, "Cautious on AdamW in Soap")
+    yield from control(results, task, APART[-1])
     yield from control(results, task, DECAYS[0])
     yield from of_each(results, task, NORMS, apart=True)
     yield from control(results, task, NORMS[-1])
     yield from swept_control(results, task, APART[-1])
+    point = rest_settled(results, task, NORMS[-1])
+    if point is not None:
+        yield from (Run(task, AVERAGED_NORM, point[0], seed, point[1]) for seed in SEEDS)
+    yield from swept_control(results, task, NORMS[-1])
+    yield from of_each(results, task, MORE_NORMS, apart=True)
 
 
 def stage_3(results: Results) -> Iterator[Run]:
     """34M on Python source: Muon with its auxiliary AdamW's rate swept, bare, masked, and whitened."""
-    task = "python-34m"
+    task = HOME
     yield from of_each(results, task, ["Muon"], apart=True)
     yield from of_each(results, task, MUON_MASKS, apart=True)
     yield from of_each(results, task, MUON_MORE, apart=True)
     yield from control(results, task, MUON_MASKS[0])
+    yield from of_each(results, task, MUON_NORMS, apart=True)
+    yield from swept_control(results, task, MUON_MASKS[0])
 
 
 def stage_4(results: Results) -> Iterator[Run]:
@@ -108,18 +145,18 @@ def stage_5(results: Results) -> Iterator[Run]:
 def stage_6(results: Results) -> Iterator[Run]:
     """MGUP's own setting with one seed, other readings of AlphaAdam, and Magma."""
     yield from (Run("english-34m-256", setup, THEIR_RATE, rest_lr=_rest(setup), part=THEIR_STEPS) for setup in THEIRS)
-    yield from of_each(results, "python-34m", [f"{name} on AdamW" for name in READINGS])
+    yield from of_each(results, HOME, [f"{name} on AdamW" for name in READINGS])
 
 
 def stage_7(results: Results) -> Iterator[Run]:
     """Fine-tuning of MiniLM, with five seeds, and a masked autoencoder of pictures."""
     task = "foldoc-minilm"
     for setup in FINE_TUNED:
-        yield from sweep(results, task, setup, FINE_GRID)
+        yield from sweep(results, task, setup, FINE)
     for setup in FINE_TUNED:
-        yield from seeds(results, task, setup, FINE_GRID, all_seeds=MORE_SEEDS)
+        yield from seeds(results, task, setup, FINE, all_seeds=MORE_SEEDS)
     for setup in MASKED:
-        yield from control(results, task, setup, FINE_GRID, MORE_SEEDS)
+        yield from control(results, task, setup, FINE, MORE_SEEDS)
     task = "pictures-mae"
     yield from masks(results, task, "AdamW", list(POLICIES))
     yield from of_each(results, task, APART[1:])
@@ -131,8 +168,11 @@ def _rest(setup: str) -> float | None:
 
 
 def _short_list(results: Results, task: str) -> Iterator[Run]:
-    yield from of_each(results, task, BASELINES[:1])
-    yield from of_each(results, task, [*BASELINES[1:], *best_setups(results, "python-34m", CANDIDATES, 2)], apart=True)
+    """Both rates of everyone. Sweeps but AdamW's begin at the rates that were best at 34M on Python source."""
+    yield from of_each(results, task, ["AdamW"], apart=True)
+    rivals = ["Muon", *best_setups(results, HOME, CANDIDATES, 2)]
+    yield from of_each(results, task, rivals, apart=True, begin=partial(start_around, results, HOME))
+    yield from seeds(results, task, "AdamW", part=LONGER, apart=True)
 
 
 STAGES: dict[int, Plan] = {1: stage_1, 2: stage_2, 3: stage_3, 4: stage_4, 5: stage_5, 6: stage_6, 7: stage_7}

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evidence.plan import (
     APART,
     AVERAGED,
+    AVERAGED_NORM,
     CANDIDATES,
     DECAYS,
     FINE_TUNED,
+    HOME,
     LONGER,
     MASKED,
+    MORE_NORMS,
     MUON_MASKS,
     MUON_MORE,
+    MUON_NORMS,
     NORMS,
     RIVALS,
 )
@@ -22,31 +26,33 @@ from evidence.runs import Results
 from evidence.setups import POLICIES, READINGS, control_of, has_control
 from evidence.sweeps import first_rest
 
-AT_ANOTHER_S_BEST = {AVERAGED}  # has no sweep of its own
+AT_ANOTHER_S_BEST = {AVERAGED, AVERAGED_NORM}  # have no sweep of their own
 
 
 @dataclass(frozen=True)
 class Row:
     """A setup, the one with which it is compared, and the share of the steps that it has.
 
-    `apart` is true if what is no inner matrix has a rate of its own, which was swept, too.
+    `apart` is true if what is no inner matrix has a rate of its own, which was swept, too; `base_apart` if the setup
+    with which it is compared has.
     """
 
     setup: str
     base: str
     part: float = 1.0
     apart: bool = False
+    base_apart: bool = False
 
     @property
     def label(self) -> str:
-        if self.part != 1:
-            return f"{self.setup}, {self.part:g} × the steps"
-        return f"{self.setup}, rates apart" if self.apart and first_rest(self.setup) is None else self.setup
+        name = f"{self.setup}, rates apart" if self.tuned_apart else self.setup
+        return name if self.part == 1 else f"{name}, {self.part:g} × the steps"
 
     @property
     def baseline(self) -> Row:
         """The row with which this one is compared. It is its own if it is compared with nothing."""
-        return _row(self.base, self.base)
+        apart = self.base_apart or first_rest(self.base) is not None
+        return Row(self.base, self.base, apart=apart, base_apart=self.base_apart)
 
     @property
     def control(self) -> Row | None:
@@ -78,9 +84,11 @@ COMPOSED = [
     Row(control_of(DECAYS[0]), "AdamW"),
     *(_row(setup, "AdamW") for setup in (*DECAYS[1:], AVERAGED, *RIVALS, *NORMS)),
     _row(control_of(NORMS[-1]), "AdamW"),
+    *(_row(setup, "AdamW") for setup in (AVERAGED_NORM, *MORE_NORMS)),
 ]
 MUON = [
-    *(_row(setup, "Muon") for setup in ("Muon", MUON_MASKS[0], control_of(MUON_MASKS[0]), *MUON_MASKS[1:], *MUON_MORE)),
+    _row(setup, "Muon")
+    for setup in ("Muon", MUON_MASKS[0], control_of(MUON_MASKS[0]), *MUON_MASKS[1:], *MUON_MORE, *MUON_NORMS)
 ]
 READINGS_ROWS = [Row("AdamW", "AdamW"), *(Row(f"{name} on AdamW", "AdamW") for name in READINGS)]
 FINE_ROWS = [
@@ -90,7 +98,7 @@ PICTURE_ROWS = [*masked_rows("AdamW"), *(Row(setup, "AdamW") for setup in APART[
 
 
 def short_list(results: Results) -> list[Row]:
-    """AdamW, Muon, and the best setups at 34M, as far as they are known."""
-    best = best_setups(results, "python-34m", CANDIDATES, 2)
-    rows = [Row("AdamW", "AdamW"), _row("Muon", "AdamW")]
-    return [*rows, *(Row(setup, "AdamW", apart=True) for setup in best)]
+    """AdamW, Muon, and the best setups at 34M, as far as they are known. All have two rates, AdamW as well."""
+    best = best_setups(results, HOME, CANDIDATES, 2)
+    rows = [Row(setup, "AdamW", apart=True, base_apart=True) for setup in ("AdamW", "Muon", *best)]
+    return [rows[0], replace(rows[0], part=LONGER), *rows[1:]]

@@ -84,6 +84,12 @@ def _masked(setup: Setup, called: str, policies: dict[str, Policy]) -> dict[str,
     return {f"{name} on {called}": replace(setup, policy=policy) for name, policy in policies.items()}
 
 
+def _norm_controlled(*policies: str) -> dict[str, Setup]:
+    """More policies in the best composition, whose sweeps begin at its best rates."""
+    setup = replace(IN_SOAP, rates="norm control in Soap", norm=NormControl())
+    return {f"{name} on AdamW in Soap, norm controlled": replace(setup, policy=POLICIES[name]) for name in policies}
+
+
 SETUPS: dict[str, Setup] = {
     "AdamW": Setup("AdamW", "AdamW"),
     "Lion": Setup("Lion", "Lion"),
@@ -103,11 +109,17 @@ SETUPS: dict[str, Setup] = {
     "Cautious on AdamW in Soap, norm controlled": replace(
         IN_SOAP, rates="norm control", policy=Cautious(), norm=NormControl()
     ),
+    "Cautious on AdamW in Soap, norm controlled, tail averaged": replace(
+        IN_SOAP, rates="norm control", policy=Cautious(), norm=NormControl(), around=TailAverage
+    ),
+    **_norm_controlled("AlphaConsistency", "MGUP mild"),
     "Muon": MUON,
     **_masked(MUON, "Muon", {name: POLICIES[name] for name in ("Cautious", "MGUP mild", "MGUP official")}),
     "Muon, whitened": Setup("whitened Muon", "Muon", rest="AdamW"),
     "Muon, Cautious before the orthogonalisation": replace(MUON, base="masked before Muon"),
     "Muon, Cautious by rows": replace(MUON, base="Muon masked by rows"),
+    "Muon, norm controlled": replace(MUON, rates="norm control of Muon", norm=NormControl()),
+    "Muon, whitened, norm controlled": Setup("whitened Muon", "norm control of Muon", norm=NormControl(), rest="AdamW"),
     "Muon, tail averaged": replace(MUON, around=TailAverage),
 }
 

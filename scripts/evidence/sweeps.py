@@ -7,6 +7,7 @@ there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from evidence.runs import Point, Results, Run, best_point, best_rate, next_rates
 from evidence.setups import control_of, setup_of
@@ -20,8 +21,27 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "AdaDiag": (1e-3, 2e-3, 4e-3),
     "Muon": (1e-2, 2e-2, 4e-2, 8e-2),
     "norm control": (9e-3, 1.8e-2, 3.6e-2),  # relative to the norms of the matrices
+    "norm control in Soap": (1.8e-2, 3.6e-2, 7.2e-2),
+    "norm control of Muon": (9e-3, 1.8e-2, 3.6e-2),
 }
-REST = 3e-3  # the rate of what is no inner matrix, at which the sweep of a setup with two bases begins
+# The rate of what is no inner matrix, at which the sweep of a setup with two rates begins. The later ones begin where
+# the first ones ended.
+RESTS = {"Muon": 3e-3, "norm control": 3e-3, "norm control in Soap": 6e-3, "norm control of Muon": 4.8e-2}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a sweep begins: at some learning rates, all with the same rate of what is no inner matrix.
+
+    `rest` is None if that is the rate of the matrices.
+    """
+
+    grid: tuple[float, ...]
+    rest: float | None = None
+
+    def rests(self, lr: float) -> tuple[float, ...]:
+        """The rates of what is no inner matrix at which its sweep begins; the matrices have the rate `lr`."""
+        return (lr / 4, lr / 2, lr, 2 * lr) if self.rest is None else (self.rest / 2, self.rest, 2 * self.rest)
 
 
 def grid_of(setup: str) -> tuple[float, ...]:
@@ -32,46 +52,54 @@ def grid_of(setup: str) -> tuple[float, ...]:
 def first_rest(setup: str) -> float | None:
     """The rate of what is no inner matrix during the first sweep of a setup. None: that of the matrices.
 
-    It is `REST` where the rates of the two have nothing to do with one another.
+    It has a number where the rates of the two have nothing to do with one another.
     """
-    return REST if setup_of(setup).rates in ("Muon", "norm control") else None
+    return RESTS.get(setup_of(setup).rates)
 
 
-def sweep(results: Results, task: str, setup: str, grid: Sequence[float] = ()) -> Iterator[Run]:
-    """The runs of a sweep over learning rates with seed 0: those of the grid, then the next one beyond an edge."""
-    grid, rest = grid or grid_of(setup), first_rest(setup)
-    losses = results.losses(task, setup, rest)
-    for lr in sorted({*losses, *next_rates(losses, grid)}, key=lambda lr: (lr not in grid, lr)):
-        yield Run(task, setup, lr, rest_lr=rest)
+def start_of(setup: str) -> Start:
+    """Where the sweep of a setup begins if nothing is known of it."""
+    return Start(grid_of(setup), first_rest(setup))
 
 
-def settled(results: Results, task: str, setup: str, grid: Sequence[float] = ()) -> float | None:
+def start_around(results: Results, task: str, setup: str) -> Start | None:
+    """Where the sweep of a setup begins that was best at a pair of rates on another task. None if that is unknown."""
+    point = best_point(results.points(task, setup))
+    return None if point is None else Start((point[0] / 2, point[0], 2 * point[0]), point[1])
+
+
+def sweep(results: Results, task: str, setup: str, start: Start | None = None) -> Iterator[Run]:
+    """The runs of a sweep over learning rates with seed 0: those of its start, then the next one beyond an edge."""
+    start = start or start_of(setup)
+    losses = results.losses(task, setup, start.rest)
+    for lr in sorted({*losses, *next_rates(losses, start.grid)}, key=lambda lr: (lr not in start.grid, lr)):
+        yield Run(task, setup, lr, rest_lr=start.rest)
+
+
+def settled(results: Results, task: str, setup: str, start: Start | None = None) -> float | None:
     """The best learning rate of a sweep that is done. None if it is not done, or if all of its runs diverged."""
-    losses = results.losses(task, setup, first_rest(setup))
-    return None if next_rates(losses, grid or grid_of(setup)) else best_rate(losses)
+    start = start or start_of(setup)
+    losses = results.losses(task, setup, start.rest)
+    return None if next_rates(losses, start.grid) else best_rate(losses)
 
 
-def rest_grid(setup: str, lr: float) -> tuple[float, ...]:
-    """The rates of what is no inner matrix at which its sweep begins."""
-    return (REST / 2, REST, 2 * REST) if first_rest(setup) else (lr / 4, lr / 2, lr, 2 * lr)
-
-
-def rest_sweep(results: Results, task: str, setup: str) -> Iterator[Run]:
+def rest_sweep(results: Results, task: str, setup: str, start: Start | None = None) -> Iterator[Run]:
     """The runs of the sweep over the other rate, at the best rate of the matrices, once that is known."""
-    lr = settled(results, task, setup)
+    start = start or start_of(setup)
+    lr = settled(results, task, setup, start)
     if lr is None:
         return
-    losses = results.rest_losses(task, setup, lr)
-    grid = rest_grid(setup, lr)
+    losses, grid = results.rest_losses(task, setup, lr), start.rests(lr)
     for rest in sorted({*losses, *next_rates(losses, grid)}, key=lambda rest: (rest not in grid, rest)):
-        same = first_rest(setup) is None and rest == lr
+        same = start.rest is None and rest == lr
         yield Run(task, setup, lr, rest_lr=None if same else rest)
 
 
-def rest_settled(results: Results, task: str, setup: str) -> Point | None:
+def rest_settled(results: Results, task: str, setup: str, start: Start | None = None) -> Point | None:
     """The best pair of rates, once both sweeps are done."""
-    lr = settled(results, task, setup)
-    if lr is None or next_rates(results.rest_losses(task, setup, lr), rest_grid(setup, lr)):
+    start = start or start_of(setup)
+    lr = settled(results, task, setup, start)
+    if lr is None or next_rates(results.rest_losses(task, setup, lr), start.rests(lr)):
         return None
     return best_point(results.points(task, setup))
 
@@ -80,50 +108,61 @@ def seeds(
     results: Results,
     task: str,
     setup: str,
-    grid: Sequence[float] = (),
+    start: Start | None = None,
     part: float = 1.0,
     apart: bool = False,
     all_seeds: Sequence[int] = SEEDS,
 ) -> Iterator[Run]:
     """The runs of all seeds at the best rate, or with `apart` at the best pair of rates, once it is known."""
+    start = start or start_of(setup)
     if apart:
-        point = rest_settled(results, task, setup)
+        point = rest_settled(results, task, setup, start)
     else:
-        lr = settled(results, task, setup, grid)
-        point = None if lr is None else (lr, first_rest(setup))
+        lr = settled(results, task, setup, start)
+        point = None if lr is None else (lr, start.rest)
     if point is not None:
         yield from (Run(task, setup, point[0], seed, point[1], part) for seed in all_seeds)
 
 
-def around(results: Results, task: str, setup: str, grid: Sequence[float] = ()) -> tuple[float, ...]:
-    """The two learning rates at which a control begins: the best of its policy, and the better one beside it."""
-    lr = settled(results, task, setup, grid)
+def control_start(results: Results, task: str, setup: str, start: Start | None = None) -> Start | None:
+    """Where the sweep of a setup's control begins. None if that is not known yet.
+
+    It has two rates at first: the best of its policy, and the better one beside it. What is no inner matrix has the
+    rate that is best for the setup, where that is another one.
+    """
+    start = start or start_of(setup)
+    lr = settled(results, task, setup, start)
     if lr is None:
-        return ()
-    losses = results.losses(task, setup, first_rest(setup))
+        return None
+    losses = results.losses(task, setup, start.rest)
     beside = [rate for rate in (lr / 2, 2 * lr) if rate in losses]
-    return (lr, *sorted(beside, key=losses.__getitem__)[:1])
+    grid = (lr, *sorted(beside, key=losses.__getitem__)[:1])
+    if start.rest is None:
+        return Start(grid)
+    point = rest_settled(results, task, setup, start)
+    return None if point is None else Start(grid, point[1])
 
 
 def control(
-    results: Results, task: str, setup: str, grid: Sequence[float] = (), all_seeds: Sequence[int] = SEEDS
+    results: Results, task: str, setup: str, start: Start | None = None, all_seeds: Sequence[int] = SEEDS
 ) -> Iterator[Run]:
-    """The first two rates of a setup's control, and its seeds at the better one.
-
-    What is no inner matrix has the rate that is best for the setup, where that is another one.
-    """
-    name, rest, two = control_of(setup), first_rest(setup), around(results, task, setup, grid)
-    if rest is not None:
-        point = rest_settled(results, task, setup)
-        rest, two = (None, ()) if point is None else (point[1], two)
-    yield from (Run(task, name, lr, rest_lr=rest) for lr in two)
-    losses = results.losses(task, name, rest)
-    if two and losses.keys() >= set(two) and (lr := best_rate(losses)) is not None:
-        yield from (Run(task, name, lr, seed, rest) for seed in all_seeds)
+    """The first two rates of a setup's control, and its seeds at the better one."""
+    name, begin = control_of(setup), control_start(results, task, setup, start)
+    if begin is None:
+        return
+    yield from (Run(task, name, lr, rest_lr=begin.rest) for lr in begin.grid)
+    losses = results.losses(task, name, begin.rest)
+    if losses.keys() >= set(begin.grid) and (lr := best_rate(losses)) is not None:
+        yield from (Run(task, name, lr, seed, begin.rest) for seed in all_seeds)
 
 
 def swept_control(results: Results, task: str, setup: str) -> Iterator[Run]:
-    """The whole sweep of a setup's control, which begins at its first two rates, and its seeds."""
-    if two := around(results, task, setup):
-        yield from sweep(results, task, control_of(setup), two)
-        yield from seeds(results, task, control_of(setup), two)
+    """The whole sweep of a setup's control, over both rates if the setup has two, and its seeds at the best."""
+    name, start = control_of(setup), control_start(results, task, setup)
+    if start is None:
+        return
+    apart = start.rest is not None
+    yield from sweep(results, task, name, start)
+    if apart:
+        yield from rest_sweep(results, task, name, start)
+    yield from seeds(results, task, name, start, apart=apart)
