@@ -20,6 +20,11 @@ def _adamw(groups: Groups, beta: float = 0.9) -> Optimizer:
     return torch.optim.AdamW(groups, betas=(beta, 0.95), fused=groups[0]["params"][0].is_cuda)
 
 
+def _nadam(groups: Groups) -> Optimizer:
+    """Nesterov's momentum: with this decay it grows to 0.95 in the first steps, where torch's default stays at half."""
+    return torch.optim.NAdam(groups, betas=(0.95, 0.95), momentum_decay=1.0, decoupled_weight_decay=True)
+
+
 def _lion(groups: Groups) -> Optimizer:
     from pytorch_optimizer import Lion
 
@@ -43,6 +48,7 @@ def _soap(groups: Groups) -> Optimizer:
 BASES: dict[str, Callable[[Groups], Optimizer]] = {
     "AdamW": _adamw,
     "AdamW 0.95": partial(_adamw, beta=0.95),
+    "NAdam 0.95": _nadam,
     "Lion": _lion,
     "Muon": _muon,
     "SOAP": _soap,

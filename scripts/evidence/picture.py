@@ -31,6 +31,7 @@ TWO_RATES = {
     "AdamW, norm controlled": "norm control",
     "AdamW in Soap, norm controlled": "norm control in Soap()",
     "Muon": "Muon",
+    "Cautious on AdamW in Soap, norm controlled": "Cautious(), Soap(), norm control",
 }
 _STYLE = """
   .card { fill: #ffffff; stroke: #d8dee4; }

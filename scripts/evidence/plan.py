@@ -23,7 +23,8 @@ from evidence.sweeps import (
     swept_control,
 )
 
-LONGER = 1.5  # the share of the steps that the baseline gets in the comparison of whole schedules
+# The shares of the steps that the baseline gets, and the best composition, in the comparison of whole schedules
+LONGER, SHORTER = 1.5, 0.5
 HOME = "python-34m"  # the task on which the setups of all others are chosen
 Plan = Callable[[Results], Iterator[Run]]
 
@@ -34,7 +35,12 @@ RIVALS = ("pytorch_optimizer SOAP", "AdamW in the momentum's basis", "AdamW in A
 NORMS = tuple(f"{name}, norm controlled" for name in APART)
 MORE_NORMS = tuple(f"{name} on AdamW in Soap, norm controlled" for name in ("AlphaConsistency", "MGUP mild"))
 AVERAGED = "Cautious on AdamW in Soap, tail averaged"
-AVERAGED_NORM = f"{NORMS[-1]}, tail averaged"
+# At the best rates of the last of `NORMS`, which also gets half of the steps
+VARIANTS = (
+    f"{NORMS[-1]}, tail averaged",
+    f"{NORMS[-1]}, refreshed every 3",
+    "Cautious on NAdam in Soap, norm controlled",
+)
 # Stage 3
 MUON_MASKS = tuple(f"{name} on Muon" for name in ("Cautious", "MGUP mild", "MGUP official"))
 MUON_MORE = ("Muon, whitened", "Muon, Cautious before the orthogonalisation", "Muon, Cautious by rows")
@@ -42,7 +48,7 @@ MUON_NORMS = ("Muon, norm controlled", "Muon, whitened, norm controlled")
 # Stages 4 and 5: AdamW, Muon, and the best two of these with three seeds at 34M. An average over the end of a run can
 # be put around any of them, so it is no candidate of its own.
 CANDIDATES = (
-    *APART[1:], *DECAYS, *RIVALS[1:], *NORMS, *MORE_NORMS, *MUON_MASKS, *MUON_MORE, *MUON_NORMS,
+    *APART[1:], *DECAYS, *RIVALS[1:], *NORMS, *MORE_NORMS, *VARIANTS[1:], *MUON_MASKS, *MUON_MORE, *MUON_NORMS,
 )  # fmt: skip
 # Stage 6: MGUP's own setting, which has one rate for all bases
 THEIR_RATE, THEIR_STEPS = 3e-4, 2000 / 600
@@ -115,7 +121,9 @@ def stage_2(results: Results) -> Iterator[Run]:
     yield from swept_control(results, task, APART[-1])
     point = rest_settled(results, task, NORMS[-1])
     if point is not None:
-        yield from (Run(task, AVERAGED_NORM, point[0], seed, point[1]) for seed in SEEDS)
+        for setup in VARIANTS:
+            yield from (Run(task, setup, point[0], seed, point[1]) for seed in SEEDS)
+        yield from seeds(results, task, NORMS[-1], part=SHORTER, apart=True)
     yield from swept_control(results, task, NORMS[-1])
     yield from of_each(results, task, MORE_NORMS, apart=True)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from evidence.plan import (
     APART,
     AVERAGED,
-    AVERAGED_NORM,
     CANDIDATES,
     DECAYS,
     FINE_TUNED,
@@ -20,13 +19,15 @@ from evidence.plan import (
     MUON_NORMS,
     NORMS,
     RIVALS,
+    SHORTER,
+    VARIANTS,
 )
 from evidence.ranking import best_setups
 from evidence.runs import Results
 from evidence.setups import POLICIES, READINGS, control_of, has_control
 from evidence.sweeps import first_rest
 
-AT_ANOTHER_S_BEST = {AVERAGED, AVERAGED_NORM}  # have no sweep of their own
+AT_ANOTHER_S_BEST = {AVERAGED, *VARIANTS}  # have no sweep of their own
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,9 @@ COMPOSED = [
     Row(DECAYS[0], "AdamW"),
     Row(control_of(DECAYS[0]), "AdamW"),
     *(_row(setup, "AdamW") for setup in (*DECAYS[1:], AVERAGED, *RIVALS, *NORMS)),
+    replace(_row(NORMS[-1], "AdamW"), part=SHORTER),
     _row(control_of(NORMS[-1]), "AdamW"),
-    *(_row(setup, "AdamW") for setup in (AVERAGED_NORM, *MORE_NORMS)),
+    *(_row(setup, "AdamW") for setup in (*VARIANTS, *MORE_NORMS)),
 ]
 MUON = [
     _row(setup, "Muon")

@@ -77,6 +77,7 @@ READINGS: dict[str, Policy] = {
 }
 SOAP = Soap(solver="cholesky", precision="tf32")
 IN_SOAP = Setup("AdamW 0.95", "Soap", space=SOAP)
+BEST = replace(IN_SOAP, rates="norm control", policy=Cautious(), norm=NormControl())
 MUON = Setup("Muon", "Muon", rest="AdamW")
 
 
@@ -106,12 +107,12 @@ SETUPS: dict[str, Setup] = {
     "Cautious on AdamW in Soap, tail averaged": replace(IN_SOAP, policy=Cautious(), around=TailAverage),
     "AdamW, norm controlled": Setup("AdamW", "norm control", norm=NormControl()),
     "AdamW in Soap, norm controlled": replace(IN_SOAP, rates="norm control", norm=NormControl()),
-    "Cautious on AdamW in Soap, norm controlled": replace(
-        IN_SOAP, rates="norm control", policy=Cautious(), norm=NormControl()
+    "Cautious on AdamW in Soap, norm controlled": BEST,
+    "Cautious on AdamW in Soap, norm controlled, tail averaged": replace(BEST, around=TailAverage),
+    "Cautious on AdamW in Soap, norm controlled, refreshed every 3": replace(
+        BEST, space=Soap(solver="cholesky", precision="tf32", refresh_every=3)
     ),
-    "Cautious on AdamW in Soap, norm controlled, tail averaged": replace(
-        IN_SOAP, rates="norm control", policy=Cautious(), norm=NormControl(), around=TailAverage
-    ),
+    "Cautious on NAdam in Soap, norm controlled": replace(BEST, base="NAdam 0.95"),
     **_norm_controlled("AlphaConsistency", "MGUP mild"),
     "Muon": MUON,
     **_masked(MUON, "Muon", {name: POLICIES[name] for name in ("Cautious", "MGUP mild", "MGUP official")}),

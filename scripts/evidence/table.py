@@ -79,7 +79,7 @@ class Comparison:
         """The rates of a row, with a word on those that are at the edge of what was tried."""
         lr, rest = point
         if row.setup in AT_ANOTHER_S_BEST:
-            return f"{lr:g}"
+            return f"{lr:g}" if rest is None else f"{lr:g}, rest {rest:g}"
         swept = {}
         for (rate, _), loss in self.results.points(self.task, row.setup).items():
             swept[rate] = min(loss, swept.get(rate, loss))

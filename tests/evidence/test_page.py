@@ -64,10 +64,19 @@ DECAY_CONTROL = ("random like CautiousDecay on AdamW in Soap", 6e-3, None, 1.0)
 THEIR_SOAP = ("pytorch_optimizer SOAP", 6e-3, None, 1.0)
 NORM = ("AdamW, norm controlled", 1.8e-2, 6e-3, 1.0)
 SOAP_NORM = ("AdamW in Soap, norm controlled", 3.6e-2, 3e-3, 1.0)
+BEST = ("Cautious on AdamW in Soap, norm controlled", 3.6e-2, 6e-3, 1.0)
+BEST_CONTROL = ("random like Cautious on AdamW in Soap, norm controlled", 3.6e-2, 3e-3, 1.0)
+BEST_AVERAGED = ("Cautious on AdamW in Soap, norm controlled, tail averaged", 3.6e-2, 6e-3, 1.0)
+NORM_ALPHA = ("AlphaConsistency on AdamW in Soap, norm controlled", 3.6e-2, 6e-3, 1.0)
+NORM_MILD = ("MGUP mild on AdamW in Soap, norm controlled", 3.6e-2, 6e-3, 1.0)
 MUON = ("Muon", 4e-2, 4.8e-2, 1.0)
 MUON_CAUTIOUS = ("Cautious on Muon", 4e-2, 4.8e-2, 1.0)
 MUON_MILD = ("MGUP mild on Muon", 2e-2, 2.4e-2, 1.0)
 MUON_OFFICIAL = ("MGUP official on Muon", 2e-2, 2.4e-2, 1.0)
+MUON_CONTROL = ("random like Cautious on Muon", 2e-2, 4.8e-2, 1.0)
+MUON_BEFORE = ("Muon, Cautious before the orthogonalisation", 2e-2, 2.4e-2, 1.0)
+MUON_ROWS = ("Muon, Cautious by rows", 2e-2, 4.8e-2, 1.0)
+WHITENED = ("Muon, whitened", 4e-2, 4.8e-2, 1.0)
 
 # What the page's sentences compare: final losses, and steps or seconds to the other's final loss.
 DIFFERENCES = (
@@ -76,18 +85,21 @@ DIFFERENCES = (
     (SOAP, ADAMW), (CAUTIOUS, ADAMW), (CAUTIOUS, SOAP), (SOAP, ADAMW_LONGER), (CAUTIOUS, ADAMW_LONGER),
     (CAUTIOUS, CAUTIOUS_CONTROL), (CAUTIOUS_CONTROL, SOAP),
     (ADAMW_APART, ADAMW), (SOAP_APART, ADAMW_APART), (CAUTIOUS_APART, ADAMW_APART),
-    (NORM, ADAMW_APART), (SOAP_NORM, ADAMW_APART), (SOAP_NORM, ADAMW_LONGER),
-    (SOAP_NORM, SOAP_APART), (SOAP_NORM, CAUTIOUS_APART), (THEIR_SOAP, SOAP),
+    (NORM, ADAMW_APART), (SOAP_NORM, SOAP_APART), (BEST, CAUTIOUS_APART),
+    (BEST, ADAMW), (BEST, ADAMW_APART), (BEST, ADAMW_LONGER),
+    (BEST, SOAP_NORM), (NORM_ALPHA, SOAP_NORM), (NORM_MILD, SOAP_NORM), (BEST, BEST_CONTROL), (BEST_CONTROL, SOAP_NORM),
+    (THEIR_SOAP, SOAP), (BEST, THEIR_SOAP), (BEST_AVERAGED, BEST),
     (DECAY, SOAP), (DECAY, DECAY_CONTROL), (CAUTIOUS_DECAY, CAUTIOUS), (AVERAGED, CAUTIOUS),
-    (MUON, ADAMW), (MUON, ADAMW_APART), (MUON, CAUTIOUS_APART), (MUON, SOAP_NORM),
+    (MUON, ADAMW), (MUON, ADAMW_APART), (BEST, MUON),
     (MUON_CAUTIOUS, MUON), (MUON_MILD, MUON), (MUON_OFFICIAL, MUON),
+    (MUON_CAUTIOUS, MUON_CONTROL), (MUON_CONTROL, MUON),
+    (MUON_BEFORE, MUON), (MUON_ROWS, MUON), (WHITENED, MUON), (WHITENED, BEST),
 )  # fmt: skip
 RATIOS = (
     (ALPHA, ADAMW, "step"), (LION_ALPHA, LION, "step"),
     (SOAP, ADAMW, "step"), (SOAP, ADAMW, "seconds"), (CAUTIOUS, ADAMW, "step"), (CAUTIOUS, ADAMW, "seconds"),
-    (CAUTIOUS_APART, ADAMW_APART, "step"), (CAUTIOUS_APART, ADAMW_APART, "seconds"),
-    (SOAP_NORM, ADAMW, "step"), (SOAP_NORM, ADAMW_LONGER, "step"),
-    (SOAP_NORM, ADAMW_APART, "step"), (SOAP_NORM, ADAMW_APART, "seconds"),
+    (BEST, ADAMW, "step"), (BEST, ADAMW, "seconds"), (BEST, ADAMW_LONGER, "step"),
+    (BEST, ADAMW_APART, "step"), (BEST, ADAMW_APART, "seconds"),
     (NORM, ADAMW_APART, "step"), (NORM, ADAMW_APART, "seconds"), (MUON, ADAMW, "step"), (MUON, ADAMW, "seconds"),
     (MUON, ADAMW_APART, "step"), (MUON, ADAMW_APART, "seconds"),
 )  # fmt: skip
@@ -153,7 +165,7 @@ def test_every_setup_has_a_row_or_is_said_to_be_not_run() -> None:
     assert unsaid(PAGE, results) == []
     without = PAGE.replace("| english-110m |", "| english |")
     named = [f"english-110m: {setup}" for setup in missing("english-110m", results)]
-    assert len(named) == 4 and unsaid(without, results) == named
+    assert len(named) == 5 and unsaid(without, results) == named
     more = Results([*results.records, {**results.of("python-34m", "AdamW")[0], "setup": "Magma on AdamW"}])
     assert "python-34m readings has no mark" in unsaid(PAGE, more)
 
@@ -196,7 +208,7 @@ def test_the_sentences_on_compositions_rest_on_settled_rows_with_three_seeds() -
     assert all(float(rest) == 2 * float(lr) for lr, rest in (cells[1].split(", rest ") for cells in apart))
     nothing = text.partition("**Nothing that three seeds show**")[2].partition("**Time.**")[0]
     figures = re.findall(r"[+−]?\d+\.\d+ ± \d+\.\d+", nothing)
-    assert len(figures) == 4
+    assert len(figures) == 5
     assert all(shows_nothing(figure) for figure in figures)
 
 
@@ -204,27 +216,29 @@ def test_the_choice_of_coordinates_helps_in_the_rotation_as_the_page_says() -> N
     text, rows = " ".join(PAGE.split()), rows_of("composed")
     assert "**The choice of coordinates helps** in the rotation" in text
     assert sum(interval(rows["Cautious on AdamW in Soap"][5])) < 0
-    assert rows[CAUTIOUS_CONTROL[0]][1:3] == ["0.003 (edge)", "3"]
-    assert "The control's two rates ended within 0.001 of each other with seed 0" in text
-    losses = Results.read(MEASUREMENTS / "evidence").losses("python-34m", CAUTIOUS_CONTROL[0], None)
-    assert losses.keys() == {3e-3, 6e-3} and abs(losses[3e-3] - losses[6e-3]) < 0.001
+    assert rows[CAUTIOUS_CONTROL[0]][1:3] == ["0.003", "3"], "no best rate is at an edge"
 
 
-def test_what_the_page_says_of_norm_control_and_of_the_other_soap() -> None:
-    text, rows = " ".join(PAGE.split()), rows_of("composed")
-    assert "The gain comes late: behind at steps 350 to 450 of 600, it leads from 500 on" in text
+def test_what_the_page_says_of_the_best_composition_and_of_the_other_soap() -> None:
+    text, composed, of_muon = " ".join(PAGE.split()), rows_of("composed"), rows_of("Muon")
+    assert "Three seeds show nothing that ends lower" in text
+    assert composed[BEST[0]][1:3] == ["0.036, rest 0.006", "3"]
     evidence = Results.read(MEASUREMENTS / "evidence")
-    theirs = runs(evidence, "python-34m", *SOAP_APART)
-    for seed, mine in runs(evidence, "python-34m", *SOAP_NORM).items():
-        curves = (dict(zip(*r["validation"].values(), strict=True)) for r in (mine, theirs[seed]))
-        ours, other = curves
-        assert all(ours[step] > other[step] for step in (350, 400, 450))
-        assert all(ours[step] < other[step] for step in (500, 550, 600))
-    assert "no fewer than `Soap()` alone" in text
-    factors = {name: interval(rows[name][6])[0] for name in (SOAP_NORM[0], SOAP[0], f"{SOAP[0]}, rates apart")}
-    assert max(factors, key=factors.__getitem__) != SOAP_NORM[0] and factors[SOAP_NORM[0]] <= factors[SOAP[0]]
+    best = runs(evidence, "python-34m", *BEST)
+    for name, cells in {**composed, **of_muon}.items():
+        if name in (BEST[0], f"{ADAMW[0]}, {LONGER:g} × the steps") or cells[2] != "3":
+            continue
+        lr, rest = re.findall(r"\d[\d.]*", cells[1])[0], re.findall(r"rest ([\d.]+)", cells[1])
+        setup = name.removesuffix(", rates apart")
+        found = paired(evidence.by_seed("python-34m", setup, (float(lr), float(rest[0]) if rest else None)), best)
+        assert found is not None and found.sign != -1, name
+    assert "**Any mask gains there.**" in text
+    assert "That the choice of coordinates matters is not shown" in text
+    for name in (BEST[0], NORM_ALPHA[0], NORM_MILD[0], BEST_CONTROL[0]):
+        assert composed[name][2] == "3" and "(edge)" not in composed[name][1], name
+    assert shows_nothing(composed[BEST[0]][5])
     assert "in steps of twice the time" in text
-    their_step, our_step = (float(rows[name][8].rstrip(" |")) for name in (THEIR_SOAP[0], SOAP[0]))
+    their_step, our_step = (float(composed[name][8].rstrip(" |")) for name in (THEIR_SOAP[0], SOAP[0]))
     assert 1.9 < their_step / our_step < 2.1
 
 
@@ -242,19 +256,26 @@ def test_what_the_page_says_of_the_time_of_compositions() -> None:
 
 
 def test_what_the_page_says_of_muon() -> None:
-    rows, text = rows_of("Muon"), " ".join(PAGE.split())
-    assert "Muon without a mask, or AdamW in `Soap()` with `NormControl()`. They end equally low." in text
-    of_muon = text.partition("### Muon")[2]
+    rows, of_muon = rows_of("Muon"), " ".join(PAGE.partition("### Muon")[2].partition("## Not run yet")[0].split())
     assert "With 0.048 for AdamW's part, Muon ended at" in of_muon and rows["Muon"][1:3] == ["0.04, rest 0.048", "3"]
-    assert shows_nothing(re.findall(r"it ended at (\S+ ± \S+), which shows no difference", of_muon)[0])
     masked = (MUON_CAUTIOUS, MUON_MILD, MUON_OFFICIAL)
-    assert all(rows[name][2] == "3" and "(edge)" not in rows[name][1] for name, *_ in masked)
+    others = (MUON_BEFORE, MUON_ROWS, WHITENED)
+    assert all(rows[name][2] == "3" and "(edge)" not in rows[name][1] for name, *_ in (*masked, *others))
     mean, half = min(interval(rows[name][4]) for name, *_ in masked)
-    assert "Masks on it hurt" in of_muon and mean - half > 0
+    assert "Masks on its update hurt" in of_muon and mean - half > 0
     evidence = Results.read(MEASUREMENTS / "evidence")
     worst = max(final(run) for run in runs(evidence, "python-34m", *MUON).values())
-    assert "No masked run, at any rate, ended as low as Muon's seeds at its best rates" in of_muon
+    assert "No such run, at any rate, ended as low as Muon's seeds at its best rates" in of_muon
     assert all(final(run) > worst for name, *_ in masked for run in evidence.of("python-34m", name))
+    assert "It is the choice that hurts" in of_muon
+    assert interval(rows[MUON_CAUTIOUS[0]][5])[0] - interval(rows[MUON_CAUTIOUS[0]][5])[1] > 0
+    assert shows_nothing(rows[MUON_CONTROL[0]][4])
+    assert "A mask does not hurt, and is not shown to help, where it comes before the orthogonalisation" in of_muon
+    assert all(shows_nothing(rows[name][4]) for name, *_ in (MUON_BEFORE, MUON_ROWS))
+    assert "Whitening helps" in of_muon and sum(interval(rows[WHITENED[0]][4])) < 0
+    assert "it has one seed, and its rates are not settled" in of_muon
+    for name in ("Muon, norm controlled", "Muon, whitened, norm controlled"):
+        assert rows[name][2] == "1" and float(rows[name][3]) > worst - 0.01
     assert "Bare, Muon takes torch's own step here. Masked, it is stepped by our kernels" in of_muon
     assert float(rows[MUON_MILD[0]][8].rstrip(" |")) < float(rows["Muon"][8].rstrip(" |"))
 

@@ -138,7 +138,15 @@ def test_both_rates_are_swept_and_the_best_setups_go_on() -> None:
 
     order = carried_out(lambda results: plan.wanted(results, [2, 3, 4]), loss, most=600)
     results = Results(record(run, loss(run)) for run in order)
-    for setup in (*plan.APART, "Muon", *plan.MUON_MASKS, *plan.MUON_MORE, *plan.NORMS):
+    for setup in (
+        *plan.APART,
+        "Muon",
+        *plan.MUON_MASKS,
+        *plan.MUON_MORE,
+        *plan.NORMS,
+        *plan.MORE_NORMS,
+        *plan.MUON_NORMS,
+    ):
         point = best_point(results.points("python-34m", setup))
         assert point is not None
         assert results.by_seed("python-34m", setup, point).keys() == {0, 1, 2}, setup
@@ -146,5 +154,18 @@ def test_both_rates_are_swept_and_the_best_setups_go_on() -> None:
         mine = [run for run in order if run.setup == setup and run.task == "python-34m"]
         seeded = next(i for i, run in enumerate(mine) if run.seed and (run.lr, run.rest_lr) == point)
         assert not [run for run in mine[seeded:] if run.rest_lr not in (point[1], None)], "seeds come after the sweep"
-    assert {run.setup for run in order if run.task == "python-110m"} == {"AdamW", "Muon", *offsets}
-    assert not [run for run in order if run.part != 1]
+    for setup in (plan.APART[-1], plan.NORMS[-1], plan.MUON_MASKS[0]):
+        tried = [run for run in order if run.setup == control_of(setup)]
+        best = min((run for run in tried if run.seed == 0), key=loss)
+        assert {run.seed for run in tried if (run.lr, run.rest_lr) == (best.lr, best.rest_lr)} == {0, 1, 2}
+        assert not at_edge({run.lr: loss(run) for run in tried if run.seed == 0 and run.rest_lr == best.rest_lr})
+    large = [run for run in order if run.task == "python-110m"]
+    assert {run.setup for run in large} == {"AdamW", "Muon", *offsets}
+    for setup in ("Muon", *offsets):
+        first = best_point(results.points("python-34m", setup))
+        assert first is not None
+        mine = [run for run in large if run.setup == setup]
+        assert [(run.lr, run.rest_lr) for run in mine[:3]] == [(lr * first[0], first[1]) for lr in (0.5, 1, 2)]
+        assert len(mine) < len([run for run in order if run.setup == setup and run.task == "python-34m"])
+    longer = {(run.task, run.setup, run.part) for run in order if run.part != 1}
+    assert longer == {("python-110m", "AdamW", plan.LONGER), ("python-34m", plan.NORMS[-1], plan.SHORTER)}

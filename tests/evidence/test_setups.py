@@ -16,7 +16,7 @@ from evidence.sweeps import first_rest
 from evidence.tasks import TASKS
 from torch import Tensor, nn
 
-STEPS = 3
+STEPS = 5  # one after the second refresh of a basis that is refreshed every 3
 CONTROLS = [control_of(name) for name in SETUPS if has_control(name) and "Magma" not in name]  # Magma is random itself
 
 

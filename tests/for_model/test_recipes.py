@@ -68,7 +68,7 @@ def test_what_you_give_stands_in_the_place_of_the_recipe_s() -> None:
     assert isinstance(opt.preconditioner_groups[0].preconditioner, Soap)
     assert opt.count.seed == 3
     muon = SelectiveUpdate.for_model(small(), recipe="muon", policy="cautious", lr={"matrices": 0.02, "rest": 1e-3})
-    assert [type(member) for member in muon.members] == [SelectiveUpdate, torch.optim.AdamW]
+    assert [type(member) for member in muon.members] == [SelectiveUpdate] * 2
     assert [(g["name"], g["lr"]) for g in muon.param_groups][:2] == [("matrices", 0.02), ("embeddings", 1e-3)]
 
 
@@ -108,7 +108,7 @@ def test_the_evidence_is_there_and_has_the_recipe_s_rate(name: str) -> None:
     page = (ROOT / "docs" / "evidence.md").read_text()  # tests/evidence/test_page.py computes its figures again
     assert all(f"{figure} ±" in page for figure in re.findall(r"(\d+\.\d+) times", recipe.says))
     known = inspect.signature(SelectiveUpdate.for_model).parameters
-    assert {"lr", "weight_decay"} <= recipe.settings.keys() <= {*known, "betas"}
+    assert {"lr", "weight_decay"} <= recipe.settings.keys() <= {*known, "betas", "capture"}
     assert OPTIMIZERS[0] in recipe.settings or set(OPTIMIZERS[1:]) <= recipe.settings.keys()
 
 
