@@ -31,7 +31,7 @@ RESTS = {"Muon": 3e-3, "norm control": 3e-3, "norm control in Soap": 6e-3, "norm
 
 @dataclass(frozen=True)
 class Start:
-    """Where a sweep begins: at some learning rates, all with the same rate of what is no inner matrix.
+    """The start of a sweep: some learning rates, all with the same rate of what is no inner matrix.
 
     `rest` is None if that is the rate of the matrices.
     """
@@ -58,12 +58,12 @@ def first_rest(setup: str) -> float | None:
 
 
 def start_of(setup: str) -> Start:
-    """Where the sweep of a setup begins if nothing is known of it."""
+    """The start of a setup's sweep if nothing is known of it."""
     return Start(grid_of(setup), first_rest(setup))
 
 
 def start_around(results: Results, task: str, setup: str) -> Start | None:
-    """Where the sweep of a setup begins that was best at a pair of rates on another task. None if that is unknown."""
+    """The start around the rates that were best for a setup on another task. None if those are unknown."""
     point = best_point(results.points(task, setup))
     return None if point is None else Start((point[0] / 2, point[0], 2 * point[0]), point[1])
 
@@ -125,7 +125,7 @@ def seeds(
 
 
 def control_start(results: Results, task: str, setup: str, start: Start | None = None) -> Start | None:
-    """Where the sweep of a setup's control begins. None if that is not known yet.
+    """The start of the sweep of a setup's control. None if that is not known yet.
 
     It has two rates at first: the best of its policy, and the better one beside it. What is no inner matrix has the
     rate that is best for the setup, where that is another one.

@@ -32,6 +32,7 @@ class NormPlan:
     shapes: dict[Tensor, Shape] = field(default_factory=dict)  # of those that are under it
     reasons: dict[str, str] = field(default_factory=dict)  # of the others, by name
     seen: set[Tensor] = field(default_factory=set)  # those that were looked at, and are not 0
+    kept: tuple[Any, ...] | None = None  # what step/norms.py has made of the parameters of the last step
 
     def __post_init__(self) -> None:
         for member in self.members:

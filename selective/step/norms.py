@@ -25,24 +25,38 @@ from selective.plan.group_plan import GroupPlan
 from selective.plan.norm_plan import NormPlan
 from selective.plan.options import Options
 from selective.sharding.collectives import sums_over_ranks
-from selective.sharding.dtensor import local_of, shard_of
+from selective.sharding.dtensor import is_dtensor, local_of, shard_of
 from selective.step_count import StepCount
 
 
 @dataclass
-class Held:
-    """Parameters of one group and one shape: their values before the step, stacked in their own dtype."""
+class Alike:
+    """Parameters of one group and one shape that are under its rule, as the kernels take them."""
 
     norms: NormPlan
     group: dict[str, Any]
     members: list[Parameter]
     tensors: list[Tensor]  # this rank's part of each
     matrices: Matrices
+    cut: bool  # True if they are DTensors
+
+    @property
+    def by_kernel(self) -> bool:
+        """True if they are copied and set to 0 in one launch."""
+        return self.norms.from_zero and self.tensors[0].is_cuda
+
+
+@dataclass
+class Held:
+    """Parameters that are alike, and their values before the step, stacked in their own dtype."""
+
+    alike: Alike
     old: Tensor  # [n, *size]
 
     def sums(self) -> Tensor:
         """The sums over what is here of each matrix, float64 [3, n, count]."""
-        return norm_sums(self.tensors, self.old, matrices=self.matrices, from_zero=self.norms.from_zero)
+        alike = self.alike
+        return norm_sums(alike.tensors, self.old, matrices=alike.matrices, from_zero=alike.norms.from_zero)
 
 
 class Runner(Protocol):
@@ -68,18 +82,14 @@ class NormsInStep:
         alike = []
         for runner, plans, present in self._steps:
             mine = [each for plan, members in zip(plans, present, strict=True) for each in _alike(plan, members)]
-            new = [(norms, some) for norms, _, some in mine if not norms.seen.issuperset(m.tensor for m in some)]
-            if new and not _recording(new[0][1][0]):
+            new = [each for each in mine if not each.norms.seen.issuperset(m.tensor for m in each.members)]
+            if new and not _recording(new[0].members[0]):
                 _refuse_zeros(runner, new)
-            alike += [(runner, *each) for each in mine]
-        for runner, norms, group, members in alike:
-            tensors = _here(members)
-            by_kernel = norms.from_zero and tensors[0].is_cuda  # the copy and the zeros in one launch
-            old = hold_matrices_(tensors, zero=by_kernel)
-            matrices = reading(tensors[0].shape, norms.shapes[members[0].tensor])
-            self._held.append((runner, Held(norms, group, members, tensors, matrices, old)))
-            if norms.from_zero and not by_kernel:
-                zero_(tensors)
+            alike += [(runner, each) for each in mine]
+        for runner, each in alike:
+            self._held.append((runner, Held(each, hold_matrices_(each.tensors, zero=each.by_kernel))))
+            if each.norms.from_zero and not each.by_kernel:
+                zero_(each.tensors)
 
     def turn(self) -> None:
         """Write the parameters that the step leads to: those before it, turned towards where it has moved them."""
@@ -90,7 +100,7 @@ class NormsInStep:
     def restore(self) -> None:
         """Put the values from before the step back."""
         for _, held in self._held:
-            copy_(held.tensors, list(held.old.unbind()))
+            copy_(held.alike.tensors, list(held.old.unbind()))
         self._held = []
 
 
@@ -101,37 +111,45 @@ def _any(plans: Sequence[GroupPlan]) -> bool:
 def turn(runner: Runner, held: Sequence[Held]) -> None:
     """Write the parameters that the step leads to: those before it, turned towards where it has moved them."""
     found = [each.sums() for each in held]
-    _add_up(runner, [(each.members, total) for each, total in zip(held, found, strict=True)])
+    _add_up(runner, [(each.alike, total) for each, total in zip(held, found, strict=True)])
     for each, totals in zip(held, found, strict=True):
-        norm, lr = each.norms.norm, plain_number(each.group["lr"])
+        alike, old = each.alike, each.old
+        norm, lr = alike.norms.norm, plain_number(alike.group["lr"])
         assert isinstance(norm, NormControl)
         options: Any = {
-            "matrices": each.matrices, "from_zero": each.norms.from_zero, "rate": abs(lr) * norm.scale,
+            "matrices": alike.matrices, "from_zero": alike.norms.from_zero, "rate": abs(lr) * norm.scale,
         }  # fmt: skip
-        if runner.options.rounding and each.old.dtype in LOW_PRECISION:
-            _round(runner, each, turned_matrices(each.tensors, each.old, totals, **options))
+        if runner.options.rounding and old.dtype in LOW_PRECISION:
+            _round(runner, alike, turned_matrices(alike.tensors, old, totals, **options))
         else:
-            turn_matrices_(each.tensors, each.old, totals, **options)
+            turn_matrices_(alike.tensors, old, totals, **options)
 
 
-Alike = tuple[NormPlan, dict[str, Any], list[Parameter]]  # a group's rule, the group, parameters of one shape in it
+def _alike(plan: GroupPlan, members: list[Parameter]) -> list[Alike]:
+    """The parameters of one group that are under its rule, by shape, at most `PART` elements together.
 
-
-def _alike(plan: GroupPlan, members: Sequence[Parameter]) -> list[Alike]:
-    """The parameters of one group that are under its rule, by shape, at most `PART` elements together."""
-    norms = plan.norms
+    The list of the last step is taken again as long as `members` is the same list, and all are where they were.
+    """
+    norms, memory = plan.norms, plan.params.memory
     if norms is None:
         return []
+    kept = norms.kept
+    if kept is not None and memory is not None and kept[0] is members and kept[1] is memory and kept[2] is plan.group:
+        return kept[3]
     by_kind: dict[tuple[Any, ...], list[Parameter]] = {}
     for member in members:
         shape = norms.shapes.get(member.tensor)
         if shape is not None:
             here = local_of(member.tensor)
-            by_kind.setdefault((here.shape, shape, here.dtype, here.device), []).append(member)
+            cut = is_dtensor(member.tensor)
+            by_kind.setdefault((here.shape, shape, cut, here.dtype, here.device), []).append(member)
     found = []
-    for (size, *_), same in by_kind.items():
+    for (size, shape, cut, *_), same in by_kind.items():
         count = max(1, PART // max(1, size.numel()))
-        found += [(norms, plan.group, same[at : at + count]) for at in range(0, len(same), count)]
+        for at in range(0, len(same), count):
+            some = same[at : at + count]
+            found.append(Alike(norms, plan.group, some, _here(some), reading(size, shape), cut))
+    norms.kept = members, memory, plan.group, found
     return found
 
 
@@ -139,7 +157,7 @@ def _here(members: Sequence[Parameter]) -> list[Tensor]:
     return [local_of(member.tensor.detach()) for member in members]
 
 
-def _add_up(runner: Runner, parts: Sequence[tuple[list[Parameter], Tensor]]) -> None:
+def _add_up(runner: Runner, parts: Sequence[tuple[Alike, Tensor]]) -> None:
     """Add sums [k, n, count] over the ranks that have parts of the same n parameters, in place.
 
     There is one all-reduce for each group of ranks. Parameters come in the order of their addresses, which all ranks
@@ -147,10 +165,11 @@ def _add_up(runner: Runner, parts: Sequence[tuple[list[Parameter], Tensor]]) -> 
     """
     if runner.options.scope == "local":
         return
-    rows = [(m.address, m.tensor, total[:, j]) for members, total in parts for j, m in enumerate(members)]
-    cut = [(row, shard) for _, tensor, row in sorted(rows, key=_first) if (shard := shard_of(tensor)) is not None]
-    wholes = sums_over_ranks([row for row, _ in cut], [shard for _, shard in cut])
-    for (row, _), whole in zip(cut, wholes, strict=True):
+    cut = [(alike.members, total) for alike, total in parts if alike.cut]
+    rows = [(m.address, m.tensor, total[:, j]) for members, total in cut for j, m in enumerate(members)]
+    shards = [(row, shard) for _, tensor, row in sorted(rows, key=_first) if (shard := shard_of(tensor)) is not None]
+    wholes = sums_over_ranks([row for row, _ in shards], [shard for _, shard in shards])
+    for (row, _), whole in zip(shards, wholes, strict=True):
         row.copy_(whole)
 
 
@@ -158,25 +177,23 @@ def _first(row: tuple[int, Tensor, Tensor]) -> int:
     return row[0]
 
 
-def _refuse_zeros(runner: Runner, new: Sequence[tuple[NormPlan, list[Parameter]]]) -> None:
+def _refuse_zeros(runner: Runner, new: Sequence[Alike]) -> None:
     """Refuse a matrix that is 0, which would stay so. Waits for the device, in a parameter's first step only."""
     parts = []
-    for norms, members in new:
-        tensors = _here(members)
-        matrices = reading(tensors[0].shape, norms.shapes[members[0].tensor])
-        before = hold_matrices_(tensors, zero=False)
-        parts.append((members, norm_sums(tensors, before, matrices=matrices, from_zero=True)[:1]))
+    for alike in new:
+        before = hold_matrices_(alike.tensors, zero=False)
+        parts.append((alike, norm_sums(alike.tensors, before, matrices=alike.matrices, from_zero=True)[:1]))
     _add_up(runner, parts)
-    for (norms, members), (_, squares) in zip(new, parts, strict=True):
-        empty = (squares[0] == 0).any(dim=1).tolist()
-        for member, is_zero in zip(members, empty, strict=True):
+    for alike, (squares,) in parts:
+        empty = (squares == 0).any(dim=1).tolist()
+        for member, is_zero in zip(alike.members, empty, strict=True):
             is_part = runner.options.scope == "local" and shard_of(member.tensor) is not None
             if is_zero and member.tensor.numel() and not is_part:  # a part may be 0, or nothing
                 raise ValueError(
-                    f"SelectiveUpdate: {member.name!r}, or a matrix in it, is 0, and {norms.norm!r} would keep it so: "
-                    f"begin with other values, or put it into a group whose norm is None"
+                    f"SelectiveUpdate: {member.name!r}, or a matrix in it, is 0, and {alike.norms.norm!r} would keep "
+                    f"it so: begin with other values, or put it into a group whose norm is None"
                 )
-        norms.seen.update(member.tensor for member in members)
+        alike.norms.seen.update(member.tensor for member in alike.members)
 
 
 def _recording(member: Parameter) -> bool:
@@ -184,8 +201,8 @@ def _recording(member: Parameter) -> bool:
     return member.tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _round(runner: Runner, held: Held, new: Tensor) -> None:
+def _round(runner: Runner, alike: Alike, new: Tensor) -> None:
     """Write a stack to its parameters, rounded stochastically."""
     draw = spec.Draw(runner.count.seed, runner.count.steps, True, runner.count.clocks.on(new.device))
-    for member, tensor, exact in zip(held.members, held.tensors, new.unbind(), strict=True):
+    for member, tensor, exact in zip(alike.members, alike.tensors, new.unbind(), strict=True):
         store(tensor, exact, draw, member.address, shard=shard_of(member.tensor))

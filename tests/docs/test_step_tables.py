@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 from step_tables import PAGES, RATIOS, filled
+
+from selective.bench.shapes import MODELS
 
 DOCS = Path(__file__).parents[2] / "docs"
 AGAIN = "python scripts/step_tables.py writes them again"
@@ -96,3 +99,38 @@ def test_the_steps_of_llama_34m_are_those_of_their_file(name: str, tmp_path: Pat
         row["median_seconds"] *= 1.1
     (tmp_path / TRAINING).write_text(json.dumps(content))
     assert not [line for line in training_rows(name, tmp_path / TRAINING) if line in page]
+
+
+# The rows of the guide on norm control: a model's file, how a row begins, and the step whose figures it has.
+NORMS = [
+    (f"2026-11-30-h200-training-norms-{size}.json", f"| `llama-{size}` | {label} |", step)
+    for size in ("34m", "110m")
+    for label, step in (
+        ("torch fused", "torch fused"),
+        ("with norm control", "norms kept"),
+        ("with norm control and `Cautious()`", "norms kept + Cautious"),
+    )
+]
+
+
+def norm_rows(folder: Path) -> list[str]:
+    """The lines of the guide's table on what norm control costs, and how fast its kernels are, as the files give it."""
+    lines = []
+    for name, begins, step in NORMS:
+        steps = {m["name"]: m for m in json.loads((folder / name).read_text())["training"][0]["measurements"]}
+        times = (f"{1e3 * steps[step][f'{key}_seconds']:.2f}" for key in ("median", "host", "device"))
+        lines.append(f"{begins} {' | '.join(times)} |")
+    matrices = sum(math.prod(shape) for name, shape in MODELS["llama-110m"] if name == "matrices")
+    longer = steps["norms kept"]["device_seconds"] - steps["torch fused"]["device_seconds"]
+    return [*lines, f"at {28 * matrices / longer / 1e12:.1f} TB/s (`llama-110m`)"]
+
+
+def test_what_norm_control_costs_is_what_its_files_say(tmp_path: Path) -> None:
+    page = (DOCS / "guides" / "norm-control.md").read_text()
+    assert [line for line in norm_rows(DOCS / "measurements") if line not in page] == []
+    for name in {name for name, *_ in NORMS}:
+        content = json.loads((DOCS / "measurements" / name).read_text())
+        for row in content["training"][0]["measurements"]:
+            row["median_seconds"] *= 1.1
+        (tmp_path / name).write_text(json.dumps(content))
+    assert len([line for line in norm_rows(tmp_path) if line not in page]) == len(NORMS)
