@@ -159,7 +159,7 @@ def test_a_run_whose_checkpoint_is_broken_fails_and_the_others_go_on(tmp_path, c
 def test_ctrl_c_keeps_what_there_is_and_resume_goes_on(tmp_path, count):
     """A real SIGINT to the real command, in the middle of a run."""
     settings = merge(TINY, {"data": {"file": str(text_file(tmp_path))}, "policies": ["RandomMask"], "workers": count})
-    settings = merge(settings, {"seeds": [0, 1], "steps": 100, "loop": {"evaluate_every": 50, "checkpoint_every": 10}})
+    settings = merge(settings, {"seeds": [0, 1], "steps": 50, "loop": {"evaluate_every": 25, "checkpoint_every": 10}})
     (tmp_path / "mine.json").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "selective.cli", "compare", "--config", str(tmp_path / "mine.json")]
     interrupted = [*command, "--out", str(tmp_path / "stopped")]

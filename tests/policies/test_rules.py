@@ -30,7 +30,7 @@ from selective import (
 from selective.kernels import spec, uniform
 from selective.policies import MeanPreserving, NormPreserving
 
-STEPS, SEED = 50, 7
+STEPS, SEED = 30, 7
 SHAPES = ((12, 8), (8,), (5, 4, 3), (1,))
 MATRICES = ((12, 8), (6, 6), (3, 17))
 
@@ -154,7 +154,7 @@ def run_free(base: str, policy: Policy, rule: rules.Rule, way: str = "auto") -> 
     return distance, largest
 
 
-# Parameters and gradients are of size 1: 50 steps of some ten roundings of 2^-53 each are 6e-14; the rest is room for
+# Parameters and gradients are of size 1: 30 steps of some ten roundings of 2^-53 each are 4e-14; the rest is room for
 # what the gradients feed back. A coordinate selected differently moves the result by a learning rate, 1e-2.
 CLOSE = 1e-12
 
