@@ -13,7 +13,8 @@ from evidence.sweeps import (
     SEEDS,
     Start,
     control,
-    rest_settled,
+    joint_settled,
+    joint_sweep,
     rest_sweep,
     seeds,
     settled,
@@ -45,11 +46,14 @@ VARIANTS = (
 MUON_MASKS = tuple(f"{name} on Muon" for name in ("Cautious", "MGUP mild", "MGUP official"))
 MUON_MORE = ("Muon, whitened", "Muon, Cautious before the orthogonalisation", "Muon, Cautious by rows")
 MUON_NORMS = ("Muon, norm controlled", "Muon, whitened, norm controlled")
-# Stages 4 and 5: AdamW, Muon, and the best two of these with three seeds at 34M. An average over the end of a run can
-# be put around any of them, so it is no candidate of its own.
+OUR_MUON = "Muon, by our kernels"  # at the best rates of the first
+# Stages 4 and 5: AdamW, Muon, and the best two of these with three seeds at 34M, one of a family at most. An average
+# over the end of a run can be put around any of them, so it is no candidate of its own.
 CANDIDATES = (
-    *APART[1:], *DECAYS, *RIVALS[1:], *NORMS, *MORE_NORMS, *VARIANTS[1:], *MUON_MASKS, *MUON_MORE, *MUON_NORMS,
-)  # fmt: skip
+    *((setup,) for setup in (*APART[1:], *DECAYS, *RIVALS[1:], *NORMS[:-1], *MUON_MASKS)),
+    (NORMS[-1], *MORE_NORMS, *VARIANTS[1:]),
+    (*MUON_MORE, *MUON_NORMS),
+)
 # Stage 6: MGUP's own setting, which has one rate for all bases
 THEIR_RATE, THEIR_STEPS = 3e-4, 2000 / 600
 THEIRS = tuple(setup for base in ("AdamW", "Lion", "Muon") for setup in (base, f"MGUP official on {base}"))
@@ -83,10 +87,12 @@ def of_each(
     setups: Sequence[str],
     apart: bool = False,
     begin: Callable[[str], Start | None] = start_of,
+    joint: bool = False,
 ) -> Iterator[Run]:
     """The sweeps of some setups, then their seeds; with `apart` also the sweeps over the other rate.
 
-    `begin` says where the sweep of a setup begins. None: that is not known yet.
+    `begin` says where the sweep of a setup begins. None: that is not known yet. With `joint`, both rates are swept on
+    until the best pair has worse ones on all sides.
     """
     starts = {setup: start for setup in setups if (start := begin(setup)) is not None}
     for setup, start in starts.items():
@@ -94,8 +100,11 @@ def of_each(
     if apart:
         for setup, start in starts.items():
             yield from rest_sweep(results, task, setup, start)
+    if joint:
+        for setup, start in starts.items():
+            yield from joint_sweep(results, task, setup, start)
     for setup, start in starts.items():
-        yield from seeds(results, task, setup, start, apart=apart)
+        yield from seeds(results, task, setup, start, apart=apart, joint=joint)
 
 
 def stage_1(results: Results) -> Iterator[Run]:
@@ -109,21 +118,25 @@ def stage_2(results: Results) -> Iterator[Run]:
     task = HOME
     yield from of_each(results, task, APART)
     yield from of_each(results, task, APART, apart=True)
+    yield from of_each(results, task, APART[:1], apart=True, joint=True)
+    yield from seeds(results, task, APART[0], part=LONGER, apart=True, joint=True)
     yield from of_each(results, task, DECAYS)
     lr = settled(results, task, APART[-1])
     if lr is not None:  # an average changes no step, so that the best rate stays the best
         yield from (Run(task, AVERAGED, lr, seed) for seed in SEEDS)
     yield from of_each(results, task, RIVALS)
+    yield from of_each(results, task, RIVALS[:1], apart=True)
     yield from control(results, task, APART[-1])
     yield from control(results, task, DECAYS[0])
     yield from of_each(results, task, NORMS, apart=True)
+    yield from of_each(results, task, NORMS[-1:], apart=True, joint=True)
     yield from control(results, task, NORMS[-1])
     yield from swept_control(results, task, APART[-1])
-    point = rest_settled(results, task, NORMS[-1])
+    point = joint_settled(results, task, NORMS[-1])
     if point is not None:
         for setup in VARIANTS:
             yield from (Run(task, setup, point[0], seed, point[1]) for seed in SEEDS)
-        yield from seeds(results, task, NORMS[-1], part=SHORTER, apart=True)
+        yield from seeds(results, task, NORMS[-1], part=SHORTER, apart=True, joint=True)
     yield from swept_control(results, task, NORMS[-1])
     yield from of_each(results, task, MORE_NORMS, apart=True)
 
@@ -132,6 +145,9 @@ def stage_3(results: Results) -> Iterator[Run]:
     """34M on Python source: Muon with its auxiliary AdamW's rate swept, bare, masked, and whitened."""
     task = HOME
     yield from of_each(results, task, ["Muon"], apart=True)
+    yield from of_each(results, task, ["Muon"], apart=True, joint=True)
+    if (point := joint_settled(results, task, "Muon")) is not None:
+        yield from (Run(task, OUR_MUON, point[0], seed, point[1]) for seed in SEEDS)
     yield from of_each(results, task, MUON_MASKS, apart=True)
     yield from of_each(results, task, MUON_MORE, apart=True)
     yield from control(results, task, MUON_MASKS[0])
@@ -177,10 +193,10 @@ def _rest(setup: str) -> float | None:
 
 def _short_list(results: Results, task: str) -> Iterator[Run]:
     """Both rates of everyone. Sweeps but AdamW's begin at the rates that were best at 34M on Python source."""
-    yield from of_each(results, task, ["AdamW"], apart=True)
+    yield from of_each(results, task, ["AdamW"], apart=True, joint=True)
     rivals = ["Muon", *best_setups(results, HOME, CANDIDATES, 2)]
-    yield from of_each(results, task, rivals, apart=True, begin=partial(start_around, results, HOME))
-    yield from seeds(results, task, "AdamW", part=LONGER, apart=True)
+    yield from of_each(results, task, rivals, apart=True, begin=partial(start_around, results, HOME), joint=True)
+    yield from seeds(results, task, "AdamW", part=LONGER, apart=True, joint=True)
 
 
 STAGES: dict[int, Plan] = {1: stage_1, 2: stage_2, 3: stage_3, 4: stage_4, 5: stage_5, 6: stage_6, 7: stage_7}

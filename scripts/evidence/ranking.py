@@ -18,7 +18,10 @@ def mean_loss(results: Results, task: str, setup: str) -> float:
     return statistics.fmean(final(r) for r in runs.values()) if runs.keys() >= set(SEEDS) else math.inf
 
 
-def best_setups(results: Results, task: str, setups: Sequence[str], count: int) -> list[str]:
-    """The setups with the lowest mean losses, the best one first. There may be fewer that have all seeds."""
-    losses = sorted((mean_loss(results, task, setup), setup) for setup in setups)
+def best_setups(results: Results, task: str, families: Sequence[Sequence[str]], count: int) -> list[str]:
+    """The setups with the lowest mean losses, at most one of each family, the best one first.
+
+    There may be fewer that have all seeds.
+    """
+    losses = sorted(min((mean_loss(results, task, setup), setup) for setup in family) for family in families)
     return [setup for loss, setup in losses if math.isfinite(loss)][:count]

@@ -18,6 +18,7 @@ from evidence.plan import (
     MUON_MORE,
     MUON_NORMS,
     NORMS,
+    OUR_MUON,
     RIVALS,
     SHORTER,
     VARIANTS,
@@ -27,7 +28,7 @@ from evidence.runs import Results
 from evidence.setups import POLICIES, READINGS, control_of, has_control
 from evidence.sweeps import first_rest
 
-AT_ANOTHER_S_BEST = {AVERAGED, *VARIANTS}  # have no sweep of their own
+AT_ANOTHER_S_BEST = {AVERAGED, *VARIANTS, OUR_MUON}  # at HOME they have no sweep of their own
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,20 @@ def masked_rows(base: str) -> list[Row]:
 
 COMPOSED = [
     *(row for setup in APART for row in (Row(setup, "AdamW"), Row(setup, "AdamW", apart=True))),
+    Row("AdamW", "AdamW", LONGER, apart=True),
     Row(control_of(APART[-1]), "AdamW"),
     Row(DECAYS[0], "AdamW"),
     Row(control_of(DECAYS[0]), "AdamW"),
-    *(_row(setup, "AdamW") for setup in (*DECAYS[1:], AVERAGED, *RIVALS, *NORMS)),
+    *(_row(setup, "AdamW") for setup in (*DECAYS[1:], AVERAGED, *RIVALS)),
+    Row(RIVALS[0], "AdamW", apart=True),
+    *(_row(setup, "AdamW") for setup in NORMS),
     replace(_row(NORMS[-1], "AdamW"), part=SHORTER),
     _row(control_of(NORMS[-1]), "AdamW"),
     *(_row(setup, "AdamW") for setup in (*VARIANTS, *MORE_NORMS)),
 ]
 MUON = [
     _row(setup, "Muon")
-    for setup in ("Muon", MUON_MASKS[0], control_of(MUON_MASKS[0]), *MUON_MASKS[1:], *MUON_MORE, *MUON_NORMS)
+    for setup in ("Muon", OUR_MUON, MUON_MASKS[0], control_of(MUON_MASKS[0]), *MUON_MASKS[1:], *MUON_MORE, *MUON_NORMS)
 ]
 READINGS_ROWS = [Row("AdamW", "AdamW"), *(Row(f"{name} on AdamW", "AdamW") for name in READINGS)]
 FINE_ROWS = [

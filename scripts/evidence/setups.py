@@ -55,12 +55,13 @@ class Setup:
     space: Preconditioner | None = None
     decay: Decay | None = None
     norm: Norm | None = None
+    capture: str | None = None
     rest: str | None = None
     around: Around | None = None
 
     @property
     def wrapped(self) -> bool:
-        return not self.policy is self.space is self.decay is self.norm is None
+        return not self.policy is self.space is self.decay is self.norm is self.capture is None
 
 
 POLICIES: dict[str, Policy] = {
@@ -115,6 +116,7 @@ SETUPS: dict[str, Setup] = {
     "Cautious on NAdam in Soap, norm controlled": replace(BEST, base="NAdam 0.95"),
     **_norm_controlled("AlphaConsistency", "MGUP mild"),
     "Muon": MUON,
+    "Muon, by our kernels": replace(MUON, capture="fused"),
     **_masked(MUON, "Muon", {name: POLICIES[name] for name in ("Cautious", "MGUP mild", "MGUP official")}),
     "Muon, whitened": Setup("whitened Muon", "Muon", rest="AdamW"),
     "Muon, Cautious before the orthogonalisation": replace(MUON, base="masked before Muon"),
@@ -175,9 +177,10 @@ def _two(setup: Setup, rates: float | dict[str, float], model: nn.Module, seed: 
 
 
 def _shared(setup: Setup) -> dict[str, Any]:
-    decay = {} if setup.decay is None else {"decay": setup.decay}
+    asked = {"decay": setup.decay, "capture": setup.capture}
+    asked = {key: value for key, value in asked.items() if value is not None}
     return {"weight_decay": DECAY, "no_decay": ("vectors",), "policy": setup.policy, "preconditioner": setup.space,
-            "norm": setup.norm, "parts": None, **decay}  # fmt: skip
+            "norm": setup.norm, "parts": None, **asked}  # fmt: skip
 
 
 def _bare(group: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from evidence.runs import Point, Results, Run, best_point, best_rate, next_rates
@@ -14,6 +14,7 @@ from evidence.setups import control_of, setup_of
 
 SEEDS = (0, 1, 2)
 MORE_SEEDS = (0, 1, 2, 3, 4)  # of fine-tuning, whose differences are small
+MOST_PAIRS = 20  # of rates, of a sweep over both
 GRIDS: dict[str, tuple[float, ...]] = {
     "AdamW": (7.5e-4, 1.5e-3, 3e-3, 6e-3),
     "Lion": (7.5e-5, 1.5e-4, 3e-4, 6e-4),
@@ -95,6 +96,46 @@ def rest_sweep(results: Results, task: str, setup: str, start: Start | None = No
         yield Run(task, setup, lr, rest_lr=None if same else rest)
 
 
+def joint_sweep(results: Results, task: str, setup: str, start: Start | None = None) -> Iterator[Run]:
+    """The runs on all four sides of the best pair of rates, with seed 0, once both sweeps are done.
+
+    They go on until the best pair has a worse one on either side in both rates, or has `MOST_PAIRS` of them.
+    """
+    start = start or start_of(setup)
+    if rest_settled(results, task, setup, start) is None:
+        return
+    points = results.points(task, setup)
+    yield from (_run(task, setup, point) for point in points)
+    if len(points) < MOST_PAIRS:
+        yield from (_run(task, setup, point) for point in _around(best_point(points)) if not _has(points, point))
+
+
+def joint_settled(results: Results, task: str, setup: str, start: Start | None = None) -> Point | None:
+    """The best pair of rates, once the joint sweep is done."""
+    point, points = rest_settled(results, task, setup, start), results.points(task, setup)
+    if point is None or (len(points) < MOST_PAIRS and not all(_has(points, beside) for beside in _around(point))):
+        return None
+    return point
+
+
+def _around(point: Point | None) -> list[Point]:
+    """The pairs on all four sides of one."""
+    if point is None:
+        return []
+    lr, rest = point[0], point[0] if point[1] is None else point[1]
+    return [(lr / 2, rest), (2 * lr, rest), (lr, rest / 2), (lr, 2 * rest)]
+
+
+def _has(points: Mapping[Point, float], point: Point) -> bool:
+    """True if a pair was run. Where both rates are the same one, it may have been run as a single one."""
+    lr, rest = point
+    return point in points or (rest == lr and (lr, None) in points)
+
+
+def _run(task: str, setup: str, point: Point) -> Run:
+    return Run(task, setup, point[0], rest_lr=point[1])
+
+
 def rest_settled(results: Results, task: str, setup: str, start: Start | None = None) -> Point | None:
     """The best pair of rates, once both sweeps are done."""
     start = start or start_of(setup)
@@ -112,11 +153,15 @@ def seeds(
     part: float = 1.0,
     apart: bool = False,
     all_seeds: Sequence[int] = SEEDS,
+    joint: bool = False,
 ) -> Iterator[Run]:
-    """The runs of all seeds at the best rate, or with `apart` at the best pair of rates, once it is known."""
+    """The runs of all seeds at the best rate, or with `apart` at the best pair of rates, once it is known.
+
+    With `joint`, that is the best one of the joint sweep.
+    """
     start = start or start_of(setup)
     if apart:
-        point = rest_settled(results, task, setup, start)
+        point = (joint_settled if joint else rest_settled)(results, task, setup, start)
     else:
         lr = settled(results, task, setup, start)
         point = None if lr is None else (lr, start.rest)

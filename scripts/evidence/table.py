@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from evidence.bases import BASES
-from evidence.plan import THEIR_RATE, THEIR_STEPS, THEIRS
+from evidence.plan import HOME, THEIR_RATE, THEIR_STEPS, THEIRS
 from evidence.rows import (
     AT_ANOTHER_S_BEST,
     COMPOSED,
@@ -78,7 +78,7 @@ class Comparison:
     def _rate(self, row: Row, point: Point) -> str:
         """The rates of a row, with a word on those that are at the edge of what was tried."""
         lr, rest = point
-        if row.setup in AT_ANOTHER_S_BEST:
+        if row.setup in AT_ANOTHER_S_BEST and self.task == HOME:
             return f"{lr:g}" if rest is None else f"{lr:g}, rest {rest:g}"
         swept = {}
         for (rate, _), loss in self.results.points(self.task, row.setup).items():

@@ -14,7 +14,7 @@ from selective.for_model.decided import decided
 from selective.for_model.make_base import BaseOptimizer, check_options, make_base, maker
 from selective.for_model.recipes import with_recipe
 from selective.for_model.two_bases import taken_by_matrices, with_rates_of_rest
-from selective.norms import Norm
+from selective.norms import Norm, NormControl
 from selective.param_groups.by_kind import ParamGroups, param_groups_for
 from selective.param_groups.settings import NO_DECAY
 from selective.plan.policy_groups import KEYS
@@ -126,7 +126,7 @@ def for_model(
         members["matrices"], members["rest"] = taken_by_matrices(groups)
         with_rates_of_rest(members["rest"], lr)
     alone = not all(members.values())
-    if alone and policy is preconditioner is norm is None and of_wrapper.get("decay") is None:
+    if alone and policy is preconditioner is norm is None and not {"decay", "capture"} & of_wrapper.keys():
         warnings.warn(
             "for_model: neither a policy nor a preconditioner is given, so that every step is the base's own. Pass "
             "policy='cautious' or preconditioner='soap', for instance; policy='dense' if this is what you want",
@@ -136,6 +136,13 @@ def for_model(
         warnings.warn(
             "for_model: norm makes the rate of the matrices relative to their norms, and lr is left out: the base's "
             "own is for updates. Begin with lr={'matrices': 0.018, 'rest': 3e-3}",
+            stacklevel=2,
+        )
+    elif not isinstance(lr, Mapping) and _takes_lr_as_it_is(norm):
+        warnings.warn(
+            f"for_model: norm makes the rate of the matrices relative to their norms, and lr is {lr!r} for everything. "
+            f"Begin with lr={{'matrices': 0.018, 'rest': 3e-3}}, or with norm=NormControl(scale=6), which turns "
+            f"matrices by 6 times lr",
             stacklevel=2,
         )
     built: dict[str, Optimizer] = {}
@@ -162,6 +169,12 @@ def _sorted(model: nn.Module, *, no_decay: Collection[str], **settings: Any) -> 
         if group["name"] in no_decay:  # also where the others have the base's own decay
             group["weight_decay"] = 0.0
     return groups
+
+
+def _takes_lr_as_it_is(norm: object) -> bool:
+    """True if a rule about norms turns matrices by `lr` itself, for the matrices or for a kind that is named."""
+    rules = norm.values() if isinstance(norm, Mapping) else [norm]
+    return any(isinstance(rule, str) or (isinstance(rule, NormControl) and rule.scale == 1) for rule in rules)
 
 
 def _asks_for_wrapper(groups: list[dict[str, Any]]) -> bool:

@@ -96,7 +96,7 @@ def recipe_named(name: Any) -> Recipe:
     plain = name.strip().lower().replace("_", "-") if isinstance(name, str) else ""
     if plain in RECIPES:
         return RECIPES[plain]
-    near = get_close_matches(plain, RECIPES, n=1)
+    near = [known for known in RECIPES if plain and known.startswith(plain)] or get_close_matches(plain, RECIPES, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(f"for_model: there is no recipe {name!r}{hint}; the recipes are {', '.join(RECIPES)}")
 

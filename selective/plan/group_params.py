@@ -134,11 +134,6 @@ class GroupParams:
         return self._present
 
     @property
-    def memory(self) -> object | None:
-        """The same object as long as all are where they were. None if one is no tensor of torch's own, as a DTensor."""
-        return self._pointers if len(self._plain) == len(self.tensors) else None
-
-    @property
     def cuda_devices(self) -> frozenset[torch.device]:
         """The GPUs that they are on."""
         return self._cuda_devices

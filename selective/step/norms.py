@@ -26,6 +26,7 @@ from selective.plan.norm_plan import NormPlan
 from selective.plan.options import Options
 from selective.sharding.collectives import sums_over_ranks
 from selective.sharding.dtensor import is_dtensor, local_of, shard_of
+from selective.state.store import StateStore
 from selective.step_count import StepCount
 
 
@@ -36,14 +37,13 @@ class Alike:
     norms: NormPlan
     group: dict[str, Any]
     members: list[Parameter]
-    tensors: list[Tensor]  # this rank's part of each
     matrices: Matrices
     cut: bool  # True if they are DTensors
 
-    @property
-    def by_kernel(self) -> bool:
-        """True if they are copied and set to 0 in one launch."""
-        return self.norms.from_zero and self.tensors[0].is_cuda
+    def tensors(self) -> list[Tensor]:
+        """This rank's part of each, where it is now."""
+        found = [member.tensor.detach() for member in self.members]
+        return [local_of(tensor) for tensor in found] if self.cut else found
 
 
 @dataclass
@@ -51,12 +51,13 @@ class Held:
     """Parameters that are alike, and their values before the step, stacked in their own dtype."""
 
     alike: Alike
+    tensors: list[Tensor]
     old: Tensor  # [n, *size]
 
     def sums(self) -> Tensor:
         """The sums over what is here of each matrix, float64 [3, n, count]."""
         alike = self.alike
-        return norm_sums(alike.tensors, self.old, matrices=alike.matrices, from_zero=alike.norms.from_zero)
+        return norm_sums(self.tensors, self.old, matrices=alike.matrices, from_zero=alike.norms.from_zero)
 
 
 class Runner(Protocol):
@@ -64,6 +65,7 @@ class Runner(Protocol):
 
     options: Options
     count: StepCount
+    store: StateStore
 
 
 class NormsInStep:
@@ -81,15 +83,18 @@ class NormsInStep:
         """
         alike = []
         for runner, plans, present in self._steps:
-            mine = [each for plan, members in zip(plans, present, strict=True) for each in _alike(plan, members)]
+            keeps = not runner.store.base._optimizer_step_pre_hooks  # which have run, and may have moved parameters
+            mine = [each for plan, members in zip(plans, present, strict=True) for each in _alike(plan, members, keeps)]
             new = [each for each in mine if not each.norms.seen.issuperset(m.tensor for m in each.members)]
             if new and not _recording(new[0].members[0]):
                 _refuse_zeros(runner, new)
             alike += [(runner, each) for each in mine]
         for runner, each in alike:
-            self._held.append((runner, Held(each, hold_matrices_(each.tensors, zero=each.by_kernel))))
-            if each.norms.from_zero and not each.by_kernel:
-                zero_(each.tensors)
+            tensors, from_zero = each.tensors(), each.norms.from_zero
+            by_kernel = from_zero and tensors[0].is_cuda  # the copy and the zeros in one launch
+            self._held.append((runner, Held(each, tensors, hold_matrices_(tensors, zero=by_kernel))))
+            if from_zero and not by_kernel:
+                zero_(tensors)
 
     def turn(self) -> None:
         """Write the parameters that the step leads to: those before it, turned towards where it has moved them."""
@@ -100,7 +105,7 @@ class NormsInStep:
     def restore(self) -> None:
         """Put the values from before the step back."""
         for _, held in self._held:
-            copy_(held.alike.tensors, list(held.old.unbind()))
+            copy_(held.tensors, list(held.old.unbind()))
         self._held = []
 
 
@@ -120,41 +125,36 @@ def turn(runner: Runner, held: Sequence[Held]) -> None:
             "matrices": alike.matrices, "from_zero": alike.norms.from_zero, "rate": abs(lr) * norm.scale,
         }  # fmt: skip
         if runner.options.rounding and old.dtype in LOW_PRECISION:
-            _round(runner, alike, turned_matrices(alike.tensors, old, totals, **options))
+            _round(runner, each, turned_matrices(each.tensors, old, totals, **options))
         else:
-            turn_matrices_(alike.tensors, old, totals, **options)
+            turn_matrices_(each.tensors, old, totals, **options)
 
 
-def _alike(plan: GroupPlan, members: list[Parameter]) -> list[Alike]:
+def _alike(plan: GroupPlan, members: list[Parameter], keeps: bool) -> list[Alike]:
     """The parameters of one group that are under its rule, by shape, at most `PART` elements together.
 
-    The list of the last step is taken again as long as `members` is the same list, and all are where they were.
+    The list of the last step is taken again as long as `members` is the same list, which has others of the same tensors
+    after a change of their shape, dtype or device. Without `keeps` it is made anew.
     """
-    norms, memory = plan.norms, plan.params.memory
+    norms = plan.norms
     if norms is None:
         return []
-    kept = norms.kept
-    if kept is not None and memory is not None and kept[0] is members and kept[1] is memory and kept[2] is plan.group:
-        return kept[3]
+    kept = norms.kept if keeps else None
+    if kept is not None and kept[0] is members and kept[1] is plan.group:
+        return kept[2]
     by_kind: dict[tuple[Any, ...], list[Parameter]] = {}
     for member in members:
         shape = norms.shapes.get(member.tensor)
         if shape is not None:
-            here = local_of(member.tensor)
-            cut = is_dtensor(member.tensor)
+            here, cut = local_of(member.tensor), is_dtensor(member.tensor)
             by_kind.setdefault((here.shape, shape, cut, here.dtype, here.device), []).append(member)
     found = []
     for (size, shape, cut, *_), same in by_kind.items():
         count = max(1, PART // max(1, size.numel()))
-        for at in range(0, len(same), count):
-            some = same[at : at + count]
-            found.append(Alike(norms, plan.group, some, _here(some), reading(size, shape), cut))
-    norms.kept = members, memory, plan.group, found
+        parts = [same[at : at + count] for at in range(0, len(same), count)]
+        found += [Alike(norms, plan.group, part, reading(size, shape), cut) for part in parts]
+    norms.kept = None if any(alike.cut for alike in found) else (members, plan.group, found)
     return found
-
-
-def _here(members: Sequence[Parameter]) -> list[Tensor]:
-    return [local_of(member.tensor.detach()) for member in members]
 
 
 def _add_up(runner: Runner, parts: Sequence[tuple[Alike, Tensor]]) -> None:
@@ -181,8 +181,9 @@ def _refuse_zeros(runner: Runner, new: Sequence[Alike]) -> None:
     """Refuse a matrix that is 0, which would stay so. Waits for the device, in a parameter's first step only."""
     parts = []
     for alike in new:
-        before = hold_matrices_(alike.tensors, zero=False)
-        parts.append((alike, norm_sums(alike.tensors, before, matrices=alike.matrices, from_zero=True)[:1]))
+        tensors = alike.tensors()
+        before = hold_matrices_(tensors, zero=False)
+        parts.append((alike, norm_sums(tensors, before, matrices=alike.matrices, from_zero=True)[:1]))
     _add_up(runner, parts)
     for alike, (squares,) in parts:
         empty = (squares == 0).any(dim=1).tolist()
@@ -191,7 +192,8 @@ def _refuse_zeros(runner: Runner, new: Sequence[Alike]) -> None:
             if is_zero and member.tensor.numel() and not is_part:  # a part may be 0, or nothing
                 raise ValueError(
                     f"SelectiveUpdate: {member.name!r}, or a matrix in it, is 0, and {alike.norms.norm!r} would keep "
-                    f"it so: begin with other values, or put it into a group whose norm is None"
+                    f"it so. Begin with other values, small ones for instance, or make the groups with "
+                    f"param_groups_for and put it into one whose norm is None"
                 )
         alike.norms.seen.update(member.tensor for member in alike.members)
 
@@ -201,8 +203,8 @@ def _recording(member: Parameter) -> bool:
     return member.tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _round(runner: Runner, alike: Alike, new: Tensor) -> None:
+def _round(runner: Runner, held: Held, new: Tensor) -> None:
     """Write a stack to its parameters, rounded stochastically."""
     draw = spec.Draw(runner.count.seed, runner.count.steps, True, runner.count.clocks.on(new.device))
-    for member, tensor, exact in zip(alike.members, alike.tensors, new.unbind(), strict=True):
+    for member, tensor, exact in zip(held.alike.members, held.tensors, new.unbind(), strict=True):
         store(tensor, exact, draw, member.address, shard=shard_of(member.tensor))

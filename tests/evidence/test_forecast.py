@@ -50,7 +50,7 @@ def test_what_is_there_is_part_of_it() -> None:
     assert {run.lr for run in mine if run.seed == 2} == {7.5e-4}
     assert run_of(records[2]) == Run("python-34m", "AdamW", 3e-3)
     results = Results(records)
-    assert best_setups(results, "python-34m", ["AdamW"], 1) == []
+    assert best_setups(results, "python-34m", [["AdamW"]], 1) == []
     assert len(results.records) == 4, "the results themselves are left as they are"
 
 

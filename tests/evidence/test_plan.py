@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from evidence import plan, sweeps
+from evidence.ranking import best_setups
 from evidence.runs import MOST_RATES, Results, Run, at_edge, best_point, best_rate, next_rates
 from evidence.setups import CONTROL, POLICIES, control_of, setup_of
 from hypothesis import given
@@ -159,6 +160,12 @@ def test_both_rates_are_swept_and_the_best_setups_go_on() -> None:
         best = min((run for run in tried if run.seed == 0), key=loss)
         assert {run.seed for run in tried if (run.lr, run.rest_lr) == (best.lr, best.rest_lr)} == {0, 1, 2}
         assert not at_edge({run.lr: loss(run) for run in tried if run.seed == 0 and run.rest_lr == best.rest_lr})
+    closely = [*(("python-34m", name) for name in ("AdamW", "Muon", plan.NORMS[-1]))]
+    closely += [("python-110m", name) for name in offsets]
+    for task, setup in closely:
+        points = {(lr, lr if rest is None else rest): x for (lr, rest), x in results.points(task, setup).items()}
+        lr, rest = min(points, key=points.__getitem__)
+        assert {(lr / 2, rest), (2 * lr, rest), (lr, rest / 2), (lr, 2 * rest)} <= points.keys(), setup
     large = [run for run in order if run.task == "python-110m"]
     assert {run.setup for run in large} == {"AdamW", "Muon", *offsets}
     for setup in ("Muon", *offsets):
@@ -168,4 +175,18 @@ def test_both_rates_are_swept_and_the_best_setups_go_on() -> None:
         assert [(run.lr, run.rest_lr) for run in mine[:3]] == [(lr * first[0], first[1]) for lr in (0.5, 1, 2)]
         assert len(mine) < len([run for run in order if run.setup == setup and run.task == "python-34m"])
     longer = {(run.task, run.setup, run.part) for run in order if run.part != 1}
-    assert longer == {("python-110m", "AdamW", plan.LONGER), ("python-34m", plan.NORMS[-1], plan.SHORTER)}
+    assert longer == {
+        ("python-34m", "AdamW", plan.LONGER),
+        ("python-110m", "AdamW", plan.LONGER),
+        ("python-34m", plan.NORMS[-1], plan.SHORTER),
+    }
+
+
+def test_two_setups_of_one_family_are_not_both_in_the_short_list() -> None:
+    families = (("Muon", "AdamW"), ("Lion",), ("AdamW in Soap",))
+    ends = {"Muon": 1.0, "AdamW": 1.1, "AdamW in Soap": 1.2, "Lion": 1.3}
+    runs = [Run("toy", setup, 1e-3, seed) for setup in ends for seed in (0, 1, 2)]
+    results = Results(record(run, ends[run.setup]) for run in runs)
+    assert best_setups(results, "toy", families, 2) == ["Muon", "AdamW in Soap"]
+    some = Results(record(run, ends[run.setup]) for run in runs if (run.setup, run.seed) != ("Muon", 2))
+    assert best_setups(some, "toy", families, 4) == ["AdamW", "AdamW in Soap", "Lion"], "Muon lacks a seed"

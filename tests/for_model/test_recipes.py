@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from selective import RECIPES, Cautious, ChainedOptimizer, Recipe, SelectiveUpdate, Soap, param_groups_for
+from selective import RECIPES, Cautious, ChainedOptimizer, NormControl, Recipe, SelectiveUpdate, Soap, param_groups_for
 from selective.compare.config import ConfigError, build
 from selective.compare.optimizers import call_maker
 from selective.compare.setup import prepare
@@ -148,3 +148,24 @@ def test_weight_decay_is_the_same_as_of_param_groups_for() -> None:
     groups = param_groups_for(small(), weight_decay=0.1)
     assert {g["name"]: g["weight_decay"] for g in opt.param_groups} == {g["name"]: g["weight_decay"] for g in groups}
     assert {g["name"]: g["weight_decay"] for g in groups}["embeddings"] == 0.1
+
+
+def test_a_rate_for_everything_beside_norm_control_is_warned_of() -> None:
+    """Also where it takes the place of a recipe's two; not where two are given, or a scale says what it is for."""
+    recipe, says = "soap-cautious-norm-control", r"lr is 0\.003 for everything"
+    with pytest.warns(UserWarning, match=says):
+        SelectiveUpdate.for_model(small(), recipe=recipe, lr=3e-3)
+    with pytest.warns(UserWarning, match=says):
+        SelectiveUpdate.for_model(small(), lr=3e-3, norm={"matrices": NormControl()})
+    SelectiveUpdate.for_model(small(), recipe=recipe, lr={"matrices": 0.02, "rest": 3e-3})
+    SelectiveUpdate.for_model(small(), lr=3e-3, norm=NormControl(scale=6))
+
+
+def test_muon_s_recipe_on_a_model_that_has_only_matrices_or_none_warns_of_nothing() -> None:
+    for model in (torch.nn.Linear(6, 6, bias=False), torch.nn.Embedding(6, 4)):
+        SelectiveUpdate.for_model(model, recipe="muon")
+
+
+def test_the_hint_begins_with_what_was_given() -> None:
+    with pytest.raises(ValueError, match="did you mean 'soap-cautious-norm-control'"):
+        SelectiveUpdate.for_model(small(), recipe="soap-cautious-norm")

@@ -18,7 +18,7 @@ FAST = {
         "not_finite", "other_dtypes", "samples", "massive_ties", "local_scope_differs",
     ),
     "own": (
-        "own_code_in_every_layout", "state_is_cut_as_the_parameter", "what_is_gathered",
+        "own_code_is_the_same_bits", "state_is_cut_as_the_parameter", "what_is_gathered",
         "an_error_puts_parameters_back",
     ),
     "traffic": (
@@ -72,6 +72,7 @@ SLOW = {
     "other bases and dtypes, everywhere": "selection:everything_everywhere",
     "selective decay, everywhere": "decay:decays_as_one_device_everywhere",
     "norm control, everywhere": "norms:turns_as_on_one_device_everywhere",
+    "own code, everywhere": "own:own_code_in_every_layout",
     "Triton's kernels": "selection:triton_kernels",
     "Triton's kernels, everywhere": "selection:triton_kernels_everywhere",
     "a small Llama, AdamW": "training:every_policy_over_adamw",
