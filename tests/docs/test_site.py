@@ -21,25 +21,14 @@ DOCS = ROOT / "docs"
 
 
 def build(docs: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    """As `make docs` does."""
+    """As `make docs` does, away from the root."""
     if not all(importlib.util.find_spec(name) for name in ("sphinx", "myst_parser", "furo", "sphinx_copybutton")):
         assert not os.environ.get("CI"), "CI installs the extra `docs`"
         pytest.skip("the site is built with the extra `docs`, which is not installed")
-    # Away from the root, which `-m` would put on sys.path.
-    command = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-W",
-        "--keep-going",
-        "-q",
-        "-E",
-        "--no-color",
-        "-b",
-        "html",
-        str(docs),
-        str(out),
-    ]
+    # Sphinx makes millions of objects that live until it ends: without garbage collections it takes a third less time.
+    code = "import gc, sys; gc.disable(); from sphinx.cmd.build import main; sys.exit(main(sys.argv[1:]))"
+    options = ["-W", "--keep-going", "-q", "-E", "--no-color", "-b", "html"]
+    command = [sys.executable, "-c", code, *options, str(docs), str(out)]
     return subprocess.run(command, cwd=out.parent, capture_output=True, text=True)
 
 
