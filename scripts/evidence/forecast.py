@@ -45,8 +45,8 @@ def _made_up(run: Run, results: Results) -> Record:
     """The record that a run is taken to have, as far as a plan reads it."""
     setup = run.setup.removeprefix(CONTROL)
     grid = grid_of(setup)
-    best, rest = best_point(results.points(HOME, setup)) if run.task != HOME else None, first_rest(setup)
-    lr, rest = best or (grid[len(grid) // 2], rest)
+    at_home = None if run.task == HOME else best_point(results.points(HOME, setup))
+    lr, rest = at_home or (grid[len(grid) // 2], first_rest(setup))
     away = abs(math.log2(run.lr / lr))
     away += abs(math.log2((run.lr if run.rest_lr is None else run.rest_lr) / (lr if rest is None else rest)))
     losses = {"step": [0], "loss": [WORSE + away]}

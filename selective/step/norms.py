@@ -73,7 +73,7 @@ class NormsInStep:
 
     def __init__(self, steps: Sequence[tuple[Runner, Sequence[GroupPlan], Sequence[list[Parameter]]]]) -> None:
         self._steps = [(runner, plans, present) for runner, plans, present in steps if _any(plans)]
-        self._held: list[tuple[Runner, Held]] = []
+        self._held: list[tuple[Runner, list[Held]]] = []
 
     def hold(self) -> None:
         """Copy the parameters whose norm is kept, and let the step begin at zeros where it may.
@@ -88,24 +88,28 @@ class NormsInStep:
             new = [each for each in mine if not each.norms.seen.issuperset(m.tensor for m in each.members)]
             if new and not _recording(new[0].members[0]):
                 _refuse_zeros(runner, new)
-            alike += [(runner, each) for each in mine]
-        for runner, each in alike:
-            tensors, from_zero = each.tensors(), each.norms.from_zero
-            by_kernel = from_zero and tensors[0].is_cuda  # the copy and the zeros in one launch
-            self._held.append((runner, Held(each, tensors, hold_matrices_(tensors, zero=by_kernel))))
-            if from_zero and not by_kernel:
-                zero_(tensors)
+            alike.append((runner, mine))
+        for runner, mine in alike:
+            held: list[Held] = []
+            self._held.append((runner, held))
+            for each in mine:
+                tensors, from_zero = each.tensors(), each.norms.from_zero
+                by_kernel = from_zero and tensors[0].is_cuda  # the copy and the zeros in one launch
+                held.append(Held(each, tensors, hold_matrices_(tensors, zero=by_kernel)))
+                if from_zero and not by_kernel:
+                    zero_(tensors)
 
     def turn(self) -> None:
         """Write the parameters that the step leads to: those before it, turned towards where it has moved them."""
-        for runner, _, _ in self._steps:
-            turn(runner, [held for of, held in self._held if of is runner])
+        for runner, held in self._held:
+            _turn(runner, held)
         self._held = []
 
     def restore(self) -> None:
         """Put the values from before the step back."""
         for _, held in self._held:
-            copy_(held.tensors, list(held.old.unbind()))
+            for each in held:
+                copy_(each.tensors, list(each.old.unbind()))
         self._held = []
 
 
@@ -113,8 +117,8 @@ def _any(plans: Sequence[GroupPlan]) -> bool:
     return any(plan.norms is not None for plan in plans)
 
 
-def turn(runner: Runner, held: Sequence[Held]) -> None:
-    """Write the parameters that the step leads to: those before it, turned towards where it has moved them."""
+def _turn(runner: Runner, held: Sequence[Held]) -> None:
+    """Turn the parameters of one optimizer."""
     found = [each.sums() for each in held]
     _add_up(runner, [(each.alike, total) for each, total in zip(held, found, strict=True)])
     for each, totals in zip(held, found, strict=True):
