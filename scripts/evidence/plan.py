@@ -16,6 +16,7 @@ from evidence.sweeps import (
     joint_settled,
     joint_sweep,
     rest_sweep,
+    screened,
     seeds,
     settled,
     start_around,
@@ -36,7 +37,8 @@ RIVALS = ("pytorch_optimizer SOAP", "AdamW in the momentum's basis", "AdamW in A
 NORMS = tuple(f"{name}, norm controlled" for name in APART)
 MORE_NORMS = tuple(f"{name} on AdamW in Soap, norm controlled" for name in ("AlphaConsistency", "MGUP mild"))
 AVERAGED = "Cautious on AdamW in Soap, tail averaged"
-# At the best rates of the last of `NORMS`, which also gets half of the steps
+# At the best rates of the last of `NORMS`, which also gets half of the steps. Those that end above it at seed 0 get no
+# other seed, except for the average.
 VARIANTS = (
     f"{NORMS[-1]}, tail averaged",
     f"{NORMS[-1]}, refreshed every 3",
@@ -54,7 +56,7 @@ CANDIDATES = (
     (NORMS[-1], *MORE_NORMS, *VARIANTS[1:]),
     (*MUON_MORE, *MUON_NORMS),
 )
-# Stage 6: MGUP's own setting, which has one rate for all bases
+# Stage 6, besides `READINGS` and `MUON_NORMS`: MGUP's own setting, which has one rate for all bases
 THEIR_RATE, THEIR_STEPS = 3e-4, 2000 / 600
 THEIRS = tuple(setup for base in ("AdamW", "Lion", "Muon") for setup in (base, f"MGUP official on {base}"))
 # Stage 7: fine-tuning, and pictures
@@ -134,9 +136,10 @@ def stage_2(results: Results) -> Iterator[Run]:
     yield from swept_control(results, task, APART[-1])
     point = joint_settled(results, task, NORMS[-1])
     if point is not None:
-        for setup in VARIANTS:
-            yield from (Run(task, setup, point[0], seed, point[1]) for seed in SEEDS)
         yield from seeds(results, task, NORMS[-1], part=SHORTER, apart=True, joint=True)
+        yield from (Run(task, VARIANTS[0], point[0], seed, point[1]) for seed in SEEDS)
+        for setup in VARIANTS[1:]:
+            yield from screened(results, task, setup, NORMS[-1], point)
     yield from swept_control(results, task, NORMS[-1])
     yield from of_each(results, task, MORE_NORMS, apart=True)
 
@@ -151,7 +154,6 @@ def stage_3(results: Results) -> Iterator[Run]:
     yield from of_each(results, task, MUON_MASKS, apart=True)
     yield from of_each(results, task, MUON_MORE, apart=True)
     yield from control(results, task, MUON_MASKS[0])
-    yield from of_each(results, task, MUON_NORMS, apart=True)
     yield from swept_control(results, task, MUON_MASKS[0])
 
 
@@ -167,9 +169,10 @@ def stage_5(results: Results) -> Iterator[Run]:
 
 
 def stage_6(results: Results) -> Iterator[Run]:
-    """MGUP's own setting with one seed, other readings of AlphaAdam, and Magma."""
+    """MGUP's own setting with one seed, other readings of AlphaAdam, Magma, and norm control on Muon."""
     yield from (Run("english-34m-256", setup, THEIR_RATE, rest_lr=_rest(setup), part=THEIR_STEPS) for setup in THEIRS)
     yield from of_each(results, HOME, [f"{name} on AdamW" for name in READINGS])
+    yield from of_each(results, HOME, MUON_NORMS, apart=True)
 
 
 def stage_7(results: Results) -> Iterator[Run]:

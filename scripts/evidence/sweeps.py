@@ -169,6 +169,15 @@ def seeds(
         yield from (Run(task, setup, point[0], seed, point[1], part) for seed in all_seeds)
 
 
+def screened(results: Results, task: str, setup: str, rival: str, point: Point) -> Iterator[Run]:
+    """A setup at a rival's best pair of rates: seed 0, and the other seeds only if it ends below the rival's there."""
+    first = _run(task, setup, point)
+    yield first
+    mine, theirs = (results.points(task, name).get(point) for name in (setup, rival))
+    if mine is not None and theirs is not None and mine < theirs:
+        yield from (Run(task, setup, point[0], seed, point[1]) for seed in SEEDS)
+
+
 def control_start(results: Results, task: str, setup: str, start: Start | None = None) -> Start | None:
     """The start of the sweep of a setup's control. None if that is not known yet.
 

@@ -128,7 +128,7 @@ def test_names_of_setups() -> None:
 
 
 def test_both_rates_are_swept_and_the_best_setups_go_on() -> None:
-    """Stages 2 to 4: no best rate is left at an edge, and 110M is for the baselines and the two best at 34M."""
+    """Stages 2 to 4, and 6: no best rate is left at an edge, and 110M is for the baselines and the two best at 34M."""
     offsets = {"Cautious on AdamW in Soap": -3.0, "Muon, whitened": -2.0}
 
     def loss(run: Run) -> float:
@@ -137,7 +137,7 @@ def test_both_rates_are_swept_and_the_best_setups_go_on() -> None:
         wanted = 1.5 * (sweeps.first_rest(run.setup) or best)
         return 20 + offsets.get(run.setup, 0) + bowl(best)(run.lr) + bowl(wanted)(own) + 0.01 * run.seed
 
-    order = carried_out(lambda results: plan.wanted(results, [2, 3, 4]), loss, most=600)
+    order = carried_out(lambda results: plan.wanted(results, [2, 3, 4, 6]), loss, most=600)
     results = Results(record(run, loss(run)) for run in order)
     for setup in (
         *plan.APART,
@@ -174,12 +174,23 @@ def test_both_rates_are_swept_and_the_best_setups_go_on() -> None:
         mine = [run for run in large if run.setup == setup]
         assert [(run.lr, run.rest_lr) for run in mine[:3]] == [(lr * first[0], first[1]) for lr in (0.5, 1, 2)]
         assert len(mine) < len([run for run in order if run.setup == setup and run.task == "python-34m"])
-    longer = {(run.task, run.setup, run.part) for run in order if run.part != 1}
+    longer = {(run.task, run.setup, run.part) for run in order if run.part not in (1, plan.THEIR_STEPS)}
     assert longer == {
         ("python-34m", "AdamW", plan.LONGER),
         ("python-110m", "AdamW", plan.LONGER),
         ("python-34m", plan.NORMS[-1], plan.SHORTER),
     }
+
+
+@pytest.mark.parametrize("end, count", [(1.9, 3), (2.1, 1)])
+def test_a_variant_gets_all_seeds_only_if_it_is_better_at_the_first(end: float, count: int) -> None:
+    rival, variant = Run("toy", "Muon", 2e-2, rest_lr=4e-2), Run("toy", "Muon, whitened", 2e-2, rest_lr=4e-2)
+    point = (2e-2, 4e-2)
+    first = Results([record(rival, 2.0)])
+    assert list(sweeps.screened(first, "toy", variant.setup, rival.setup, point)) == [variant]
+    results = Results([record(rival, 2.0), record(variant, end)])
+    found = {run.seed for run in sweeps.screened(results, "toy", variant.setup, rival.setup, point)}
+    assert found == set(range(count))
 
 
 def test_two_setups_of_one_family_are_not_both_in_the_short_list() -> None:
