@@ -12,16 +12,41 @@ from evidence.earlier import of_gain
 from evidence.page import filled, marks, missing, rows_with_runs
 from evidence.picture import draw
 from evidence.plan import LONGER
-from evidence.runs import Record, Results, final, step_seconds
+from evidence.runs import Results, final, step_seconds
 from evidence.setups import POLICIES
 from evidence.table import NOT_RUN, TABLES, said
+from evidence_claims import (
+    ADAMW,
+    BEST,
+    BEST_CONTROL,
+    CAUTIOUS_CONTROL,
+    DOCS,
+    FIGURE,
+    MEASUREMENTS,
+    MUON,
+    MUON_BEFORE,
+    MUON_CAUTIOUS,
+    MUON_CONTROL,
+    MUON_MILD,
+    MUON_OFFICIAL,
+    MUON_ROWS,
+    NORM_ALPHA,
+    NORM_MILD,
+    PAGE,
+    SOAP,
+    THEIR_SOAP,
+    WHITENED,
+    claims,
+    interval,
+    rows_of,
+    runs,
+    sentences,
+    shows_nothing,
+)
 
 from selective.compare.race import race
 from selective.compare.summary import paired
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGE = (DOCS / "evidence.md").read_text()
-MEASUREMENTS = DOCS / "measurements"
 AGAIN = "run.py with --page docs/evidence.md --picture docs/pictures/evidence.svg makes it"
 FILES = ("evidence", "gain", "2026-11-30-demo.json")
 
@@ -39,101 +64,6 @@ def change(file: Path) -> None:
     record = json.loads(file.read_text())
     record["validation"]["loss"][-1] -= 0.1
     file.write_text(json.dumps(record))
-
-
-# Setups at their best rates: setup, rate of the inner matrices, rate of the rest (None: the same), part of the steps.
-ADAMW = ("AdamW", 3e-3, None, 1.0)
-ADAMW_APART = ("AdamW", 3e-3, 6e-3, 1.0)
-ADAMW_LONGER = ("AdamW", 3e-3, None, LONGER)
-ALPHA = ("AlphaConsistency on AdamW", 3e-3, None, 1.0)
-ALPHA_CONTROL = ("random like AlphaConsistency on AdamW", 3e-3, None, 1.0)
-LION = ("Lion", 3e-4, None, 1.0)
-LION_ALPHA = ("AlphaConsistency on Lion", 3e-4, None, 1.0)
-LION_ALPHA_CONTROL = ("random like AlphaConsistency on Lion", 3e-4, None, 1.0)
-LION_CAUTIOUS = ("Cautious on Lion", 3e-4, None, 1.0)
-LION_CAUTIOUS_CONTROL = ("random like Cautious on Lion", 3e-4, None, 1.0)
-SOAP = ("AdamW in Soap", 6e-3, None, 1.0)
-SOAP_APART = ("AdamW in Soap", 6e-3, 12e-3, 1.0)
-CAUTIOUS = ("Cautious on AdamW in Soap", 6e-3, None, 1.0)
-CAUTIOUS_APART = ("Cautious on AdamW in Soap", 6e-3, 12e-3, 1.0)
-DECAY = ("CautiousDecay on AdamW in Soap", 6e-3, None, 1.0)
-CAUTIOUS_DECAY = ("Cautious, CautiousDecay on AdamW in Soap", 6e-3, None, 1.0)
-AVERAGED = ("Cautious on AdamW in Soap, tail averaged", 6e-3, None, 1.0)
-CAUTIOUS_CONTROL = ("random like Cautious on AdamW in Soap", 3e-3, None, 1.0)
-DECAY_CONTROL = ("random like CautiousDecay on AdamW in Soap", 6e-3, None, 1.0)
-THEIR_SOAP = ("pytorch_optimizer SOAP", 6e-3, None, 1.0)
-NORM = ("AdamW, norm controlled", 1.8e-2, 6e-3, 1.0)
-SOAP_NORM = ("AdamW in Soap, norm controlled", 3.6e-2, 3e-3, 1.0)
-BEST = ("Cautious on AdamW in Soap, norm controlled", 3.6e-2, 6e-3, 1.0)
-BEST_CONTROL = ("random like Cautious on AdamW in Soap, norm controlled", 3.6e-2, 3e-3, 1.0)
-BEST_AVERAGED = ("Cautious on AdamW in Soap, norm controlled, tail averaged", 3.6e-2, 6e-3, 1.0)
-NORM_ALPHA = ("AlphaConsistency on AdamW in Soap, norm controlled", 3.6e-2, 6e-3, 1.0)
-NORM_MILD = ("MGUP mild on AdamW in Soap, norm controlled", 3.6e-2, 6e-3, 1.0)
-MUON = ("Muon", 4e-2, 4.8e-2, 1.0)
-MUON_CAUTIOUS = ("Cautious on Muon", 4e-2, 4.8e-2, 1.0)
-MUON_MILD = ("MGUP mild on Muon", 2e-2, 2.4e-2, 1.0)
-MUON_OFFICIAL = ("MGUP official on Muon", 2e-2, 2.4e-2, 1.0)
-MUON_CONTROL = ("random like Cautious on Muon", 2e-2, 4.8e-2, 1.0)
-MUON_BEFORE = ("Muon, Cautious before the orthogonalisation", 2e-2, 2.4e-2, 1.0)
-MUON_ROWS = ("Muon, Cautious by rows", 2e-2, 4.8e-2, 1.0)
-WHITENED = ("Muon, whitened", 4e-2, 4.8e-2, 1.0)
-
-# What the page's sentences compare: final losses, and steps or seconds to the other's final loss.
-DIFFERENCES = (
-    (ALPHA, ADAMW), (ADAMW_LONGER, ADAMW), (ALPHA, ALPHA_CONTROL), (ALPHA_CONTROL, ADAMW),
-    (LION_ALPHA, LION), (LION_CAUTIOUS, LION), (LION_CAUTIOUS, LION_CAUTIOUS_CONTROL), (LION_ALPHA_CONTROL, LION),
-    (SOAP, ADAMW), (CAUTIOUS, ADAMW), (CAUTIOUS, SOAP), (SOAP, ADAMW_LONGER), (CAUTIOUS, ADAMW_LONGER),
-    (CAUTIOUS, CAUTIOUS_CONTROL), (CAUTIOUS_CONTROL, SOAP),
-    (ADAMW_APART, ADAMW), (SOAP_APART, ADAMW_APART), (CAUTIOUS_APART, ADAMW_APART),
-    (NORM, ADAMW_APART), (SOAP_NORM, SOAP_APART), (BEST, CAUTIOUS_APART),
-    (BEST, ADAMW), (BEST, ADAMW_APART), (BEST, ADAMW_LONGER),
-    (BEST, SOAP_NORM), (NORM_ALPHA, SOAP_NORM), (NORM_MILD, SOAP_NORM), (BEST, BEST_CONTROL), (BEST_CONTROL, SOAP_NORM),
-    (THEIR_SOAP, SOAP), (BEST, THEIR_SOAP), (BEST_AVERAGED, BEST),
-    (DECAY, SOAP), (DECAY, DECAY_CONTROL), (CAUTIOUS_DECAY, CAUTIOUS), (AVERAGED, CAUTIOUS),
-    (MUON, ADAMW), (MUON, ADAMW_APART), (BEST, MUON),
-    (MUON_CAUTIOUS, MUON), (MUON_MILD, MUON), (MUON_OFFICIAL, MUON),
-    (MUON_CAUTIOUS, MUON_CONTROL), (MUON_CONTROL, MUON),
-    (MUON_BEFORE, MUON), (MUON_ROWS, MUON), (WHITENED, MUON), (WHITENED, BEST),
-)  # fmt: skip
-RATIOS = (
-    (ALPHA, ADAMW, "step"), (LION_ALPHA, LION, "step"),
-    (SOAP, ADAMW, "step"), (SOAP, ADAMW, "seconds"), (CAUTIOUS, ADAMW, "step"), (CAUTIOUS, ADAMW, "seconds"),
-    (BEST, ADAMW, "step"), (BEST, ADAMW, "seconds"), (BEST, ADAMW_LONGER, "step"),
-    (BEST, ADAMW_APART, "step"), (BEST, ADAMW_APART, "seconds"),
-    (NORM, ADAMW_APART, "step"), (NORM, ADAMW_APART, "seconds"), (MUON, ADAMW, "step"), (MUON, ADAMW, "seconds"),
-    (MUON, ADAMW_APART, "step"), (MUON, ADAMW_APART, "seconds"),
-)  # fmt: skip
-
-
-def runs(
-    results: Results, task: str, setup: str, lr: float, rest_lr: float | None = None, part: float = 1.0
-) -> dict[int, Record]:
-    """The three runs of a setup at its rates, by seed."""
-    mine = results.by_seed(task, setup, (lr, rest_lr), part)
-    assert mine.keys() == {0, 1, 2}, setup
-    return mine
-
-
-def claims(measurements: Path) -> set[str]:
-    """The means with their intervals that the page's sentences have."""
-    evidence = Results.read(measurements / "evidence")
-    by_seed = {name: runs(evidence, "python-34m", *name) for pair in DIFFERENCES for name in pair}
-    ratios = [
-        race([(by_seed[mine][seed], by_seed[theirs][seed]) for seed in by_seed[theirs]], axis).ratio
-        for mine, theirs, axis in RATIOS
-    ]
-    differences = [paired(by_seed[mine], by_seed[theirs]) for mine, theirs in DIFFERENCES]
-    return {
-        *(said(ratio, 2) for ratio in ratios if ratio is not None),
-        *(said(difference, sign="+") for difference in differences if difference is not None),
-    }
-
-
-def sentences(page: str) -> str:
-    """The page's sentences on its records, without the tables that are made of them and without the demo."""
-    first = page.partition("## Should you use this")[2].partition("## Does selection help")[0]
-    rest = page.partition("## With 34M parameters")[2].partition("## Not run yet")[0]
-    return first + re.sub(r"<!-- evidence: [^>]+ -->\n\n(\|.*\n)*", "", rest)
 
 
 def test_the_tables_are_what_the_records_give(copied: Path) -> None:
@@ -172,7 +102,7 @@ def test_every_setup_has_a_row_or_is_said_to_be_not_run() -> None:
 
 @pytest.mark.parametrize("file", ["AdamW-in-Soap-lr0.006-seed1.json", "Muon-lr0.04-rest0.048-seed2.json"])
 def test_the_sentences_have_the_figures_of_the_records(copied: Path, file: str) -> None:
-    stated = set(re.findall(r"[+−]?\d+\.\d+ ± \d+\.\d+", sentences(PAGE)))
+    stated = set(re.findall(FIGURE, sentences(PAGE)))
     assert stated == claims(MEASUREMENTS)
     change(copied / "evidence" / "python-34m" / file)
     assert stated != claims(copied)
@@ -207,7 +137,7 @@ def test_the_sentences_on_compositions_rest_on_settled_rows_with_three_seeds() -
     assert "have twice the inner matrices' rate" in text
     assert all(float(rest) == 2 * float(lr) for lr, rest in (cells[1].split(", rest ") for cells in apart))
     nothing = text.partition("**Nothing that three seeds show**")[2].partition("**Time.**")[0]
-    figures = re.findall(r"[+−]?\d+\.\d+ ± \d+\.\d+", nothing)
+    figures = re.findall(FIGURE, nothing)
     assert len(figures) == 5
     assert all(shows_nothing(figure) for figure in figures)
 
@@ -283,13 +213,13 @@ def test_what_the_page_says_of_muon() -> None:
 def test_the_page_on_rotations_has_the_same_figures() -> None:
     page = (DOCS / "how-it-works" / "rotation.md").read_text()
     first = page.partition("**34M parameters on a GPU**")[2].partition("\n\n")[0]
-    figures = re.findall(r"[+−]?\d+\.\d+ ± \d+\.\d+", first)
+    figures = re.findall(FIGURE, first)
     assert len(figures) == 6 and set(figures) <= claims(MEASUREMENTS)
     rows = rows_of("composed")
     steps = [rows[name][8].rstrip(" |") for name in ("Cautious on AdamW in Soap", "AdamW")]
     assert "with steps of {} ms and AdamW's of {}".format(*steps) in " ".join(first.split())
     other = " ".join(page.partition("**On other Python text**")[2].partition("\n\n")[0].split())
-    assert re.findall(r"[+−]?\d+\.\d+ ± \d+\.\d+", other) == on_other_text()
+    assert re.findall(FIGURE, other) == on_other_text()
 
 
 def on_other_text() -> list[str]:
@@ -302,24 +232,6 @@ def on_other_text() -> list[str]:
     first, second, third = (said(one, sign="+") for one in differences if one is not None)
     of_soap, of_cautious = (said(one, 2) for one in speeds if one is not None)
     return [first, of_soap, second, third, of_cautious]
-
-
-def rows_of(base: str) -> dict[str, list[str]]:
-    """The cells of a table of 34M parameters, by setup. That of a base has its name."""
-    lines = TABLES[f"python-34m {base}"](Results.read(MEASUREMENTS / "evidence"))
-    return {line[2:].partition(" | ")[0]: line.split(" | ") for line in lines}
-
-
-def interval(cell: str) -> tuple[float, float]:
-    """A mean and half of its interval."""
-    mean, half = (float(number.replace("−", "-")) for number in cell.split(" ± "))
-    return mean, half
-
-
-def shows_nothing(cell: str) -> bool:
-    """True if the interval includes 0."""
-    mean, half = interval(cell)
-    return mean - half < 0 < mean + half
 
 
 def better(rows: dict[str, list[str]], base: str, column: int) -> list[str]:
