@@ -42,7 +42,8 @@ class Start:
 
     def rests(self, lr: float) -> tuple[float, ...]:
         """The rates of what is no inner matrix at which its sweep begins; the matrices have the rate `lr`."""
-        return (lr / 4, lr / 2, lr, 2 * lr) if self.rest is None else (self.rest / 2, self.rest, 2 * self.rest)
+        rest = lr if self.rest is None else self.rest
+        return (rest / 2, rest, 2 * rest)
 
 
 def grid_of(setup: str) -> tuple[float, ...]:
