@@ -7,13 +7,13 @@ from functools import partial
 
 from evidence.ranking import best_setups
 from evidence.runs import Results, Run
-from evidence.setups import POLICIES, READINGS
+from evidence.setups import POLICIES, READINGS, control_of, unmasked
 from evidence.sweeps import (
     MORE_SEEDS,
-    SEEDS,
     Start,
+    all_seeds,
+    chosen,
     control,
-    joint_settled,
     joint_sweep,
     rest_sweep,
     screened,
@@ -37,24 +37,25 @@ RIVALS = ("pytorch_optimizer SOAP", "AdamW in the momentum's basis", "AdamW in A
 NORMS = tuple(f"{name}, norm controlled" for name in APART)
 MORE_NORMS = tuple(f"{name} on AdamW in Soap, norm controlled" for name in ("AlphaConsistency", "MGUP mild"))
 AVERAGED = "Cautious on AdamW in Soap, tail averaged"
-# At the best rates of the last of `NORMS`, which also gets half of the steps. Those that end above it at seed 0 get no
-# other seed, except for the average.
-VARIANTS = (
-    f"{NORMS[-1]}, tail averaged",
-    f"{NORMS[-1]}, refreshed every 3",
-    "Cautious on NAdam in Soap, norm controlled",
-)
+# At the best rates of another setup, with all seeds; and with one, unless that ends below the other setup's
+AVERAGED_BEST, OUR_MUON = f"{NORMS[-1]}, tail averaged", "Muon, by our kernels"
+AT_ITS_BEST = {AVERAGED: APART[-1], AVERAGED_BEST: NORMS[-1], OUR_MUON: "Muon"}
+SCREENED = {
+    f"{NORMS[-1]}, refreshed every 3": NORMS[-1],
+    "Cautious on NAdam in Soap, norm controlled": NORMS[-1],
+    "AdamW, the betas of Soap": "AdamW",
+}
 # Stage 3
 MUON_MASKS = tuple(f"{name} on Muon" for name in ("Cautious", "MGUP mild", "MGUP official"))
 MUON_MORE = ("Muon, whitened", "Muon, Cautious before the orthogonalisation", "Muon, Cautious by rows")
 MUON_NORMS = ("Muon, norm controlled", "Muon, whitened, norm controlled")
-OUR_MUON = "Muon, by our kernels"  # at the best rates of the first
 # Stages 4 and 5: AdamW, Muon, and the best two of these with three seeds at 34M, one of a family at most. An average
-# over the end of a run can be put around any of them, so it is no candidate of its own.
+# over the end of a run can be put around any of them, so it is no candidate of its own. A masked one brings the same
+# without a mask, and its control, at its best rates.
 CANDIDATES = (
     *((setup,) for setup in (*APART[1:], *DECAYS, *RIVALS[1:], *NORMS[:-1], *MUON_MASKS)),
-    (NORMS[-1], *MORE_NORMS, *VARIANTS[1:]),
-    (*MUON_MORE, *MUON_NORMS),
+    (NORMS[-1], *MORE_NORMS),
+    MUON_MORE,
 )
 # Stage 6, besides `READINGS` and `MUON_NORMS`: MGUP's own setting, which has one rate for all bases
 THEIR_RATE, THEIR_STEPS = 3e-4, 2000 / 600
@@ -66,19 +67,13 @@ FINE_TUNED = ("AdamW", *MASKED, *APART[1:])
 
 
 def masks(results: Results, task: str, base: str, policies: Sequence[str]) -> Iterator[Run]:
-    """A base bare and with each policy: sweeps, seeds at the best rates, then the same of the controls.
-
-    A control has two rates at first. Its sweep goes on to the rates beside its best at the end, when everything else
-    is done, and its seeds are at the best of those that it has.
-    """
+    """A base bare and with each policy: sweeps, seeds at the best rates, then the same of the controls."""
     masked = [f"{name} on {base}" for name in policies]
     for setup in (base, *masked):
         yield from sweep(results, task, setup)
     for setup in (base, *masked):
         yield from seeds(results, task, setup)
     yield from seeds(results, task, base, part=LONGER)
-    for setup in masked:
-        yield from control(results, task, setup)
     for setup in masked:
         yield from swept_control(results, task, setup)
 
@@ -89,24 +84,21 @@ def of_each(
     setups: Sequence[str],
     apart: bool = False,
     begin: Callable[[str], Start | None] = start_of,
-    joint: bool = False,
 ) -> Iterator[Run]:
-    """The sweeps of some setups, then their seeds; with `apart` also the sweeps over the other rate.
+    """The sweeps of some setups, then their seeds.
 
-    `begin` says where the sweep of a setup begins. None: that is not known yet. With `joint`, both rates are swept on
-    until the best pair has worse ones on all sides.
+    With `apart`, both rates are swept on until the best pair has worse ones on all sides. `begin` says where the sweep
+    of a setup begins. None: that is not known yet.
     """
     starts = {setup: start for setup in setups if (start := begin(setup)) is not None}
     for setup, start in starts.items():
         yield from sweep(results, task, setup, start)
     if apart:
-        for setup, start in starts.items():
-            yield from rest_sweep(results, task, setup, start)
-    if joint:
-        for setup, start in starts.items():
-            yield from joint_sweep(results, task, setup, start)
+        for part in (rest_sweep, joint_sweep):
+            for setup, start in starts.items():
+                yield from part(results, task, setup, start)
     for setup, start in starts.items():
-        yield from seeds(results, task, setup, start, apart=apart, joint=joint)
+        yield from seeds(results, task, setup, start, apart=apart)
 
 
 def stage_1(results: Results) -> Iterator[Run]:
@@ -120,40 +112,39 @@ def stage_2(results: Results) -> Iterator[Run]:
     task = HOME
     yield from of_each(results, task, APART)
     yield from of_each(results, task, APART, apart=True)
-    yield from of_each(results, task, APART[:1], apart=True, joint=True)
-    yield from seeds(results, task, APART[0], part=LONGER, apart=True, joint=True)
+    yield from seeds(results, task, APART[0], part=LONGER, apart=True)
     yield from of_each(results, task, DECAYS)
-    lr = settled(results, task, APART[-1])
-    if lr is not None:  # an average changes no step, so that the best rate stays the best
-        yield from (Run(task, AVERAGED, lr, seed) for seed in SEEDS)
+    yield from _at_its_best(results, AVERAGED)
     yield from of_each(results, task, RIVALS)
     yield from of_each(results, task, RIVALS[:1], apart=True)
-    yield from control(results, task, APART[-1])
+    yield from swept_control(results, task, APART[-1])
     yield from control(results, task, DECAYS[0])
     yield from of_each(results, task, NORMS, apart=True)
-    yield from of_each(results, task, NORMS[-1:], apart=True, joint=True)
-    yield from control(results, task, NORMS[-1])
-    yield from swept_control(results, task, APART[-1])
-    point = joint_settled(results, task, NORMS[-1])
-    if point is not None:
-        yield from seeds(results, task, NORMS[-1], part=SHORTER, apart=True, joint=True)
-        yield from (Run(task, VARIANTS[0], point[0], seed, point[1]) for seed in SEEDS)
-        for setup in VARIANTS[1:]:
-            yield from screened(results, task, setup, NORMS[-1], point)
-    yield from swept_control(results, task, NORMS[-1])
+    yield from seeds(results, task, NORMS[-1], part=SHORTER, apart=True)
     yield from of_each(results, task, MORE_NORMS, apart=True)
+    yield from swept_control(results, task, NORMS[-1])
+    yield from _at_its_best(results, AVERAGED_BEST)
+    for setup, rival in SCREENED.items():
+        if (point := chosen(results, task, rival)) is not None:
+            yield from screened(results, task, setup, rival, point)
+
+
+def _at_its_best(results: Results, setup: str) -> Iterator[Run]:
+    """A setup at the rates that were best for another one, or at its best one rate for all."""
+    rival = AT_ITS_BEST[setup]
+    lr = settled(results, HOME, rival) if setup == AVERAGED else None
+    point = chosen(results, HOME, rival) if setup != AVERAGED else None if lr is None else (lr, None)
+    if point is not None:
+        yield from all_seeds(HOME, setup, point)
 
 
 def stage_3(results: Results) -> Iterator[Run]:
     """34M on Python source: Muon with its auxiliary AdamW's rate swept, bare, masked, and whitened."""
     task = HOME
     yield from of_each(results, task, ["Muon"], apart=True)
-    yield from of_each(results, task, ["Muon"], apart=True, joint=True)
-    if (point := joint_settled(results, task, "Muon")) is not None:
-        yield from (Run(task, OUR_MUON, point[0], seed, point[1]) for seed in SEEDS)
+    yield from _at_its_best(results, OUR_MUON)
     yield from of_each(results, task, MUON_MASKS, apart=True)
     yield from of_each(results, task, MUON_MORE, apart=True)
-    yield from control(results, task, MUON_MASKS[0])
     yield from swept_control(results, task, MUON_MASKS[0])
 
 
@@ -181,7 +172,7 @@ def stage_7(results: Results) -> Iterator[Run]:
     for setup in FINE_TUNED:
         yield from sweep(results, task, setup, FINE)
     for setup in FINE_TUNED:
-        yield from seeds(results, task, setup, FINE, all_seeds=MORE_SEEDS)
+        yield from seeds(results, task, setup, FINE, which=MORE_SEEDS)
     for setup in MASKED:
         yield from control(results, task, setup, FINE, MORE_SEEDS)
     task = "pictures-mae"
@@ -195,11 +186,28 @@ def _rest(setup: str) -> float | None:
 
 
 def _short_list(results: Results, task: str) -> Iterator[Run]:
-    """Both rates of everyone. Sweeps but AdamW's begin at the rates that were best at 34M on Python source."""
-    yield from of_each(results, task, ["AdamW"], apart=True, joint=True)
+    """Both rates of everyone, one setup after the other, so that those that are done have all that their rows need.
+
+    Sweeps begin at the rates that were best at 34M on Python source. A masked setup's control, and the same without a
+    mask, have its rates.
+    """
+    begin = partial(start_around, results, HOME)
     rivals = ["Muon", *best_setups(results, HOME, CANDIDATES, 2)]
-    yield from of_each(results, task, rivals, apart=True, begin=partial(start_around, results, HOME), joint=True)
-    yield from seeds(results, task, "AdamW", part=LONGER, apart=True, joint=True)
+    for setup in ("AdamW", *sorted(rivals, key=lambda setup: not beside(setup))):  # masked ones come first
+        yield from of_each(results, task, [setup], apart=True, begin=begin)
+        start = begin(setup)
+        point = None if start is None else chosen(results, task, setup, start)
+        if point is not None:
+            for other in beside(setup):
+                yield from all_seeds(task, other, point)
+        if setup == "AdamW":
+            yield from seeds(results, task, setup, start, LONGER, apart=True)
+
+
+def beside(setup: str) -> list[str]:
+    """What a masked setup is compared with at its own rates: the same without a mask, and its control."""
+    bare = unmasked(setup)
+    return [] if bare is None else [bare, control_of(setup)]
 
 
 STAGES: dict[int, Plan] = {1: stage_1, 2: stage_2, 3: stage_3, 4: stage_4, 5: stage_5, 6: stage_6, 7: stage_7}

@@ -6,14 +6,14 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from evidence.runs import Results, best_point
+from evidence.runs import Results, best_of_seeds
 from evidence.sweeps import SEEDS
 from selective.compare.race import final
 
 
 def mean_loss(results: Results, task: str, setup: str) -> float:
     """The mean final loss of a setup at its best rates. Infinite if a seed diverged, or is missing."""
-    point = best_point(results.points(task, setup))
+    point = best_of_seeds(results, task, setup)
     runs = {} if point is None else results.by_seed(task, setup, point)
     return statistics.fmean(final(r) for r in runs.values()) if runs.keys() >= set(SEEDS) else math.inf
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 
 from evidence.plan import (
     APART,
+    AT_ITS_BEST,
     AVERAGED,
+    AVERAGED_BEST,
     CANDIDATES,
     DECAYS,
     FINE_TUNED,
@@ -20,15 +22,14 @@ from evidence.plan import (
     NORMS,
     OUR_MUON,
     RIVALS,
+    SCREENED,
     SHORTER,
-    VARIANTS,
+    beside,
 )
 from evidence.ranking import best_setups
 from evidence.runs import Results
 from evidence.setups import POLICIES, READINGS, control_of, has_control
 from evidence.sweeps import first_rest
-
-AT_ANOTHER_S_BEST = {AVERAGED, *VARIANTS, OUR_MUON}  # at HOME they have no sweep of their own
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Row:
     """A setup, the one with which it is compared, and the share of the steps that it has.
 
     `apart` is true if what is no inner matrix has a rate of its own, which was swept, too; `base_apart` if the setup
-    with which it is compared has.
+    with which it is compared has. A row with `at` was not swept: it has the rates that were best for that setup.
     """
 
     setup: str
@@ -44,6 +45,7 @@ class Row:
     part: float = 1.0
     apart: bool = False
     base_apart: bool = False
+    at: str | None = None
 
     @property
     def label(self) -> str:
@@ -58,8 +60,16 @@ class Row:
 
     @property
     def control(self) -> Row | None:
-        """The row of the setup's control, if it has one. A control has none itself."""
-        return None if self.tuned_apart or not has_control(self.setup) else _row(control_of(self.setup), self.base)
+        """The row of the setup's control, if it has one. It has none where the steps are not all of them."""
+        if self.tuned_apart or self.part != 1 or not has_control(self.setup):
+            return None
+        control = _row(control_of(self.setup), self.base)
+        return control if self.at is None else replace(control, at=self.setup)
+
+    @property
+    def rates_of(self) -> Row:
+        """The row whose sweep says at which rates this one stands."""
+        return self if self.at is None else replace(self, setup=self.at, at=None)
 
     @property
     def tuned_apart(self) -> bool:
@@ -68,8 +78,15 @@ class Row:
 
 
 def _row(setup: str, base: str) -> Row:
-    """The row of a setup at one rate, or at two if it has two bases."""
-    return Row(setup, base, apart=first_rest(setup) is not None)
+    """The row of a setup at one rate, or at two if it has two bases; then AdamW has two as well."""
+    apart = first_rest(setup) is not None
+    at = AT_ITS_BEST.get(setup) or SCREENED.get(setup)
+    return Row(setup, base, apart=apart, base_apart=apart and base == "AdamW", at=at)
+
+
+def _apart(setup: str) -> Row:
+    """The row of a setup with two rates, against AdamW with two."""
+    return Row(setup, "AdamW", apart=True, base_apart=True)
 
 
 def masked_rows(base: str) -> list[Row]:
@@ -79,18 +96,23 @@ def masked_rows(base: str) -> list[Row]:
     return [Row(base, base), Row(base, base, LONGER), *with_controls]
 
 
+BETAS = [*SCREENED][-1]
 COMPOSED = [
-    *(row for setup in APART for row in (Row(setup, "AdamW"), Row(setup, "AdamW", apart=True))),
-    Row("AdamW", "AdamW", LONGER, apart=True),
+    *(Row(setup, "AdamW") for setup in APART),
     Row(control_of(APART[-1]), "AdamW"),
     Row(DECAYS[0], "AdamW"),
     Row(control_of(DECAYS[0]), "AdamW"),
-    *(_row(setup, "AdamW") for setup in (*DECAYS[1:], AVERAGED, *RIVALS)),
-    Row(RIVALS[0], "AdamW", apart=True),
+    *(_row(setup, "AdamW") for setup in (DECAYS[1], AVERAGED, *RIVALS)),
+]
+TWO_RATES = [
+    _apart("AdamW"),
+    replace(_apart("AdamW"), part=LONGER),
+    replace(_apart(BETAS), at="AdamW"),
+    *(_apart(setup) for setup in (*APART[1:], RIVALS[0])),
     *(_row(setup, "AdamW") for setup in NORMS),
     replace(_row(NORMS[-1], "AdamW"), part=SHORTER),
     _row(control_of(NORMS[-1]), "AdamW"),
-    *(_row(setup, "AdamW") for setup in (*VARIANTS, *MORE_NORMS)),
+    *(_row(setup, "AdamW") for setup in (*MORE_NORMS, AVERAGED_BEST, *[*SCREENED][:-1])),
 ]
 MUON = [
     _row(setup, "Muon")
@@ -105,6 +127,8 @@ PICTURE_ROWS = [*masked_rows("AdamW"), *(Row(setup, "AdamW") for setup in APART[
 
 def short_list(results: Results) -> list[Row]:
     """AdamW, Muon, and the best setups at 34M, as far as they are known. All have two rates, AdamW as well."""
-    best = best_setups(results, HOME, CANDIDATES, 2)
-    rows = [Row(setup, "AdamW", apart=True, base_apart=True) for setup in ("AdamW", "Muon", *best)]
-    return [rows[0], replace(rows[0], part=LONGER), *rows[1:]]
+    rows = [_apart("AdamW"), replace(_apart("AdamW"), part=LONGER), _apart("Muon")]
+    for setup in best_setups(results, HOME, CANDIDATES, 2):
+        rows.append(_apart(setup))
+        rows += [replace(_apart(other), at=setup) for other in beside(setup)]
+    return rows

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,20 @@ def best_point(points: Mapping[Point, float]) -> Point | None:
     """The pair of learning rates with the lowest loss. None if there is none, or if all runs diverged."""
     losses = [(loss, lr, rest) for (lr, rest), loss in points.items() if math.isfinite(loss)]
     return min(losses, key=lambda entry: entry[:2])[1:] if losses else None
+
+
+def best_of_seeds(
+    results: Results, task: str, setup: str, only: Callable[[Point], bool] = lambda _: True
+) -> Point | None:
+    """Of the pairs of rates with the most seeds, the one with the lowest mean loss over them.
+
+    None if there is none that did not diverge with seed 0.
+    """
+    first = results.points(task, setup)
+    runs = {p: results.by_seed(task, setup, p) for p, loss in first.items() if only(p) and math.isfinite(loss)}
+    most = max(map(len, runs.values()), default=0)
+    means = {p: statistics.fmean(map(final, by_seed.values())) for p, by_seed in runs.items() if len(by_seed) == most}
+    return min(means, key=lambda p: (means[p], first[p], p[0])) if means else None
 
 
 def at_edge(losses: dict[float, float]) -> bool:

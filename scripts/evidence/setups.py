@@ -94,6 +94,7 @@ def _norm_controlled(*policies: str) -> dict[str, Setup]:
 
 SETUPS: dict[str, Setup] = {
     "AdamW": Setup("AdamW", "AdamW"),
+    "AdamW, the betas of Soap": Setup("AdamW 0.95", "AdamW"),
     "Lion": Setup("Lion", "Lion"),
     **_masked(Setup("AdamW", "AdamW"), "AdamW", POLICIES | READINGS),
     **_masked(Setup("Lion", "Lion"), "Lion", POLICIES),
@@ -135,6 +136,12 @@ def control_of(setup: str) -> str:
 def has_control(setup: str) -> bool:
     """True if the setup has a policy or a selective decay, and is no control itself."""
     return not setup.startswith(CONTROL) and " on " in setup
+
+
+def unmasked(setup: str) -> str | None:
+    """The name of a setup without its policy. None if it has none, or is a control."""
+    bare = setup.partition(" on ")[2]
+    return bare if has_control(setup) and bare in SETUPS else None
 
 
 def setup_of(name: str) -> Setup:

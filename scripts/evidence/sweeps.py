@@ -6,15 +6,20 @@ there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from evidence.runs import Point, Results, Run, best_point, best_rate, next_rates
+from evidence.runs import Point, Results, Run, best_of_seeds, best_point, best_rate, next_rates
 from evidence.setups import control_of, setup_of
 
 SEEDS = (0, 1, 2)
 MORE_SEEDS = (0, 1, 2, 3, 4)  # of fine-tuning, whose differences are small
-MOST_PAIRS = 20  # of rates, of a sweep over both
+MOST_PAIRS = 30  # of rates, of a sweep over both
+# A rate that is this much worse than the best one beside it, the other rate being a third one, is not tried with the
+# best other rate. Where two bases have the two rates, that difference moved by at most 0.02 with the other rate.
+FAR = 0.05
+TIE = 0.001  # a pair that is at most this much worse than the best one with seed 0 gets all seeds as well
 GRIDS: dict[str, tuple[float, ...]] = {
     "AdamW": (7.5e-4, 1.5e-3, 3e-3, 6e-3),
     "Lion": (7.5e-5, 1.5e-4, 3e-4, 6e-4),
@@ -65,9 +70,11 @@ def start_of(setup: str) -> Start:
 
 
 def start_around(results: Results, task: str, setup: str) -> Start | None:
-    """The start around the rates that were best for a setup on another task. None if those are unknown."""
-    point = best_point(results.points(task, setup))
-    return None if point is None else Start((point[0] / 2, point[0], 2 * point[0]), point[1])
+    """The start around the rates that were best for a setup on another task. None until it has all seeds there."""
+    point = best_of_seeds(results, task, setup)
+    if point is None or not results.by_seed(task, setup, point).keys() >= set(SEEDS):
+        return None
+    return Start((point[0] / 2, point[0], 2 * point[0]), point[1])
 
 
 def sweep(results: Results, task: str, setup: str, start: Start | None = None) -> Iterator[Run]:
@@ -98,52 +105,78 @@ def rest_sweep(results: Results, task: str, setup: str, start: Start | None = No
 
 
 def joint_sweep(results: Results, task: str, setup: str, start: Start | None = None) -> Iterator[Run]:
-    """The runs on all four sides of the best pair of rates, with seed 0, once both sweeps are done.
+    """The runs on the sides of the best pair of rates, with seed 0, once both sweeps are done.
 
-    They go on until the best pair has a worse one on either side in both rates, or has `MOST_PAIRS` of them.
+    They go on until none of its `open_sides` is left, or until there are `MOST_PAIRS` pairs.
     """
     start = start or start_of(setup)
-    if rest_settled(results, task, setup, start) is None:
+    if not _swept(results, task, setup, start):
         return
     points = results.points(task, setup)
     yield from (_run(task, setup, point) for point in points)
     if len(points) < MOST_PAIRS:
-        yield from (_run(task, setup, point) for point in _around(best_point(points)) if not _has(points, point))
+        yield from (_run(task, setup, side) for side in open_sides(points))
 
 
-def joint_settled(results: Results, task: str, setup: str, start: Start | None = None) -> Point | None:
-    """The best pair of rates, once the joint sweep is done."""
-    point, points = rest_settled(results, task, setup, start), results.points(task, setup)
-    if point is None or (len(points) < MOST_PAIRS and not all(_has(points, beside) for beside in _around(point))):
-        return None
-    return point
-
-
-def _around(point: Point | None) -> list[Point]:
-    """The pairs on all four sides of one."""
-    if point is None:
+def open_sides(points: Mapping[Point, float]) -> list[Point]:
+    """The pairs beside the best one, with half or twice of one rate, that may be better for all that is known."""
+    best = best_point(points)
+    if best is None:
         return []
-    lr, rest = point[0], point[0] if point[1] is None else point[1]
-    return [(lr / 2, rest), (2 * lr, rest), (lr, rest / 2), (lr, 2 * rest)]
+    known = {_pair(point): loss for point, loss in points.items()}
+    lr, rest = _pair(best)
+    sides = [(lr / 2, rest), (2 * lr, rest), (lr, rest / 2), (lr, 2 * rest)]
+    return [side for side in sides if side not in known and not _far_worse(known, (lr, rest), side)]
 
 
-def _has(points: Mapping[Point, float], point: Point) -> bool:
-    """True if a pair was run. Where both rates are the same one, it may have been run as a single one."""
+def _far_worse(
+    known: Mapping[tuple[float, float], float], best: tuple[float, float], side: tuple[float, float]
+) -> bool:
+    """True if the rate in which a side differs was worse by `FAR`, at the nearest other rate at which both were run."""
+    one = 0 if side[0] != best[0] else 1
+    losses = (
+        {pair[1 - one]: loss for pair, loss in known.items() if pair[one] == rate} for rate in (side[one], best[one])
+    )
+    theirs, mine = losses
+    both = sorted(theirs.keys() & mine.keys(), key=lambda rate: abs(math.log(rate / best[1 - one])))
+    return bool(both) and theirs[both[0]] - mine[both[0]] > FAR
+
+
+def _pair(point: Point) -> tuple[float, float]:
+    """Both rates of a point that may have one for all."""
     lr, rest = point
-    return point in points or (rest == lr and (lr, None) in points)
+    return lr, lr if rest is None else rest
+
+
+def _swept(results: Results, task: str, setup: str, start: Start) -> bool:
+    """True once the sweeps over either rate are done, and one run at least has not diverged."""
+    lr = settled(results, task, setup, start)
+    return lr is not None and not next_rates(results.rest_losses(task, setup, lr), start.rests(lr))
+
+
+def tied(results: Results, task: str, setup: str, start: Start | None = None) -> list[Point]:
+    """The best pair of rates, and those that are as good but for `TIE`, once the joint sweep is done."""
+    start, points = start or start_of(setup), results.points(task, setup)
+    if not _swept(results, task, setup, start) or (len(points) < MOST_PAIRS and open_sides(points)):
+        return []
+    least = min(points.values())
+    return sorted((point for point, loss in points.items() if loss <= least + TIE), key=points.__getitem__)
+
+
+def chosen(results: Results, task: str, setup: str, start: Start | None = None) -> Point | None:
+    """The pair of rates with the lowest mean loss over the seeds, once all that are tied have them."""
+    points = tied(results, task, setup, start)
+    whole = all(results.by_seed(task, setup, point).keys() >= set(SEEDS) for point in points)
+    return best_of_seeds(results, task, setup) if points and whole else None
 
 
 def _run(task: str, setup: str, point: Point) -> Run:
     return Run(task, setup, point[0], rest_lr=point[1])
 
 
-def rest_settled(results: Results, task: str, setup: str, start: Start | None = None) -> Point | None:
-    """The best pair of rates, once both sweeps are done."""
-    start = start or start_of(setup)
-    lr = settled(results, task, setup, start)
-    if lr is None or next_rates(results.rest_losses(task, setup, lr), start.rests(lr)):
-        return None
-    return best_point(results.points(task, setup))
+def all_seeds(task: str, setup: str, point: Point, part: float = 1.0, which: Sequence[int] = SEEDS) -> Iterator[Run]:
+    """The runs of all seeds at a pair of rates."""
+    yield from (Run(task, setup, point[0], seed, point[1], part) for seed in which)
 
 
 def seeds(
@@ -153,53 +186,53 @@ def seeds(
     start: Start | None = None,
     part: float = 1.0,
     apart: bool = False,
-    all_seeds: Sequence[int] = SEEDS,
-    joint: bool = False,
+    which: Sequence[int] = SEEDS,
 ) -> Iterator[Run]:
-    """The runs of all seeds at the best rate, or with `apart` at the best pair of rates, once it is known.
+    """The runs of all seeds at the best rate, or with `apart` at the best pairs of rates, once those are known.
 
-    With `joint`, that is the best one of the joint sweep.
+    Another `part` of the steps has the pair that was chosen with all steps.
     """
     start = start or start_of(setup)
-    if apart:
-        point = (joint_settled if joint else rest_settled)(results, task, setup, start)
-    else:
+    if not apart:
         lr = settled(results, task, setup, start)
-        point = None if lr is None else (lr, start.rest)
-    if point is not None:
-        yield from (Run(task, setup, point[0], seed, point[1], part) for seed in all_seeds)
+        points = [] if lr is None else [(lr, start.rest)]
+    elif part == 1:
+        points = tied(results, task, setup, start)
+    else:
+        point = chosen(results, task, setup, start)
+        points = [] if point is None else [point]
+    for point in points:
+        yield from all_seeds(task, setup, point, part, which)
 
 
 def screened(results: Results, task: str, setup: str, rival: str, point: Point) -> Iterator[Run]:
     """A setup at a rival's best pair of rates: seed 0, and the other seeds only if it ends below the rival's there."""
-    first = _run(task, setup, point)
-    yield first
+    yield _run(task, setup, point)
     mine, theirs = (results.points(task, name).get(point) for name in (setup, rival))
     if mine is not None and theirs is not None and mine < theirs:
-        yield from (Run(task, setup, point[0], seed, point[1]) for seed in SEEDS)
+        yield from all_seeds(task, setup, point)
 
 
 def control_start(results: Results, task: str, setup: str, start: Start | None = None) -> Start | None:
-    """The start of the sweep of a setup's control. None if that is not known yet.
+    """The start of the sweep of a setup's control: the setup's best rate, and the better one beside it.
 
-    It has two rates at first: the best of its policy, and the better one beside it. What is no inner matrix has the
-    rate that is best for the setup, where that is another one.
+    What is no inner matrix has the rate that is best for the setup. None if those are not known yet.
     """
     start = start or start_of(setup)
-    lr = settled(results, task, setup, start)
+    if start.rest is None:
+        point = settled(results, task, setup, start), None
+    else:
+        point = chosen(results, task, setup, start) or (None, None)
+    lr, rest = point
     if lr is None:
         return None
-    losses = results.losses(task, setup, start.rest)
+    losses = results.losses(task, setup, rest)
     beside = [rate for rate in (lr / 2, 2 * lr) if rate in losses]
-    grid = (lr, *sorted(beside, key=losses.__getitem__)[:1])
-    if start.rest is None:
-        return Start(grid)
-    point = rest_settled(results, task, setup, start)
-    return None if point is None else Start(grid, point[1])
+    return Start((lr, *sorted(beside, key=losses.__getitem__)[:1]), rest)
 
 
 def control(
-    results: Results, task: str, setup: str, start: Start | None = None, all_seeds: Sequence[int] = SEEDS
+    results: Results, task: str, setup: str, start: Start | None = None, which: Sequence[int] = SEEDS
 ) -> Iterator[Run]:
     """The first two rates of a setup's control, and its seeds at the better one."""
     name, begin = control_of(setup), control_start(results, task, setup, start)
@@ -208,7 +241,7 @@ def control(
     yield from (Run(task, name, lr, rest_lr=begin.rest) for lr in begin.grid)
     losses = results.losses(task, name, begin.rest)
     if losses.keys() >= set(begin.grid) and (lr := best_rate(losses)) is not None:
-        yield from (Run(task, name, lr, seed, begin.rest) for seed in all_seeds)
+        yield from all_seeds(task, name, (lr, begin.rest), which=which)
 
 
 def swept_control(results: Results, task: str, setup: str) -> Iterator[Run]:
@@ -220,4 +253,5 @@ def swept_control(results: Results, task: str, setup: str) -> Iterator[Run]:
     yield from sweep(results, task, name, start)
     if apart:
         yield from rest_sweep(results, task, name, start)
+        yield from joint_sweep(results, task, name, start)
     yield from seeds(results, task, name, start, apart=apart)

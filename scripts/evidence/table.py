@@ -7,20 +7,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from evidence.bases import BASES
-from evidence.plan import HOME, THEIR_RATE, THEIR_STEPS, THEIRS
+from evidence.plan import THEIR_RATE, THEIR_STEPS, THEIRS
 from evidence.rows import (
-    AT_ANOTHER_S_BEST,
     COMPOSED,
     FINE_ROWS,
     MUON,
     PICTURE_ROWS,
     READINGS_ROWS,
+    TWO_RATES,
     Row,
     masked_rows,
     short_list,
 )
-from evidence.runs import Point, Record, Results, at_edge, best_point, best_rate, step_seconds
-from evidence.sweeps import first_rest, grid_of
+from evidence.runs import Point, Record, Results, at_edge, best_of_seeds, best_point, best_rate, step_seconds
+from evidence.sweeps import first_rest, grid_of, open_sides
 from selective.compare.intervals import Interval, t_interval
 from selective.compare.race import final, race
 from selective.compare.summary import paired
@@ -46,18 +46,21 @@ class Comparison:
         self.results, self.task, self.measure = results, task, measure
 
     def point(self, row: Row) -> Point | None:
-        """The best rate, or the best pair of rates if what is no inner matrix has a rate of its own."""
-        points = self.results.points(self.task, row.setup)
+        """The best rate, or the best pair of rates if what is no inner matrix has a rate of its own.
+
+        Of the pairs with the most seeds that is the one with the lowest mean.
+        """
+        row = row.rates_of
         if not row.apart:
-            return best_point({point: loss for point, loss in points.items() if point[1] == first_rest(row.setup)})
-        point = best_point(points)
+            return best_of_seeds(self.results, self.task, row.setup, lambda point: point[1] == first_rest(row.setup))
+        point = best_of_seeds(self.results, self.task, row.setup)
         unswept = point is not None and row.tuned_apart and len(self._rests(row, point)) < 2
         return None if unswept else point
 
     def by_seed(self, row: Row) -> dict[int, Record]:
         """The row's runs by seed. A row with another share of the steps is at the rate that was best with all."""
         point = self.point(row)
-        return {} if point is None else self.results.by_seed(self.task, row.setup, point, row.part)
+        return {} if point is None else self._runs(row, point)
 
     def line(self, row: Row) -> str:
         """The row as a line of the table."""
@@ -76,17 +79,21 @@ class Comparison:
         return _line([*cells, *self._measured(row, mine)])
 
     def _rate(self, row: Row, point: Point) -> str:
-        """The rates of a row, with a word on those that are at the edge of what was tried."""
+        """The rates of a row, with a word on those that were not swept, or not to the end."""
         lr, rest = point
-        if row.setup in AT_ANOTHER_S_BEST and self.task == HOME:
-            return f"{lr:g}" if rest is None else f"{lr:g}, rest {rest:g}"
-        swept = {}
-        for (rate, _), loss in self.results.points(self.task, row.setup).items():
-            swept[rate] = min(loss, swept.get(rate, loss))
-        text = f"{lr:g}{' (edge)' if at_edge(swept) else ''}"
+        plain = f"{lr:g}, rest {lr if rest is None else rest:g}" if row.apart else f"{lr:g}"
+        if row.at is not None:
+            return f"{plain} (not swept)"
         if not row.apart:
-            return text
-        return f"{text}, rest {lr if rest is None else rest:g}{' (edge)' if at_edge(self._rests(row, point)) else ''}"
+            losses = self.results.losses(self.task, row.setup, first_rest(row.setup))
+            return f"{plain} (edge)" if at_edge(losses) else plain
+        points = self.results.points(self.task, row.setup)
+        best = best_point(points)
+        fewer = best is not None and len(self._runs(row, best)) < len(self._runs(row, point))
+        return f"{plain} (sweep unfinished)" if fewer or open_sides(points) else plain
+
+    def _runs(self, row: Row, point: Point) -> dict[int, Record]:
+        return self.results.by_seed(self.task, row.setup, point, row.part)
 
     def _rests(self, row: Row, point: Point) -> dict[float, float]:
         return self.results.rest_losses(self.task, row.setup, point[0])
@@ -185,7 +192,7 @@ def their_table(results: Results) -> list[str]:
 
 
 def _of_rows(task: str, name: str, rows: Sequence[Row]) -> dict[str, Callable[[Results], list[str]]]:
-    setups = list(dict.fromkeys(row.setup for row in rows if row.setup not in AT_ANOTHER_S_BEST))
+    setups = list(dict.fromkeys(row.setup for row in rows if row.at is None))
     grid = grid_of(setups[0])
     return {
         f"{task} {name}": lambda results: comparison_table(results, task, rows),
@@ -197,6 +204,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     **_of_rows("python-34m", "AdamW", masked_rows("AdamW")),
     **_of_rows("python-34m", "Lion", masked_rows("Lion")),
     **_of_rows("python-34m", "composed", COMPOSED),
+    **_of_rows("python-34m", "two rates", TWO_RATES),
     **_of_rows("python-34m", "Muon", MUON),
     **_of_rows("python-34m", "readings", READINGS_ROWS),
     "mgup's setting": their_table,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from evidence import plan, sweeps
 from evidence.ranking import best_setups
-from evidence.runs import MOST_RATES, Results, Run, at_edge, best_point, best_rate, next_rates
+from evidence.runs import MOST_RATES, Results, Run, at_edge, best_rate, next_rates
 from evidence.setups import CONTROL, POLICIES, control_of, setup_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -127,59 +127,104 @@ def test_names_of_setups() -> None:
         setup_of("Cautious")
 
 
-def test_both_rates_are_swept_and_the_best_setups_go_on() -> None:
-    """Stages 2 to 4, and 6: no best rate is left at an edge, and 110M is for the baselines and the two best at 34M."""
-    offsets = {"Cautious on AdamW in Soap": -3.0, "Muon, whitened": -2.0}
+TWO_RATES = (
+    *plan.APART, plan.RIVALS[0], "Muon", *plan.MUON_MASKS, *plan.MUON_MORE, *plan.NORMS, *plan.MORE_NORMS,
+    *plan.MUON_NORMS, *(control_of(setup) for setup in (plan.NORMS[-1], plan.MUON_MASKS[0])),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def carried() -> tuple[list[Run], Callable[[Run], float]]:
+    """Stages 2 to 4, and 6, with losses whose best second rate depends on the first one, as AdamW's does."""
+    offsets = {"Cautious on AdamW in Soap, norm controlled": -3.0, "Muon, whitened": -2.0}
 
     def loss(run: Run) -> float:
         best = sweeps.GRIDS[setup_of(run.setup).rates][1]
         own = run.lr if run.rest_lr is None else run.rest_lr
-        wanted = 1.5 * (sweeps.first_rest(run.setup) or best)
-        return 20 + offsets.get(run.setup, 0) + bowl(best)(run.lr) + bowl(wanted)(own) + 0.01 * run.seed
+        wanted = 6 * (sweeps.first_rest(run.setup) or best)
+        away, off = math.log2(run.lr / best), math.log2(own / wanted)
+        return 20 + offsets.get(run.setup, 0) + 0.03 * (away**2 + off**2 + away * off) + 0.01 * run.seed
 
-    order = carried_out(lambda results: plan.wanted(results, [2, 3, 4, 6]), loss, most=600)
+    return carried_out(lambda results: plan.wanted(results, [2, 3, 4, 6]), loss, most=900), loss
+
+
+def test_both_rates_are_swept_until_the_best_pair_has_worse_ones_on_all_sides(
+    carried: tuple[list[Run], Callable[[Run], float]],
+) -> None:
+    order, loss = carried
     results = Results(record(run, loss(run)) for run in order)
-    for setup in (
-        *plan.APART,
-        "Muon",
-        *plan.MUON_MASKS,
-        *plan.MUON_MORE,
-        *plan.NORMS,
-        *plan.MORE_NORMS,
-        *plan.MUON_NORMS,
-    ):
-        point = best_point(results.points("python-34m", setup))
-        assert point is not None
-        assert results.by_seed("python-34m", setup, point).keys() == {0, 1, 2}, setup
-        assert not at_edge(results.rest_losses("python-34m", setup, point[0])), setup
-        mine = [run for run in order if run.setup == setup and run.task == "python-34m"]
-        seeded = next(i for i, run in enumerate(mine) if run.seed and (run.lr, run.rest_lr) == point)
-        assert not [run for run in mine[seeded:] if run.rest_lr not in (point[1], None)], "seeds come after the sweep"
-    for setup in (plan.APART[-1], plan.NORMS[-1], plan.MUON_MASKS[0]):
-        tried = [run for run in order if run.setup == control_of(setup)]
-        best = min((run for run in tried if run.seed == 0), key=loss)
-        assert {run.seed for run in tried if (run.lr, run.rest_lr) == (best.lr, best.rest_lr)} == {0, 1, 2}
-        assert not at_edge({run.lr: loss(run) for run in tried if run.seed == 0 and run.rest_lr == best.rest_lr})
-    closely = [*(("python-34m", name) for name in ("AdamW", "Muon", plan.NORMS[-1]))]
-    closely += [("python-110m", name) for name in offsets]
-    for task, setup in closely:
-        points = {(lr, lr if rest is None else rest): x for (lr, rest), x in results.points(task, setup).items()}
-        lr, rest = min(points, key=points.__getitem__)
-        assert {(lr / 2, rest), (2 * lr, rest), (lr, rest / 2), (lr, 2 * rest)} <= points.keys(), setup
+    for task, setup in [
+        *((plan.HOME, setup) for setup in TWO_RATES),
+        ("python-110m", "AdamW"),
+        ("python-110m", "Muon"),
+    ]:
+        mine = [run for run in order if (run.task, run.setup, run.part) == (task, setup, 1)]
+        best = min((run for run in mine if run.seed == 0), key=loss)
+        own = best.lr if best.rest_lr is None else best.rest_lr
+        sides = [(best.lr / 2, own), (2 * best.lr, own), (best.lr, own / 2), (best.lr, 2 * own)]
+        assert all(loss(Run(task, setup, lr, 0, rest)) > loss(best) for lr, rest in sides), (task, setup)
+        of = setup.removeprefix(CONTROL)
+        start = sweeps.start_of(setup) if of == setup else sweeps.control_start(results, task, of)
+        start = start if task == plan.HOME else sweeps.start_around(results, plan.HOME, setup)
+        assert sweeps.chosen(results, task, setup, start) in {(best.lr, best.rest_lr), (best.lr, own)}, (task, setup)
+        apart = [run for run in mine if run.rest_lr is not None or sweeps.first_rest(setup) is not None]
+        seeded = [(run.lr, run.rest_lr) for run in apart if run.seed]
+        assert set(seeded) <= set(sweeps.tied(results, task, setup, start)), "no seed but at the best pairs"
+        last = max(order.index(run) for run in apart if not run.seed)
+        assert all(order.index(run) > last for run in apart if run.seed), "seeds come after the sweep"
+
+
+def test_the_best_at_34m_go_on_to_110m(carried: tuple[list[Run], Callable[[Run], float]]) -> None:
+    order, _ = carried
     large = [run for run in order if run.task == "python-110m"]
-    assert {run.setup for run in large} == {"AdamW", "Muon", *offsets}
-    for setup in ("Muon", *offsets):
-        first = best_point(results.points("python-34m", setup))
-        assert first is not None
+    masked = "Cautious on AdamW in Soap, norm controlled"
+    assert list(dict.fromkeys(run.setup for run in large)) == [
+        "AdamW", masked, "AdamW in Soap, norm controlled", control_of(masked), "Muon", "Muon, whitened",
+    ]  # fmt: skip
+    results = Results(record(run, 0.0) for run in order)
+    for setup in ("AdamW", "Muon", masked, "Muon, whitened"):
+        home = [run for run in order if run.setup == setup and run.task == plan.HOME and run.seed == 2]
+        lr, rest = home[-1].lr, home[-1].rest_lr
         mine = [run for run in large if run.setup == setup]
-        assert [(run.lr, run.rest_lr) for run in mine[:3]] == [(lr * first[0], first[1]) for lr in (0.5, 1, 2)]
-        assert len(mine) < len([run for run in order if run.setup == setup and run.task == "python-34m"])
+        assert [(run.lr, run.rest_lr) for run in mine[:3]] == [(lr / 2, rest), (lr, rest), (2 * lr, rest)]
+        assert len(mine) < len(results.of(plan.HOME, setup))
+    at = {(run.lr, run.rest_lr) for run in large if run.setup == masked and run.seed}
+    for setup in ("AdamW in Soap, norm controlled", control_of(masked)):
+        beside = [run for run in large if run.setup == setup]
+        assert {(run.lr, run.rest_lr) for run in beside} == at and {run.seed for run in beside} == {0, 1, 2}
     longer = {(run.task, run.setup, run.part) for run in order if run.part not in (1, plan.THEIR_STEPS)}
     assert longer == {
-        ("python-34m", "AdamW", plan.LONGER),
-        ("python-110m", "AdamW", plan.LONGER),
-        ("python-34m", plan.NORMS[-1], plan.SHORTER),
-    }
+        (plan.HOME, "AdamW", plan.LONGER), ("python-110m", "AdamW", plan.LONGER),
+        (plan.HOME, plan.NORMS[-1], plan.SHORTER),
+    }  # fmt: skip
+
+
+def test_a_side_is_not_tried_where_its_rate_is_far_worse_at_another_one() -> None:
+    around = {(2.0, 4.0): 1.0, (2.0, 2.0): 1.01, (2.0, 8.0): 1.02, (1.0, 4.0): 1.01}
+    assert sweeps.open_sides(around) == [(4.0, 4.0)]
+    far = 1.01 + 2 * sweeps.FAR
+    assert sweeps.open_sides({**around, (4.0, 2.0): far}) == []
+    assert sweeps.open_sides({**around, (4.0, 2.0): 1.02}) == [(4.0, 4.0)]
+    assert sweeps.open_sides({**around, (4.0, 1.0): far, (2.0, 1.0): far}) == [(4.0, 4.0)], "both are bad at that one"
+    assert sweeps.open_sides({(2.0, None): 1.0}) == [(1.0, 2.0), (4.0, 2.0), (2.0, 1.0), (2.0, 4.0)]
+    assert sweeps.open_sides({(2.0, None): math.inf}) == []
+
+
+def test_tied_pairs_have_all_seeds_and_the_mean_decides() -> None:
+    grid = [(lr, rest) for lr in (1e-2, 2e-2, 4e-2, 8e-2) for rest in (1.5e-3, 3e-3, 6e-3)]
+    first = {(2e-2, 3e-3): 2.0, (2e-2, 6e-3): 2.0 + 0.9 * sweeps.TIE, (4e-2, 3e-3): 2.0 + 1.1 * sweeps.TIE}
+    runs = [Run("toy", "Muon", lr, rest_lr=rest) for lr, rest in grid]
+    records = [record(run, first.get((run.lr, run.rest_lr), 2.1)) for run in runs]
+    results = Results(records)
+    assert sweeps.chosen(results, "toy", "Muon") is None
+    wanted = [run for run in sweeps.seeds(results, "toy", "Muon", apart=True) if run not in runs]
+    assert [(run.lr, run.rest_lr, run.seed) for run in wanted] == [
+        (2e-2, 3e-3, 1), (2e-2, 3e-3, 2), (2e-2, 6e-3, 1), (2e-2, 6e-3, 2),
+    ]  # fmt: skip
+    done = Results([*records, *(record(run, 2.0 if run.rest_lr == 6e-3 else 2.01) for run in wanted)])
+    assert sweeps.chosen(done, "toy", "Muon") == (2e-2, 6e-3)
+    longer = list(sweeps.seeds(done, "toy", "Muon", part=1.5, apart=True))
+    assert {(run.lr, run.rest_lr, run.part) for run in longer} == {(2e-2, 6e-3, 1.5)}
 
 
 @pytest.mark.parametrize("end, count", [(1.9, 3), (2.1, 1)])
