@@ -25,8 +25,7 @@ _LEFT, _ROW, _HEAD, _TOP, _BOTTOM = 12, 40, 30, 48, 34
 _FIRST, _LAST, _LOW, _HIGH = 30, 390, -0.28, 0.12  # pixels, and what they stand for
 _TICKS = (-0.2, -0.1, 0.0, 0.1)
 ROTATED = {"AdamW in Soap": "Soap()", "Cautious on AdamW in Soap": "Cautious() in Soap()"}
-TWO_RATES = {
-    "AdamW": "AdamW",
+OF_TWO_RATES = {
     **ROTATED,
     "AdamW, norm controlled": "norm control",
     "AdamW in Soap, norm controlled": "norm control in Soap()",
@@ -75,10 +74,10 @@ def _shown(label: str, mine: Mapping[int, Record], base: Mapping[int, Record]) -
 
 
 def _rows(measurements: Path, rows: Sequence[Row], label: Callable[[Row], str]) -> list[Shown]:
-    """The rows of the model with 34M parameters that have enough seeds at their best rate."""
+    """The rows of the model with 34M parameters that have enough seeds at their best rate, against AdamW's there."""
     comparison = Comparison(Results.read(measurements / "evidence"), "python-34m")
-    base = comparison.by_seed(Row("AdamW", "AdamW"))
-    return [shown for row in rows for shown in _shown(label(row), comparison.by_seed(row), base)]
+    by_seed = [(row, comparison.by_seed(row), comparison.by_seed(row.baseline)) for row in rows]
+    return [shown for row, mine, base in by_seed for shown in _shown(label(row), mine, base)]
 
 
 def _masks(measurements: Path) -> list[Shown]:
@@ -91,9 +90,9 @@ def _rotations(measurements: Path) -> list[Shown]:
 
 
 def _two_rates(measurements: Path) -> list[Shown]:
-    """The rows with a rate of its own for embeddings, head and vectors, against AdamW at its one best rate."""
-    rows = [Row(setup, "AdamW", apart=True) for setup in TWO_RATES]
-    return _rows(measurements, rows, lambda row: TWO_RATES[row.setup])
+    """The rows with a rate of its own for embeddings, head and vectors, against AdamW with two rates as well."""
+    rows = [Row(setup, "AdamW", apart=True, base_apart=True) for setup in OF_TWO_RATES]
+    return _rows(measurements, rows, lambda row: OF_TWO_RATES[row.setup])
 
 
 def _demo(measurements: Path) -> list[Shown]:
@@ -104,7 +103,7 @@ def _demo(measurements: Path) -> list[Shown]:
 SECTIONS: dict[str, Callable[[Path], list[Shown]]] = {
     "34M parameters, a mask alone": _masks,
     "34M parameters, a rotation": _rotations,
-    "34M parameters, two learning rates": _two_rates,
+    "34M parameters, two learning rates, as AdamW has": _two_rates,
     "0.47M parameters, the demo": _demo,
 }
 

@@ -205,7 +205,7 @@ def _short_list(results: Results, task: str) -> Iterator[Run]:
 
 
 def beside(setup: str) -> list[str]:
-    """What a masked setup is compared with at its own rates: the same without a mask, and its control."""
+    """The setups with which a masked one is compared at its own rates: the same without a mask, and its control."""
     bare = unmasked(setup)
     return [] if bare is None else [bare, control_of(setup)]
 

@@ -155,7 +155,7 @@ def _swept(results: Results, task: str, setup: str, start: Start) -> bool:
 
 
 def tied(results: Results, task: str, setup: str, start: Start | None = None) -> list[Point]:
-    """The best pair of rates, and those that are as good but for `TIE`, once the joint sweep is done."""
+    """The best pair of rates, and those that are at most `TIE` worse, once the joint sweep is done."""
     start, points = start or start_of(setup), results.points(task, setup)
     if not _swept(results, task, setup, start) or (len(points) < MOST_PAIRS and open_sides(points)):
         return []

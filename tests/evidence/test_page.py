@@ -16,9 +16,11 @@ from evidence.runs import Results, final, step_seconds
 from evidence.setups import POLICIES
 from evidence.table import NOT_RUN, TABLES, said
 from evidence_claims import (
-    ADAMW,
+    ADAMW_APART,
+    ADAMW_APART_LONGER,
     BEST,
     BEST_CONTROL,
+    CAUTIOUS_APART,
     CAUTIOUS_CONTROL,
     DOCS,
     FIGURE,
@@ -32,8 +34,11 @@ from evidence_claims import (
     MUON_ROWS,
     NORM_ALPHA,
     NORM_MILD,
+    OUR_MUON,
     PAGE,
     SOAP,
+    SOAP_APART,
+    SOAP_NORM,
     THEIR_SOAP,
     WHITENED,
     claims,
@@ -95,8 +100,9 @@ def test_every_setup_has_a_row_or_is_said_to_be_not_run() -> None:
     assert unsaid(PAGE, results) == []
     without = PAGE.replace("| english-110m |", "| english |")
     named = [f"english-110m: {setup}" for setup in missing("english-110m", results)]
-    assert len(named) == 5 and unsaid(without, results) == named
-    more = Results([*results.records, {**results.of("python-34m", "AdamW")[0], "setup": "Magma on AdamW"}])
+    assert len(named) == 7 and unsaid(without, results) == named
+    adamw = results.by_seed("python-34m", "AdamW", (3e-3, None))
+    more = Results([*results.records, {**adamw[0], "setup": "Magma on AdamW"}])
     assert "python-34m readings has no mark" in unsaid(PAGE, more)
 
 
@@ -127,19 +133,26 @@ def test_which_masks_gain_as_the_page_says() -> None:
     assert sum(interval(rows["Lion"]["random like AlphaConsistency on Lion"][4])) < 0
 
 
+def nothing_shown(text: str, begins: str, ends: str) -> list[str]:
+    """The figures of a list item that says that nothing is shown."""
+    return re.findall(FIGURE, text.partition(begins)[2].partition(ends)[0])
+
+
 def test_the_sentences_on_compositions_rest_on_settled_rows_with_three_seeds() -> None:
     text, rows = " ".join(PAGE.split()), rows_of("composed")
     for name in ("AdamW in Soap", "Cautious on AdamW in Soap"):
         assert rows[name][1:3] == ["0.006", "3"], "its best rate is inside the sweep, and has three seeds"
         assert sum(interval(rows[name][4])) < 0 < 1 < interval(rows[name][7])[0] - interval(rows[name][7])[1]
-    apart = [cells for name, cells in rows.items() if name.endswith("rates apart") and cells[2] != "–"]
-    assert len(apart) == 3 and {cells[2] for cells in apart} == {"3"}
-    assert "have twice the inner matrices' rate" in text
-    assert all(float(rest) == 2 * float(lr) for lr, rest in (cells[1].split(", rest ") for cells in apart))
-    nothing = text.partition("**Nothing that three seeds show**")[2].partition("**Time.**")[0]
-    figures = re.findall(FIGURE, nothing)
-    assert len(figures) == 5
-    assert all(shows_nothing(figure) for figure in figures)
+    figures = nothing_shown(text, "**Nothing that three seeds show**, against the same without them", "**Time.**")
+    assert len(figures) == 4 and all(shows_nothing(figure) for figure in figures)
+    assert "in steps of twice the time" in text
+    assert 1.9 < milliseconds(rows[THEIR_SOAP[0]]) / milliseconds(rows[SOAP[0]]) < 2.1
+    assert "takes three times the time" in text
+    assert 2.9 < milliseconds(rows["random like CautiousDecay on AdamW in Soap"]) / milliseconds(rows[SOAP[0]]) < 3.1
+
+
+def milliseconds(cells: list[str]) -> float:
+    return float(cells[8].rstrip(" |"))
 
 
 def test_the_choice_of_coordinates_helps_in_the_rotation_as_the_page_says() -> None:
@@ -149,34 +162,74 @@ def test_the_choice_of_coordinates_helps_in_the_rotation_as_the_page_says() -> N
     assert rows[CAUTIOUS_CONTROL[0]][1:3] == ["0.003", "3"], "no best rate is at an edge"
 
 
-def test_what_the_page_says_of_the_best_composition_and_of_the_other_soap() -> None:
-    text, composed, of_muon = " ".join(PAGE.split()), rows_of("composed"), rows_of("Muon")
-    assert "**All three together** ended lowest" in text
-    assert composed[BEST[0]][1:3] == ["0.036, rest 0.006", "3"]
+def test_what_the_page_says_of_two_rates() -> None:
+    text, rows = (
+        " ".join(PAGE.partition("### Two learning rates")[2].partition("### Muon")[0].split()),
+        rows_of("two rates"),
+    )
+    one_seed = {"AdamW, the betas of Soap, rates apart", "Cautious on NAdam in Soap, norm controlled"}
+    assert {name for name in list(rows)[2:] if rows[name][2] != "3"} == one_seed
+    assert not [name for name in list(rows)[2:] if "unfinished" in rows[name][1]]
+    assert "The rate of the rest is eight times that of the matrices" in text
+    assert rows["AdamW, rates apart"][1] == "0.0015, rest 0.012" and ADAMW_APART[2] == 8 * ADAMW_APART[1]
+    assert "those of `Soap()` ended far above, with one seed" in text
+    assert float(rows["AdamW, the betas of Soap, rates apart"][4]) > 0.1
+    assert "AdamW with 1.5 times the steps ends where it does" in text
+    assert shows_nothing(difference(BEST, ADAMW_APART_LONGER))
+    for name in (SOAP_APART[0], CAUTIOUS_APART[0]):
+        assert sum(interval(rows[f"{name}, rates apart"][4])) < 0
+    assert sum(interval(rows[BEST[0]][4])) < 0 < 1 < interval(rows[BEST[0]][7])[0] - interval(rows[BEST[0]][7])[1]
+    assert shows_nothing(difference(CAUTIOUS_APART, SOAP_APART)) and "Against `Soap()` that is" in text
+    assert "With Nesterov's momentum it ended higher, with one seed" in text
+    assert float(rows["Cautious on NAdam in Soap, norm controlled"][3]) > float(rows[BEST[0]][3].split(" ± ")[0])
+    figures = nothing_shown(text, "**Nothing that three seeds show**", "With Nesterov")
+    assert len(figures) == 2 and all(shows_nothing(figure) for figure in figures)
+    assert "in steps of nearly twice the time" in text
+    assert 1.85 < milliseconds(rows["pytorch_optimizer SOAP, rates apart"]) / milliseconds(rows[BEST[0]]) < 2
+
+
+def difference(mine: tuple[str, float, float | None, float], theirs: tuple[str, float, float | None, float]) -> str:
     evidence = Results.read(MEASUREMENTS / "evidence")
-    best = runs(evidence, "python-34m", *BEST)
-    for name, cells in {**composed, **of_muon}.items():
-        if name in (BEST[0], f"{ADAMW[0]}, {LONGER:g} × the steps") or cells[2] != "3":
+    found = paired(runs(evidence, "python-34m", *mine), runs(evidence, "python-34m", *theirs))
+    assert found is not None
+    return said(found)
+
+
+def test_no_row_is_shown_to_end_lower_than_the_best_composition() -> None:
+    assert "No row is shown to end lower" in " ".join(PAGE.split())
+    evidence = Results.read(MEASUREMENTS / "evidence")
+    best, compared = runs(evidence, "python-34m", *BEST), 0
+    for name, cells in {**rows_of("composed"), **rows_of("two rates"), **rows_of("Muon")}.items():
+        setup = name.removesuffix(" × the steps").replace(", rates apart", "").partition(f", {LONGER:g}")[0]
+        if setup == BEST[0] or cells[2] != "3" or name.endswith("0.5 × the steps"):
             continue
         lr, rest = re.findall(r"\d[\d.]*", cells[1])[0], re.findall(r"rest ([\d.]+)", cells[1])
-        setup = name.removesuffix(", rates apart")
-        found = paired(evidence.by_seed("python-34m", setup, (float(lr), float(rest[0]) if rest else None)), best)
+        point = (float(lr), float(rest[0]) if rest else None)
+        found = paired(evidence.by_seed("python-34m", setup, point, LONGER if name.endswith("steps") else 1.0), best)
         assert found is not None and found.sign != -1, name
-    assert "**Any mask gains there.**" in text
-    assert "That the choice of coordinates matters is not shown" in text
-    for name in (BEST[0], NORM_ALPHA[0], NORM_MILD[0], BEST_CONTROL[0]):
-        assert composed[name][2] == "3" and "(edge)" not in composed[name][1], name
-    assert shows_nothing(composed[BEST[0]][5])
-    assert "in steps of twice the time" in text
-    their_step, our_step = (float(composed[name][8].rstrip(" |")) for name in (THEIR_SOAP[0], SOAP[0]))
-    assert 1.9 < their_step / our_step < 2.1
+        compared += 1
+    assert compared > 25
+
+
+def test_what_the_page_says_of_masks_in_the_best_composition() -> None:
+    text, rows = " ".join(PAGE.split()), rows_of("two rates")
+    assert "**Masks gain a little there.**" in text
+    for name in (BEST[0], NORM_ALPHA[0], NORM_MILD[0], BEST_CONTROL[0], SOAP_NORM[0]):
+        assert rows[name][1:3] == ["0.036, rest 0.006", "3"], name
+    assert [shows_nothing(difference(mask, SOAP_NORM)) for mask in (BEST, NORM_ALPHA, NORM_MILD)] == [
+        False,
+        False,
+        True,
+    ]
+    assert "That the choice of coordinates matters there is not shown" in text
+    assert shows_nothing(rows[BEST[0]][5]) and shows_nothing(difference(BEST_CONTROL, SOAP_NORM))
 
 
 def test_what_the_page_says_of_the_time_of_compositions() -> None:
     """The seeds of AdamW ran on another machine than the compositions, with which its runs with two rates came."""
     results = Results.read(MEASUREMENTS / "evidence")
     adamw = [r for r in results.records if (r["task"], r["setup"], r["part"]) == ("python-34m", "AdamW", 1)]
-    here = [1e3 * step_seconds(r) for r in adamw if r["rest_lr"] is not None]
+    here = [1e3 * step_seconds(r) for r in adamw if r["rest_lr"] is not None and r["alone"]]
     assert f"a step of AdamW took {min(here):.1f} to {max(here):.1f} ms" in " ".join(PAGE.split())
     rows = rows_of("composed")
     there = float(rows["AdamW"][8].rstrip(" |"))
@@ -187,15 +240,17 @@ def test_what_the_page_says_of_the_time_of_compositions() -> None:
 
 def test_what_the_page_says_of_muon() -> None:
     rows, of_muon = rows_of("Muon"), " ".join(PAGE.partition("### Muon")[2].partition("## Not run yet")[0].split())
-    assert "With 0.048 for AdamW's part, Muon ended at" in of_muon and rows["Muon"][1:3] == ["0.04, rest 0.048", "3"]
+    assert rows["Muon"][1:3] == ["0.04, rest 0.048", "3"] and rows[OUR_MUON[0]][2] == "3"
+    assert "AdamW with 1.5 times the steps ends where Muon does" in of_muon
+    assert shows_nothing(difference(OUR_MUON, ADAMW_APART_LONGER)) and shows_nothing(difference(OUR_MUON, MUON))
     masked = (MUON_CAUTIOUS, MUON_MILD, MUON_OFFICIAL)
     others = (MUON_BEFORE, MUON_ROWS, WHITENED)
-    assert all(rows[name][2] == "3" and "(edge)" not in rows[name][1] for name, *_ in (*masked, *others))
+    assert all(rows[name][2] == "3" for name, *_ in (*masked, *others))
     mean, half = min(interval(rows[name][4]) for name, *_ in masked)
     assert "Masks on its update hurt" in of_muon and mean - half > 0
     evidence = Results.read(MEASUREMENTS / "evidence")
     worst = max(final(run) for run in runs(evidence, "python-34m", *MUON).values())
-    assert "No such run, at any rate, ended as low as Muon's seeds at its best rates" in of_muon
+    assert "No such run ended as low as Muon's seeds at its best rates" in of_muon
     assert all(final(run) > worst for name, *_ in masked for run in evidence.of("python-34m", name))
     assert "It is the choice that hurts" in of_muon
     assert interval(rows[MUON_CAUTIOUS[0]][5])[0] - interval(rows[MUON_CAUTIOUS[0]][5])[1] > 0
@@ -206,8 +261,15 @@ def test_what_the_page_says_of_muon() -> None:
     assert "it has one seed, and its rates are not settled" in of_muon
     for name in ("Muon, norm controlled", "Muon, whitened, norm controlled"):
         assert rows[name][2] == "1" and float(rows[name][3]) > worst - 0.01
-    assert "Bare, Muon takes torch's own step here. Masked, it is stepped by our kernels" in of_muon
-    assert float(rows[MUON_MILD[0]][8].rstrip(" |")) < float(rows["Muon"][8].rstrip(" |"))
+    assert (
+        "`Cautious()` on Muon ended lower with half of its first rate, with one seed, and still above Muon" in of_muon
+    )
+    assert "unfinished" in rows[MUON_CAUTIOUS[0]][1]
+    half_of_it = evidence.points("python-34m", MUON_CAUTIOUS[0])[MUON_CAUTIOUS[1] / 2, MUON_CAUTIOUS[2]]
+    assert worst < half_of_it < final(runs(evidence, "python-34m", *MUON_CAUTIOUS)[0])
+    assert "All others but the whitened ones are stepped by our kernels, which take less time" in of_muon
+    ours = [name for name in rows if name in (OUR_MUON[0], MUON_ROWS[0], MUON_BEFORE[0]) or " on Muon" in name]
+    assert all(milliseconds(rows[name]) < 0.9 * milliseconds(rows["Muon"]) for name in ours) and len(ours) == 7
 
 
 def test_the_page_on_rotations_has_the_same_figures() -> None:
