@@ -45,6 +45,9 @@ from evidence.training import Trainer
 from selective.compare.train import write_atomically
 
 
+COMPILING = 40.0  # seconds until a model is read, compiled and evaluated for the first time, on an H200
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = made.add_argument
@@ -106,11 +109,14 @@ def try_out(options: argparse.Namespace, stages: list[int]) -> int:
     return 1 if failed else 0
 
 
-def expected(run: Run, results: Results, steps: int, slowest: float) -> float:
-    """The seconds of a run: those of its setup, or else of the slowest step of this sitting and of other setups."""
+def expected(run: Run, results: Results, steps: int, slowest: float, compiled: bool = True) -> float:
+    """The seconds of a run: those of its setup, or else of the slowest step of this sitting and of other setups.
+
+    With `compiled` False, its model has to be compiled before.
+    """
     seconds = Seconds(results)
     known = seconds.of(run, steps) or 0.0
-    return known if seconds.knows(run) else max(known, slowest * steps * run.part)
+    return (known if seconds.knows(run) else max(known, slowest * steps * run.part)) + (0 if compiled else COMPILING)
 
 
 def work(options: argparse.Namespace, stages: list[int]) -> int:
@@ -121,7 +127,8 @@ def work(options: argparse.Namespace, stages: list[int]) -> int:
     trainer: tuple[str, Trainer] | None = None  # of one task: the memory is for one model
     slowest = 0.0  # seconds of a step, with everything
     for run in next_run(options.out, deadline, lambda: wanted(Results.read(options.out), stages)):
-        if time.perf_counter() + expected(run, Results.read(options.out), options.steps, slowest) > deadline:
+        compiled = options.device == "cpu" or (trainer is not None and trainer[0] == run.task)
+        if time.perf_counter() + expected(run, Results.read(options.out), options.steps, slowest, compiled) > deadline:
             print("out of time; the same command goes on from here")
             break
         if trainer is None or trainer[0] != run.task:

@@ -103,7 +103,8 @@ class Comparison:
         base = {} if row == row.baseline else self._finished(row.baseline)
         control = {} if row.control is None else self._finished(row.control)
         differences = [paired(mine, theirs) for theirs in (base, control)]
-        cells = [NONE if d is None else said(d, sign="+") for d in differences]
+        fewer = [f" (n = {d.n})" if d is not None and d.n < len(mine) else "" for d in differences]
+        cells = [NONE if d is None else said(d, sign="+") + few for d, few in zip(differences, fewer, strict=True)]
         if row.control is not None and not control:
             cells[1] = f"control {NOT_RUN}"
         pairs = [(record, base[seed]) for seed, record in mine.items() if seed in base]

@@ -9,7 +9,7 @@ import pytest
 from evidence.forecast import Seconds, completed, forecast, outlook, run_of
 from evidence.plan import STAGES, wanted
 from evidence.ranking import best_setups
-from evidence.run import expected
+from evidence.run import COMPILING, expected
 from evidence.runs import Results, Run
 from evidence.sweeps import SEEDS
 
@@ -77,6 +77,7 @@ def test_a_run_is_expected_to_take_as_long_as_its_setup() -> None:
     assert expected(other, results, 600, slowest=0.1) == pytest.approx(60)
     assert expected(other, results, 600, slowest=0.0) == pytest.approx(30)
     assert expected(other, Results([]), 600, slowest=0.0) == 0
+    assert expected(same, results, 600, slowest=0.1, compiled=False) == pytest.approx(30 + COMPILING)
 
 
 def test_the_outlook_has_a_line_for_each_stage() -> None:

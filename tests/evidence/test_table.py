@@ -67,7 +67,7 @@ def test_runs_that_are_missing_or_diverged_are_said(records: list[dict[str, Any]
     assert cells(without)["Cautious on AdamW"][4] == "control not run"
     records[-3]["diverged"] = True  # seed 2 of the control
     assert cells(records)["random like Cautious on AdamW"][2] == "a seed diverged"
-    assert cells(records)["Cautious on AdamW"][4] == "−2.000 ± 0.000"
+    assert cells(records)["Cautious on AdamW"][4] == "−2.000 ± 0.000 (n = 2)"
     everything = [run | {"diverged": True} for run in records]
     assert cells(everything)["AdamW"][2] == "diverged at every rate"
 
@@ -96,6 +96,33 @@ def test_all_rates(records: list[dict[str, Any]]) -> None:
     assert rates["AdamW"] == ["–", "5.000", "–", "**3.000**", "–", "5.000", "–", "diverged"]
 
 
+def two_rates(lr: float, rest: float, losses: list[float], setup: str = "Muon") -> list[dict[str, Any]]:
+    """The runs of as many seeds as there are losses."""
+    return [record(setup, lr, seed, [9, 5, loss], rest_lr=rest) for seed, loss in enumerate(losses)]
+
+
+def test_a_pair_of_rates_is_chosen_by_the_mean_and_marked_until_its_sweep_is_done() -> None:
+    name = f"{TASK} Muon"
+    sides = [run for lr, rest in ((1e-2, 4e-3), (4e-2, 4e-3), (2e-2, 2e-3), (2e-2, 8e-3), (2e-2, 1.6e-2))
+             for run in two_rates(lr, rest, [2.1])]  # fmt: skip
+    first = two_rates(2e-2, 4e-3, [2.0, 2.3, 2.3])
+    assert cells([*first, *sides[1:]], name)["Muon"][0] == "0.02, rest 0.004 (sweep unfinished)"
+    assert cells([*first, *sides], name)["Muon"][:3] == ["0.02, rest 0.004", "3", "2.200 ± 0.430"]
+    higher = [*sides[:3], *sides[4:], *two_rates(2e-2, 8e-3, [2.01, 2.1, 2.1])]
+    assert cells([*first, *higher], name)["Muon"][:3] == ["0.02, rest 0.008", "3", "2.070 ± 0.129"]
+    lower = [*sides[:3], *sides[4:], *two_rates(2e-2, 8e-3, [1.9])]
+    assert cells([*first, *lower], name)["Muon"][:2] == ["0.02, rest 0.004 (sweep unfinished)", "3"], "it lacks seeds"
+
+
+def test_a_row_at_another_s_rates_is_marked_and_follows_them() -> None:
+    ours = "Muon, by our kernels"
+    runs = [*two_rates(2e-2, 4e-3, [2.0]), *two_rates(2e-2, 4e-3, [2.1], ours), *two_rates(4e-2, 4e-3, [1.5], ours)]
+    assert cells(runs, f"{TASK} Muon")[ours][:3] == ["0.02, rest 0.004 (not swept)", "1", "2.100"]
+    assert cells(two_rates(2e-2, 4e-3, [2.0], ours), f"{TASK} Muon")[ours][2] == "not run", "the other has no rates"
+    table = cells([*runs, *two_rates(2e-2, 4e-3, [2.2] * 3, "Muon, whitened")], f"{TASK} Muon")
+    assert table["Muon, whitened"][3] == "+0.200 (n = 1)", "fewer pairs than seeds are said"
+
+
 def test_a_page_is_filled_and_a_changed_record_is_noticed(records: list[dict[str, Any]]) -> None:
     page = f"# Title\n\n<!-- evidence: {TASK} AdamW -->\n\n| old |\n\nText.\n\n<!-- evidence: {TASK} Lion -->\n\nEnd.\n"
     assert marks(page) == [f"{TASK} AdamW", f"{TASK} Lion"]
@@ -115,4 +142,5 @@ def test_controls_have_no_control() -> None:
     assert Row("Cautious on AdamW", "AdamW").control == Row("random like Cautious on AdamW", "AdamW")
     assert Row("random like Cautious on AdamW", "AdamW").control is None
     assert Row("AdamW", "AdamW").control is None
+    assert Row("Cautious on AdamW", "AdamW", part=0.5).control is None, "the control has all steps"
     assert Comparison(Results([]), TASK).point(Row("AdamW", "AdamW")) is None
