@@ -44,7 +44,6 @@ from evidence.tasks import TASKS
 from evidence.training import Trainer
 from selective.compare.train import write_atomically
 
-
 COMPILING = 40.0  # seconds until a model is read, compiled and evaluated for the first time, on an H200
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from evidence.forecast import completed
 from evidence.plan import STAGES, wanted
 from evidence.prototypes.masked_muon import MaskedMuon
 from evidence.prototypes.momentum_basis import MomentumBasis
@@ -71,8 +72,11 @@ def test_every_setup_is_built_and_steps() -> None:
 
 
 def test_every_stage_begins_with_runs_of_setups_that_there_are() -> None:
+    at_home = completed(Results([]))  # stages 4 and 5 begin at the rates that were best there
     for stage in STAGES:
         runs = wanted(Results([]), [stage])
+        assert bool(runs) == (stage not in (4, 5))
+        runs = wanted(at_home, [stage])
         assert runs, stage
         assert {run.task for run in runs} <= TASKS.keys()
         assert all(setup_of(run.setup) for run in runs)
