@@ -57,7 +57,9 @@ CANDIDATES = (
     (NORMS[-1], *MORE_NORMS),
     MUON_MORE,
 )
-# Stage 6, besides `READINGS` and `MUON_NORMS`: MGUP's own setting, which has one rate for all bases
+# Stage 6, besides `READINGS` and `MUON_NORMS`: two masks alone with two rates, and MGUP's own setting, which has one
+# rate for all bases
+ALONE_APART = tuple(f"{name} on AdamW" for name in ("AlphaConsistency", "Cautious"))
 THEIR_RATE, THEIR_STEPS = 3e-4, 2000 / 600
 THEIRS = tuple(setup for base in ("AdamW", "Lion", "Muon") for setup in (base, f"MGUP official on {base}"))
 # Stage 7: fine-tuning, and pictures
@@ -160,9 +162,10 @@ def stage_5(results: Results) -> Iterator[Run]:
 
 
 def stage_6(results: Results) -> Iterator[Run]:
-    """MGUP's own setting with one seed, other readings of AlphaAdam, Magma, and norm control on Muon."""
+    """MGUP's own setting with one seed, other readings, masks alone with two rates, and norm control on Muon."""
     yield from (Run("english-34m-256", setup, THEIR_RATE, rest_lr=_rest(setup), part=THEIR_STEPS) for setup in THEIRS)
     yield from of_each(results, HOME, [f"{name} on AdamW" for name in READINGS])
+    yield from of_each(results, HOME, ALONE_APART, apart=True)
     yield from of_each(results, HOME, MUON_NORMS, apart=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from evidence.plan import (
+    ALONE_APART,
     APART,
     AT_ITS_BEST,
     AVERAGED,
@@ -108,7 +109,7 @@ TWO_RATES = [
     _apart("AdamW"),
     replace(_apart("AdamW"), part=LONGER),
     replace(_apart(BETAS), at="AdamW"),
-    *(_apart(setup) for setup in (*APART[1:], RIVALS[0])),
+    *(_apart(setup) for setup in (*ALONE_APART, *APART[1:], RIVALS[0])),
     *(_row(setup, "AdamW") for setup in NORMS),
     replace(_row(NORMS[-1], "AdamW"), part=SHORTER),
     _row(control_of(NORMS[-1]), "AdamW"),

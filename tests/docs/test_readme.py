@@ -197,7 +197,7 @@ CLAIMS: dict[str, Callable[[Files], list[str]]] = {
     rf"\({N} seeds\) a learning rate of its own for embeddings, head and vectors gives AdamW {PM} times": two_rates,
     rf"Muon without a mask takes \*\*{PM} times less time\*\* with our kernels": muon,
     rf"with `NormControl\(\)` ends lowest, in {PM} times fewer steps and {PM} times less time": at_34m,
-    rf"`AlphaConsistency\(\)` takes {PM} times fewer steps": mask_alone,
+    rf"only `AlphaConsistency\(\)` gains: it takes {PM} times fewer steps": mask_alone,
     rf"optimizer step of {N}B parameters": lambda files: [f"{files.read[H200]['results'][0]['parameters'] / 1e9:.1f}"],
     rf"takes {N} × torch's fused AdamW with `CautiousMGUP\(\)`, {N} × with `MGUP\(\)` and {N} × with `Cautious\(\)`": (
         lambda files: [f"{files.step(H200, policy):.2f}" for policy in POLICIES]
