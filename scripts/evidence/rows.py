@@ -123,7 +123,7 @@ READINGS_ROWS = [Row("AdamW", "AdamW"), *(Row(f"{name} on AdamW", "AdamW") for n
 FINE_ROWS = [
     Row(setup, "AdamW") for row in FINE_TUNED for setup in ((row, control_of(row)) if row in MASKED else (row,))
 ]
-PICTURE_ROWS = [*masked_rows("AdamW"), *(Row(setup, "AdamW") for setup in APART[1:]), _row("Muon", "AdamW")]
+PICTURE_ROWS = [*masked_rows("AdamW"), *(Row(setup, "AdamW") for setup in APART[1:]), Row("Muon", "AdamW", apart=True)]
 
 
 def short_list(results: Results) -> list[Row]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from evidence.runs import Point, Results, Run, best_of_seeds, best_point, best_rate, next_rates
+from evidence.runs import Point, Results, Run, best_of_seeds, best_rate, next_rates
 from evidence.setups import control_of, setup_of
 
 SEEDS = (0, 1, 2)
@@ -107,7 +107,7 @@ def rest_sweep(results: Results, task: str, setup: str, start: Start | None = No
 def joint_sweep(results: Results, task: str, setup: str, start: Start | None = None) -> Iterator[Run]:
     """The runs on the sides of the best pair of rates, with seed 0, once both sweeps are done.
 
-    They go on until none of its `open_sides` is left, or until there are `MOST_PAIRS` pairs.
+    They go on until it, and those that are tied with it, have no `open_sides` left, or until there are `MOST_PAIRS`.
     """
     start = start or start_of(setup)
     if not _swept(results, task, setup, start):
@@ -115,14 +115,18 @@ def joint_sweep(results: Results, task: str, setup: str, start: Start | None = N
     points = results.points(task, setup)
     yield from (_run(task, setup, point) for point in points)
     if len(points) < MOST_PAIRS:
-        yield from (_run(task, setup, side) for side in open_sides(points))
+        yield from (_run(task, setup, side) for near in contenders(points) for side in open_sides(points, near))
 
 
-def open_sides(points: Mapping[Point, float]) -> list[Point]:
-    """The pairs beside the best one, with half or twice of one rate, that may be better for all that is known."""
-    best = best_point(points)
-    if best is None:
-        return []
+def contenders(points: Mapping[Point, float]) -> list[Point]:
+    """The best pair of rates with seed 0, and those that are at most `TIE` worse, the best one first."""
+    least = min(points.values(), default=math.inf)
+    near = [point for point, loss in points.items() if math.isfinite(loss) and loss <= least + TIE]
+    return sorted(near, key=points.__getitem__)
+
+
+def open_sides(points: Mapping[Point, float], best: Point) -> list[Point]:
+    """The pairs beside a good one, with half or twice of one rate, that may be better for all that is known."""
     known = {_pair(point): loss for point, loss in points.items()}
     lr, rest = _pair(best)
     sides = [(lr / 2, rest), (2 * lr, rest), (lr, rest / 2), (lr, 2 * rest)]
@@ -132,15 +136,16 @@ def open_sides(points: Mapping[Point, float]) -> list[Point]:
 def _far_worse(
     known: Mapping[tuple[float, float], float], best: tuple[float, float], side: tuple[float, float]
 ) -> bool:
-    """True if the rate in which a side differs was worse by `FAR`, at the nearest other rate at which both were run."""
+    """True if the rate in which a side differs was worse by `FAR`, at all the nearest other rates where both ran."""
     one = 0 if side[0] != best[0] else 1
 
     def by_other_rate(rate: float) -> dict[float, float]:
         return {pair[1 - one]: loss for pair, loss in known.items() if pair[one] == rate}
 
     theirs, mine = by_other_rate(side[one]), by_other_rate(best[one])
-    both = sorted(theirs.keys() & mine.keys(), key=lambda rate: abs(math.log(rate / best[1 - one])))
-    return bool(both) and theirs[both[0]] - mine[both[0]] > FAR
+    away = {rate: abs(math.log(rate / best[1 - one])) for rate in theirs.keys() & mine.keys()}
+    nearest = [rate for rate, distance in away.items() if distance < min(away.values()) + 0.1]  # half and twice of it
+    return bool(nearest) and all(theirs[rate] - mine[rate] > FAR for rate in nearest)
 
 
 def _pair(point: Point) -> tuple[float, float]:
@@ -158,10 +163,9 @@ def _swept(results: Results, task: str, setup: str, start: Start) -> bool:
 def tied(results: Results, task: str, setup: str, start: Start | None = None) -> list[Point]:
     """The best pair of rates, and those that are at most `TIE` worse, once the joint sweep is done."""
     start, points = start or start_of(setup), results.points(task, setup)
-    if not _swept(results, task, setup, start) or (len(points) < MOST_PAIRS and open_sides(points)):
-        return []
-    least = min(points.values())
-    return sorted((point for point, loss in points.items() if loss <= least + TIE), key=points.__getitem__)
+    found = contenders(points)
+    unfinished = len(points) < MOST_PAIRS and any(open_sides(points, point) for point in found)
+    return found if _swept(results, task, setup, start) and not unfinished else []
 
 
 def chosen(results: Results, task: str, setup: str, start: Start | None = None) -> Point | None:

@@ -20,7 +20,7 @@ from evidence.rows import (
     short_list,
 )
 from evidence.runs import Point, Record, Results, at_edge, best_of_seeds, best_point, best_rate, step_seconds
-from evidence.sweeps import first_rest, grid_of, open_sides
+from evidence.sweeps import contenders, first_rest, grid_of, open_sides
 from selective.compare.intervals import Interval, t_interval
 from selective.compare.race import final, race
 from selective.compare.summary import paired
@@ -82,15 +82,14 @@ class Comparison:
         """The rates of a row, with a word on those that were not swept, or not to the end."""
         lr, rest = point
         plain = f"{lr:g}, rest {lr if rest is None else rest:g}" if row.apart else f"{lr:g}"
-        if row.at is not None:
+        if row.at is not None or row.part != 1:
             return f"{plain} (not swept)"
         if not row.apart:
             losses = self.results.losses(self.task, row.setup, first_rest(row.setup))
             return f"{plain} (edge)" if at_edge(losses) else plain
-        points = self.results.points(self.task, row.setup)
-        best = best_point(points)
-        fewer = best is not None and len(self._runs(row, best)) < len(self._runs(row, point))
-        return f"{plain} (sweep unfinished)" if fewer or open_sides(points) else plain
+        points, seeds = self.results.points(self.task, row.setup), len(self._runs(row, point))
+        fewer = any(len(self._runs(row, tied)) < seeds for tied in contenders(points))
+        return f"{plain} (sweep unfinished)" if fewer or open_sides(points, point) else plain
 
     def _runs(self, row: Row, point: Point) -> dict[int, Record]:
         return self.results.by_seed(self.task, row.setup, point, row.part)

@@ -52,7 +52,7 @@ def for_model(
 
     `param_groups_for` sorts the trainable parameters, and asks the model for its head, its embeddings, and for what
     does not decay. Policy, preconditioner and norm are for the matrices: embeddings, head, routers and vectors are
-    stepped as the base does it. In a mapping by kind, such as `lr={"matrices": 1e-3, "rest": 3e-4}`, you say it
+    stepped as the base does it. In a mapping by kind, such as `lr={"matrices": 1.5e-3, "rest": 0.012}`, you say it
     yourself.
 
         opt = SelectiveUpdate.for_model(model, matrices="muon", rest="adamw", lr={"matrices": 0.02, "rest": 3e-4})
@@ -135,13 +135,13 @@ def for_model(
     if norm is not None and lr is None:
         warnings.warn(
             "for_model: norm makes the rate of the matrices relative to their norms, and lr is left out: the base's "
-            "own is for updates. Begin with lr={'matrices': 0.018, 'rest': 3e-3}",
+            "own is for updates. Begin with lr={'matrices': 0.018, 'rest': 0.012}",
             stacklevel=2,
         )
     elif not isinstance(lr, Mapping) and _takes_lr_as_it_is(norm):
         warnings.warn(
             f"for_model: norm makes the rate of the matrices relative to their norms, and lr is {lr!r} for everything. "
-            f"Begin with lr={{'matrices': 0.018, 'rest': 3e-3}}, or with norm=NormControl(scale=6), which turns "
+            f"Begin with lr={{'matrices': 0.018, 'rest': 0.012}}, or with norm=NormControl(scale=6), which turns "
             f"matrices by 6 times lr",
             stacklevel=2,
         )

@@ -39,7 +39,7 @@ def _recipe(says: str, *evidence: str, **settings: Any) -> Recipe:
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "soap-cautious-norm-control": _recipe(
-            "ended lowest: 1.39 times fewer steps and 1.17 times less time than AdamW with two rates",
+            "ended lowest of the recipes: 1.39 times fewer steps and 1.17 times less time than AdamW with two rates",
             "evidence/python-34m/Cautious-on-AdamW-in-Soap--norm-controlled-lr0.036-rest0.006-seed*.json",
             **_IN_SOAP | {"lr": {"matrices": 0.036, "rest": 6e-3}},
             policy="cautious",

@@ -23,7 +23,7 @@ class Norm(Configured):
 class NormControl(Norm):
     """Keep the norm of each matrix, and move it by a rate that is relative to that norm.
 
-        lr = {"matrices": 0.036, "rest": 0.003}
+        lr = {"matrices": 0.036, "rest": 0.006}
         opt = SelectiveUpdate.for_model(model, preconditioner="soap", norm=NormControl(), lr=lr)
 
     With the matrix W before the step, r = ‖W‖ (Frobenius), and u what the whole step would subtract from it without

@@ -77,7 +77,7 @@ def param_groups_for(
     embedding has rows, and not as many inputs. A parameter with several names (tied weights) comes once; if one of
     the names is an embedding's, it is an embedding. Groups without parameters are left out.
 
-        groups = param_groups_for(model, lr={"matrices": 1e-3, "rest": 3e-4}, policy="cautious", parts="auto")
+        groups = param_groups_for(model, lr={"matrices": 1.5e-3, "rest": 0.012}, policy="cautious", parts="auto")
 
     `lr`, `policy`, `preconditioner` and `norm` are one value, or a mapping from kinds to values. In a mapping
     "matrices" stands for all kinds of the first list that it does not name, and "rest" for everything else that it does

@@ -200,14 +200,19 @@ def test_the_best_at_34m_go_on_to_110m(carried: tuple[list[Run], Callable[[Run],
 
 
 def test_a_side_is_not_tried_where_its_rate_is_far_worse_at_another_one() -> None:
-    around = {(2.0, 4.0): 1.0, (2.0, 2.0): 1.01, (2.0, 8.0): 1.02, (1.0, 4.0): 1.01}
-    assert sweeps.open_sides(around) == [(4.0, 4.0)]
+    best = (2.0, 4.0)
+    around = {best: 1.0, (2.0, 2.0): 1.01, (2.0, 8.0): 1.02, (1.0, 4.0): 1.01}
+    assert sweeps.open_sides(around, best) == [(4.0, 4.0)]
     far = 1.01 + 2 * sweeps.FAR
-    assert sweeps.open_sides({**around, (4.0, 2.0): far}) == []
-    assert sweeps.open_sides({**around, (4.0, 2.0): 1.02}) == [(4.0, 4.0)]
-    assert sweeps.open_sides({**around, (4.0, 1.0): far, (2.0, 1.0): far}) == [(4.0, 4.0)], "both are bad at that one"
-    assert sweeps.open_sides({(2.0, None): 1.0}) == [(1.0, 2.0), (4.0, 2.0), (2.0, 1.0), (2.0, 4.0)]
-    assert sweeps.open_sides({(2.0, None): math.inf}) == []
+    assert sweeps.open_sides({**around, (4.0, 2.0): far}, best) == []
+    assert sweeps.open_sides({**around, (4.0, 2.0): 1.02}, best) == [(4.0, 4.0)]
+    bad = {(4.0, 1.0): far, (2.0, 1.0): far}
+    assert sweeps.open_sides({**around, **bad}, best) == [(4.0, 4.0)], "both are bad at that one"
+    for scale in (1e-3, 3e-3, 6e-3, 2.4e-2, 4.8e-2):  # of two that are equally near, both have to be far worse
+        known = {(lr, scale * rest): loss for (lr, rest), loss in {**around, (4.0, 2.0): far, (4.0, 8.0): 1.03}.items()}
+        assert sweeps.open_sides(known, (2.0, 4 * scale)) == [(4.0, 4 * scale)]
+    assert sweeps.open_sides({(2.0, None): 1.0}, (2.0, None)) == [(1.0, 2.0), (4.0, 2.0), (2.0, 1.0), (2.0, 4.0)]
+    assert sweeps.contenders({(2.0, None): math.inf}) == []
 
 
 def test_tied_pairs_have_all_seeds_and_the_mean_decides() -> None:
@@ -215,6 +220,11 @@ def test_tied_pairs_have_all_seeds_and_the_mean_decides() -> None:
     first = {(2e-2, 3e-3): 2.0, (2e-2, 6e-3): 2.0 + 0.9 * sweeps.TIE, (4e-2, 3e-3): 2.0 + 1.1 * sweeps.TIE}
     runs = [Run("toy", "Muon", lr, rest_lr=rest) for lr, rest in grid]
     records = [record(run, first.get((run.lr, run.rest_lr), 2.1)) for run in runs]
+    results = Results(records)
+    more = [run for run in sweeps.joint_sweep(results, "toy", "Muon") if run not in runs]
+    assert [(run.lr, run.rest_lr) for run in more] == [(2e-2, 1.2e-2)], "the side of the tied pair is wanted"
+    assert sweeps.tied(results, "toy", "Muon") == []
+    runs, records = [*runs, *more], [*records, *(record(run, 2.1) for run in more)]
     results = Results(records)
     assert sweeps.chosen(results, "toy", "Muon") is None
     wanted = [run for run in sweeps.seeds(results, "toy", "Muon", apart=True) if run not in runs]

@@ -52,7 +52,7 @@ def test_a_row_at_its_best_rate(records: list[dict[str, Any]]) -> None:
         "0.001 (edge)", "3", "3.000 ± 2.484", "−1.000 ± 0.000", "−2.000 ± 0.000", "2.00 ± 0.00", "1.33 ± 0.00", "150.0"
     ]  # fmt: skip
     assert table["random like Cautious on AdamW"][3:6] == ["+1.000 ± 0.000", "–", "in 0 of 3 seeds"]
-    assert table["AdamW, 1.5 × the steps"][:4] == ["0.002", "3", "2.500 ± 0.000", "−1.500 ± 2.484"]
+    assert table["AdamW, 1.5 × the steps"][:4] == ["0.002 (not swept)", "3", "2.500 ± 0.000", "−1.500 ± 2.484"]
     assert table["MGUP mild on AdamW"] == ["–", "–", "not run", "–", "–", "–", "–", "–"]
 
 
@@ -110,6 +110,10 @@ def test_a_pair_of_rates_is_chosen_by_the_mean_and_marked_until_its_sweep_is_don
     assert cells([*first, *sides], name)["Muon"][:3] == ["0.02, rest 0.004", "3", "2.200 ± 0.430"]
     higher = [*sides[:3], *sides[4:], *two_rates(2e-2, 8e-3, [2.01, 2.1, 2.1])]
     assert cells([*first, *higher], name)["Muon"][:3] == ["0.02, rest 0.008", "3", "2.070 ± 0.129"]
+    tied = [*sides[:3], *sides[4:], *two_rates(2e-2, 8e-3, [2.0005])]
+    assert cells([*first, *tied], name)["Muon"][:2] == ["0.02, rest 0.004 (sweep unfinished)", "3"], (
+        "the tie lacks seeds"
+    )
     lower = [*sides[:3], *sides[4:], *two_rates(2e-2, 8e-3, [1.9])]
     assert cells([*first, *lower], name)["Muon"][:2] == ["0.02, rest 0.004 (sweep unfinished)", "3"], "it lacks seeds"
 
