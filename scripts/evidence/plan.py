@@ -134,8 +134,12 @@ def stage_2(results: Results) -> Iterator[Run]:
 def _at_its_best(results: Results, setup: str) -> Iterator[Run]:
     """A setup at the rates that were best for another one, or at its best one rate for all."""
     rival = AT_ITS_BEST[setup]
-    lr = settled(results, HOME, rival) if setup == AVERAGED else None
-    point = chosen(results, HOME, rival) if setup != AVERAGED else None if lr is None else (lr, None)
+    if setup != AVERAGED:
+        point = chosen(results, HOME, rival)
+    elif (lr := settled(results, HOME, rival)) is not None:
+        point = lr, None
+    else:
+        point = None
     if point is not None:
         yield from all_seeds(HOME, setup, point)
 
